@@ -1,0 +1,1 @@
+"""One short script for each table, figure and benchmark; no training logic."""

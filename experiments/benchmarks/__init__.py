@@ -1,0 +1,1 @@
+"""Benchmarks that print both sides of their ratios in one run."""

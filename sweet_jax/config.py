@@ -1,0 +1,204 @@
+"""What a run is: one frozen dataclass that everything below `main` receives, validated."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class UserError(ValueError):
+    """The user's input is wrong. The message is one line: what, with the value, and the mend."""
+
+
+METHODS = ("sweet", "early_exit", "multi_model")
+METRICS = ("accuracy", "matthews", "f1")
+DTYPES = ("float32", "bfloat16")
+
+# The decisions a preset stands for. Each can also be set alone, for an ablation.
+#   pooler: a copy per exit | one for all exits, which then gets every exit's gradient
+#   clipping: norm per owner of parameters | one norm over all parameters, coupling the exits
+#   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
+#   calibration: rows held out of the subset | the validation rows | those with dropout left on
+#   confidence: p = 1 never reaches t = 1 | float32 softmax, which reaches 1.0 at a gap of 17
+PRESETS: dict[str, dict[str, str]] = {
+    # SWEET paper, sections 4 and 5, but nothing is fitted on the rows reported.
+    "": {
+        "pooler": "per_exit",
+        "clipping": "owner",
+        "subset": "seed",
+        "calibration": "held_out",
+        "confidence": "confidence",
+    },
+    # SWEET paper: temperatures are fitted on the evaluation set.
+    "paper": {
+        "pooler": "per_exit",
+        "clipping": "owner",
+        "subset": "seed",
+        "calibration": "validation",
+        "confidence": "confidence",
+    },
+    # What the authors' released code does.
+    "reference": {
+        "pooler": "shared",
+        "clipping": "global",
+        "subset": "first",
+        "calibration": "validation_dropout",
+        "confidence": "confidence_float32",
+    },
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "dtype": DTYPES,
+    "metric": ("", *METRICS),
+    "preset": tuple(PRESETS),
+    "pooler": ("", "per_exit", "shared"),
+    "clipping": ("", "owner", "global"),
+    "subset": ("", "seed", "first"),
+    "calibration": ("", "held_out", "validation", "validation_dropout"),
+    "confidence": ("", "confidence", "confidence_float32"),
+}
+_DEFAULT_ISOLATION = {"sweet": (1.0,), "early_exit": (0.0,), "multi_model": (0.0,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The keys of a recipe. A misspelt or impossible value raises UserError."""
+
+    task: str = "sst2"  # a GLUE task, or any name for your own data_files
+    method: str = "sweet"  # "sweet", "early_exit" or "multi_model"
+    preset: str = ""  # "", "paper" or "reference"
+    checkpoint: str = "bert-base-uncased"  # hub id, local directory, pkg://package/path
+    exits: tuple[int, ...] = (1, 4, 6, 12)  # layer numbers from 1; the last is the depth
+    seeds: tuple[int, ...] = (0,)
+    learning_rates: tuple[float, ...] = (5e-5,)
+    train_size: int = 6000  # at most so many training rows, calibration rows included
+    calibration_fraction: float = 0.1  # of the training subset
+    validation_fraction: float = 0.2  # split off the data where no validation file is given
+    split_seed: int = 0  # of that split, the same for all replicas
+    epochs: int = 2
+    batch_size: int = 16
+    evaluation_batch_size: int = 32
+    max_length: int = 256  # tokens
+    warmup_fraction: float = 0.0  # of all steps
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    dtype: str = "float32"  # of activations; parameters are float32
+    isolation: tuple[float, ...] = ()  # one number, or from, to over training; () = the method's
+    pooler: str = ""  # the five below: "" = as the preset says
+    clipping: str = ""
+    subset: str = ""
+    calibration: str = ""
+    confidence: str = ""
+    metric: str = ""  # "accuracy", "matthews" or "f1"; "" = the task's
+    data_dir: str = ""  # directory of <task>/{train,validation}.parquet; "" = the hub
+    data_files: str = ""  # your own: train[,validation]
+    text_columns: str = ""  # one, or two for pairs, comma-separated
+    label_column: str = "label"
+    checkpoint_every: int = 200  # steps
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name, allowed in _CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
+        _check_ranges(self)
+
+    def resolved(self) -> "Config":
+        """The same with every "" that stands for the preset's or the method's choice filled in."""
+        choices: dict[str, Any] = {
+            k: v for k, v in PRESETS[self.preset].items() if not getattr(self, k)
+        }
+        isolation = self.isolation or _DEFAULT_ISOLATION[self.method]
+        return dataclasses.replace(self, isolation=isolation, **choices)
+
+    def replicas(self) -> tuple[tuple[int, float], ...]:
+        """(seed, learning rate) of every replica, in the order of the R axis."""
+        return tuple((seed, rate) for seed in self.seeds for rate in self.learning_rates)
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+    """A Config from keys and values; raises UserError for an unknown key, with the nearest."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    for key in values:
+        check_choice("config key", key, names)
+    return Config(**{k: _as_field(k, v) for k, v in values.items()})
+
+
+def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises UserError naming the nearest allowed value unless value is one of them."""
+    allowed = list(allowed)
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = (
+        f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(map(repr, allowed))}"
+    )
+    raise UserError(f"unknown {what} {value!r}: {hint}")
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The names in a comma-separated list, without blanks around them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _as_field(name: str, value: Any) -> Any:
+    """Lists become tuples, one number becomes a tuple of one, a tuple of names becomes text."""
+    default = getattr(Config, name)
+    if isinstance(default, tuple):
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        whole = name in ("exits", "seeds")
+        return tuple(float(v) if type(v) is int and not whole else v for v in values)
+    if isinstance(default, str) and isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    return value
+
+
+def _check_types(config: Config) -> None:
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if isinstance(default, tuple):
+            kind = int if field.name in ("exits", "seeds") else float
+            if not isinstance(value, tuple) or any(type(v) is not kind for v in value):
+                noun = "whole numbers" if kind is int else "numbers"
+                raise UserError(
+                    f"{field.name} must be {noun} separated by commas, such as "
+                    f"--config.{field.name}={_EXAMPLES[field.name]}; got {value!r}"
+                )
+        elif type(value) is not type(default):
+            raise UserError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
+
+
+_EXAMPLES = {"exits": "1,4,6,12", "seeds": "0,1,2", "learning_rates": "3e-4", "isolation": "0,1"}
+
+
+def _check_ranges(config: Config) -> None:
+    def require(holds: bool, name: str, wanted: str) -> None:
+        if not holds:
+            raise UserError(f"{name} must be {wanted}; got {getattr(config, name)!r}")
+
+    exits = config.exits
+    require(len(exits) > 0, "exits", "at least one layer number")
+    require(all(e >= 1 for e in exits), "exits", "layer numbers from 1")
+    require(list(exits) == sorted(set(exits)), "exits", "ascending without repeats")
+    require(len(config.seeds) > 0, "seeds", "at least one number")
+    require(len(set(config.seeds)) == len(config.seeds), "seeds", "distinct")
+    require(all(0 <= s < 2**31 for s in config.seeds), "seeds", "from 0 to 2147483647")
+    rates = config.learning_rates
+    require(len(rates) > 0, "learning_rates", "at least one number")
+    require(len(set(rates)) == len(rates), "learning_rates", "distinct")
+    require(all(0 < r < math.inf for r in rates), "learning_rates", "positive and finite")
+    for name in ("train_size", "epochs", "batch_size", "evaluation_batch_size", "checkpoint_every"):
+        require(getattr(config, name) >= 1, name, "1 or more")
+    require(config.max_length >= 8, "max_length", "8 tokens or more")
+    require(0 <= config.split_seed < 2**31, "split_seed", "from 0 to 2147483647")
+    for name in ("calibration_fraction", "validation_fraction"):
+        require(0 < getattr(config, name) < 1, name, "between 0 and 1, both excluded")
+    require(0 <= config.warmup_fraction < 1, "warmup_fraction", "from 0 to below 1")
+    require(0 <= config.weight_decay < math.inf, "weight_decay", "0 or more")
+    require(config.clip_norm > 0, "clip_norm", "positive (inf switches clipping off)")
+    require(len(config.isolation) <= 2, "isolation", "one number, or a pair from, to")
+    require(all(0 <= a <= 1 for a in config.isolation), "isolation", "from 0 to 1")
+    require(config.task != "", "task", "a name")
+    require(config.label_column != "", "label_column", "a column name")

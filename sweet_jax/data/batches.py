@@ -1,0 +1,158 @@
+"""Tokens, the rows a replica trains on, and batches of a handful of fixed lengths.
+
+Shape letters: R replica, B batch, N examples, L length.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.load import Split, stratified
+
+_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each one used costs a compilation
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """One split, tokenised: rows of different lengths end to end."""
+
+    input_ids: np.ndarray  # int32 [total]
+    token_type_ids: np.ndarray  # int32 [total]
+    starts: np.ndarray  # int64 [N + 1], row n is starts[n]:starts[n + 1]
+    labels: np.ndarray  # int32 [N]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, int64 [N]."""
+        return np.diff(self.starts)
+
+
+def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
+    """Tokenises every text (or pair) once, truncated to max_length tokens, longest text first."""
+    columns = [list(column) for column in zip(*rows.texts, strict=True)]
+    encoded = tokenizer(
+        *columns,
+        truncation=True,
+        max_length=max_length,
+        return_token_type_ids=True,
+        return_attention_mask=False,
+    )
+    ids = encoded["input_ids"]
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
+    return Tokens(
+        np.concatenate([np.asarray(row, np.int32) for row in ids]),
+        np.concatenate([np.asarray(row, np.int32) for row in encoded["token_type_ids"]]),
+        starts,
+        rows.labels,
+        tokenizer.pad_token_id,
+    )
+
+
+def bucket_lengths(max_length: int) -> tuple[int, ...]:
+    """The lengths that batches are padded to, ascending; the last is max_length."""
+    return (*(length for length in _LENGTHS if length < max_length), max_length)
+
+
+def draw_rows(labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, calibration rows) of one seed, as ascending indices.
+
+    They depend on the labels, the sizes and the seed, never on the method, so that methods are
+    compared on the same rows. Calibration rows are empty unless `calibration` is "held_out".
+    """
+    size = min(config.train_size, len(labels))
+    rng = np.random.default_rng([zlib.crc32(b"subset"), seed])
+    if config.subset == "first":  # the release shuffles, then drops the result of the shuffle
+        subset = np.arange(size)
+    else:
+        subset = np.sort(rng.permutation(len(labels))[:size])
+    if config.calibration != "held_out":
+        return subset, np.empty(0, int)
+    kept, held = stratified(labels[subset], config.calibration_fraction, rng)
+    if not len(held) or len(np.unique(labels[subset[kept]])) < 2:
+        raise UserError(
+            f"{size} training rows are too few to hold out a fraction of "
+            f"{config.calibration_fraction} for calibration: raise train_size or the fraction"
+        )
+    return subset[kept], subset[held]
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Batches that visit every row once, the last one partial."""
+    return -(-rows // batch_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([zlib.crc32(b"batches"), seed, epoch]).permutation(rows)
+
+
+def training_rows(rows: np.ndarray, seed: int, epoch: int, batch: int, size: int) -> np.ndarray:
+    """Row indices int [B] of one uniformly random batch; -1 fills the last one.
+
+    A pure function of (seed, epoch, batch), so that a resumed run reads what it would have read.
+    """
+    order = _epoch_order(seed, epoch, len(rows))[batch * size : (batch + 1) * size]
+    return _fill(rows[order], size)
+
+
+def training_batch(
+    tokens: Tokens,
+    rows: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    step: int,
+    size: int,
+    lengths: tuple[int, ...],
+) -> Batch:
+    """The batch of a step for all replicas: `rows[r]` are replica r's rows, `seeds[r]` its seed."""
+    epoch, batch = divmod(step, steps_per_epoch(len(rows[0]), size))
+    picked = [
+        training_rows(r, seed, epoch, batch, size) for r, seed in zip(rows, seeds, strict=True)
+    ]
+    return pad_rows(tokens, np.stack(picked), lengths)  # [R, B, ...]
+
+
+def evaluation_batches(
+    tokens: Tokens, rows: np.ndarray, size: int, lengths: tuple[int, ...]
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Every row once, sorted by length: (places in `rows` int [R, B], batch); -1 fills the last.
+
+    rows is int [R, N]: the rows of each replica.
+    """
+    order = np.argsort(tokens.lengths[rows], axis=1, kind="stable")  # [R, N]
+    for start in range(0, rows.shape[1], size):
+        places = np.stack([_fill(o, size) for o in order[:, start : start + size]])  # [R, B]
+        picked = np.where(places < 0, -1, np.take_along_axis(rows, np.maximum(places, 0), axis=1))
+        yield places, pad_rows(tokens, picked, lengths)
+
+
+def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batch:
+    """Rows [..., B] as arrays padded to the smallest of `lengths` that holds them all.
+
+    Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L] and labels int32
+    [..., B]. A row of -1 is empty: its label is -1, which the loss leaves out.
+    """
+    sizes = np.where(rows < 0, 0, tokens.lengths[rows])
+    length = next(length for length in lengths if length >= sizes.max())
+    position = np.arange(length)
+    mask = position < sizes[..., None]  # [..., B, L]
+    source = np.where(mask, tokens.starts[rows][..., None] + position, 0)
+    return {
+        "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
+        "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),
+        "mask": mask,
+        "labels": np.where(rows < 0, -1, tokens.labels[rows]).astype(np.int32),
+    }
+
+
+def _fill(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.full(size - len(rows), -1, rows.dtype)])

@@ -1,0 +1,227 @@
+"""Labelled texts from the hub, from a directory of GLUE files, or from a user's own files.
+
+Shape letters: N examples.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.data.read import one_line, read_table, resolve_path
+from sweet_jax.data.tasks import GLUE, Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows of one split, in file order."""
+
+    texts: list[tuple[str, ...]]  # N tuples of one text, or of two for pairs
+    labels: np.ndarray  # int32 [N], indices into Dataset.classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A task's training and validation rows under one list of class names."""
+
+    task: Task
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+
+    def digest(self) -> str:
+        """SHA-256 over every text and label: whether two runs read the same data."""
+        sha = hashlib.sha256(json.dumps(self.classes).encode())
+        for split in (self.train, self.validation):
+            sha.update(json.dumps(split.texts).encode())
+            sha.update(split.labels.tobytes())
+        return sha.hexdigest()
+
+
+def load_dataset(config: Config) -> Dataset:
+    """Reads the data a config names.
+
+    Raises:
+      UserError: unknown task or column, a file that is absent, of another format or unreadable, a
+        row without text or label, no rows, one class only, or a validation label that training
+        rows never have.
+
+    """
+    task = _task(config)
+    if config.data_files:
+        tables = _from_files(config.data_files, task)
+    elif config.data_dir:
+        tables = _from_directory(config.data_dir, task)
+    else:
+        tables = _from_hub(task)
+    names = _class_names(tables[0], task)
+    splits = [_split(table, task, names) for table in tables]
+    if len(splits) == 1:
+        splits = _split_off(splits[0], config.validation_fraction, config.split_seed)
+    train, validation = splits
+    _check_labels(train, validation, names, task)
+    return Dataset(task, names, train, validation)
+
+
+def stratified(
+    labels: np.ndarray, fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits indices 0..N-1 at random, every class in proportion (largest remainders).
+
+    Returns (kept, held out), both ascending; round(fraction * N) indices are held out.
+    """
+    order = rng.permutation(len(labels))
+    counts = np.bincount(labels)
+    wanted = counts * fraction
+    quota = np.floor(wanted).astype(int)
+    missing = round(fraction * len(labels)) - quota.sum()
+    quota[np.argsort(-(wanted - quota), kind="stable")[:missing]] += 1
+    held = np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(quota)])
+    return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+
+
+def _task(config: Config) -> Task:
+    if config.data_files:
+        task = GLUE.get(config.task, Task(config.task, ()))
+    else:
+        check_choice("task", config.task, GLUE)
+        task = GLUE[config.task]
+    columns = split_names(config.text_columns) or task.text_columns
+    if not 1 <= len(columns) <= 2:
+        raise UserError(
+            f"text_columns must name one column, or two for pairs; got {config.text_columns!r}"
+        )
+    metric = config.metric or task.metric
+    return dataclasses.replace(
+        task, text_columns=columns, label_column=config.label_column, metric=metric
+    )
+
+
+def _from_files(data_files: str, task: Task) -> list[pa.Table]:
+    names = split_names(data_files)
+    if len(names) > 2:
+        raise UserError(
+            f"data_files takes a training file and at most one validation file; got {data_files!r}"
+        )
+    return [read_table(resolve_path(name), task.text_columns) for name in names]
+
+
+def _from_directory(data_dir: str, task: Task) -> list[pa.Table]:
+    folder = Path(data_dir).expanduser() / task.name
+    validation = folder / f"{task.validation}.parquet"
+    if not validation.exists():
+        validation = folder / "validation.parquet"
+    return [read_table(path, task.text_columns) for path in (folder / "train.parquet", validation)]
+
+
+def _from_hub(task: Task) -> list[pa.Table]:
+    try:
+        loaded = datasets.load_dataset("nyu-mll/glue", task.name)
+    except Exception as error:  # the hub client raises many kinds; each means the same to a user
+        raise UserError(
+            f"could not read task {task.name!r} (nyu-mll/glue) from the hub: {one_line(error)}; "
+            "check the network, or give a local copy with --config.data_dir"
+        ) from error
+    tables = []
+    for name in ("train", task.validation):
+        split = loaded[name]
+        table = split.with_format("arrow")[:]
+        tables.append(table.replace_schema_metadata(split.features.arrow_schema.metadata))
+    return tables
+
+
+def _column(table: pa.Table, name: str) -> list:
+    check_choice("column", name, table.column_names)
+    values = table[name]
+    if values.null_count:
+        row = values.is_null().to_pylist().index(True) + 1
+        raise UserError(
+            f"column {name!r} is empty in row {row} (of {values.null_count} such rows, the header "
+            "not counted): fill it, or remove the row"
+        )
+    return values.to_pylist()
+
+
+def _texts(table: pa.Table, name: str) -> list[str]:
+    check_choice("column", name, table.column_names)
+    kind = table.schema.field(name).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        raise UserError(f"column {name!r} holds values of type {kind}, not text")
+    return _column(table, name)
+
+
+def _class_names(table: pa.Table, task: Task) -> tuple[str, ...]:
+    """Names of the classes: those the file declares, else the training labels in order."""
+    features = datasets.Features.from_arrow_schema(table.schema)
+    declared = features.get(task.label_column)
+    if isinstance(declared, datasets.ClassLabel):
+        return tuple(declared.names)
+    values = set(_column(table, task.label_column))
+    numeric = all(isinstance(v, int) for v in values)
+    return tuple(str(v) for v in (sorted(values) if numeric else sorted(values, key=str)))
+
+
+def _split(table: pa.Table, task: Task, names: tuple[str, ...]) -> Split:
+    columns = [_texts(table, name) for name in task.text_columns]
+    values = _column(table, task.label_column)
+    features = datasets.Features.from_arrow_schema(table.schema)
+    if isinstance(features.get(task.label_column), datasets.ClassLabel):
+        labels = [value if 0 <= value < len(names) else -1 for value in values]
+    else:
+        index = {name: number for number, name in enumerate(names)}
+        labels = [index.get(str(value), -1) for value in values]
+    for row, label in enumerate(labels):
+        if label < 0:
+            raise UserError(
+                f"label {values[row]!r} (row {row + 1}) is not among the training labels "
+                f"{', '.join(map(repr, names[:10]))}: mend it, or add such training rows"
+            )
+    return Split(list(zip(*columns, strict=True)), np.asarray(labels, np.int32))
+
+
+def _split_off(rows: Split, fraction: float, seed: int) -> list[Split]:
+    """Training and validation rows by seed; rows that repeat a validation text are left out."""
+    _check_rows(rows, "the data")
+    kept, held = stratified(rows.labels, fraction, np.random.default_rng(seed))
+    texts = {rows.texts[i] for i in held}
+    distinct = [i for i in kept if rows.texts[i] not in texts]
+    if len(distinct) < len(kept):
+        log.info("%d training rows repeat a validation text: left out", len(kept) - len(distinct))
+    return [_take(rows, distinct), _take(rows, held)]
+
+
+def _take(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
+    picked = np.asarray(indices, int)
+    return Split([rows.texts[i] for i in picked], rows.labels[picked])
+
+
+def _check_rows(rows: Split, what: str) -> None:
+    if not len(rows.labels):
+        raise UserError(f"{what} has no rows")
+
+
+def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task: Task) -> None:
+    _check_rows(train, "the training file")
+    _check_rows(validation, "the validation file")
+    present = set(train.labels.tolist())
+    if len(present) < 2:
+        raise UserError(
+            f"all training rows have the label {names[train.labels[0]]!r} (column "
+            f"{task.label_column!r}): a classifier needs two classes or more"
+        )
+    unseen = sorted(set(validation.labels.tolist()) - present)
+    if unseen:
+        raise UserError(
+            f"label {names[unseen[0]]!r} occurs in validation rows but in no training row"
+        )
+    if task.metric == "f1" and len(names) != 2:
+        raise UserError(f"metric 'f1' is for two classes; this task has {len(names)}")

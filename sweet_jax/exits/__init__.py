@@ -1,0 +1,1 @@
+"""What every exit said, and what follows from it: policies, calibration, exact curves."""

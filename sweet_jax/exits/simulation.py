@@ -1,0 +1,142 @@
+"""The exact curve of cost against score, over every distinct threshold at once.
+
+With the running maximum m_e of the scores over exits, an example leaves at the first e whose m_e
+reaches the threshold. So its exit changes only at its own E - 1 breakpoints m_1 <= ... <= m_{E-1}:
+when the threshold falls through m_e it moves from exit e + 1 to exit e. All breakpoints sorted
+once, sums of those moves give cost and confusion counts everywhere.
+
+Shape letters: R replica, E exit, N examples, C classes, T thresholds.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import Policy, exit_scores
+from sweet_jax.exits.scores import from_counts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curve:
+    """Speed against score, the threshold rising along T.
+
+    The last threshold lies above every score: all examples reach the last exit. Replicas with fewer
+    distinct thresholds repeat their last point.
+
+    Attributes:
+      threshold, cost, score: float64 [R, T].
+      shares: float64 [R, T, E], share of the examples leaving at each exit.
+
+    """
+
+    threshold: np.ndarray
+    cost: np.ndarray
+    score: np.ndarray
+    shares: np.ndarray
+
+
+def simulate(
+    outputs: ExitOutputs,
+    policy: str | Policy = "confidence",
+    *,
+    temperatures: np.ndarray | None = None,
+    metric: str | None = None,
+    thresholds: np.ndarray | None = None,
+) -> Curve:
+    """What every threshold of a policy costs and scores, exactly, in O(N E log(N E)).
+
+    Args:
+      outputs: of the rows to simulate.
+      policy: name of a policy, or a function of (outputs, temperatures [R, E]) that returns scores
+        [R, E, N]; an example leaves at the first exit whose score is at least the threshold, the
+        last exit takes the rest.
+      temperatures: float [R, E] that logits are divided by, default 1.
+      metric: "accuracy", "matthews" or "f1"; default the one in outputs.identity, else accuracy.
+      thresholds: float [T], to read the curve there; default every distinct one.
+
+    Raises:
+      UserError: unknown policy.
+
+    """
+    metric = metric or outputs.identity.get("metric", "accuracy")
+    scores = exit_scores(outputs, policy, temperatures)
+    curves = [
+        _simulate_one(s, p, labels, outputs, metric)
+        for s, p, labels in zip(scores, outputs.predictions, outputs.labels, strict=True)
+    ]
+    if thresholds is not None:
+        curves = [read_curve(curve, np.asarray(thresholds, np.float64)) for curve in curves]
+    return _stack(curves)
+
+
+def read_curve(curve: Curve, thresholds: np.ndarray) -> Curve:
+    """The points of one replica's exact curve (arrays [T'], no R) at any thresholds [T]."""
+    # A threshold between two distinct ones does what the next higher one does.
+    at = np.searchsorted(curve.threshold, thresholds, side="left")
+    at = np.minimum(at, len(curve.threshold) - 1)
+    return Curve(thresholds, curve.cost[at], curve.score[at], curve.shares[at])
+
+
+def _simulate_one(
+    scores: np.ndarray,
+    predictions: np.ndarray,
+    labels: np.ndarray,
+    outputs: ExitOutputs,
+    metric: str,
+) -> Curve:
+    """The exact curve of one replica: scores, predictions [E, N], labels [N]; arrays without R."""
+    exits, count = scores.shape
+    classes = outputs.logits.shape[-1]
+    true = np.bincount(labels, minlength=classes)
+    points = np.maximum.accumulate(scores[:-1], axis=0)  # [E - 1, N], breakpoints
+    move = np.argsort(-points, axis=None, kind="stable")  # highest first, as the threshold falls
+    leaving, example = np.unravel_index(move, points.shape)
+    level = points[leaving, example]  # [(E - 1) N]
+    # One situation after each group of equal breakpoints, and one above them all.
+    changes = np.append(level[1:] != level[:-1], True)[: len(level)]
+    ends = np.concatenate([[0], np.flatnonzero(changes) + 1])
+
+    def sums(start: float | np.ndarray, moves: np.ndarray) -> np.ndarray:
+        total = np.concatenate([np.zeros((1, *moves.shape[1:])), np.cumsum(moves, axis=0)])
+        return start + total[ends]
+
+    into, out_of = predictions[leaving, example], predictions[leaving + 1, example]
+    right_in, right_out = into == labels[example], out_of == labels[example]
+    last = predictions[-1]
+    right = sums((last == labels).sum(), right_in.astype(int) - right_out)
+    per_class = np.zeros((len(level), 0 if metric == "accuracy" else classes), np.int32)
+    given, hits = per_class, per_class
+    if metric != "accuracy":
+        given = _class_moves(into, out_of, 1, 1, classes)
+        hits = _class_moves(into, out_of, right_in, right_out, classes)
+        given = sums(np.bincount(last, minlength=classes), given)
+        hits = sums(np.bincount(last[last == labels], minlength=classes), hits)
+    shares = sums(np.eye(exits)[-1] * count, np.eye(exits)[leaving] - np.eye(exits)[leaving + 1])
+    above = np.nextafter(level[:1], np.inf) if len(level) else np.zeros(1)
+    threshold = np.concatenate([above, level[ends[1:] - 1]])
+    cost = shares @ np.asarray(outputs.cost) / count
+    values = (threshold, cost, from_counts(metric, right, given, hits, true), shares / count)
+    # A score of +inf always leaves: then no threshold lies above every score.
+    first = 1 if np.isposinf(threshold[0]) else 0
+    return Curve(*(value[first:][::-1] for value in values))
+
+
+def _class_moves(into, out_of, arriving, departing, classes: int) -> np.ndarray:
+    moves = np.zeros((len(into), classes), np.int32)
+    rows = np.arange(len(into))
+    np.add.at(moves, (rows, into), arriving)
+    np.subtract.at(moves, (rows, out_of), departing)
+    return moves
+
+
+def _stack(curves: list[Curve]) -> Curve:
+    longest = max(len(curve.threshold) for curve in curves)
+
+    def padded(name: str) -> np.ndarray:
+        arrays = [getattr(curve, name) for curve in curves]
+        return np.stack(
+            [np.concatenate([a, np.repeat(a[-1:], longest - len(a), axis=0)]) for a in arrays]
+        )
+
+    return Curve(*(padded(field.name) for field in dataclasses.fields(Curve)))

@@ -1,0 +1,87 @@
+"""The edges of the file system: whole files or none, and one run at a time in a directory."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sweet_jax.config import UserError
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it to `path` if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: writers look at it.
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file, or leaves the old one."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON that every reader accepts; raises ValueError for NaN or infinity."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, identity: Mapping[str, Any], free: tuple[str, ...]) -> Iterator[None]:
+    """Holds a run directory: this configuration only, one process at a time.
+
+    identity is written to config.json, or compared with the one that is there, but for the keys in
+    `free`. The claim ends with the process, however that ends.
+
+    Raises:
+      UserError: not writable, in use, or a run of another configuration.
+
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")  # noqa: SIM115 - held by the with below
+    except OSError as error:
+        raise UserError(
+            f"workdir {str(workdir)!r} cannot be written to ({error.strerror}): choose another"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"workdir {str(workdir)!r} is in use by another run: wait for it, or choose another"
+            ) from error
+        _check_identity(workdir, identity, free)
+        yield
+
+
+def _check_identity(workdir: Path, identity: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    path = workdir / "config.json"
+    ours = json.loads(json.dumps(identity))
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{str(path)!r} is not JSON ({error}): choose another workdir"
+            ) from error
+        differing = [
+            f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+            for key in sorted({*ours, *theirs} - set(free))
+            if theirs.get(key) != ours.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"workdir {str(workdir)!r} belongs to another configuration: "
+                f"{'; '.join(differing)}. Choose another workdir, or remove this one"
+            )
+    write_json(path, ours)

@@ -1,0 +1,108 @@
+r"""Trains, evaluates, calibrates, simulates and reports what a config file says.
+
+  python -m sweet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m sweet_jax.main --config=configs/glue.py:mrpc --workdir=runs/mrpc \
+      --config.method=sweet --config.exits=1,4,6,12 --config.learning_rates=3e-5,5e-5
+
+A config file is a Python file whose get_config() returns the values that differ from the defaults
+(sweet_jax/config.py lists all keys); what follows a colon is its argument. Every key can be set
+after it: --config.KEY=VALUE. A key of several values takes them separated by commas: 1,4,6,12.
+The same command in the same workdir goes on where it stopped.
+Exit status: 0 done, 2 the input is wrong (one line says how to mend it), 1 anything else.
+"""
+
+import dataclasses
+import logging
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Set before the libraries are imported: an error of the user's must be one line, not ten.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sweet_jax import config as configuration
+from sweet_jax.config import Config, UserError
+from sweet_jax.pipeline import run
+from sweet_jax.training.run import StoppedError
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Path]:
+    """The config and workdir of a command line. Raises UserError; exits on --help."""
+    first = flags.FlagValues()
+    flags.DEFINE_string("config", None, "config file, with its argument after a colon", first)
+    flags.DEFINE_string("workdir", None, "directory of the run", first)
+    flags.DEFINE_boolean("help", False, "show this", first, short_name="h")
+    try:
+        rest = first(list(argv), known_only=True)
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if first.help:
+        print(__doc__)
+        print("Keys and their defaults:")
+        for field in dataclasses.fields(Config):
+            print(f"  {field.name} = {field.default!r}")
+        raise SystemExit(0)
+    if not first.config or not first.workdir:
+        raise UserError("give --config=FILE and --workdir=DIR (--help tells more)")
+    return _overridden(_recipe(first.config), rest), Path(first.workdir)
+
+
+def _recipe(name: str) -> ConfigDict:
+    """All keys, with the values that a config file sets."""
+    path, _, argument = name.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"config file {path!r} does not exist")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        chosen = get_config(argument) if argument else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file does wrong, its author needs one line
+        raise UserError(f"config file {path!r}: {type(error).__name__}: {error}") from error
+    return ConfigDict(dataclasses.asdict(configuration.from_mapping(dict(chosen))))
+
+
+def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
+    """The recipe with the --config.key=value of the command line."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    for argument in arguments[1:]:
+        key = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-") or not key.startswith("config."):
+            raise UserError(f"unknown argument {argument!r}: write --config.KEY=VALUE")
+        configuration.check_choice("config key", key.removeprefix("config."), names)
+    values = flags.FlagValues()
+    line = [arguments[0], *arguments[1:]]
+    config_flags.DEFINE_config_dict("config", recipe, flag_values=values, sys_argv=line)
+    try:
+        values(line)
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return configuration.from_mapping(values.config.to_dict())
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """The command; returns its exit status."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("sweet_jax").setLevel(logging.INFO)
+    try:
+        config, workdir = parse(argv or sys.argv)
+        run(config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StoppedError as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

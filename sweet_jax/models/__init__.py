@@ -1,0 +1,1 @@
+"""Encoders, exits, and pretrained parameters."""

@@ -1,0 +1,158 @@
+"""An encoder with a classifier at several depths, and who owns which parameter.
+
+A segment is the layers after the previous exit up to this one, with this exit's head; the
+embeddings belong to the first segment (SWEET paper, section 4.2). Between segments the hidden
+state is isolated: SWEET lets no gradient back across, Early-Exit lets all of it.
+
+Shape letters: E exit, B batch, L length, H hidden, C classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sweet_jax.models.bert import Bert, linear
+from sweet_jax.models.layers import derive, dropout, sub_key
+
+SHARED = 0  # the owner number of parameters that every exit trains
+
+
+def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
+    """H itself; its gradient times (1 - isolation). 1 is SWEET's stop_gradient, 0 is Early-Exit.
+
+    The two ends are taken literally when isolation is a Python number, so that SWEET's backward
+    pass ends at the boundary and frees what lies below.
+    """
+    if not isinstance(isolation, jax.Array):
+        if isolation == 0:
+            return h
+        if isolation == 1:
+            return jax.lax.stop_gradient(h)
+    mix = jnp.asarray(isolation, h.dtype)
+    return (1 - mix) * h + mix * jax.lax.stop_gradient(h)
+
+
+class Head(nnx.Module):
+    """Classifier of one exit: pooler (first token, dense, tanh), dropout, dense.
+
+    With a shared pooler the head holds the classifier only.
+    """
+
+    def __init__(self, encoder: Bert, classes: int, dtype, key: jax.Array, *, pooler: bool):
+        config = encoder.config
+        if pooler:
+            self.pooler = make_pooler(encoder, dtype, derive(key, "pooler"))
+        self.classifier = linear(
+            config, config.hidden_size, classes, dtype, nnx.Rngs(derive(key, "classifier"))
+        )
+        self.dropout_rate = config.hidden_dropout_prob
+
+    def __call__(self, h: jax.Array, pooler: nnx.Linear | None, key) -> jax.Array:
+        """Logits float32 [B, C] from the hidden state [B, L, H]."""
+        pooled = jnp.tanh((pooler or self.pooler)(h[:, 0]))  # [B, H]
+        return self.classifier(dropout(key, pooled, self.dropout_rate)).astype(jnp.float32)
+
+
+class EarlyExit(nnx.Module):
+    """An encoder and a head at each of `exits` (layer numbers from 1, the last is the depth).
+
+    Random parts of head e are derived from (key, "head", e): what an exit is does not depend on
+    which others there are.
+    """
+
+    def __init__(
+        self,
+        encoder: Bert,
+        exits: Sequence[int],
+        classes: int,
+        key: jax.Array,
+        *,
+        shared_pooler: bool = False,
+        dtype=jnp.float32,
+    ):
+        self.encoder = encoder
+        self.exits = tuple(exits)
+        self.pooler = make_pooler(encoder, dtype, derive(key, "pooler")) if shared_pooler else None
+        self.heads = nnx.Dict(
+            {
+                str(e): Head(
+                    encoder, classes, dtype, derive(key, "head", e), pooler=not shared_pooler
+                )
+                for e in self.exits
+            }
+        )
+
+    def segment(
+        self,
+        index: int,
+        h: jax.Array | None,
+        batch: dict[str, jax.Array],
+        isolation: float | jax.Array = 0.0,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """One segment: (hidden state [B, L, H] at its exit, the exit's logits float32 [B, C]).
+
+        Args:
+          index: of the segment, from 0.
+          h: hidden state at the exit before, None for the first segment.
+          batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L].
+          isolation: of h, 0 to 1.
+          key: typed key of the dropout masks, None for inference.
+
+        """
+        if h is None:
+            h = self.encoder.embed(batch["input_ids"], batch["token_type_ids"], key)  # [B, L, H]
+        else:
+            h = isolate(h, isolation)
+        start, end = (0, *self.exits)[index : index + 2]
+        for number in range(start + 1, end + 1):
+            h = self.encoder.layer(number, h, batch["mask"], key)
+        return h, self.heads[str(end)](h, self.pooler, sub_key(key, "head", end))
+
+    def __call__(
+        self,
+        batch: dict[str, jax.Array],
+        isolation: float | jax.Array = 0.0,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of every exit, float32 [E, B, C]: all segments in one pass."""
+        h, logits = None, []
+        for index in range(len(self.exits)):
+            h, answer = self.segment(index, h, batch, isolation, key)
+            logits.append(answer)
+        return jnp.stack(logits)  # [E, B, C]
+
+
+def make_pooler(encoder: Bert, dtype, key: jax.Array) -> nnx.Linear:
+    """A dense [H, H] layer with random parameters from `key`."""
+    hidden = encoder.config.hidden_size
+    return linear(encoder.config, hidden, hidden, dtype, nnx.Rngs(key))
+
+
+def owners(params: Any, exits: Sequence[int]) -> Any:
+    """The tree of `params` with the layer number of the exit that owns each; SHARED for all.
+
+    Raises KeyError for a parameter that no rule covers.
+    """
+
+    def owner(path: tuple[str | int, ...]) -> int:
+        match path:
+            case ("encoder", "embeddings", *_):
+                return exits[0]
+            case ("encoder", "layers", int(index), *_):
+                return next(e for e in exits if e > index)
+            case ("heads", str(number), *_):
+                return int(number)
+            case ("pooler", *_):
+                return SHARED
+        raise KeyError(f"no owner is defined for parameter {path}")
+
+    return jax.tree.map_with_path(lambda path, _: owner(tuple(p.key for p in path)), params)
+
+
+def leaves_by_owner(tree: Any, exits: Sequence[int]) -> Iterator[tuple[int, jax.Array]]:
+    """(owner, leaf) of every leaf of a tree shaped like the parameters."""
+    return zip(jax.tree.leaves(owners(tree, exits)), jax.tree.leaves(tree), strict=True)

@@ -1,0 +1,183 @@
+"""What every encoder is made of: derived keys, dropout, layer norm, softmax and GELU.
+
+The last three carry a backward pass written by hand. Differentiated automatically, XLA on a CPU
+spends a fifth of a training step on them (experiments/benchmarks/train_step.py).
+
+Shape letters: B batch, L length, H hidden, A attention heads.
+"""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+_MAX_LENGTH = 1 << 16  # positions are one 16-bit digit of a counter
+
+
+def derive(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
+    """Folds names (text or numbers) into a typed key, one after the other.
+
+    A key depends on what it is for and on nothing else, so that adding a layer, an exit or a
+    replica leaves the random numbers of all others as they were.
+    """
+    for name in names:
+        key = jax.random.fold_in(key, zlib.crc32(name.encode()) if isinstance(name, str) else name)
+    return key
+
+
+def sub_key(key: jax.Array | None, *names: str | int) -> jax.Array | None:
+    """`derive`, or None (no dropout) for None."""
+    return None if key is None else derive(key, *names)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """X times the normal distribution function of x, the erf form (Hendrycks & Gimpel 2016)."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
+
+
+def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    cdf = 0.5 * (1 + jax.lax.erf(x * 2**-0.5))
+    return (g * (cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis where mask is True, zero elsewhere; in float32.
+
+    Args:
+      scores: floating [..., L].
+      mask: bool, broadcastable to scores. A row without a True gets equal weights.
+
+    """
+    scores = jnp.where(mask, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    exponent = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return exponent * (1 / exponent.sum(axis=-1, keepdims=True))
+
+
+def _softmax_forward(scores, mask):
+    weights = masked_softmax(scores, mask)
+    return weights, (weights, jnp.zeros((), scores.dtype))
+
+
+def _softmax_backward(residuals, g):
+    weights, like = residuals
+    scores = weights * (g - (g * weights).sum(axis=-1, keepdims=True))
+    return scores.astype(like.dtype), None
+
+
+masked_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Layer normalisation (Ba et al. 2016) of [..., H] over H; statistics in float32.
+
+    The variance is the mean squared distance from the mean: E[x^2] - E[x]^2 loses digits.
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    rate = jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + epsilon)
+    normed = centred * rate
+    return (normed * scale + bias).astype(x.dtype), (normed.astype(x.dtype), rate, scale)
+
+
+def _layer_norm_backward(epsilon, residuals, g):
+    normed, rate, scale = residuals
+    wide, h = g.astype(jnp.float32), normed.astype(jnp.float32)
+    leading = tuple(range(g.ndim - 1))
+    out = wide * scale
+    out = out - out.mean(axis=-1, keepdims=True) - h * (out * h).mean(axis=-1, keepdims=True)
+    return (out * rate).astype(g.dtype), (wide * h).sum(leading), wide.sum(leading)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def dropout(
+    key: jax.Array | None,
+    x: jax.Array,
+    rate: float,
+    *,
+    length_axes: tuple[int, ...] = (),
+    packed_axis: int = -1,
+) -> jax.Array:
+    """Zeroes elements of x with probability `rate` and scales the others up; x where key is None.
+
+    The mask of an element depends on the key and on the element's own coordinates only, never on
+    the extent of `length_axes`: a batch padded further gets the same masks on the same tokens.
+    `jax.random.bernoulli` does not promise that, and draws 32 bits an element where 16 do.
+
+    Args:
+      key: typed threefry key, or None for inference.
+      x: any floating array.
+      rate: probability of a zero, rounded to a multiple of 2**-16.
+      length_axes: axes along sequence positions, at most two.
+      packed_axis: an axis of fixed size; four of its elements share one 64-bit draw.
+
+    """
+    threshold = round(rate * 65536)
+    if key is None or threshold == 0:
+        return x
+    keep = _keep(key, x.shape, threshold, length_axes, packed_axis)
+    return jnp.where(keep, x * (65536 / (65536 - threshold)), jnp.zeros((), x.dtype))
+
+
+def _keep(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    threshold: int,
+    length_axes: tuple[int, ...],
+    packed_axis: int,
+) -> jax.Array:
+    """Bool of the given shape: whether the 16-bit number at each counter reaches threshold."""
+    rank = len(shape)
+    packed = packed_axis % rank
+    lengths = {axis % rank for axis in length_axes}
+    size = shape[packed]
+    groups = -(-size // 4)
+    counted = tuple(groups if axis == packed else extent for axis, extent in enumerate(shape))
+    high = jnp.zeros(counted, jnp.uint32)  # sequence positions
+    low = jnp.zeros(counted, jnp.uint32)  # everything else
+    for axis in range(rank):
+        index = jax.lax.broadcasted_iota(jnp.uint32, counted, axis)
+        if axis in lengths:
+            high = high * _MAX_LENGTH + index
+        else:
+            low = low * counted[axis] + index
+    words = threefry(jax.random.key_data(key), high, low)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    parts = [half >= threshold for half in halves]
+    return jax.lax.slice_in_dim(jnp.concatenate(parts, axis=packed), 0, size, axis=packed)
+
+
+def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al. 2011, table 2): JAX's own generator, unrolled.
+
+    On a CPU, JAX lowers it to a loop that copies every word each round, five times slower.
+
+    Args:
+      key: uint32 [2].
+      high, low: the two words of the counters, uint32 of one shape.
+
+    Returns:
+      Two words of random bits for every counter.
+
+    """
+    keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    x, y = high + keys[0], low + keys[1]
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = ((y << turn) | (y >> (32 - turn))) ^ x
+        x = x + keys[(group + 1) % 3]
+        y = y + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x, y

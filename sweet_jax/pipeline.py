@@ -1,0 +1,225 @@
+"""The whole job of one config: data, training, evaluation, calibration, simulation, report.
+
+Shape letters: R replica, E exit, N examples, C classes.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.batches import Tokens, draw_rows, tokenize
+from sweet_jax.data.load import Dataset, load_dataset
+from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.outputs import ExitOutputs, layer_cost
+from sweet_jax.files import claimed, write_json
+from sweet_jax.models.pretrained import (
+    Checkpoint,
+    load_tokenizer,
+    open_checkpoint,
+    read_encoder,
+)
+from sweet_jax.report import page, plots, tables
+from sweet_jax.report.model import Model, save_model
+from sweet_jax.training.evaluation import evaluate
+from sweet_jax.training.metrics import diverged, read_metrics
+from sweet_jax.training.run import fit, trainings
+
+log = logging.getLogger(__name__)
+
+# Keys that may differ when a run is gone on with: they change nothing of what is computed.
+FREE_KEYS = ("checkpoint_every",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A config with everything it names, read and checked."""
+
+    config: Config  # resolved
+    checkpoint: Checkpoint
+    dataset: Dataset
+    tokenizer: Any
+    train: Tokens
+    validation: Tokens
+    rows: list[tuple[np.ndarray, np.ndarray]]  # of each replica: trained on, calibrated on
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What training and evaluation leave."""
+
+    calibration: ExitOutputs
+    validation: ExitOutputs
+    models: list[Model]
+    timing: dict[str, float]
+
+
+def run(config: Config, workdir: Path) -> dict[str, Any]:
+    """Does the whole job of one config in one directory; returns the contents of results.json.
+
+    Raises:
+      UserError: the config, the data, the checkpoint or the workdir will not do; nothing was
+        written.
+      StoppedError: SIGTERM came; the same call goes on where this one stopped.
+
+    """
+    job = prepare(config)
+    identity = {**dataclasses.asdict(job.config), "data_sha256": job.dataset.digest()}
+    with claimed(workdir, identity, FREE_KEYS):
+        _describe(job)
+        return _report(job, train_and_evaluate(job, workdir), workdir)
+
+
+def prepare(config: Config) -> Job:
+    """Reads and checks all that a config names. Raises UserError; writes nothing."""
+    config = config.resolved()
+    checkpoint = open_checkpoint(config.checkpoint)
+    _check_against(checkpoint, config)
+    read_encoder(checkpoint)  # a damaged file must be known before anything is written
+    dataset = load_dataset(config)
+    tokenizer = load_tokenizer(checkpoint)
+    train, validation = (
+        tokenize(tokenizer, split, config.max_length)
+        for split in (dataset.train, dataset.validation)
+    )
+    rows = [draw_rows(train.labels, config, seed) for seed, _ in config.replicas()]
+    return Job(config, checkpoint, dataset, tokenizer, train, validation, rows)
+
+
+def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
+    """Trains the method's models one after the other, and fills ExitOutputs with what they say."""
+    config, classes = job.config, len(job.dataset.classes)
+    every = np.tile(np.arange(len(job.validation)), (len(job.rows), 1))  # [R, N]
+    held_out = np.stack([rows for _, rows in job.rows])  # [R, N]
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    models: list[Model] = []
+    timing = {"train_seconds": 0.0, "train_examples": 0.0, "evaluate_seconds": 0.0}
+    for training in trainings(config):
+        trained = [rows for rows, _ in job.rows]
+        graphdef, params, spent = fit(
+            config, job.checkpoint, training, classes, job.train, trained, workdir
+        )
+        began = time.perf_counter()
+        on_validation = evaluate(config, graphdef, params, job.validation, every)  # [R, E, N, C]
+        match config.calibration:
+            case "held_out":
+                fitted = evaluate(config, graphdef, params, job.train, held_out)
+            case "validation":
+                fitted = on_validation
+            case _:  # the release's: the validation rows with dropout left on
+                fitted = evaluate(config, graphdef, params, job.validation, every, dropout=True)
+        found.append((fitted, on_validation))
+        models.append(Model(training.exits, params))
+        timing["train_seconds"] += spent.seconds
+        timing["train_examples"] += spent.examples
+        timing["evaluate_seconds"] += time.perf_counter() - began
+    fitted_on_held_out = config.calibration == "held_out"
+    labels = job.train.labels[held_out] if fitted_on_held_out else job.validation.labels
+    fitted_logits, logits = zip(*found, strict=True)
+    return Outcome(
+        _outputs(job, "calibration", fitted_logits, labels),
+        _outputs(job, "validation", logits, job.validation.labels),
+        models,
+        timing,
+    )
+
+
+def _outputs(job: Job, split: str, logits: Sequence[np.ndarray], labels: np.ndarray) -> ExitOutputs:
+    config = job.config
+    return ExitOutputs(
+        np.concatenate(logits, axis=1),  # [R, E, N, C]
+        labels,
+        np.asarray(config.exits),
+        layer_cost(config.exits, config.method),
+        identity={
+            "split": split,
+            "task": config.task,
+            "method": config.method,
+            "checkpoint": config.checkpoint,
+            "preset": config.preset,
+            "fitted_on": config.calibration,
+            "policy": config.confidence,
+            "metric": job.dataset.task.metric,
+            "classes": list(job.dataset.classes),
+            "replicas": [list(replica) for replica in config.replicas()],
+        },
+    )
+
+
+def _report(job: Job, outcome: Outcome, workdir: Path) -> dict[str, Any]:
+    """Writes the outputs, the report with its figures, the best model and results.json."""
+    config = job.config
+    outcome.calibration.save(workdir / "exit_outputs" / "calibration.npz")
+    outcome.validation.save(workdir / "exit_outputs" / "validation.npz")
+    analysis = analyse(outcome.calibration, outcome.validation)
+    metrics = read_metrics(workdir)
+    bad = diverged(
+        metrics,
+        {training.name: training.exits for training in trainings(config)},
+        config.replicas(),
+        outcome.validation.logits,
+        config.exits,
+    )
+    results = tables.build_results(
+        config,
+        analysis,
+        bad,
+        rows=len(job.rows[0][0]),
+        timing=outcome.timing,
+        versions={name: version(name) for name in ("jax", "flax", "optax", "transformers")},
+    )
+    plots.write_figures(workdir / "figures", analysis, results, metrics)
+    page.write_report(workdir / "report.html", analysis, results, metrics)
+    save_model(
+        workdir / "model",
+        job.checkpoint,
+        job.tokenizer,
+        config,
+        job.dataset,
+        analysis,
+        outcome.models,
+    )
+    write_json(workdir / "results.json", results)  # last: it says that the run is whole
+    for row in bad:
+        log.warning(tables.describe_divergence(row))
+    print(tables.exit_table(results))
+    print(f"report: {workdir / 'report.html'}")
+    return results
+
+
+def _check_against(checkpoint: Checkpoint, config: Config) -> None:
+    depth, positions = checkpoint.depth, checkpoint.config.max_position_embeddings
+    if config.exits[-1] != depth:
+        raise UserError(
+            f"exits must end with the encoder's last layer, {depth} for {config.checkpoint!r}; got "
+            f"{','.join(map(str, config.exits))}"
+        )
+    if config.max_length > positions:
+        raise UserError(
+            f"max_length is {config.max_length}, but {config.checkpoint!r} has {positions} "
+            f"positions: set --config.max_length={positions} or less"
+        )
+
+
+def _describe(job: Job) -> None:
+    train, calibration = job.rows[0]
+    log.info(
+        "%s with %s: %d training, %d calibration and %d validation rows, %d classes, %d replicas "
+        "(seeds x learning rates), on %d %s device(s)",
+        job.config.task,
+        job.config.method,
+        len(train),
+        len(calibration),
+        len(job.validation),
+        len(job.dataset.classes),
+        len(job.rows),
+        jax.device_count(),
+        jax.default_backend(),
+    )

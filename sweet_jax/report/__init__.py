@@ -1,0 +1,1 @@
+"""What a run leaves for people: tables, figures, a page, a model."""

@@ -1,0 +1,185 @@
+"""The numbers of a report: results.json, and the table that is printed.
+
+Shape letters: R replica, E exit, N examples, T thresholds.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.config import Config
+from sweet_jax.exits.analysis import Analysis, Choice, at_costs, full_score
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.scores import bootstrap_interval, mean_interval, score, wilson_interval
+from sweet_jax.exits.simulation import Curve
+
+# Where the paper reads its curves (table 1); Multi-Model's reach beyond the full model.
+_COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0, 1 + 3 / 8, 1 + 3 / 4)
+_CURVE_POINTS = 2000  # in results.json; every threshold follows from the saved outputs
+
+
+def individual(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]:
+    """Each exit as if it answered all: layer, cost, score, n and the 95% interval over rows.
+
+    Wilson's interval for accuracy, a bootstrap over rows for the other metrics.
+    """
+    metric = outputs.identity.get("metric", "accuracy")
+    classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
+    rows = []
+    for e, layer in enumerate(outputs.layers):
+        given = outputs.predictions[replica, e]
+        if metric == "accuracy":
+            interval = wilson_interval((given == labels).sum(), len(labels))
+        else:
+            interval = bootstrap_interval(metric, given, labels, classes)
+        rows.append(
+            {
+                "layer": int(layer),
+                "cost": float(np.asarray(outputs.cost)[e]),
+                "score": score(metric, given, labels, classes),
+                "n": len(labels),
+                "interval": [float(v) for v in interval],
+            }
+        )
+    return rows
+
+
+def build_results(
+    config: Config,
+    analysis: Analysis,
+    diverged: Sequence[Mapping[str, Any]],
+    rows: int,
+    **more: Any,
+) -> dict[str, Any]:
+    """The contents of results.json.
+
+    `rows` counts the training rows, `more` are keys that do not follow from the outputs.
+    """
+    depth = config.exits[-1]
+    # The first exit of a model of this depth, and the paper's other costs within reach.
+    reach = float(np.asarray(analysis.validation.cost)[-1]) + 1e-12
+    costs = [c for c in (1 / depth, *_COSTS) if c <= reach]
+    replicas = []
+    for r, (seed, rate) in enumerate(analysis.replicas):
+        keep = full_score(analysis, r)
+        replicas.append(
+            {
+                "seed": seed,
+                "learning_rate": rate,
+                "individual": individual(analysis.validation, r),
+                "temperatures": _finite(analysis.temperatures[r]),
+                "curve": _curve(thinned(analysis.curve, r, _CURVE_POINTS)),
+                "grid": _curve(thinned(analysis.grid, r, 11)),
+                "at_cost": at_costs(analysis.grid, r, costs),
+                "calibration_area": _finite(analysis.area[r]),
+                "full_score": dataclasses.asdict(keep) if isinstance(keep, Choice) else None,
+                "diverged": [dict(d) for d in diverged if d["replica"] == r],
+            }
+        )
+    mean, ci95 = _over_seeds([replicas[r] for r in analysis.chosen])
+    return {
+        "task": config.task,
+        "method": config.method,
+        "checkpoint": config.checkpoint,
+        "exits": list(config.exits),
+        "preset": config.preset,
+        "metric": analysis.validation.identity["metric"],
+        "n": {
+            "calibration": analysis.calibration.labels.shape[1],
+            "validation": analysis.validation.labels.shape[1],
+            "train": rows,
+        },
+        "fitted_on": config.calibration,
+        "replicas": replicas,
+        "best_replica": analysis.best,
+        "mean": mean,
+        "ci95": ci95,
+        **more,
+    }
+
+
+def thinned(curve: Curve, replica: int, points: int) -> dict[str, np.ndarray]:
+    """At most `points` of one replica's curve, both ends among them, repeats left out."""
+    names = [field.name for field in dataclasses.fields(Curve)]
+    arrays = {name: getattr(curve, name)[replica] for name in names}
+    use = np.flatnonzero(np.append(True, np.diff(arrays["threshold"]) > 0))
+    use = use[np.isfinite(arrays["threshold"][use])]
+    if len(use) > points:
+        use = use[np.unique(np.linspace(0, len(use) - 1, points).round().astype(int))]
+    return {name: array[use] for name, array in arrays.items()}
+
+
+def exit_table(results: Mapping[str, Any]) -> str:
+    """The table of exits of the best replica as text, the last line the cost of full score."""
+    replica = results["replicas"][results["best_replica"]]
+    metric = results["metric"]
+    lines = [f"{'exit':>5} {'cost':>6} {metric:>9}  95% interval      n"]
+    for row in replica["individual"]:
+        low, high = row["interval"]
+        lines.append(
+            f"{row['layer']:>5} {row['cost']:>6.3f} {row['score']:>9.4f}  "
+            f"[{low:.4f}, {high:.4f}] {row['n']:>5}"
+        )
+    keep = replica["full_score"]
+    if keep is not None:
+        cost, value = keep["validation"]
+        lines.append(
+            f"full {metric} is kept at cost {cost:.3f}: threshold {keep['threshold']:.4f}, chosen "
+            f"on {results['n']['calibration']} {fitted_rows(results)}, gives {value:.4f} on "
+            f"{results['n']['validation']} validation rows (last exit "
+            f"{replica['individual'][-1]['score']:.4f})"
+        )
+    return "\n".join(lines)
+
+
+def fitted_rows(results: Mapping[str, Any]) -> str:
+    """What to call the rows that temperatures and thresholds were fitted on."""
+    held_out = results["fitted_on"] == "held_out"
+    return "calibration rows" if held_out else "validation rows (the preset's choice)"
+
+
+def describe_divergence(row: Mapping[str, Any]) -> str:
+    """One line for one replica and exit that diverged."""
+    since = "" if row["step"] is None else f", since step {row['step']}"
+    return (
+        f"diverged: replica {row['replica']} (seed {row['seed']}, learning rate "
+        f"{row['learning_rate']:g}), exit {row['exit']}: {row['what']}{since}"
+    )
+
+
+def _over_seeds(replicas: Sequence[Mapping[str, Any]]) -> tuple[dict, dict]:
+    """Mean and half width of the 95% interval over seeds, of exits and of set costs."""
+    exits = [[row["score"] for row in replica["individual"]] for replica in replicas]
+    keys = [k for k, v in replicas[0]["at_cost"].items() if v is not None]
+    costs = [[replica["at_cost"][k] for k in keys] for replica in replicas]
+    tables = []
+    for which in (0, 1):
+        by_exit = mean_interval(np.asarray(exits))[which]
+        by_cost = mean_interval(np.asarray(costs))[which]
+        layers = [row["layer"] for row in replicas[0]["individual"]]
+        tables.append(
+            {
+                "learning_rate": replicas[0]["learning_rate"],
+                "seeds": [replica["seed"] for replica in replicas],
+                "individual": [
+                    {"layer": layer, "score": None if by_exit is None else float(by_exit[e])}
+                    for e, layer in enumerate(layers)
+                ],
+                "at_cost": {
+                    k: None if by_cost is None else float(by_cost[i]) for i, k in enumerate(keys)
+                },
+            }
+        )
+    return tables[0], tables[1]
+
+
+def _finite(values: np.ndarray | float) -> Any:
+    if isinstance(values, np.ndarray):
+        return [_finite(v) for v in values.tolist()]
+    return float(values) if np.isfinite(values) else None
+
+
+def _curve(arrays: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    return {name: arrays[name].tolist() for name in ("threshold", "cost", "score")}

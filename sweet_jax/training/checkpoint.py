@@ -1,0 +1,94 @@
+"""Training state on disk, by orbax: whole, checked, the last two kept.
+
+Beside each checkpoint lies a digest of its files. A checkpoint whose digest is absent (the process
+died while saving) or differs (the disk lost something) is passed over for the one before.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from sweet_jax.files import write_json
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one training, in `folder`."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder.absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=LatestN(2), enable_async_checkpointing=False
+            ),
+        )
+
+    def save(self, step: int, state: Any) -> None:
+        """Saves a pytree of arrays as of `step`, unless that is saved already."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+        self._manager.wait_until_finished()
+        write_json(self._digest_path(step), _digest(self._folder / str(step)))
+        for path in self._folder.glob("*.digest.json"):
+            if int(path.name.split(".")[0]) not in self._manager.all_steps():
+                path.unlink()
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """(step, state) of the newest sound checkpoint, or None.
+
+        like: a pytree of jax.ShapeDtypeStruct with shardings. Unsound checkpoints are removed,
+        with a line in the log.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if self._is_sound(step):
+                return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            log.warning(
+                "the checkpoint of step %d in %s is damaged or incomplete: going back to the one "
+                "before",
+                step,
+                self._folder,
+            )
+            shutil.rmtree(self._folder / str(step), ignore_errors=True)
+            self._digest_path(step).unlink(missing_ok=True)
+            self._manager.reload()
+        return None
+
+    def close(self) -> None:
+        """Ends the manager's threads."""
+        self._manager.close()
+
+    def _digest_path(self, step: int) -> Path:
+        return self._folder / f"{step}.digest.json"
+
+    def _is_sound(self, step: int) -> bool:
+        try:
+            wanted = json.loads(self._digest_path(step).read_text())
+        except (OSError, ValueError):
+            return False
+        return wanted == _digest(self._folder / str(step))
+
+
+def like(state: Any, sharding: jax.sharding.Sharding) -> Any:
+    """What `Checkpoints.restore` takes: the shapes and dtypes of `state`, placed by `sharding`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+def _digest(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                name = str(path.relative_to(folder))
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

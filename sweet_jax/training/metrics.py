@@ -1,0 +1,112 @@
+"""The training log: metrics.jsonl (the truth), TensorBoard events (for looking), divergence.
+
+Shape letters: R replica, E exit, N examples, C classes.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from sweet_jax.files import write_text
+
+Row = dict[str, Any]
+
+
+def read_metrics(workdir: Path) -> list[Row]:
+    """The lines of metrics.jsonl in order; one that the process died over ends the list."""
+    path = workdir / "metrics.jsonl"
+    rows: list[Row] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class MetricsLog:
+    """Appends the steps of one training; steps after `step`, left by a killed run, are dropped."""
+
+    def __init__(self, workdir: Path, training: str, step: int, exits: Sequence[int]):
+        kept = [
+            row
+            for row in read_metrics(workdir)
+            if row["training"] != training or row["step"] < step
+        ]
+        write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = (workdir / "metrics.jsonl").open("a")
+        self._training = training
+        self._exits = exits
+        self._events = SummaryWriter(
+            str(workdir / "tensorboard" / training), purge_step=step, write_to_disk=True
+        )
+
+    def add(self, step: int, epoch: int, length: int, loss: np.ndarray, only: np.ndarray) -> None:
+        """Logs one step: loss float [R, E], only class predicted (or -1) int [R, E]."""
+        finite = [[v if math.isfinite(v) else None for v in row] for row in loss.tolist()]
+        row = {"training": self._training, "step": step, "epoch": epoch, "length": length}
+        self._file.write(json.dumps(row | {"loss": finite, "predicted": only.tolist()}) + "\n")
+        for replica, losses in enumerate(loss):
+            for layer, value in zip(self._exits, losses, strict=True):
+                self._events.add_scalar(f"loss/exit_{layer}/replica_{replica}", float(value), step)
+
+    def flush(self) -> None:
+        """Hands everything to the operating system: before each checkpoint."""
+        self._file.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+def diverged(
+    rows: Iterable[Row],
+    trainings: Mapping[str, Sequence[int]],
+    replicas: Sequence[tuple[int, float]],
+    logits: np.ndarray,
+    layers: Sequence[int],
+) -> list[Row]:
+    """What went wrong in training, one row for each replica and exit it happened to.
+
+    A loss that stopped being finite is reported with the first such step; an exit that gives all
+    evaluated rows one class as collapsed, with the first step of training since which every batch
+    got that class only.
+
+    Args:
+      rows: of metrics.jsonl.
+      trainings: name of each training → the layer numbers of its exits.
+      replicas: (seed, learning rate) of each replica.
+      logits: float [R, E, N, C] of the evaluated rows.
+      layers: the E layer numbers.
+
+    """
+    first_bad: dict[tuple[int, int], int] = {}
+    since: dict[tuple[int, int], tuple[int, int]] = {}  # class, first step of the present run of it
+    for row in rows:
+        for r in range(len(replicas)):
+            for e, layer in enumerate(trainings[row["training"]]):
+                place, only = (r, layer), row["predicted"][r][e]
+                if row["loss"][r][e] is None:
+                    first_bad.setdefault(place, row["step"])
+                if since.get(place, (-2, 0))[0] != only:
+                    since[place] = (only, row["step"])
+    found = []
+    for r, (seed, rate) in enumerate(replicas):
+        for e, layer in enumerate(layers):
+            who = {"replica": r, "seed": seed, "learning_rate": rate, "exit": layer}
+            classes = logits[r, e].argmax(axis=-1)
+            if (r, layer) in first_bad or not np.isfinite(logits[r, e]).all():
+                step = first_bad.get((r, layer))
+                found.append(who | {"what": "loss is not finite", "step": step})
+            elif len(classes) > 1 and (classes == classes[0]).all():
+                only, step = since.get((r, layer), (-1, 0))
+                step = step if only == classes[0] else None
+                found.append(who | {"what": f"collapsed to class {classes[0]}", "step": step})
+    return found

@@ -1,0 +1,260 @@
+"""Training of all replicas: the initial state, the compiled step, and the loop around it.
+
+Shape letters: R replica, E exit, B batch, N examples, L length, C classes.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from sweet_jax.config import Config
+from sweet_jax.data.batches import (
+    Tokens,
+    bucket_lengths,
+    steps_per_epoch,
+    training_batch,
+)
+from sweet_jax.models.bert import Bert
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.layers import derive
+from sweet_jax.models.pretrained import Checkpoint, read_encoder
+from sweet_jax.training.checkpoint import Checkpoints, like
+from sweet_jax.training.metrics import MetricsLog
+from sweet_jax.training.sharding import (
+    by_replica,
+    by_row,
+    make_mesh,
+    over_replicas,
+    traced_at_most,
+)
+from sweet_jax.training.step import (
+    Metrics,
+    Params,
+    State,
+    StepSettings,
+    new_state,
+    train_step,
+)
+
+log = logging.getLogger(__name__)
+
+
+class StoppedError(Exception):
+    """SIGTERM came; the state was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One model to be trained for all replicas: every exit, or one depth of Multi-Model."""
+
+    name: str
+    exits: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Where the time of a training went, in seconds of the wall clock."""
+
+    seconds: float
+    examples: int  # rows of all replicas that this process trained on
+
+
+def trainings(config: Config) -> tuple[Training, ...]:
+    """The models a method trains: Multi-Model one for each depth, the others one in all."""
+    if config.method == "multi_model":
+        return tuple(Training(f"depth_{e:02d}", (e,)) for e in config.exits)
+    return (Training("exits_" + "_".join(map(str, config.exits)), config.exits),)
+
+
+def make_model(
+    config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, seed: int
+) -> EarlyExit:
+    """A model as deep as its last exit with random parameters from `seed`."""
+    encoder_config = dataclasses.replace(checkpoint.config, num_hidden_layers=exits[-1])
+    key = derive(jax.random.key(seed), "parameters")
+    return EarlyExit(
+        Bert(encoder_config, key, config.dtype),
+        exits,
+        classes,
+        key,
+        shared_pooler=config.pooler == "shared",
+        dtype=config.dtype,
+    )
+
+
+def initial_state(
+    config: Config, checkpoint: Checkpoint, training: Training, classes: int
+) -> tuple[nnx.GraphDef, State]:
+    """The model's structure and the stacked state [R, ...] on the host: pretrained where the
+    checkpoint has it, random by seed where not.
+    """
+    encoder, pooler = read_encoder(checkpoint, training.exits[-1])
+
+    def one(seed: int, rate: float) -> tuple[nnx.GraphDef, State]:
+        graphdef, values = nnx.split(make_model(config, checkpoint, training.exits, classes, seed))
+        params = nnx.to_pure_dict(values)
+        params["encoder"] = encoder
+        if pooler is not None:
+            for holder in [params, *params["heads"].values()]:
+                if "pooler" in holder:
+                    holder["pooler"] = pooler
+        return graphdef, jax.tree.map(np.asarray, new_state(params, rate, seed))
+
+    stacked = [one(seed, rate) for seed, rate in config.replicas()]
+    return stacked[0][0], jax.tree.map(lambda *x: np.stack(x), *(state for _, state in stacked))
+
+
+def fit(
+    config: Config,
+    checkpoint: Checkpoint,
+    training: Training,
+    classes: int,
+    tokens: Tokens,
+    rows: Sequence[np.ndarray],
+    workdir: Path,
+) -> tuple[nnx.GraphDef, Params, Timing]:
+    """Trains one model for all replicas, from its newest checkpoint where there is one.
+
+    Args:
+      config: resolved.
+      checkpoint: of the encoder.
+      training: which model.
+      classes: number of classes.
+      tokens: training rows.
+      rows: for each replica the indices it trains on, equally many.
+      workdir: checkpoints and metrics go here.
+
+    Returns:
+      The model's structure, its parameters [R, ...] on the devices, and the time it took.
+
+    Raises:
+      StoppedError: SIGTERM came; the same call goes on where this one stopped.
+
+    """
+    seeds = [seed for seed, _ in config.replicas()]
+    mesh = make_mesh(len(seeds), config.batch_size)
+    graphdef, state = initial_state(config, checkpoint, training, classes)
+    settings = step_settings(config, graphdef, training.exits, len(rows[0]))
+    checkpoints = Checkpoints(workdir / "checkpoints" / training.name)
+    restored = checkpoints.restore(like(state, by_replica(mesh)))
+    state = restored[1] if restored else jax.device_put(state, by_replica(mesh))
+    start = restored[0] if restored else 0
+    if start:
+        log.info("%s: going on from step %d of %d", training.name, start, settings.total_steps)
+    lengths = bucket_lengths(config.max_length)
+    step = compile_step(settings, len(seeds), mesh, len(lengths))
+
+    def batch(number: int) -> dict[str, jax.Array]:
+        host = training_batch(tokens, rows, seeds, number, config.batch_size, lengths)
+        return jax.device_put(host, by_row(mesh))
+
+    metrics = MetricsLog(workdir, training.name, start, training.exits)
+    began = time.perf_counter()
+    with contextlib.closing(metrics), contextlib.closing(checkpoints):
+        bar = tqdm(
+            desc=training.name,
+            total=settings.total_steps * config.batch_size * len(seeds),
+            initial=start * config.batch_size * len(seeds),
+            unit=" examples",
+        )
+        with bar:
+            steps = range(start, settings.total_steps)
+            every = config.checkpoint_every
+            epoch = steps_per_epoch(len(rows[0]), config.batch_size)
+            state = _loop(step, state, batch, steps, epoch, every, metrics, checkpoints, bar)
+    examples = (settings.total_steps - start) * config.batch_size * len(seeds)
+    return graphdef, state.params, Timing(time.perf_counter() - began, examples)
+
+
+def _loop(
+    step: Callable,
+    state: State,
+    batch: Callable[[int], dict[str, jax.Array]],
+    steps: range,
+    epoch: int,
+    every: int,
+    metrics: MetricsLog,
+    checkpoints: Checkpoints,
+    bar: tqdm,
+) -> State:
+    """Takes the steps; metrics are read one step late, so that the device never waits for them."""
+    late: tuple[int, int, Metrics] | None = None
+
+    def log_late() -> None:
+        if late is not None:
+            number, length, values = late
+            loss, predicted = jax.device_get(values)
+            metrics.add(number, number // epoch, length, loss, predicted)
+            bar.update(loss.shape[0] * rows)
+
+    with _termination() as terminated:
+        for number in steps:
+            inputs = batch(number)
+            rows, length = inputs["mask"].shape[1:]
+            state, values = step(state, inputs)
+            log_late()
+            late = (number, length, values)
+            last = number + 1 == steps.stop
+            if last or (number + 1) % every == 0 or terminated.is_set():
+                log_late()
+                late = None
+                metrics.flush()
+                checkpoints.save(number + 1, state)
+            if terminated.is_set() and not last:
+                raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {steps.stop}")
+    return state
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, in place of ending the process at once."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def step_settings(
+    config: Config, graphdef: nnx.GraphDef, exits: tuple[int, ...], rows: int
+) -> StepSettings:
+    """The constants of the train step for `rows` training rows."""
+    total = steps_per_epoch(rows, config.batch_size) * config.epochs
+    return StepSettings(
+        graphdef=graphdef,
+        exits=exits,
+        total_steps=total,
+        warmup_steps=int(config.warmup_fraction * total),
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        clip_by_owner=config.clipping == "owner",
+        isolation=config.isolation,
+    )
+
+
+def compile_step(settings: StepSettings, replicas: int, mesh, lengths: int) -> Callable:
+    """(state, batch) → (state, metrics), all [R, ...]: jitted, sharded, state donated.
+
+    Traced at most once per batch length, which is asserted.
+    """
+
+    def one(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        return train_step(settings, state, batch)
+
+    return jax.jit(
+        traced_at_most(over_replicas(one, replicas), lengths),
+        in_shardings=(by_replica(mesh), by_row(mesh)),
+        out_shardings=(by_replica(mesh), by_replica(mesh)),
+        donate_argnums=0,
+    )
