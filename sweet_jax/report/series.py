@@ -1,0 +1,79 @@
+"""The series that figures draw, whichever library draws them.
+
+Shape letters: R replica, E exit, N examples, T thresholds or steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.exits.analysis import Analysis
+from sweet_jax.exits.calibration import expected_calibration_error, reliability
+from sweet_jax.exits.policies import probabilities
+
+# Viridis from dark to light: exits in order of depth, told apart without colour vision too.
+_COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
+_SMOOTHED = 20  # steps
+
+
+def colour(exit_index: int) -> str:
+    """The colour of an exit, in every figure the same."""
+    return _COLOURS[exit_index % len(_COLOURS)]
+
+
+def reliability_series(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
+    """Reliability of each exit on validation rows, before and after temperature scaling.
+
+    One dict for each exit: layer, and for "before" and "after" the mean confidence, share correct
+    and count of ten bins (empty ones left out), with the expected calibration error.
+    """
+    outputs = analysis.validation.replica(replica)
+    correct = outputs.predictions[0] == outputs.labels[0]  # [E, N]
+    ones = np.ones((1, len(outputs.layers)))
+    fitted = analysis.temperatures[replica : replica + 1]
+    series = []
+    for e, layer in enumerate(outputs.layers):
+        row: dict[str, Any] = {"layer": int(layer)}
+        for name, temperatures in (("before", ones), ("after", fitted)):
+            confidence = probabilities(outputs, temperatures)[0, e].max(axis=-1)
+            if np.isnan(confidence).any():
+                continue
+            mean, share, count = reliability(confidence, correct[e])
+            used = count > 0
+            row[name] = {
+                "confidence": mean[used].tolist(),
+                "correct": share[used].tolist(),
+                "count": count[used].tolist(),
+                "error": expected_calibration_error(confidence, correct[e]),
+            }
+        series.append(row)
+    return series
+
+
+def loss_series(
+    metrics: Sequence[Mapping[str, Any]], replica: int, layers: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Training loss of each exit, a running mean over 20 steps: layer, step [T], loss [T].
+
+    The models of Multi-Model have one exit each, in the order of their depth.
+    """
+    names = list(dict.fromkeys(row["training"] for row in metrics))
+    series = []
+    for name in names:
+        rows = [row for row in metrics if row["training"] == name]
+        for e in range(len(rows[0]["loss"][replica])):
+            values = np.asarray([row["loss"][replica][e] for row in rows], np.float64)
+            total = np.cumsum(np.concatenate([[0.0], values]))
+            width = np.minimum(np.arange(1, len(values) + 1), _SMOOTHED)
+            smooth = (total[1:] - total[np.arange(1, len(values) + 1) - width]) / width
+            finite = np.isfinite(smooth)
+            steps = np.asarray([row["step"] for row in rows])
+            series.append(
+                {
+                    "layer": int(layers[len(series)]),
+                    "step": steps[finite].tolist(),
+                    "loss": smooth[finite].tolist(),
+                }
+            )
+    return series

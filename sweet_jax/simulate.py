@@ -1,0 +1,161 @@
+"""Answers what a dial costs, from a run's saved outputs alone: no model, no accelerator.
+
+  python -m sweet_jax.simulate --run=runs/quickstart                  the table of exits
+  python -m sweet_jax.simulate --run=runs/quickstart --cost=0.5       best score within a mean cost
+  python -m sweet_jax.simulate --run=runs/quickstart --accuracy=0.95  cheapest with such a score
+  python -m sweet_jax.simulate --run=runs/quickstart --threshold=0.9  what a threshold does
+  python -m sweet_jax.simulate --run=runs/a --run=runs/b --output=compare.html
+
+Thresholds for --cost and --accuracy are chosen on the calibration rows; what they give there and
+on the validation rows is printed; where no threshold will do, the best that is reachable. Several
+--run are overlaid in one page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+"""
+
+# The command only. The function of this name is `from sweet_jax import simulate`.
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sweet_jax.config import UserError
+from sweet_jax.exits.analysis import (
+    Analysis,
+    Choice,
+    analyse,
+    apply_threshold,
+    choose,
+    full_score,
+)
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import POLICIES
+from sweet_jax.report.tables import exit_lines, individual
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help tells more)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    try:
+        _run(_parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m sweet_jax.simulate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="DIR", help="run directory; may repeat"
+    )
+    parser.add_argument(
+        "--policy", help=f"{', '.join(POLICIES)}; default the one the run was made with"
+    )
+    dial = parser.add_mutually_exclusive_group()
+    dial.add_argument("--cost", type=float, help="largest mean cost, share of the full layers")
+    dial.add_argument("--accuracy", type=float, help="least score, in the run's own metric")
+    dial.add_argument("--threshold", type=float, help="leave at the first score of at least this")
+    parser.add_argument(
+        "--output", default="compare.html", help="page for several runs (default compare.html)"
+    )
+    options = parser.parse_args(argv)
+    for name, low in (("cost", 0.0), ("accuracy", 0.0), ("threshold", -math.inf)):
+        value = getattr(options, name)
+        high = 1.0 if name == "accuracy" else math.inf
+        if value is not None and not (low <= value <= high):
+            raise UserError(f"--{name} must be from {low:g} to {high:g}; got {value}")
+    return options
+
+
+def _run(options: argparse.Namespace) -> None:
+    runs = [(name, load(Path(name), options.policy)) for name in options.run]
+    for name, analysis in runs:
+        if len(runs) > 1:
+            print(f"{name}:")
+        for line in _answers(analysis, options):
+            print(line)
+    if len(runs) > 1:
+        from sweet_jax.report.page import write_comparison  # plotting takes a second to import
+
+        path = Path(options.output)
+        write_comparison(path, [(n, a.validation.identity, a) for n, a in runs])
+        print(f"curves: {path}")
+
+
+def load(run: Path, policy: str | None = None) -> Analysis:
+    """The analysis of a run directory. Raises UserError when its outputs are absent or damaged."""
+    folder = run / "exit_outputs"
+    if not (folder / "validation.npz").exists():
+        raise UserError(f"{str(run)!r} is not a finished run: there is no {folder}/validation.npz")
+    calibration, validation = (
+        ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation")
+    )
+    return analyse(calibration, validation, policy)
+
+
+def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
+    replicas = [r for r in analysis.chosen if math.isfinite(analysis.area[r])]
+    if not replicas:
+        raise UserError("every replica of this run diverged: there is nothing to choose from")
+    metric = analysis.validation.identity.get("metric", "accuracy")
+    lines: list[str] = []
+    reached: list[tuple[float, float]] = []
+    for r in replicas:
+        who = f"seed {analysis.replicas[r][0]}: " if len(replicas) > 1 else ""
+        if options.threshold is not None:
+            found: Choice | float = apply_threshold(analysis, r, options.threshold)
+        elif options.cost is not None or options.accuracy is not None:
+            found = choose(analysis, r, cost=options.cost, score=options.accuracy)
+        else:
+            lines += [who + "each exit alone"] if who else []
+            lines += exit_lines(individual(analysis.validation, r), metric)
+            found = full_score(analysis, r)
+            who += f"full {metric} is kept at "
+        if isinstance(found, Choice):
+            lines.append(who + _describe(analysis, found, metric))
+            reached.append(found.validation)
+        else:
+            lines.append(who + _infeasible(found, options, metric))
+    if len(reached) > 1:
+        cost, score = (sum(values) / len(reached) for values in zip(*reached, strict=True))
+        lines.append(
+            f"mean of {len(reached)} seeds on validation rows: "
+            f"cost {cost:.4f}, {metric} {score:.4f}"
+        )
+    return lines
+
+
+def _describe(analysis: Analysis, found: Choice, metric: str) -> str:
+    sets = zip(
+        ("calibration", "validation"),
+        (found.calibration, found.validation),
+        (analysis.calibration, analysis.validation),
+        strict=True,
+    )
+    parts = [
+        f"cost {cost:.4f}, {metric} {score:.4f} on {outputs.labels.shape[1]} {name} rows"
+        for name, (cost, score), outputs in sets
+    ]
+    return f"threshold {found.threshold:.6g}: " + "; ".join(parts)
+
+
+def _infeasible(best: float, options: argparse.Namespace, metric: str) -> str:
+    name, asked = ("cost", options.cost) if options.cost is not None else (metric, options.accuracy)
+    return (
+        f"infeasible: the best reachable is {name} {best:.4f} on the calibration rows "
+        f"(asked for {asked:g})"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Four CPU devices, a tiny checkpoint with its tokenizer, and a small learnable data set."""
+
+import csv
+import json
+import os
+import random
+from pathlib import Path
+
+# Before jax is imported: children of the tests inherit it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from sweet_jax.models.bert import Bert, BertConfig
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.pretrained import hugging_face_tensors
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+WORDS = [f"word{i}" for i in range(40)]
+TINY = BertConfig(
+    vocab_size=50,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=32,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+GLUE_DIR = Path(os.environ.get("SWEET_GLUE_DIR", "../shared/data/glue"))
+
+
+def write_checkpoint(folder: Path, config: BertConfig = TINY, seed: int = 0) -> Path:
+    """A random BERT checkpoint with a word-level tokenizer, as Hugging Face would save it."""
+    import dataclasses
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    key = jax.random.key(seed)
+    model = EarlyExit(Bert(config, key), (config.num_hidden_layers,), 2, key)
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model)[1]))
+    tensors = hugging_face_tensors(params, (config.num_hidden_layers,))
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("exits.")}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    values = {"model_type": "bert", "pad_token_id": 0, **dataclasses.asdict(config)}
+    (folder / "config.json").write_text(json.dumps(values))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
+    names |= {"sep_token": "[SEP]", "mask_token": "[MASK]"}
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def write_rows(path: Path, count: int, seed: int = 0, classes: int = 2) -> Path:
+    """A CSV whose label is told by its first word; texts of 2 to 40 words."""
+    rng = random.Random(seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(count):
+            label = rng.randrange(classes)
+            words = [WORDS[label], *rng.choices(WORDS[classes:], k=rng.randrange(1, 40))]
+            writer.writerow([" ".join(words), f"class {label}"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.csv", 160)
+
+
+@pytest.fixture
+def options(checkpoint, rows) -> dict:
+    """Config values of a run that takes seconds."""
+    return {
+        "task": "tiny",
+        "checkpoint": str(checkpoint),
+        "data_files": str(rows),
+        "text_columns": "text",
+        "exits": (1, 2, 3),
+        "learning_rates": (3e-3,),
+        "train_size": 100,
+        "batch_size": 8,
+        "evaluation_batch_size": 16,
+        "max_length": 48,
+        "checkpoint_every": 5,
+    }
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The program sees one device of the four."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+
+
+@pytest.fixture(scope="session")
+def glue_dir() -> Path:
+    if not GLUE_DIR.is_dir():
+        pytest.skip(f"no GLUE rows at {GLUE_DIR} (SWEET_GLUE_DIR)")
+    return GLUE_DIR
