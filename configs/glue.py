@@ -4,8 +4,8 @@ r"""A GLUE task with the SWEET paper's protocol (section 5.1), BERT-base.
 
 Tasks: sst2, mrpc, rte, cola, mnli, qnli, qqp. Rows come from the hub, or from
 --config.data_dir=DIR with DIR/<task>/{train,validation}.parquet. Time: minutes a task on a
-GPU, hours on 2 cores. The paper's mean accuracy of BERT-base with SWEET over the seven tasks at exit 4
-is 71.6 (its table 1).
+GPU, hours on 2 cores. Expected: the paper's mean of seven tasks, BERT-base with SWEET, is 71.6 at
+exit 4 (its table 1).
 
 A small encoder, on 2 cores in 5 to 10 minutes a task:
 

@@ -87,6 +87,7 @@ def _layer_norm_forward(x, scale, bias, epsilon):
     centred = wide - wide.mean(axis=-1, keepdims=True)
     rate = jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + epsilon)
     normed = centred * rate
+    scale, bias = (v.reshape(*[1] * (x.ndim - 1), -1) for v in (scale, bias))  # [..., H]
     return (normed * scale + bias).astype(x.dtype), (normed.astype(x.dtype), rate, scale)
 
 

@@ -59,7 +59,7 @@ def loss_series(
     The models of Multi-Model have one exit each, in the order of their depth.
     """
     names = list(dict.fromkeys(row["training"] for row in metrics))
-    series = []
+    series: list[dict[str, Any]] = []
     for name in names:
         rows = [row for row in metrics if row["training"] == name]
         for e in range(len(rows[0]["loss"][replica])):

@@ -95,7 +95,7 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
         return p - rate * (u + decay * p)
 
     params = jax.tree.map(update, state.params, updates)
-    metrics = Metrics(losses, _only_class(logits, batch["labels"]))
+    metrics = Metrics(losses, only_class(logits, batch["labels"]))
     return state._replace(params=params, adam=adam, step=state.step + 1), metrics
 
 
@@ -142,11 +142,10 @@ def segment_gradients(
 
 def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of logits [..., B, C] averaged over the rows of labels [B] that are not -1."""
+    labels = jnp.broadcast_to(labels, logits.shape[:-1])  # [..., B]
     present = labels >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.broadcast_to(jnp.maximum(labels, 0), logits.shape[:-1])
-    )
-    return jnp.where(present, losses, 0).sum(axis=-1) / jnp.maximum(present.sum(), 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    return jnp.where(present, losses, 0).sum(axis=-1) / jnp.maximum(present.sum(axis=-1), 1)
 
 
 def evaluate_step(
@@ -184,9 +183,13 @@ def _schedule(step: jax.Array, settings: StepSettings) -> jax.Array:
     return jnp.minimum((step + 1) / max(1, warm) if warm else 1.0, (total - step) / (total - warm))
 
 
-def _only_class(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    present = labels >= 0
+def only_class(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """The one class that logits [E, B, C] give to all rows, or -1; int32 [E].
+
+    Rows whose label [B] is -1 do not count.
+    """
     classes = logits.argmax(axis=-1)  # [E, B]
+    present = jnp.broadcast_to(labels, classes.shape) >= 0
     low = jnp.where(present, classes, logits.shape[-1]).min(axis=-1)
     high = jnp.where(present, classes, -1).max(axis=-1)
     return jnp.where(low == high, low, -1).astype(jnp.int32)

@@ -48,15 +48,18 @@ def make(name: str, options: dict, seed: int) -> None:
             if key.endswith("bias") or "LayerNorm" in key:
                 value.add_(0.3 * torch.randn_like(value))
     batch, length = 4, 17
-    ids = rng.integers(0, config.vocab_size, (batch, length))
+    ids = rng.integers(1, config.vocab_size, (batch, length))
     types = rng.integers(0, config.type_vocab_size, (batch, length))
     mask = (np.arange(length) < np.array([17, 9, 1, 13])[:, None]).astype(np.int64)
+    ids *= mask  # id 0 is padding, as a tokenizer pads
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
     outputs = model(
         **{k: torch.from_numpy(v) for k, v in inputs.items()}, output_hidden_states=True
     )
     hidden = torch.stack(outputs.hidden_states)
-    cotangent = torch.from_numpy(rng.standard_normal(tuple(hidden.shape)).astype(np.float32))
+    # No loss reads padding; and torch holds the padding row of its table fixed, by padding_idx.
+    cotangent = rng.standard_normal(tuple(hidden.shape)) * mask[..., None]
+    cotangent = torch.from_numpy(cotangent.astype(np.float32))
     (hidden * cotangent).sum().backward()
     grads = {
         f"grad/{key}": value.grad.numpy()

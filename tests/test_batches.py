@@ -1,0 +1,225 @@
+"""Tokens, the rows a replica reads, and batches of a handful of lengths."""
+
+import numpy as np
+import pytest
+
+from sweet_jax.config import METHODS, Config, UserError
+from sweet_jax.data.batches import (
+    Tokens,
+    bucket_lengths,
+    draw_rows,
+    evaluation_batches,
+    pad_rows,
+    steps_per_epoch,
+    tokenize,
+    training_batch,
+    training_rows,
+)
+from sweet_jax.data.load import Split, load_dataset
+from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
+
+CLS, SEP, WORD0 = 2, 3, 5  # ids of the tiny checkpoint's tokenizer
+LABELS = np.repeat([0, 1, 2], [200, 60, 140]).astype(np.int32)
+
+
+@pytest.fixture
+def tokenizer(checkpoint):
+    return load_tokenizer(open_checkpoint(str(checkpoint)))
+
+
+@pytest.fixture
+def tokens(rows, tokenizer) -> Tokens:
+    train = load_dataset(Config(task="own", data_files=str(rows), text_columns="text")).train
+    return tokenize(tokenizer, train, max_length=40)
+
+
+def drawn(seed: int = 0, labels: np.ndarray = LABELS, **values):
+    return draw_rows(labels, Config(**{"train_size": 100, **values}).resolved(), seed)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "lengths"),
+    [(8, (8,)), (32, (32,)), (33, (32, 33)), (128, (32, 48, 64, 96, 128))],
+)
+def test_buckets_ascend_to_the_longest_length(max_length, lengths):
+    assert bucket_lengths(max_length) == lengths
+
+
+def test_tokens_of_single_texts(tokenizer):
+    split = Split([("word0 word7",), ("absent",)], np.array([1, 0], np.int32))
+    tokens = tokenize(tokenizer, split, max_length=16)
+    assert tokens.input_ids.tolist() == [CLS, WORD0, WORD0 + 7, SEP, CLS, 1, SEP]
+    assert tokens.starts.tolist() == [0, 4, 7]
+    assert tokens.lengths.tolist() == [4, 3]
+    assert not tokens.token_type_ids.any()
+    assert tokens.labels.tolist() == [1, 0]
+    assert (len(tokens), tokens.pad_id) == (2, 0)
+
+
+def test_the_second_text_of_a_pair_has_token_type_1(tokenizer):
+    split = Split([("word1", "word2 word3")], np.array([0], np.int32))
+    tokens = tokenize(tokenizer, split, max_length=16)
+    assert tokens.input_ids.tolist() == [CLS, WORD0 + 1, SEP, WORD0 + 2, WORD0 + 3, SEP]
+    assert tokens.token_type_ids.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_truncation_keeps_max_length_tokens_and_shortens_the_longer_text(tokenizer):
+    long, short = " ".join(["word1"] * 50), "word2 word3"
+    labels = np.zeros(2, np.int32)
+    single = tokenize(tokenizer, Split([(long,), (short,)], labels), max_length=12)
+    assert single.lengths.tolist() == [12, 4]
+    assert single.input_ids[11] == SEP
+    pairs = tokenize(tokenizer, Split([(long, short), (short, long)], labels), max_length=12)
+    assert pairs.lengths.tolist() == [12, 12]
+    for row in pairs.input_ids.reshape(2, 12):
+        assert (row == WORD0 + 1).sum() == 7
+        assert {WORD0 + 2, WORD0 + 3} <= set(row.tolist())
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 4), (12, 4), (3, 8)])
+def test_an_epoch_visits_every_row_once_and_fills_the_last_batch(count, size):
+    rows = np.arange(100, 100 + count)
+    steps = steps_per_epoch(count, size)
+    for epoch in range(3):
+        batches = [training_rows(rows, 0, epoch, batch, size) for batch in range(steps)]
+        assert {batch.shape for batch in batches} == {(size,)}
+        assert all((batch >= 0).all() for batch in batches[:-1])
+        read = np.concatenate(batches)
+        assert sorted(read[read >= 0]) == rows.tolist()
+        assert (read[count:] == -1).all()
+
+
+def test_training_rows_are_a_pure_function_of_seed_epoch_and_batch():
+    rows = np.arange(64)
+    key = {"seed": 3, "epoch": 1, "batch": 2, "size": 8}
+    first = training_rows(rows, **key).copy()
+    training_rows(rows, 9, 9, 0, 8)[:] = -7  # what a caller does to its batch is its own affair
+    np.testing.assert_array_equal(training_rows(rows, **key), first)
+    for other in ({"seed": 4}, {"epoch": 2}, {"batch": 3}):
+        assert (training_rows(rows, **{**key, **other}) != first).any()
+
+
+def test_training_batch_reads_by_seed_whatever_the_learning_rate(tokens):
+    lengths = bucket_lengths(40)
+    rows = [np.arange(50), np.arange(50), np.arange(50, 100)]  # a seed at two rates, another seed
+    for step in (0, 6, 7, 20):
+        batch = training_batch(tokens, rows, [5, 5, 6], step, 8, lengths)
+        epoch, number = divmod(step, 7)
+        for r, seed in enumerate((5, 5, 6)):
+            picked = training_rows(rows[r], seed, epoch, number, 8)
+            alone = pad_rows(tokens, picked, lengths)
+            size = min(alone["mask"].shape[-1], batch["mask"].shape[-1])
+            for key in ("input_ids", "token_type_ids", "mask"):
+                np.testing.assert_array_equal(batch[key][r, :, :size], alone[key][:, :size])
+            np.testing.assert_array_equal(batch["labels"][r], alone["labels"])
+        assert (batch["input_ids"][0] == batch["input_ids"][1]).all()
+        assert (batch["input_ids"][0] != batch["input_ids"][2]).any()
+
+
+def test_evaluation_visits_every_row_once_and_puts_it_back_in_order(tokens):
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.permutation(len(tokens))[:45] for _ in range(2)])
+    labels, ids = np.full(rows.shape, -2), np.full(rows.shape, -2)
+    visits = np.zeros(rows.shape, int)
+    widths = []
+    for places, batch in evaluation_batches(tokens, rows, 16, bucket_lengths(40)):
+        assert places.shape == batch["labels"].shape == (2, 16)
+        widths.append(batch["mask"].shape[-1])
+        for r in range(2):
+            real = places[r] >= 0
+            visits[r, places[r, real]] += 1
+            labels[r, places[r, real]] = batch["labels"][r, real]
+            ids[r, places[r, real]] = batch["input_ids"][r, real].sum(-1)
+            assert (batch["labels"][r, ~real] == -1).all()
+            assert not batch["mask"][r, ~real].any()
+    assert (visits == 1).all()
+    np.testing.assert_array_equal(labels, tokens.labels[rows])
+    totals = np.add.reduceat(tokens.input_ids, tokens.starts[:-1])  # padding adds 0
+    np.testing.assert_array_equal(ids, totals[rows])
+    assert widths == sorted(widths)
+    assert set(widths) == {32, 40}
+
+
+def test_padding_mask_and_the_labels_of_empty_rows():
+    tokens = Tokens(
+        input_ids=np.array([2, 9, 3, 2, 8, 7, 3], np.int32),
+        token_type_ids=np.array([0, 1, 1, 0, 0, 1, 1], np.int32),
+        starts=np.array([0, 3, 7]),
+        labels=np.array([1, 0], np.int32),
+        pad_id=4,
+    )
+    batch = pad_rows(tokens, np.array([1, -1, 0]), (2, 5, 8))
+    assert batch["input_ids"].tolist() == [[2, 8, 7, 3, 4], [4] * 5, [2, 9, 3, 4, 4]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1, 1, 0], [0] * 5, [0, 1, 1, 0, 0]]
+    assert batch["mask"].sum(-1).tolist() == [4, 0, 3]
+    assert batch["labels"].tolist() == [0, -1, 1]
+    assert {str(v.dtype) for k, v in batch.items() if k != "mask"} == {"int32"}
+    assert batch["mask"].dtype == bool
+    assert pad_rows(tokens, np.array([0, -1]), (3, 8))["mask"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("length", [31, 32, 33])
+def test_the_bucket_is_the_smallest_that_holds_the_batch(length):
+    ids = np.ones(length, np.int32)
+    tokens = Tokens(ids, ids, np.array([0, length]), np.zeros(1, np.int32), 0)
+    batch = pad_rows(tokens, np.array([0]), bucket_lengths(64))
+    assert batch["mask"].shape == (1, 32 if length <= 32 else 48)
+    assert batch["mask"].sum() == length
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25])
+def test_drawn_rows_are_disjoint_in_proportion_and_of_exact_size(fraction):
+    train, calibration = drawn(calibration_fraction=fraction)
+    assert len(train) + len(calibration) == 100
+    assert len(calibration) == round(100 * fraction)
+    assert not set(train) & set(calibration)
+    assert train.tolist() == sorted(train)
+    assert calibration.tolist() == sorted(calibration)
+    counts = np.bincount(LABELS[np.concatenate([train, calibration])], minlength=3)
+    held = np.bincount(LABELS[calibration], minlength=3)
+    assert np.abs(held - fraction * counts).max() < 1
+
+
+@pytest.mark.parametrize("preset", ["", "paper", "reference"])
+def test_drawn_rows_are_the_same_for_every_method(preset):
+    found = [drawn(method=method, preset=preset) for method in METHODS]
+    for train, calibration in found[1:]:
+        np.testing.assert_array_equal(train, found[0][0])
+        np.testing.assert_array_equal(calibration, found[0][1])
+
+
+def test_drawn_rows_differ_by_seed_in_content_and_not_in_size():
+    (train, held), (other, other_held) = drawn(seed=0), drawn(seed=1)
+    assert (len(train), len(held)) == (len(other), len(other_held))
+    assert set(train) != set(other)
+    np.testing.assert_array_equal(drawn(seed=0)[0], train)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_reference_preset_reads_the_first_rows_and_holds_out_none(seed):
+    train, calibration = drawn(seed, preset="reference")
+    assert train.tolist() == list(range(100))
+    assert calibration.shape == (0,)
+
+
+def test_nothing_is_held_out_where_temperatures_are_fitted_on_validation_rows():
+    train, calibration = drawn(preset="paper")
+    assert calibration.shape == (0,)
+    together = np.sort(np.concatenate(drawn(preset="")))
+    np.testing.assert_array_equal(train, together)  # the same subset, but whole
+
+
+def test_a_train_size_over_the_rows_there_are_takes_them_all():
+    train, calibration = drawn(train_size=6000)
+    assert sorted([*train, *calibration]) == list(range(len(LABELS)))
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction"),
+    [(2, 0.1), (4, 0.1), (3, 0.9)],
+    ids=["nothing held out", "half a row held out", "one class left"],
+)
+def test_too_few_rows_to_hold_any_out_are_refused(size, fraction):
+    labels = np.array([0, 1] * 20)
+    with pytest.raises(UserError, match=f"{size} training rows are too few .* raise train_size"):
+        drawn(labels=labels, train_size=size, calibration_fraction=fraction)

@@ -1,0 +1,269 @@
+"""What the train command says of bad input: one line, exit status 2, and nothing written."""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sweet_jax.config import Config
+from sweet_jax.main import main
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """The command sets up logging for its own process."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    yield
+    root.handlers[:] = before
+
+
+@pytest.fixture
+def line(options, tmp_path):
+    """A command line that would run: the program's arguments, with the workdir last."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"def get_config(): return {options!r}")
+    return [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def refused(line, tmp_path, capsys):
+    """A function from more arguments to the one line that the command prints of them."""
+
+    def refused(*arguments: str) -> str:
+        before = contents(tmp_path / "run")
+        status = main(["main", *line, *arguments])
+        printed = capsys.readouterr()
+        assert status == 2
+        assert printed.out == ""
+        assert contents(tmp_path / "run") == before
+        return one_error(printed.err)
+
+    return refused
+
+
+@pytest.fixture
+def altered(checkpoint, tmp_path):
+    """A function that copies the checkpoint, with other values in one of its JSON files."""
+
+    def altered(name: str = "config.json", **values) -> Path:
+        folder = shutil.copytree(checkpoint, tmp_path / "altered")
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        return folder
+
+    return altered
+
+
+def one_error(stderr: str) -> str:
+    """The message, after checking that it is one line and nothing else is said."""
+    assert stderr.endswith("\n")
+    (message,) = stderr.splitlines()
+    assert message.startswith("error: ")
+    return message.removeprefix("error: ")
+
+
+def contents(folder: Path) -> dict[str, bytes] | None:
+    """Every file below a folder, or None if there is no such folder."""
+    if not folder.exists():
+        return None
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "sweet_jax.main", *arguments],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_names_every_key_and_exits_0():
+    done = command("--help")
+    assert done.returncode == 0
+    for field in dataclasses.fields(Config):
+        assert f"\n  {field.name} = " in done.stdout
+    assert "--workdir" in done.stdout
+
+
+def test_the_process_exits_2_with_one_line(line, tmp_path):
+    done = command(*line, "--config.exits=1,2")
+    assert done.returncode == 2
+    assert "exits must end with the encoder's last layer, 3" in one_error(done.stderr)
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_in_process(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["main", "--help"])
+    assert stop.value.code == 0
+    assert "exits = (1, 4, 6, 12)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.exitz=1", "unknown config key 'exitz': did you mean 'exits'?"),
+        ("--confg.exits=1", "unknown argument '--confg.exits=1'"),
+        ("--config.exits=1,2,5", "last layer, 3"),
+        ("--config.exits=1,2", "last layer, 3"),
+        ("--config.exits=2,1,3", "exits must be ascending without repeats; got (2, 1, 3)"),
+        ("--config.exits=0,3", "exits must be layer numbers from 1"),
+        ("--config.method=swet", "unknown method 'swet': did you mean 'sweet'?"),
+        ("--config.isolation=2", "isolation must be from 0 to 1"),
+        ("--config.max_length=65", "64 positions: set --config.max_length=64 or less"),
+        ("--config.text_columns=txt", "unknown column 'txt': did you mean 'text'?"),
+        ("--config.label_column=lable", "unknown column 'lable': did you mean 'label'?"),
+        ("--config.data_files=absent.csv", "data file 'absent.csv' does not exist"),
+        ("--config.data_files=pkg://absent_package_x/a.csv", "pip install"),
+        ("--config.train_size=3", "3 training rows are too few"),
+        ("--config.checkpoint=./absent", "checkpoint './absent' is not a directory"),
+        ("--config.checkpoint=absent/absent", "neither a local directory nor to be had from"),
+    ],
+)
+def test_a_bad_value_is_refused(refused, argument, words):
+    assert words in refused(argument)
+
+
+def test_an_unknown_task_is_refused(refused):
+    assert "unknown task 'mprc': did you mean 'mrpc'?" in refused(
+        "--config.task=mprc", "--config.data_files="
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "words"),
+    [
+        ("a,x\nb,x\n", "c,x\n", "all training rows have the label 'x'"),
+        ("a,x\nb,y\n", "c,z\n", "label 'z' (row 1) is not among the training labels 'x', 'y'"),
+        ("a,x\n,y\n", "c,x\n", "column 'text' is empty in row 2"),
+        ("a,x\nb,y\n", "c,\n", "column 'label' is empty in row 1"),
+        ("", "c,x\n", "the training file has no rows"),
+        ("a,x\nb,y\n", "", "the validation file has no rows"),
+    ],
+)
+def test_rows_that_will_not_do_are_refused(refused, tmp_path, train, validation, words):
+    paths = []
+    for name, body in (("train.csv", train), ("validation.csv", validation)):
+        paths.append(tmp_path / name)
+        paths[-1].write_text(f"text,label\n{body}")
+    assert words in refused(f"--config.data_files={paths[0]},{paths[1]}")
+
+
+def test_nan_in_text_is_refused(refused, tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [1.0, float("nan")], "label": ["x", "y"]}), path)
+    assert "column 'text' holds values of type double, not text" in refused(
+        f"--config.data_files={path}"
+    )
+
+
+def test_nothing_but_the_error_is_said_of_rows_that_repeat(refused, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "same,x\nsame,y\n" * 20)
+    assert "no rows" in refused(f"--config.data_files={path}")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "roberta"}, "model_type 'roberta'; only 'bert' is supported"),
+        ({"hidden_size": 32}, "do not fit its config: misshapen: "),
+        ({"hidden_act": "softplus"}, "the activation 'softplus'"),
+        ({"position_embedding_type": "relative_key"}, "'relative_key' position embeddings"),
+        ({"num_attention_heads": 3}, "num_attention_heads"),
+    ],
+)
+def test_a_checkpoint_of_another_architecture_is_refused(refused, altered, values, words):
+    assert words in refused(f"--config.checkpoint={altered(**values)}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+    ],
+)
+def test_a_damaged_json_file_of_a_checkpoint_is_refused(refused, altered, name, content):
+    folder = altered()
+    (folder / name).write_text(content)
+    assert str(folder) in refused(f"--config.checkpoint={folder}")
+
+
+def test_a_tokenizer_without_padding_is_refused(refused, altered):
+    folder = altered("tokenizer_config.json", pad_token=None)
+    assert "pad" in refused(f"--config.checkpoint={folder}")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.05, 0.5, 0.999])
+def test_damaged_tensors_are_refused(refused, altered, keep):
+    folder = altered()
+    path = folder / "model.safetensors"
+    os.truncate(path, int(path.stat().st_size * keep))
+    message = refused(f"--config.checkpoint={folder}")
+    assert str(path) in message
+    assert "damaged" in message
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_an_incomplete_checkpoint_is_refused(refused, altered, name):
+    folder = altered()
+    (folder / name).unlink()
+    assert str(folder) in refused(f"--config.checkpoint={folder}")
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_workdir_that_cannot_be_written_to_is_refused(refused, tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    workdir = file / below
+    assert f"workdir '{workdir}' cannot be written to" in refused(f"--workdir={workdir}")
+    assert file.read_text() == "mine"
+
+
+def test_a_workdir_of_another_configuration_is_refused(refused, line, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / ".lock").touch()
+    (workdir / "config.json").write_text(json.dumps({"epochs": 3}))
+    message = refused("--config.epochs=2")
+    assert "belongs to another configuration" in message
+    assert "epochs is 3 there and 2 here" in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_workdir_with_an_unreadable_config_is_refused(refused, tmp_path, content):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / ".lock").touch()
+    (workdir / "config.json").write_text(content)
+    assert str(workdir / "config.json") in refused()
+
+
+def test_a_workdir_in_use_is_refused(refused, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with (workdir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is in use by another run" in refused()
+
+
+@pytest.mark.parametrize("missing", ["--config", "--workdir"])
+def test_a_missing_argument_is_refused(line, missing, capsys):
+    assert main(["main", *(a for a in line if not a.startswith(f"{missing}="))]) == 2
+    assert "give --config=FILE and --workdir=DIR" in one_error(capsys.readouterr().err)

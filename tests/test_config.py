@@ -1,0 +1,240 @@
+"""What a config may say, what it stands for, and how the command line reads into one."""
+
+from pathlib import Path
+
+import pytest
+
+from sweet_jax.config import PRESETS, Config, UserError, from_mapping
+from sweet_jax.main import parse
+
+
+@pytest.fixture
+def parsed(tmp_path):
+    """A function from a recipe's source and command line arguments to the Config."""
+
+    def parsed(*arguments: str, source: str = "def get_config(): return {}", argument: str = ""):
+        recipe = tmp_path / "recipe.py"
+        recipe.write_text(source)
+        line = ["main", f"--config={recipe}{argument}", f"--workdir={tmp_path / 'run'}"]
+        config, workdir = parse([*line, *arguments])
+        assert workdir == tmp_path / "run"
+        return config
+
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"exit": (1, 12)}, "unknown config key 'exit': did you mean 'exits'?"),
+        ({"learning_rate": 1e-4}, "did you mean 'learning_rates'?"),
+        ({"method": "swet"}, "unknown method 'swet': did you mean 'sweet'?"),
+        ({"preset": "papre"}, "unknown preset 'papre': did you mean 'paper'?"),
+        ({"dtype": "float61"}, "unknown dtype 'float61': did you mean"),
+        ({"metric": "zzz"}, "unknown metric 'zzz': choose one of"),
+        ({"exits": ()}, "exits must be at least one layer number; got ()"),
+        ({"exits": (0, 12)}, "exits must be layer numbers from 1; got (0, 12)"),
+        ({"exits": (-1, 12)}, "exits must be layer numbers from 1"),
+        ({"exits": (4, 1, 12)}, "exits must be ascending without repeats; got (4, 1, 12)"),
+        ({"exits": (1, 4, 4)}, "exits must be ascending without repeats"),
+        ({"exits": (1.5, 12)}, "exits must be whole numbers separated by commas"),
+        ({"exits": (True, 12)}, "exits must be whole numbers"),
+        ({"exits": "1,4"}, "exits must be whole numbers"),
+        ({"seeds": ()}, "seeds must be at least one number"),
+        ({"seeds": (1, 1)}, "seeds must be distinct; got (1, 1)"),
+        ({"seeds": (-1,)}, "seeds must be from 0"),
+        ({"seeds": (2**31,)}, "seeds must be from 0"),
+        ({"learning_rates": ()}, "learning_rates must be at least one number"),
+        ({"learning_rates": (0.0,)}, "learning_rates must be positive and finite; got (0.0,)"),
+        ({"learning_rates": (-1e-4,)}, "learning_rates must be positive and finite"),
+        ({"learning_rates": (float("inf"),)}, "learning_rates must be positive and finite"),
+        ({"learning_rates": (float("nan"),)}, "learning_rates must be positive and finite"),
+        ({"learning_rates": (1e-4, 1e-4)}, "learning_rates must be distinct"),
+        ({"learning_rates": ("1e-4",)}, "learning_rates must be numbers"),
+        ({"isolation": (1.5,)}, "isolation must be from 0 to 1; got (1.5,)"),
+        ({"isolation": (0.0, -0.1)}, "isolation must be from 0 to 1"),
+        ({"isolation": (float("nan"),)}, "isolation must be from 0 to 1"),
+        ({"isolation": (0.0, 0.5, 1.0)}, "isolation must be one number, or a pair from, to"),
+        ({"train_size": 0}, "train_size must be 1 or more; got 0"),
+        ({"train_size": 10.0}, "train_size must be of type int; got 10.0"),
+        ({"train_size": True}, "train_size must be of type int"),
+        ({"epochs": "two"}, "epochs must be of type int; got 'two'"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be 1 or more"),
+        ({"max_length": 7}, "max_length must be 8 tokens or more"),
+        ({"calibration_fraction": 1.0}, "calibration_fraction must be between 0 and 1"),
+        ({"validation_fraction": 0.0}, "validation_fraction must be between 0 and 1"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction must be from 0 to below 1"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive"),
+        ({"task": ""}, "task must be a name"),
+        ({"task": 3}, "task must be of type str; got 3"),
+        ({"label_column": ""}, "label_column must be a column name"),
+    ],
+)
+def test_an_impossible_value_is_named_with_its_mend(values, words):
+    with pytest.raises(UserError) as error:
+        from_mapping(values)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_single_values_lists_and_whole_numbers_are_taken_for_what_they_mean():
+    config = from_mapping(
+        {
+            "exits": [1, 2],
+            "seeds": 3,
+            "learning_rates": 1e-3,
+            "isolation": [0, 1],
+            "clip_norm": 2,
+            "text_columns": ("question", "answer"),
+        }
+    )
+    assert (config.exits, config.seeds, config.learning_rates) == ((1, 2), (3,), (1e-3,))
+    assert config.isolation == (0.0, 1.0)
+    assert all(type(a) is float for a in (*config.isolation, config.clip_norm))
+    assert config.text_columns == "question,answer"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_resolved_fills_in_the_choices_of_the_preset(preset):
+    config = Config(preset=preset).resolved()
+    assert {key: getattr(config, key) for key in PRESETS[preset]} == PRESETS[preset]
+    assert config.resolved() == config
+
+
+def test_presets_say_where_temperatures_are_fitted():
+    fitted = [Config(preset=preset).resolved().calibration for preset in ("", "paper", "reference")]
+    assert fitted == ["held_out", "validation", "validation_dropout"]
+
+
+def test_resolved_keeps_what_was_set_alone():
+    config = Config(preset="reference", calibration="held_out", isolation=(0.5,)).resolved()
+    assert (config.calibration, config.pooler, config.isolation) == ("held_out", "shared", (0.5,))
+
+
+@pytest.mark.parametrize(
+    ("method", "isolation"), [("sweet", (1.0,)), ("early_exit", (0.0,)), ("multi_model", (0.0,))]
+)
+def test_resolved_isolation_is_the_methods(method, isolation):
+    assert Config(method=method).resolved().isolation == isolation
+    assert Config(method=method, isolation=(0.0, 1.0)).resolved().isolation == (0.0, 1.0)
+
+
+def test_replicas_are_every_seed_with_every_rate_seeds_outermost():
+    config = Config(seeds=(0, 7), learning_rates=(1e-4, 3e-4))
+    assert config.replicas() == ((0, 1e-4), (0, 3e-4), (7, 1e-4), (7, 3e-4))
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("exits=1,2,3", "exits", (1, 2, 3)),
+        ("exits=(1,2,3)", "exits", (1, 2, 3)),
+        ("exits=3", "exits", (3,)),
+        ("learning_rates=3e-4", "learning_rates", (3e-4,)),
+        ("learning_rates=3e-5,5e-5", "learning_rates", (3e-5, 5e-5)),
+        ("learning_rates=1", "learning_rates", (1.0,)),
+        ("seeds=0,1", "seeds", (0, 1)),
+        ("seeds=4", "seeds", (4,)),
+        ("isolation=0,1", "isolation", (0.0, 1.0)),
+        ("isolation=0.5", "isolation", (0.5,)),
+        ("text_columns=a,b", "text_columns", "a,b"),
+        ("data_files=a.csv,b.csv", "data_files", "a.csv,b.csv"),
+        ("label_column=1", "label_column", "1"),
+        ("epochs=3", "epochs", 3),
+        ("clip_norm=inf", "clip_norm", float("inf")),
+    ],
+)
+def test_the_command_line_sets_a_key(parsed, argument, key, value):
+    config = parsed(f"--config.{argument}")
+    assert config == from_mapping({key: value})
+    kinds = [type(v) for v in value] if isinstance(value, tuple) else [type(value)]
+    found = getattr(config, key)
+    assert [type(v) for v in (found if isinstance(value, tuple) else (found,))] == kinds
+
+
+def test_the_command_line_goes_over_the_recipe(parsed):
+    source = "def get_config(): return {'epochs': 5, 'batch_size': 4}"
+    config = parsed("--config.epochs=3", "--config.epochs=7", source=source)
+    assert (config.epochs, config.batch_size) == (7, 4)
+
+
+def test_what_follows_the_colon_is_the_recipes_argument(parsed):
+    source = "def get_config(task='sst2'): return {'task': task}"
+    assert parsed(source=source).task == "sst2"
+    assert parsed(source=source, argument=":mrpc").task == "mrpc"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "task"),
+    [
+        ("glue.py", "sst2"),
+        ("glue.py:mrpc", "mrpc"),
+        ("own.py", "own"),
+        ("quickstart.py", "bbc_news"),
+    ],
+)
+def test_the_shipped_recipes_are_valid(recipe, task, tmp_path):
+    path = Path(__file__).parents[1] / "configs" / recipe
+    assert parse(["main", f"--config={path}", f"--workdir={tmp_path}"])[0].task == task
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.exitz=1", "unknown config key 'exitz': did you mean 'exits'?"),
+        ("--config.exits[0]=1", "unknown config key 'exits[0]': did you mean 'exits'?"),
+        ("--config.exits=1,x", "exits must be whole numbers"),
+        ("--config.exits=1,2.5", "exits must be whole numbers"),
+        ("--config.exits=", "exits must be whole numbers"),
+        ("--config.exits=2,1", "exits must be ascending"),
+        ("--config.epochs=two", "--config.epochs=two"),
+        ("--config.train_size=1e3", "--config.train_size=1e3"),
+        ("--config.task", "--config.task"),
+        ("--config.isolation=2", "isolation must be from 0 to 1"),
+        ("--learning_rates=1", "unknown argument '--learning_rates=1'"),
+        ("exits=1", "unknown argument 'exits=1'"),
+    ],
+)
+def test_a_bad_argument_is_named(parsed, argument, words):
+    with pytest.raises(UserError) as error:
+        parsed(argument)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def get_config(): return {'exit': (1, 2)}", "did you mean 'exits'?"),
+        ("def get_config(): raise ValueError('no luck')", "recipe.py': ValueError: no luck"),
+        ("def get_config(): raise ValueError('no\\nluck')", "ValueError: no luck"),
+        ("import absent_module", "recipe.py': ModuleNotFoundError"),
+        ("def get_config(:", "recipe.py': SyntaxError"),
+        ("x = 1", "recipe.py': KeyError: 'get_config'"),
+        ("def get_config(): pass", "recipe.py'"),
+        ("def get_config(): return 3", "recipe.py'"),
+    ],
+)
+def test_a_recipe_that_will_not_do_is_named_in_one_line(parsed, source, words):
+    with pytest.raises(UserError) as error:
+        parsed(source=source)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_argument_for_a_recipe_that_takes_none_is_an_error(parsed):
+    with pytest.raises(UserError, match=r"recipe\.py': TypeError"):
+        parsed(argument=":mrpc")
+
+
+@pytest.mark.parametrize("given", ["--config=recipe.py", "--workdir=run", "--config=", ""])
+def test_config_and_workdir_must_both_be_given(given):
+    with pytest.raises(UserError, match="give --config=FILE and --workdir=DIR"):
+        parse(["main", *given.split()])
+
+
+def test_an_absent_recipe_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"config file '.*absent\.py' does not exist"):
+        parse(["main", f"--config={tmp_path / 'absent.py'}", f"--workdir={tmp_path}"])

@@ -1,0 +1,114 @@
+"""Who trains what: exact zeros of gradients, and exits that do not know of each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from flax import nnx
+
+from sweet_jax.models.bert import Bert
+from sweet_jax.models.early_exit import SHARED, EarlyExit, leaves_by_owner, owners
+from sweet_jax.training.step import mean_loss, segment_gradients, whole_gradients
+
+EXITS = (1, 3)
+KEY = jax.random.key(1)
+BATCH = {
+    "input_ids": jax.random.randint(jax.random.key(2), (4, 7), 0, TINY.vocab_size),
+    "token_type_ids": jnp.tile(jnp.array([0, 0, 0, 0, 1, 1, 1]), (4, 1)),
+    "mask": jnp.arange(7)[None] < jnp.array([7, 5, 2, 6])[:, None],
+    "labels": jnp.array([0, 1, 1, 0]),
+}
+
+
+def build(exits=EXITS, **options):
+    """Structure and random parameters, with no bias at its initial zero."""
+    model = EarlyExit(Bert(TINY, KEY), exits, 2, KEY, **options)
+    graphdef, values = nnx.split(model)
+    params = nnx.to_pure_dict(values)
+    noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
+    return graphdef, jax.tree.map(noise, params)
+
+
+def exit_gradient(graphdef, params, index, isolation, key=None):
+    """Gradient of one exit's loss alone."""
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params)(BATCH, isolation, key)
+        return mean_loss(logits, BATCH["labels"])[index]
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+def untrained(path) -> bool:
+    """Rows of tables that no token of the batch reads, and the key bias, which softmax cancels."""
+    return any(getattr(p, "key", None) == "key" for p in path) and path[-1].key == "bias"
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(5)])
+def test_sweet_gives_each_exit_its_own_parameters_and_no_other(key):
+    graphdef, params = build()
+    for index, layer in enumerate(EXITS):
+        gradient = exit_gradient(graphdef, params, index, 1.0, key)
+        owner_of = jax.tree.leaves(owners(params, EXITS))
+        paths = jax.tree_util.tree_leaves_with_path(gradient)
+        for owner, (path, leaf) in zip(owner_of, paths, strict=True):
+            if owner == layer:
+                assert untrained(path) or np.any(leaf), path
+            else:
+                assert not np.any(leaf), path
+
+
+def test_early_exit_reaches_all_below():
+    graphdef, params = build()
+    for index, layer in enumerate(EXITS):
+        gradient = exit_gradient(graphdef, params, index, 0.0)
+        owner_of = jax.tree.leaves(owners(params, EXITS))
+        paths = jax.tree_util.tree_leaves_with_path(gradient)
+        for owner, (path, leaf) in zip(owner_of, paths, strict=True):
+            mine = owner == layer or (owner < layer and path[0].key == "encoder")
+            assert np.any(leaf) == mine or untrained(path), path
+
+
+def test_every_parameter_has_an_owner():
+    _, params = build(shared_pooler=True)
+    found = {owner for owner, _ in leaves_by_owner(params, EXITS)}
+    assert found == {SHARED, *EXITS}
+    with pytest.raises(KeyError, match="no owner"):
+        owners({"stranger": {"kernel": jnp.zeros(2)}}, EXITS)
+
+
+def test_a_shared_pooler_gets_every_exit_s_gradient():
+    graphdef, params = build(shared_pooler=True)
+    each = [exit_gradient(graphdef, params, i, 1.0)["pooler"]["kernel"] for i in range(2)]
+    assert all(np.any(g) for g in each)
+    total = segment_gradients(graphdef, params, BATCH, 1.0, None)[0]["pooler"]["kernel"]
+    np.testing.assert_allclose(total, each[0] + each[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(5)])
+def test_segment_by_segment_is_the_whole_with_stop_gradient(key):
+    graphdef, params = build()
+    parts = segment_gradients(graphdef, params, BATCH, 1.0, key)
+    whole = whole_gradients(graphdef, params, BATCH, 1.0, key)
+    for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_isolation_scales_the_gradient_that_crosses():
+    graphdef, params = build()
+    read = lambda g: g["encoder"]["layers"][0]["intermediate"]["kernel"]  # noqa: E731
+    full = read(exit_gradient(graphdef, params, 1, 0.0))
+    for isolation in (0.25, jnp.asarray(0.25), jnp.asarray(1.0)):
+        part = read(exit_gradient(graphdef, params, 1, isolation))
+        np.testing.assert_allclose(part, (1 - isolation) * full, rtol=1e-4, atol=1e-8)
+
+
+def test_an_exit_does_not_depend_on_the_others():
+    key = jax.random.key(9)
+    graphdef, params = build(exits=(1, 3))
+    other, more = build(exits=(1, 2, 3))
+    for mask_key in (None, key):
+        first = nnx.merge(graphdef, params)(BATCH, 1.0, mask_key)
+        second = nnx.merge(other, more)(BATCH, 1.0, mask_key)
+        np.testing.assert_allclose(first, second[jnp.array([0, 2])], atol=1e-6)

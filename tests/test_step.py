@@ -1,0 +1,158 @@
+"""The update against a plain AdamW, clipping, schedule, padding rows and memory."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_early_exit import BATCH, EXITS, build, untrained
+
+from sweet_jax.models.bert import Bert, BertConfig
+from sweet_jax.models.early_exit import EarlyExit, leaves_by_owner
+from sweet_jax.models.layers import derive
+from sweet_jax.training.step import (
+    StepSettings,
+    clip,
+    mean_loss,
+    new_state,
+    only_class,
+    train_step,
+    whole_gradients,
+)
+
+
+def settings(graphdef, **changes) -> StepSettings:
+    values = {
+        "graphdef": graphdef,
+        "exits": EXITS,
+        "total_steps": 10,
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "clip_norm": math.inf,
+        "clip_by_owner": True,
+        "isolation": (0.0,),
+    }
+    return StepSettings(**{**values, **changes})
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0.0), (4, 0.1)])
+def test_steps_are_adamw_with_linear_decay(warmup, decay):
+    graphdef, params = build()
+    chosen = settings(graphdef, warmup_steps=warmup, weight_decay=decay)
+    state = new_state(params, 1e-2, seed=3)
+    step = jax.jit(lambda state: train_step(chosen, state, BATCH))
+    gradient = jax.jit(lambda p, key: whole_gradients(graphdef, p, BATCH, 0.0, key)[0])
+    ours = [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
+    first, second = ([np.zeros_like(p) for p in ours] for _ in range(2))
+    for number in range(3):
+        key = derive(jax.random.key(jnp.uint32(3)), "dropout", number)
+        grads = jax.tree.leaves(gradient(state.params, key))
+        share = (10 - number) / (10 - warmup)
+        rate = 1e-2 * min((number + 1) / warmup if warmup else 1, share)
+        for i, g in enumerate(np.asarray(g, np.float64) for g in grads):
+            first[i] = 0.9 * first[i] + 0.1 * g
+            second[i] = 0.999 * second[i] + 0.001 * g * g
+            change = first[i] / (1 - 0.9 ** (number + 1))
+            change /= np.sqrt(second[i] / (1 - 0.999 ** (number + 1))) + 1e-8
+            ours[i] -= rate * (change + (decay * ours[i] if ours[i].ndim > 1 else 0))
+        state, _ = step(state)
+        leaves = jax.tree_util.tree_leaves_with_path(state.params)
+        for (path, p), wanted in zip(leaves, ours, strict=True):
+            if not untrained(path):  # a gradient of rounding noise, which Adam scales up
+                np.testing.assert_allclose(p, wanted, atol=1e-4, err_msg=str(path))
+    assert int(state.step) == 3
+
+
+def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():
+    graphdef, params = build()
+    step = jax.jit(functools.partial(train_step, settings(graphdef)))
+    losses = []
+    for seed, number in [(0, 0), (0, 1), (1, 0), (0, 0)]:
+        state = new_state(params, 0.0, seed)._replace(step=jnp.asarray(number))
+        losses.append(float(step(state, BATCH)[1].loss.sum()))
+    assert len(set(losses[:3])) == 3
+    assert losses[0] == losses[3]
+
+
+def norms(grads) -> dict:
+    squares: dict = {}
+    for owner, leaf in leaves_by_owner(grads, EXITS):
+        squares[owner] = squares.get(owner, 0) + float((leaf**2).sum())
+    return {owner: math.sqrt(square) for owner, square in squares.items()}
+
+
+def test_clipping_per_owner_leaves_small_owners_alone():
+    graphdef, params = build()
+    grads = whole_gradients(graphdef, params, BATCH, 1.0, None)[0]
+    small = norms(grads)[3] * 0.5
+    scaled = jax.tree.map(lambda g: g, grads)
+    clipped = norms(clip(scaled, settings(graphdef, clip_norm=small)))
+    assert clipped[3] == pytest.approx(small, rel=1e-5)
+    assert clipped[1] == pytest.approx(min(small, norms(grads)[1]), rel=1e-5)
+    loose = clip(grads, settings(graphdef, clip_norm=1e6))
+    jax.tree.map(np.testing.assert_array_equal, loose, grads)
+
+
+def test_global_clipping_couples_the_exits():
+    graphdef, params = build()
+    grads = whole_gradients(graphdef, params, BATCH, 1.0, None)[0]
+    clipped = norms(clip(grads, settings(graphdef, clip_norm=0.1, clip_by_owner=False)))
+    assert math.hypot(*clipped.values()) == pytest.approx(0.1, rel=1e-5)
+    before = norms(grads)
+    assert clipped[1] / clipped[3] == pytest.approx(before[1] / before[3], rel=1e-4)
+
+
+def test_empty_rows_are_left_out_of_the_loss():
+    logits = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    labels = jnp.array([2, 0, 1, 1])
+    half = mean_loss(logits, labels.at[2:].set(-1))
+    np.testing.assert_allclose(half, mean_loss(logits[:, :2], labels[:2]), rtol=1e-6)
+    assert np.all(np.asarray(mean_loss(logits, jnp.full(4, -1))) == 0)
+
+
+def test_metrics_name_the_only_class_of_a_batch():
+    right = jnp.eye(3)[jnp.array([[1, 1, 1], [1, 2, 1], [2, 1, 2]])]  # [E, B, C]
+    assert only_class(right, jnp.array([0, 0, 2])).tolist() == [1, -1, -1]
+    assert only_class(right, jnp.array([0, -1, 2])).tolist() == [1, 1, 2]
+
+
+def test_isolation_may_move_during_training():
+    chosen = settings(None, isolation=(0.0, 1.0), total_steps=5)
+    values = [float(chosen.isolation_at(jnp.asarray(step))) for step in range(5)]
+    np.testing.assert_allclose(values, [0, 0.25, 0.5, 0.75, 1])
+    assert settings(None, isolation=(1.0,)).isolation_at(jnp.asarray(2)) == 1.0
+
+
+def temporaries(method_isolation: tuple[float, ...]) -> int:
+    """Bytes of temporaries of the compiled step: MiniLM's proportions, 6 layers, 16 x 128."""
+    config = BertConfig(
+        vocab_size=100,
+        hidden_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        intermediate_size=384,
+    )
+    exits, key = (1, 2, 4, 6), jax.random.key(0)
+
+    def state():
+        model = EarlyExit(Bert(config, key), exits, 2, key)
+        return new_state(nnx.to_pure_dict(nnx.split(model)[1]), 1e-3, 0)
+
+    shapes = jax.eval_shape(state)
+    model = nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key))
+    chosen = settings(nnx.split(model)[0], exits=exits, isolation=method_isolation, clip_norm=1.0)
+    batch = {
+        "input_ids": jax.ShapeDtypeStruct((16, 128), jnp.int32),
+        "token_type_ids": jax.ShapeDtypeStruct((16, 128), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((16, 128), bool),
+        "labels": jax.ShapeDtypeStruct((16,), jnp.int32),
+    }
+    step = jax.jit(lambda s, b: train_step(chosen, s, b), donate_argnums=0)
+    return step.lower(shapes, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_sweet_needs_about_half_of_early_exit_s_memory():
+    assert temporaries((1.0,)) <= 0.55 * temporaries((0.0,))
