@@ -4,11 +4,16 @@ import csv
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 
 # Before jax is imported: children of the tests inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Programs compiled once are shared by the tests and by the processes they start.
+_CACHE = tempfile.TemporaryDirectory(prefix="sweet_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import numpy as np
@@ -104,8 +109,8 @@ def options(checkpoint, rows) -> dict:
         "train_size": 100,
         "batch_size": 8,
         "evaluation_batch_size": 16,
-        "max_length": 48,
-        "checkpoint_every": 5,
+        "max_length": 32,
+        "checkpoint_every": 100,
     }
 
 

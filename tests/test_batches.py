@@ -143,14 +143,14 @@ def test_evaluation_visits_every_row_once_and_puts_it_back_in_order(tokens):
 def test_padding_mask_and_the_labels_of_empty_rows():
     tokens = Tokens(
         input_ids=np.array([2, 9, 3, 2, 8, 7, 3], np.int32),
-        token_type_ids=np.array([0, 1, 1, 0, 0, 1, 1], np.int32),
+        token_type_ids=np.array([1, 1, 1, 0, 0, 1, 1], np.int32),
         starts=np.array([0, 3, 7]),
         labels=np.array([1, 0], np.int32),
         pad_id=4,
     )
     batch = pad_rows(tokens, np.array([1, -1, 0]), (2, 5, 8))
     assert batch["input_ids"].tolist() == [[2, 8, 7, 3, 4], [4] * 5, [2, 9, 3, 4, 4]]
-    assert batch["token_type_ids"].tolist() == [[0, 0, 1, 1, 0], [0] * 5, [0, 1, 1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1, 1, 0], [0] * 5, [1, 1, 1, 0, 0]]
     assert batch["mask"].sum(-1).tolist() == [4, 0, 3]
     assert batch["labels"].tolist() == [0, -1, 1]
     assert {str(v.dtype) for k, v in batch.items() if k != "mask"} == {"int32"}

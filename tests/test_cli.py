@@ -105,13 +105,6 @@ def test_the_process_exits_2_with_one_line(line, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_in_process(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["main", "--help"])
-    assert stop.value.code == 0
-    assert "exits = (1, 4, 6, 12)" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
@@ -259,7 +252,7 @@ def test_a_workdir_in_use_is_refused(refused, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     with (workdir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # the run must ask for the whole directory
         assert "is in use by another run" in refused()
 
 

@@ -26,7 +26,7 @@ def build(exits=EXITS, **options):
     model = EarlyExit(Bert(TINY, KEY), exits, 2, KEY, **options)
     graphdef, values = nnx.split(model)
     params = nnx.to_pure_dict(values)
-    noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
+    noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
     return graphdef, jax.tree.map(noise, params)
 
 
@@ -97,7 +97,7 @@ def test_segment_by_segment_is_the_whole_with_stop_gradient(key):
 
 def test_isolation_scales_the_gradient_that_crosses():
     graphdef, params = build()
-    read = lambda g: g["encoder"]["layers"][0]["intermediate"]["kernel"]  # noqa: E731
+    read = lambda g: g["encoder"]["layers"][0]["intermediate"]["kernel"]
     full = read(exit_gradient(graphdef, params, 1, 0.0))
     for isolation in (0.25, jnp.asarray(0.25), jnp.asarray(1.0)):
         part = read(exit_gradient(graphdef, params, 1, isolation))

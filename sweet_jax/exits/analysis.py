@@ -118,6 +118,11 @@ class Choice:
     calibration: tuple[float, float]  # cost, score
     validation: tuple[float, float]
 
+    def as_dict(self) -> dict[str, float | list[float]]:
+        """As it stands in results.json and exits.json."""
+        fitted, given = list(self.calibration), list(self.validation)
+        return {"threshold": self.threshold, "calibration": fitted, "validation": given}
+
 
 def choose(
     analysis: Analysis, replica: int, *, cost: float | None = None, score: float | None = None

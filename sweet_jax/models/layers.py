@@ -160,6 +160,7 @@ def _keep(
     return jax.lax.slice_in_dim(jnp.concatenate(parts, axis=packed), 0, size, axis=packed)
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for each shape, then a part of its caller
 def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Threefry-2x32 with 20 rounds (Salmon et al. 2011, table 2): JAX's own generator, unrolled.
 

@@ -108,6 +108,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own fast tokenizer. Raises UserError where there is none."""
     import transformers  # heavy, and not needed for the arithmetic
 
+    # Without files transformers makes an empty tokenizer, to which all words are unknown.
+    if not any((checkpoint.folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+        raise UserError(f"no tokenizer.json or vocab.txt in {str(checkpoint.folder)!r}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=False, local_files_only=True

@@ -3,7 +3,6 @@
 Shape letters: R replica, E exit, H hidden, C classes.
 """
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -86,5 +85,5 @@ def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, An
         "cost": np.asarray(analysis.validation.cost).tolist(),
         "policy": config.confidence,
         "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
-        "dials": {"full_score": dataclasses.asdict(keep) if isinstance(keep, Choice) else None},
+        "dials": {"full_score": keep.as_dict() if isinstance(keep, Choice) else None},
     }

@@ -74,7 +74,7 @@ def build_results(
                 "grid": _curve(thinned(analysis.grid, r, 11)),
                 "at_cost": at_costs(analysis.grid, r, costs),
                 "calibration_area": _finite(analysis.area[r]),
-                "full_score": dataclasses.asdict(keep) if isinstance(keep, Choice) else None,
+                "full_score": keep.as_dict() if isinstance(keep, Choice) else None,
                 "diverged": [dict(d) for d in diverged if d["replica"] == r],
             }
         )

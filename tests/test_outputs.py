@@ -1,0 +1,74 @@
+"""ExitOutputs: shapes at the door, whole files, and nothing unpickled."""
+
+import numpy as np
+import pytest
+
+from sweet_jax import ExitOutputs
+from sweet_jax.config import UserError
+from sweet_jax.exits.outputs import layer_cost
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(2, 3, 5, 4)).astype(np.float32)
+LABELS = RNG.integers(0, 4, (2, 5))
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    outputs = ExitOutputs(
+        LOGITS, LABELS, [1, 2, 4], exit_scores=LOGITS[..., 0], identity={"task": "tëst", "n": 3}
+    )
+    outputs.save(tmp_path / "deep" / "x.npz")
+    again = ExitOutputs.load(tmp_path / "deep" / "x.npz")
+    for name in ("logits", "labels", "layers", "cost", "exit_scores"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(outputs, name))
+        assert getattr(again, name).dtype == getattr(outputs, name).dtype
+    assert again.identity == {"task": "tëst", "n": 3}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.npz"]
+
+
+def test_one_replica_and_one_row_of_labels_are_broadcast():
+    outputs = ExitOutputs(LOGITS[0], LABELS[0], [1, 2, 4])
+    assert outputs.logits.shape == (1, 3, 5, 4)
+    assert outputs.labels.shape == (1, 5)
+    assert ExitOutputs(LOGITS, LABELS[0], [1, 2, 4]).labels.shape == (2, 5)
+    np.testing.assert_array_equal(
+        ExitOutputs(LOGITS, LABELS, [1, 2, 4]).replica(1).labels[0], LABELS[1]
+    )
+
+
+def test_costs_of_the_methods():
+    np.testing.assert_allclose(layer_cost([1, 4, 6, 12], "sweet"), np.array([1, 4, 6, 12]) / 12)
+    wanted = np.array([1, 5, 11, 23]) / 12
+    np.testing.assert_allclose(layer_cost([1, 4, 6, 12], "multi_model"), wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logits": LOGITS[0, 0]},
+        {"logits": LOGITS[:, :, :0]},
+        {"labels": LABELS[:, :4]},
+        {"labels": LABELS + 4},
+        {"layers": [1, 2]},
+        {"layers": [2, 1, 4]},
+        {"cost": [0.1, 0.1, 1.0]},
+        {"exit_scores": LOGITS},
+    ],
+)
+def test_what_does_not_fit_is_refused(change):
+    values = {"logits": LOGITS, "labels": LABELS, "layers": [1, 2, 4]}
+    with pytest.raises(ValueError, match="must be"):
+        ExitOutputs(**{**values, **change})
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no exit outputs"):
+        ExitOutputs.load(tmp_path / "absent.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "other.npz", a=np.ones(3))
+    np.savez(tmp_path / "pickle.npz", logits=np.asarray([{"a": 1}], object))
+    ExitOutputs(LOGITS, LABELS, [1, 2, 4]).save(tmp_path / "cut.npz")
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    for name in ("text", "other", "pickle", "cut"):
+        with pytest.raises(UserError, match="does not hold exit outputs"):
+            ExitOutputs.load(tmp_path / f"{name}.npz")

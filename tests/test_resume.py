@@ -1,0 +1,79 @@
+"""Killed and stopped runs of the real command, gone on with: bitwise what was never interrupted."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+
+def recipe(folder: Path, options: dict) -> Path:
+    path = folder / "recipe.py"
+    path.write_text(f"def get_config():\n    return {options!r}\n")
+    return path
+
+
+def start(config: Path, workdir: Path, devices: int, every: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sweet_jax.main", f"--config={config}"]
+    command += [f"--workdir={workdir}", f"--config.checkpoint_every={every}"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(config: Path, workdir: Path, devices: int, every: int = 100) -> str:
+    process = start(config, workdir, devices, every)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def interrupt(process: subprocess.Popen, workdir: Path, after: int, how: int) -> tuple[int, str]:
+    """Sends a signal once the checkpoint of step `after` or a later one is there."""
+    deadline = time.monotonic() + 300
+    folder = workdir / "checkpoints" / "exits_1_2_3"
+    while not any(int(p.name) >= after for p in folder.glob("*") if p.name.isdigit()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def numbers(workdir: Path) -> dict:
+    results = json.loads((workdir / "results.json").read_text())
+    return {key: value for key, value in results.items() if key != "timing"}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_killed_then_terminated_then_finished(options, tmp_path, devices):
+    config = recipe(tmp_path, options | {"seeds": (0, 1)})
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(config, whole, devices)
+    rng = random.Random(devices)
+    first = rng.randrange(1, 9)
+    killed = start(config, broken, devices, every=1)
+    status, _ = interrupt(killed, broken, first, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    stopped = start(config, broken, devices, every=1)
+    status, errors = interrupt(stopped, broken, first + rng.randrange(3, 9), signal.SIGTERM)
+    assert status == 1
+    assert "stopped by SIGTERM after step" in errors
+    assert not (broken / "results.json").exists()
+    assert "going on from step" in finish(config, broken, devices)
+    assert numbers(whole) == numbers(broken)
+    assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
+    tensors = [
+        safetensors.numpy.load_file(run / "model" / "model.safetensors") for run in (whole, broken)
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, value in tensors[0].items():
+        assert value.tobytes() == tensors[1][name].tobytes(), name

@@ -1,0 +1,206 @@
+"""Whole runs on a tiny encoder: methods, replicas, devices, divergence, what is written."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sweet_jax import ExitOutputs, load_encoder
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.pipeline import prepare, run, train_and_evaluate
+
+FILES = {
+    "config.json",
+    "metrics.jsonl",
+    "results.json",
+    "report.html",
+    "exit_outputs/calibration.npz",
+    "exit_outputs/validation.npz",
+    "model/model.safetensors",
+    "model/config.json",
+    "model/tokenizer.json",
+    "model/exits.json",
+    *(
+        f"figures/{n}.{s}"
+        for n in ("curve", "exits", "reliability", "loss")
+        for s in ("png", "svg")
+    ),
+}
+
+
+def logits_of(options, workdir, **changes) -> ExitOutputs:
+    """The validation outputs of a run, without its report."""
+    job = prepare(from_mapping(options | changes))
+    workdir.mkdir(exist_ok=True)
+    return train_and_evaluate(job, workdir).validation
+
+
+@pytest.mark.parametrize("method", ["sweet", "early_exit", "multi_model"])
+def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
+    results = run(from_mapping(options | {"method": method}), tmp_path)
+    written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert written >= FILES
+    assert not [name for name in written if ".part" in name]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    outputs = ExitOutputs.load(tmp_path / "exit_outputs" / "validation.npz")
+    assert outputs.logits.shape == (1, 3, 32, 2)
+    wanted = np.array([1, 3, 6]) / 3 if method == "multi_model" else np.array([1, 2, 3]) / 3
+    np.testing.assert_allclose(outputs.cost, wanted)
+    assert [row["layer"] for row in results["replicas"][0]["individual"]] == [1, 2, 3]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    trained = 3 if method == "multi_model" else 1
+    assert steps == list(range(2 * 12)) * trained  # 90 rows by 8, twice
+    printed = capsys.readouterr().out
+    assert "full accuracy is kept at cost" in printed
+    assert str(tmp_path / "report.html") in printed
+
+
+def test_all_methods_learn_a_learnable_task(options, tmp_path, one_device):
+    for method in ("sweet", "early_exit", "multi_model"):
+        outputs = logits_of(options, tmp_path / method, method=method, epochs=12)
+        right = (outputs.predictions == outputs.labels[:, None]).mean(axis=-1)[0]
+        assert np.all(right > 0.8), (method, right)
+
+
+def test_sweet_s_first_exit_is_the_same_model_whatever_follows(options, tmp_path, one_device):
+    wide = logits_of(options, tmp_path / "a", exits=(1, 2, 3))
+    narrow = logits_of(options, tmp_path / "b", exits=(1, 3))
+    alone = logits_of(options, tmp_path / "c", exits=(1, 3), method="multi_model")
+    np.testing.assert_allclose(wide.logits[:, 0], narrow.logits[:, 0], atol=1e-4)
+    np.testing.assert_allclose(wide.logits[:, 0], alone.logits[:, 0], atol=1e-4)
+    together = logits_of(options, tmp_path / "d", exits=(1, 3), method="early_exit")
+    assert np.abs(wide.logits[:, 0] - together.logits[:, 0]).max() > 1e-2
+
+
+def test_each_replica_equals_its_solo_run(options, tmp_path, one_device):
+    grid = {"seeds": (0, 5), "learning_rates": (1e-3, 3e-3)}
+    stack = logits_of(options, tmp_path / "stack", **grid)
+    assert stack.logits.shape[0] == 4
+    for r in (0, 3):
+        seed, rate = stack.identity["replicas"][r]
+        alone = {"seeds": (seed,), "learning_rates": (rate,)}
+        solo = logits_of(options, tmp_path / f"solo{r}", **alone)
+        np.testing.assert_allclose(stack.logits[r], solo.logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"seeds": (0, 1), "method": "early_exit"}])
+def test_several_devices_agree_with_one(options, tmp_path, request, changes):
+    many = logits_of(options, tmp_path / "many", **changes)
+    request.getfixturevalue("one_device")
+    one = logits_of(options, tmp_path / "one", **changes)
+    np.testing.assert_allclose(many.logits, one.logits, atol=1e-4)
+
+
+def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp_path, one_device):
+    job = prepare(from_mapping(options | {"seeds": (0, 1)}))
+    outcome = train_and_evaluate(job, tmp_path)
+    assert outcome.calibration.logits.shape[2] == 10
+    for r, (trained, held_out) in enumerate(job.rows):
+        assert not set(trained) & set(held_out)
+        np.testing.assert_array_equal(outcome.calibration.labels[r], job.train.labels[held_out])
+    assert set(job.rows[0][1]) != set(job.rows[1][1])
+    np.testing.assert_array_equal(outcome.validation.labels[0], outcome.validation.labels[1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_presets_that_calibrate_on_validation_rows(options, tmp_path, one_device, preset):
+    results = run(from_mapping(options | {"preset": preset}), tmp_path)
+    fitted, shown = (
+        ExitOutputs.load(tmp_path / "exit_outputs" / f"{split}.npz")
+        for split in ("calibration", "validation")
+    )
+    np.testing.assert_array_equal(fitted.labels, shown.labels)
+    # The release leaves dropout on where it fits temperatures.
+    assert np.array_equal(fitted.logits, shown.logits) == (preset == "paper")
+    assert results["n"]["train"] == 100
+    assert "the preset's choice" in (tmp_path / "report.html").read_text()
+
+
+def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
+    options, tmp_path, one_device, monkeypatch, caplog
+):
+    initial = "sweet_jax.training.run.initial_state"
+    from sweet_jax.training.run import initial_state
+
+    def poisoned(*args):
+        graphdef, state = initial_state(*args)
+        state.params["heads"]["2"]["classifier"]["bias"][1] = np.inf
+        return graphdef, state
+
+    healthy = run(from_mapping(options | {"seeds": (0,)}), tmp_path / "healthy")
+    monkeypatch.setattr(initial, poisoned)
+    results = run(from_mapping(options | {"seeds": (0, 1)}), tmp_path / "poisoned")
+    bad = [d for replica in results["replicas"] for d in replica["diverged"]]
+    assert [(d["replica"], d["exit"], d["step"]) for d in bad] == [(1, 2, 0)]
+    assert "replica 1 (seed 1, learning rate 0.003), exit 2: loss is not finite, since step 0" in (
+        caplog.text
+    )
+    assert results["replicas"][1]["temperatures"][1] is None
+    assert results["best_replica"] == 0
+    ours, theirs = (r["replicas"][0]["individual"] for r in (results, healthy))
+    assert [row["score"] for row in ours] == [row["score"] for row in theirs]
+
+
+def test_a_collapsed_exit_is_reported_with_its_step(options, tmp_path, one_device, caplog):
+    # A rate this small leaves every head at its random start, with one class for all rows.
+    results = run(from_mapping(options | {"learning_rates": (1e-9,), "seeds": (3,)}), tmp_path)
+    bad = results["replicas"][0]["diverged"]
+    outputs = ExitOutputs.load(tmp_path / "exit_outputs" / "validation.npz")
+    one_class = [len(np.unique(p)) == 1 for p in outputs.predictions[0]]
+    assert [d["exit"] for d in bad] == [e + 1 for e, one in enumerate(one_class) if one]
+    assert bad
+    assert all("collapsed to class" in d["what"] for d in bad)
+    assert "collapsed to class" in (tmp_path / "report.html").read_text()
+
+
+def test_the_saved_encoder_gives_the_trained_model_s_hidden_states(options, tmp_path, one_device):
+    run(from_mapping(options), tmp_path)
+    exits = json.loads((tmp_path / "model" / "exits.json").read_text())
+    assert exits["text_columns"] == ["text"]
+    assert exits["layers"] == [1, 2, 3]
+    job = prepare(from_mapping(options))
+    row = slice(*job.validation.starts[:2])
+    hidden = load_encoder(str(tmp_path / "model"))(job.validation.input_ids[None, row])
+    assert len(hidden) == 4
+    tensors = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    outputs = ExitOutputs.load(tmp_path / "exit_outputs" / "validation.npz")
+    for e in (1, 2, 3):
+        pooled = np.asarray(hidden[e][0, 0]) @ tensors[f"exits.{e}.pooler.dense.weight"].T
+        pooled = np.tanh(pooled + tensors[f"exits.{e}.pooler.dense.bias"])
+        logits = pooled @ tensors[f"exits.{e}.classifier.weight"].T
+        logits += tensors[f"exits.{e}.classifier.bias"]
+        np.testing.assert_allclose(logits, outputs.logits[0, e - 1, 0], atol=1e-4)
+
+
+def test_multi_model_saves_every_depth(options, tmp_path, one_device):
+    run(from_mapping(options | {"method": "multi_model"}), tmp_path)
+    models = json.loads((tmp_path / "model" / "exits.json").read_text())["models"]
+    assert models == [
+        {"folder": "depth_01", "exits": [1]},
+        {"folder": "depth_02", "exits": [2]},
+        {"folder": ".", "exits": [3]},
+    ]
+    for model in models:
+        hidden = load_encoder(str(tmp_path / "model" / model["folder"]))(np.ones((1, 4), int))
+        assert len(hidden) == model["exits"][0] + 1
+
+
+def test_bfloat16_activations_train_float32_parameters(options, tmp_path, one_device):
+    outputs = logits_of(options, tmp_path / "half", dtype="bfloat16", epochs=12)
+    exact = logits_of(options, tmp_path / "whole", epochs=12)
+    assert outputs.logits.dtype == np.float32
+    right = (outputs.predictions == outputs.labels[:, None]).mean(axis=-1)[0]
+    assert np.all(right > 0.75), right
+    assert not np.array_equal(outputs.logits, exact.logits)
+
+
+def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_device):
+    run(from_mapping(options), tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(UserError, match=r"belongs to another.*epochs is 2 there and 3 here"):
+        run(from_mapping(options | {"epochs": 3}), tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+    run(from_mapping(options | {"checkpoint_every": 7}), tmp_path)
