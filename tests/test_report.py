@@ -1,0 +1,279 @@
+"""The report in a real browser, the comparison page, the simulate command, and escaping."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sweet_jax import ExitOutputs
+from sweet_jax import simulate as simulate_curve
+from sweet_jax.config import from_mapping
+from sweet_jax.exits.analysis import analyse, at_costs, choose, full_score
+from sweet_jax.report.page import write_comparison, write_report
+from sweet_jax.report.plots import write_figures
+from sweet_jax.report.tables import build_results, exit_table
+
+NASTY = "<script>document.title='broken'</script>$x$"
+
+
+def outputs(split: str, rows: int, replicas: int = 2) -> ExitOutputs:
+    """Exits that are right more often the deeper they are, and surer where they are right."""
+    rng = np.random.default_rng(len(split))
+    labels = rng.integers(0, 2, rows)
+    right = rng.random((replicas, 3, rows)) < np.asarray([0.7, 0.8, 0.9])[:, None]
+    margin = np.where(right, 1, -1) * rng.exponential(np.where(right, 2.0, 0.7))
+    sign = np.where(labels == 1, 1, -1)
+    logits = np.stack([-margin * sign, margin * sign], axis=-1) / 2
+    identity = {
+        "task": NASTY,
+        "method": "sweet",
+        "metric": "accuracy",
+        "replicas": [[seed, 3e-4] for seed in range(replicas)],
+    }
+    return ExitOutputs(logits, labels, [1, 2, 4], identity=identity)
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    return analyse(outputs("calibration", 200), outputs("validation", 300))
+
+
+@pytest.fixture(scope="module")
+def report(analysis, tmp_path_factory):
+    config = from_mapping({"task": NASTY, "exits": (1, 2, 4), "seeds": (0, 1)}).resolved()
+    bad = [
+        {
+            "replica": 1,
+            "seed": 1,
+            "learning_rate": 3e-4,
+            "exit": 2,
+            "what": "collapsed to class 1",
+            "step": 7,
+        }
+    ]
+    metrics = [
+        {"training": "t", "step": s, "loss": [[1 / (s + 1), 0.5, None]] * 2} for s in range(30)
+    ]
+    results = build_results(config, analysis, bad, rows=900)
+    folder = tmp_path_factory.mktemp("report")
+    write_report(folder / "report.html", analysis, results, metrics)
+    write_figures(folder / "figures", analysis, results, metrics)
+    return folder, results
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no Chromium with its driver on this machine")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    for argument in [*quiet, "--no-first-run", "--window-size=1200,1000"]:
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield session
+    session.quit()
+
+
+def reading(browser) -> list[float]:
+    names = ("at-threshold", "at-cost", "at-score")
+    return [float(browser.find_element("id", name).text) for name in names]
+
+
+def move_slider(browser, value: int) -> None:
+    browser.execute_script(
+        "const s = document.getElementById('threshold'); s.value = arguments[0];"
+        "s.dispatchEvent(new Event('input'));",
+        value,
+    )
+
+
+def test_the_slider_shows_the_curve_s_numbers(report, analysis, browser):
+    folder, results = report
+    browser.get((folder / "report.html").as_uri())
+    for replica in (0, 1):
+        browser.execute_script(
+            "const c = document.getElementById('replica'); c.value = arguments[0];"
+            "c.dispatchEvent(new Event('change'));",
+            str(replica),
+        )
+        keep = full_score(analysis, replica)
+        np.testing.assert_allclose(reading(browser)[1:], keep.validation, atol=2e-2)
+        last = int(browser.find_element("id", "threshold").get_attribute("max"))
+        for place in (0, last // 2, last):
+            move_slider(browser, place)
+            threshold, cost, score = reading(browser)
+            exact = simulate_curve(
+                analysis.validation.replica(replica),
+                temperatures=analysis.temperatures[replica : replica + 1],
+                thresholds=np.asarray([threshold - 5e-5, threshold + 5e-5]),
+            )
+            assert exact.cost[0, 0] - 1e-3 <= cost <= exact.cost[0, 1] + 1e-3
+            assert exact.score[0].min() - 2e-2 <= score <= exact.score[0].max() + 2e-2
+            bars = browser.execute_script("return document.getElementById('shares').data[0].y")
+            assert sum(bars) == pytest.approx(1)
+            assert cost == pytest.approx(np.dot(bars, [0.25, 0.5, 1.0]), abs=1e-3)
+            marker = browser.execute_script("return document.getElementById('curve').data[3].x[0]")
+            assert marker == pytest.approx(cost, abs=1e-3)
+        assert bars == [0, 0, 1]
+    table = browser.find_element("css selector", "table").text
+    for row in results["replicas"][results["best_replica"]]["individual"]:
+        assert f"{row['score']:.4f}" in table
+    plots = browser.execute_script("return document.querySelectorAll('.main-svg').length")
+    assert plots >= 4
+
+
+def test_text_from_data_is_text(report, browser):
+    folder, _ = report
+    browser.get((folder / "report.html").as_uri())
+    assert browser.title.startswith(NASTY)
+    assert NASTY in browser.find_element("css selector", "h1").text
+    assert "collapsed to class 1" in browser.find_element("css selector", ".warning").text
+    errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+    assert not errors
+
+
+def test_the_page_asks_nothing_of_a_network(report):
+    page = (report[0] / "report.html").read_text()
+    head = page[: page.index("<script>")] + page[page.index("<body>") :]
+    assert "http" not in head.replace("http://www.w3.org", "")
+    assert "src=" not in head
+
+
+def test_figures_are_pictures(report):
+    for name in ("curve", "exits", "reliability", "loss"):
+        assert (report[0] / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (report[0] / "figures" / f"{name}.svg").read_text()
+
+
+def test_results_are_json_with_the_contract_s_keys(report):
+    results = json.loads(json.dumps(report[1], allow_nan=False))
+    assert {"task", "method", "checkpoint", "exits", "replicas", "mean", "ci95"} <= results.keys()
+    replica = results["replicas"][0]
+    assert {"seed", "learning_rate", "individual", "temperatures", "curve", "at_cost"} <= (
+        replica.keys()
+    )
+    assert {"threshold", "cost", "score"} == replica["curve"].keys()
+    assert results["mean"]["individual"][2]["score"] == pytest.approx(
+        np.mean([r["individual"][2]["score"] for r in results["replicas"]])
+    )
+    assert results["ci95"]["individual"][2]["score"] > 0
+    assert "full accuracy is kept at cost" in exit_table(results)
+
+
+def test_choices_are_made_on_calibration_rows(analysis):
+    curve = analysis.calibration_curve
+    for replica in (0, 1):
+        found = choose(analysis, replica, cost=0.5)
+        assert found.calibration[0] <= 0.5
+        inside = curve.cost[replica] <= 0.5
+        assert found.calibration[1] == curve.score[replica][inside].max()
+        found = choose(analysis, replica, score=0.85)
+        assert found.calibration[1] >= 0.85
+        enough = curve.score[replica] >= 0.85
+        assert found.calibration[0] == curve.cost[replica][enough].min()
+        assert choose(analysis, replica, cost=0.1) == 0.25
+        assert choose(analysis, replica, score=1.0) == curve.score[replica].max()
+
+
+def test_set_costs_are_interpolated_between_the_grid_s_points(analysis):
+    grid = analysis.grid
+    found = at_costs(grid, 0, [0.1, 0.25, 0.5, 1.0])
+    assert found["0.1"] is None
+    assert found["0.25"] == grid.score[0, 0]
+    assert found["1"] == grid.score[0, -1]
+    above = int(np.searchsorted(grid.cost[0], 0.5))
+    low, high = grid.cost[0, above - 1 : above + 1]
+    share = (0.5 - low) / (high - low)
+    between = (1 - share) * grid.score[0, above - 1] + share * grid.score[0, above]
+    assert found["0.5"] == pytest.approx(between)
+    assert grid.threshold[0].tolist() == pytest.approx(np.linspace(0.5, 1, 11).tolist())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two run directories that hold nothing but their outputs."""
+    folders = []
+    for name, replicas in (("one <b>", 1), ("two", 2)):
+        folder = tmp_path_factory.mktemp("runs") / name
+        for split, rows in (("calibration", 200), ("validation", 300)):
+            outputs(split, rows, replicas).save(folder / "exit_outputs" / f"{split}.npz")
+        folders.append(folder)
+    return folders
+
+
+def ask(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sweet_jax.simulate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_simulate_answers_from_saved_outputs(runs, analysis):
+    done = ask(f"--run={runs[1]}", "--cost=0.5")
+    assert done.returncode == 0, done.stderr
+    found = choose(analysis, 0, cost=0.5)
+    assert (
+        f"seed 0: threshold {found.threshold:.6g}: cost {found.calibration[0]:.4f}" in done.stdout
+    )
+    assert f"accuracy {found.validation[1]:.4f} on 300 validation rows" in done.stdout
+    done = ask(f"--run={runs[0]}", "--accuracy=0.999")
+    assert done.returncode == 0
+    assert "infeasible: the best reachable is accuracy 0." in done.stdout
+    assert "exit   cost" in ask(f"--run={runs[0]}").stdout
+
+
+def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
+    page = tmp_path / "compare.html"
+    done = ask(f"--run={runs[0]}", f"--run={runs[1]}", f"--output={page}")
+    assert done.returncode == 0, done.stderr
+    browser.get(page.as_uri())
+    names = browser.execute_script(
+        "return document.getElementById('curves').data.filter(t => t.name).map(t => t.name)"
+    )
+    assert len(names) == 2
+    assert str(runs[0]) in browser.find_element("css selector", "table").text
+    assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
+        (["--cost=-1"], "--cost must be from 0"),
+        (["--cost=half"], "invalid float value: 'half'"),
+        (["--policy=confidense"], "did you mean 'confidence'"),
+        (["--cost=0.5", "--threshold=0.5"], "not allowed with argument"),
+        (["--run=nowhere"], "'nowhere' is not a finished run"),
+    ],
+)
+def test_simulate_refuses_in_one_line(runs, arguments, message):
+    done = ask(f"--run={runs[0]}", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_simulate_needs_neither_a_model_nor_jax(runs):
+    code = (
+        "import sys, runpy; sys.argv = ['simulate', '--run=' + sys.argv[1], '--cost=0.5']\n"
+        "try: runpy.run_module('sweet_jax.simulate', run_name='__main__')\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "assert not {'jax', 'flax', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs[0])], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_comparison_escapes_names_too(analysis, tmp_path):
+    write_comparison(tmp_path / "x.html", [("a", {"task": NASTY}, analysis)])
+    page = (tmp_path / "x.html").read_text()
+    assert "<script>document.title" not in page
