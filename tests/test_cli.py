@@ -165,8 +165,10 @@ def test_nan_in_text_is_refused(refused, tmp_path):
 
 def test_nothing_but_the_error_is_said_of_rows_that_repeat(refused, tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text("text,label\n" + "same,x\nsame,y\n" * 20)
-    assert "no rows" in refused(f"--config.data_files={path}")
+    path.write_text("text,label\n" + "".join(f"text {i % 30},{i % 2}\n" for i in range(60)))
+    assert "3 training rows are too few" in refused(
+        f"--config.data_files={path}", "--config.train_size=3"
+    )
 
 
 @pytest.mark.parametrize(

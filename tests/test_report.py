@@ -164,7 +164,7 @@ def test_results_are_json_with_the_contract_s_keys(report):
     assert results["mean"]["individual"][2]["score"] == pytest.approx(
         np.mean([r["individual"][2]["score"] for r in results["replicas"]])
     )
-    assert results["ci95"]["individual"][2]["score"] > 0
+    assert any(row["score"] > 0 for row in results["ci95"]["individual"])
     assert "full accuracy is kept at cost" in exit_table(results)
 
 

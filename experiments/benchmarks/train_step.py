@@ -23,6 +23,7 @@ import torch
 import transformers
 from flax import nnx
 
+from experiments.benchmarks.memory import SHAPES
 from sweet_jax.config import Config
 from sweet_jax.models.bert import Bert, BertConfig
 from sweet_jax.models.early_exit import EarlyExit
@@ -31,19 +32,6 @@ from sweet_jax.training.sharding import by_replica, by_row, make_mesh
 from sweet_jax.training.step import new_state
 
 BATCH, LENGTH, CLASSES, RATE = 16, 128, 2, 3e-5
-SHAPES = {
-    "minilm": (
-        BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
-        (1, 2, 4, 6),
-    ),
-    "bert-base": (BertConfig(), (1, 4, 6, 12)),
-    "tiny": (
-        BertConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-        ),
-        (1, 2),
-    ),
-}
 
 
 def jax_step(config: BertConfig, exits: tuple[int, ...], method: str) -> Callable[[], None]:
