@@ -22,7 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
             "exits": (1, 2, 4, 6),
             "method": "sweet",
             "learning_rates": (3e-4,),
-            "train_size": 1200,
-            "max_length": 96,
+            "train_size": 1800,
+            "epochs": 3,
+            "max_length": 64,
         }
     )

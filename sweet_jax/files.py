@@ -70,9 +70,11 @@ def _check_identity(workdir: Path, identity: Mapping[str, Any], free: tuple[str,
     if path.exists():
         try:
             theirs = json.loads(path.read_text())
-        except ValueError as error:
+            if not isinstance(theirs, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"{str(path)!r} is not JSON ({error}): choose another workdir"
+                f"{str(path)!r} is not a run's ({error}): choose another workdir"
             ) from error
         differing = [
             f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sweet_jax import config as configuration
 from sweet_jax.config import Config, UserError
+from sweet_jax.data.read import one_line
 from sweet_jax.pipeline import run
 from sweet_jax.training.run import StoppedError
 
@@ -62,12 +63,14 @@ def _recipe(name: str) -> ConfigDict:
         raise UserError(f"config file {path!r} does not exist")
     try:
         get_config = runpy.run_path(path)["get_config"]
-        chosen = get_config(argument) if argument else get_config()
+        chosen = dict(get_config(argument) if argument else get_config())
     except UserError:
         raise
     except Exception as error:  # whatever the file does wrong, its author needs one line
-        raise UserError(f"config file {path!r}: {type(error).__name__}: {error}") from error
-    return ConfigDict(dataclasses.asdict(configuration.from_mapping(dict(chosen))))
+        raise UserError(
+            f"config file {path!r}: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    return ConfigDict(dataclasses.asdict(configuration.from_mapping(chosen)))
 
 
 def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
@@ -90,7 +93,8 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
 
 def main(argv: Sequence[str] = ()) -> int:
     """The command; returns its exit status."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    # To stdout: what stands on stderr is the progress bar, or the one line of an error.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
     logging.getLogger("sweet_jax").setLevel(logging.INFO)
     try:
         config, workdir = parse(argv or sys.argv)
@@ -100,6 +104,9 @@ def main(argv: Sequence[str] = ()) -> int:
         return 2
     except StoppedError as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 1
     return 0
 

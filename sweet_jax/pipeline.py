@@ -210,6 +210,8 @@ def _check_against(checkpoint: Checkpoint, config: Config) -> None:
 
 def _describe(job: Job) -> None:
     train, calibration = job.rows[0]
+    if job.dataset.left_out:
+        log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
     log.info(
         "%s with %s: %d training, %d calibration and %d validation rows, %d classes, %d replicas "
         "(seeds x learning rates), on %d %s device(s)",

@@ -30,9 +30,9 @@ def start(config: Path, workdir: Path, devices: int, every: int) -> subprocess.P
 
 def finish(config: Path, workdir: Path, devices: int, every: int = 100) -> str:
     process = start(config, workdir, devices, every)
-    _, errors = process.communicate(timeout=300)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    return errors
+    return printed
 
 
 def interrupt(process: subprocess.Popen, workdir: Path, after: int, how: int) -> tuple[int, str]:

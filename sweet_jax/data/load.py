@@ -6,7 +6,7 @@ Shape letters: N examples.
 import dataclasses
 import hashlib
 import json
-import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +17,6 @@ import pyarrow as pa
 from sweet_jax.config import Config, UserError, check_choice, split_names
 from sweet_jax.data.read import one_line, read_table, resolve_path
 from sweet_jax.data.tasks import GLUE, Task
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split
     validation: Split
+    left_out: int = 0  # training rows that repeat a text of the validation rows split off
 
     def digest(self) -> str:
         """SHA-256 over every text and label: whether two runs read the same data."""
@@ -63,13 +62,16 @@ def load_dataset(config: Config) -> Dataset:
         tables = _from_directory(config.data_dir, task)
     else:
         tables = _from_hub(task)
+    for table, what in zip(tables, ("training", "validation"), strict=False):
+        _check_rows(table, f"the {what} file" if len(tables) > 1 else "the data")
     names = _class_names(tables[0], task)
     splits = [_split(table, task, names) for table in tables]
     if len(splits) == 1:
         splits = _split_off(splits[0], config.validation_fraction, config.split_seed)
     train, validation = splits
     _check_labels(train, validation, names, task)
-    return Dataset(task, names, train, validation)
+    left_out = 0 if len(tables) > 1 else len(tables[0]) - len(train.labels) - len(validation.labels)
+    return Dataset(task, names, train, validation, left_out)
 
 
 def stratified(
@@ -112,7 +114,7 @@ def _from_files(data_files: str, task: Task) -> list[pa.Table]:
         raise UserError(
             f"data_files takes a training file and at most one validation file; got {data_files!r}"
         )
-    return [read_table(resolve_path(name), task.text_columns) for name in names]
+    return [read_table(resolve_path(name), task.text_columns, task.label_column) for name in names]
 
 
 def _from_directory(data_dir: str, task: Task) -> list[pa.Table]:
@@ -139,21 +141,31 @@ def _from_hub(task: Task) -> list[pa.Table]:
     return tables
 
 
-def _column(table: pa.Table, name: str) -> list:
+def _check_column(table: pa.Table, name: str) -> None:
     check_choice("column", name, table.column_names)
+    if table.column_names.count(name) > 1:
+        raise UserError(f"column {name!r} occurs more than once: rename all but one")
+
+
+def _column(table: pa.Table, name: str) -> list:
+    _check_column(table, name)
     values = table[name]
-    if values.null_count:
-        row = values.is_null().to_pylist().index(True) + 1
+    if pa.types.is_nested(values.type):
+        raise UserError(f"column {name!r} holds values of type {values.type}, not single ones")
+    empty = values.is_null(nan_is_null=True).to_pylist()
+    if any(empty):
         raise UserError(
-            f"column {name!r} is empty in row {row} (of {values.null_count} such rows, the header "
-            "not counted): fill it, or remove the row"
+            f"column {name!r} is empty in row {empty.index(True) + 1} (of {sum(empty)} such rows, "
+            "the header not counted): fill it, or remove the row"
         )
     return values.to_pylist()
 
 
 def _texts(table: pa.Table, name: str) -> list[str]:
-    check_choice("column", name, table.column_names)
+    _check_column(table, name)
     kind = table.schema.field(name).type
+    if pa.types.is_dictionary(kind):  # a categorical column of pandas
+        kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise UserError(f"column {name!r} holds values of type {kind}, not text")
     return _column(table, name)
@@ -161,24 +173,27 @@ def _texts(table: pa.Table, name: str) -> list[str]:
 
 def _class_names(table: pa.Table, task: Task) -> tuple[str, ...]:
     """Names of the classes: those the file declares, else the training labels in order."""
-    features = datasets.Features.from_arrow_schema(table.schema)
-    declared = features.get(task.label_column)
-    if isinstance(declared, datasets.ClassLabel):
-        return tuple(declared.names)
-    values = set(_column(table, task.label_column))
-    numeric = all(isinstance(v, int) for v in values)
-    return tuple(str(v) for v in (sorted(values) if numeric else sorted(values, key=str)))
+    values = _column(table, task.label_column)
+    found = {str(value) for value in values}
+    numeric = all(re.fullmatch("-?[0-9]+", name) for name in found)
+    in_order = sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found)
+    return _declared(table, task.label_column) or tuple(in_order)
+
+
+def _declared(table: pa.Table, name: str) -> tuple[str, ...]:
+    """The class names that a file gives to the numbers in a column; none: ()."""
+    schema = table.select([name]).schema
+    feature = datasets.Features.from_arrow_schema(schema)[name]
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
 
 def _split(table: pa.Table, task: Task, names: tuple[str, ...]) -> Split:
     columns = [_texts(table, name) for name in task.text_columns]
     values = _column(table, task.label_column)
-    features = datasets.Features.from_arrow_schema(table.schema)
-    if isinstance(features.get(task.label_column), datasets.ClassLabel):
-        labels = [value if 0 <= value < len(names) else -1 for value in values]
-    else:
-        index = {name: number for number, name in enumerate(names)}
-        labels = [index.get(str(value), -1) for value in values]
+    index = {name: number for number, name in enumerate(names)}
+    if declared := _declared(table, task.label_column):
+        values = [declared[v] if 0 <= v < len(declared) else v for v in values]
+    labels = [index.get(str(value), -1) for value in values]
     for row, label in enumerate(labels):
         if label < 0:
             raise UserError(
@@ -190,12 +205,9 @@ def _split(table: pa.Table, task: Task, names: tuple[str, ...]) -> Split:
 
 def _split_off(rows: Split, fraction: float, seed: int) -> list[Split]:
     """Training and validation rows by seed; rows that repeat a validation text are left out."""
-    _check_rows(rows, "the data")
     kept, held = stratified(rows.labels, fraction, np.random.default_rng(seed))
     texts = {rows.texts[i] for i in held}
     distinct = [i for i in kept if rows.texts[i] not in texts]
-    if len(distinct) < len(kept):
-        log.info("%d training rows repeat a validation text: left out", len(kept) - len(distinct))
     return [_take(rows, distinct), _take(rows, held)]
 
 
@@ -204,14 +216,17 @@ def _take(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
     return Split([rows.texts[i] for i in picked], rows.labels[picked])
 
 
-def _check_rows(rows: Split, what: str) -> None:
-    if not len(rows.labels):
+def _check_rows(table: pa.Table, what: str) -> None:
+    if not len(table):
         raise UserError(f"{what} has no rows")
 
 
 def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task: Task) -> None:
-    _check_rows(train, "the training file")
-    _check_rows(validation, "the validation file")
+    for rows, what in ((train, "training"), (validation, "validation")):
+        if not len(rows.labels):
+            raise UserError(
+                f"the data has too few distinct texts to split: no {what} rows are left"
+            )
     present = set(train.labels.tolist())
     if len(present) < 2:
         raise UserError(

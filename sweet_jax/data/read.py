@@ -1,7 +1,7 @@
 """Tables of text from the files that people keep them in."""
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,10 +32,11 @@ def resolve_path(name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / inside
 
 
-def read_table(path: Path, text_columns: Sequence[str]) -> pa.Table:
+def read_table(path: Path, text_columns: Sequence[str], label_column: str = "label") -> pa.Table:
     """A CSV, TSV, JSONL or Parquet file, or a folder with one sub-folder of .txt files per label.
 
-    Text columns are read as text whatever they look like. Nothing is unpickled or executed.
+    Text columns are read as text whatever they look like, and so is the label column of a CSV or
+    TSV file, where a label is what is written. Nothing is unpickled or executed.
     Raises UserError for a missing, unreadable or unsupported file.
     """
     if path.is_dir():
@@ -45,13 +46,19 @@ def read_table(path: Path, text_columns: Sequence[str]) -> pa.Table:
     if path.suffix.lower() not in _SUFFIXES:
         raise UserError(f"data file {str(path)!r} must end in one of {', '.join(_SUFFIXES)}")
     try:
-        return _READERS.get(path.suffix.lower(), _read_json)(path, text_columns)
+        match path.suffix.lower():
+            case ".csv" | ".tsv":
+                return _read_csv(path, (*text_columns, label_column))
+            case ".parquet":
+                return pa.parquet.read_table(path)
+            case _:
+                return _read_json(path, text_columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
 
 
 def _read_csv(path: Path, text_columns: Sequence[str]) -> pa.Table:
-    table = pa.csv.read_csv(
+    return pa.csv.read_csv(
         path,
         read_options=pa.csv.ReadOptions(block_size=_BLOCK),
         parse_options=pa.csv.ParseOptions(
@@ -65,23 +72,18 @@ def _read_csv(path: Path, text_columns: Sequence[str]) -> pa.Table:
             quoted_strings_can_be_null=True,
         ),
     )
-    return table
 
 
 def _read_json(path: Path, text_columns: Sequence[str]) -> pa.Table:
     schema = pa.schema([(name, pa.string()) for name in text_columns])
-    return pa.json.read_json(
-        path,
-        read_options=pa.json.ReadOptions(block_size=_BLOCK),
-        parse_options=pa.json.ParseOptions(explicit_schema=schema, newlines_in_values=True),
-    )
-
-
-_READERS: dict[str, Callable[[Path, Sequence[str]], pa.Table]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": lambda path, _: pa.parquet.read_table(path),
-}
+    reading = pa.json.ReadOptions(block_size=_BLOCK)
+    parsing = pa.json.ParseOptions(explicit_schema=schema, newlines_in_values=True)
+    table = pa.json.read_json(path, reading, parsing)
+    if any(table[name].null_count == len(table) for name in text_columns):
+        # The schema makes a column of nulls of one that no row has: read which there are.
+        found = pa.json.read_json(path, reading, pa.json.ParseOptions(newlines_in_values=True))
+        table = table.select(found.column_names)
+    return table
 
 
 def _read_folder(path: Path) -> pa.Table:
@@ -95,7 +97,7 @@ def _read_folder(path: Path) -> pa.Table:
 def _read_text(path: Path) -> str:
     raw = path.read_bytes()
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         return raw.decode("cp1252", errors="replace")  # what older corpora are written in
 

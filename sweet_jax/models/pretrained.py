@@ -71,6 +71,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {name!r} has no readable config.json: {error}") from error
     kind = values.get("model_type")
@@ -87,6 +89,11 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise UserError(
             f"checkpoint {name!r} has the activation {config.hidden_act!r}; supported "
             f"are {', '.join(ACTIVATIONS)}"
+        )
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"checkpoint {name!r} has hidden_size {config.hidden_size}, not a multiple of its "
+            f"num_attention_heads {config.num_attention_heads}"
         )
     return Checkpoint(folder, config)
 
@@ -120,6 +127,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise UserError(f"no tokenizer in {str(checkpoint.folder)!r}: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{str(checkpoint.folder)!r} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer in {str(checkpoint.folder)!r} has no padding token")
+    if max(tokenizer.get_vocab().values()) >= checkpoint.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {str(checkpoint.folder)!r} has more tokens than the checkpoint's "
+            f"vocab_size, {checkpoint.config.vocab_size}"
+        )
     return tokenizer
 
 
@@ -276,6 +290,6 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             f"{str(folder)!r} has no {names[0]}; a checkpoint in another format must be saved as "
             "safetensors first (save_pretrained of transformers does)"
         ) from error
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(folder / names[0])!r} is damaged: {error}; fetch it anew") from error
     return tensors
