@@ -53,7 +53,9 @@ class MetricsLog:
         self._file.write(json.dumps(row | {"loss": finite, "predicted": only.tolist()}) + "\n")
         for replica, losses in enumerate(loss):
             for layer, value in zip(self._exits, losses, strict=True):
-                self._events.add_scalar(f"loss/exit_{layer}/replica_{replica}", float(value), step)
+                if math.isfinite(value):
+                    name = f"loss/exit_{layer}/replica_{replica}"
+                    self._events.add_scalar(name, float(value), step)
 
     def flush(self) -> None:
         """Hands everything to the operating system: before each checkpoint."""
