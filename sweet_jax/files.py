@@ -46,6 +46,7 @@ def claimed(workdir: Path, identity: Mapping[str, Any], free: tuple[str, ...]) -
       UserError: not writable, in use, or a run of another configuration.
 
     """
+    _check_identity(workdir, identity, free)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w")  # noqa: SIM115 - held by the with below
@@ -61,6 +62,7 @@ def claimed(workdir: Path, identity: Mapping[str, Any], free: tuple[str, ...]) -
                 f"workdir {str(workdir)!r} is in use by another run: wait for it, or choose another"
             ) from error
         _check_identity(workdir, identity, free)
+        write_json(workdir / "config.json", identity)
         yield
 
 
@@ -86,4 +88,7 @@ def _check_identity(workdir: Path, identity: Mapping[str, Any], free: tuple[str,
                 f"workdir {str(workdir)!r} belongs to another configuration: "
                 f"{'; '.join(differing)}. Choose another workdir, or remove this one"
             )
-    write_json(path, ours)
+    elif workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
+        raise UserError(
+            f"workdir {str(workdir)!r} is not empty and no run's: choose another, or a new one"
+        )

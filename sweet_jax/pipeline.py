@@ -5,6 +5,7 @@ Shape letters: R replica, E exit, N examples, C classes.
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from sweet_jax.models.pretrained import (
 )
 from sweet_jax.report import page, plots, tables
 from sweet_jax.report.model import Model, save_model
-from sweet_jax.training.evaluation import evaluate
+from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.metrics import diverged, read_metrics
 from sweet_jax.training.run import fit, trainings
 
@@ -71,7 +72,9 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
 
     """
     job = prepare(config)
-    identity = {**dataclasses.asdict(job.config), "data_sha256": job.dataset.digest()}
+    # JSON has no infinity, which clip_norm may be.
+    values = dataclasses.asdict(job.config) | {"data_sha256": job.dataset.digest()}
+    identity = {k: str(v) if v == math.inf else v for k, v in values.items()}
     with claimed(workdir, identity, FREE_KEYS):
         _describe(job)
         return _report(job, train_and_evaluate(job, workdir), workdir)
@@ -90,6 +93,13 @@ def prepare(config: Config) -> Job:
         for split in (dataset.train, dataset.validation)
     )
     rows = [draw_rows(train.labels, config, seed) for seed, _ in config.replicas()]
+    for (seed, _), (trained, _) in zip(config.replicas(), rows, strict=True):
+        unseen = np.setdiff1d(validation.labels, train.labels[trained])
+        if len(unseen):
+            raise UserError(
+                f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
+                f"the {len(trained)} training rows drawn for seed {seed}: raise train_size"
+            )
     return Job(config, checkpoint, dataset, tokenizer, train, validation, rows)
 
 
@@ -107,14 +117,16 @@ def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
             config, job.checkpoint, training, classes, job.train, trained, workdir
         )
         began = time.perf_counter()
-        on_validation = evaluate(config, graphdef, params, job.validation, every)  # [R, E, N, C]
+        answer = compile_evaluation(config, graphdef)
+        on_validation = evaluate(config, answer, params, job.validation, every)  # [R, E, N, C]
         match config.calibration:
             case "held_out":
-                fitted = evaluate(config, graphdef, params, job.train, held_out)
+                fitted = evaluate(config, answer, params, job.train, held_out)
             case "validation":
                 fitted = on_validation
             case _:  # the release's: the validation rows with dropout left on
-                fitted = evaluate(config, graphdef, params, job.validation, every, dropout=True)
+                answer = compile_evaluation(config, graphdef, dropout=True)
+                fitted = evaluate(config, answer, params, job.validation, every)
         found.append((fitted, on_validation))
         models.append(Model(training.exits, params))
         timing["train_seconds"] += spent.seconds
@@ -160,13 +172,8 @@ def _report(job: Job, outcome: Outcome, workdir: Path) -> dict[str, Any]:
     outcome.validation.save(workdir / "exit_outputs" / "validation.npz")
     analysis = analyse(outcome.calibration, outcome.validation)
     metrics = read_metrics(workdir)
-    bad = diverged(
-        metrics,
-        {training.name: training.exits for training in trainings(config)},
-        config.replicas(),
-        outcome.validation.logits,
-        config.exits,
-    )
+    trained = {training.name: training.exits for training in trainings(config)}
+    bad = diverged(metrics, trained, config.replicas(), outcome.validation.logits, config.exits)
     results = tables.build_results(
         config,
         analysis,
@@ -175,8 +182,8 @@ def _report(job: Job, outcome: Outcome, workdir: Path) -> dict[str, Any]:
         timing=outcome.timing,
         versions={name: version(name) for name in ("jax", "flax", "optax", "transformers")},
     )
-    plots.write_figures(workdir / "figures", analysis, results, metrics)
-    page.write_report(workdir / "report.html", analysis, results, metrics)
+    plots.write_figures(workdir / "figures", analysis, results, metrics, trained)
+    page.write_report(workdir / "report.html", analysis, results, metrics, trained)
     save_model(
         workdir / "model",
         job.checkpoint,
@@ -213,12 +220,14 @@ def _describe(job: Job) -> None:
     if job.dataset.left_out:
         log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
     log.info(
-        "%s with %s: %d training, %d calibration and %d validation rows, %d classes, %d replicas "
-        "(seeds x learning rates), on %d %s device(s)",
+        "%s with %s: %d training and %d calibration rows of %d (train_size %d), %d validation "
+        "rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
         job.config.task,
         job.config.method,
         len(train),
         len(calibration),
+        len(job.train),
+        job.config.train_size,
         len(job.validation),
         len(job.dataset.classes),
         len(job.rows),

@@ -11,11 +11,10 @@ on the validation rows is printed; where no threshold will do, the best that is 
 --run are overlaid in one page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
 """
 
-# The command only. The function of this name is `from sweet_jax import simulate`.
-
 import argparse
 import math
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from sweet_jax.exits.analysis import (
 )
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES
+from sweet_jax.exits.simulation import simulate
 from sweet_jax.report.tables import exit_lines, individual
 
 
@@ -88,7 +88,10 @@ def _run(options: argparse.Namespace) -> None:
         from sweet_jax.report.page import write_comparison  # plotting takes a second to import
 
         path = Path(options.output)
-        write_comparison(path, [(n, a.validation.identity, a) for n, a in runs])
+        try:
+            write_comparison(path, [(n, a.validation.identity, a) for n, a in runs])
+        except OSError as error:
+            raise UserError(f"--output {str(path)!r}: {error.strerror}") from error
         print(f"curves: {path}")
 
 
@@ -146,7 +149,7 @@ def _describe(analysis: Analysis, found: Choice, metric: str) -> str:
         f"cost {cost:.4f}, {metric} {score:.4f} on {outputs.labels.shape[1]} {name} rows"
         for name, (cost, score), outputs in sets
     ]
-    return f"threshold {found.threshold:.6g}: " + "; ".join(parts)
+    return f"threshold {found.threshold!r}: " + "; ".join(parts)
 
 
 def _infeasible(best: float, options: argparse.Namespace, metric: str) -> str:
@@ -157,5 +160,12 @@ def _infeasible(best: float, options: argparse.Namespace, metric: str) -> str:
     )
 
 
+class _Module(types.ModuleType):
+    """Importing this module puts it where `from sweet_jax import simulate` finds the function."""
+
+    __call__ = staticmethod(simulate)
+
+
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = _Module

@@ -24,7 +24,7 @@ from flax import nnx
 
 from sweet_jax.models.bert import Bert, BertConfig
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.models.pretrained import hugging_face_tensors
+from sweet_jax.models.names import hugging_face_tensors
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -10,9 +10,9 @@ from flax import nnx
 
 from sweet_jax import load_encoder
 from sweet_jax.models.bert import Bert
+from sweet_jax.models.names import hugging_face_name
 from sweet_jax.models.pretrained import (
     hidden_states,
-    hugging_face_name,
     open_checkpoint,
     read_encoder,
 )

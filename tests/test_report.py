@@ -1,5 +1,6 @@
 """The report in a real browser, the comparison page, the simulate command, and escaping."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -59,8 +60,8 @@ def report(analysis, tmp_path_factory):
     ]
     results = build_results(config, analysis, bad, rows=900)
     folder = tmp_path_factory.mktemp("report")
-    write_report(folder / "report.html", analysis, results, metrics)
-    write_figures(folder / "figures", analysis, results, metrics)
+    write_report(folder / "report.html", analysis, results, metrics, {"t": (1, 2, 4)})
+    write_figures(folder / "figures", analysis, results, metrics, {"t": (1, 2, 4)})
     return folder, results
 
 
@@ -218,9 +219,7 @@ def test_simulate_answers_from_saved_outputs(runs, analysis):
     done = ask(f"--run={runs[1]}", "--cost=0.5")
     assert done.returncode == 0, done.stderr
     found = choose(analysis, 0, cost=0.5)
-    assert (
-        f"seed 0: threshold {found.threshold:.6g}: cost {found.calibration[0]:.4f}" in done.stdout
-    )
+    assert f"seed 0: threshold {found.threshold!r}: cost {found.calibration[0]:.4f}" in done.stdout
     assert f"accuracy {found.validation[1]:.4f} on 300 validation rows" in done.stdout
     done = ask(f"--run={runs[0]}", "--accuracy=0.999")
     assert done.returncode == 0
@@ -277,3 +276,35 @@ def test_the_comparison_escapes_names_too(analysis, tmp_path):
     write_comparison(tmp_path / "x.html", [("a", {"task": NASTY}, analysis)])
     page = (tmp_path / "x.html").read_text()
     assert "<script>document.title" not in page
+
+
+def test_a_replica_that_diverged_from_the_first_exit_on_leaves_the_others_their_mean():
+    fitted, shown = outputs("calibration", 200, 4), outputs("validation", 300, 4)
+    identity = dict(shown.identity)
+    identity["replicas"] = [[0, 1e-4], [0, 3e-4], [1, 1e-4], [1, 3e-4]]
+    for split in (fitted, shown):
+        split.logits[[0, 1, 3]] = np.nan
+    split = [dataclasses.replace(split, identity=identity) for split in (fitted, shown)]
+    analysis = analyse(*split)
+    assert (analysis.chosen, analysis.best) == ([2], 2)
+    config = from_mapping({"exits": (1, 2, 4)}).resolved()
+    results = build_results(config, analysis, [], rows=900)
+    assert results["mean"]["seeds"] == [1]
+    assert results["mean"]["learning_rate"] == 1e-4
+    assert None not in results["mean"]["at_cost"].values()
+    json.dumps(results, allow_nan=False)
+
+
+def test_costs_beyond_the_grid_are_not_invented():
+    logits = np.zeros((1, 2, 3, 2))
+    logits[..., 0] = 60
+    sure = ExitOutputs(logits, [0, 1, 1], [1, 2])
+    grid = simulate_curve(sure, "confidence_float32", thresholds=np.linspace(0.5, 1, 11))
+    assert at_costs(grid, 0, [0.5, 1.0]) == {"0.5": 1 / 3, "1": None}
+
+
+def test_the_function_outlives_an_import_of_the_command():
+    code = "import sweet_jax.simulate; from sweet_jax import simulate, ExitOutputs;"
+    code += "print(simulate(ExitOutputs([[[[1.0, 0.0]]]], [0], [1])).score)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[[1.]]\n"

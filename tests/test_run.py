@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_a_collapsed_exit_is_reported_with_its_step(options, tmp_path, one_devic
 
 
 def test_the_saved_encoder_gives_the_trained_model_s_hidden_states(options, tmp_path, one_device):
-    run(from_mapping(options), tmp_path)
+    run(from_mapping(options | {"clip_norm": math.inf}), tmp_path)
     exits = json.loads((tmp_path / "model" / "exits.json").read_text())
     assert exits["text_columns"] == ["text"]
     assert exits["layers"] == [1, 2, 3]
@@ -208,3 +209,20 @@ def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_de
         run(from_mapping(options | {"epochs": 3}), tmp_path)
     assert (tmp_path / "results.json").read_bytes() == before
     run(from_mapping(options | {"checkpoint_every": 7}), tmp_path)
+
+
+def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "precious").write_text("mine")
+    with pytest.raises(UserError, match="not empty and no run's"):
+        run(from_mapping(options), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "precious").read_text() == "mine"
+
+
+def test_validation_classes_must_be_among_the_rows_drawn(options, tmp_path):
+    from conftest import write_rows
+
+    rows = write_rows(tmp_path / "rows.csv", 400, classes=20)
+    with pytest.raises(UserError, match="in none of the 36 training rows drawn for seed 0"):
+        prepare(from_mapping(options | {"data_files": str(rows), "train_size": 40}))

@@ -236,7 +236,8 @@ def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task:
     unseen = sorted(set(validation.labels.tolist()) - present)
     if unseen:
         raise UserError(
-            f"label {names[unseen[0]]!r} occurs in validation rows but in no training row"
+            f"label {names[unseen[0]]!r} occurs in validation rows but in no training row: "
+            "give training rows of it, or remove it"
         )
     if task.metric == "f1" and len(names) != 2:
         raise UserError(f"metric 'f1' is for two classes; this task has {len(names)}")

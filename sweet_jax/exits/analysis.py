@@ -38,10 +38,12 @@ class Analysis:
 
     @property
     def replicas(self) -> list[tuple[int, float]]:
-        """(seed, learning rate) of each replica; numbered where the outputs do not say."""
+        """(seed, learning rate) of each replica; numbered, with rate 0, where the outputs
+        do not say.
+        """
         known = self.validation.identity.get("replicas")
         count = len(self.validation.logits)
-        return [tuple(r) for r in known] if known else [(i, float("nan")) for i in range(count)]
+        return [tuple(r) for r in known] if known else [(i, 0.0) for i in range(count)]
 
     @property
     def best(self) -> int:
@@ -50,18 +52,18 @@ class Analysis:
 
     @property
     def chosen(self) -> list[int]:
-        """The replicas of the learning rate with the largest mean area on the calibration rows."""
-        rates = [rate for _, rate in self.replicas]
-        means = {
-            rate: float(np.mean([a for a, r in zip(self.area, rates, strict=True) if r == rate]))
-            for rate in dict.fromkeys(rates)
-            if rate == rate
-        }
-        finite = {rate: mean for rate, mean in means.items() if np.isfinite(mean)}
-        if not finite:
-            return list(range(len(rates)))
-        rate = max(finite, key=finite.__getitem__)
-        return [i for i, r in enumerate(rates) if r == rate]
+        """The replicas of the learning rate that is best on the calibration rows.
+
+        Best is first the rate with the fewest diverged replicas, then the largest mean area.
+        Diverged replicas are left out, unless all are.
+        """
+        sound = np.flatnonzero(np.isfinite(self.area)).tolist()
+        if not sound:
+            return list(range(len(self.area)))
+        by_rate: dict[float, list[int]] = {}
+        for r in sound:
+            by_rate.setdefault(self.replicas[r][1], []).append(r)
+        return max(by_rate.values(), key=lambda rs: (len(rs), float(np.mean(self.area[rs]))))
 
 
 def analyse(
@@ -93,7 +95,10 @@ def analyse(
 
 
 def area(cost: np.ndarray, values: np.ndarray) -> float:
-    """Mean of a curve [T] over its own range of cost, by trapezoids; its value if that is one."""
+    """Mean of a curve [T] over its own range of cost, by trapezoids; its value if that is one.
+
+    Of the exact curve, where the paper takes the area under its 11 points (section 5.1).
+    """
     spread = cost[-1] - cost[0]
     return float(np.trapezoid(values, cost) / spread) if spread > 0 else float(values[-1])
 
@@ -101,11 +106,13 @@ def area(cost: np.ndarray, values: np.ndarray) -> float:
 def at_costs(grid: Curve, replica: int, costs: Sequence[float]) -> dict[str, float | None]:
     """Scores at set costs by linear interpolation between the grid's points (paper, section 5.1).
 
-    None at a cost below the first exit's.
+    None at a cost that the grid does not reach.
     """
     cost, values = grid.cost[replica], grid.score[replica]
     return {
-        f"{c:.4g}": float(np.interp(c, cost, values)) if c >= cost[0] - 1e-12 else None
+        f"{c:.4g}": float(np.interp(c, cost, values))
+        if cost[0] - 1e-12 <= c <= cost[-1] + 1e-12
+        else None
         for c in costs
     }
 

@@ -91,6 +91,7 @@ def _simulate_one(
     true = np.bincount(labels, minlength=classes)
     points = np.maximum.accumulate(scores[:-1], axis=0)  # [E - 1, N], breakpoints
     move = np.argsort(-points, axis=None, kind="stable")  # highest first, as the threshold falls
+    move = move[points.ravel()[move] > -np.inf]  # no threshold is that low
     leaving, example = np.unravel_index(move, points.shape)
     level = points[leaving, example]  # [(E - 1) N]
     # One situation after each group of equal breakpoints, and one above them all.

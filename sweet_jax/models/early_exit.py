@@ -21,7 +21,9 @@ SHARED = 0  # the owner number of parameters that every exit trains
 
 
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
-    """H itself; its gradient times (1 - isolation). 1 is SWEET's stop_gradient, 0 is Early-Exit.
+    """The hidden state [B, L, H] itself, with its gradient times (1 - isolation).
+
+    1 is SWEET's stop_gradient, 0 is Early-Exit.
 
     The two ends are taken literally when isolation is a Python number, so that SWEET's backward
     pass ends at the boundary and frees what lies below.

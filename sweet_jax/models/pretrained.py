@@ -5,7 +5,6 @@ Shape letters: B batch, L length, H hidden.
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,10 @@ from flax import nnx
 from sweet_jax.config import UserError
 from sweet_jax.data.read import resolve_path
 from sweet_jax.models.bert import ACTIVATIONS, Bert, BertConfig
+from sweet_jax.models.names import NOT_ENCODER, canonical, hugging_face_name, is_matrix
 
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.txt"]
 _FILES += ["special_tokens_map.json", "exits.json"]
-# Our name of a tensor's last part, and whether the torch matrix [out, in] is the transpose.
-_LAYER = {
-    "attention.self.query": "attention/query",
-    "attention.self.key": "attention/key",
-    "attention.self.value": "attention/value",
-    "attention.output.dense": "attention/output",
-    "attention.output.LayerNorm": "attention/norm",
-    "intermediate.dense": "intermediate",
-    "output.dense": "output",
-    "output.LayerNorm": "norm",
-}
-_EMBEDDINGS = {
-    "word_embeddings": "word",
-    "position_embeddings": "position",
-    "token_type_embeddings": "token_type",
-    "LayerNorm": "norm",
-}
-# Parts of a published checkpoint that are not the encoder: buffers, pre-training heads,
-# classifiers of a former task, and this package's own exits.
-_NOT_ENCODER = re.compile(r"(embeddings\.(position|token_type)_ids$|cls\.|classifier\.|exits\.)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +63,12 @@ def open_checkpoint(name: str) -> Checkpoint:
             f"checkpoint {name!r} has {values['position_embedding_type']!r} position embeddings; "
             "only 'absolute' is supported"
         )
-    known = {f.name for f in dataclasses.fields(BertConfig)}
+    if values.get("is_decoder"):
+        raise UserError(f"checkpoint {name!r} is a decoder; only encoders are supported")
+    known = {field.name: type(field.default) for field in dataclasses.fields(BertConfig)}
+    for key, kind in known.items():
+        if key in values and not isinstance(values[key], (int, float) if kind is float else kind):
+            raise UserError(f"checkpoint {name!r}: {key} is {values[key]!r} in its config.json")
     config = BertConfig(**{k: v for k, v in values.items() if k in known})
     if config.hidden_act not in ACTIVATIONS:
         raise UserError(
@@ -137,24 +122,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def hugging_face_name(path: tuple[str | int, ...]) -> str:
-    """Hugging Face name of an encoder parameter, from its path in the pure dict."""
-    *module, leaf = path
-    leaf = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(str(leaf), str(leaf))
-    if module[0] == "embeddings":
-        names = {ours: theirs for theirs, ours in _EMBEDDINGS.items()}
-        return f"embeddings.{names[str(module[1])]}.{leaf}"
-    names = {ours: theirs for theirs, ours in _LAYER.items()}
-    return f"encoder.layer.{module[1]}.{names['/'.join(map(str, module[2:]))]}.{leaf}"
-
-
 def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any, Any]:
     """Pretrained encoder parameters up to layer `depth`, and the pooler's or None.
 
     Returns pure dicts of float32 arrays, the encoder's shaped like `nnx.split(Bert(config, key))`.
     Raises UserError naming every missing, unexpected or misshapen tensor, or a damaged file.
     """
-    tensors = {_canonical(name): value for name, value in _read_tensors(checkpoint.folder).items()}
+    tensors = {canonical(name): value for name, value in _read_tensors(checkpoint.folder).items()}
     config = checkpoint.config
     whole = nnx.eval_shape(lambda: Bert(config, jax.random.key(0)))
     wanted = nnx.to_pure_dict(nnx.split(whole)[1])
@@ -165,11 +139,11 @@ def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any,
     extra = [
         name
         for name in tensors
-        if name not in names and name not in pooler and not _NOT_ENCODER.match(name)
+        if name not in names and name not in pooler and not NOT_ENCODER.match(name)
     ]
     shapes = {name: tuple(leaf.shape) for name, leaf in names.items()}
     for name, shape in shapes.items():
-        shapes[name] = shape[::-1] if _is_matrix(name) else shape
+        shapes[name] = shape[::-1] if is_matrix(name) else shape
     misshapen = [
         f"{name} {tensors[name].shape} instead of {shape}"
         for name, shape in shapes.items()
@@ -189,29 +163,6 @@ def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any,
     if not all(name in tensors for name in pooler):
         return encoder, None
     return encoder, {"kernel": _ours(pooler[0], tensors), "bias": _ours(pooler[1], tensors)}
-
-
-def hugging_face_tensors(params: Any, exits: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """A trained model's parameters under the names that a saved model has, torch's layout.
-
-    The encoder's are Hugging Face's, its pooler the last exit's; heads are `exits.<layer>.…`.
-    """
-    tensors: dict[str, np.ndarray] = {}
-
-    def put(name: str, value: np.ndarray) -> None:
-        tensors[name] = np.ascontiguousarray(value.T if _is_matrix(name) else value)
-
-    for path, value in jax.tree_util.tree_leaves_with_path(params["encoder"]):
-        put(hugging_face_name(tuple(p.key for p in path)), value)
-    for layer in exits:
-        head = params["heads"][str(layer)]
-        dense = {"pooler.dense": head.get("pooler") or params["pooler"]}
-        for name, part in (dense | {"classifier": head["classifier"]}).items():
-            put(f"exits.{layer}.{name}.weight", part["kernel"])
-            put(f"exits.{layer}.{name}.bias", part["bias"])
-    for leaf in ("weight", "bias"):
-        tensors[f"pooler.dense.{leaf}"] = tensors[f"exits.{exits[-1]}.pooler.dense.{leaf}"]
-    return tensors
 
 
 def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
@@ -256,24 +207,9 @@ def hidden_states(encoder: Bert, input_ids, mask, token_type_ids) -> tuple[jax.A
     return tuple(h)
 
 
-def _canonical(name: str) -> str:
-    name = name.removeprefix("bert.")
-    return re.sub(
-        r"LayerNorm\.(gamma|beta)$",
-        lambda match: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[match[1]],
-        name,
-    )
-
-
-def _is_matrix(name: str) -> bool:
-    """Whether torch stores the tensor as [out, in], the transpose of ours."""
-    dense = not name.startswith("embeddings.") and "LayerNorm" not in name
-    return dense and name.endswith(".weight")
-
-
 def _ours(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     value = tensors[name].astype(np.float32)
-    return np.ascontiguousarray(value.T) if _is_matrix(name) else value
+    return np.ascontiguousarray(value.T) if is_matrix(name) else value
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -17,7 +17,8 @@ from sweet_jax.config import Config
 from sweet_jax.data.load import Dataset
 from sweet_jax.exits.analysis import Analysis, Choice, full_score
 from sweet_jax.files import write_json
-from sweet_jax.models.pretrained import Checkpoint, hugging_face_tensors
+from sweet_jax.models.names import hugging_face_tensors
+from sweet_jax.models.pretrained import Checkpoint
 
 EXITS_VERSION = 1
 

@@ -19,7 +19,7 @@ from sweet_jax.files import write_text
 from sweet_jax.report.series import colour, loss_series, reliability_series
 from sweet_jax.report.tables import describe_divergence, fitted_rows, thinned
 
-_POINTS = 500  # of a curve on the page; results.json and the saved outputs hold more
+_POINTS = 6000  # of a curve on the page at most; the saved outputs hold all
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("sweet_jax", "report"),
     autoescape=True,
@@ -34,11 +34,12 @@ def write_report(
     analysis: Analysis,
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
+    trainings: Mapping[str, Sequence[int]],
 ) -> None:
     """Writes the page of one run. Text that comes from the user or the data is escaped."""
     best, layers = results["best_replica"], results["exits"]
     curves = [
-        {name: array.tolist() for name, array in thinned(analysis.curve, r, _POINTS).items()}
+        {name: array.tolist() for name, array in _thinned(analysis, results, r).items()}
         for r in range(len(results["replicas"]))
     ]
     page = _ENVIRONMENT.get_template("page.html").render(
@@ -59,7 +60,7 @@ def write_report(
             "curve": _json(curve_figure(results, curves[best])),
             "shares": _json(shares_figure(layers)),
             "reliability": _json(reliability_figure(reliability_series(analysis, best))),
-            "loss": _json(loss_figure(loss_series(metrics, best, layers))),
+            "loss": _json(loss_figure(loss_series(metrics, best, trainings))),
         },
     )
     write_text(path, page)
@@ -208,6 +209,11 @@ def loss_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
             line={"color": colour(e)},
         )
     return figure
+
+
+def _thinned(analysis: Analysis, results: Mapping[str, Any], replica: int) -> dict:
+    keep = results["replicas"][replica]["full_score"]
+    return thinned(analysis.curve, replica, _POINTS, keep and keep["threshold"])
 
 
 def _start(results: Mapping[str, Any], replica: int, curve: Mapping[str, Any]) -> int:

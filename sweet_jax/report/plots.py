@@ -19,15 +19,15 @@ def write_figures(
     analysis: Analysis,
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
+    trainings: Mapping[str, Sequence[int]],
 ) -> None:
     """Writes curve, exits, reliability and loss, each as .png and .svg."""
     best = results["best_replica"]
-    layers = results["exits"]
     figures = {
         "curve": curve_figure(analysis, results),
         "exits": exits_figure(results),
         "reliability": reliability_figure(reliability_series(analysis, best)),
-        "loss": loss_figure(loss_series(metrics, best, layers)),
+        "loss": loss_figure(loss_series(metrics, best, trainings)),
     }
     for name, figure in figures.items():
         for suffix in ("png", "svg"):

@@ -52,17 +52,16 @@ def reliability_series(analysis: Analysis, replica: int) -> list[dict[str, Any]]
 
 
 def loss_series(
-    metrics: Sequence[Mapping[str, Any]], replica: int, layers: Sequence[int]
+    metrics: Sequence[Mapping[str, Any]], replica: int, trainings: Mapping[str, Sequence[int]]
 ) -> list[dict[str, Any]]:
     """Training loss of each exit, a running mean over 20 steps: layer, step [T], loss [T].
 
-    The models of Multi-Model have one exit each, in the order of their depth.
+    trainings gives the layer numbers of the exits of each training in the log.
     """
-    names = list(dict.fromkeys(row["training"] for row in metrics))
     series: list[dict[str, Any]] = []
-    for name in names:
+    for name, layers in trainings.items():
         rows = [row for row in metrics if row["training"] == name]
-        for e in range(len(rows[0]["loss"][replica])):
+        for e, layer in enumerate(layers):
             values = np.asarray([row["loss"][replica][e] for row in rows], np.float64)
             total = np.cumsum(np.concatenate([[0.0], values]))
             width = np.minimum(np.arange(1, len(values) + 1), _SMOOTHED)
@@ -71,7 +70,7 @@ def loss_series(
             steps = np.asarray([row["step"] for row in rows])
             series.append(
                 {
-                    "layer": int(layers[len(series)]),
+                    "layer": int(layer),
                     "step": steps[finite].tolist(),
                     "loss": smooth[finite].tolist(),
                 }

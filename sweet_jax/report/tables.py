@@ -100,32 +100,54 @@ def build_results(
     }
 
 
-def thinned(curve: Curve, replica: int, points: int) -> dict[str, np.ndarray]:
-    """At most `points` of one replica's curve, both ends among them, repeats left out."""
+def thinned(
+    curve: Curve, replica: int, points: int, keep: float | None = None
+) -> dict[str, np.ndarray]:
+    """At most `points` (and one more) of one replica's curve, repeats left out.
+
+    Both ends are among them, and what a threshold of `keep` does.
+    """
     names = [field.name for field in dataclasses.fields(Curve)]
     arrays = {name: getattr(curve, name)[replica] for name in names}
     use = np.flatnonzero(np.append(True, np.diff(arrays["threshold"]) > 0))
     use = use[np.isfinite(arrays["threshold"][use])]
     if len(use) > points:
-        use = use[np.unique(np.linspace(0, len(use) - 1, points).round().astype(int))]
+        places = np.linspace(0, len(use) - 1, points).round().astype(int).tolist()
+        if keep is not None:
+            at = int(np.searchsorted(arrays["threshold"][use], keep))
+            places.append(min(at, len(use) - 1))
+        use = use[np.unique(places)]
     return {name: array[use] for name, array in arrays.items()}
 
 
 def exit_table(results: Mapping[str, Any]) -> str:
     """The table of exits of the best replica as text, the last line the cost of full score."""
     replica = results["replicas"][results["best_replica"]]
-    metric = results["metric"]
+    metric, mean = results["metric"], results["mean"]
+    heading: list[str] = []
+    if len(results["replicas"]) > 1:
+        heading.append(
+            f"best of {len(results['replicas'])} replicas by area on calibration rows: seed "
+            f"{replica['seed']}, learning rate {replica['learning_rate']:g}"
+        )
     lines = exit_lines(replica["individual"], metric)
     keep = replica["full_score"]
     if keep is not None:
         cost, value = keep["validation"]
         lines.append(
-            f"full {metric} is kept at cost {cost:.3f}: threshold {keep['threshold']:.4f}, chosen "
+            f"full {metric} is kept at cost {cost:.3f}: threshold {keep['threshold']!r}, chosen "
             f"on {results['n']['calibration']} {fitted_rows(results)}, gives {value:.4f} on "
             f"{results['n']['validation']} validation rows (last exit "
             f"{replica['individual'][-1]['score']:.4f})"
         )
-    return "\n".join(lines)
+    if len(mean["seeds"]) > 1:
+        pairs = zip(mean["individual"], results["ci95"]["individual"], strict=True)
+        each = ", ".join(f"{m['layer']}: {m['score']:.4f} ± {c['score']:.4f}" for m, c in pairs)
+        lines.append(
+            f"mean of {len(mean['seeds'])} seeds at learning rate {mean['learning_rate']:g}, with "
+            f"95% interval: {each}"
+        )
+    return "\n".join(heading + lines)
 
 
 def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
@@ -158,7 +180,8 @@ def describe_divergence(row: Mapping[str, Any]) -> str:
 def _over_seeds(replicas: Sequence[Mapping[str, Any]]) -> tuple[dict, dict]:
     """Mean and half width of the 95% interval over seeds, of exits and of set costs."""
     exits = [[row["score"] for row in replica["individual"]] for replica in replicas]
-    keys = [k for k, v in replicas[0]["at_cost"].items() if v is not None]
+    every = [replica["at_cost"] for replica in replicas]
+    keys = [k for k in every[0] if all(costs[k] is not None for costs in every)]
     costs = [[replica["at_cost"][k] for k in keys] for replica in replicas]
     tables = []
     for which in (0, 1):

@@ -54,10 +54,10 @@ class Checkpoints:
             if self._is_sound(step):
                 return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
             log.warning(
-                "the checkpoint of step %d in %s is damaged or incomplete: going back to the one "
-                "before",
+                "the checkpoint of step %d in %s is damaged or incomplete: going back to %s",
                 step,
                 self._folder,
+                "the one before" if step > min(self._manager.all_steps()) else "the start",
             )
             shutil.rmtree(self._folder / str(step), ignore_errors=True)
             self._digest_path(step).unlink(missing_ok=True)

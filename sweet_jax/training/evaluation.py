@@ -3,6 +3,8 @@
 Shape letters: R replica, E exit, B batch, N examples, C classes.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from flax import nnx
@@ -14,40 +16,51 @@ from sweet_jax.training.sharding import by_row, over_replicas, traced_at_most
 from sweet_jax.training.step import Params, evaluate_step
 
 
+def compile_evaluation(
+    config: Config, graphdef: nnx.GraphDef, *, dropout: bool = False
+) -> Callable:
+    """(params, batch, number) → logits float32 [R, E, B, C], all with the axis R, jitted.
+
+    Compiled at most once per batch length, which is asserted, for all splits together.
+
+    Args:
+      config: resolved.
+      graphdef: structure of the model.
+      dropout: leave dropout on, as the release does on its calibration rows; the masks of a batch
+        follow from its number.
+
+    """
+
+    def one(params: Params, batch: dict, number: jax.Array) -> jax.Array:
+        key = derive(jax.random.key(0), "calibration", number) if dropout else None
+        return evaluate_step(graphdef, params, batch, key)
+
+    replicas, lengths = len(config.replicas()), len(bucket_lengths(config.max_length))
+    return jax.jit(traced_at_most(over_replicas(one, replicas), lengths))
+
+
 def evaluate(
-    config: Config,
-    graphdef: nnx.GraphDef,
-    params: Params,
-    tokens: Tokens,
-    rows: np.ndarray,
-    *,
-    dropout: bool = False,
+    config: Config, answer: Callable, params: Params, tokens: Tokens, rows: np.ndarray
 ) -> np.ndarray:
     """Logits of every exit for every row, in one pass: float32 [R, E, N, C].
 
     Args:
       config: resolved.
-      graphdef: structure of the model.
+      answer: what `compile_evaluation` returns.
       params: [R, ...] on the devices, as `fit` returns them.
       tokens: of the split.
       rows: int [R, N], the rows of each replica; the result is in their order.
-      dropout: leave dropout on, as the release does on its calibration rows.
 
     """
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     data = mesh.shape["data"]
     size = -(-config.evaluation_batch_size // data) * data
     lengths = bucket_lengths(config.max_length)
-
-    def one(params: Params, batch: dict, number: jax.Array) -> jax.Array:
-        key = derive(jax.random.key(0), "calibration", number) if dropout else None
-        return evaluate_step(graphdef, params, batch, key)
-
-    run = jax.jit(traced_at_most(over_replicas(one, len(rows)), len(lengths)))
     logits: np.ndarray | None = None
     for number, (places, batch) in enumerate(evaluation_batches(tokens, rows, size, lengths)):
         numbers = np.full(len(rows), number, np.int32)
-        found = jax.device_get(run(params, *jax.device_put((batch, numbers), (by_row(mesh), None))))
+        inputs = jax.device_put((batch, numbers), (by_row(mesh), None))
+        found = jax.device_get(answer(params, *inputs))  # [R, E, B, C]
         if logits is None:
             shape = (found.shape[0], found.shape[1], rows.shape[1], found.shape[3])
             logits = np.full(shape, np.nan, np.float32)  # [R, E, N, C]

@@ -189,11 +189,19 @@ def _loop(
 ) -> State:
     """Takes the steps; metrics are read one step late, so that the device never waits for them."""
     late: tuple[int, int, Metrics] | None = None
+    diverged: set[tuple[int, int]] = set()
 
     def log_late() -> None:
         if late is not None:
             number, length, values = late
             loss, predicted = jax.device_get(values)
+            for replica, index in np.argwhere(~np.isfinite(loss)).tolist():
+                if (replica, index) not in diverged:
+                    log.warning(
+                        "replica %d, exit %d of %s: the loss is not finite at step %d",
+                        replica, index + 1, bar.desc, number,
+                    )  # fmt: skip
+                diverged.add((replica, index))
             metrics.add(number, number // epoch, length, loss, predicted)
             bar.update(loss.shape[0] * rows)
 
@@ -210,7 +218,7 @@ def _loop(
                 late = None
                 metrics.flush()
                 checkpoints.save(number + 1, state)
-            if terminated.is_set() and not last:
+            if terminated.is_set():
                 raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {steps.stop}")
     return state
 

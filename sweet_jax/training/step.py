@@ -4,6 +4,7 @@ Shape letters: E exit, B batch, L length, C classes.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sweet_jax.models.early_exit import leaves_by_owner, owners
+from sweet_jax.models.early_exit import SHARED, leaves_by_owner, owners
 from sweet_jax.models.layers import derive
 
 Params = Any  # pure dict of float32 arrays
@@ -122,9 +123,10 @@ def segment_gradients(
     activations are alive. The barrier says so to the compiler, which else orders all forward passes
     first and needs as much memory as Early-Exit.
     """
-    model = nnx.merge(graphdef, params)
-    h, grads, found = None, None, []
-    for index in range(len(model.exits)):
+    exits = nnx.merge(graphdef, params).exits
+    owner_of = owners(params, exits)
+    h, parts, found = None, [], []
+    for index, layer in enumerate(exits):
 
         def loss(params: Params, h=h, index=index):
             h, logits = nnx.merge(graphdef, params).segment(index, h, batch, isolation, key)
@@ -132,10 +134,16 @@ def segment_gradients(
             return value, (h, value, logits)
 
         own, (h, *answer) = jax.grad(loss, has_aux=True)(params)
+        # All else is exactly zero; None takes neither memory nor time.
+        own = jax.tree.map(lambda o, g, e=layer: g if o in (e, SHARED) else None, owner_of, own)
         h, own = jax.lax.optimization_barrier((h, own))
-        # What a segment does not reach has a gradient of zero, which the compiler drops.
-        grads = own if grads is None else jax.tree.map(jnp.add, grads, own)
+        parts.append(own)
         found.append(answer)
+    grads = jax.tree.map(
+        lambda *g: functools.reduce(jnp.add, [x for x in g if x is not None]),
+        *parts,
+        is_leaf=lambda x: x is None,
+    )
     losses, logits = zip(*found, strict=True)
     return grads, jnp.stack(losses), jnp.stack(logits)
 
