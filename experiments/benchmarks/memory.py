@@ -42,17 +42,16 @@ def temporaries(shape: str, method: str, batch: int, length: int) -> int:
 
     def state():
         model = EarlyExit(Bert(config, key), exits, 2, key)
-        fresh = new_state(nnx.to_pure_dict(nnx.split(model)[1]), 3e-5, 0)
-        return jax.tree.map(lambda x: x[None], fresh)
+        return new_state(nnx.to_pure_dict(nnx.split(model)[1]), 3e-5, 0)
 
     graphdef = nnx.split(nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key)))[0]
     run = Config(method=method, exits=exits, batch_size=batch).resolved()
     step = compile_step(step_settings(run, graphdef, exits, 1000), 1, make_mesh(1, 1), 1)
     inputs = {
-        "input_ids": jax.ShapeDtypeStruct((1, batch, length), jnp.int32),
-        "token_type_ids": jax.ShapeDtypeStruct((1, batch, length), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((1, batch, length), bool),
-        "labels": jax.ShapeDtypeStruct((1, batch), jnp.int32),
+        "input_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        "token_type_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((batch, length), bool),
+        "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
     compiled = step.lower(jax.eval_shape(state), inputs).compile()
     return compiled.memory_analysis().temp_size_in_bytes

@@ -41,17 +41,17 @@ def jax_step(config: BertConfig, exits: tuple[int, ...], method: str) -> Callabl
     run = Config(method=method, exits=exits, batch_size=BATCH, epochs=1000).resolved()
     settings = step_settings(run, graphdef, exits, rows=1000)
     mesh = make_mesh(1, BATCH)
-    state = jax.tree.map(lambda x: x[None], new_state(nnx.to_pure_dict(values), RATE, 0))
-    state = jax.device_put(state, by_replica(mesh))
+    state = new_state(nnx.to_pure_dict(values), RATE, 0)
+    state = jax.device_put(state, by_replica(mesh, 1))
     step = compile_step(settings, 1, mesh, 1)
     rng = np.random.default_rng(0)
     host = {
-        "input_ids": rng.integers(1, config.vocab_size, (1, BATCH, LENGTH), dtype=np.int32),
-        "token_type_ids": np.zeros((1, BATCH, LENGTH), np.int32),
-        "mask": np.ones((1, BATCH, LENGTH), bool),
-        "labels": rng.integers(0, CLASSES, (1, BATCH), dtype=np.int32),
+        "input_ids": rng.integers(1, config.vocab_size, (BATCH, LENGTH), dtype=np.int32),
+        "token_type_ids": np.zeros((BATCH, LENGTH), np.int32),
+        "mask": np.ones((BATCH, LENGTH), bool),
+        "labels": rng.integers(0, CLASSES, (BATCH,), dtype=np.int32),
     }
-    batch = jax.device_put(host, by_row(mesh))
+    batch = jax.device_put(host, by_row(mesh, 1))
 
     def take() -> None:
         nonlocal state

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sweet_jax.config import Config
@@ -34,8 +35,8 @@ from sweet_jax.training.sharding import (
     by_replica,
     by_row,
     make_mesh,
-    over_replicas,
     traced_at_most,
+    without_axis,
 )
 from sweet_jax.training.step import (
     Metrics,
@@ -146,8 +147,10 @@ def fit(
     graphdef, state = initial_state(config, checkpoint, training, classes)
     settings = step_settings(config, graphdef, training.exits, len(rows[0]))
     checkpoints = Checkpoints(workdir / "checkpoints" / training.name)
-    restored = checkpoints.restore(like(state, by_replica(mesh)))
-    state = restored[1] if restored else jax.device_put(state, by_replica(mesh))
+    state = without_axis(state, len(seeds))
+    placed = by_replica(mesh, len(seeds))
+    restored = checkpoints.restore(like(state, placed))
+    state = restored[1] if restored else jax.device_put(state, placed)
     start = restored[0] if restored else 0
     if start:
         log.info("%s: going on from step %d of %d", training.name, start, settings.total_steps)
@@ -156,7 +159,7 @@ def fit(
 
     def batch(number: int) -> dict[str, jax.Array]:
         host = training_batch(tokens, rows, seeds, number, config.batch_size, lengths)
-        return jax.device_put(host, by_row(mesh))
+        return jax.device_put(without_axis(host, len(seeds)), by_row(mesh, len(seeds)))
 
     metrics = MetricsLog(workdir, training.name, start, training.exits)
     began = time.perf_counter()
@@ -173,7 +176,8 @@ def fit(
             epoch = steps_per_epoch(len(rows[0]), config.batch_size)
             state = _loop(step, state, batch, steps, epoch, every, metrics, checkpoints, bar)
     examples = (settings.total_steps - start) * config.batch_size * len(seeds)
-    return graphdef, state.params, Timing(time.perf_counter() - began, examples)
+    params = state.params if len(seeds) > 1 else jax.tree.map(lambda x: x[None], state.params)
+    return graphdef, params, Timing(time.perf_counter() - began, examples)
 
 
 def _loop(
@@ -194,7 +198,7 @@ def _loop(
     def log_late() -> None:
         if late is not None:
             number, length, values = late
-            loss, predicted = jax.device_get(values)
+            loss, predicted = (np.atleast_2d(x) for x in jax.device_get(values))  # [R, E]
             for replica, index in np.argwhere(~np.isfinite(loss)).tolist():
                 if (replica, index) not in diverged:
                     log.warning(
@@ -208,7 +212,7 @@ def _loop(
     with _termination() as terminated:
         for number in steps:
             inputs = batch(number)
-            rows, length = inputs["mask"].shape[1:]
+            rows, length = inputs["mask"].shape[-2:]
             state, values = step(state, inputs)
             log_late()
             late = (number, length, values)
@@ -251,18 +255,20 @@ def step_settings(
     )
 
 
-def compile_step(settings: StepSettings, replicas: int, mesh, lengths: int) -> Callable:
-    """(state, batch) → (state, metrics), all [R, ...]: jitted, sharded, state donated.
+def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
+    """(state, batch) → (state, metrics), jitted, sharded, the old state donated.
 
-    Traced at most once per batch length, which is asserted.
+    All arrays have the leading axis R, but a single replica's have none: on a CPU an axis of size 1
+    makes a step slower. Traced at most once per batch length, which is asserted.
     """
 
     def one(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
         return train_step(settings, state, batch)
 
+    by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
     return jax.jit(
-        traced_at_most(over_replicas(one, replicas), lengths),
-        in_shardings=(by_replica(mesh), by_row(mesh)),
-        out_shardings=(by_replica(mesh), by_replica(mesh)),
+        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
+        in_shardings=(by_state, by_batch),
+        out_shardings=(by_state, by_state),
         donate_argnums=0,
     )

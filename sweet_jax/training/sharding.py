@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -40,21 +41,26 @@ def make_mesh(replicas: int, batch_size: int) -> Mesh:
     )
 
 
-def by_replica(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays [R, ...]: state and metrics."""
-    return NamedSharding(mesh, PartitionSpec("replica"))
+def by_replica(mesh: Mesh, replicas: int = 2) -> NamedSharding:
+    """Sharding of arrays [R, ...], state and metrics; of a single replica's, without the axis."""
+    return NamedSharding(mesh, PartitionSpec("replica") if replicas > 1 else PartitionSpec())
 
 
-def by_row(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays [R, B, ...]: batches."""
-    return NamedSharding(mesh, PartitionSpec("replica", "data"))
+def by_row(mesh: Mesh, replicas: int = 2) -> NamedSharding:
+    """Sharding of batches [R, B, ...]; of a single replica's, [B, ...]."""
+    axes = ("replica", "data") if replicas > 1 else ("data",)
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def without_axis(tree: Any, replicas: int) -> Any:
+    """Arrays [R, ...], or those of a single replica without the axis."""
+    return tree if replicas > 1 else jax.tree.map(lambda x: x[0], tree)
 
 
 def over_replicas(function: Callable, replicas: int) -> Callable:
     """`function` of one replica, over the leading axis R of all its arguments and results.
 
-    A single replica is not batched: on a CPU, batched products over an axis of size 1 make a
-    training step a tenth slower.
+    A single replica is not batched: on a CPU, products batched over an axis of size 1 are slower.
     """
     if replicas > 1:
         return jax.vmap(function)
