@@ -88,7 +88,10 @@ def _check_identity(workdir: Path, identity: Mapping[str, Any], free: tuple[str,
                 f"workdir {str(workdir)!r} belongs to another configuration: "
                 f"{'; '.join(differing)}. Choose another workdir, or remove this one"
             )
-    elif workdir.is_dir() and any(p.name != ".lock" for p in workdir.iterdir()):
+    elif workdir.is_dir() and any(
+        not p.name.startswith(".")  # .lock, or what a run killed while claiming left
+        for p in workdir.iterdir()
+    ):
         raise UserError(
             f"workdir {str(workdir)!r} is not empty and no run's: choose another, or a new one"
         )
