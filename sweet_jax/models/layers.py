@@ -37,12 +37,14 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
 
 
-def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Kept for the backward pass is the derivative, not x: as large, and no second erf.
     cdf = 0.5 * (1 + jax.lax.erf(x * 2**-0.5))
-    return (g * (cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5),)
+    slope = cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
+    return x * cdf, slope
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+gelu.defvjp(_gelu_forward, lambda slope, g: (g * slope,))
 
 
 @jax.custom_vjp
