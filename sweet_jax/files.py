@@ -47,22 +47,32 @@ def claimed(workdir: Path, identity: Mapping[str, Any], free: tuple[str, ...]) -
 
     """
     _check_identity(workdir, identity, free)
+    with held(workdir):
+        _check_identity(workdir, identity, free)
+        write_json(workdir / "config.json", identity)
+        yield
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a directory, made if need be, for one process at a time.
+
+    Raises UserError where it is in use or not writable.
+    """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")  # noqa: SIM115 - held by the with below
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the with below
     except OSError as error:
         raise UserError(
-            f"workdir {str(workdir)!r} cannot be written to ({error.strerror}): choose another"
+            f"workdir {str(folder)!r} cannot be written to ({error.strerror}): choose another"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"workdir {str(workdir)!r} is in use by another run: wait for it, or choose another"
+                f"workdir {str(folder)!r} is in use by another run: wait for it, or choose another"
             ) from error
-        _check_identity(workdir, identity, free)
-        write_json(workdir / "config.json", identity)
         yield
 
 

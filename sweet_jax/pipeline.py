@@ -62,8 +62,13 @@ class Outcome:
     timing: dict[str, float]
 
 
-def run(config: Config, workdir: Path) -> dict[str, Any]:
+def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]:
     """Does the whole job of one config in one directory; returns the contents of results.json.
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      report: also write report.html, figures/ and model/, and print the table of exits.
 
     Raises:
       UserError: the config, the data, the checkpoint or the workdir will not do; nothing was
@@ -77,7 +82,8 @@ def run(config: Config, workdir: Path) -> dict[str, Any]:
     identity = {k: str(v) if v == math.inf else v for k, v in values.items()}
     with claimed(workdir, identity, FREE_KEYS):
         _describe(job)
-        return _report(job, train_and_evaluate(job, workdir), workdir)
+        outcome = train_and_evaluate(job, workdir)
+        return _finish(job, outcome, workdir, report=report)
 
 
 def prepare(config: Config) -> Job:
@@ -165,8 +171,8 @@ def _outputs(job: Job, split: str, logits: Sequence[np.ndarray], labels: np.ndar
     )
 
 
-def _report(job: Job, outcome: Outcome, workdir: Path) -> dict[str, Any]:
-    """Writes the outputs, the report with its figures, the best model and results.json."""
+def _finish(job: Job, outcome: Outcome, workdir: Path, *, report: bool) -> dict[str, Any]:
+    """Writes the outputs, what reports them, and results.json."""
     config = job.config
     outcome.calibration.save(workdir / "exit_outputs" / "calibration.npz")
     outcome.validation.save(workdir / "exit_outputs" / "validation.npz")
@@ -182,22 +188,24 @@ def _report(job: Job, outcome: Outcome, workdir: Path) -> dict[str, Any]:
         timing=outcome.timing,
         versions={name: version(name) for name in ("jax", "flax", "optax", "transformers")},
     )
-    plots.write_figures(workdir / "figures", analysis, results, metrics, trained)
-    page.write_report(workdir / "report.html", analysis, results, metrics, trained)
-    save_model(
-        workdir / "model",
-        job.checkpoint,
-        job.tokenizer,
-        config,
-        job.dataset,
-        analysis,
-        outcome.models,
-    )
+    if report:
+        plots.write_figures(workdir / "figures", analysis, results, metrics, trained)
+        page.write_report(workdir / "report.html", analysis, results, metrics, trained)
+        save_model(
+            workdir / "model",
+            job.checkpoint,
+            job.tokenizer,
+            config,
+            job.dataset,
+            analysis,
+            outcome.models,
+        )
     write_json(workdir / "results.json", results)  # last: it says that the run is whole
     for row in bad:
         log.warning(tables.describe_divergence(row))
-    print(tables.exit_table(results))
-    print(f"report: {workdir / 'report.html'}")
+    if report:
+        print(tables.exit_table(results))
+        print(f"report: {workdir / 'report.html'}")
     return results
 
 

@@ -1,0 +1,122 @@
+"""What makes the gap: gradients in the trunk, a shared pooler, or global clipping.
+
+  python -m experiments.ablation --model=minilm-l6 --data_dir=DIR
+
+Not in the paper. The authors' release shares one pooler among the exits and clips one norm over
+all parameters; both couple exits that SWEET means to separate. {Early-Exit, SWEET} x pooler
+{shared, per exit} x clipping {global, per owner}, same rows and rates, differences paired by seed.
+Cost: four times experiments.individual without Multi-Model. Expected: see the README.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import paper
+from experiments.grid import Cell, cell, chosen_tasks, main, settings
+from experiments.rendering import (
+    Records,
+    Section,
+    areas,
+    differences,
+    exit_scores,
+    interval,
+    missing_note,
+    renderer,
+)
+
+METHODS = ("early_exit", "sweet")
+VARIANTS = tuple(itertools.product(("per_exit", "shared"), ("owner", "global")))
+
+
+def _changes(pooler: str, clipping: str) -> dict[str, str]:
+    """What differs from the default, so that the default is the main grid's own cell."""
+    changes = {"pooler": pooler, "clipping": clipping}
+    usual = {"pooler": "per_exit", "clipping": "owner"}
+    return {k: v for k, v in changes.items() if v != usual[k]}
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """Every task, method, pooler and clipping."""
+    return [
+        cell(options, task, method, **_changes(*variant))
+        for task in chosen_tasks(options)
+        for method in METHODS
+        for variant in VARIANTS
+    ]
+
+
+def sections(options: argparse.Namespace, records: Records) -> list[Section]:
+    """Scores of all variants, and what each change does, paired by seed."""
+    exits = settings(options)["exits"]
+    head = (*(f"exit {e}" for e in exits), "area")
+    names = [c.name for c in cells(options)]
+    rows: list[list[str]] = []
+    for task, method, variant in itertools.product(chosen_tasks(options), METHODS, VARIANTS):
+        record = records.get(cell(options, task, method, **_changes(*variant)).name)
+        if record is not None:
+            scores = [interval(s) for s in exit_scores(record).T]
+            rows.append([task, paper.NAMES[method], *variant, *scores, interval(areas(record))])
+    return [
+        Section(
+            "ablation",
+            f"Pooler and clipping, {options.model}",
+            "Per cent, mean and 95% interval over seeds; validation rows. The release is shared, "
+            f"global; the default here per_exit, owner.{missing_note(names, records)}",
+            ("task", "method", "pooler", "clipping", *head),
+            rows,
+        ),
+        Section(
+            "ablation-effects",
+            f"What each change does, {options.model}",
+            "Points, paired by seed, mean and 95% interval over seeds, in bold where it leaves out "
+            "zero.",
+            ("difference", "task", *head),
+            _effects(options, records),
+        ),
+    ]
+
+
+def _effects(options: argparse.Namespace, records: Records) -> list[list[str]]:
+    """Rows of the second table: one for each change and task, and the mean of the tasks."""
+    ours, release = VARIANTS[0], VARIANTS[-1]
+    changes: list[tuple[str, tuple[str, tuple[str, str]], tuple[str, tuple[str, str]]]] = [
+        ("SWEET - Early-Exit, as released", ("sweet", release), ("early_exit", release)),
+        ("SWEET - Early-Exit, per exit and owner", ("sweet", ours), ("early_exit", ours)),
+    ]
+    for method in METHODS:
+        title = paper.NAMES[method]
+        one_pooler, one_norm = ("shared", "owner"), ("per_exit", "global")
+        changes += [
+            (f"{title}: a shared pooler", (method, one_pooler), (method, ours)),
+            (f"{title}: global clipping", (method, one_norm), (method, ours)),
+            (f"{title}: both", (method, release), (method, ours)),
+        ]
+
+    def found(task: str, which: tuple[str, tuple[str, str]]) -> Mapping[str, Any] | None:
+        method, variant = which
+        return records.get(cell(options, task, method, **_changes(*variant)).name)
+
+    rows: list[list[str]] = []
+    for title, one, other in changes:
+        pairs = {task: (found(task, one), found(task, other)) for task in chosen_tasks(options)}
+        rows += differences(title, pairs, exits_and_area)
+    return rows
+
+
+def exits_and_area(record: Mapping[str, Any]) -> np.ndarray:
+    """Scores of the exits, then the area, in per cent: float64 [S, E + 1]."""
+    return np.column_stack([exit_scores(record), areas(record)])
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return main(__doc__, cells, renderer("ablation", sections), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

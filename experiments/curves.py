@@ -1,0 +1,78 @@
+"""Figures 4 to 7 and 10 of the SWEET paper: speed-accuracy curves of the methods.
+
+  python -m experiments.curves --model=minilm-l6 --data_dir=DIR
+
+Scores at the paper's costs by linear interpolation between 11 thresholds, mean and 95% interval
+over seeds. Runs the cells that are missing: the same as experiments.individual's. Expected, from
+the paper: SWEET above both others at low costs, about level with Early-Exit at high ones.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import paper
+from experiments.grid import chosen_tasks, main, method_cells
+from experiments.rendering import Records, Section, chosen, interval, panels, renderer
+from sweet_jax.exits.scores import mean_interval
+
+COLOURS = {"multi_model": "#e8833a", "early_exit": "#440154", "sweet": "#21918c"}
+
+
+def at_costs(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Costs [K] that all seeds reach, and the scores there in per cent, [S, K]."""
+    replicas = chosen(record)
+    keys = [
+        k for k in replicas[0]["at_cost"] if all(r["at_cost"].get(k) is not None for r in replicas)
+    ]
+    scores = [[100 * r["at_cost"][k] for k in keys] for r in replicas]
+    return np.asarray([float(k) for k in keys]), np.asarray(scores)
+
+
+def sections(options: argparse.Namespace, records: Records) -> list[Section]:
+    """One panel a task, and the numbers behind it."""
+    tasks = [t for t in chosen_tasks(options) if any(f"{t}-{m}" in records for m in paper.NAMES)]
+    figure, axes = panels(len(tasks))
+    rows, costs = [], sorted({c for r in records.values() for c in at_costs(r)[0].tolist()})
+    for task, one in zip(tasks, axes, strict=True):
+        metric = ""
+        for method, title in paper.NAMES.items():
+            record = records.get(f"{task}-{method}")
+            if record is None:
+                continue
+            x, scores = at_costs(record)
+            mean, half = mean_interval(scores)
+            one.plot(x, mean, "o-", ms=3, color=COLOURS[method], label=title)
+            if half is not None:
+                one.fill_between(x, mean - half, mean + half, color=COLOURS[method], alpha=0.15)
+            cells = dict(zip(x.tolist(), map(interval, scores.T), strict=True))
+            rows.append([task, title, *(cells.get(c, "") for c in costs)])
+            metric = record["metric"]
+        one.set_title(task)
+        one.set_xlabel("cost (share of the full model's layers)")
+        one.set_ylabel(f"{metric} (%)")
+    if axes:
+        axes[0].legend(frameon=False, fontsize=8)
+    return [
+        Section(
+            "curves",
+            f"Speed-accuracy curves, {options.model} (figures 4 to 7, 10)",
+            "Score in per cent at set costs, mean and 95% interval over seeds; Multi-Model pays "
+            "the sum of the depths it tries. Confidence policy, temperatures fitted per exit.",
+            ("task", "method", *(f"cost {c:.3g}" for c in costs)),
+            rows,
+            figure,
+        )
+    ]
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return main(__doc__, method_cells, renderer("curves", sections), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,101 @@
+"""Tables 1, 3 and 4 of the SWEET paper: every exit alone, by task and method.
+
+  python -m experiments.individual --model=minilm-l6 --data_dir=DIR
+  python -m experiments.individual --model=bert-base --tasks=sst2,mrpc,rte,cola,mnli,qnli,qqp
+
+Runs the cells that are missing (experiments.grid says more), then writes
+OUTPUT/tables/individual.md. Cost: hours on 2 cores for minilm-l6; the paper's models need a GPU or
+TPU. Expected, from the paper: Multi-Model above Early-Exit at every exit, most at the first; SWEET
+above Early-Exit at the first exits and about a point below it at the last two.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments import paper
+from experiments.grid import chosen_tasks, main, method_cells, settings
+from experiments.rendering import (
+    Records,
+    Section,
+    differences,
+    exit_scores,
+    missing_note,
+    renderer,
+    spread,
+)
+
+
+def sections(options: argparse.Namespace, records: Records) -> list[Section]:
+    """The scores of all exits, and the differences between methods paired by seed."""
+    return [_scores(options, records), _differences(options, records)]
+
+
+def _scores(options: argparse.Namespace, records: Records) -> Section:
+    exits = settings(options)["exits"]
+    rows: list[list[str]] = []
+    means: dict[str, list[np.ndarray]] = {method: [] for method in paper.NAMES}
+    for task in chosen_tasks(options):
+        for method, title in paper.NAMES.items():
+            if f"{task}-{method}" in records:
+                record = records[f"{task}-{method}"]
+                scores = exit_scores(record)
+                means[method].append(scores.mean(axis=0))
+                size = f"{len(scores)} x {record['n']['validation']}"
+                rows.append([task, title, *map(spread, scores.T), size])
+    for method, title in paper.NAMES.items():
+        if len(means[method]) > 1:
+            mean = [f"{v:.1f}" for v in np.mean(means[method], axis=0)]
+            rows.append([f"mean of {len(means[method])} tasks", title, *mean, ""])
+    for method, theirs in paper.INDIVIDUAL.get(options.model, {}).items():
+        known = ["" if v is None else f"{v:.1f}" for v in theirs]
+        rows.append(["paper, mean of 7 tasks", paper.NAMES[method], *known, "3"])
+    names = [cell.name for cell in method_cells(options)]
+    return Section(
+        "individual",
+        f"Each exit alone, {options.model} (tables 1, 3, 4)",
+        "Mean and standard deviation over seeds, per cent; accuracy, Matthews for CoLA; validation "
+        "rows. Each method at the learning rate with the largest area under its curve on "
+        f"{_fitted(records)} rows.{missing_note(names, records)}",
+        ("task", "method", *(f"exit {e}" for e in exits), "seeds x rows"),
+        rows,
+    )
+
+
+def _differences(options: argparse.Namespace, records: Records) -> Section:
+    exits = settings(options)["exits"]
+    rows: list[list[str]] = []
+    for one, other in (
+        ("multi_model", "early_exit"),
+        ("sweet", "early_exit"),
+        ("sweet", "multi_model"),
+    ):
+        pairs = {
+            task: (records.get(f"{task}-{one}"), records.get(f"{task}-{other}"))
+            for task in chosen_tasks(options)
+        }
+        rows += differences(f"{paper.NAMES[one]} - {paper.NAMES[other]}", pairs, exit_scores)
+    return Section(
+        "differences",
+        f"Differences between methods, {options.model}",
+        "Points, paired by seed; mean and 95% interval over seeds (Student), in bold where it "
+        "leaves out zero.",
+        ("difference", "task", *(f"exit {e}" for e in exits)),
+        rows,
+    )
+
+
+def _fitted(records: Records) -> str:
+    held_out = all(record["fitted_on"] == "held_out" for record in records.values())
+    return "held-out" if held_out else "the validation"
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return main(__doc__, method_cells, renderer("individual", sections), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

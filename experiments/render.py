@@ -1,0 +1,59 @@
+"""All tables and figures from the cells that are done, in one page.
+
+  python -m experiments.render --model=minilm-l6
+
+Trains nothing: what a script would run is named as not done yet. Writes OUTPUT/index.html (open it
+in a browser), OUTPUT/README.md, OUTPUT/figures/*.png and *.svg.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments import ablation, curves, grid, individual, isolation, rates, sizes
+from experiments.grid import Cell, method_cells
+from experiments.rendering import Section, markdown, write_page, write_sections
+from sweet_jax.files import write_text
+
+# What each script renders and which cells it wants, in the order of the page.
+SCRIPTS = (
+    (individual, method_cells),
+    (rates, method_cells),
+    (curves, method_cells),
+    (sizes, sizes.cells),
+    (ablation, ablation.cells),
+    (isolation, isolation.cells),
+)
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """The cells that any script wants, once each."""
+    return list({c.name: c for _, cells_of in SCRIPTS for c in cells_of(options)}.values())
+
+
+def render(options: argparse.Namespace, records: dict[str, dict[str, Any]]) -> None:
+    """Writes everything; a section without a row is left out."""
+    sections: list[Section] = []
+    for script, _ in SCRIPTS:
+        name = script.__name__.rpartition(".")[2]
+        found = [s for s in script.sections(options, records) if s.rows]
+        if found:
+            write_sections(options.output, name, found)
+            sections += found
+    title = f"sweet_jax: experiments with {options.model}"
+    write_page(options.output, title, sections)
+    text = "\n".join([f"# {title}", "", *(markdown(s) for s in sections)])
+    write_text(options.output / "README.md", text)
+    print(f"page: {options.output / 'index.html'}")
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    extra = {"--sizes": {"default": sizes.SIZES, "help": "see experiments.sizes"}}
+    arguments = [*(sys.argv[1:] if argv is None else argv), "--render_only"]
+    return grid.main(__doc__, cells, render, arguments, extra)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,222 @@
+"""The experiments end to end on a tiny model: what they run, resume, write and refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import WORDS
+
+from experiments import ablation, curves, grid, individual, isolation, rates, render, sizes
+from sweet_jax.config import Config
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.pipeline import run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, checkpoint) -> list[str]:
+    """Options of cells that take seconds: two tasks of learnable rows, two seeds, two rates."""
+    data = tmp_path_factory.mktemp("glue")
+    rng = np.random.default_rng(0)
+    for task in ("sst2", "cola"):
+        (data / task).mkdir()
+        for split, count in (("train", 80), ("validation", 40)):
+            labels = rng.integers(0, 2, count)
+            noise = [" ".join(rng.choice(WORDS[2:], rng.integers(1, 12))) for _ in labels]
+            texts = [f"{WORDS[y]} {words}" for y, words in zip(labels, noise, strict=True)]
+            table = pa.table({"sentence": texts, "label": labels, "idx": np.arange(count)})
+            pq.write_table(table, data / task / f"{split}.parquet")
+    return [
+        *(f"--data_dir={data}", f"--checkpoint={checkpoint}", "--exits=1,2,3"),
+        *("--tasks=sst2,cola", "--seeds=0,1", "--learning_rates=1e-3,3e-3", "--max_length=32"),
+        *("--set", "epochs=1", "--set", "batch_size=8", "--set", "train_size=70"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, arguments) -> list[str]:
+    """The arguments with an output where the main grid is done."""
+    folder = tmp_path_factory.mktemp("finished")
+    full = [*arguments, f"--output={folder / 'out'}", f"--workdir={folder / 'work'}"]
+    assert individual.run(full) == 0
+    return full
+
+
+def output(arguments: list[str]) -> Path:
+    return Path(next(a for a in arguments if a.startswith("--output=")).partition("=")[2])
+
+
+def without(arguments: list[str], *names: str) -> list[str]:
+    return [a for a in arguments if a.partition("=")[0] not in names]
+
+
+def test_cells_leave_records_outputs_and_no_checkpoints(finished):
+    out = output(finished)
+    states = json.loads((out / "manifest.json").read_text())
+    names = {f"{t}-{m}" for t in ("sst2", "cola") for m in ("sweet", "early_exit", "multi_model")}
+    assert set(states) == names
+    assert all(state["state"] == "done" for state in states.values())
+    record = json.loads((out / "cells" / "sst2-sweet.json").read_text())
+    assert [(r["seed"], r["learning_rate"]) for r in record["replicas"]] == [
+        (0, 1e-3), (0, 3e-3), (1, 1e-3), (1, 3e-3)
+    ]  # fmt: skip
+    for replica in record["replicas"]:
+        scores = [e["score"] for e in replica["individual"]]
+        assert min(scores) - 1e-9 <= replica["area"] <= max(scores) + 1e-9
+    saved = ExitOutputs.load(out / "outputs" / "sst2-sweet" / "validation.npz")
+    assert saved.logits.shape == (4, 3, 40, 2)
+    assert not list(out.parent.glob("work/*"))
+
+
+def test_tables_say_what_the_records_say(finished, capsys):
+    assert individual.run(finished) == 0
+    text = (output(finished) / "tables" / "individual.md").read_text()
+    record = json.loads((output(finished) / "cells" / "cola-sweet.json").read_text())
+    kept = [r for r in record["replicas"] if r["learning_rate"] == record["learning_rate"]]
+    scores = np.asarray([[100 * e["score"] for e in r["individual"]] for r in kept])
+    cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(scores.mean(0), scores.std(0, ddof=1))]  # noqa: B905
+    assert f"| cola | SWEET | {' | '.join(cells)} | 2 x 40 |" in text
+    assert "mean of 2 tasks" in text
+    assert text in capsys.readouterr().out
+
+
+def test_a_second_start_runs_nothing(finished, monkeypatch):
+    monkeypatch.setattr(grid, "run", None)  # calling it would fail
+    for script in (individual, rates, curves):
+        assert script.run(finished) == 0
+    assert (output(finished) / "figures" / "curves.svg").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, arguments) -> list[str]:
+    """Options of single runs, with an output of their own."""
+    folder = tmp_path_factory.mktemp("small")
+    return [
+        *without(arguments, "--tasks", "--seeds", "--learning_rates"),
+        *("--tasks=sst2", "--seeds=0", "--learning_rates=3e-3", "--methods=sweet,early_exit"),
+        *(f"--output={folder / 'out'}", f"--workdir={folder / 'work'}"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "rows"),
+    [(sizes, ["--sizes=40"], 2), (ablation, [], 8), (isolation, [], 9)],
+)
+def test_each_script_runs_its_cells(small, script, more, rows, one_device):
+    assert script.run([*small, *more]) == 0
+    name = script.__name__.rpartition(".")[2]
+    text = (output(small) / "tables" / f"{name}.md").read_text()
+    assert text.count("| sst2 | ") - text.count(" | sst2 | +") - text.count(" | sst2 | -") == rows
+    assert "Not done yet" not in text
+
+
+def test_render_makes_one_page_of_all_that_is_done(finished):
+    assert render.run(finished) == 0
+    page = (output(finished) / "index.html").read_text()
+    assert "Each exit alone" in page
+    assert "Speed-accuracy curves" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "![" in (output(finished) / "README.md").read_text()
+
+
+def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path):
+    parsed = grid.parser(None).parse_args(arguments)
+    one = grid.cell(parsed, "sst2", "sweet")
+    saved = ExitOutputs.load(output(finished) / "outputs" / "sst2-sweet" / "validation.npz")
+    solo = Config(**{**vars(one.config), "seeds": (1,), "learning_rates": (3e-3,)})
+    run(solo, tmp_path / "solo")
+    alone = ExitOutputs.load(tmp_path / "solo" / "exit_outputs" / "validation.npz")
+    np.testing.assert_allclose(saved.logits[3], alone.logits[0], atol=1e-5)
+
+
+def test_killed_in_the_middle_it_finishes_with_the_same_numbers(finished, arguments, tmp_path):
+    full = [
+        *without(arguments, "--tasks"),
+        *(f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}", "--tasks=sst2"),
+        *("--methods=sweet,early_exit", "--set", "checkpoint_every=2"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.individual", *full],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not list((tmp_path / "work").glob("*/checkpoints/*/2*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert individual.run([*full, "--list"]) == 0
+    assert individual.run(full) == 0
+    for name in ("sst2-sweet", "sst2-early_exit"):
+        ours, theirs = (
+            json.loads((folder / "cells" / f"{name}.json").read_text())
+            for folder in (tmp_path / "out", output(finished))
+        )
+        for replica, other in zip(ours["replicas"], theirs["replicas"], strict=True):
+            scores = [[e["score"] for e in r["individual"]] for r in (replica, other)]
+            assert scores[0] == scores[1]
+            assert replica["area"] == pytest.approx(other["area"], abs=1e-6)
+
+
+def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, capsys):
+    full = [
+        *without(arguments, "--learning_rates", "--seeds", "--tasks"),
+        *("--tasks=rte,sst2", "--methods=sweet", "--learning_rates=3e-3", "--seeds=0"),
+        *(f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}"),
+    ]
+    assert individual.run(full) == 1  # there are no rows of rte
+    states = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert states["rte-sweet"]["state"] == "failed"
+    assert "rte" in states["rte-sweet"]["error"]
+    assert states["sst2-sweet"]["state"] == "done"
+    capsys.readouterr()
+    assert individual.run([*full, "--list"]) == 0
+    assert "failed  rte-sweet" in capsys.readouterr().out
+
+
+def test_other_settings_in_the_same_output_are_refused(finished, capsys):
+    assert individual.run([*finished, "--set", "epochs=2"]) == 2
+    assert "was made with epochs 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tasks=sst3"], "did you mean 'sst2'"),
+        (["--methods=sweat"], "did you mean 'sweet'"),
+        (["--seeds=a"], "--seeds must be numbers"),
+        (["--set", "epoch=3"], "did you mean 'epochs'"),
+    ],
+)
+def test_wrong_options_get_one_line(arguments, more, message, capsys):
+    assert individual.run([*arguments, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "script", [individual, rates, curves, sizes, ablation, isolation, render, grid]
+)
+def test_help_says_what_is_reproduced(script, capsys):
+    run_script = script.run if hasattr(script, "run") else None
+    main = run_script if script is not grid else lambda a: grid.main(grid.__doc__, None, None, a)
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert script.__doc__.splitlines()[0] in capsys.readouterr().out
