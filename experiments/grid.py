@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from sweet_jax.config import METHODS, Config, UserError, check_choice, from_mapping, split_names
@@ -247,7 +246,6 @@ def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> bool:
             states[one.name] = _attempt(one, options)
             write_json(output / "manifest.json", states)
             worked += one.work
-            jax.clear_caches()  # the programs of a finished cell are never called again
     return all(states[c.name]["state"] == "done" for c in cells)
 
 

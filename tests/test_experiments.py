@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,15 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.pipeline import run
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Runs of seconds are compiled for one device, which is quicker than for four."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +121,7 @@ def small(tmp_path_factory, arguments) -> list[str]:
     ("script", "more", "rows"),
     [(sizes, ["--sizes=40"], 2), (ablation, [], 8), (isolation, [], 9)],
 )
-def test_each_script_runs_its_cells(small, script, more, rows, one_device):
+def test_each_script_runs_its_cells(small, script, more, rows):
     assert script.run([*small, *more]) == 0
     name = script.__name__.rpartition(".")[2]
     text = (output(small) / "tables" / f"{name}.md").read_text()
