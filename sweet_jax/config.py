@@ -49,6 +49,7 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
+    "isolation_schedule": ("linear", "step"),
     "dtype": DTYPES,
     "metric": ("", *METRICS),
     "preset": tuple(PRESETS),
@@ -85,6 +86,8 @@ class Config:
     clip_norm: float = 1.0
     dtype: str = "float32"  # of activations; parameters are float32
     isolation: tuple[float, ...] = ()  # one number, or from, to over training; () = the method's
+    isolation_schedule: str = "linear"  # from, to: "linear", or "step", which changes at half time
+    boundary_isolation: tuple[float, ...] = ()  # of each boundary, times isolation; () = all 1
     pooler: str = ""  # the five below: "" = as the preset says
     clipping: str = ""
     subset: str = ""
@@ -102,6 +105,7 @@ class Config:
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         _check_ranges(self)
+        _check_isolation(self)
 
     def resolved(self) -> "Config":
         """The same with every "" that stands for the preset's or the method's choice filled in."""
@@ -170,7 +174,13 @@ def _check_types(config: Config) -> None:
             raise UserError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
 
 
-_EXAMPLES = {"exits": "1,4,6,12", "seeds": "0,1,2", "learning_rates": "3e-4", "isolation": "0,1"}
+_EXAMPLES = {
+    "exits": "1,4,6,12",
+    "seeds": "0,1,2",
+    "learning_rates": "3e-4",
+    "isolation": "0,1",
+    "boundary_isolation": "1,0.5,0",
+}
 
 
 def _check_ranges(config: Config) -> None:
@@ -198,7 +208,32 @@ def _check_ranges(config: Config) -> None:
     require(0 <= config.warmup_fraction < 1, "warmup_fraction", "from 0 to below 1")
     require(0 <= config.weight_decay < math.inf, "weight_decay", "0 or more")
     require(config.clip_norm > 0, "clip_norm", "positive (inf switches clipping off)")
-    require(len(config.isolation) <= 2, "isolation", "one number, or a pair from, to")
-    require(all(0 <= a <= 1 for a in config.isolation), "isolation", "from 0 to 1")
     require(config.task != "", "task", "a name")
     require(config.label_column != "", "label_column", "a column name")
+
+
+def _check_isolation(config: Config) -> None:
+    isolation, factors = config.isolation, config.boundary_isolation
+    if len(isolation) > 2:
+        raise UserError(f"isolation must be one number, or a pair from, to; got {isolation!r}")
+    for name, values in (("isolation", isolation), ("boundary_isolation", factors)):
+        if not all(0 <= a <= 1 for a in values):
+            raise UserError(f"{name} must be from 0 to 1; got {values!r}")
+    if config.isolation_schedule != "linear" and len(isolation) != 2:
+        raise UserError(
+            f"isolation_schedule {config.isolation_schedule!r} needs a pair, such as "
+            f"--config.isolation=0,1; isolation is {isolation!r}"
+        )
+    if config.method == "multi_model":
+        # A constant 0 is what the method resolves to.
+        if factors or any(isolation):
+            name = "boundary_isolation" if factors else "isolation"
+            raise UserError(
+                f"{name} is {factors or isolation!r}, but multi_model's models have no boundaries "
+                "between exits: leave it out, or set --config.method=early_exit"
+            )
+    elif factors and len(factors) != len(config.exits) - 1:
+        raise UserError(
+            f"boundary_isolation must be one number for each of the {len(config.exits) - 1} "
+            f"boundaries between the exits {','.join(map(str, config.exits))}; got {factors!r}"
+        )

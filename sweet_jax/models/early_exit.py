@@ -18,6 +18,8 @@ from sweet_jax.models.bert import Bert, linear
 from sweet_jax.models.layers import derive, dropout, sub_key
 
 SHARED = 0  # the owner number of parameters that every exit trains
+# Of all boundaries between segments, or of each of the E - 1.
+Isolation = float | jax.Array | tuple[float | jax.Array, ...]
 
 
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
@@ -33,8 +35,9 @@ def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
             return h
         if isolation == 1:
             return jax.lax.stop_gradient(h)
-    mix = jnp.asarray(isolation, h.dtype)
-    return (1 - mix) * h + mix * jax.lax.stop_gradient(h)
+    held = jax.lax.stop_gradient(h)
+    # The second term is zero but for its gradient: the value is h to the last bit at every dial.
+    return held + (1 - jnp.asarray(isolation, h.dtype)) * (h - held)
 
 
 class Head(nnx.Module):
@@ -117,13 +120,18 @@ class EarlyExit(nnx.Module):
     def __call__(
         self,
         batch: dict[str, jax.Array],
-        isolation: float | jax.Array = 0.0,
+        isolation: Isolation = 0.0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of every exit, float32 [E, B, C]: all segments in one pass."""
+        """Logits of every exit, float32 [E, B, C]: all segments in one pass.
+
+        isolation: of all boundaries, or a tuple with one number for each of the E - 1.
+        """
+        boundaries = isolation if isinstance(isolation, tuple) else (isolation,) * len(self.exits)
         h, logits = None, []
         for index in range(len(self.exits)):
-            h, answer = self.segment(index, h, batch, isolation, key)
+            # The first segment has no boundary below it.
+            h, answer = self.segment(index, h, batch, (0.0, *boundaries)[index], key)
             logits.append(answer)
         return jnp.stack(logits)  # [E, B, C]
 

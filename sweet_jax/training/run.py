@@ -252,6 +252,8 @@ def step_settings(
         clip_norm=config.clip_norm,
         clip_by_owner=config.clipping == "owner",
         isolation=config.isolation,
+        isolation_schedule=config.isolation_schedule,
+        boundary_isolation=config.boundary_isolation,
     )
 
 

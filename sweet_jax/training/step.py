@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sweet_jax.models.early_exit import SHARED, leaves_by_owner, owners
+from sweet_jax.models.early_exit import SHARED, Isolation, leaves_by_owner, owners
 from sweet_jax.models.layers import derive
 
 Params = Any  # pure dict of float32 arrays
@@ -33,13 +33,24 @@ class StepSettings:
     clip_norm: float
     clip_by_owner: bool
     isolation: tuple[float, ...]  # one number, or from, to
+    isolation_schedule: str = "linear"  # from, to: "linear" in the steps, or a "step" at half time
+    boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () = all 1
 
-    def isolation_at(self, step: jax.Array) -> float | jax.Array:
-        """Isolation of a step: a Python number where constant, else linear in the steps."""
+    def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
+        """Isolation of each of the E - 1 boundaries at a step (int32 []).
+
+        A Python number where it is constant: `isolate` takes 0 and 1 literally then, so that a
+        boundary that is closed throughout lets exactly nothing through.
+        """
+        factors = self.boundary_isolation or (1.0,) * (len(self.exits) - 1)
         start, end = self.isolation[0], self.isolation[-1]
         if start == end:
-            return start
-        return start + (end - start) * step / max(1, self.total_steps - 1)
+            return tuple(start * factor for factor in factors)
+        if self.isolation_schedule == "step":
+            now = jnp.where(2 * step < self.total_steps, start, end)
+        else:
+            now = start + (end - start) * step / max(1, self.total_steps - 1)
+        return tuple(now * factor if factor else 0.0 for factor in factors)
 
 
 class State(NamedTuple):
@@ -84,9 +95,12 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
     key = derive(jax.random.key(state.seed), "dropout", state.step)
 
     isolation = settings.isolation_at(state.step)
-    separate = not isinstance(isolation, jax.Array) and isolation == 1
-    gradients = segment_gradients if separate else whole_gradients
-    grads, losses, logits = gradients(settings.graphdef, state.params, batch, isolation, key)
+    separate = all(not isinstance(a, jax.Array) and a == 1 for a in isolation)
+    inputs = (settings.graphdef, state.params, batch)
+    if separate:
+        grads, losses, logits = segment_gradients(*inputs, 1.0, key)
+    else:
+        grads, losses, logits = whole_gradients(*inputs, isolation, key)
     grads = clip(grads, settings)
     updates, adam = _ADAM.update(grads, state.adam, state.params)
     rate = state.learning_rate * _schedule(state.step, settings)
@@ -101,7 +115,7 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
 
 
 def whole_gradients(
-    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation, key
+    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: Isolation, key
 ) -> tuple[Params, jax.Array, jax.Array]:
     """Gradients of the summed loss; with the losses [E] and logits [E, B, C], one backward pass."""
 
@@ -115,7 +129,7 @@ def whole_gradients(
 
 
 def segment_gradients(
-    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation, key
+    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: float, key
 ) -> tuple[Params, jax.Array, jax.Array]:
     """The same as `whole_gradients` where no gradient crosses segments, one segment at a time.
 
