@@ -21,6 +21,7 @@ DTYPES = ("float32", "bfloat16")
 #   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
 #   calibration: rows held out of the subset | the validation rows | those with dropout left on
 #   confidence: p = 1 never reaches t = 1 | float32 softmax, which reaches 1.0 at a gap of 17
+#   exit_score: learning-to-exit's sigmoid | that, min-max normalised over the evaluated rows
 PRESETS: dict[str, dict[str, str]] = {
     # SWEET paper, sections 4 and 5, but nothing is fitted on the rows reported.
     "": {
@@ -29,6 +30,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "subset": "seed",
         "calibration": "held_out",
         "confidence": "confidence",
+        "exit_score": "learning_to_exit",
     },
     # SWEET paper: temperatures are fitted on the evaluation set.
     "paper": {
@@ -37,6 +39,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "subset": "seed",
         "calibration": "validation",
         "confidence": "confidence",
+        "exit_score": "learning_to_exit",
     },
     # What the authors' released code does.
     "reference": {
@@ -45,6 +48,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "subset": "first",
         "calibration": "validation_dropout",
         "confidence": "confidence_float32",
+        "exit_score": "learning_to_exit_min_max",
     },
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -58,6 +62,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "subset": ("", "seed", "first"),
     "calibration": ("", "held_out", "validation", "validation_dropout"),
     "confidence": ("", "confidence", "confidence_float32"),
+    "exit_score": ("", "learning_to_exit", "learning_to_exit_min_max"),
+    "learning_to_exit": ("", "joint", "detached"),
 }
 _DEFAULT_ISOLATION = {"sweet": (1.0,), "early_exit": (0.0,), "multi_model": (0.0,)}
 
@@ -88,11 +94,13 @@ class Config:
     isolation: tuple[float, ...] = ()  # one number, or from, to over training; () = the method's
     isolation_schedule: str = "linear"  # from, to: "linear", or "step", which changes at half time
     boundary_isolation: tuple[float, ...] = ()  # of each boundary, times isolation; () = all 1
-    pooler: str = ""  # the five below: "" = as the preset says
+    learning_to_exit: str = ""  # "", "joint", or "detached": its gradient stays in its own heads
+    pooler: str = ""  # the six below: "" = as the preset says
     clipping: str = ""
     subset: str = ""
     calibration: str = ""
     confidence: str = ""
+    exit_score: str = ""
     metric: str = ""  # "accuracy", "matthews" or "f1"; "" = the task's
     data_dir: str = ""  # directory of <task>/{train,validation}.parquet; "" = the hub
     data_files: str = ""  # your own: train[,validation]
@@ -114,6 +122,11 @@ class Config:
         }
         isolation = self.isolation or _DEFAULT_ISOLATION[self.method]
         return dataclasses.replace(self, isolation=isolation, **choices)
+
+    @property
+    def policy(self) -> str:
+        """Name of the exit policy of a resolved config: learning-to-exit's where that is on."""
+        return self.exit_score if self.learning_to_exit else self.confidence
 
     def replicas(self) -> tuple[tuple[int, float], ...]:
         """(seed, learning rate) of every replica, in the order of the R axis."""

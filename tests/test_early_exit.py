@@ -88,7 +88,7 @@ def test_a_shared_pooler_gets_every_exit_s_gradient():
 
 @pytest.mark.parametrize("key", [None, jax.random.key(5)])
 def test_segment_by_segment_is_the_whole_with_stop_gradient(key):
-    graphdef, params = build()
+    graphdef, params = build(learning_to_exit="joint")
     parts = segment_gradients(graphdef, params, BATCH, 1.0, key)
     whole = whole_gradients(graphdef, params, BATCH, 1.0, key)
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):

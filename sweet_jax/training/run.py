@@ -89,6 +89,7 @@ def make_model(
         classes,
         key,
         shared_pooler=config.pooler == "shared",
+        learning_to_exit=config.learning_to_exit,
         dtype=config.dtype,
     )
 
@@ -198,16 +199,18 @@ def _loop(
     def log_late() -> None:
         if late is not None:
             number, length, values = late
-            loss, predicted = (np.atleast_2d(x) for x in jax.device_get(values))  # [R, E]
-            for replica, index in np.argwhere(~np.isfinite(loss)).tolist():
+            values = jax.device_get(values)
+            if values.loss.ndim == 1:  # a single replica's, without the axis R
+                values = jax.tree.map(lambda x: x[None], values)
+            for replica, index in np.argwhere(~np.isfinite(values.loss)).tolist():
                 if (replica, index) not in diverged:
                     log.warning(
                         "replica %d, exit %d of %s: the loss is not finite at step %d",
                         replica, index + 1, bar.desc, number,
                     )  # fmt: skip
                 diverged.add((replica, index))
-            metrics.add(number, number // epoch, length, loss, predicted)
-            bar.update(loss.shape[0] * rows)
+            metrics.add(number, number // epoch, length, values)
+            bar.update(len(values.loss) * rows)
 
     with _termination() as terminated:
         for number in steps:
@@ -254,6 +257,7 @@ def step_settings(
         isolation=config.isolation,
         isolation_schedule=config.isolation_schedule,
         boundary_isolation=config.boundary_isolation,
+        learning_to_exit=config.learning_to_exit,
     )
 
 
