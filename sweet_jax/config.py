@@ -107,6 +107,8 @@ class Config:
     text_columns: str = ""  # one, or two for pairs, comma-separated
     label_column: str = "label"
     checkpoint_every: int = 200  # steps
+    conflict_every: int = 0  # steps between logs of how the exits' gradients agree; 0 = never
+    max_steps: int = 0  # ends training early, the schedule being that of all; 0 = all steps
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -114,6 +116,7 @@ class Config:
             check_choice(name, getattr(self, name), allowed)
         _check_ranges(self)
         _check_isolation(self)
+        _check_conflict(self)
 
     def resolved(self) -> "Config":
         """The same with every "" that stands for the preset's or the method's choice filled in."""
@@ -214,6 +217,8 @@ def _check_ranges(config: Config) -> None:
     require(all(0 < r < math.inf for r in rates), "learning_rates", "positive and finite")
     for name in ("train_size", "epochs", "batch_size", "evaluation_batch_size", "checkpoint_every"):
         require(getattr(config, name) >= 1, name, "1 or more")
+    for name in ("conflict_every", "max_steps"):
+        require(getattr(config, name) >= 0, name, "0 or more")
     require(config.max_length >= 8, "max_length", "8 tokens or more")
     require(0 <= config.split_seed < 2**31, "split_seed", "from 0 to 2147483647")
     for name in ("calibration_fraction", "validation_fraction"):
@@ -223,6 +228,19 @@ def _check_ranges(config: Config) -> None:
     require(config.clip_norm > 0, "clip_norm", "positive (inf switches clipping off)")
     require(config.task != "", "task", "a name")
     require(config.label_column != "", "label_column", "a column name")
+
+
+def _check_conflict(config: Config) -> None:
+    dial, factors = config.isolation or (0.0,), config.boundary_isolation or (1.0,)
+    shared = config.method == "early_exit" and min(*dial, *factors, 1.0) < 1
+    if config.conflict_every and not (shared and len(config.exits) > 1):
+        what = f"method {config.method!r}"
+        if config.method == "early_exit":
+            what = "one exit" if len(config.exits) == 1 else f"isolation {config.isolation!r}"
+        raise UserError(
+            f"conflict_every is {config.conflict_every}, but with {what} no two exits train the "
+            "same layer: leave it out, or use --config.method=early_exit with open boundaries"
+        )
 
 
 def _check_isolation(config: Config) -> None:

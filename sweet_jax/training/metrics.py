@@ -3,6 +3,7 @@
 Shape letters: R replica, E exit, N examples, C classes.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,13 @@ class MetricsLog:
             for replica, losses in enumerate(found.get(name, ())):
                 for layer, value in zip(self._exits, losses, strict=True):
                     self._event(f"{name}/exit_{layer}/replica_{replica}", value, step)
+
+        for replica, cosines in enumerate(found.get("conflict", ())):
+            for i, j, k in itertools.combinations_with_replacement(range(len(self._exits)), 3):
+                if j < k:
+                    layer, *pair = (self._exits[e] for e in (i, j, k))
+                    name = f"conflict/layer_{layer}/exits_{pair[0]}_{pair[1]}/replica_{replica}"
+                    self._event(name, cosines[i, j, k], step)
 
     def _event(self, name: str, value: float, step: int) -> None:
         if math.isfinite(value):

@@ -71,6 +71,7 @@ class Metrics(NamedTuple):
     loss: jax.Array  # float32 [E], mean cross-entropy
     predicted: jax.Array  # int32 [E], the class if the batch was given one only, else -1
     exit_loss: jax.Array | None = None  # float32 [E], learning-to-exit's mean squared error
+    conflict: jax.Array | None = None  # float32 [E, E, E], where measured: see conflict.py
 
 
 def new_state(params: Params, learning_rate: float, seed: int) -> State:
@@ -97,8 +98,7 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
 
     """
     chex.assert_rank((batch["input_ids"], batch["labels"]), (2, 1))
-    key = derive(jax.random.key(state.seed), "dropout", state.step)
-
+    key = dropout_key(state)
     isolation = settings.isolation_at(state.step)
     separate = all(not isinstance(a, jax.Array) and a == 1 for a in isolation)
     inputs = (settings.graphdef, state.params, batch)
@@ -116,6 +116,11 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
 
     params = jax.tree.map(update, state.params, updates)
     return state._replace(params=params, adam=adam, step=state.step + 1), metrics
+
+
+def dropout_key(state: State) -> jax.Array:
+    """The key of the dropout masks of a replica's next step."""
+    return derive(jax.random.key(state.seed), "dropout", state.step)
 
 
 def whole_gradients(
