@@ -8,14 +8,14 @@ stopped after 400 steps; the next batch then gives, for each exit's layer, the g
 later exits' losses with respect to that layer's last feed-forward matrix, and every pair of them
 its cosine, mean over rows. One batch is noise: the mean over --batches next ones, all at the same
 parameters, is given with its 95% interval. The learning rate's linear decay is that of the whole
-two epochs (750 steps), of which the 400 are the first; dropout is on, as in training. The paper
-states neither.
+two epochs (750 steps), of which the 400 are the first, and dropout is on, as in training: these
+two are choices made here.
 
 Writes conflict.json (every batch, mean, interval), conflict.png and conflict.svg to --output. The
-paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers, which takes about 10
-minutes on 2 cores (BERT-base: --checkpoint=bert-base-uncased --exits=1,4,6,12, an hour). Expected,
-after the paper: in a layer below several exits the gradient of the layer's own exit agrees with the
-later ones' less than those agree among each other.
+paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers, which should take
+about 10 minutes on 2 cores (BERT-base: --checkpoint=bert-base-uncased --exits=1,4,6,12, about an
+hour). Expected: in a layer below several exits the gradient of the layer's own exit agrees with the
+later ones' less than those agree among each other; the paper concludes that exits conflict.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.pipeline import prepare, run
 from sweet_jax.simulate import main as simulate_main
+from sweet_jax.training.metrics import diverged
 from sweet_jax.training.step import (
     clip,
     mean_exit_loss,
@@ -127,6 +128,17 @@ def test_only_joint_heads_count_in_the_norm_of_their_owner(by_owner):
     jax.tree.map(np.testing.assert_array_equal, small, large)
     joint = clipped("joint", 1e3)["heads"]["1"]["classifier"]["bias"]
     assert joint[0] < 0.1 * small["heads"]["1"]["classifier"]["bias"][0]
+
+
+def test_an_exit_loss_that_is_not_finite_is_reported():
+    rows = [
+        {"training": "t", "step": s, "loss": [[0.5, 0.5]], "predicted": [[-1, -1]]}
+        | ({"exit_loss": [[0.2, None if s > 3 else 0.2]]} if s else {})
+        for s in range(6)
+    ]
+    logits = np.eye(2, dtype=np.float32)[None, None, [0, 1]].repeat(2, axis=1)
+    found = diverged(rows, {"t": (1, 3)}, [(0, 1e-3)], logits, (1, 3))
+    assert [(d["exit"], d["what"], d["step"]) for d in found] == [(3, "loss is not finite", 4)]
 
 
 @pytest.mark.parametrize(
