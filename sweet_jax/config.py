@@ -21,6 +21,7 @@ DTYPES = ("float32", "bfloat16")
 #   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
 #   calibration: rows held out of the subset | the validation rows | those with dropout left on
 #   confidence: p = 1 never reaches t = 1 | float32 softmax, which reaches 1.0 at a gap of 17
+#   exit_score: learning-to-exit's sigmoid | that, min-max normalised over the evaluated rows
 PRESETS: dict[str, dict[str, str]] = {
     # SWEET paper, sections 4 and 5, but nothing is fitted on the rows reported.
     "": {
@@ -29,6 +30,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "subset": "seed",
         "calibration": "held_out",
         "confidence": "confidence",
+        "exit_score": "learning_to_exit",
     },
     # SWEET paper: temperatures are fitted on the evaluation set.
     "paper": {
@@ -37,6 +39,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "subset": "seed",
         "calibration": "validation",
         "confidence": "confidence",
+        "exit_score": "learning_to_exit",
     },
     # What the authors' released code does.
     "reference": {
@@ -45,10 +48,12 @@ PRESETS: dict[str, dict[str, str]] = {
         "subset": "first",
         "calibration": "validation_dropout",
         "confidence": "confidence_float32",
+        "exit_score": "learning_to_exit_min_max",
     },
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
+    "isolation_schedule": ("linear", "step"),
     "dtype": DTYPES,
     "metric": ("", *METRICS),
     "preset": tuple(PRESETS),
@@ -57,6 +62,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "subset": ("", "seed", "first"),
     "calibration": ("", "held_out", "validation", "validation_dropout"),
     "confidence": ("", "confidence", "confidence_float32"),
+    "exit_score": ("", "learning_to_exit", "learning_to_exit_min_max"),
+    "learning_to_exit": ("", "joint", "detached"),
 }
 _DEFAULT_ISOLATION = {"sweet": (1.0,), "early_exit": (0.0,), "multi_model": (0.0,)}
 
@@ -85,23 +92,31 @@ class Config:
     clip_norm: float = 1.0
     dtype: str = "float32"  # of activations; parameters are float32
     isolation: tuple[float, ...] = ()  # one number, or from, to over training; () = the method's
-    pooler: str = ""  # the five below: "" = as the preset says
+    isolation_schedule: str = "linear"  # from, to: "linear", or "step", which changes at half time
+    boundary_isolation: tuple[float, ...] = ()  # of each boundary, times isolation; () = all 1
+    learning_to_exit: str = ""  # "", "joint", or "detached": its gradient stays in its own heads
+    pooler: str = ""  # the six below: "" = as the preset says
     clipping: str = ""
     subset: str = ""
     calibration: str = ""
     confidence: str = ""
+    exit_score: str = ""
     metric: str = ""  # "accuracy", "matthews" or "f1"; "" = the task's
     data_dir: str = ""  # directory of <task>/{train,validation}.parquet; "" = the hub
     data_files: str = ""  # your own: train[,validation]
     text_columns: str = ""  # one, or two for pairs, comma-separated
     label_column: str = "label"
     checkpoint_every: int = 200  # steps
+    conflict_every: int = 0  # steps between logs of how the exits' gradients agree; 0 = never
+    max_steps: int = 0  # ends training early, the schedule being that of all; 0 = all steps
 
     def __post_init__(self) -> None:
         _check_types(self)
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         _check_ranges(self)
+        _check_isolation(self)
+        _check_conflict(self)
 
     def resolved(self) -> "Config":
         """The same with every "" that stands for the preset's or the method's choice filled in."""
@@ -110,6 +125,11 @@ class Config:
         }
         isolation = self.isolation or _DEFAULT_ISOLATION[self.method]
         return dataclasses.replace(self, isolation=isolation, **choices)
+
+    @property
+    def policy(self) -> str:
+        """Name of the exit policy of a resolved config: learning-to-exit's where that is on."""
+        return self.exit_score if self.learning_to_exit else self.confidence
 
     def replicas(self) -> tuple[tuple[int, float], ...]:
         """(seed, learning rate) of every replica, in the order of the R axis."""
@@ -170,7 +190,13 @@ def _check_types(config: Config) -> None:
             raise UserError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
 
 
-_EXAMPLES = {"exits": "1,4,6,12", "seeds": "0,1,2", "learning_rates": "3e-4", "isolation": "0,1"}
+_EXAMPLES = {
+    "exits": "1,4,6,12",
+    "seeds": "0,1,2",
+    "learning_rates": "3e-4",
+    "isolation": "0,1",
+    "boundary_isolation": "1,0.5,0",
+}
 
 
 def _check_ranges(config: Config) -> None:
@@ -191,6 +217,8 @@ def _check_ranges(config: Config) -> None:
     require(all(0 < r < math.inf for r in rates), "learning_rates", "positive and finite")
     for name in ("train_size", "epochs", "batch_size", "evaluation_batch_size", "checkpoint_every"):
         require(getattr(config, name) >= 1, name, "1 or more")
+    for name in ("conflict_every", "max_steps"):
+        require(getattr(config, name) >= 0, name, "0 or more")
     require(config.max_length >= 8, "max_length", "8 tokens or more")
     require(0 <= config.split_seed < 2**31, "split_seed", "from 0 to 2147483647")
     for name in ("calibration_fraction", "validation_fraction"):
@@ -198,7 +226,45 @@ def _check_ranges(config: Config) -> None:
     require(0 <= config.warmup_fraction < 1, "warmup_fraction", "from 0 to below 1")
     require(0 <= config.weight_decay < math.inf, "weight_decay", "0 or more")
     require(config.clip_norm > 0, "clip_norm", "positive (inf switches clipping off)")
-    require(len(config.isolation) <= 2, "isolation", "one number, or a pair from, to")
-    require(all(0 <= a <= 1 for a in config.isolation), "isolation", "from 0 to 1")
     require(config.task != "", "task", "a name")
     require(config.label_column != "", "label_column", "a column name")
+
+
+def _check_conflict(config: Config) -> None:
+    dial, factors = config.isolation or (0.0,), config.boundary_isolation or (1.0,)
+    shared = config.method == "early_exit" and min(*dial, *factors, 1.0) < 1
+    if config.conflict_every and not (shared and len(config.exits) > 1):
+        what = f"method {config.method!r}"
+        if config.method == "early_exit":
+            what = "one exit" if len(config.exits) == 1 else f"isolation {config.isolation!r}"
+        raise UserError(
+            f"conflict_every is {config.conflict_every}, but with {what} no two exits train the "
+            "same layer: leave it out, or use --config.method=early_exit with open boundaries"
+        )
+
+
+def _check_isolation(config: Config) -> None:
+    isolation, factors = config.isolation, config.boundary_isolation
+    if len(isolation) > 2:
+        raise UserError(f"isolation must be one number, or a pair from, to; got {isolation!r}")
+    for name, values in (("isolation", isolation), ("boundary_isolation", factors)):
+        if not all(0 <= a <= 1 for a in values):
+            raise UserError(f"{name} must be from 0 to 1; got {values!r}")
+    if config.isolation_schedule != "linear" and len(isolation) != 2:
+        raise UserError(
+            f"isolation_schedule {config.isolation_schedule!r} needs a pair, such as "
+            f"--config.isolation=0,1; isolation is {isolation!r}"
+        )
+    if config.method == "multi_model":
+        # A constant 0 is what the method resolves to.
+        if factors or any(isolation):
+            name = "boundary_isolation" if factors else "isolation"
+            raise UserError(
+                f"{name} is {factors or isolation!r}, but multi_model's models have no boundaries "
+                "between exits: leave it out, or set --config.method=early_exit"
+            )
+    elif factors and len(factors) != len(config.exits) - 1:
+        raise UserError(
+            f"boundary_isolation must be one number for each of the {len(config.exits) - 1} "
+            f"boundaries between the exits {','.join(map(str, config.exits))}; got {factors!r}"
+        )

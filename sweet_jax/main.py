@@ -32,7 +32,7 @@ from sweet_jax import config as configuration
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.read import one_line
 from sweet_jax.pipeline import run
-from sweet_jax.training.run import StoppedError
+from sweet_jax.training.loop import StoppedError
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Path]:

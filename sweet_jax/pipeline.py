@@ -21,6 +21,7 @@ from sweet_jax.data.load import Dataset, load_dataset
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.files import claimed, write_json
+from sweet_jax.models.early_exit import Answer
 from sweet_jax.models.pretrained import (
     Checkpoint,
     load_tokenizer,
@@ -114,7 +115,7 @@ def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
     config, classes = job.config, len(job.dataset.classes)
     every = np.tile(np.arange(len(job.validation)), (len(job.rows), 1))  # [R, N]
     held_out = np.stack([rows for _, rows in job.rows])  # [R, N]
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    found: list[tuple[Answer, Answer]] = []
     models: list[Model] = []
     timing = {"train_seconds": 0.0, "train_examples": 0.0, "evaluate_seconds": 0.0}
     for training in trainings(config):
@@ -124,7 +125,7 @@ def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
         )
         began = time.perf_counter()
         answer = compile_evaluation(config, graphdef)
-        on_validation = evaluate(config, answer, params, job.validation, every)  # [R, E, N, C]
+        on_validation = evaluate(config, answer, params, job.validation, every)
         match config.calibration:
             case "held_out":
                 fitted = evaluate(config, answer, params, job.train, held_out)
@@ -140,22 +141,24 @@ def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
         timing["evaluate_seconds"] += time.perf_counter() - began
     fitted_on_held_out = config.calibration == "held_out"
     labels = job.train.labels[held_out] if fitted_on_held_out else job.validation.labels
-    fitted_logits, logits = zip(*found, strict=True)
+    fitted_answers, answers = zip(*found, strict=True)
     return Outcome(
-        _outputs(job, "calibration", fitted_logits, labels),
-        _outputs(job, "validation", logits, job.validation.labels),
+        _outputs(job, "calibration", fitted_answers, labels),
+        _outputs(job, "validation", answers, job.validation.labels),
         models,
         timing,
     )
 
 
-def _outputs(job: Job, split: str, logits: Sequence[np.ndarray], labels: np.ndarray) -> ExitOutputs:
+def _outputs(job: Job, split: str, answers: Sequence[Answer], labels: np.ndarray) -> ExitOutputs:
     config = job.config
+    whole = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *answers)  # [R, E, N, ...]
     return ExitOutputs(
-        np.concatenate(logits, axis=1),  # [R, E, N, C]
+        whole.logits,
         labels,
         np.asarray(config.exits),
         layer_cost(config.exits, config.method),
+        whole.exit_scores,
         identity={
             "split": split,
             "task": config.task,
@@ -163,7 +166,8 @@ def _outputs(job: Job, split: str, logits: Sequence[np.ndarray], labels: np.ndar
             "checkpoint": config.checkpoint,
             "preset": config.preset,
             "fitted_on": config.calibration,
-            "policy": config.confidence,
+            "policy": config.policy,
+            "learning_to_exit": config.learning_to_exit,
             "metric": job.dataset.task.metric,
             "classes": list(job.dataset.classes),
             "replicas": [list(replica) for replica in config.replicas()],

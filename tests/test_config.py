@@ -55,6 +55,33 @@ def parsed(tmp_path):
         ({"isolation": (0.0, -0.1)}, "isolation must be from 0 to 1"),
         ({"isolation": (float("nan"),)}, "isolation must be from 0 to 1"),
         ({"isolation": (0.0, 0.5, 1.0)}, "isolation must be one number, or a pair from, to"),
+        ({"boundary_isolation": (0.5, 1.5, 1.0)}, "boundary_isolation must be from 0 to 1"),
+        (
+            {"boundary_isolation": (1.0, 0.5)},
+            "one number for each of the 3 boundaries between the exits 1,4,6,12; got (1.0, 0.5)",
+        ),
+        ({"boundary_isolation": (1,)}, "boundary_isolation must be one number for each of the 3"),
+        (
+            {"method": "multi_model", "boundary_isolation": (1.0, 1.0, 1.0)},
+            "boundary_isolation is (1.0, 1.0, 1.0), but multi_model's models have no boundaries",
+        ),
+        (
+            {"method": "multi_model", "isolation": 1},
+            "isolation is (1.0,), but multi_model's",
+        ),
+        ({"isolation_schedule": "stop"}, "unknown isolation_schedule 'stop': did you mean 'step'?"),
+        ({"isolation_schedule": "step"}, "needs a pair, such as --config.isolation=0,1"),
+        ({"isolation_schedule": "step", "isolation": 0.5}, "isolation is (0.5,)"),
+        ({"conflict_every": -1}, "conflict_every must be 0 or more"),
+        ({"max_steps": -1}, "max_steps must be 0 or more"),
+        ({"conflict_every": 5}, "but with method 'sweet' no two exits train the same layer"),
+        ({"conflict_every": 5, "method": "multi_model"}, "but with method 'multi_model' no two"),
+        (
+            {"conflict_every": 5, "method": "early_exit", "isolation": 1},
+            "but with isolation (1.0,) no two",
+        ),
+        ({"conflict_every": 5, "method": "early_exit", "exits": 12}, "but with one exit no two"),
+        ({"learning_to_exit": "jiont"}, "unknown learning_to_exit 'jiont': did you mean 'joint'?"),
         ({"train_size": 0}, "train_size must be 1 or more; got 0"),
         ({"train_size": 10.0}, "train_size must be of type int; got 10.0"),
         ({"train_size": True}, "train_size must be of type int"),
@@ -118,7 +145,8 @@ def test_resolved_keeps_what_was_set_alone():
 )
 def test_resolved_isolation_is_the_methods(method, isolation):
     assert Config(method=method).resolved().isolation == isolation
-    assert Config(method=method, isolation=(0.0, 1.0)).resolved().isolation == (0.0, 1.0)
+    if method != "multi_model":
+        assert Config(method=method, isolation=(0.0, 1.0)).resolved().isolation == (0.0, 1.0)
 
 
 def test_replicas_are_every_seed_with_every_rate_seeds_outermost():
@@ -139,6 +167,7 @@ def test_replicas_are_every_seed_with_every_rate_seeds_outermost():
         ("seeds=4", "seeds", (4,)),
         ("isolation=0,1", "isolation", (0.0, 1.0)),
         ("isolation=0.5", "isolation", (0.5,)),
+        ("boundary_isolation=1,0.5,0", "boundary_isolation", (1.0, 0.5, 0.0)),
         ("text_columns=a,b", "text_columns", "a,b"),
         ("data_files=a.csv,b.csv", "data_files", "a.csv,b.csv"),
         ("label_column=1", "label_column", "1"),

@@ -8,7 +8,7 @@ from conftest import TINY
 from flax import nnx
 
 from sweet_jax.models.bert import Bert
-from sweet_jax.models.early_exit import SHARED, EarlyExit, leaves_by_owner, owners
+from sweet_jax.models.early_exit import SHARED, EarlyExit, isolate, leaves_by_owner, owners
 from sweet_jax.training.step import mean_loss, segment_gradients, whole_gradients
 
 EXITS = (1, 3)
@@ -88,7 +88,7 @@ def test_a_shared_pooler_gets_every_exit_s_gradient():
 
 @pytest.mark.parametrize("key", [None, jax.random.key(5)])
 def test_segment_by_segment_is_the_whole_with_stop_gradient(key):
-    graphdef, params = build()
+    graphdef, params = build(learning_to_exit="joint")
     parts = segment_gradients(graphdef, params, BATCH, 1.0, key)
     whole = whole_gradients(graphdef, params, BATCH, 1.0, key)
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
@@ -102,6 +102,65 @@ def test_isolation_scales_the_gradient_that_crosses():
     for isolation in (0.25, jnp.asarray(0.25), jnp.asarray(1.0)):
         part = read(exit_gradient(graphdef, params, 1, isolation))
         np.testing.assert_allclose(part, (1 - isolation) * full, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("isolation", [0.25, 0.9, jnp.asarray(0.25), jnp.asarray(1.0)])
+def test_isolation_leaves_the_hidden_state_as_it_is(isolation):
+    h = jax.random.normal(KEY, (3, 5, 7)) * 100
+    np.testing.assert_array_equal(isolate(h, isolation), h)
+
+
+@pytest.fixture(scope="module")
+def weighted():
+    """(structure, parameters, gradient of the weighted losses of exits 1, 2, 3 by isolation)."""
+    graphdef, params = build((1, 2, 3))
+
+    def loss(params, weights, each):
+        logits = nnx.merge(graphdef, params)(BATCH, each, jax.random.key(5))
+        return (mean_loss(logits, BATCH["labels"]) * weights).sum()
+
+    compiled = jax.jit(jax.grad(loss))  # once: the isolations are arguments
+
+    def gradient(weights, *each):
+        return compiled(params, jnp.asarray(weights, jnp.float32), tuple(map(jnp.asarray, each)))
+
+    return graphdef, params, gradient
+
+
+def test_the_gradient_is_affine_in_the_isolation_of_a_boundary(weighted):
+    """(1 - a) times what comes through an open boundary and a times what a closed one leaves."""
+    *_, gradient = weighted
+    opened, closed = (jax.tree.leaves(gradient([1, 1, 1], a, 0.5)) for a in (0.0, 1.0))
+    assert sum(np.abs(x - y).max() > 1e-3 for x, y in zip(opened, closed, strict=True)) > 10
+    for a in (0.25, 0.75):
+        between = jax.tree.leaves(gradient([1, 1, 1], a, 0.5))
+        for g, x, y in zip(between, opened, closed, strict=True):
+            np.testing.assert_allclose(g, (1 - a) * x + a * y, rtol=1e-4, atol=1e-6)
+
+
+def test_the_isolations_of_boundaries_multiply_on_the_way_down(weighted):
+    *_, gradient = weighted
+    read = lambda g: g["encoder"]["layers"][0]["intermediate"]["kernel"]
+    full, part = (read(gradient([0, 0, 1], *each)) for each in ((0.0, 0.0), (0.5, 0.2)))
+    np.testing.assert_allclose(part, 0.5 * 0.8 * full, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_closed_boundary_lets_exactly_nothing_through_whatever_the_other_does(weighted, index):
+    graphdef, params, _ = weighted
+    exits = (1, 2, 3)
+    each = tuple(1.0 if b == index else jnp.asarray(0.5) for b in range(2))
+
+    def loss(params, weights):
+        logits = nnx.merge(graphdef, params)(BATCH, each)
+        return (mean_loss(logits, BATCH["labels"]) * weights).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    for layer, weights in zip(exits, np.eye(3, dtype=np.float32), strict=True):
+        grads = gradient(params, weights)
+        reached = {e for e, leaf in leaves_by_owner(grads, exits) if np.any(leaf)}
+        above = layer > exits[index]  # then the gradient ends at the closed boundary
+        assert reached == {e for e in exits if e <= layer and (e > exits[index] or not above)}
 
 
 def test_an_exit_does_not_depend_on_the_others():

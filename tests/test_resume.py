@@ -53,9 +53,24 @@ def numbers(workdir: Path) -> dict:
     return {key: value for key, value in results.items() if key != "timing"}
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_killed_then_terminated_then_finished(options, tmp_path, devices):
-    config = recipe(tmp_path, options | {"seeds": (0, 1)})
+@pytest.mark.parametrize(
+    ("devices", "changes"),
+    [
+        (1, {}),
+        (
+            4,
+            {
+                "method": "early_exit",
+                "isolation": (0.0, 0.5),
+                "boundary_isolation": (1.0, 0.5),
+                "learning_to_exit": "joint",
+                "conflict_every": 4,
+            },
+        ),
+    ],
+)
+def test_killed_then_terminated_then_finished(options, tmp_path, devices, changes):
+    config = recipe(tmp_path, options | {"seeds": (0, 1)} | changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(config, whole, devices)
     rng = random.Random(devices)

@@ -1,5 +1,8 @@
 """The exact curve against the plain loop, on tables with ties, missing classes and one exit."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +13,7 @@ from scipy.special import softmax
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.outputs import layer_cost
-from sweet_jax.exits.policies import POLICIES, exit_scores
+from sweet_jax.exits.policies import exit_scores, grid_thresholds
 
 # Few distinct values make ties, between examples and between the exits of one.
 VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 1.0, 3.0])
@@ -83,8 +86,41 @@ def test_confidence_is_the_largest_probability():
     outputs = ExitOutputs(logits, np.arange(5) % 4, [1, 2, 3])
     temperatures = np.asarray([[1.0, 2.0, 0.5], [3.0, 1.0, 1.0]])
     wanted = softmax(outputs.logits.astype(float) / temperatures[..., None, None], axis=-1).max(-1)
-    for policy in POLICIES:
+    for policy in ("confidence", "confidence_float32"):
         np.testing.assert_allclose(exit_scores(outputs, policy, temperatures), wanted, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=100)
+@given(tables(), st.data(), st.sampled_from(["learning_to_exit", "learning_to_exit_min_max"]))
+def test_learning_to_exit_equals_brute_force(outputs, data, policy):
+    shape = outputs.logits.shape[:3]
+    levels = st.sampled_from([0.0, 0.1, 0.5, 0.75, 1.0])
+    scores = data.draw(arrays(np.float32, shape, elements=levels)).astype(float)
+    outputs = dataclasses.replace(outputs, exit_scores=scores)
+    if policy == "learning_to_exit":
+        scores = np.where(scores == 1, 1 - 1e-9, scores)  # a threshold of 1 is never reached
+    else:
+        for row in scores.reshape(-1, shape[-1]):
+            low, high = row.min(), row.max()
+            row[:] = (row - low) / (high - low) if high > low else -np.inf
+    grid = grid_thresholds(policy, 3)
+    np.testing.assert_allclose(grid, np.arange(11) / 10, atol=1e-15)
+    points = simulate(outputs, policy, thresholds=grid)
+    for r, t in itertools.product(range(shape[0]), range(11)):
+        cost, score, shares = brute_force(
+            scores[r], outputs.predictions[r], outputs.labels[r], outputs.cost, grid[t], "accuracy"
+        )
+        np.testing.assert_allclose(points.cost[r, t], cost, atol=1e-12)
+        np.testing.assert_allclose(points.score[r, t], score, atol=1e-12)
+        np.testing.assert_allclose(points.shares[r, t], shares, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["learning_to_exit", "learning_to_exit_min_max"])
+def test_outputs_without_learned_scores_are_refused_in_one_line(policy):
+    outputs = ExitOutputs(np.zeros((1, 3, 2)), [0, 1, 1], [2])
+    with pytest.raises(UserError, match="hold no learning-to-exit scores: train with") as error:
+        simulate(outputs, policy)
+    assert "\n" not in str(error.value)
 
 
 @settings(deadline=None, max_examples=100)
@@ -139,7 +175,7 @@ def test_unknown_policies_name_the_nearest():
         simulate(outputs, "confidenc")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["confidence", "confidence_float32"])
 def test_temperature_changes_scores_not_answers(policy):
     rng = np.random.default_rng(1)
     outputs = ExitOutputs(rng.normal(size=(1, 2, 50, 3)), rng.integers(0, 3, 50), [1, 2])

@@ -1,5 +1,6 @@
 """The update against a plain AdamW, clipping, schedule, padding rows and memory."""
 
+import dataclasses
 import functools
 import math
 
@@ -121,9 +122,75 @@ def test_metrics_name_the_only_class_of_a_batch():
 
 def test_isolation_may_move_during_training():
     chosen = settings(None, isolation=(0.0, 1.0), total_steps=5)
-    values = [float(chosen.isolation_at(jnp.asarray(step))) for step in range(5)]
+    values = [float(chosen.isolation_at(jnp.asarray(step))[0]) for step in range(5)]
     np.testing.assert_allclose(values, [0, 0.25, 0.5, 0.75, 1])
-    assert settings(None, isolation=(1.0,)).isolation_at(jnp.asarray(2)) == 1.0
+    assert settings(None, isolation=(1.0,)).isolation_at(jnp.asarray(2)) == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted"), [(4, [0.2, 0.2, 0.8, 0.8]), (5, [0.2, 0.2, 0.2, 0.8, 0.8]), (1, [0.2])]
+)
+def test_isolation_may_change_at_half_time(total, wanted):
+    chosen = settings(
+        None, isolation=(0.2, 0.8), isolation_schedule="step", total_steps=total, exits=(1, 2, 3)
+    )
+    for step, value in enumerate(wanted):
+        np.testing.assert_allclose(chosen.isolation_at(jnp.asarray(step)), [value] * 2)
+
+
+def test_isolation_of_each_boundary_is_literal_where_it_is_constant():
+    three = {"exits": (1, 2, 3, 4), "boundary_isolation": (1.0, 0.5, 0.0)}
+    fixed = settings(None, isolation=(1.0, 1.0), **three).isolation_at(jnp.asarray(3))
+    assert fixed == (1.0, 0.5, 0.0)
+    assert all(isinstance(a, float) for a in fixed)
+    moving = settings(None, isolation=(0.0, 1.0), total_steps=5, **three)
+    now = moving.isolation_at(jnp.asarray(2))
+    np.testing.assert_allclose(now, [0.5, 0.25, 0.0])
+    assert [isinstance(a, jax.Array) for a in now] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("values", "path"),
+    [
+        ({"isolation": (1.0,)}, "segment_gradients"),
+        ({"isolation": (1.0, 1.0)}, "segment_gradients"),
+        ({"isolation": (1.0,), "boundary_isolation": (1.0,)}, "segment_gradients"),
+        ({"isolation": (1.0,), "boundary_isolation": (0.5,)}, "whole_gradients"),
+        ({"isolation": (0.5, 1.0)}, "whole_gradients"),
+    ],
+)
+def test_only_constant_full_isolation_is_trained_segment_by_segment(monkeypatch, values, path):
+    """The path that holds one segment's activations at a time, and whose zeros are exact."""
+
+    class TakenError(Exception):
+        pass
+
+    def taken(*args):
+        raise TakenError
+
+    graphdef, params = build()
+    other = {"segment_gradients", "whole_gradients"} - {path}
+    monkeypatch.setattr(f"sweet_jax.training.step.{path}", taken)
+    monkeypatch.setattr(f"sweet_jax.training.step.{other.pop()}", None)
+    with pytest.raises(TakenError):
+        train_step(settings(graphdef, **values), new_state(params, 1, 0), BATCH)
+
+
+def test_a_step_uses_the_isolation_of_its_own_number():
+    """What drives the dial is the step of the state, so that a resumed run goes on with it."""
+    graphdef, params = build()
+    moving = settings(graphdef, isolation=(0.0, 1.0), total_steps=5)
+    fixed = dataclasses.replace(moving, isolation=(0.25,))
+    state = new_state(params, 1e-2, 0)
+    first = lambda s, number: jax.tree.leaves(
+        s(state._replace(step=jnp.asarray(number)))[0].adam.mu
+    )
+    ours = jax.jit(lambda state: train_step(moving, state, BATCH))
+    theirs = jax.jit(lambda state: train_step(fixed, state, BATCH))
+    for a, b in zip(first(ours, 1), first(theirs, 1), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+    pairs = zip(first(ours, 3), first(theirs, 3), strict=True)
+    assert max(np.abs(a - b).max() for a, b in pairs) > 1e-3
 
 
 def temporaries(method_isolation: tuple[float, ...]) -> int:

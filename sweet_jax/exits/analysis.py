@@ -12,6 +12,7 @@ import numpy as np
 
 from sweet_jax.exits.calibration import fit_temperatures
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import grid_thresholds
 from sweet_jax.exits.simulation import Curve, simulate
 
 
@@ -69,12 +70,13 @@ class Analysis:
 def analyse(
     calibration: ExitOutputs, validation: ExitOutputs, policy: str | None = None
 ) -> Analysis:
-    """Temperatures and curves of a run. Raises UserError for an unknown policy."""
+    """Temperatures and curves of a run, under `policy` or else the one in its identity.
+
+    Raises UserError for an unknown policy, or one that needs scores which the outputs lack.
+    """
     policy = str(policy or validation.identity.get("policy", "confidence"))
     temperatures = fit_temperatures(calibration)
-    classes = validation.logits.shape[-1]
-    # The paper's grid: 11 thresholds evenly spaced over (1/C, 1), section 5.1.
-    thresholds = np.linspace(1 / classes, 1, 11)
+    thresholds = grid_thresholds(policy, validation.logits.shape[-1])
     on_calibration = simulate(calibration, policy, temperatures=temperatures)
     return Analysis(
         calibration,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import log_softmax
 
-from sweet_jax.config import check_choice
+from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.outputs import ExitOutputs
 
 # A policy maps outputs and temperatures [R, E] to scores float64 [R, E, N]; higher means "answer
@@ -42,10 +42,50 @@ def confidence_float32(outputs: ExitOutputs, temperatures: np.ndarray) -> np.nda
     return largest.astype(np.float32).astype(np.float64)
 
 
+def learning_to_exit(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """What each exit's learning-to-exit head says, below 1; temperatures play no part.
+
+    As with confidence, a threshold of 1 sends every example to the last exit. Raises UserError
+    where the outputs have no such scores.
+    """
+    return np.minimum(_learned(outputs), _BELOW_ONE)
+
+
+def learning_to_exit_min_max(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """The same, min-max normalised for each exit over the rows at hand, as the release does.
+
+    NaN (never answers early) where an exit gives all rows one score. Raises UserError likewise.
+    """
+    scores = _learned(outputs)
+    low, high = scores.min(axis=-1, keepdims=True), scores.max(axis=-1, keepdims=True)
+    span = np.where(high > low, high - low, np.nan)
+    return (scores - low) / span
+
+
+def _learned(outputs: ExitOutputs) -> np.ndarray:
+    if outputs.exit_scores is None:
+        raise UserError(
+            "these outputs hold no learning-to-exit scores: train with "
+            "--config.learning_to_exit=joint, or choose the policy 'confidence'"
+        )
+    return outputs.exit_scores.astype(np.float64)
+
+
 POLICIES: dict[str, Policy] = {
     "confidence": confidence,
     "confidence_float32": confidence_float32,
+    "learning_to_exit": learning_to_exit,
+    "learning_to_exit_min_max": learning_to_exit_min_max,
 }
+
+
+def grid_thresholds(policy: str, classes: int) -> np.ndarray:
+    """The paper's 11 thresholds, float64 [11]: evenly spaced over the range of the policy's scores.
+
+    That is (1/C, 1) for a largest probability (section 5.1), (0, 1) for learning-to-exit.
+    """
+    low = 0.0 if policy.startswith("learning_to_exit") else 1 / classes
+    return np.linspace(low, 1, 11)
 
 
 def exit_scores(

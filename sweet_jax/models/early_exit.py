@@ -8,7 +8,7 @@ Shape letters: E exit, B batch, L length, H hidden, C classes.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,15 @@ from sweet_jax.models.bert import Bert, linear
 from sweet_jax.models.layers import derive, dropout, sub_key
 
 SHARED = 0  # the owner number of parameters that every exit trains
+# Of all boundaries between segments, or of each of the E - 1.
+Isolation = float | jax.Array | tuple[float | jax.Array, ...]
+
+
+class Answer(NamedTuple):
+    """What every exit says of a batch; of one exit, arrays without E."""
+
+    logits: jax.Array  # float32 [E, B, C]
+    exit_scores: jax.Array | None = None  # float32 [E, B], learning-to-exit's, from 0 to 1
 
 
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
@@ -33,18 +42,34 @@ def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
             return h
         if isolation == 1:
             return jax.lax.stop_gradient(h)
-    mix = jnp.asarray(isolation, h.dtype)
-    return (1 - mix) * h + mix * jax.lax.stop_gradient(h)
+    held = jax.lax.stop_gradient(h)
+    # The second term is zero but for its gradient: the value is h to the last bit at every dial.
+    return held + (1 - jnp.asarray(isolation, h.dtype)) * (h - held)
 
 
 class Head(nnx.Module):
     """Classifier of one exit: pooler (first token, dense, tanh), dropout, dense.
 
-    With a shared pooler the head holds the classifier only.
+    With a shared pooler the head holds no pooler. Learning-to-exit (Xin et al. 2021, BERxiT) adds a
+    dense unit with a sigmoid that says how likely this exit's class is right; it reads what the
+    classifier reads, the pooled vector after dropout, or that vector cut off from its gradient.
     """
 
-    def __init__(self, encoder: Bert, classes: int, dtype, key: jax.Array, *, pooler: bool):
+    def __init__(
+        self,
+        encoder: Bert,
+        classes: int,
+        dtype,
+        key: jax.Array,
+        *,
+        pooler: bool,
+        learning_to_exit: str,
+    ):
         config = encoder.config
+        rngs = nnx.Rngs(derive(key, "learning_to_exit"))
+        on = learning_to_exit != ""
+        self.learning_to_exit = linear(config, config.hidden_size, 1, dtype, rngs) if on else None
+        self.detached = learning_to_exit == "detached"
         if pooler:
             self.pooler = make_pooler(encoder, dtype, derive(key, "pooler"))
         self.classifier = linear(
@@ -52,10 +77,17 @@ class Head(nnx.Module):
         )
         self.dropout_rate = config.hidden_dropout_prob
 
-    def __call__(self, h: jax.Array, pooler: nnx.Linear | None, key) -> jax.Array:
-        """Logits float32 [B, C] from the hidden state [B, L, H]."""
+    def __call__(self, h: jax.Array, pooler: nnx.Linear | None, key) -> Answer:
+        """The answer of this exit (arrays without E) to the hidden state [B, L, H]."""
         pooled = jnp.tanh((pooler or self.pooler)(h[:, 0]))  # [B, H]
-        return self.classifier(dropout(key, pooled, self.dropout_rate)).astype(jnp.float32)
+        pooled = dropout(key, pooled, self.dropout_rate)
+        logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
+        if self.learning_to_exit is None:
+            return Answer(logits)
+        if self.detached:
+            pooled = jax.lax.stop_gradient(pooled)
+        unit = self.learning_to_exit(pooled)[:, 0].astype(jnp.float32)  # [B]
+        return Answer(logits, jax.nn.sigmoid(unit))
 
 
 class EarlyExit(nnx.Module):
@@ -73,6 +105,7 @@ class EarlyExit(nnx.Module):
         key: jax.Array,
         *,
         shared_pooler: bool = False,
+        learning_to_exit: str = "",
         dtype=jnp.float32,
     ):
         self.encoder = encoder
@@ -81,7 +114,12 @@ class EarlyExit(nnx.Module):
         self.heads = nnx.Dict(
             {
                 str(e): Head(
-                    encoder, classes, dtype, derive(key, "head", e), pooler=not shared_pooler
+                    encoder,
+                    classes,
+                    dtype,
+                    derive(key, "head", e),
+                    pooler=not shared_pooler,
+                    learning_to_exit=learning_to_exit,
                 )
                 for e in self.exits
             }
@@ -94,8 +132,8 @@ class EarlyExit(nnx.Module):
         batch: dict[str, jax.Array],
         isolation: float | jax.Array = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """One segment: (hidden state [B, L, H] at its exit, the exit's logits float32 [B, C]).
+    ) -> tuple[jax.Array, Answer]:
+        """One segment: (hidden state [B, L, H] at its exit, the exit's answer, without E).
 
         Args:
           index: of the segment, from 0.
@@ -117,15 +155,29 @@ class EarlyExit(nnx.Module):
     def __call__(
         self,
         batch: dict[str, jax.Array],
-        isolation: float | jax.Array = 0.0,
+        isolation: Isolation = 0.0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of every exit, float32 [E, B, C]: all segments in one pass."""
-        h, logits = None, []
+        """Logits of every exit, float32 [E, B, C]; see `answers`."""
+        return self.answers(batch, isolation, key).logits
+
+    def answers(
+        self,
+        batch: dict[str, jax.Array],
+        isolation: Isolation = 0.0,
+        key: jax.Array | None = None,
+    ) -> Answer:
+        """What every exit says: all segments in one pass.
+
+        isolation: of all boundaries, or a tuple with one number for each of the E - 1.
+        """
+        boundaries = isolation if isinstance(isolation, tuple) else (isolation,) * len(self.exits)
+        h, each = None, []
         for index in range(len(self.exits)):
-            h, answer = self.segment(index, h, batch, isolation, key)
-            logits.append(answer)
-        return jnp.stack(logits)  # [E, B, C]
+            # The first segment has no boundary below it.
+            h, answer = self.segment(index, h, batch, (0.0, *boundaries)[index], key)
+            each.append(answer)
+        return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
 
 def make_pooler(encoder: Bert, dtype, key: jax.Array) -> nnx.Linear:

@@ -75,7 +75,8 @@ def hugging_face_tensors(params: Any, exits: tuple[int, ...]) -> dict[str, np.nd
     for layer in exits:
         head = params["heads"][str(layer)]
         dense = {"pooler.dense": head.get("pooler") or params["pooler"]}
-        for name, part in (dense | {"classifier": head["classifier"]}).items():
+        dense |= {k: head[k] for k in ("classifier", "learning_to_exit") if k in head}
+        for name, part in dense.items():
             put(f"exits.{layer}.{name}.weight", part["kernel"])
             put(f"exits.{layer}.{name}.bias", part["bias"])
     for leaf in ("weight", "bias"):

@@ -42,9 +42,9 @@ def save_model(
     """Writes `model/` of the best replica, whole or not at all.
 
     model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
-    encoder's) and beside it `exits.<layer>.pooler.dense.*` and `exits.<layer>.classifier.*`, all
-    float32. Multi-Model's deepest model stands there, each shallower one in a folder
-    depth_<layer>/ of its own.
+    encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
+    learning-to-exit, `exits.<layer>.learning_to_exit.*`, all float32. Multi-Model's deepest model
+    stands there, each shallower one in a folder depth_<layer>/ of its own.
     """
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -84,7 +84,7 @@ def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, An
         "max_length": config.max_length,
         "layers": list(config.exits),
         "cost": np.asarray(analysis.validation.cost).tolist(),
-        "policy": config.confidence,
+        "policy": config.policy,
         "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
         "dials": {"full_score": keep.as_dict() if isinstance(keep, Choice) else None},
     }

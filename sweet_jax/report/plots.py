@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from sweet_jax.exits.analysis import Analysis
@@ -30,9 +31,14 @@ def write_figures(
         "loss": loss_figure(loss_series(metrics, best, trainings)),
     }
     for name, figure in figures.items():
-        for suffix in ("png", "svg"):
-            with written_aside(folder / f"{name}.{suffix}") as path:
-                figure.savefig(path, dpi=150)
+        write_figure(folder, name, figure)
+
+
+def write_figure(folder: Path, name: str, figure: Figure) -> None:
+    """Writes one figure as .png and .svg."""
+    for suffix in ("png", "svg"):
+        with written_aside(folder / f"{name}.{suffix}") as path:
+            figure.savefig(path, dpi=150)
 
 
 def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
@@ -101,6 +107,29 @@ def loss_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy")
     axes.legend(frameon=False)
+    return figure
+
+
+def conflict_figure(layers: Sequence[int], conflict: np.ndarray) -> Figure:
+    """Heat maps of `training.conflict.gradient_conflict` [E, E, E], as the paper's figure 3.
+
+    A panel for each of the first E - 1 exits' layers: the last exit's has one gradient only.
+    """
+    panels = len(layers) - 1
+    figure = Figure(figsize=(3.2 * panels + 0.8, 3.4), layout="constrained")
+    each = figure.subplots(1, panels, squeeze=False)[0]
+    for i, axes in enumerate(each):
+        cosines, above = conflict[i, i:, i:], layers[i:]
+        image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu")
+        for (row, column), value in np.ndenumerate(cosines):
+            ink = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
+        axes.set_xticks(range(len(above)), above)
+        axes.set_yticks(range(len(above)), above)
+        axes.set_xlabel("loss of exit")
+        axes.set_title(f"gradients in layer {layers[i]}", fontsize=10)
+    each[0].set_ylabel("loss of exit")
+    figure.colorbar(image, ax=each, label="cosine, mean over rows", shrink=0.8)
     return figure
 
 

@@ -92,6 +92,7 @@ def build_results(
             "train": rows,
         },
         "fitted_on": config.calibration,
+        "policy": analysis.validation.identity.get("policy", "confidence"),
         "replicas": replicas,
         "best_replica": analysis.best,
         "mean": mean,

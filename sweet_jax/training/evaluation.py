@@ -1,4 +1,4 @@
-"""Evaluation of all replicas: the logits of every exit for every row, in one pass.
+"""Evaluation of all replicas: what every exit says of every row, in one pass.
 
 Shape letters: R replica, E exit, B batch, N examples, C classes.
 """
@@ -11,6 +11,7 @@ from flax import nnx
 
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens, bucket_lengths, evaluation_batches
+from sweet_jax.models.early_exit import Answer
 from sweet_jax.models.layers import derive
 from sweet_jax.training.sharding import by_row, over_replicas, traced_at_most
 from sweet_jax.training.step import Params, evaluate_step
@@ -19,7 +20,7 @@ from sweet_jax.training.step import Params, evaluate_step
 def compile_evaluation(
     config: Config, graphdef: nnx.GraphDef, *, dropout: bool = False
 ) -> Callable:
-    """(params, batch, number) → logits float32 [R, E, B, C], all with the axis R, jitted.
+    """(params, batch, number) → Answer, all with the axis R, jitted.
 
     Compiled at most once per batch length, which is asserted, for all splits together.
 
@@ -31,7 +32,7 @@ def compile_evaluation(
 
     """
 
-    def one(params: Params, batch: dict, number: jax.Array) -> jax.Array:
+    def one(params: Params, batch: dict, number: jax.Array) -> Answer:
         key = derive(jax.random.key(0), "calibration", number) if dropout else None
         return evaluate_step(graphdef, params, batch, key)
 
@@ -41,8 +42,10 @@ def compile_evaluation(
 
 def evaluate(
     config: Config, answer: Callable, params: Params, tokens: Tokens, rows: np.ndarray
-) -> np.ndarray:
-    """Logits of every exit for every row, in one pass: float32 [R, E, N, C].
+) -> Answer:
+    """What every exit says of every row, in one pass: float32 arrays on the host.
+
+    Logits [R, E, N, C], exit_scores [R, E, N] where the model learned to exit.
 
     Args:
       config: resolved.
@@ -56,16 +59,21 @@ def evaluate(
     data = mesh.shape["data"]
     size = -(-config.evaluation_batch_size // data) * data
     lengths = bucket_lengths(config.max_length)
-    logits: np.ndarray | None = None
+    whole: Answer | None = None
     for number, (places, batch) in enumerate(evaluation_batches(tokens, rows, size, lengths)):
         numbers = np.full(len(rows), number, np.int32)
         inputs = jax.device_put((batch, numbers), (by_row(mesh), None))
-        found = jax.device_get(answer(params, *inputs))  # [R, E, B, C]
-        if logits is None:
-            shape = (found.shape[0], found.shape[1], rows.shape[1], found.shape[3])
-            logits = np.full(shape, np.nan, np.float32)  # [R, E, N, C]
+        found = jax.device_get(answer(params, *inputs))  # [R, E, B, ...]
+        if whole is None:
+            whole = jax.tree.map(lambda x, n=rows.shape[1]: _unfilled(x, n), found)
         for replica, place in enumerate(places):
             present = place >= 0
-            logits[replica, :, place[present]] = found[replica][:, present].swapaxes(0, 1)
-    assert logits is not None, "rows is empty"
-    return logits
+            for into, values in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+                into[replica, :, place[present]] = values[replica][:, present].swapaxes(0, 1)
+    assert whole is not None, "rows is empty"
+    return whole
+
+
+def _unfilled(batch: np.ndarray, rows: int) -> np.ndarray:
+    """Room for all rows of what `batch` [R, E, B, ...] has a few of: float32 [R, E, N, ...]."""
+    return np.full((*batch.shape[:2], rows, *batch.shape[3:]), np.nan, np.float32)

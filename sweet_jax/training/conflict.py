@@ -1,0 +1,80 @@
+"""Conflict of the exits' gradients in the layers they share (SWEET paper, figures 3 and 9).
+
+Shape letters: E exit, B batch, L length, H hidden, F feed-forward.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sweet_jax.models.early_exit import Isolation
+from sweet_jax.training.step import Params, State, StepSettings, dropout_key, mean_loss
+
+
+def gradient_conflict(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: dict[str, jax.Array],
+    key: jax.Array | None = None,
+    isolation: Isolation = 0.0,
+) -> jax.Array:
+    """How far the exits agree on where each exit's layer should go: cosines, float32 [E, E, E].
+
+    Entry [i, j, k] compares the gradients of the cross-entropies of exits j and k by W, the
+    last feed-forward matrix of exit i's layer: the mean over W's rows of the cosine between the
+    rows of dL_j/dW and dL_k/dW. 1 is full agreement, below 0 conflict. NaN where j or k lies
+    below i, whose losses do not depend on W, and where isolation lets no gradient through.
+
+    One forward pass, and a backward pass for each exit with respect to these E matrices only.
+
+    Args:
+      graphdef, params: a model of early_exit.py.
+      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels int32 [B] (-1: the
+        row is left out).
+      key: typed key of the dropout masks, None for none.
+      isolation: as in training; 0 is Early-Exit.
+
+    """
+    exits = nnx.merge(graphdef, params).exits
+
+    def losses(matrices: list[jax.Array]) -> jax.Array:
+        logits = nnx.merge(graphdef, _put(params, exits, matrices))(batch, isolation, key)
+        return mean_loss(logits, batch["labels"])  # [E]
+
+    layers = params["encoder"]["layers"]
+    _, backward = jax.vjp(losses, [layers[e - 1]["output"]["kernel"] for e in exits])
+    # One after the other, not vmapped: only one backward pass's memory is needed.
+    each = [backward(cotangent)[0] for cotangent in jnp.eye(len(exits))]  # [E][E] of [F, H]
+    pairs = []
+    for i in range(len(exits)):
+        units = jnp.stack([_unit_rows(each[j][i]) for j in range(i, len(exits))])  # [E - i, F, H]
+        cosines = jnp.einsum("jfh,kfh->jkh", units, units)  # [E - i, E - i, H]
+        pairs.append(jnp.pad(jnp.nanmean(cosines, axis=-1), (i, 0), constant_values=jnp.nan))
+    return jnp.stack(pairs)  # [E, E, E]
+
+
+def conflict_step(settings: StepSettings, state: State, batch: dict) -> jax.Array:
+    """The conflict of the gradients that `train_step` of the same arguments takes, [E, E, E]."""
+    isolation = settings.isolation_at(state.step)
+    return gradient_conflict(settings.graphdef, state.params, batch, dropout_key(state), isolation)
+
+
+def _unit_rows(gradient: jax.Array) -> jax.Array:
+    """The gradient [F, H] with rows of length 1; NaN where a row is zero and has no direction.
+
+    A row of torch's matrix [H, F], which the paper's "rows" are taken to be (the release has no
+    code for it), is a column of ours: the weights of one output unit.
+    """
+    norm = jnp.linalg.norm(gradient, axis=0, keepdims=True)  # [1, H]
+    return gradient / jnp.where(norm > 0, norm, jnp.nan)
+
+
+def _put(params: Params, exits: tuple[int, ...], matrices: list[jax.Array]) -> dict[str, Any]:
+    """The parameters with these last feed-forward matrices in the exits' layers."""
+    layers = dict(params["encoder"]["layers"])
+    for e, matrix in zip(exits, matrices, strict=True):
+        layer = layers[e - 1]
+        layers[e - 1] = layer | {"output": layer["output"] | {"kernel": matrix}}
+    return params | {"encoder": params["encoder"] | {"layers": layers}}

@@ -1,0 +1,136 @@
+"""How the exits' gradients agree: against plain gradients, in a run's log, and the experiment."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import WORDS
+from flax import nnx
+from test_early_exit import BATCH, build
+from test_run import logits_of
+
+from sweet_jax.report.plots import conflict_figure
+from sweet_jax.training.conflict import gradient_conflict
+from sweet_jax.training.metrics import read_metrics
+from sweet_jax.training.step import mean_loss
+
+EXITS = (1, 2, 3)
+
+
+def test_it_is_the_mean_cosine_of_the_rows_of_the_gradients():
+    graphdef, params = build(EXITS)
+    key = jax.random.key(5)
+
+    def loss(params, weights):
+        logits = nnx.merge(graphdef, params)(BATCH, 0.0, key)
+        return (mean_loss(logits, BATCH["labels"]) * weights).sum()
+
+    found = jax.jit(lambda p: gradient_conflict(graphdef, p, BATCH, key))(params)
+    gradient = jax.jit(jax.grad(loss))
+    each = [gradient(params, w)["encoder"]["layers"] for w in np.eye(3, dtype=np.float32)]
+    wanted = np.full((3, 3, 3), np.nan)
+    for i, layer in enumerate(EXITS):
+        # As torch has it: weight [H, F], a row for each unit of the output.
+        weights = np.stack([g[layer - 1]["output"]["kernel"].T for g in each]).astype(float)
+        assert weights.shape == (3, 16, 32)
+        for j in range(i, 3):
+            for k in range(i, 3):
+                cosines = [
+                    np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+                    for a, b in zip(weights[j], weights[k], strict=True)
+                ]
+                wanted[i, j, k] = np.mean(cosines)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.abs(wanted[0, 0, 1]) < 0.99
+
+
+def test_where_no_gradient_comes_through_it_is_not_defined():
+    graphdef, params = build(EXITS)
+    measured = jax.jit(lambda p: gradient_conflict(graphdef, p, BATCH, None, (1.0, 0.5)))(params)
+    wanted = np.full((3, 3, 3), False)
+    wanted[0, 0, 0] = wanted[2, 2, 2] = True
+    wanted[1, 1:, 1:] = True
+    np.testing.assert_array_equal(np.isfinite(measured), wanted)
+
+
+def test_a_run_logs_it_and_is_trained_as_if_it_did_not(options, tmp_path, one_device):
+    changes = {"method": "early_exit", "max_steps": 12}
+    plain = logits_of(options, tmp_path / "plain", **changes)
+    logging = logits_of(options, tmp_path / "logging", **changes, conflict_every=5)
+    np.testing.assert_array_equal(plain.logits, logging.logits)
+    whole = logits_of(options, tmp_path / "whole", method="early_exit")
+    assert not np.array_equal(plain.logits, whole.logits)
+    rows, without, longer = (
+        read_metrics(tmp_path / name) for name in ("logging", "plain", "whole")
+    )
+    assert [row["step"] for row in rows if "conflict" in row] == [0, 5, 10]
+    assert not any("conflict" in row for row in without)
+    conflict = np.asarray(rows[5]["conflict"], float)
+    assert conflict.shape == (1, 3, 3, 3)
+    np.testing.assert_allclose(conflict[0, 0].diagonal(), 1, atol=1e-5)
+    assert np.isnan(conflict[0, 1, 0]).all()
+    # The schedule of a run that ends early is that of the whole.
+    assert [row["loss"] for row in rows] == [row["loss"] for row in longer[:12]]
+    assert len(longer) == 24
+
+
+def test_the_figure_has_a_panel_for_each_layer_that_exits_share():
+    values = np.linspace(-1, 1, 27).reshape(3, 3, 3)
+    *panels, _ = conflict_figure((1, 4, 6), values).axes
+    assert [axes.get_title() for axes in panels] == ["gradients in layer 1", "gradients in layer 4"]
+    written = [[text.get_text() for text in axes.texts] for axes in panels]
+    assert written[0] == [f"{v:.2f}" for v in values[0].ravel()]
+    assert written[1] == [f"{v:.2f}" for v in values[1, 1:, 1:].ravel()]
+
+
+@pytest.fixture
+def experiment(checkpoint, tmp_path):
+    """A function from more arguments to the finished process of the experiment, made tiny."""
+    folder = tmp_path / "glue" / "sst2"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 40), ("validation", 8)):
+        texts = [f"{WORDS[i % 2]} {WORDS[2 + i % 30]} {WORDS[3 + i % 7]}" for i in range(count)]
+        table = {"sentence": texts, "label": [i % 2 for i in range(count)]}
+        pq.write_table(pa.table(table), folder / f"{split}.parquet")
+
+    def experiment(*more: str) -> subprocess.CompletedProcess:
+        line = ["--task=sst2", f"--data-dir={tmp_path / 'glue'}", f"--checkpoint={checkpoint}"]
+        line += ["--exits=1,2,3", "--batch-size=8", "--max-length=16", "--learning-rate=1e-3"]
+        return subprocess.run(
+            [sys.executable, "-m", "experiments.conflict", *line, *more],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return experiment
+
+
+def test_the_experiment_writes_its_numbers_and_its_figure(experiment, tmp_path):
+    done = experiment("--steps=6", "--batches=3", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "conflict.json").read_text())
+    assert (results["steps"], results["steps_of_the_schedule"]) == (6, 10)
+    each = np.asarray(results["each"], float)  # None becomes NaN
+    assert each.shape == (3, 3, 3, 3)
+    assert len({float(batch[0, 0, 1]) for batch in each}) == 3
+    np.testing.assert_allclose(results["mean"][0][0][1], each[:, 0, 0, 1].mean(), rtol=1e-6)
+    half = 4.302653 * each[:, 0, 0, 1].std(ddof=1) / np.sqrt(3)  # Student's t, 2 degrees of freedom
+    np.testing.assert_allclose(results["ci95"][0][0][1], half, rtol=1e-5)
+    assert results["mean"][1][0][0] is None
+    assert all((tmp_path / "out" / f"conflict.{kind}").stat().st_size for kind in ("png", "svg"))
+    assert "1 and 3" in done.stdout
+
+
+def test_the_experiment_refuses_more_steps_than_there_are(experiment, tmp_path):
+    done = experiment("--steps=11", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --steps must be from 1 to 10")
+    assert not (tmp_path / "out").exists()

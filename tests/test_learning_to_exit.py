@@ -1,0 +1,212 @@
+"""Learning-to-exit: its loss, whom its gradient reaches, and whole runs that exit by it."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import TINY
+from flax import nnx
+from scipy.special import expit
+from test_early_exit import BATCH, EXITS, KEY, build, untrained
+from test_step import settings
+
+from sweet_jax import ExitOutputs, load_encoder
+from sweet_jax.config import Config, from_mapping
+from sweet_jax.models.bert import Bert
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.pipeline import prepare, run
+from sweet_jax.simulate import main as simulate_main
+from sweet_jax.training.metrics import diverged
+from sweet_jax.training.step import (
+    clip,
+    mean_exit_loss,
+    measure,
+    new_state,
+    train_step,
+)
+
+
+def test_the_loss_is_the_squared_error_of_being_right():
+    logits = jnp.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [5.0, 0.0]])  # classes 0 1 0 0
+    labels = jnp.array([0, 0, 1, -1])  # right, wrong, wrong, left out
+    scores = jnp.array([0.9, 0.2, 0.5, 0.0])
+    wanted = ((0.9 - 1) ** 2 + 0.2**2 + 0.5**2) / 3
+    np.testing.assert_allclose(mean_exit_loss(logits, scores, labels), wanted, rtol=1e-6)
+    both = mean_exit_loss(jnp.stack([logits, -logits]), jnp.stack([scores, scores]), labels)
+    other = (0.9**2 + (0.2 - 1) ** 2 + (0.5 - 1) ** 2) / 3
+    np.testing.assert_allclose(both, [wanted, other], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["joint", "detached"])
+def test_the_gradient_of_the_exit_loss_reaches_its_own_segment_or_its_own_head_only(mode):
+    graphdef, params = build(learning_to_exit=mode)
+
+    def loss(params):
+        answer = nnx.merge(graphdef, params).answers(BATCH, 1.0)
+        return measure(answer, BATCH["labels"]).exit_loss[1]
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        match tuple(p.key for p in path):
+            case ("heads", "3", "learning_to_exit", _):
+                reached = True
+            case ("heads", "3", "pooler", _) | ("encoder", "layers", 1 | 2, *_):
+                reached = mode == "joint"
+            case _:  # the classifier too: no gradient goes through what is right
+                reached = False
+        assert np.any(leaf) == reached or untrained(path), path
+
+
+def test_switching_it_on_leaves_every_other_random_number_as_it_was():
+    def made(**options):
+        graphdef, values = nnx.split(EarlyExit(Bert(TINY, KEY), EXITS, 2, KEY, **options))
+        params = nnx.to_pure_dict(values)
+        return (
+            graphdef,
+            {
+                jax.tree_util.keystr(path): leaf
+                for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            },
+            params,
+        )
+
+    graphdef, without, params = made()
+    other, having, more = made(learning_to_exit="joint")
+    assert len(having) == len(without) + 2 * len(EXITS)
+    for name, leaf in without.items():
+        np.testing.assert_array_equal(leaf, having[name])
+    kernels = [more["heads"][str(e)]["learning_to_exit"]["kernel"] for e in EXITS]
+    assert np.any(kernels[0] != kernels[1])
+    dropout = jax.random.key(5)
+    logits = [nnx.merge(g, p)(BATCH, key=dropout) for g, p in ((graphdef, params), (other, more))]
+    np.testing.assert_allclose(*logits, atol=1e-6)
+
+
+def test_detached_heads_change_nothing_else():
+    """Clipping is on: heads in an owner's norm would shrink the owner's step."""
+    after = {}
+    for mode in ("", "detached"):
+        graphdef, params = build(learning_to_exit=mode)
+        chosen = settings(graphdef, learning_to_exit=mode, clip_norm=0.05)
+        step, state = jax.jit(functools.partial(train_step, chosen)), new_state(params, 1e-2, 0)
+        for _ in range(3):
+            state, metrics = step(state, BATCH)
+        assert (metrics.exit_loss is None) == (mode == "")
+        leaves = jax.tree_util.tree_leaves_with_path(state.params)
+        after[mode] = {jax.tree_util.keystr(path): (path, leaf) for path, leaf in leaves}
+        heads = [params["heads"]["1"].get("learning_to_exit"), state.params["heads"]["1"]]
+        if mode:
+            assert np.all(heads[0]["kernel"] != heads[1]["learning_to_exit"]["kernel"])
+    for name, (path, leaf) in after[""].items():
+        if not untrained(path):  # a gradient of rounding noise, which Adam scales up
+            np.testing.assert_allclose(after["detached"][name][1], leaf, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("by_owner", [True, False])
+def test_only_joint_heads_count_in_the_norm_of_their_owner(by_owner):
+    graphdef, params = build(learning_to_exit="joint")
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def clipped(mode, scale):
+        for layer in map(str, EXITS):
+            head = grads["heads"][layer]
+            head["learning_to_exit"] = jax.tree.map(
+                lambda g: jnp.full_like(g, scale), head["learning_to_exit"]
+            )
+        chosen = settings(graphdef, learning_to_exit=mode, clip_norm=1.0, clip_by_owner=by_owner)
+        return clip(grads, chosen)
+
+    small, large = (clipped("detached", scale) for scale in (1.0, 1e3))
+    for layer in map(str, EXITS):
+        unit = large["heads"][layer].pop("learning_to_exit")
+        norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(unit)))
+        assert norm == pytest.approx(1.0, rel=1e-5)
+        small["heads"][layer].pop("learning_to_exit")
+    jax.tree.map(np.testing.assert_array_equal, small, large)
+    joint = clipped("joint", 1e3)["heads"]["1"]["classifier"]["bias"]
+    assert joint[0] < 0.1 * small["heads"]["1"]["classifier"]["bias"][0]
+
+
+def test_an_exit_loss_that_is_not_finite_is_reported():
+    rows = [
+        {"training": "t", "step": s, "loss": [[0.5, 0.5]], "predicted": [[-1, -1]]}
+        | ({"exit_loss": [[0.2, None if s > 3 else 0.2]]} if s else {})
+        for s in range(6)
+    ]
+    logits = np.eye(2, dtype=np.float32)[None, None, [0, 1]].repeat(2, axis=1)
+    found = diverged(rows, {"t": (1, 3)}, [(0, 1e-3)], logits, (1, 3))
+    assert [(d["exit"], d["what"], d["step"]) for d in found] == [(3, "loss is not finite", 4)]
+
+
+@pytest.mark.parametrize(
+    ("values", "policy"),
+    [
+        ({}, "confidence"),
+        ({"learning_to_exit": "joint"}, "learning_to_exit"),
+        ({"learning_to_exit": "detached", "preset": "paper"}, "learning_to_exit"),
+        ({"preset": "reference"}, "confidence_float32"),
+        ({"learning_to_exit": "joint", "preset": "reference"}, "learning_to_exit_min_max"),
+        (
+            {"learning_to_exit": "joint", "preset": "reference", "exit_score": "learning_to_exit"},
+            "learning_to_exit",
+        ),
+    ],
+)
+def test_the_policy_of_a_run(values, policy):
+    assert Config(**values).resolved().policy == policy
+
+
+@pytest.mark.parametrize(("method", "mode"), [("sweet", "joint"), ("multi_model", "detached")])
+def test_a_run_exits_by_what_it_learned(method, mode, options, tmp_path, one_device, capsys):
+    config = from_mapping(options | {"method": method, "learning_to_exit": mode})
+    results = run(config, tmp_path)
+    capsys.readouterr()
+    assert results["policy"] == "learning_to_exit"
+    np.testing.assert_array_less(results["replicas"][0]["grid"]["threshold"], 1 + 1e-9)
+    found = {
+        split: ExitOutputs.load(tmp_path / "exit_outputs" / f"{split}.npz")
+        for split in ("calibration", "validation")
+    }
+    for outputs, rows in zip(found.values(), (10, 32), strict=True):
+        assert outputs.exit_scores.shape == (1, 3, rows)
+        assert outputs.exit_scores.min() > 0
+        assert outputs.exit_scores.max() < 1
+        assert outputs.identity["learning_to_exit"] == mode
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    exits = 1 if method == "multi_model" else 3
+    assert all(np.shape(row["exit_loss"]) == (1, exits) for row in rows)
+    _check_model(tmp_path / "model", prepare(config).validation, found["validation"])
+    _check_commands(tmp_path, capsys)
+
+
+def _check_model(folder, tokens, outputs):
+    """The saved model's tensors give the scores that were evaluated."""
+    exits = json.loads((folder / "exits.json").read_text())
+    assert exits["policy"] == "learning_to_exit"
+    ids = tokens.input_ids[None, slice(*tokens.starts[:2])]
+    for model in exits["models"]:
+        place = folder / model["folder"]
+        hidden = load_encoder(str(place))(ids)
+        tensors = safetensors.numpy.load_file(place / "model.safetensors")
+        for e in model["exits"]:
+            name = f"exits.{e}.pooler.dense"
+            pooled = np.asarray(hidden[e][0, 0]) @ tensors[f"{name}.weight"].T
+            pooled = np.tanh(pooled + tensors[f"{name}.bias"])
+            name = f"exits.{e}.learning_to_exit"
+            assert tensors[f"{name}.weight"].shape == (1, 16)
+            score = expit(pooled @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"])[0]
+            np.testing.assert_allclose(score, outputs.exit_scores[0, e - 1, 0], atol=1e-5)
+
+
+def _check_commands(workdir, capsys):
+    """The same saved file answers for any policy; the run's own is the default."""
+    printed = {}
+    for policy in ("", "learning_to_exit", "learning_to_exit_min_max", "confidence"):
+        argument = [f"--policy={policy}"] if policy else []
+        assert simulate_main([f"--run={workdir}", "--cost=0.9", *argument]) == 0
+        printed[policy] = capsys.readouterr().out
+    assert printed[""] == printed["learning_to_exit"]
+    assert len(set(printed.values())) == 3
