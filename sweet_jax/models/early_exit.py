@@ -1,7 +1,8 @@
 """An encoder with a classifier at several depths, and who owns which parameter.
 
 A segment is the layers after the previous exit up to this one, with this exit's head; the
-embeddings belong to the first segment (SWEET paper, section 4.2). Between segments the hidden
+embeddings belong to the first segment (SWEET paper, section 4.2), and so does the table of relative
+positions, unless the preset shares it, as the authors' release does. Between segments the hidden
 state is isolated: SWEET lets no gradient back across, Early-Exit lets all of it.
 
 Shape letters: E exit, B batch, L length, H hidden, C classes.
@@ -14,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.bert import Bert, linear
+from sweet_jax.models.encoder import ACTIVATIONS, Encoder, linear
 from sweet_jax.models.layers import derive, dropout, sub_key
 
 SHARED = 0  # the owner number of parameters that every exit trains
 
 
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
-    """The hidden state [B, L, H] itself, with its gradient times (1 - isolation).
+    """The hidden state [B, L, H] (any array) itself, with its gradient times (1 - isolation).
 
     1 is SWEET's stop_gradient, 0 is Early-Exit.
 
@@ -38,23 +39,24 @@ def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
 
 
 class Head(nnx.Module):
-    """Classifier of one exit: pooler (first token, dense, tanh), dropout, dense.
+    """Classifier of one exit: pooler (first token, dense, activation), dropout, dense.
 
     With a shared pooler the head holds the classifier only.
     """
 
-    def __init__(self, encoder: Bert, classes: int, dtype, key: jax.Array, *, pooler: bool):
+    def __init__(self, encoder: Encoder, classes: int, dtype, key: jax.Array, *, pooler: bool):
         config = encoder.config
         if pooler:
             self.pooler = make_pooler(encoder, dtype, derive(key, "pooler"))
         self.classifier = linear(
             config, config.hidden_size, classes, dtype, nnx.Rngs(derive(key, "classifier"))
         )
+        self.activation = ACTIVATIONS[config.pooler_act]
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, h: jax.Array, pooler: nnx.Linear | None, key) -> jax.Array:
         """Logits float32 [B, C] from the hidden state [B, L, H]."""
-        pooled = jnp.tanh((pooler or self.pooler)(h[:, 0]))  # [B, H]
+        pooled = self.activation((pooler or self.pooler)(h[:, 0]))  # [B, H]
         return self.classifier(dropout(key, pooled, self.dropout_rate)).astype(jnp.float32)
 
 
@@ -67,16 +69,18 @@ class EarlyExit(nnx.Module):
 
     def __init__(
         self,
-        encoder: Bert,
+        encoder: Encoder,
         exits: Sequence[int],
         classes: int,
         key: jax.Array,
         *,
         shared_pooler: bool = False,
+        shared_relative: bool = False,
         dtype=jnp.float32,
     ):
         self.encoder = encoder
         self.exits = tuple(exits)
+        self.shared_relative = shared_relative
         self.pooler = make_pooler(encoder, dtype, derive(key, "pooler")) if shared_pooler else None
         self.heads = nnx.Dict(
             {
@@ -106,13 +110,26 @@ class EarlyExit(nnx.Module):
 
         """
         if h is None:
-            h = self.encoder.embed(batch["input_ids"], batch["token_type_ids"], key)  # [B, L, H]
+            h = self.encoder.embed(
+                batch["input_ids"], batch["token_type_ids"], batch["mask"], key
+            )  # [B, L, H]
         else:
             h = isolate(h, isolation)
+        relative = self.relative_table(index, isolation)
         start, end = (0, *self.exits)[index : index + 2]
         for number in range(start + 1, end + 1):
-            h = self.encoder.layer(number, h, batch["mask"], key)
+            h = self.encoder.layer(number, h, batch["mask"], key, relative)
         return h, self.heads[str(end)](h, self.pooler, sub_key(key, "head", end))
+
+    def relative_table(self, index: int, isolation: float | jax.Array) -> jax.Array | None:
+        """The encoder's, as segment `index` sees it: the first's own, carried over each boundary
+        as the hidden state is; or everyone's.
+        """
+        relative = self.encoder.relative_table()  # [S, H]
+        if relative is not None and not self.shared_relative:
+            for _ in range(index):
+                relative = isolate(relative, isolation)
+        return relative
 
     def __call__(
         self,
@@ -128,15 +145,16 @@ class EarlyExit(nnx.Module):
         return jnp.stack(logits)  # [E, B, C]
 
 
-def make_pooler(encoder: Bert, dtype, key: jax.Array) -> nnx.Linear:
+def make_pooler(encoder: Encoder, dtype, key: jax.Array) -> nnx.Linear:
     """A dense [H, H] layer with random parameters from `key`."""
     hidden = encoder.config.hidden_size
     return linear(encoder.config, hidden, hidden, dtype, nnx.Rngs(key))
 
 
-def owners(params: Any, exits: Sequence[int]) -> Any:
+def owners(params: Any, exits: Sequence[int], *, shared_relative: bool = False) -> Any:
     """The tree of `params` with the layer number of the exit that owns each; SHARED for all.
 
+    shared_relative is the model's: whether the table of relative positions is everyone's.
     Raises KeyError for a parameter that no rule covers.
     """
 
@@ -144,6 +162,8 @@ def owners(params: Any, exits: Sequence[int]) -> Any:
         match path:
             case ("encoder", "embeddings", *_):
                 return exits[0]
+            case ("encoder", "relative", *_):
+                return SHARED if shared_relative else exits[0]
             case ("encoder", "layers", int(index), *_):
                 return next(e for e in exits if e > index)
             case ("heads", str(number), *_):
@@ -155,6 +175,9 @@ def owners(params: Any, exits: Sequence[int]) -> Any:
     return jax.tree.map_with_path(lambda path, _: owner(tuple(p.key for p in path)), params)
 
 
-def leaves_by_owner(tree: Any, exits: Sequence[int]) -> Iterator[tuple[int, jax.Array]]:
+def leaves_by_owner(
+    tree: Any, exits: Sequence[int], *, shared_relative: bool = False
+) -> Iterator[tuple[int, jax.Array]]:
     """(owner, leaf) of every leaf of a tree shaped like the parameters."""
-    return zip(jax.tree.leaves(owners(tree, exits)), jax.tree.leaves(tree), strict=True)
+    owner_of = owners(tree, exits, shared_relative=shared_relative)
+    return zip(jax.tree.leaves(owner_of), jax.tree.leaves(tree), strict=True)

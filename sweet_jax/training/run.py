@@ -25,7 +25,6 @@ from sweet_jax.data.batches import (
     steps_per_epoch,
     training_batch,
 )
-from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
@@ -81,14 +80,14 @@ def make_model(
     config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, seed: int
 ) -> EarlyExit:
     """A model as deep as its last exit with random parameters from `seed`."""
-    encoder_config = dataclasses.replace(checkpoint.config, num_hidden_layers=exits[-1])
     key = derive(jax.random.key(seed), "parameters")
     return EarlyExit(
-        Bert(encoder_config, key, config.dtype),
+        checkpoint.encoder(key, config.dtype, depth=exits[-1]),
         exits,
         classes,
         key,
         shared_pooler=config.pooler == "shared",
+        shared_relative=config.relative == "shared",
         dtype=config.dtype,
     )
 
@@ -252,6 +251,7 @@ def step_settings(
         clip_norm=config.clip_norm,
         clip_by_owner=config.clipping == "owner",
         isolation=config.isolation,
+        shared_relative=config.relative == "shared",
     )
 
 

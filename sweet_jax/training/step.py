@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sweet_jax.models.early_exit import SHARED, leaves_by_owner, owners
+from sweet_jax.models.early_exit import SHARED, owners
 from sweet_jax.models.layers import derive
 
 Params = Any  # pure dict of float32 arrays
@@ -33,6 +33,7 @@ class StepSettings:
     clip_norm: float
     clip_by_owner: bool
     isolation: tuple[float, ...]  # one number, or from, to
+    shared_relative: bool = False  # the model's
 
     def isolation_at(self, step: jax.Array) -> float | jax.Array:
         """Isolation of a step: a Python number where constant, else linear in the steps."""
@@ -123,8 +124,9 @@ def segment_gradients(
     activations are alive. The barrier says so to the compiler, which else orders all forward passes
     first and needs as much memory as Early-Exit.
     """
-    exits = nnx.merge(graphdef, params).exits
-    owner_of = owners(params, exits)
+    model = nnx.merge(graphdef, params)
+    exits = model.exits
+    owner_of = owners(params, exits, shared_relative=model.shared_relative)
     h, parts, found = None, [], []
     for index, layer in enumerate(exits):
 
@@ -171,18 +173,14 @@ def clip(grads: Params, settings: StepSettings) -> Params:
     """
     if settings.clip_norm == math.inf:
         return grads
-    exits = settings.exits
+    owner_of = owners(grads, settings.exits, shared_relative=settings.shared_relative)
+    group_of = owner_of if settings.clip_by_owner else jax.tree.map(lambda _: 0, owner_of)
     squares: dict[int, jax.Array] = {}
-    for owner, leaf in leaves_by_owner(grads, exits):
-        group = owner if settings.clip_by_owner else 0
+    for group, leaf in zip(jax.tree.leaves(group_of), jax.tree.leaves(grads), strict=True):
         squares[group] = squares.get(group, jnp.zeros(())) + jnp.sum(leaf * leaf)
     limit = settings.clip_norm
     scales = {g: limit / jnp.maximum(jnp.sqrt(s), limit) for g, s in squares.items()}
-    return jax.tree.map(
-        lambda owner, g: g * scales[owner if settings.clip_by_owner else 0],
-        owners(grads, exits),
-        grads,
-    )
+    return jax.tree.map(lambda group, g: g * scales[group], group_of, grads)
 
 
 def _schedule(step: jax.Array, settings: StepSettings) -> jax.Array:
