@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINIES, TINY
 from flax import nnx
 
-from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import SHARED, EarlyExit, leaves_by_owner, owners
+from sweet_jax.models.pretrained import ENCODERS
 from sweet_jax.training.step import mean_loss, segment_gradients, whole_gradients
 
 EXITS = (1, 3)
@@ -21,9 +21,9 @@ BATCH = {
 }
 
 
-def build(exits=EXITS, **options):
+def build(exits=EXITS, kind="bert", **options):
     """Structure and random parameters, with no bias at its initial zero."""
-    model = EarlyExit(Bert(TINY, KEY), exits, 2, KEY, **options)
+    model = EarlyExit(ENCODERS[kind][1](TINIES[kind], KEY), exits, 2, KEY, **options)
     graphdef, values = nnx.split(model)
     params = nnx.to_pure_dict(values)
     noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
@@ -45,9 +45,10 @@ def untrained(path) -> bool:
     return any(getattr(p, "key", None) == "key" for p in path) and path[-1].key == "bias"
 
 
+@pytest.mark.parametrize("kind", TINIES)
 @pytest.mark.parametrize("key", [None, jax.random.key(5)])
-def test_sweet_gives_each_exit_its_own_parameters_and_no_other(key):
-    graphdef, params = build()
+def test_sweet_gives_each_exit_its_own_parameters_and_no_other(kind, key):
+    graphdef, params = build(kind=kind)
     for index, layer in enumerate(EXITS):
         gradient = exit_gradient(graphdef, params, index, 1.0, key)
         owner_of = jax.tree.leaves(owners(params, EXITS))
@@ -59,8 +60,9 @@ def test_sweet_gives_each_exit_its_own_parameters_and_no_other(key):
                 assert not np.any(leaf), path
 
 
-def test_early_exit_reaches_all_below():
-    graphdef, params = build()
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+def test_early_exit_reaches_all_below(kind):
+    graphdef, params = build(kind=kind)
     for index, layer in enumerate(EXITS):
         gradient = exit_gradient(graphdef, params, index, 0.0)
         owner_of = jax.tree.leaves(owners(params, EXITS))
@@ -86,9 +88,40 @@ def test_a_shared_pooler_gets_every_exit_s_gradient():
     np.testing.assert_allclose(total, each[0] + each[1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2"])
+def test_a_shared_table_of_relative_positions_gets_every_exit_s_gradient(kind):
+    graphdef, params = build(kind=kind, shared_relative=True)
+    each = [exit_gradient(graphdef, params, i, 1.0)["encoder"] for i in range(2)]
+    owner_of = owners(params, EXITS, shared_relative=True)["encoder"]
+    assert set(jax.tree.leaves(owner_of["relative"])) == {SHARED}
+    assert SHARED not in jax.tree.leaves({**owner_of, "relative": None})
+    total = segment_gradients(graphdef, params, BATCH, 1.0, None)[0]["encoder"]["relative"]
+    parts = [jax.tree.leaves(gradient["relative"]) for gradient in each]
+    for whole, first, last in zip(jax.tree.leaves(total), *parts, strict=True):
+        assert np.any(first)
+        assert np.any(last)
+        np.testing.assert_allclose(whole, first + last, rtol=1e-5, atol=1e-7)
+    assert not np.any(each[1]["embeddings"]["word"]["embedding"])
+
+
+def test_isolation_scales_the_table_s_gradient_at_every_boundary():
+    exits = (1, 2, 3)
+    graphdef, params = build(exits, "deberta")
+
+    def table_gradient(index, isolation):
+        return exit_gradient(graphdef, params, index, isolation)["encoder"]["relative"]["embedding"]
+
+    # Through the table alone: what comes through the hidden states is scaled by the same.
+    full, part = table_gradient(2, 0.0), table_gradient(2, 0.5)
+    own = table_gradient(0, 0.5)
+    np.testing.assert_array_equal(own, table_gradient(0, 0.0))
+    np.testing.assert_allclose(part, 0.25 * full, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
 @pytest.mark.parametrize("key", [None, jax.random.key(5)])
-def test_segment_by_segment_is_the_whole_with_stop_gradient(key):
-    graphdef, params = build()
+def test_segment_by_segment_is_the_whole_with_stop_gradient(kind, key):
+    graphdef, params = build(kind=kind)
     parts = segment_gradients(graphdef, params, BATCH, 1.0, key)
     whole = whole_gradients(graphdef, params, BATCH, 1.0, key)
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
@@ -104,10 +137,11 @@ def test_isolation_scales_the_gradient_that_crosses():
         np.testing.assert_allclose(part, (1 - isolation) * full, rtol=1e-4, atol=1e-8)
 
 
-def test_an_exit_does_not_depend_on_the_others():
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+def test_an_exit_does_not_depend_on_the_others(kind):
     key = jax.random.key(9)
-    graphdef, params = build(exits=(1, 3))
-    other, more = build(exits=(1, 2, 3))
+    graphdef, params = build((1, 3), kind)
+    other, more = build((1, 2, 3), kind)
     for mask_key in (None, key):
         first = nnx.merge(graphdef, params)(BATCH, 1.0, mask_key)
         second = nnx.merge(other, more)(BATCH, 1.0, mask_key)

@@ -1,6 +1,6 @@
-"""DeBERTa (He et al. 2020, arXiv 2006.03654) and DeBERTa v2 and v3 (He et al. 2021, 2111.09543).
+"""DeBERTa (He et al. 2020, arXiv 2006.03654), and what its later versions share with it.
 
-Attention is disentangled (2006.03654, section 3.1): beside content to content it scores content to
+Attention is disentangled (section 3.1): beside content to content it scores content to
 position ("c2p") and position to content ("p2c"), from one table of relative positions that all
 layers share and each projects for itself.
 
@@ -19,16 +19,14 @@ from flax import nnx
 
 from sweet_jax.config import UserError
 from sweet_jax.models.encoder import (
-    ACTIVATIONS,
     Attention,
     Encoder,
     EncoderConfig,
-    Layer,
     LayerNorm,
     linear,
     table,
 )
-from sweet_jax.models.layers import derive, dropout, sub_key
+from sweet_jax.models.layers import derive, dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,68 +89,14 @@ class DebertaConfig(EncoderConfig):
         far = self.max_relative_positions
         return far if far >= 1 else self.max_position_embeddings
 
-
-@dataclasses.dataclass(frozen=True)
-class DebertaV2Config(DebertaConfig):
-    """Of model_type "deberta-v2", which v3 checkpoints have too."""
-
-    vocab_size: int = 128100
-    hidden_size: int = 1536
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 24
-    intermediate_size: int = 6144
-    attention_head_size: int = 0  # 0 = hidden_size / num_attention_heads
-    position_buckets: int = -1  # above 0, far distances share rows, by their logarithm
-    share_att_key: bool = False  # positions are projected as contents are
-    norm_rel_ebd: str = "none"  # or "layer_norm", of the table of relative positions
-    conv_kernel_size: int = 0  # of a convolution beside the first layer; 0 = none
-    conv_groups: int = 1
-    conv_act: str = "tanh"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_activation("conv_act")
-        size, heads = self.attention_head_size, self.num_attention_heads
-        if size and size * heads != self.hidden_size:
-            raise UserError(
-                f"attention_head_size {size}; only hidden_size / num_attention_heads = "
-                f"{self.hidden_size // heads} is supported"
-            )
-        if self.norm_rel_ebd not in ("none", "layer_norm"):
-            raise UserError(
-                f"norm_rel_ebd {self.norm_rel_ebd!r}; supported are 'none' and 'layer_norm'"
-            )
-        if self.conv_kernel_size > 0 and self.conv_kernel_size % 2 == 0:
-            raise UserError(f"conv_kernel_size {self.conv_kernel_size}; only odd ones are supported")
-        if self.position_buckets > 0 and not 2 <= self.position_buckets < 2 * (self.reach - 1):
-            raise UserError(
-                f"position_buckets {self.position_buckets}; supported are 2 to below twice "
-                f"{self.reach - 1}, the farthest relative position"
-            )
-
     @property
-    def span(self) -> int:
-        """Half the rows of the table of relative positions."""
-        return self.position_buckets if self.position_buckets > 0 else self.reach
+    def normed(self) -> bool:
+        """Whether the table of relative positions is normalised."""
+        return False
 
-
-def table_rows(config: DebertaConfig, distance: np.ndarray) -> np.ndarray:
-    """The row of the table of relative positions for each distance (query minus key), int."""
-    if isinstance(config, DebertaV2Config) and config.position_buckets > 0:
-        distance = log_bucket(distance, config.position_buckets, config.reach)
-    return np.clip(distance + config.span, 0, 2 * config.span - 1)
-
-
-def log_bucket(distance: np.ndarray, buckets: int, reach: int) -> np.ndarray:
-    """Distances in buckets: themselves up to buckets // 2, then by logarithm up to `reach`.
-
-    In float32, as Hugging Face computes it.
-    """
-    middle = buckets // 2
-    far = np.maximum(np.abs(distance), middle).astype(np.float32)
-    share = np.log(far / np.float32(middle)) / np.log(np.float32((reach - 1) / middle))
-    bucket = np.ceil(share * np.float32(middle - 1)) + middle
-    return np.where(np.abs(distance) <= middle, distance, np.sign(distance) * bucket).astype(int)
+    def rows(self, distance: np.ndarray) -> np.ndarray:
+        """The row of the table of relative positions for each distance (query minus key), int."""
+        return np.clip(distance + self.span, 0, 2 * self.span - 1)
 
 
 def along_diagonals(x: jax.Array) -> jax.Array:
@@ -206,8 +150,8 @@ class RelativePositions(nnx.Module):
     def __init__(self, config: DebertaConfig, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
         self.embedding = nnx.Param(init(rngs.params(), (2 * config.span, config.hidden_size)))
-        normed = isinstance(config, DebertaV2Config) and config.norm_rel_ebd == "layer_norm"
-        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps) if normed else None
+        norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm = norm if config.normed else None
         self.dtype = dtype
 
     def __call__(self) -> jax.Array:
@@ -240,7 +184,7 @@ class DisentangledAttention(Attention):
         length = q.shape[2]
         # Column c of what `along_diagonals` reads stands for (column - row) = c - (L - 1).
         offset = np.arange(2 * length) - (length - 1)
-        reached = table_rows(self.config, np.arange(-length, length + 1))
+        reached = self.config.rows(np.arange(-length, length + 1))
         low, high = reached.min(), reached.max() + 1
         relative = dropout(
             key, relative[low:high], self.hidden_dropout, length_axes=(0,), start=int(low)
@@ -248,7 +192,7 @@ class DisentangledAttention(Attention):
 
         def rows(projected: jax.Array, distance: np.ndarray) -> jax.Array:
             heads = projected.reshape(len(projected), self.heads, -1)  # [W, A, D]
-            return heads[table_rows(self.config, distance) - low]  # [2L, A, D]
+            return heads[self.config.rows(distance) - low]  # [2L, A, D]
 
         if "c2p" in self.kinds:  # row query, column key: the distance is row - column
             keys = rows(self.position_keys(relative), -offset)
@@ -286,69 +230,6 @@ class DebertaAttention(DisentangledAttention):
         return self.pos_q_proj(relative)
 
 
-class DebertaV2Attention(DisentangledAttention):
-    """Three projections; those of positions are their own, or the contents'."""
-
-    def __init__(self, config: DebertaV2Config, dtype, rngs: nnx.Rngs):
-        def dense() -> nnx.Linear:
-            return linear(config, config.hidden_size, config.hidden_size, dtype, rngs)
-
-        self.query_proj, self.key_proj, self.value_proj = dense(), dense(), dense()
-        super().__init__(config, dtype, rngs)
-        self.shared = config.share_att_key
-        if "c2p" in self.kinds and not self.shared:
-            self.pos_key_proj = dense()
-        if "p2c" in self.kinds and not self.shared:
-            self.pos_query_proj = dense()
-
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.query_proj(x), self.key_proj(x), self.value_proj(x)
-
-    def position_keys(self, relative: jax.Array) -> jax.Array:
-        return (self.key_proj if self.shared else self.pos_key_proj)(relative)
-
-    def position_queries(self, relative: jax.Array) -> jax.Array:
-        return (self.query_proj if self.shared else self.pos_query_proj)(relative)
-
-
-class Convolution(nnx.Module):
-    """A convolution of the embeddings over neighbouring tokens, added to the first layer's output.
-
-    Embeddings are zero at padding and beyond the ends alike, so that padding changes nothing.
-    """
-
-    def __init__(self, config: DebertaV2Config, dtype, rngs: nnx.Rngs):
-        hidden = config.hidden_size
-        self.conv = nnx.Conv(
-            hidden,
-            hidden,
-            (config.conv_kernel_size,),
-            feature_group_count=config.conv_groups,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.norm = LayerNorm(hidden, config.layer_norm_eps)
-        self.activation = ACTIVATIONS[config.conv_act]
-        self.dropout_rate = config.hidden_dropout_prob
-
-    def __call__(self, embedded: jax.Array, h: jax.Array, mask: jax.Array, key) -> jax.Array:
-        out = dropout(key, self.conv(embedded), self.dropout_rate, length_axes=(1,))
-        return self.norm(h + self.activation(out)) * mask[..., None].astype(h.dtype)
-
-
-class ConvolvedLayer(Layer):
-    """The first layer of an encoder with a convolution."""
-
-    def __init__(self, config: DebertaV2Config, dtype, rngs: nnx.Rngs):
-        super().__init__(config, DebertaV2Attention, dtype, rngs)
-        self.conv = Convolution(config, dtype, rngs)
-
-    def __call__(self, h: jax.Array, mask: jax.Array, key, relative=None) -> jax.Array:
-        out = super().__call__(h, mask, key, relative)
-        return self.conv(h, out, mask, sub_key(key, "conv"))
-
-
 class Deberta(Encoder):
     """DeBERTa v1; takes a DebertaConfig."""
 
@@ -363,14 +244,3 @@ class Deberta(Encoder):
 
     def relative_table(self) -> jax.Array | None:
         return None if self.relative is None else self.relative()
-
-
-class DebertaV2(Deberta):
-    """DeBERTa v2 and v3; takes a DebertaV2Config."""
-
-    ATTENTION = DebertaV2Attention
-
-    def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> Layer:
-        if number == 1 and self.config.conv_kernel_size > 0:
-            return ConvolvedLayer(self.config, dtype, rngs)
-        return super().make_layer(number, dtype, rngs)

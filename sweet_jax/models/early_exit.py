@@ -19,10 +19,13 @@ from sweet_jax.models.encoder import ACTIVATIONS, Encoder, linear
 from sweet_jax.models.layers import derive, dropout, sub_key
 
 SHARED = 0  # the owner number of parameters that every exit trains
+# What crosses a boundary: the hidden state [B, L, H], and the encoder's table of relative positions
+# [S, H] or None.
+Carried = tuple[jax.Array, jax.Array | None]
 
 
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
-    """The hidden state [B, L, H] (any array) itself, with its gradient times (1 - isolation).
+    """The hidden state [B, L, H], or any array, itself, with its gradient times (1 - isolation).
 
     1 is SWEET's stop_gradient, 0 is Early-Exit.
 
@@ -94,42 +97,32 @@ class EarlyExit(nnx.Module):
     def segment(
         self,
         index: int,
-        h: jax.Array | None,
+        carried: Carried | None,
         batch: dict[str, jax.Array],
         isolation: float | jax.Array = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """One segment: (hidden state [B, L, H] at its exit, the exit's logits float32 [B, C]).
+    ) -> tuple[Carried, jax.Array]:
+        """One segment: (what it hands on, its exit's logits float32 [B, C]).
 
         Args:
           index: of the segment, from 0.
-          h: hidden state at the exit before, None for the first segment.
+          carried: what the segment before handed on, None for the first.
           batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L].
-          isolation: of h, 0 to 1.
+          isolation: of what is carried, 0 to 1.
           key: typed key of the dropout masks, None for inference.
 
         """
-        if h is None:
-            h = self.encoder.embed(
-                batch["input_ids"], batch["token_type_ids"], batch["mask"], key
-            )  # [B, L, H]
+        ids, types, mask = batch["input_ids"], batch["token_type_ids"], batch["mask"]
+        if carried is None:
+            h, relative = self.encoder.embed(ids, types, mask, key), self.encoder.relative_table()
         else:
-            h = isolate(h, isolation)
-        relative = self.relative_table(index, isolation)
+            h, relative = jax.tree.map(lambda x: isolate(x, isolation), carried)
+            if self.shared_relative:
+                relative = self.encoder.relative_table()
         start, end = (0, *self.exits)[index : index + 2]
         for number in range(start + 1, end + 1):
-            h = self.encoder.layer(number, h, batch["mask"], key, relative)
-        return h, self.heads[str(end)](h, self.pooler, sub_key(key, "head", end))
-
-    def relative_table(self, index: int, isolation: float | jax.Array) -> jax.Array | None:
-        """The encoder's, as segment `index` sees it: the first's own, carried over each boundary
-        as the hidden state is; or everyone's.
-        """
-        relative = self.encoder.relative_table()  # [S, H]
-        if relative is not None and not self.shared_relative:
-            for _ in range(index):
-                relative = isolate(relative, isolation)
-        return relative
+            h = self.encoder.layer(number, h, mask, key, relative)
+        return (h, relative), self.heads[str(end)](h, self.pooler, sub_key(key, "head", end))
 
     def __call__(
         self,
@@ -138,9 +131,9 @@ class EarlyExit(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits of every exit, float32 [E, B, C]: all segments in one pass."""
-        h, logits = None, []
+        carried, logits = None, []
         for index in range(len(self.exits)):
-            h, answer = self.segment(index, h, batch, isolation, key)
+            carried, answer = self.segment(index, carried, batch, isolation, key)
             logits.append(answer)
         return jnp.stack(logits)  # [E, B, C]
 

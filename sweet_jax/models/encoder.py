@@ -167,9 +167,7 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then the two-matrix feed-forward with its residual and norm."""
 
-    def __init__(
-        self, config: EncoderConfig, attention: type[Attention], dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: EncoderConfig, attention: type[Attention], dtype, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
         self.attention = attention(config, dtype, rngs)
         self.intermediate = linear(config, hidden, inner, dtype, rngs)
@@ -198,7 +196,7 @@ class Encoder(nnx.Module):
 
     """
 
-    EMBEDDINGS: ClassVar[type[nnx.Module]]
+    EMBEDDINGS: ClassVar[Callable[..., nnx.Module]]
     ATTENTION: ClassVar[type[Attention]]
 
     def __init__(self, config: EncoderConfig, key: jax.Array, dtype=jnp.float32):

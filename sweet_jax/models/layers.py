@@ -124,7 +124,7 @@ def dropout(
       rate: probability of a zero, rounded to a multiple of 2**-16.
       length_axes: axes along sequence positions, at most two.
       packed_axis: an axis of fixed size; four of its elements share one 64-bit draw.
-      start: coordinate along length_axes of the first element, where x is cut out of a longer array.
+      start: coordinate along length_axes of x's first element, where x is a cut of a longer array.
 
     """
     threshold = round(rate * 65536)

@@ -18,7 +18,8 @@ from flax import nnx
 from sweet_jax.config import UserError
 from sweet_jax.data.read import resolve_path
 from sweet_jax.models.bert import Bert, BertConfig, Roberta, RobertaConfig
-from sweet_jax.models.deberta import Deberta, DebertaConfig, DebertaV2, DebertaV2Config
+from sweet_jax.models.deberta import Deberta, DebertaConfig
+from sweet_jax.models.deberta_v2 import DebertaV2, DebertaV2Config
 from sweet_jax.models.encoder import Encoder, EncoderConfig
 from sweet_jax.models.names import NOT_ENCODER, canonical, hugging_face_name, is_matrix
 from sweet_jax.models.tensors import read_tensors
@@ -108,6 +109,7 @@ def _from_hub(name: str) -> Path:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own fast tokenizer. Raises UserError where there is none."""
     import transformers  # heavy, and not needed for the arithmetic
+    from tokenizers import processors
 
     # Without files transformers makes an empty tokenizer, to which all words are unknown.
     found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
@@ -134,13 +136,23 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"the tokenizer in {str(checkpoint.folder)!r} has more tokens than the checkpoint's "
             f"vocab_size, {checkpoint.config.vocab_size}"
         )
+    if checkpoint.model_type == "deberta":
+        # Pairs as DeBERTa was pretrained on: transformers 5 puts two [SEP] between them.
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[
+                ("[CLS]", tokenizer.cls_token_id),
+                ("[SEP]", tokenizer.sep_token_id),
+            ],
+        )
     return tokenizer
 
 
 def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any, Any]:
     """Pretrained encoder parameters up to layer `depth`, and the pooler's or None.
 
-    Returns pure dicts of float32 arrays, the encoder's shaped like `nnx.split(checkpoint.encoder(key))`.
+    Returns pure dicts of float32 arrays, the encoder's as `nnx.split(checkpoint.encoder(key))` has.
     Raises UserError naming every missing, unexpected or misshapen tensor, or a damaged file.
     """
     tensors = {canonical(name): value for name, value in read_tensors(checkpoint.folder).items()}

@@ -1,4 +1,4 @@
-"""The files that the tensors of a checkpoint are in: safetensors or torch pickles, whole or sharded."""
+"""The files a checkpoint's tensors are in: safetensors or torch pickles, whole or in shards."""
 
 import json
 import pickle
@@ -43,7 +43,9 @@ def _read_files(folder: Path, name: str, read: Callable) -> dict[str, np.ndarray
         raise
     except Exception as error:  # a damaged file can break a reader in any way
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{str(folder / names[0])!r} is damaged: {reason}; fetch it anew") from error
+        raise UserError(
+            f"{str(folder / names[0])!r} is damaged: {reason}; fetch it anew"
+        ) from error
     return tensors
 
 
@@ -56,13 +58,15 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{str(path)!r} is a pickle of torch: pip install \".[torch]\" to read it, or save the "
+            f'{str(path)!r} is a pickle of torch: pip install ".[torch]" to read it, or save the '
             "checkpoint as safetensors elsewhere (save_pretrained of transformers does)"
         ) from error
     try:
         loaded = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        raise UserError(f"{str(path)!r} holds more than tensors, or is damaged: not read") from error
+        raise UserError(
+            f"{str(path)!r} holds more than tensors, or is damaged: not read"
+        ) from error
     return {
         name: value.float().numpy() if value.is_floating_point() else value.numpy()
         for name, value in loaded.items()

@@ -127,18 +127,19 @@ def segment_gradients(
     model = nnx.merge(graphdef, params)
     exits = model.exits
     owner_of = owners(params, exits, shared_relative=model.shared_relative)
-    h, parts, found = None, [], []
+    carried, parts, found = None, [], []
     for index, layer in enumerate(exits):
 
-        def loss(params: Params, h=h, index=index):
-            h, logits = nnx.merge(graphdef, params).segment(index, h, batch, isolation, key)
+        def loss(params: Params, carried=carried, index=index):
+            model = nnx.merge(graphdef, params)
+            carried, logits = model.segment(index, carried, batch, isolation, key)
             value = mean_loss(logits, batch["labels"])
-            return value, (h, value, logits)
+            return value, (carried, value, logits)
 
-        own, (h, *answer) = jax.grad(loss, has_aux=True)(params)
+        own, (carried, *answer) = jax.grad(loss, has_aux=True)(params)
         # All else is exactly zero; None takes neither memory nor time.
         own = jax.tree.map(lambda o, g, e=layer: g if o in (e, SHARED) else None, owner_of, own)
-        h, own = jax.lax.optimization_barrier((h, own))
+        carried, own = jax.lax.optimization_barrier((carried, own))
         parts.append(own)
         found.append(answer)
     grads = jax.tree.map(
