@@ -43,7 +43,10 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=1e-5)
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.checkpoint)
-    tokens = load_tokenizer(checkpoint)(TEXTS, padding=True, return_tensors="np")
+    most = checkpoint.config.positions
+    tokens = load_tokenizer(checkpoint)(
+        TEXTS, padding=True, truncation=most is not None, max_length=most, return_tensors="np"
+    )
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
     types = np.zeros_like(ids)
     rng = np.random.default_rng(0)
