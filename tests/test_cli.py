@@ -174,10 +174,13 @@ def test_nothing_but_the_error_is_said_of_rows_that_repeat(refused, tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "roberta"}, "model_type 'roberta'; only 'bert' is supported"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; supported are bert, roberta, deberta"),
         ({"hidden_size": 32}, "do not fit its config: misshapen: "),
         ({"hidden_act": "softplus"}, "the activation 'softplus'"),
-        ({"position_embedding_type": "relative_key"}, "'relative_key' position embeddings"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "'relative_key'; only 'absolute' is",
+        ),
         ({"num_attention_heads": 3}, "num_attention_heads"),
     ],
 )

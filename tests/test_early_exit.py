@@ -1,14 +1,16 @@
 """Who trains what: exact zeros of gradients, and exits that do not know of each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINIES, TINY
 from flax import nnx
 
-from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import SHARED, EarlyExit, isolate, leaves_by_owner, owners
+from sweet_jax.models.pretrained import ENCODERS
 from sweet_jax.training.step import mean_loss, segment_gradients, whole_gradients
 
 EXITS = (1, 3)
@@ -21,23 +23,33 @@ BATCH = {
 }
 
 
-def build(exits=EXITS, **options):
+def build(exits=EXITS, kind="bert", **options):
     """Structure and random parameters, with no bias at its initial zero."""
-    model = EarlyExit(Bert(TINY, KEY), exits, 2, KEY, **options)
+    model = EarlyExit(ENCODERS[kind][1](TINIES[kind], KEY), exits, 2, KEY, **options)
     graphdef, values = nnx.split(model)
     params = nnx.to_pure_dict(values)
     noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
     return graphdef, jax.tree.map(noise, params)
 
 
-def exit_gradient(graphdef, params, index, isolation, key=None):
-    """Gradient of one exit's loss alone."""
-
+def gradient(params, index, isolation, key, graphdef):
     def loss(params):
         logits = nnx.merge(graphdef, params)(BATCH, isolation, key)
         return mean_loss(logits, BATCH["labels"])[index]
 
-    return jax.jit(jax.grad(loss))(params)
+    return jax.grad(loss)(params)
+
+
+# Compiled once for all exits of a model.
+CONSTANT = jax.jit(gradient, static_argnames=("isolation", "graphdef"))
+MOVING = jax.jit(gradient, static_argnames=("graphdef",))
+
+
+def exit_gradient(graphdef, params, index, isolation, key=None):
+    """Gradient of one exit's loss alone."""
+    moving = any(isinstance(a, jax.Array) for a in jax.tree.leaves(isolation))
+    function = MOVING if moving else CONSTANT
+    return function(params, jnp.asarray(index), isolation, key, graphdef)
 
 
 def untrained(path) -> bool:
@@ -45,9 +57,11 @@ def untrained(path) -> bool:
     return any(getattr(p, "key", None) == "key" for p in path) and path[-1].key == "bias"
 
 
-@pytest.mark.parametrize("key", [None, jax.random.key(5)])
-def test_sweet_gives_each_exit_its_own_parameters_and_no_other(key):
-    graphdef, params = build()
+@pytest.mark.parametrize(
+    ("kind", "key"), [("bert", None), *((kind, jax.random.key(5)) for kind in TINIES)]
+)
+def test_sweet_gives_each_exit_its_own_parameters_and_no_other(kind, key):
+    graphdef, params = build(kind=kind)
     for index, layer in enumerate(EXITS):
         gradient = exit_gradient(graphdef, params, index, 1.0, key)
         owner_of = jax.tree.leaves(owners(params, EXITS))
@@ -60,7 +74,7 @@ def test_sweet_gives_each_exit_its_own_parameters_and_no_other(key):
 
 
 def test_early_exit_reaches_all_below():
-    graphdef, params = build()
+    graphdef, params = build(kind="deberta-v2")
     for index, layer in enumerate(EXITS):
         gradient = exit_gradient(graphdef, params, index, 0.0)
         owner_of = jax.tree.leaves(owners(params, EXITS))
@@ -86,11 +100,46 @@ def test_a_shared_pooler_gets_every_exit_s_gradient():
     np.testing.assert_allclose(total, each[0] + each[1], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("key", [None, jax.random.key(5)])
-def test_segment_by_segment_is_the_whole_with_stop_gradient(key):
-    graphdef, params = build(learning_to_exit="joint")
-    parts = segment_gradients(graphdef, params, BATCH, 1.0, key)
-    whole = whole_gradients(graphdef, params, BATCH, 1.0, key)
+def test_a_shared_table_of_relative_positions_gets_every_exit_s_gradient():
+    graphdef, params = build(kind="deberta-v2", shared_relative=True)
+    each = [exit_gradient(graphdef, params, i, 1.0)["encoder"] for i in range(2)]
+    owner_of = owners(params, EXITS, shared_relative=True)["encoder"]
+    assert set(jax.tree.leaves(owner_of["relative"])) == {SHARED}
+    assert SHARED not in jax.tree.leaves({**owner_of, "relative": None})
+    step = jax.jit(lambda params: segment_gradients(graphdef, params, BATCH, 1.0, None)[0])
+    total = step(params)["encoder"]["relative"]
+    parts = [jax.tree.leaves(gradient["relative"]) for gradient in each]
+    for whole, first, last in zip(jax.tree.leaves(total), *parts, strict=True):
+        assert np.any(first)
+        assert np.any(last)
+        np.testing.assert_allclose(whole, first + last, rtol=1e-5, atol=1e-7)
+    assert not np.any(each[1]["embeddings"]["word"]["embedding"])
+
+
+def test_isolation_scales_the_table_s_gradient_at_every_boundary():
+    exits = (1, 2, 3)
+    graphdef, params = build(exits, "deberta")
+
+    def table_gradient(index, isolation):
+        return exit_gradient(graphdef, params, index, isolation)["encoder"]["relative"]["embedding"]
+
+    # Through the table alone: what comes through the hidden states is scaled by the same.
+    full, part = table_gradient(2, 0.0), table_gradient(2, 0.5)
+    own = table_gradient(0, 0.5)
+    np.testing.assert_array_equal(own, table_gradient(0, 0.0))
+    np.testing.assert_allclose(part, 0.25 * full, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("bert", None), ("bert", jax.random.key(5)), ("deberta-v2", jax.random.key(5))],
+)
+def test_segment_by_segment_is_the_whole_with_stop_gradient(kind, key):
+    graphdef, params = build(kind=kind, learning_to_exit="joint")
+    parts, whole = (
+        jax.jit(lambda params, f=function: f(graphdef, params, BATCH, 1.0, key))(params)
+        for function in (segment_gradients, whole_gradients)
+    )
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
@@ -164,10 +213,13 @@ def test_a_closed_boundary_lets_exactly_nothing_through_whatever_the_other_does(
 
 
 def test_an_exit_does_not_depend_on_the_others():
-    key = jax.random.key(9)
-    graphdef, params = build(exits=(1, 3))
-    other, more = build(exits=(1, 2, 3))
-    for mask_key in (None, key):
-        first = nnx.merge(graphdef, params)(BATCH, 1.0, mask_key)
-        second = nnx.merge(other, more)(BATCH, 1.0, mask_key)
+    @functools.partial(jax.jit, static_argnames="graphdef")
+    def answer(params, key, graphdef):
+        return nnx.merge(graphdef, params)(BATCH, 1.0, key)
+
+    graphdef, params = build((1, 3), "deberta")
+    other, more = build((1, 2, 3), "deberta")
+    for mask_key in (None, jax.random.key(9)):
+        first = answer(params, mask_key, graphdef)
+        second = answer(more, mask_key, other)
         np.testing.assert_allclose(first, second[jnp.array([0, 2])], atol=1e-6)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -10,9 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import TINIES, write_checkpoint
 
 from sweet_jax import load_encoder
 from sweet_jax.config import UserError
+from sweet_jax.data.batches import tokenize
+from sweet_jax.data.load import Split
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint, read_encoder
 
 GOLDEN = Path(__file__).parent / "golden" / "bert_small"
@@ -113,24 +117,175 @@ def test_a_damaged_file_says_so(folder):
     with pytest.raises(UserError, match="damaged"):
         read_encoder(open_checkpoint(str(folder)))
     path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"never read")
     with pytest.raises(UserError, match="save_pretrained"):
         read_encoder(open_checkpoint(str(folder)))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "change", "message"),
     [
-        ({"model_type": "roberta"}, "model_type 'roberta'"),
-        ({"position_embedding_type": "relative_key"}, "'relative_key' position embeddings"),
-        ({"hidden_act": "swish"}, "activation 'swish'"),
+        ("bert_small", {"model_type": "gpt2"}, "model_type 'gpt2'; supported are bert, roberta"),
+        ("bert_small", {"position_embedding_type": "relative_key"}, "'relative_key'; only 'absol"),
+        ("bert_small", {"hidden_act": "swish"}, "activation 'swish'"),
+        ("bert_small", {"is_decoder": True}, "is_decoder True; only False"),
+        ("roberta_small", {"add_cross_attention": True}, "add_cross_attention True; only False"),
+        ("deberta_base", {"pos_att_type": "c2p|p2p"}, r"pos_att_type 'c2p\|p2p'; supported"),
+        ("deberta_base", {"pos_att_type": 3}, "pos_att_type 3"),
+        ("deberta_base", {"talking_head": True}, "talking_head True; only False"),
+        ("deberta_base", {"pooler_hidden_act": "mish"}, "activation 'mish'"),
+        ("deberta_v3", {"attention_head_size": 7}, "attention_head_size 7; only .* = 8"),
+        ("deberta_v3", {"norm_rel_ebd": "batch"}, "norm_rel_ebd 'batch'"),
+        ("deberta_v3", {"position_buckets": 30}, "position_buckets 30; supported are 2 to"),
+        ("deberta_v2_xlarge", {"conv_act": "mish"}, "activation 'mish'"),
+        ("deberta_v2_xlarge", {"conv_kernel_size": 4}, "conv_kernel_size 4; only odd"),
     ],
 )
-def test_other_architectures_are_refused(folder, change, message):
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | change))
-    with pytest.raises(UserError, match=message):
-        open_checkpoint(str(folder))
+def test_what_is_not_implemented_is_refused(tmp_path, name, change, message):
+    values = json.loads((GOLDEN.parent / name / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=message) as error:
+        open_checkpoint(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+PREFIXES = {
+    "bert_small": ("bert", ["cls.predictions.bias"]),
+    "roberta_small": ("roberta", ["lm_head.layer_norm.weight", "lm_head.bias"]),
+    "deberta_base": ("deberta", ["lm_predictions.lm_head.bias", "classifier.weight"]),
+    "deberta_v3": (
+        "deberta",
+        ["lm_predictions.lm_head.dense.weight", "mask_predictions.dense.bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_published_names_of_every_kind(tmp_path, name):
+    prefix, others = PREFIXES[name]
+    folder = shutil.copytree(GOLDEN.parent / name, tmp_path / "copy")
+    wanted = read_encoder(open_checkpoint(str(folder)))[0]
+
+    def publish(tensors):
+        named = {f"{prefix}.{k}": v for k, v in tensors.items() if not k.startswith("pooler")}
+        named |= dict.fromkeys(others, np.zeros(3, np.float32))
+        if prefix == "deberta":  # pretrained with absolute positions in the decoder only
+            named["deberta.embeddings.position_embeddings.weight"] = np.zeros((4, 4), np.float32)
+            # The context pooler of a classifier stands beside the encoder.
+            named["pooler.dense.weight"] = np.ones((24, 24), np.float32)
+            named["pooler.dense.bias"] = np.ones(24, np.float32)
+        return named
+
+    rewrite(folder, publish)
+    encoder, pooler = read_encoder(open_checkpoint(str(folder)))
+    jax.tree.map(np.testing.assert_array_equal, encoder, wanted)
+    assert (pooler is not None) == (prefix == "deberta")
+    stray = "encoder.layer.0.attention.self.stray.weight"
+    lost = "embeddings.LayerNorm.weight"
+
+    def spoil(tensors):
+        del tensors[f"{prefix}.{lost}"]
+        return tensors | {stray: np.zeros(1, np.float32)}
+
+    rewrite(folder, spoil)
+    with pytest.raises(UserError, match=f"unexpected: {stray}") as error:
+        read_encoder(open_checkpoint(str(folder)))
+    assert f"missing: {lost}" in str(error.value)
+
+
+def pickled(folder: Path, torch, shards: bool = False) -> None:
+    """Replaces the safetensors of a checkpoint by torch's own files."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    state = {name: torch.from_numpy(value.copy()) for name, value in tensors.items()}
+    state["embeddings.position_ids"] = torch.arange(9)[None]
+    if not shards:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    where = {}
+    for number, names in enumerate((list(state)[::2], list(state)[1::2])):
+        torch.save({name: state[name].half() for name in names}, folder / f"part-{number}.bin")
+        where |= dict.fromkeys(names, f"part-{number}.bin")
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_pickles_are_read_as_tensors_alone(tmp_path, shards):
+    torch = pytest.importorskip("torch", reason="only torch writes pickles")
+    folder = shutil.copytree(GOLDEN.parent / "deberta_base", tmp_path / "copy")
+    wanted = read_encoder(open_checkpoint(str(folder)))[0]
+    if shards:  # which are in half precision
+        wanted = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), wanted)
+    pickled(folder, torch, shards)
+    found = read_encoder(open_checkpoint(str(folder)))[0]
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype("float32")}
+
+
+class Harmful:
+    """What runs a program when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_holds_a_program_is_not_run(tmp_path):
+    torch = pytest.importorskip("torch", reason="only torch writes pickles")
+    folder = shutil.copytree(GOLDEN.parent / "deberta_base", tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Harmful(tmp_path / "harm")}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin' holds more than tensors"):
+        read_encoder(open_checkpoint(str(folder)))
+    assert not (tmp_path / "harm").exists()
+    (folder / "pytorch_model.bin").write_bytes(b"PK no such file")
+    with pytest.raises(UserError, match="damaged"):
+        read_encoder(open_checkpoint(str(folder)))
+
+
+def test_without_torch_a_pickle_is_refused_with_the_mend(folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r'pip install "\.\[torch\]"') as error:
+        read_encoder(open_checkpoint(str(folder)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pair"),
+    [
+        ("bert", "[CLS] word1 [SEP] word2 [SEP]"),
+        ("roberta", "<s> word 1 </s> </s> word 2 </s>"),
+        ("deberta", "[CLS] word 1 [SEP] word 2 [SEP]"),
+        ("deberta-v2", "[CLS] ▁word1 [SEP] ▁word2 [SEP]"),
+    ],
+)
+def test_every_kind_s_tokenizer_and_pairs(tmp_path, kind, pair):
+    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / kind, kind)))
+    tokenizer = load_tokenizer(checkpoint)
+    rows = Split([("word1", "word2"), ("word3 word4", "word5")], np.zeros(2, np.int32))
+    tokens = tokenize(tokenizer, rows, 32)
+    first = tokens.input_ids[: tokens.starts[1]]
+    assert " ".join(tokenizer.convert_ids_to_tokens(first)) == pair
+    if kind == "roberta":
+        assert not np.any(tokens.token_type_ids)
+        assert checkpoint.config.positions == 64 - 2
+
+
+def test_the_longest_input_of_every_kind():
+    limits = {kind: config.positions for kind, config in TINIES.items()}
+    assert limits == {"bert": 64, "roberta": 62, "deberta": None, "deberta-v2": None}
+
+
+def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):
+    (folder / "spm.model").write_bytes(b"never read")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "\.\[sentencepiece\]"'):
+        load_tokenizer(open_checkpoint(str(folder)))
 
 
 def test_checkpoints_that_are_nowhere(tmp_path):

@@ -7,9 +7,12 @@ import math
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import write_checkpoint
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
+from sweet_jax.data.batches import pad_rows
+from sweet_jax.models.layers import gelu
 from sweet_jax.pipeline import prepare, run, train_and_evaluate
 
 FILES = {
@@ -58,6 +61,56 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
     printed = capsys.readouterr().out
     assert "full accuracy is kept at cost" in printed
     assert str(tmp_path / "report.html") in printed
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("roberta", {"method": "early_exit"}),
+        ("deberta", {"preset": "reference"}),
+        ("deberta-v2", {"seeds": (0, 1)}),
+    ],
+)
+def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
+    folder = write_checkpoint(tmp_path / "checkpoint", kind)
+    options = options | {"checkpoint": str(folder), "epochs": 1} | changes
+    run(from_mapping(options), tmp_path / "run")
+    saved = tmp_path / "run" / "model"
+    job = prepare(from_mapping(options | {"checkpoint": str(saved)}))
+    rows = pad_rows(job.validation, np.arange(3), (32,))
+    hidden = load_encoder(str(saved))(rows["input_ids"], rows["mask"], rows["token_type_ids"])
+    exits = json.loads((saved / "exits.json").read_text())
+    best = [list(r) for r in from_mapping(options).replicas()].index(
+        [exits["seed"], exits["learning_rate"]]
+    )
+    tensors = safetensors.numpy.load_file(saved / "model.safetensors")
+    outputs = ExitOutputs.load(tmp_path / "run" / "exit_outputs" / "validation.npz")
+    act = gelu if kind.startswith("deberta") else np.tanh
+    for e in (1, 2, 3):
+        pooled = np.asarray(hidden[e][:, 0]) @ tensors[f"exits.{e}.pooler.dense.weight"].T
+        pooled = np.asarray(act(pooled + tensors[f"exits.{e}.pooler.dense.bias"]))
+        logits = pooled @ tensors[f"exits.{e}.classifier.weight"].T
+        logits += tensors[f"exits.{e}.classifier.bias"]
+        np.testing.assert_allclose(logits, outputs.logits[best, e - 1, :3], atol=1e-4)
+    transformers_agrees(saved, rows, hidden)
+
+
+def transformers_agrees(saved, rows, hidden) -> None:
+    """AutoModel of transformers gives the same hidden states; not tested without torch."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return
+    model = transformers.AutoModel.from_pretrained(saved, attn_implementation="eager").eval()
+    inputs = (rows["input_ids"], rows["mask"].astype(np.int64), rows["token_type_ids"])
+    with torch.no_grad():
+        theirs = model(
+            *(torch.from_numpy(np.int64(x)) for x in inputs), output_hidden_states=True
+        ).hidden_states
+    for ours, state in zip(hidden, theirs, strict=True):
+        gap = np.abs(np.asarray(ours) - state.numpy())[rows["mask"]]
+        assert gap.max() <= 1e-5
 
 
 def test_all_methods_learn_a_learnable_task(options, tmp_path, one_device):

@@ -49,9 +49,10 @@ def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
     )
     ids = encoded["input_ids"]
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
+    types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
     return Tokens(
         np.concatenate([np.asarray(row, np.int32) for row in ids]),
-        np.concatenate([np.asarray(row, np.int32) for row in encoded["token_type_ids"]]),
+        np.concatenate([np.asarray(row, np.int32) for row in types]),
         starts,
         rows.labels,
         tokenizer.pad_token_id,

@@ -1,7 +1,8 @@
 """An encoder with a classifier at several depths, and who owns which parameter.
 
 A segment is the layers after the previous exit up to this one, with this exit's head; the
-embeddings belong to the first segment (SWEET paper, section 4.2). Between segments the hidden
+embeddings belong to the first segment (SWEET paper, section 4.2), and so does the table of relative
+positions, unless the preset shares it, as the authors' release does. Between segments the hidden
 state is isolated: SWEET lets no gradient back across, Early-Exit lets all of it.
 
 Shape letters: E exit, B batch, L length, H hidden, C classes.
@@ -14,12 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.bert import Bert, linear
+from sweet_jax.models.encoder import ACTIVATIONS, Encoder, linear
 from sweet_jax.models.layers import derive, dropout, sub_key
 
 SHARED = 0  # the owner number of parameters that every exit trains
 # Of all boundaries between segments, or of each of the E - 1.
 Isolation = float | jax.Array | tuple[float | jax.Array, ...]
+# What crosses a boundary: the hidden state [B, L, H], and the encoder's table of relative positions
+# [S, H] or None.
+Carried = tuple[jax.Array, jax.Array | None]
 
 
 class Answer(NamedTuple):
@@ -30,7 +34,7 @@ class Answer(NamedTuple):
 
 
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
-    """The hidden state [B, L, H] itself, with its gradient times (1 - isolation).
+    """The hidden state [B, L, H], or any array, itself, with its gradient times (1 - isolation).
 
     1 is SWEET's stop_gradient, 0 is Early-Exit.
 
@@ -48,7 +52,7 @@ def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
 
 
 class Head(nnx.Module):
-    """Classifier of one exit: pooler (first token, dense, tanh), dropout, dense.
+    """Classifier of one exit: pooler (first token, dense, activation), dropout, dense.
 
     With a shared pooler the head holds no pooler. Learning-to-exit (Xin et al. 2021, BERxiT) adds a
     dense unit with a sigmoid that says how likely this exit's class is right; it reads what the
@@ -57,7 +61,7 @@ class Head(nnx.Module):
 
     def __init__(
         self,
-        encoder: Bert,
+        encoder: Encoder,
         classes: int,
         dtype,
         key: jax.Array,
@@ -75,11 +79,12 @@ class Head(nnx.Module):
         self.classifier = linear(
             config, config.hidden_size, classes, dtype, nnx.Rngs(derive(key, "classifier"))
         )
+        self.activation = ACTIVATIONS[config.pooler_act]
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, h: jax.Array, pooler: nnx.Linear | None, key) -> Answer:
         """The answer of this exit (arrays without E) to the hidden state [B, L, H]."""
-        pooled = jnp.tanh((pooler or self.pooler)(h[:, 0]))  # [B, H]
+        pooled = self.activation((pooler or self.pooler)(h[:, 0]))  # [B, H]
         pooled = dropout(key, pooled, self.dropout_rate)
         logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
         if self.learning_to_exit is None:
@@ -99,17 +104,19 @@ class EarlyExit(nnx.Module):
 
     def __init__(
         self,
-        encoder: Bert,
+        encoder: Encoder,
         exits: Sequence[int],
         classes: int,
         key: jax.Array,
         *,
         shared_pooler: bool = False,
+        shared_relative: bool = False,
         learning_to_exit: str = "",
         dtype=jnp.float32,
     ):
         self.encoder = encoder
         self.exits = tuple(exits)
+        self.shared_relative = shared_relative
         self.pooler = make_pooler(encoder, dtype, derive(key, "pooler")) if shared_pooler else None
         self.heads = nnx.Dict(
             {
@@ -128,29 +135,32 @@ class EarlyExit(nnx.Module):
     def segment(
         self,
         index: int,
-        h: jax.Array | None,
+        carried: Carried | None,
         batch: dict[str, jax.Array],
         isolation: float | jax.Array = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Answer]:
-        """One segment: (hidden state [B, L, H] at its exit, the exit's answer, without E).
+    ) -> tuple[Carried, Answer]:
+        """One segment: (what it hands on, its exit's answer, without E).
 
         Args:
           index: of the segment, from 0.
-          h: hidden state at the exit before, None for the first segment.
+          carried: what the segment before handed on, None for the first.
           batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L].
-          isolation: of h, 0 to 1.
+          isolation: of what is carried, 0 to 1.
           key: typed key of the dropout masks, None for inference.
 
         """
-        if h is None:
-            h = self.encoder.embed(batch["input_ids"], batch["token_type_ids"], key)  # [B, L, H]
+        ids, types, mask = batch["input_ids"], batch["token_type_ids"], batch["mask"]
+        if carried is None:
+            h, relative = self.encoder.embed(ids, types, mask, key), self.encoder.relative_table()
         else:
-            h = isolate(h, isolation)
+            h, relative = jax.tree.map(lambda x: isolate(x, isolation), carried)
+            if self.shared_relative:
+                relative = self.encoder.relative_table()
         start, end = (0, *self.exits)[index : index + 2]
         for number in range(start + 1, end + 1):
-            h = self.encoder.layer(number, h, batch["mask"], key)
-        return h, self.heads[str(end)](h, self.pooler, sub_key(key, "head", end))
+            h = self.encoder.layer(number, h, mask, key, relative)
+        return (h, relative), self.heads[str(end)](h, self.pooler, sub_key(key, "head", end))
 
     def __call__(
         self,
@@ -172,23 +182,24 @@ class EarlyExit(nnx.Module):
         isolation: of all boundaries, or a tuple with one number for each of the E - 1.
         """
         boundaries = isolation if isinstance(isolation, tuple) else (isolation,) * len(self.exits)
-        h, each = None, []
+        carried, each = None, []
         for index in range(len(self.exits)):
             # The first segment has no boundary below it.
-            h, answer = self.segment(index, h, batch, (0.0, *boundaries)[index], key)
+            carried, answer = self.segment(index, carried, batch, (0.0, *boundaries)[index], key)
             each.append(answer)
         return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
 
-def make_pooler(encoder: Bert, dtype, key: jax.Array) -> nnx.Linear:
+def make_pooler(encoder: Encoder, dtype, key: jax.Array) -> nnx.Linear:
     """A dense [H, H] layer with random parameters from `key`."""
     hidden = encoder.config.hidden_size
     return linear(encoder.config, hidden, hidden, dtype, nnx.Rngs(key))
 
 
-def owners(params: Any, exits: Sequence[int]) -> Any:
+def owners(params: Any, exits: Sequence[int], *, shared_relative: bool = False) -> Any:
     """The tree of `params` with the layer number of the exit that owns each; SHARED for all.
 
+    shared_relative is the model's: whether the table of relative positions is everyone's.
     Raises KeyError for a parameter that no rule covers.
     """
 
@@ -196,6 +207,8 @@ def owners(params: Any, exits: Sequence[int]) -> Any:
         match path:
             case ("encoder", "embeddings", *_):
                 return exits[0]
+            case ("encoder", "relative", *_):
+                return SHARED if shared_relative else exits[0]
             case ("encoder", "layers", int(index), *_):
                 return next(e for e in exits if e > index)
             case ("heads", str(number), *_):
@@ -207,6 +220,9 @@ def owners(params: Any, exits: Sequence[int]) -> Any:
     return jax.tree.map_with_path(lambda path, _: owner(tuple(p.key for p in path)), params)
 
 
-def leaves_by_owner(tree: Any, exits: Sequence[int]) -> Iterator[tuple[int, jax.Array]]:
+def leaves_by_owner(
+    tree: Any, exits: Sequence[int], *, shared_relative: bool = False
+) -> Iterator[tuple[int, jax.Array]]:
     """(owner, leaf) of every leaf of a tree shaped like the parameters."""
-    return zip(jax.tree.leaves(owners(tree, exits)), jax.tree.leaves(tree), strict=True)
+    owner_of = owners(tree, exits, shared_relative=shared_relative)
+    return zip(jax.tree.leaves(owner_of), jax.tree.leaves(tree), strict=True)

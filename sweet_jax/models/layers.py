@@ -112,6 +112,7 @@ def dropout(
     *,
     length_axes: tuple[int, ...] = (),
     packed_axis: int = -1,
+    start: int = 0,
 ) -> jax.Array:
     """Zeroes elements of x with probability `rate` and scales the others up; x where key is None.
 
@@ -125,12 +126,13 @@ def dropout(
       rate: probability of a zero, rounded to a multiple of 2**-16.
       length_axes: axes along sequence positions, at most two.
       packed_axis: an axis of fixed size; four of its elements share one 64-bit draw.
+      start: coordinate along length_axes of x's first element, where x is a cut of a longer array.
 
     """
     threshold = round(rate * 65536)
     if key is None or threshold == 0:
         return x
-    keep = _keep(key, x.shape, threshold, length_axes, packed_axis)
+    keep = _keep(key, x.shape, threshold, length_axes, packed_axis, start)
     return jnp.where(keep, x * (65536 / (65536 - threshold)), jnp.zeros((), x.dtype))
 
 
@@ -140,6 +142,7 @@ def _keep(
     threshold: int,
     length_axes: tuple[int, ...],
     packed_axis: int,
+    start: int,
 ) -> jax.Array:
     """Bool of the given shape: whether the 16-bit number at each counter reaches threshold."""
     rank = len(shape)
@@ -153,7 +156,7 @@ def _keep(
     for axis in range(rank):
         index = jax.lax.broadcasted_iota(jnp.uint32, counted, axis)
         if axis in lengths:
-            high = high * _MAX_LENGTH + index
+            high = high * _MAX_LENGTH + index + start
         else:
             low = low * counted[axis] + index
     words = threefry(jax.random.key_data(key), high, low)

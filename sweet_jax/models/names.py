@@ -1,4 +1,4 @@
-"""Our parameters and the names that Hugging Face gives them.
+"""Our parameters and the names that Hugging Face gives them, one table for all encoders.
 
 Shape letters: H hidden, C classes.
 """
@@ -9,44 +9,60 @@ from typing import Any
 import jax
 import numpy as np
 
-# Our name of a tensor's last part, and whether the torch matrix [out, in] is the transpose.
+# Our module's path and Hugging Face's. What BERT, RoBERTa and DeBERTa have under one name stands
+# once; no two encoders give one path different names.
 _LAYER = {
-    "attention.self.query": "attention/query",
-    "attention.self.key": "attention/key",
-    "attention.self.value": "attention/value",
-    "attention.output.dense": "attention/output",
-    "attention.output.LayerNorm": "attention/norm",
-    "intermediate.dense": "intermediate",
-    "output.dense": "output",
-    "output.LayerNorm": "norm",
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention": "attention.self",  # q_bias, v_bias
+    "attention/in_proj": "attention.self.in_proj",
+    "attention/pos_proj": "attention.self.pos_proj",
+    "attention/pos_q_proj": "attention.self.pos_q_proj",
+    "attention/query_proj": "attention.self.query_proj",
+    "attention/key_proj": "attention.self.key_proj",
+    "attention/value_proj": "attention.self.value_proj",
+    "attention/pos_key_proj": "attention.self.pos_key_proj",
+    "attention/pos_query_proj": "attention.self.pos_query_proj",
+    "attention/output": "attention.output.dense",
+    "attention/norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "norm": "output.LayerNorm",
 }
-_EMBEDDINGS = {
-    "word_embeddings": "word",
-    "position_embeddings": "position",
-    "token_type_embeddings": "token_type",
-    "LayerNorm": "norm",
+_OTHERS = {
+    "embeddings/word": "embeddings.word_embeddings",
+    "embeddings/position": "embeddings.position_embeddings",
+    "embeddings/token_type": "embeddings.token_type_embeddings",
+    "embeddings/widen": "embeddings.embed_proj",
+    "embeddings/norm": "embeddings.LayerNorm",
+    "layers/0/conv/conv": "encoder.conv.conv",
+    "layers/0/conv/norm": "encoder.conv.LayerNorm",
+    "relative": "encoder.rel_embeddings",
+    "relative/norm": "encoder.LayerNorm",
 }
 # Parts of a published checkpoint that are not the encoder: buffers, pre-training heads,
-# classifiers of a former task, and this package's own exits.
+# classifiers of a former task, absolute positions that DeBERTa was pretrained with but does not
+# use, and this package's own exits.
 NOT_ENCODER = re.compile(
-    r"(embeddings\.(position|token_type)_ids$|cls\.|classifier\.|qa_outputs\.|exits\.)"
+    r"(embeddings\.(position|token_type)_ids$|embeddings\.position_embeddings\.|cls\.|lm_head\.|"
+    r"lm_predictions\.|mask_predictions\.|classifier\.|qa_outputs\.|exits\.)"
 )
 
 
 def hugging_face_name(path: tuple[str | int, ...]) -> str:
     """Hugging Face name of an encoder parameter, from its path in the pure dict."""
-    *module, leaf = path
-    leaf = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(str(leaf), str(leaf))
-    if module[0] == "embeddings":
-        names = {ours: theirs for theirs, ours in _EMBEDDINGS.items()}
-        return f"embeddings.{names[str(module[1])]}.{leaf}"
-    names = {ours: theirs for theirs, ours in _LAYER.items()}
-    return f"encoder.layer.{module[1]}.{names['/'.join(map(str, module[2:]))]}.{leaf}"
+    *module, leaf = map(str, path)
+    leaf = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)
+    place = "/".join(module)
+    if place in _OTHERS:
+        return f"{_OTHERS[place]}.{leaf}"
+    return f"encoder.layer.{module[1]}.{_LAYER['/'.join(module[2:])]}.{leaf}"
 
 
 def canonical(name: str) -> str:
     """A published tensor's name as hugging_face_name has it: no prefix, LayerNorm.weight, .bias."""
-    name = name.removeprefix("bert.")
+    name = re.sub(r"^(bert|roberta|deberta)\.", "", name)
     return re.sub(
         r"LayerNorm\.(gamma|beta)$",
         lambda match: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[match[1]],
@@ -55,9 +71,8 @@ def canonical(name: str) -> str:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether torch stores the tensor as [out, in], the transpose of ours."""
-    dense = not name.startswith("embeddings.") and "LayerNorm" not in name
-    return dense and name.endswith(".weight")
+    """Whether torch stores the axes of the tensor in the reverse order of ours."""
+    return name.endswith(".weight") and not re.search(r"_embeddings\.|LayerNorm", name)
 
 
 def hugging_face_tensors(params: Any, exits: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ Shape letters: B batch, L length, H hidden.
 """
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,30 +13,51 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
 from sweet_jax.config import UserError
 from sweet_jax.data.read import resolve_path
-from sweet_jax.models.bert import ACTIVATIONS, Bert, BertConfig
+from sweet_jax.models.bert import Bert, BertConfig, Roberta, RobertaConfig
+from sweet_jax.models.deberta import Deberta, DebertaConfig
+from sweet_jax.models.deberta_v2 import DebertaV2, DebertaV2Config
+from sweet_jax.models.encoder import Encoder, EncoderConfig
 from sweet_jax.models.names import NOT_ENCODER, canonical, hugging_face_name, is_matrix
+from sweet_jax.models.tensors import read_tensors
 
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab.txt"]
-_FILES += ["special_tokens_map.json", "exits.json"]
+# The encoder that a checkpoint's model_type stands for.
+ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder]]] = {
+    "bert": (BertConfig, Bert),
+    "roberta": (RobertaConfig, Roberta),
+    "deberta": (DebertaConfig, Deberta),
+    "deberta-v2": (DebertaV2Config, DebertaV2),
+}
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")
+_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
+_FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: its folder and the encoder's configuration."""
+    """A checkpoint on disk: its folder, its kind of encoder and that encoder's configuration."""
 
     folder: Path
-    config: BertConfig
+    model_type: str
+    config: EncoderConfig
 
     @property
     def depth(self) -> int:
         """Number of encoder layers."""
         return self.config.num_hidden_layers
+
+    @property
+    def architecture(self) -> str:
+        """Hugging Face's name of the class of the encoder alone."""
+        return ENCODERS[self.model_type][1].__name__ + "Model"
+
+    def encoder(self, key: jax.Array, dtype=jnp.float32, depth: int | None = None) -> Encoder:
+        """The encoder with random parameters from a typed key, of all layers or the first."""
+        config = dataclasses.replace(self.config, num_hidden_layers=depth or self.depth)
+        return ENCODERS[self.model_type][1](config, key, dtype)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -56,38 +78,26 @@ def open_checkpoint(name: str) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {name!r} has no readable config.json: {error}") from error
     kind = values.get("model_type")
-    if kind != "bert":
-        raise UserError(f"checkpoint {name!r} is of model_type {kind!r}; only 'bert' is supported")
-    if values.get("position_embedding_type", "absolute") != "absolute":
+    if kind not in ENCODERS:
         raise UserError(
-            f"checkpoint {name!r} has {values['position_embedding_type']!r} position embeddings; "
-            "only 'absolute' is supported"
+            f"checkpoint {name!r} is of model_type {kind!r}; supported are {', '.join(ENCODERS)}"
         )
-    if values.get("is_decoder"):
-        raise UserError(f"checkpoint {name!r} is a decoder; only encoders are supported")
-    known = {field.name: type(field.default) for field in dataclasses.fields(BertConfig)}
-    for key, kind in known.items():
-        if key in values and not isinstance(values[key], (int, float) if kind is float else kind):
-            raise UserError(f"checkpoint {name!r}: {key} is {values[key]!r} in its config.json")
-    config = BertConfig(**{k: v for k, v in values.items() if k in known})
-    if config.hidden_act not in ACTIVATIONS:
-        raise UserError(
-            f"checkpoint {name!r} has the activation {config.hidden_act!r}; supported "
-            f"are {', '.join(ACTIVATIONS)}"
-        )
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"checkpoint {name!r} has hidden_size {config.hidden_size}, not a multiple of its "
-            f"num_attention_heads {config.num_attention_heads}"
-        )
-    return Checkpoint(folder, config)
+    try:
+        return Checkpoint(folder, kind, ENCODERS[kind][0].from_values(values))
+    except UserError as error:
+        raise UserError(f"checkpoint {name!r} has {error}") from error
 
 
 def _from_hub(name: str) -> Path:
     import huggingface_hub  # heavy, and not needed for local files
 
+    def fetch(patterns: list[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES))
+        folder = fetch(_FILES)
+        # Pickles are large, and not wanted beside safetensors.
+        return folder if [*folder.glob("*.safetensors")] else fetch([*_FILES, "pytorch_model*"])
     except Exception as error:  # the client raises many kinds; each means the same to a user
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -99,10 +109,17 @@ def _from_hub(name: str) -> Path:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own fast tokenizer. Raises UserError where there is none."""
     import transformers  # heavy, and not needed for the arithmetic
+    from tokenizers import processors
 
     # Without files transformers makes an empty tokenizer, to which all words are unknown.
-    if not any((checkpoint.folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
-        raise UserError(f"no tokenizer.json or vocab.txt in {str(checkpoint.folder)!r}")
+    found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
+    if not found:
+        raise UserError(f"no {' or '.join(_VOCABULARIES)} in {str(checkpoint.folder)!r}")
+    if found == ["spm.model"] and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"the tokenizer in {str(checkpoint.folder)!r} is a SentencePiece model, spm.model: "
+            'pip install ".[sentencepiece]" to read it'
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=False, local_files_only=True
@@ -119,37 +136,44 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"the tokenizer in {str(checkpoint.folder)!r} has more tokens than the checkpoint's "
             f"vocab_size, {checkpoint.config.vocab_size}"
         )
+    if checkpoint.model_type == "deberta":
+        # Pairs as DeBERTa was pretrained on: transformers 5 puts two [SEP] between them.
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[
+                ("[CLS]", tokenizer.cls_token_id),
+                ("[SEP]", tokenizer.sep_token_id),
+            ],
+        )
     return tokenizer
 
 
 def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any, Any]:
     """Pretrained encoder parameters up to layer `depth`, and the pooler's or None.
 
-    Returns pure dicts of float32 arrays, the encoder's shaped like `nnx.split(Bert(config, key))`.
+    Returns pure dicts of float32 arrays, the encoder's as `nnx.split(checkpoint.encoder(key))` has.
     Raises UserError naming every missing, unexpected or misshapen tensor, or a damaged file.
     """
-    tensors = {canonical(name): value for name, value in _read_tensors(checkpoint.folder).items()}
-    config = checkpoint.config
-    whole = nnx.eval_shape(lambda: Bert(config, jax.random.key(0)))
-    wanted = nnx.to_pure_dict(nnx.split(whole)[1])
+    tensors = {canonical(name): value for name, value in read_tensors(checkpoint.folder).items()}
+    wanted = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: _random(checkpoint)))[1])
     paths = jax.tree_util.tree_leaves_with_path(wanted)
     names = {hugging_face_name(tuple(p.key for p in path)): leaf for path, leaf in paths}
-    pooler = [f"pooler.dense.{leaf}" for leaf in ("weight", "bias")]
-    missing = [name for name in names if name not in tensors]
-    extra = [
-        name
-        for name in tensors
-        if name not in names and name not in pooler and not NOT_ENCODER.match(name)
-    ]
     shapes = {name: tuple(leaf.shape) for name, leaf in names.items()}
-    for name, shape in shapes.items():
-        shapes[name] = shape[::-1] if is_matrix(name) else shape
-    misshapen = [
-        f"{name} {tensors[name].shape} instead of {shape}"
-        for name, shape in shapes.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    found = {"missing": missing, "unexpected": extra, "misshapen": misshapen}
+    shapes = {n: shape[::-1] if is_matrix(n) else shape for n, shape in shapes.items()}
+    hidden = checkpoint.config.hidden_size
+    pooler = {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
+    found = {
+        "missing": [name for name in shapes if name not in tensors],
+        "unexpected": [
+            name for name in tensors if name not in shapes | pooler and not NOT_ENCODER.match(name)
+        ],
+        "misshapen": [
+            f"{name} {tensors[name].shape} instead of {shape}"
+            for name, shape in (shapes | pooler).items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
     if any(found.values()):
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items() if names)
         raise UserError(f"tensors in {str(checkpoint.folder)!r} do not fit its config: {listed}")
@@ -162,7 +186,8 @@ def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any,
         encoder["layers"] = {i: encoder["layers"][i] for i in range(depth)}
     if not all(name in tensors for name in pooler):
         return encoder, None
-    return encoder, {"kernel": _ours(pooler[0], tensors), "bias": _ours(pooler[1], tensors)}
+    kernel, bias = (_ours(name, tensors) for name in pooler)
+    return encoder, {"kernel": kernel, "bias": bias}
 
 
 def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
@@ -180,7 +205,7 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
 
     """
     checkpoint = open_checkpoint(name)
-    graphdef = nnx.split(nnx.eval_shape(lambda: Bert(checkpoint.config, jax.random.key(0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: _random(checkpoint)))[0]
     params = jax.tree.map(jnp.asarray, read_encoder(checkpoint)[0])
 
     @jax.jit
@@ -189,9 +214,10 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
 
     def encode(input_ids, attention_mask=None, token_type_ids=None) -> tuple[jax.Array, ...]:
         ids = jnp.asarray(input_ids, jnp.int32)
-        limit = checkpoint.config.max_position_embeddings
-        if ids.ndim != 2 or ids.shape[1] > limit:
-            raise ValueError(f"input_ids must be [B, L] with L up to {limit}; got {ids.shape}")
+        limit = checkpoint.config.positions
+        if ids.ndim != 2 or (limit is not None and ids.shape[1] > limit):
+            most = "" if limit is None else f" with L up to {limit}"
+            raise ValueError(f"input_ids must be [B, L]{most}; got {ids.shape}")
         mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask)
         types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids)
         return run(params, ids, mask.astype(bool), types.astype(jnp.int32))
@@ -199,33 +225,19 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
     return encode
 
 
-def hidden_states(encoder: Bert, input_ids, mask, token_type_ids) -> tuple[jax.Array, ...]:
+def hidden_states(encoder: Encoder, input_ids, mask, token_type_ids) -> tuple[jax.Array, ...]:
     """Embedding output and every layer's, each [B, L, H], without dropout."""
-    h = [encoder.embed(input_ids, token_type_ids)]
+    h = [encoder.embed(input_ids, token_type_ids, mask)]
+    relative = encoder.relative_table()
     for number in range(1, encoder.config.num_hidden_layers + 1):
-        h.append(encoder.layer(number, h[-1], mask))
+        h.append(encoder.layer(number, h[-1], mask, relative=relative))
     return tuple(h)
+
+
+def _random(checkpoint: Checkpoint) -> Encoder:
+    return checkpoint.encoder(jax.random.key(0))
 
 
 def _ours(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     value = tensors[name].astype(np.float32)
     return np.ascontiguousarray(value.T) if is_matrix(name) else value
-
-
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    tensors: dict[str, np.ndarray] = {}
-    try:
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for name in names:
-            tensors |= safetensors.numpy.load_file(folder / name)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{str(folder)!r} has no {names[0]}; a checkpoint in another format must be saved as "
-            "safetensors first (save_pretrained of transformers does)"
-        ) from error
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{str(folder / names[0])!r} is damaged: {error}; fetch it anew") from error
-    return tensors

@@ -59,7 +59,7 @@ def save_model(
             tensors, aside / place / "model.safetensors", metadata={"format": "pt"}
         )
         values = json.loads((checkpoint.folder / "config.json").read_text())
-        values |= {"num_hidden_layers": model.exits[-1], "architectures": ["BertModel"]}
+        values |= {"num_hidden_layers": model.exits[-1], "architectures": [checkpoint.architecture]}
         write_json(aside / place / "config.json", values)
         places.append({"folder": place, "exits": list(model.exits)})
     tokenizer.save_pretrained(aside)

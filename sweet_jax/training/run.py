@@ -23,7 +23,6 @@ from sweet_jax.data.batches import (
     steps_per_epoch,
     training_batch,
 )
-from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
@@ -77,14 +76,14 @@ def make_model(
     config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, seed: int
 ) -> EarlyExit:
     """A model as deep as its last exit with random parameters from `seed`."""
-    encoder_config = dataclasses.replace(checkpoint.config, num_hidden_layers=exits[-1])
     key = derive(jax.random.key(seed), "parameters")
     return EarlyExit(
-        Bert(encoder_config, key, config.dtype),
+        checkpoint.encoder(key, config.dtype, depth=exits[-1]),
         exits,
         classes,
         key,
         shared_pooler=config.pooler == "shared",
+        shared_relative=config.relative == "shared",
         learning_to_exit=config.learning_to_exit,
         dtype=config.dtype,
     )
@@ -203,6 +202,7 @@ def step_settings(
         isolation_schedule=config.isolation_schedule,
         boundary_isolation=config.boundary_isolation,
         learning_to_exit=config.learning_to_exit,
+        shared_relative=config.relative == "shared",
     )
 
 

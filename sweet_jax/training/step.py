@@ -37,6 +37,7 @@ class StepSettings:
     isolation_schedule: str = "linear"  # from, to: "linear" in the steps, or a "step" at half time
     boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () = all 1
     learning_to_exit: str = ""  # "", "joint" or "detached"
+    shared_relative: bool = False  # the model's
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
         """Isolation of each of the E - 1 boundaries at a step (int32 []).
@@ -145,20 +146,22 @@ def segment_gradients(
     activations are alive. The barrier says so to the compiler, which else orders all forward passes
     first and needs as much memory as Early-Exit.
     """
-    exits = nnx.merge(graphdef, params).exits
-    owner_of = owners(params, exits)
-    h, parts, found = None, [], []
+    model = nnx.merge(graphdef, params)
+    exits = model.exits
+    owner_of = owners(params, exits, shared_relative=model.shared_relative)
+    carried, parts, found = None, [], []
     for index, layer in enumerate(exits):
 
-        def loss(params: Params, h=h, index=index):
-            h, answer = nnx.merge(graphdef, params).segment(index, h, batch, isolation, key)
+        def loss(params: Params, carried=carried, index=index):
+            model = nnx.merge(graphdef, params)
+            carried, answer = model.segment(index, carried, batch, isolation, key)
             metrics = measure(answer, batch["labels"])
-            return summed(metrics), (h, metrics)
+            return summed(metrics), (carried, metrics)
 
-        own, (h, metrics) = jax.grad(loss, has_aux=True)(params)
+        own, (carried, metrics) = jax.grad(loss, has_aux=True)(params)
         # All else is exactly zero; None takes neither memory nor time.
         own = jax.tree.map(lambda o, g, e=layer: g if o in (e, SHARED) else None, owner_of, own)
-        h, own = jax.lax.optimization_barrier((h, own))
+        carried, own = jax.lax.optimization_barrier((carried, own))
         parts.append(own)
         found.append(metrics)
     grads = jax.tree.map(
@@ -227,7 +230,8 @@ def clip(grads: Params, settings: StepSettings) -> Params:
             return -owner
         return owner if settings.clip_by_owner else SHARED
 
-    groups = jax.tree.map_with_path(group, owners(grads, settings.exits))
+    owner_of = owners(grads, settings.exits, shared_relative=settings.shared_relative)
+    groups = jax.tree.map_with_path(group, owner_of)
     squares: dict[int, jax.Array] = {}
     for number, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(grads), strict=True):
         squares[number] = squares.get(number, jnp.zeros(())) + jnp.sum(leaf * leaf)

@@ -1,0 +1,232 @@
+"""What every encoder is made of, and the one signature that the exits call it by.
+
+An encoder is `embed`, then `layer` 1, 2, ... each on the hidden state of the one before;
+`relative_table` is what all layers share beside it (None for most).
+
+Shape letters: B batch, L length, H hidden, A attention heads, D = H / A head size, F feed-forward,
+S rows of a table of relative positions. Inside a layer tokens are one axis, B*L: matrix products
+and their gradients then need no copies.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sweet_jax.config import UserError
+from sweet_jax.models.layers import derive, dropout, gelu, layer_norm, masked_softmax, sub_key
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu,
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The keys of a Hugging Face `config.json` that change the arithmetic of any encoder.
+
+    Raises UserError, worded to follow "checkpoint ... has", for values that are not supported.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    # What has no field here is not implemented: these keys may only have these values.
+    FIXED: ClassVar[dict[str, Any]] = {"is_decoder": False, "add_cross_attention": False}
+
+    def __post_init__(self) -> None:
+        self.check_activation("hidden_act")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size}, not a multiple of its num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """The config of the contents of a config.json."""
+        for key, fixed in cls.FIXED.items():
+            if values.get(key, fixed) not in (fixed, None):
+                raise UserError(f"{key} {values[key]!r}; only {fixed!r} is supported")
+        known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        for key, kind in known.items():
+            if key in values and not isinstance(
+                values[key], (int, float) if kind is float else kind
+            ):
+                raise UserError(f"{key} {values[key]!r} in its config.json, not of type {kind}")
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+    @property
+    def positions(self) -> int | None:
+        """The longest input, in tokens; None where the encoder sets no limit."""
+        return self.max_position_embeddings
+
+    @property
+    def pooler_act(self) -> str:
+        """The activation of the pooler that the checkpoint was trained with."""
+        return "tanh"
+
+    def check_activation(self, key: str) -> None:
+        """Raises UserError unless the value of `key` is an activation known here."""
+        if getattr(self, key) not in ACTIVATIONS:
+            raise UserError(
+                f"the activation {getattr(self, key)!r} ({key}); supported are "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+
+
+def linear(
+    config: EncoderConfig, fan_in: int, fan_out: int, dtype, rngs: nnx.Rngs, *, bias: bool = True
+) -> nnx.Linear:
+    """A dense layer with BERT's initialisation, activations in `dtype`, parameters in float32."""
+    init = nnx.initializers.normal(config.initializer_range)
+    return nnx.Linear(fan_in, fan_out, kernel_init=init, use_bias=bias, dtype=dtype, rngs=rngs)
+
+
+def table(config: EncoderConfig, rows: int, width: int, dtype, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of embeddings [rows, width] with BERT's initialisation."""
+    init = nnx.initializers.normal(config.initializer_range)
+    return nnx.Embed(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
+
+
+def token_dropout(key, x: jax.Array, rate: float, batch: int) -> jax.Array:
+    """Dropout of [B*L, H] whose masks depend on (row, position, unit) but not on L."""
+    shaped = x.reshape(batch, -1, x.shape[-1])
+    return dropout(key, shaped, rate, length_axes=(1,)).reshape(x.shape)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with its parameters scale and bias, float32 [H]."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention, its output projection, the residual and its norm.
+
+    A subclass makes the projections before it calls this constructor, and may add to the scores.
+    """
+
+    def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
+        hidden = config.hidden_size
+        self.output = linear(config, hidden, hidden, dtype, rngs)
+        self.norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.heads = config.num_attention_heads
+        self.scale = (hidden // self.heads) ** -0.5
+        self.weight_dropout = config.attention_probs_dropout_prob
+        self.hidden_dropout = config.hidden_dropout_prob
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values [B*L, H] of tokens [B*L, H]."""
+        raise NotImplementedError
+
+    def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
+        """What the softmax is taken of, [B, A, L, L], from scaled queries and keys [B, A, L, D]."""
+        return jnp.einsum("bald,bamd->balm", q, k)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, key, relative=None) -> jax.Array:
+        batch, length = mask.shape
+
+        def split(x):
+            return x.reshape(batch, length, self.heads, -1).transpose(0, 2, 1, 3)  # [B, A, L, D]
+
+        q, k, v = map(split, self.project(x))
+        scores = self.scores(q * self.scale, k, relative, sub_key(key, "relative"))  # [B, A, L, L]
+        weights = masked_softmax(scores, mask[:, None, None, :]).astype(v.dtype)
+        weights = dropout(
+            sub_key(key, "weights"), weights, self.weight_dropout, length_axes=(2, 3), packed_axis=1
+        )
+        context = jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)  # [B, L, A, D]
+        out = self.output(context.reshape(x.shape))  # [B*L, H]
+        out = token_dropout(sub_key(key, "output"), out, self.hidden_dropout, batch)
+        return self.norm(x + out)
+
+
+class Layer(nnx.Module):
+    """Attention, then the two-matrix feed-forward with its residual and norm."""
+
+    def __init__(self, config: EncoderConfig, attention: type[Attention], dtype, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.attention = attention(config, dtype, rngs)
+        self.intermediate = linear(config, hidden, inner, dtype, rngs)
+        self.output = linear(config, inner, hidden, dtype, rngs)
+        self.norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dropout_rate = config.hidden_dropout_prob
+
+    def __call__(self, h: jax.Array, mask: jax.Array, key, relative=None) -> jax.Array:
+        x = h.reshape(-1, h.shape[-1])  # [B*L, H]
+        x = self.attention(x, mask, sub_key(key, "attention"), relative)
+        out = self.output(self.activation(self.intermediate(x)))
+        out = token_dropout(sub_key(key, "output"), out, self.dropout_rate, len(h))
+        return self.norm(x + out).reshape(h.shape)
+
+
+class Encoder(nnx.Module):
+    """The encoder, with the call signature that every encoder of this package has.
+
+    Dropout is an explicit function of a typed key: None switches it off.
+
+    Args:
+      config: sizes and rates.
+      key: typed key that the random initial parameters are derived from, name by name.
+      dtype: of activations; parameters are float32.
+
+    """
+
+    EMBEDDINGS: ClassVar[Callable[..., nnx.Module]]
+    ATTENTION: ClassVar[type[Attention]]
+
+    def __init__(self, config: EncoderConfig, key: jax.Array, dtype=jnp.float32):
+        self.config = config
+        self.embeddings = self.EMBEDDINGS(config, dtype, nnx.Rngs(derive(key, "embeddings")))
+        self.layers = nnx.List(
+            self.make_layer(number, dtype, nnx.Rngs(derive(key, "layer", number)))
+            for number in range(1, config.num_hidden_layers + 1)
+        )
+
+    def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> Layer:
+        """Layer `number`, from 1, with random parameters."""
+        return Layer(self.config, self.ATTENTION, dtype, rngs)
+
+    def embed(
+        self, input_ids: jax.Array, token_type_ids: jax.Array, mask: jax.Array, key=None
+    ) -> jax.Array:
+        """Embedding output [B, L, H] from ids and token types, int32 [B, L], and mask as below."""
+        return self.embeddings(input_ids, token_type_ids, mask, sub_key(key, "embeddings"))
+
+    def relative_table(self) -> jax.Array | None:
+        """The embeddings of relative positions [S, H] that `layer` wants, or None."""
+        return None
+
+    def layer(
+        self, number: int, h: jax.Array, mask: jax.Array, key=None, relative=None
+    ) -> jax.Array:
+        """Hidden state [B, L, H] after layer `number` (from 1), given the one before it.
+
+        mask is bool [B, L], True at the tokens that may be attended to; relative is
+        `relative_table()`.
+        """
+        return self.layers[number - 1](h, mask, sub_key(key, "layer", number), relative)

@@ -1,0 +1,73 @@
+"""The files a checkpoint's tensors are in: safetensors or torch pickles, whole or in shards."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from sweet_jax.config import UserError
+
+_SAFE, _PICKLE = "model.safetensors", "pytorch_model.bin"
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint by name: of its safetensors, else of its torch pickles.
+
+    Raises UserError when there are neither, or a file is damaged or may not be read.
+    """
+    found = {path.name.removesuffix(".index.json") for path in folder.iterdir()}
+    if _PICKLE in found and _SAFE not in found:
+        return _read_files(folder, _PICKLE, _read_pickle)
+    return _read_files(folder, _SAFE, safetensors.numpy.load_file)
+
+
+def _read_files(folder: Path, name: str, read: Callable) -> dict[str, np.ndarray]:
+    """The tensors of the file of that name, or of the shards its index names."""
+    index = folder / f"{name}.index.json"
+    names = [name]
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            tensors |= read(folder / name)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{str(folder)!r} has no {names[0]}; a checkpoint in another format must be saved as "
+            "safetensors first (save_pretrained of transformers does)"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can break a reader in any way
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{str(folder / names[0])!r} is damaged: {reason}; fetch it anew"
+        ) from error
+    return tensors
+
+
+def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file of torch, by torch's loader that makes nothing but tensors.
+
+    A pickle can run any program when it is read, so that no other loader will do.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f'{str(path)!r} is a pickle of torch: pip install ".[torch]" to read it, or save the '
+            "checkpoint as safetensors elsewhere (save_pretrained of transformers does)"
+        ) from error
+    try:
+        loaded = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{str(path)!r} holds more than tensors, or is damaged: not read"
+        ) from error
+    return {
+        name: value.float().numpy() if value.is_floating_point() else value.numpy()
+        for name, value in loaded.items()
+    }

@@ -1,0 +1,110 @@
+"""Parity with Hugging Face: hidden states and gradients, from committed golden files."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sweet_jax import load_encoder
+from sweet_jax.models.deberta import along_diagonals
+from sweet_jax.models.deberta_v2 import log_bucket
+from sweet_jax.models.names import hugging_face_name, is_matrix
+from sweet_jax.models.pretrained import ENCODERS, hidden_states, open_checkpoint, read_encoder
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLERANCE = 1e-5
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+
+
+def read(name: str):
+    with np.load(GOLDEN / name / "golden.npz") as arrays:
+        return open_checkpoint(str(GOLDEN / name)), dict(arrays)
+
+
+def test_every_model_type_has_golden_files():
+    assert {read(name)[0].model_type for name in NAMES} == set(ENCODERS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_and_gradients_equal_hugging_face(name):
+    checkpoint, arrays = read(name)
+    graphdef = nnx.split(checkpoint.encoder(jax.random.key(0)))[0]
+    present = arrays["attention_mask"].astype(bool)
+
+    def loss(params):
+        encoder = nnx.merge(graphdef, params)
+        hidden = hidden_states(encoder, arrays["input_ids"], present, arrays["token_type_ids"])
+        return (jnp.stack(hidden) * arrays["cotangent"]).sum(), hidden
+
+    grads, hidden = jax.jit(jax.grad(loss, has_aux=True))(read_encoder(checkpoint)[0])
+    for ours, theirs in zip(hidden, arrays["hidden"], strict=True):
+        ours = np.asarray(ours)
+        np.testing.assert_allclose(ours[present], theirs[present], rtol=0, atol=TOLERANCE)
+        assert np.all(np.isfinite(ours))
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    assert len(leaves) == sum(key.startswith("grad/") for key in arrays)
+    for path, ours in leaves:
+        key = hugging_face_name(tuple(p.key for p in path))
+        theirs = arrays[f"grad/{key}"]
+        theirs = theirs.T if is_matrix(key) else theirs
+        # Sums over tens of tokens: relative to the tensor's largest entry where that is above 1.
+        scale = max(1.0, float(np.abs(theirs).max()))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * scale, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["bert_small", "roberta_small", "deberta_base", "deberta_v3"])
+def test_load_encoder_gives_every_hidden_state(name):
+    checkpoint, arrays = read(name)
+    inputs = [arrays[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
+    hidden = load_encoder(str(checkpoint.folder))(*inputs)
+    present = inputs[1].astype(bool)
+    assert len(hidden) == checkpoint.depth + 1
+    for ours, theirs in zip(hidden, arrays["hidden"], strict=True):
+        found = np.asarray(ours)[present]
+        np.testing.assert_allclose(found, theirs[present], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["roberta_small", "deberta_base", "deberta_v2_xlarge"])
+def test_padding_further_changes_nothing_at_the_tokens_with_dropout_too(name):
+    checkpoint, arrays = read(name)
+    graphdef = nnx.split(checkpoint.encoder(jax.random.key(0)))[0]
+    ids, types = arrays["input_ids"][1:], arrays["token_type_ids"][1:]
+    mask = arrays["attention_mask"][1:].astype(bool)  # these rows have 9, 1 and 13 tokens
+
+    @jax.jit
+    def last(params, key, ids, types, mask):
+        encoder = nnx.merge(graphdef, params)
+        h, relative = encoder.embed(ids, types, mask, key), encoder.relative_table()
+        for number in range(1, checkpoint.depth + 1):
+            h = encoder.layer(number, h, mask, key, relative)
+        return h
+
+    params, key = read_encoder(checkpoint)[0], jax.random.key(4)
+    many = np.asarray(last(params, key, ids, types, mask))[:, :13]
+    few = np.asarray(last(params, key, ids[:, :13], types[:, :13], mask[:, :13]))
+    present = mask[:, :13]
+    np.testing.assert_allclose(few[present], many[present], rtol=0, atol=TOLERANCE)
+    assert np.abs(arrays["hidden"][-1][1:, :13] - many)[present].max() > 0.1
+
+
+def test_buckets_equal_hugging_face():
+    with np.load(GOLDEN / "buckets.npz") as arrays:
+        distances = arrays["distances"]
+        names = [name for name in arrays if name != "distances"]
+        assert "256_512" in names
+        for name in names:
+            found = log_bucket(distances, *map(int, name.split("_")))
+            np.testing.assert_array_equal(found, arrays[name], err_msg=name)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_along_diagonals(length):
+    x = np.arange(3 * length * 2 * length).reshape(3, length, 2 * length)
+    y = along_diagonals(jnp.asarray(x))
+    assert y.shape == (3, length, length)
+    for i in range(length):
+        for j in range(length):
+            np.testing.assert_array_equal(y[:, i, j], x[:, i, length - 1 + j - i])
