@@ -31,7 +31,7 @@ from sweet_jax.exits.analysis import area
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import held, write_json
 from sweet_jax.pipeline import run
-from sweet_jax.training.run import StoppedError
+from sweet_jax.training.loop import StoppedError
 
 # The paper's four models (section 5.1), and a small one that a laptop can train.
 _PAPER = {"learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5), "max_length": 256}

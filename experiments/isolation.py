@@ -6,7 +6,7 @@ Not in the paper. h = (1 - a) h + a stop_gradient(h) at segment boundaries, for 
 0.5, 0.9, 0.99, 1, for a rising linearly from 0 or 0.5 to 1 over training, and for a step from 0 to
 1 at half time. Areas paired by seed, against the better Early-Exit: per-exit poolers with clipping
 per owner, or the release's shared pooler with global clipping. Cost: six cells a task besides
-experiments.individual's and experiments.ablation's. Expected: see the README.
+experiments.individual's and experiments.ablation's. Expected: not known yet.
 """
 
 import argparse

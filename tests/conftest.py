@@ -15,6 +15,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="sweet_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# Tests compile far more than they compute: LLVM's optimisation of the kernels would take half of
+# their time. What XLA itself does to a program (fusion, scheduling, memory) stays as it is.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
 import numpy as np
@@ -65,12 +68,15 @@ TINIES: dict[str, EncoderConfig] = {
 GLUE_DIR = Path(os.environ.get("SWEET_GLUE_DIR", "../shared/data/glue"))
 
 
-def write_checkpoint(folder: Path, model_type: str = "bert", seed: int = 0) -> Path:
+def write_checkpoint(
+    folder: Path, model_type: str = "bert", seed: int = 0, layers: int = TINY.num_hidden_layers
+) -> Path:
     """A random tiny checkpoint with a tokenizer of its kind, as Hugging Face would save them."""
     import dataclasses
 
     folder.mkdir(parents=True, exist_ok=True)
-    config, key = TINIES[model_type], jax.random.key(seed)
+    config = dataclasses.replace(TINIES[model_type], num_hidden_layers=layers)
+    key = jax.random.key(seed)
     model = EarlyExit(ENCODERS[model_type][1](config, key), (config.num_hidden_layers,), 2, key)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model)[1]))
     tensors = hugging_face_tensors(params, (config.num_hidden_layers,))

@@ -39,7 +39,10 @@ def test_hidden_states_and_gradients_equal_hugging_face(name):
         hidden = hidden_states(encoder, arrays["input_ids"], present, arrays["token_type_ids"])
         return (jnp.stack(hidden) * arrays["cotangent"]).sum(), hidden
 
-    grads, hidden = jax.jit(jax.grad(loss, has_aux=True))(read_encoder(checkpoint)[0])
+    # Optimised as users' programs are (conftest switches that off): the last digits depend on it.
+    options = {"xla_backend_optimization_level": 3}
+    compiled = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
+    grads, hidden = compiled(read_encoder(checkpoint)[0])
     for ours, theirs in zip(hidden, arrays["hidden"], strict=True):
         ours = np.asarray(ours)
         np.testing.assert_allclose(ours[present], theirs[present], rtol=0, atol=TOLERANCE)

@@ -13,10 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS
+from conftest import WORDS, write_checkpoint
 
-from experiments import ablation, curves, grid, individual, isolation, rates, render, sizes
+from experiments import (
+    ablation,
+    curves,
+    grid,
+    individual,
+    isolation,
+    rates,
+    render,
+    rendering,
+    sizes,
+)
 from sweet_jax.config import Config
+from sweet_jax.exits.analysis import analyse, area
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.pipeline import run
 
@@ -33,21 +44,21 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory, checkpoint) -> list[str]:
-    """Options of cells that take seconds: two tasks of learnable rows, two seeds, two rates."""
+def arguments(tmp_path_factory) -> list[str]:
+    """Options of cells that take seconds: two layers, learnable rows, two seeds, two rates."""
     data = tmp_path_factory.mktemp("glue")
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "shallow", layers=2)
     rng = np.random.default_rng(0)
-    for task in ("sst2", "cola"):
-        (data / task).mkdir()
-        for split, count in (("train", 80), ("validation", 40)):
-            labels = rng.integers(0, 2, count)
-            noise = [" ".join(rng.choice(WORDS[2:], rng.integers(1, 12))) for _ in labels]
-            texts = [f"{WORDS[y]} {words}" for y, words in zip(labels, noise, strict=True)]
-            table = pa.table({"sentence": texts, "label": labels, "idx": np.arange(count)})
-            pq.write_table(table, data / task / f"{split}.parquet")
+    (data / "sst2").mkdir()
+    for split, count in (("train", 80), ("validation", 40)):
+        labels = rng.integers(0, 2, count)
+        noise = [" ".join(rng.choice(WORDS[2:], rng.integers(1, 12))) for _ in labels]
+        texts = [f"{WORDS[y]} {words}" for y, words in zip(labels, noise, strict=True)]
+        table = pa.table({"sentence": texts, "label": labels, "idx": np.arange(count)})
+        pq.write_table(table, data / "sst2" / f"{split}.parquet")
     return [
-        *(f"--data_dir={data}", f"--checkpoint={checkpoint}", "--exits=1,2,3"),
-        *("--tasks=sst2,cola", "--seeds=0,1", "--learning_rates=1e-3,3e-3", "--max_length=32"),
+        *(f"--data_dir={data}", f"--checkpoint={checkpoint}", "--exits=1,2"),
+        *("--tasks=sst2", "--seeds=0,1", "--learning_rates=1e-3,3e-3", "--max_length=32"),
         *("--set", "epochs=1", "--set", "batch_size=8", "--set", "train_size=70"),
     ]
 
@@ -72,31 +83,56 @@ def without(arguments: list[str], *names: str) -> list[str]:
 def test_cells_leave_records_outputs_and_no_checkpoints(finished):
     out = output(finished)
     states = json.loads((out / "manifest.json").read_text())
-    names = {f"{t}-{m}" for t in ("sst2", "cola") for m in ("sweet", "early_exit", "multi_model")}
+    names = {f"sst2-{m}" for m in ("sweet", "early_exit", "multi_model")}
     assert set(states) == names
     assert all(state["state"] == "done" for state in states.values())
     record = json.loads((out / "cells" / "sst2-sweet.json").read_text())
     assert [(r["seed"], r["learning_rate"]) for r in record["replicas"]] == [
         (0, 1e-3), (0, 3e-3), (1, 1e-3), (1, 3e-3)
     ]  # fmt: skip
-    for replica in record["replicas"]:
-        scores = [e["score"] for e in replica["individual"]]
-        assert min(scores) - 1e-9 <= replica["area"] <= max(scores) + 1e-9
-    saved = ExitOutputs.load(out / "outputs" / "sst2-sweet" / "validation.npz")
-    assert saved.logits.shape == (4, 3, 40, 2)
+    halves = [
+        ExitOutputs.load(out / "outputs" / "sst2-sweet" / f"{split}.npz")
+        for split in ("calibration", "validation")
+    ]
+    assert halves[1].logits.shape == (4, 2, 40, 2)
+    curve = analyse(*halves).curve
+    for r, replica in enumerate(record["replicas"]):
+        assert replica["area"] == pytest.approx(area(curve.cost[r], curve.score[r]), abs=1e-9)
     assert not list(out.parent.glob("work/*"))
 
 
 def test_tables_say_what_the_records_say(finished, capsys):
     assert individual.run(finished) == 0
     text = (output(finished) / "tables" / "individual.md").read_text()
-    record = json.loads((output(finished) / "cells" / "cola-sweet.json").read_text())
+    record = json.loads((output(finished) / "cells" / "sst2-sweet.json").read_text())
     kept = [r for r in record["replicas"] if r["learning_rate"] == record["learning_rate"]]
     scores = np.asarray([[100 * e["score"] for e in r["individual"]] for r in kept])
     cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(scores.mean(0), scores.std(0, ddof=1))]  # noqa: B905
-    assert f"| cola | SWEET | {' | '.join(cells)} | 2 x 40 |" in text
-    assert "mean of 2 tasks" in text
+    assert f"| sst2 | SWEET | {' | '.join(cells)} | 2 x 40 |" in text
     assert text in capsys.readouterr().out
+
+
+def test_differences_are_paired_by_seed_and_their_mean_over_tasks_too():
+    def made(scores):  # of seeds 0, 1, 2 at two exits
+        replicas = [
+            {"seed": s, "learning_rate": 1e-4, "individual": [{"score": v} for v in row]}
+            for s, row in enumerate(scores)
+        ]
+        return {"learning_rate": 1e-4, "replicas": replicas[::-1]}
+
+    base = made([[0.5, 0.6], [0.6, 0.7], [0.7, 0.8]])
+    pairs = {
+        "a": (made([[0.52, 0.6], [0.62, 0.7], [0.72, 0.81]]), base),
+        "b": (made([[0.54, 0.6], [0.64, 0.7], [0.74, 0.79]]), base),
+        "c": (None, base),
+    }
+    rows = rendering.differences("gap", pairs, rendering.exit_scores)
+    assert rows == [
+        ["gap", "a", "**+2.0 ± 0.0**", "+0.3 ± 1.4"],
+        ["gap", "b", "**+4.0 ± 0.0**", "-0.3 ± 1.4"],
+        ["gap", "mean of 2 tasks", "**+3.0 ± 0.0**", rows[2][3]],
+    ]
+    assert rows[2][3] in ("+0.0 ± 0.0", "-0.0 ± 0.0")
 
 
 def test_a_second_start_runs_nothing(finished, monkeypatch):
