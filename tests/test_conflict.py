@@ -100,8 +100,8 @@ def experiment(checkpoint, tmp_path):
         pq.write_table(pa.table(table), folder / f"{split}.parquet")
 
     def experiment(*more: str) -> subprocess.CompletedProcess:
-        line = ["--task=sst2", f"--data-dir={tmp_path / 'glue'}", f"--checkpoint={checkpoint}"]
-        line += ["--exits=1,2,3", "--batch-size=8", "--max-length=16", "--learning-rate=1e-3"]
+        line = ["--task=sst2", f"--data_dir={tmp_path / 'glue'}", f"--checkpoint={checkpoint}"]
+        line += ["--exits=1,2,3", "--batch_size=8", "--max_length=16", "--learning_rate=1e-3"]
         return subprocess.run(
             [sys.executable, "-m", "experiments.conflict", *line, *more],
             cwd=Path(__file__).parents[1],
