@@ -132,13 +132,19 @@ def test_isolation_scales_the_table_s_gradient_at_every_boundary():
 
 @pytest.mark.parametrize(
     ("kind", "key"),
-    [("bert", None), ("bert", jax.random.key(5)), ("deberta-v2", jax.random.key(5))],
+    [
+        ("bert", None),
+        ("bert", jax.random.key(5)),
+        ("deberta", None),
+        ("deberta-v2", jax.random.key(5)),
+    ],
 )
 def test_segment_by_segment_is_the_whole_with_stop_gradient(kind, key):
+    """The one computes only the first token of an exit's layer where the other computes all."""
     graphdef, params = build(kind=kind, learning_to_exit="joint")
     parts, whole = (
-        jax.jit(lambda params, f=function: f(graphdef, params, BATCH, 1.0, key))(params)
-        for function in (segment_gradients, whole_gradients)
+        jax.jit(lambda params, f=function, a=isolation: f(graphdef, params, BATCH, a, key))(params)
+        for function, isolation in ((segment_gradients, 1.0), (whole_gradients, jnp.asarray(1.0)))
     )
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINIES
 from flax import nnx
 
 from sweet_jax import load_encoder
@@ -93,6 +94,34 @@ def test_padding_further_changes_nothing_at_the_tokens_with_dropout_too(name):
     assert np.abs(arrays["hidden"][-1][1:, :13] - many)[present].max() > 0.1
 
 
+@pytest.mark.parametrize("kind", TINIES)
+@pytest.mark.parametrize("key", [None, jax.random.key(4)], ids=["inference", "dropout"])
+def test_the_first_tokens_alone_are_those_of_the_whole_layer(kind, key):
+    encoder = ENCODERS[kind][1](TINIES[kind], jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), (3, 9), 3, TINIES[kind].vocab_size)
+    mask = jnp.arange(9)[None] < jnp.array([9, 4, 1])[:, None]
+    h, relative = encoder.embed(ids, jnp.zeros_like(ids), mask, key), encoder.relative_table()
+    for number in (1, 2):
+        whole = encoder.layer(number, h, mask, key, relative)
+        for count in (1, 3, 9):
+            part = encoder.layer(number, h, mask, key, relative, count=count)
+            assert part.shape == (3, count, h.shape[-1])
+            np.testing.assert_allclose(part, whole[:, :count], rtol=0, atol=2e-6)
+        h = whole
+
+
+def test_the_first_token_alone_takes_little_beside_keys_and_values():
+    encoder = ENCODERS["bert"][1](TINIES["bert"], jax.random.key(0))
+    graphdef, values = nnx.split(encoder)
+    hidden, mask = jnp.ones((2, 64, encoder.config.hidden_size)), jnp.ones((2, 64), bool)
+
+    def flops(count):
+        run = jax.jit(lambda v: nnx.merge(graphdef, v).layer(1, hidden, mask, count=count))
+        return run.lower(values).compile().cost_analysis()["flops"]
+
+    assert flops(1) < 0.3 * flops(None)
+
+
 def test_buckets_equal_hugging_face():
     with np.load(GOLDEN / "buckets.npz") as arrays:
         distances = arrays["distances"]
@@ -103,11 +132,11 @@ def test_buckets_equal_hugging_face():
             np.testing.assert_array_equal(found, arrays[name], err_msg=name)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5])
-def test_along_diagonals(length):
-    x = np.arange(3 * length * 2 * length).reshape(3, length, 2 * length)
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (2, 2), (1, 2), (5, 5), (1, 5), (3, 5)])
+def test_along_diagonals(count, length):
+    x = np.arange(3 * count * 2 * length).reshape(3, count, 2 * length)
     y = along_diagonals(jnp.asarray(x))
-    assert y.shape == (3, length, length)
-    for i in range(length):
+    assert y.shape == (3, count, length)
+    for i in range(count):
         for j in range(length):
             np.testing.assert_array_equal(y[:, i, j], x[:, i, length - 1 + j - i])

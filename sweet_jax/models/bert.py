@@ -87,8 +87,8 @@ class BertAttention(Attention):
         self.value = linear(config, hidden, hidden, dtype, rngs)
         super().__init__(config, dtype, rngs)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.query(x), self.key(x), self.value(x)
+    def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.query(asking), self.key(x), self.value(x)
 
 
 class Bert(Encoder):

@@ -4,8 +4,8 @@ Attention is disentangled (section 3.1): beside content to content it scores con
 position ("c2p") and position to content ("p2c"), from one table of relative positions that all
 layers share and each projects for itself.
 
-Shape letters: B batch, L length, H hidden, A attention heads, D = H / A head size, S rows of the
-table, W those that distances up to L reach.
+Shape letters: B batch, L length, Q first tokens, H hidden, A attention heads, D = H / A head size,
+S rows of the table, W those that distances up to L reach.
 """
 
 import dataclasses
@@ -100,17 +100,18 @@ class DebertaConfig(EncoderConfig):
 
 
 def along_diagonals(x: jax.Array) -> jax.Array:
-    """[..., L, 2L] → [..., L, L] with y[i, j] = x[i, L - 1 + j - i].
+    """[..., Q, 2L] → [..., Q, L] with y[i, j] = x[i, L - 1 + j - i]; Q is at most L.
 
     Rows one shorter shift each row by one against the one before: no gather, whose gradient would
     be a scatter.
     """
-    *batch, length, width = x.shape
-    flat = x.reshape(*batch, length * width)
-    flat = jax.lax.slice_in_dim(
-        flat, length - 1, length - 1 + length * (width - 1), axis=len(batch)
-    )
-    return flat.reshape(*batch, length, width - 1)[..., :length]
+    *batch, count, width = x.shape
+    length = width // 2
+    flat = x.reshape(*batch, count * width)[..., length - 1 :]
+    missing = count * (width - 1) - flat.shape[-1]  # beyond what the last row needs
+    flat = jnp.pad(flat, [(0, 0)] * len(batch) + [(0, max(0, missing))])
+    rows = flat[..., : count * (width - 1)].reshape(*batch, count, width - 1)
+    return rows[..., :length]
 
 
 class DebertaEmbeddings(nnx.Module):
@@ -178,10 +179,10 @@ class DisentangledAttention(Attention):
         raise NotImplementedError
 
     def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
-        total = super().scores(q, k, relative, key)  # [B, A, L, L]
+        total = super().scores(q, k, relative, key)  # [B, A, Q, L]
         if not self.kinds:
             return total
-        length = q.shape[2]
+        count, length = q.shape[2], k.shape[2]
         # Column c of what `along_diagonals` reads stands for (column - row) = c - (L - 1).
         offset = np.arange(2 * length) - (length - 1)
         reached = self.config.rows(np.arange(-length, length + 1))
@@ -200,7 +201,7 @@ class DisentangledAttention(Attention):
         if "p2c" in self.kinds:  # row key, column query
             queries = rows(self.position_queries(relative) * self.scale, offset)
             found = along_diagonals(jnp.einsum("bald,rad->balr", k, queries))
-            total += found.swapaxes(-1, -2)
+            total += found.swapaxes(-1, -2)[..., :count, :]
         return total
 
 
@@ -217,9 +218,12 @@ class DebertaAttention(DisentangledAttention):
         if "p2c" in self.kinds:
             self.pos_q_proj = linear(config, hidden, hidden, dtype, rngs)
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        packed = self.in_proj(x).reshape(len(x), self.heads, 3, -1)  # query, key, value by head
-        q, k, v = (packed[:, :, i].reshape(x.shape) for i in range(3))
+    def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def packed(x: jax.Array, parts: slice) -> list[jax.Array]:
+            heads = self.in_proj(x).reshape(len(x), self.heads, 3, -1)  # query, key, value by head
+            return [heads[:, :, i].reshape(x.shape) for i in range(3)[parts]]
+
+        (k, v), (q,) = packed(x, slice(1, 3)), packed(asking, slice(0, 1))
         q_bias, v_bias = (b[...].astype(x.dtype)[None] for b in (self.q_bias, self.v_bias))
         return q + q_bias, k, v + v_bias
 

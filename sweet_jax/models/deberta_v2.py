@@ -1,6 +1,7 @@
 """DeBERTa v2 and v3 (He et al. 2021, arXiv 2111.09543), one architecture with different options.
 
-Shape letters: B batch, L length, H hidden, W rows of the table of relative positions in reach.
+Shape letters: B batch, L length, Q first tokens, H hidden, W rows of the table of relative
+positions in reach.
 """
 
 import dataclasses
@@ -97,8 +98,8 @@ class DebertaV2Attention(DisentangledAttention):
         if "p2c" in self.kinds and not self.shared:
             self.pos_query_proj = dense()
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.query_proj(x), self.key_proj(x), self.value_proj(x)
+    def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.query_proj(asking), self.key_proj(x), self.value_proj(x)
 
     def position_keys(self, relative: jax.Array) -> jax.Array:
         return (self.key_proj if self.shared else self.pos_key_proj)(relative)
@@ -129,8 +130,11 @@ class Convolution(nnx.Module):
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, embedded: jax.Array, h: jax.Array, mask: jax.Array, key) -> jax.Array:
-        out = dropout(key, self.conv(embedded), self.dropout_rate, length_axes=(1,))
-        return self.norm(h + self.activation(out)) * mask[..., None].astype(h.dtype)
+        count = h.shape[1]
+        # Output token i reads embeddings up to i + half the kernel: further ones change nothing.
+        out = self.conv(embedded[:, : count + self.conv.kernel_size[0] // 2])[:, :count]
+        out = dropout(key, out, self.dropout_rate, length_axes=(1,))  # [B, Q, H]
+        return self.norm(h + self.activation(out)) * mask[:, :count, None].astype(h.dtype)
 
 
 class ConvolvedLayer(Layer):
@@ -140,8 +144,10 @@ class ConvolvedLayer(Layer):
         super().__init__(config, DebertaV2Attention, dtype, rngs)
         self.conv = Convolution(config, dtype, rngs)
 
-    def __call__(self, h: jax.Array, mask: jax.Array, key, relative=None) -> jax.Array:
-        out = super().__call__(h, mask, key, relative)
+    def __call__(
+        self, h: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
+    ) -> jax.Array:
+        out = super().__call__(h, mask, key, relative, count)
         return self.conv(h, out, mask, sub_key(key, "conv"))
 
 

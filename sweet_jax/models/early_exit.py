@@ -8,6 +8,7 @@ state is isolated: SWEET lets no gradient back across, Early-Exit lets all of it
 Shape letters: E exit, B batch, L length, H hidden, C classes.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class Head(nnx.Module):
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(self, h: jax.Array, pooler: nnx.Linear | None, key) -> Answer:
-        """The answer of this exit (arrays without E) to the hidden state [B, L, H]."""
+        """The answer of this exit (arrays without E) to the first token of [B, L or 1, H]."""
         pooled = self.activation((pooler or self.pooler)(h[:, 0]))  # [B, H]
         pooled = dropout(key, pooled, self.dropout_rate)
         logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
@@ -139,14 +140,17 @@ class EarlyExit(nnx.Module):
         batch: dict[str, jax.Array],
         isolation: float | jax.Array = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[Carried, Answer]:
+    ) -> tuple[Carried | None, Answer]:
         """One segment: (what it hands on, its exit's answer, without E).
+
+        The exit reads its last layer at the first token only. That token alone is computed where no
+        gradient reaches the others: before a closed boundary, and at the last exit.
 
         Args:
           index: of the segment, from 0.
           carried: what the segment before handed on, None for the first.
           batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L].
-          isolation: of what is carried, 0 to 1.
+          isolation: of what is handed on, 0 to 1. The last segment hands on nothing.
           key: typed key of the dropout masks, None for inference.
 
         """
@@ -154,13 +158,22 @@ class EarlyExit(nnx.Module):
         if carried is None:
             h, relative = self.encoder.embed(ids, types, mask, key), self.encoder.relative_table()
         else:
-            h, relative = jax.tree.map(lambda x: isolate(x, isolation), carried)
+            h, relative = carried
             if self.shared_relative:
                 relative = self.encoder.relative_table()
         start, end = (0, *self.exits)[index : index + 2]
-        for number in range(start + 1, end + 1):
+        for number in range(start + 1, end):
             h = self.encoder.layer(number, h, mask, key, relative)
-        return (h, relative), self.heads[str(end)](h, self.pooler, sub_key(key, "head", end))
+        layer = functools.partial(self.encoder.layer, end, h, mask, key, relative)
+        head = functools.partial(
+            self.heads[str(end)], pooler=self.pooler, key=sub_key(key, "head", end)
+        )
+        if end == self.exits[-1]:
+            return None, head(layer(count=1))
+        whole = layer()  # [B, L, H]
+        closed = not isinstance(isolation, jax.Array) and isolation == 1
+        answer = head(layer(count=1) if closed else whole)
+        return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), answer
 
     def __call__(
         self,
@@ -184,8 +197,8 @@ class EarlyExit(nnx.Module):
         boundaries = isolation if isinstance(isolation, tuple) else (isolation,) * len(self.exits)
         carried, each = None, []
         for index in range(len(self.exits)):
-            # The first segment has no boundary below it.
-            carried, answer = self.segment(index, carried, batch, (0.0, *boundaries)[index], key)
+            # The last segment has no boundary above it.
+            carried, answer = self.segment(index, carried, batch, (*boundaries, 0.0)[index], key)
             each.append(answer)
         return jax.tree.map(lambda *x: jnp.stack(x), *each)
 

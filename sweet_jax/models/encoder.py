@@ -5,7 +5,8 @@ An encoder is `embed`, then `layer` 1, 2, ... each on the hidden state of the on
 
 Shape letters: B batch, L length, H hidden, A attention heads, D = H / A head size, F feed-forward,
 S rows of a table of relative positions. Inside a layer tokens are one axis, B*L: matrix products
-and their gradients then need no copies.
+and their gradients then need no copies. Q is the tokens whose output is wanted: all L, or the first
+few, since an exit reads nothing but the first.
 """
 
 import dataclasses
@@ -105,6 +106,13 @@ def table(config: EncoderConfig, rows: int, width: int, dtype, rngs: nnx.Rngs) -
     return nnx.Embed(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
 
 
+def leading(x: jax.Array, batch: int, count: int | None) -> jax.Array:
+    """The first `count` tokens of each row, [B*Q, H] of [B*L, H]; all for None."""
+    if count is None:
+        return x
+    return x.reshape(batch, -1, x.shape[-1])[:, :count].reshape(-1, x.shape[-1])
+
+
 def token_dropout(key, x: jax.Array, rate: float, batch: int) -> jax.Array:
     """Dropout of [B*L, H] whose masks depend on (row, position, unit) but not on L."""
     shaped = x.reshape(batch, -1, x.shape[-1])
@@ -138,30 +146,36 @@ class Attention(nnx.Module):
         self.weight_dropout = config.attention_probs_dropout_prob
         self.hidden_dropout = config.hidden_dropout_prob
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values [B*L, H] of tokens [B*L, H]."""
+    def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B*Q, H] of tokens `asking` [B*Q, H], keys and values [B*L, H] of tokens x."""
         raise NotImplementedError
 
     def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
-        """What the softmax is taken of, [B, A, L, L], from scaled queries and keys [B, A, L, D]."""
+        """What the softmax is taken of, [B, A, Q, L].
+
+        From scaled queries [B, A, Q, D] and keys [B, A, L, D]; Q are the first of the L tokens.
+        """
         return jnp.einsum("bald,bamd->balm", q, k)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, key, relative=None) -> jax.Array:
-        batch, length = mask.shape
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
+    ) -> jax.Array:
+        batch, asking = len(mask), leading(x, len(mask), count)  # [B*Q, H]
 
         def split(x):
-            return x.reshape(batch, length, self.heads, -1).transpose(0, 2, 1, 3)  # [B, A, L, D]
+            heads = x.reshape(batch, -1, self.heads, x.shape[-1] // self.heads)
+            return heads.transpose(0, 2, 1, 3)  # [B, A, Q or L, D]
 
-        q, k, v = map(split, self.project(x))
-        scores = self.scores(q * self.scale, k, relative, sub_key(key, "relative"))  # [B, A, L, L]
+        q, k, v = map(split, self.project(asking, x))
+        scores = self.scores(q * self.scale, k, relative, sub_key(key, "relative"))  # [B, A, Q, L]
         weights = masked_softmax(scores, mask[:, None, None, :]).astype(v.dtype)
         weights = dropout(
             sub_key(key, "weights"), weights, self.weight_dropout, length_axes=(2, 3), packed_axis=1
         )
-        context = jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)  # [B, L, A, D]
-        out = self.output(context.reshape(x.shape))  # [B*L, H]
+        context = jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)  # [B, Q, A, D]
+        out = self.output(context.reshape(asking.shape))  # [B*Q, H]
         out = token_dropout(sub_key(key, "output"), out, self.hidden_dropout, batch)
-        return self.norm(x + out)
+        return self.norm(asking + out)
 
 
 class Layer(nnx.Module):
@@ -176,12 +190,15 @@ class Layer(nnx.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
         self.dropout_rate = config.hidden_dropout_prob
 
-    def __call__(self, h: jax.Array, mask: jax.Array, key, relative=None) -> jax.Array:
-        x = h.reshape(-1, h.shape[-1])  # [B*L, H]
-        x = self.attention(x, mask, sub_key(key, "attention"), relative)
+    def __call__(
+        self, h: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
+    ) -> jax.Array:
+        batch, _, hidden = h.shape
+        x = h.reshape(-1, hidden)  # [B*L, H]
+        x = self.attention(x, mask, sub_key(key, "attention"), relative, count)  # [B*Q, H]
         out = self.output(self.activation(self.intermediate(x)))
-        out = token_dropout(sub_key(key, "output"), out, self.dropout_rate, len(h))
-        return self.norm(x + out).reshape(h.shape)
+        out = token_dropout(sub_key(key, "output"), out, self.dropout_rate, batch)
+        return self.norm(x + out).reshape(batch, -1, hidden)  # [B, Q, H]
 
 
 class Encoder(nnx.Module):
@@ -222,11 +239,19 @@ class Encoder(nnx.Module):
         return None
 
     def layer(
-        self, number: int, h: jax.Array, mask: jax.Array, key=None, relative=None
+        self,
+        number: int,
+        h: jax.Array,
+        mask: jax.Array,
+        key=None,
+        relative=None,
+        *,
+        count: int | None = None,
     ) -> jax.Array:
         """Hidden state [B, L, H] after layer `number` (from 1), given the one before it.
 
         mask is bool [B, L], True at the tokens that may be attended to; relative is
-        `relative_table()`.
+        `relative_table()`. With `count`, the hidden state of that many first tokens [B, Q, H]: the
+        same numbers, for little more than the keys and values of all.
         """
-        return self.layers[number - 1](h, mask, sub_key(key, "layer", number), relative)
+        return self.layers[number - 1](h, mask, sub_key(key, "layer", number), relative, count)
