@@ -4,8 +4,8 @@
     python -m experiments.parity
     python -m experiments.parity --checkpoint=microsoft/deberta-v3-base   # any supported checkpoint
 
-Expected: every difference at most 1e-5, of our float32 from torch's float64: what is measured is our
-own rounding, not the sum of two. Torch's own float32 is measured beside it (MiniLM: both about
+Expected: every difference at most 1e-5, of our float32 from torch's float64: what is measured is
+our own rounding, not the sum of two. Torch's own float32 is measured beside it (MiniLM: both about
 5e-6). Real sentences of different lengths, so padding is part of it. Takes some seconds. Exit
 status 1 where a difference is larger.
 """
@@ -83,10 +83,10 @@ def main() -> int:
         scale = max(1, np.abs(wanted).max())
         gaps[name] = [float(np.abs(g - wanted).max() / scale) for g in (found, their_grads[name])]
     name = max(gaps, key=gaps.__getitem__)
-    most = max(theirs for _, theirs in gaps.values())
+    their_most = max(theirs for _, theirs in gaps.values())
     print(
         f"gradients of {len(gaps)} parameters: at most {gaps[name][0]:.2e} ({name}; torch in "
-        f"float32: at most {most:.2e})"
+        f"float32: at most {their_most:.2e})"
     )
     worst = max(worst, gaps[name][0])
     print(f"largest difference {worst:.2e}, tolerance {options.tolerance:g}")
