@@ -4,11 +4,15 @@
   python -m sweet_jax.simulate --run=runs/quickstart --cost=0.5       best score within a mean cost
   python -m sweet_jax.simulate --run=runs/quickstart --accuracy=0.95  cheapest with such a score
   python -m sweet_jax.simulate --run=runs/quickstart --threshold=0.9  what a threshold does
+  python -m sweet_jax.simulate --run=runs/quickstart --risk=0.02      a loss that is certified
+  python -m sweet_jax.simulate --run=runs/quickstart --policy=pcee --accuracy=0.9
   python -m sweet_jax.simulate --run=runs/a --run=runs/b --output=compare.html
 
-Thresholds for --cost and --accuracy are chosen on the calibration rows; what they give there and
-on the validation rows is printed; where no threshold will do, the best that is reachable. Several
---run are overlaid in one page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+Thresholds are chosen on the calibration rows; what they give there and on the validation rows is
+printed; where no threshold will do, the best that is reachable. Several --run are overlaid in one
+page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+
+policies (an example leaves at the first exit whose score reaches the threshold):
 """
 
 import argparse
@@ -24,6 +28,7 @@ from sweet_jax.exits.analysis import (
     Choice,
     analyse,
     apply_threshold,
+    certified,
     choose,
     full_score,
 )
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m sweet_jax.simulate",
-        description=__doc__,
+        description=f"{__doc__}{_policy_lines()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -59,22 +64,55 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--run", action="append", required=True, metavar="DIR", help="run directory; may repeat"
     )
     parser.add_argument(
-        "--policy", help=f"{', '.join(POLICIES)}; default the one the run was made with"
+        "--policy", help="one of those above; default the one the run was made with"
     )
     dial = parser.add_mutually_exclusive_group()
     dial.add_argument("--cost", type=float, help="largest mean cost, share of the full layers")
-    dial.add_argument("--accuracy", type=float, help="least score, in the run's own metric")
+    dial.add_argument(
+        "--accuracy",
+        type=float,
+        help="least score over all calibration rows, in the run's own metric; under PCEE the "
+        "accuracy that calibration rows like an example must have had where it leaves",
+    )
     dial.add_argument("--threshold", type=float, help="leave at the first score of at least this")
+    dial.add_argument(
+        "--risk",
+        type=float,
+        help="largest share of examples that the last exit gets right and an earlier one wrong, "
+        "and so the largest loss of accuracy; certified on calibration rows, or refused",
+    )
+    dial.add_argument(
+        "--agreement",
+        type=float,
+        help="least share of examples answered as the last exit would; certified likewise",
+    )
+    parser.add_argument(
+        "--level", type=float, default=0.95, help="confidence of a certificate (default 0.95)"
+    )
     parser.add_argument(
         "--output", default="compare.html", help="page for several runs (default compare.html)"
     )
     options = parser.parse_args(argv)
-    for name, low in (("cost", 0.0), ("accuracy", 0.0), ("threshold", -math.inf)):
+    for name, (low, high) in _RANGES.items():
         value = getattr(options, name)
-        high = 1.0 if name == "accuracy" else math.inf
         if value is not None and not (low <= value <= high):
             raise UserError(f"--{name} must be from {low:g} to {high:g}; got {value}")
     return options
+
+
+_DIALS = ("cost", "accuracy", "threshold", "risk", "agreement")
+_RANGES = {
+    "cost": (0.0, math.inf),
+    "accuracy": (0.0, 1.0),
+    "threshold": (-math.inf, math.inf),
+    "risk": (0.0, 1.0),
+    "agreement": (0.0, 1.0),
+    "level": (0.5, 0.9999),
+}
+
+
+def _policy_lines() -> str:
+    return "\n".join(f"  {name:<26}{rule.about}" for name, rule in POLICIES.items())
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -115,20 +153,13 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
     reached: list[tuple[float, float]] = []
     for r in replicas:
         who = f"seed {analysis.replicas[r][0]}: " if len(replicas) > 1 else ""
-        if options.threshold is not None:
-            found: Choice | float = apply_threshold(analysis, r, options.threshold)
-        elif options.cost is not None or options.accuracy is not None:
-            found = choose(analysis, r, cost=options.cost, score=options.accuracy)
-        else:
+        if all(getattr(options, name) is None for name in _DIALS):
             lines += [who + "each exit alone"] if who else []
             lines += exit_lines(individual(analysis.validation, r), metric)
-            found = full_score(analysis, r)
             who += f"full {metric} is kept at "
-        if isinstance(found, Choice):
-            lines.append(who + _describe(analysis, found, metric))
-            reached.append(found.validation)
-        else:
-            lines.append(who + _infeasible(found, options, metric))
+        line, choice = _answer(analysis, r, options, metric)
+        lines.append(who + line)
+        reached += [choice.validation] if choice else []
     if len(reached) > 1:
         cost, score = (sum(values) / len(reached) for values in zip(*reached, strict=True))
         lines.append(
@@ -136,6 +167,26 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
             f"cost {cost:.4f}, {metric} {score:.4f}"
         )
     return lines
+
+
+def _answer(
+    analysis: Analysis, replica: int, options: argparse.Namespace, metric: str
+) -> tuple[str, Choice | None]:
+    """What the dial does, and the choice if there is one."""
+    if options.risk is not None or options.agreement is not None:
+        return _certified(analysis, replica, options, metric)
+    if options.threshold is not None:
+        found: Choice | float = apply_threshold(analysis, replica, options.threshold)
+    elif options.cost is not None or options.accuracy is not None:
+        found = choose(analysis, replica, cost=options.cost, score=options.accuracy)
+    else:
+        found = full_score(analysis, replica)
+    if not isinstance(found, Choice):
+        return _infeasible(found, options, metric), None
+    line = _describe(analysis, found, metric)
+    if options.accuracy is not None and metric == "accuracy":
+        line += _control(analysis, replica, found, options.accuracy)
+    return line, found
 
 
 def _describe(analysis: Analysis, found: Choice, metric: str) -> str:
@@ -150,6 +201,43 @@ def _describe(analysis: Analysis, found: Choice, metric: str) -> str:
         for name, (cost, score), outputs in sets
     ]
     return f"threshold {found.threshold!r}: " + "; ".join(parts)
+
+
+def _control(analysis: Analysis, replica: int, found: Choice, asked: float) -> str:
+    """How far the validation rows are from an accuracy asked for."""
+    gap = found.validation[1] - asked
+    text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} what was asked for"
+    best = float(analysis.calibration_curve.score[replica].max())
+    if best < asked:
+        text += f" (out of reach: the calibration rows reach {best:.4f} at most)"
+    return text
+
+
+def _certified(
+    analysis: Analysis, replica: int, options: argparse.Namespace, metric: str
+) -> tuple[str, Choice | None]:
+    kind = "risk" if options.risk is not None else "agreement"
+    limit = options.risk if kind == "risk" else 1 - options.agreement
+    found = certified(analysis, replica, kind, limit, options.level)
+    tested = found.certificate
+    what = "lost against the last exit" if kind == "risk" else "answered otherwise"
+    seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
+    if found.choice is None:
+        least = tested.bound if kind == "risk" else 1 - tested.bound
+        asked = options.risk if kind == "risk" else options.agreement
+        return (
+            f"infeasible: the best certified is {kind} {least:.4f} with confidence "
+            f"{options.level:g} ({seen}); asked for {asked:g}",
+            None,
+        )
+    cost, score = found.choice.validation
+    rows = analysis.validation.labels.shape[1]
+    promise = f"at most {tested.bound:.4f} {what} with confidence {options.level:g} ({seen})"
+    return (
+        f"threshold {tested.threshold!r}: {promise}; cost {cost:.4f}, {metric} {score:.4f} on "
+        f"{rows} validation rows",
+        found.choice,
+    )
 
 
 def _infeasible(best: float, options: argparse.Namespace, metric: str) -> str:

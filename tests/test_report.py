@@ -113,7 +113,7 @@ def test_the_slider_shows_the_curve_s_numbers(report, analysis, browser):
             threshold, cost, score = reading(browser)
             exact = simulate_curve(
                 analysis.validation.replica(replica),
-                temperatures=analysis.temperatures[replica : replica + 1],
+                fitted=analysis.fitted.replica(replica),
                 thresholds=np.asarray([threshold - 5e-5, threshold + 5e-5]),
             )
             assert exact.cost[0, 0] - 1e-3 <= cost <= exact.cost[0, 1] + 1e-3

@@ -13,7 +13,7 @@ from scipy.special import softmax
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.outputs import layer_cost
-from sweet_jax.exits.policies import exit_scores, grid_thresholds
+from sweet_jax.exits.policies import Fitted, exit_scores, grid_thresholds
 
 # Few distinct values make ties, between examples and between the exits of one.
 VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 1.0, 3.0])
@@ -87,7 +87,8 @@ def test_confidence_is_the_largest_probability():
     temperatures = np.asarray([[1.0, 2.0, 0.5], [3.0, 1.0, 1.0]])
     wanted = softmax(outputs.logits.astype(float) / temperatures[..., None, None], axis=-1).max(-1)
     for policy in ("confidence", "confidence_float32"):
-        np.testing.assert_allclose(exit_scores(outputs, policy, temperatures), wanted, rtol=1e-6)
+        found = exit_scores(outputs, policy, Fitted(temperatures))
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=100)
@@ -103,7 +104,7 @@ def test_learning_to_exit_equals_brute_force(outputs, data, policy):
         for row in scores.reshape(-1, shape[-1]):
             low, high = row.min(), row.max()
             row[:] = (row - low) / (high - low) if high > low else -np.inf
-    grid = grid_thresholds(policy, 3)
+    grid = grid_thresholds(policy, 3, len(outputs.layers))
     np.testing.assert_allclose(grid, np.arange(11) / 10, atol=1e-15)
     points = simulate(outputs, policy, thresholds=grid)
     for r, t in itertools.product(range(shape[0]), range(11)):
@@ -179,7 +180,7 @@ def test_unknown_policies_name_the_nearest():
 def test_temperature_changes_scores_not_answers(policy):
     rng = np.random.default_rng(1)
     outputs = ExitOutputs(rng.normal(size=(1, 2, 50, 3)), rng.integers(0, 3, 50), [1, 2])
-    hot = simulate(outputs, policy, temperatures=np.full((1, 2), 5.0))
+    hot = simulate(outputs, policy, fitted=Fitted(np.full((1, 2), 5.0)))
     cold = simulate(outputs, policy)
     assert hot.threshold[0, 0] < cold.threshold[0, 0]
     assert hot.score[0, -1] == cold.score[0, -1]

@@ -1,6 +1,6 @@
-"""What follows from the saved outputs of one run: temperatures, curves, and the choice of a dial.
+"""What follows from the saved outputs of one run: what is fitted, curves, and the choice of a dial.
 
-Temperatures and thresholds are fitted on the calibration rows and applied to the validation rows.
+Everything is fitted on the calibration rows and applied to the validation rows.
 
 Shape letters: R replica, E exit, N examples, T thresholds.
 """
@@ -10,10 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sweet_jax.exits.calibration import fit_temperatures
+from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import grid_thresholds
-from sweet_jax.exits.simulation import Curve, simulate
+from sweet_jax.exits.policies import (
+    POLICIES,
+    Fitted,
+    cross_fitted,
+    exit_scores,
+    fit,
+    grid_thresholds,
+)
+from sweet_jax.exits.risk import Certificate, candidates, certify, harms
+from sweet_jax.exits.simulation import Curve, read, simulate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,8 +30,10 @@ class Analysis:
 
     Attributes:
       calibration, validation: outputs of the rows fitted on and of the rows reported.
-      temperatures: float64 [R, E].
-      calibration_curve, curve: exact curves on either, under the run's policy.
+      policy: whose scores the curves are of.
+      fitted: on the calibration rows.
+      calibration_curve, curve: exact curves on either. A policy that reads reliability curves is
+        cross-fitted on the calibration rows.
       grid: the validation curve at the paper's 11 thresholds.
       area: float64 [R], mean score over the cost range on calibration rows.
 
@@ -31,11 +41,17 @@ class Analysis:
 
     calibration: ExitOutputs
     validation: ExitOutputs
-    temperatures: np.ndarray
+    policy: str
+    fitted: Fitted
     calibration_curve: Curve
     curve: Curve
     grid: Curve
     area: np.ndarray
+
+    @property
+    def temperatures(self) -> np.ndarray:
+        """Float64 [R, E]."""
+        return self.fitted.temperatures
 
     @property
     def replicas(self) -> list[tuple[int, float]]:
@@ -75,16 +91,25 @@ def analyse(
     Raises UserError for an unknown policy, or one that needs scores which the outputs lack.
     """
     policy = str(policy or validation.identity.get("policy", "confidence"))
-    temperatures = fit_temperatures(calibration)
-    thresholds = grid_thresholds(policy, validation.logits.shape[-1])
-    on_calibration = simulate(calibration, policy, temperatures=temperatures)
+    check_choice("policy", policy, POLICIES)
+    fitted = fit(calibration)
+    scores = exit_scores(validation, policy, fitted)
+    held_out = (
+        cross_fitted(calibration, policy)
+        if POLICIES[policy].curve
+        else exit_scores(calibration, policy, fitted)
+    )
+    on_calibration = simulate(calibration, lambda *_: held_out)
+    curve = simulate(validation, lambda *_: scores)
+    _, exits, _, classes = validation.logits.shape
     return Analysis(
         calibration,
         validation,
-        temperatures,
+        policy,
+        fitted,
         on_calibration,
-        simulate(validation, policy, temperatures=temperatures),
-        simulate(validation, policy, temperatures=temperatures, thresholds=thresholds),
+        curve,
+        read(curve, grid_thresholds(policy, classes, exits)),
         np.asarray(
             [
                 area(cost, values) if np.isfinite(logits).all() else np.nan
@@ -139,9 +164,13 @@ def choose(
     """The best threshold within a mean cost, or the cheapest with at least a score.
 
     Chosen on calibration rows. Where none will do, the best value that is reachable: the least cost
-    or the largest score.
+    or the largest score. Under PCEE a score is an accuracy, and is the threshold itself: each
+    example leaves where calibration rows like it had that accuracy (Mofakhami et al. 2024), whether
+    or not all of them together reach it.
     """
     curve = analysis.calibration_curve
+    if score is not None and POLICIES[analysis.policy].curve:
+        return apply_threshold(analysis, replica, score)
     if cost is not None:
         fits = np.flatnonzero(curve.cost[replica] <= cost + 1e-12)
         if not len(fits):
@@ -159,14 +188,67 @@ def choose(
 def apply_threshold(analysis: Analysis, replica: int, threshold: float) -> Choice:
     """What a threshold costs and scores on the calibration and on the validation rows."""
 
-    def read(curve: Curve) -> tuple[float, float]:
-        row = curve.threshold[replica]
-        at = min(int(np.searchsorted(row, threshold)), len(row) - 1)
-        return float(curve.cost[replica][at]), float(curve.score[replica][at])
+    def point(curve: Curve) -> tuple[float, float]:
+        at = read(curve, np.asarray([threshold]))
+        return float(at.cost[replica, 0]), float(at.score[replica, 0])
 
-    return Choice(threshold, read(analysis.calibration_curve), read(analysis.curve))
+    return Choice(threshold, point(analysis.calibration_curve), point(analysis.curve))
 
 
 def full_score(analysis: Analysis, replica: int) -> Choice | float:
     """The cheapest threshold that keeps the last exit's score on the calibration rows."""
     return choose(analysis, replica, score=float(analysis.calibration_curve.score[replica][-1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Certified:
+    """A certificate, and what its threshold does; choice is None where nothing was certified.
+
+    Half of the calibration rows fitted what the scores read (`fitted`), the other half was tested:
+    the threshold is for scores of these, not of all rows' fit.
+    """
+
+    certificate: Certificate
+    fitted: Fitted
+    choice: Choice | None
+
+
+def certified(
+    analysis: Analysis, replica: int, kind: str, limit: float, level: float = 0.95
+) -> Certified:
+    """The cheapest threshold whose harm is certified, see `risk.certify`.
+
+    kind: "risk" (accuracy lost against the last exit) or "agreement" (answers that differ from its
+    own), limit: the largest share, level: of confidence. Raises UserError where the rows fitted on
+    are the ones reported, which certify nothing.
+    """
+    if analysis.validation.identity.get("fitted_on", "held_out") != "held_out":
+        raise UserError(
+            "a certificate needs calibration rows that are held out; this run's preset fitted on "
+            "the validation rows: train without --config.preset"
+        )
+    rows = np.random.default_rng(0).permutation(analysis.calibration.labels.shape[1])
+    fitting, tested = (
+        analysis.calibration.rows(half).replica(replica)
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])
+    )
+    if not fitting.labels.size:
+        raise UserError("a certificate needs two calibration rows or more")
+    fitted = fit(fitting)
+    certificate = certify(
+        exit_scores(tested, analysis.policy, fitted)[0],
+        harms(tested, 0, kind),
+        candidates(exit_scores(fitting, analysis.policy, fitted)[0]),
+        kind=kind,
+        limit=limit,
+        level=level,
+    )
+    if certificate.threshold is None:
+        return Certified(certificate, fitted, None)
+    points = []
+    for outputs in (tested, analysis.validation.replica(replica)):
+        at = simulate(
+            outputs, analysis.policy, fitted=fitted, thresholds=np.asarray([certificate.threshold])
+        )
+        points.append((float(at.cost[0, 0]), float(at.score[0, 0])))
+    return Certified(certificate, fitted, Choice(certificate.threshold, points[0], points[1]))

@@ -1,17 +1,38 @@
-"""Temperature scaling (Guo et al. 2017, arXiv 1706.04599), exactly, and reliability.
+"""What held-out rows say of an exit's confidence: temperatures, reliability, and how good it is.
 
-Shape letters: R replica, E exit, N examples, C classes.
+Shape letters: R replica, E exit, N examples, C classes, K knots.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import softmax
+from scipy.optimize import brentq, isotonic_regression
+from scipy.special import log_softmax, softmax
+from scipy.stats import rankdata
 
 from sweet_jax.exits.outputs import ExitOutputs
 
 # Where every calibration row is right, the likelihood rises for ever as T falls (and where the
 # logits say nothing, as T grows): T stops here.
 TEMPERATURE_RANGE = (1e-2, 1e2)
+
+# The four kinds of reliability curve. PCEE's bins and smoothing are not known (its paper leaves
+# them open): ten bins over (1/C, 1), the range of a largest probability, and a Gaussian kernel
+# whose width is half a bin.
+CURVES = ("equal_width", "equal_mass", "isotonic", "kernel")
+_BINS = 10
+_KNOTS = 201  # of the smoothed curve; linear between them
+# A bin's share of right answers is shrunk towards the exit's own by as much as this many rows that
+# had the exit's share would: a bin of one row must not say 100%.
+_PRIOR_ROWS = 5.0
+
+
+def probabilities(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """Softmax of logits / temperature, float64 [R, E, N, C]."""
+    scaled = outputs.logits.astype(np.float64) / temperatures[..., None, None]
+    return np.exp(log_softmax(scaled, axis=-1))
 
 
 def fit_temperatures(outputs: ExitOutputs) -> np.ndarray:
@@ -30,8 +51,8 @@ def fit_temperatures(outputs: ExitOutputs) -> np.ndarray:
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T in TEMPERATURE_RANGE that minimises the mean NLL of softmax(logits / T).
 
-    The NLL is convex in 1/T, so its derivative, E_p[z] - z_y on average, has one zero: found by
-    Brent's method.
+    Temperature scaling (Guo et al. 2017, arXiv 1706.04599), exactly: the NLL is convex in 1/T, so
+    its derivative, E_p[z] - z_y on average, has one zero, found by Brent's method.
 
     Args:
       logits: float [N, C].
@@ -52,6 +73,93 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     if slope(high) <= 0:
         return TEMPERATURE_RANGE[0]
     return 1 / float(brentq(slope, low, high, xtol=1e-12, rtol=1e-12))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReliabilityCurve:
+    """The share of right answers as a function of a score: what held-out rows had.
+
+    Attributes:
+      x: float64 [K], ascending.
+      y: float64 [K]; where `steps`, y[i] holds from x[i] up to x[i + 1], else linear between. The
+        first and last hold beyond the ends.
+      steps: piecewise constant, or linear.
+
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    steps: bool
+
+    def __call__(self, score: np.ndarray) -> np.ndarray:
+        """The curve at scores of any shape, float64; NaN at NaN."""
+        score = np.asarray(score, np.float64)
+        if self.steps:
+            at = np.searchsorted(self.x, score, side="right") - 1
+            found = self.y[np.clip(at, 0, len(self.y) - 1)]
+        else:
+            found = np.interp(score, self.x, self.y)
+        return np.where(np.isnan(score), np.nan, found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in exits.json; `from_dict` gives it back exactly."""
+        return {"x": self.x.tolist(), "y": self.y.tolist(), "steps": self.steps}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ReliabilityCurve":
+        """What `as_dict` gave."""
+        x, y = (np.asarray(values[k], np.float64) for k in ("x", "y"))
+        return cls(x, y, bool(values["steps"]))
+
+
+def fit_curve(
+    kind: str, score: np.ndarray, right: np.ndarray, low: float = 0.0
+) -> ReliabilityCurve:
+    """The reliability curve of one exit, of one of the kinds in CURVES.
+
+    Bins, the blocks of an isotonic fit, and kernel averages alike are shrunk towards the exit's
+    mean as if by five more rows. A score that is not finite gives a curve that is NaN.
+
+    Args:
+      kind: "equal_width", "equal_mass" (bins), "isotonic" (the rising curve of least squares,
+        Zadrozny & Elkan 2002), or "kernel" (Nadaraya-Watson, linear between knots).
+      score: float [N], from `low` to 1.
+      right: bool [N].
+      low: the smallest score there can be.
+
+    """
+    if not np.isfinite(score).all():
+        return ReliabilityCurve(np.zeros(1), np.full(1, np.nan), True)
+    mean = float(right.mean())
+    if kind == "kernel":
+        x = np.linspace(low, 1, _KNOTS)
+        width = (1 - low) / _BINS / 2
+        weight = np.exp(-0.5 * ((x[:, None] - score) / width) ** 2)  # [K, N]
+        total, hits = weight.sum(axis=1), weight @ right
+        return ReliabilityCurve(x, _shrunk(hits, total, mean), False)
+    order = np.argsort(score, kind="stable")
+    score, right = score[order], right[order]
+    if kind == "equal_width":
+        x = np.linspace(low, 1, _BINS + 1)[:-1]
+    elif kind == "equal_mass":
+        places = np.linspace(0, len(score), _BINS, endpoint=False).astype(int)
+        x = np.unique(score[places])
+    else:
+        x, first = np.unique(score, return_index=True)
+        count = np.diff(np.append(first, len(score)))
+        rising = isotonic_regression(np.add.reduceat(right, first) / count, weights=count).x
+        # Rows that tie in the fit are one block.
+        x = x[np.append(True, np.diff(rising) > 1e-12)]
+    place = np.clip(np.searchsorted(x, score, side="right") - 1, 0, len(x) - 1)
+    count = np.bincount(place, minlength=len(x))
+    y = _shrunk(np.bincount(place, right, len(x)), count, mean)
+    if kind == "isotonic":  # shrunk by their counts, small blocks can fall below larger ones
+        y = isotonic_regression(y, weights=count + _PRIOR_ROWS).x
+    return ReliabilityCurve(x, y, True)
+
+
+def _shrunk(hits: np.ndarray, count: np.ndarray, mean: float) -> np.ndarray:
+    return (hits + _PRIOR_ROWS * mean) / (count + _PRIOR_ROWS)
 
 
 def reliability(
@@ -83,3 +191,43 @@ def expected_calibration_error(
     mean, share, count = reliability(confidence, correct, bins)
     used = count > 0
     return float((np.abs(mean - share)[used] * count[used]).sum() / count.sum())
+
+
+def quality(outputs: ExitOutputs, temperatures: np.ndarray) -> list[list[dict[str, float | None]]]:
+    """How good each exit's confidence is, for every replica and exit; None where it diverged.
+
+    ece: expected calibration error of the largest probability, ten bins. nll: mean negative log
+    likelihood of the label. brier: mean squared distance of the probabilities from the label's
+    (Brier 1950, summed over classes: 0 to 2). auroc: the chance that a right answer has a larger
+    confidence than a wrong one, ties counted half; None where all are right, or none.
+
+    temperatures: float [R, E].
+    """
+    found = []
+    for r, labels in enumerate(outputs.labels):
+        scaled = outputs.logits[r].astype(np.float64) / temperatures[r][:, None, None]
+        rows = []
+        for logs in log_softmax(scaled, axis=-1):  # [N, C]
+            sound = bool(np.isfinite(logs).all())
+            rows.append(_quality(logs, labels) if sound else dict.fromkeys(_QUALITIES))
+        found.append(rows)
+    return found
+
+
+_QUALITIES = ("ece", "nll", "brier", "auroc")
+
+
+def _quality(logs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """Of log probabilities [N, C] and labels [N]."""
+    p, rows = np.exp(logs), np.arange(len(labels))
+    sure, right = p.max(axis=-1), logs.argmax(axis=-1) == labels
+    hits, misses = int(right.sum()), int((~right).sum())
+    auroc = None
+    if hits and misses:  # Mann-Whitney's U
+        auroc = float((rankdata(sure)[right].sum() - hits * (hits + 1) / 2) / (hits * misses))
+    return {
+        "ece": expected_calibration_error(sure, right),
+        "nll": float(-logs[rows, labels].mean()),
+        "brier": float((p**2).sum(axis=-1).mean() - 2 * p[rows, labels].mean() + 1),
+        "auroc": auroc,
+    }

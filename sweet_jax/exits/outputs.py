@@ -82,6 +82,16 @@ class ExitOutputs:
             exit_scores=None if scores is None else scores[index : index + 1],
         )
 
+    def rows(self, index: np.ndarray) -> "ExitOutputs":
+        """Some of the examples: index int [N'], of all replicas alike."""
+        scores = self.exit_scores
+        return dataclasses.replace(
+            self,
+            logits=self.logits[:, :, index],
+            labels=self.labels[:, index],
+            exit_scores=None if scores is None else scores[:, :, index],
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes one .npz, whole or not at all."""
         arrays: dict[str, Any] = {

@@ -3,12 +3,21 @@
 Shape letters: R replica, E exit, N examples, C classes.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
 
 from sweet_jax.config import UserError, check_choice
+from sweet_jax.exits.calibration import (
+    CURVES,
+    ReliabilityCurve,
+    fit_curve,
+    fit_temperatures,
+    probabilities,
+)
 from sweet_jax.exits.outputs import ExitOutputs
 
 # A policy maps outputs and temperatures [R, E] to scores float64 [R, E, N]; higher means "answer
@@ -18,10 +27,77 @@ Policy = Callable[[ExitOutputs, np.ndarray], np.ndarray]
 _BELOW_ONE = np.nextafter(1.0, 0.0)
 
 
-def probabilities(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """Softmax of logits / temperature, float64 [R, E, N, C]."""
-    scaled = outputs.logits.astype(np.float64) / temperatures[..., None, None]
-    return np.exp(log_softmax(scaled, axis=-1))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """What calibration rows say of every exit, before any threshold is chosen.
+
+    Attributes:
+      temperatures: float64 [R, E], 1 where nothing was fitted.
+      curves: by kind, for every replica and exit: the share of right answers at a confidence
+        (after temperature). Empty where nothing was fitted.
+
+    """
+
+    temperatures: np.ndarray
+    curves: Mapping[str, tuple[tuple[ReliabilityCurve, ...], ...]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def replica(self, index: int) -> "Fitted":
+        """One replica's alone, R = 1."""
+        curves = {kind: every[index : index + 1] for kind, every in self.curves.items()}
+        return Fitted(self.temperatures[index : index + 1], curves)
+
+    def as_dict(self) -> dict[str, Any]:
+        """One replica's, R = 1, as it stands in exits.json; `from_dict` gives it back exactly."""
+        (temperatures,) = self.temperatures.tolist()
+        return {
+            "temperatures": [t if np.isfinite(t) else None for t in temperatures],
+            "curves": {k: [c.as_dict() for c in every[0]] for k, every in self.curves.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Fitted":
+        """What `as_dict` gave, R = 1."""
+        temperatures = np.asarray([values["temperatures"]], np.float64)  # None becomes NaN
+        curves = {
+            kind: (tuple(ReliabilityCurve.from_dict(c) for c in every),)
+            for kind, every in values["curves"].items()
+        }
+        return cls(temperatures, curves)
+
+
+def fit(calibration: ExitOutputs) -> Fitted:
+    """Temperatures, and reliability curves of every kind of what is confident after them."""
+    temperatures = fit_temperatures(calibration)
+    levels = probabilities(calibration, temperatures).max(axis=-1)  # [R, E, N]
+    right = calibration.predictions == calibration.labels[:, None]  # [R, E, N]
+    low = 1 / calibration.logits.shape[-1]
+    curves = {
+        kind: tuple(
+            tuple(fit_curve(kind, s, r, low) for s, r in zip(*replica, strict=True))
+            for replica in zip(levels, right, strict=True)
+        )
+        for kind in CURVES
+    }
+    return Fitted(temperatures, curves)
+
+
+def cross_fitted(calibration: ExitOutputs, policy: str | Policy, folds: int = 5) -> np.ndarray:
+    """Scores [R, E, N] of calibration rows, each by what the rows of the other folds say.
+
+    A threshold chosen on scores that were read off the same rows' own curve would promise too much.
+    The folds are drawn by a fixed seed; a single row is left to its own fit.
+    """
+    count = calibration.labels.shape[1]
+    part = np.random.default_rng(0).permutation(count) % folds  # [N]
+    scores = np.empty(calibration.logits.shape[:3])
+    for fold in np.unique(part):
+        own = np.flatnonzero(part == fold)
+        others = np.flatnonzero(part != fold)
+        fitted = fit(calibration.rows(others if len(others) else own))
+        scores[..., own] = exit_scores(calibration.rows(own), policy, fitted)
+    return scores
 
 
 def confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
@@ -32,6 +108,11 @@ def confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     return np.minimum(probabilities(outputs, temperatures).max(axis=-1), _BELOW_ONE)
 
 
+def raw_confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """The same of the logits as they are, whatever the temperatures."""
+    return confidence(outputs, np.ones_like(temperatures))
+
+
 def confidence_float32(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     """Largest probability in float32, as the release computes it: 1.0 at a logit gap of about 17,
     so that sure examples leave early at a threshold of 1 too.
@@ -40,6 +121,48 @@ def confidence_float32(outputs: ExitOutputs, temperatures: np.ndarray) -> np.nda
     exponent = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     largest = 1 / exponent.sum(axis=-1)
     return largest.astype(np.float32).astype(np.float64)
+
+
+def entropy(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """1 - entropy / log C, below 1: 0 where all classes are equally likely (BranchyNet's rule,
+    Teerapittayanon et al. 2016, turned round so that higher means sure).
+    """
+    scaled = outputs.logits.astype(np.float64) / temperatures[..., None, None]
+    logs = log_softmax(scaled, axis=-1)  # [R, E, N, C]
+    with np.errstate(invalid="ignore"):  # 0 times -inf, of a probability that is 0
+        terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)
+    share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))
+    return np.minimum(1 + share, _BELOW_ONE)
+
+
+def margin(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """Largest probability less the second largest, below 1."""
+    ordered = np.sort(probabilities(outputs, temperatures), axis=-1)  # [R, E, N, C]
+    second = ordered[..., -2] if ordered.shape[-1] > 1 else 0.0
+    return np.minimum(ordered[..., -1] - second, _BELOW_ONE)
+
+
+def patience(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """How many exits in a row, this one the last, give this exit's class: 1 to E (PABEE, Zhou et
+    al. 2020, arXiv 2006.04152, whose patience p is a threshold of p + 1).
+    """
+    given = outputs.predictions
+    score = np.ones(given.shape)
+    for e in range(1, given.shape[1]):
+        score[:, e] += np.where(given[:, e] == given[:, e - 1], score[:, e - 1], 0)
+    # A diverged exit's answers agree with each other, and mean nothing.
+    return np.where(np.isfinite(outputs.logits).all(axis=-1), score, np.nan)
+
+
+def voting(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """Confidences of the exits so far that give this exit's class, summed: confidence and patience
+    in one number, up to E.
+    """
+    given, sure = outputs.predictions, confidence(outputs, temperatures)
+    agree = given[:, :, None] == given[:, None]  # [R, E, earlier E, N]
+    earlier = np.tri(given.shape[1], dtype=bool)[..., None]
+    votes = np.where(agree & earlier, np.nan_to_num(sure)[:, None], 0).sum(axis=2)
+    return np.where(np.isnan(sure), np.nan, votes)
 
 
 def learning_to_exit(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
@@ -71,37 +194,80 @@ def _learned(outputs: ExitOutputs) -> np.ndarray:
     return outputs.exit_scores.astype(np.float64)
 
 
-POLICIES: dict[str, Policy] = {
-    "confidence": confidence,
-    "confidence_float32": confidence_float32,
-    "learning_to_exit": learning_to_exit,
-    "learning_to_exit_min_max": learning_to_exit_min_max,
+class Rule(NamedTuple):
+    """A policy that has a name."""
+
+    score: Policy
+    about: str
+    curve: str = ""  # the kind of reliability curve that the score is read through, if any
+    by_exits: bool = False
+    low: float | None = 0.0  # its smallest score; None = 1 / C
+
+
+# PCEE (Mofakhami et al. 2024, arXiv 2412.19325): the accuracy that calibration rows of the same
+# confidence had at this exit, so that the threshold is an accuracy.
+POLICIES: dict[str, Rule] = {
+    "confidence": Rule(confidence, "largest probability, after temperature", low=None),
+    "raw_confidence": Rule(raw_confidence, "largest probability, no temperature", low=None),
+    "confidence_float32": Rule(
+        confidence_float32, "largest probability in float32, as SWEET's release", low=None
+    ),
+    "entropy": Rule(entropy, "1 - entropy / log C, after temperature"),
+    "margin": Rule(margin, "largest probability less the second, after temperature"),
+    "patience": Rule(patience, "exits in a row that agree: 1, 2, ...", by_exits=True, low=1.0),
+    "voting": Rule(voting, "summed confidence of the exits that agree", by_exits=True),
+    "learning_to_exit": Rule(learning_to_exit, "what the learning-to-exit heads say"),
+    "learning_to_exit_min_max": Rule(
+        learning_to_exit_min_max, "the same over its range on these rows, as SWEET's release"
+    ),
+    "pcee": Rule(confidence, "accuracy of calibration rows in bins of equal width", "equal_width"),
+    "pcee_equal_mass": Rule(
+        confidence, "accuracy of calibration rows in bins of equal counts", "equal_mass"
+    ),
+    "pcee_isotonic": Rule(
+        confidence, "accuracy of calibration rows, rising with confidence", "isotonic"
+    ),
+    "pcee_ws": Rule(confidence, "accuracy of calibration rows, smoothed (PCEE-WS)", "kernel"),
 }
 
 
-def grid_thresholds(policy: str, classes: int) -> np.ndarray:
-    """The paper's 11 thresholds, float64 [11]: evenly spaced over the range of the policy's scores.
+def grid_thresholds(policy: str, classes: int, exits: int, points: int = 11) -> np.ndarray:
+    """Thresholds evenly spaced over the range of the policy's scores, float64 [points].
 
-    That is (1/C, 1) for a largest probability (section 5.1), (0, 1) for learning-to-exit.
+    That is (1/C, 1) for a largest probability, the paper's 11 (section 5.1), (0, 1) for most
+    others; patience counts, and has one for each exit.
     """
-    low = 0.0 if policy.startswith("learning_to_exit") else 1 / classes
-    return np.linspace(low, 1, 11)
+    rule = POLICIES[policy]
+    if policy == "patience":
+        return np.arange(1.0, exits + 1)
+    low = 1 / classes if rule.low is None else rule.low
+    return np.linspace(low, exits if rule.by_exits else 1.0, points)
 
 
 def exit_scores(
-    outputs: ExitOutputs, policy: str | Policy, temperatures: np.ndarray | None = None
+    outputs: ExitOutputs, policy: str | Policy, fitted: Fitted | None = None
 ) -> np.ndarray:
     """Scores [R, E, N] of a policy by name, or of the user's own function.
 
-    temperatures: float [R, E], default 1. A score that is not a number counts as -inf: what
-    diverged never answers before the last exit. Raises UserError for an unknown name.
+    Without `fitted`, temperatures are 1. A score that is not a number counts as -inf: what diverged
+    never answers before the last exit. Raises UserError for an unknown name, or a policy that
+    reads curves where none are fitted.
     """
-    if temperatures is None:
-        temperatures = np.ones(outputs.logits.shape[:2])
+    if fitted is None:
+        fitted = Fitted(np.ones(outputs.logits.shape[:2]))
+    curves = None
     if isinstance(policy, str):
         check_choice("policy", policy, POLICIES)
-        policy = POLICIES[policy]
-    scores = np.asarray(policy(outputs, temperatures), np.float64)
+        rule = POLICIES[policy]
+        if rule.curve:
+            curves = fitted.curves.get(rule.curve)
+            if curves is None:
+                raise UserError(f"the policy {policy!r} needs calibration rows: give them too")
+        policy = rule.score
+    scores = np.asarray(policy(outputs, fitted.temperatures), np.float64)
     if scores.shape != outputs.logits.shape[:3]:
         raise ValueError(f"a policy must return [R, E, N]; got {scores.shape}")
+    if curves is not None:
+        pairs = zip(curves, scores, strict=True)
+        scores = np.stack([[c(s) for c, s in zip(*pair, strict=True)] for pair in pairs])
     return np.where(np.isnan(scores), -np.inf, scores)

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import Policy, exit_scores
+from sweet_jax.exits.policies import Fitted, Policy, exit_scores, fit
 from sweet_jax.exits.scores import from_counts
 
 
@@ -40,7 +40,8 @@ def simulate(
     outputs: ExitOutputs,
     policy: str | Policy = "confidence",
     *,
-    temperatures: np.ndarray | None = None,
+    calibration: ExitOutputs | None = None,
+    fitted: Fitted | None = None,
     metric: str | None = None,
     thresholds: np.ndarray | None = None,
 ) -> Curve:
@@ -51,31 +52,39 @@ def simulate(
       policy: name of a policy, or a function of (outputs, temperatures [R, E]) that returns scores
         [R, E, N]; an example leaves at the first exit whose score is at least the threshold, the
         last exit takes the rest.
-      temperatures: float [R, E] that logits are divided by, default 1.
+      calibration: of held-out rows of the same replicas: temperatures are fitted on them, and the
+        reliability curves that PCEE reads (its threshold is an accuracy).
+      fitted: what was fitted before, instead; without both, temperatures are 1.
       metric: "accuracy", "matthews" or "f1"; default the one in outputs.identity, else accuracy.
       thresholds: float [T], to read the curve there; default every distinct one.
 
     Raises:
-      UserError: unknown policy.
+      UserError: unknown policy, or one that needs calibration rows or scores that are not there.
 
     """
     metric = metric or outputs.identity.get("metric", "accuracy")
-    scores = exit_scores(outputs, policy, temperatures)
+    if fitted is None and calibration is not None:
+        fitted = fit(calibration)
+    scores = exit_scores(outputs, policy, fitted)
     curves = [
         _simulate_one(s, p, labels, outputs, metric)
         for s, p, labels in zip(scores, outputs.predictions, outputs.labels, strict=True)
     ]
-    if thresholds is not None:
-        curves = [read_curve(curve, np.asarray(thresholds, np.float64)) for curve in curves]
-    return _stack(curves)
+    exact = _stack(curves)
+    return exact if thresholds is None else read(exact, np.asarray(thresholds, np.float64))
 
 
-def read_curve(curve: Curve, thresholds: np.ndarray) -> Curve:
-    """The points of one replica's exact curve (arrays [T'], no R) at any thresholds [T]."""
-    # A threshold between two distinct ones does what the next higher one does.
-    at = np.searchsorted(curve.threshold, thresholds, side="left")
-    at = np.minimum(at, len(curve.threshold) - 1)
-    return Curve(thresholds, curve.cost[at], curve.score[at], curve.shares[at])
+def read(curve: Curve, thresholds: np.ndarray) -> Curve:
+    """The points of an exact curve at any thresholds [T]."""
+
+    def one(threshold, cost, score, shares):
+        # A threshold between two distinct ones does what the next higher one does.
+        at = np.searchsorted(threshold, thresholds, side="left")
+        at = np.minimum(at, len(threshold) - 1)
+        return Curve(thresholds, cost[at], score[at], shares[at])
+
+    fields = (getattr(curve, field.name) for field in dataclasses.fields(Curve))
+    return _stack([one(*replica) for replica in zip(*fields, strict=True)])
 
 
 def _simulate_one(

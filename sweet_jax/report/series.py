@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.calibration import expected_calibration_error, reliability
-from sweet_jax.exits.policies import probabilities
+from sweet_jax.exits.calibration import expected_calibration_error, probabilities, reliability
 
 # Viridis from dark to light: exits in order of depth, told apart without colour vision too.
 _COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")

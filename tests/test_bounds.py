@@ -1,0 +1,203 @@
+"""Oracles and floors against enumeration; certificates against their own promise."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from test_policies import known_table
+from test_simulation import tables
+
+from sweet_jax import ExitOutputs, simulate
+from sweet_jax.config import UserError
+from sweet_jax.exits.analysis import analyse, certified
+from sweet_jax.exits.bounds import Frontier, best_thresholds, floor, oracle, share_of_gap
+from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.risk import candidates, certify, harms, upper_bound
+
+
+def plain_place(kind, given, label, deepest):
+    """The exit (from 0) that an oracle sends one example to."""
+    for e in range(deepest + 1):
+        later = given[e:]
+        if kind == "any_correct" and given[e] == label:
+            return e
+        if kind == "stable" and all(g == label for g in later):
+            return e
+        if kind == "agreement" and given[e] == given[-1]:
+            return e
+    return 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables())
+def test_oracles_equal_a_loop_over_examples(outputs):
+    given, labels = outputs.predictions[0].T.tolist(), outputs.labels[0].tolist()
+    for kind in ("stable", "agreement", "any_correct"):
+        frontier = oracle(outputs, 0, kind)
+        for deepest in range(len(outputs.layers)):
+            places = [
+                plain_place(kind, g, label, deepest) for g, label in zip(given, labels, strict=True)
+            ]
+            cost = np.mean([outputs.cost[p] for p in places])
+            right = [g[p] == label for g, p, label in zip(given, places, labels, strict=True)]
+            np.testing.assert_allclose(frontier.cost[deepest], cost)
+            np.testing.assert_allclose(frontier.score[deepest], np.mean(right))
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables())
+def test_no_way_to_choose_exits_beats_the_any_correct_oracle(outputs):
+    outputs = outputs.rows(np.arange(min(4, outputs.labels.shape[1])))
+    exits, count = outputs.logits.shape[1:3]
+    frontier = oracle(outputs, 0, "any_correct")
+    right = outputs.predictions[0] == outputs.labels[0]
+    for places in itertools.product(range(exits), repeat=count):
+        cost = np.mean([outputs.cost[p] for p in places])
+        score = np.mean([right[p, n] for n, p in enumerate(places)])
+        assert score <= np.interp(cost, frontier.cost, frontier.score) + 1e-9
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables())
+def test_the_floor_is_the_upper_hull_of_the_exits(outputs):
+    low = floor(outputs, 0)
+    alone = (outputs.predictions[0] == outputs.labels[0]).mean(axis=1)
+    assert np.all(np.interp(outputs.cost, low.cost, low.score) >= alone - 1e-12)
+    assert {*low.cost} <= {*outputs.cost}  # its corners are exits
+    assert np.all(np.diff(np.diff(low.score) / np.diff(low.cost)) < 1e-12)  # and it is concave
+
+
+def test_the_share_of_the_gap_is_0_at_the_floor_and_1_at_the_oracle():
+    low = Frontier(np.asarray([0.25, 1.0]), np.asarray([0.5, 0.8]))
+    high = Frontier(np.asarray([0.25, 0.4]), np.asarray([0.5, 0.9]))
+    assert share_of_gap(low, low, high) == 0
+    assert share_of_gap(high, low, high) == 1
+    half = Frontier(np.asarray([0.25, 0.4, 1.0]), np.asarray([0.5, 0.73, 0.85]))
+    assert share_of_gap(half, low, high) == pytest.approx(0.5)
+    assert share_of_gap(low, low, low) is None
+
+
+def test_thresholds_of_their_own_are_at_least_as_good_as_one_for_all():
+    """On exits whose confidences mean different things, much better; enumeration finds no more."""
+    outputs, _ = known_table(60, seed=3)
+    scores = exit_scores(outputs, "confidence")[0].round(1)
+    scores[1] = 1 - scores[1]  # the second exit is sure where it is wrong
+    frontier, limits = best_thresholds(outputs, 0, scores)
+    right = (outputs.predictions[0] == outputs.labels[0]).astype(float)
+    levels = [[*np.unique(scores[e]), np.inf] for e in range(2)]
+
+    def point(pair):
+        place = (scores >= np.asarray([*pair, -np.inf])[:, None]).argmax(axis=0)
+        return outputs.cost[place].mean(), right[place, np.arange(60)].mean()
+
+    every = np.asarray([point(pair) for pair in itertools.product(*levels)])
+    for (cost, score), pair in zip(
+        zip(frontier.cost, frontier.score, strict=True), limits, strict=True
+    ):
+        np.testing.assert_allclose((cost, score), point(pair))
+    for slope in (0.05, 0.3, 1.0):
+        best = (every[:, 1] - slope * every[:, 0]).max()
+        ours = (frontier.score - slope * frontier.cost).max()
+        curve = simulate(outputs, lambda *_: scores[None])
+        one = (curve.score[0] - slope * curve.cost[0]).max()
+        assert one - 1e-2 <= ours <= best + 1e-12
+        assert ours >= best - 0.02
+
+
+def plain_harm(kind, given, label, e):
+    last = given[-1]
+    return (last == label and given[e] != label) if kind == "risk" else given[e] != last
+
+
+@settings(deadline=None, max_examples=40)
+@given(tables())
+def test_harms_equal_a_loop(outputs):
+    for kind in ("risk", "agreement"):
+        found = harms(outputs, 0, kind)
+        for n, label in enumerate(outputs.labels[0]):
+            column = outputs.predictions[0][:, n].tolist()
+            for e in range(len(column)):
+                assert found[e, n] == plain_harm(kind, column, label, e)
+    other = ExitOutputs(outputs.logits, 0 * outputs.labels, outputs.layers)
+    np.testing.assert_array_equal(harms(outputs, 0, "agreement"), harms(other, 0, "agreement"))
+
+
+def test_the_bound_is_clopper_and_pearson_s():
+    """Its defining property: at the bound, so few hits have a chance of exactly alpha."""
+    from scipy.stats import binom
+
+    for hits, total in ((0, 50), (3, 50), (49, 50)):
+        bound = upper_bound(hits, total, 0.9)
+        assert binom.cdf(hits, total, bound) == pytest.approx(0.1)
+    assert upper_bound(7, 7, 0.9) == 1.0
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("risk", 0.05), ("agreement", 0.12)])
+def test_certificates_are_broken_no_more_often_than_promised(kind, limit):
+    """Over 1,000 draws of calibration rows from a large known population."""
+    population, _ = known_table(20_000, seed=11)
+    # Exits that agree more than independent ones do: the second copies the third in four of five.
+    rng, logits = np.random.default_rng(0), population.logits.copy()
+    for e in (1, 0):
+        copied = rng.random(20_000) < 0.8
+        logits[0, e, copied] = logits[0, e + 1, copied]
+    population = ExitOutputs(logits, population.labels, population.layers)
+    scores, harmful = exit_scores(population, "confidence")[0], harms(population, 0, kind)
+    points = np.maximum.accumulate(scores[:-1], axis=0)
+    thresholds = candidates(scores[:, :500])
+    alpha, draws, broken, certified_any = 0.1, 1000, 0, 0
+    for _ in range(draws):
+        rows = rng.integers(500, 20_000, 300)
+        found = certify(
+            scores[:, rows], harmful[:, rows], thresholds, kind=kind, limit=limit, level=1 - alpha
+        )
+        if found.threshold is None:
+            continue
+        certified_any += 1
+        place = (points < found.threshold).sum(axis=0)
+        true = np.take_along_axis(harmful, place[None], axis=0).mean()
+        broken += true > limit
+    # Three standard errors of the count beyond alpha.
+    assert broken / draws <= alpha + 3 * np.sqrt(alpha * (1 - alpha) / draws)
+    assert certified_any > 0.5 * draws  # and it does promise something
+
+
+def test_what_cannot_be_certified_is_refused_with_the_best_that_can():
+    outputs, _ = known_table(40, seed=12)
+    scores = exit_scores(outputs, "confidence")[0]
+    found = certify(
+        scores, harms(outputs, 0, "risk"), candidates(scores), kind="risk", limit=0.01, level=0.95
+    )
+    assert found.threshold is None
+    assert found.bound >= upper_bound(0, 40, 0.95) > 0.01
+    one = ExitOutputs(outputs.logits[:, :1], outputs.labels, [1])
+    alone = exit_scores(one, "confidence")[0]
+    assert (
+        certify(alone, harms(one, 0, "risk"), candidates(alone), kind="risk", limit=0.5).threshold
+        is None
+    )
+
+
+def test_a_run_s_certificate_tests_rows_that_fitted_nothing():
+    calibration, validation = known_table(2000, seed=13)[0], known_table(2000, seed=14)[0]
+    analysis = analyse(calibration, validation, "pcee_isotonic")
+    found = certified(analysis, 0, "risk", 0.3, 0.9)
+    assert found.certificate.rows == 1000
+    assert found.choice is not None
+    assert found.certificate.bound <= 0.3
+    point = simulate(
+        validation,
+        "pcee_isotonic",
+        fitted=found.fitted,
+        thresholds=np.asarray([found.certificate.threshold]),
+    )
+    np.testing.assert_allclose(found.choice.validation, (point.cost[0, 0], point.score[0, 0]))
+    reported = ExitOutputs(
+        validation.logits,
+        validation.labels,
+        validation.layers,
+        identity={"fitted_on": "validation"},
+    )
+    with pytest.raises(UserError, match="needs calibration rows that are held out"):
+        certified(analyse(calibration, reported), 0, "risk", 0.3)

@@ -1,0 +1,268 @@
+"""Every policy against a plain loop over examples; reliability curves and what PCEE promises."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_simulation import brute_force, tables
+
+from sweet_jax import ExitOutputs, simulate
+from sweet_jax.config import UserError
+from sweet_jax.exits.analysis import analyse, choose
+from sweet_jax.exits.calibration import CURVES, ReliabilityCurve, fit_curve, quality
+from sweet_jax.exits.policies import (
+    POLICIES,
+    Fitted,
+    cross_fitted,
+    exit_scores,
+    fit,
+    grid_thresholds,
+)
+
+
+def softmax(logits, temperature):
+    above = [math.exp((z - max(logits)) / temperature) for z in logits]
+    return [a / sum(above) for a in above]
+
+
+def plain(policy, logits, temperatures, curves, learned, e):
+    """The score of one example at exit e, from its logits [E][C] alone."""
+    p = [softmax(z, t) for z, t in zip(logits, temperatures, strict=True)]
+    given = [z.index(max(z)) for z in logits]
+    match policy:
+        case "confidence" | "confidence_float32":
+            return max(p[e])
+        case "raw_confidence":
+            return max(softmax(logits[e], 1.0))
+        case "entropy":
+            return 1 + sum(q * math.log(q) for q in p[e] if q) / math.log(len(p[e]))
+        case "margin":
+            return sorted(p[e])[-1] - sorted(p[e])[-2]
+        case "patience":
+            run = 1
+            while run <= e and given[e - run] == given[e]:
+                run += 1
+            return run
+        case "voting":
+            return sum(max(p[j]) for j in range(e + 1) if given[j] == given[e])
+        case "learning_to_exit":
+            return learned[e]
+    kind = {"pcee": "equal_width", "pcee_ws": "kernel"}.get(policy) or policy.removeprefix("pcee_")
+    curve = curves[kind][e]
+    if not curve.steps:
+        return float(np.interp(max(p[e]), curve.x, curve.y))
+    return curve.y[max(0, sum(x <= max(p[e]) for x in curve.x) - 1)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables(), tables(), st.sampled_from([p for p in POLICIES if not p.endswith("min_max")]))
+def test_every_policy_equals_a_loop_over_examples(outputs, other, policy):
+    r, e, n, c = outputs.logits.shape
+    rng = np.random.default_rng(n)
+    learned = rng.choice([0.0, 0.25, 0.5, 0.9], (r, e, n))
+    outputs = dataclasses.replace(outputs, exit_scores=learned)
+    low = 1 / c
+    temperatures = rng.choice([0.5, 1.0, 2.0], (r, e))
+    sure = rng.uniform(low, 1, 20)
+    curves = {
+        kind: tuple(
+            tuple(fit_curve(kind, sure, rng.random(20) < sure, low) for _ in range(e))
+            for _ in range(r)
+        )
+        for kind in CURVES
+    }
+    found = exit_scores(outputs, policy, Fitted(temperatures, curves))
+    for i in range(r):
+        ours = {kind: every[i] for kind, every in curves.items()}
+        logits = outputs.logits[i].astype(float).transpose(1, 0, 2).tolist()  # [N, E, C]
+        wanted = [
+            [
+                plain(policy, logits[k], temperatures[i].tolist(), ours, learned[i, :, k], j)
+                for k in range(n)
+            ]
+            for j in range(e)
+        ]
+        # A score a rounding away from a step of a curve may stand on either side of it.
+        close = np.isclose(found[i], wanted, rtol=1e-6, atol=1e-9)
+        steps = POLICIES[policy].curve not in ("", "kernel")
+        assert close.all() or (steps and close.mean() > 0.5)
+    curve = simulate(outputs, policy, fitted=Fitted(temperatures, curves))
+    for t, threshold in enumerate(curve.threshold[0]):
+        cost, score, shares = brute_force(
+            found[0], outputs.predictions[0], outputs.labels[0], outputs.cost, threshold, "accuracy"
+        )
+        np.testing.assert_allclose(curve.cost[0, t], cost, atol=1e-12)
+        np.testing.assert_allclose(curve.score[0, t], score, atol=1e-12)
+        np.testing.assert_allclose(curve.shares[0, t], shares, atol=1e-12)
+
+
+def known_table(count: int, seed: int = 0, exits: int = 3) -> tuple[ExitOutputs, np.ndarray]:
+    """Random logits whose labels are drawn so that each answer's accuracy is known, [E, N].
+
+    An exit is right with a chance that is a rising function of its confidence, each its own; exits
+    err on their own, and where one errs the label is another class: five, so that this is free.
+    """
+    rng = np.random.default_rng(seed)
+    chance = rng.uniform(0.3, 1.0, (exits, count))
+    labels = rng.integers(0, 5, count)
+    right = rng.random((exits, count)) < chance
+    given = np.where(right, labels, (labels + rng.integers(1, 5, (exits, count))) % 5)
+    # Logits with the largest probability `chance` ** 2: confidence that is not an accuracy.
+    sure = np.maximum(chance**2, 0.21)
+    logits = np.log((1 - sure) / 4)[..., None] * np.ones(5)
+    np.put_along_axis(logits, given[..., None], np.log(sure)[..., None], axis=-1)
+    return ExitOutputs(logits, labels, np.arange(exits) + 1), chance
+
+
+@pytest.mark.parametrize("kind", CURVES)
+def test_curves_find_a_known_accuracy(kind):
+    outputs, chance = known_table(20_000)
+    sure = fit(outputs).curves[kind][0][0]
+    levels = exit_scores(outputs, "confidence", fit(outputs))[0, 0]
+    # Of bins, the mean over a bin is right; ten of them stand 0.04 off at their ends.
+    assert np.abs(sure(levels) - chance[0])[chance[0] > 0.5].mean() < 0.03
+
+
+def test_small_bins_shrink_towards_the_mean():
+    score = np.asarray([0.55] * 60 + [0.97])
+    right = np.asarray([True] * 30 + [False] * 30 + [True])
+    mean = right.mean()
+    curve = fit_curve("equal_width", score, right, 0.5)
+    assert curve(0.55) == pytest.approx((30 + 5 * mean) / 65)
+    assert curve(0.99) == pytest.approx((1 + 5 * mean) / 6)  # one row does not say 100%
+    assert curve(0.75) == pytest.approx(mean)  # an empty bin says what the exit says
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 60), st.integers(0, 1000))
+def test_isotonic_curves_rise_and_all_stay_within_zero_and_one(count, seed):
+    rng = np.random.default_rng(seed)
+    score = rng.choice(np.linspace(0.2, 1, 12), count)
+    right = rng.random(count) < score
+    probes = np.linspace(0, 1, 300)
+    for kind in CURVES:
+        values = fit_curve(kind, score, right, 0.2)(probes)
+        assert values.min() >= 0
+        assert values.max() <= 1
+        if kind == "isotonic":
+            assert np.diff(values).min() >= -1e-12
+
+
+def test_a_rising_curve_is_a_threshold_for_each_exit():
+    outputs, _ = known_table(500, seed=1)
+    fitted = fit(known_table(300, seed=2)[0])
+    scores = exit_scores(outputs, "pcee_isotonic", fitted)[0]
+    levels = exit_scores(outputs, "confidence", fitted)[0]
+    for delta in (0.4, 0.6, 0.75):
+        leaves = scores >= delta
+        for e in range(3):
+            inside, outside = levels[e][leaves[e]], levels[e][~leaves[e]]
+            assert not len(inside) or not len(outside) or inside.min() > outside.max()
+
+
+@pytest.mark.parametrize("delta", [0.7, 0.9])
+def test_a_perfect_curve_achieves_its_accuracy(delta):
+    """Exits whose answers have the accuracy delta, or a hopeless one; the last has delta."""
+    rng, count = np.random.default_rng(3), 40_000
+    high = rng.random((3, count)) < np.asarray([0.4, 0.6, 1.1])[:, None]
+    chance = np.where(high, delta, 0.3)
+    labels = rng.integers(0, 5, count)
+    right = rng.random((3, count)) < chance
+    given = np.where(right, labels, (labels + 1) % 5)
+    sure = np.where(high, 0.8, 0.5)
+    logits = np.log((1 - sure) / 4)[..., None] * np.ones(5)
+    np.put_along_axis(logits, given[..., None], np.log(sure)[..., None], axis=-1)
+    outputs = ExitOutputs(logits, labels, [1, 2, 3])
+    perfect = ReliabilityCurve(np.asarray([0.0, 0.65]), np.asarray([0.3, delta]), True)
+    fitted = Fitted(np.ones((1, 3)), {"equal_width": ((perfect,) * 3,)})
+    point = simulate(outputs, "pcee", fitted=fitted, thresholds=np.asarray([delta]))
+    error = 3 * math.sqrt(delta * (1 - delta) / count)
+    assert point.score[0, 0] == pytest.approx(delta, abs=error)
+    np.testing.assert_allclose(point.shares[0, 0], [0.4, 0.36, 0.24], atol=0.01)
+
+
+def test_cross_fitting_uses_no_row_s_own_label():
+    outputs, _ = known_table(60, seed=4)
+    before = cross_fitted(outputs, "pcee_isotonic")
+    labels = outputs.labels.copy()
+    labels[0, 7] = (labels[0, 7] + 1) % 5
+    after = cross_fitted(dataclasses.replace(outputs, labels=labels), "pcee_isotonic")
+    np.testing.assert_array_equal(before[..., 7], after[..., 7])
+    assert (before != after).any()
+    assert np.isfinite(cross_fitted(outputs.rows(np.asarray([0])), "pcee")).all()
+
+
+def test_the_threshold_of_pcee_is_the_accuracy_asked_for():
+    calibration, validation = known_table(400, seed=5)[0], known_table(900, seed=6)[0]
+    for policy in (p for p in POLICIES if p.startswith("pcee")):
+        analysis = analyse(calibration, validation, policy)
+        found = choose(analysis, 0, score=0.7)
+        point = simulate(validation, policy, calibration=calibration, thresholds=np.asarray([0.7]))
+        assert found.threshold == 0.7
+        np.testing.assert_allclose(found.validation, (point.cost[0, 0], point.score[0, 0]))
+
+
+def test_what_was_fitted_is_saved_and_read_back_exactly():
+    outputs, _ = known_table(300, seed=7)
+    fitted = fit(outputs)
+    again = Fitted.from_dict(json.loads(json.dumps(fitted.as_dict())))
+    for policy in POLICIES:
+        if not policy.startswith("learning"):
+            ours, theirs = (exit_scores(outputs, policy, f) for f in (fitted, again))
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_diverged_exit_never_answers_early_and_fits_nothing():
+    outputs, _ = known_table(50, seed=8)
+    logits = outputs.logits.copy()
+    logits[0, 0] = np.nan
+    outputs = dataclasses.replace(outputs, logits=logits)
+    fitted = fit(outputs)
+    assert fitted.as_dict()["temperatures"][0] is None
+    assert quality(outputs, fitted.temperatures)[0][0]["ece"] is None
+    for policy in POLICIES:
+        if not policy.startswith("learning"):
+            scores = exit_scores(outputs, policy, fitted)
+            assert np.isneginf(scores[0, 0]).all(), policy
+            assert np.isfinite(scores[0, 2]).all(), policy
+
+
+@pytest.mark.parametrize("policy", ["pcee", "pcee_ws"])
+def test_policies_that_need_calibration_rows_say_so(policy):
+    with pytest.raises(UserError, match=f"'{policy}' needs calibration rows"):
+        simulate(known_table(9)[0], policy)
+
+
+def test_grids_span_the_scores():
+    outputs, _ = known_table(200, seed=9)
+    for policy in POLICIES:
+        if policy.startswith("learning"):
+            continue
+        grid = grid_thresholds(policy, 5, 3)
+        scores = exit_scores(outputs, policy, fit(outputs))
+        assert grid[0] <= scores[:, :-1].min() + 0.1
+        assert scores.max() <= grid[-1]
+        assert len(grid) == (3 if policy == "patience" else 11)
+
+
+def test_quality_equals_plain_sums():
+    outputs, _ = known_table(80, seed=10)
+    temperatures = np.asarray([[0.5, 1.0, 2.0]])
+    for e, row in enumerate(quality(outputs, temperatures)[0]):
+        nll, brier, pairs, n = 0.0, 0.0, [], outputs.labels.shape[1]
+        sure = []
+        for k in range(n):
+            p = softmax(outputs.logits[0, e, k].astype(float).tolist(), temperatures[0, e])
+            label = outputs.labels[0, k]
+            nll -= math.log(p[label]) / n
+            brier += sum((q - (c == label)) ** 2 for c, q in enumerate(p)) / n
+            sure.append((max(p), outputs.predictions[0, e, k] == label))
+        pairs = [(a > b) + 0.5 * (a == b) for a, yes in sure if yes for b, also in sure if not also]
+        assert row["nll"] == pytest.approx(nll)
+        assert row["brier"] == pytest.approx(brier)
+        assert row["auroc"] == pytest.approx(np.mean(pairs))
+        assert 0 <= row["ece"] <= 1
