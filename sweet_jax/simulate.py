@@ -174,7 +174,7 @@ def _answer(
 ) -> tuple[str, Choice | None]:
     """What the dial does, and the choice if there is one."""
     if options.risk is not None or options.agreement is not None:
-        return _certified(analysis, replica, options, metric)
+        return _certified(analysis, replica, options, metric), None
     if options.threshold is not None:
         found: Choice | float = apply_threshold(analysis, replica, options.threshold)
     elif options.cost is not None or options.accuracy is not None:
@@ -213,30 +213,25 @@ def _control(analysis: Analysis, replica: int, found: Choice, asked: float) -> s
     return text
 
 
-def _certified(
-    analysis: Analysis, replica: int, options: argparse.Namespace, metric: str
-) -> tuple[str, Choice | None]:
+def _certified(analysis: Analysis, replica: int, options: argparse.Namespace, metric: str) -> str:
+    """What a certificate promises, or the best that could be promised."""
     kind = "risk" if options.risk is not None else "agreement"
     limit = options.risk if kind == "risk" else 1 - options.agreement
     found = certified(analysis, replica, kind, limit, options.level)
     tested = found.certificate
-    what = "lost against the last exit" if kind == "risk" else "answered otherwise"
+    what = "lost against the last exit" if kind == "risk" else "answered otherwise than by it"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
-    if found.choice is None:
-        least = tested.bound if kind == "risk" else 1 - tested.bound
-        asked = options.risk if kind == "risk" else options.agreement
+    if found.validation is None:
+        asked, best = (limit, tested.bound) if kind == "risk" else (1 - limit, 1 - tested.bound)
         return (
-            f"infeasible: the best certified is {kind} {least:.4f} with confidence "
-            f"{options.level:g} ({seen}); asked for {asked:g}",
-            None,
+            f"infeasible: the best certified is {kind} {best:.4f} with confidence "
+            f"{options.level:g} ({seen}); asked for {asked:g}"
         )
-    cost, score = found.choice.validation
-    rows = analysis.validation.labels.shape[1]
-    promise = f"at most {tested.bound:.4f} {what} with confidence {options.level:g} ({seen})"
+    cost, score = found.validation
     return (
-        f"threshold {tested.threshold!r}: {promise}; cost {cost:.4f}, {metric} {score:.4f} on "
-        f"{rows} validation rows",
-        found.choice,
+        f"threshold {tested.threshold!r}: at most {tested.bound:.4f} {what} with confidence "
+        f"{options.level:g} ({seen}); cost {cost:.4f}, {metric} {score:.4f} on "
+        f"{analysis.validation.labels.shape[1]} validation rows"
     )
 
 

@@ -1,6 +1,8 @@
 """Oracles and floors against enumeration; certificates against their own promise."""
 
+import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import analyse, certified
 from sweet_jax.exits.bounds import Frontier, best_thresholds, floor, oracle, share_of_gap
-from sweet_jax.exits.policies import exit_scores
-from sweet_jax.exits.risk import candidates, certify, harms, upper_bound
+from sweet_jax.exits.dials import Dials, Trade, make_dials
+from sweet_jax.exits.policies import POLICIES, exit_scores
+from sweet_jax.exits.risk import candidates, certify, harms, try_thresholds, upper_bound
 
 
 def plain_place(kind, given, label, deepest):
@@ -149,9 +152,8 @@ def test_certificates_are_broken_no_more_often_than_promised(kind, limit):
     alpha, draws, broken, certified_any = 0.1, 1000, 0, 0
     for _ in range(draws):
         rows = rng.integers(500, 20_000, 300)
-        found = certify(
-            scores[:, rows], harmful[:, rows], thresholds, kind=kind, limit=limit, level=1 - alpha
-        )
+        drawn = try_thresholds(population.rows(rows), 0, scores[:, rows], thresholds, kind)
+        found = certify(drawn, limit, 1 - alpha)
         if found.threshold is None:
             continue
         certified_any += 1
@@ -166,17 +168,12 @@ def test_certificates_are_broken_no_more_often_than_promised(kind, limit):
 def test_what_cannot_be_certified_is_refused_with_the_best_that_can():
     outputs, _ = known_table(40, seed=12)
     scores = exit_scores(outputs, "confidence")[0]
-    found = certify(
-        scores, harms(outputs, 0, "risk"), candidates(scores), kind="risk", limit=0.01, level=0.95
-    )
+    found = certify(try_thresholds(outputs, 0, scores, candidates(scores), "risk"), 0.01)
     assert found.threshold is None
     assert found.bound >= upper_bound(0, 40, 0.95) > 0.01
     one = ExitOutputs(outputs.logits[:, :1], outputs.labels, [1])
     alone = exit_scores(one, "confidence")[0]
-    assert (
-        certify(alone, harms(one, 0, "risk"), candidates(alone), kind="risk", limit=0.5).threshold
-        is None
-    )
+    assert certify(try_thresholds(one, 0, alone, candidates(alone), "risk"), 0.5).threshold is None
 
 
 def test_a_run_s_certificate_tests_rows_that_fitted_nothing():
@@ -184,20 +181,58 @@ def test_a_run_s_certificate_tests_rows_that_fitted_nothing():
     analysis = analyse(calibration, validation, "pcee_isotonic")
     found = certified(analysis, 0, "risk", 0.3, 0.9)
     assert found.certificate.rows == 1000
-    assert found.choice is not None
     assert found.certificate.bound <= 0.3
-    point = simulate(
-        validation,
-        "pcee_isotonic",
-        fitted=found.fitted,
-        thresholds=np.asarray([found.certificate.threshold]),
-    )
-    np.testing.assert_allclose(found.choice.validation, (point.cost[0, 0], point.score[0, 0]))
-    reported = ExitOutputs(
-        validation.logits,
-        validation.labels,
-        validation.layers,
-        identity={"fitted_on": "validation"},
-    )
-    with pytest.raises(UserError, match="needs calibration rows that are held out"):
-        certified(analyse(calibration, reported), 0, "risk", 0.3)
+    halved = make_dials(calibration, ("pcee_isotonic",)).halved
+    threshold = np.asarray([found.certificate.threshold])
+    point = simulate(validation, "pcee_isotonic", fitted=halved, thresholds=threshold)
+    np.testing.assert_allclose(found.validation, (point.cost[0, 0], point.score[0, 0]))
+    reported = dataclasses.replace(calibration, identity={"fitted_on": "validation"})
+    with pytest.raises(UserError, match="two calibration rows or more, held out"):
+        certified(analyse(reported, validation), 0, "risk", 0.3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables())
+def test_a_trade_holds_every_threshold_worth_having(outputs):
+    curve = simulate(outputs)
+    trade, cost, score = Trade.of(curve, 0), curve.cost[0], curve.score[0]
+    assert np.all(np.diff(trade.cost) > 0)
+    assert np.all(np.diff(trade.score) > 0)
+    for limit in (*cost, cost.min() - 0.1, 0.5):
+        fits = score[cost <= limit + 1e-12]
+        found = trade.within_cost(limit)
+        assert (found is None) == (len(fits) == 0)
+        if found is not None:
+            assert score[curve.threshold[0] == found].max() == fits.max()
+    for wanted in (*score, score.max() + 0.1):
+        fits = cost[score >= wanted - 1e-12]
+        found = trade.with_score(wanted)
+        assert (found is None) == (len(fits) == 0)
+        if found is not None:
+            assert cost[curve.threshold[0] == found].min() == fits.min()
+
+
+def test_dials_are_saved_read_back_and_answer_the_same():
+    calibration = known_table(400, seed=15)[0]
+    dials = make_dials(calibration)
+    again = Dials.from_dict(json.loads(json.dumps(dials.as_dict())))
+    assert {*dials.trades} == {p for p in POLICIES if not p.startswith("learning")}
+    rows = known_table(50, seed=16)[0]
+    asked = ({"cost": 0.7}, {"accuracy": 0.6}, {}, {"risk": 0.5}, {"agreement": 0.3, "level": 0.9})
+    for policy in dials.trades:
+        for wish in asked:
+            threshold, fitted = dials.threshold(policy, **wish)
+            ours, theirs = again.threshold(policy, **wish)
+            assert threshold == ours
+            np.testing.assert_array_equal(
+                exit_scores(rows, policy, fitted), exit_scores(rows, policy, theirs)
+            )
+
+
+def test_wishes_that_cannot_be_met_name_the_best():
+    dials = make_dials(known_table(100, seed=17)[0])
+    for wish in ({"cost": 0.1}, {"accuracy": 0.999}, {"risk": 1e-4}, {"agreement": 0.9999}):
+        with pytest.raises(UserError, match="infeasible: the best"):
+            dials.threshold("confidence", **wish)
+    with pytest.raises(UserError, match="was not calibrated for the policy 'learning_to_exit'"):
+        dials.threshold("learning_to_exit", cost=0.5)

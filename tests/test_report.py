@@ -13,6 +13,7 @@ from sweet_jax import ExitOutputs
 from sweet_jax import simulate as simulate_curve
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.analysis import analyse, at_costs, choose, full_score
+from sweet_jax.exits.policies import POLICIES
 from sweet_jax.report.page import write_comparison, write_report
 from sweet_jax.report.plots import write_figures
 from sweet_jax.report.tables import build_results, exit_table
@@ -123,12 +124,62 @@ def test_the_slider_shows_the_curve_s_numbers(report, analysis, browser):
             assert cost == pytest.approx(np.dot(bars, [0.25, 0.5, 1.0]), abs=1e-3)
             marker = browser.execute_script("return document.getElementById('curve').data[3].x[0]")
             assert marker == pytest.approx(cost, abs=1e-3)
+
         assert bars == [0, 0, 1]
     table = browser.find_element("css selector", "table").text
     for row in results["replicas"][results["best_replica"]]["individual"]:
         assert f"{row['score']:.4f}" in table
     plots = browser.execute_script("return document.querySelectorAll('.main-svg').length")
     assert plots >= 4
+
+
+def set_value(browser, name: str, value: str) -> None:
+    browser.execute_script(
+        "const c = document.getElementById(arguments[0]); c.value = arguments[1];"
+        "c.dispatchEvent(new Event('input')); c.dispatchEvent(new Event('change'));",
+        name,
+        value,
+    )
+
+
+def test_policies_and_dials_of_the_page_choose_as_the_command_does(report, analysis, browser):
+    folder, results = report
+    browser.get((folder / "report.html").as_uri())
+    best = results["best_replica"]
+    for policy in ("confidence", "entropy", "patience", "pcee_isotonic"):
+        theirs = analyse(analysis.calibration, analysis.validation, policy)
+        set_value(browser, "policy", policy)
+        assert browser.find_element("id", "about").text == POLICIES[policy].about
+        for dial, wish in (("cost", 0.6), ("score", 0.85)):
+            set_value(browser, "dial", dial)
+            set_value(browser, "wish", str(wish))
+            found = choose(theirs, best, **{dial: wish})
+            _, cost, score = reading(browser)
+            # The page holds 400 of the points: as near as the next of them.
+            np.testing.assert_allclose((cost, score), found.validation, atol=1e-2)
+            got = found.validation[0 if dial == "cost" else 1]
+            words = browser.find_element("id", "control").text
+            assert words.endswith(f"{'below' if got < wish else 'above'} what was asked for")
+    set_value(browser, "policy", "entropy")
+    set_value(browser, "dial", "cost")
+    set_value(browser, "wish", "0.1")
+    assert browser.find_element("id", "control").text == (
+        "infeasible: the best reachable on calibration rows is cost 0.250"
+    )
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+def test_the_page_says_what_can_be_certified(report, browser):
+    browser.get((report[0] / "report.html").as_uri())
+    text = browser.find_element("tag name", "body").text
+    assert "What can be promised?" in text
+    assert "infeasible: the best certified is" in text  # 1% of 100 rows
+    assert "lost against the last exit" in text
+    names = browser.execute_script(
+        "return document.getElementById('curve').data.map(t => [t.name, t.x.length])"
+    )
+    assert dict(names)["stable oracle"] == 4  # three exits, and on to the full cost
+    assert dict(names)["any-correct oracle (inflated by luck)"] == 4
 
 
 def test_text_from_data_is_text(report, browser):
@@ -225,6 +276,27 @@ def test_simulate_answers_from_saved_outputs(runs, analysis):
     assert done.returncode == 0
     assert "infeasible: the best reachable is accuracy 0." in done.stdout
     assert "exit   cost" in ask(f"--run={runs[0]}").stdout
+    done = ask(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.8")
+    assert "threshold 0.8: cost" in done.stdout
+    assert "what was asked for" in done.stdout
+    done = ask(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.999")
+    assert "(out of reach: the calibration rows reach 0." in done.stdout
+
+
+def test_simulate_certifies_or_refuses(runs):
+    done = ask(f"--run={runs[0]}", "--risk=0.2")
+    assert "lost against the last exit with confidence 0.95 (" in done.stdout, done.stderr
+    done = ask(f"--run={runs[0]}", "--agreement=0.999", "--level=0.9")
+    assert "infeasible: the best certified is agreement 0." in done.stdout
+    assert "asked for 0.999" in done.stdout
+
+
+def test_simulate_explains_every_policy_and_dial_in_a_line():
+    text = ask("--help").stdout
+    for name, rule in POLICIES.items():
+        assert any(name in line and rule.about in line for line in text.splitlines())
+    for dial in ("--cost", "--accuracy", "--threshold", "--risk", "--agreement", "--level"):
+        assert f"  {dial}" in text
 
 
 def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
@@ -248,6 +320,9 @@ def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
         (["--cost=half"], "invalid float value: 'half'"),
         (["--policy=confidense"], "did you mean 'confidence'"),
         (["--cost=0.5", "--threshold=0.5"], "not allowed with argument"),
+        (["--risk=2"], "--risk must be from 0 to 1; got 2"),
+        (["--risk=0.1", "--level=1"], "--level must be from 0.5 to 0.9999; got 1"),
+        (["--policy=learning_to_exit"], "hold no learning-to-exit scores: train with"),
         (["--run=nowhere"], "'nowhere' is not a finished run"),
     ],
 )

@@ -219,6 +219,11 @@ def test_the_saved_encoder_gives_the_trained_model_s_hidden_states(options, tmp_
     exits = json.loads((tmp_path / "model" / "exits.json").read_text())
     assert exits["text_columns"] == ["text"]
     assert exits["layers"] == [1, 2, 3]
+    saved = Dials.from_dict(exits["dials"])
+    made = make_dials(ExitOutputs.load(tmp_path / "exit_outputs" / "calibration.npz"))
+    assert {"confidence", "pcee", "patience"} < {*saved.trades}
+    for policy in saved.trades:
+        assert saved.threshold(policy, cost=0.8)[0] == made.threshold(policy, cost=0.8)[0]
     job = prepare(from_mapping(options))
     row = slice(*job.validation.starts[:2])
     hidden = load_encoder(str(tmp_path / "model"))(job.validation.input_ids[None, row])

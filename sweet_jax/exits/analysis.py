@@ -10,17 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.config import check_choice
+from sweet_jax.exits.dials import Trade, calibration_scores, make_dials
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import (
-    POLICIES,
-    Fitted,
-    cross_fitted,
-    exit_scores,
-    fit,
-    grid_thresholds,
-)
-from sweet_jax.exits.risk import Certificate, candidates, certify, harms
+from sweet_jax.exits.policies import POLICIES, Fitted, exit_scores, fit, grid_thresholds
+from sweet_jax.exits.risk import Certificate
 from sweet_jax.exits.simulation import Curve, read, simulate
 
 
@@ -94,11 +88,7 @@ def analyse(
     check_choice("policy", policy, POLICIES)
     fitted = fit(calibration)
     scores = exit_scores(validation, policy, fitted)
-    held_out = (
-        cross_fitted(calibration, policy)
-        if POLICIES[policy].curve
-        else exit_scores(calibration, policy, fitted)
-    )
+    held_out = calibration_scores(calibration, policy, fitted)
     on_calibration = simulate(calibration, lambda *_: held_out)
     curve = simulate(validation, lambda *_: scores)
     _, exits, _, classes = validation.logits.shape
@@ -168,21 +158,14 @@ def choose(
     example leaves where calibration rows like it had that accuracy (Mofakhami et al. 2024), whether
     or not all of them together reach it.
     """
-    curve = analysis.calibration_curve
-    if score is not None and POLICIES[analysis.policy].curve:
-        return apply_threshold(analysis, replica, score)
+    trade = Trade.of(analysis.calibration_curve, replica)
     if cost is not None:
-        fits = np.flatnonzero(curve.cost[replica] <= cost + 1e-12)
-        if not len(fits):
-            return float(curve.cost[replica].min())
-        at = fits[np.lexsort((curve.cost[replica][fits], -curve.score[replica][fits]))[0]]
+        found, best = trade.within_cost(cost), trade.cost[0]
+    elif score is not None and POLICIES[analysis.policy].curve:
+        found, best = score, score
     else:
-        wanted = -np.inf if score is None else score
-        fits = np.flatnonzero(curve.score[replica] >= wanted - 1e-12)
-        if not len(fits):
-            return float(curve.score[replica].max())
-        at = fits[np.argmin(curve.cost[replica][fits])]
-    return apply_threshold(analysis, replica, float(curve.threshold[replica][at]))
+        found, best = trade.with_score(-np.inf if score is None else score), trade.score[-1]
+    return float(best) if found is None else apply_threshold(analysis, replica, found)
 
 
 def apply_threshold(analysis: Analysis, replica: int, threshold: float) -> Choice:
@@ -202,15 +185,10 @@ def full_score(analysis: Analysis, replica: int) -> Choice | float:
 
 @dataclasses.dataclass(frozen=True)
 class Certified:
-    """A certificate, and what its threshold does; choice is None where nothing was certified.
-
-    Half of the calibration rows fitted what the scores read (`fitted`), the other half was tested:
-    the threshold is for scores of these, not of all rows' fit.
-    """
+    """A certificate, and the (cost, score) its threshold has on validation rows, if it has one."""
 
     certificate: Certificate
-    fitted: Fitted
-    choice: Choice | None
+    validation: tuple[float, float] | None
 
 
 def certified(
@@ -218,37 +196,16 @@ def certified(
 ) -> Certified:
     """The cheapest threshold whose harm is certified, see `risk.certify`.
 
+    Half of the calibration rows fits what the scores read, the other half is tested.
+
     kind: "risk" (accuracy lost against the last exit) or "agreement" (answers that differ from its
     own), limit: the largest share, level: of confidence. Raises UserError where the rows fitted on
     are the ones reported, which certify nothing.
     """
-    if analysis.validation.identity.get("fitted_on", "held_out") != "held_out":
-        raise UserError(
-            "a certificate needs calibration rows that are held out; this run's preset fitted on "
-            "the validation rows: train without --config.preset"
-        )
-    rows = np.random.default_rng(0).permutation(analysis.calibration.labels.shape[1])
-    fitting, tested = (
-        analysis.calibration.rows(half).replica(replica)
-        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])
-    )
-    if not fitting.labels.size:
-        raise UserError("a certificate needs two calibration rows or more")
-    fitted = fit(fitting)
-    certificate = certify(
-        exit_scores(tested, analysis.policy, fitted)[0],
-        harms(tested, 0, kind),
-        candidates(exit_scores(fitting, analysis.policy, fitted)[0]),
-        kind=kind,
-        limit=limit,
-        level=level,
-    )
+    dials = make_dials(analysis.calibration.replica(replica), (analysis.policy,))
+    certificate = dials.certificate(analysis.policy, kind, limit, level)
     if certificate.threshold is None:
-        return Certified(certificate, fitted, None)
-    points = []
-    for outputs in (tested, analysis.validation.replica(replica)):
-        at = simulate(
-            outputs, analysis.policy, fitted=fitted, thresholds=np.asarray([certificate.threshold])
-        )
-        points.append((float(at.cost[0, 0]), float(at.score[0, 0])))
-    return Certified(certificate, fitted, Choice(certificate.threshold, points[0], points[1]))
+        return Certified(certificate, None)
+    rows, threshold = analysis.validation.replica(replica), np.asarray([certificate.threshold])
+    at = simulate(rows, analysis.policy, fitted=dials.halved, thresholds=threshold)
+    return Certified(certificate, (float(at.cost[0, 0]), float(at.score[0, 0])))

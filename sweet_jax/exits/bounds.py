@@ -129,16 +129,21 @@ def best_thresholds(
     right = (outputs.predictions[replica] == outputs.labels[replica]).astype(np.float64)  # [E, N]
     orders = np.argsort(-scores[:-1], axis=1, kind="stable")  # [E - 1, N]
     levels = np.take_along_axis(scores[:-1], orders, axis=1)
-    begin = np.quantile(np.maximum.accumulate(scores[:-1], axis=0), np.linspace(0, 1, 50))
+    points = np.maximum.accumulate(scores[:-1], axis=0)
+    points = points[np.isfinite(points)]
+    begin = np.quantile(points, np.linspace(0, 1, 50)).tolist() if len(points) else []
+    starts = [np.full(len(orders), t) for t in (*begin, np.inf)]
+    places = [_exits(scores, limits) for limits in starts]
+    score_of = np.asarray([np.take_along_axis(right, p[None], axis=0).mean() for p in places])
+    cost_of = np.asarray([outputs.cost[p].mean() for p in places])
     found = []
     for slope in np.geomspace(1e-3, 3, _SLOPES):
         value = right - slope * outputs.cost[:, None]  # [E, N]
-        starts = [np.full(len(orders), t) for t in (*begin, np.inf)]
-        limits = max(starts, key=lambda limits: float(_reached(scores, limits, value).mean()))
+        limits = starts[int((score_of - slope * cost_of).argmax())]
         found.append(_ascend(scores, orders, levels, limits, value))
-    places = np.stack([_exits(scores, limits) for limits in found])  # [P, N]
-    cost = outputs.cost[places].mean(axis=1)
-    values = np.stack([np.take_along_axis(right, p[None], axis=0)[0] for p in places]).mean(axis=1)
+    taken = np.stack([_exits(scores, limits) for limits in found])  # [P, N]
+    cost = outputs.cost[taken].mean(axis=1)
+    values = np.take_along_axis(right[None], taken[:, None], axis=1)[:, 0].mean(axis=1)
     order = np.lexsort((values, cost))
     best = np.maximum.accumulate(values[order]) == values[order]
     order = order[best]

@@ -103,7 +103,8 @@ class ReliabilityCurve:
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in exits.json; `from_dict` gives it back exactly."""
-        return {"x": self.x.tolist(), "y": self.y.tolist(), "steps": self.steps}
+        y = [v if np.isfinite(v) else None for v in self.y.tolist()]
+        return {"x": self.x.tolist(), "y": y, "steps": self.steps}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ReliabilityCurve":

@@ -4,6 +4,7 @@ Shape letters: E exit, N examples, K candidates.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -68,15 +69,63 @@ def candidates(scores: np.ndarray, count: int = 100) -> np.ndarray:
     return np.unique(levels[places])[::-1] if len(levels) else levels
 
 
-def certify(
-    scores: np.ndarray,
-    harmful: np.ndarray,
-    thresholds: np.ndarray,
-    *,
-    kind: str,
-    limit: float,
-    level: float = 0.95,
-) -> Certificate:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trials:
+    """What certificates of any limit and level follow from.
+
+    Attributes:
+      kind: "risk" or "agreement"; see `harms`.
+      thresholds: float64 [K], the candidates, the most careful first.
+      harmed: int64 [K], examples harmed at each.
+      rows: examples tested.
+
+    """
+
+    kind: str
+    thresholds: np.ndarray
+    harmed: np.ndarray
+    rows: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in exits.json; `from_dict` gives it back exactly."""
+        return {
+            "kind": self.kind,
+            "thresholds": self.thresholds.tolist(),
+            "harmed": self.harmed.tolist(),
+            "rows": self.rows,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Trials":
+        """What `as_dict` gave."""
+        thresholds = np.asarray(values["thresholds"], np.float64)
+        harmed = np.asarray(values["harmed"], np.int64)
+        return cls(str(values["kind"]), thresholds, harmed, int(values["rows"]))
+
+
+def try_thresholds(
+    outputs: ExitOutputs, replica: int, scores: np.ndarray, thresholds: np.ndarray, kind: str
+) -> Trials:
+    """How many examples each threshold harms.
+
+    Args:
+      outputs: of the rows tested; neither the policy nor `thresholds` may have been fitted on them.
+      replica: which.
+      scores: float [E, N] of these rows.
+      thresholds: float [K], descending.
+      kind: see `harms`.
+
+    """
+    harmful = harms(outputs, replica, kind)  # [E, N]
+    points = np.maximum.accumulate(scores[:-1], axis=0)  # [E - 1, N]
+    harmed = [
+        np.take_along_axis(harmful, (points < t).sum(axis=0)[None], axis=0).sum()
+        for t in thresholds
+    ]
+    return Trials(kind, thresholds, np.asarray(harmed, np.int64), scores.shape[1])
+
+
+def certify(trials: Trials, limit: float, level: float = 0.95) -> Certificate:
     """The least careful threshold with at most `limit` harmed, with confidence `level`.
 
     Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) by fixed-sequence testing: from the
@@ -84,29 +133,17 @@ def certify(
     it, so that the chance of certifying a threshold above the limit is at most alpha. The test is
     the exact binomial one: a threshold passes where the upper end of Clopper & Pearson's (1934)
     one-sided interval is at most the limit.
-
-    Args:
-      scores: float [E, N] of the rows tested; neither the policy nor `thresholds` may have been
-        fitted on them.
-      harmful: bool [E, N], what `harms` gives of the same rows.
-      thresholds: float [K], descending.
-      kind, limit, level: as in Certificate.
-
     """
-    count = scores.shape[1]
-    points = np.maximum.accumulate(scores[:-1], axis=0)  # [E - 1, N]
+    about = (trials.kind, limit, level)
     best: Certificate | None = None
-    for threshold in thresholds.tolist():
-        place = (points < threshold).sum(axis=0)  # [N]
-        harmed = int(np.take_along_axis(harmful, place[None], axis=0).sum())
-        bound = upper_bound(harmed, count, level)
+    for threshold, harmed in zip(trials.thresholds.tolist(), trials.harmed.tolist(), strict=True):
+        bound = upper_bound(harmed, trials.rows, level)
         passed = bound <= limit
         if passed or best is None:
-            found = threshold if passed else None
-            best = Certificate(kind, limit, level, found, bound, harmed, count)
+            best = Certificate(*about, threshold if passed else None, bound, harmed, trials.rows)
         if not passed:
             break
-    return best or Certificate(kind, limit, level, None, 1.0, 0, count)
+    return best or Certificate(*about, None, 1.0, 0, trials.rows)
 
 
 def upper_bound(hits: int, total: int, level: float) -> float:

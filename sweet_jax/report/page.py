@@ -15,11 +15,17 @@ import plotly.graph_objects as go
 import plotly.offline
 
 from sweet_jax.exits.analysis import Analysis
+from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
-from sweet_jax.report.series import colour, loss_series, reliability_series
-from sweet_jax.report.tables import describe_divergence, fitted_rows, thinned
+from sweet_jax.report.series import (
+    BOUNDS,
+    colour,
+    loss_series,
+    policy_series,
+    reliability_series,
+)
+from sweet_jax.report.tables import certificates, describe_divergence, fitted_rows
 
-_POINTS = 6000  # of a curve on the page at most; the saved outputs hold all
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("sweet_jax", "report"),
     autoescape=True,
@@ -38,8 +44,10 @@ def write_report(
 ) -> None:
     """Writes the page of one run. Text that comes from the user or the data is escaped."""
     best, layers = results["best_replica"], results["exits"]
-    curves = [
-        {name: array.tolist() for name, array in _thinned(analysis, results, r).items()}
+    policies = [
+        policy_series(
+            analysis.calibration.replica(r), analysis.validation.replica(r), analysis.policy
+        )
         for r in range(len(results["replicas"]))
     ]
     page = _ENVIRONMENT.get_template("page.html").render(
@@ -48,16 +56,19 @@ def write_report(
         fitted=fitted_rows(results),
         warnings=[describe_divergence(d) for r in results["replicas"] for d in r["diverged"]],
         plotly=plotly.offline.get_plotlyjs(),
+        policies={name: POLICIES[name].about for name in policies[best]},
+        bounds=list(BOUNDS),
+        certificates=certificates(analysis, best),
         data={
-            "curves": curves,
+            "policies": policies,
             "layers": layers,
             "best": best,
             "exits": [r["individual"] for r in results["replicas"]],
             "grids": [r["grid"] for r in results["replicas"]],
-            "start": [_start(results, r, curves[r]) for r in range(len(curves))],
+            "bounds": [r["bounds"] for r in results["replicas"]],
         },
         figures={
-            "curve": _json(curve_figure(results, curves[best])),
+            "curve": _json(curve_figure(results)),
             "shares": _json(shares_figure(layers)),
             "reliability": _json(reliability_figure(reliability_series(analysis, best))),
             "loss": _json(loss_figure(loss_series(metrics, best, trainings))),
@@ -120,8 +131,10 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Mapping[str, Any], An
     write_text(path, page)
 
 
-def curve_figure(results: Mapping[str, Any], curve: Mapping[str, Any]) -> go.Figure:
-    """Traces 0 curve, 1 grid, 2 single exits, 3 the slider's marker; the page fills them in."""
+def curve_figure(results: Mapping[str, Any]) -> go.Figure:
+    """Traces 0 curve, 1 grid, 2 single exits, 3 the slider's marker, then the bounds in the order
+    of BOUNDS; the page fills them in.
+    """
     metric = html.escape(results["metric"])
     figure = _layout("cost (share of the full model's layers)", metric)
     hover = "<b>threshold %{customdata[0]:.4f}</b><br>cost %{x:.3f}<br>"
@@ -152,7 +165,17 @@ def curve_figure(results: Mapping[str, Any], curve: Mapping[str, Any]) -> go.Fig
         hoverinfo="skip",
         marker={"symbol": "circle-open", "color": "#c0392b", "size": 16, "line": {"width": 3}},
     )
-    figure.update_layout(legend={"orientation": "h", "y": 1.18}, margin={"t": 60})
+    for name, (title, ink, dash) in BOUNDS.items():
+        figure.add_scatter(
+            name=title,
+            mode="lines",
+            line={"color": ink, "dash": dash, "width": 1.5},
+            visible=True if name in ("floor", "stable") else "legendonly",
+            hovertemplate=f"{title}<br>cost %{{x:.3f}}<br>%{{y:.4f}}<extra></extra>",
+        )
+    figure.update_layout(
+        height=600, legend={"orientation": "h", "y": -0.15, "yanchor": "top"}, margin={"t": 10}
+    )
     return figure
 
 
@@ -209,20 +232,6 @@ def loss_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
             line={"color": colour(e)},
         )
     return figure
-
-
-def _thinned(analysis: Analysis, results: Mapping[str, Any], replica: int) -> dict:
-    keep = results["replicas"][replica]["full_score"]
-    return thinned(analysis.curve, replica, _POINTS, keep and keep["threshold"])
-
-
-def _start(results: Mapping[str, Any], replica: int, curve: Mapping[str, Any]) -> int:
-    """Where the slider begins: at the threshold that keeps the full score."""
-    keep = results["replicas"][replica]["full_score"]
-    if keep is None:
-        return len(curve["threshold"]) - 1
-    at = int(np.searchsorted(curve["threshold"], keep["threshold"]))
-    return min(at, len(curve["threshold"]) - 1)
 
 
 def _layout(x: str, y: str) -> go.Figure:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.files import written_aside
-from sweet_jax.report.series import colour, loss_series, reliability_series
+from sweet_jax.report.series import BOUNDS, colour, loss_series, reliability_series
 
 
 def write_figures(
@@ -62,9 +62,13 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
         zorder=4,
         label="one exit for all",
     )
+    dashes = {"dot": ":", "dash": "--", "dashdot": "-."}
+    for name, bound in results["replicas"][best]["bounds"].items():
+        title, ink, dash = BOUNDS[name]
+        axes.plot(bound["cost"], bound["score"], dashes[dash], color=ink, lw=1, label=title)
     axes.set_xlabel("cost (share of the full model's layers)")
     axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=7)
     return figure
 
 

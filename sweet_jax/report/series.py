@@ -10,10 +10,26 @@ import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.calibration import expected_calibration_error, probabilities, reliability
+from sweet_jax.exits.dials import deployable, make_dials
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import POLICIES
+from sweet_jax.exits.simulation import simulate
+from sweet_jax.report.tables import thinned
 
 # Viridis from dark to light: exits in order of depth, told apart without colour vision too.
 _COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
 _SMOOTHED = 20  # steps
+_POINTS, _POINTS_OF_OTHERS = 6000, 400  # of a curve on the page; the saved outputs hold all
+
+
+# What a figure calls each bound of results.json, its colour and plotly's dash, in order.
+BOUNDS = {
+    "floor": ("floor: exits at random", "#7f7f7f", "dot"),
+    "stable": ("stable oracle", "#3b528b", "dash"),
+    "agreement": ("agreement oracle", "#b5a90f", "dash"),
+    "any_correct": ("any-correct oracle (inflated by luck)", "#c0392b", "dash"),
+    "best_thresholds": ("a threshold for each exit, fitted on these rows", "#5ec962", "dashdot"),
+}
 
 
 def colour(exit_index: int) -> str:
@@ -48,6 +64,33 @@ def reliability_series(analysis: Analysis, replica: int) -> list[dict[str, Any]]
             }
         series.append(row)
     return series
+
+
+def policy_series(
+    calibration: ExitOutputs, validation: ExitOutputs, first: str
+) -> dict[str, dict[str, Any]]:
+    """What the page shows of every policy of one replica (R = 1), the one named `first` first.
+
+    Of each the validation curve, thinned to 6,000 points (`first`) or 400, the trade: thresholds
+    worth having on calibration rows, and the threshold that keeps the last exit's score there.
+    """
+    names = sorted(
+        (p for p in POLICIES if p == first or deployable(p, validation)), key=lambda p: p != first
+    )
+    dials = make_dials(calibration, tuple(names))
+    found = {}
+    for name in names:
+        curve, trade = simulate(validation, name, fitted=dials.fitted), dials.trades[name]
+        full = float(simulate(calibration, "patience").score[0, -1])  # under any policy
+        keep = trade.with_score(full)
+        arrays = thinned(curve, 0, _POINTS if name == first else _POINTS_OF_OTHERS, keep)
+        found[name] = {
+            "curve": {k: a.round(7).tolist() for k, a in arrays.items()},
+            "trade": {k: a.tolist() for k, a in vars(trade).items()},
+            "keep": keep,
+            "accurate": POLICIES[name].curve != "",
+        }
+    return found
 
 
 def loss_series(

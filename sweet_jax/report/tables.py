@@ -10,13 +10,25 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import Config
-from sweet_jax.exits.analysis import Analysis, Choice, at_costs, full_score
+from sweet_jax.exits.analysis import Analysis, Choice, at_costs, certified, full_score
+from sweet_jax.exits.bounds import (
+    ORACLES,
+    Frontier,
+    best_thresholds,
+    floor,
+    oracle,
+    share_of_gap,
+)
+from sweet_jax.exits.calibration import quality
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.risk import KINDS
 from sweet_jax.exits.scores import bootstrap_interval, mean_interval, score, wilson_interval
 from sweet_jax.exits.simulation import Curve
 
 # Where the paper reads its curves (table 1); Multi-Model's reach beyond the full model.
 _COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0, 1 + 3 / 8, 1 + 3 / 4)
+_LIMITS = (0.01, 0.02, 0.05, 0.1)  # that the report certifies, of harmed examples
 _CURVE_POINTS = 2000  # in results.json; every threshold follows from the saved outputs
 
 
@@ -75,6 +87,8 @@ def build_results(
                 "at_cost": at_costs(analysis.grid, r, costs),
                 "calibration_area": _finite(analysis.area[r]),
                 "full_score": keep.as_dict() if isinstance(keep, Choice) else None,
+                "quality": _quality(analysis, r),
+                **_bounds(analysis, r),
                 "diverged": [dict(d) for d in diverged if d["replica"] == r],
             }
         )
@@ -101,6 +115,42 @@ def build_results(
     }
 
 
+def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
+    """How good each exit's confidence is on validation rows, before and after temperature."""
+    outputs = analysis.validation.replica(replica)
+    ones = np.ones((1, len(outputs.layers)))
+    before, after = (
+        quality(outputs, t)[0] for t in (ones, analysis.temperatures[replica : replica + 1])
+    )
+    return [
+        {"layer": int(layer), "before": b, "after": a}
+        for layer, b, a in zip(outputs.layers, before, after, strict=True)
+    ]
+
+
+def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
+    """What no policy beats, what each should, and how much of the way between this one goes."""
+    outputs, metric = analysis.validation, analysis.validation.identity["metric"]
+    scores = exit_scores(outputs, analysis.policy, analysis.fitted)[replica]  # [E, N]
+    low = floor(outputs, replica, metric)
+    bounds = {"floor": low} | {k: oracle(outputs, replica, k, metric) for k in ORACLES}
+    if metric == "accuracy":
+        bounds["best_thresholds"] = best_thresholds(outputs, replica, scores)[0]
+    curve = Frontier(analysis.curve.cost[replica], analysis.curve.score[replica])
+    end = float(outputs.cost[-1])
+    return {
+        "bounds": {
+            k: {
+                # A bound that needs less than all layers has its last score from there on.
+                "cost": [*b.cost.tolist(), *([end] if b.cost[-1] < end else [])],
+                "score": [*b.score.tolist(), *([float(b.score[-1])] if b.cost[-1] < end else [])],
+            }
+            for k, b in bounds.items()
+        },
+        "gap_closed": share_of_gap(curve, low, bounds["stable"]),
+    }
+
+
 def thinned(
     curve: Curve, replica: int, points: int, keep: float | None = None
 ) -> dict[str, np.ndarray]:
@@ -119,6 +169,23 @@ def thinned(
             places.append(min(at, len(use) - 1))
         use = use[np.unique(places)]
     return {name: array[use] for name, array in arrays.items()}
+
+
+def certificates(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
+    """What can be certified of a replica: for limits on either kind of harm, at 95% confidence.
+
+    Each with the certificate's values, and the cost and score on validation rows (None where the
+    limit cannot be certified); empty where the rows fitted on are the ones reported.
+    """
+    if analysis.validation.identity.get("fitted_on", "held_out") != "held_out":
+        return []
+    rows = []
+    for kind in KINDS:
+        for limit in _LIMITS:
+            found = certified(analysis, replica, kind, limit)
+            cost, value = found.validation or (None, None)
+            rows.append(found.certificate.as_dict() | {"cost": cost, "score": value})
+    return rows
 
 
 def exit_table(results: Mapping[str, Any]) -> str:

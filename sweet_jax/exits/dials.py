@@ -1,0 +1,202 @@
+"""From a dial to a threshold: all that a deployed model needs of its calibration rows.
+
+Shape letters: E exit, N examples, P points of a frontier.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.config import UserError, check_choice
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import POLICIES, Fitted, cross_fitted, exit_scores, fit
+from sweet_jax.exits.risk import KINDS, Certificate, Trials, candidates, certify, try_thresholds
+from sweet_jax.exits.simulation import Curve, simulate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trade:
+    """The thresholds worth having: each the cheapest with its score, and the best at its cost.
+
+    Attributes:
+      threshold, cost, score: float64 [P]; cost and score ascend.
+
+    """
+
+    threshold: np.ndarray
+    cost: np.ndarray
+    score: np.ndarray
+
+    @classmethod
+    def of(cls, curve: Curve, replica: int) -> "Trade":
+        """Those of a curve."""
+        threshold, cost, score = (
+            getattr(curve, name)[replica] for name in ("threshold", "cost", "score")
+        )
+        order = np.lexsort((threshold, -score, cost))
+        best = np.maximum.accumulate(np.append(-np.inf, score[order]))
+        keep = order[score[order] > best[:-1]]
+        return cls(threshold[keep], cost[keep], score[keep])
+
+    def within_cost(self, cost: float) -> float | None:
+        """The threshold of the best score within a mean cost; None where none is so cheap."""
+        at = int(np.searchsorted(self.cost, cost + 1e-12, side="right")) - 1
+        return float(self.threshold[at]) if at >= 0 else None
+
+    def with_score(self, score: float) -> float | None:
+        """The cheapest threshold with at least a score; None where none has it."""
+        at = int(np.searchsorted(self.score, score - 1e-12))
+        return float(self.threshold[at]) if at < len(self.score) else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dials:
+    """What calibration rows say of one trained model: R = 1 throughout.
+
+    Attributes:
+      fitted: on all calibration rows.
+      trades: of each policy, on calibration rows (cross-fitted where the policy reads curves).
+      halved: fitted on half of the rows, for certificates: None where the rows are the reported
+        ones, which certify nothing.
+      trials: of each policy and kind of certificate, on the other half.
+
+    """
+
+    fitted: Fitted
+    trades: Mapping[str, Trade]
+    halved: Fitted | None
+    trials: Mapping[str, Mapping[str, Trials]]
+
+    def threshold(
+        self,
+        policy: str,
+        *,
+        cost: float | None = None,
+        accuracy: float | None = None,
+        risk: float | None = None,
+        agreement: float | None = None,
+        level: float = 0.95,
+    ) -> tuple[float, Fitted]:
+        """The threshold that one of the dials stands for, and what the policy is to read.
+
+        Raises UserError for an unknown policy, one that these rows do not know, or a wish that
+        cannot be met, with the best that can.
+        """
+        check_choice("policy", policy, POLICIES)
+        if policy not in self.trades:
+            raise UserError(f"this model was not calibrated for the policy {policy!r}")
+        if risk is not None or agreement is not None:
+            return self._certified(policy, risk, agreement, level)
+        trade = self.trades[policy]
+        if cost is not None:
+            found, best = trade.within_cost(cost), f"cost {trade.cost[0]:.4f}"
+        elif accuracy is not None and POLICIES[policy].curve:
+            return accuracy, self.fitted  # PCEE's threshold is an accuracy
+        else:
+            found = trade.with_score(trade.score[-1] if accuracy is None else accuracy)
+            best = f"score {trade.score[-1]:.4f}"
+        if found is None:
+            raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
+        return found, self.fitted
+
+    def _certified(
+        self, policy: str, risk: float | None, agreement: float | None, level: float
+    ) -> tuple[float, Fitted]:
+        kind = "risk" if agreement is None else "agreement"
+        limit = 1 - agreement if agreement is not None else float(risk or 0)
+        found = self.certificate(policy, kind, limit, level)
+        if found.threshold is None:
+            best = found.bound if kind == "risk" else 1 - found.bound
+            raise UserError(
+                f"infeasible: the best certified is {kind} {best:.4f} with confidence {level:g}"
+            )
+        assert self.halved is not None
+        return found.threshold, self.halved
+
+    def certificate(self, policy: str, kind: str, limit: float, level: float) -> Certificate:
+        """The certificate of a policy, see `risk.certify`. Raises UserError where there is none."""
+        if self.halved is None:
+            raise UserError(
+                "a certificate needs two calibration rows or more, held out; this run's preset "
+                "fitted on the validation rows: train without --config.preset"
+            )
+        return certify(self.trials[policy][kind], limit, level)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in exits.json; `from_dict` gives it back exactly."""
+        return self.fitted.as_dict() | {
+            "trades": {
+                policy: {k: v.tolist() for k, v in vars(trade).items()}
+                for policy, trade in self.trades.items()
+            },
+            "certificates": None
+            if self.halved is None
+            else {
+                "fitted": self.halved.as_dict(),
+                "trials": {
+                    policy: {kind: trials.as_dict() for kind, trials in every.items()}
+                    for policy, every in self.trials.items()
+                },
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Dials":
+        """What `as_dict` gave."""
+        trades = {
+            policy: Trade(*(np.asarray(v[k]) for k in ("threshold", "cost", "score")))
+            for policy, v in values["trades"].items()
+        }
+        certificates = values["certificates"] or {"fitted": None, "trials": {}}
+        halved = certificates["fitted"]
+        trials = {
+            policy: {kind: Trials.from_dict(v) for kind, v in every.items()}
+            for policy, every in certificates["trials"].items()
+        }
+        return cls(Fitted.from_dict(values), trades, halved and Fitted.from_dict(halved), trials)
+
+
+def make_dials(calibration: ExitOutputs, policies: tuple[str, ...] | None = None) -> Dials:
+    """The dials of one replica's calibration rows, R = 1; by default of all that can be deployed.
+
+    Left out are learning-to-exit where it was not learned, and its min-max variant, which needs all
+    rows at once.
+    """
+    fitted = fit(calibration)
+    names = policies or tuple(name for name in POLICIES if deployable(name, calibration))
+    trades, trials = {}, {}
+    halves = _halves(calibration)
+    halved = None if halves is None else fit(halves[0])
+    for name in names:
+        scores = calibration_scores(calibration, name, fitted)
+        trades[name] = Trade.of(simulate(calibration, lambda *_, s=scores: s), 0)
+        if halves is not None:
+            fitting, tested = halves
+            levels = candidates(exit_scores(fitting, name, halved)[0])
+            found = exit_scores(tested, name, halved)[0]
+            trials[name] = {k: try_thresholds(tested, 0, found, levels, k) for k in KINDS}
+    return Dials(fitted, trades, halved, trials)
+
+
+def deployable(policy: str, outputs: ExitOutputs) -> bool:
+    """Whether a policy can answer one example at a time, from outputs such as these."""
+    learned = outputs.exit_scores is not None
+    return policy != "learning_to_exit_min_max" and (learned or policy != "learning_to_exit")
+
+
+def calibration_scores(calibration: ExitOutputs, policy: str, fitted: Fitted) -> np.ndarray:
+    """Scores [R, E, N] of the calibration rows themselves, cross-fitted where curves are read."""
+    if POLICIES[policy].curve:
+        return cross_fitted(calibration, policy)
+    return exit_scores(calibration, policy, fitted)
+
+
+def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:
+    """Rows to fit on and rows to test, drawn by a fixed seed; None where they may not be."""
+    count = calibration.labels.shape[1]
+    if calibration.identity.get("fitted_on", "held_out") != "held_out" or count < 2:
+        return None
+    rows = np.random.default_rng(0).permutation(count)
+    return calibration.rows(rows[: count // 2]), calibration.rows(rows[count // 2 :])
