@@ -12,6 +12,7 @@ from conftest import write_checkpoint
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import pad_rows
+from sweet_jax.exits.dials import Dials, make_dials
 from sweet_jax.models.layers import gelu
 from sweet_jax.pipeline import prepare, run, train_and_evaluate
 
