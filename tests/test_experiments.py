@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import WORDS, write_checkpoint
+from test_policies import known_table
 
 from experiments import (
     ablation,
@@ -21,6 +22,8 @@ from experiments import (
     grid,
     individual,
     isolation,
+    large_at_small_cost,
+    pcee_control,
     rates,
     render,
     rendering,
@@ -174,6 +177,52 @@ def test_render_makes_one_page_of_all_that_is_done(finished):
     assert "![" in (output(finished) / "README.md").read_text()
 
 
+def test_control_of_accuracy_from_what_is_done(finished):
+    assert pcee_control.run([*finished, "--splits=4", "--render_only"]) == 0
+    text = (output(finished) / "tables" / "pcee_control.md").read_text()
+    assert "Is the dial an accuracy?" in text
+    assert text.count("| sst2 | 2% |") == text.count("| sst2 | 10% |") == 1
+    assert (output(finished) / "figures" / "pcee_control.png").exists()
+
+
+def test_control_finds_what_is_achieved():
+    """Exits that err alone: their confidence is an accuracy, and rules that know it hit it."""
+    rows, chance = known_table(4000, seed=1)
+    right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)
+    found = pcee_control.control(rows, np.asarray([0.7]), splits=3)
+    for number, (_, policy, choose) in enumerate(pcee_control.RULES):
+        accuracy, cost = found[number, 0].mean(axis=0)
+        assert 1 / 3 <= cost <= 1
+        if choose:
+            assert accuracy == pytest.approx(0.7, abs=0.03)
+        elif policy == "pcee_isotonic":  # those who leave are at least as sure as asked
+            assert 0.7 < accuracy < 0.9
+    assert right.mean() == pytest.approx(chance.mean(), abs=0.02)
+    certified = pcee_control.violations(rows, 400, draws=20)
+    assert certified[:, 1].max() <= 4  # of 20, at alpha = 5%
+    assert np.all(np.diff(certified[:, 2]) <= 1e-12)  # a looser promise is never dearer
+
+
+def test_a_deep_model_against_shallow_ones(finished):
+    assert large_at_small_cost.run([*finished, "--render_only"]) == 0
+    text = (output(finished) / "tables" / "large_at_small_cost.md").read_text()
+    for line in ("| sst2 | SWEET | layers |", "| sst2 | Early-Exit | clock |"):
+        assert line in text
+    assert "| full model of that depth |" in text
+
+
+def test_at_equal_cost_the_threshold_is_the_calibration_rows_best(tmp_path):
+    tables = known_table(300, seed=2)[0], known_table(500, seed=3)[0]
+    for split, rows in zip(("calibration", "validation"), tables, strict=True):
+        rows.save(tmp_path / f"{split}.npz")
+    cost = np.asarray([1.0, 3.0, 4.0])  # milliseconds, say
+    found = large_at_small_cost.at_cost(tmp_path, 0, cost, np.asarray([0.5, 1.0, 2.5, 4.0]))
+    assert np.isnan(found[0])
+    right = (tables[1].predictions == tables[1].labels[:, None])[0].mean(axis=-1)
+    assert found[1] == pytest.approx(right[0])
+    assert found[2] >= right[0]
+
+
 def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path):
     parsed = grid.parser(None).parse_args(arguments)
     one = grid.cell(parsed, "sst2", "sweet")
@@ -257,7 +306,11 @@ def test_wrong_options_get_one_line(arguments, more, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "script", [individual, rates, curves, sizes, ablation, isolation, render, grid]
+    "script",
+    [
+        *(individual, rates, curves, sizes, ablation, isolation, render, grid),
+        *(pcee_control, large_at_small_cost),
+    ],
 )
 def test_help_says_what_is_reproduced(script, capsys):
     run_script = script.run if hasattr(script, "run") else None
