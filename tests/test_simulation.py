@@ -14,6 +14,7 @@ from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.exits.policies import Fitted, exit_scores, grid_thresholds
+from sweet_jax.exits.simulation import bootstrap
 
 # Few distinct values make ties, between examples and between the exits of one.
 VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 1.0, 3.0])
@@ -184,6 +185,25 @@ def test_temperature_changes_scores_not_answers(policy):
     cold = simulate(outputs, policy)
     assert hot.threshold[0, 0] < cold.threshold[0, 0]
     assert hot.score[0, -1] == cold.score[0, -1]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "matthews", "f1"])
+def test_bootstrap_equals_drawing_rows_and_simulating_anew(metric):
+    rng = np.random.default_rng(3)
+    outputs = ExitOutputs(rng.normal(size=(2, 3, 40, 2)), rng.integers(0, 2, 40), [1, 2, 3])
+    band = bootstrap(outputs, metric=metric, points=5, draws=30)
+    for r in range(2):
+        rng, drawn = np.random.default_rng(0), []
+        for _ in range(30):
+            rows = outputs.replica(r).rows(rng.integers(0, 40, 40))
+            drawn.append(simulate(rows, metric=metric, thresholds=band.threshold[r]))
+        for name in ("cost", "score"):
+            values = np.stack([getattr(curve, name)[0] for curve in drawn])
+            wanted = np.quantile(values, [0.025, 0.975], axis=0).T
+            found = getattr(band, f"{name}_interval")[r]
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+        point = simulate(outputs.replica(r), metric=metric, thresholds=band.threshold[r])
+        np.testing.assert_allclose(band.score[r], point.score[0])
 
 
 def test_the_work_grows_with_the_examples_not_with_the_thresholds():

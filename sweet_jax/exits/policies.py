@@ -4,7 +4,7 @@ Shape letters: R replica, E exit, N examples, C classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,8 +67,8 @@ class Fitted:
         return cls(temperatures, curves)
 
 
-def fit(calibration: ExitOutputs) -> Fitted:
-    """Temperatures, and reliability curves of every kind of what is confident after them."""
+def fit(calibration: ExitOutputs, kinds: Sequence[str] = CURVES) -> Fitted:
+    """Temperatures, and reliability curves of some kinds of the confidence after them."""
     temperatures = fit_temperatures(calibration)
     levels = probabilities(calibration, temperatures).max(axis=-1)  # [R, E, N]
     right = calibration.predictions == calibration.labels[:, None]  # [R, E, N]
@@ -78,7 +78,7 @@ def fit(calibration: ExitOutputs) -> Fitted:
             tuple(fit_curve(kind, s, r, low) for s, r in zip(*replica, strict=True))
             for replica in zip(levels, right, strict=True)
         )
-        for kind in CURVES
+        for kind in kinds
     }
     return Fitted(temperatures, curves)
 
@@ -90,12 +90,13 @@ def cross_fitted(calibration: ExitOutputs, policy: str | Policy, folds: int = 5)
     The folds are drawn by a fixed seed; a single row is left to its own fit.
     """
     count = calibration.labels.shape[1]
+    kinds = [POLICIES[policy].curve] if isinstance(policy, str) and POLICIES[policy].curve else []
     part = np.random.default_rng(0).permutation(count) % folds  # [N]
     scores = np.empty(calibration.logits.shape[:3])
     for fold in np.unique(part):
         own = np.flatnonzero(part == fold)
         others = np.flatnonzero(part != fold)
-        fitted = fit(calibration.rows(others if len(others) else own))
+        fitted = fit(calibration.rows(others if len(others) else own), kinds)
         scores[..., own] = exit_scores(calibration.rows(own), policy, fitted)
     return scores
 

@@ -87,6 +87,93 @@ def read(curve: Curve, thresholds: np.ndarray) -> Curve:
     return _stack([one(*replica) for replica in zip(*fields, strict=True)])
 
 
+_DRAWN_TOGETHER = 100  # bootstrap draws in one matrix product: a bound on memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Band:
+    """How far a curve could lie elsewhere had other rows been drawn.
+
+    Attributes:
+      threshold, cost, score: float64 [R, K], points of the curve.
+      cost_interval, score_interval: float64 [R, K, 2], percentile intervals over the draws.
+
+    """
+
+    threshold: np.ndarray
+    cost: np.ndarray
+    score: np.ndarray
+    cost_interval: np.ndarray
+    score_interval: np.ndarray
+
+
+def bootstrap(
+    outputs: ExitOutputs,
+    policy: str | Policy = "confidence",
+    *,
+    calibration: ExitOutputs | None = None,
+    fitted: Fitted | None = None,
+    metric: str | None = None,
+    points: int = 200,
+    draws: int = 1000,
+    level: float = 0.95,
+) -> Band:
+    """Percentile intervals of a curve over rows drawn anew with replacement, thresholds fixed.
+
+    At `points` thresholds, evenly among the distinct ones. At fixed thresholds an example's part in
+    cost and counts is fixed too, so that all draws are one matrix product [draws, N] x [N, K]. The
+    same draws at every call. Other arguments and errors as in `simulate`.
+    """
+    metric = metric or outputs.identity.get("metric", "accuracy")
+    if fitted is None and calibration is not None:
+        fitted = fit(calibration)
+    scores = exit_scores(outputs, policy, fitted)
+    exact = simulate(outputs, lambda *_: scores, metric=metric)
+    bands = []
+    for r, threshold in enumerate(exact.threshold):
+        distinct = np.unique(threshold)
+        at = distinct[np.linspace(0, len(distinct) - 1, points).round().astype(int)]
+        drawn = _draw(outputs, r, scores[r], at, metric, draws)  # [2, draws, K]
+        low_high = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2], axis=1)  # [2, 2, K]
+        point = read(Curve(*(v[r : r + 1] for v in vars(exact).values())), at)
+        bands.append((at, point.cost[0], point.score[0], low_high[:, 0].T, low_high[:, 1].T))
+    return Band(*(np.stack(values) for values in zip(*bands, strict=True)))
+
+
+def _draw(
+    outputs: ExitOutputs,
+    replica: int,
+    scores: np.ndarray,
+    thresholds: np.ndarray,
+    metric: str,
+    draws: int,
+) -> np.ndarray:
+    """(cost, score) of each draw at each threshold, float64 [2, draws, K]."""
+    labels, classes = outputs.labels[replica], range(outputs.logits.shape[-1])
+    count = len(labels)
+    levels = np.maximum.accumulate(scores[:-1], axis=0)  # [E - 1, N]
+    place = (levels[None] < thresholds[:, None, None]).sum(axis=1)  # [K, N]
+    answers = np.take_along_axis(outputs.predictions[replica], place, axis=0)  # [K, N]
+    right = answers == labels
+    tables = [outputs.cost[place], right]
+    if metric != "accuracy":
+        tables += [answers == c for c in classes]
+        tables += [right & (answers == c) for c in classes]
+    parts = np.stack(tables).astype(np.float32).reshape(-1, count)  # [tables x K, N]
+    rng, found = np.random.default_rng(0), np.empty((2, draws, len(thresholds)))
+    for first in range(0, draws, _DRAWN_TOGETHER):
+        several = range(first, min(first + _DRAWN_TOGETHER, draws))
+        times = np.stack(
+            [np.bincount(rng.integers(0, count, count), minlength=count) for _ in several]
+        ).astype(np.float32)
+        product = (times @ parts.T).reshape(len(several), len(tables), -1).astype(np.float64)
+        for draw, sums, weights in zip(several, product, times, strict=True):
+            true = np.bincount(labels, weights, len(classes))
+            given, hits = sums[2 : 2 + len(classes)].T, sums[2 + len(classes) :].T
+            found[:, draw] = sums[0] / count, from_counts(metric, sums[1], given, hits, true)
+    return found
+
+
 def _simulate_one(
     scores: np.ndarray,
     predictions: np.ndarray,

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sweet_jax.exits.analysis import Analysis
+from sweet_jax.exits.simulation import bootstrap
 from sweet_jax.files import written_aside
 from sweet_jax.report.series import BOUNDS, colour, loss_series, reliability_series
 
@@ -48,7 +49,11 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     for r in range(len(analysis.curve.cost)):
         style = {"color": "#21918c", "lw": 2, "zorder": 3} if r == best else {"color": "#bbbbbb"}
         axes.step(analysis.curve.cost[r], analysis.curve.score[r], where="post", **style)
-    axes.plot([], [], color="#21918c", label="every threshold")
+    axes.plot([], [], color="#21918c", label="every threshold, 95% band over rows")
+    rows = analysis.validation.replica(best)
+    band = bootstrap(rows, analysis.policy, fitted=analysis.fitted.replica(best))
+    low, high = band.score_interval[0].T
+    axes.fill_between(band.cost[0], low, high, color="#21918c", alpha=0.12, lw=0)
     grid = results["replicas"][best]["grid"]
     axes.plot(
         grid["cost"], grid["score"], "o", color="#440154", ms=4, zorder=4, label="11 thresholds"
