@@ -307,7 +307,7 @@ def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
     names = browser.execute_script(
         "return document.getElementById('curves').data.filter(t => t.name).map(t => t.name)"
     )
-    assert len(names) == 2
+    assert len(names) == 2 * 3  # each with its floor and its stable oracle
     assert str(runs[0]) in browser.find_element("css selector", "table").text
     assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
 
@@ -331,6 +331,16 @@ def test_simulate_refuses_in_one_line(runs, arguments, message):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_simulate_without_calibration_rows_says_so(runs, tmp_path):
+    folder = tmp_path / "run" / "exit_outputs"
+    folder.mkdir(parents=True)
+    shutil.copy(runs[0] / "exit_outputs" / "validation.npz", folder)
+    done = ask(f"--run={tmp_path / 'run'}", "--policy=pcee", "--accuracy=0.9")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there are no exit outputs at")
     assert done.stderr.count("\n") == 1
 
 

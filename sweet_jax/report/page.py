@@ -24,7 +24,7 @@ from sweet_jax.report.series import (
     policy_series,
     reliability_series,
 )
-from sweet_jax.report.tables import certificates, describe_divergence, fitted_rows
+from sweet_jax.report.tables import bound, certificates, describe_divergence, fitted_rows
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("sweet_jax", "report"),
@@ -81,7 +81,8 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Mapping[str, Any], An
     """Writes one page that overlays the curves of several runs, (name, identity, analysis) each.
 
     A run's line is the mean over the replicas of its chosen learning rate, read at common costs;
-    each replica's own curve is drawn thin beside it.
+    each replica's own curve is drawn thin beside it, and the mean of its floor and of its stable
+    oracle in the same colour, hidden until their names are clicked.
     """
     figure, rows = _layout("cost (share of the full model's layers)", "score"), []
     for number, (name, identity, analysis) in enumerate(runs):
@@ -110,6 +111,16 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Mapping[str, Any], An
             line={"color": colour(number), "width": 2.5},
             hovertemplate=f"{shown}<br>cost %{{x:.3f}}<br>score %{{y:.4f}}<extra></extra>",
         )
+        for kind in ("floor", "stable"):
+            bounds = [bound(analysis, r, kind) for r in analysis.chosen]
+            figure.add_scatter(
+                x=cost,
+                y=np.mean([np.interp(cost, b.cost, b.score) for b in bounds], axis=0),
+                name=f"{shown}: {BOUNDS[kind][0]}",
+                mode="lines",
+                line={"color": colour(number), "dash": BOUNDS[kind][2], "width": 1},
+                visible="legendonly",
+            )
         rows.append(
             {
                 "name": name,

@@ -132,8 +132,7 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
     """What no policy beats, what each should, and how much of the way between this one goes."""
     outputs, metric = analysis.validation, analysis.validation.identity["metric"]
     scores = exit_scores(outputs, analysis.policy, analysis.fitted)[replica]  # [E, N]
-    low = floor(outputs, replica, metric)
-    bounds = {"floor": low} | {k: oracle(outputs, replica, k, metric) for k in ORACLES}
+    bounds = {kind: bound(analysis, replica, kind) for kind in ("floor", *ORACLES)}
     if metric == "accuracy":
         bounds["best_thresholds"] = best_thresholds(outputs, replica, scores)[0]
     curve = Frontier(analysis.curve.cost[replica], analysis.curve.score[replica])
@@ -147,8 +146,16 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
             }
             for k, b in bounds.items()
         },
-        "gap_closed": share_of_gap(curve, low, bounds["stable"]),
+        "gap_closed": share_of_gap(curve, bounds["floor"], bounds["stable"]),
     }
+
+
+def bound(analysis: Analysis, replica: int, kind: str) -> Frontier:
+    """The floor ("floor"), or an oracle by its name in ORACLES, on validation rows."""
+    metric = analysis.validation.identity.get("metric", "accuracy")
+    if kind == "floor":
+        return floor(analysis.validation, replica, metric)
+    return oracle(analysis.validation, replica, kind, metric)
 
 
 def thinned(
