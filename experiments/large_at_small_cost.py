@@ -27,10 +27,12 @@ import numpy as np
 from flax import nnx
 
 from experiments import grid, paper
+from experiments.curves import COLOURS
 from experiments.grid import chosen_tasks, method_cells, settings
-from experiments.rendering import Records, Section, chosen, interval, renderer
+from experiments.rendering import Records, Section, chosen, interval, panels, renderer
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.exits.dials import make_dials
+from sweet_jax.exits.scores import mean_interval
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 
@@ -100,9 +102,11 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     deep, whole = clock(open_checkpoint(settings(options)["checkpoint"]), exits)
     layers, depths = np.asarray(exits) / exits[-1], exits[:-1]
     rows = []
+    tasks = chosen_tasks(options)
+    figure, axes = panels(len(tasks))
     for method in ("sweet", "early_exit"):
         gaps: dict[str, list[np.ndarray]] = {}
-        for task in chosen_tasks(options):
+        for task, one in zip(tasks, axes, strict=True):
             record, small = records.get(f"{task}-{method}"), records.get(f"{task}-multi_model")
             if record is None or small is None:
                 continue
@@ -118,6 +122,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
                         if r["seed"] in models
                     ]
                 )  # [S, E - 1]
+            _draw(one, task, method, folder, record, small, layers)
             gaps.setdefault("layers", []).append(found["layers"])
             gaps.setdefault("clock", []).append(found["clock"])
             rows += [_row(task, method, unit, values) for unit, values in found.items()]
@@ -134,6 +139,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "leaves out zero; a dash where the deep model cannot be so cheap.",
             ("task", "deep model", "cost by", *(f"{d} layers" for d in depths)),
             rows,
+            figure,
         ),
         Section(
             "clock",
@@ -147,6 +153,23 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             ],
         ),
     ]
+
+
+def _draw(axes, task: str, method: str, folder, record, small, layers: np.ndarray) -> None:
+    """A deep model's mean score within each cost, and once the shallow models' own."""
+    costs = np.linspace(layers[0], 1, 40)
+    deep = [
+        at_cost(folder, record["replicas"].index(r), layers, costs) for r in chosen(record)
+    ]  # [S, 40]
+    axes.plot(costs, 100 * np.mean(deep, axis=0), color=COLOURS[method], label=paper.NAMES[method])
+    if method == "early_exit":
+        shallow = [[100 * e["score"] for e in r["individual"]] for r in chosen(small)]
+        mean, half = mean_interval(np.asarray(shallow))
+        axes.errorbar(layers, mean, half, fmt="s", ms=4, color="#e8833a", label="a full model each")
+    axes.set_title(task)
+    axes.set_xlabel("cost (share of the deep model's layers)")
+    axes.set_ylabel(f"{record['metric']} (%)")
+    axes.legend(frameon=False, fontsize=7)
 
 
 def _row(task: str, method: str, unit: str, values: np.ndarray) -> list[str]:

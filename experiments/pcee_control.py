@@ -18,6 +18,7 @@ of the draws.
 
 import argparse
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from experiments import grid, paper
 from experiments.grid import chosen_tasks, method_cells
 from experiments.rendering import Records, Section, chosen, interval, panels, renderer
 from sweet_jax import ExitOutputs, simulate
+from sweet_jax.config import UserError
 from sweet_jax.exits.dials import make_dials
 from sweet_jax.exits.policies import exit_scores
 from sweet_jax.exits.risk import harms
@@ -54,6 +56,10 @@ def pooled(folder: Path, replica: int) -> ExitOutputs:
         ExitOutputs.load(folder / f"{split}.npz").replica(replica)
         for split in ("calibration", "validation")
     ]
+    if parts[0].identity.get("fitted_on", "held_out") != "held_out":
+        raise UserError(
+            f"{str(folder)!r} holds no rows out: its preset fits on the validation rows"
+        )
     logits, labels = (
         np.concatenate([getattr(p, name) for p in parts], axis=axis)
         for name, axis in (("logits", 2), ("labels", 1))
@@ -61,11 +67,11 @@ def pooled(folder: Path, replica: int) -> ExitOutputs:
     return ExitOutputs(logits, labels, parts[0].layers, parts[0].cost)
 
 
-def control(rows: ExitOutputs, targets: np.ndarray, splits: int) -> np.ndarray:
+def control(rows: ExitOutputs, targets: np.ndarray, splits: int, seed: int = 0) -> np.ndarray:
     """(achieved accuracy, cost) on untouched rows by rule and target, [rules, T, splits, 2]."""
     count, found = rows.labels.shape[1], np.empty((len(RULES), len(targets), splits, 2))
     for split in range(splits):
-        order = np.random.default_rng(split).permutation(count)
+        order = np.random.default_rng([seed, split]).permutation(count)
         fitting, untouched = rows.rows(order[: count // 2]), rows.rows(order[count // 2 :])
         dials = make_dials(fitting, tuple(policy for _, policy, choose in RULES if choose))
         for number, (_, policy, choose) in enumerate(RULES):
@@ -80,7 +86,7 @@ def control(rows: ExitOutputs, targets: np.ndarray, splits: int) -> np.ndarray:
     return found
 
 
-def violations(rows: ExitOutputs, size: int, draws: int) -> np.ndarray:
+def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.ndarray:
     """Of each limit on the loss, [limits, 3]: certified, broken (counts over draws), mean cost.
 
     Calibration rows, `size` of them, are drawn with replacement; the truth is known: it is the
@@ -89,7 +95,7 @@ def violations(rows: ExitOutputs, size: int, draws: int) -> np.ndarray:
     count, harmful = rows.labels.shape[1], harms(rows, 0, "risk")
     found = np.zeros((len(LIMITS), 3))
     for draw in range(draws):
-        drawn = np.random.default_rng(draw).integers(0, count, size)
+        drawn = np.random.default_rng([seed, draw]).integers(0, count, size)
         dials = make_dials(rows.rows(drawn), ("confidence",))
         points = np.maximum.accumulate(exit_scores(rows, "confidence", dials.halved)[0, :-1])
         for number, limit in enumerate(LIMITS):
@@ -106,7 +112,7 @@ def violations(rows: ExitOutputs, size: int, draws: int) -> np.ndarray:
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     """Control error by rule and task, its figure, and the certificates."""
     figure, axes = panels(len(chosen_tasks(options)))
-    errors: dict[tuple[str, str], list[np.ndarray]] = {}
+    errors: dict[tuple[str, int], list[np.ndarray]] = {}
     counted: dict[tuple[str, float], list[np.ndarray]] = {}
     left_out: list[str] = []
     for task, one in zip(chosen_tasks(options), axes, strict=True):
@@ -116,16 +122,19 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             for replica in chosen(records[name]) if name in records else ():
                 index = records[name]["replicas"].index(replica)
                 rows = pooled(options.output / "outputs" / name, index)
+                seed = zlib.crc32(f"{name} {index}".encode())  # draws of cells are independent
                 right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)
-                for limit, found in zip(LIMITS, violations(rows, 400, options.splits), strict=True):
+                drawn = violations(rows, 400, options.splits, seed)
+                for limit, found in zip(LIMITS, drawn, strict=True):
                     counted.setdefault((task, limit), []).append(found)
                 if right[-1] - right[0] < _LEAST_GAIN:
                     left_out.append(f"{name} seed {replica['seed']}")
                     continue
                 targets = right[0] + TARGETS * (right[-1] - right[0])
-                found = control(rows, targets, options.splits)
+                found = control(rows, targets, options.splits, seed)
                 curves.append((targets, found[..., 0].mean(axis=-1)))
-                errors.setdefault((task, method), []).append(_errors(found, targets))
+                key = (task, replica["seed"])
+                errors.setdefault(key, []).append(_errors(found, targets))
         for number, (title, _, _) in enumerate(RULES):
             for at, (targets, achieved) in enumerate(curves):
                 one.plot(
@@ -150,7 +159,8 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "pcee_control",
             f"Is the dial an accuracy? {options.model}",
             f"Points of accuracy, over {options.splits} splits and five targets between the first "
-            "and the last exit's accuracy; mean and 95% interval over seeds and methods. Error: "
+            "and the last exit's accuracy; means over methods, and over tasks, seed by seed, with "
+            "their 95% interval over seeds. Error: "
             "achieved against asked, absolute. Below: share of splits and targets whose untouched "
             "rows fall short of it. Cost: share of the full model's layers. Rows are finite: "
             "a rule that hit its target exactly would still err by about a standard error of the "
@@ -185,14 +195,18 @@ def _errors(found: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.stack([value.mean(axis=(1, 2)) for value in each], axis=-1)
 
 
-def _error_rows(errors: dict[tuple[str, str], list[np.ndarray]]) -> list[list[str]]:
-    """A row for each task and rule, and the mean of all."""
+def _error_rows(errors: dict[tuple[str, int], list[np.ndarray]]) -> list[list[str]]:
+    """A row for each task and rule, and the mean of all; errors by task and seed."""
     tasks = list(dict.fromkeys(task for task, _ in errors))
     rows = []
     for task in [*tasks, *(["all"] if len(tasks) > 1 else [])]:
-        every = [v for (t, _), values in errors.items() if task in (t, "all") for v in values]
+        of_seed: dict[int, list[np.ndarray]] = {}
+        for (t, seed), each in errors.items():
+            if task in (t, "all"):
+                of_seed.setdefault(seed, []).append(np.mean(each, axis=0))
+        every = np.stack([np.mean(each, axis=0) for each in of_seed.values()])
         for number, (title, _, _) in enumerate(RULES):
-            values = np.stack(every)[:, number]  # [seeds x methods, 4]
+            values = every[:, number]  # [S, 4]
             error, signed, below, cost = values.T
             texts = (interval(error), interval(signed, sign=True), f"{below.mean():.0f}%")
             rows.append([task, title, *texts, f"{cost.mean():.3f}"])

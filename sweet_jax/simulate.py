@@ -32,6 +32,7 @@ from sweet_jax.exits.analysis import (
     choose,
     full_score,
 )
+from sweet_jax.exits.dials import RANGES, check_dials
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.simulation import simulate
@@ -93,22 +94,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", default="compare.html", help="page for several runs (default compare.html)"
     )
     options = parser.parse_args(argv)
-    for name, (low, high) in _RANGES.items():
-        value = getattr(options, name)
-        if value is not None and not (low <= value <= high):
-            raise UserError(f"--{name} must be from {low:g} to {high:g}; got {value}")
+    check_dials({name: getattr(options, name) for name in RANGES}, "--")
     return options
-
-
-_DIALS = ("cost", "accuracy", "threshold", "risk", "agreement")
-_RANGES = {
-    "cost": (0.0, math.inf),
-    "accuracy": (0.0, 1.0),
-    "threshold": (-math.inf, math.inf),
-    "risk": (0.0, 1.0),
-    "agreement": (0.0, 1.0),
-    "level": (0.5, 0.9999),
-}
 
 
 def _policy_lines() -> str:
@@ -153,7 +140,7 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
     reached: list[tuple[float, float]] = []
     for r in replicas:
         who = f"seed {analysis.replicas[r][0]}: " if len(replicas) > 1 else ""
-        if all(getattr(options, name) is None for name in _DIALS):
+        if all(getattr(options, name) is None for name in RANGES if name != "level"):
             lines += [who + "each exit alone"] if who else []
             lines += exit_lines(individual(analysis.validation, r), metric)
             who += f"full {metric} is kept at "
@@ -229,9 +216,9 @@ def _certified(analysis: Analysis, replica: int, options: argparse.Namespace, me
         )
     cost, score = found.validation
     return (
-        f"threshold {tested.threshold!r}: at most {tested.bound:.4f} {what} with confidence "
-        f"{options.level:g} ({seen}); cost {cost:.4f}, {metric} {score:.4f} on "
-        f"{analysis.validation.labels.shape[1]} validation rows"
+        f"threshold {tested.threshold!r} of scores that half of the rows fitted: at most "
+        f"{tested.bound:.4f} {what} with confidence {options.level:g} ({seen}); cost {cost:.4f}, "
+        f"{metric} {score:.4f} on {analysis.validation.labels.shape[1]} validation rows"
     )
 
 

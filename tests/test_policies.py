@@ -29,8 +29,12 @@ def softmax(logits, temperature):
     return [a / sum(above) for a in above]
 
 
-def plain(policy, logits, temperatures, curves, learned, e):
-    """The score of one example at exit e, from its logits [E][C] alone."""
+def plain(policy, logits, temperatures, curves, learned, sures, e):
+    """The score of one example at exit e, from its logits [E][C] alone.
+
+    Curves are read at the confidences `sures` [E] that the code gives: a rounding away from a step,
+    another would stand on its other side.
+    """
     p = [softmax(z, t) for z, t in zip(logits, temperatures, strict=True)]
     given = [z.index(max(z)) for z in logits]
     match policy:
@@ -52,10 +56,10 @@ def plain(policy, logits, temperatures, curves, learned, e):
         case "learning_to_exit":
             return learned[e]
     kind = {"pcee": "equal_width", "pcee_ws": "kernel"}.get(policy) or policy.removeprefix("pcee_")
-    curve = curves[kind][e]
+    curve, sure = curves[kind][e], float(sures[e])
     if not curve.steps:
-        return float(np.interp(max(p[e]), curve.x, curve.y))
-    return curve.y[max(0, sum(x <= max(p[e]) for x in curve.x) - 1)]
+        return float(np.interp(sure, curve.x, curve.y))
+    return curve.y[max(0, sum(x <= sure for x in curve.x) - 1)]
 
 
 @settings(deadline=None, max_examples=60)
@@ -67,10 +71,12 @@ def test_every_policy_equals_a_loop_over_examples(outputs, other, policy):
     outputs = dataclasses.replace(outputs, exit_scores=learned)
     low = 1 / c
     temperatures = rng.choice([0.5, 1.0, 2.0], (r, e))
-    sure = rng.uniform(low, 1, 20)
+    sures = exit_scores(outputs, "confidence", Fitted(temperatures))
+    # Knots at scores that occur, where left and right of a step differ.
+    sure = np.append(rng.uniform(low, 1, 20), sures[0, :, 0])
     curves = {
         kind: tuple(
-            tuple(fit_curve(kind, sure, rng.random(20) < sure, low) for _ in range(e))
+            tuple(fit_curve(kind, sure, rng.random(len(sure)) < sure, low) for _ in range(e))
             for _ in range(r)
         )
         for kind in CURVES
@@ -81,15 +87,20 @@ def test_every_policy_equals_a_loop_over_examples(outputs, other, policy):
         logits = outputs.logits[i].astype(float).transpose(1, 0, 2).tolist()  # [N, E, C]
         wanted = [
             [
-                plain(policy, logits[k], temperatures[i].tolist(), ours, learned[i, :, k], j)
+                plain(
+                    policy,
+                    logits[k],
+                    temperatures[i].tolist(),
+                    ours,
+                    learned[i, :, k],
+                    sures[i, :, k],
+                    j,
+                )
                 for k in range(n)
             ]
             for j in range(e)
         ]
-        # A score a rounding away from a step of a curve may stand on either side of it.
-        close = np.isclose(found[i], wanted, rtol=1e-6, atol=1e-9)
-        steps = POLICIES[policy].curve not in ("", "kernel")
-        assert close.all() or (steps and close.mean() > 0.5)
+        np.testing.assert_allclose(found[i], wanted, rtol=1e-6, atol=1e-9)
     curve = simulate(outputs, policy, fitted=Fitted(temperatures, curves))
     for t, threshold in enumerate(curve.threshold[0]):
         cost, score, shares = brute_force(
@@ -153,15 +164,23 @@ def test_isotonic_curves_rise_and_all_stay_within_zero_and_one(count, seed):
 
 
 def test_a_rising_curve_is_a_threshold_for_each_exit():
+    """Every example leaves where per-exit thresholds of confidence would send it."""
     outputs, _ = known_table(500, seed=1)
     fitted = fit(known_table(300, seed=2)[0])
     scores = exit_scores(outputs, "pcee_isotonic", fitted)[0]
     levels = exit_scores(outputs, "confidence", fitted)[0]
-    for delta in (0.4, 0.6, 0.75):
-        leaves = scores >= delta
-        for e in range(3):
-            inside, outside = levels[e][leaves[e]], levels[e][~leaves[e]]
-            assert not len(inside) or not len(outside) or inside.min() > outside.max()
+    for delta in (0.4, 0.6, 0.75, 0.9):
+        limits = []
+        for curve in fitted.curves["isotonic"][0]:
+            reached = curve.x[curve.y >= delta]
+            # The first step holds below its own beginning too.
+            first = -np.inf if curve.y[0] >= delta else np.inf
+            limits.append(first if first < 0 else min(reached, default=np.inf))
+        by_limit = (levels >= np.asarray([*limits[:2], -np.inf])[:, None]).argmax(axis=0)
+        by_curve = np.append(scores[:2] >= delta, [np.full(500, True)], axis=0).argmax(axis=0)
+        np.testing.assert_array_equal(by_limit, by_curve)
+        point = simulate(outputs, "pcee_isotonic", fitted=fitted, thresholds=np.asarray([delta]))
+        assert point.cost[0, 0] == pytest.approx(outputs.cost[by_limit].mean())
 
 
 @pytest.mark.parametrize("delta", [0.7, 0.9])
@@ -229,6 +248,8 @@ def test_a_diverged_exit_never_answers_early_and_fits_nothing():
             scores = exit_scores(outputs, policy, fitted)
             assert np.isneginf(scores[0, 0]).all(), policy
             assert np.isfinite(scores[0, 2]).all(), policy
+    # Nobody is seen to agree with an exit that diverged.
+    assert exit_scores(outputs, "patience", fitted)[0, 1].max() == 1
 
 
 @pytest.mark.parametrize("policy", ["pcee", "pcee_ws"])
@@ -266,3 +287,20 @@ def test_quality_equals_plain_sums():
         assert row["brier"] == pytest.approx(brier)
         assert row["auroc"] == pytest.approx(np.mean(pairs))
         assert 0 <= row["ece"] <= 1
+
+
+def test_entropy_is_never_below_zero():
+    for classes in range(2, 12):
+        outputs = ExitOutputs(np.zeros((2, 3, classes)), [0, 1, 0], [1, 2])
+        assert exit_scores(outputs, "entropy").min() == pytest.approx(0, abs=1e-12)
+        assert simulate(outputs, "entropy", thresholds=np.zeros(1)).cost[0, 0] == 0.5
+
+
+def test_what_does_not_fit_the_outputs_is_refused():
+    two = ExitOutputs(np.zeros((2, 2, 3, 2)), [0, 1, 0], [1, 2])
+    one = ExitOutputs(np.zeros((1, 2, 3, 2)), [0, 1, 0], [1, 2])
+    for policy in ("confidence", "pcee"):
+        with pytest.raises(ValueError, match="replicas and exits need what was fitted on as many"):
+            simulate(two, policy, calibration=one)
+    with pytest.raises(UserError, match="did you mean 'confidence'"):
+        cross_fitted(one, "confidense")

@@ -12,7 +12,7 @@ import pytest
 from sweet_jax import ExitOutputs
 from sweet_jax import simulate as simulate_curve
 from sweet_jax.config import from_mapping
-from sweet_jax.exits.analysis import analyse, at_costs, choose, full_score
+from sweet_jax.exits.analysis import analyse, at_costs, certified, choose, full_score
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.report.page import write_comparison, write_report
 from sweet_jax.report.plots import write_figures
@@ -166,6 +166,19 @@ def test_policies_and_dials_of_the_page_choose_as_the_command_does(report, analy
     assert browser.find_element("id", "control").text == (
         "infeasible: the best reachable on calibration rows is cost 0.250"
     )
+    for policy in ("confidence", "pcee_ws"):
+        theirs = analyse(analysis.calibration, analysis.validation, policy)
+        set_value(browser, "policy", policy)
+        for dial, wish, limit in (("risk", 0.3, 0.3), ("agreement", 0.75, 0.25)):
+            set_value(browser, "dial", dial)
+            set_value(browser, "wish", str(wish))
+            found = certified(theirs, best, dial, limit)
+            words = browser.find_element("id", "control").text
+            assert f"at threshold {found.certificate.threshold:.4f} of scores" in words
+            assert f"cost {found.validation[0]:.3f}, accuracy {found.validation[1]:.4f}" in words
+    set_value(browser, "dial", "risk")
+    set_value(browser, "wish", "0.001")
+    assert "infeasible: the best certified is risk 0." in browser.find_element("id", "control").text
     assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
 
 

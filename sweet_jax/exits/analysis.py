@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sweet_jax.config import check_choice
-from sweet_jax.exits.dials import Trade, calibration_scores, make_dials
+from sweet_jax.exits.dials import Dials, Trade, calibration_scores, make_dials
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES, Fitted, exit_scores, fit, grid_thresholds
 from sweet_jax.exits.risk import Certificate
@@ -41,6 +41,15 @@ class Analysis:
     curve: Curve
     grid: Curve
     area: np.ndarray
+    _dials: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    def dials(self, replica: int, policies: tuple[str, ...] | None = None) -> Dials:
+        """The dials of one replica, by default of this policy only; made once."""
+        wanted = policies or (self.policy,)
+        if (replica, wanted) not in self._dials:
+            rows = self.calibration.replica(replica)
+            self._dials[replica, wanted] = make_dials(rows, wanted, len(self.calibration.logits))
+        return self._dials[replica, wanted]
 
     @property
     def temperatures(self) -> np.ndarray:
@@ -160,12 +169,14 @@ def choose(
     """
     trade = Trade.of(analysis.calibration_curve, replica)
     if cost is not None:
-        found, best = trade.within_cost(cost), trade.cost[0]
-    elif score is not None and POLICIES[analysis.policy].curve:
-        found, best = score, score
+        found, best = trade.within_cost(cost), float(trade.cost[0])
+    elif score is None:
+        raise ValueError("give a cost or a score")
+    elif POLICIES[analysis.policy].curve:
+        found, best = score, np.nan
     else:
-        found, best = trade.with_score(-np.inf if score is None else score), trade.score[-1]
-    return float(best) if found is None else apply_threshold(analysis, replica, found)
+        found, best = trade.with_score(score), float(trade.score[-1])
+    return best if found is None else apply_threshold(analysis, replica, found)
 
 
 def apply_threshold(analysis: Analysis, replica: int, threshold: float) -> Choice:
@@ -180,7 +191,9 @@ def apply_threshold(analysis: Analysis, replica: int, threshold: float) -> Choic
 
 def full_score(analysis: Analysis, replica: int) -> Choice | float:
     """The cheapest threshold that keeps the last exit's score on the calibration rows."""
-    return choose(analysis, replica, score=float(analysis.calibration_curve.score[replica][-1]))
+    trade = Trade.of(analysis.calibration_curve, replica)
+    found = trade.with_score(float(analysis.calibration_curve.score[replica][-1]))
+    return float(trade.score[-1]) if found is None else apply_threshold(analysis, replica, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +209,14 @@ def certified(
 ) -> Certified:
     """The cheapest threshold whose harm is certified, see `risk.certify`.
 
-    Half of the calibration rows fits what the scores read, the other half is tested.
+    Half of the calibration rows fits what the scores read, the other half is tested; the chance of
+    error is shared among all replicas, since the same rows choose between them.
 
     kind: "risk" (accuracy lost against the last exit) or "agreement" (answers that differ from its
     own), limit: the largest share, level: of confidence. Raises UserError where the rows fitted on
     are the ones reported, which certify nothing.
     """
-    dials = make_dials(analysis.calibration.replica(replica), (analysis.policy,))
+    dials = analysis.dials(replica)
     certificate = dials.certificate(analysis.policy, kind, limit, level)
     if certificate.threshold is None:
         return Certified(certificate, None)

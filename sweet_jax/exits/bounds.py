@@ -10,6 +10,7 @@ import numpy as np
 
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.scores import score
+from sweet_jax.exits.simulation import simulate
 
 _SLOPES = 25  # trade-offs of score against cost that `best_thresholds` is asked for
 
@@ -35,24 +36,29 @@ class Frontier:
         return float(np.trapezoid(y, x) / (high - low)) if high > low else float(y[-1])
 
 
-def any_correct(given: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Answers that are right, bool [E, N]: inflated by luck, four independent exits that are right
-    in 60% of the cases reach 97.4% (Hor et al. 2024, arXiv 2402.04359).
+def any_correct(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first right exit: inflated by luck, four independent exits that are right in 60% of the
+    cases reach 97.4% (Hor et al. 2024, arXiv 2402.04359).
     """
-    return given == labels
+    right = given == labels  # [P, N]
+    place = np.where(right.any(axis=0), right.argmax(axis=0), 0)
+    return place, np.take_along_axis(given, place[None], axis=0)[0]
 
 
-def stable(given: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Right answers after which all later exits are right too, bool [E, N]."""
-    return np.logical_and.accumulate((given == labels)[::-1])[::-1]
+def stable(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first exit from which on all are right: no luck, the score is the last exit's own."""
+    lasting = np.logical_and.accumulate((given == labels)[::-1])[::-1]  # [P, N]
+    return np.where(lasting.any(axis=0), lasting.argmax(axis=0), 0), given[-1]
 
 
-def agreement(given: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Answers that are the last exit's, bool [E, N]: what an oracle that knows no label can see."""
-    return given == given[-1]
+def agreement(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first exit that says what the last one says: an oracle that knows no label."""
+    return (given == given[-1]).argmax(axis=0), given[-1]
 
 
-ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+# Of classes [P, N] given by the first P exits, and labels [N]: where each example leaves (from 0),
+# and what it is answered, int [N] each. Where no exit is right the first, the cheapest, will do.
+ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "stable": stable,
     "agreement": agreement,
     "any_correct": any_correct,
@@ -60,37 +66,52 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str = "accuracy") -> Frontier:
-    """What an oracle that knows the answers would cost and score, exactly, in O(N E).
+    """What an oracle that knows the answers would cost and score, exactly, in O(N E^2).
 
-    It lets an example leave at the first exit that `kind` calls good, and at the first exit of all
-    where none is, or where that one is too deep: point p allows no exit beyond the p-th. Between
-    two points the cheapest examples go first, and gain as much a cost: the line between is exact
-    for accuracy.
+    The upper hull of the oracle's points on the first exit alone, the first two, and so on: of the
+    model cut off after each exit. Exits that diverged are left out.
     """
-    given, labels = outputs.predictions[replica], outputs.labels[replica]  # [E, N], [N]
-    good = ORACLES[kind](given, labels)
-    first = np.where(good.any(axis=0), good.argmax(axis=0), 0)  # [N]
-    costs, values = [], []
-    for deepest in range(len(given)):
-        place = np.where(first <= deepest, first, 0)
-        answers = np.take_along_axis(given, place[None], axis=0)[0]
-        costs.append(float(outputs.cost[place].mean()))
-        values.append(score(metric, answers, labels, outputs.logits.shape[-1]))
-    return Frontier(np.asarray(costs), np.asarray(values))
+    given, labels, cost = _sound(outputs, replica)
+    points = []
+    for count in range(1, len(given) + 1):
+        place, answers = ORACLES[kind](given[:count], labels)
+        value = score(metric, answers, labels, outputs.logits.shape[-1])
+        points.append((float(cost[place].mean()), value))
+    return _hull(points)
 
 
 def floor(outputs: ExitOutputs, replica: int, metric: str = "accuracy") -> Frontier:
-    """The upper hull of the single exits: what sending examples to exits at random reaches."""
-    labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
-    values = [score(metric, p, labels, classes) for p in outputs.predictions[replica]]
+    """The upper hull of the single exits: what sending examples to exits at random reaches.
+
+    Exits that diverged are left out.
+    """
+    given, labels, cost = _sound(outputs, replica)
+    classes = outputs.logits.shape[-1]
+    values = [score(metric, p, labels, classes) for p in given]
+    return _hull(list(zip(cost.tolist(), values, strict=True)))
+
+
+def _sound(outputs: ExitOutputs, replica: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(classes given [P, N], labels [N], cost [P]) of the exits that did not diverge, or of all."""
+    finite = np.isfinite(outputs.logits[replica]).all(axis=(1, 2))
+    keep = np.flatnonzero(finite if finite.any() else ~finite)
+    return outputs.predictions[replica][keep], outputs.labels[replica], outputs.cost[keep]
+
+
+def _hull(points: list[tuple[float, float]]) -> Frontier:
+    """The corners of the upper hull of points (cost, score)."""
     hull: list[tuple[float, float]] = []
-    for x, y in zip(outputs.cost.tolist(), values, strict=True):
-        # A point below the line from the one before it to the new one is no corner.
-        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], (x, y)):
+    for point in sorted(points):
+        if hull and point[0] - hull[-1][0] < 1e-12:  # one cost, but for rounding
+            if point[1] <= hull[-1][1]:
+                continue
             hull.pop()
-        hull.append((x, y))
-    cost, found = np.asarray(hull).T
-    return Frontier(cost, found)
+        # A point below the line from the one before it to the new one is no corner.
+        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    cost, values = np.asarray(hull).T
+    return Frontier(cost, values)
 
 
 def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
@@ -98,14 +119,17 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
 
 
 def share_of_gap(curve: Frontier, low: Frontier, high: Frontier) -> float | None:
-    """How much of the way from `low` to `high` a curve goes, in mean score over low's range.
+    """How much of the way from `low` to `high` a curve goes, in mean score over all three's range.
 
     0 is no better than sending examples to exits at random, 1 the oracle; None where the two bounds
-    are one.
+    are one, or no range is common.
     """
-    start, end = float(low.cost[0]), float(low.cost[-1])
+    start = max(float(f.cost[0]) for f in (curve, low, high))
+    end = float(low.cost[-1])
+    if start >= end:
+        return None
     bottom, top = low.mean(start, end), high.mean(start, end)
-    return (curve.mean(start, end) - bottom) / (top - bottom) if top > bottom else None
+    return (curve.mean(start, end) - bottom) / (top - bottom) if top > bottom + 1e-12 else None
 
 
 def best_thresholds(
@@ -114,13 +138,14 @@ def best_thresholds(
     """Accuracy with a threshold for each exit, fitted on the very rows reported: not to be had.
 
     For 25 slopes of accuracy against cost, accuracy - slope x cost is raised one exit's threshold
-    at a time, each step exact in O(N) once the scores are sorted, until none helps; begun where one
-    threshold for all is best. A local optimum: the true bound can lie higher.
+    at a time, each step exact in O(N) once the scores are sorted, until none helps; begun at the
+    best single threshold of the exact curve. The upper hull of what is found and of that curve: no
+    single threshold lies above it. Local optima, so that the true bound can.
 
     Args:
       outputs: of the rows reported.
       replica: which.
-      scores: float [E, N], of a policy.
+      scores: float [E, N], of a policy; -inf never leaves early.
 
     Returns:
       The frontier, and the thresholds of its points, float64 [P, E - 1].
@@ -129,25 +154,22 @@ def best_thresholds(
     right = (outputs.predictions[replica] == outputs.labels[replica]).astype(np.float64)  # [E, N]
     orders = np.argsort(-scores[:-1], axis=1, kind="stable")  # [E - 1, N]
     levels = np.take_along_axis(scores[:-1], orders, axis=1)
-    points = np.maximum.accumulate(scores[:-1], axis=0)
-    points = points[np.isfinite(points)]
-    begin = np.quantile(points, np.linspace(0, 1, 50)).tolist() if len(points) else []
-    starts = [np.full(len(orders), t) for t in (*begin, np.inf)]
-    places = [_exits(scores, limits) for limits in starts]
-    score_of = np.asarray([np.take_along_axis(right, p[None], axis=0).mean() for p in places])
-    cost_of = np.asarray([outputs.cost[p].mean() for p in places])
-    found = []
+    curve = simulate(outputs.replica(replica), lambda *_: scores[None], metric="accuracy")
+    single, cost, value = (v[0] for v in (curve.threshold, curve.cost, curve.score))
+    found = {
+        (float(c), float(v)): np.full(len(orders), t)
+        for t, c, v in zip(single, cost, value, strict=True)
+    }
     for slope in np.geomspace(1e-3, 3, _SLOPES):
-        value = right - slope * outputs.cost[:, None]  # [E, N]
-        limits = starts[int((score_of - slope * cost_of).argmax())]
-        found.append(_ascend(scores, orders, levels, limits, value))
-    taken = np.stack([_exits(scores, limits) for limits in found])  # [P, N]
-    cost = outputs.cost[taken].mean(axis=1)
-    values = np.take_along_axis(right[None], taken[:, None], axis=1)[:, 0].mean(axis=1)
-    order = np.lexsort((values, cost))
-    best = np.maximum.accumulate(values[order]) == values[order]
-    order = order[best]
-    return Frontier(cost[order], values[order]), np.stack(found)[order]
+        gains = right - slope * outputs.cost[:, None]  # [E, N]
+        begin = np.full(len(orders), single[int((value - slope * cost).argmax())])
+        limits = _ascend(scores, orders, levels, begin, gains)
+        taken = _exits(scores, limits)
+        accuracy = np.take_along_axis(right, taken[None], axis=0).mean()
+        found[float(outputs.cost[taken].mean()), float(accuracy)] = limits
+    hull = _hull(list(found))
+    points = zip(hull.cost.tolist(), hull.score.tolist(), strict=True)
+    return hull, np.stack([found[point] for point in points])
 
 
 def _ascend(
@@ -170,6 +192,7 @@ def _ascend(
             gain = np.where(arrives, value[e] - onward, 0)[orders[e]]
             sums = np.append(0.0, np.cumsum(gain))  # of letting the first 0, 1, ... leave here
             whole = np.append(np.append(True, levels[e][1:] != levels[e][:-1]), True)
+            whole[1:] &= np.isfinite(levels[e])  # what is -inf stays
             best = int(np.where(whole, sums, -np.inf).argmax())
             limits[e] = levels[e][best - 1] if best else np.inf
     return limits

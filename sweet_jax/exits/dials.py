@@ -13,6 +13,7 @@ from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES, Fitted, cross_fitted, exit_scores, fit
 from sweet_jax.exits.risk import KINDS, Certificate, Trials, candidates, certify, try_thresholds
+from sweet_jax.exits.scores import score
 from sweet_jax.exits.simulation import Curve, simulate
 
 
@@ -32,13 +33,13 @@ class Trade:
     @classmethod
     def of(cls, curve: Curve, replica: int) -> "Trade":
         """Those of a curve."""
-        threshold, cost, score = (
+        threshold, cost, value = (
             getattr(curve, name)[replica] for name in ("threshold", "cost", "score")
         )
-        order = np.lexsort((threshold, -score, cost))
-        best = np.maximum.accumulate(np.append(-np.inf, score[order]))
-        keep = order[score[order] > best[:-1]]
-        return cls(threshold[keep], cost[keep], score[keep])
+        order = np.lexsort((threshold, -value, cost))
+        best = np.maximum.accumulate(np.append(-np.inf, value[order]))
+        keep = order[value[order] > best[:-1]]
+        return cls(threshold[keep], cost[keep], value[keep])
 
     def within_cost(self, cost: float) -> float | None:
         """The threshold of the best score within a mean cost; None where none is so cheap."""
@@ -51,61 +52,97 @@ class Trade:
         return float(self.threshold[at]) if at < len(self.score) else None
 
 
+# What each dial may be set to.
+RANGES = {
+    "threshold": (-np.inf, np.inf),
+    "cost": (0.0, np.inf),
+    "accuracy": (0.0, 1.0),
+    "risk": (0.0, 1.0),
+    "agreement": (0.0, 1.0),
+    "level": (0.5, 0.9999),
+}
+
+
+def check_dials(values: Mapping[str, float | None], prefix: str = "") -> str | None:
+    """The name of the one dial that is set, of those in RANGES; None for none.
+
+    Raises UserError for two, or a value out of range; `prefix` stands before the names in it.
+    """
+    for name, value in values.items():
+        low, high = RANGES[name]
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{prefix}{name} must be from {low:g} to {high:g}; got {value:g}")
+    given = [name for name, value in values.items() if value is not None and name != "level"]
+    if len(given) > 1:
+        raise UserError(f"set one dial, not {len(given)}: {', '.join(prefix + n for n in given)}")
+    return given[0] if given else None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dials:
     """What calibration rows say of one trained model: R = 1 throughout.
 
     Attributes:
       fitted: on all calibration rows.
+      full: the last exit's score on them.
       trades: of each policy, on calibration rows (cross-fitted where the policy reads curves).
-      halved: fitted on half of the rows, for certificates: None where the rows are the reported
-        ones, which certify nothing.
+      halved: fitted on half of the rows, for certificates: None where they may not or cannot be
+        halved.
       trials: of each policy and kind of certificate, on the other half.
+      compared: how many models these rows had to choose from.
 
     """
 
     fitted: Fitted
+    full: float
     trades: Mapping[str, Trade]
     halved: Fitted | None
     trials: Mapping[str, Mapping[str, Trials]]
+    compared: int = 1
 
     def threshold(
         self,
         policy: str,
         *,
+        threshold: float | None = None,
         cost: float | None = None,
         accuracy: float | None = None,
         risk: float | None = None,
         agreement: float | None = None,
         level: float = 0.95,
     ) -> tuple[float, Fitted]:
-        """The threshold that one of the dials stands for, and what the policy is to read.
+        """The threshold that a dial stands for, and what the policy is to read.
 
-        Raises UserError for an unknown policy, one that these rows do not know, or a wish that
-        cannot be met, with the best that can.
+        Without a dial, the cheapest threshold that keeps the last exit's score. Raises UserError
+        for an unknown policy, one that these rows do not know, two dials, a value out of range, or
+        a wish that cannot be met, with the best that can.
         """
+        asked = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
+        check_dials(asked | {"agreement": agreement, "level": level})
         check_choice("policy", policy, POLICIES)
         if policy not in self.trades:
             raise UserError(f"this model was not calibrated for the policy {policy!r}")
-        if risk is not None or agreement is not None:
-            return self._certified(policy, risk, agreement, level)
+        if threshold is not None:
+            return threshold, self.fitted
+        if risk is not None:
+            return self._certified(policy, "risk", risk, level)
+        if agreement is not None:
+            return self._certified(policy, "agreement", 1 - agreement, level)
+        if accuracy is not None and POLICIES[policy].curve:
+            return accuracy, self.fitted  # PCEE's threshold is an accuracy
         trade = self.trades[policy]
         if cost is not None:
             found, best = trade.within_cost(cost), f"cost {trade.cost[0]:.4f}"
-        elif accuracy is not None and POLICIES[policy].curve:
-            return accuracy, self.fitted  # PCEE's threshold is an accuracy
         else:
-            found = trade.with_score(trade.score[-1] if accuracy is None else accuracy)
+            found = trade.with_score(self.full if accuracy is None else accuracy)
             best = f"score {trade.score[-1]:.4f}"
         if found is None:
             raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
         return found, self.fitted
 
     def _certified(
-        self, policy: str, risk: float | None, agreement: float | None, level: float
+        self, policy: str, kind: str, limit: float, level: float
     ) -> tuple[float, Fitted]:
-        kind = "risk" if agreement is None else "agreement"
-        limit = 1 - agreement if agreement is not None else float(risk or 0)
         found = self.certificate(policy, kind, limit, level)
         if found.threshold is None:
             best = found.bound if kind == "risk" else 1 - found.bound
@@ -119,14 +156,21 @@ class Dials:
         """The certificate of a policy, see `risk.certify`. Raises UserError where there is none."""
         if self.halved is None:
             raise UserError(
-                "a certificate needs two calibration rows or more, held out; this run's preset "
-                "fitted on the validation rows: train without --config.preset"
+                "a certificate needs two calibration rows or more that are held out, and this run "
+                "has none: raise train_size, and set no preset that fits on the validation rows"
             )
-        return certify(self.trials[policy][kind], limit, level)
+        if policy not in self.trials:
+            raise UserError(
+                f"the policy {policy!r} scores a row by the others beside it: its threshold cannot "
+                "be certified"
+            )
+        return certify(self.trials[policy][kind], limit, level, self.compared)
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in exits.json; `from_dict` gives it back exactly."""
         return self.fitted.as_dict() | {
+            "full": self.full,
+            "compared": self.compared,
             "trades": {
                 policy: {k: v.tolist() for k, v in vars(trade).items()}
                 for policy, trade in self.trades.items()
@@ -155,29 +199,45 @@ class Dials:
             policy: {kind: Trials.from_dict(v) for kind, v in every.items()}
             for policy, every in certificates["trials"].items()
         }
-        return cls(Fitted.from_dict(values), trades, halved and Fitted.from_dict(halved), trials)
+        return cls(
+            Fitted.from_dict(values),
+            float(values["full"]),
+            trades,
+            halved and Fitted.from_dict(halved),
+            trials,
+            int(values["compared"]),
+        )
 
 
-def make_dials(calibration: ExitOutputs, policies: tuple[str, ...] | None = None) -> Dials:
+def make_dials(
+    calibration: ExitOutputs, policies: tuple[str, ...] | None = None, compared: int = 1
+) -> Dials:
     """The dials of one replica's calibration rows, R = 1; by default of all that can be deployed.
 
     Left out are learning-to-exit where it was not learned, and its min-max variant, which needs all
-    rows at once.
+    rows at once. `compared` is how many replicas the rows had to choose from.
     """
     fitted = fit(calibration)
-    names = policies or tuple(name for name in POLICIES if deployable(name, calibration))
+    metric, classes = calibration.identity.get("metric", "accuracy"), calibration.logits.shape[-1]
+    full = score(metric, calibration.predictions[0, -1], calibration.labels[0], classes)
+    names = policies or deployed(calibration)
     trades, trials = {}, {}
     halves = _halves(calibration)
     halved = None if halves is None else fit(halves[0])
     for name in names:
         scores = calibration_scores(calibration, name, fitted)
         trades[name] = Trade.of(simulate(calibration, lambda *_, s=scores: s), 0)
-        if halves is not None:
+        if halves is not None and deployable(name, calibration):
             fitting, tested = halves
             levels = candidates(exit_scores(fitting, name, halved)[0])
             found = exit_scores(tested, name, halved)[0]
             trials[name] = {k: try_thresholds(tested, 0, found, levels, k) for k in KINDS}
-    return Dials(fitted, trades, halved, trials)
+    return Dials(fitted, full, trades, halved, trials, compared)
+
+
+def deployed(outputs: ExitOutputs) -> tuple[str, ...]:
+    """The policies that are `deployable`."""
+    return tuple(name for name in POLICIES if deployable(name, outputs))
 
 
 def deployable(policy: str, outputs: ExitOutputs) -> bool:

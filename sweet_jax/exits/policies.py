@@ -90,7 +90,10 @@ def cross_fitted(calibration: ExitOutputs, policy: str | Policy, folds: int = 5)
     The folds are drawn by a fixed seed; a single row is left to its own fit.
     """
     count = calibration.labels.shape[1]
-    kinds = [POLICIES[policy].curve] if isinstance(policy, str) and POLICIES[policy].curve else []
+    kinds: list[str] = []
+    if isinstance(policy, str):
+        check_choice("policy", policy, POLICIES)
+        kinds = [POLICIES[policy].curve] if POLICIES[policy].curve else []
     part = np.random.default_rng(0).permutation(count) % folds  # [N]
     scores = np.empty(calibration.logits.shape[:3])
     for fold in np.unique(part):
@@ -133,7 +136,7 @@ def entropy(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # 0 times -inf, of a probability that is 0
         terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)
     share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))
-    return np.minimum(1 + share, _BELOW_ONE)
+    return np.clip(1 + share, 0, _BELOW_ONE)
 
 
 def margin(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
@@ -147,12 +150,13 @@ def patience(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     """How many exits in a row, this one the last, give this exit's class: 1 to E (PABEE, Zhou et
     al. 2020, arXiv 2006.04152, whose patience p is a threshold of p + 1).
     """
-    given = outputs.predictions
+    given, sound = outputs.predictions, np.isfinite(outputs.logits).all(axis=-1)  # [R, E, N]
     score = np.ones(given.shape)
     for e in range(1, given.shape[1]):
-        score[:, e] += np.where(given[:, e] == given[:, e - 1], score[:, e - 1], 0)
-    # A diverged exit's answers agree with each other, and mean nothing.
-    return np.where(np.isfinite(outputs.logits).all(axis=-1), score, np.nan)
+        # What diverged agrees with nobody: its answer is the first class whatever the text.
+        agrees = (given[:, e] == given[:, e - 1]) & sound[:, e - 1]
+        score[:, e] += np.where(agrees, score[:, e - 1], 0)
+    return np.where(sound, score, np.nan)
 
 
 def voting(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
@@ -256,6 +260,11 @@ def exit_scores(
     """
     if fitted is None:
         fitted = Fitted(np.ones(outputs.logits.shape[:2]))
+    if fitted.temperatures.shape != outputs.logits.shape[:2]:
+        raise ValueError(
+            f"outputs of {outputs.logits.shape[:2]} replicas and exits need what was fitted on as "
+            f"many; got {fitted.temperatures.shape}"
+        )
     curves = None
     if isinstance(policy, str):
         check_choice("policy", policy, POLICIES)

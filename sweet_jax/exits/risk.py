@@ -13,6 +13,7 @@ from scipy import stats
 from sweet_jax.exits.outputs import ExitOutputs
 
 KINDS = ("risk", "agreement")
+_NEVER = float(np.finfo(np.float64).max)  # a threshold that no score reaches, and JSON can hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,25 +126,30 @@ def try_thresholds(
     return Trials(kind, thresholds, np.asarray(harmed, np.int64), scores.shape[1])
 
 
-def certify(trials: Trials, limit: float, level: float = 0.95) -> Certificate:
+def certify(trials: Trials, limit: float, level: float = 0.95, compared: int = 1) -> Certificate:
     """The least careful threshold with at most `limit` harmed, with confidence `level`.
 
     Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) by fixed-sequence testing: from the
     most careful threshold on, each is tested at alpha = 1 - level, and the first that fails ends
     it, so that the chance of certifying a threshold above the limit is at most alpha. The test is
     the exact binomial one: a threshold passes where the upper end of Clopper & Pearson's (1934)
-    one-sided interval is at most the limit.
+    one-sided interval is at most the limit. A model that was chosen out of several by these rows is
+    tested at alpha / compared (Bonferroni): chosen for its luck, it would break its promise more
+    often.
     """
     about = (trials.kind, limit, level)
+    if not len(trials.thresholds):  # nothing leaves early, and nothing can be lost
+        return Certificate(*about, _NEVER, 0.0, 0, trials.rows)
     best: Certificate | None = None
     for threshold, harmed in zip(trials.thresholds.tolist(), trials.harmed.tolist(), strict=True):
-        bound = upper_bound(harmed, trials.rows, level)
+        bound = upper_bound(harmed, trials.rows, 1 - (1 - level) / compared)
         passed = bound <= limit
         if passed or best is None:
             best = Certificate(*about, threshold if passed else None, bound, harmed, trials.rows)
         if not passed:
             break
-    return best or Certificate(*about, None, 1.0, 0, trials.rows)
+    assert best is not None
+    return best
 
 
 def upper_bound(hits: int, total: int, level: float) -> float:

@@ -16,7 +16,7 @@ import safetensors.numpy
 from sweet_jax.config import Config
 from sweet_jax.data.load import Dataset
 from sweet_jax.exits.analysis import Analysis, Choice, full_score
-from sweet_jax.exits.dials import make_dials
+from sweet_jax.exits.dials import deployed
 from sweet_jax.files import write_json
 from sweet_jax.models.names import hugging_face_tensors
 from sweet_jax.models.pretrained import Checkpoint
@@ -87,6 +87,6 @@ def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, An
         "cost": np.asarray(analysis.validation.cost).tolist(),
         "policy": config.policy,
         "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
-        "dials": make_dials(analysis.calibration.replica(best)).as_dict()
+        "dials": analysis.dials(best, deployed(analysis.validation)).as_dict()
         | {"full_score": keep.as_dict() if isinstance(keep, Choice) else None},
     }

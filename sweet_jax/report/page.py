@@ -44,12 +44,7 @@ def write_report(
 ) -> None:
     """Writes the page of one run. Text that comes from the user or the data is escaped."""
     best, layers = results["best_replica"], results["exits"]
-    policies = [
-        policy_series(
-            analysis.calibration.replica(r), analysis.validation.replica(r), analysis.policy
-        )
-        for r in range(len(results["replicas"]))
-    ]
+    policies = [policy_series(analysis, r) for r in range(len(results["replicas"]))]
     page = _ENVIRONMENT.get_template("page.html").render(
         results=results,
         best=best,

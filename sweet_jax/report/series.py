@@ -10,9 +10,10 @@ import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.calibration import expected_calibration_error, probabilities, reliability
-from sweet_jax.exits.dials import deployable, make_dials
+from sweet_jax.exits.dials import Dials, deployed
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES
+from sweet_jax.exits.risk import upper_bound
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.report.tables import thinned
 
@@ -66,29 +67,50 @@ def reliability_series(analysis: Analysis, replica: int) -> list[dict[str, Any]]
     return series
 
 
-def policy_series(
-    calibration: ExitOutputs, validation: ExitOutputs, first: str
-) -> dict[str, dict[str, Any]]:
-    """What the page shows of every policy of one replica (R = 1), the one named `first` first.
+def policy_series(analysis: Analysis, replica: int) -> dict[str, dict[str, Any]]:
+    """What the page shows of every policy of one replica, the run's own first.
 
-    Of each the validation curve, thinned to 6,000 points (`first`) or 400, the trade: thresholds
-    worth having on calibration rows, and the threshold that keeps the last exit's score there.
+    Of each: the validation curve, thinned to 6,000 points (the run's own policy) or 400; the trade
+    (thresholds worth having on calibration rows); the threshold that keeps the last exit's score
+    there; and the certificates.
     """
-    names = sorted(
-        (p for p in POLICIES if p == first or deployable(p, validation)), key=lambda p: p != first
-    )
-    dials = make_dials(calibration, tuple(names))
+    own, validation = analysis.policy, analysis.validation.replica(replica)
+    names = (own, *(name for name in deployed(validation) if name != own))
+    dials = analysis.dials(replica, names)
     found = {}
     for name in names:
-        curve, trade = simulate(validation, name, fitted=dials.fitted), dials.trades[name]
-        full = float(simulate(calibration, "patience").score[0, -1])  # under any policy
-        keep = trade.with_score(full)
-        arrays = thinned(curve, 0, _POINTS if name == first else _POINTS_OF_OTHERS, keep)
+        trade = dials.trades[name]
+        keep = trade.with_score(dials.full)
+        curve = simulate(validation, name, fitted=dials.fitted)
+        arrays = thinned(curve, 0, _POINTS if name == own else _POINTS_OF_OTHERS, keep)
         found[name] = {
             "curve": {k: a.round(7).tolist() for k, a in arrays.items()},
             "trade": {k: a.tolist() for k, a in vars(trade).items()},
             "keep": keep,
             "accurate": POLICIES[name].curve != "",
+            "certificates": _certificate_series(validation, name, dials),
+        }
+    return found
+
+
+def _certificate_series(
+    validation: ExitOutputs, policy: str, dials: Dials
+) -> dict[str, dict[str, list[float]]]:
+    """By kind, every candidate: its bound at 95% confidence, and what it does on validation rows.
+
+    A limit is certified up to the last candidate before the first whose bound lies above it.
+    """
+    found = {}
+    for kind, trials in dials.trials.get(policy, {}).items():
+        if not len(trials.thresholds):
+            continue
+        alpha = 0.05 / dials.compared
+        at = simulate(validation, policy, fitted=dials.halved, thresholds=trials.thresholds)
+        found[kind] = {
+            "threshold": trials.thresholds.tolist(),
+            "bound": [upper_bound(int(h), trials.rows, 1 - alpha) for h in trials.harmed],
+            "cost": at.cost[0].round(6).tolist(),
+            "score": at.score[0].round(6).tolist(),
         }
     return found
 

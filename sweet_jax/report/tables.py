@@ -182,9 +182,9 @@ def certificates(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     """What can be certified of a replica: for limits on either kind of harm, at 95% confidence.
 
     Each with the certificate's values, and the cost and score on validation rows (None where the
-    limit cannot be certified); empty where the rows fitted on are the ones reported.
+    limit cannot be certified); empty where nothing can be.
     """
-    if analysis.validation.identity.get("fitted_on", "held_out") != "held_out":
+    if not analysis.dials(replica).trials:
         return []
     rows = []
     for kind in KINDS:
