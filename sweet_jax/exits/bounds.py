@@ -68,8 +68,8 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarr
 def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str = "accuracy") -> Frontier:
     """What an oracle that knows the answers would cost and score, exactly, in O(N E^2).
 
-    The upper hull of the oracle's points on the first exit alone, the first two, and so on: of the
-    model cut off after each exit. Exits that diverged are left out.
+    The upper hull, as far as it rises, of the oracle's points on the first exit alone, the first
+    two, and so on: of the model cut off after each exit. Exits that diverged are left out.
     """
     given, labels, cost = _sound(outputs, replica)
     points = []
@@ -77,7 +77,9 @@ def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str = "accurac
         place, answers = ORACLES[kind](given[:count], labels)
         value = score(metric, answers, labels, outputs.logits.shape[-1])
         points.append((float(cost[place].mean()), value))
-    return _hull(points)
+    hull = _hull(points)
+    best = int(hull.score.argmax()) + 1  # nobody who knows the answers goes on to worse exits
+    return Frontier(hull.cost[:best], hull.score[:best])
 
 
 def floor(outputs: ExitOutputs, replica: int, metric: str = "accuracy") -> Frontier:
