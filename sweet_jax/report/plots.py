@@ -132,7 +132,8 @@ def conflict_figure(layers: Sequence[int], conflict: np.ndarray) -> Figure:
         image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu")
         for (row, column), value in np.ndenumerate(cosines):
             ink = "white" if abs(value) > 0.6 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
+            shown = f"{value:.2f}".replace("-0.00", "0.00")
+            axes.text(column, row, shown, ha="center", va="center", color=ink)
         axes.set_xticks(range(len(above)), above)
         axes.set_yticks(range(len(above)), above)
         axes.set_xlabel("loss of exit")
