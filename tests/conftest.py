@@ -69,13 +69,26 @@ GLUE_DIR = Path(os.environ.get("SWEET_GLUE_DIR", "../shared/data/glue"))
 
 
 def write_checkpoint(
-    folder: Path, model_type: str = "bert", seed: int = 0, layers: int = TINY.num_hidden_layers
+    folder: Path,
+    model_type: str = "bert",
+    seed: int = 0,
+    layers: int = TINY.num_hidden_layers,
+    dropout: float = 0.0,
 ) -> Path:
-    """A random tiny checkpoint with a tokenizer of its kind, as Hugging Face would save them."""
+    """A random tiny checkpoint with a tokenizer of its kind, as Hugging Face would save them.
+
+    Without dropout, whose generator is a third of what compiling a step takes; tests that depend on
+    its masks ask for it.
+    """
     import dataclasses
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.replace(TINIES[model_type], num_hidden_layers=layers)
+    config = dataclasses.replace(
+        TINIES[model_type],
+        num_hidden_layers=layers,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
     key = jax.random.key(seed)
     model = EarlyExit(ENCODERS[model_type][1](config, key), (config.num_hidden_layers,), 2, key)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model)[1]))
@@ -165,6 +178,13 @@ def write_rows(path: Path, count: int, seed: int = 0, classes: int = 2) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def with_dropout(tmp_path_factory) -> dict:
+    """Config values of the same checkpoint with dropout, to add to the options."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny_dropout"
+    return {"checkpoint": str(write_checkpoint(folder, dropout=0.1))}
 
 
 @pytest.fixture(scope="session")

@@ -69,8 +69,8 @@ def numbers(workdir: Path) -> dict:
         ),
     ],
 )
-def test_killed_then_terminated_then_finished(options, tmp_path, devices, changes):
-    config = recipe(tmp_path, options | {"seeds": (0, 1)} | changes)
+def test_killed_then_terminated_then_finished(options, with_dropout, tmp_path, devices, changes):
+    config = recipe(tmp_path, options | with_dropout | {"seeds": (0, 1)} | changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(config, whole, devices)
     rng = random.Random(devices)

@@ -131,7 +131,8 @@ def test_sweet_s_first_exit_is_the_same_model_whatever_follows(options, tmp_path
     assert np.abs(wide.logits[:, 0] - together.logits[:, 0]).max() > 1e-2
 
 
-def test_each_replica_equals_its_solo_run(options, tmp_path, one_device):
+def test_each_replica_equals_its_solo_run(options, with_dropout, tmp_path, one_device):
+    options = options | with_dropout
     grid = {"seeds": (0, 5), "learning_rates": (1e-3, 3e-3)}
     stack = logits_of(options, tmp_path / "stack", **grid)
     assert stack.logits.shape[0] == 4
@@ -143,7 +144,8 @@ def test_each_replica_equals_its_solo_run(options, tmp_path, one_device):
 
 
 @pytest.mark.parametrize("changes", [{}, {"seeds": (0, 1), "method": "early_exit"}])
-def test_several_devices_agree_with_one(options, tmp_path, request, changes):
+def test_several_devices_agree_with_one(options, with_dropout, tmp_path, request, changes):
+    options = options | with_dropout
     many = logits_of(options, tmp_path / "many", **changes)
     request.getfixturevalue("one_device")
     one = logits_of(options, tmp_path / "one", **changes)
@@ -162,8 +164,10 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
 
 
 @pytest.mark.parametrize("preset", ["paper", "reference"])
-def test_presets_that_calibrate_on_validation_rows(options, tmp_path, one_device, preset):
-    results = run(from_mapping(options | {"preset": preset}), tmp_path)
+def test_presets_that_calibrate_on_validation_rows(
+    options, with_dropout, tmp_path, one_device, preset
+):
+    results = run(from_mapping(options | with_dropout | {"preset": preset}), tmp_path)
     fitted, shown = (
         ExitOutputs.load(tmp_path / "exit_outputs" / f"{split}.npz")
         for split in ("calibration", "validation")

@@ -155,7 +155,7 @@ def fit_curve(
     count = np.bincount(place, minlength=len(x))
     y = _shrunk(np.bincount(place, right, len(x)), count, mean)
     if kind == "isotonic":  # shrunk by their counts, small blocks can fall below larger ones
-        y = isotonic_regression(y, weights=count + _PRIOR_ROWS).x
+        y = np.clip(isotonic_regression(y, weights=count + _PRIOR_ROWS).x, 0, 1)  # its rounding
     return ReliabilityCurve(x, y, True)
 
 
