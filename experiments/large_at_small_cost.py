@@ -11,8 +11,9 @@ tokens, random weights of the same shape, one compiled program for a whole shall
 each segment of the deep one, whose answer must reach the host before the next may start.
 
 Trains what is missing of experiments.individual's cells (--render_only: nothing); the clock takes
-about two minutes. Writes OUTPUT/tables/large_at_small_cost.md. Expected, if the claim carries over:
-the deep model ahead at every depth.
+about half a minute. Writes OUTPUT/tables/large_at_small_cost.md. Expected, if the claim carries
+over: the deep model ahead at every depth. Seen with minilm-l6 on SST-2: level at 1 and 2 layers,
+behind at 4.
 """
 
 import argparse
