@@ -129,7 +129,7 @@ def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
 
 
 def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
-    """What no policy beats, what each should, and how much of the way between this one goes."""
+    """The floor and the oracles, and how much of the way between them this policy goes."""
     outputs, metric = analysis.validation, analysis.validation.identity["metric"]
     scores = exit_scores(outputs, analysis.policy, analysis.fitted)[replica]  # [E, N]
     bounds = {kind: bound(analysis, replica, kind) for kind in ("floor", *ORACLES)}
