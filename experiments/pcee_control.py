@@ -136,21 +136,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
                 curves.append((targets, found[..., 0].mean(axis=-1)))
                 key = (task, replica["seed"])
                 errors.setdefault(key, []).append(_errors(found, targets))
-        for number, (title, _, _) in enumerate(RULES):
-            for at, (targets, achieved) in enumerate(curves):
-                one.plot(
-                    100 * targets,
-                    100 * achieved[number],
-                    "o-",
-                    ms=2,
-                    lw=0.8,
-                    color=COLOURS[number],
-                    label=title if at == 0 else None,
-                )
-        one.axline((75, 75), slope=1, color="#bbbbbb", lw=1, zorder=0)
-        one.set_title(task)
-        one.set_xlabel("accuracy asked for (%)")
-        one.set_ylabel("accuracy on untouched rows (%)")
+        _draw(one, task, curves)
     for one in axes:
         if one.get_legend_handles_labels()[0]:
             one.legend(frameon=False, fontsize=6)
@@ -187,6 +173,25 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             _violation_rows(counted, options.splits),
         ),
     ]
+
+
+def _draw(axes, task: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Achieved against asked: of each cell and seed targets [T], and what rules got [rules, T]."""
+    for number, (title, _, _) in enumerate(RULES):
+        for at, (targets, achieved) in enumerate(curves):
+            axes.plot(
+                100 * targets,
+                100 * achieved[number],
+                "o-",
+                ms=2,
+                lw=0.8,
+                color=COLOURS[number],
+                label=title if at == 0 else None,
+            )
+    axes.axline((75, 75), slope=1, color="#bbbbbb", lw=1, zorder=0)
+    axes.set_title(task)
+    axes.set_xlabel("accuracy asked for (%)")
+    axes.set_ylabel("accuracy on untouched rows (%)")
 
 
 def _errors(found: np.ndarray, targets: np.ndarray) -> np.ndarray:
