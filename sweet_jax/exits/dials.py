@@ -63,10 +63,10 @@ RANGES = {
 }
 
 
-def check_dials(values: Mapping[str, float | None], prefix: str = "") -> str | None:
-    """The name of the one dial that is set, of those in RANGES; None for none.
+def check_dials(values: Mapping[str, float | None], prefix: str = "") -> None:
+    """Raises UserError where two dials of RANGES are set, or one to a value out of its range.
 
-    Raises UserError for two, or a value out of range; `prefix` stands before the names in it.
+    `prefix` stands before the names in the error.
     """
     for name, value in values.items():
         low, high = RANGES[name]
@@ -75,7 +75,6 @@ def check_dials(values: Mapping[str, float | None], prefix: str = "") -> str | N
     given = [name for name, value in values.items() if value is not None and name != "level"]
     if len(given) > 1:
         raise UserError(f"set one dial, not {len(given)}: {', '.join(prefix + n for n in given)}")
-    return given[0] if given else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

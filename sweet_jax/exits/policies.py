@@ -68,7 +68,7 @@ class Fitted:
 
 
 def fit(calibration: ExitOutputs, kinds: Sequence[str] = CURVES) -> Fitted:
-    """Temperatures, and reliability curves of some kinds of the confidence after them."""
+    """Temperatures [R, E], and the curves of some of CURVES, of the confidence after them."""
     temperatures = fit_temperatures(calibration)
     levels = probabilities(calibration, temperatures).max(axis=-1)  # [R, E, N]
     right = calibration.predictions == calibration.labels[:, None]  # [R, E, N]

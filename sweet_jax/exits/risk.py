@@ -40,7 +40,7 @@ class Certificate:
     rows: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in exits.json."""
+        """As the report has it."""
         return dataclasses.asdict(self)
 
 
