@@ -29,7 +29,7 @@ from sweet_jax.models.pretrained import (
     read_encoder,
 )
 from sweet_jax.report import page, plots, tables
-from sweet_jax.report.model import Model, save_model
+from sweet_jax.serving.saved import Model, save_model
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.metrics import diverged, read_metrics
 from sweet_jax.training.run import fit, trainings

@@ -12,7 +12,6 @@ Thresholds are chosen on the calibration rows; what they give there and on the v
 printed; where no threshold will do, the best that is reachable. Several --run are overlaid in one
 page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
 
-policies (an example leaves at the first exit whose score reaches the threshold):
 """
 
 import argparse
@@ -32,74 +31,30 @@ from sweet_jax.exits.analysis import (
     choose,
     full_score,
 )
-from sweet_jax.exits.dials import RANGES, check_dials
+from sweet_jax.exits.dials import RANGES
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.flags import Parser, command, dials, policy_lines
 from sweet_jax.report.tables import exit_lines, individual
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (--help tells more)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    try:
-        _run(_parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m sweet_jax.simulate",
-        description=f"{__doc__}{_policy_lines()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("sweet_jax.simulate", f"{__doc__}{policy_lines()}")
     parser.add_argument(
         "--run", action="append", required=True, metavar="DIR", help="run directory; may repeat"
     )
-    parser.add_argument(
-        "--policy", help="one of those above; default the one the run was made with"
-    )
-    dial = parser.add_mutually_exclusive_group()
-    dial.add_argument("--cost", type=float, help="largest mean cost, share of the full layers")
-    dial.add_argument(
-        "--accuracy",
-        type=float,
-        help="least score over all calibration rows, in the run's own metric; under PCEE the "
-        "accuracy that calibration rows like an example must have had where it leaves",
-    )
-    dial.add_argument("--threshold", type=float, help="leave at the first score of at least this")
-    dial.add_argument(
-        "--risk",
-        type=float,
-        help="largest share of examples that the last exit gets right and an earlier one wrong, "
-        "and so the largest loss of accuracy; certified on calibration rows, or refused",
-    )
-    dial.add_argument(
-        "--agreement",
-        type=float,
-        help="least share of examples answered as the last exit would; certified likewise",
-    )
-    parser.add_argument(
-        "--level", type=float, default=0.95, help="confidence of a certificate (default 0.95)"
-    )
+    parser.add_dials()
     parser.add_argument(
         "--output", default="compare.html", help="page for several runs (default compare.html)"
     )
     options = parser.parse_args(argv)
-    check_dials({name: getattr(options, name) for name in RANGES}, "--")
+    dials(options)
     return options
-
-
-def _policy_lines() -> str:
-    return "\n".join(f"  {name:<26}{rule.about}" for name, rule in POLICIES.items())
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -37,9 +37,14 @@ class Tokens:
         return np.diff(self.starts)
 
 
-def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
-    """Tokenises every text (or pair) once, truncated to max_length tokens, longest text first."""
-    columns = [list(column) for column in zip(*rows.texts, strict=True)]
+def encode(
+    tokenizer, texts: Sequence[tuple[str, ...]], max_length: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(input_ids, token_type_ids) of every text (or pair), int32 [its tokens] each.
+
+    Truncated to max_length tokens, longest text first.
+    """
+    columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(
         *columns,
         truncation=True,
@@ -47,15 +52,17 @@ def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
         return_token_type_ids=True,
         return_attention_mask=False,
     )
-    ids = encoded["input_ids"]
+    ids = [np.asarray(row, np.int32) for row in encoded["input_ids"]]
+    types = encoded.get("token_type_ids") or [np.zeros(len(row)) for row in ids]
+    return ids, [np.asarray(row, np.int32) for row in types]
+
+
+def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
+    """Encodes every row once, see `encode`."""
+    ids, types = encode(tokenizer, rows.texts, max_length)
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    types = encoded.get("token_type_ids") or [[0] * len(row) for row in ids]
     return Tokens(
-        np.concatenate([np.asarray(row, np.int32) for row in ids]),
-        np.concatenate([np.asarray(row, np.int32) for row in types]),
-        starts,
-        rows.labels,
-        tokenizer.pad_token_id,
+        np.concatenate(ids), np.concatenate(types), starts, rows.labels, tokenizer.pad_token_id
     )
 
 

@@ -30,9 +30,16 @@ _PRIOR_ROWS = 5.0
 
 
 def probabilities(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """Softmax of logits / temperature, float64 [R, E, N, C]."""
-    scaled = outputs.logits.astype(np.float64) / temperatures[..., None, None]
-    return np.exp(log_softmax(scaled, axis=-1))
+    """Softmax of logits / temperature [R, E], float64 [R, E, N, C]."""
+    return tempered(outputs.logits, temperatures[..., None, None])
+
+
+def tempered(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
+    """Softmax of logits [..., C] / temperatures, of a shape that broadcasts; float64 [..., C]."""
+    scaled = logits.astype(np.float64) / temperatures
+    with np.errstate(invalid="ignore"):  # of what diverged: NaN
+        exponent = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return exponent / exponent.sum(axis=-1, keepdims=True)
 
 
 def fit_temperatures(outputs: ExitOutputs) -> np.ndarray:

@@ -48,6 +48,11 @@ class Fitted:
         curves = {kind: every[index : index + 1] for kind, every in self.curves.items()}
         return Fitted(self.temperatures[index : index + 1], curves)
 
+    def exits(self, count: int) -> "Fitted":
+        """Of the first `count` exits alone."""
+        curves = {kind: tuple(r[:count] for r in every) for kind, every in self.curves.items()}
+        return Fitted(self.temperatures[:, :count], curves)
+
     def as_dict(self) -> dict[str, Any]:
         """One replica's, R = 1, as it stands in exits.json; `from_dict` gives it back exactly."""
         (temperatures,) = self.temperatures.tolist()

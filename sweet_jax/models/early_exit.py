@@ -175,6 +175,30 @@ class EarlyExit(nnx.Module):
         answer = head(layer(count=1) if closed else whole)
         return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), answer
 
+    def resume(
+        self, start: int, end: int, h: jax.Array | None, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Answer]:
+        """Inference from layer `start` to the exit at `end`: (state before that layer, answer).
+
+        What the exit reads, the first token, is computed alone: the rest of layer `end` is left to
+        the call that goes on from there, with start = end, for the rows that do not leave. It
+        computes the keys and values of that layer a second time, a sixth of it.
+
+        Args:
+          start: of the layers to compute, from 1.
+          end: the layer of the exit.
+          h: the hidden state [B, L, H] before layer `start`; None for 1, where it is embedded.
+          batch: mask bool [B, L]; where h is None also input_ids, token_type_ids int32 [B, L].
+
+        """
+        mask, relative = batch["mask"], self.encoder.relative_table()
+        if h is None:
+            h = self.encoder.embed(batch["input_ids"], batch["token_type_ids"], mask)
+        for number in range(start, end):
+            h = self.encoder.layer(number, h, mask, relative=relative)
+        first = self.encoder.layer(end, h, mask, relative=relative, count=1)
+        return h, self.heads[str(end)](first, self.pooler, None)
+
     def __call__(
         self,
         batch: dict[str, jax.Array],

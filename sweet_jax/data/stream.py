@@ -1,0 +1,144 @@
+"""Texts of a file one after the other, however large it is; a row that is none says why."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from sweet_jax.config import UserError, check_choice
+from sweet_jax.data.read import one_line
+
+_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt")
+
+
+class TextRow(NamedTuple):
+    """One row of a file."""
+
+    texts: tuple[str, ...]  # one, or two for pairs; () where there is an error
+    error: str | None
+    position: int  # bytes of the file read so far; of Parquet, rows
+
+
+def count_positions(path: Path) -> int:
+    """The last position there can be: the size of a file in bytes; of Parquet, its rows."""
+    if path.suffix.lower() == ".parquet":
+        return pa.parquet.ParquetFile(path).metadata.num_rows
+    return path.stat().st_size
+
+
+def stream_rows(path: Path, columns: Sequence[str]) -> Iterator[TextRow]:
+    """The rows of a CSV, TSV, JSONL, Parquet or text file (a text in each line), in order.
+
+    A row whose text is absent, empty in a CSV, or no text gives an error and the rest goes on.
+
+    Args:
+      path: of the file.
+      columns: names of the text columns, one or two. A .txt file has one, without a name.
+
+    Raises UserError for a file that is absent or no such file, or has no such column.
+
+    """
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise UserError(f"input {str(path)!r} must end in one of {', '.join(_SUFFIXES)}")
+    try:
+        if suffix == ".parquet":
+            yield from _parquet(path, columns)
+            return
+        with path.open("rb") as raw:
+            readers: dict[str, Callable] = {".txt": _lines, ".csv": _csv, ".tsv": _csv}
+            yield from readers.get(suffix, _jsonl)(raw, columns, suffix)
+    except FileNotFoundError as error:
+        raise UserError(f"input {str(path)!r} does not exist") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
+
+
+def _text_of(raw: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
+    # A byte that is no UTF-8 becomes half of a surrogate pair, which `_checked` finds.
+    return io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _lines(raw: BinaryIO, columns: Sequence[str], _: str) -> Iterator[TextRow]:
+    if len(columns) != 1:
+        raise UserError("a .txt file has one text in a row, and this model takes pairs: give a CSV")
+    for line in _text_of(raw):
+        yield _checked([line.rstrip("\n")], columns, raw.tell())
+
+
+def _csv(raw: BinaryIO, columns: Sequence[str], suffix: str) -> Iterator[TextRow]:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(_text_of(raw, ""), delimiter="\t" if suffix == ".tsv" else ",")
+    header = next(rows, [])
+    places = [_place(name, header) for name in columns]
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield TextRow((), f"not a row of CSV: {error}", raw.tell())
+            continue
+        if not row:
+            continue  # an empty line
+        if len(row) != len(header):
+            found = f"{len(row)} fields where the header has {len(header)}"
+            yield TextRow((), found, raw.tell())
+            continue
+        yield _checked([row[place] or None for place in places], columns, raw.tell())
+
+
+def _place(name: str, header: Sequence[str]) -> int:
+    check_choice("column", name, header)
+    return header.index(name)
+
+
+def _jsonl(raw: BinaryIO, columns: Sequence[str], _: str) -> Iterator[TextRow]:
+    known = False  # whether a row had the columns
+    for line in _text_of(raw):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield TextRow((), f"not JSON: {one_line(error)}", raw.tell())
+            continue
+        if not isinstance(row, dict):
+            yield TextRow((), f"not an object but {line.strip():.40}", raw.tell())
+            continue
+        if not known:
+            for name in columns:
+                check_choice("column", name, list(row))
+            known = True
+        yield _checked([row.get(name) for name in columns], columns, raw.tell())
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[TextRow]:
+    with pa.parquet.ParquetFile(path) as file:
+        for name in columns:
+            check_choice("column", name, file.schema_arrow.names)
+        position = 0
+        for batch in file.iter_batches(1024, columns=list(dict.fromkeys(columns))):
+            values = [batch[name].to_pylist() for name in columns]
+            for texts in zip(*values, strict=True):
+                position += 1
+                yield _checked(texts, columns, position)
+
+
+def _checked(texts: Sequence, columns: Sequence[str], position: int) -> TextRow:
+    for text, name in zip(texts, columns, strict=True):
+        if text is None:
+            return TextRow((), f"column {name!r} is empty", position)
+        if not isinstance(text, str):
+            return TextRow((), f"column {name!r} is not text but {text!r:.40}", position)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return TextRow((), f"column {name!r} is not UTF-8", position)
+    return TextRow(tuple(texts), None, position)

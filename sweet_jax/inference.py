@@ -1,0 +1,261 @@
+"""A saved model that answers texts, each at the first exit that is sure.
+
+Shape letters: E exit, N texts, C classes.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sweet_jax.config import UserError, check_choice
+from sweet_jax.data.batches import encode
+from sweet_jax.exits.policies import POLICIES, Policy
+from sweet_jax.serving.flow import ExitRule, Flow, Row
+from sweet_jax.serving.programs import Programs, batch_sizes, keep_programs, plan, row_lengths
+from sweet_jax.serving.saved import SavedModel, open_model
+
+MODES = ("throughput", "latency")
+Text = str | tuple[str, str] | Sequence[str]
+
+
+class Prediction(NamedTuple):
+    """The answer to one text."""
+
+    label: str
+    probabilities: np.ndarray  # float64 [C], after temperature, of `AdaptiveClassifier.classes`
+    exit: int  # the layer it left at
+    cost: float  # share of the full model's layers
+
+    @property
+    def probability(self) -> float:
+        """Of the label."""
+        return float(self.probabilities.max())
+
+
+class Predictions(NamedTuple):
+    """The answers to some texts, in their order."""
+
+    labels: np.ndarray  # str [N]
+    probabilities: np.ndarray  # float64 [N, C]
+    exits: np.ndarray  # int64 [N], layer numbers
+    cost: np.ndarray  # float64 [N]
+
+
+class AdaptiveClassifier:
+    """Answers texts with a saved model; easy ones leave early.
+
+    Answers are those of the one-pass evaluation followed by the dial's threshold: they do not
+    depend on the mode, the batch size, or the texts beside (probabilities to 1e-5).
+
+    Args:
+      model: what `open_model` read.
+      policy: name of an exit policy, or a function of (outputs, temperatures) such as
+        `exits/policies.py` has; of the outputs of the exits so far.
+      dial: at most one of threshold, cost, accuracy, risk, agreement; and level.
+
+    Attributes:
+      classes: names [C], in the order of the probabilities.
+      layers: of the exits [E].
+      threshold: that the dial stands for.
+
+    Raises:
+      UserError: an unknown policy, or a dial that is out of range or cannot be kept.
+
+    """
+
+    def __init__(self, model: SavedModel, policy: str | Policy | None = None, **dial: float):
+        self.model, self.classes, self.layers = model, model.classes, model.layers
+        self.policy = model.about["policy"] if policy is None else policy
+        if isinstance(self.policy, str):
+            check_choice("policy", self.policy, POLICIES)
+            self.threshold, fitted = model.dials.threshold(self.policy, **dial)
+        elif set(dial) - {"level"} == {"threshold"}:
+            self.threshold, fitted = dial["threshold"], model.dials.fitted
+        else:
+            raise UserError("a policy of your own needs threshold=; the other dials know names")
+        self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
+        self._stages = plan(model.networks, full=self.threshold == math.inf)
+        self._lengths = row_lengths(model.max_length)
+        self._programs: dict[int, Programs] = {}  # by batch size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        policy: str | Policy | None = None,
+        threshold: float | None = None,
+        cost: float | None = None,
+        accuracy: float | None = None,
+        risk: float | None = None,
+        agreement: float | None = None,
+        level: float = 0.95,
+        dtype: str = "float32",
+        cache_dir: str | Path | None = None,
+    ) -> "AdaptiveClassifier":
+        """Reads a saved model and sets its dial.
+
+        Without a dial, the cheapest threshold that keeps the last exit's score on calibration rows.
+
+        Args:
+          name: folder model/ of a run, or the hub id it was pushed to.
+          policy: exit policy; default the run's.
+          threshold: leave at the first score of at least this; infinity runs the full model alone.
+          cost: largest mean share of the full model's layers.
+          accuracy: least score on calibration rows, in the run's metric; under PCEE the accuracy
+            that calibration rows like a text must have had.
+          risk: largest share of texts lost against the last exit, certified.
+          agreement: least share of texts answered as the last exit would, certified.
+          level: confidence of a certificate.
+          dtype: of parameters and activations, "float32" or "bfloat16".
+          cache_dir: where compiled programs are kept between processes; default
+            ~/.cache/sweet_jax. It is JAX's own cache: a directory that JAX was already told stays.
+
+        Raises UserError, see `open_model` and `Dials.threshold`.
+
+        """
+        keep_programs(cache_dir)
+        every = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
+        every |= {"agreement": agreement, "level": level}
+        dial = {k: v for k, v in every.items() if v is not None}
+        return cls(open_model(name, dtype), policy, **dial)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Names of the one or two text columns that it was trained on."""
+        return self.model.text_columns
+
+    @property
+    def compilations(self) -> int:
+        """How many programs have been compiled or read from the cache."""
+        return sum(len(programs.compiled) for programs in self._programs.values())
+
+    def warm_up(self, batch_size: int = 32, lengths: Iterable[int] | None = None) -> int:
+        """Compiles all that `predict` with this batch size can need; returns how many programs.
+
+        Args:
+          batch_size: of the calls to come.
+          lengths: in tokens, of the texts to come; default all up to the model's longest.
+
+        """
+        wanted = self._lengths if lengths is None else sorted({self._length(n) for n in lengths})
+        programs, before = self._of(batch_size), self.compilations
+        for number, size, length in itertools.product(
+            range(len(self._stages)), batch_sizes(batch_size), wanted
+        ):
+            programs.compile(number, size, length)
+        return self.compilations - before
+
+    def predict(
+        self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
+    ) -> Predictions:
+        """The answers to texts, or to pairs of texts as tuples, in their order.
+
+        Args:
+          texts: any iterable; `stream` gives the answers of an endless one.
+          batch_size: texts computed at once, at most.
+          mode: "throughput" or "latency", see `stream`.
+
+        Raises UserError for something that is not a text (or a pair, where the model takes pairs).
+
+        """
+        found = list(self.stream(texts, batch_size, mode))
+        labels, probabilities, exits, cost = zip(*found, strict=True) if found else ((),) * 4
+        return Predictions(
+            np.asarray(labels, np.str_),
+            np.asarray(probabilities, np.float64).reshape(len(found), len(self.classes)),
+            np.asarray(exits, np.int64),
+            np.asarray(cost, np.float64),
+        )
+
+    def stream(
+        self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
+    ) -> Iterator[Prediction]:
+        """The answers one by one, in order, as `texts` are read; memory does not grow with them.
+
+        Args:
+          texts: any iterable of texts, or of pairs as tuples.
+          batch_size: texts computed at once, at most.
+          mode: "throughput": texts of like length wait for each other, and those that go on for
+            others that do, until a batch is full (or 16 batches more have been read). "latency":
+            each batch_size texts are answered before more are read.
+
+        """
+        check_choice("mode", mode, MODES)
+        if isinstance(texts, str):
+            raise UserError("texts must be a list of texts, not one text")
+        wait = 16 * batch_size if mode == "throughput" else None
+        flow = self.flow(batch_size, wait)
+        ready: dict[int, Row] = {}
+        given = 0
+        read = 0
+        for chunk in _chunks(texts, batch_size):
+            rows = self.encode(chunk, read, alike=mode == "latency")
+            read += len(rows)
+            for row in rows:
+                flow.admit(row)
+            for row in flow.finish() if mode == "latency" else flow.advance():
+                ready[row.number] = row
+            while given in ready:
+                yield self.answer(ready.pop(given))
+                given += 1
+        ready |= {row.number: row for row in flow.finish()}
+        for number in range(given, read):
+            yield self.answer(ready.pop(number))
+
+    def flow(self, batch_size: int, wait: int | None) -> Flow:
+        """The queues that rows go through."""
+        return Flow(self._of(batch_size), self._rule, batch_size, wait)
+
+    def encode(self, texts: Sequence[Text], first: int = 0, *, alike: bool = False) -> list[Row]:
+        """Texts as rows numbered from `first`; `alike` pads all of them to one length."""
+        pairs = len(self.model.text_columns) == 2
+        checked = [_checked(text, pairs, first + place) for place, text in enumerate(texts)]
+        ids, types = encode(self.model.tokenizer, checked, self.model.max_length)
+        longest = max(len(row) for row in ids)
+        return [
+            Row(first + place, i, t, self._length(longest if alike else len(i)))
+            for place, (i, t) in enumerate(zip(ids, types, strict=True))
+        ]
+
+    def answer(self, row: Row) -> Prediction:
+        """What a row that left says."""
+        exits = np.asarray([row.exit])
+        (probabilities,) = self._rule.probabilities(row.logits[-1][None], exits)
+        label = self.classes[int(probabilities.argmax())]
+        return Prediction(
+            label, probabilities, self.layers[row.exit], float(self.model.cost[row.exit])
+        )
+
+    def _of(self, batch_size: int) -> Programs:
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1; got {batch_size}")
+        if batch_size not in self._programs:
+            slots = batch_size * len(self._stages)
+            self._programs[batch_size] = Programs(self.model, self._stages, slots)
+        return self._programs[batch_size]
+
+    def _length(self, tokens: int) -> int:
+        return next(length for length in self._lengths if length >= tokens)
+
+
+def _checked(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
+    parts = (text,) if isinstance(text, str) else tuple(text) if _is_pair(text) else ()
+    if len(parts) != 1 + pairs or not all(isinstance(part, str) for part in parts):
+        wanted = "a pair of texts (a tuple of two)" if pairs else "a text"
+        raise UserError(f"row {number + 1} must be {wanted}; got {text!r:.80}")
+    return parts
+
+
+def _is_pair(text: object) -> bool:
+    return isinstance(text, (tuple, list))
+
+
+def _chunks(texts: Iterable[Text], size: int) -> Iterator[list[Text]]:
+    rest = iter(texts)
+    while chunk := list(itertools.islice(rest, size)):
+        yield chunk

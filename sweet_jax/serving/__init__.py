@@ -1,0 +1,1 @@
+"""A saved model, its compiled programs, and how rows flow through them."""

@@ -1,0 +1,172 @@
+"""How rows flow through the stages: in batches that fill up again as rows leave.
+
+Shape letters: E exit, B batch, L length, C classes, N rows.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from sweet_jax.exits.calibration import tempered
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import Fitted, Policy, exit_scores
+from sweet_jax.serving.programs import Inputs, Programs, batch_sizes
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Row:
+    """One text on its way."""
+
+    number: int  # in the order of the input
+    input_ids: np.ndarray  # int32 [tokens]
+    token_type_ids: np.ndarray  # int32 [tokens]
+    length: int  # it is padded to
+    since: int = 0  # how many rows had been admitted when it was
+    slot: int = -1  # that holds its hidden state
+    exit: int = -1  # index of the exit it left at, -1 while on its way
+    logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
+    exit_scores: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ExitRule:
+    """Who leaves: a policy's score that reaches a threshold, as in `exits/simulation.py`.
+
+    Attributes:
+      policy: a name, or a function of the exits so far.
+      threshold: leave at the first score of at least this.
+      fitted: what the policy reads.
+      layers: of all exits [E].
+
+    """
+
+    policy: str | Policy
+    threshold: float
+    fitted: Fitted
+    layers: tuple[int, ...]
+
+    def leaves(self, rows: Sequence[Row]) -> np.ndarray:
+        """Whether each of some rows leaves at the exit it is at, all at one: bool [N]."""
+        count = len(rows[0].logits)
+        logits = np.stack([row.logits for row in rows], axis=1)  # [E so far, N, C]
+        learned = None
+        if rows[0].exit_scores:
+            learned = np.asarray([row.exit_scores for row in rows]).T[None]  # [1, E so far, N]
+        outputs = ExitOutputs(
+            logits, np.zeros(len(rows)), np.asarray(self.layers[:count]), exit_scores=learned
+        )
+        scores = exit_scores(outputs, self.policy, self.fitted.exits(count))
+        return scores[0, -1] >= self.threshold
+
+    def probabilities(self, logits: np.ndarray, exits: np.ndarray) -> np.ndarray:
+        """Softmax after the temperature of the exit of each row, float64 [N, C].
+
+        Args:
+          logits: [N, C].
+          exits: index of each row's, int [N].
+
+        """
+        fitted = self.fitted.temperatures[0, exits]  # [N], NaN where an exit diverged
+        return tempered(logits, np.where(np.isfinite(fitted), fitted, 1)[:, None])
+
+
+class Flow:
+    """Queues of rows, one for each stage and length; a full one is run.
+
+    Args:
+      programs: of the model.
+      rule: who leaves.
+      batch_size: B at most.
+      wait: how many rows may be admitted while a row waits in a queue; the queue is run after that
+        though it is not full. None: as long as it takes.
+
+    Attributes:
+      runs: how many batches each stage has run.
+
+    """
+
+    def __init__(
+        self, programs: Programs, rule: ExitRule, batch_size: int, wait: int | None = None
+    ):
+        self.programs, self.rule, self.batch_size, self.wait = programs, rule, batch_size, wait
+        self.runs = [0] * len(programs.stages)
+        self._sizes = batch_sizes(batch_size)
+        self._queues: dict[tuple[int, int], deque[Row]] = {}  # by (stage, length)
+        self._free: dict[int, list[int]] = {}  # slots by length
+        self._admitted = 0
+
+    def admit(self, row: Row) -> None:
+        """Takes a row in; nothing is computed yet."""
+        self._admitted += 1
+        self._wait_at(0, row)
+
+    def advance(self) -> list[Row]:
+        """Runs what is full, and what has waited for too long; returns the rows that left."""
+        left: list[Row] = []
+        while ready := [key for key, queue in self._queues.items() if self._due(queue)]:
+            left += self._run(*max(ready))  # the deepest: it frees slots
+        return left
+
+    def finish(self) -> list[Row]:
+        """Runs all that waits, to its end; returns the rows that left."""
+        left = self.advance()
+        while waiting := [key for key, queue in self._queues.items() if queue]:
+            left += self._run(*min(waiting))  # the shallowest: what goes on fills the next
+            left += self.advance()
+        return left
+
+    def _wait_at(self, stage: int, row: Row) -> None:
+        row.since = self._admitted
+        self._queues.setdefault((stage, row.length), deque()).append(row)
+
+    def _due(self, queue: deque[Row]) -> bool:
+        if not queue or len(queue) >= self.batch_size:
+            return bool(queue)
+        return self.wait is not None and self._admitted - queue[0].since > self.wait
+
+    def _run(self, number: int, length: int) -> list[Row]:
+        queue = self._queues[number, length]
+        rows = [queue.popleft() for _ in range(min(len(queue), self.batch_size))]
+        self.runs[number] += 1
+        stage, carries = self.programs.stages[number], self.programs.carries(number)
+        free = self._free.setdefault(length, list(range(self.programs.slots)))
+        if stage.embeds and carries:
+            for row in rows:
+                row.slot = free.pop()
+        inputs = self._inputs(rows, length, embeds=stage.embeds)
+        answers = np.asarray(self.programs(number, length, inputs))  # [B, C or C + 1]
+        classes = self.programs.classes
+        for row, answer in zip(rows, answers, strict=False):
+            row.logits.append(answer[:classes])
+            row.exit_scores += answer[classes:].tolist()
+        last = number + 1 == len(self.programs.stages)
+        leaves = np.full(len(rows), True) if last else self.rule.leaves(rows)
+        left = []
+        for row, done in zip(rows, leaves.tolist(), strict=True):
+            if done:
+                row.exit = stage.exit
+                left.append(row)
+            else:
+                self._wait_at(number + 1, row)
+            if row.slot >= 0 and (done or not carries):
+                free.append(row.slot)
+                row.slot = -1
+        return left
+
+    def _inputs(self, rows: list[Row], length: int, *, embeds: bool) -> Inputs:
+        size = next(size for size in self._sizes if size >= len(rows))
+        none = self.programs.slots
+        places = np.full((2, size), none, np.int32)
+        places[1] = 0
+        places[0, : len(rows)] = [row.slot if row.slot >= 0 else none for row in rows]
+        places[1, : len(rows)] = [len(row.input_ids) for row in rows]
+        if not embeds:
+            return Inputs(places)
+        texts = np.zeros((2, size, length), np.int32)
+        texts[0] = self.programs.pad_id
+        for place, row in enumerate(rows):
+            texts[0, place, : len(row.input_ids)] = row.input_ids
+            texts[1, place, : len(row.input_ids)] = row.token_type_ids
+        return Inputs(places, texts)

@@ -1,0 +1,230 @@
+"""The saved model, written and read: the best replica under Hugging Face names, its tokenizer and
+its exits.
+
+Shape letters: R replica, E exit, H hidden, C classes.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.load import Dataset
+from sweet_jax.exits.analysis import Analysis, Choice, full_score
+from sweet_jax.exits.dials import Dials, deployed
+from sweet_jax.files import write_json
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.names import hugging_face_tensors
+from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
+from sweet_jax.models.tensors import read_tensors
+
+EXITS_VERSION = 2  # of exits.json
+DTYPES = ("float32", "bfloat16")
+
+
+class Model(NamedTuple):
+    """One trained model of all replicas: its exits and its parameters [R, ...]."""
+
+    exits: tuple[int, ...]
+    params: Any
+
+
+def save_model(
+    folder: Path,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    config: Config,
+    dataset: Dataset,
+    analysis: Analysis,
+    models: Sequence[Model],
+) -> None:
+    """Writes `model/` of the best replica, whole or not at all.
+
+    model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
+    encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
+    learning-to-exit, `exits.<layer>.learning_to_exit.*`, all float32. Multi-Model's deepest model
+    stands there, each shallower one in a folder depth_<layer>/ of its own.
+    """
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    best = analysis.best
+    places = []
+    for model in models:
+        place = "." if model is models[-1] else f"depth_{model.exits[-1]:02d}"
+        (aside / place).mkdir(parents=True, exist_ok=True)
+        params = jax.tree.map(lambda x: np.asarray(x[best]), model.params)
+        tensors = hugging_face_tensors(params, model.exits)
+        safetensors.numpy.save_file(
+            tensors, aside / place / "model.safetensors", metadata={"format": "pt"}
+        )
+        values = json.loads((checkpoint.folder / "config.json").read_text())
+        values |= {"num_hidden_layers": model.exits[-1], "architectures": [checkpoint.architecture]}
+        write_json(aside / place / "config.json", values)
+        places.append({"folder": place, "exits": list(model.exits)})
+    tokenizer.save_pretrained(aside)
+    write_json(aside / "exits.json", _exits(config, dataset, analysis) | {"models": places})
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, Any]:
+    best = analysis.best
+    keep = full_score(analysis, best)
+    seed, rate = analysis.replicas[best]
+    temperatures = analysis.temperatures[best]
+    return {
+        "version": EXITS_VERSION,
+        "task": config.task,
+        "method": config.method,
+        "seed": seed,
+        "learning_rate": rate,
+        "classes": list(dataset.classes),
+        "text_columns": list(dataset.task.text_columns),
+        "max_length": config.max_length,
+        "layers": list(config.exits),
+        "cost": np.asarray(analysis.validation.cost).tolist(),
+        "policy": config.policy,
+        "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
+        "dials": analysis.dials(best, deployed(analysis.validation)).as_dict()
+        | {"full_score": keep.as_dict() if isinstance(keep, Choice) else None},
+    }
+
+
+class Network(NamedTuple):
+    """An encoder with its exits: all of them, or under Multi-Model one of several networks."""
+
+    exits: tuple[int, ...]
+    graphdef: nnx.GraphDef  # of an EarlyExit
+    params: Any  # pure dict of arrays on the host
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SavedModel:
+    """Everything in a folder model/.
+
+    Attributes:
+      folder: where it was read from.
+      about: the rest of exits.json: task, method, policy, text_columns and so on.
+      tokenizer: the checkpoint's own.
+      classes: names of the classes [C].
+      layers: of the exits [E].
+      cost: float64 [E], share of the full model's layers spent when exit e answers.
+      max_length: tokens at most.
+      dials: what calibration rows said.
+      networks: one, or under Multi-Model one for each exit.
+
+    """
+
+    folder: Path
+    about: Mapping[str, Any]
+    tokenizer: Any
+    classes: tuple[str, ...]
+    layers: tuple[int, ...]
+    cost: np.ndarray
+    max_length: int
+    dials: Dials
+    networks: tuple[Network, ...]
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Names of the one or two text columns that it was trained on."""
+        return tuple(self.about["text_columns"])
+
+
+def open_model(name: str | Path, dtype: str = "float32") -> SavedModel:
+    """Reads a saved model by folder or hub id.
+
+    Args:
+      name: a folder model/ of a run, or the id of a repository it was pushed to.
+      dtype: of parameters and activations, "float32" or "bfloat16".
+
+    Raises UserError where there is none, or its files are damaged or of another version.
+
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    checkpoint = open_checkpoint(str(name))
+    about = _read_exits(checkpoint.folder)
+    try:
+        dials = Dials.from_dict(about["dials"])
+        places = [(checkpoint.folder / m["folder"], tuple(m["exits"])) for m in about["models"]]
+        classes, layers = tuple(about["classes"]), tuple(about["layers"])
+        cost = np.asarray(about["cost"], np.float64)
+        max_length = int(about["max_length"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{str(checkpoint.folder / 'exits.json')!r} is damaged ({error!r}): run the report of "
+            "its run again"
+        ) from error
+    return SavedModel(
+        checkpoint.folder,
+        about,
+        load_tokenizer(checkpoint),
+        classes,
+        layers,
+        cost,
+        max_length,
+        dials,
+        tuple(_network(open_checkpoint(str(p)), e, len(classes), dtype) for p, e in places),
+    )
+
+
+def _read_exits(folder: Path) -> dict[str, Any]:
+    path = folder / "exits.json"
+    if not path.exists():
+        raise UserError(
+            f"{str(folder)!r} is an encoder without exits: give the model/ folder of a run of "
+            "python -m sweet_jax.main (it holds exits.json)"
+        )
+    try:
+        about = json.loads(path.read_text())
+        version = about["version"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{str(path)!r} is not readable ({error!r})") from error
+    if version != EXITS_VERSION:
+        raise UserError(
+            f"{str(path)!r} is of version {version!r}, this is for version {EXITS_VERSION}: run "
+            "the command of its run again, in the same workdir, to write it anew"
+        )
+    return about
+
+
+def _network(checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, dtype: str) -> Network:
+    tensors = read_tensors(checkpoint.folder)
+    learned = f"exits.{exits[0]}.learning_to_exit.weight" in tensors
+
+    def make() -> EarlyExit:
+        key = jax.random.key(0)
+        learning = "joint" if learned else ""  # detached or not: one in a forward pass
+        encoder = checkpoint.encoder(key, dtype)
+        return EarlyExit(encoder, exits, classes, key, learning_to_exit=learning, dtype=dtype)
+
+    graphdef, wanted = nnx.split(nnx.eval_shape(make))
+    heads = nnx.to_pure_dict(wanted)["heads"]
+    absent: list[str] = []
+
+    def pick(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        layer, *module, kind = (p.key for p in path)
+        part = "pooler.dense" if module == ["pooler"] else module[0]
+        name = f"exits.{layer}.{part}.{'weight' if kind == 'kernel' else 'bias'}"
+        value = tensors.get(name, np.empty(0))
+        value = value.T if kind == "kernel" else value
+        if value.shape != leaf.shape:
+            absent.append(name)
+        return np.ascontiguousarray(value)
+
+    found = {"encoder": read_encoder(checkpoint)[0], "heads": jax.tree.map_with_path(pick, heads)}
+    if absent:
+        raise UserError(
+            f"tensors in {str(checkpoint.folder)!r} are missing or misshapen: {', '.join(absent)}"
+        )
+    return Network(exits, graphdef, jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found))
