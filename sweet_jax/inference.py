@@ -80,7 +80,9 @@ class AdaptiveClassifier:
         self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
         self._stages = plan(model.networks, full=self.threshold == math.inf)
         self._lengths = row_lengths(model.max_length)
-        self._programs: dict[int, Programs] = {}  # by batch size
+        self._programs: dict[
+            tuple[bool, int], Programs
+        ] = {}  # by batch size, of the full model or not
 
     @classmethod
     def from_pretrained(
@@ -123,6 +125,12 @@ class AdaptiveClassifier:
         every |= {"agreement": agreement, "level": level}
         dial = {k: v for k, v in every.items() if v is not None}
         return cls(open_model(name, dtype), policy, **dial)
+
+    def at(self, policy: str | Policy | None = None, **dial: float) -> "AdaptiveClassifier":
+        """The same model with another policy or dial; what is compiled is shared."""
+        other = AdaptiveClassifier(self.model, policy or self.policy, **dial)
+        other._programs = self._programs
+        return other
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -209,7 +217,7 @@ class AdaptiveClassifier:
 
     def flow(self, batch_size: int, wait: int | None) -> Flow:
         """The queues that rows go through."""
-        return Flow(self._of(batch_size), self._rule, batch_size, wait)
+        return Flow(self._of(batch_size), batch_size, wait)
 
     def encode(self, texts: Sequence[Text], first: int = 0, *, alike: bool = False) -> list[Row]:
         """Texts as rows numbered from `first`; `alike` pads all of them to one length."""
@@ -218,14 +226,14 @@ class AdaptiveClassifier:
         ids, types = encode(self.model.tokenizer, checked, self.model.max_length)
         longest = max(len(row) for row in ids)
         return [
-            Row(first + place, i, t, self._length(longest if alike else len(i)))
+            Row(first + place, i, t, self._length(longest if alike else len(i)), self._rule)
             for place, (i, t) in enumerate(zip(ids, types, strict=True))
         ]
 
     def answer(self, row: Row) -> Prediction:
         """What a row that left says."""
         exits = np.asarray([row.exit])
-        (probabilities,) = self._rule.probabilities(row.logits[-1][None], exits)
+        (probabilities,) = row.rule.probabilities(row.logits[-1][None], exits)
         label = self.classes[int(probabilities.argmax())]
         return Prediction(
             label, probabilities, self.layers[row.exit], float(self.model.cost[row.exit])
@@ -234,10 +242,11 @@ class AdaptiveClassifier:
     def _of(self, batch_size: int) -> Programs:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")
-        if batch_size not in self._programs:
+        key = (self.threshold == math.inf, batch_size)
+        if key not in self._programs:
             slots = batch_size * len(self._stages)
-            self._programs[batch_size] = Programs(self.model, self._stages, slots)
-        return self._programs[batch_size]
+            self._programs[key] = Programs(self.model, self._stages, slots)
+        return self._programs[key]
 
     def _length(self, tokens: int) -> int:
         return next(length for length in self._lengths if length >= tokens)

@@ -63,6 +63,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     dials(options)
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1; got {options.batch_size}")
     return options
 
 
@@ -84,22 +86,21 @@ def _run(options: argparse.Namespace) -> None:
             f"this model takes {len(classifier.text_columns)} text column(s), as "
             f"{','.join(classifier.text_columns)}; got {','.join(columns)}"
         )
-    rows = stream_rows(source, columns)
-    first = list(itertools.islice(rows, 1))  # a file that will not do must be known by now
-    rows = itertools.chain(first, rows)
-    with _opened(target, source) as file:
-        tally, last = _read_back(file, target)
-        known = itertools.islice(rows, tally.rows - len(last), None)
-        answers = _answers(classifier, known, options.batch_size)
-        _check_same(target, last, answers)
-        began, start = time.perf_counter(), tally.rows
-        with tqdm(total=count_positions(source), unit_scale=True, disable=None) as bar:
-            for answer, position in answers:
-                file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
-                tally.add(answer)
-                bar.update(position - bar.n)
-        seconds = time.perf_counter() - began
-    print(tally.summary((tally.rows - start) / max(seconds, 1e-9)))
+    with contextlib.closing(stream_rows(source, columns)) as rows:
+        first = list(itertools.islice(rows, 1))  # a file that will not do must be known by now
+        with _opened(target, source) as file:
+            tally, last = _read_back(file, target)
+            known = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
+            answers = _answers(classifier, known, options.batch_size)
+            _check_same(target, last, answers)
+            began, start = time.perf_counter(), tally.rows
+            with tqdm(total=count_positions(source), unit_scale=True, disable=None) as bar:
+                for answer, position in answers:
+                    file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+                    tally.add(answer)
+                    bar.update(position - bar.n)
+            seconds = time.perf_counter() - began
+        print(tally.summary((tally.rows - start) / max(seconds, 1e-9)))
 
 
 @dataclasses.dataclass

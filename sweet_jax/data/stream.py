@@ -4,9 +4,9 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -32,7 +32,7 @@ def count_positions(path: Path) -> int:
     return path.stat().st_size
 
 
-def stream_rows(path: Path, columns: Sequence[str]) -> Iterator[TextRow]:
+def stream_rows(path: Path, columns: Sequence[str]) -> Generator[TextRow]:
     """The rows of a CSV, TSV, JSONL, Parquet or text file (a text in each line), in order.
 
     A row whose text is absent, empty in a CSV, or no text gives an error and the rest goes on.
@@ -52,29 +52,31 @@ def stream_rows(path: Path, columns: Sequence[str]) -> Iterator[TextRow]:
             yield from _parquet(path, columns)
             return
         with path.open("rb") as raw:
-            readers: dict[str, Callable] = {".txt": _lines, ".csv": _csv, ".tsv": _csv}
-            yield from readers.get(suffix, _jsonl)(raw, columns, suffix)
+            # A byte that is no UTF-8 becomes half of a surrogate pair, which `_checked` finds.
+            text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
+            with text:
+                readers: dict[str, Callable] = {".txt": _lines, ".csv": _csv, ".tsv": _csv}
+                yield from readers.get(suffix, _jsonl)(text, columns, suffix)
     except FileNotFoundError as error:
         raise UserError(f"input {str(path)!r} does not exist") from error
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
 
 
-def _text_of(raw: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
-    # A byte that is no UTF-8 becomes half of a surrogate pair, which `_checked` finds.
-    return io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline=newline)
+def _position(text: io.TextIOWrapper) -> int:
+    return cast(io.BufferedReader, text.buffer).tell()  # TextIOWrapper's own is slow, or refuses
 
 
-def _lines(raw: BinaryIO, columns: Sequence[str], _: str) -> Iterator[TextRow]:
+def _lines(text: io.TextIOWrapper, columns: Sequence[str], _: str) -> Iterator[TextRow]:
     if len(columns) != 1:
         raise UserError("a .txt file has one text in a row, and this model takes pairs: give a CSV")
-    for line in _text_of(raw):
-        yield _checked([line.rstrip("\n")], columns, raw.tell())
+    for line in text:
+        yield _checked([line.rstrip("\r\n")], columns, _position(text))
 
 
-def _csv(raw: BinaryIO, columns: Sequence[str], suffix: str) -> Iterator[TextRow]:
+def _csv(text: io.TextIOWrapper, columns: Sequence[str], suffix: str) -> Iterator[TextRow]:
     csv.field_size_limit(sys.maxsize)
-    rows = csv.reader(_text_of(raw, ""), delimiter="\t" if suffix == ".tsv" else ",")
+    rows = csv.reader(text, delimiter="\t" if suffix == ".tsv" else ",")
     header = next(rows, [])
     places = [_place(name, header) for name in columns]
     while True:
@@ -83,15 +85,15 @@ def _csv(raw: BinaryIO, columns: Sequence[str], suffix: str) -> Iterator[TextRow
         except StopIteration:
             return
         except csv.Error as error:
-            yield TextRow((), f"not a row of CSV: {error}", raw.tell())
+            yield TextRow((), f"not a row of CSV: {error}", _position(text))
             continue
         if not row:
             continue  # an empty line
         if len(row) != len(header):
             found = f"{len(row)} fields where the header has {len(header)}"
-            yield TextRow((), found, raw.tell())
+            yield TextRow((), found, _position(text))
             continue
-        yield _checked([row[place] or None for place in places], columns, raw.tell())
+        yield _checked([row[place] or None for place in places], columns, _position(text))
 
 
 def _place(name: str, header: Sequence[str]) -> int:
@@ -99,24 +101,24 @@ def _place(name: str, header: Sequence[str]) -> int:
     return header.index(name)
 
 
-def _jsonl(raw: BinaryIO, columns: Sequence[str], _: str) -> Iterator[TextRow]:
+def _jsonl(text: io.TextIOWrapper, columns: Sequence[str], _: str) -> Iterator[TextRow]:
     known = False  # whether a row had the columns
-    for line in _text_of(raw):
+    for line in text:
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield TextRow((), f"not JSON: {one_line(error)}", raw.tell())
+            yield TextRow((), f"not JSON: {one_line(error)}", _position(text))
             continue
         if not isinstance(row, dict):
-            yield TextRow((), f"not an object but {line.strip():.40}", raw.tell())
+            yield TextRow((), f"not an object but {line.strip():.40}", _position(text))
             continue
         if not known:
             for name in columns:
                 check_choice("column", name, list(row))
             known = True
-        yield _checked([row.get(name) for name in columns], columns, raw.tell())
+        yield _checked([row.get(name) for name in columns], columns, _position(text))
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[TextRow]:

@@ -15,21 +15,6 @@ from sweet_jax.exits.policies import Fitted, Policy, exit_scores
 from sweet_jax.serving.programs import Inputs, Programs, batch_sizes
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Row:
-    """One text on its way."""
-
-    number: int  # in the order of the input
-    input_ids: np.ndarray  # int32 [tokens]
-    token_type_ids: np.ndarray  # int32 [tokens]
-    length: int  # it is padded to
-    since: int = 0  # how many rows had been admitted when it was
-    slot: int = -1  # that holds its hidden state
-    exit: int = -1  # index of the exit it left at, -1 while on its way
-    logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
-    exit_scores: list[float] = dataclasses.field(default_factory=list)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitRule:
     """Who leaves: a policy's score that reaches a threshold, as in `exits/simulation.py`.
@@ -47,7 +32,7 @@ class ExitRule:
     fitted: Fitted
     layers: tuple[int, ...]
 
-    def leaves(self, rows: Sequence[Row]) -> np.ndarray:
+    def leaves(self, rows: Sequence["Row"]) -> np.ndarray:
         """Whether each of some rows leaves at the exit it is at, all at one: bool [N]."""
         count = len(rows[0].logits)
         logits = np.stack([row.logits for row in rows], axis=1)  # [E so far, N, C]
@@ -72,12 +57,27 @@ class ExitRule:
         return tempered(logits, np.where(np.isfinite(fitted), fitted, 1)[:, None])
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class Row:
+    """One text on its way."""
+
+    number: int  # in the order of the input
+    input_ids: np.ndarray  # int32 [tokens]
+    token_type_ids: np.ndarray  # int32 [tokens]
+    length: int  # it is padded to
+    rule: ExitRule
+    since: int = 0  # how many rows had been admitted when it was
+    slot: int = -1  # that holds its hidden state
+    exit: int = -1  # index of the exit it left at, -1 while on its way
+    logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
+    exit_scores: list[float] = dataclasses.field(default_factory=list)
+
+
 class Flow:
     """Queues of rows, one for each stage and length; a full one is run.
 
     Args:
       programs: of the model.
-      rule: who leaves.
       batch_size: B at most.
       wait: how many rows may be admitted while a row waits in a queue; the queue is run after that
         though it is not full. None: as long as it takes.
@@ -87,10 +87,8 @@ class Flow:
 
     """
 
-    def __init__(
-        self, programs: Programs, rule: ExitRule, batch_size: int, wait: int | None = None
-    ):
-        self.programs, self.rule, self.batch_size, self.wait = programs, rule, batch_size, wait
+    def __init__(self, programs: Programs, batch_size: int, wait: int | None = None):
+        self.programs, self.batch_size, self.wait = programs, batch_size, wait
         self.runs = [0] * len(programs.stages)
         self._sizes = batch_sizes(batch_size)
         self._queues: dict[tuple[int, int], deque[Row]] = {}  # by (stage, length)
@@ -142,7 +140,7 @@ class Flow:
             row.logits.append(answer[:classes])
             row.exit_scores += answer[classes:].tolist()
         last = number + 1 == len(self.programs.stages)
-        leaves = np.full(len(rows), True) if last else self.rule.leaves(rows)
+        leaves = np.full(len(rows), True) if last else _leaves(rows)
         left = []
         for row, done in zip(rows, leaves.tolist(), strict=True):
             if done:
@@ -170,3 +168,13 @@ class Flow:
             texts[0, place, : len(row.input_ids)] = row.input_ids
             texts[1, place, : len(row.input_ids)] = row.token_type_ids
         return Inputs(places, texts)
+
+
+def _leaves(rows: Sequence[Row]) -> np.ndarray:
+    """Whether each row leaves, each by its own rule: bool [N]."""
+    found = np.empty(len(rows), bool)
+    of = np.asarray([id(row.rule) for row in rows])
+    for rule in {id(row.rule): row.rule for row in rows}.values():
+        own = np.flatnonzero(of == id(rule))
+        found[own] = rule.leaves([rows[place] for place in own.tolist()])
+    return found

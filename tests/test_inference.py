@@ -1,0 +1,392 @@
+"""Adaptive inference says what evaluation and simulation say, whatever the batches."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import WORDS, write_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sweet_jax import AdaptiveClassifier, ExitOutputs, predict
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.data.load import load_dataset
+from sweet_jax.exits.calibration import tempered
+from sweet_jax.exits.policies import exit_scores
+from sweet_jax.pipeline import run
+
+POLICIES = ("confidence", "entropy", "patience", "voting", "learning_to_exit", "pcee_isotonic")
+
+
+def fine_tune(checkpoint, folder: Path, **changes) -> tuple[Path, dict]:
+    """(run directory, its config): a tiny encoder trained on learnable rows."""
+    values = {
+        "task": "tiny",
+        "checkpoint": str(checkpoint),
+        "data_files": str(write_rows(folder / "rows.csv", 160)),
+        "text_columns": "text",
+        "exits": (1, 2, 3),
+        "learning_rates": (3e-3,),
+        "train_size": 100,
+        "epochs": 12,
+        "calibration_fraction": 0.3,
+        "batch_size": 8,
+        "max_length": 32,
+        **changes,
+    }
+    run(from_mapping(values), folder / "run")
+    return folder / "run", values
+
+
+class Reference:
+    """What the one-pass evaluation of a run says of its validation texts."""
+
+    def __init__(self, folder: Path, values: dict):
+        self.outputs = ExitOutputs.load(folder / "exit_outputs" / "validation.npz")
+        self.texts = [texts[0] for texts in load_dataset(from_mapping(values)).validation.texts]
+        self.classifier = AdaptiveClassifier.from_pretrained(folder / "model")
+
+    def answers(self, classifier) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(index of the exit [N], probabilities [N, C], rows too close to call, bool [N])."""
+        fitted = classifier._rule.fitted
+        scores = exit_scores(self.outputs, classifier.policy, fitted)[0]  # [E, N]
+        leaves = scores >= classifier.threshold
+        leaves[-1] = True
+        exits = leaves.argmax(axis=0)
+        close = (np.abs(scores[:-1] - classifier.threshold) < 1e-5).any(axis=0)
+        logits = self.outputs.logits[0, exits, np.arange(len(exits))]
+        return exits, tempered(logits, fitted.temperatures[0, exits, None]), close
+
+
+@pytest.fixture(scope="module")
+def sweet(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweet")
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+        return Reference(*fine_tune(checkpoint, folder, learning_to_exit="joint"))
+
+
+@pytest.fixture(scope="module")
+def multi_model(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("multi")
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+        return Reference(*fine_tune(checkpoint, folder, method="multi_model", exits=(1, 3)))
+
+
+def assert_same(reference, classifier, order, batch_size, mode):
+    exits, probabilities, close = (x[order] for x in reference.answers(classifier))
+    found = classifier.predict([reference.texts[i] for i in order], batch_size, mode)
+    layers = np.asarray(classifier.layers)[exits]
+    assert ((found.exits == layers) | close).all()
+    same = found.exits == layers
+    np.testing.assert_allclose(found.probabilities[same], probabilities[same], rtol=0, atol=1e-5)
+    cost = reference.outputs.cost[exits]
+    np.testing.assert_allclose(found.cost[same], cost[same])
+    given = np.asarray(classifier.classes)[found.probabilities.argmax(axis=1)]
+    assert (found.labels == given).all()
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_answers_are_those_of_evaluation_and_simulation(sweet, data):
+    policy = data.draw(st.sampled_from(POLICIES))
+    scores = exit_scores(sweet.outputs, policy, sweet.classifier.model.dials.fitted)
+    threshold = data.draw(st.sampled_from(sorted(set(scores.ravel()))))
+    order = data.draw(st.lists(st.integers(0, len(sweet.texts) - 1), min_size=1, max_size=40))
+    batch_size = data.draw(st.sampled_from([1, 3, 8]))
+    mode = data.draw(st.sampled_from(["throughput", "latency"]))
+    classifier = sweet.classifier.at(policy, threshold=threshold)
+    assert_same(sweet, classifier, np.asarray(order), batch_size, mode)
+
+
+@pytest.mark.parametrize("dial", [{"cost": 0.6}, {"accuracy": 0.8}, {"threshold": 0.9}])
+def test_dials(sweet, dial):
+    classifier = sweet.classifier.at("confidence", **dial)
+    wanted, _ = sweet.classifier.model.dials.threshold("confidence", **dial)
+    assert classifier.threshold == wanted
+    assert_same(sweet, classifier, np.arange(len(sweet.texts)), 8, "throughput")
+
+
+def test_the_full_model_alone(sweet):
+    classifier = sweet.classifier.at(threshold=float("inf"))
+    assert_same(sweet, classifier, np.arange(len(sweet.texts)), 8, "latency")
+    assert len(classifier._stages) == 1
+
+
+def test_multi_model(multi_model):
+    confidence = exit_scores(multi_model.outputs, "confidence")[0, 0]
+    classifier = multi_model.classifier.at(threshold=float(np.median(confidence)))
+    assert_same(multi_model, classifier, np.arange(len(multi_model.texts)), 8, "latency")
+
+
+def test_a_policy_of_ones_own(sweet):
+    def sure(outputs, temperatures):
+        return np.sort(outputs.logits, axis=-1)[..., -1].astype(float)
+
+    classifier = sweet.classifier.at(sure, threshold=1.0)
+    assert_same(sweet, classifier, np.arange(len(sweet.texts)), 8, "latency")
+    with pytest.raises(UserError, match="needs threshold="):
+        sweet.classifier.at(sure, cost=0.5)
+
+
+def test_nothing_is_compiled_after_warm_up(sweet):
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    classifier = sweet.classifier.at(threshold=0.8)
+    assert classifier.warm_up(2) == 3 * 2 * 3  # stages, sizes 1 2, lengths 16 24 32
+    assert classifier.warm_up(2) == 0
+    before = len(compiled)
+    assert before >= 18
+    for mode in ("throughput", "latency"):
+        assert_same(sweet, classifier, np.arange(len(sweet.texts)), 2, mode)
+        assert_same(sweet, classifier, np.arange(3), 2, mode)
+    assert len(compiled) == before
+
+
+def test_an_endless_iterator_needs_no_memory(sweet):
+    classifier = sweet.classifier.at(threshold=0.8)
+    read = 0
+
+    def texts():
+        nonlocal read
+        while True:
+            yield sweet.texts[read % len(sweet.texts)]
+            read += 1
+
+    def alive() -> int:
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    answers = classifier.stream(texts(), batch_size=5)
+    behind, sizes = [], []
+    for given_, _ in zip(range(1500), answers, strict=False):
+        behind.append(read - given_)
+        if given_ in (500, 1000, 1499):
+            sizes.append(alive())
+    # Each of three queues holds a row back for 16 batches at most.
+    assert max(behind) <= 3 * 16 * 5 + 2 * 5
+    # The states of a thousand rows would be two million bytes.
+    assert max(sizes) - min(sizes) < 4096
+
+
+def test_deep_stages_run_full(sweet):
+    """What throughput mode is for: rows that go on wait until there is a batch of them."""
+    runs = {}
+    for mode, wait in (("throughput", 10**6), ("latency", None)):
+        classifier = sweet.classifier.at(threshold=0.95)
+        flow = classifier.flow(5, wait)
+        rows = classifier.encode(sweet.texts * 4)
+        for start in range(0, len(rows), 5):
+            for row in rows[start : start + 5]:
+                flow.admit(row)
+            flow.advance() if mode == "throughput" else flow.finish()
+        flow.finish()
+        runs[mode] = flow.runs
+    assert sum(runs["throughput"]) < 0.6 * sum(runs["latency"])
+
+
+def test_bfloat16_is_close(sweet):
+    folder = sweet.classifier.model.folder
+    coarse = AdaptiveClassifier.from_pretrained(folder, threshold=2.0, dtype="bfloat16")
+    texts = sweet.texts[:8]  # in one batch, so that there is one length to compile for
+    fine = sweet.classifier.at(threshold=2.0).predict(texts, 8, "latency").probabilities
+    assert 0 < np.abs(coarse.predict(texts, 8, "latency").probabilities - fine).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("one text", "must be a list of texts"),
+        ([("a", "pair")], "row 1 must be a text; got"),
+        (["a", None], "row 2 must be a text; got None"),
+    ],
+)
+def test_what_is_no_text(sweet, texts, message):
+    with pytest.raises(UserError, match=message):
+        sweet.classifier.predict(texts)
+
+
+def test_no_texts(sweet):
+    found = sweet.classifier.predict([])
+    assert found.probabilities.shape == (0, 2)
+    assert found.labels.shape == found.exits.shape == (0,)
+
+
+# The command
+
+
+@pytest.fixture
+def command(sweet, tmp_path):
+    """Runs the command on rows written as a file; returns its status and the output's objects."""
+
+    def call(name: str, content: str, *more: str) -> tuple[int, list[dict]]:
+        (tmp_path / name).write_text(content)
+        output = tmp_path / "out.jsonl"
+        status = predict.main(
+            [
+                f"--model={sweet.classifier.model.folder}",
+                f"--input={tmp_path / name}",
+                f"--output={output}",
+                "--batch_size=5",
+                *more,
+            ]
+        )
+        lines = output.read_text().splitlines() if output.exists() else []
+        return status, [json.loads(line) for line in lines]
+
+    return call
+
+
+def jsonl(texts) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_the_command_answers_every_row_in_order(sweet, command, capsys):
+    wanted = sweet.classifier.at(threshold=0.8).predict(sweet.texts)
+    status, answers = command("in.jsonl", jsonl(sweet.texts), "--threshold=0.8")
+    assert status == 0
+    assert [a["label"] for a in answers] == wanted.labels.tolist()
+    assert [a["exit"] for a in answers] == wanted.exits.tolist()
+    np.testing.assert_allclose([a["cost"] for a in answers], wanted.cost)
+    np.testing.assert_allclose(
+        [a["probability"] for a in answers], wanted.probabilities.max(axis=1), atol=1e-5
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"{len(answers)} rows (0 with an error)")
+    assert f"mean cost {wanted.cost.mean():.4f}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "errors"),
+    [
+        (
+            "in.csv",
+            'label,text\nx,word1\ny,\nz,"word2\nword3"\nz,too,many\nq,word4\n',
+            {1: "column 'text' is empty", 3: "3 fields where the header has 2"},
+        ),
+        ("in.tsv", "text\tn\nword1\t2\n\t3\n", {1: "column 'text' is empty"}),
+        ("in.txt", "word1\nword2 word3\n", {}),
+        (
+            "in.jsonl",
+            '{"text": "word1"}\n{"text": 5}\nnonsense\n[1]\n{"other": 1}\n{"text": "word2"}\n',
+            {
+                1: "column 'text' is not text but 5",
+                2: "not JSON",
+                3: r"not an object but \[1\]",
+                4: "column 'text' is empty",
+            },
+        ),
+    ],
+)
+def test_rows_without_a_text_are_told_and_counted(command, capsys, name, content, errors):
+    status, answers = command(name, content, "--threshold=0.8")
+    assert status == 0
+    for place, answer in enumerate(answers):
+        if place in errors:
+            assert list(answer) == ["error"]
+            import re
+
+            assert re.match(errors[place], answer["error"])
+        else:
+            assert list(answer) == ["label", "probability", "exit", "cost"]
+    assert f"({len(errors)} with an error)" in capsys.readouterr().out
+
+
+def test_a_command_cut_short_goes_on_where_the_output_ends(sweet, command, tmp_path, capsys):
+    content = jsonl(sweet.texts * 2)
+    _, whole = command("in.jsonl", content, "--threshold=0.8")
+    output = tmp_path / "out.jsonl"
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:40]) + lines[40][:9])
+    status, again = command("in.jsonl", content, "--threshold=0.8")
+    assert status == 0
+    assert [a["exit"] for a in again] == [a["exit"] for a in whole]
+    assert output.read_bytes().splitlines(keepends=True)[:40] == lines[:40]
+    assert f"{len(whole)} rows" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_output_of_another_dial_or_input_is_left_alone(sweet, command, tmp_path, capsys):
+    command("in.jsonl", jsonl(sweet.texts), "--threshold=0.8")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    status, _ = command("in.jsonl", jsonl(sweet.texts), "--threshold=2")
+    assert status == 2
+    assert "not made by this model, dial and input" in capsys.readouterr().err
+    status, _ = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
+    assert status == 2
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more", "message"),
+    [
+        ("in.csv", "txet,label\na,b\n", [], "unknown column 'text': did you mean 'txet'?"),
+        ("in.jsonl", '{"txet": "a"}\n', [], "unknown column 'text'"),
+        ("in.csv", "text\na\n", ["--text_columns=a,b"], "takes 1 text column(s)"),
+        ("in.xls", "text\na\n", [], "must end in one of .csv"),
+        ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
+        ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
+        ("in.csv", "text\na\n", ["--cost=0.1"], "infeasible: the best reachable"),
+        ("in.csv", "text\na\n", ["--batch_size=0"], "batch_size must be at least 1; got 0"),
+        ("in.csv", "text\na\n", ["--dtype=int4"], "dtype must be one of float32, bfloat16"),
+        ("in.csv", "text\na\n", ["--model=nowhere/model"], "neither a local directory nor"),
+    ],
+)
+def test_bad_input_of_the_command(command, tmp_path, capsys, name, content, more, message):
+    status, _ = command(name, content, *more)
+    assert status == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
+    import shutil
+
+    with pytest.raises(UserError, match="an encoder without exits"):
+        AdaptiveClassifier.from_pretrained(checkpoint)
+    folder = tmp_path / "model"
+    shutil.copytree(sweet.classifier.model.folder, folder)
+    about = json.loads((folder / "exits.json").read_text())
+    for change, message in (
+        ({"version": 1}, "of version 1, this is for version"),
+        ({"dials": {}}, "is damaged"),
+        ({"classes": ["a", "b", "c"]}, "missing or misshapen: exits.1.classifier"),
+    ):
+        (folder / "exits.json").write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match=message):
+            AdaptiveClassifier.from_pretrained(folder)
+
+
+def test_pairs(checkpoint, tmp_path, one_device):
+    rows = ["first,second,label"]
+    rng = np.random.default_rng(0)
+    for y in rng.integers(0, 2, 60):
+        words = " ".join(rng.choice(WORDS[2:], rng.integers(1, 5)))
+        rows.append(f"{words},{WORDS[y]} {words},{y}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    folder, values = fine_tune(
+        checkpoint,
+        tmp_path,
+        data_files=str(tmp_path / "pairs.csv"),
+        text_columns="first,second",
+        train_size=48,
+        exits=(1, 3),
+        epochs=1,
+    )
+    reference = Reference.__new__(Reference)
+    reference.outputs = ExitOutputs.load(folder / "exit_outputs" / "validation.npz")
+    reference.texts = load_dataset(from_mapping(values)).validation.texts
+    reference.classifier = AdaptiveClassifier.from_pretrained(folder / "model", threshold=0.6)
+    assert_same(reference, reference.classifier, np.arange(len(reference.texts)), 8, "latency")
+    with pytest.raises(UserError, match="row 1 must be a pair of texts"):
+        reference.classifier.predict(["one text"])
