@@ -13,7 +13,8 @@ import numpy as np
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
-from sweet_jax.exits.policies import POLICIES, Policy
+from sweet_jax.data.read import one_line
+from sweet_jax.exits.policies import POLICIES, Fitted, Policy
 from sweet_jax.serving.flow import ExitRule, Flow, Row
 from sweet_jax.serving.programs import Programs, batch_sizes, keep_programs, plan, row_lengths
 from sweet_jax.serving.saved import SavedModel, open_model
@@ -133,6 +134,11 @@ class AdaptiveClassifier:
         return other
 
     @property
+    def fitted(self) -> Fitted:
+        """What the policy reads: temperatures, and curves."""
+        return self._rule.fitted
+
+    @property
     def text_columns(self) -> tuple[str, ...]:
         """Names of the one or two text columns that it was trained on."""
         return self.model.text_columns
@@ -214,6 +220,23 @@ class AdaptiveClassifier:
         ready |= {row.number: row for row in flow.finish()}
         for number in range(given, read):
             yield self.answer(ready.pop(number))
+
+    def push_to_hub(self, name: str, *, private: bool = False) -> str:
+        """Uploads the folder it was read from to the Hugging Face hub; returns its address.
+
+        `name` is "owner/name"; the repository is made if there is none. Raises UserError where the
+        hub refuses.
+        """
+        import huggingface_hub  # heavy, and not needed for local files
+
+        folder = self.model.folder
+        try:
+            huggingface_hub.create_repo(name, private=private, exist_ok=True)
+            return str(huggingface_hub.upload_folder(repo_id=name, folder_path=folder))
+        except Exception as error:  # the client raises many kinds; each means the same to a user
+            raise UserError(
+                f"could not push {str(folder)!r} to {name!r}: {one_line(error)}"
+            ) from error
 
     def flow(self, batch_size: int, wait: int | None) -> Flow:
         """The queues that rows go through."""

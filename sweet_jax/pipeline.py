@@ -29,6 +29,7 @@ from sweet_jax.models.pretrained import (
     read_encoder,
 )
 from sweet_jax.report import page, plots, tables
+from sweet_jax.serving.card import model_card
 from sweet_jax.serving.saved import Model, save_model
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.metrics import diverged, read_metrics
@@ -203,6 +204,13 @@ def _finish(job: Job, outcome: Outcome, workdir: Path, *, report: bool) -> dict[
             job.dataset,
             analysis,
             outcome.models,
+            model_card(
+                results,
+                model_type=job.checkpoint.model_type,
+                classes=job.dataset.classes,
+                text_columns=job.dataset.task.text_columns,
+                max_length=config.max_length,
+            ),
         )
     write_json(workdir / "results.json", results)  # last: it says that the run is whole
     for row in bad:

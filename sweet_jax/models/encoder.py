@@ -160,7 +160,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
     ) -> jax.Array:
-        batch, asking = len(mask), leading(x, len(mask), count)  # [B*Q, H]
+        batch = mask.shape[0]  # not len(): an exported program has a batch without a number
+        asking = leading(x, batch, count)  # [B*Q, H]
 
         def split(x):
             heads = x.reshape(batch, -1, self.heads, x.shape[-1] // self.heads)

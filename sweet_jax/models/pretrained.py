@@ -34,6 +34,7 @@ ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder]]] = {
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
+_FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ class Programs:
         self.classes, self.pad_id = len(model.classes), model.tokenizer.pad_token_id
         self._networks = model.networks
         whole = [jax.device_put(network.params) for network in model.networks]
-        self._params = [_needed(stage, whole[stage.network]) for stage in stages]
+        self._params = [list(needed(stage, whole[stage.network]).values()) for stage in stages]
         self._pools: dict[int, jax.Array] = {}  # by length: [P, L, H]
 
     def carries(self, number: int) -> bool:
@@ -137,11 +137,7 @@ class Programs:
             else:
                 assert pool is not None
                 h = pool.at[slots].get(mode="clip")  # [B, L, H]
-            model = nnx.merge(network.graphdef, _filled(stage, params, network.params))
-            h, answer = model.resume(stage.start, stage.end, h, batch)
-            answers = answer.logits  # [B, C]
-            if answer.exit_scores is not None:
-                answers = jnp.concatenate([answers, answer.exit_scores[:, None]], axis=1)
+            h, answers = compute(network, stage, params, h, batch)
             if not carries:
                 return answers
             assert pool is not None
@@ -174,15 +170,41 @@ def _needs(stage: Stage, path: tuple[Any, ...]) -> bool:
     return True
 
 
-def _needed(stage: Stage, params: Any) -> list[jax.Array]:
-    """The parameters that a stage reads: a call with all of them would check each."""
+def needed(stage: Stage, params: Any) -> dict[str, Any]:
+    """The parameters that a stage reads, by path: a call with all of them would check each."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [leaf for path, leaf in leaves if _needs(stage, path)]
+    return {
+        "/".join(str(p.key) for p in path): leaf for path, leaf in leaves if _needs(stage, path)
+    }
 
 
-def _filled(stage: Stage, needed: list[jax.Array], params: Any) -> Any:
-    """All parameters again: what `_needed` left out is zero, and dropped by the compiler."""
-    rest = iter(needed)
+def compute(
+    network: Network,
+    stage: Stage,
+    params: list[jax.Array],
+    h: jax.Array | None,
+    batch: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """What a stage hands on [B, L, H], and its answers, see `Programs.__call__`.
+
+    Args:
+      network: that the stage is of.
+      stage: to compute.
+      params: the values of `needed`, in order.
+      h: what the stage before handed on; None where this one embeds.
+      batch: see `EarlyExit.resume`.
+
+    """
+    model = nnx.merge(network.graphdef, _filled(stage, params, network.params))
+    h, answer = model.resume(stage.start, stage.end, h, batch)
+    if answer.exit_scores is None:
+        return h, answer.logits
+    return h, jnp.concatenate([answer.logits, answer.exit_scores[:, None]], axis=1)
+
+
+def _filled(stage: Stage, values: list[jax.Array], params: Any) -> Any:
+    """All parameters again: what `needed` left out is zero, and dropped by the compiler."""
+    rest = iter(values)
 
     def pick(path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:
         return next(rest) if _needs(stage, path) else jnp.zeros(leaf.shape, leaf.dtype)

@@ -21,7 +21,7 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.data.load import Dataset
 from sweet_jax.exits.analysis import Analysis, Choice, full_score
 from sweet_jax.exits.dials import Dials, deployed
-from sweet_jax.files import write_json
+from sweet_jax.files import write_json, write_text
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.names import hugging_face_tensors
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
@@ -46,8 +46,9 @@ def save_model(
     dataset: Dataset,
     analysis: Analysis,
     models: Sequence[Model],
+    card: str,
 ) -> None:
-    """Writes `model/` of the best replica, whole or not at all.
+    """Writes `model/` of the best replica, whole or not at all; `card` is its README.md.
 
     model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
     encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
@@ -72,6 +73,7 @@ def save_model(
         places.append({"folder": place, "exits": list(model.exits)})
     tokenizer.save_pretrained(aside)
     write_json(aside / "exits.json", _exits(config, dataset, analysis) | {"models": places})
+    write_text(aside / "README.md", card)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 

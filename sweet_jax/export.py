@@ -1,0 +1,137 @@
+"""Exports a saved model as StableHLO programs, one for each exit, to be run without sweet_jax.
+
+  python -m sweet_jax.export --model=runs/x/model --output=exported --cost=0.5
+
+The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and TPU),
+parameters.npz, model.json, which says how the stages are chained, and run.py, which does that and
+needs jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install
+".[export]"). A program's texts are token ids padded to --length. The policy must be confidence or
+raw_confidence. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from sweet_jax.config import UserError
+from sweet_jax.files import write_json
+from sweet_jax.flags import Parser, command, dials
+from sweet_jax.inference import AdaptiveClassifier
+from sweet_jax.serving import run_exported
+from sweet_jax.serving.programs import Stage, compute, needed, plan
+from sweet_jax.serving.saved import SavedModel, open_model
+
+_PLATFORMS = ("cpu", "cuda", "tpu")
+_POLICIES = ("confidence", "raw_confidence")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return command(lambda: _run(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("sweet_jax.export", __doc__ or "")
+    parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
+    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_dials()
+    parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
+    options = parser.parse_args(argv)
+    dials(options)
+    return options
+
+
+def _run(options: argparse.Namespace) -> None:
+    model = open_model(options.model)
+    classifier = AdaptiveClassifier(model, options.policy, **dials(options))
+    length = options.length or model.max_length
+    if not 1 <= length <= model.max_length:
+        raise UserError(f"--length must be from 1 to {model.max_length}; got {length}")
+    export(classifier, Path(options.output), length)
+    print(f"exported: {options.output}")
+
+
+def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
+    """Writes the folder, whole or not at all.
+
+    Raises UserError for a policy or threshold that run.py does not know, or a folder that exists.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError('jax.export needs flatbuffers: pip install ".[export]"')
+    policy, model = classifier.policy, classifier.model
+    if policy not in _POLICIES:
+        raise UserError(f"only the policies {', '.join(_POLICIES)} are exported; got {policy!r}")
+    if not np.isfinite(classifier.threshold):
+        raise UserError("the full model alone has no exits to export: set a finite --threshold")
+    if folder.exists():
+        raise UserError(f"--output {str(folder)!r} exists: choose another, or remove it")
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    stages = plan(model.networks)
+    parameters: dict[str, np.ndarray] = {}
+    chain = []
+    for stage in stages:
+        own = needed(stage, model.networks[stage.network].params)
+        names = {f"{stage.network}/{name}": value for name, value in own.items()}
+        parameters |= names
+        program = f"stage_{stage.end:02d}.bin"
+        (aside / program).write_bytes(_program(model, stage, list(own.values()), length))
+        values = {"layer": stage.end, "cost": float(model.cost[stage.exit]), "program": program}
+        values |= {"embeds": stage.embeds, "temperature": _temperature(classifier, stage)}
+        chain.append(values | {"parameters": list(names)})
+    np.savez(aside / "parameters.npz", allow_pickle=False, **parameters)
+    about = {"format": 1, "classes": list(model.classes), "length": length}
+    about |= {"threshold": classifier.threshold, "pad_id": model.tokenizer.pad_token_id}
+    write_json(aside / "model.json", about | {"stages": chain})
+    shutil.copy(run_exported.__file__, aside / "run.py")
+    aside.rename(folder)
+
+
+def _temperature(classifier: AdaptiveClassifier, stage: Stage) -> float:
+    fitted = classifier.fitted.temperatures[0, stage.exit]
+    return float(fitted) if classifier.policy == "confidence" and np.isfinite(fitted) else 1.0
+
+
+def _program(model: SavedModel, stage: Stage, params: list[Any], length: int) -> bytes:
+    """A stage of any batch size B.
+
+    (parameters, input_ids, token_type_ids int32 [B, L], tokens int32 [B]) → (h [B, L, H], logits
+    [B, C]) where it embeds; h in place of the ids where it does not.
+    """
+    network = model.networks[stage.network]
+
+    def run(params, tokens, *given):
+        batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
+        h = given[0]
+        if stage.embeds:
+            batch |= {"input_ids": given[0], "token_type_ids": given[1]}
+            h = None
+        h, answers = compute(network, stage, params, h, batch)
+        return h, answers[:, : len(model.classes)]
+
+    (batch,) = jax.export.symbolic_shape("b")
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    hidden = network.params["heads"][str(stage.end)]["pooler"]["kernel"].shape[0]
+    given = [ids, ids] if stage.embeds else [jax.ShapeDtypeStruct((batch, length, hidden), "f4")]
+    specs = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in params]
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    exported = jax.export.export(jax.jit(run), platforms=_PLATFORMS)(specs, tokens, *given)
+    return bytes(exported.serialize())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
