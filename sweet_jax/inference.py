@@ -262,6 +262,16 @@ class AdaptiveClassifier:
             label, probabilities, self.layers[row.exit], float(self.model.cost[row.exit])
         )
 
+    def passed(self, row: Row) -> list[tuple[int, str, float]]:
+        """(layer, label, its probability) at every exit that a row came by."""
+        first = row.exit + 1 - len(row.logits)  # of the full model alone, the last
+        exits = np.arange(first, row.exit + 1)
+        every = row.rule.probabilities(np.stack(row.logits), exits)  # [E, C]
+        return [
+            (self.layers[e], self.classes[int(p.argmax())], float(p.max()))
+            for e, p in zip(exits, every, strict=True)
+        ]
+
     def _of(self, batch_size: int) -> Programs:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -190,6 +191,58 @@ def with_dropout(tmp_path_factory) -> dict:
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.csv", 160)
+
+
+def fine_tune(checkpoint, folder: Path, **changes) -> tuple[Path, dict]:
+    """(run directory, its config): a tiny encoder trained on learnable rows."""
+    from sweet_jax.config import from_mapping
+    from sweet_jax.pipeline import run
+
+    values = {
+        "task": "tiny",
+        "checkpoint": str(checkpoint),
+        "data_files": str(write_rows(folder / "rows.csv", 160)),
+        "text_columns": "text",
+        "exits": (1, 2, 3),
+        "learning_rates": (3e-3,),
+        "train_size": 100,
+        "epochs": 12,
+        "calibration_fraction": 0.3,
+        "batch_size": 8,
+        "max_length": 32,
+        **changes,
+    }
+    with pytest.MonkeyPatch.context() as patch:  # for one device, which compiles more quickly
+        first = jax.devices()[:1]
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+        run(from_mapping(values), folder / "run")
+    return folder / "run", values
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(checkpoint, tmp_path_factory) -> tuple[Path, dict]:
+    """(run directory, its config): three exits, with learning-to-exit."""
+    folder = tmp_path_factory.mktemp("fine_tuned")
+    return fine_tune(checkpoint, folder, learning_to_exit="joint")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, where there is one with its driver."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no Chromium with its driver on this machine")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    for argument in [*quiet, "--no-first-run", "--window-size=1200,1000"]:
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield session
+    session.quit()
 
 
 @pytest.fixture

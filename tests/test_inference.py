@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import WORDS, write_rows
+from conftest import WORDS, fine_tune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,29 +18,8 @@ from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.calibration import tempered
 from sweet_jax.exits.policies import exit_scores
-from sweet_jax.pipeline import run
 
 POLICIES = ("confidence", "entropy", "patience", "voting", "learning_to_exit", "pcee_isotonic")
-
-
-def fine_tune(checkpoint, folder: Path, **changes) -> tuple[Path, dict]:
-    """(run directory, its config): a tiny encoder trained on learnable rows."""
-    values = {
-        "task": "tiny",
-        "checkpoint": str(checkpoint),
-        "data_files": str(write_rows(folder / "rows.csv", 160)),
-        "text_columns": "text",
-        "exits": (1, 2, 3),
-        "learning_rates": (3e-3,),
-        "train_size": 100,
-        "epochs": 12,
-        "calibration_fraction": 0.3,
-        "batch_size": 8,
-        "max_length": 32,
-        **changes,
-    }
-    run(from_mapping(values), folder / "run")
-    return folder / "run", values
 
 
 class Reference:
@@ -64,21 +43,14 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def sweet(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweet")
-    with pytest.MonkeyPatch.context() as patch:
-        first = jax.devices()[:1]
-        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
-        return Reference(*fine_tune(checkpoint, folder, learning_to_exit="joint"))
+def sweet(fine_tuned):
+    return Reference(*fine_tuned)
 
 
 @pytest.fixture(scope="module")
 def multi_model(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("multi")
-    with pytest.MonkeyPatch.context() as patch:
-        first = jax.devices()[:1]
-        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
-        return Reference(*fine_tune(checkpoint, folder, method="multi_model", exits=(1, 3)))
+    return Reference(*fine_tune(checkpoint, folder, method="multi_model", exits=(1, 3)))
 
 
 def assert_same(reference, classifier, order, batch_size, mode):
@@ -370,7 +342,7 @@ def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
             AdaptiveClassifier.from_pretrained(folder)
 
 
-def test_pairs(checkpoint, tmp_path, one_device):
+def test_pairs(checkpoint, tmp_path):
     rows = ["first,second,label"]
     rng = np.random.default_rng(0)
     for y in rng.integers(0, 2, 60):

@@ -66,24 +66,6 @@ def report(analysis, tmp_path_factory):
     return folder, results
 
 
-@pytest.fixture(scope="module")
-def browser():
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no Chromium with its driver on this machine")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    quiet += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    for argument in [*quiet, "--no-first-run", "--window-size=1200,1000"]:
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield session
-    session.quit()
-
-
 def reading(browser) -> list[float]:
     names = ("at-threshold", "at-cost", "at-score")
     return [float(browser.find_element("id", name).text) for name in names]

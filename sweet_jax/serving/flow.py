@@ -100,12 +100,28 @@ class Flow:
         self._admitted += 1
         self._wait_at(0, row)
 
+    def __len__(self) -> int:
+        """How many rows are on their way."""
+        return sum(map(len, self._queues.values()))
+
     def advance(self) -> list[Row]:
         """Runs what is full, and what has waited for too long; returns the rows that left."""
         left: list[Row] = []
         while ready := [key for key, queue in self._queues.items() if self._due(queue)]:
             left += self._run(*max(ready))  # the deepest: it frees slots
         return left
+
+    def step(self) -> list[Row]:
+        """Runs one batch, a full one if there is one, else of the row that has waited longest.
+
+        For a caller that would idle otherwise. Returns the rows that left.
+        """
+        waiting = [key for key, queue in self._queues.items() if queue]
+        if not waiting:
+            return []
+        full = [key for key in waiting if self._due(self._queues[key])]
+        oldest = min(waiting, key=lambda key: self._queues[key][0].since)
+        return self._run(*(max(full) if full else oldest))
 
     def finish(self) -> list[Row]:
         """Runs all that waits, to its end; returns the rows that left."""

@@ -1,0 +1,163 @@
+"""The thread that computes what requests ask for: their texts share batches."""
+
+import asyncio
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from sweet_jax.inference import AdaptiveClassifier, Prediction, Text
+from sweet_jax.serving.flow import Row
+
+log = logging.getLogger(__name__)
+_DIALS_KEPT = 256  # of requests, so that their thresholds are not looked up each time
+
+
+class FullError(Exception):
+    """More texts wait than may."""
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """Texts that are answered together."""
+
+    classifier: AdaptiveClassifier  # at the request's dial
+    texts: Sequence[Text]
+    done: Callable[["Request"], None]  # called by the thread when all are answered
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    left: int = 0  # texts not yet answered
+    error: Exception | None = None
+    dropped: bool = False  # nobody waits for it any more
+
+
+class Worker:
+    """Answers requests in one thread, their texts pooled into batches as throughput mode does.
+
+    It is never idle while a text waits: what is full runs first, else what has waited longest.
+
+    Args:
+      classifier: at the dial of requests that name none.
+      batch_size: texts computed at once, at most.
+      limit: texts that may wait or be under way.
+
+    """
+
+    def __init__(self, classifier: AdaptiveClassifier, batch_size: int, limit: int):
+        self.classifier, self.limit = classifier, limit
+        self.waiting = 0  # texts taken in and not yet answered
+        self._flow = classifier.flow(batch_size, None)
+        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._dials: dict[tuple, AdaptiveClassifier] = {}
+        self._lock = threading.Lock()  # of `waiting`, which both sides change
+        self._owners: dict[int, Request] = {}  # by number of the row
+        self._taken = 0  # rows so far
+        self._thread = threading.Thread(target=self._loop, name="sweet_jax.worker", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when all that was taken in is answered."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer."""
+        return self._thread.is_alive()
+
+    def at(self, policy: str | None, dial: Mapping[str, float]) -> AdaptiveClassifier:
+        """The classifier at a request's policy and dial. Raises UserError, see its constructor."""
+        if policy is None and not dial:
+            return self.classifier
+        key = (policy, *sorted(dial.items()))
+        if key not in self._dials:
+            if len(self._dials) >= _DIALS_KEPT:
+                self._dials.pop(next(iter(self._dials)))
+            self._dials[key] = self.classifier.at(policy, **dial)
+        return self._dials[key]
+
+    async def answer(
+        self, classifier: AdaptiveClassifier, texts: Sequence[Text]
+    ) -> list[tuple[Prediction, Row]]:
+        """The answers to texts, in order, and their rows.
+
+        Raises FullError where too many wait, UserError for what is no text. When it is cancelled,
+        the texts not yet begun are dropped.
+        """
+        with self._lock:
+            if self.waiting + len(texts) > self.limit:
+                raise FullError
+            self.waiting += len(texts)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def done(request: Request) -> None:
+            def settle() -> None:
+                if future.done():
+                    return
+                if request.error is not None:
+                    future.set_exception(request.error)
+                else:
+                    future.set_result(None)
+
+            loop.call_soon_threadsafe(settle)
+
+        request = Request(classifier, texts, done)
+        self._inbox.put(request)
+        try:
+            await future
+        finally:
+            request.dropped = True
+        return [(classifier.answer(row), row) for row in request.rows]
+
+    def _loop(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # of the device: nothing can be computed any more
+            log.exception("the worker stopped")
+            for request in {id(r): r for r in self._owners.values()}.values():
+                request.error = error
+                self._settle(request)
+            raise
+
+    def _serve(self) -> None:
+        running = True
+        while running or len(self._flow):
+            # Blocks only when there is nothing to compute.
+            arrived = [self._inbox.get()] if running and not len(self._flow) else []
+            while not self._inbox.empty():
+                arrived.append(self._inbox.get())
+            for request in arrived:
+                if request is None:
+                    running = False
+                else:
+                    self._take(request)
+            for row in self._flow.step():
+                request = self._owners.pop(row.number)
+                request.left -= 1
+                if not request.left:
+                    self._settle(request)
+
+    def _take(self, request: Request) -> None:
+        if request.dropped:
+            self._settle(request)
+            return
+        try:
+            request.rows = request.classifier.encode(request.texts, self._taken)
+        except Exception as error:  # one request's texts must not end the others'
+            request.error = error
+            self._settle(request)
+            return
+        self._taken += len(request.rows)
+        request.left = len(request.rows)
+        for row in request.rows:
+            self._owners[row.number] = request
+            self._flow.admit(row)
+
+    def _settle(self, request: Request) -> None:
+        with self._lock:
+            self.waiting -= len(request.texts)
+        request.done(request)

@@ -1,0 +1,233 @@
+"""The server: right answers under load, a status for whatever is wrong, nothing lost at the end."""
+
+import http.client
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from sweet_jax import AdaptiveClassifier
+from sweet_jax.config import from_mapping
+from sweet_jax.data.load import load_dataset
+
+uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install ".[serve]"')
+from sweet_jax import serve  # noqa: E402 - after the packages it needs
+from sweet_jax.serving.worker import Worker  # noqa: E402
+
+
+class Running:
+    """A server in a thread, at a free port."""
+
+    def __init__(self, classifier, *more: str):
+        options = serve._parse(["--model=x", "--batch_size=4", *more])
+        app = serve.make_app(classifier, options)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+    def call(self, method: str, path: str, body=None, headers=None) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def predict(self, asked) -> tuple[int, dict]:
+        body = asked if isinstance(asked, bytes) else json.dumps(asked)
+        status, found = self.call("POST", "/predict", body)
+        return status, json.loads(found)
+
+
+@pytest.fixture(scope="module")
+def texts(fine_tuned) -> list[str]:
+    values = from_mapping(fine_tuned[1])
+    return [text for (text,) in load_dataset(values).validation.texts]
+
+
+@pytest.fixture(scope="module")
+def classifier(fine_tuned):
+    return AdaptiveClassifier.from_pretrained(fine_tuned[0] / "model", threshold=0.8)
+
+
+@pytest.fixture(scope="module")
+def server(classifier):
+    running = Running(classifier, "--max_texts=8", "--max_body=20000", "--max_characters=5000")
+    yield running
+    running.stop()
+
+
+def assert_answers(found: dict, wanted) -> None:
+    answers = found["answers"]
+    assert [a["label"] for a in answers] == wanted.labels.tolist()
+    assert [a["exit"] for a in answers] == wanted.exits.tolist()
+    np.testing.assert_allclose(
+        [a["probability"] for a in answers], wanted.probabilities.max(axis=1), atol=1e-5
+    )
+    np.testing.assert_allclose([a["cost"] for a in answers], wanted.cost)
+
+
+def test_many_clients_get_their_own_answers(server, classifier, texts):
+    """Each with its own texts and dial, all in the same batches."""
+    dials = [{}, {"threshold": 0.55}, {"policy": "patience", "threshold": 2}, {"threshold": 2}]
+    wanted = {}
+    for number, dial in enumerate(dials):
+        own = classifier.at(dial.get("policy"), threshold=dial.get("threshold", 0.8))
+        for start in range(0, len(texts) - 3, 3):
+            wanted[number, start] = own.predict(texts[start : start + 3], 4)
+
+    def ask(key):
+        number, start = key
+        return key, server.predict({"texts": texts[start : start + 3], **dials[number]})
+
+    with ThreadPoolExecutor(16) as pool:
+        for key, (status, found) in pool.map(ask, list(wanted) * 2):
+            assert status == 200, found
+            assert_answers(found, wanted[key])
+
+
+def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
+    _, found = server.predict({"texts": texts[:1], "threshold": 2, "detail": True})
+    (answer,) = found["answers"]
+    assert [e["layer"] for e in answer["exits"]] == [1, 2, 3]
+    assert answer["exits"][-1]["probability"] == answer["probability"]
+    first = classifier.at(threshold=0.0).predict(texts[:1], 4)
+    assert answer["exits"][0]["probability"] == pytest.approx(first.probabilities.max(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "message"),
+    [
+        (b"rubbish", 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        ([], 400, "must be an object"),
+        ({}, 400, "texts must be a list"),
+        ({"texts": "one"}, 400, "texts must be a list"),
+        ({"texts": [5]}, 400, "must be a text; got 5"),
+        ({"texts": [["a", "b"]]}, 400, "must be a text"),
+        ({"texts": ["a"], "cots": 1}, 400, "unknown key 'cots'"),
+        ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
+        (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
+        ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
+        ({"texts": ["a"], "accuracy": 1.2}, 400, "accuracy must be from 0 to 1"),
+        ({"texts": ["a"], "cost": 1, "accuracy": 1}, 400, "set one dial"),
+        ({"texts": ["a"], "policy": "sure"}, 400, "unknown policy 'sure'"),
+        ({"texts": ["a"] * 9}, 413, "may have 8 texts; got 9"),
+        ({"texts": ["a" * 5001]}, 413, "may have 5000 characters"),
+        ({"texts": ["a" * 30000]}, 413, "may have 20000 bytes"),
+    ],
+)
+def test_what_is_refused(server, asked, status, message):
+    found = server.predict(asked)
+    assert found[0] == status
+    assert message in found[1]["error"]
+    assert server.predict({"texts": ["word1"]})[0] == 200  # and the server goes on
+
+
+def test_a_body_without_end_is_cut_off(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.putrequest("POST", "/predict")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    part = b"1000\r\n" + b"x" * 4096 + b"\r\n"
+
+    def send() -> None:
+        while True:
+            connection.send(part)
+
+    with pytest.raises((ConnectionError, TimeoutError)):
+        send()
+    connection.close()
+    assert server.predict({"texts": ["word1"]})[0] == 200
+
+
+def test_health_and_metrics(server):
+    server.predict({"texts": ["word1", "word2"]})
+    assert json.loads(server.call("GET", "/healthz")[1])["status"] == "ok"
+    found = server.call("GET", "/metrics")[1].decode()
+    assert 'sweet_jax_requests_total{status="200"}' in found
+    counted = [float(x.split()[-1]) for x in found.splitlines() if "texts_total{exit" in x]
+    assert sum(counted) >= 2
+    assert "sweet_jax_waiting_texts 0.0" in found
+
+
+def held_up(monkeypatch) -> threading.Event:
+    """Workers take nothing in before the event is set."""
+    go, take = threading.Event(), Worker._take
+
+    def wait(self, request):
+        go.wait(60)
+        take(self, request)
+
+    monkeypatch.setattr(Worker, "_take", wait)
+    return go
+
+
+def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, texts, monkeypatch):
+    go = held_up(monkeypatch)
+    running = Running(classifier, "--max_waiting=3")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(running.predict, {"texts": texts[:2]})
+        while json.loads(running.call("GET", "/healthz")[1])["waiting"] < 2:
+            time.sleep(0.01)
+        status, found = running.predict({"texts": texts[:2]})
+        assert (status, found["error"]) == (503, "too many texts wait: try again")
+        assert running.predict({"texts": texts[:4]})[0] == 413
+        running.server.should_exit = True  # what SIGTERM does
+        time.sleep(0.3)
+        assert not first.done()
+        go.set()
+        status, found = first.result()
+    running.thread.join()
+    assert status == 200
+    assert_answers(found, classifier.predict(texts[:2], 4))
+
+
+def test_a_request_nobody_waits_for_any_more_is_dropped(classifier, texts, monkeypatch):
+    go = held_up(monkeypatch)
+    running = Running(classifier, "--timeout=0.2")
+    status, found = running.predict({"texts": texts[:2]})
+    assert (status, found["error"]) == (504, "not answered within 0.2 seconds")
+    go.set()
+    while json.loads(running.call("GET", "/healthz")[1])["waiting"]:
+        time.sleep(0.01)
+    running.stop()
+
+
+def test_the_page_in_a_browser(server, browser, classifier, texts):
+    browser.get(f"http://127.0.0.1:{server.port}/")
+    browser.find_element("css selector", "textarea").send_keys(texts[0])
+    browser.execute_script("document.getElementById('dial').value = 'threshold'")
+    value = browser.find_element("id", "value")
+    value.clear()
+    value.send_keys("2")
+    browser.find_element("id", "go").click()
+    deadline = time.monotonic() + 30
+    while len(rows := browser.find_elements("css selector", "#exits tr")) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    wanted = classifier.at(threshold=2.0).predict(texts[:1], 4)
+    said = browser.find_element("id", "said").text
+    assert said.startswith(f"{wanted.labels[0]} ({100 * wanted.probabilities.max():.1f}%)")
+    assert "left at layer 3, cost 1.000" in said
+    assert [row.get_attribute("class") for row in rows] == ["", "", "left"]
+    assert [entry for entry in browser.get_log("browser") if "favicon" not in str(entry)] == []
+
+
+def test_bad_options(capsys, tmp_path):
+    assert serve.main([f"--model={tmp_path}", "--port=0"]) == 2
+    assert serve.main(["--model=x", "--timeout=0"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert "config.json" in error[0]
+    assert error[1] == "error: --timeout must be more than 0; got 0.0"
