@@ -18,6 +18,9 @@ _DIALS = {
     "and so the largest loss of accuracy; certified on calibration rows, or refused",
     "agreement": "least share of examples answered as the last exit would; certified likewise",
 }
+_CLOCK = {
+    "milliseconds": "largest mean time of a text that comes by itself; after --measure",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,13 +37,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help tells more)")
 
-    def add_dials(self) -> None:
-        """Adds --policy, the dials of which one may be set, and --level."""
+    def add_dials(self, *, clock: bool = True) -> None:
+        """Adds --policy, the dials of which one may be set, and --level.
+
+        Without `clock`, none of time: that is known of a model, not of its outputs.
+        """
         self.add_argument(
             "--policy", help="one of those above; default the one the run was made with"
         )
         dial = self.add_mutually_exclusive_group()
-        for name, text in _DIALS.items():
+        for name, text in (_DIALS | (_CLOCK if clock else {})).items():
             dial.add_argument(f"--{name}", type=float, help=text)
         self.add_argument(
             "--level", type=float, default=0.95, help="confidence of a certificate (default 0.95)"
@@ -49,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 def dials(options: argparse.Namespace) -> dict[str, float]:
     """The dial that was set, and the level, by name. Raises UserError for one out of range."""
-    values = {name: getattr(options, name) for name in RANGES}
+    values = {name: getattr(options, name, None) for name in RANGES}
     check_dials(values, "--")
     return {name: value for name, value in values.items() if value is not None}
 

@@ -15,6 +15,7 @@ from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
 from sweet_jax.data.read import one_line
 from sweet_jax.exits.policies import POLICIES, Fitted, Policy
+from sweet_jax.serving.clock import read_clock
 from sweet_jax.serving.flow import ExitRule, Flow, Row
 from sweet_jax.serving.programs import Programs, batch_sizes, keep_programs, plan, row_lengths
 from sweet_jax.serving.saved import SavedModel, open_model
@@ -56,7 +57,7 @@ class AdaptiveClassifier:
       model: what `open_model` read.
       policy: name of an exit policy, or a function of (outputs, temperatures) such as
         `exits/policies.py` has; of the outputs of the exits so far.
-      dial: at most one of threshold, cost, accuracy, risk, agreement; and level.
+      dial: at most one of threshold, cost, accuracy, risk, agreement, milliseconds; and level.
 
     Attributes:
       classes: names [C], in the order of the probabilities.
@@ -73,7 +74,10 @@ class AdaptiveClassifier:
         self.policy = model.about["policy"] if policy is None else policy
         if isinstance(self.policy, str):
             check_choice("policy", self.policy, POLICIES)
-            self.threshold, fitted = model.dials.threshold(self.policy, **dial)
+            clock = None
+            if "milliseconds" in dial and (measured := read_clock(model)) is not None:
+                clock = measured.alone(int(model.about["median_tokens"]))
+            self.threshold, fitted = model.dials.threshold(self.policy, **dial, clock=clock)
         elif set(dial) - {"level"} == {"threshold"}:
             self.threshold, fitted = dial["threshold"], model.dials.fitted
         else:
@@ -96,6 +100,7 @@ class AdaptiveClassifier:
         accuracy: float | None = None,
         risk: float | None = None,
         agreement: float | None = None,
+        milliseconds: float | None = None,
         level: float = 0.95,
         dtype: str = "float32",
         cache_dir: str | Path | None = None,
@@ -113,6 +118,8 @@ class AdaptiveClassifier:
             that calibration rows like a text must have had.
           risk: largest share of texts lost against the last exit, certified.
           agreement: least share of texts answered as the last exit would, certified.
+          milliseconds: largest mean time of a text that comes by itself, once measured on this
+            machine (python -m sweet_jax.predict --measure).
           level: confidence of a certificate.
           dtype: of parameters and activations, "float32" or "bfloat16".
           cache_dir: where compiled programs are kept between processes; default
@@ -123,7 +130,7 @@ class AdaptiveClassifier:
         """
         keep_programs(cache_dir)
         every = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
-        every |= {"agreement": agreement, "level": level}
+        every |= {"agreement": agreement, "milliseconds": milliseconds, "level": level}
         dial = {k: v for k, v in every.items() if v is not None}
         return cls(open_model(name, dtype), policy, **dial)
 

@@ -204,13 +204,14 @@ def _finish(job: Job, outcome: Outcome, workdir: Path, *, report: bool) -> dict[
             job.dataset,
             analysis,
             outcome.models,
-            model_card(
+            card=model_card(
                 results,
                 model_type=job.checkpoint.model_type,
                 classes=job.dataset.classes,
                 text_columns=job.dataset.task.text_columns,
                 max_length=config.max_length,
             ),
+            median_tokens=int(np.median(job.train.lengths)),
         )
     write_json(workdir / "results.json", results)  # last: it says that the run is whole
     for row in bad:

@@ -1,6 +1,7 @@
 """Answers the texts of a file with a saved model, each at the first exit that is sure.
 
   python -m sweet_jax.predict --model=runs/x/model --input=new.csv --output=new.jsonl --cost=0.5
+  python -m sweet_jax.predict --model=runs/x/model --measure
 
 The input is a CSV, TSV, JSONL or Parquet file with the text columns that the model was trained on,
 or a .txt file with a text in each line; it may be larger than memory. The output is JSONL, one
@@ -49,8 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("sweet_jax.predict", f"{__doc__}{policy_lines()}")
     parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
-    parser.add_argument("--input", required=True, help="file of texts")
-    parser.add_argument("--output", required=True, help="JSONL file of the answers")
+    parser.add_argument("--input", help="file of texts")
+    parser.add_argument("--output", help="JSONL file of the answers")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="instead, time every stage on this machine, alone and in batches of --batch_size, and "
+        "keep the table in the model's folder: --milliseconds reads it",
+    )
     parser.add_dials()
     parser.add_argument(
         "--text_columns", help="of the input, where they are not named as in training: a or a,b"
@@ -65,6 +72,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     dials(options)
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1; got {options.batch_size}")
+    if not options.measure and not (options.input and options.output):
+        raise UserError("give --input=FILE and --output=FILE, or --measure")
     return options
 
 
@@ -74,6 +83,9 @@ def _run(options: argparse.Namespace) -> None:
     from sweet_jax.serving.programs import keep_programs
     from sweet_jax.serving.saved import open_model
 
+    if options.measure:
+        _measure(options)
+        return
     source, target = Path(options.input), Path(options.output)
     if not source.is_file():
         raise UserError(f"input {options.input!r} does not exist")
@@ -101,6 +113,19 @@ def _run(options: argparse.Namespace) -> None:
                     bar.update(position - bar.n)
             seconds = time.perf_counter() - began
         print(tally.summary((tally.rows - start) / max(seconds, 1e-9)))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from sweet_jax.serving.clock import measure, write_clock
+    from sweet_jax.serving.programs import keep_programs
+    from sweet_jax.serving.saved import open_model
+
+    keep_programs()
+    model = open_model(options.model, options.dtype)
+    with tqdm(unit=" programs", disable=None) as bar:
+        clock = measure(model, [options.batch_size], bar.update)
+    print("\n".join(clock.lines(model.layers)))
+    print(f"kept in {write_clock(model, clock)}")
 
 
 @dataclasses.dataclass

@@ -31,7 +31,6 @@ from sweet_jax.exits.analysis import (
     choose,
     full_score,
 )
-from sweet_jax.exits.dials import RANGES
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.flags import Parser, command, dials, policy_lines
@@ -48,7 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--run", action="append", required=True, metavar="DIR", help="run directory; may repeat"
     )
-    parser.add_dials()
+    parser.add_dials(clock=False)
     parser.add_argument(
         "--output", default="compare.html", help="page for several runs (default compare.html)"
     )
@@ -95,7 +94,7 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
     reached: list[tuple[float, float]] = []
     for r in replicas:
         who = f"seed {analysis.replicas[r][0]}: " if len(replicas) > 1 else ""
-        if all(getattr(options, name) is None for name in RANGES if name != "level"):
+        if set(dials(options)) == {"level"}:
             lines += [who + "each exit alone"] if who else []
             lines += exit_lines(individual(analysis.validation, r), metric)
             who += f"full {metric} is kept at "

@@ -1,8 +1,11 @@
 """Adaptive inference says what evaluation and simulation say, whatever the batches."""
 
 import ast
+import dataclasses
 import importlib.util
 import json
+import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,6 +21,7 @@ from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.calibration import tempered
 from sweet_jax.exits.policies import exit_scores
+from sweet_jax.serving.clock import read_clock
 
 POLICIES = ("confidence", "entropy", "patience", "voting", "learning_to_exit", "pcee_isotonic")
 
@@ -211,7 +215,7 @@ def command(sweet, tmp_path):
                 f"--model={sweet.classifier.model.folder}",
                 f"--input={tmp_path / name}",
                 f"--output={output}",
-                "--batch_size=5",
+                "--batch_size=1",
                 *more,
             ]
         )
@@ -268,8 +272,6 @@ def test_rows_without_a_text_are_told_and_counted(command, capsys, name, content
     for place, answer in enumerate(answers):
         if place in errors:
             assert list(answer) == ["error"]
-            import re
-
             assert re.match(errors[place], answer["error"])
         else:
             assert list(answer) == ["label", "probability", "exit", "cost"]
@@ -325,8 +327,6 @@ def test_bad_input_of_the_command(command, tmp_path, capsys, name, content, more
 
 
 def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
-    import shutil
-
     with pytest.raises(UserError, match="an encoder without exits"):
         AdaptiveClassifier.from_pretrained(checkpoint)
     folder = tmp_path / "model"
@@ -365,6 +365,34 @@ def test_pairs(checkpoint, tmp_path):
     assert_same(reference, reference.classifier, np.arange(len(reference.texts)), 8, "latency")
     with pytest.raises(UserError, match="row 1 must be a pair of texts"):
         reference.classifier.predict(["one text"])
+
+
+def test_the_clock_of_this_machine_and_its_dial(sweet, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(sweet.classifier.model.folder, folder)
+    with pytest.raises(UserError, match="milliseconds are not known for this model"):
+        AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
+    assert predict.main([f"--model={folder}", "--measure", "--batch_size=2"]) == 0
+    assert "to 1     to 2     to 3" in capsys.readouterr().out
+    clock = read_clock(dataclasses.replace(sweet.classifier.model, folder=folder))
+    assert clock.batch_sizes == (1, 2)
+    assert (clock.milliseconds > 0).all()
+    # Times of this machine are not to be asserted: put known ones in their place.
+    values = json.loads((folder / "clock.json").read_text())
+    values["milliseconds"] = np.full(clock.milliseconds.shape, 2.0).tolist()
+    (folder / "clock.json").write_text(json.dumps(values))
+    for limit in (2.0, 3.5, 6.0):
+        classifier = AdaptiveClassifier.from_pretrained(folder, milliseconds=limit)
+        trade = classifier.model.dials.trades[classifier.policy]
+        place = list(trade.threshold).index(classifier.threshold)
+        times = trade.shares @ [2.0, 4.0, 6.0]
+        assert times[place] <= limit
+        assert (times[place + 1 :] > limit).all()
+    with pytest.raises(UserError, match=r"infeasible: the best reachable .* is 2.00 milliseconds"):
+        AdaptiveClassifier.from_pretrained(folder, milliseconds=1.9)
+    (folder / "clock.json").write_text("{}")
+    with pytest.raises(UserError, match=r"clock.json' is damaged .*: measure again"):
+        AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
 
 
 # Export, and the folder itself

@@ -23,28 +23,38 @@ class Trade:
 
     Attributes:
       threshold, cost, score: float64 [P]; cost and score ascend.
+      shares: float64 [P, E], of the examples that leave at each exit.
 
     """
 
     threshold: np.ndarray
     cost: np.ndarray
     score: np.ndarray
+    shares: np.ndarray
 
     @classmethod
     def of(cls, curve: Curve, replica: int) -> "Trade":
         """Those of a curve."""
-        threshold, cost, value = (
-            getattr(curve, name)[replica] for name in ("threshold", "cost", "score")
+        threshold, cost, value, shares = (
+            getattr(curve, name)[replica] for name in ("threshold", "cost", "score", "shares")
         )
         order = np.lexsort((threshold, -value, cost))
         best = np.maximum.accumulate(np.append(-np.inf, value[order]))
         keep = order[value[order] > best[:-1]]
-        return cls(threshold[keep], cost[keep], value[keep])
+        return cls(threshold[keep], cost[keep], value[keep], shares[keep])
 
     def within_cost(self, cost: float) -> float | None:
         """The threshold of the best score within a mean cost; None where none is so cheap."""
         at = int(np.searchsorted(self.cost, cost + 1e-12, side="right")) - 1
         return float(self.threshold[at]) if at >= 0 else None
+
+    def within_time(self, milliseconds: float, clock: np.ndarray) -> float | None:
+        """The threshold of the best score within a mean time; None where none is so quick.
+
+        clock is float64 [E], the milliseconds until each exit has answered.
+        """
+        quick = np.flatnonzero(self.shares @ clock <= milliseconds)
+        return float(self.threshold[quick[-1]]) if len(quick) else None
 
     def with_score(self, score: float) -> float | None:
         """The cheapest threshold with at least a score; None where none has it."""
@@ -56,6 +66,7 @@ class Trade:
 RANGES = {
     "threshold": (-np.inf, np.inf),
     "cost": (0.0, np.inf),
+    "milliseconds": (0.0, np.inf),
     "accuracy": (0.0, 1.0),
     "risk": (0.0, 1.0),
     "agreement": (0.0, 1.0),
@@ -108,16 +119,20 @@ class Dials:
         accuracy: float | None = None,
         risk: float | None = None,
         agreement: float | None = None,
+        milliseconds: float | None = None,
         level: float = 0.95,
+        clock: np.ndarray | None = None,
     ) -> tuple[float, Fitted]:
         """The threshold that a dial stands for, and what the policy is to read.
 
         Without a dial, the cheapest threshold that keeps the last exit's score. Raises UserError
         for an unknown policy, one that these rows do not know, two dials, a value out of range, or
-        a wish that cannot be met, with the best that can.
+        a wish that cannot be met, with the best that can. milliseconds needs `clock`, see
+        `Trade.within_time`.
         """
         asked = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
-        check_dials(asked | {"agreement": agreement, "level": level})
+        asked |= {"agreement": agreement, "milliseconds": milliseconds, "level": level}
+        check_dials(asked)
         check_choice("policy", policy, POLICIES)
         if policy not in self.trades:
             raise UserError(f"this model was not calibrated for the policy {policy!r}")
@@ -130,7 +145,15 @@ class Dials:
         if accuracy is not None and POLICIES[policy].curve:
             return accuracy, self.fitted  # PCEE's threshold is an accuracy
         trade = self.trades[policy]
-        if cost is not None:
+        if milliseconds is not None:
+            if clock is None:
+                raise UserError(
+                    "milliseconds are not known for this model: python -m sweet_jax.predict "
+                    "--model=... --measure finds them on this machine"
+                )
+            found = trade.within_time(milliseconds, clock)
+            best = f"{float((trade.shares @ clock).min()):.2f} milliseconds"
+        elif cost is not None:
             found, best = trade.within_cost(cost), f"cost {trade.cost[0]:.4f}"
         else:
             found = trade.with_score(self.full if accuracy is None else accuracy)
@@ -189,7 +212,7 @@ class Dials:
     def from_dict(cls, values: Mapping[str, Any]) -> "Dials":
         """What `as_dict` gave."""
         trades = {
-            policy: Trade(*(np.asarray(v[k]) for k in ("threshold", "cost", "score")))
+            policy: Trade(**{f.name: np.asarray(v[f.name]) for f in dataclasses.fields(Trade)})
             for policy, v in values["trades"].items()
         }
         certificates = values["certificates"] or {"fitted": None, "trials": {}}

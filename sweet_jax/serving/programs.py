@@ -83,6 +83,7 @@ class Programs:
       compiled: the programs so far, by (index of the stage, B, L).
       classes: C.
       pad_id: what fills input_ids.
+      vocabulary: how many ids there are.
 
     """
 
@@ -91,6 +92,8 @@ class Programs:
         self.compiled: dict[tuple[int, int, int], Any] = {}
         self.classes, self.pad_id = len(model.classes), model.tokenizer.pad_token_id
         self._networks = model.networks
+        words = model.networks[0].params["encoder"]["embeddings"]["word"]["embedding"]
+        self.vocabulary = len(words)
         whole = [jax.device_put(network.params) for network in model.networks]
         self._params = [list(needed(stage, whole[stage.network]).values()) for stage in stages]
         self._pools: dict[int, jax.Array] = {}  # by length: [P, L, H]

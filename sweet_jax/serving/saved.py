@@ -27,7 +27,7 @@ from sweet_jax.models.names import hugging_face_tensors
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
 from sweet_jax.models.tensors import read_tensors
 
-EXITS_VERSION = 2  # of exits.json
+EXITS_VERSION = 3  # of exits.json
 DTYPES = ("float32", "bfloat16")
 
 
@@ -46,9 +46,13 @@ def save_model(
     dataset: Dataset,
     analysis: Analysis,
     models: Sequence[Model],
+    *,
     card: str,
+    median_tokens: int,
 ) -> None:
-    """Writes `model/` of the best replica, whole or not at all; `card` is its README.md.
+    """Writes `model/` of the best replica, whole or not at all.
+
+    `card` is its README.md, `median_tokens` how long its training texts were.
 
     model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
     encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
@@ -72,7 +76,8 @@ def save_model(
         write_json(aside / place / "config.json", values)
         places.append({"folder": place, "exits": list(model.exits)})
     tokenizer.save_pretrained(aside)
-    write_json(aside / "exits.json", _exits(config, dataset, analysis) | {"models": places})
+    about = _exits(config, dataset, analysis) | {"median_tokens": median_tokens}
+    write_json(aside / "exits.json", about | {"models": places})
     write_text(aside / "README.md", card)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

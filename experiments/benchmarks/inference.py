@@ -1,0 +1,259 @@
+"""Milliseconds per text: the full model and adaptive inference here, torch and ONNX Runtime.
+
+    pip install -e ".[torch]" onnx onnxruntime onnxscript
+    python -m experiments.benchmarks.inference --model=runs/sst2/model --model=runs/mrpc/model \
+        --data_dir=DIR                        # <task>/validation.parquet, as for training
+    python -m experiments.benchmarks.inference --model=runs/sst2/model --data_dir=DIR \
+        --shape=bert-base --rows=64           # the same texts, a random encoder of that shape
+
+Real validation texts in their order, from strings to probabilities, tokenisation included. Every
+side runs the same batches in turn, several rounds; torch (transformers, SDPA attention) and ONNX
+Runtime run the full model, padded to the longest text of a batch. Thresholds are set so that the
+mean counted cost over these rows is as near as can be to 0.25, 0.5, 0.75. p50 and p95 are of a
+batch's time; the clock's cost is the share of the full model's milliseconds here. In the rows
+"pooled" the texts share batches (throughput mode). On 2 cores the first line takes some 20 minutes,
+the second 25.
+"""
+
+import argparse
+import dataclasses
+import math
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+from flax import nnx
+
+from experiments.benchmarks.memory import SHAPES
+from sweet_jax import AdaptiveClassifier, ExitOutputs
+from sweet_jax.data.read import read_table
+from sweet_jax.exits.dials import Dials, Trade
+from sweet_jax.exits.policies import Fitted, exit_scores
+from sweet_jax.exits.simulation import simulate
+from sweet_jax.models.bert import Bert
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.serving.programs import keep_programs
+from sweet_jax.serving.saved import Network, SavedModel, open_model
+
+BATCHES, COSTS = (1, 8, 64), (0.25, 0.5, 0.75)
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Side(NamedTuple):
+    """One way to answer a batch of texts."""
+
+    name: str
+    answer: Callable[[list[Any]], Any]
+    counted: float  # mean cost in layers
+
+
+class Measured(NamedTuple):
+    """Of one side: milliseconds per text, and the median and 95th percentile of a batch's."""
+
+    mean: float
+    p50: float
+    p95: float
+
+
+def random_model(like: SavedModel, shape: str) -> SavedModel:
+    """A saved model's tokenizer and classes with a random encoder of another shape."""
+    config, exits = SHAPES[shape]
+    key = jax.random.key(0)
+    graphdef, values = nnx.split(EarlyExit(Bert(config, key), exits, len(like.classes), key))
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
+    trade = Trade(*np.zeros((3, 1)), np.eye(1, len(exits)))
+    dials = Dials(Fitted(np.ones((1, len(exits)))), 0.0, {"confidence": trade}, None, {})
+    return dataclasses.replace(
+        like,
+        about={**like.about, "policy": "confidence"},
+        layers=exits,
+        cost=np.asarray(exits) / exits[-1],
+        dials=dials,
+        networks=(Network(exits, graphdef, params),),
+    )
+
+
+def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
+    """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
+    every = AdaptiveClassifier(model, threshold=2.0)  # none leaves early
+    flow = every.flow(32, None)
+    rows = every.encode(texts)
+    for row in rows:
+        flow.admit(row)
+    flow.finish()
+    logits = np.stack([row.logits for row in rows], axis=1)  # [E, N, C]
+    outputs = ExitOutputs(logits, np.zeros(len(rows)), np.asarray(model.layers), model.cost)
+    scores = exit_scores(outputs, every.policy, every.fitted)
+    curve = simulate(outputs, lambda *_: scores)
+    nearest = {c: int(np.abs(curve.cost[0] - c).argmin()) for c in COSTS}
+    return {c: every.at(threshold=float(curve.threshold[0, place])) for c, place in nearest.items()}
+
+
+def sides_of(model: SavedModel, texts: Sequence[Any], batch: int) -> list[Side]:
+    """All sides for one batch size."""
+    full = AdaptiveClassifier(model, threshold=math.inf)
+
+    def here(classifier: AdaptiveClassifier) -> Callable[[list[Any]], Any]:
+        return lambda part: classifier.predict(part, batch, "latency")
+
+    found = [Side("full, here", here(full), 1.0)]
+    for cost, classifier in at_costs(model, texts).items():
+        counted = float(classifier.predict(texts, batch).cost.mean())
+        found.append(Side(f"adaptive at {cost}", here(classifier), counted))
+    torch_model, session = others(model)
+
+    def encode(part: list[Any], kind: str) -> Any:
+        columns = zip(*part, strict=True) if isinstance(part[0], tuple) else [part]
+        return model.tokenizer(
+            *map(list, columns),
+            padding=True,
+            truncation=True,
+            max_length=model.max_length,
+            return_tensors=kind,
+        )
+
+    def in_torch(part: list[Any]) -> np.ndarray:
+        with torch.inference_mode():
+            return torch_model(**encode(part, "pt")).logits.softmax(-1).numpy()
+
+    def in_onnx(part: list[Any]) -> np.ndarray:
+        encoded = encode(part, "np")
+        return session.run(None, {name: encoded[name] for name in INPUTS})[0]
+
+    return [*found, Side("full, torch", in_torch, 1.0), Side("full, ONNX Runtime", in_onnx, 1.0)]
+
+
+def others(model: SavedModel) -> tuple[Any, onnxruntime.InferenceSession]:
+    """The full model in torch, and the same exported to ONNX Runtime; weights do not matter."""
+    settings = transformers.BertConfig(
+        **_sizes(model), num_labels=len(model.classes), attn_implementation="sdpa"
+    )
+    network = transformers.BertForSequenceClassification(settings).eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            return self.network(input_ids, attention_mask, token_type_ids).logits
+
+    rows = torch.ones(2, 8, dtype=torch.int64)
+    dynamic = {0: torch.export.Dim("b"), 1: torch.export.Dim("l")}
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.onnx")
+        torch.onnx.export(
+            Logits(),
+            (rows, rows, torch.zeros_like(rows)),
+            path,
+            input_names=INPUTS,
+            output_names=["logits"],
+            dynamic_shapes=[dynamic] * 3,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        return network, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def _sizes(model: SavedModel) -> dict[str, Any]:
+    encoder = model.networks[-1].params["encoder"]
+    layer = encoder["layers"][0]
+    hidden, inner = layer["intermediate"]["kernel"].shape
+    return {
+        "vocab_size": len(encoder["embeddings"]["word"]["embedding"]),
+        "hidden_size": hidden,
+        "num_hidden_layers": len(encoder["layers"]),
+        "num_attention_heads": 12,  # of both shapes
+        "intermediate_size": inner,
+    }
+
+
+def measure(sides: Sequence[Side], texts: Sequence[Any], batch: int, rounds: int) -> list[Measured]:
+    """All sides in turn over the same batches, after a round that is not counted."""
+    times: list[list[float]] = [[] for _ in sides]
+    parts = [list(texts[i : i + batch]) for i in range(0, len(texts) - batch + 1, batch)]
+    for count in range(rounds + 1):
+        for side, seconds in zip(sides, times, strict=True):
+            for part in parts:
+                began = time.perf_counter()
+                side.answer(part)
+                if count:
+                    seconds.append(1e3 * (time.perf_counter() - began))
+    return [
+        Measured(statistics.fmean(t) / batch, statistics.median(t), float(np.quantile(t, 0.95)))
+        for t in times
+    ]
+
+
+def pooled(model: SavedModel, texts: Sequence[Any], batch: int, rounds: int) -> list[float]:
+    """Milliseconds per text at cost 0.5 in latency and in throughput mode, taking turns."""
+    classifier = at_costs(model, texts)[0.5]
+    times: dict[str, list[float]] = {"latency": [], "throughput": []}
+    for count in range(rounds + 1):
+        for mode, seconds in times.items():
+            began = time.perf_counter()
+            classifier.predict(texts, batch, mode)
+            if count:
+                seconds.append(1e3 * (time.perf_counter() - began) / len(texts))
+    return [statistics.median(seconds) for seconds in times.values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", action="append", required=True, help="model/ of a run; repeats")
+    parser.add_argument("--data_dir", required=True, help="<task>/validation.parquet")
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="instead of the model's own")
+    parser.add_argument("--rows", type=int, default=256, help="texts at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, action="append", help="default 1, 8, 64")
+    options = parser.parse_args()
+    keep_programs()
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads; jax {jax.__version__}, torch "
+        f"{torch.__version__}, onnxruntime {onnxruntime.__version__}, Python "
+        f"{platform.python_version()}"
+    )
+    print("| model | task | batch | side | ms per text | p50 | p95 | counted | clock |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in options.model:
+        model = open_model(name)
+        task = str(model.about["task"])
+        table = read_table(Path(options.data_dir) / task / "validation.parquet", model.text_columns)
+        columns = [table[column].to_pylist()[: options.rows] for column in model.text_columns]
+        texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
+        if options.shape:
+            model = random_model(model, options.shape)
+        shape = options.shape or "minilm"
+        for batch in options.batch or BATCHES:
+            sides = sides_of(model, texts, batch)
+            found = measure(sides, texts, batch, options.rounds)
+            for side, m in zip(sides, found, strict=True):
+                clock = m.mean / found[0].mean
+                print(
+                    f"| {shape} | {task} | {batch} | {side.name} | {m.mean:.2f} | {m.p50:.2f} | "
+                    f"{m.p95:.2f} | {side.counted:.3f} | {clock:.3f} |",
+                    flush=True,
+                )
+            if batch > 1:
+                each, together = pooled(model, texts, batch, options.rounds)
+                print(
+                    f"| {shape} | {task} | {batch} | pooled at 0.5 | {together:.2f} | | | 0.5 | "
+                    f"{together / found[0].mean:.3f}; {each / together:.2f} x latency mode |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What each stage costs by the clock of this machine: the file clock.json beside a saved model.
+
+Shape letters: E exit, B batch size, L length.
+"""
+
+import dataclasses
+import functools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sweet_jax.config import UserError
+from sweet_jax.files import write_json
+from sweet_jax.serving.programs import Inputs, Programs, plan, row_lengths
+from sweet_jax.serving.saved import SavedModel
+
+_NAME = "clock.json"
+_SECONDS = 0.2  # that a stage is run for, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Measured times.
+
+    Attributes:
+      machine: what they were measured on.
+      batch_sizes: B that were measured.
+      lengths: L that were measured.
+      milliseconds: [number of B, number of L, E], of each stage, for a whole batch.
+
+    """
+
+    machine: str
+    batch_sizes: tuple[int, ...]
+    lengths: tuple[int, ...]
+    milliseconds: np.ndarray
+
+    def alone(self, tokens: int) -> np.ndarray:
+        """Milliseconds until each exit has answered a text by itself, float64 [E]."""
+        long_enough = [i for i, length in enumerate(self.lengths) if length >= tokens]
+        place = long_enough[0] if long_enough else -1
+        return np.cumsum(self.milliseconds[0, place])
+
+    def lines(self, layers: Iterable[int]) -> list[str]:
+        """A table: milliseconds of each stage."""
+        heads = "".join(f"{'to ' + str(layer):>9}" for layer in layers)
+        found = [f"{'batch':>6}{'length':>8}{heads}{'all':>9}  milliseconds, {self.machine}"]
+        for size, by_length in zip(self.batch_sizes, self.milliseconds, strict=True):
+            for length, stages in zip(self.lengths, by_length, strict=True):
+                each = "".join(f"{value:9.2f}" for value in stages)
+                found.append(f"{size:6d}{length:8d}{each}{stages.sum():9.2f}")
+        return found
+
+
+def measure(model: SavedModel, batch_sizes: Iterable[int], progress: Callable[[], object]) -> Clock:
+    """Times every stage at batch sizes (1 is always among them) and at every other row length.
+
+    Of full batches of texts that are as long as they may be. `progress` is called after each.
+    """
+    sizes = tuple(sorted({1, *batch_sizes}))
+    lengths = row_lengths(model.max_length)[::-2][::-1]  # the longest is among them
+    stages = plan(model.networks)
+    programs = Programs(model, stages, sizes[-1])
+    found = np.zeros((len(sizes), len(lengths), len(stages)))
+    for place in np.ndindex(found.shape):
+        size, length, number = sizes[place[0]], lengths[place[1]], place[2]
+        rows = np.stack([np.arange(size), np.full(size, length)]).astype(np.int32)
+        texts = np.zeros((2, size, length), np.int32)
+        texts[0] = np.random.default_rng(0).integers(0, programs.vocabulary, texts[0].shape)
+        inputs = Inputs(rows, texts if stages[number].embeds else None)
+        found[place] = _median(functools.partial(programs, number, length, inputs))
+        progress()
+    machine = f"{platform.node()}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    return Clock(machine, sizes, lengths, found)
+
+
+def _median(run: Callable[[], jax.Array]) -> float:
+    """Milliseconds of a call, its answer brought to the host; the first two are not counted."""
+    seconds: list[float] = []
+    while len(seconds) < 5 or sum(seconds) < _SECONDS:
+        began = time.perf_counter()
+        np.asarray(run())
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(seconds[2:])
+
+
+def write_clock(model: SavedModel, clock: Clock) -> Path:
+    """Writes clock.json into the model's folder. Raises UserError where it cannot."""
+    values = dataclasses.asdict(clock) | {"milliseconds": clock.milliseconds.tolist()}
+    try:
+        write_json(model.folder / _NAME, values)
+    except OSError as error:
+        raise UserError(
+            f"{str(model.folder)!r} cannot be written to ({error.strerror}): copy the model first"
+        ) from error
+    return model.folder / _NAME
+
+
+def read_clock(model: SavedModel) -> Clock | None:
+    """What `write_clock` wrote, or None. Raises UserError where it is damaged."""
+    path = model.folder / _NAME
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        clock = Clock(
+            str(values["machine"]),
+            tuple(values["batch_sizes"]),
+            tuple(values["lengths"]),
+            np.asarray(values["milliseconds"], np.float64),
+        )
+        if clock.milliseconds.shape != (
+            len(clock.batch_sizes),
+            len(clock.lengths),
+            len(model.layers),
+        ):
+            raise ValueError("of another shape")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{str(path)!r} is damaged ({error!r}): measure again") from error
+    return clock
