@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,12 @@ class Prediction(NamedTuple):
         return float(self.probabilities.max())
 
 
+class NoText(NamedTuple):
+    """A row without a text, and why."""
+
+    reason: str
+
+
 class Predictions(NamedTuple):
     """The answers to some texts, in their order."""
 
@@ -57,19 +63,28 @@ class AdaptiveClassifier:
       model: what `open_model` read.
       policy: name of an exit policy, or a function of (outputs, temperatures) such as
         `exits/policies.py` has; of the outputs of the exits so far.
+      programs: compiled ones of the same model, to be shared.
       dial: at most one of threshold, cost, accuracy, risk, agreement, milliseconds; and level.
 
     Attributes:
       classes: names [C], in the order of the probabilities.
       layers: of the exits [E].
       threshold: that the dial stands for.
+      full: whether it is infinite: then the last exit alone is computed.
 
     Raises:
       UserError: an unknown policy, or a dial that is out of range or cannot be kept.
 
     """
 
-    def __init__(self, model: SavedModel, policy: str | Policy | None = None, **dial: float):
+    def __init__(
+        self,
+        model: SavedModel,
+        policy: str | Policy | None = None,
+        *,
+        programs: Programs | None = None,
+        **dial: float,
+    ):
         self.model, self.classes, self.layers = model, model.classes, model.layers
         self.policy = model.about["policy"] if policy is None else policy
         if isinstance(self.policy, str):
@@ -83,11 +98,9 @@ class AdaptiveClassifier:
         else:
             raise UserError("a policy of your own needs threshold=; the other dials know names")
         self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
-        self._stages = plan(model.networks, full=self.threshold == math.inf)
+        self.full = self.threshold == math.inf
         self._lengths = row_lengths(model.max_length)
-        self._programs: dict[
-            tuple[bool, int], Programs
-        ] = {}  # by batch size, of the full model or not
+        self._programs = programs or Programs(model)
 
     @classmethod
     def from_pretrained(
@@ -136,9 +149,9 @@ class AdaptiveClassifier:
 
     def at(self, policy: str | Policy | None = None, **dial: float) -> "AdaptiveClassifier":
         """The same model with another policy or dial; what is compiled is shared."""
-        other = AdaptiveClassifier(self.model, policy or self.policy, **dial)
-        other._programs = self._programs
-        return other
+        return AdaptiveClassifier(
+            self.model, policy or self.policy, programs=self._programs, **dial
+        )
 
     @property
     def fitted(self) -> Fitted:
@@ -153,7 +166,7 @@ class AdaptiveClassifier:
     @property
     def compilations(self) -> int:
         """How many programs have been compiled or read from the cache."""
-        return sum(len(programs.compiled) for programs in self._programs.values())
+        return len(self._programs.compiled)
 
     def warm_up(self, batch_size: int = 32, lengths: Iterable[int] | None = None) -> int:
         """Compiles all that `predict` with this batch size can need; returns how many programs.
@@ -164,11 +177,9 @@ class AdaptiveClassifier:
 
         """
         wanted = self._lengths if lengths is None else sorted({self._length(n) for n in lengths})
-        programs, before = self._of(batch_size), self.compilations
-        for number, size, length in itertools.product(
-            range(len(self._stages)), batch_sizes(batch_size), wanted
-        ):
-            programs.compile(number, size, length)
+        before, flow = self.compilations, self.flow(batch_size)
+        for key in itertools.product(flow.stages, batch_sizes(batch_size), wanted):
+            self._programs.compile(*key, flow.slots)
         return self.compilations - before
 
     def predict(
@@ -206,27 +217,37 @@ class AdaptiveClassifier:
             each batch_size texts are answered before more are read.
 
         """
+        yield from self.stream_rows(texts, batch_size, mode)
+
+    def stream_rows(
+        self, texts: Iterable[Text | NoText], batch_size: int = 32, mode: str = "throughput"
+    ) -> Iterator[Any]:
+        """`stream` of rows of which some have no text: each NoText is given back in its place."""
         check_choice("mode", mode, MODES)
         if isinstance(texts, str):
             raise UserError("texts must be a list of texts, not one text")
-        wait = 16 * batch_size if mode == "throughput" else None
-        flow = self.flow(batch_size, wait)
-        ready: dict[int, Row] = {}
-        given = 0
-        read = 0
+        flow = self.flow(batch_size, 16 * batch_size if mode == "throughput" else None)
+        ready: dict[int, Row | NoText] = {}
+        given = read = 0
         for chunk in _chunks(texts, batch_size):
-            rows = self.encode(chunk, read, alike=mode == "latency")
-            read += len(rows)
-            for row in rows:
+            for number, none in enumerate(chunk, start=read):
+                if isinstance(none, NoText):
+                    ready[number] = none
+                    flow.pass_by()
+            for row in self.encode(chunk, read, alike=mode == "latency"):
                 flow.admit(row)
-            for row in flow.finish() if mode == "latency" else flow.advance():
-                ready[row.number] = row
+            read += len(chunk)
+            left = flow.finish() if mode == "latency" else flow.advance()
+            ready |= {row.number: row for row in left}
             while given in ready:
-                yield self.answer(ready.pop(given))
+                yield self._given(ready.pop(given))
                 given += 1
         ready |= {row.number: row for row in flow.finish()}
         for number in range(given, read):
-            yield self.answer(ready.pop(number))
+            yield self._given(ready.pop(number))
+
+    def _given(self, row: Row | NoText) -> Prediction | NoText:
+        return row if isinstance(row, NoText) else self.answer(row)
 
     def push_to_hub(self, name: str, *, private: bool = False) -> str:
         """Uploads the folder it was read from to the Hugging Face hub; returns its address.
@@ -245,19 +266,36 @@ class AdaptiveClassifier:
                 f"could not push {str(folder)!r} to {name!r}: {one_line(error)}"
             ) from error
 
-    def flow(self, batch_size: int, wait: int | None) -> Flow:
-        """The queues that rows go through."""
-        return Flow(self._of(batch_size), batch_size, wait)
+    def flow(self, batch_size: int, wait: int | None = None, *, full: bool | None = None) -> Flow:
+        """New queues for rows to go through, see `Flow`. Raises UserError for batch_size below 1.
 
-    def encode(self, texts: Sequence[Text], first: int = 0, *, alike: bool = False) -> list[Row]:
-        """Texts as rows numbered from `first`; `alike` pads all of them to one length."""
+        `full`: of the last exit alone; default as the dial says.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1; got {batch_size}")
+        stages = plan(self.model.networks, full=self.full if full is None else full)
+        return Flow(self._programs, stages, batch_size, wait)
+
+    def encode(
+        self, texts: Sequence[Text | NoText], first: int = 0, *, alike: bool = False
+    ) -> list[Row]:
+        """Texts as rows numbered by place from `first`; `alike` pads all of them to one length.
+
+        NoText has no row.
+        """
         pairs = len(self.model.text_columns) == 2
-        checked = [_checked(text, pairs, first + place) for place, text in enumerate(texts)]
-        ids, types = encode(self.model.tokenizer, checked, self.model.max_length)
+        checked = {
+            number: _checked(text, pairs, number)
+            for number, text in enumerate(texts, start=first)
+            if not isinstance(text, NoText)
+        }
+        if not checked:
+            return []
+        ids, types = encode(self.model.tokenizer, list(checked.values()), self.model.max_length)
         longest = max(len(row) for row in ids)
         return [
-            Row(first + place, i, t, self._length(longest if alike else len(i)), self._rule)
-            for place, (i, t) in enumerate(zip(ids, types, strict=True))
+            Row(number, i, t, self._length(longest if alike else len(i)), self._rule)
+            for number, i, t in zip(checked, ids, types, strict=True)
         ]
 
     def answer(self, row: Row) -> Prediction:
@@ -265,9 +303,10 @@ class AdaptiveClassifier:
         exits = np.asarray([row.exit])
         (probabilities,) = row.rule.probabilities(row.logits[-1][None], exits)
         label = self.classes[int(probabilities.argmax())]
-        return Prediction(
-            label, probabilities, self.layers[row.exit], float(self.model.cost[row.exit])
-        )
+        # The full model alone does not pay for Multi-Model's shallower ones.
+        alone = len(row.logits) == 1 and row.exit > 0
+        cost = 1.0 if alone else float(self.model.cost[row.exit])
+        return Prediction(label, probabilities, self.layers[row.exit], cost)
 
     def passed(self, row: Row) -> list[tuple[int, str, float]]:
         """(layer, label, its probability) at every exit that a row came by."""
@@ -279,17 +318,8 @@ class AdaptiveClassifier:
             for e, p in zip(exits, every, strict=True)
         ]
 
-    def _of(self, batch_size: int) -> Programs:
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1; got {batch_size}")
-        key = (self.threshold == math.inf, batch_size)
-        if key not in self._programs:
-            slots = batch_size * len(self._stages)
-            self._programs[key] = Programs(self.model, self._stages, slots)
-        return self._programs[key]
-
     def _length(self, tokens: int) -> int:
-        return next(length for length in self._lengths if length >= tokens)
+        return next((n for n in self._lengths if n >= tokens), self._lengths[-1])
 
 
 def _checked(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
@@ -297,6 +327,10 @@ def _checked(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
     if len(parts) != 1 + pairs or not all(isinstance(part, str) for part in parts):
         wanted = "a pair of texts (a tuple of two)" if pairs else "a text"
         raise UserError(f"row {number + 1} must be {wanted}; got {text!r:.80}")
+    try:
+        "".join(parts).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"row {number + 1} holds half a surrogate pair: {text!a:.80}") from error
     return parts
 
 
@@ -304,7 +338,7 @@ def _is_pair(text: object) -> bool:
     return isinstance(text, (tuple, list))
 
 
-def _chunks(texts: Iterable[Text], size: int) -> Iterator[list[Text]]:
+def _chunks(texts: Iterable[Any], size: int) -> Iterator[list[Any]]:
     rest = iter(texts)
     while chunk := list(itertools.islice(rest, size)):
         yield chunk

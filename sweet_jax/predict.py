@@ -19,6 +19,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -35,6 +36,7 @@ from sweet_jax.config import UserError, split_names
 from sweet_jax.data.stream import TextRow, count_positions, stream_rows
 from sweet_jax.flags import Parser, command, dials, policy_lines
 
+_BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a row of the output
 _CHECKED = 32  # rows of an output that are computed again before it is gone on with
 
 
@@ -101,10 +103,11 @@ def _run(options: argparse.Namespace) -> None:
     with contextlib.closing(stream_rows(source, columns)) as rows:
         first = list(itertools.islice(rows, 1))  # a file that will not do must be known by now
         with _opened(target, source) as file:
-            tally, last = _read_back(file, target)
+            tally, last, end = _read_back(file, target)
             known = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
             answers = _answers(classifier, known, options.batch_size)
             _check_same(target, last, answers)
+            file.truncate(end)
             began, start = time.perf_counter(), tally.rows
             with tqdm(total=count_positions(source), unit_scale=True, disable=None) as bar:
                 for answer, position in answers:
@@ -159,24 +162,24 @@ def _answers(
     classifier: Any, rows: Iterable[TextRow], batch_size: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """(an object of the output, the position in the input) of every row, in order."""
-    taken: collections.deque[TextRow] = collections.deque()  # and not yet answered
+    from sweet_jax.inference import NoText
 
-    def texts() -> Iterator[tuple[str, ...]]:
+    positions: collections.deque[int] = collections.deque()  # of rows taken, not yet answered
+
+    def texts() -> Iterator[Any]:
         for row in rows:
-            taken.append(row)
-            if row.error is None:
-                yield row.texts
+            positions.append(row.position)
+            yield row.texts if row.error is None else NoText(row.error)
 
-    def errors() -> Iterator[tuple[dict[str, Any], int]]:
-        while taken and taken[0].error is not None:
-            row = taken.popleft()
-            yield {"error": row.error}, row.position
-
-    for found in classifier.stream(texts(), batch_size):
-        yield from errors()
-        answer = {"label": found.label, "probability": round(found.probability, 6)}
-        yield answer | {"exit": found.exit, "cost": found.cost}, taken.popleft().position
-    yield from errors()
+    for found in classifier.stream_rows(texts(), batch_size):
+        if isinstance(found, NoText):
+            answer: dict[str, Any] = {"error": found.reason}
+        elif not math.isfinite(found.probability):
+            answer = {"error": "the model's answer is not a number: its training diverged"}
+        else:
+            answer = {"label": found.label, "probability": round(found.probability, 6)}
+            answer |= {"exit": found.exit, "cost": found.cost}
+        yield answer, positions.popleft()
 
 
 @contextlib.contextmanager
@@ -199,25 +202,27 @@ def _opened(path: Path, source: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _read_back(file: BinaryIO, path: Path) -> tuple[_Tally, list[dict[str, Any]]]:
-    """What stands in an output: its tally and its last rows. A row cut short is removed."""
+def _read_back(file: BinaryIO, path: Path) -> tuple[_Tally, list[dict[str, Any]], int]:
+    """What stands in an output: its tally, its last rows, and where the last whole row ends."""
     tally, last, end = _Tally(), collections.deque[dict[str, Any]](maxlen=_CHECKED), 0
     file.seek(0)
-    for line in file:
-        if not line.endswith(b"\n"):
-            break
+    for number, line in enumerate(file, start=1):
+        whole = line.endswith(b"\n")
+        if not whole and any(key.startswith(line[: len(key)]) for key in _BEGINNINGS):
+            break  # a row cut short
         try:
-            answer = json.loads(line)
+            answer = json.loads(line) if whole else None
+            if not isinstance(answer, dict):
+                raise TypeError("not an answer")
             tally.add(answer)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"--output {str(path)!r} exists, and line {tally.rows + 1} is no answer of this "
-                "command: choose another, or remove it"
+                f"--output {str(path)!r} exists, and line {number} is no answer of this command: "
+                "choose another, or remove it"
             ) from error
         last.append(answer)
         end += len(line)
-    file.truncate(end)
-    return tally, list(last)
+    return tally, list(last), end
 
 
 def _check_same(

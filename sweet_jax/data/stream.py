@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -15,6 +14,8 @@ from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.read import one_line
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt")
+
+_LONGEST = 1 << 24  # characters of a field: a stray quote must not swallow the rest of a file
 
 
 class TextRow(NamedTuple):
@@ -75,7 +76,7 @@ def _lines(text: io.TextIOWrapper, columns: Sequence[str], _: str) -> Iterator[T
 
 
 def _csv(text: io.TextIOWrapper, columns: Sequence[str], suffix: str) -> Iterator[TextRow]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(_LONGEST)
     rows = csv.reader(text, delimiter="\t" if suffix == ".tsv" else ",")
     header = next(rows, [])
     places = [_place(name, header) for name in columns]
@@ -112,7 +113,7 @@ def _jsonl(text: io.TextIOWrapper, columns: Sequence[str], _: str) -> Iterator[T
             yield TextRow((), f"not JSON: {one_line(error)}", _position(text))
             continue
         if not isinstance(row, dict):
-            yield TextRow((), f"not an object but {line.strip():.40}", _position(text))
+            yield TextRow((), f"not an object but {line.strip()!a:.40}", _position(text))
             continue
         if not known:
             for name in columns:
@@ -127,10 +128,18 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[TextRow]:
             check_choice("column", name, file.schema_arrow.names)
         position = 0
         for batch in file.iter_batches(1024, columns=list(dict.fromkeys(columns))):
-            values = [batch[name].to_pylist() for name in columns]
+            values = [_values(batch[name]) for name in columns]
             for texts in zip(*values, strict=True):
                 position += 1
                 yield _checked(texts, columns, position)
+
+
+def _values(column: pa.Array) -> list:
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        # By way of bytes: what is no UTF-8 must not end the reading.
+        found = column.cast(pa.large_binary()).to_pylist()
+        return [None if v is None else v.decode("utf-8", "surrogateescape") for v in found]
+    return column.to_pylist()
 
 
 def _checked(texts: Sequence, columns: Sequence[str], position: int) -> TextRow:
@@ -138,7 +147,7 @@ def _checked(texts: Sequence, columns: Sequence[str], position: int) -> TextRow:
         if text is None:
             return TextRow((), f"column {name!r} is empty", position)
         if not isinstance(text, str):
-            return TextRow((), f"column {name!r} is not text but {text!r:.40}", position)
+            return TextRow((), f"column {name!r} is not text but {text!a:.40}", position)
         try:
             text.encode()
         except UnicodeEncodeError:

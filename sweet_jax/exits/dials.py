@@ -135,7 +135,10 @@ class Dials:
         check_dials(asked)
         check_choice("policy", policy, POLICIES)
         if policy not in self.trades:
-            raise UserError(f"this model was not calibrated for the policy {policy!r}")
+            raise UserError(
+                f"this model was not calibrated for the policy {policy!r}: set policy to one of "
+                f"{', '.join(self.trades)}"
+            )
         if threshold is not None:
             return threshold, self.fitted
         if risk is not None:

@@ -4,7 +4,6 @@ Shape letters: E exit, B batch size, L length.
 """
 
 import dataclasses
-import functools
 import json
 import platform
 import statistics
@@ -17,7 +16,7 @@ import numpy as np
 
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
-from sweet_jax.serving.programs import Inputs, Programs, plan, row_lengths
+from sweet_jax.serving.programs import Inputs, Programs, plan, row_lengths, uses_pool
 from sweet_jax.serving.saved import SavedModel
 
 _NAME = "clock.json"
@@ -66,26 +65,39 @@ def measure(model: SavedModel, batch_sizes: Iterable[int], progress: Callable[[]
     sizes = tuple(sorted({1, *batch_sizes}))
     lengths = row_lengths(model.max_length)[::-2][::-1]  # the longest is among them
     stages = plan(model.networks)
-    programs = Programs(model, stages, sizes[-1])
+    programs = Programs(model)
     found = np.zeros((len(sizes), len(lengths), len(stages)))
     for place in np.ndindex(found.shape):
-        size, length, number = sizes[place[0]], lengths[place[1]], place[2]
+        size, length, stage = sizes[place[0]], lengths[place[1]], stages[place[2]]
         rows = np.stack([np.arange(size), np.full(size, length)]).astype(np.int32)
         texts = np.zeros((2, size, length), np.int32)
         texts[0] = np.random.default_rng(0).integers(0, programs.vocabulary, texts[0].shape)
-        inputs = Inputs(rows, texts if stages[number].embeds else None)
-        found[place] = _median(functools.partial(programs, number, length, inputs))
+        inputs = Inputs(rows, texts if stage.embeds else None)
+        pool = programs.new_pool(size, length) if uses_pool(stage) else None
+
+        def run(stage=stage, length=length, inputs=inputs) -> None:
+            nonlocal pool
+            answers, written = programs(stage, inputs, length, pool)
+            pool = pool if written is None else written
+            np.asarray(answers)
+
+        found[place] = _median(run)
         progress()
-    machine = f"{platform.node()}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    return Clock(machine, sizes, lengths, found)
+    return Clock(describe_machine(model), sizes, lengths, found)
 
 
-def _median(run: Callable[[], jax.Array]) -> float:
+def describe_machine(model: SavedModel) -> str:
+    """What times depend on: the machine, its device, JAX, and the model's dtype."""
+    dtype = jax.tree.leaves(model.networks[0].params)[0].dtype
+    return f"{platform.node()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype}"
+
+
+def _median(run: Callable[[], None]) -> float:
     """Milliseconds of a call, its answer brought to the host; the first two are not counted."""
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < _SECONDS:
         began = time.perf_counter()
-        np.asarray(run())
+        run()
         seconds.append(time.perf_counter() - began)
     return 1e3 * statistics.median(seconds[2:])
 
@@ -103,7 +115,10 @@ def write_clock(model: SavedModel, clock: Clock) -> Path:
 
 
 def read_clock(model: SavedModel) -> Clock | None:
-    """What `write_clock` wrote, or None. Raises UserError where it is damaged."""
+    """What `write_clock` wrote, or None.
+
+    Raises UserError where it is damaged, or of another machine or dtype.
+    """
     path = model.folder / _NAME
     if not path.exists():
         return None
@@ -123,4 +138,9 @@ def read_clock(model: SavedModel) -> Clock | None:
             raise ValueError("of another shape")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error!r}): measure again") from error
+    here = describe_machine(model)
+    if clock.machine != here:
+        raise UserError(
+            f"{str(path)!r} was measured on {clock.machine}, and this is {here}: measure again"
+        )
     return clock

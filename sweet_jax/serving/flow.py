@@ -7,12 +7,13 @@ import dataclasses
 from collections import deque
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from sweet_jax.exits.calibration import tempered
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import Fitted, Policy, exit_scores
-from sweet_jax.serving.programs import Inputs, Programs, batch_sizes
+from sweet_jax.serving.programs import Inputs, Programs, Stage, batch_sizes, uses_pool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +79,7 @@ class Flow:
 
     Args:
       programs: of the model.
+      stages: that rows go through.
       batch_size: B at most.
       wait: how many rows may be admitted while a row waits in a queue; the queue is run after that
         though it is not full. None: as long as it takes.
@@ -87,40 +89,57 @@ class Flow:
 
     """
 
-    def __init__(self, programs: Programs, batch_size: int, wait: int | None = None):
-        self.programs, self.batch_size, self.wait = programs, batch_size, wait
-        self.runs = [0] * len(programs.stages)
+    def __init__(
+        self, programs: Programs, stages: Sequence[Stage], batch_size: int, wait: int | None = None
+    ):
+        self.programs, self.stages = programs, stages
+        self.batch_size, self.wait = batch_size, wait
+        self.runs = [0] * len(stages)
         self._sizes = batch_sizes(batch_size)
         self._queues: dict[tuple[int, int], deque[Row]] = {}  # by (stage, length)
+        self._pools: dict[int, jax.Array] = {}  # by length
         self._free: dict[int, list[int]] = {}  # slots by length
         self._admitted = 0
+
+    @property
+    def slots(self) -> int:
+        """P: enough for a batch of each stage, since deeper queues that are full run first."""
+        return self.batch_size * len(self.stages)
+
+    def __len__(self) -> int:
+        """How many rows are on their way."""
+        return sum(map(len, self._queues.values()))
 
     def admit(self, row: Row) -> None:
         """Takes a row in; nothing is computed yet."""
         self._admitted += 1
         self._wait_at(0, row)
 
-    def __len__(self) -> int:
-        """How many rows are on their way."""
-        return sum(map(len, self._queues.values()))
+    def pass_by(self) -> None:
+        """Counts as a row admitted, to those that wait."""
+        self._admitted += 1
 
     def advance(self) -> list[Row]:
         """Runs what is full, and what has waited for too long; returns the rows that left."""
         left: list[Row] = []
-        while ready := [key for key, queue in self._queues.items() if self._due(queue)]:
+        while ready := [key for key in self._queues if self._full(key) or self._late(key)]:
             left += self._run(*max(ready))  # the deepest: it frees slots
         return left
 
     def step(self) -> list[Row]:
-        """Runs one batch, a full one if there is one, else of the row that has waited longest.
+        """Runs one batch: a full one if there is one, else of the row that has waited longest.
 
-        For a caller that would idle otherwise. Returns the rows that left.
+        For a caller that would idle otherwise. A row that has waited for too long goes before full
+        batches of other lengths. Returns the rows that left.
         """
         waiting = [key for key, queue in self._queues.items() if queue]
         if not waiting:
             return []
-        full = [key for key in waiting if self._due(self._queues[key])]
         oldest = min(waiting, key=lambda key: self._queues[key][0].since)
+        full = [key for key in waiting if self._full(key)]
+        if self._late(oldest):
+            # Deeper rows of that length first: they hold its slots.
+            return self._run(*max([key for key in full if key[1] == oldest[1]] + [oldest]))
         return self._run(*(max(full) if full else oldest))
 
     def finish(self) -> list[Row]:
@@ -135,27 +154,29 @@ class Flow:
         row.since = self._admitted
         self._queues.setdefault((stage, row.length), deque()).append(row)
 
-    def _due(self, queue: deque[Row]) -> bool:
-        if not queue or len(queue) >= self.batch_size:
-            return bool(queue)
-        return self.wait is not None and self._admitted - queue[0].since > self.wait
+    def _full(self, key: tuple[int, int]) -> bool:
+        return len(self._queues[key]) >= self.batch_size
+
+    def _late(self, key: tuple[int, int]) -> bool:
+        queue = self._queues[key]
+        if not queue or self.wait is None:
+            return False
+        return self._admitted - queue[0].since > self.wait
 
     def _run(self, number: int, length: int) -> list[Row]:
-        queue = self._queues[number, length]
+        queue, stage = self._queues[number, length], self.stages[number]
         rows = [queue.popleft() for _ in range(min(len(queue), self.batch_size))]
         self.runs[number] += 1
-        stage, carries = self.programs.stages[number], self.programs.carries(number)
-        free = self._free.setdefault(length, list(range(self.programs.slots)))
-        if stage.embeds and carries:
+        free = self._free.setdefault(length, list(range(self.slots)))
+        if stage.embeds and stage.carries:
             for row in rows:
                 row.slot = free.pop()
-        inputs = self._inputs(rows, length, embeds=stage.embeds)
-        answers = np.asarray(self.programs(number, length, inputs))  # [B, C or C + 1]
+        answers = self._compute(stage, rows, length)
         classes = self.programs.classes
         for row, answer in zip(rows, answers, strict=False):
             row.logits.append(answer[:classes])
             row.exit_scores += answer[classes:].tolist()
-        last = number + 1 == len(self.programs.stages)
+        last = number + 1 == len(self.stages)
         leaves = np.full(len(rows), True) if last else _leaves(rows)
         left = []
         for row, done in zip(rows, leaves.tolist(), strict=True):
@@ -164,14 +185,28 @@ class Flow:
                 left.append(row)
             else:
                 self._wait_at(number + 1, row)
-            if row.slot >= 0 and (done or not carries):
+            if row.slot >= 0 and (done or not stage.carries):
                 free.append(row.slot)
                 row.slot = -1
         return left
 
+    def _compute(self, stage: Stage, rows: list[Row], length: int) -> np.ndarray:
+        """The answers of a stage, on the host: [B, C or C + 1]."""
+        inputs = self._inputs(rows, length, embeds=stage.embeds)
+        pool = None
+        if uses_pool(stage):
+            # Taken out: a call that is interrupted leaves none rather than one that was consumed.
+            pool = self._pools.pop(length, None)
+            pool = self.programs.new_pool(self.slots, length) if pool is None else pool
+        answers, written = self.programs(stage, inputs, length, pool)
+        kept = pool if written is None else written
+        if kept is not None:
+            self._pools[length] = kept
+        return np.asarray(answers)
+
     def _inputs(self, rows: list[Row], length: int, *, embeds: bool) -> Inputs:
         size = next(size for size in self._sizes if size >= len(rows))
-        none = self.programs.slots
+        none = self.slots
         places = np.full((2, size), none, np.int32)
         places[1] = 0
         places[0, : len(rows)] = [row.slot if row.slot >= 0 else none for row in rows]

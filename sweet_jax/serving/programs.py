@@ -1,7 +1,7 @@
 """The compiled programs of a saved model: one for each stage, batch size and length.
 
 A stage is what is computed between two looks at the answers: from the exit before (or the token
-ids) to an exit. Its rows' hidden states stay on the device, each in a slot of its own, so that the
+ids) to an exit. Its rows' hidden states stay on the device, each in a slot of a pool, so that the
 rows that go on need not be copied together: the next stage reads and writes the slots it is told.
 
 Shape letters: E exit, B batch (padded to one of `batch_sizes`), L length, H hidden, C classes,
@@ -28,10 +28,11 @@ class Stage(NamedTuple):
     network: int  # index of its network
     start: int  # the first layer to compute
     end: int  # the layer of the exit
+    carries: bool  # whether it leaves its rows' states in their slots for the next
 
     @property
     def embeds(self) -> bool:
-        """Whether it begins with token ids."""
+        """Whether it begins with token ids: the first, and the one after an exit at layer 1."""
         return self.start == 1
 
 
@@ -48,7 +49,8 @@ def plan(networks: tuple[Network, ...], *, full: bool = False) -> list[Stage]:
     for number, network in enumerate(networks):
         start = 1
         for end in network.exits:
-            stages.append(Stage(exit, number, start, end))
+            # What comes after layer 1's exit embeds anew, which costs next to nothing.
+            stages.append(Stage(exit, number, start, end, 1 < end < network.exits[-1]))
             start, exit = end, exit + 1
     if full:
         stages = [stages[-1]._replace(start=1)]
@@ -72,93 +74,92 @@ def row_lengths(longest: int) -> tuple[int, ...]:
 
 
 class Programs:
-    """Runs stages; compiles each (stage, size, length) once.
+    """Runs stages; compiles each for every batch size, length and number of slots once.
 
     Args:
       model: what was saved.
-      stages: as `plan` gives them.
-      slots: P, for every length.
 
     Attributes:
-      compiled: the programs so far, by (index of the stage, B, L).
+      compiled: the programs so far, by (stage, B, L, P).
       classes: C.
       pad_id: what fills input_ids.
       vocabulary: how many ids there are.
 
     """
 
-    def __init__(self, model: SavedModel, stages: list[Stage], slots: int):
-        self.stages, self.slots = stages, slots
-        self.compiled: dict[tuple[int, int, int], Any] = {}
+    def __init__(self, model: SavedModel):
+        self.compiled: dict[tuple[Stage, int, int, int], Any] = {}
         self.classes, self.pad_id = len(model.classes), model.tokenizer.pad_token_id
-        self._networks = model.networks
         words = model.networks[0].params["encoder"]["embeddings"]["word"]["embedding"]
         self.vocabulary = len(words)
-        whole = [jax.device_put(network.params) for network in model.networks]
-        self._params = [list(needed(stage, whole[stage.network]).values()) for stage in stages]
-        self._pools: dict[int, jax.Array] = {}  # by length: [P, L, H]
+        self._networks = model.networks
+        self._on_device = [jax.device_put(network.params) for network in model.networks]
+        self._params: dict[Stage, list[jax.Array]] = {}
 
-    def carries(self, number: int) -> bool:
-        """Whether a stage leaves its rows' states in their slots for the next."""
-        following = self.stages[number + 1 : number + 2]
-        return bool(following) and not following[0].embeds
+    def __call__(
+        self, stage: Stage, inputs: Inputs, length: int, pool: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(answers, pool) of a stage.
 
-    def __call__(self, number: int, length: int, inputs: Inputs) -> jax.Array:
-        """The answers of stage `number`, float32 [B, C], or [B, C + 1]: learning-to-exit's last."""
-        program = self.compile(number, inputs.rows.shape[1], length)
-        params = self._params[number]
-        if not self.carries(number) and self.stages[number].embeds:
-            return program(params, inputs)
-        if not self.carries(number):
-            return program(params, inputs, self._pool(length))
-        answers, self._pools[length] = program(params, inputs, self._pool(length))
-        return answers
+        Answers are float32 [B, C], or [B, C + 1] with learning-to-exit's score last. The pool, as
+        `new_pool` makes it, is None for a stage that neither reads nor writes one; a stage that
+        writes it consumes the one it is given.
+        """
+        slots = 0 if pool is None else len(pool)
+        program = self.compile(stage, inputs.rows.shape[1], length, slots)
+        return program(self._of(stage), inputs, pool)
 
-    def compile(self, number: int, size: int, length: int) -> Callable:
-        """The program of a stage for B and L, compiled if this is the first call for them."""
-        key = (number, size, length)
+    def new_pool(self, slots: int, length: int) -> jax.Array:
+        """Room for the states of P rows of L tokens, [P, L, H]."""
+        shape = self._pool(slots, length)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    def compile(self, stage: Stage, size: int, length: int, slots: int) -> Callable:
+        """The program of a stage for B, L and P, compiled if this is the first call for them."""
+        slots = slots if uses_pool(stage) else 0
+        key = (stage, size, length, slots)
         if key not in self.compiled:
-            arguments: list[Any] = [self._params[number], self._example(*key)]
-            if self.carries(number) or not self.stages[number].embeds:
-                arguments.append(self._pool(length))
-            donated = (2,) if self.carries(number) else ()
-            traced = jax.jit(self._function(number, length), donate_argnums=donated)
-            self.compiled[key] = traced.lower(*arguments).compile()
+            rows, texts = np.zeros((2, size), np.int32), np.zeros((2, size, length), np.int32)
+            inputs = Inputs(rows, texts if stage.embeds else None)
+            pool = self._pool(slots, length) if slots else None
+            donated = (2,) if stage.carries else ()
+            traced = jax.jit(self._function(stage, length), donate_argnums=donated)
+            self.compiled[key] = traced.lower(self._of(stage), inputs, pool).compile()
         return self.compiled[key]
 
-    def _function(self, number: int, length: int) -> Callable:
-        stage, carries = self.stages[number], self.carries(number)
+    def _function(self, stage: Stage, length: int) -> Callable:
         network = self._networks[stage.network]
 
-        def run(params: list[jax.Array], inputs: Inputs, pool: jax.Array | None = None):
+        def run(params: list[jax.Array], inputs: Inputs, pool: jax.Array | None):
             slots, tokens = inputs.rows
             batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
             h = None
-            if stage.embeds:
-                assert inputs.texts is not None
+            if inputs.texts is not None:
                 batch |= dict(zip(("input_ids", "token_type_ids"), inputs.texts, strict=True))
-            else:
-                assert pool is not None
+            elif pool is not None:
                 h = pool.at[slots].get(mode="clip")  # [B, L, H]
             h, answers = compute(network, stage, params, h, batch)
-            if not carries:
-                return answers
-            assert pool is not None
+            if not stage.carries or pool is None:
+                return answers, None
             return answers, pool.at[slots].set(h, mode="drop")
 
         return run
 
-    def _example(self, number: int, size: int, length: int) -> Inputs:
-        rows, texts = np.zeros((2, size), np.int32), np.zeros((2, size, length), np.int32)
-        return Inputs(rows, texts) if self.stages[number].embeds else Inputs(rows)
+    def _of(self, stage: Stage) -> list[jax.Array]:
+        if stage not in self._params:
+            own = needed(stage, self._on_device[stage.network])
+            self._params[stage] = list(own.values())
+        return self._params[stage]
 
-    def _pool(self, length: int) -> jax.Array:
-        if length not in self._pools:
-            network = self._networks[0]
-            kernel = network.params["heads"][str(network.exits[0])]["pooler"]["kernel"]
-            shape = (self.slots, length, len(kernel))
-            self._pools[length] = jnp.zeros(shape, kernel.dtype)
-        return self._pools[length]
+    def _pool(self, slots: int, length: int) -> jax.ShapeDtypeStruct:
+        network = self._networks[0]
+        kernel = network.params["heads"][str(network.exits[0])]["pooler"]["kernel"]
+        return jax.ShapeDtypeStruct((slots, length, len(kernel)), kernel.dtype)
+
+
+def uses_pool(stage: Stage) -> bool:
+    """Whether a stage reads or writes hidden states that are kept."""
+    return stage.carries or not stage.embeds
 
 
 def _needs(stage: Stage, path: tuple[Any, ...]) -> bool:

@@ -167,6 +167,8 @@ def open_model(name: str | Path, dtype: str = "float32") -> SavedModel:
         classes, layers = tuple(about["classes"]), tuple(about["layers"])
         cost = np.asarray(about["cost"], np.float64)
         max_length = int(about["max_length"])
+        for name in ("task", "policy", "text_columns", "median_tokens"):
+            about[name]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{str(checkpoint.folder / 'exits.json')!r} is damaged ({error!r}): run the report of "
