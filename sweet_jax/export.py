@@ -56,8 +56,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> None:
     model = open_model(options.model)
-    classifier = AdaptiveClassifier(model, options.policy, **dials(options))
-    length = options.length or model.max_length
+    classifier = AdaptiveClassifier(model, options.policy, dials(options))
+    length = model.max_length if options.length is None else options.length
     if not 1 <= length <= model.max_length:
         raise UserError(f"--length must be from 1 to {model.max_length}; got {length}")
     export(classifier, Path(options.output), length)
@@ -80,7 +80,10 @@ def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
         raise UserError(f"--output {str(folder)!r} exists: choose another, or remove it")
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output {str(folder)!r}: {error.strerror}") from error
     stages = plan(model.networks)
     parameters: dict[str, np.ndarray] = {}
     chain = []
@@ -91,19 +94,17 @@ def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
         program = f"stage_{stage.end:02d}.bin"
         (aside / program).write_bytes(_program(model, stage, list(own.values()), length))
         values = {"layer": stage.end, "cost": float(model.cost[stage.exit]), "program": program}
-        values |= {"embeds": stage.embeds, "temperature": _temperature(classifier, stage)}
-        chain.append(values | {"parameters": list(names)})
+        fitted = classifier.fitted.temperatures[0, stage.exit]
+        temperature = float(fitted) if np.isfinite(fitted) else None  # None: never leaves there
+        of_score = temperature if policy == "confidence" else 1.0
+        values |= {"temperature": temperature, "score_temperature": of_score}
+        chain.append(values | {"embeds": stage.embeds, "parameters": list(names)})
     np.savez(aside / "parameters.npz", allow_pickle=False, **parameters)
     about = {"format": 1, "classes": list(model.classes), "length": length}
     about |= {"threshold": classifier.threshold, "pad_id": model.tokenizer.pad_token_id}
     write_json(aside / "model.json", about | {"stages": chain})
     shutil.copy(run_exported.__file__, aside / "run.py")
     aside.rename(folder)
-
-
-def _temperature(classifier: AdaptiveClassifier, stage: Stage) -> float:
-    fitted = classifier.fitted.temperatures[0, stage.exit]
-    return float(fitted) if classifier.policy == "confidence" and np.isfinite(fitted) else 1.0
 
 
 def _program(model: SavedModel, stage: Stage, params: list[Any], length: int) -> bytes:

@@ -5,7 +5,8 @@ Shape letters: E exit, N texts, C classes.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +64,8 @@ class AdaptiveClassifier:
       model: what `open_model` read.
       policy: name of an exit policy, or a function of (outputs, temperatures) such as
         `exits/policies.py` has; of the outputs of the exits so far.
-      programs: compiled ones of the same model, to be shared.
       dial: at most one of threshold, cost, accuracy, risk, agreement, milliseconds; and level.
+      programs: compiled ones of the same model, to be shared.
 
     Attributes:
       classes: names [C], in the order of the probabilities.
@@ -81,9 +82,8 @@ class AdaptiveClassifier:
         self,
         model: SavedModel,
         policy: str | Policy | None = None,
-        *,
+        dial: Mapping[str, float] = types.MappingProxyType({}),
         programs: Programs | None = None,
-        **dial: float,
     ):
         self.model, self.classes, self.layers = model, model.classes, model.layers
         self.policy = model.about["policy"] if policy is None else policy
@@ -101,6 +101,7 @@ class AdaptiveClassifier:
         self.full = self.threshold == math.inf
         self._lengths = row_lengths(model.max_length)
         self._programs = programs or Programs(model)
+        self._idle: dict[tuple[int, int | None], list[Flow]] = {}  # by batch size and wait
 
     @classmethod
     def from_pretrained(
@@ -145,13 +146,11 @@ class AdaptiveClassifier:
         every = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
         every |= {"agreement": agreement, "milliseconds": milliseconds, "level": level}
         dial = {k: v for k, v in every.items() if v is not None}
-        return cls(open_model(name, dtype), policy, **dial)
+        return cls(open_model(name, dtype), policy, dial)
 
     def at(self, policy: str | Policy | None = None, **dial: float) -> "AdaptiveClassifier":
         """The same model with another policy or dial; what is compiled is shared."""
-        return AdaptiveClassifier(
-            self.model, policy or self.policy, programs=self._programs, **dial
-        )
+        return AdaptiveClassifier(self.model, policy or self.policy, dial, self._programs)
 
     @property
     def fitted(self) -> Fitted:
@@ -180,6 +179,8 @@ class AdaptiveClassifier:
         before, flow = self.compilations, self.flow(batch_size)
         for key in itertools.product(flow.stages, batch_sizes(batch_size), wanted):
             self._programs.compile(*key, flow.slots)
+        for length in wanted:
+            self._programs.new_pool(flow.slots, length)  # compiled too
         return self.compilations - before
 
     def predict(
@@ -226,7 +227,9 @@ class AdaptiveClassifier:
         check_choice("mode", mode, MODES)
         if isinstance(texts, str):
             raise UserError("texts must be a list of texts, not one text")
-        flow = self.flow(batch_size, 16 * batch_size if mode == "throughput" else None)
+        wait = 16 * batch_size if mode == "throughput" else None
+        idle = self._idle.setdefault((batch_size, wait), [])
+        flow = idle.pop() if idle else self.flow(batch_size, wait)
         ready: dict[int, Row | NoText] = {}
         given = read = 0
         for chunk in _chunks(texts, batch_size):
@@ -243,6 +246,7 @@ class AdaptiveClassifier:
                 yield self._given(ready.pop(given))
                 given += 1
         ready |= {row.number: row for row in flow.finish()}
+        idle.append(flow)
         for number in range(given, read):
             yield self._given(ready.pop(number))
 
@@ -291,11 +295,11 @@ class AdaptiveClassifier:
         }
         if not checked:
             return []
-        ids, types = encode(self.model.tokenizer, list(checked.values()), self.model.max_length)
+        ids, kinds = encode(self.model.tokenizer, list(checked.values()), self.model.max_length)
         longest = max(len(row) for row in ids)
         return [
             Row(number, i, t, self._length(longest if alike else len(i)), self._rule)
-            for number, i, t in zip(checked, ids, types, strict=True)
+            for number, i, t in zip(checked, ids, kinds, strict=True)
         ]
 
     def answer(self, row: Row) -> Prediction:

@@ -17,6 +17,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from sweet_jax.config import UserError, split_names
 from sweet_jax.data.stream import TextRow, count_positions, stream_rows
+from sweet_jax.files import write_json
 from sweet_jax.flags import Parser, command, dials, policy_lines
 
 _BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a row of the output
@@ -93,17 +95,26 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"input {options.input!r} does not exist")
     model = open_model(options.model, options.dtype)
     keep_programs()
-    classifier = AdaptiveClassifier(model, options.policy, **dials(options))
+    classifier = AdaptiveClassifier(model, options.policy, dials(options))
     columns = split_names(options.text_columns or "") or classifier.text_columns
     if len(columns) != len(classifier.text_columns):
         raise UserError(
             f"this model takes {len(classifier.text_columns)} text column(s), as "
             f"{','.join(classifier.text_columns)}; got {','.join(columns)}"
         )
+    identity = {
+        "model": hashlib.sha256((model.folder / "exits.json").read_bytes()).hexdigest(),
+        "policy": classifier.policy,
+        "threshold": repr(classifier.threshold),
+        "dtype": options.dtype,
+        "columns": list(columns),
+        "input": [str(source.resolve()), source.stat().st_size],
+    }
     with contextlib.closing(stream_rows(source, columns)) as rows:
         first = list(itertools.islice(rows, 1))  # a file that will not do must be known by now
-        with _opened(target, source) as file:
+        with _opened(target, source) as file, _made_by(target, identity, file) as known_maker:
             tally, last, end = _read_back(file, target)
+            last = [] if known_maker else last
             known = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
             answers = _answers(classifier, known, options.batch_size)
             _check_same(target, last, answers)
@@ -202,6 +213,31 @@ def _opened(path: Path, source: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+@contextlib.contextmanager
+def _made_by(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[bool]:
+    """Keeps beside an unfinished output what it is made by; yields whether it was by the same.
+
+    Raises UserError if it was by another.
+    """
+    note = path.with_name(f".{path.name}.unfinished.json")
+    ours = json.loads(json.dumps(identity))
+    empty = not file.seek(0, os.SEEK_END)
+    known = note.exists() and not empty
+    if empty:
+        write_json(note, ours)
+    elif known:
+        theirs = json.loads(note.read_text())
+        differing = [k for k in ours if theirs.get(k) != ours[k]]
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"--output {str(path)!r} was begun with another {key}, {theirs.get(key)!r}; "
+                f"here it is {ours[key]!r}: choose another, or remove it"
+            )
+    yield known
+    note.unlink(missing_ok=True)
+
+
 def _read_back(file: BinaryIO, path: Path) -> tuple[_Tally, list[dict[str, Any]], int]:
     """What stands in an output: its tally, its last rows, and where the last whole row ends."""
     tally, last, end = _Tally(), collections.deque[dict[str, Any]](maxlen=_CHECKED), 0
@@ -228,7 +264,7 @@ def _read_back(file: BinaryIO, path: Path) -> tuple[_Tally, list[dict[str, Any]]
 def _check_same(
     path: Path, there: Sequence[Mapping[str, Any]], answers: Iterator[tuple[dict[str, Any], int]]
 ) -> None:
-    """Compares the first answers with those there are: of another model or dial, an error."""
+    """Compares the first answers with those of an output of which nobody knows who made it."""
     for old in there:
         new, _ = next(answers, ({}, 0))
         same = old.keys() == new.keys() and all(

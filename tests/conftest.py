@@ -220,10 +220,11 @@ def fine_tune(checkpoint, folder: Path, **changes) -> tuple[Path, dict]:
 
 
 @pytest.fixture(scope="session")
-def fine_tuned(checkpoint, tmp_path_factory) -> tuple[Path, dict]:
-    """(run directory, its config): three exits, with learning-to-exit."""
+def fine_tuned(tmp_path_factory) -> tuple[Path, dict]:
+    """(run directory, its config): exits 2, 3 and 4, with learning-to-exit."""
     folder = tmp_path_factory.mktemp("fine_tuned")
-    return fine_tune(checkpoint, folder, learning_to_exit="joint")
+    deep = write_checkpoint(folder / "deep", layers=4)
+    return fine_tune(deep, folder, exits=(2, 3, 4), learning_to_exit="joint")
 
 
 @pytest.fixture(scope="session")

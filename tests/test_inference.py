@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import WORDS, fine_tune
+from conftest import WORDS, fine_tune, write_checkpoint
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,11 @@ from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.calibration import tempered
 from sweet_jax.exits.policies import exit_scores
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
 from sweet_jax.serving.clock import read_clock
+from sweet_jax.serving.programs import needed, plan
+from sweet_jax.serving.saved import Network
 
 POLICIES = ("confidence", "entropy", "patience", "voting", "learning_to_exit", "pcee_isotonic")
 
@@ -94,7 +99,63 @@ def test_dials(sweet, dial):
 def test_the_full_model_alone(sweet):
     classifier = sweet.classifier.at(threshold=float("inf"))
     assert_same(sweet, classifier, np.arange(len(sweet.texts)), 8, "latency")
-    assert len(classifier._stages) == 1
+    assert len(classifier.flow(8).stages) == 1
+
+
+def test_the_deepest_of_multi_model_alone_costs_one(multi_model):
+    found = multi_model.classifier.at(threshold=float("inf")).predict(multi_model.texts[:3], 3)
+    assert found.cost.tolist() == [1, 1, 1]
+    assert multi_model.classifier.at(threshold=2.0).predict(["word1"], 1).cost == [4 / 3]
+
+
+def test_streams_of_one_classifier_do_not_disturb_each_other(sweet):
+    """Each has its own states on the device, though they share programs."""
+    classifier = sweet.classifier.at(threshold=0.8)
+    wanted = classifier.predict(sweet.texts, 3).probabilities
+    backwards = iter(classifier.stream(sweet.texts[::-1], 3))
+    for number, found in enumerate(classifier.stream(sweet.texts, 3)):
+        other = next(backwards)
+        if number % 7 == 0:
+            classifier.predict(sweet.texts[:2], 3)
+        np.testing.assert_allclose(found.probabilities, wanted[number], atol=1e-5)
+        np.testing.assert_allclose(other.probabilities, wanted[-1 - number], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "deberta", "deberta-v2"])
+def test_every_kind_of_encoder(kind, sweet, tmp_path):
+    """Stages of a random model against its one pass, padded rows among them; and its export."""
+    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / kind, kind)))
+    key = jax.random.key(1)
+    exits = (1, 2, 3)
+    network = EarlyExit(checkpoint.encoder(key), exits, 2, key)
+    graphdef, values = nnx.split(network)
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
+    model = dataclasses.replace(
+        sweet.classifier.model,
+        tokenizer=load_tokenizer(checkpoint),
+        layers=exits,
+        networks=(Network(exits, graphdef, params),),
+    )
+    classifier = AdaptiveClassifier(model, "raw_confidence", {"threshold": 2.0})
+    flow = classifier.flow(3)
+    rows = classifier.encode(["word1 word2", "word3", " ".join(WORDS[:9])], alike=True)
+    for row in rows:
+        flow.admit(row)
+    flow.finish()
+    sizes = np.asarray([len(row.input_ids) for row in rows])
+    mask = np.arange(rows[0].length) < sizes[:, None]
+    texts = np.full((2, *mask.shape), model.tokenizer.pad_token_id, np.int32)
+    texts[1] = 0
+    for place, row in enumerate(rows):
+        texts[0, place, : sizes[place]] = row.input_ids
+        texts[1, place, : sizes[place]] = row.token_type_ids
+    batch = {"input_ids": texts[0], "token_type_ids": texts[1], "mask": mask}
+    wanted = jax.jit(lambda p, b: nnx.merge(graphdef, p)(b))(params, batch)  # [E, B, C]
+    found = np.stack([row.logits for row in rows], axis=1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for stage in plan(model.networks)[1:]:
+        own = list(needed(stage, params).values())
+        assert export._program(model, stage, own, 16)
 
 
 def test_multi_model(multi_model):
@@ -145,14 +206,14 @@ def test_an_endless_iterator_needs_no_memory(sweet):
     def alive() -> int:
         return sum(x.nbytes for x in jax.live_arrays())
 
-    answers = classifier.stream(texts(), batch_size=5)
+    answers = classifier.stream(texts(), batch_size=3)
     behind, sizes = [], []
     for given_, _ in zip(range(1500), answers, strict=False):
         behind.append(read - given_)
         if given_ in (500, 1000, 1499):
             sizes.append(alive())
     # Each of three queues holds a row back for 16 batches at most.
-    assert max(behind) <= 3 * 16 * 5 + 2 * 5
+    assert max(behind) <= 3 * 16 * 3 + 2 * 3
     # The states of a thousand rows would be two million bytes.
     assert max(sizes) - min(sizes) < 4096
 
@@ -162,10 +223,10 @@ def test_deep_stages_run_full(sweet):
     runs = {}
     for mode, wait in (("throughput", 10**6), ("latency", None)):
         classifier = sweet.classifier.at(threshold=0.95)
-        flow = classifier.flow(5, wait)
+        flow = classifier.flow(3, wait)
         rows = classifier.encode(sweet.texts * 4)
-        for start in range(0, len(rows), 5):
-            for row in rows[start : start + 5]:
+        for start in range(0, len(rows), 3):
+            for row in rows[start : start + 3]:
                 flow.admit(row)
             flow.advance() if mode == "throughput" else flow.finish()
         flow.finish()
@@ -186,6 +247,7 @@ def test_bfloat16_is_close(sweet):
     [
         ("one text", "must be a list of texts"),
         ([("a", "pair")], "row 1 must be a text; got"),
+        (["\ud800"], "row 1 holds half a surrogate pair"),
         (["a", None], "row 2 must be a text; got None"),
     ],
 )
@@ -260,7 +322,7 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
             {
                 1: "column 'text' is not text but 5",
                 2: "not JSON",
-                3: r"not an object but \[1\]",
+                3: r"not an object but '\[1\]'",
                 4: "column 'text' is empty",
             },
         ),
@@ -283,12 +345,52 @@ def test_a_command_cut_short_goes_on_where_the_output_ends(sweet, command, tmp_p
     _, whole = command("in.jsonl", content, "--threshold=0.8")
     output = tmp_path / "out.jsonl"
     lines = output.read_bytes().splitlines(keepends=True)
-    output.write_bytes(b"".join(lines[:40]) + lines[40][:9])
-    status, again = command("in.jsonl", content, "--threshold=0.8")
-    assert status == 0
-    assert [a["exit"] for a in again] == [a["exit"] for a in whole]
-    assert output.read_bytes().splitlines(keepends=True)[:40] == lines[:40]
-    assert f"{len(whole)} rows" in capsys.readouterr().out.splitlines()[-1]
+    for cut in (40, 0):
+        output.write_bytes(b"".join(lines[:cut]) + lines[cut][:12])
+        status, again = command("in.jsonl", content, "--threshold=0.8")
+        assert status == 0
+        assert [a["exit"] for a in again] == [a["exit"] for a in whole]
+        assert output.read_bytes().splitlines(keepends=True)[:cut] == lines[:cut]
+        assert f"{len(whole)} rows" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_interrupted_command_knows_by_what_it_was_begun(
+    sweet, command, tmp_path, capsys, monkeypatch
+):
+    content = jsonl(sweet.texts)
+    add, count = predict._Tally.add, 0
+
+    def interrupt(self, answer) -> None:
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise KeyboardInterrupt
+        add(self, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict._Tally, "add", interrupt)
+        status, begun = command("in.jsonl", content, "--threshold=0.8")
+    assert status == 1
+    assert 0 < len(begun) < len(sweet.texts)
+    assert "goes on where the output ends" in capsys.readouterr().err
+    status, still = command("in.jsonl", content, "--threshold=0.81")
+    assert (status, still) == (2, begun)
+    assert "was begun with another threshold, '0.8'" in capsys.readouterr().err
+    status, found = command("in.jsonl", content, "--threshold=0.8")
+    assert (status, len(found)) == (0, len(sweet.texts))
+    assert found[: len(begun)] == begun
+    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+
+
+@pytest.mark.parametrize("content", ["notes", "notes\n", '"error"\n', '{"a": 1}\n'])
+def test_a_file_that_is_no_output_is_left_alone(sweet, tmp_path, capsys, content):
+    (tmp_path / "out.jsonl").write_text(content)
+    (tmp_path / "in.txt").write_text("word1\n")
+    model = sweet.classifier.model.folder
+    arguments = [f"--model={model}", f"--input={tmp_path / 'in.txt'}"]
+    assert predict.main([*arguments, f"--output={tmp_path / 'out.jsonl'}"]) == 2
+    assert "line 1 is no answer of this command" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == content
 
 
 def test_an_output_of_another_dial_or_input_is_left_alone(sweet, command, tmp_path, capsys):
@@ -335,7 +437,7 @@ def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
     for change, message in (
         ({"version": 1}, "of version 1, this is for version"),
         ({"dials": {}}, "is damaged"),
-        ({"classes": ["a", "b", "c"]}, "missing or misshapen: exits.1.classifier"),
+        ({"classes": ["a", "b", "c"]}, "missing or misshapen: exits.2.classifier"),
     ):
         (folder / "exits.json").write_text(json.dumps(about | change))
         with pytest.raises(UserError, match=message):
@@ -373,7 +475,7 @@ def test_the_clock_of_this_machine_and_its_dial(sweet, tmp_path, capsys):
     with pytest.raises(UserError, match="milliseconds are not known for this model"):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
     assert predict.main([f"--model={folder}", "--measure", "--batch_size=2"]) == 0
-    assert "to 1     to 2     to 3" in capsys.readouterr().out
+    assert "to 2     to 3     to 4" in capsys.readouterr().out
     clock = read_clock(dataclasses.replace(sweet.classifier.model, folder=folder))
     assert clock.batch_sizes == (1, 2)
     assert (clock.milliseconds > 0).all()

@@ -2,6 +2,9 @@
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +18,18 @@ from sweet_jax.data.load import load_dataset
 
 uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install ".[serve]"')
 from sweet_jax import serve  # noqa: E402 - after the packages it needs
-from sweet_jax.serving.worker import Worker  # noqa: E402
+from sweet_jax.server.app import Limits, make_app  # noqa: E402
+from sweet_jax.server.worker import Worker  # noqa: E402
+from sweet_jax.serving.flow import Flow  # noqa: E402
 
 
 class Running:
     """A server in a thread, at a free port."""
 
-    def __init__(self, classifier, *more: str):
-        options = serve._parse(["--model=x", "--batch_size=4", *more])
-        app = serve.make_app(classifier, options)
+    def __init__(self, classifier, **limits):
+        app = make_app(classifier, 4, Limits(**limits))
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
@@ -63,7 +67,7 @@ def classifier(fine_tuned):
 
 @pytest.fixture(scope="module")
 def server(classifier):
-    running = Running(classifier, "--max_texts=8", "--max_body=20000", "--max_characters=5000")
+    running = Running(classifier, texts=8, body=20000, characters=5000)
     yield running
     running.stop()
 
@@ -100,7 +104,7 @@ def test_many_clients_get_their_own_answers(server, classifier, texts):
 def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
     _, found = server.predict({"texts": texts[:1], "threshold": 2, "detail": True})
     (answer,) = found["answers"]
-    assert [e["layer"] for e in answer["exits"]] == [1, 2, 3]
+    assert [e["layer"] for e in answer["exits"]] == [2, 3, 4]
     assert answer["exits"][-1]["probability"] == answer["probability"]
     first = classifier.at(threshold=0.0).predict(texts[:1], 4)
     assert answer["exits"][0]["probability"] == pytest.approx(first.probabilities.max(), abs=1e-5)
@@ -120,6 +124,8 @@ def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
         ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
+        ({"texts": ["a"], "level": 0.9}, 400, "give risk or agreement too"),
+        (b'{"texts": ["\\ud800"]}', 400, "half a surrogate pair"),
         ({"texts": ["a"], "accuracy": 1.2}, 400, "accuracy must be from 0 to 1"),
         ({"texts": ["a"], "cost": 1, "accuracy": 1}, 400, "set one dial"),
         ({"texts": ["a"], "policy": "sure"}, 400, "unknown policy 'sure'"),
@@ -136,18 +142,14 @@ def test_what_is_refused(server, asked, status, message):
 
 
 def test_a_body_without_end_is_cut_off(server):
+    """What says no length: refused at the limit, not when the client is done."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.putrequest("POST", "/predict")
     connection.putheader("Transfer-Encoding", "chunked")
     connection.endheaders()
-    part = b"1000\r\n" + b"x" * 4096 + b"\r\n"
-
-    def send() -> None:
-        while True:
-            connection.send(part)
-
-    with pytest.raises((ConnectionError, TimeoutError)):
-        send()
+    for _ in range(6):
+        connection.send(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+    assert connection.getresponse().status == 413
     connection.close()
     assert server.predict({"texts": ["word1"]})[0] == 200
 
@@ -176,7 +178,7 @@ def held_up(monkeypatch) -> threading.Event:
 
 def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, texts, monkeypatch):
     go = held_up(monkeypatch)
-    running = Running(classifier, "--max_waiting=3")
+    running = Running(classifier, waiting=3)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(running.predict, {"texts": texts[:2]})
         while json.loads(running.call("GET", "/healthz")[1])["waiting"] < 2:
@@ -195,14 +197,53 @@ def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, 
 
 
 def test_a_request_nobody_waits_for_any_more_is_dropped(classifier, texts, monkeypatch):
+    workers: list[Worker] = []
+    start = Worker.start
+    monkeypatch.setattr(Worker, "start", lambda self: (workers.append(self), start(self))[1])
     go = held_up(monkeypatch)
-    running = Running(classifier, "--timeout=0.2")
+    running = Running(classifier, timeout=0.2)
     status, found = running.predict({"texts": texts[:2]})
     assert (status, found["error"]) == (504, "not answered within 0.2 seconds")
     go.set()
-    while json.loads(running.call("GET", "/healthz")[1])["waiting"]:
-        time.sleep(0.01)
     running.stop()
+    (worker,) = workers
+    assert worker.waiting == 0
+    assert sum(worker._flow.runs) == 0
+
+
+def test_a_device_that_fails_is_told_to_everyone(classifier, texts, monkeypatch):
+    go = threading.Event()
+
+    def fail(self):
+        go.wait(60)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Flow, "step", fail)
+    running = Running(classifier)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(running.predict, {"texts": texts[i : i + 2]}) for i in range(3)]
+        while json.loads(running.call("GET", "/healthz")[1])["waiting"] < 6:
+            time.sleep(0.01)
+        go.set()
+        assert {a.result()[0] for a in asked} == {503}
+    assert running.predict({"texts": texts[:1]})[0] == 503
+    assert running.call("GET", "/healthz")[0] == 503
+    running.stop()
+
+
+def test_a_long_text_is_not_starved_by_short_ones(classifier, texts):
+    flow = classifier.flow(2, wait=20)
+    short = min(texts, key=len)
+    long = max(texts, key=len)
+    (row,) = classifier.encode([long])
+    flow.admit(row)
+    for number in range(100):
+        for more in classifier.encode([short, short], 10 * number + 1):
+            flow.admit(more)
+        flow.step()
+        if row.exit >= 0:
+            break
+    assert number <= 20 // 2 + 3
 
 
 def test_the_page_in_a_browser(server, browser, classifier, texts):
@@ -220,14 +261,43 @@ def test_the_page_in_a_browser(server, browser, classifier, texts):
     wanted = classifier.at(threshold=2.0).predict(texts[:1], 4)
     said = browser.find_element("id", "said").text
     assert said.startswith(f"{wanted.labels[0]} ({100 * wanted.probabilities.max():.1f}%)")
-    assert "left at layer 3, cost 1.000" in said
+    assert "left at layer 4, cost 1.000" in said
     assert [row.get_attribute("class") for row in rows] == ["", "", "left"]
     assert [entry for entry in browser.get_log("browser") if "favicon" not in str(entry)] == []
+
+
+def test_the_command_answers_what_it_took_in_before_it_ends(fine_tuned, texts):
+    """SIGTERM with requests under way: each is answered, and the status is 0."""
+    command = [sys.executable, "-m", "sweet_jax.serve", f"--model={fine_tuned[0] / 'model'}"]
+    process = subprocess.Popen(
+        [*command, "--port=0", "--batch_size=2", "--threshold=0.8"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    assert line.startswith("serving "), process.communicate()
+    client = Running.__new__(Running)
+    client.port = int(line.rsplit(":", 1)[1])
+    with ThreadPoolExecutor(4) as pool:
+        # The first request compiles, so that these are under way when the signal comes.
+        asked = [pool.submit(client.predict, {"texts": texts[i : i + 4]}) for i in range(4)]
+        while json.loads(client.call("GET", "/healthz")[1])["waiting"] < 16:
+            assert not all(a.done() for a in asked)
+        process.send_signal(signal.SIGTERM)
+        assert [a.result()[0] for a in asked] == [200] * 4
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
 
 
 def test_bad_options(capsys, tmp_path):
     assert serve.main([f"--model={tmp_path}", "--port=0"]) == 2
     assert serve.main(["--model=x", "--timeout=0"]) == 2
+    assert serve.main(["--model=x", "--port=99999"]) == 2
+    assert serve.main(["--model=x", "--host=not.a.host.invalid"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert "config.json" in error[0]
     assert error[1] == "error: --timeout must be more than 0; got 0.0"
+    assert error[2] == "error: --port must be from 0 (any free one) to 65535; got 99999"
+    assert error[3].startswith("error: cannot serve at not.a.host.invalid:8000")
+    assert len(error) == 4

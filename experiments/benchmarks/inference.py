@@ -84,7 +84,7 @@ def random_model(like: SavedModel, shape: str) -> SavedModel:
 
 def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
     """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
-    every = AdaptiveClassifier(model, threshold=2.0)  # none leaves early
+    every = AdaptiveClassifier(model, dial={"threshold": 2.0})  # none leaves early
     flow = every.flow(32, None)
     rows = every.encode(texts)
     for row in rows:
@@ -100,7 +100,7 @@ def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveCla
 
 def sides_of(model: SavedModel, texts: Sequence[Any], batch: int) -> list[Side]:
     """All sides for one batch size."""
-    full = AdaptiveClassifier(model, threshold=math.inf)
+    full = AdaptiveClassifier(model, dial={"threshold": math.inf})
 
     def here(classifier: AdaptiveClassifier) -> Callable[[list[Any]], Any]:
         return lambda part: classifier.predict(part, batch, "latency")

@@ -220,9 +220,8 @@ class DebertaAttention(DisentangledAttention):
 
     def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def packed(x: jax.Array, parts: slice) -> list[jax.Array]:
-            heads = self.in_proj(x).reshape(
-                x.shape[0], self.heads, 3, -1
-            )  # query, key, value by head
+            # By head: query, key, value.
+            heads = self.in_proj(x).reshape(x.shape[0], self.heads, 3, -1)
             return [heads[:, :, i].reshape(x.shape) for i in range(3)[parts]]
 
         (k, v), (q,) = packed(x, slice(1, 3)), packed(asking, slice(0, 1))

@@ -1,7 +1,9 @@
 """The model card: what a saved model is, how good at what cost, and how to use it."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _CARD = """\
@@ -16,8 +18,8 @@ method `{method}`, so that it can answer after {layers} of its {depth} layers an
 exit that is sure.
 
 - Task: {task}; classes: {classes}. Reads {columns}, at most {max_length} tokens.
-- Data: {train} training rows, {calibration} rows held out for calibration, and {validation}
-  validation rows, which all scores below are of. Seed {seed}, learning rate {rate:g}.
+- Data: {train} training rows; {validation} validation rows, which all scores below are of;
+  temperatures and dials fitted on {fitted}. Seed {seed}, learning rate {rate:g}.
 - Scores are {metric}; costs are shares of the full model's layers, not time.
 
 ## Each exit alone
@@ -61,7 +63,8 @@ def model_card(
     """The Markdown of README.md, of the best replica in the contents of results.json."""
     best = results["replicas"][results["best_replica"]]
     checkpoint = results["checkpoint"]
-    on_hub = not checkpoint.startswith(("pkg://", "/", ".", "~"))
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint) and not Path(checkpoint).exists()
+    held_out = results["fitted_on"] == "held_out"
     front = ["library_name: sweet_jax", "pipeline_tag: text-classification"]
     front += [f"base_model: {json.dumps(checkpoint)}"] if on_hub else []
     front += ["tags:", "- early-exit", f"- {results['method']}"]
@@ -78,7 +81,11 @@ def model_card(
         classes=", ".join(classes),
         columns="pairs of " + " and ".join(text_columns) if pair else text_columns[0],
         max_length=max_length,
-        **results["n"],
+        train=results["n"]["train"],
+        validation=results["n"]["validation"],
+        fitted=f"{results['n']['calibration']} rows held out of training"
+        if held_out
+        else "the validation rows themselves",
         seed=best["seed"],
         rate=best["learning_rate"],
         metric=results["metric"],

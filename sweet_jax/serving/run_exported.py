@@ -12,6 +12,13 @@ import jax.export
 import numpy as np
 
 
+def softmax(logits, temperature):
+    """Of logits / temperature, float64 [N, C]; NaN for no temperature."""
+    scaled = np.asarray(logits, np.float64) / (temperature or np.nan)
+    shares = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
 def predict(folder, input_ids, token_type_ids, tokens):
     """(class int [N], probability [N], layer int [N]) of each text, where it left."""
     about = json.loads((Path(folder) / "model.json").read_text())
@@ -23,12 +30,10 @@ def predict(folder, input_ids, token_type_ids, tokens):
         params = [values[name] for name in stage["parameters"]]
         given = (input_ids[rows], token_type_ids[rows]) if stage["embeds"] else (h,)
         h, logits = program.call(params, tokens[rows], *given)
-        scaled = np.asarray(logits, np.float64) / stage["temperature"]
-        shares = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
+        shares = softmax(logits, stage["temperature"] or 1)
         # Below 1, so that a threshold of 1 sends every text to the last exit.
-        sure = np.minimum(shares.max(axis=1), np.nextafter(1, 0)) >= about["threshold"]
-        leaves = sure | (stage is about["stages"][-1])
+        score = np.minimum(softmax(logits, stage["score_temperature"]).max(1), np.nextafter(1, 0))
+        leaves = (score >= about["threshold"]) | (stage is about["stages"][-1])
         found[0][rows[leaves]] = shares.argmax(axis=1)[leaves]
         found[1][rows[leaves]] = shares.max(axis=1)[leaves]
         found[2][rows[leaves]] = stage["layer"]

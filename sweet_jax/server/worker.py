@@ -18,6 +18,10 @@ class FullError(Exception):
     """More texts wait than may."""
 
 
+class StoppedError(Exception):
+    """The thread has ended."""
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """Texts that are answered together."""
@@ -34,39 +38,44 @@ class Request:
 class Worker:
     """Answers requests in one thread, their texts pooled into batches as throughput mode does.
 
-    It is never idle while a text waits: what is full runs first, else what has waited longest.
+    It is never idle while a text waits: what is full runs first, else what has waited longest; what
+    has seen 16 batches go by runs before anything else.
 
     Args:
       classifier: at the dial of requests that name none.
       batch_size: texts computed at once, at most.
       limit: texts that may wait or be under way.
 
+    Attributes:
+      waiting: texts taken in and not yet answered.
+      alive: whether it answers.
+
     """
 
     def __init__(self, classifier: AdaptiveClassifier, batch_size: int, limit: int):
         self.classifier, self.limit = classifier, limit
-        self.waiting = 0  # texts taken in and not yet answered
-        self._flow = classifier.flow(batch_size, None)
+        self.waiting = 0
+        self.alive = False
+        # Of all exits even if the server's own dial is the full model: a request may have another.
+        self._flow = classifier.flow(batch_size, 16 * batch_size, full=False)
+        # Beyond these, requests stay in the inbox, where they can still be dropped.
+        self._enough = 4 * self._flow.slots
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._dials: dict[tuple, AdaptiveClassifier] = {}
-        self._lock = threading.Lock()  # of `waiting`, which both sides change
+        self._lock = threading.Lock()  # of `waiting` and `alive`, which both sides look at
         self._owners: dict[int, Request] = {}  # by number of the row
         self._taken = 0  # rows so far
         self._thread = threading.Thread(target=self._loop, name="sweet_jax.worker", daemon=True)
 
     def start(self) -> None:
         """Starts the thread."""
+        self.alive = True
         self._thread.start()
 
     def stop(self) -> None:
         """Returns when all that was taken in is answered."""
         self._inbox.put(None)
         self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can answer."""
-        return self._thread.is_alive()
 
     def at(self, policy: str | None, dial: Mapping[str, float]) -> AdaptiveClassifier:
         """The classifier at a request's policy and dial. Raises UserError, see its constructor."""
@@ -84,10 +93,12 @@ class Worker:
     ) -> list[tuple[Prediction, Row]]:
         """The answers to texts, in order, and their rows.
 
-        Raises FullError where too many wait, UserError for what is no text. When it is cancelled,
-        the texts not yet begun are dropped.
+        Raises FullError where too many wait, StoppedError where none will be answered, UserError
+        for what is no text. When it is cancelled before they are begun, they are dropped.
         """
         with self._lock:
+            if not self.alive:
+                raise StoppedError
             if self.waiting + len(texts) > self.limit:
                 raise FullError
             self.waiting += len(texts)
@@ -116,21 +127,26 @@ class Worker:
     def _loop(self) -> None:
         try:
             self._serve()
-        except Exception as error:  # of the device: nothing can be computed any more
+        except Exception:  # of the device: nothing can be computed any more
             log.exception("the worker stopped")
-            for request in {id(r): r for r in self._owners.values()}.values():
-                request.error = error
+            with self._lock:  # after which `answer` refuses
+                self.alive = False
+            lost = list({id(r): r for r in self._owners.values()}.values())
+            while not self._inbox.empty():
+                request = self._inbox.get()
+                lost += [request] if request is not None else []
+            for request in lost:
+                request.error = StoppedError()
                 self._settle(request)
-            raise
 
     def _serve(self) -> None:
         running = True
         while running or len(self._flow):
             # Blocks only when there is nothing to compute.
-            arrived = [self._inbox.get()] if running and not len(self._flow) else []
-            while not self._inbox.empty():
-                arrived.append(self._inbox.get())
-            for request in arrived:
+            while running and (not len(self._flow) or not self._inbox.empty()):
+                if len(self._flow) >= self._enough:
+                    break
+                request = self._inbox.get()
                 if request is None:
                     running = False
                 else:
