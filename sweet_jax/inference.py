@@ -8,7 +8,7 @@ import math
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,42 +16,13 @@ from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
 from sweet_jax.data.read import one_line
 from sweet_jax.exits.policies import POLICIES, Fitted, Policy
+from sweet_jax.serving.answers import NoText, Prediction, Predictions, Text, checked, gather
 from sweet_jax.serving.clock import read_clock
 from sweet_jax.serving.flow import ExitRule, Flow, Row
 from sweet_jax.serving.programs import Programs, batch_sizes, keep_programs, plan, row_lengths
 from sweet_jax.serving.saved import SavedModel, open_model
 
 MODES = ("throughput", "latency")
-Text = str | tuple[str, str] | Sequence[str]
-
-
-class Prediction(NamedTuple):
-    """The answer to one text."""
-
-    label: str
-    probabilities: np.ndarray  # float64 [C], after temperature, of `AdaptiveClassifier.classes`
-    exit: int  # the layer it left at
-    cost: float  # share of the full model's layers
-
-    @property
-    def probability(self) -> float:
-        """Of the label."""
-        return float(self.probabilities.max())
-
-
-class NoText(NamedTuple):
-    """A row without a text, and why."""
-
-    reason: str
-
-
-class Predictions(NamedTuple):
-    """The answers to some texts, in their order."""
-
-    labels: np.ndarray  # str [N]
-    probabilities: np.ndarray  # float64 [N, C]
-    exits: np.ndarray  # int64 [N], layer numbers
-    cost: np.ndarray  # float64 [N]
 
 
 class AdaptiveClassifier:
@@ -197,13 +168,7 @@ class AdaptiveClassifier:
 
         """
         found = list(self.stream(texts, batch_size, mode))
-        labels, probabilities, exits, cost = zip(*found, strict=True) if found else ((),) * 4
-        return Predictions(
-            np.asarray(labels, np.str_),
-            np.asarray(probabilities, np.float64).reshape(len(found), len(self.classes)),
-            np.asarray(exits, np.int64),
-            np.asarray(cost, np.float64),
-        )
+        return gather(found, len(self.classes))
 
     def stream(
         self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
@@ -288,18 +253,18 @@ class AdaptiveClassifier:
         NoText has no row.
         """
         pairs = len(self.model.text_columns) == 2
-        checked = {
-            number: _checked(text, pairs, number)
+        given = {
+            number: checked(text, pairs, number)
             for number, text in enumerate(texts, start=first)
             if not isinstance(text, NoText)
         }
-        if not checked:
+        if not given:
             return []
-        ids, kinds = encode(self.model.tokenizer, list(checked.values()), self.model.max_length)
+        ids, kinds = encode(self.model.tokenizer, list(given.values()), self.model.max_length)
         longest = max(len(row) for row in ids)
         return [
             Row(number, i, t, self._length(longest if alike else len(i)), self._rule)
-            for number, i, t in zip(checked, ids, kinds, strict=True)
+            for number, i, t in zip(given, ids, kinds, strict=True)
         ]
 
     def answer(self, row: Row) -> Prediction:
@@ -324,22 +289,6 @@ class AdaptiveClassifier:
 
     def _length(self, tokens: int) -> int:
         return next((n for n in self._lengths if n >= tokens), self._lengths[-1])
-
-
-def _checked(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
-    parts = (text,) if isinstance(text, str) else tuple(text) if _is_pair(text) else ()
-    if len(parts) != 1 + pairs or not all(isinstance(part, str) for part in parts):
-        wanted = "a pair of texts (a tuple of two)" if pairs else "a text"
-        raise UserError(f"row {number + 1} must be {wanted}; got {text!r:.80}")
-    try:
-        "".join(parts).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"row {number + 1} holds half a surrogate pair: {text!a:.80}") from error
-    return parts
-
-
-def _is_pair(text: object) -> bool:
-    return isinstance(text, (tuple, list))
 
 
 def _chunks(texts: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -173,7 +173,7 @@ def _answers(
     classifier: Any, rows: Iterable[TextRow], batch_size: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """(an object of the output, the position in the input) of every row, in order."""
-    from sweet_jax.inference import NoText
+    from sweet_jax.serving.answers import NoText
 
     positions: collections.deque[int] = collections.deque()  # of rows taken, not yet answered
 

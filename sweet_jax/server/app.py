@@ -17,8 +17,9 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from sweet_jax.config import UserError
-from sweet_jax.inference import AdaptiveClassifier, Prediction
+from sweet_jax.inference import AdaptiveClassifier
 from sweet_jax.server.worker import FullError, StoppedError, Worker
+from sweet_jax.serving.answers import Prediction
 from sweet_jax.serving.flow import Row
 
 _DIALS = ("cost", "accuracy", "threshold", "risk", "agreement", "milliseconds", "level")

@@ -7,7 +7,8 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from sweet_jax.inference import AdaptiveClassifier, Prediction, Text
+from sweet_jax.inference import AdaptiveClassifier
+from sweet_jax.serving.answers import Prediction, Text
 from sweet_jax.serving.flow import Row
 
 log = logging.getLogger(__name__)
