@@ -5,6 +5,8 @@
         --data_dir=DIR                        # <task>/validation.parquet, as for training
     python -m experiments.benchmarks.inference --model=runs/sst2/model --data_dir=DIR \
         --shape=bert-base --rows=64           # the same texts, a random encoder of that shape
+    python -m experiments.benchmarks.inference --model=runs/sst2/model --data_dir=DIR \
+        --stream=100000                       # instead: memory while so many rows come
 
 Real validation texts in their order, from strings to probabilities, tokenisation included. Every
 side runs the same batches in turn, several rounds; torch (transformers, SDPA attention) and ONNX
@@ -17,8 +19,10 @@ the second 25.
 
 import argparse
 import dataclasses
+import itertools
 import math
 import platform
+import resource
 import statistics
 import tempfile
 import time
@@ -208,6 +212,19 @@ def pooled(model: SavedModel, texts: Sequence[Any], batch: int, rounds: int) -> 
     return [statistics.median(seconds) for seconds in times.values()]
 
 
+def stream(model: SavedModel, texts: Sequence[Any], rows: int, batch: int) -> None:
+    """Prints this process's memory while `rows` rows come from an iterator, at cost 0.5."""
+    classifier = at_costs(model, texts)[0.5]
+    classifier.predict(texts, batch)
+    endless = itertools.islice(itertools.cycle(texts), rows)
+    began = time.perf_counter()
+    for number, _ in enumerate(classifier.stream(endless, batch), start=1):
+        if number % (rows // 10) == 0:
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            speed = number / (time.perf_counter() - began)
+            print(f"{number} rows: at most {used:.0f} MiB, {speed:.0f} rows/s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -217,6 +234,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), help="instead of the model's own")
     parser.add_argument("--rows", type=int, default=256, help="texts at most")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stream", type=int, help="instead: memory over so many rows")
     parser.add_argument("--batch", type=int, action="append", help="default 1, 8, 64")
     options = parser.parse_args()
     keep_programs()
@@ -235,6 +253,9 @@ def main() -> None:
         texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
         if options.shape:
             model = random_model(model, options.shape)
+        if options.stream:
+            stream(model, texts, options.stream, 32)
+            continue
         shape = options.shape or "minilm"
         for batch in options.batch or BATCHES:
             sides = sides_of(model, texts, batch)
