@@ -56,10 +56,11 @@ def numbers(workdir: Path) -> dict:
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [
-        (1, {}),
+        (1, {"seeds": (0,)}),
         (
             4,
             {
+                "seeds": (0, 1),
                 "method": "early_exit",
                 "isolation": (0.0, 0.5),
                 "boundary_isolation": (1.0, 0.5),
@@ -70,15 +71,15 @@ def numbers(workdir: Path) -> dict:
     ],
 )
 def test_killed_then_terminated_then_finished(options, with_dropout, tmp_path, devices, changes):
-    config = recipe(tmp_path, options | with_dropout | {"seeds": (0, 1)} | changes)
+    config = recipe(tmp_path, options | with_dropout | changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(config, whole, devices)
     rng = random.Random(devices)
     first = rng.randrange(1, 9)
-    killed = start(config, broken, devices, every=1)
+    killed = start(config, broken, devices, every=2)
     status, _ = interrupt(killed, broken, first, signal.SIGKILL)
     assert status == -signal.SIGKILL
-    stopped = start(config, broken, devices, every=1)
+    stopped = start(config, broken, devices, every=2)
     status, errors = interrupt(stopped, broken, first + rng.randrange(3, 9), signal.SIGTERM)
     assert status == 1
     assert "stopped by SIGTERM after step" in errors

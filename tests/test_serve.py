@@ -27,7 +27,7 @@ class Running:
     """A server in a thread, at a free port."""
 
     def __init__(self, classifier, **limits):
-        app = make_app(classifier, 4, Limits(**limits))
+        app = make_app(classifier, 2, Limits(**limits))
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -57,7 +57,8 @@ class Running:
 @pytest.fixture(scope="module")
 def texts(fine_tuned) -> list[str]:
     values = from_mapping(fine_tuned[1])
-    return [text for (text,) in load_dataset(values).validation.texts]
+    every = [text for (text,) in load_dataset(values).validation.texts]
+    return sorted(every, key=lambda text: len(text.split()))[:16]  # fewer lengths to compile for
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_many_clients_get_their_own_answers(server, classifier, texts):
     for number, dial in enumerate(dials):
         own = classifier.at(dial.get("policy"), threshold=dial.get("threshold", 0.8))
         for start in range(0, len(texts) - 3, 3):
-            wanted[number, start] = own.predict(texts[start : start + 3], 4)
+            wanted[number, start] = own.predict(texts[start : start + 3], 2)
 
     def ask(key):
         number, start = key
@@ -106,7 +107,7 @@ def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
     (answer,) = found["answers"]
     assert [e["layer"] for e in answer["exits"]] == [2, 3, 4]
     assert answer["exits"][-1]["probability"] == answer["probability"]
-    first = classifier.at(threshold=0.0).predict(texts[:1], 4)
+    first = classifier.at(threshold=0.0).predict(texts[:1], 2)
     assert answer["exits"][0]["probability"] == pytest.approx(first.probabilities.max(), abs=1e-5)
 
 
@@ -193,7 +194,7 @@ def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, 
         status, found = first.result()
     running.thread.join()
     assert status == 200
-    assert_answers(found, classifier.predict(texts[:2], 4))
+    assert_answers(found, classifier.predict(texts[:2], 2))
 
 
 def test_a_request_nobody_waits_for_any_more_is_dropped(classifier, texts, monkeypatch):
@@ -233,9 +234,8 @@ def test_a_device_that_fails_is_told_to_everyone(classifier, texts, monkeypatch)
 
 def test_a_long_text_is_not_starved_by_short_ones(classifier, texts):
     flow = classifier.flow(2, wait=20)
-    short = min(texts, key=len)
-    long = max(texts, key=len)
-    (row,) = classifier.encode([long])
+    short = texts[0]
+    (row,) = classifier.encode(["word1 " * 25])
     flow.admit(row)
     for number in range(100):
         for more in classifier.encode([short, short], 10 * number + 1):
@@ -243,7 +243,9 @@ def test_a_long_text_is_not_starved_by_short_ones(classifier, texts):
         flow.step()
         if row.exit >= 0:
             break
-    assert number <= 20 // 2 + 3
+    assert row.length == 32
+    # At each of three stages it may see 20 others admitted, which come by twos.
+    assert 10 <= number <= 3 * (20 // 2 + 2)
 
 
 def test_the_page_in_a_browser(server, browser, classifier, texts):
@@ -258,7 +260,7 @@ def test_the_page_in_a_browser(server, browser, classifier, texts):
     while len(rows := browser.find_elements("css selector", "#exits tr")) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    wanted = classifier.at(threshold=2.0).predict(texts[:1], 4)
+    wanted = classifier.at(threshold=2.0).predict(texts[:1], 2)
     said = browser.find_element("id", "said").text
     assert said.startswith(f"{wanted.labels[0]} ({100 * wanted.probabilities.max():.1f}%)")
     assert "left at layer 4, cost 1.000" in said
