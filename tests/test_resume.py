@@ -53,6 +53,7 @@ def numbers(workdir: Path) -> dict:
     return {key: value for key, value in results.items() if key != "timing"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [
