@@ -19,7 +19,8 @@ _DIALS = {
     "agreement": "least share of examples answered as the last exit would; certified likewise",
 }
 _CLOCK = {
-    "milliseconds": "largest mean time of a text that comes by itself; after --measure",
+    "milliseconds": "largest mean time of a text that comes by itself, in the stages alone: "
+    "tokenising and looking at the scores come on top; after predict --measure",
 }
 
 

@@ -103,8 +103,9 @@ class AdaptiveClassifier:
             that calibration rows like a text must have had.
           risk: largest share of texts lost against the last exit, certified.
           agreement: least share of texts answered as the last exit would, certified.
-          milliseconds: largest mean time of a text that comes by itself, once measured on this
-            machine (python -m sweet_jax.predict --measure).
+          milliseconds: largest mean time in the stages, tokenising and looking at the scores not
+            counted, of a text that comes by itself; once measured on this machine (python -m
+            sweet_jax.predict --measure).
           level: confidence of a certificate.
           dtype: of parameters and activations, "float32" or "bfloat16".
           cache_dir: where compiled programs are kept between processes; default
@@ -120,7 +121,10 @@ class AdaptiveClassifier:
         return cls(open_model(name, dtype), policy, dial)
 
     def at(self, policy: str | Policy | None = None, **dial: float) -> "AdaptiveClassifier":
-        """The same model with another policy or dial; what is compiled is shared."""
+        """The same model with another policy or dial; what is compiled is shared.
+
+        Raises UserError likewise.
+        """
         return AdaptiveClassifier(self.model, policy or self.policy, dial, self._programs)
 
     @property

@@ -5,7 +5,7 @@
   curl localhost:8000/predict -d '{"texts": ["a text", "another"], "accuracy": 0.9}'
 
 POST /predict   {"texts": [...]} and, if not the server's own, policy and one of cost, accuracy,
-                threshold, risk, agreement (with level) → {"answers": [{"label", "probability",
+                threshold, milliseconds, risk, agreement (with level) → {"answers": [{"label", "probability",
                 "exit", "cost"}, ...]}; with "detail": true also every exit on the way. A pair of
                 texts is a list of two.
 GET /healthz    200 while texts are answered
