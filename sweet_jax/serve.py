@@ -5,9 +5,9 @@
   curl localhost:8000/predict -d '{"texts": ["a text", "another"], "accuracy": 0.9}'
 
 POST /predict   {"texts": [...]} and, if not the server's own, policy and one of cost, accuracy,
-                threshold, milliseconds, risk, agreement (with level) → {"answers": [{"label", "probability",
-                "exit", "cost"}, ...]}; with "detail": true also every exit on the way. A pair of
-                texts is a list of two.
+                threshold, milliseconds, risk, agreement (with level) → {"answers": [{"label",
+                "probability", "exit", "cost"}, ...]}; with "detail": true also every exit on the
+                way. A pair of texts is a list of two.
 GET /healthz    200 while texts are answered
 GET /metrics    in Prometheus' text format
 GET /           a page to try texts on
