@@ -246,7 +246,8 @@ class AdaptiveClassifier:
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")
-        stages = plan(self.model.networks, full=self.full if full is None else full)
+        full = self.full if full is None else full
+        stages = plan(self.model.networks, full=full, alone=batch_size == 1)
         return Flow(self._programs, stages, batch_size, wait)
 
     def encode(

@@ -121,6 +121,15 @@ def test_streams_of_one_classifier_do_not_disturb_each_other(sweet):
         np.testing.assert_allclose(other.probabilities, wanted[-1 - number], atol=1e-5)
 
 
+def answered(classifier, texts, batch_size):
+    flow = classifier.flow(batch_size)
+    rows = classifier.encode(texts, alike=True)
+    for row in rows:
+        flow.admit(row)
+    flow.finish()
+    return rows
+
+
 @pytest.mark.parametrize("kind", ["roberta", "deberta", "deberta-v2"])
 def test_every_kind_of_encoder(kind, sweet, tmp_path):
     """Stages of a random model against its one pass, padded rows among them; and its export."""
@@ -137,22 +146,21 @@ def test_every_kind_of_encoder(kind, sweet, tmp_path):
         networks=(Network(exits, graphdef, params),),
     )
     classifier = AdaptiveClassifier(model, "raw_confidence", {"threshold": 2.0})
-    flow = classifier.flow(3)
-    rows = classifier.encode(["word1 word2", "word3", " ".join(WORDS[:9])], alike=True)
-    for row in rows:
-        flow.admit(row)
-    flow.finish()
+    texts = ["word1 word2", "word3", " ".join(WORDS[:9])]
+    rows = answered(classifier, texts, 3)
     sizes = np.asarray([len(row.input_ids) for row in rows])
     mask = np.arange(rows[0].length) < sizes[:, None]
-    texts = np.full((2, *mask.shape), model.tokenizer.pad_token_id, np.int32)
-    texts[1] = 0
+    ids = np.full(mask.shape, model.tokenizer.pad_token_id, np.int32)
+    types = np.zeros_like(ids)
     for place, row in enumerate(rows):
-        texts[0, place, : sizes[place]] = row.input_ids
-        texts[1, place, : sizes[place]] = row.token_type_ids
-    batch = {"input_ids": texts[0], "token_type_ids": texts[1], "mask": mask}
+        ids[place, : sizes[place]] = row.input_ids
+        types[place, : sizes[place]] = row.token_type_ids
+    batch = {"input_ids": ids, "token_type_ids": types, "mask": mask}
     wanted = jax.jit(lambda p, b: nnx.merge(graphdef, p)(b))(params, batch)  # [E, B, C]
     found = np.stack([row.logits for row in rows], axis=1)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+    alone = np.stack([row.logits for row in answered(classifier, texts, 1)], axis=1)
+    np.testing.assert_allclose(alone, wanted, atol=1e-5)
     for stage in plan(model.networks)[1:]:
         own = list(needed(stage, params).values())
         assert export._program(model, stage, own, 16)

@@ -176,13 +176,21 @@ class EarlyExit(nnx.Module):
         return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), answer
 
     def resume(
-        self, start: int, end: int, h: jax.Array | None, batch: dict[str, jax.Array]
+        self,
+        start: int,
+        end: int,
+        h: jax.Array | None,
+        batch: dict[str, jax.Array],
+        *,
+        whole: bool = False,
     ) -> tuple[jax.Array, Answer]:
         """Inference from layer `start` to the exit at `end`: (state before that layer, answer).
 
         What the exit reads, the first token, is computed alone: the rest of layer `end` is left to
         the call that goes on from there, with start = end, for the rows that do not leave. It
         computes the keys and values of that layer a second time, a sixth of it.
+
+        With `whole`, all of layer `end` is computed and its state returned.
 
         Args:
           start: of the layers to compute, from 1.
@@ -196,8 +204,8 @@ class EarlyExit(nnx.Module):
             h = self.encoder.embed(batch["input_ids"], batch["token_type_ids"], mask)
         for number in range(start, end):
             h = self.encoder.layer(number, h, mask, relative=relative)
-        first = self.encoder.layer(end, h, mask, relative=relative, count=1)
-        return h, self.heads[str(end)](first, self.pooler, None)
+        first = self.encoder.layer(end, h, mask, relative=relative, count=None if whole else 1)
+        return first if whole else h, self.heads[str(end)](first, self.pooler, None)
 
     def __call__(
         self,

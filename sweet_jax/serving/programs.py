@@ -29,10 +29,11 @@ class Stage(NamedTuple):
     start: int  # the first layer to compute
     end: int  # the layer of the exit
     carries: bool  # whether it leaves its rows' states in their slots for the next
+    whole: bool = False  # whether these are those after layer `end`; else, those before it
 
     @property
     def embeds(self) -> bool:
-        """Whether it begins with token ids: the first, and the one after an exit at layer 1."""
+        """Whether it begins with token ids: the first, or one that resumes layer 1."""
         return self.start == 1
 
 
@@ -43,15 +44,23 @@ class Inputs(NamedTuple):
     texts: np.ndarray | None = None  # [2, B, L], where the stage embeds: input_ids, token_type_ids
 
 
-def plan(networks: tuple[Network, ...], *, full: bool = False) -> list[Stage]:
-    """The stages in order; of the full model only the last network, to its last exit."""
+def plan(networks: tuple[Network, ...], *, full: bool = False, alone: bool = False) -> list[Stage]:
+    """The stages in order; of the full model only the last network, to its last exit.
+
+    An exit's layer is computed at the token that the exit reads, and the rest of it by the next
+    stage, for the rows that stay. Not so for rows that come `alone`: reading a layer's weights
+    twice takes longer than computing all of it once.
+    """
     stages, exit = [], 0
     for number, network in enumerate(networks):
         start = 1
         for end in network.exits:
-            # What comes after layer 1's exit embeds anew, which costs next to nothing.
-            stages.append(Stage(exit, number, start, end, 1 < end < network.exits[-1]))
-            start, exit = end, exit + 1
+            goes_on = end < network.exits[-1]
+            whole = alone and goes_on
+            # What resumes layer 1 embeds anew, which costs next to nothing.
+            carries = goes_on and (whole or end > 1)
+            stages.append(Stage(exit, number, start, end, carries, whole))
+            start, exit = end + whole, exit + 1
     if full:
         stages = [stages[-1]._replace(start=1)]
     return stages
@@ -200,7 +209,7 @@ def compute(
 
     """
     model = nnx.merge(network.graphdef, _filled(stage, params, network.params))
-    h, answer = model.resume(stage.start, stage.end, h, batch)
+    h, answer = model.resume(stage.start, stage.end, h, batch, whole=stage.whole)
     if answer.exit_scores is None:
         return h, answer.logits
     return h, jnp.concatenate([answer.logits, answer.exit_scores[:, None]], axis=1)
