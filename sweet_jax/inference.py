@@ -68,6 +68,9 @@ class AdaptiveClassifier:
             self.threshold, fitted = dial["threshold"], model.dials.fitted
         else:
             raise UserError("a policy of your own needs threshold=; the other dials know names")
+        self._leaving: tuple[float, ...] = ()
+        if isinstance(self.policy, str):
+            self._leaving = tuple(model.dials.trades[self.policy].leaving(self.threshold))
         self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
         self.full = self.threshold == math.inf
         self._lengths = row_lengths(model.max_length)
@@ -247,7 +250,7 @@ class AdaptiveClassifier:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")
         full = self.full if full is None else full
-        stages = plan(self.model.networks, full=full, alone=batch_size == 1)
+        stages = plan(self.model.networks, full=full, leaving=self._leaving)
         return Flow(self._programs, stages, batch_size, wait)
 
     def encode(

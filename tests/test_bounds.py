@@ -286,6 +286,14 @@ def test_a_trade_holds_every_threshold_worth_having(outputs):
             assert cost[curve.threshold[0] == found].min() == fits.min()
 
 
+def test_shares_leaving_of_those_that_come():
+    shares = np.asarray([[1.0, 0, 0], [0.5, 0.25, 0.25], [0.25, 0, 0.75]])
+    trade = Trade(np.asarray([0.5, 0.7, 0.9]), *np.zeros((2, 3)), shares)
+    for threshold, row in ((0.5, [1, 0, 0]), (0.6, [0.5, 0.5, 1]), (0.9, [0.25, 0, 1])):
+        np.testing.assert_allclose(trade.leaving(threshold), row)
+    np.testing.assert_allclose(trade.leaving(0.91), [0, 0, 1])
+
+
 def test_dials_are_saved_read_back_and_answer_the_same():
     calibration = known_table(400, seed=15)[0]
     dials = make_dials(calibration)

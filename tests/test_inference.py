@@ -146,6 +146,7 @@ def test_every_kind_of_encoder(kind, sweet, tmp_path):
         networks=(Network(exits, graphdef, params),),
     )
     classifier = AdaptiveClassifier(model, "raw_confidence", {"threshold": 2.0})
+    assert [stage.whole for stage in classifier.flow(3).stages] == [True, True, False]
     texts = ["word1 word2", "word3", " ".join(WORDS[:9])]
     rows = answered(classifier, texts, 3)
     sizes = np.asarray([len(row.input_ids) for row in rows])
@@ -159,8 +160,10 @@ def test_every_kind_of_encoder(kind, sweet, tmp_path):
     wanted = jax.jit(lambda p, b: nnx.merge(graphdef, p)(b))(params, batch)  # [E, B, C]
     found = np.stack([row.logits for row in rows], axis=1)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    alone = np.stack([row.logits for row in answered(classifier, texts, 1)], axis=1)
-    np.testing.assert_allclose(alone, wanted, atol=1e-5)
+    resuming = classifier.at(lambda outputs, _: np.zeros(outputs.logits.shape[:3]), threshold=1.0)
+    assert not any(stage.whole for stage in resuming.flow(3).stages)
+    found = np.stack([row.logits for row in answered(resuming, texts, 3)], axis=1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
     for stage in plan(model.networks)[1:]:
         own = list(needed(stage, params).values())
         assert export._program(model, stage, own, 16)

@@ -40,7 +40,7 @@ from flax import nnx
 from experiments.benchmarks.memory import SHAPES
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.data.read import read_table
-from sweet_jax.exits.dials import Dials, Trade
+from sweet_jax.exits.dials import Dials, Trade, make_dials
 from sweet_jax.exits.policies import Fitted, exit_scores
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.models.bert import Bert
@@ -68,15 +68,18 @@ class Measured(NamedTuple):
     p95: float
 
 
-def random_model(like: SavedModel, shape: str) -> SavedModel:
-    """A saved model's tokenizer and classes with a random encoder of another shape."""
+def random_model(like: SavedModel, shape: str, texts: Sequence[Any]) -> SavedModel:
+    """A saved model's tokenizer and classes with a random encoder of another shape.
+
+    Its dials are those of the texts with what the last exit says as their labels.
+    """
     config, exits = SHAPES[shape]
     key = jax.random.key(0)
     graphdef, values = nnx.split(EarlyExit(Bert(config, key), exits, len(like.classes), key))
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
     trade = Trade(*np.zeros((3, 1)), np.eye(1, len(exits)))
     dials = Dials(Fitted(np.ones((1, len(exits)))), 0.0, {"confidence": trade}, None, {})
-    return dataclasses.replace(
+    made = dataclasses.replace(
         like,
         about={**like.about, "policy": "confidence"},
         layers=exits,
@@ -84,10 +87,12 @@ def random_model(like: SavedModel, shape: str) -> SavedModel:
         dials=dials,
         networks=(Network(exits, graphdef, params),),
     )
+    own = make_dials(outputs_of(made, texts), ("confidence",))
+    return dataclasses.replace(made, dials=own)
 
 
-def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
-    """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
+def outputs_of(model: SavedModel, texts: Sequence[Any]) -> ExitOutputs:
+    """What every exit says of the texts; their labels are what the last one says."""
     every = AdaptiveClassifier(model, dial={"threshold": 2.0})  # none leaves early
     flow = every.flow(32, None)
     rows = every.encode(texts)
@@ -95,7 +100,12 @@ def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveCla
         flow.admit(row)
     flow.finish()
     logits = np.stack([row.logits for row in rows], axis=1)  # [E, N, C]
-    outputs = ExitOutputs(logits, np.zeros(len(rows)), np.asarray(model.layers), model.cost)
+    return ExitOutputs(logits, logits[-1].argmax(-1), np.asarray(model.layers), model.cost)
+
+
+def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
+    """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
+    every, outputs = AdaptiveClassifier(model), outputs_of(model, texts)
     scores = exit_scores(outputs, every.policy, every.fitted)
     curve = simulate(outputs, lambda *_: scores)
     nearest = {c: int(np.abs(curve.cost[0] - c).argmin()) for c in COSTS}
@@ -252,7 +262,7 @@ def main() -> None:
         columns = [table[column].to_pylist()[: options.rows] for column in model.text_columns]
         texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
         if options.shape:
-            model = random_model(model, options.shape)
+            model = random_model(model, options.shape, texts)
         if options.stream:
             stream(model, texts, options.stream, 32)
             continue

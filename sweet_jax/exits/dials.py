@@ -56,6 +56,19 @@ class Trade:
         quick = np.flatnonzero(self.shares @ clock <= milliseconds)
         return float(self.threshold[quick[-1]]) if len(quick) else None
 
+    def leaving(self, threshold: float) -> np.ndarray:
+        """Of the examples that come to each exit, the share that leaves there: float64 [E].
+
+        At the nearest threshold that is not below; above all of them, where examples cost more and
+        nothing is gained, none leaves before the last.
+        """
+        order = np.argsort(self.threshold)
+        at = int(np.searchsorted(self.threshold[order], threshold))
+        last = np.eye(self.shares.shape[1])[-1]
+        shares = self.shares[order[at]] if at < len(order) else last
+        coming = 1 - np.append(0, np.cumsum(shares)[:-1])
+        return shares / np.maximum(coming, 1e-12)
+
     def with_score(self, score: float) -> float | None:
         """The cheapest threshold with at least a score; None where none has it."""
         at = int(np.searchsorted(self.score, score - 1e-12))

@@ -64,11 +64,11 @@ def measure(model: SavedModel, batch_sizes: Iterable[int], progress: Callable[[]
     """
     sizes = tuple(sorted({1, *batch_sizes}))
     lengths = row_lengths(model.max_length)[::-2][::-1]  # the longest is among them
+    stages = plan(model.networks)
     programs = Programs(model)
-    found = np.zeros((len(sizes), len(lengths), len(model.layers)))
+    found = np.zeros((len(sizes), len(lengths), len(stages)))
     for place in np.ndindex(found.shape):
-        size, length = sizes[place[0]], lengths[place[1]]
-        stage = plan(model.networks, alone=size == 1)[place[2]]
+        size, length, stage = sizes[place[0]], lengths[place[1]], stages[place[2]]
         rows = np.stack([np.arange(size), np.full(size, length)]).astype(np.int32)
         texts = np.zeros((2, size, length), np.int32)
         texts[0] = np.random.default_rng(0).integers(0, programs.vocabulary, texts[0].shape)
