@@ -287,11 +287,20 @@ def test_a_trade_holds_every_threshold_worth_having(outputs):
 
 
 def test_shares_leaving_of_those_that_come():
-    shares = np.asarray([[1.0, 0, 0], [0.5, 0.25, 0.25], [0.25, 0, 0.75]])
-    trade = Trade(np.asarray([0.5, 0.7, 0.9]), *np.zeros((2, 3)), shares)
-    for threshold, row in ((0.5, [1, 0, 0]), (0.6, [0.5, 0.5, 1]), (0.9, [0.25, 0, 1])):
-        np.testing.assert_allclose(trade.leaving(threshold), row)
-    np.testing.assert_allclose(trade.leaving(0.91), [0, 0, 1])
+    calibration = known_table(300, seed=17)[0]
+    trade = Trade.of(simulate(calibration), 0)
+    assert len(trade.levels) == 65
+    for threshold in (*trade.levels[::16], trade.levels[5:7].mean(), 0.0, 2.0):
+        found = trade.leaving(threshold)
+        near = trade.levels[trade.levels >= threshold]
+        level = near[0] if len(near) else trade.levels[-1]
+        scores = exit_scores(calibration, "confidence")[0]  # [E, N]
+        staying = np.full(scores.shape[1], True)
+        for own, share in zip(scores[:-1], found[:-1], strict=True):
+            leaves = staying & (own >= level)
+            assert share == pytest.approx(leaves.sum() / max(1, staying.sum()))
+            staying &= ~leaves
+        assert found[-1] == pytest.approx(float(staying.any()))
 
 
 def test_dials_are_saved_read_back_and_answer_the_same():

@@ -77,7 +77,7 @@ def random_model(like: SavedModel, shape: str, texts: Sequence[Any]) -> SavedMod
     key = jax.random.key(0)
     graphdef, values = nnx.split(EarlyExit(Bert(config, key), exits, len(like.classes), key))
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
-    trade = Trade(*np.zeros((3, 1)), np.eye(1, len(exits)))
+    trade = Trade(*np.zeros((3, 1)), np.eye(1, len(exits)), np.ones(1), np.eye(1, len(exits)))
     dials = Dials(Fitted(np.ones((1, len(exits)))), 0.0, {"confidence": trade}, None, {})
     made = dataclasses.replace(
         like,

@@ -16,6 +16,8 @@ from sweet_jax.exits.risk import KINDS, Certificate, Trials, candidates, certify
 from sweet_jax.exits.scores import score
 from sweet_jax.exits.simulation import Curve, simulate
 
+_LEVELS = 65  # of a trade, at most
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trade:
@@ -24,6 +26,8 @@ class Trade:
     Attributes:
       threshold, cost, score: float64 [P]; cost and score ascend.
       shares: float64 [P, E], of the examples that leave at each exit.
+      levels: float64 [Q], some of all thresholds, ascending.
+      left: float64 [Q, E], the shares at these.
 
     """
 
@@ -31,6 +35,8 @@ class Trade:
     cost: np.ndarray
     score: np.ndarray
     shares: np.ndarray
+    levels: np.ndarray
+    left: np.ndarray
 
     @classmethod
     def of(cls, curve: Curve, replica: int) -> "Trade":
@@ -41,7 +47,9 @@ class Trade:
         order = np.lexsort((threshold, -value, cost))
         best = np.maximum.accumulate(np.append(-np.inf, value[order]))
         keep = order[value[order] > best[:-1]]
-        return cls(threshold[keep], cost[keep], value[keep], shares[keep])
+        some = np.unique(np.linspace(0, len(threshold) - 1, _LEVELS).round().astype(int))
+        kept = (threshold[keep], cost[keep], value[keep], shares[keep])
+        return cls(*kept, threshold[some], shares[some])
 
     def within_cost(self, cost: float) -> float | None:
         """The threshold of the best score within a mean cost; None where none is so cheap."""
@@ -59,13 +67,9 @@ class Trade:
     def leaving(self, threshold: float) -> np.ndarray:
         """Of the examples that come to each exit, the share that leaves there: float64 [E].
 
-        At the nearest threshold that is not below; above all of them, where examples cost more and
-        nothing is gained, none leaves before the last.
+        At the nearest of the levels that is not below.
         """
-        order = np.argsort(self.threshold)
-        at = int(np.searchsorted(self.threshold[order], threshold))
-        last = np.eye(self.shares.shape[1])[-1]
-        shares = self.shares[order[at]] if at < len(order) else last
+        shares = self.left[min(int(np.searchsorted(self.levels, threshold)), len(self.left) - 1)]
         coming = 1 - np.append(0, np.cumsum(shares)[:-1])
         return shares / np.maximum(coming, 1e-12)
 

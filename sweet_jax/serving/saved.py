@@ -27,7 +27,7 @@ from sweet_jax.models.names import hugging_face_tensors
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
 from sweet_jax.models.tensors import read_tensors
 
-EXITS_VERSION = 3  # of exits.json
+EXITS_VERSION = 4  # of exits.json
 DTYPES = ("float32", "bfloat16")
 
 
