@@ -68,9 +68,9 @@ class AdaptiveClassifier:
             self.threshold, fitted = dial["threshold"], model.dials.fitted
         else:
             raise UserError("a policy of your own needs threshold=; the other dials know names")
-        self._leaving: tuple[float, ...] = ()
+        self._leaving: list[float] = []
         if isinstance(self.policy, str):
-            self._leaving = tuple(model.dials.trades[self.policy].leaving(self.threshold))
+            self._leaving = model.dials.trades[self.policy].leaving(self.threshold)
         self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
         self.full = self.threshold == math.inf
         self._lengths = row_lengths(model.max_length)

@@ -9,12 +9,12 @@
         --stream=100000                       # instead: memory while so many rows come
 
 Real validation texts in their order, from strings to probabilities, tokenisation included. Every
-side runs the same batches in turn, several rounds; torch (transformers, SDPA attention) and ONNX
-Runtime run the full model, padded to the longest text of a batch. Thresholds are set so that the
-mean counted cost over these rows is as near as can be to 0.25, 0.5, 0.75. p50 and p95 are of a
-batch's time; the clock's cost is the share of the full model's milliseconds here. In the rows
-"pooled" the texts share batches (throughput mode). On 2 cores the first line takes some 20 minutes,
-the second 25.
+side runs the same batches in turn, several rounds, of which the median counts; torch (transformers,
+SDPA attention) and ONNX Runtime run the full model, padded to the longest text of a batch.
+Thresholds are set so that the mean counted cost over these rows is as near as can be to 0.25, 0.5,
+0.75. p50 and p95 are of a batch's time; the clock's cost is the share of the full model's
+milliseconds here. In the rows "pooled" the texts share batches (throughput mode). On 2 cores the
+first line takes some 20 minutes, the second 25.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import itertools
 import math
 import platform
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -166,7 +165,7 @@ def others(model: SavedModel) -> tuple[Any, onnxruntime.InferenceSession]:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "model.onnx")
         torch.onnx.export(
-            Logits(),
+            Logits().eval(),
             (rows, rows, torch.zeros_like(rows)),
             path,
             input_names=INPUTS,
@@ -203,10 +202,12 @@ def measure(sides: Sequence[Side], texts: Sequence[Any], batch: int, rounds: int
                 side.answer(part)
                 if count:
                     seconds.append(1e3 * (time.perf_counter() - began))
-    return [
-        Measured(statistics.fmean(t) / batch, statistics.median(t), float(np.quantile(t, 0.95)))
-        for t in times
-    ]
+    measured = []
+    for t in times:
+        # Of each part the median of the rounds: a neighbour on the machine disturbs one of them.
+        mean = float(np.median(np.reshape(t, (rounds, -1)), axis=0).mean()) / batch
+        measured.append(Measured(mean, *np.quantile(t, [0.5, 0.95]).tolist()))
+    return measured
 
 
 def pooled(model: SavedModel, texts: Sequence[Any], batch: int, rounds: int) -> list[float]:
@@ -219,7 +220,7 @@ def pooled(model: SavedModel, texts: Sequence[Any], batch: int, rounds: int) -> 
             classifier.predict(texts, batch, mode)
             if count:
                 seconds.append(1e3 * (time.perf_counter() - began) / len(texts))
-    return [statistics.median(seconds) for seconds in times.values()]
+    return [float(np.median(seconds)) for seconds in times.values()]
 
 
 def stream(model: SavedModel, texts: Sequence[Any], rows: int, batch: int) -> None:

@@ -64,14 +64,14 @@ class Trade:
         quick = np.flatnonzero(self.shares @ clock <= milliseconds)
         return float(self.threshold[quick[-1]]) if len(quick) else None
 
-    def leaving(self, threshold: float) -> np.ndarray:
-        """Of the examples that come to each exit, the share that leaves there: float64 [E].
+    def leaving(self, threshold: float) -> list[float]:
+        """Of the examples that come to each exit, the share that leaves there: E numbers.
 
         At the nearest of the levels that is not below.
         """
         shares = self.left[min(int(np.searchsorted(self.levels, threshold)), len(self.left) - 1)]
         coming = 1 - np.append(0, np.cumsum(shares)[:-1])
-        return shares / np.maximum(coming, 1e-12)
+        return (shares / np.maximum(coming, 1e-12)).tolist()
 
     def with_score(self, score: float) -> float | None:
         """The cheapest threshold with at least a score; None where none has it."""
