@@ -14,7 +14,7 @@ SDPA attention) and ONNX Runtime run the full model, padded to the longest text 
 Thresholds are set so that the mean counted cost over these rows is as near as can be to 0.25, 0.5,
 0.75. p50 and p95 are of a batch's time; the clock's cost is the share of the full model's
 milliseconds here. In the rows "pooled" the texts share batches (throughput mode). On 2 cores the
-first line takes some 20 minutes, the second 25.
+first line takes some 15 minutes, the second 10.
 """
 
 import argparse
