@@ -236,6 +236,7 @@ def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path)
     np.testing.assert_allclose(saved.logits[3], alone.logits[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_finishes_with_the_same_numbers(finished, arguments, tmp_path):
     full = [
         *without(arguments, "--tasks"),

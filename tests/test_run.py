@@ -114,6 +114,7 @@ def transformers_agrees(saved, rows, hidden) -> None:
         assert gap.max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_all_methods_learn_a_learnable_task(options, tmp_path, one_device):
     for method in ("sweet", "early_exit", "multi_model"):
         outputs = logits_of(options, tmp_path / method, method=method, epochs=12)
