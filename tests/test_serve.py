@@ -142,6 +142,21 @@ def test_what_is_refused(server, asked, status, message):
     assert server.predict({"texts": ["word1"]})[0] == 200  # and the server goes on
 
 
+def test_a_body_too_large_is_answered_when_the_client_has_sent_it(server):
+    """An answer before that would be lost: the connection would close under a client that sends."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.putrequest("POST", "/predict")
+    connection.putheader("Content-Length", str(16 * 20000))
+    connection.endheaders()
+    for _ in range(16):
+        connection.send(b"x" * 20000)
+        time.sleep(0.05)
+    found = connection.getresponse()
+    assert found.status == 413
+    assert b"may have 20000 bytes" in found.read()
+    connection.close()
+
+
 def test_a_body_without_end_is_cut_off(server):
     """What says no length: refused at the limit, not when the client is done."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)

@@ -141,11 +141,21 @@ async def _predict(request: Request, worker: Worker, metrics: _Metrics, limits: 
     return JSONResponse({"answers": answers})
 
 
+# Of a body up to so many times too large all is read, and dropped: a connection closed before the
+# client is done sending would take the answer with it.
+_DROPPED = 16
+
+
 async def _body(request: Request, limits: Limits) -> bytes:
-    """The body, or `_Refused` as soon as it is too large, or comes too slowly."""
+    """The body, or `_Refused` where it is too large or comes too slowly."""
     too_large = _Refused(413, f"a request may have {limits.body} bytes")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > limits.body:
+        if int(length) <= _DROPPED * limits.body:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limits.timeout):
+                    async for _ in request.stream():
+                        pass
         raise too_large
     parts, size = [], 0
     try:
