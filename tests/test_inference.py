@@ -88,7 +88,17 @@ def test_answers_are_those_of_evaluation_and_simulation(sweet, data):
     assert_same(sweet, classifier, np.asarray(order), batch_size, mode)
 
 
-@pytest.mark.parametrize("dial", [{"cost": 0.6}, {"accuracy": 0.8}, {"threshold": 0.9}])
+@pytest.mark.parametrize(
+    "dial",
+    [
+        {"cost": 0.6},
+        {"accuracy": 0.8},
+        {"threshold": 0.9},
+        {"risk": 0.4, "level": 0.6},
+        {"agreement": 0.6, "level": 0.6},
+    ],
+    ids=lambda dial: next(iter(dial)),
+)
 def test_dials(sweet, dial):
     classifier = sweet.classifier.at("confidence", **dial)
     wanted, _ = sweet.classifier.model.dials.threshold("confidence", **dial)
@@ -203,6 +213,25 @@ def test_nothing_is_compiled_after_warm_up(sweet):
         assert_same(sweet, classifier, np.asarray(short), 2, mode)
         assert_same(sweet, classifier, np.asarray(short[:3]), 2, mode)
     assert len(compiled) == before
+
+
+def test_programs_are_read_from_disk_where_another_classifier_compiled_them(sweet):
+    hits: list[str] = []
+
+    def listen(event: str, **_) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, 0.0)  # as keep_programs does
+    try:
+        model, dial = sweet.classifier.model, {"threshold": 0.8}
+        AdaptiveClassifier(model, dial=dial).warm_up(5, [30])
+        jax.monitoring.register_event_listener(listen)
+        assert AdaptiveClassifier(model, dial=dial).warm_up(5, [30]) == len(hits) > 0
+    finally:
+        jax.config.update(name, before)
 
 
 def test_an_endless_iterator_needs_no_memory(sweet):
