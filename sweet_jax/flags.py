@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         Without `clock`, none of time: that is known of a model, not of its outputs.
         """
         self.add_argument(
-            "--policy", help="one of those above; default the one the run was made with"
+            "--policy", help="name of an exit policy; default the one the run was made with"
         )
         dial = self.add_mutually_exclusive_group()
         for name, text in (_DIALS | (_CLOCK if clock else {})).items():

@@ -52,7 +52,9 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path]:
             print(f"  {field.name} = {field.default!r}")
         raise SystemExit(0)
     if not first.config or not first.workdir:
-        raise UserError("give --config=FILE and --workdir=DIR (--help tells more)")
+        unknown = [text for text in rest[1:] if not text.startswith("--config.")]
+        what = f"unknown argument {unknown[0]!r}: " if unknown else ""
+        raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help tells more)")
     return _overridden(_recipe(first.config), rest), Path(first.workdir)
 
 

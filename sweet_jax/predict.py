@@ -76,6 +76,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     dials(options)
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1; got {options.batch_size}")
+    if options.measure and (options.input or options.output):
+        raise UserError("--measure times the model alone: leave --input and --output out")
     if not options.measure and not (options.input and options.output):
         raise UserError("give --input=FILE and --output=FILE, or --measure")
     return options
@@ -92,7 +94,8 @@ def _run(options: argparse.Namespace) -> None:
         return
     source, target = Path(options.input), Path(options.output)
     if not source.is_file():
-        raise UserError(f"input {options.input!r} does not exist")
+        what = "is not a file" if source.exists() else "does not exist"
+        raise UserError(f"input {options.input!r} {what}")
     model = open_model(options.model, options.dtype)
     keep_programs()
     classifier = AdaptiveClassifier(model, options.policy, dials(options))

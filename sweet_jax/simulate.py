@@ -48,11 +48,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--run", action="append", required=True, metavar="DIR", help="run directory; may repeat"
     )
     parser.add_dials(clock=False)
-    parser.add_argument(
-        "--output", default="compare.html", help="page for several runs (default compare.html)"
-    )
+    parser.add_argument("--output", help="page that overlays several runs (default compare.html)")
     options = parser.parse_args(argv)
     dials(options)
+    if options.output and len(options.run) < 2:
+        raise UserError("--output is the page that overlays several runs: give --run twice or more")
     return options
 
 
@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> None:
     if len(runs) > 1:
         from sweet_jax.report.page import write_comparison  # plotting takes a second to import
 
-        path = Path(options.output)
+        path = Path(options.output or "compare.html")
         try:
             write_comparison(path, [(n, a.validation.identity, a) for n, a in runs])
         except OSError as error:

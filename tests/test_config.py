@@ -258,6 +258,11 @@ def test_an_argument_for_a_recipe_that_takes_none_is_an_error(parsed):
         parsed(argument=":mrpc")
 
 
+def test_a_misspelt_flag_is_named():
+    with pytest.raises(UserError, match="unknown argument '--workdr=x': give --config=FILE"):
+        parse(["main", "--config=configs/quickstart.py", "--workdr=x"])
+
+
 @pytest.mark.parametrize("given", ["--config=recipe.py", "--workdir=run", "--config=", ""])
 def test_config_and_workdir_must_both_be_given(given):
     with pytest.raises(UserError, match="give --config=FILE and --workdir=DIR"):

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -451,6 +453,9 @@ def test_an_output_of_another_dial_or_input_is_left_alone(sweet, command, tmp_pa
         ("in.csv", "txet,label\na,b\n", [], "unknown column 'text': did you mean 'txet'?"),
         ("in.jsonl", '{"txet": "a"}\n', [], "unknown column 'text'"),
         ("in.csv", "text\na\n", ["--text_columns=a,b"], "takes 1 text column(s)"),
+        ("in.csv", "", [], "no first line with the names of its columns"),
+        ("in.csv", "text\na\n", ["--input=."], "input '.' is not a file"),
+        ("in.csv", "text\na\n", ["--measure"], "leave --input and --output out"),
         ("in.xls", "text\na\n", [], "must end in one of .csv"),
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
         ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
@@ -472,6 +477,9 @@ def test_bad_input_of_the_command(command, tmp_path, capsys, name, content, more
 def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
     with pytest.raises(UserError, match="an encoder without exits"):
         AdaptiveClassifier.from_pretrained(checkpoint)
+    run = sweet.classifier.model.folder.parent
+    with pytest.raises(UserError, match=r"is the folder of a run: give '.*/model'"):
+        AdaptiveClassifier.from_pretrained(run)
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)
     about = json.loads((folder / "exits.json").read_text())
@@ -564,6 +572,9 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, cap
     assert (layer == wanted.exits).all()
     assert (np.asarray(model.classes)[given] == wanted.labels).all()
     np.testing.assert_allclose(probability, wanted.probabilities.max(axis=1), atol=1e-5)
+    usage = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True)
+    assert usage.returncode == 1
+    assert "python run.py tokens.npz: input_ids" in usage.stderr
     assert export.main([*arguments, "--policy=confidence"]) == 2  # it exists
     assert export.main([*arguments, "--policy=entropy"]) == 2
     assert "only the policies confidence, raw_confidence" in capsys.readouterr().err

@@ -318,6 +318,7 @@ def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
         (["--risk=2"], "--risk must be from 0 to 1; got 2"),
         (["--risk=0.1", "--level=1"], "--level must be from 0.5 to 0.9999; got 1"),
         (["--policy=learning_to_exit"], "hold no learning-to-exit scores: train with"),
+        (["--output=x.html"], "--output is the page that overlays several runs"),
         (["--run=nowhere"], "'nowhere' is not a finished run"),
     ],
 )

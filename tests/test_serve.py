@@ -119,7 +119,7 @@ def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
         ([], 400, "must be an object"),
         ({}, 400, "texts must be a list"),
         ({"texts": "one"}, 400, "texts must be a list"),
-        ({"texts": [5]}, 400, "must be a text; got 5"),
+        ({"texts": ["a", 5]}, 400, "row 2 must be a text; got 5"),
         ({"texts": [["a", "b"]]}, 400, "must be a text"),
         ({"texts": ["a"], "cots": 1}, 400, "unknown key 'cots'"),
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),

@@ -79,6 +79,8 @@ def _csv(text: io.TextIOWrapper, columns: Sequence[str], suffix: str) -> Iterato
     csv.field_size_limit(_LONGEST)
     rows = csv.reader(text, delimiter="\t" if suffix == ".tsv" else ",")
     header = next(rows, [])
+    if not header:
+        raise UserError("the input has no first line with the names of its columns")
     places = [_place(name, header) for name in columns]
     while True:
         try:

@@ -163,16 +163,17 @@ class Worker:
             self._settle(request)
             return
         try:
-            request.rows = request.classifier.encode(request.texts, self._taken)
+            request.rows = request.classifier.encode(request.texts)
         except Exception as error:  # one request's texts must not end the others'
             request.error = error
             self._settle(request)
             return
-        self._taken += len(request.rows)
         request.left = len(request.rows)
         for row in request.rows:
+            row.number += self._taken  # numbered within the request until here, for its errors
             self._owners[row.number] = request
             self._flow.admit(row)
+        self._taken += len(request.rows)
 
     def _settle(self, request: Request) -> None:
         with self._lock:

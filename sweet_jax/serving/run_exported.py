@@ -44,6 +44,8 @@ def predict(folder, input_ids, token_type_ids, tokens):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+        sys.exit(__doc__)
     here, texts = Path(__file__).parent, np.load(sys.argv[1], allow_pickle=False)
     classes = json.loads((here / "model.json").read_text())["classes"]
     arrays = [np.asarray(texts[k], np.int32) for k in ("input_ids", "token_type_ids", "tokens")]

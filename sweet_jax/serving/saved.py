@@ -159,6 +159,8 @@ def open_model(name: str | Path, dtype: str = "float32") -> SavedModel:
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if (inside := Path(name) / "model" / "exits.json").exists():
+        raise UserError(f"{str(name)!r} is the folder of a run: give {str(inside.parent)!r}")
     checkpoint = open_checkpoint(str(name))
     about = _read_exits(checkpoint.folder)
     try:
