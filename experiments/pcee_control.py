@@ -188,6 +188,8 @@ def _draw(axes, task: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> N
                 color=COLOURS[number],
                 label=title if at == 0 else None,
             )
+    if not curves:
+        axes.text(0.5, 0.5, "no last exit gains a point", transform=axes.transAxes, ha="center")
     axes.axline((75, 75), slope=1, color="#bbbbbb", lw=1, zorder=0)
     axes.set_title(task)
     axes.set_xlabel("accuracy asked for (%)")
