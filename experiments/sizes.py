@@ -22,8 +22,10 @@ SIZES = "500,1500,3000"
 
 
 def _sizes(options: argparse.Namespace) -> list[int]:
+    """Ascending, those below the full subset."""
+    full = options.train_size or Config.train_size
     try:
-        return sorted(int(text) for text in split_names(options.sizes))
+        return sorted(size for text in split_names(options.sizes) if (size := int(text)) < full)
     except ValueError as error:
         raise UserError(f"--sizes must be whole numbers; got {options.sizes!r}") from error
 

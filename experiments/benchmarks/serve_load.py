@@ -9,7 +9,7 @@ some send their body slowly, some send rubbish, some 10 MB, some close the conne
 answer. Every answer is compared with what this process computes itself. SIGTERM comes while they
 all still ask; whatever the server had read must be answered. Prints requests and texts a second,
 the latencies of good requests, statuses, wrong and lost answers, and the server's memory over time.
-Exit status 1 where an answer was wrong or lost. About 6 minutes on 2 cores, which the clients share
+Exit status 1 where an answer was wrong or lost. 2 to 6 minutes on 2 cores, which the clients share
 with the server.
 """
 
