@@ -110,7 +110,8 @@ def test_tables_say_what_the_records_say(finished, capsys):
     record = json.loads((output(finished) / "cells" / "sst2-sweet.json").read_text())
     kept = [r for r in record["replicas"] if r["learning_rate"] == record["learning_rate"]]
     scores = np.asarray([[100 * e["score"] for e in r["individual"]] for r in kept])
-    cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(scores.mean(0), scores.std(0, ddof=1))]  # noqa: B905
+    means, deviations = scores.mean(axis=0), scores.std(axis=0, ddof=1)
+    cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(means, deviations, strict=True)]
     assert f"| sst2 | SWEET | {' | '.join(cells)} | 2 x 40 |" in text
     assert text in capsys.readouterr().out
 

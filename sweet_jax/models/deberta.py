@@ -172,11 +172,11 @@ class DisentangledAttention(Attention):
 
     def position_keys(self, relative: jax.Array) -> jax.Array:
         """Keys [W, H] of rows [W, H] of the table, for "c2p"."""
-        raise NotImplementedError
+        raise NotImplementedError  # each version of DeBERTa has its own
 
     def position_queries(self, relative: jax.Array) -> jax.Array:
         """Queries [W, H] of rows [W, H] of the table, for "p2c"."""
-        raise NotImplementedError
+        raise NotImplementedError  # each version of DeBERTa has its own
 
     def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
         total = super().scores(q, k, relative, key)  # [B, A, Q, L]

@@ -148,7 +148,7 @@ class Attention(nnx.Module):
 
     def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B*Q, H] of tokens `asking` [B*Q, H], keys and values [B*L, H] of tokens x."""
-        raise NotImplementedError
+        raise NotImplementedError  # each encoder has its own
 
     def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
         """What the softmax is taken of, [B, A, Q, L].
