@@ -17,8 +17,8 @@ from test_run import logits_of
 
 from sweet_jax.report.plots import conflict_figure
 from sweet_jax.training.conflict import gradient_conflict
+from sweet_jax.training.losses import mean_loss
 from sweet_jax.training.metrics import read_metrics
-from sweet_jax.training.step import mean_loss
 
 EXITS = (1, 2, 3)
 

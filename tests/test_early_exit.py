@@ -11,7 +11,8 @@ from flax import nnx
 
 from sweet_jax.models.early_exit import SHARED, EarlyExit, isolate, leaves_by_owner, owners
 from sweet_jax.models.pretrained import ENCODERS
-from sweet_jax.training.step import mean_loss, segment_gradients, whole_gradients
+from sweet_jax.training.gradients import segment_gradients, whole_gradients
+from sweet_jax.training.losses import mean_loss
 
 EXITS = (1, 3)
 KEY = jax.random.key(1)

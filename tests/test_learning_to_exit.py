@@ -20,11 +20,10 @@ from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.pipeline import prepare, run
 from sweet_jax.simulate import main as simulate_main
+from sweet_jax.training.losses import mean_exit_loss, measure
 from sweet_jax.training.metrics import diverged
 from sweet_jax.training.step import (
     clip,
-    mean_exit_loss,
-    measure,
     new_state,
     train_step,
 )

@@ -14,14 +14,13 @@ from test_early_exit import BATCH, EXITS, build, untrained
 from sweet_jax.models.bert import Bert, BertConfig
 from sweet_jax.models.early_exit import EarlyExit, leaves_by_owner
 from sweet_jax.models.layers import derive
+from sweet_jax.training.gradients import whole_gradients
+from sweet_jax.training.losses import mean_loss, only_class
 from sweet_jax.training.step import (
     StepSettings,
     clip,
-    mean_loss,
     new_state,
-    only_class,
     train_step,
-    whole_gradients,
 )
 
 

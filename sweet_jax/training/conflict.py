@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.models.early_exit import Isolation
-from sweet_jax.training.step import Params, State, StepSettings, dropout_key, mean_loss
+from sweet_jax.training.losses import mean_loss
+from sweet_jax.training.step import Params, State, StepSettings, dropout_key
 
 
 def gradient_conflict(

@@ -14,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sweet_jax.training.checkpoint import Checkpoints
+from sweet_jax.training.losses import Metrics
 from sweet_jax.training.metrics import MetricsLog
-from sweet_jax.training.step import Metrics, State
+from sweet_jax.training.step import State
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from sweet_jax.files import write_text
-from sweet_jax.training.step import Metrics
+from sweet_jax.training.losses import Metrics
 
 Row = dict[str, Any]
 

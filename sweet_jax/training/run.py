@@ -29,6 +29,7 @@ from sweet_jax.models.pretrained import Checkpoint, read_encoder
 from sweet_jax.training.checkpoint import Checkpoints, like
 from sweet_jax.training.conflict import conflict_step
 from sweet_jax.training.loop import take_steps
+from sweet_jax.training.losses import Metrics
 from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.sharding import (
     by_replica,
@@ -38,7 +39,6 @@ from sweet_jax.training.sharding import (
     without_axis,
 )
 from sweet_jax.training.step import (
-    Metrics,
     Params,
     State,
     StepSettings,

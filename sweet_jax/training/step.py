@@ -4,7 +4,6 @@ Shape letters: E exit, B batch, L length, C classes.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sweet_jax.models.early_exit import SHARED, Answer, Isolation, owners
+from sweet_jax.models.early_exit import SHARED, Answer, Carried, owners
 from sweet_jax.models.layers import derive
+from sweet_jax.training.gradients import Params, segment_gradients, whole_gradients
+from sweet_jax.training.losses import Metrics
 
-Params = Any  # pure dict of float32 arrays
 _LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # of a head's parameters
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)  # SWEET paper, appendix A
 
@@ -38,6 +38,7 @@ class StepSettings:
     boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () = all 1
     learning_to_exit: str = ""  # "", "joint" or "detached"
     shared_relative: bool = False  # the model's
+    frozen: int = 0  # so many first segments stay as they are: no exit trains them
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
         """Isolation of each of the E - 1 boundaries at a step (int32 []).
@@ -66,20 +67,14 @@ class State(NamedTuple):
     seed: jax.Array  # uint32 []
 
 
-class Metrics(NamedTuple):
-    """What a step reports, measured before its update; of one exit, arrays without E."""
+def new_state(params: Params, learning_rate: float, seed: int, trained: Params = None) -> State:
+    """The state before the first step.
 
-    loss: jax.Array  # float32 [E], mean cross-entropy
-    predicted: jax.Array  # int32 [E], the class if the batch was given one only, else -1
-    exit_loss: jax.Array | None = None  # float32 [E], learning-to-exit's mean squared error
-    conflict: jax.Array | None = None  # float32 [E, E, E], where measured: see conflict.py
-
-
-def new_state(params: Params, learning_rate: float, seed: int) -> State:
-    """The state before the first step."""
+    trained: the parameters that will get gradients, None for the others; by default all.
+    """
     return State(
         params,
-        _ADAM.init(params),
+        _ADAM.init(params if trained is None else trained),
         jnp.zeros((), jnp.int32),
         jnp.asarray(learning_rate, jnp.float32),
         jnp.asarray(seed, jnp.uint32),
@@ -99,113 +94,60 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
 
     """
     chex.assert_rank((batch["input_ids"], batch["labels"]), (2, 1))
-    key = dropout_key(state)
     isolation = settings.isolation_at(state.step)
-    separate = all(not isinstance(a, jax.Array) and a == 1 for a in isolation)
-    inputs = (settings.graphdef, state.params, batch)
-    if separate:
-        grads, metrics = segment_gradients(*inputs, 1.0, key)
-    else:
-        grads, metrics = whole_gradients(*inputs, isolation, key)
-    grads = clip(grads, settings)
-    updates, adam = _ADAM.update(grads, state.adam, state.params)
+    if all(not isinstance(a, jax.Array) and a == 1 for a in isolation):
+        every = tuple(range(len(settings.exits)))
+        state, metrics, _ = segments_step(settings, every, state, batch, None)
+        return state, metrics
+    key = dropout_key(state)
+    grads, metrics = whole_gradients(settings.graphdef, state.params, batch, isolation, key)
+    return _updated(settings, state, grads), metrics
+
+
+def segments_step(
+    settings: StepSettings,
+    segments: tuple[int, ...],
+    state: State,
+    batch: dict,
+    carried: Carried | None,
+) -> tuple[State, Metrics, Carried | None]:
+    """The same of some segments that follow each other, where no gradient crosses segments.
+
+    Args:
+      settings, batch: as in `train_step`.
+      segments: their numbers from 0.
+      state: of one replica; of the parameters, those of these segments at least.
+      carried: what the segment before them handed on, None for the first.
+
+    Returns:
+      The state, metrics of these segments' exits, and what the last of them hands on.
+
+    """
+    key, frozen = dropout_key(state), settings.frozen
+    grads, metrics, carried = segment_gradients(
+        settings.graphdef, state.params, batch, 1.0, key, segments, carried, frozen
+    )
+    return _updated(settings, state, grads), metrics, carried
+
+
+def _updated(settings: StepSettings, state: State, grads: Params) -> State:
+    """The state after AdamW's step; parameters without a gradient (None) stay as they are."""
+    updates, adam = _ADAM.update(clip(grads, settings), state.adam)
     rate = state.learning_rate * _schedule(state.step, settings)
 
-    def update(p: jax.Array, u: jax.Array) -> jax.Array:
+    def update(u: jax.Array | None, p: jax.Array) -> jax.Array:
+        if u is None:
+            return p
         decay = settings.weight_decay if p.ndim > 1 else 0.0  # none on biases and norms
         return p - rate * (u + decay * p)
 
-    params = jax.tree.map(update, state.params, updates)
-    return state._replace(params=params, adam=adam, step=state.step + 1), metrics
+    params = jax.tree.map(update, updates, state.params, is_leaf=lambda x: x is None)
+    return state._replace(params=params, adam=adam, step=state.step + 1)
 
 
 def dropout_key(state: State) -> jax.Array:
     """The key of the dropout masks of a replica's next step."""
     return derive(jax.random.key(state.seed), "dropout", state.step)
-
-
-def whole_gradients(
-    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: Isolation, key
-) -> tuple[Params, Metrics]:
-    """Gradients of the summed loss, and what it was: one backward pass."""
-
-    def total(params: Params):
-        answer = nnx.merge(graphdef, params).answers(batch, isolation, key)
-        metrics = measure(answer, batch["labels"])
-        return summed(metrics), metrics
-
-    return jax.grad(total, has_aux=True)(params)
-
-
-def segment_gradients(
-    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: float, key
-) -> tuple[Params, Metrics]:
-    """The same as `whole_gradients` where no gradient crosses segments, one segment at a time.
-
-    Forward and backward through a segment before the next one begins: only one segment's
-    activations are alive. The barrier says so to the compiler, which else orders all forward passes
-    first and needs as much memory as Early-Exit.
-    """
-    model = nnx.merge(graphdef, params)
-    exits = model.exits
-    owner_of = owners(params, exits, shared_relative=model.shared_relative)
-    carried, parts, found = None, [], []
-    for index, layer in enumerate(exits):
-
-        def loss(params: Params, carried=carried, index=index):
-            model = nnx.merge(graphdef, params)
-            carried, answer = model.segment(index, carried, batch, isolation, key)
-            metrics = measure(answer, batch["labels"])
-            return summed(metrics), (carried, metrics)
-
-        own, (carried, metrics) = jax.grad(loss, has_aux=True)(params)
-        # All else is exactly zero; None takes neither memory nor time.
-        own = jax.tree.map(lambda o, g, e=layer: g if o in (e, SHARED) else None, owner_of, own)
-        carried, own = jax.lax.optimization_barrier((carried, own))
-        parts.append(own)
-        found.append(metrics)
-    grads = jax.tree.map(
-        lambda *g: functools.reduce(jnp.add, [x for x in g if x is not None]),
-        *parts,
-        is_leaf=lambda x: x is None,
-    )
-    return grads, jax.tree.map(lambda *x: jnp.stack(x), *found)
-
-
-def measure(answer: Answer, labels: jax.Array) -> Metrics:
-    """Losses and predictions of answers [E, ...] (or of one exit's) to labels int32 [B]."""
-    logits, scores = answer
-    exit_loss = None if scores is None else mean_exit_loss(logits, scores, labels)
-    return Metrics(mean_loss(logits, labels), only_class(logits, labels), exit_loss)
-
-
-def summed(metrics: Metrics) -> jax.Array:
-    """What training minimises, float32 []: the sum of all losses, of every exit."""
-    total = metrics.loss.sum()
-    return total if metrics.exit_loss is None else total + metrics.exit_loss.sum()
-
-
-def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of logits [..., B, C] averaged over the rows of labels [B] that are not -1."""
-    labels = jnp.broadcast_to(labels, logits.shape[:-1])  # [..., B]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return _mean_of_present(losses, labels)
-
-
-def mean_exit_loss(logits: jax.Array, scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Squared error of scores [..., B] against 1 where the logits' class is right, else 0.
-
-    Averaged over the rows of labels [B] that are not -1 (learning to exit, Xin et al. 2021). The
-    target follows from the exit's own logits [..., B, C], and no gradient goes through it.
-    """
-    labels = jnp.broadcast_to(labels, scores.shape)  # [..., B]
-    right = jax.lax.stop_gradient(logits.argmax(axis=-1) == labels)
-    return _mean_of_present((scores - right) ** 2, labels)
-
-
-def _mean_of_present(values: jax.Array, labels: jax.Array) -> jax.Array:
-    present = labels >= 0
-    return jnp.where(present, values, 0).sum(axis=-1) / jnp.maximum(present.sum(axis=-1), 1)
 
 
 def evaluate_step(
@@ -244,15 +186,3 @@ def _schedule(step: jax.Array, settings: StepSettings) -> jax.Array:
     """Share of the peak learning rate: linear warm-up, then linear decay to zero."""
     warm, total = settings.warmup_steps, settings.total_steps
     return jnp.minimum((step + 1) / max(1, warm) if warm else 1.0, (total - step) / (total - warm))
-
-
-def only_class(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The one class that logits [..., B, C] give to all rows, or -1; int32 [...].
-
-    Rows whose label [B] is -1 do not count.
-    """
-    classes = logits.argmax(axis=-1)  # [..., B]
-    present = jnp.broadcast_to(labels, classes.shape) >= 0
-    low = jnp.where(present, classes, logits.shape[-1]).min(axis=-1)
-    high = jnp.where(present, classes, -1).max(axis=-1)
-    return jnp.where(low == high, low, -1).astype(jnp.int32)
