@@ -113,7 +113,7 @@ def record_path(output: Path, name: str) -> Path:
 
 
 def time_left(spent: float, worked: float, total: float) -> str:
-    """ ", N min left" from the seconds spent on `worked` of `total` work; "" before any is done."""
+    """What a line of progress says of the rest, after so many seconds for `worked` of `total`."""
     return f", {spent * (total / worked - 1) / 60:.0f} min left" if worked else ""
 
 

@@ -76,7 +76,7 @@ def run(
         began, total, worked, ended = time.monotonic(), sum(c.work for c in cells), 0.0, 0
         running = {_submit(ray, one, options, demand): (one, 1) for one in cells}
         while running and not stopped.is_set():
-            for stream in ray.wait(list(running), timeout=1)[0]:
+            for stream in ray.wait(list(running), timeout=0.5)[0]:
                 kind, what = _hear(ray, stream)
                 if kind == "started":
                     print(f"{running[stream][0].name} on {what}", flush=True)
@@ -129,7 +129,7 @@ def demanded(options: argparse.Namespace, nodes: Sequence[Mapping[str, float]]) 
             for n in sorted(nodes, key=lambda n: -n.get("CPU", 0))[:4]
         )
         wants = ", ".join(f"{count:g} {kind}" for kind, count in demand.items())
-        raise UserError(f"no node has what a cell takes, {wants}; they have {has}: take less")
+        raise UserError(f"no node has what a cell takes, {wants}: the largest have {has}")
     return demand
 
 
@@ -191,6 +191,8 @@ def _hear(ray: types.ModuleType, stream: Any) -> tuple[str, Any]:
     """What a stream says: ("started", where), ("ended", state) or ("lost", why)."""
     try:
         return ray.get(next(stream))
+    except StopIteration:  # a cancelled task may just end
+        return "lost", "its worker was told to stop"
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, StoppedError | ray.exceptions.TaskCancelledError):
             return "lost", "its worker was told to stop"
@@ -208,7 +210,7 @@ def _stop(
         ray.cancel(stream)
     deadline = time.monotonic() + _GRACE
     while running and time.monotonic() < deadline:
-        for stream in ray.wait(list(running), timeout=1)[0]:
+        for stream in ray.wait(list(running), timeout=0.5)[0]:
             kind, what = _hear(ray, stream)
             if kind == "started":
                 continue

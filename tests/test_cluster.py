@@ -6,9 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,15 @@ from sweet_jax.exits.outputs import ExitOutputs
 ROOT = Path(__file__).parent.parent
 METHODS = ("sweet", "early_exit", "multi_model")
 CELLS = tuple(f"sst2-{method}" for method in METHODS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """This process has one device, as the workers have."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +160,9 @@ def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
 
 @pytest.fixture(scope="module")
 def local(arguments, tmp_path_factory) -> Path:
-    """The same cells by the engine of this process, with a command that is run to its end."""
+    """A folder with the same cells by the engine of this process."""
     folder = tmp_path_factory.mktemp("local")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    words = [sys.executable, "-m", "experiments.grid", *command(arguments, folder)]
-    subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert run_here(command(arguments, folder)) == 0
     return folder
 
 
@@ -185,18 +194,113 @@ def test_what_is_done_is_not_run_again(swept, arguments, monkeypatch, capsys):
     assert "[" not in capsys.readouterr().out
 
 
-def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, local, tmp_path):
-    full = [*command(arguments, tmp_path), f"--address={two_workers}", "--methods=sweet"]
-    full += ["--set", "checkpoint_every=1000"]  # saves none but when it is stopped
-    process = driver(full)
+def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, tmp_path, capsys):
+    full = [*command(arguments, tmp_path), "--methods=sweet", "--set", "epochs=100"]
+    full += ["--set", "checkpoint_every=1000"]  # of 700 steps: saved but by a stop
+    log = tmp_path / "work" / CELLS[0] / "metrics.jsonl"
+
+    def stop():
+        while not log.exists():  # it is there when training begins
+            if over.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    over = threading.Event()
+    thread = threading.Thread(target=stop)
+    thread.start()
     try:
-        log = tmp_path / "work" / CELLS[0] / "metrics"
-        until(lambda: log.parent.exists() and any(log.parent.rglob("*events*")), process)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=100)
+        status = run_here([*full, "--engine=ray", f"--address={two_workers}"])
     finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 1
-    assert "the same command goes on from there" in errors
+        over.set()
+        thread.join()
+    assert status == 1
+    said = "stopped with 0 of 1 cells ended; the same command goes on from there"
+    assert said in capsys.readouterr().err
     assert manifest(tmp_path) == {CELLS[0]: {"state": "missing"}}
+    assert 0 < max(checkpoints(tmp_path, CELLS[0])) < 700
+    assert run_here(full) == 0  # with the other engine
+    assert manifest(tmp_path)[CELLS[0]]["state"] == "done"
+
+
+def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, capfd, monkeypatch):
+    """On a Ray that the command starts, and ends."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    full = [*command(arguments, tmp_path), "--engine=ray", "--tasks=rte,sst2", "--methods=sweet"]
+    assert run_here(full) == 1  # there are no rows of rte
+    states = manifest(tmp_path)
+    assert states["rte-sweet"]["state"] == "failed"
+    assert states["rte-sweet"]["error"].startswith("UserError: ")
+    assert states["rte-sweet"]["attempts"] == 1
+    assert states["sst2-sweet"]["state"] == "done"
+    out, errors = capfd.readouterr()
+    assert "rte-sweet failed: UserError: " in errors
+    assert all(re.match(r"(rte|sst2)-sweet on |\[[12]/2\] ", line) for line in out.splitlines())
+    assert not ray.is_initialized()
+
+
+def test_a_cell_whose_worker_always_dies_is_given_up(two_workers, arguments, tmp_path, monkeypatch):
+    def dies(*_):
+        yield "started", "a worker"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(cluster, "_task", dies)
+    full = [*command(arguments, tmp_path), "--methods=sweet", "--engine=ray"]
+    assert run_here([*full, f"--address={two_workers}", "--worker_retries=1"]) == 1
+    assert manifest(tmp_path)[CELLS[0]] == {
+        "state": "failed",
+        "error": "its worker died (WorkerCrashedError), 2 times",
+        "attempts": 2,
+    }
+
+
+def test_without_ray_there_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run_here([*command(arguments, tmp_path), "--engine=ray"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install -e '.[cluster]'" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--address=ray://host:10001"], "'ray://host:10001' is not HOST:PORT"),
+        (["--cpus_per_cell=0"], "--cpus_per_cell must be 1 or more; got 0"),
+        (["--worker_retries=-1"], "--worker_retries must be 0 or more; got -1"),
+        (["--cpus_per_cell=3"], "the largest have 2 CPU, 0 GPU, 0 TPU"),
+    ],
+)
+def test_wrong_options_get_one_line(two_workers, arguments, tmp_path, more, message, capsys):
+    full = [*command(arguments, tmp_path), "--engine=ray", f"--address={two_workers}", *more]
+    assert run_here(full) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+BOX, HOST = {"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0, "TPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "nodes", "wanted"),
+    [
+        ([], [{"CPU": 2.0}], (1, 0, 0)),
+        ([], [{"CPU": 2.0}, BOX], (1, 1, 0)),
+        ([], [HOST], (1, 0, 1)),
+        ([], [BOX, HOST], (1, 1, 0)),
+        (["--tpus_per_cell=4"], [BOX, HOST], (1, 0, 4)),
+        (["--gpus_per_cell=0", "--cpus_per_cell=16"], [BOX], (16, 0, 0)),
+        (["--gpus_per_cell=8", "--cpus_per_cell=33"], [BOX, HOST], None),
+        (["--gpus_per_cell=1"], [{"CPU": 2.0}], None),
+    ],
+)
+def test_a_cell_takes_whole_devices_of_one_node(flags, nodes, wanted):
+    options = grid.parser(None).parse_args(flags)
+    if wanted is None:
+        with pytest.raises(UserError, match="no node has what a cell takes"):
+            cluster.demanded(options, nodes)
+    else:
+        assert cluster.demanded(options, nodes) == dict(
+            zip(("CPU", "GPU", "TPU"), wanted, strict=True)
+        )
