@@ -87,7 +87,7 @@ def run(
                     running[_submit(ray, one, options, demand)] = (one, times + 1)
                     continue
                 if kind == "lost":
-                    what = {"state": "failed", "error": f"{what}, {times} times"}
+                    what = {"state": "failed", "error": f"{what} at attempt {times}"}
                 ended, worked = ended + 1, worked + one.work
                 rest = time_left(time.monotonic() - began, worked, total)
                 print(f"[{ended}/{len(cells)}] {one.name} {what['state']}{rest}", flush=True)

@@ -35,23 +35,45 @@ def one_device():
         yield
 
 
+CLUSTER = """
+from ray.cluster_utils import Cluster
+
+node = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+print("at", cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+
+
 @pytest.fixture(scope="module")
 def two_workers():
-    """Address of a cluster of one node, where two cells of a CPU each run side by side."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
+    """Address of a cluster of one node, where two cells of a CPU each run side by side.
 
-    node = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        made = Cluster(initialize_head=True, head_node_args=node)
-        yield made.address
-        made.shutdown()
+    In a process of its own: Ray forks, which a process with jax's threads should not.
+    """
+    pytest.importorskip("ray")
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:  # waits for its end
+        for line in process.stdout:
+            if line.startswith("at "):
+                yield line.split()[1]
+                break
+        else:
+            pytest.fail("no Ray cluster was started")
+        process.communicate("\n", timeout=60)
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[str]:
-    """Options of cells of 2 replicas and 60 steps, with a checkpoint after each fifth."""
+    """Options of cells of 2 replicas and 28 steps, with a checkpoint after each fourth."""
     data = tmp_path_factory.mktemp("glue")
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "shallow", layers=2)
     rng = np.random.default_rng(0)
@@ -65,7 +87,7 @@ def arguments(tmp_path_factory) -> list[str]:
     return [
         *(f"--data_dir={data}", f"--checkpoint={checkpoint}", "--exits=1,2", "--tasks=sst2"),
         *("--seeds=0,1", "--learning_rates=3e-3", "--max_length=32", "--train_size=70"),
-        *("--set", "epochs=8", "--set", "batch_size=8", "--set", "checkpoint_every=5"),
+        *("--set", "epochs=4", "--set", "batch_size=8", "--set", "checkpoint_every=4"),
     ]
 
 
@@ -146,7 +168,7 @@ def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
     assert {n: state["attempts"] for n, state in states.items()} == {
         n: 2 if n == name else 1 for n in CELLS
     }
-    assert 0 < step < 56  # of 7 batches in 8 epochs: the kill was in the middle
+    assert 0 < step < 28  # of 7 batches in 4 epochs: the kill was in the middle
     text = "".join(lines)
     begun = re.findall(r"^(\S+) on \S+, process (\d+)$", text, re.MULTILINE)
     assert sorted(n for n, _ in begun) == sorted([*CELLS, name])
@@ -162,7 +184,7 @@ def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
 def local(arguments, tmp_path_factory) -> Path:
     """A folder with the same cells by the engine of this process."""
     folder = tmp_path_factory.mktemp("local")
-    assert run_here(command(arguments, folder)) == 0
+    assert run_here([*command(arguments, folder), "--set", "checkpoint_every=1000"]) == 0
     return folder
 
 
@@ -195,8 +217,8 @@ def test_what_is_done_is_not_run_again(swept, arguments, monkeypatch, capsys):
 
 
 def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, tmp_path, capsys):
-    full = [*command(arguments, tmp_path), "--methods=sweet", "--set", "epochs=100"]
-    full += ["--set", "checkpoint_every=1000"]  # of 700 steps: saved but by a stop
+    full = [*command(arguments, tmp_path), "--methods=sweet", "--set", "epochs=60"]
+    full += ["--set", "checkpoint_every=1000"]  # of 420 steps: saved but by a stop
     log = tmp_path / "work" / CELLS[0] / "metrics.jsonl"
 
     def stop():
@@ -217,26 +239,31 @@ def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, t
     said = "stopped with 0 of 1 cells ended; the same command goes on from there"
     assert said in capsys.readouterr().err
     assert manifest(tmp_path) == {CELLS[0]: {"state": "missing"}}
-    assert 0 < max(checkpoints(tmp_path, CELLS[0])) < 700
+    assert 0 < max(checkpoints(tmp_path, CELLS[0])) < 420
     assert run_here(full) == 0  # with the other engine
     assert manifest(tmp_path)[CELLS[0]]["state"] == "done"
 
 
-def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, capfd, monkeypatch):
+def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch):
     """On a Ray that the command starts, and ends."""
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    full = [*command(arguments, tmp_path), "--engine=ray", "--tasks=rte,sst2", "--methods=sweet"]
-    assert run_here(full) == 1  # there are no rows of rte
+    process = driver(
+        [
+            *(*command(arguments, tmp_path), "--tasks=rte,sst2", "--methods=sweet"),
+            *("--set", "epochs=1", "--set", "checkpoint_every=1000"),
+        ]
+    )
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 1  # there are no rows of rte
     states = manifest(tmp_path)
     assert states["rte-sweet"]["state"] == "failed"
     assert states["rte-sweet"]["error"].startswith("UserError: ")
     assert states["rte-sweet"]["attempts"] == 1
     assert states["sst2-sweet"]["state"] == "done"
-    out, errors = capfd.readouterr()
     assert "rte-sweet failed: UserError: " in errors
+    assert "Traceback" not in errors
     assert all(re.match(r"(rte|sst2)-sweet on |\[[12]/2\] ", line) for line in out.splitlines())
-    assert not ray.is_initialized()
 
 
 def test_a_cell_whose_worker_always_dies_is_given_up(two_workers, arguments, tmp_path, monkeypatch):
@@ -246,11 +273,11 @@ def test_a_cell_whose_worker_always_dies_is_given_up(two_workers, arguments, tmp
 
     monkeypatch.setattr(cluster, "_task", dies)
     full = [*command(arguments, tmp_path), "--methods=sweet", "--engine=ray"]
-    assert run_here([*full, f"--address={two_workers}", "--worker_retries=1"]) == 1
+    assert run_here([*full, f"--address={two_workers}", "--worker_retries=0"]) == 1
     assert manifest(tmp_path)[CELLS[0]] == {
         "state": "failed",
-        "error": "its worker died (WorkerCrashedError), 2 times",
-        "attempts": 2,
+        "error": "its worker died (WorkerCrashedError) at attempt 1",
+        "attempts": 1,
     }
 
 
