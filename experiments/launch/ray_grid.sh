@@ -19,15 +19,15 @@ usage() {
   exit 2
 }
 
-# Ray's own token, which newer versions ask of whoever connects: one file that all machines see.
+# Newer versions of Ray ask a token of whoever connects: ~/.ray/auth_token, the same everywhere.
 token() {
   if [ -z "${RAY_AUTH_MODE:-}" ] && ray get-auth-token --help >/dev/null 2>&1; then
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+    export RAY_AUTH_MODE=token
     [ "$1" = worker ] || ray get-auth-token --generate >/dev/null
   fi
 }
 
-head() {
+start_head() {
   token head
   ray start --head --port="$port" --include-dashboard=false
   trap 'ray stop >/dev/null' EXIT
@@ -35,22 +35,25 @@ head() {
   python -m experiments.grid --engine=ray --address="127.0.0.1:$port" "$@"
 }
 
-worker() {
+start_worker() {
   token worker
   exec ray start --address="$1" --block # until the head stops
 }
 
 case "${1:-}" in
-  head) shift && head "$@" ;;
-  worker) [ $# = 2 ] || usage && worker "$2" ;;
+  head) shift && start_head "$@" ;;
+  worker)
+    [ $# = 2 ] || usage
+    start_worker "$2"
+    ;;
   slurm)
     shift
     first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
     if [ "$SLURM_NODEID" = 0 ]; then
-      RAY_WAIT="${RAY_WAIT:-60}" head "$@"
+      RAY_WAIT="${RAY_WAIT:-60}" start_head "$@"
     else
       sleep 20 # the head comes first
-      worker "$first:$port" || true # its end is the head's
+      (start_worker "$first:$port") || true # its end is the head's
     fi
     ;;
   *) usage ;;
