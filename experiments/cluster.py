@@ -153,7 +153,7 @@ def _connected(options: argparse.Namespace) -> Iterator[types.ModuleType]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **begin)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"no Ray cluster is reached at {address!r} ({text}): start one with ray start --head"
         ) from error
