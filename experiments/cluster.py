@@ -151,8 +151,11 @@ def _connected(options: argparse.Namespace) -> Iterator[types.ModuleType]:
     begin = {"include_dashboard": False} if address == "local" else {}
     before = signal.getsignal(signal.SIGTERM)  # Ray puts its own
     try:
+        if address not in ("auto", "local"):  # Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **begin)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"no Ray cluster is reached at {address!r} ({text}): start one with ray start --head"

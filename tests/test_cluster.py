@@ -293,6 +293,8 @@ def test_without_ray_there_is_one_line(arguments, tmp_path, monkeypatch, capsys)
     ("more", "message"),
     [
         (["--address=ray://host:10001"], "'ray://host:10001' is not HOST:PORT"),
+        (["--address=127.0.0.1:1"], "no Ray cluster is reached at '127.0.0.1:1'"),
+        (["--address=head"], "no Ray cluster is reached at 'head'"),
         (["--cpus_per_cell=0"], "--cpus_per_cell must be 1 or more; got 0"),
         (["--worker_retries=-1"], "--worker_retries must be 0 or more; got -1"),
         (["--cpus_per_cell=3"], "the largest have 2 CPU, 0 GPU, 0 TPU"),
