@@ -9,28 +9,31 @@ OUTPUT/cells/NAME.json (every seed and rate) and OUTPUT/outputs/NAME/*.npz (the 
 OUTPUT/manifest.json says of every cell whether it is done, failed or missing. A second start runs
 what is missing, a cell stopped in the middle goes on from its checkpoint (in --workdir), and one
 that failed does not stop the others (--retry runs it again).
+
+The cells run one after the other in this process; with --engine=ray (pip install -e ".[cluster]")
+side by side on the nodes of a Ray cluster, or on this machine's cores where none is given:
+
+  python -m experiments.grid --model=bert-base --engine=ray --address=auto
+
+All nodes must see this folder, --output, --workdir, --data_dir and the checkpoint under the same
+paths. The manifest is written by this process alone.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import logging
-import shutil
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sweet_jax.config import METHODS, Config, UserError, check_choice, from_mapping, split_names
+from experiments import cluster
+from experiments.cells import Cell, attempt, load, time_left
+from sweet_jax.config import METHODS, UserError, check_choice, from_mapping, split_names
 from sweet_jax.data.tasks import GLUE
-from sweet_jax.exits.analysis import area
-from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import held, write_json
-from sweet_jax.pipeline import run
 from sweet_jax.training.loop import StoppedError
 
 # The paper's four models (section 5.1), and a small one that a laptop can train.
@@ -49,44 +52,6 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"checkpoint": "microsoft/deberta-large", "exits": (1, 6, 12, 24), "batch_size": 8},
 }
 SEEDS = (0, 1, 2)
-# Training rows and mean tokens of a batch's longest text, to guess which cell takes longest.
-_SIZES = {
-    "sst2": (67_349, 40),
-    "mrpc": (3_668, 80),
-    "rte": (2_490, 128),
-    "cola": (8_551, 32),
-    "mnli": (392_702, 80),
-    "qnli": (104_743, 96),
-    "qqp": (363_846, 64),
-}
-# Keys of results.json that the record of a cell keeps; curves follow from the saved outputs.
-_KEPT = ("task", "method", "checkpoint", "exits", "preset", "metric", "n", "fitted_on")
-_KEPT_OF_REPLICA = (
-    "seed",
-    "learning_rate",
-    "individual",
-    "temperatures",
-    "grid",
-    "at_cost",
-    "calibration_area",
-    "diverged",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """Runs that are compiled together. The name is that of its files."""
-
-    name: str
-    config: Config
-
-    @property
-    def work(self) -> float:
-        """A guess of the layers times tokens that training goes through."""
-        rows, tokens = _SIZES.get(self.config.task, (self.config.train_size, 64))
-        depths = layer_cost(self.config.exits, self.config.method)[-1] * self.config.exits[-1]
-        rows = min(rows, self.config.train_size) * self.config.epochs
-        return float(rows * tokens * depths * len(self.config.replicas()))
 
 
 def cell(options: argparse.Namespace, task: str, method: str, **changed: Any) -> Cell:
@@ -156,6 +121,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     add("--retry", action="store_true", help="run failed cells again")
     add("--render_only", action="store_true", help="run nothing, use the cells that are done")
     add("--list", action="store_true", help="print what is done, failed and missing, and stop")
+    cluster.add_options(made.add_argument_group("engine"))
     return made
 
 
@@ -194,32 +160,11 @@ def main(
     return 0 if sound else 1
 
 
-def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
-    """The records of the cells that are done, by name.
-
-    Raises UserError for a record that was made with another configuration.
-    """
-    found = {}
-    for one in cells:
-        path = output / "cells" / f"{one.name}.json"
-        if not path.exists():
-            continue
-        found[one.name] = record = json.loads(path.read_text())
-        ours = _identity(one.config)
-        differing = [k for k in ours if record["config"].get(k, ours[k]) != ours[k]]
-        if differing:
-            raise UserError(
-                f"{str(path)!r} was made with {differing[0]} {record['config'][differing[0]]!r}, "
-                f"not {ours[differing[0]]!r}: give the same options, or another --output"
-            )
-    return found
-
-
 def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> bool:
     """Runs the cells that are missing, the longest first; True if none failed.
 
     Raises:
-      UserError: another process writes to the same output.
+      UserError: another process writes to the same output, or there is no such cluster.
       StoppedError: SIGTERM came.
 
     """
@@ -237,61 +182,27 @@ def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> bool:
         write_json(output / "manifest.json", states)
         left = [c for c in cells if states[c.name]["state"] == "missing"]
         left.sort(key=lambda c: -c.work)
-        began, total = time.monotonic(), sum(c.work for c in left)
-        worked = 0.0
-        for number, one in enumerate(left, start=1):
-            spent = time.monotonic() - began
-            rest = f", {spent * (total / worked - 1) / 60:.0f} min left" if worked else ""
-            print(f"[{number}/{len(left)}] {one.name}{rest}", flush=True)
-            states[one.name] = _attempt(one, options)
-            write_json(output / "manifest.json", states)
-            worked += one.work
+        engine = cluster.run if options.engine == "ray" and left else _here
+        with contextlib.closing(engine(left, options)) as ended:
+            for one, state in ended:
+                if state["state"] == "failed":
+                    print(f"{one.name} failed: {state['error']}", file=sys.stderr)
+                    print(state.pop("traceback", ""), file=sys.stderr, end="")
+                states[one.name] = state
+                write_json(output / "manifest.json", states)
     return all(states[c.name]["state"] == "done" for c in cells)
 
 
-def _attempt(one: Cell, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs a cell and writes its record; what the manifest says of it."""
-    workdir = options.workdir / one.name
-    began = time.monotonic()
-    try:
-        results = run(one.config, workdir, report=False)
-    except StoppedError:
-        raise
-    except Exception as error:  # a cell that fails must not stop the others
-        text = " ".join(str(error).split())
-        print(f"{one.name} failed: {text}", file=sys.stderr)
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-        return {"state": "failed", "error": f"{type(error).__name__}: {text}"}
-    kept = options.output / "outputs" / one.name
-    kept.mkdir(parents=True, exist_ok=True)
-    for path in (workdir / "exit_outputs").glob("*.npz"):
-        shutil.copy(path, kept)
-    record = record_of(results) | {"config": _identity(one.config)}
-    write_json(options.output / "cells" / f"{one.name}.json", record)
-    shutil.rmtree(workdir)  # gigabytes of checkpoints
-    return {"state": "done", "seconds": round(time.monotonic() - began)}
-
-
-def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cell keeps of results.json, with the area under each replica's validation curve."""
-    replicas = [
-        {k: replica[k] for k in _KEPT_OF_REPLICA}
-        | {"area": area(*(np.asarray(replica["curve"][k]) for k in ("cost", "score")))}
-        for replica in results["replicas"]
-    ]
-    return {k: results[k] for k in _KEPT} | {
-        "learning_rate": results["mean"]["learning_rate"],  # chosen by area
-        "replicas": replicas,
-        "timing": results["timing"],
-        "versions": results["versions"],
-    }
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """The config as JSON has it, without what depends on the machine."""
-    values = json.loads(json.dumps(dataclasses.asdict(config.resolved()), default=str))
-    return {k: v for k, v in values.items() if k not in ("data_dir", "checkpoint_every")}
+def _here(
+    cells: Sequence[Cell], options: argparse.Namespace
+) -> Generator[tuple[Cell, dict[str, Any]], None, None]:
+    """Runs the cells one after the other in this process; yields each with its state."""
+    began, total, worked = time.monotonic(), sum(c.work for c in cells), 0.0
+    for number, one in enumerate(cells, start=1):
+        rest = time_left(time.monotonic() - began, worked, total)
+        print(f"[{number}/{len(cells)}] {one.name}{rest}", flush=True)
+        yield one, attempt(one, options.output, options.workdir)
+        worked += one.work
 
 
 def _states(output: Path) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from test_policies import known_table
 
 from experiments import (
     ablation,
+    cells,
     curves,
     grid,
     individual,
@@ -140,7 +141,7 @@ def test_differences_are_paired_by_seed_and_their_mean_over_tasks_too():
 
 
 def test_a_second_start_runs_nothing(finished, monkeypatch):
-    monkeypatch.setattr(grid, "run", None)  # calling it would fail
+    monkeypatch.setattr(cells, "run", None)  # calling it would fail
     for script in (individual, rates, curves):
         assert script.run(finished) == 0
     assert (output(finished) / "figures" / "curves.svg").stat().st_size > 1000

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -56,7 +56,7 @@ def take_steps(
             metrics.add(number, number // epoch, length, values)
             bar.update(len(values.loss) * rows)
 
-    with _termination() as terminated:
+    with termination() as terminated:
         for number in steps:
             inputs = batch(number)
             rows, length = inputs["mask"].shape[-2:]
@@ -75,11 +75,14 @@ def take_steps(
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of ending the process at once."""
+def termination(
+    signals: Sequence[signal.Signals] = (signal.SIGTERM,),
+) -> Iterator[threading.Event]:
+    """An event that the signals set, in place of ending the process at once."""
     event = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    before = [signal.signal(number, lambda *_: event.set()) for number in signals]
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,138 @@
+"""One cell of the grid: runs that are compiled together, what they leave, and how they are done."""
+
+import dataclasses
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.exits.analysis import area
+from sweet_jax.exits.outputs import layer_cost
+from sweet_jax.files import write_json
+from sweet_jax.pipeline import run
+from sweet_jax.training.loop import StoppedError
+
+# Training rows and mean tokens of a batch's longest text, to guess which cell takes longest.
+_SIZES = {
+    "sst2": (67_349, 40),
+    "mrpc": (3_668, 80),
+    "rte": (2_490, 128),
+    "cola": (8_551, 32),
+    "mnli": (392_702, 80),
+    "qnli": (104_743, 96),
+    "qqp": (363_846, 64),
+}
+# Keys of results.json that the record of a cell keeps; curves follow from the saved outputs.
+_KEPT = ("task", "method", "checkpoint", "exits", "preset", "metric", "n", "fitted_on")
+_KEPT_OF_REPLICA = (
+    "seed",
+    "learning_rate",
+    "individual",
+    "temperatures",
+    "grid",
+    "at_cost",
+    "calibration_area",
+    "diverged",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Runs that are compiled together. The name is that of its files."""
+
+    name: str
+    config: Config
+
+    @property
+    def work(self) -> float:
+        """A guess of the layers times tokens that training goes through."""
+        rows, tokens = _SIZES.get(self.config.task, (self.config.train_size, 64))
+        depths = layer_cost(self.config.exits, self.config.method)[-1] * self.config.exits[-1]
+        rows = min(rows, self.config.train_size) * self.config.epochs
+        return float(rows * tokens * depths * len(self.config.replicas()))
+
+
+def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
+    """The records of the cells that are done, by name.
+
+    Raises UserError for a record that was made with another configuration.
+    """
+    found = {}
+    for one in cells:
+        path = record_path(output, one.name)
+        if not path.exists():
+            continue
+        found[one.name] = record = json.loads(path.read_text())
+        ours = _identity(one.config)
+        differing = [k for k in ours if record["config"].get(k, ours[k]) != ours[k]]
+        if differing:
+            raise UserError(
+                f"{str(path)!r} was made with {differing[0]} {record['config'][differing[0]]!r}, "
+                f"not {ours[differing[0]]!r}: give the same options, or another --output"
+            )
+    return found
+
+
+def attempt(one: Cell, output: Path, workdir: Path) -> dict[str, Any]:
+    """Runs a cell and writes its record; what the manifest says of it.
+
+    A cell that fails must not stop the others: {"state": "failed", "error"}, and the "traceback"
+    where the user's input is not to blame. Raises StoppedError if SIGTERM came.
+    """
+    workdir = workdir / one.name
+    began = time.monotonic()
+    try:
+        results = run(one.config, workdir, report=False)
+    except StoppedError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        failed = {"state": "failed", "error": f"{type(error).__name__}: {text}"}
+        if not isinstance(error, UserError):
+            failed["traceback"] = traceback.format_exc()
+        return failed
+    kept = output / "outputs" / one.name
+    kept.mkdir(parents=True, exist_ok=True)
+    for path in (workdir / "exit_outputs").glob("*.npz"):
+        shutil.copy(path, kept)
+    record = record_of(results) | {"config": _identity(one.config)}
+    write_json(record_path(output, one.name), record)
+    shutil.rmtree(workdir)  # gigabytes of checkpoints
+    return {"state": "done", "seconds": round(time.monotonic() - began)}
+
+
+def record_path(output: Path, name: str) -> Path:
+    """Where the record of a finished cell stands."""
+    return output / "cells" / f"{name}.json"
+
+
+def time_left(spent: float, worked: float, total: float) -> str:
+    """What a line of progress says of the rest, after so many seconds for `worked` of `total`."""
+    return f", {spent * (total / worked - 1) / 60:.0f} min left" if worked else ""
+
+
+def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell keeps of results.json, with the area under each replica's validation curve."""
+    replicas = [
+        {k: replica[k] for k in _KEPT_OF_REPLICA}
+        | {"area": area(*(np.asarray(replica["curve"][k]) for k in ("cost", "score")))}
+        for replica in results["replicas"]
+    ]
+    return {k: results[k] for k in _KEPT} | {
+        "learning_rate": results["mean"]["learning_rate"],  # chosen by area
+        "replicas": replicas,
+        "timing": results["timing"],
+        "versions": results["versions"],
+    }
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """The config as JSON has it, without what depends on the machine."""
+    values = json.loads(json.dumps(dataclasses.asdict(config.resolved()), default=str))
+    return {k: v for k, v in values.items() if k not in ("data_dir", "checkpoint_every")}

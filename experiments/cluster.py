@@ -1,0 +1,291 @@
+"""The cells of the grid on Ray: one task a cell, submitted again where its worker dies.
+
+The workers write what a cell leaves, the driver alone the manifest. A task is submitted again by
+the driver, not by Ray's max_retries: so the manifest can say how often a cell was begun, a retry is
+a line on the terminal, and one that runs out of memory is not begun for ever. A task that is
+begun again goes on from the cell's last checkpoint, or finds its record and does nothing.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import time
+import types
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.cells import Cell, attempt, record_path, time_left
+from sweet_jax.config import UserError
+from sweet_jax.files import held
+from sweet_jax.training.loop import StoppedError, termination
+
+_ROOT = Path(__file__).resolve().parent.parent
+_GRACE = 60.0  # seconds that stopped cells have to save their state
+_LEASE = 120.0  # seconds that network storage may keep the lock of a node that is gone
+
+
+def add_options(group: Any) -> None:
+    """The options that choose where the cells run."""
+    add = group.add_argument
+    add("--engine", default="local", choices=("local", "ray"), help="default: %(default)s")
+    add(
+        "--address",
+        metavar="HOST:PORT",
+        help="of a Ray cluster that this machine belongs to, or auto; default: RAY_ADDRESS, or "
+        "else Ray is started on this machine and ended with the command",
+    )
+    for kind, default in (
+        ("cpus", "1"),
+        ("gpus", "1 where the cluster has any"),
+        ("tpus", "1 where the cluster has any and no GPUs"),
+    ):
+        add(
+            f"--{kind}_per_cell",
+            type=int,
+            metavar="N",
+            help=f"whole {'chips' if kind == 'tpus' else kind.upper()} of one node (ray); "
+            f"default: {default}",
+        )
+    add(
+        "--worker_retries",
+        type=int,
+        default=3,
+        metavar="N",
+        help="times that a cell is begun again after its worker died (ray); default: %(default)s",
+    )
+
+
+def run(
+    cells: Sequence[Cell], options: argparse.Namespace
+) -> Generator[tuple[Cell, dict[str, Any]], None, None]:
+    """Runs the cells side by side on Ray; yields each with its state when it has ended.
+
+    Raises:
+      UserError: Ray is not installed, not reached, or has no node for such cells.
+      StoppedError: SIGTERM or Ctrl-C came; running cells had a minute to save their state.
+
+    """
+    check_options(options)
+    with _connected(options) as ray, termination((signal.SIGTERM, signal.SIGINT)) as stopped:
+        demand = demanded(options, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+        began, total, worked, ended = time.monotonic(), sum(c.work for c in cells), 0.0, 0
+        running = {_submit(ray, one, options, demand): (one, 1) for one in cells}
+        while running and not stopped.is_set():
+            for stream in ray.wait(list(running), timeout=0.5)[0]:
+                kind, what = _hear(ray, stream)
+                if kind == "started":
+                    print(f"{running[stream][0].name} on {what}", flush=True)
+                    continue
+                one, times = running.pop(stream)
+                if kind == "lost" and times <= options.worker_retries:
+                    print(f"{one.name}: {what}, begun again", flush=True)
+                    running[_submit(ray, one, options, demand)] = (one, times + 1)
+                    continue
+                if kind == "lost":
+                    what = {"state": "failed", "error": f"{what} at attempt {times}"}
+                ended, worked = ended + 1, worked + one.work
+                rest = time_left(time.monotonic() - began, worked, total)
+                print(f"[{ended}/{len(cells)}] {one.name} {what['state']}{rest}", flush=True)
+                yield one, what | {"attempts": times}
+        if stopped.is_set():
+            yield from _stop(ray, running)
+            raise StoppedError(f"stopped with {ended} of {len(cells)} cells ended")
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises UserError for a number that cannot be."""
+    for name, least in (
+        ("cpus_per_cell", 1),
+        ("gpus_per_cell", 0),
+        ("tpus_per_cell", 0),
+        ("worker_retries", 0),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be {least} or more; got {value}")
+
+
+def demanded(options: argparse.Namespace, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What a cell takes of a node, {"CPU", "GPU", "TPU"}, for nodes that have such resources.
+
+    Accelerators are taken whole: jax reserves most of a device's memory, so that two cells on one
+    would be in each other's way. Raises UserError if no node has as much.
+    """
+    has_gpus, has_tpus = (any(n.get(kind, 0) >= 1 for n in nodes) for kind in ("GPU", "TPU"))
+    gpus, tpus = options.gpus_per_cell, options.tpus_per_cell
+    if gpus is None:
+        gpus = int(has_gpus and not tpus)
+    if tpus is None:
+        tpus = int(has_tpus and not gpus)
+    demand = {"CPU": options.cpus_per_cell or 1, "GPU": gpus, "TPU": tpus}
+    if not any(all(n.get(k, 0) >= v for k, v in demand.items()) for n in nodes):
+        has = "; ".join(
+            ", ".join(f"{n.get(kind, 0):g} {kind}" for kind in demand)
+            for n in sorted(nodes, key=lambda n: -n.get("CPU", 0))[:4]
+        )
+        wants = ", ".join(f"{count:g} {kind}" for kind, count in demand.items())
+        raise UserError(f"no node has what a cell takes, {wants}: the largest have {has}")
+    return demand
+
+
+@contextlib.contextmanager
+def _connected(options: argparse.Namespace) -> Iterator[types.ModuleType]:
+    """Ray, connected; a Ray that was started for this is ended with the block."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--engine=ray needs Ray: pip install -e '.[cluster]'") from error
+    address = options.address or os.environ.get("RAY_ADDRESS") or "local"
+    if "://" in address:
+        raise UserError(
+            f"--address {address!r} is not HOST:PORT: run the command on a node of the cluster, "
+            "with --address=auto"
+        )
+    logging.getLogger("ray").setLevel(logging.ERROR)  # the terminal is for our lines
+    begin = {"include_dashboard": False} if address == "local" else {}
+    before = signal.getsignal(signal.SIGTERM)  # Ray puts its own
+    try:
+        if address not in ("auto", "local"):  # Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **begin)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"no Ray cluster is reached at {address!r} ({text}): start one with ray start --head"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _submit(
+    ray: types.ModuleType, one: Cell, options: argparse.Namespace, demand: Mapping[str, float]
+) -> Any:
+    """The stream of what the task of a cell says."""
+    # The experiments are no installed package. Their checkout is on the storage that all nodes
+    # share, as the output is: to name it is simpler than to upload it, with its results.
+    environment = {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+    if not demand["GPU"] and not demand["TPU"]:
+        # XLA would take every core, and a device that Ray gave to nobody.
+        environment |= {"JAX_PLATFORMS": "cpu", "NPROC": str(demand["CPU"])}
+    # A process for each cell (max_calls): jax holds its devices and their memory until it ends.
+    task = ray.remote(num_returns="streaming", max_calls=1, max_retries=0)(_task).options(
+        name=one.name,
+        num_cpus=demand["CPU"],
+        num_gpus=demand["GPU"],
+        resources={"TPU": demand["TPU"]} if demand["TPU"] else None,
+        runtime_env={"env_vars": environment},
+    )
+    kind = "gpu" if demand["GPU"] else "tpu" if demand["TPU"] else "cpu"
+    # The driver's folder goes along, so that relative paths mean there what they mean here.
+    return task.remote(one, kind, Path.cwd(), options.output, options.workdir)
+
+
+def _hear(ray: types.ModuleType, stream: Any) -> tuple[str, Any]:
+    """What a stream says: ("started", where), ("ended", state) or ("lost", why)."""
+    try:
+        return ray.get(next(stream))
+    except StopIteration:  # a cancelled task may just end
+        return "lost", "its worker was told to stop"
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, StoppedError | ray.exceptions.TaskCancelledError):
+            return "lost", "its worker was told to stop"
+        text = f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}"
+        return "ended", {"state": "failed", "error": text, "traceback": f"{error}\n"}
+    except ray.exceptions.RayError as error:
+        return "lost", f"its worker died ({type(error).__name__})"
+
+
+def _stop(
+    ray: types.ModuleType, running: dict[Any, tuple[Cell, int]]
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Cancels the tasks, which then save their state; yields those that end on their own."""
+    for stream in running:
+        ray.cancel(stream)
+    deadline = time.monotonic() + _GRACE
+    while running and time.monotonic() < deadline:
+        for stream in ray.wait(list(running), timeout=0.5)[0]:
+            kind, what = _hear(ray, stream)
+            if kind == "started":
+                continue
+            one, times = running.pop(stream)
+            if kind == "ended":
+                yield one, what | {"attempts": times}
+    for stream in running:
+        ray.cancel(stream, force=True)
+
+
+def _task(
+    one: Cell, kind: str, folder: Path, output: Path, workdir: Path
+) -> Iterator[tuple[str, Any]]:
+    """A cell in a worker: says where it is, runs it, and says how it ended."""
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    # What Ray's cancel sends becomes what training answers by saving its state.
+    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+    yield "started", f"{socket.gethostname()}, process {os.getpid()}"
+    try:
+        _check_node(kind, folder, output)
+        # The output and workdir of a cell are its task's alone, from the first look at the record
+        # on: a task of a driver that was killed may not have ended yet.
+        with _held_soon(workdir / ".cells" / one.name):
+            if record_path(output, one.name).exists():
+                shutil.rmtree(workdir / one.name, ignore_errors=True)
+                state = {"state": "done"}
+            else:
+                state = attempt(one, output, workdir)
+    except UserError as error:
+        state = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+    yield "ended", state
+
+
+def _check_node(kind: str, folder: Path, output: Path) -> None:
+    """Goes to the driver's folder. Raises UserError if this node cannot do its work."""
+    import jax
+
+    host = socket.gethostname()
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{host} has no {str(folder)!r}, where the command runs: nodes must share storage"
+        ) from error
+    if not (output / "manifest.json").exists():
+        raise UserError(
+            f"{host} does not see {str(output / 'manifest.json')!r}: give an --output and a "
+            "--workdir on storage that all nodes share"
+        )
+    found = jax.default_backend()
+    if found != kind:
+        raise UserError(
+            f"the cell was given a {kind.upper()} of {host}, but jax computes on its {found} "
+            "there: install jax for it, and look at JAX_PLATFORMS"
+        )
+
+
+@contextlib.contextmanager
+def _held_soon(folder: Path) -> Iterator[None]:
+    """Holds a directory as `held` does, but waits for a holder that may be gone already."""
+    deadline = time.monotonic() + _LEASE
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(held(folder))
+                break
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        yield
+
+
+def _raise_stopped(*_: Any) -> None:
+    raise StoppedError("stopped by SIGTERM")

@@ -1,0 +1,335 @@
+"""The grid on a real Ray of this machine: workers that die, cells that fail, a driver stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import WORDS, write_checkpoint
+
+from experiments import cluster, grid
+from sweet_jax.config import UserError
+from sweet_jax.exits.outputs import ExitOutputs
+
+ROOT = Path(__file__).parent.parent
+METHODS = ("sweet", "early_exit", "multi_model")
+CELLS = tuple(f"sst2-{method}" for method in METHODS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """This process has one device, as the workers have."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+        yield
+
+
+CLUSTER = """
+from ray.cluster_utils import Cluster
+
+node = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=node)
+print("at", cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    """Address of a cluster of one node, where two cells of a CPU each run side by side.
+
+    In a process of its own: Ray forks, which a process with jax's threads should not.
+    """
+    pytest.importorskip("ray")
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:  # waits for its end
+        for line in process.stdout:
+            if line.startswith("at "):
+                yield line.split()[1]
+                break
+        else:
+            pytest.fail("no Ray cluster was started")
+        process.communicate("\n", timeout=60)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    """Options of cells of 2 replicas and 28 steps, with a checkpoint after each fourth."""
+    data = tmp_path_factory.mktemp("glue")
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "shallow", layers=2)
+    rng = np.random.default_rng(0)
+    (data / "sst2").mkdir()
+    for split, count in (("train", 80), ("validation", 40)):
+        labels = rng.integers(0, 2, count)
+        noise = [" ".join(rng.choice(WORDS[2:], rng.integers(1, 12))) for _ in labels]
+        texts = [f"{WORDS[y]} {words}" for y, words in zip(labels, noise, strict=True)]
+        table = pa.table({"sentence": texts, "label": labels, "idx": np.arange(count)})
+        pq.write_table(table, data / "sst2" / f"{split}.parquet")
+    return [
+        *(f"--data_dir={data}", f"--checkpoint={checkpoint}", "--exits=1,2", "--tasks=sst2"),
+        *("--seeds=0,1", "--learning_rates=3e-3", "--max_length=32", "--train_size=70"),
+        *("--set", "epochs=4", "--set", "batch_size=8", "--set", "checkpoint_every=4"),
+    ]
+
+
+def command(arguments: list[str], folder: Path) -> list[str]:
+    return [*arguments, f"--output={folder / 'out'}", f"--workdir={folder / 'work'}"]
+
+
+def run_here(arguments: list[str]) -> int:
+    return grid.main(grid.__doc__, grid.method_cells, lambda options, records: None, arguments)
+
+
+def driver(arguments: list[str]) -> subprocess.Popen:
+    """The command in a process of its own, which must not compute: it has no platform to."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.grid", "--engine=ray", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "none_that_exists"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "out" / "manifest.json").read_text())
+
+
+def record(folder: Path, name: str) -> dict:
+    return json.loads((folder / "out" / "cells" / f"{name}.json").read_text())
+
+
+def checkpoints(folder: Path, name: str) -> set[int]:
+    """Steps of the whole checkpoints of a cell in progress."""
+    found = (folder / "work" / name).glob("checkpoints/*/*")
+    return {int(path.name) for path in found if path.name.isdigit()}
+
+
+def until(happened, process: subprocess.Popen, seconds: float = 120.0):
+    """What `happened` gives, once it gives anything, while the process runs."""
+    deadline = time.monotonic() + seconds
+    while not (found := happened()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+@pytest.fixture(scope="module")
+def swept(two_workers, arguments, tmp_path_factory):
+    """(folder, the driver's lines, step of the checkpoint at the kill) of a sweep one of whose
+    workers is killed in the middle of its cell."""
+    folder = tmp_path_factory.mktemp("swept")
+    process = driver([*command(arguments, folder), f"--address={two_workers}"])
+    lines: list[str] = []
+
+    def place():  # lines come as cells begin: the first is killed
+        lines.append(process.stdout.readline())
+        return re.match(r"(\S+) on \S+, process (\d+)", lines[-1])
+
+    try:
+        name, pid = until(place, process).groups()
+        step = max(until(lambda: checkpoints(folder, name), process))
+        os.kill(int(pid), signal.SIGKILL)
+        assert not (folder / "out" / "cells" / f"{name}.json").exists()
+        out, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, errors
+    return folder, name, step, [*lines, *out.splitlines(keepends=True)]
+
+
+def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
+    folder, name, step, lines = swept
+    states = manifest(folder)
+    assert set(states) == set(CELLS)
+    assert {state["state"] for state in states.values()} == {"done"}
+    assert {n: state["attempts"] for n, state in states.items()} == {
+        n: 2 if n == name else 1 for n in CELLS
+    }
+    assert 0 < step < 28  # of 7 batches in 4 epochs: the kill was in the middle
+    text = "".join(lines)
+    begun = re.findall(r"^(\S+) on \S+, process (\d+)$", text, re.MULTILINE)
+    assert sorted(n for n, _ in begun) == sorted([*CELLS, name])
+    assert len({pid for _, pid in begun}) == 4  # a process for each
+    assert f"{name}: its worker died (WorkerCrashedError), begun again\n" in text
+    ended = re.findall(r"^\[(\d)/3\] (\S+) done, \d+ min left$", text, re.MULTILINE)
+    assert [int(number) for number, _ in ended] == [1, 2, 3]
+    assert sorted(n for _, n in ended) == sorted(CELLS)
+    assert not [p for p in (folder / "work").iterdir() if not p.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def local(arguments, tmp_path_factory) -> Path:
+    """A folder with the same cells by the engine of this process."""
+    folder = tmp_path_factory.mktemp("local")
+    assert run_here([*command(arguments, folder), "--set", "checkpoint_every=1000"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_records_equal_those_of_the_local_engine(swept, local, name):
+    ours, theirs = record(swept[0], name), record(local, name)
+    assert ours.pop("timing").keys() == theirs.pop("timing").keys()
+    assert ours["config"] == theirs["config"]
+    for replica, other in zip(ours["replicas"], theirs["replicas"], strict=True):
+        scores = [[e["score"] for e in r["individual"]] for r in (replica, other)]
+        assert scores[0] == scores[1]
+        assert replica["area"] == pytest.approx(other["area"], abs=1e-6)
+        np.testing.assert_allclose(replica["temperatures"], other["temperatures"], rtol=1e-3)
+    for split in ("calibration", "validation"):
+        logits = [
+            ExitOutputs.load(folder / "out" / "outputs" / name / f"{split}.npz").logits
+            for folder in (swept[0], local)
+        ]
+        np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def test_what_is_done_is_not_run_again(swept, arguments, monkeypatch, capsys):
+    """Records are what counts: without a manifest, and with no Ray to connect to."""
+    folder = swept[0]
+    (folder / "out" / "manifest.json").unlink()
+    full = [*command(arguments, folder), "--engine=ray", "--address=127.0.0.1:1"]
+    assert run_here(full) == 0
+    assert {s["state"] for s in manifest(folder).values()} == {"done"}
+    assert "[" not in capsys.readouterr().out
+
+
+def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, tmp_path, capsys):
+    full = [*command(arguments, tmp_path), "--methods=sweet", "--set", "epochs=60"]
+    full += ["--set", "checkpoint_every=1000"]  # of 420 steps: saved but by a stop
+    log = tmp_path / "work" / CELLS[0] / "metrics.jsonl"
+
+    def stop():
+        while not log.exists():  # it is there when training begins
+            if over.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    over = threading.Event()
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        status = run_here([*full, "--engine=ray", f"--address={two_workers}"])
+    finally:
+        over.set()
+        thread.join()
+    assert status == 1
+    said = "stopped with 0 of 1 cells ended; the same command goes on from there"
+    assert said in capsys.readouterr().err
+    assert manifest(tmp_path) == {CELLS[0]: {"state": "missing"}}
+    assert 0 < max(checkpoints(tmp_path, CELLS[0])) < 420
+    assert run_here(full) == 0  # with the other engine
+    assert manifest(tmp_path)[CELLS[0]]["state"] == "done"
+
+
+def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch):
+    """On a Ray that the command starts, and ends."""
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    process = driver(
+        [
+            *(*command(arguments, tmp_path), "--tasks=rte,sst2", "--methods=sweet"),
+            *("--set", "epochs=1", "--set", "checkpoint_every=1000"),
+        ]
+    )
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 1  # there are no rows of rte
+    states = manifest(tmp_path)
+    assert states["rte-sweet"]["state"] == "failed"
+    assert states["rte-sweet"]["error"].startswith("UserError: ")
+    assert states["rte-sweet"]["attempts"] == 1
+    assert states["sst2-sweet"]["state"] == "done"
+    assert "rte-sweet failed: UserError: " in errors
+    assert "Traceback" not in errors
+    assert all(re.match(r"(rte|sst2)-sweet on |\[[12]/2\] ", line) for line in out.splitlines())
+
+
+def test_a_cell_whose_worker_always_dies_is_given_up(two_workers, arguments, tmp_path, monkeypatch):
+    def dies(*_):
+        yield "started", "a worker"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(cluster, "_task", dies)
+    full = [*command(arguments, tmp_path), "--methods=sweet", "--engine=ray"]
+    assert run_here([*full, f"--address={two_workers}", "--worker_retries=0"]) == 1
+    assert manifest(tmp_path)[CELLS[0]] == {
+        "state": "failed",
+        "error": "its worker died (WorkerCrashedError) at attempt 1",
+        "attempts": 1,
+    }
+
+
+def test_without_ray_there_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run_here([*command(arguments, tmp_path), "--engine=ray"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install -e '.[cluster]'" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--address=ray://host:10001"], "'ray://host:10001' is not HOST:PORT"),
+        (["--address=127.0.0.1:1"], "no Ray cluster is reached at '127.0.0.1:1'"),
+        (["--address=head"], "no Ray cluster is reached at 'head'"),
+        (["--cpus_per_cell=0"], "--cpus_per_cell must be 1 or more; got 0"),
+        (["--worker_retries=-1"], "--worker_retries must be 0 or more; got -1"),
+        (["--cpus_per_cell=3"], "the largest have 2 CPU, 0 GPU, 0 TPU"),
+    ],
+)
+def test_wrong_options_get_one_line(two_workers, arguments, tmp_path, more, message, capsys):
+    full = [*command(arguments, tmp_path), "--engine=ray", f"--address={two_workers}", *more]
+    assert run_here(full) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+BOX, HOST = {"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0, "TPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "nodes", "wanted"),
+    [
+        ([], [{"CPU": 2.0}], (1, 0, 0)),
+        ([], [{"CPU": 2.0}, BOX], (1, 1, 0)),
+        ([], [HOST], (1, 0, 1)),
+        ([], [BOX, HOST], (1, 1, 0)),
+        (["--tpus_per_cell=4"], [BOX, HOST], (1, 0, 4)),
+        (["--gpus_per_cell=0", "--cpus_per_cell=16"], [BOX], (16, 0, 0)),
+        (["--gpus_per_cell=8", "--cpus_per_cell=33"], [BOX, HOST], None),
+        (["--gpus_per_cell=1"], [{"CPU": 2.0}], None),
+    ],
+)
+def test_a_cell_takes_whole_devices_of_one_node(flags, nodes, wanted):
+    options = grid.parser(None).parse_args(flags)
+    if wanted is None:
+        with pytest.raises(UserError, match="no node has what a cell takes"):
+            cluster.demanded(options, nodes)
+    else:
+        assert cluster.demanded(options, nodes) == dict(
+            zip(("CPU", "GPU", "TPU"), wanted, strict=True)
+        )
