@@ -31,6 +31,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks.shapes import SHAPES, head_line, parser, row, table_head
+from experiments.benchmarks.simulate import plain
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Batch, Tokens, encode, pad_rows
 from sweet_jax.data.read import read_table
@@ -170,7 +171,8 @@ def compare(work: Work, options: argparse.Namespace) -> None:
         exact.append(time.perf_counter() - began)
         began = time.perf_counter()
         for threshold in thresholds:
-            simulate(ask(), thresholds=[threshold])
+            outputs = ask()
+            plain(outputs, exit_scores(outputs, "confidence"), threshold)
         again.append(time.perf_counter() - began)
     ours, fair = statistics.median(exact), statistics.median(again)
     rows = min(options.slow_rows, count)
