@@ -118,8 +118,8 @@ def stopping(work: Work) -> Callable[[Batch, float], int]:
         for number, run in enumerate(stages):
             h, confidence = run(on_device, h, batch)
             if float(confidence) >= threshold:
-                break
-        return number
+                return number
+        return len(stages) - 1
 
     return answer
 
@@ -137,10 +137,7 @@ def seconds_stopping(
 
     """
     answer, picked = stopping(work), np.linspace(0, len(work.tokens) - 1, rows).astype(int)
-    batches = [
-        {k: v for k, v in pad_rows(work.tokens, np.asarray([n]), (LENGTH,)).items() if k != "labels"}
-        for n in picked
-    ]
+    batches = [pad_rows(work.tokens, np.asarray([n]), (LENGTH,)) for n in picked]
     answer(batches[0], np.inf)  # compiles every stage
     began = time.perf_counter()
     taken = np.asarray([[answer(batch, t) for batch in batches] for t in thresholds])  # [T, rows]
@@ -205,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
         if chosen.model
         else random_work(chosen.shape, chosen.rows)
     )
-    print(f"{head_line()}\n{chosen.model or chosen.shape}, {len(work.tokens)} rows, exits {work.exits}\n")
+    print(head_line())
+    print(f"{chosen.model or chosen.shape}, {len(work.tokens)} rows, exits {work.exits}\n")
     compare(work, chosen)
 
 

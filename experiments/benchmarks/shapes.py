@@ -147,7 +147,7 @@ def training_steps(
     dtype: str = "float32",
     replicas: Sequence[tuple[int, float]] = ((0, RATE),),
 ) -> Steps:
-    """This project's step on one random batch, compiled; replicas are (seed, learning rate)."""
+    """Our step on one random batch, compiled; replicas are (seed, learning rate)."""
     count = len(replicas)
     graphdef = nnx.split(nnx.eval_shape(lambda: shape.model(0, dtype)))[0]
     run = Config(method=method, exits=shape.exits, batch_size=size.batch, epochs=1000, dtype=dtype)

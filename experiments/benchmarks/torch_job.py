@@ -5,13 +5,13 @@
 
 Trains transformers' BertModel (SDPA attention) with exits on SST-2's rows: summed cross-entropy,
 clipping per owner, fused AdamW without decay, linear decay to zero, float32, and evaluates all
-exits on the validation rows in one batched pass. Rows are padded to 256 tokens ("256", as the
-authors' release does) or to the longest of their batch ("longest"; evaluation then goes by
-length). The last line it prints is JSON. Imports no jax.
+exits on the validation rows in one batched pass. Rows are padded to 256 tokens
+("max_length", as the authors' release does) or to the longest of their batch ("longest"); rows are
+evaluated in the order of their lengths. The last line it prints is JSON. Imports no jax.
 
 --share takes only that share of the steps, at least two. --release_rows then also times the
-release's evaluation on so many rows: batch 1, padded to 256, once for each of 11 thresholds, stopped
-at the exit; the time of this is reported apart, and is no part of the job.
+release's evaluation on so many rows: batch 1, padded to 256, once for each of 11 thresholds,
+stopped at the exit; the time of this is reported apart, and is no part of the job.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import transformers
 from experiments.benchmarks import torch_model
 from experiments.benchmarks.torch_model import ExitsInTorch
 
-LENGTH, THRESHOLDS = 256, 11
+THRESHOLDS = 11
 
 
 class Rows(NamedTuple):
@@ -39,50 +39,53 @@ class Rows(NamedTuple):
     labels: np.ndarray  # int64 [N]
 
 
-def read(path: Path, tokenizer: Any, pick: np.ndarray | None = None) -> Rows:
+def read(path: Path, tokenizer: Any, length: int, pick: np.ndarray | None = None) -> Rows:
     """The rows of a file, or those picked."""
     table = pyarrow.parquet.read_table(path)
     table = table if pick is None else table.take(pick)
-    ids = tokenizer(table["sentence"].to_pylist(), truncation=True, max_length=LENGTH)["input_ids"]
+    ids = tokenizer(table["sentence"].to_pylist(), truncation=True, max_length=length)["input_ids"]
     return Rows(ids, table["label"].to_numpy())
 
 
 def batches(
-    rows: Rows, order: np.ndarray, size: int, padding: str, pad_id: int
+    rows: Rows, order: np.ndarray, size: int, length: int | None, pad_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(ids, mask, labels) of `size` rows at a time, the last ones fewer, on the device."""
+    """(ids, mask, labels) of `size` rows at a time, the last ones fewer, on the device.
+
+    Padded to `length`, None for the longest of them.
+    """
     where = torch_model.device()
     for start in range(0, len(order), size):
         picked = order[start : start + size]
         texts = [rows.ids[n] for n in picked]
-        length = LENGTH if padding == "256" else max(map(len, texts))
-        ids = torch.tensor([text + [pad_id] * (length - len(text)) for text in texts])
+        width = length or max(map(len, texts))
+        ids = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
         sizes = torch.tensor([len(text) for text in texts])
-        mask = torch.arange(length) < sizes[:, None]
+        mask = torch.arange(width) < sizes[:, None]
         yield ids.to(where), mask.to(where), torch.tensor(rows.labels[picked]).to(where)
 
 
 def train(
-    model: ExitsInTorch, rows: Rows, options: argparse.Namespace, pad_id: int
+    model: ExitsInTorch, rows: Rows, options: argparse.Namespace, length: int | None, pad_id: int
 ) -> dict[str, Any]:
     """Trains; says how many steps there are and were, their losses and seconds."""
     steps = -(-len(rows.ids) // options.batch) * options.epochs
     stop = min(steps, max(2, round(options.share * steps)))
-    optimizer = torch_model.make_optimizer(model, options.learning_rate)
+    owned = model.owned()
+    optimizer = torch_model.make_optimizer(owned, options.learning_rate)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     rng, losses, seconds = np.random.default_rng(options.seed), [], []
     orders = (rng.permutation(len(rows.ids)) for _ in range(options.epochs))
-    every = (b for o in orders for b in batches(rows, o, options.batch, options.padding, pad_id))
+    every = (b for o in orders for b in batches(rows, o, options.batch, length, pad_id))
     model.train()
     examples = 0
     for _ in range(stop):
         began = time.perf_counter()
         ids, mask, labels = next(every)
-        value = torch_model.update(
-            model, optimizer, lambda: torch_model.summed_loss(model(ids, mask), labels)
-        )
+        loss = torch_model.summed_loss(model(ids, mask), labels)
+        torch_model.update(owned, optimizer, loss)
         decay.step()
-        losses.append(float(value))  # waits for the step
+        losses.append(float(loss.detach()))  # waits for the step
         examples += len(labels)
         seconds.append(time.perf_counter() - began)
     tenth = max(1, stop // 10)
@@ -98,25 +101,25 @@ def train(
 
 
 @torch.inference_mode()
-def scores(model: ExitsInTorch, rows: Rows, padding: str, pad_id: int) -> list[float]:
+def scores(model: ExitsInTorch, rows: Rows, length: int | None, pad_id: int) -> list[float]:
     """Accuracy of every exit, in one batched pass."""
     order = np.argsort([len(text) for text in rows.ids], kind="stable")
     right = torch.zeros(len(model.exits), dtype=torch.int64)
     model.eval()
-    for ids, mask, labels in batches(rows, order, 32, padding, pad_id):
+    for ids, mask, labels in batches(rows, order, 32, length, pad_id):
         answers = torch.stack(model(ids, mask)).argmax(-1)  # [E, B]
         right += (answers == labels).sum(-1).cpu()
     return (right / len(order)).tolist()
 
 
 @torch.inference_mode()
-def release_seconds(model: ExitsInTorch, rows: Rows, count: int, pad_id: int) -> float:
+def release_seconds(model: ExitsInTorch, rows: Rows, count: int, length: int, pad_id: int) -> float:
     """Seconds of the release's evaluation over `count` rows, evenly among all."""
     model.eval()
     picked = np.linspace(0, len(rows.ids) - 1, count).astype(int)
     began = time.perf_counter()
     for threshold in np.linspace(0.5, 1, THRESHOLDS):
-        for ids, mask, _ in batches(rows, picked, 1, "256", pad_id):
+        for ids, mask, _ in batches(rows, picked, 1, length, pad_id):
             h, layer_mask = model.embed(ids, mask)
             for number in range(1, model.exits[-1] + 1):
                 h = model.layer(number, h, layer_mask, None)
@@ -134,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.add_argument("--checkpoint", required=True, help="directory of a BERT checkpoint")
     options.add_argument("--data_dir", required=True, help="sst2/{train,validation}.parquet")
-    options.add_argument("--padding", default="longest", choices=("256", "longest"))
+    options.add_argument("--padding", default="longest", choices=("max_length", "longest"))
+    options.add_argument("--max_length", type=int, default=256)
     options.add_argument("--exits", default="1,2,4,6")
     options.add_argument("--method", default="sweet", choices=("sweet", "early_exit"))
     options.add_argument("--rows", type=int, default=5400)
@@ -150,19 +154,20 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.checkpoint)
     total = pyarrow.parquet.read_metadata(folder / "train.parquet").num_rows
     pick = np.random.default_rng(chosen.seed).permutation(total)[: chosen.rows]
-    rows = read(folder / "train.parquet", tokenizer, pick)
-    validation = read(folder / "validation.parquet", tokenizer)
-    encoder = transformers.BertModel.from_pretrained(
-        chosen.checkpoint, add_pooling_layer=False, attn_implementation="sdpa"
-    )
+    rows = read(folder / "train.parquet", tokenizer, chosen.max_length, pick)
+    validation = read(folder / "validation.parquet", tokenizer, chosen.max_length)
+    encoder = transformers.BertModel.from_pretrained(chosen.checkpoint, attn_implementation="sdpa")
     model = ExitsInTorch(encoder, exits, 2, chosen.method).to(torch_model.device())
     pad = tokenizer.pad_token_id
+    length = chosen.max_length if chosen.padding == "max_length" else None
     found = {"rows": len(rows.ids), "exits": exits, "validation": len(validation.ids)}
-    found |= train(model, rows, chosen, pad)
-    found["scores"] = scores(model, validation, chosen.padding, pad)
+    found |= train(model, rows, chosen, length, pad)
+    found["scores"] = scores(model, validation, length, pad)
     found["release_seconds"] = 0.0
     if chosen.release_rows:
-        found["release_seconds"] = release_seconds(model, validation, chosen.release_rows, pad)
+        found["release_seconds"] = release_seconds(
+            model, validation, chosen.release_rows, chosen.max_length, pad
+        )
     print(json.dumps(found))
 
 

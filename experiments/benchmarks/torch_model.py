@@ -5,7 +5,7 @@ Imports no jax: `torch_job` times this side from its first import.
 Shape letters: B batch, L length, H hidden, C classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import transformers
@@ -18,6 +18,9 @@ class ExitsInTorch(torch.nn.Module):
 
     Under "sweet" hidden states (and DeBERTa's table of relative positions) are detached after every
     exit, so that each parameter gets one exit's gradient; under "early_exit" they are not.
+
+    Heads begin as this project's do: a copy of the encoder's own pooler where it has one, and
+    BERT's initialisation.
     """
 
     def __init__(
@@ -41,6 +44,14 @@ class ExitsInTorch(torch.nn.Module):
             )
             for _ in exits
         )
+        for module in self.heads.modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=config.initializer_range)
+                torch.nn.init.zeros_(module.bias)
+        if getattr(encoder, "pooler", None) is not None:
+            for head in self.heads:
+                head[0].load_state_dict(encoder.pooler.dense.state_dict())
+            encoder.pooler = None
 
     def embed(
         self, ids: torch.Tensor, mask: torch.Tensor | None
@@ -89,9 +100,9 @@ class ExitsInTorch(torch.nn.Module):
         return found
 
 
-def make_optimizer(model: ExitsInTorch, rate: float) -> torch.optim.AdamW:
+def make_optimizer(owned: Sequence[Sequence[torch.nn.Parameter]], rate: float) -> torch.optim.AdamW:
     """AdamW in its fused form, the fastest there is, without weight decay."""
-    parameters = [p for group in model.owned() for p in group]
+    parameters = [p for group in owned for p in group]
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
 
 
@@ -102,16 +113,16 @@ def summed_loss(answers: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.
 
 
 def update(
-    model: ExitsInTorch, optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor]
-) -> torch.Tensor:
-    """One step: the loss, its gradients clipped to norm 1 for each owner, AdamW."""
+    owned: Sequence[Sequence[torch.nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+) -> None:
+    """The rest of a step: gradients, clipped to norm 1 for each owner, and AdamW."""
     optimizer.zero_grad()
-    value = loss()
-    value.backward()
-    for group in model.owned():
+    loss.backward()
+    for group in owned:
         torch.nn.utils.clip_grad_norm_(group, 1.0)
     optimizer.step()
-    return value.detach()
 
 
 def device() -> str:

@@ -14,10 +14,13 @@ torch.compile breaks its graph once a layer.
 
 float32: on a GPU both sides multiply matrices in TF32 (jax's default; torch's "high").
 bfloat16: ours has activations in bfloat16 and parameters, gradients, softmax, norms and AdamW in
-float32; torch runs its forward pass and losses under autocast to bfloat16, parameters float32.
+float32; torch runs its forward pass and losses under autocast to bfloat16, parameters float32. Under
+autocast DebertaModel's attention raises: there all of torch's model is bfloat16, parameters and
+AdamW too, which is less work.
 
 The sides take turns, a few steps each, in one process, and each step is awaited; the median step
-of each is compared. 2 cores need about 10 minutes for the first line, a GPU about 10 for the second.
+of each is compared. 2 cores need about 10 minutes for the first line, a GPU about 10 for the
+second.
 """
 
 import dataclasses
@@ -52,8 +55,8 @@ from sweet_jax.models.deberta import DebertaConfig
 SIDES = ("sweet_jax", "torch", "torch.compile")
 
 
-def torch_exits(shape: Shape, method: str) -> ExitsInTorch:
-    """The shape's model in torch, on its device, in training mode."""
+def torch_exits(shape: Shape, method: str, dtype: str = "float32") -> ExitsInTorch:
+    """The shape's model in torch, on its device, in training mode; of DeBERTa's all in `dtype`."""
     values = dataclasses.asdict(shape.config)
     if isinstance(shape.config, DebertaConfig):
         del values["embedding_size"]  # 0 is our word for the hidden size
@@ -63,6 +66,8 @@ def torch_exits(shape: Shape, method: str) -> ExitsInTorch:
         settings = transformers.BertConfig(**values, attn_implementation="sdpa")
         encoder = transformers.BertModel(settings, add_pooling_layer=False)
     model = ExitsInTorch(encoder, shape.exits, CLASSES, method, shape.config.pooler_act)
+    if model.relative:
+        model.to(getattr(torch, dtype))
     return model.to(torch_model.device()).train()
 
 
@@ -71,19 +76,21 @@ def torch_steps(shape: Shape, method: str, at: Size, dtype: str) -> list[Callabl
 
     Both train one set of parameters: two would not fit beside ours.
     """
-    model, where = torch_exits(shape, method), torch_model.device()
-    optimizer = torch_model.make_optimizer(model, RATE)
+    model, where = torch_exits(shape, method, dtype), torch_model.device()
+    narrow = dtype == "bfloat16" and not model.relative
+    owned = model.owned()
+    optimizer = torch_model.make_optimizer(owned, RATE)
     ids = torch.randint(1, shape.config.vocab_size, (at.batch, at.length), device=where)
     labels = torch.randint(0, CLASSES, (at.batch,), device=where)
 
     def loss() -> torch.Tensor:
-        with torch.autocast(where, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(where, torch.bfloat16, enabled=narrow):
             return torch_model.summed_loss(model(ids), labels)
 
     torch.compiler.reset()  # what was compiled for another shape is not this one's
 
     def take(loss: Callable[[], torch.Tensor]) -> None:
-        torch_model.update(model, optimizer, loss)
+        torch_model.update(owned, optimizer, loss())
         torch_model.fence()
 
     compiled = torch.compile(loss, dynamic=False)
