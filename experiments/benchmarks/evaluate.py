@@ -32,7 +32,7 @@ from flax import nnx
 
 from experiments.benchmarks.shapes import SHAPES, head_line, parser, row, table_head
 from experiments.benchmarks.simulate import plain
-from sweet_jax.config import Config
+from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import Batch, Tokens, encode, pad_rows
 from sweet_jax.data.read import read_table
 from sweet_jax.exits.outputs import ExitOutputs
@@ -197,11 +197,14 @@ def main(argv: list[str] | None = None) -> None:
     chosen = options.parse_args(argv)
     if chosen.model and not chosen.data_dir:
         options.error("--model needs --data_dir=DIR")
-    work = (
-        saved_work(chosen.model, chosen.data_dir, chosen.rows)
-        if chosen.model
-        else random_work(chosen.shape, chosen.rows)
-    )
+    try:
+        work = (
+            saved_work(chosen.model, chosen.data_dir, chosen.rows)
+            if chosen.model
+            else random_work(chosen.shape, chosen.rows)
+        )
+    except UserError as error:
+        options.error(str(error))
     print(head_line())
     print(f"{chosen.model or chosen.shape}, {len(work.tokens)} rows, exits {work.exits}\n")
     compare(work, chosen)

@@ -9,8 +9,8 @@ others are the same program on other numbers. The two sides take turns; the medi
 
 The second ratio is of whole sweeps of --of_steps steps a run (676: 5,400 rows, 2 epochs, batches of
 16), time to compile included, computed from what was measured: the runs one after another compile
-each (as processes without a compilation cache do), or all but the first find the program in one. Leave
-JAX_COMPILATION_CACHE_DIR unset.
+each (as processes without a compilation cache do), or all but the first find the program in one.
+Leave JAX_COMPILATION_CACHE_DIR unset.
 
 Expected: about 1 on a CPU, whose cores one replica fills; on a GPU at least 3.
 """
