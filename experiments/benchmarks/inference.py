@@ -36,7 +36,7 @@ import torch
 import transformers
 from flax import nnx
 
-from experiments.benchmarks.memory import SHAPES
+from experiments.benchmarks.shapes import SHAPES
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.data.read import read_table
 from sweet_jax.exits.dials import Dials, Trade, make_dials
@@ -242,7 +242,9 @@ def main() -> None:
     )
     parser.add_argument("--model", action="append", required=True, help="model/ of a run; repeats")
     parser.add_argument("--data_dir", required=True, help="<task>/validation.parquet")
-    parser.add_argument("--shape", choices=tuple(SHAPES), help="instead of the model's own")
+    parser.add_argument(
+        "--shape", choices=("tiny", "minilm", "bert-base"), help="instead of the model's own"
+    )
     parser.add_argument("--rows", type=int, default=256, help="texts at most")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stream", type=int, help="instead: memory over so many rows")

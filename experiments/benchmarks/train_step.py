@@ -1,148 +1,166 @@
-"""Examples per second of a training step: this project against the same model in torch.
+r"""Examples per second of a training step: this project against the same model in torch.
 
     pip install -e ".[torch]"
     python -m experiments.benchmarks.train_step --shape=minilm --shape=bert-base
+    python -m experiments.benchmarks.train_step --shape=bert-base --shape=bert-large \
+        --shape=deberta-base --dtype=bfloat16 --size=16x128 --size=32x256        # on a GPU
 
 Same work on both sides: random encoder of that shape, exits with pooler, dropout 0.1 and
-classifier, cross-entropy summed over exits, gradient clipping per owner, AdamW, float32, batch
-16 x 128 without padding. torch runs transformers' BertModel with its SDPA attention, eagerly. The
-two sides take turns, a few steps each, in one process; the median step of each is compared.
-2 cores need about 6 minutes for both shapes.
+classifier, cross-entropy summed over exits, gradient clipping per owner, AdamW, rows without
+padding. torch runs transformers' BertModel with SDPA attention, eagerly and compiled
+(torch.compile; clipping and the fused AdamW stay outside), and is given no mask, as transformers
+drops one that hides nothing. DeBERTa has no SDPA attention: DebertaModel's own, eager one runs, and
+torch.compile breaks its graph once a layer.
+
+float32: on a GPU both sides multiply matrices in TF32 (jax's default; torch's "high").
+bfloat16: ours has activations in bfloat16 and parameters, gradients, softmax, norms and AdamW in
+float32; torch runs its forward pass and losses under autocast to bfloat16, parameters float32.
+Under autocast DebertaModel's attention raises: there all of torch's model is bfloat16, parameters
+and AdamW too, which is less work.
+
+The sides take turns, a few steps each, in one process, and each step is awaited; the median step
+of each is compared. 2 cores need about 10 minutes for the first line, a GPU about 10 for the
+second.
 """
 
-import argparse
 import dataclasses
-import platform
+import functools
+import logging
 import statistics
 import time
 from collections.abc import Callable
 
-import jax
-import numpy as np
 import torch
 import transformers
-from flax import nnx
 
-from experiments.benchmarks.memory import SHAPES
-from sweet_jax.config import Config
-from sweet_jax.models.bert import Bert, BertConfig
-from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.training.run import compile_step, step_settings
-from sweet_jax.training.sharding import by_replica, by_row, make_mesh
-from sweet_jax.training.step import new_state
+from experiments.benchmarks import torch_model
+from experiments.benchmarks.shapes import (
+    CLASSES,
+    RATE,
+    SHAPES,
+    Shape,
+    Size,
+    head_line,
+    parser,
+    row,
+    size,
+    table_head,
+    training_steps,
+)
+from experiments.benchmarks.torch_model import ExitsInTorch
+from sweet_jax.config import DTYPES
+from sweet_jax.data.read import one_line
+from sweet_jax.models.deberta import DebertaConfig
 
-BATCH, LENGTH, CLASSES, RATE = 16, 128, 2, 3e-5
-
-
-def jax_step(config: BertConfig, exits: tuple[int, ...], method: str) -> Callable[[], None]:
-    """A function that takes one step of this project and waits for it."""
-    key = jax.random.key(0)
-    graphdef, values = nnx.split(EarlyExit(Bert(config, key), exits, CLASSES, key))
-    run = Config(method=method, exits=exits, batch_size=BATCH, epochs=1000).resolved()
-    settings = step_settings(run, graphdef, exits, rows=1000)
-    mesh = make_mesh(1, BATCH)
-    state = new_state(nnx.to_pure_dict(values), RATE, 0)
-    state = jax.device_put(state, by_replica(mesh, 1))
-    step = compile_step(settings, 1, mesh, 1)
-    rng = np.random.default_rng(0)
-    host = {
-        "input_ids": rng.integers(1, config.vocab_size, (BATCH, LENGTH), dtype=np.int32),
-        "token_type_ids": np.zeros((BATCH, LENGTH), np.int32),
-        "mask": np.ones((BATCH, LENGTH), bool),
-        "labels": rng.integers(0, CLASSES, (BATCH,), dtype=np.int32),
-    }
-    batch = jax.device_put(host, by_row(mesh, 1))
-
-    def take() -> None:
-        nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-
-    return take
+SIDES = ("sweet_jax", "torch", "torch.compile")
 
 
-def torch_step(config: BertConfig, exits: tuple[int, ...], method: str) -> Callable[[], None]:
-    """A function that takes one step of the same model in torch."""
-    settings = transformers.BertConfig(**dataclasses.asdict(config), attn_implementation="sdpa")
-    model = transformers.BertModel(settings, add_pooling_layer=False).train()
-    hidden = config.hidden_size
-    heads = torch.nn.ModuleList(
-        torch.nn.Sequential(
-            torch.nn.Linear(hidden, hidden),
-            torch.nn.Tanh(),
-            torch.nn.Dropout(config.hidden_dropout_prob),
-            torch.nn.Linear(hidden, CLASSES),
-        )
-        for _ in exits
-    )
-    starts = (0, *exits[:-1])
-    owned = [
-        [*heads[i].parameters(), *model.encoder.layer[start:end].parameters()]
-        for i, (start, end) in enumerate(zip(starts, exits, strict=True))
-    ]
-    owned[0] += model.embeddings.parameters()
-    parameters = [p for group in owned for p in group]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    ids = torch.randint(1, config.vocab_size, (BATCH, LENGTH))
-    labels = torch.randint(0, CLASSES, (BATCH,))
-    mask = torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool)
-
-    def take() -> None:
-        h, losses = model.embeddings(ids), []
-        for number, layer in enumerate(model.encoder.layer, start=1):
-            h = layer(h, mask)
-            h = h[0] if isinstance(h, tuple) else h
-            if number in exits:
-                logits = heads[exits.index(number)](h[:, 0])
-                losses.append(torch.nn.functional.cross_entropy(logits, labels))
-                h = h.detach() if method == "sweet" else h
-        optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
-        for group in owned:
-            torch.nn.utils.clip_grad_norm_(group, 1.0)
-        optimizer.step()
-
-    return take
+def torch_exits(shape: Shape, method: str, dtype: str = "float32") -> ExitsInTorch:
+    """The shape's model in torch, on its device, in training mode; of DeBERTa's all in `dtype`."""
+    values = dataclasses.asdict(shape.config)
+    if isinstance(shape.config, DebertaConfig):
+        del values["embedding_size"]  # 0 is our word for the hidden size
+        values["pos_att_type"] = list(values["pos_att_type"])
+        encoder = transformers.DebertaModel(transformers.DebertaConfig(**values))
+    else:
+        settings = transformers.BertConfig(**values, attn_implementation="sdpa")
+        encoder = transformers.BertModel(settings, add_pooling_layer=False)
+    model = ExitsInTorch(encoder, shape.exits, CLASSES, method, shape.config.pooler_act)
+    if model.relative:
+        model.to(getattr(torch, dtype))
+    return model.to(torch_model.device()).train()
 
 
-def compare(shape: str, method: str, rounds: int, steps: int) -> tuple[float, float]:
-    """Median seconds of a step (this project, torch), the two taking turns."""
-    sides = [make(*SHAPES[shape], method) for make in (jax_step, torch_step)]
-    times: list[list[float]] = [[], []]
-    for take in sides:
-        take()  # compiles, allocates
+def torch_steps(shape: Shape, method: str, at: Size, dtype: str) -> list[Callable[[], None]]:
+    """Functions that take one step in torch and wait for it: eagerly, and compiled.
+
+    Both train one set of parameters: two would not fit beside ours.
+    """
+    model, where = torch_exits(shape, method, dtype), torch_model.device()
+    narrow = dtype == "bfloat16" and not model.relative
+    owned = model.owned()
+    optimizer = torch_model.make_optimizer(owned, RATE)
+    ids = torch.randint(1, shape.config.vocab_size, (at.batch, at.length), device=where)
+    labels = torch.randint(0, CLASSES, (at.batch,), device=where)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(where, torch.bfloat16, enabled=narrow):
+            return torch_model.summed_loss(model(ids), labels)
+
+    torch.compiler.reset()  # what was compiled for another shape is not this one's
+
+    def take(loss: Callable[[], torch.Tensor]) -> None:
+        torch_model.update(owned, optimizer, loss())
+        torch_model.fence()
+
+    compiled = torch.compile(loss, dynamic=False)
+    return [functools.partial(take, loss), functools.partial(take, compiled)]
+
+
+def compare(
+    shape: Shape, method: str, at: Size, dtype: str, rounds: int, steps: int, *, compiled: bool
+) -> dict[str, float]:
+    """Median seconds of a step of each side that runs, the sides taking turns."""
+    ours = training_steps(shape, method, at, dtype).take
+    found = dict(zip(SIDES, [ours, *torch_steps(shape, method, at, dtype)], strict=True))
+    if not compiled:
+        del found["torch.compile"]
+    for name, take in list(found.items()):
+        try:
+            take()  # compiles, allocates
+        except Exception as error:
+            if name != "torch.compile":
+                raise
+            # It needs a C++ compiler on a CPU and Triton on a GPU; without, the rest still counts.
+            print(f"torch.compile is not available: {type(error).__name__}: {one_line(error)}")
+            del found[name]
+    times: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
-        for take, seconds in zip(sides, times, strict=True):
-            take()  # the first after the other side's is not counted
+        for name, take in found.items():
+            take()  # the first after another side's is not counted
             for _ in range(steps):
                 began = time.perf_counter()
                 take()
-                seconds.append(time.perf_counter() - began)
-    return statistics.median(times[0]), statistics.median(times[1])
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def main() -> None:
-    """Prints one line for each shape and method."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="default: minilm")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3, help="of each side in a round")
-    options = parser.parse_args()
-    print(
-        f"batch {BATCH} x {LENGTH}, float32, {torch.get_num_threads()} threads, "
-        f"{jax.default_backend()}, jax {jax.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, python {platform.python_version()}"
-    )
-    for shape in options.shape or ["minilm"]:
-        for method in ("sweet", "early_exit"):
-            ours, theirs = compare(shape, method, options.rounds, options.steps)
-            print(
-                f"{shape:>10} {method:>11}: sweet_jax {BATCH / ours:7.2f} examples/s, "
-                f"torch {BATCH / theirs:7.2f} examples/s, ratio {theirs / ours:.2f}",
-                flush=True,
-            )
+def main(argv: list[str] | None = None) -> None:
+    """Prints one row for each shape, method and size."""
+    options = parser(__doc__)
+    options.add_argument("--shape", action="append", choices=SHAPES, help="default: minilm")
+    options.add_argument("--size", action="append", type=size, help="default: 16x128; repeats")
+    options.add_argument("--method", action="append", choices=("sweet", "early_exit"))
+    options.add_argument("--dtype", default="float32", choices=DTYPES, help="of activations")
+    options.add_argument("--rounds", type=int, default=4)
+    options.add_argument("--steps", type=int, default=3, help="of each side in a round")
+    options.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+    chosen = options.parse_args(argv)
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # DeBERTa: each break of the graph
+    torch.set_float32_matmul_precision("high")  # on a GPU TF32, as jax's default there
+    on = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"{head_line('torch', 'transformers')}; torch: {on}, {torch.get_num_threads()} threads")
+    print("examples/s of each side, and what sweet_jax's are a multiple of\n")
+    columns = ("shape", "method", "batch", "dtype", *SIDES, "x torch", "x torch.compile")
+    print(table_head(*columns), flush=True)
+    for name in chosen.shape or ["minilm"]:
+        for at in chosen.size or [Size(16, 128)]:
+            for method in chosen.method or ("sweet", "early_exit"):
+                seconds = compare(
+                    SHAPES[name],
+                    method,
+                    at,
+                    chosen.dtype,
+                    chosen.rounds,
+                    chosen.steps,
+                    compiled=not chosen.no_compile,
+                )
+                speeds = [f"{at.batch / seconds[s]:.2f}" if s in seconds else "" for s in SIDES]
+                ratios = [
+                    f"{seconds[s] / seconds['sweet_jax']:.2f}" if s in seconds else ""
+                    for s in SIDES[1:]
+                ]
+                print(row(name, method, at, chosen.dtype, *speeds, *ratios), flush=True)
 
 
 if __name__ == "__main__":

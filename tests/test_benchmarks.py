@@ -1,0 +1,223 @@
+"""The benchmarks end to end on tiny shapes: both sides run, and do the same work."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import types
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import WORDS, write_checkpoint
+
+from experiments.benchmarks import evaluate, shapes, sweep
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason='torch is not installed (".[torch]")'
+)
+
+
+@pytest.fixture(autouse=True)
+def without_dropout(monkeypatch):
+    """Its generator is a third of what compiling a step takes."""
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for name in ("tiny", "tiny-deberta"):
+        shape = shapes.SHAPES[name]
+        changed = shape._replace(config=dataclasses.replace(shape.config, **none))
+        monkeypatch.setitem(shapes.SHAPES, name, changed)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(one_device, monkeypatch):
+    """Beside other tests, torch's threads would wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of the table in a text, without its head."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_a_size_is_written_batch_x_length():
+    assert shapes.size("16x128") == shapes.Size(16, 128)
+    for text in ("16", "16x", "0x4", "ax4"):
+        with pytest.raises(Exception, match="16x128"):
+            shapes.size(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("bert-base", 109), ("bert-large", 335), ("deberta-base", 139)],
+)
+def test_shapes_are_those_of_the_published_models(name, millions):
+    """Published: 110, 340, 139 million, with one pooler or none; each exit has its own here."""
+    chosen = shapes.SHAPES[name]
+    model = jax.eval_shape(lambda: nnx_params(chosen))
+    encoder = sum(np.prod(x.shape) for x in jax.tree.leaves(model["encoder"]))
+    assert encoder / 1e6 == pytest.approx(millions, rel=0.01)
+    assert chosen.exits[-1] == chosen.config.num_hidden_layers
+
+
+def nnx_params(chosen):
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.split(chosen.model())[1])
+
+
+def test_sweep_prints_both_sides(capsys):
+    assert sweep.replicas(15)[4:6] == [(0, 5e-5), (1, 1e-5)]
+    sweep.main(["--shape=tiny", "--size=2x8", "--replicas=2", "--rounds=1", "--steps=1"])
+    (found,) = cells(capsys.readouterr().out)
+    together, apart, ratio = map(float, found[3:6])
+    assert ratio == pytest.approx(together / apart, rel=0.02)
+
+
+def test_evaluate_prints_both_sides_and_they_agree(capsys):
+    evaluate.main(["--shape=tiny", "--rows=24", "--slow_rows=6", "--rounds=1"])
+    ours, eleven, every, release = cells(capsys.readouterr().out)
+    assert int(ours[1]) == int(every[1]) > 11 == int(eleven[1]) == int(release[1])
+    share = float(re.search(r"([\d.]+) of the layers run", release[4])[1])
+    assert 0.5 < share < 1  # of exits 1 and 2: rows left at both
+    assert float(release[2]) > float(ours[2])
+
+
+def test_evaluate_notices_rows_that_leave_elsewhere():
+    work = evaluate.random_work("tiny", 12)
+    scores = np.full((2, 12), 2.0)  # as if all were sure at the first exit
+    with pytest.raises(AssertionError, match="left elsewhere"):
+        evaluate.seconds_stopping(work, scores, np.asarray([1.5]), 3)
+
+
+@needs_torch
+@pytest.mark.parametrize("shape", ["tiny", "tiny-deberta"])
+def test_train_step_prints_all_sides(shape, capsys):
+    from experiments.benchmarks import train_step
+
+    options = ["--size=2x8", "--rounds=1", "--steps=1", "--no_compile", "--method=sweet"]
+    train_step.main([f"--shape={shape}", "--dtype=bfloat16", *options])
+    (found,) = cells(capsys.readouterr().out)
+    assert found[:4] == [shape, "sweet", "2x8", "bfloat16"]
+    assert float(found[7]) == pytest.approx(float(found[4]) / float(found[5]), rel=0.02)
+
+
+@needs_torch
+def test_without_a_compiler_one_line_says_so(capsys, monkeypatch):
+    from experiments.benchmarks import train_step
+
+    def refuse(*_, **__):
+        def call():
+            raise RuntimeError("no C++\ncompiler")
+
+        return call
+
+    monkeypatch.setattr(train_step.torch, "compile", refuse)
+    options = ["--size=2x8", "--rounds=1", "--steps=1", "--method=sweet", "--dtype=bfloat16"]
+    train_step.main(["--shape=tiny", *options])
+    text = capsys.readouterr().out
+    assert "torch.compile is not available: RuntimeError: no C++ compiler\n" in text
+    assert cells(text)[0][6] == ""
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["tiny", "tiny-deberta"])
+@pytest.mark.parametrize("method", ["sweet", "early_exit"])
+def test_torch_trains_the_same_parameters(name, method):
+    """Each has one owner, and there are as many as here; the method says which losses reach it."""
+    import torch
+
+    from experiments.benchmarks import train_step
+
+    chosen = shapes.SHAPES[name]
+    model = train_step.torch_exits(chosen, method)
+    owned = model.owned()
+    count = sum(p.numel() for group in owned for p in group)
+    here = sum(x.size for x in jax.tree.leaves(nnx_params(chosen)))
+    assert count == here
+    assert len({id(p) for group in owned for p in group}) == sum(map(len, owned))
+    answers = model(torch.ones(2, 5, dtype=torch.int64))
+    answers[-1].sum().backward()
+    reached = any(p.grad is not None and bool(p.grad.any()) for p in owned[0])
+    assert reached == (method == "early_exit")
+
+
+@pytest.fixture
+def learnable(tmp_path) -> types.SimpleNamespace:
+    """A tiny checkpoint, and rows of SST-2's form whose first word tells the label."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "sst2").mkdir()
+    for split, count in (("train", 150), ("validation", 40)):
+        labels = rng.integers(0, 2, count)
+        noise = [" ".join(rng.choice(WORDS[2:], rng.integers(1, 12))) for _ in labels]
+        texts = [f"{WORDS[y]} {words}" for y, words in zip(labels, noise, strict=True)]
+        table = pa.table({"sentence": texts, "label": labels})
+        pq.write_table(table, tmp_path / "sst2" / f"{split}.parquet")
+    folder = write_checkpoint(tmp_path / "tiny", layers=2)
+    return types.SimpleNamespace(checkpoint=folder, data_dir=tmp_path)
+
+
+@needs_torch
+def test_the_loop_in_torch_learns(learnable, capsys):
+    from experiments.benchmarks import torch_job
+
+    arguments = [f"--checkpoint={learnable.checkpoint}", f"--data_dir={learnable.data_dir}"]
+    more = ["--exits=1,2", "--rows=128", "--epochs=12", "--batch=8", "--learning_rate=3e-3"]
+    more += ["--padding=max_length", "--max_length=16"]
+    torch_job.main([*arguments, *more])
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == found["steps_taken"] == 16 * 12
+    assert found["examples"] == 128 * 12
+    assert found["last_loss"] < 0.3 * found["first_loss"]
+    assert min(found["scores"]) > 0.9
+
+
+@needs_torch
+@pytest.mark.slow
+def test_job_runs_all_processes(learnable, capsys):
+    from experiments.benchmarks import job
+
+    arguments = [f"--checkpoint={learnable.checkpoint}", f"--data_dir={learnable.data_dir}"]
+    more = ["--exits=1,2", "--rows=60", "--epochs=1", "--batch=8", "--share=0.3"]
+    more += ["--max_length=16"]
+    job.main([*arguments, *more, "--release_rows=2"])
+    text = capsys.readouterr().out
+    ours, longest, padded = cells(text)
+    assert "54 rows, 7 steps" in ours[5]
+    assert "EXTRAPOLATED from 2 of 7 steps" in padded[5]
+    assert "EXTRAPOLATED" not in longest[5]
+    assert "EXTRAPOLATED from 2 of 40 validation rows" in text
+
+
+@needs_torch
+def test_job_extrapolates_the_steps_that_were_left_out(monkeypatch, learnable):
+    from experiments.benchmarks import job
+
+    did = {"steps": 100, "steps_taken": 10, "later_step_seconds": 0.5, "release_seconds": 2.0}
+    commands = []
+
+    def clocked(command, **_):
+        commands.append(command)
+        return 10.0, f"a warning\n{json.dumps(did)}\n"
+
+    monkeypatch.setattr(job, "clocked", clocked)
+    options = job.make_parser().parse_args([f"--data_dir={learnable.data_dir}"])
+    options.checkpoint = str(learnable.checkpoint)
+    assert job.theirs(options, 5400, "max_length", 0.1, 4) == (10 - 2 + 90 * 0.5, did)
+    assert {"--rows=5400", "--max_length=256", "--share=0.1"} <= set(commands[0])
+
+
+@needs_torch
+def test_job_refuses_unequal_work():
+    from experiments.benchmarks import job
+
+    one = {"rows": 54, "validation": 40, "exits": [1, 2], "steps": 7}
+    job.check_same(one, dict(one))
+    with pytest.raises(SystemExit, match="steps is 7 here and 8 in torch"):
+        job.check_same(one, {**one, "steps": 8})
