@@ -17,9 +17,11 @@ from sweet_jax.models.layers import derive
 from sweet_jax.training.step import (
     StepSettings,
     clip,
+    evaluate_step,
     mean_loss,
     new_state,
     only_class,
+    segment_gradients,
     train_step,
     whole_gradients,
 )
@@ -193,23 +195,51 @@ def test_a_step_uses_the_isolation_of_its_own_number():
     assert max(np.abs(a - b).max() for a, b in pairs) > 1e-3
 
 
-def temporaries(method_isolation: tuple[float, ...]) -> int:
-    """Bytes of temporaries of the compiled step: MiniLM's proportions, 6 layers, 16 x 128."""
+@pytest.mark.parametrize("isolation", [0.0, 1.0])
+def test_what_is_computed_again_is_the_same(isolation):
+    gradients = []
+    for remat in (False, True):
+        graphdef, params = build(kind="deberta-v2", remat=remat)
+        part = segment_gradients if isolation else whole_gradients
+        key = jax.random.key(5)
+        step = jax.jit(lambda p, g=graphdef, f=part, k=key: f(g, p, BATCH, isolation, k)[0])
+        gradients.append(step(params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), gradients[0], gradients[1]
+    )
+
+
+def test_evaluation_is_the_same_program_with_remat_or_without():
+    programs = []
+    for remat in (False, True):
+        graphdef, params = build(remat=remat)
+        lowered = jax.jit(lambda p, g=graphdef: evaluate_step(g, p, BATCH)).lower(params)
+        programs.append(lowered.as_text())
+    assert programs[0] == programs[1]
+
+
+def temporaries(
+    method_isolation: tuple[float, ...],
+    layers: int = 6,
+    exits: tuple[int, ...] = (1, 2, 4, 6),
+    remat: bool = False,
+) -> int:
+    """Bytes of temporaries of the compiled step: MiniLM's proportions, 16 x 128."""
     config = BertConfig(
         vocab_size=100,
         hidden_size=96,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         intermediate_size=384,
     )
-    exits, key = (1, 2, 4, 6), jax.random.key(0)
+    key = jax.random.key(0)
 
     def state():
         model = EarlyExit(Bert(config, key), exits, 2, key)
         return new_state(nnx.to_pure_dict(nnx.split(model)[1]), 1e-3, 0)
 
     shapes = jax.eval_shape(state)
-    model = nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key))
+    model = nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key, remat=remat))
     chosen = settings(nnx.split(model)[0], exits=exits, isolation=method_isolation, clip_norm=1.0)
     batch = {
         "input_ids": jax.ShapeDtypeStruct((16, 128), jnp.int32),
@@ -223,3 +253,9 @@ def temporaries(method_isolation: tuple[float, ...]) -> int:
 
 def test_sweet_needs_about_half_of_early_exit_s_memory():
     assert temporaries((1.0,)) <= 0.55 * temporaries((0.0,))
+
+
+def test_remat_needs_less_memory():
+    """Of 8 layers with one exit, little more than one layer's activations at a time."""
+    deep = ((0.0,), 8, (8,))
+    assert temporaries(*deep, remat=True) < 0.4 * temporaries(*deep)
