@@ -18,7 +18,7 @@ found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
 keep_programs()
 jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))))
-print(sum(e.endswith("/cache_hits") for e in found), sum(e.endswith("/cache_misses") for e in found))
+print(*(sum(e.endswith(f"/cache_{kind}") for e in found) for kind in ("hits", "misses")))
 """
 
 

@@ -35,7 +35,7 @@ SHAPES = {
 }
 
 
-def temporaries(shape: str, method: str, batch: int, length: int) -> int:
+def temporaries(shape: str, method: str, batch: int, length: int, *, remat: bool = False) -> int:
     """Bytes of temporaries of one compiled training step."""
     config, exits = SHAPES[shape]
     key = jax.random.key(0)
@@ -44,8 +44,9 @@ def temporaries(shape: str, method: str, batch: int, length: int) -> int:
         model = EarlyExit(Bert(config, key), exits, 2, key)
         return new_state(nnx.to_pure_dict(nnx.split(model)[1]), 3e-5, 0)
 
-    graphdef = nnx.split(nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key)))[0]
-    run = Config(method=method, exits=exits, batch_size=batch).resolved()
+    model = nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key, remat=remat))
+    graphdef = nnx.split(model)[0]
+    run = Config(method=method, exits=exits, batch_size=batch, remat=remat).resolved()
     step = compile_step(step_settings(run, graphdef, exits, 1000), 1, make_mesh(1, 1), 1)
     inputs = {
         "input_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
@@ -65,11 +66,12 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: bert-base")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--remat", action="store_true", help="activations are computed again")
     options = parser.parse_args()
     print(f"batch {options.batch} x {options.length}, {jax.default_backend()}, {jax.__version__}")
     for shape in options.shape or ["bert-base"]:
         sweet, early = (
-            temporaries(shape, method, options.batch, options.length)
+            temporaries(shape, method, options.batch, options.length, remat=options.remat)
             for method in ("sweet", "early_exit")
         )
         print(
