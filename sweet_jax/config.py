@@ -14,6 +14,7 @@ class UserError(ValueError):
 METHODS = ("sweet", "early_exit", "multi_model")
 METRICS = ("accuracy", "matthews", "f1")
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("einsum", "xla", "cudnn")
 
 # The decisions a preset stands for. Each can also be set alone, for an ablation.
 #   pooler: a copy per exit | one for all exits, which then gets every exit's gradient
@@ -59,6 +60,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "isolation_schedule": ("linear", "step"),
     "dtype": DTYPES,
+    "attention": ATTENTIONS,
+    "attention_dropout": ("", "off"),
     "metric": ("", *METRICS),
     "preset": tuple(PRESETS),
     "pooler": ("", "per_exit", "shared"),
@@ -96,6 +99,9 @@ class Config:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     dtype: str = "float32"  # of activations; parameters are float32
+    attention: str = "einsum"  # or jax.nn.dot_product_attention's "xla", "cudnn": see attention.py
+    attention_dropout: str = ""  # of the weights: "" = the checkpoint's, or "off"
+    remat: bool = False  # the backward pass computes each layer's activations again: less memory
     isolation: tuple[float, ...] = ()  # one number, or from, to over training; () = the method's
     isolation_schedule: str = "linear"  # from, to: "linear", or "step", which changes at half time
     boundary_isolation: tuple[float, ...] = ()  # of each boundary, times isolation; () = all 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sweet_jax.compilation import keep_programs
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
 from sweet_jax.data.read import one_line
@@ -19,7 +20,7 @@ from sweet_jax.exits.policies import POLICIES, Fitted, Policy
 from sweet_jax.serving.answers import NoText, Prediction, Predictions, Text, checked, gather
 from sweet_jax.serving.clock import read_clock
 from sweet_jax.serving.flow import ExitRule, Flow, Row
-from sweet_jax.serving.programs import Programs, batch_sizes, keep_programs, plan, row_lengths
+from sweet_jax.serving.programs import Programs, batch_sizes, plan, row_lengths
 from sweet_jax.serving.saved import SavedModel, open_model
 
 MODES = ("throughput", "latency")
@@ -112,7 +113,8 @@ class AdaptiveClassifier:
           level: confidence of a certificate.
           dtype: of parameters and activations, "float32" or "bfloat16".
           cache_dir: where compiled programs are kept between processes; default
-            ~/.cache/sweet_jax. It is JAX's own cache: a directory that JAX was already told stays.
+            ~/.cache/sweet_jax/xla. It is JAX's own cache: a directory that JAX was already told
+            stays.
 
         Raises UserError, see `open_model` and `Dials.threshold`.
 

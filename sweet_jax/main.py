@@ -8,6 +8,8 @@ A config file is a Python file whose get_config() returns the values that differ
 (sweet_jax/config.py lists all keys); what follows a colon is its argument. Every key can be set
 after it: --config.KEY=VALUE. A key of several values takes them separated by commas: 1,4,6,12.
 The same command in the same workdir goes on where it stopped.
+Compiled programs are kept in ~/.cache/sweet_jax/xla (JAX_COMPILATION_CACHE_DIR=DIR: in DIR;
+JAX_ENABLE_COMPILATION_CACHE=0: not at all).
 Exit status: 0 done, 2 the input is wrong (one line says how to mend it), 1 anything else.
 """
 
@@ -29,6 +31,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sweet_jax import config as configuration
+from sweet_jax.compilation import keep_programs
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.read import one_line
 from sweet_jax.pipeline import run
@@ -100,6 +103,7 @@ def main(argv: Sequence[str] = ()) -> int:
     logging.getLogger("sweet_jax").setLevel(logging.INFO)
     try:
         config, workdir = parse(argv or sys.argv)
+        keep_programs(least_seconds=1.0)
         run(config, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ from sweet_jax.serving.card import model_card
 from sweet_jax.serving.saved import Model, save_model
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.metrics import diverged, read_metrics
-from sweet_jax.training.run import fit, trainings
+from sweet_jax.training.run import fit, trained_as, trainings
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ def prepare(config: Config) -> Job:
     config = config.resolved()
     checkpoint = open_checkpoint(config.checkpoint)
     _check_against(checkpoint, config)
+    trained_as(config, checkpoint)
     read_encoder(checkpoint)  # a damaged file must be known before anything is written
     dataset = load_dataset(config)
     tokenizer = load_tokenizer(checkpoint)

@@ -85,8 +85,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> None:
     # They import JAX: not for --help, or a mistake.
+    from sweet_jax.compilation import keep_programs
     from sweet_jax.inference import AdaptiveClassifier
-    from sweet_jax.serving.programs import keep_programs
     from sweet_jax.serving.saved import open_model
 
     if options.measure:
@@ -133,8 +133,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    from sweet_jax.compilation import keep_programs
     from sweet_jax.serving.clock import measure, write_clock
-    from sweet_jax.serving.programs import keep_programs
     from sweet_jax.serving.saved import open_model
 
     keep_programs()

@@ -78,8 +78,8 @@ def _run(options: argparse.Namespace) -> None:
         from sweet_jax.server.app import Limits, make_app
     except ImportError as error:
         raise UserError(f'the server needs {error.name}: pip install ".[serve]"') from error
+    from sweet_jax.compilation import keep_programs
     from sweet_jax.inference import AdaptiveClassifier
-    from sweet_jax.serving.programs import keep_programs
     from sweet_jax.serving.saved import open_model
 
     with _listen(options.host, options.port) as listener:

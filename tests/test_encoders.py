@@ -1,5 +1,7 @@
 """Parity with Hugging Face: hidden states and gradients, from committed golden files."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,6 +12,9 @@ from conftest import TINIES
 from flax import nnx
 
 from sweet_jax import load_encoder
+from sweet_jax.config import UserError
+from sweet_jax.models.attention import check_attention, fits, fused_attention
+from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta import along_diagonals
 from sweet_jax.models.deberta_v2 import log_bucket
 from sweet_jax.models.names import hugging_face_name, is_matrix
@@ -108,6 +113,92 @@ def test_the_first_tokens_alone_are_those_of_the_whole_layer(kind, key):
             assert part.shape == (3, count, h.shape[-1])
             np.testing.assert_allclose(part, whole[:, :count], rtol=0, atol=2e-6)
         h = whole
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_fused_attention_is_the_same_attention(kind):
+    """Values at the tokens, for all queries and the first alone, and every gradient."""
+    config = dataclasses.replace(TINIES[kind], attention_probs_dropout_prob=0.0)
+    encoder = ENCODERS[kind][1](config, jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (4, 9, config.hidden_size))
+    mask = jnp.arange(9)[None] < jnp.array([9, 4, 1, 0])[:, None]
+    key = jax.random.key(2)  # other dropout stays on
+
+    def layer(values, h, graphdef, count):
+        out = nnx.merge(graphdef, values).layer(2, h, mask, key, count=count)
+        return (jnp.sin(out) * mask[:, : out.shape[1], None]).sum(), out
+
+    for count in (None, 1, 3):
+        found = []
+        for implementation in ("einsum", "xla"):
+            encoder.attend_by(implementation)
+            graphdef, values = nnx.split(encoder)
+            function = jax.value_and_grad(layer, argnums=(0, 1), has_aux=True)
+            (_, out), grads = jax.jit(function, static_argnums=(2, 3))(
+                values, hidden, graphdef, count
+            )
+            found.append((out[:3], grads))
+        ours, theirs = map(jax.tree.leaves, found)
+        for a, b in zip(ours, theirs, strict=True):
+            assert np.all(np.isfinite(b))
+            np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_cudnn_is_asked_for_even_shapes_only():
+    assert fits("cudnn", 64, 64)
+    assert not fits("cudnn", 1, 64)
+    assert not fits("cudnn", 33, 33)
+    assert fits("xla", 1, 33)
+
+
+def test_cudnn_s_call_is_lowered_for_a_gpu(monkeypatch):
+    """As far as a machine without a GPU can go: the shapes, the mask and the gradient are taken."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    q = jax.ShapeDtypeStruct((4, 32, 12, 64), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((4, 32), bool)
+
+    def loss(q, k, v, mask):
+        return fused_attention(q, k, v, mask, implementation="cudnn").astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    text = gradient.trace(q, q, q, mask).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmax" in text
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "add --config.attention_dropout=off"),
+        ({"dropout": 0.0}, "JAX runs on cpu: leave it out, or set it to xla"),
+        ({"dropout": 0.0, "backend": "gpu"}, "add --config.dtype=bfloat16"),
+        ({"model_type": "deberta-v2"}, "is a deberta-v2 model"),
+        ({"dropout": 0.0, "backend": "gpu", "dtype": "bfloat16", "heads": 64}, "have size 12"),
+        ({"dropout": 0.0, "backend": "gpu", "dtype": "bfloat16"}, None),
+        ({"attention": "xla"}, "add --config.attention_dropout=off"),
+        ({"attention": "xla", "dropout": 0.0}, None),
+        ({"attention": "einsum", "model_type": "deberta"}, None),
+    ],
+)
+def test_attention_that_cannot_work_is_refused(values, message):
+    values = {"attention": "cudnn", "model_type": "bert", "backend": "cpu", **values}
+    config = BertConfig(
+        attention_probs_dropout_prob=values.get("dropout", 0.1),
+        num_attention_heads=values.get("heads", 12),
+    )
+    expected = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
+    with expected:
+        check_attention(
+            values["attention"],
+            "some/model",
+            model_type=values["model_type"],
+            config=config,
+            dtype=values.get("dtype", "float32"),
+            backend=values["backend"],
+        )
 
 
 def test_the_first_token_alone_takes_little_beside_keys_and_values():

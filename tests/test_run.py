@@ -266,6 +266,22 @@ def test_bfloat16_activations_train_float32_parameters(options, tmp_path, one_de
     assert not np.array_equal(outputs.logits, exact.logits)
 
 
+def test_fused_attention_and_remat_are_the_same_training(
+    options, with_dropout, tmp_path, one_device
+):
+    """Two steps in: before rounding, which Adam scales up, has grown."""
+    options |= with_dropout | {"max_steps": 2}
+    with pytest.raises(UserError, match=r"add --config.attention_dropout=off"):
+        prepare(from_mapping(options | {"attention": "xla"}))
+    options["attention_dropout"] = "off"
+    plain = logits_of(options, tmp_path / "plain")
+    fused = logits_of(options, tmp_path / "fused", attention="xla", remat=True)
+    np.testing.assert_allclose(plain.logits, fused.logits, rtol=0, atol=1e-3)
+    del options["attention_dropout"]
+    dropped = logits_of(options, tmp_path / "dropped")
+    assert np.abs(plain.logits - dropped.logits).max() > 1e-2
+
+
 def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_device):
     run(from_mapping(options), tmp_path)
     before = (tmp_path / "results.json").read_bytes()

@@ -11,14 +11,16 @@ import pytest
 from flax import nnx
 from test_early_exit import BATCH, EXITS, build, untrained
 
+from sweet_jax.compilation import remat_options
 from sweet_jax.models.bert import Bert, BertConfig
 from sweet_jax.models.early_exit import EarlyExit, leaves_by_owner
 from sweet_jax.models.layers import derive
-from sweet_jax.training.gradients import whole_gradients
+from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.losses import mean_loss, only_class
 from sweet_jax.training.step import (
     StepSettings,
     clip,
+    evaluate_step,
     new_state,
     train_step,
 )
@@ -192,23 +194,51 @@ def test_a_step_uses_the_isolation_of_its_own_number():
     assert max(np.abs(a - b).max() for a, b in pairs) > 1e-3
 
 
-def temporaries(method_isolation: tuple[float, ...]) -> int:
-    """Bytes of temporaries of the compiled step: MiniLM's proportions, 6 layers, 16 x 128."""
+@pytest.mark.parametrize("isolation", [0.0, 1.0])
+def test_what_is_computed_again_is_the_same(isolation):
+    gradients = []
+    for remat in (False, True):
+        graphdef, params = build(kind="deberta-v2", remat=remat)
+        part = segment_gradients if isolation else whole_gradients
+        key = jax.random.key(5)
+        step = jax.jit(lambda p, g=graphdef, f=part, k=key: f(g, p, BATCH, isolation, k)[0])
+        gradients.append(step(params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), gradients[0], gradients[1]
+    )
+
+
+def test_evaluation_is_the_same_program_with_remat_or_without():
+    programs = []
+    for remat in (False, True):
+        graphdef, params = build(remat=remat)
+        lowered = jax.jit(lambda p, g=graphdef: evaluate_step(g, p, BATCH)).lower(params)
+        programs.append(lowered.as_text())
+    assert programs[0] == programs[1]
+
+
+def temporaries(
+    method_isolation: tuple[float, ...],
+    layers: int = 6,
+    exits: tuple[int, ...] = (1, 2, 4, 6),
+    remat: bool = False,
+) -> int:
+    """Bytes of temporaries of the compiled step: MiniLM's proportions, 16 x 128."""
     config = BertConfig(
         vocab_size=100,
         hidden_size=96,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         intermediate_size=384,
     )
-    exits, key = (1, 2, 4, 6), jax.random.key(0)
+    key = jax.random.key(0)
 
     def state():
         model = EarlyExit(Bert(config, key), exits, 2, key)
         return new_state(nnx.to_pure_dict(nnx.split(model)[1]), 1e-3, 0)
 
     shapes = jax.eval_shape(state)
-    model = nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key))
+    model = nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key, remat=remat))
     chosen = settings(nnx.split(model)[0], exits=exits, isolation=method_isolation, clip_norm=1.0)
     batch = {
         "input_ids": jax.ShapeDtypeStruct((16, 128), jnp.int32),
@@ -216,9 +246,18 @@ def temporaries(method_isolation: tuple[float, ...]) -> int:
         "mask": jax.ShapeDtypeStruct((16, 128), bool),
         "labels": jax.ShapeDtypeStruct((16,), jnp.int32),
     }
-    step = jax.jit(lambda s, b: train_step(chosen, s, b), donate_argnums=0)
+    step = jax.jit(
+        lambda s, b: train_step(chosen, s, b),
+        donate_argnums=0,
+        compiler_options=remat_options(remat),
+    )
     return step.lower(shapes, batch).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_sweet_needs_about_half_of_early_exit_s_memory():
     assert temporaries((1.0,)) <= 0.55 * temporaries((0.0,))
+
+
+def test_remat_needs_less_memory():
+    deep = ((0.0,), 8, (1, 8))
+    assert temporaries(*deep, remat=True) < 0.6 * temporaries(*deep)

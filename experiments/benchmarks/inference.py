@@ -38,13 +38,13 @@ from flax import nnx
 
 from experiments.benchmarks.shapes import SHAPES
 from sweet_jax import AdaptiveClassifier, ExitOutputs
+from sweet_jax.compilation import keep_programs
 from sweet_jax.data.read import read_table
 from sweet_jax.exits.dials import Dials, Trade, make_dials
 from sweet_jax.exits.policies import Fitted, exit_scores
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.serving.programs import keep_programs
 from sweet_jax.serving.saved import Network, SavedModel, open_model
 
 BATCHES, COSTS = (1, 8, 64), (0.25, 0.5, 0.75)

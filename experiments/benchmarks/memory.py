@@ -13,39 +13,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.benchmarks.shapes import RATE, SHAPES
 from sweet_jax.config import Config
-from sweet_jax.models.bert import Bert, BertConfig
-from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.training.run import compile_step, step_settings
 from sweet_jax.training.sharding import make_mesh
 from sweet_jax.training.step import new_state
 
-SHAPES = {
-    "tiny": (
-        BertConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-        ),
-        (1, 2),
-    ),
-    "minilm": (
-        BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
-        (1, 2, 4, 6),
-    ),
-    "bert-base": (BertConfig(), (1, 4, 6, 12)),
-}
 
-
-def temporaries(shape: str, method: str, batch: int, length: int) -> int:
+def temporaries(shape: str, method: str, batch: int, length: int, *, remat: bool = False) -> int:
     """Bytes of temporaries of one compiled training step."""
-    config, exits = SHAPES[shape]
-    key = jax.random.key(0)
-
-    def state():
-        model = EarlyExit(Bert(config, key), exits, 2, key)
-        return new_state(nnx.to_pure_dict(nnx.split(model)[1]), 3e-5, 0)
-
-    graphdef = nnx.split(nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key)))[0]
-    run = Config(method=method, exits=exits, batch_size=batch).resolved()
+    exits = SHAPES[shape].exits
+    graphdef, values = nnx.split(nnx.eval_shape(lambda: SHAPES[shape].model(remat=remat)))
+    state = jax.eval_shape(lambda params: new_state(params, RATE, 0), nnx.to_pure_dict(values))
+    run = Config(method=method, exits=exits, batch_size=batch, remat=remat).resolved()
     step = compile_step(step_settings(run, graphdef, exits, 1000), 1, make_mesh(1, 1), 1)
     inputs = {
         "input_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
@@ -53,7 +33,7 @@ def temporaries(shape: str, method: str, batch: int, length: int) -> int:
         "mask": jax.ShapeDtypeStruct((batch, length), bool),
         "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
-    compiled = step.lower(jax.eval_shape(state), inputs).compile()
+    compiled = step.lower(state, inputs).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -65,11 +45,12 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: bert-base")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--remat", action="store_true", help="activations are computed again")
     options = parser.parse_args()
     print(f"batch {options.batch} x {options.length}, {jax.default_backend()}, {jax.__version__}")
     for shape in options.shape or ["bert-base"]:
         sweet, early = (
-            temporaries(shape, method, options.batch, options.length)
+            temporaries(shape, method, options.batch, options.length, remat=options.remat)
             for method in ("sweet", "early_exit")
         )
         print(

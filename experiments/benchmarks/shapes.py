@@ -35,11 +35,12 @@ class Shape(NamedTuple):
     config: EncoderConfig
     exits: tuple[int, ...]
 
-    def model(self, seed: int = 0, dtype: str = "float32") -> EarlyExit:
+    def model(self, seed: int = 0, dtype: str = "float32", *, remat: bool = False) -> EarlyExit:
         """Random parameters, float32; activations in `dtype`."""
         key = jax.random.key(seed)
         kind = next(encoder for config, encoder in ENCODERS.values() if config is type(self.config))
-        return EarlyExit(kind(self.config, key, dtype), self.exits, CLASSES, key, dtype=dtype)
+        encoder = kind(self.config, key, dtype)
+        return EarlyExit(encoder, self.exits, CLASSES, key, remat=remat, dtype=dtype)
 
 
 _TINY = {

@@ -113,9 +113,11 @@ class EarlyExit(nnx.Module):
         shared_pooler: bool = False,
         shared_relative: bool = False,
         learning_to_exit: str = "",
+        remat: bool = False,
         dtype=jnp.float32,
     ):
         self.encoder = encoder
+        self.remat = remat
         self.exits = tuple(exits)
         self.shared_relative = shared_relative
         self.pooler = make_pooler(encoder, dtype, derive(key, "pooler")) if shared_pooler else None
@@ -163,8 +165,8 @@ class EarlyExit(nnx.Module):
                 relative = self.encoder.relative_table()
         start, end = (0, *self.exits)[index : index + 2]
         for number in range(start + 1, end):
-            h = self.encoder.layer(number, h, mask, key, relative)
-        layer = functools.partial(self.encoder.layer, end, h, mask, key, relative)
+            h = self._layer(number, h, mask, key, relative)
+        layer = functools.partial(self._layer, end, h, mask, key, relative)
         head = functools.partial(
             self.heads[str(end)], pooler=self.pooler, key=sub_key(key, "head", end)
         )
@@ -174,6 +176,17 @@ class EarlyExit(nnx.Module):
         closed = not isinstance(isolation, jax.Array) and isolation == 1
         answer = head(layer(count=1) if closed else whole)
         return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), answer
+
+    def _layer(
+        self, number: int, h: jax.Array, mask: jax.Array, key, relative, count: int | None = None
+    ) -> jax.Array:
+        """`Encoder.layer`; with remat, what a backward pass needs of it is computed again there."""
+
+        def run(h: jax.Array, relative: jax.Array | None) -> jax.Array:
+            return self.encoder.layer(number, h, mask, key, relative, count=count)
+
+        # Without a key no gradient is taken: evaluation is the same program with remat or without.
+        return (jax.checkpoint(run) if self.remat and key is not None else run)(h, relative)
 
     def resume(
         self,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.config import UserError
+from sweet_jax.models.attention import EINSUM, fits, fused_attention
 from sweet_jax.models.layers import derive, dropout, gelu, layer_norm, masked_softmax, sub_key
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -145,6 +146,7 @@ class Attention(nnx.Module):
         self.scale = (hidden // self.heads) ** -0.5
         self.weight_dropout = config.attention_probs_dropout_prob
         self.hidden_dropout = config.hidden_dropout_prob
+        self.implementation = EINSUM
 
     def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B*Q, H] of tokens `asking` [B*Q, H], keys and values [B*L, H] of tokens x."""
@@ -157,6 +159,24 @@ class Attention(nnx.Module):
         """
         return jnp.einsum("bald,bamd->balm", q, k)
 
+    def context(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, key, relative
+    ) -> jax.Array:
+        """What the weights make of the values, [B, Q, A, D], from q like it and k, v [B, L, A, D].
+
+        mask is bool [B, L].
+        """
+        fused = self.implementation  # of an implementation that takes these shapes
+        if fused != EINSUM and fits(fused, q.shape[1], k.shape[1]):
+            return fused_attention(q * self.scale, k, v, mask, implementation=fused)
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # [B, A, Q or L, D]
+        scores = self.scores(q * self.scale, k, relative, sub_key(key, "relative"))  # [B, A, Q, L]
+        weights = masked_softmax(scores, mask[:, None, None, :]).astype(v.dtype)
+        weights = dropout(
+            sub_key(key, "weights"), weights, self.weight_dropout, length_axes=(2, 3), packed_axis=1
+        )
+        return jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)
+
     def __call__(
         self, x: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
     ) -> jax.Array:
@@ -164,16 +184,10 @@ class Attention(nnx.Module):
         asking = leading(x, batch, count)  # [B*Q, H]
 
         def split(x):
-            heads = x.reshape(batch, -1, self.heads, x.shape[-1] // self.heads)
-            return heads.transpose(0, 2, 1, 3)  # [B, A, Q or L, D]
+            return x.reshape(batch, -1, self.heads, x.shape[-1] // self.heads)
 
-        q, k, v = map(split, self.project(asking, x))
-        scores = self.scores(q * self.scale, k, relative, sub_key(key, "relative"))  # [B, A, Q, L]
-        weights = masked_softmax(scores, mask[:, None, None, :]).astype(v.dtype)
-        weights = dropout(
-            sub_key(key, "weights"), weights, self.weight_dropout, length_axes=(2, 3), packed_axis=1
-        )
-        context = jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)  # [B, Q, A, D]
+        q, k, v = map(split, self.project(asking, x))  # [B, Q or L, A, D]
+        context = self.context(q, k, v, mask, key, relative)
         out = self.output(context.reshape(asking.shape))  # [B*Q, H]
         out = token_dropout(sub_key(key, "output"), out, self.hidden_dropout, batch)
         return self.norm(asking + out)
@@ -224,6 +238,11 @@ class Encoder(nnx.Module):
             self.make_layer(number, dtype, nnx.Rngs(derive(key, "layer", number)))
             for number in range(1, config.num_hidden_layers + 1)
         )
+
+    def attend_by(self, implementation: str) -> None:
+        """Chooses how every layer attends: see `attention.check_attention`."""
+        for layer in self.layers:
+            layer.attention.implementation = implementation
 
     def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> Layer:
         """Layer `number`, from 1, with random parameters."""

@@ -8,9 +8,7 @@ Shape letters: E exit, B batch (padded to one of `batch_sizes`), L length, H hid
 P slots.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -235,15 +233,3 @@ def _filled(stage: Stage, values: list[jax.Array], params: Any) -> Any:
         return next(rest) if _needs(stage, path) else jnp.zeros(leaf.shape, leaf.dtype)
 
     return jax.tree.map_with_path(pick, params)
-
-
-def keep_programs(folder: str | Path | None = None) -> None:
-    """Keeps compiled programs, however small, between processes: JAX's persistent cache.
-
-    In ~/.cache/sweet_jax, or the folder given; where JAX was told of a folder, that one stays.
-    """
-    if jax.config.values.get("jax_compilation_cache_dir") is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(folder or Path(home) / "sweet_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from sweet_jax.compilation import remat_options
 from sweet_jax.config import Config
 from sweet_jax.data.batches import (
     Tokens,
@@ -23,6 +24,7 @@ from sweet_jax.data.batches import (
     steps_per_epoch,
     training_batch,
 )
+from sweet_jax.models.attention import check_attention
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
@@ -77,16 +79,37 @@ def make_model(
 ) -> EarlyExit:
     """A model as deep as its last exit with random parameters from `seed`."""
     key = derive(jax.random.key(seed), "parameters")
+    encoder = trained_as(config, checkpoint).encoder(key, config.dtype, depth=exits[-1])
+    encoder.attend_by(config.attention)
     return EarlyExit(
-        checkpoint.encoder(key, config.dtype, depth=exits[-1]),
+        encoder,
         exits,
         classes,
         key,
         shared_pooler=config.pooler == "shared",
         shared_relative=config.relative == "shared",
         learning_to_exit=config.learning_to_exit,
+        remat=config.remat,
         dtype=config.dtype,
     )
+
+
+def trained_as(config: Config, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the dropout that a config trains it with; raises UserError where the
+    attention that the config asks for does not go with it.
+    """
+    if config.attention_dropout == "off":
+        values = dataclasses.replace(checkpoint.config, attention_probs_dropout_prob=0.0)
+        checkpoint = dataclasses.replace(checkpoint, config=values)
+    check_attention(
+        config.attention,
+        config.checkpoint,
+        model_type=checkpoint.model_type,
+        config=checkpoint.config,
+        dtype=config.dtype,
+        backend=jax.default_backend(),
+    )
+    return checkpoint
 
 
 def initial_state(
@@ -203,6 +226,7 @@ def step_settings(
         boundary_isolation=config.boundary_isolation,
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
+        remat=config.remat,
     )
 
 
@@ -222,6 +246,7 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int
         in_shardings=(by_state, by_batch),
         out_shardings=(by_state, by_state),
         donate_argnums=0,
+        compiler_options=remat_options(settings.remat),
     )
 
 
