@@ -120,6 +120,7 @@ class Config:
     label_column: str = "label"
     checkpoint_every: int = 200  # steps
     conflict_every: int = 0  # steps between logs of how the exits' gradients agree; 0 = never
+    segment_parallel: bool = False  # SWEET: each group of devices trains its own segments
     max_steps: int = 0  # ends training early, the schedule being that of all; 0 = all steps
 
     def __post_init__(self) -> None:
@@ -129,6 +130,7 @@ class Config:
         _check_ranges(self)
         _check_isolation(self)
         _check_conflict(self)
+        _check_independent(self)
 
     def resolved(self) -> "Config":
         """The same with every "" that stands for the preset's or the method's choice filled in."""
@@ -279,4 +281,28 @@ def _check_isolation(config: Config) -> None:
         raise UserError(
             f"boundary_isolation must be one number for each of the {len(config.exits) - 1} "
             f"boundaries between the exits {','.join(map(str, config.exits))}; got {factors!r}"
+        )
+
+
+def _check_independent(config: Config) -> None:
+    """What trains segments apart from each other needs that nothing couples them."""
+    if not config.segment_parallel:
+        return
+    wanted = {
+        "method": ("sweet",),
+        "isolation": ((), (1.0,), (1.0, 1.0)),
+        "pooler": ("", "per_exit"),
+        "relative": ("", "first"),
+        "clipping": ("", "owner"),
+    }
+    for name, allowed in wanted.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(
+                f"segment_parallel needs exits that are trained independently, but {name} is "
+                f"{getattr(config, name)!r}: leave one of the two out"
+            )
+    if any(a != 1 for a in config.boundary_isolation):
+        raise UserError(
+            "segment_parallel needs exits that are trained independently, but boundary_isolation "
+            f"is {config.boundary_isolation!r}: leave one of the two out"
         )

@@ -15,8 +15,9 @@ from flax import nnx
 
 from experiments.benchmarks.shapes import RATE, SHAPES
 from sweet_jax.config import Config
-from sweet_jax.training.run import compile_step, step_settings
+from sweet_jax.training.run import step_settings
 from sweet_jax.training.sharding import make_mesh
+from sweet_jax.training.spread import compile_step
 from sweet_jax.training.step import new_state
 
 

@@ -22,8 +22,9 @@ from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.encoder import EncoderConfig
 from sweet_jax.models.pretrained import ENCODERS
-from sweet_jax.training.run import compile_step, step_settings
+from sweet_jax.training.run import step_settings
 from sweet_jax.training.sharding import by_replica, by_row, make_mesh, without_axis
+from sweet_jax.training.spread import compile_step
 from sweet_jax.training.step import new_state
 
 CLASSES, RATE = 2, 3e-5

@@ -79,9 +79,16 @@ class Checkpoints:
         return wanted == _digest(self._folder / str(step))
 
 
-def like(state: Any, sharding: jax.sharding.Sharding) -> Any:
-    """What `Checkpoints.restore` takes: the shapes and dtypes of `state`, placed by `sharding`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+def like(state: Any, shardings: Any) -> Any:
+    """What `Checkpoints.restore` takes: the shapes and dtypes of `state`, and where they go.
+
+    shardings: one for all arrays, or a tree of them like `state`.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, state)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
 
 
 def _digest(folder: Path) -> dict[str, str]:

@@ -3,20 +3,20 @@
 Shape letters: R replica, E exit.
 """
 
+import collections
 import contextlib
 import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from sweet_jax.training.checkpoint import Checkpoints
 from sweet_jax.training.losses import Metrics
 from sweet_jax.training.metrics import MetricsLog
-from sweet_jax.training.step import State
 
 log = logging.getLogger(__name__)
 
@@ -26,24 +26,30 @@ class StoppedError(Exception):
 
 
 def take_steps(
-    step: Callable[[int, State, dict], tuple[State, Metrics]],
-    state: State,
-    batch: Callable[[int], dict[str, jax.Array]],
+    step: Callable[[int, Any, Any], tuple[Any, list[Metrics]]],
+    state: Any,
+    batch: Callable[[int], tuple[Any, int]],
     steps: range,
     epoch: int,
     every: int,
+    lag: int,
     metrics: MetricsLog,
-    checkpoints: Checkpoints,
+    save: Callable[[int, Any], None],
     bar: tqdm,
-) -> State:
-    """Takes the steps; metrics are read one step late, so that the device never waits for them."""
-    late: tuple[int, int, Metrics] | None = None
+) -> Any:
+    """Takes the steps; metrics are read `lag` steps late, so that no device waits for them.
+
+    `step` gives the metrics of all exits, or of groups of exits one after the other; `batch` gives
+    a batch and its length; the total of `bar` is that of all steps from 0.
+    """
+    late: collections.deque[tuple[int, int, list[Metrics]]] = collections.deque()
     diverged: set[tuple[int, int]] = set()
 
-    def log_late() -> None:
-        if late is not None:
-            number, length, values = late
-            values = jax.device_get(values)
+    def log_late(left: int) -> None:
+        while len(late) > left:
+            number, length, parts = late.popleft()
+            each = jax.device_get(parts)
+            values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *each)  # [R, E]
             if values.loss.ndim == 1:  # a single replica's, without the axis R
                 values = jax.tree.map(lambda x: x[None], values)
             for replica, index in np.argwhere(~np.isfinite(values.loss)).tolist():
@@ -54,21 +60,19 @@ def take_steps(
                     )  # fmt: skip
                 diverged.add((replica, index))
             metrics.add(number, number // epoch, length, values)
-            bar.update(len(values.loss) * rows)
+            bar.update(bar.total // steps.stop)
 
     with termination() as terminated:
         for number in steps:
-            inputs = batch(number)
-            rows, length = inputs["mask"].shape[-2:]
+            inputs, length = batch(number)
             state, values = step(number, state, inputs)
-            log_late()
-            late = (number, length, values)
+            late.append((number, length, values))
+            log_late(left=lag)
             last = number + 1 == steps.stop
             if last or (number + 1) % every == 0 or terminated.is_set():
-                log_late()
-                late = None
+                log_late(left=0)
                 metrics.flush()
-                checkpoints.save(number + 1, state)
+                save(number + 1, state)
             if terminated.is_set():
                 raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {steps.stop}")
     return state

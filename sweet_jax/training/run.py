@@ -7,16 +7,15 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sweet_jax.compilation import remat_options
 from sweet_jax.config import Config
 from sweet_jax.data.batches import (
     Tokens,
@@ -29,23 +28,17 @@ from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
 from sweet_jax.training.checkpoint import Checkpoints, like
-from sweet_jax.training.conflict import conflict_step
 from sweet_jax.training.loop import take_steps
-from sweet_jax.training.losses import Metrics
 from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.sharding import (
-    by_replica,
-    by_row,
-    make_mesh,
-    traced_at_most,
     without_axis,
 )
+from sweet_jax.training.spread import gathered, spread_segments, spread_whole
 from sweet_jax.training.step import (
     Params,
     State,
     StepSettings,
     new_state,
-    train_step,
 )
 
 log = logging.getLogger(__name__)
@@ -162,32 +155,24 @@ def fit(
 
     """
     seeds = [seed for seed, _ in config.replicas()]
-    mesh = make_mesh(len(seeds), config.batch_size)
     graphdef, state = initial_state(config, checkpoint, training, classes)
     settings = step_settings(config, graphdef, training.exits, len(rows[0]))
     stop = min(settings.total_steps, config.max_steps or settings.total_steps)
     checkpoints = Checkpoints(workdir / "checkpoints" / training.name)
+    lengths = bucket_lengths(config.max_length)
     state = without_axis(state, len(seeds))
-    placed = by_replica(mesh, len(seeds))
-    restored = checkpoints.restore(like(state, placed))
-    state = restored[1] if restored else jax.device_put(state, placed)
+    spread = spread_segments if config.segment_parallel else spread_whole
+    plan = spread(config, settings, state, len(lengths))
+    restored = checkpoints.restore(like(state, plan.shardings))
+    state = restored[1] if restored else jax.device_put(state, plan.shardings)
     start = restored[0] if restored else 0
     if start:
         log.info("%s: going on from step %d of %d", training.name, start, stop)
-    lengths = bucket_lengths(config.max_length)
-    compiled = compile_step(settings, len(seeds), mesh, len(lengths))
-    measured = compile_conflict(settings, len(seeds), mesh, len(lengths))
 
-    def step(number: int, state: State, inputs: dict) -> tuple[State, Metrics]:
-        every, conflict = config.conflict_every, None
-        if every and number % every == 0:  # first: the step takes the state's memory
-            conflict = measured(state, inputs)
-        state, values = compiled(state, inputs)
-        return state, values._replace(conflict=conflict)
-
-    def batch(number: int) -> dict[str, jax.Array]:
+    def batch(number: int) -> tuple[Any, int]:
         host = training_batch(tokens, rows, seeds, number, config.batch_size, lengths)
-        return jax.device_put(without_axis(host, len(seeds)), by_row(mesh, len(seeds)))
+        host = without_axis(host, len(seeds))
+        return plan.place(host), host["mask"].shape[-1]
 
     metrics = MetricsLog(workdir, training.name, start, training.exits)
     began = time.perf_counter()
@@ -202,9 +187,13 @@ def fit(
             steps = range(start, stop)
             every = config.checkpoint_every
             epoch = steps_per_epoch(len(rows[0]), config.batch_size)
-            state = take_steps(step, state, batch, steps, epoch, every, metrics, checkpoints, bar)
+            parts = take_steps(
+                plan.step, plan.parts(state), batch, steps, epoch, every, plan.lag, metrics,
+                lambda step, parts: checkpoints.save(step, plan.whole(parts)), bar,
+            )  # fmt: skip
     examples = (stop - start) * config.batch_size * len(seeds)
-    params = state.params if len(seeds) > 1 else jax.tree.map(lambda x: x[None], state.params)
+    params = gathered(config, plan.whole(parts).params)
+    params = params if len(seeds) > 1 else jax.tree.map(lambda x: x[None], params)
     return graphdef, params, Timing(time.perf_counter() - began, examples)
 
 
@@ -227,41 +216,4 @@ def step_settings(
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
         remat=config.remat,
-    )
-
-
-def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
-    """(state, batch) → (state, metrics), jitted, sharded, the old state donated.
-
-    All arrays have the leading axis R, but a single replica's have none: on a CPU an axis of size 1
-    makes a step slower. Traced at most once per batch length, which is asserted.
-    """
-
-    def one(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        return train_step(settings, state, batch)
-
-    by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
-    return jax.jit(
-        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
-        in_shardings=(by_state, by_batch),
-        out_shardings=(by_state, by_state),
-        donate_argnums=0,
-        compiler_options=remat_options(settings.remat),
-    )
-
-
-def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
-    """(state, batch) → the conflict of the step's gradients, [R, E, E, E], placed as the step is.
-
-    The state is left as it is. A program of its own: the training step's does not change by it.
-    """
-
-    def one(state: State, batch: dict[str, jax.Array]) -> jax.Array:
-        return conflict_step(settings, state, batch)
-
-    by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
-    return jax.jit(
-        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
-        in_shardings=(by_state, by_batch),
-        out_shardings=by_state,
     )

@@ -6,7 +6,7 @@ Shape letters: R replica, B batch.
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +15,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 log = logging.getLogger(__name__)
 
 
-def make_mesh(replicas: int, batch_size: int) -> Mesh:
-    """A mesh whose "replica" axis divides R and whose "data" axis divides B.
+def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh whose "replica" axis divides R and whose "data" axis divides B; of all devices.
 
     Replicas are spread first: they need no communication. Devices that fit neither stay idle.
     """
-    devices = jax.devices()
+    devices = devices or jax.devices()
     spread = math.gcd(replicas, len(devices))
     data = math.gcd(batch_size, len(devices) // spread)
     if spread * data < len(devices):

@@ -1,0 +1,151 @@
+"""Segment-parallel training of SWEET: each group of devices trains its own segments.
+
+No gradient crosses a boundary: a group hands its hidden states on, updates at once, and nothing
+comes back. While one group is at step t, the group before it is at step t + 1 already; after the
+first steps none waits for another, and the numbers are those of one device. Within a group rows and
+replicas are spread as ever.
+
+Shape letters: R replica, B batch, L length, H hidden.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from sweet_jax.models.early_exit import Carried, owners
+from sweet_jax.training.losses import Metrics
+from sweet_jax.training.sharding import by_replica, by_row, make_mesh, traced_at_most
+from sweet_jax.training.step import State, StepSettings, segments_step
+
+log = logging.getLogger(__name__)
+
+
+class Group(NamedTuple):
+    """Devices, and the segments that they train, numbered from 0."""
+
+    segments: tuple[int, ...]
+    mesh: Mesh
+
+
+def make_groups(exits: Sequence[int], replicas: int, batch_size: int) -> list[Group]:
+    """As many groups as make the busiest device's layers fewest, of equally many devices.
+
+    Of several processes each has its share of every group, so that what groups hand on stays within
+    a process.
+    """
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    local = len(devices) // jax.process_count()
+    counts = [n for n in range(2, min(len(exits), local) + 1) if local % n == 0]
+    # A group's layers are spread over local / n devices of each process.
+    count = min(counts, key=lambda n: (n * busiest(exits, assign(exits, n)), -n), default=1)
+    if count == 1:
+        log.warning(
+            "segment_parallel has no effect: %d exits on %d devices of a process", len(exits), local
+        )
+    grid = np.array(devices).reshape(jax.process_count(), count, -1).swapaxes(0, 1)
+    return [
+        Group(segments, make_mesh(replicas, batch_size, list(each.flat)))
+        for segments, each in zip(assign(exits, count), grid, strict=True)
+    ]
+
+
+def assign(exits: Sequence[int], groups: int) -> tuple[tuple[int, ...], ...]:
+    """The segments of each group, neighbours together, so that the busiest has fewest layers."""
+    cuts = itertools.combinations(range(1, len(exits)), groups - 1)
+    ways = (
+        tuple(tuple(range(a, b)) for a, b in itertools.pairwise((0, *cut, len(exits))))
+        for cut in cuts
+    )
+    return min(ways, key=lambda way: busiest(exits, way))
+
+
+def busiest(exits: Sequence[int], way: Sequence[Sequence[int]]) -> int:
+    """Layers of the group that has most."""
+    bounds = (0, *exits)
+    return max(bounds[segments[-1] + 1] - bounds[segments[0]] for segments in way)
+
+
+def split(state: State, groups: Sequence[Group], exits: Sequence[int]) -> list[State]:
+    """The state of each group: the parameters that it trains, None for the others."""
+    owner_of = owners(state.params, exits)
+
+    def of(group: Group) -> State:
+        own = {exits[index] for index in group.segments}
+
+        def pick(tree: Any) -> Any:
+            return jax.tree.map(lambda o, x: x if o in own else None, owner_of, tree)
+
+        adam = state.adam._replace(mu=pick(state.adam.mu), nu=pick(state.adam.nu))
+        return state._replace(params=pick(state.params), adam=adam)
+
+    return [of(group) for group in groups]
+
+
+def join(states: Sequence[State]) -> State:
+    """The state that `split` made these of; what all have is the first's."""
+
+    def whole(*trees: Any) -> Any:
+        def present(*leaves: Any) -> Any:
+            return next((x for x in leaves if x is not None), None)
+
+        return jax.tree.map(present, *trees, is_leaf=lambda x: x is None)
+
+    first = states[0]
+    adam = first.adam._replace(
+        mu=whole(*(s.adam.mu for s in states)), nu=whole(*(s.adam.nu for s in states))
+    )
+    return first._replace(params=whole(*(s.params for s in states)), adam=adam)
+
+
+def compile_groups(
+    settings: StepSettings, groups: Sequence[Group], replicas: int, lengths: int
+) -> Callable[[list[State], list[dict]], tuple[list[State], list[Metrics]]]:
+    """One step of all groups, a program for each; takes the batch on each group's devices.
+
+    Nothing is waited for: programs of one group run in order, those of different groups at the same
+    time, as soon as what they take is there.
+    """
+    programs = [compile_group(settings, group, replicas, lengths) for group in groups]
+
+    def step(states: list[State], batches: list[dict]) -> tuple[list[State], list[Metrics]]:
+        carried, after, metrics = None, [], []
+        for group, program, state, batch in zip(groups, programs, states, batches, strict=True):
+            carried = jax.tree.map(lambda x, to=group.mesh: handed_on(x, to), carried)
+            state, values, carried = program(state, batch, carried)
+            after.append(state)
+            metrics.append(values)
+        return after, metrics
+
+    return step
+
+
+def compile_group(settings: StepSettings, group: Group, replicas: int, lengths: int) -> Callable:
+    """(state, batch, carried) → (state, metrics, carried), as `compile_step` compiles the whole."""
+
+    def one(state: State, batch: dict, carried: Carried | None) -> tuple:
+        return segments_step(settings, group.segments, state, batch, carried)
+
+    by_state, by_batch = by_replica(group.mesh, replicas), by_row(group.mesh, replicas)
+    last = group.segments[-1] == len(settings.exits) - 1
+    return jax.jit(
+        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
+        out_shardings=(by_state, by_state, None if last else (by_batch, by_state)),
+        donate_argnums=0,
+    )
+
+
+def handed_on(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """An array on another group's mesh of the same shape, spread in the same way."""
+    assert isinstance(x.sharding, NamedSharding)
+    to = NamedSharding(mesh, x.sharding.spec)
+    if x.is_fully_addressable:
+        return jax.device_put(x, to)
+    # Devices at the same place of two meshes belong to one process, see make_groups.
+    beside = dict(zip(x.sharding.mesh.devices.flat, mesh.devices.flat, strict=True))
+    parts = [jax.device_put(s.data, beside[s.device]) for s in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, to, parts)

@@ -1,0 +1,121 @@
+"""How the steps of a training are spread over devices: vmap, shardings and jit of the pure step.
+
+Shape letters: R replica, E exit, B batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sweet_jax.compilation import remat_options
+from sweet_jax.config import Config
+from sweet_jax.training.conflict import conflict_step
+from sweet_jax.training.losses import Metrics
+from sweet_jax.training.segments import compile_groups, join, make_groups, split
+from sweet_jax.training.sharding import by_replica, by_row, make_mesh, traced_at_most
+from sweet_jax.training.step import Params, State, StepSettings, train_step
+
+
+class Plan(NamedTuple):
+    """How the steps of a training are spread over the devices.
+
+    A program may take the state in parts, each on devices of its own; outside of it the state is
+    one tree, which is what checkpoints hold whichever way it is trained.
+    """
+
+    shardings: State  # of the arrays of the whole state
+    parts: Callable[[State], Any]  # what `step` takes of a state
+    whole: Callable[[Any], State]  # the other way
+    place: Callable[[dict[str, np.ndarray]], Any]  # a batch on the devices
+    step: Callable[[int, Any, Any], tuple[Any, list[Metrics]]]  # of (number, parts, batch)
+    lag: int = 1  # steps that are under way at the same time
+
+
+def spread_whole(config: Config, settings: StepSettings, state: State, lengths: int) -> Plan:
+    """All devices take each step together: replicas and rows are spread over them."""
+    replicas = len(config.replicas())
+    mesh = make_mesh(replicas, config.batch_size)
+    compiled = compile_step(settings, replicas, mesh, lengths)
+    measured = compile_conflict(settings, replicas, mesh, lengths)
+
+    def step(number: int, state: State, inputs: dict) -> tuple[State, list[Metrics]]:
+        every, conflict = config.conflict_every, None
+        if every and number % every == 0:  # first: the step takes the state's memory
+            conflict = measured(state, inputs)
+        state, values = compiled(state, inputs)
+        return state, [values._replace(conflict=conflict)]
+
+    return Plan(
+        jax.tree.map(lambda _: by_replica(mesh, replicas), state),
+        lambda state: state,
+        lambda state: state,
+        lambda host: jax.device_put(host, by_row(mesh, replicas)),
+        step,
+    )
+
+
+def spread_segments(config: Config, settings: StepSettings, state: State, lengths: int) -> Plan:
+    """Each group of devices steps its own segments, see segments.py."""
+    replicas = len(config.replicas())
+    groups = make_groups(settings.exits, replicas, config.batch_size)
+    compiled = compile_groups(settings, groups, replicas, lengths)
+    parts = [
+        jax.tree.map(lambda _, g=group: by_replica(g.mesh, replicas), part)
+        for group, part in zip(groups, split(state, groups, settings.exits), strict=True)
+    ]
+    return Plan(
+        join(parts),
+        lambda state: jax.device_put(split(state, groups, settings.exits), parts),
+        join,
+        lambda host: [jax.device_put(host, by_row(group.mesh, replicas)) for group in groups],
+        lambda _, states, batches: compiled(states, batches),
+        lag=len(groups),
+    )
+
+
+def gathered(config: Config, params: Params) -> Params:
+    """The parameters where `spread_whole` has them, from the devices of groups."""
+    if not config.segment_parallel:
+        return params
+    replicas = len(config.replicas())
+    return jax.device_put(params, by_replica(make_mesh(replicas, config.batch_size), replicas))
+
+
+def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
+    """(state, batch) → (state, metrics), jitted, sharded, the old state donated.
+
+    All arrays have the leading axis R, but a single replica's have none: on a CPU an axis of size 1
+    makes a step slower. Traced at most once per batch length, which is asserted.
+    """
+
+    def one(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
+        return train_step(settings, state, batch)
+
+    by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
+    return jax.jit(
+        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
+        in_shardings=(by_state, by_batch),
+        out_shardings=(by_state, by_state),
+        donate_argnums=0,
+        compiler_options=remat_options(settings.remat),
+    )
+
+
+def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
+    """(state, batch) → the conflict of the step's gradients, [R, E, E, E], placed as the step is.
+
+    The state is left as it is. A program of its own: the training step's does not change by it.
+    """
+
+    def one(state: State, batch: dict[str, jax.Array]) -> jax.Array:
+        return conflict_step(settings, state, batch)
+
+    by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
+    return jax.jit(
+        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
+        in_shardings=(by_state, by_batch),
+        out_shardings=by_state,
+    )

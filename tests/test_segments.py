@@ -1,0 +1,105 @@
+"""Segment-parallel training: the same numbers as on one device, each parameter on one group."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.pipeline import prepare
+from sweet_jax.training.run import fit, trainings
+from sweet_jax.training.segments import assign, busiest, make_groups
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Checkpoints of four layers with dropout, by model type."""
+    folder = tmp_path_factory.mktemp("deep")
+    return {k: write_checkpoint(folder / k, k, layers=4, dropout=0.1) for k in ("bert", "deberta")}
+
+
+def trained(options, workdir, devices: int, monkeypatch, **changes):
+    """(parameters, lines of metrics) after the steps of a config, on the first so many devices."""
+    values = options | {"exits": (1, 2, 3, 4), "learning_rates": (1e-4,), "batch_size": 8}
+    config = from_mapping(values | changes)
+    job = prepare(config)
+    workdir.mkdir(exist_ok=True)
+    some = jax.local_devices()[:devices]
+    with monkeypatch.context() as patch:
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: some)
+        _, params, _ = fit(
+            job.config, job.checkpoint, trainings(job.config)[0], 2, job.train,
+            [rows for rows, _ in job.rows], workdir,
+        )  # fmt: skip
+    return jax.tree.map(np.asarray, params), (workdir / "metrics.jsonl").read_text()
+
+
+def assert_close(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "changes"),
+    [
+        ("bert", 2, {}),
+        ("bert", 4, {}),
+        ("deberta", 4, {"learning_to_exit": "detached"}),
+        ("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}),  # two groups, replicas spread in each
+        ("bert", 4, {"exits": (2, 4)}),  # two groups, rows spread in each
+    ],
+)
+def test_twenty_steps_are_those_of_one_device(
+    kind, devices, changes, deep, options, tmp_path, monkeypatch
+):
+    changes = {"checkpoint": str(deep[kind]), "max_steps": 20, **changes}
+    one, _ = trained(options, tmp_path / "one", 1, monkeypatch, **changes)
+    ours, _ = trained(
+        options, tmp_path / "many", devices, monkeypatch, segment_parallel=True, **changes
+    )
+    assert_close(ours, one)
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (ours, one)), strict=True)]
+    assert len(moved) > 50
+
+
+def test_either_way_goes_on_from_the_checkpoint_of_the_other(deep, options, tmp_path, monkeypatch):
+    changes = {"checkpoint": str(deep["bert"]), "max_steps": 12}
+    whole, _ = trained(options, tmp_path / "whole", 1, monkeypatch, **changes)
+    for first, then in ((True, False), (False, True)):
+        workdir = tmp_path / f"{first}"
+        half = changes | {"max_steps": 6}
+        trained(options, workdir, 4, monkeypatch, segment_parallel=first, **half)
+        ours, log = trained(options, workdir, 4, monkeypatch, segment_parallel=then, **changes)
+        assert_close(ours, whole)
+        assert [line.split('"step": ')[1].split(",")[0] for line in log.splitlines()] == [
+            str(step) for step in range(12)
+        ]
+
+
+def test_segments_are_shared_out_so_that_the_busiest_group_has_fewest_layers():
+    assert assign((1, 4, 6, 12), 2) == ((0, 1, 2), (3,))
+    assert assign((1, 4, 6, 12), 4) == ((0,), (1,), (2,), (3,))
+    assert busiest((1, 6, 12, 24), assign((1, 6, 12, 24), 3)) == 12
+    # Four devices: two groups of two have 3 layers a device, four groups of one would have 6.
+    groups = make_groups((1, 4, 6, 12), 1, 8)
+    assert [g.segments for g in groups] == [(0, 1, 2), (3,)]
+    devices = [set(g.mesh.devices.flat) for g in groups]
+    assert devices[0] | devices[1] == set(jax.devices())
+    assert not devices[0] & devices[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": "early_exit"}, "method"),
+        ({"isolation": (0.0, 1.0)}, "isolation"),
+        ({"boundary_isolation": (1.0, 0.5)}, "boundary_isolation"),
+        ({"preset": "reference"}, "pooler"),
+        ({"clipping": "global"}, "clipping"),
+    ],
+)
+def test_exits_that_are_coupled_are_refused(changes, named, options):
+    values = {"segment_parallel": True, "exits": (1, 2, 3)} | changes
+    with pytest.raises(UserError, match=f"segment_parallel needs .* {named} is"):
+        dataclasses.replace(from_mapping(options), **values).resolved()
