@@ -85,6 +85,8 @@ class Config:
     preset: str = ""  # "", "paper" or "reference"
     checkpoint: str = "bert-base-uncased"  # hub id, local directory, pkg://package/path
     exits: tuple[int, ...] = (1, 4, 6, 12)  # layer numbers from 1; the last is the depth
+    depth: int = 0  # use so many of the encoder's layers, and leave those above out; 0 = all
+    grow_from: str = ""  # a run of SWEET: its exits stay as they are, deeper ones are trained
     seeds: tuple[int, ...] = (0,)
     learning_rates: tuple[float, ...] = (5e-5,)
     train_size: int = 6000  # at most so many training rows, calibration rows included
@@ -231,7 +233,7 @@ def _check_ranges(config: Config) -> None:
     require(all(0 < r < math.inf for r in rates), "learning_rates", "positive and finite")
     for name in ("train_size", "epochs", "batch_size", "evaluation_batch_size", "checkpoint_every"):
         require(getattr(config, name) >= 1, name, "1 or more")
-    for name in ("conflict_every", "max_steps"):
+    for name in ("conflict_every", "depth", "max_steps"):
         require(getattr(config, name) >= 0, name, "0 or more")
     require(config.max_length >= 8, "max_length", "8 tokens or more")
     require(0 <= config.split_seed < 2**31, "split_seed", "from 0 to 2147483647")
@@ -286,7 +288,8 @@ def _check_isolation(config: Config) -> None:
 
 def _check_independent(config: Config) -> None:
     """What trains segments apart from each other needs that nothing couples them."""
-    if not config.segment_parallel:
+    asked = "segment_parallel" if config.segment_parallel else "grow_from"
+    if not (config.segment_parallel or config.grow_from):
         return
     wanted = {
         "method": ("sweet",),
@@ -298,11 +301,11 @@ def _check_independent(config: Config) -> None:
     for name, allowed in wanted.items():
         if getattr(config, name) not in allowed:
             raise UserError(
-                f"segment_parallel needs exits that are trained independently, but {name} is "
+                f"{asked} needs exits that are trained independently, but {name} is "
                 f"{getattr(config, name)!r}: leave one of the two out"
             )
     if any(a != 1 for a in config.boundary_isolation):
         raise UserError(
-            "segment_parallel needs exits that are trained independently, but boundary_isolation "
+            f"{asked} needs exits that are trained independently, but boundary_isolation "
             f"is {config.boundary_isolation!r}: leave one of the two out"
         )

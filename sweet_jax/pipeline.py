@@ -32,13 +32,14 @@ from sweet_jax.report import page, plots, tables
 from sweet_jax.serving.card import model_card
 from sweet_jax.serving.saved import Model, save_model
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
+from sweet_jax.training.growth import base_of
 from sweet_jax.training.metrics import diverged, read_metrics
 from sweet_jax.training.run import fit, trained_as, trainings
 
 log = logging.getLogger(__name__)
 
 # Keys that may differ when a run is gone on with: they change nothing of what is computed.
-FREE_KEYS = ("checkpoint_every",)
+FREE_KEYS = ("checkpoint_every", "segment_parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ def prepare(config: Config) -> Job:
     trained_as(config, checkpoint)
     read_encoder(checkpoint)  # a damaged file must be known before anything is written
     dataset = load_dataset(config)
+    base_of(config, dataset.digest())
     tokenizer = load_tokenizer(checkpoint)
     train, validation = (
         tokenize(tokenizer, split, config.max_length)
@@ -224,11 +226,17 @@ def _finish(job: Job, outcome: Outcome, workdir: Path, *, report: bool) -> dict[
 
 
 def _check_against(checkpoint: Checkpoint, config: Config) -> None:
-    depth, positions = checkpoint.depth, checkpoint.config.positions
-    if config.exits[-1] != depth:
+    depth, positions = config.depth or checkpoint.depth, checkpoint.config.positions
+    if depth > checkpoint.depth:
         raise UserError(
-            f"exits must end with the encoder's last layer, {depth} for {config.checkpoint!r}; got "
-            f"{','.join(map(str, config.exits))}"
+            f"depth is {depth}, but {config.checkpoint!r} has {checkpoint.depth} layers: leave it "
+            "out to use all"
+        )
+    if config.exits[-1] != depth:
+        what = "depth" if config.depth else f"the encoder's last layer, {depth} for"
+        where = str(depth) if config.depth else f"{config.checkpoint!r}"
+        raise UserError(
+            f"exits must end with {what} {where}; got {','.join(map(str, config.exits))}"
         )
     if positions is not None and config.max_length > positions:
         raise UserError(

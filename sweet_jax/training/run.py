@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sweet_jax.config import Config
+from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import (
     Tokens,
     bucket_lengths,
@@ -24,10 +24,11 @@ from sweet_jax.data.batches import (
     training_batch,
 )
 from sweet_jax.models.attention import check_attention
-from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.early_exit import EarlyExit, owners
 from sweet_jax.models.layers import derive
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
 from sweet_jax.training.checkpoint import Checkpoints, like
+from sweet_jax.training.growth import base_of, grown, replicas_of
 from sweet_jax.training.loop import take_steps
 from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.sharding import (
@@ -112,8 +113,12 @@ def initial_state(
     checkpoint has it, random by seed where not.
     """
     encoder, pooler = read_encoder(checkpoint, training.exits[-1])
+    base = base_of(config)
+    trunk = (
+        base_params(config, base, checkpoint, classes) if base else [None] * len(config.replicas())
+    )
 
-    def one(seed: int, rate: float) -> tuple[nnx.GraphDef, State]:
+    def one(seed: int, rate: float, trunk: Params) -> tuple[nnx.GraphDef, State]:
         graphdef, values = nnx.split(make_model(config, checkpoint, training.exits, classes, seed))
         params = nnx.to_pure_dict(values)
         params["encoder"] = encoder
@@ -121,10 +126,39 @@ def initial_state(
             for holder in [params, *params["heads"].values()]:
                 if "pooler" in holder:
                     holder["pooler"] = pooler
-        return graphdef, jax.tree.map(np.asarray, new_state(params, rate, seed))
+        trained = None
+        if base is not None:
+            params = grown(params, trunk)
+            owner_of = owners(params, training.exits)
+            trained = jax.tree.map(lambda o, x: None if o in base.exits else x, owner_of, params)
+        return graphdef, jax.tree.map(np.asarray, new_state(params, rate, seed, trained))
 
-    stacked = [one(seed, rate) for seed, rate in config.replicas()]
+    pairs = zip(config.replicas(), trunks, strict=True)
+    stacked = [one(*replica, trunk) for replica, trunk in pairs]
     return stacked[0][0], jax.tree.map(lambda *x: np.stack(x), *(state for _, state in stacked))
+
+
+def base_params(config: Config, base: Config, checkpoint: Checkpoint, classes: int) -> list[Params]:
+    """The trained parameters that each replica grows from, on the host.
+
+    Raises UserError where the run that a config grows from has lost its checkpoints.
+    """
+    (training,) = trainings(base)
+    count = len(base.replicas())
+    state = without_axis(initial_state(base, checkpoint, training, classes)[1], count)
+    folder = Path(config.grow_from) / "checkpoints" / training.name
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        found = checkpoints.restore(like(state, by_replica(make_mesh(1, 1))))
+    if found is None:
+        raise UserError(
+            f"grow_from {config.grow_from!r} has no sound checkpoint in {str(folder)!r}: run its "
+            "command again, in its workdir"
+        )
+    params = jax.tree.map(np.asarray, found[1].params)
+    return [
+        jax.tree.map(lambda x, r=r: x[r], params) if count > 1 else params
+        for r in replicas_of(config, base)
+    ]
 
 
 def fit(
@@ -202,6 +236,7 @@ def step_settings(
 ) -> StepSettings:
     """The constants of the train step for `rows` training rows."""
     total = steps_per_epoch(rows, config.batch_size) * config.epochs
+    base = base_of(config)
     return StepSettings(
         graphdef=graphdef,
         exits=exits,
@@ -215,5 +250,6 @@ def step_settings(
         boundary_isolation=config.boundary_isolation,
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
+        frozen=len(base.exits) if base else 0,
         remat=config.remat,
     )

@@ -154,8 +154,12 @@ def dropout_key(state: State) -> jax.Array:
 def evaluate_step(
     graphdef: nnx.GraphDef, params: Params, batch: dict, key: jax.Array | None = None
 ) -> Answer:
-    """What every exit says; with a key, under dropout."""
-    return nnx.merge(graphdef, params).answers(batch, key=key)
+    """What every exit says; with a key, under dropout.
+
+    Boundaries are closed, so that an exit is computed in one way, whether others follow it or not:
+    the answers of a run are then those of the run that it grows into, to the last bit.
+    """
+    return nnx.merge(graphdef, params).answers(batch, 1.0, key)
 
 
 def clip(grads: Params, settings: StepSettings) -> Params:

@@ -1,0 +1,103 @@
+"""Growing a run: its segments stay as they are, and deeper ones are trained on top of them.
+
+SWEET only, where no exit has trained anything below the exit before it.
+
+Shape letters: R replica.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from sweet_jax.config import Config, UserError, from_mapping
+
+# What the answers of the exits, or the rows they are calibrated on, depend on.
+_SAME = (
+    "task",
+    "method",
+    "preset",
+    "checkpoint",
+    "train_size",
+    "calibration_fraction",
+    "validation_fraction",
+    "split_seed",
+    "max_length",
+    "dtype",
+    "attention",
+    "learning_to_exit",
+    "subset",
+    "calibration",
+    "metric",
+)
+
+
+def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
+    """The resolved config of the run that a resolved config grows from, None for none.
+
+    Args:
+      config: of the new run.
+      data_sha256: digest of its data, compared with the run's where it is given.
+
+    Raises UserError where the run is not finished, or the new one is not that run and more.
+
+    """
+    if not config.grow_from:
+        return None
+    folder, name = Path(config.grow_from), f"grow_from {config.grow_from!r}"
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        digest = values.pop("data_sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{name} is not the directory of a run ({error!r})") from error
+    if not (folder / "results.json").exists():
+        raise UserError(f"{name} is not finished: run its command again, in its workdir")
+    values["clip_norm"] = math.inf if values["clip_norm"] == "inf" else values["clip_norm"]
+    base = from_mapping(values).resolved()
+    count = len(base.exits)
+    if config.exits[:count] != base.exits or len(config.exits) == count:
+        raise UserError(
+            f"{name} has the exits {_list(base.exits)}: exits must be these and deeper ones, such "
+            f"as {_list((*base.exits, base.exits[-1] + 1))}; got {_list(config.exits)}"
+        )
+    differing = [key for key in _SAME if getattr(base, key) != getattr(config, key)]
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"{name} has {key} {getattr(base, key)!r}, and the new run {getattr(config, key)!r}: "
+            "its exits would answer otherwise, give the same"
+        )
+    if data_sha256 is not None and digest != data_sha256:
+        raise UserError(f"{name} was trained on other data: give the same files")
+    absent = sorted(set(config.seeds) - set(base.seeds))
+    if absent:
+        raise UserError(
+            f"{name} has the seeds {_list(base.seeds)}, not {absent[0]}: a replica grows from that "
+            "of its own seed"
+        )
+    return base
+
+
+def replicas_of(config: Config, base: Config) -> list[int]:
+    """The replica of the base that each replica of a config grows from: [R] numbers.
+
+    That of its seed and learning rate; where the base has no such rate, of the rate it chose.
+    """
+    results = json.loads((Path(config.grow_from) / "results.json").read_text())
+    chosen = results["mean"]["learning_rate"]
+    known = base.replicas()
+    return [
+        known.index((seed, rate if (seed, rate) in known else chosen))
+        for seed, rate in config.replicas()
+    ]
+
+
+def grown(params: Any, base: Any) -> Any:
+    """The tree `params` with what the smaller tree `base` has in place of its own."""
+    if not isinstance(params, dict):
+        return base
+    return {k: grown(v, base[k]) if k in base else v for k, v in params.items()}
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))

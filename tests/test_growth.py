@@ -1,0 +1,115 @@
+"""A run grown by a deeper exit: the earlier exits answer as they did, to the last bit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+
+from sweet_jax import AdaptiveClassifier, ExitOutputs
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.pipeline import prepare, run
+
+SPLITS = ("calibration", "validation")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, rows):
+    """(directory of a run with exits 1 and 2 of four layers, its config values)."""
+    folder = tmp_path_factory.mktemp("growth")
+    values = {
+        "task": "tiny",
+        "checkpoint": str(write_checkpoint(folder / "deep", layers=4, dropout=0.1)),
+        "data_files": str(rows),
+        "text_columns": "text",
+        "depth": 2,
+        "exits": (1, 2),
+        "seeds": (0, 1),
+        "learning_rates": (3e-3,),
+        "train_size": 100,
+        "batch_size": 8,
+        "evaluation_batch_size": 16,
+        "max_length": 32,
+        "weight_decay": 0.01,  # which moves what gets no gradient, if it is let
+    }
+    run(from_mapping(values), folder / "base")
+    return folder / "base", values
+
+
+def more(base, **changes):
+    folder, values = base
+    return from_mapping(
+        values | {"grow_from": str(folder), "exits": (1, 2, 4), "depth": 0} | changes
+    )
+
+
+def test_earlier_exits_answer_as_they_did_and_the_new_one_learns(base, tmp_path):
+    before = tmp_path / "before"
+    shutil.copytree(base[0], before)
+    run(more(base, epochs=4), tmp_path / "grown")
+    for split in SPLITS:
+        ours, theirs = (
+            ExitOutputs.load(folder / "exit_outputs" / f"{split}.npz")
+            for folder in (tmp_path / "grown", before)
+        )
+        assert ours.logits.shape[:2] == (2, 3)
+        np.testing.assert_array_equal(ours.logits[:, :2], theirs.logits)
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+    lines = (tmp_path / "grown" / "metrics.jsonl").read_text().splitlines()
+    losses = np.array([json.loads(line)["loss"] for line in lines])  # [steps, R, E]
+    assert (losses[-5:, :, 2].mean(axis=0) < losses[:5, :, 2].mean(axis=0)).all()
+    untouched = {p.relative_to(before) for p in before.rglob("*")}
+    assert untouched == {p.relative_to(base[0]) for p in base[0].rglob("*")}
+
+
+def test_the_saved_models_answer_alike_at_the_earlier_exits(base, tmp_path):
+    run(more(base, seeds=(0,)), tmp_path / "grown")
+    run(from_mapping(base[1] | {"seeds": (0,)}), tmp_path / "alone")
+    texts = ["word0 word5 word9", "word1 word30", "word0 word7 " * 5]
+    ours, theirs = (
+        AdaptiveClassifier.from_pretrained(tmp_path / name / "model", threshold=0.0).predict(texts)
+        for name in ("grown", "alone")
+    )
+    assert set(ours.exits) == {1}
+    np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=0.2)
+
+
+def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
+    first = more(base, exits=(1, 2, 3), depth=3)
+    run(first, tmp_path / "first")
+    again = more((tmp_path / "first", base[1]), exits=(1, 2, 3, 4))
+    run(again, tmp_path / "again")
+    folders = (tmp_path / "first", tmp_path / "again")
+    ours, theirs = (ExitOutputs.load(f / "exit_outputs" / "validation.npz") for f in folders)
+    np.testing.assert_array_equal(theirs.logits[:, :3], ours.logits)
+    run(again, tmp_path / "again")  # from its last checkpoint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exits": (1, 3, 4)}, "exits must be these and deeper ones, such as 1,2,3; got 1,3,4"),
+        ({"exits": (1, 2), "depth": 2}, "exits must be these and deeper ones"),
+        ({"max_length": 16}, "has max_length 32, and the new run 16"),
+        ({"seeds": (0, 7)}, "has the seeds 0,1, not 7"),
+        ({"method": "early_exit"}, "grow_from needs exits that are trained independently"),
+        ({"grow_from": "nowhere"}, "'nowhere' is not the directory of a run"),
+        ({"depth": 3}, "exits must end with depth 3"),
+        ({"depth": 9}, "depth is 9, but"),
+    ],
+)
+def test_what_cannot_grow_is_refused(base, changes, message):
+    with pytest.raises(UserError, match=message):
+        prepare(more(base, **changes))
+
+
+def test_unfinished_and_damaged_runs_are_refused(base, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(base[0], broken)
+    shutil.rmtree(broken / "checkpoints")
+    with pytest.raises(UserError, match="has no sound checkpoint"):
+        run(more((broken, base[1])), tmp_path / "grown")
+    (broken / "results.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        prepare(more((broken, base[1])))
