@@ -31,9 +31,7 @@ from sweet_jax.training.checkpoint import Checkpoints, like
 from sweet_jax.training.growth import base_of, grown, replicas_of
 from sweet_jax.training.loop import take_steps
 from sweet_jax.training.metrics import MetricsLog
-from sweet_jax.training.sharding import (
-    without_axis,
-)
+from sweet_jax.training.sharding import by_replica, make_mesh, without_axis
 from sweet_jax.training.spread import gathered, spread_segments, spread_whole
 from sweet_jax.training.step import (
     Params,
@@ -114,9 +112,9 @@ def initial_state(
     """
     encoder, pooler = read_encoder(checkpoint, training.exits[-1])
     base = base_of(config)
-    trunk = (
-        base_params(config, base, checkpoint, classes) if base else [None] * len(config.replicas())
-    )
+    trunks = [None] * len(config.replicas())
+    if base is not None:
+        trunks = base_params(config, base, checkpoint, classes)
 
     def one(seed: int, rate: float, trunk: Params) -> tuple[nnx.GraphDef, State]:
         graphdef, values = nnx.split(make_model(config, checkpoint, training.exits, classes, seed))
