@@ -38,7 +38,6 @@ class StepSettings:
     boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () = all 1
     learning_to_exit: str = ""  # "", "joint" or "detached"
     shared_relative: bool = False  # the model's
-    remat: bool = False  # the model's
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
         """Isolation of each of the E - 1 boundaries at a step (int32 []).
