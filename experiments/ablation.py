@@ -5,8 +5,8 @@
 Not in the paper. The authors' release shares one pooler among the exits and clips one norm over
 all parameters; both couple exits that SWEET means to separate. {Early-Exit, SWEET} x pooler
 {shared, per exit} x clipping {global, per owner}, same rows and rates, differences paired by seed.
-Cost: four times experiments.individual without Multi-Model. Seen with MiniLM on SST-2 (2,000 rows, 3
-seeds): neither changes the gap at the first exits, which is the trunk's (README).
+Cost: four times experiments.individual without Multi-Model. Seen with MiniLM on SST-2 (2,000 rows,
+3 seeds): neither changes the gap at the first exits, which is the trunk's (README).
 """
 
 import argparse

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sweet_jax.compilation import remat_options
 from sweet_jax.config import Config
 from sweet_jax.data.batches import (
     Tokens,
@@ -226,7 +225,6 @@ def step_settings(
         boundary_isolation=config.boundary_isolation,
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
-        remat=config.remat,
     )
 
 
@@ -246,7 +244,6 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int
         in_shardings=(by_state, by_batch),
         out_shardings=(by_state, by_state),
         donate_argnums=0,
-        compiler_options=remat_options(settings.remat),
     )
 
 
