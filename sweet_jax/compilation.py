@@ -38,18 +38,6 @@ def keep_programs(folder: str | Path | None = None, *, least_seconds: float = 0.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def remat_options(remat: bool) -> dict[str, str] | None:
-    """Compiler options of a step; None for the compiler's own.
-
-    On a CPU the order that XLA chooses by default computes the activations again long before they
-    are wanted: remat then saves no memory, unless the order is chosen for memory. It still saves
-    SWEET's step none there (experiments/benchmarks/memory.py --remat).
-    """
-    if not remat or jax.default_backend() != "cpu":
-        return None
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-
-
 def default_folder() -> Path:
     """~/.cache/sweet_jax/xla, or XDG_CACHE_HOME's; in it, a folder for this kind of processor.
 

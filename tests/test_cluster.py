@@ -160,6 +160,7 @@ def swept(two_workers, arguments, tmp_path_factory):
     return folder, name, step, [*lines, *out.splitlines(keepends=True)]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
     folder, name, step, lines = swept
     states = manifest(folder)
@@ -188,6 +189,7 @@ def local(arguments, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_records_equal_those_of_the_local_engine(swept, local, name):
     ours, theirs = record(swept[0], name), record(local, name)
@@ -206,6 +208,7 @@ def test_records_equal_those_of_the_local_engine(swept, local, name):
         np.testing.assert_allclose(*logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_run_again(swept, arguments, monkeypatch, capsys):
     """Records are what counts: without a manifest, and with no Ray to connect to."""
     folder = swept[0]
@@ -216,6 +219,7 @@ def test_what_is_done_is_not_run_again(swept, arguments, monkeypatch, capsys):
     assert "[" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, tmp_path, capsys):
     full = [*command(arguments, tmp_path), "--methods=sweet", "--set", "epochs=60"]
     full += ["--set", "checkpoint_every=1000"]  # of 420 steps: saved but by a stop
@@ -244,6 +248,7 @@ def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, t
     assert manifest(tmp_path)[CELLS[0]]["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch):
     """On a Ray that the command starts, and ends."""
     pytest.importorskip("ray")
@@ -266,6 +271,7 @@ def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch
     assert all(re.match(r"(rte|sst2)-sweet on |\[[12]/2\] ", line) for line in out.splitlines())
 
 
+@pytest.mark.slow
 def test_a_cell_whose_worker_always_dies_is_given_up(two_workers, arguments, tmp_path, monkeypatch):
     def dies(*_):
         yield "started", "a worker"

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 from test_early_exit import BATCH, EXITS, build, untrained
 
-from sweet_jax.compilation import remat_options
 from sweet_jax.models.bert import Bert, BertConfig
 from sweet_jax.models.early_exit import EarlyExit, leaves_by_owner
 from sweet_jax.models.layers import derive
@@ -246,11 +245,7 @@ def temporaries(
         "mask": jax.ShapeDtypeStruct((16, 128), bool),
         "labels": jax.ShapeDtypeStruct((16,), jnp.int32),
     }
-    step = jax.jit(
-        lambda s, b: train_step(chosen, s, b),
-        donate_argnums=0,
-        compiler_options=remat_options(remat),
-    )
+    step = jax.jit(lambda s, b: train_step(chosen, s, b), donate_argnums=0)
     return step.lower(shapes, batch).compile().memory_analysis().temp_size_in_bytes
 
 

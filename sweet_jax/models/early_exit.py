@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.models.encoder import ACTIVATIONS, Encoder, linear
-from sweet_jax.models.layers import derive, dropout, sub_key
+from sweet_jax.models.layers import computed_again, derive, dropout, sub_key
 
 SHARED = 0  # the owner number of parameters that every exit trains
 # Of all boundaries between segments, or of each of the E - 1.
@@ -181,12 +181,16 @@ class EarlyExit(nnx.Module):
         self, number: int, h: jax.Array, mask: jax.Array, key, relative, count: int | None = None
     ) -> jax.Array:
         """`Encoder.layer`; with remat, what a backward pass needs of it is computed again there."""
-
-        def run(h: jax.Array, relative: jax.Array | None) -> jax.Array:
-            return self.encoder.layer(number, h, mask, key, relative, count=count)
-
         # Without a key no gradient is taken: evaluation is the same program with remat or without.
-        return (jax.checkpoint(run) if self.remat and key is not None else run)(h, relative)
+        if not self.remat or key is None:
+            return self.encoder.layer(number, h, mask, key, relative, count=count)
+        graphdef, params = nnx.split(self.encoder.layers[number - 1])
+
+        def run(h: jax.Array, params, relative: jax.Array | None) -> jax.Array:
+            layer = nnx.merge(graphdef, params)
+            return layer(h, mask, derive(key, "layer", number), relative, count)
+
+        return computed_again(run, h, params, relative)
 
     def resume(
         self,

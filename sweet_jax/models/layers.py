@@ -8,6 +8,8 @@ Shape letters: B batch, L length, H hidden, A attention heads.
 
 import functools
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,34 @@ def derive(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
 def sub_key(key: jax.Array | None, *names: str | int) -> jax.Array | None:
     """`derive`, or None (no dropout) for None."""
     return None if key is None else derive(key, *names)
+
+
+def computed_again(function: Callable[..., jax.Array], h: jax.Array, *others: Any) -> jax.Array:
+    """function(h, *others), of which the backward pass keeps the arguments and nothing else.
+
+    What else it needs is computed again once the gradient of the result is there. jax.checkpoint
+    leaves that order to the compiler, and XLA on a CPU computes it all beforehand, which saves no
+    memory. So here the second h is the first plus a zero that is known with that gradient only.
+
+    Args:
+      function: gives a floating array; takes no gradient of what it closes over.
+      h: floating array.
+      others: further arguments, trees of floating arrays.
+
+    """
+
+    def forward(h, *others):
+        return function(h, *others), (h, others)
+
+    def backward(kept, g):
+        h, others = kept
+        first = g[(0,) * g.ndim]
+        zero = first - first  # not a zero to the compiler: of NaN and infinity it is none
+        return jax.vjp(function, h + zero.astype(h.dtype), *others)[1](g)
+
+    again = jax.custom_vjp(function)
+    again.defvjp(forward, backward)
+    return again(h, *others)
 
 
 @jax.custom_vjp

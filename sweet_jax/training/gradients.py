@@ -19,7 +19,16 @@ Params = Any  # pure dict of float32 arrays; of a part of the model, None for al
 def whole_gradients(
     graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: Isolation, key
 ) -> tuple[Params, Metrics]:
-    """Gradients of the summed loss, and what it was: one backward pass."""
+    """Gradients of the summed loss, shaped like the parameters, and metrics: one backward pass.
+
+    Args:
+      graphdef, params: a model of early_exit.py.
+      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels int32 [B] (-1: the
+        row is left out).
+      isolation: of all boundaries, or of each.
+      key: typed key of the dropout masks, None for none.
+
+    """
 
     def total(params: Params):
         answer = nnx.merge(graphdef, params).answers(batch, isolation, key)

@@ -249,5 +249,4 @@ def step_settings(
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
         frozen=len(base.exits) if base else 0,
-        remat=config.remat,
     )

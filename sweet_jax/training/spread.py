@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sweet_jax.compilation import remat_options
 from sweet_jax.config import Config
 from sweet_jax.training.conflict import conflict_step
 from sweet_jax.training.losses import Metrics
@@ -100,7 +99,6 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int
         in_shardings=(by_state, by_batch),
         out_shardings=(by_state, by_state),
         donate_argnums=0,
-        compiler_options=remat_options(settings.remat),
     )
 
 

@@ -39,7 +39,6 @@ class StepSettings:
     learning_to_exit: str = ""  # "", "joint" or "detached"
     shared_relative: bool = False  # the model's
     frozen: int = 0  # so many first segments stay as they are: no exit trains them
-    remat: bool = False  # the model's
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
         """Isolation of each of the E - 1 boundaries at a step (int32 []).
