@@ -1,6 +1,7 @@
 """Segment-parallel training: the same numbers as on one device, each parameter on one group."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -37,7 +38,15 @@ def trained(options, workdir, devices: int, monkeypatch, **changes):
 
 
 def assert_close(ours, theirs):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), ours, theirs)
+    """Equal to 1e-6, but for key biases: softmax cancels them, and Adam turns the rounding noise
+    that their gradients are into whole steps.
+    """
+
+    def close(path: tuple, a: np.ndarray, b: np.ndarray) -> None:
+        if [part.key for part in path[-2:]] != ["key", "bias"]:
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6, err_msg=str(path))
+
+    jax.tree.map_with_path(close, ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +63,16 @@ def test_twenty_steps_are_those_of_one_device(
     kind, devices, changes, deep, options, tmp_path, monkeypatch
 ):
     changes = {"checkpoint": str(deep[kind]), "max_steps": 20, **changes}
-    one, _ = trained(options, tmp_path / "one", 1, monkeypatch, **changes)
-    ours, _ = trained(
+    one, log = trained(options, tmp_path / "one", 1, monkeypatch, **changes)
+    ours, same = trained(
         options, tmp_path / "many", devices, monkeypatch, segment_parallel=True, **changes
     )
     assert_close(ours, one)
-    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (ours, one)), strict=True)]
-    assert len(moved) > 50
+    losses, others = (
+        np.array([json.loads(line)["loss"] for line in text.splitlines()]) for text in (same, log)
+    )
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, others, rtol=0, atol=1e-5)
 
 
 def test_either_way_goes_on_from_the_checkpoint_of_the_other(deep, options, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def base_params(config: Config, base: Config, checkpoint: Checkpoint, classes: i
     state = without_axis(initial_state(base, checkpoint, training, classes)[1], count)
     folder = Path(config.grow_from) / "checkpoints" / training.name
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        found = checkpoints.restore(like(state, by_replica(make_mesh(1, 1))))
+        found = checkpoints.restore(like(state, by_replica(make_mesh(1, 1), count)))
     if found is None:
         raise UserError(
             f"grow_from {config.grow_from!r} has no sound checkpoint in {str(folder)!r}: run its "
