@@ -16,7 +16,7 @@ from sweet_jax.exits.analysis import area
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json
 from sweet_jax.pipeline import run
-from sweet_jax.training.loop import StoppedError
+from sweet_jax.processes import StoppedError
 
 # Training rows and mean tokens of a batch's longest text, to guess which cell takes longest.
 _SIZES = {

@@ -22,7 +22,8 @@ from typing import Any
 from experiments.cells import Cell, attempt, record_path, time_left
 from sweet_jax.config import UserError
 from sweet_jax.files import held
-from sweet_jax.training.loop import StoppedError, termination
+from sweet_jax.processes import StoppedError
+from sweet_jax.training.loop import termination
 
 _ROOT = Path(__file__).resolve().parent.parent
 _GRACE = 60.0  # seconds that stopped cells have to save their state

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import bucket_lengths, steps_per_epoch, training_batch
+from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_picks
 from sweet_jax.exits.scores import mean_interval
 from sweet_jax.files import write_json
 from sweet_jax.models.layers import derive
@@ -149,9 +149,10 @@ def measure(job: Job, batches: int) -> np.ndarray:
     each = []
     for number in range(config.max_steps, config.max_steps + batches):
         # What training would have read next, under the masks it would have drawn.
-        batch = training_batch(job.train, rows, [seed], number, config.batch_size, lengths)
+        picked = training_picks(rows, [seed], number, config.batch_size)[0]  # [B]
+        batch = pad_rows(job.train, picked, lengths)
         key = derive(jax.random.key(jnp.uint32(seed)), "dropout", number)
-        each.append(np.asarray(measured(params, jax.tree.map(lambda x: x[0], batch), key)))
+        each.append(np.asarray(measured(params, batch, key)))
     return np.stack(each)
 
 

@@ -34,7 +34,7 @@ from experiments.cells import Cell, attempt, load, time_left
 from sweet_jax.config import METHODS, UserError, check_choice, from_mapping, split_names
 from sweet_jax.data.tasks import GLUE
 from sweet_jax.files import held, write_json
-from sweet_jax.training.loop import StoppedError
+from sweet_jax.processes import StoppedError
 
 # The paper's four models (section 5.1), and a small one that a laptop can train.
 _PAPER = {"learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5), "max_length": 256}

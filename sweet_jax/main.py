@@ -10,6 +10,10 @@ after it: --config.KEY=VALUE. A key of several values takes them separated by co
 The same command in the same workdir goes on where it stopped.
 Compiled programs are kept in ~/.cache/sweet_jax/xla (JAX_COMPILATION_CACHE_DIR=DIR: in DIR;
 JAX_ENABLE_COMPILATION_CACHE=0: not at all).
+Several hosts: the same command on each, with a workdir that all share. On Cloud TPU and in a Slurm
+step of several tasks the processes find each other; elsewhere, give each of them
+  --coordinator_address=HOST:PORT  a free port on the host of the first process
+  --num_processes=P --process_id=I  I from 0 to P - 1
 Exit status: 0 done, 2 the input is wrong (one line says how to mend it), 1 anything else.
 """
 
@@ -20,6 +24,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 # Set before the libraries are imported: an error of the user's must be one line, not ten.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,18 +36,29 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sweet_jax import config as configuration
+from sweet_jax import processes
 from sweet_jax.compilation import keep_programs
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.read import one_line
 from sweet_jax.pipeline import run
-from sweet_jax.training.loop import StoppedError
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, Path]:
-    """The config and workdir of a command line. Raises UserError; exits on --help."""
+class Command(NamedTuple):
+    """What a command line says."""
+
+    config: Config
+    workdir: Path
+    processes: tuple[str | None, int | None, int | None]  # see `processes.start`
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The parts of a command line. Raises UserError; exits on --help."""
     first = flags.FlagValues()
     flags.DEFINE_string("config", None, "config file, with its argument after a colon", first)
     flags.DEFINE_string("workdir", None, "directory of the run", first)
+    flags.DEFINE_string("coordinator_address", None, "host:port of the first process", first)
+    flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=first)
+    flags.DEFINE_integer("process_id", None, "number of this one from 0", flag_values=first)
     flags.DEFINE_boolean("help", False, "show this", first, short_name="h")
     try:
         rest = first(list(argv), known_only=True)
@@ -58,7 +74,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, Path]:
         unknown = [text for text in rest[1:] if not text.startswith("--config.")]
         what = f"unknown argument {unknown[0]!r}: " if unknown else ""
         raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help tells more)")
-    return _overridden(_recipe(first.config), rest), Path(first.workdir)
+    joining = (first.coordinator_address, first.num_processes, first.process_id)
+    return Command(_overridden(_recipe(first.config), rest), Path(first.workdir), joining)
 
 
 def _recipe(name: str) -> ConfigDict:
@@ -102,13 +119,17 @@ def main(argv: Sequence[str] = ()) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
     logging.getLogger("sweet_jax").setLevel(logging.INFO)
     try:
-        config, workdir = parse(argv or sys.argv)
+        command = parse(argv or sys.argv)
         keep_programs(least_seconds=1.0)
-        run(config, workdir)
+        processes.start(*command.processes)
+        if not processes.is_first():
+            logging.getLogger("sweet_jax").setLevel(logging.WARNING)
+        with processes.ended_together():
+            run(command.config, command.workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except StoppedError as stop:
+    except processes.StoppedError as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ import numpy as np
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import Tokens, draw_rows, tokenize
 from sweet_jax.data.load import Dataset, load_dataset
-from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.files import claimed, write_json
 from sweet_jax.models.early_exit import Answer
@@ -28,6 +28,7 @@ from sweet_jax.models.pretrained import (
     open_checkpoint,
     read_encoder,
 )
+from sweet_jax.processes import agreed, claimed_by_first, is_first
 from sweet_jax.report import page, plots, tables
 from sweet_jax.serving.card import model_card
 from sweet_jax.serving.saved import Model, save_model
@@ -35,6 +36,7 @@ from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.metrics import diverged, read_metrics
 from sweet_jax.training.run import fit, trained_as, trainings
+from sweet_jax.training.sharding import mesh_of, one_replica
 
 log = logging.getLogger(__name__)
 
@@ -73,20 +75,26 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
       workdir: its directory.
       report: also write report.html, figures/ and model/, and print the table of exits.
 
+    Of several processes, the first writes; the others return an empty dict.
+
     Raises:
       UserError: the config, the data, the checkpoint or the workdir will not do; nothing was
         written.
       StoppedError: SIGTERM came; the same call goes on where this one stopped.
 
     """
-    job = prepare(config)
+    with agreed():
+        job = prepare(config)
     # JSON has no infinity, which clip_norm may be.
     values = dataclasses.asdict(job.config) | {"data_sha256": job.dataset.digest()}
     identity = {k: str(v) if v == math.inf else v for k, v in values.items()}
-    with claimed(workdir, identity, FREE_KEYS):
+    with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS)):
         _describe(job)
         outcome = train_and_evaluate(job, workdir)
-        return _finish(job, outcome, workdir, report=report)
+        analysis = analyse(outcome.calibration, outcome.validation)
+        best = [Model(m.exits, one_replica(m.params, analysis.best)) for m in outcome.models]
+        with agreed():
+            return _finish(job, outcome, analysis, best, workdir, report) if is_first() else {}
 
 
 def prepare(config: Config) -> Job:
@@ -128,7 +136,8 @@ def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
             config, job.checkpoint, training, classes, job.train, trained, workdir
         )
         began = time.perf_counter()
-        answer = compile_evaluation(config, graphdef)
+        mesh = mesh_of(params)
+        answer = compile_evaluation(config, graphdef, mesh)
         on_validation = evaluate(config, answer, params, job.validation, every)
         match config.calibration:
             case "held_out":
@@ -136,7 +145,7 @@ def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
             case "validation":
                 fitted = on_validation
             case _:  # the release's: the validation rows with dropout left on
-                answer = compile_evaluation(config, graphdef, dropout=True)
+                answer = compile_evaluation(config, graphdef, mesh, dropout=True)
                 fitted = evaluate(config, answer, params, job.validation, every)
         found.append((fitted, on_validation))
         models.append(Model(training.exits, params))
@@ -179,12 +188,18 @@ def _outputs(job: Job, split: str, answers: Sequence[Answer], labels: np.ndarray
     )
 
 
-def _finish(job: Job, outcome: Outcome, workdir: Path, *, report: bool) -> dict[str, Any]:
-    """Writes the outputs, what reports them, and results.json."""
+def _finish(
+    job: Job,
+    outcome: Outcome,
+    analysis: Analysis,
+    best: Sequence[Model],
+    workdir: Path,
+    report: bool,
+) -> dict[str, Any]:
+    """Writes the outputs, what reports them, and results.json; `best` is the best replica."""
     config = job.config
     outcome.calibration.save(workdir / "exit_outputs" / "calibration.npz")
     outcome.validation.save(workdir / "exit_outputs" / "validation.npz")
-    analysis = analyse(outcome.calibration, outcome.validation)
     metrics = read_metrics(workdir)
     trained = {training.name: training.exits for training in trainings(config)}
     bad = diverged(metrics, trained, config.replicas(), outcome.validation.logits, config.exits)
@@ -206,7 +221,7 @@ def _finish(job: Job, outcome: Outcome, workdir: Path, *, report: bool) -> dict[
             config,
             job.dataset,
             analysis,
-            outcome.models,
+            best,
             card=model_card(
                 results,
                 model_type=job.checkpoint.model_type,

@@ -246,8 +246,8 @@ def browser():
     session.quit()
 
 
-@pytest.fixture
-def options(checkpoint, rows) -> dict:
+@pytest.fixture(scope="session")
+def tiny_run(checkpoint, rows) -> dict:
     """Config values of a run that takes seconds."""
     return {
         "task": "tiny",
@@ -262,6 +262,12 @@ def options(checkpoint, rows) -> dict:
         "max_length": 32,
         "checkpoint_every": 100,
     }
+
+
+@pytest.fixture
+def options(tiny_run) -> dict:
+    """The same, for a test to change."""
+    return dict(tiny_run)
 
 
 @pytest.fixture

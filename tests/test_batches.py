@@ -8,11 +8,11 @@ from sweet_jax.data.batches import (
     Tokens,
     bucket_lengths,
     draw_rows,
-    evaluation_batches,
+    evaluation_picks,
     pad_rows,
     steps_per_epoch,
     tokenize,
-    training_batch,
+    training_picks,
     training_rows,
 )
 from sweet_jax.data.load import Split, load_dataset
@@ -99,21 +99,16 @@ def test_training_rows_are_a_pure_function_of_seed_epoch_and_batch():
         assert (training_rows(rows, **{**key, **other}) != first).any()
 
 
-def test_training_batch_reads_by_seed_whatever_the_learning_rate(tokens):
-    lengths = bucket_lengths(40)
+def test_training_rows_are_those_of_the_seed_whatever_the_learning_rate():
     rows = [np.arange(50), np.arange(50), np.arange(50, 100)]  # a seed at two rates, another seed
     for step in (0, 6, 7, 20):
-        batch = training_batch(tokens, rows, [5, 5, 6], step, 8, lengths)
+        picked = training_picks(rows, [5, 5, 6], step, 8)
         epoch, number = divmod(step, 7)
         for r, seed in enumerate((5, 5, 6)):
-            picked = training_rows(rows[r], seed, epoch, number, 8)
-            alone = pad_rows(tokens, picked, lengths)
-            size = min(alone["mask"].shape[-1], batch["mask"].shape[-1])
-            for key in ("input_ids", "token_type_ids", "mask"):
-                np.testing.assert_array_equal(batch[key][r, :, :size], alone[key][:, :size])
-            np.testing.assert_array_equal(batch["labels"][r], alone["labels"])
-        assert (batch["input_ids"][0] == batch["input_ids"][1]).all()
-        assert (batch["input_ids"][0] != batch["input_ids"][2]).any()
+            alone = training_rows(rows[r], seed, epoch, number, 8)
+            np.testing.assert_array_equal(picked[r], alone)
+        assert (picked[0] == picked[1]).all()
+        assert (picked[0] + 50 != picked[2]).any()
 
 
 def test_evaluation_visits_every_row_once_and_puts_it_back_in_order(tokens):
@@ -122,7 +117,8 @@ def test_evaluation_visits_every_row_once_and_puts_it_back_in_order(tokens):
     labels, ids = np.full(rows.shape, -2), np.full(rows.shape, -2)
     visits = np.zeros(rows.shape, int)
     widths = []
-    for places, batch in evaluation_batches(tokens, rows, 16, bucket_lengths(40)):
+    for places, picked in evaluation_picks(tokens, rows, 16):
+        batch = pad_rows(tokens, picked, bucket_lengths(40))
         assert places.shape == batch["labels"].shape == (2, 16)
         widths.append(batch["mask"].shape[-1])
         for r in range(2):

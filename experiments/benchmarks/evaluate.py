@@ -85,8 +85,8 @@ def saved_work(name: str, data_dir: str, rows: int) -> Work:
 def one_pass(work: Work) -> Callable[[], ExitOutputs]:
     """A function that asks every exit about every row once."""
     config = Config(exits=work.exits, max_length=LENGTH).resolved()
-    answer = compile_evaluation(config, work.graphdef)
     mesh = make_mesh(1, config.evaluation_batch_size)
+    answer = compile_evaluation(config, work.graphdef, mesh)
     stacked = jax.tree.map(lambda x: np.asarray(x)[None], work.params)
     params = jax.device_put(stacked, by_replica(mesh))
     rows = np.arange(len(work.tokens))[None]

@@ -113,34 +113,34 @@ def training_rows(rows: np.ndarray, seed: int, epoch: int, batch: int, size: int
     return _fill(rows[order], size)
 
 
-def training_batch(
-    tokens: Tokens,
-    rows: Sequence[np.ndarray],
-    seeds: Sequence[int],
-    step: int,
-    size: int,
-    lengths: tuple[int, ...],
-) -> Batch:
-    """The batch of a step for all replicas: `rows[r]` are replica r's rows, `seeds[r]` its seed."""
+def training_picks(
+    rows: Sequence[np.ndarray], seeds: Sequence[int], step: int, size: int
+) -> np.ndarray:
+    """Row indices int [R, B] of a step: `rows[r]` are replica r's rows, `seeds[r]` its seed."""
     epoch, batch = divmod(step, steps_per_epoch(len(rows[0]), size))
-    picked = [
-        training_rows(r, seed, epoch, batch, size) for r, seed in zip(rows, seeds, strict=True)
-    ]
-    return pad_rows(tokens, np.stack(picked), lengths)  # [R, B, ...]
+    return np.stack(
+        [training_rows(r, seed, epoch, batch, size) for r, seed in zip(rows, seeds, strict=True)]
+    )
 
 
-def evaluation_batches(
-    tokens: Tokens, rows: np.ndarray, size: int, lengths: tuple[int, ...]
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every row once, sorted by length: (places in `rows` int [R, B], batch); -1 fills the last.
+def evaluation_picks(
+    tokens: Tokens, rows: np.ndarray, size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every row once, in batches of similar length: (places in `rows`, row indices), int [R, B].
 
-    rows is int [R, N]: the rows of each replica.
+    rows is int [R, N]: the rows of each replica. -1 fills the last batch.
     """
     order = np.argsort(tokens.lengths[rows], axis=1, kind="stable")  # [R, N]
     for start in range(0, rows.shape[1], size):
         places = np.stack([_fill(o, size) for o in order[:, start : start + size]])  # [R, B]
-        picked = np.where(places < 0, -1, np.take_along_axis(rows, np.maximum(places, 0), axis=1))
-        yield places, pad_rows(tokens, picked, lengths)
+        picked = np.take_along_axis(rows, np.maximum(places, 0), axis=1)
+        yield places, np.where(places < 0, -1, picked)
+
+
+def padded_length(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> int:
+    """The smallest of `lengths` that holds all rows, of which -1 is empty."""
+    longest = np.where(rows < 0, 0, tokens.lengths[rows]).max()
+    return next(length for length in lengths if length >= longest)
 
 
 def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batch:
@@ -150,7 +150,7 @@ def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batc
     [..., B]. A row of -1 is empty: its label is -1, which the loss leaves out.
     """
     sizes = np.where(rows < 0, 0, tokens.lengths[rows])
-    length = next(length for length in lengths if length >= sizes.max())
+    length = padded_length(tokens, rows, lengths)
     position = np.arange(length)
     mask = position < sizes[..., None]  # [..., B, L]
     source = np.where(mask, tokens.starts[rows][..., None] + position, 0)

@@ -32,7 +32,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Model(NamedTuple):
-    """One trained model of all replicas: its exits and its parameters [R, ...]."""
+    """One trained model: its exits and its parameters, of one replica or [R, ...] of all."""
 
     exits: tuple[int, ...]
     params: Any
@@ -52,7 +52,8 @@ def save_model(
 ) -> None:
     """Writes `model/` of the best replica, whole or not at all.
 
-    `card` is its README.md, `median_tokens` how long its training texts were.
+    `models` have its parameters on the host, `card` is its README.md, `median_tokens` how long its
+    training texts were.
 
     model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
     encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
@@ -61,13 +62,11 @@ def save_model(
     """
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    best = analysis.best
     places = []
     for model in models:
         place = "." if model is models[-1] else f"depth_{model.exits[-1]:02d}"
         (aside / place).mkdir(parents=True, exist_ok=True)
-        params = jax.tree.map(lambda x: np.asarray(x[best]), model.params)
-        tensors = hugging_face_tensors(params, model.exits)
+        tensors = hugging_face_tensors(model.params, model.exits)
         safetensors.numpy.save_file(
             tensors, aside / place / "model.safetensors", metadata={"format": "pt"}
         )

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from sweet_jax.files import write_json
+from sweet_jax.processes import first_says, is_first, wait_for_all
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ class Checkpoints:
             return
         self._manager.save(step, args=ocp.args.StandardSave(state))
         self._manager.wait_until_finished()
+        wait_for_all("saved")
+        if not is_first():
+            return
         write_json(self._digest_path(step), _digest(self._folder / str(step)))
         for path in self._folder.glob("*.digest.json"):
             if int(path.name.split(".")[0]) not in self._manager.all_steps():
@@ -50,9 +54,17 @@ class Checkpoints:
         like: a pytree of jax.ShapeDtypeStruct with shardings. Unsound checkpoints are removed,
         with a line in the log.
         """
+        step = first_says(self._newest_sound() if is_first() else 0)
+        self._manager.reload()
+        if step < 0:
+            return None
+        return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+
+    def _newest_sound(self) -> int:
+        """The step of the newest sound checkpoint, -1 for none; the unsound are removed."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             if self._is_sound(step):
-                return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+                return step
             log.warning(
                 "the checkpoint of step %d in %s is damaged or incomplete: going back to %s",
                 step,
@@ -62,7 +74,7 @@ class Checkpoints:
             shutil.rmtree(self._folder / str(step), ignore_errors=True)
             self._digest_path(step).unlink(missing_ok=True)
             self._manager.reload()
-        return None
+        return -1
 
     def close(self) -> None:
         """Ends the manager's threads."""

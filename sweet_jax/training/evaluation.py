@@ -8,17 +8,25 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from sweet_jax.config import Config
-from sweet_jax.data.batches import Tokens, bucket_lengths, evaluation_batches
+from sweet_jax.data.batches import Tokens, bucket_lengths, evaluation_picks
 from sweet_jax.models.early_exit import Answer
 from sweet_jax.models.layers import derive
-from sweet_jax.training.sharding import by_row, over_replicas, traced_at_most
+from sweet_jax.training.sharding import (
+    by_row,
+    everywhere,
+    mesh_of,
+    over_replicas,
+    placed,
+    traced_at_most,
+)
 from sweet_jax.training.step import Params, evaluate_step
 
 
 def compile_evaluation(
-    config: Config, graphdef: nnx.GraphDef, *, dropout: bool = False
+    config: Config, graphdef: nnx.GraphDef, mesh: Mesh, *, dropout: bool = False
 ) -> Callable:
     """(params, batch, number) → Answer, all with the axis R, jitted.
 
@@ -27,6 +35,7 @@ def compile_evaluation(
     Args:
       config: resolved.
       graphdef: structure of the model.
+      mesh: of the devices of the parameters.
       dropout: leave dropout on, as the release does on its calibration rows; the masks of a batch
         follow from its number.
 
@@ -37,7 +46,9 @@ def compile_evaluation(
         return evaluate_step(graphdef, params, batch, key)
 
     replicas, lengths = len(config.replicas()), len(bucket_lengths(config.max_length))
-    return jax.jit(traced_at_most(over_replicas(one, replicas), lengths))
+    return jax.jit(
+        traced_at_most(over_replicas(one, replicas), lengths), out_shardings=everywhere(mesh)
+    )
 
 
 def evaluate(
@@ -55,15 +66,15 @@ def evaluate(
       rows: int [R, N], the rows of each replica; the result is in their order.
 
     """
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    mesh = mesh_of(params)
     data = mesh.shape["data"]
     size = -(-config.evaluation_batch_size // data) * data
     lengths = bucket_lengths(config.max_length)
     whole: Answer | None = None
-    for number, (places, batch) in enumerate(evaluation_batches(tokens, rows, size, lengths)):
+    for number, (places, picked) in enumerate(evaluation_picks(tokens, rows, size)):
+        batch = placed(tokens, picked, lengths, by_row(mesh))
         numbers = np.full(len(rows), number, np.int32)
-        inputs = jax.device_put((batch, numbers), (by_row(mesh), None))
-        found = jax.device_get(answer(params, *inputs))  # [R, E, B, ...]
+        found = jax.device_get(answer(params, batch, numbers))  # [R, E, B, ...]
         if whole is None:
             whole = jax.tree.map(lambda x, n=rows.shape[1]: _unfilled(x, n), found)
         for replica, place in enumerate(places):

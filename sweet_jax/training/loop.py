@@ -13,16 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from sweet_jax.processes import StoppedError
 from sweet_jax.training.losses import Metrics
 from sweet_jax.training.metrics import MetricsLog
 
 log = logging.getLogger(__name__)
-
-
-class StoppedError(Exception):
-    """SIGTERM came; the state was saved."""
 
 
 def take_steps(
@@ -33,14 +31,15 @@ def take_steps(
     epoch: int,
     every: int,
     lag: int,
-    metrics: MetricsLog,
+    metrics: MetricsLog | None,
     save: Callable[[int, Any], None],
     bar: tqdm,
 ) -> Any:
     """Takes the steps; metrics are read `lag` steps late, so that no device waits for them.
 
     `step` gives the metrics of all exits, or of groups of exits one after the other; `batch` gives
-    a batch and its length; the total of `bar` is that of all steps from 0.
+    a batch and its length; the total of `bar` is that of all steps from 0. Without `metrics`, as in
+    all processes but the first, nothing is logged.
     """
     late: collections.deque[tuple[int, int, list[Metrics]]] = collections.deque()
     diverged: set[tuple[int, int]] = set()
@@ -49,6 +48,9 @@ def take_steps(
         while len(late) > left:
             number, length, parts = late.popleft()
             each = jax.device_get(parts)
+            bar.update(bar.total // steps.stop)
+            if metrics is None:
+                continue
             values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *each)  # [R, E]
             if values.loss.ndim == 1:  # a single replica's, without the axis R
                 values = jax.tree.map(lambda x: x[None], values)
@@ -60,22 +62,36 @@ def take_steps(
                     )  # fmt: skip
                 diverged.add((replica, index))
             metrics.add(number, number // epoch, length, values)
-            bar.update(bar.total // steps.stop)
 
-    with termination() as terminated:
+    with stop_asked() as stops_after:
         for number in steps:
             inputs, length = batch(number)
             state, values = step(number, state, inputs)
             late.append((number, length, values))
             log_late(left=lag)
-            last = number + 1 == steps.stop
-            if last or (number + 1) % every == 0 or terminated.is_set():
+            last, stopped = number + 1 == steps.stop, stops_after(number)
+            if last or (number + 1) % every == 0 or stopped:
                 log_late(left=0)
-                metrics.flush()
+                if metrics is not None:
+                    metrics.flush()
                 save(number + 1, state)
-            if terminated.is_set():
+            if stopped:
                 raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {steps.stop}")
     return state
+
+
+@contextlib.contextmanager
+def stop_asked() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after a step, as SIGTERM asks; to be asked after every step.
+
+    Several processes stop after the same step, whichever of them got the signal, which JAX listens
+    to then.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    with termination() as event:
+        yield lambda _: event.is_set()
 
 
 @contextlib.contextmanager

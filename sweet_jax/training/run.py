@@ -20,18 +20,25 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import (
     Tokens,
     bucket_lengths,
+    padded_length,
     steps_per_epoch,
-    training_batch,
+    training_picks,
 )
 from sweet_jax.models.attention import check_attention
 from sweet_jax.models.early_exit import EarlyExit, owners
 from sweet_jax.models.layers import derive
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
+from sweet_jax.processes import is_first
 from sweet_jax.training.checkpoint import Checkpoints, like
 from sweet_jax.training.growth import base_of, grown, replicas_of
 from sweet_jax.training.loop import take_steps
 from sweet_jax.training.metrics import MetricsLog
-from sweet_jax.training.sharding import by_replica, make_mesh, without_axis
+from sweet_jax.training.sharding import (
+    everywhere,
+    moved,
+    one_of_each_process,
+    without_axis,
+)
 from sweet_jax.training.spread import gathered, spread_segments, spread_whole
 from sweet_jax.training.step import (
     Params,
@@ -146,7 +153,7 @@ def base_params(config: Config, base: Config, checkpoint: Checkpoint, classes: i
     state = without_axis(initial_state(base, checkpoint, training, classes)[1], count)
     folder = Path(config.grow_from) / "checkpoints" / training.name
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        found = checkpoints.restore(like(state, by_replica(make_mesh(1, 1), count)))
+        found = checkpoints.restore(like(state, everywhere(one_of_each_process())))
     if found is None:
         raise UserError(
             f"grow_from {config.grow_from!r} has no sound checkpoint in {str(folder)!r}: run its "
@@ -196,24 +203,29 @@ def fit(
     spread = spread_segments if config.segment_parallel else spread_whole
     plan = spread(config, settings, state, len(lengths))
     restored = checkpoints.restore(like(state, plan.shardings))
-    state = restored[1] if restored else jax.device_put(state, plan.shardings)
+    state = restored[1] if restored else moved(state, plan.shardings)
     start = restored[0] if restored else 0
     if start:
         log.info("%s: going on from step %d of %d", training.name, start, stop)
 
     def batch(number: int) -> tuple[Any, int]:
-        host = training_batch(tokens, rows, seeds, number, config.batch_size, lengths)
-        host = without_axis(host, len(seeds))
-        return plan.place(host), host["mask"].shape[-1]
+        picked = training_picks(rows, seeds, number, config.batch_size)  # [R, B]
+        length = padded_length(tokens, picked, lengths)
+        return plan.place(tokens, without_axis(picked, len(seeds)), lengths), length
 
-    metrics = MetricsLog(workdir, training.name, start, training.exits)
     began = time.perf_counter()
-    with contextlib.closing(metrics), contextlib.closing(checkpoints):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(checkpoints))
+        metrics = None
+        if is_first():
+            metrics = MetricsLog(workdir, training.name, start, training.exits)
+            stack.enter_context(contextlib.closing(metrics))
         bar = tqdm(
             desc=training.name,
             total=stop * config.batch_size * len(seeds),
             initial=start * config.batch_size * len(seeds),
             unit=" examples",
+            disable=not is_first(),
         )
         with bar:
             steps = range(start, stop)

@@ -19,7 +19,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from sweet_jax.models.early_exit import Carried, owners
 from sweet_jax.training.losses import Metrics
-from sweet_jax.training.sharding import by_replica, by_row, make_mesh, traced_at_most
+from sweet_jax.training.sharding import (
+    by_replica,
+    by_row,
+    everywhere,
+    make_mesh,
+    traced_at_most,
+)
 from sweet_jax.training.step import State, StepSettings, segments_step
 
 log = logging.getLogger(__name__)
@@ -134,7 +140,11 @@ def compile_group(settings: StepSettings, group: Group, replicas: int, lengths: 
     last = group.segments[-1] == len(settings.exits) - 1
     return jax.jit(
         traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
-        out_shardings=(by_state, by_state, None if last else (by_batch, by_state)),
+        out_shardings=(
+            by_state,
+            everywhere(group.mesh),
+            None if last else (by_batch, by_state),
+        ),
         donate_argnums=0,
     )
 

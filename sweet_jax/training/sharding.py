@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sweet_jax.config import UserError
+from sweet_jax.data.batches import Tokens, pad_rows, padded_length
 
 log = logging.getLogger(__name__)
 
@@ -19,25 +23,27 @@ def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | No
     """A mesh whose "replica" axis divides R and whose "data" axis divides B; of all devices.
 
     Replicas are spread first: they need no communication. Devices that fit neither stay idle.
+
+    Raises UserError where a process would have nothing to do.
     """
     devices = devices or jax.devices()
     spread = math.gcd(replicas, len(devices))
     data = math.gcd(batch_size, len(devices) // spread)
-    if spread * data < len(devices):
-        log.warning(
-            "%d of %d devices are used: make batch_size (%d) or the number of replicas (%d) a "
-            "multiple of the devices to use all",
-            spread * data,
-            len(devices),
-            batch_size,
-            replicas,
+    used = devices[: spread * data]
+    if len(used) < len(devices):
+        what = (
+            f"{len(used)} of {len(devices)} devices are used: make batch_size ({batch_size}) or "
+            f"the number of replicas ({replicas}) a multiple of the devices to use all"
         )
+        if {d.process_index for d in used} != {d.process_index for d in devices}:
+            raise UserError(f"{what}, or start fewer processes")
+        log.warning(what)
     # Auto axes: under Explicit ones, jax's default, embedding look-ups raise.
     return jax.make_mesh(
         (spread, data),
         ("replica", "data"),
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[: spread * data],
+        devices=used,
     )
 
 
@@ -50,6 +56,75 @@ def by_row(mesh: Mesh, replicas: int = 2) -> NamedSharding:
     """Sharding of batches [R, B, ...]; of a single replica's, [B, ...]."""
     axes = ("replica", "data") if replicas > 1 else ("data",)
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Sharding of small arrays that every device has whole, so that every process can read them."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def mesh_of(arrays: Any) -> Mesh:
+    """The mesh that arrays are on."""
+    return jax.tree.leaves(arrays)[0].sharding.mesh
+
+
+def one_of_each_process() -> Mesh:
+    """A mesh of one device of each process, for what each of them needs on its host."""
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    return jax.make_mesh(
+        (len(first),), ("process",), axis_types=(AxisType.Auto,), devices=list(first.values())
+    )
+
+
+def placed(
+    tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...], sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """A batch of rows int [R, B] on devices, see `pad_rows`.
+
+    Each process makes the rows of its own devices only, padded to the length that all need.
+    """
+    length = padded_length(tokens, rows, lengths)
+    indices = sharding.addressable_devices_indices_map(rows.shape)
+    parts = {device: pad_rows(tokens, rows[at], (length,)) for device, at in indices.items()}
+
+    def whole(*arrays: np.ndarray) -> jax.Array:
+        shape = (*rows.shape, *arrays[0].shape[rows.ndim :])
+        shards = [jax.device_put(x, d) for x, d in zip(arrays, parts, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    return jax.tree.map(whole, *parts.values())
+
+
+def moved(tree: Any, shardings: Any) -> Any:
+    """Arrays where `shardings`, a tree like theirs, say; through the host, one after the other.
+
+    They may be on the host, then the same in all processes, or on any devices.
+    """
+
+    def move(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        host = on_host(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(move, tree, shardings)
+
+
+def on_host(x: Any) -> np.ndarray:
+    """The whole of an array, wherever its parts are; called by all processes that have any."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = jax.jit(_same, out_shardings=everywhere(mesh_of(x)))(x)
+    return np.asarray(x)
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def one_replica(tree: Any, number: int) -> Any:
+    """Arrays [...] on the host of one replica of arrays [R, ...]; called by all processes."""
+    pick = jax.jit(lambda x: x[number], out_shardings=everywhere(mesh_of(tree)))
+    return jax.tree.map(lambda x: np.asarray(pick(x)), tree)
 
 
 def without_axis(tree: Any, replicas: int) -> Any:

@@ -11,10 +11,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sweet_jax.config import Config
+from sweet_jax.data.batches import Tokens
 from sweet_jax.training.conflict import conflict_step
 from sweet_jax.training.losses import Metrics
 from sweet_jax.training.segments import compile_groups, join, make_groups, split
-from sweet_jax.training.sharding import by_replica, by_row, make_mesh, traced_at_most
+from sweet_jax.training.sharding import (
+    by_replica,
+    by_row,
+    everywhere,
+    make_mesh,
+    moved,
+    placed,
+    traced_at_most,
+)
 from sweet_jax.training.step import Params, State, StepSettings, train_step
 
 
@@ -28,7 +37,8 @@ class Plan(NamedTuple):
     shardings: State  # of the arrays of the whole state
     parts: Callable[[State], Any]  # what `step` takes of a state
     whole: Callable[[Any], State]  # the other way
-    place: Callable[[dict[str, np.ndarray]], Any]  # a batch on the devices
+    # (tokens, rows, lengths) → the batch on the devices: see `placed`.
+    place: Callable[[Tokens, np.ndarray, tuple[int, ...]], Any]
     step: Callable[[int, Any, Any], tuple[Any, list[Metrics]]]  # of (number, parts, batch)
     lag: int = 1  # steps that are under way at the same time
 
@@ -51,7 +61,7 @@ def spread_whole(config: Config, settings: StepSettings, state: State, lengths: 
         jax.tree.map(lambda _: by_replica(mesh, replicas), state),
         lambda state: state,
         lambda state: state,
-        lambda host: jax.device_put(host, by_row(mesh, replicas)),
+        lambda tokens, rows, sizes: placed(tokens, rows, sizes, by_row(mesh, replicas)),
         step,
     )
 
@@ -67,9 +77,11 @@ def spread_segments(config: Config, settings: StepSettings, state: State, length
     ]
     return Plan(
         join(parts),
-        lambda state: jax.device_put(split(state, groups, settings.exits), parts),
+        lambda state: moved(split(state, groups, settings.exits), parts),
         join,
-        lambda host: [jax.device_put(host, by_row(group.mesh, replicas)) for group in groups],
+        lambda tokens, rows, sizes: [
+            placed(tokens, rows, sizes, by_row(group.mesh, replicas)) for group in groups
+        ],
         lambda _, states, batches: compiled(states, batches),
         lag=len(groups),
     )
@@ -80,7 +92,8 @@ def gathered(config: Config, params: Params) -> Params:
     if not config.segment_parallel:
         return params
     replicas = len(config.replicas())
-    return jax.device_put(params, by_replica(make_mesh(replicas, config.batch_size), replicas))
+    sharding = by_replica(make_mesh(replicas, config.batch_size), replicas)
+    return moved(params, jax.tree.map(lambda _: sharding, params))
 
 
 def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
@@ -97,7 +110,7 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int
     return jax.jit(
         traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
         in_shardings=(by_state, by_batch),
-        out_shardings=(by_state, by_state),
+        out_shardings=(by_state, everywhere(mesh)),
         donate_argnums=0,
     )
 
@@ -115,5 +128,5 @@ def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths:
     return jax.jit(
         traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
         in_shardings=(by_state, by_batch),
-        out_shardings=by_state,
+        out_shardings=everywhere(mesh),
     )

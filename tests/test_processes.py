@@ -1,0 +1,168 @@
+"""Two processes of two devices each: the same numbers as one, and no process left waiting."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sweet_jax import ExitOutputs
+from sweet_jax.main import main
+
+SECONDS = 240  # until a process that should have ended counts as hanging
+
+
+def recipe(folder: Path, options: dict, **changes) -> Path:
+    path = folder / "recipe.py"
+    values = options | {"learning_rates": (1e-4,), "checkpoint_every": 3} | changes
+    path.write_text(f"def get_config():\n    return {values!r}\n")
+    return path
+
+
+def start(config: Path, workdir: Path, devices: int, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sweet_jax.main", f"--config={config}"]
+    command += [f"--workdir={workdir}", *more]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(
+    config: Path, workdir: Path, *, second: tuple[Path, Path] | None = None
+) -> list[subprocess.Popen]:
+    """Two processes; `second` is the config and the workdir of the second, if other ones."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    return [
+        start(*place, 2, *both, f"--process_id={number}")
+        for number, place in enumerate([(config, workdir), second or (config, workdir)])
+    ]
+
+
+def ended(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(status, stdout, stderr) of each; none may hang."""
+    try:
+        found = [process.communicate(timeout=SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(started, found, strict=True)]
+
+
+def at_checkpoint(workdir: Path, started: list[subprocess.Popen], after: int) -> None:
+    """Waits for a checkpoint of step `after` or a later one."""
+    deadline = time.monotonic() + SECONDS
+    while not any(
+        int(path.name.split(".")[0]) >= after
+        for path in workdir.glob("checkpoints/*/*.digest.json")
+        if path.name[0].isdigit()
+    ):
+        assert all(process.poll() is None for process in started), ended(started)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    for split in ("calibration", "validation"):
+        logits = [
+            ExitOutputs.load(folder / "exit_outputs" / f"{split}.npz").logits
+            for folder in (ours, theirs)
+        ]
+        np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (ours, theirs)]
+    losses = [np.array([json.loads(line)["loss"] for line in each]) for each in lines]
+    assert len(losses[0]) > 20
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_run, tmp_path_factory) -> Path:
+    """The directory of the same run by one process with one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    status, _, errors = ended([start(recipe(folder, tiny_run), folder / "run", 1)])[0]
+    assert status == 0, errors
+    return folder / "run"
+
+
+def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path, alone):
+    config, workdir = recipe(tmp_path, options), tmp_path / "run"
+    killed = start_two(config, workdir)
+    at_checkpoint(workdir, killed, after=3)
+    for process in killed:
+        process.kill()
+    ended(killed)
+    assert not (workdir / "results.json").exists()
+    first, second = ended(start_two(config, workdir))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert "going on from step" in first[1]
+    assert "on 4 cpu device(s)" in first[1]
+    said = [line for line in second[1].splitlines() if not line.startswith("[Gloo]")]
+    assert said == []  # the first speaks for both
+    assert_same(workdir, alone)
+    assert (workdir / "model" / "model.safetensors").is_file()
+
+
+def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tmp_path, alone):
+    config, workdir = recipe(tmp_path, options), tmp_path / "run"
+    both = start_two(config, workdir)
+    at_checkpoint(workdir, both, after=3)
+    both[1].terminate()
+    stopped = ended(both)
+    messages = {errors.strip().splitlines()[-1] for _, _, errors in stopped}
+    assert [status for status, _, _ in stopped] == [1, 1]
+    assert len(messages) == 1  # after the same step
+    assert "stopped by SIGTERM after step" in messages.pop()
+    both = start_two(config, workdir)
+    at_checkpoint(workdir, both, after=12)
+    both[1].kill()
+    (status, _, errors), _ = ended(both)
+    assert status == 1
+    assert "process 0 of 2: another process is gone" in errors
+    assert "Traceback" not in errors
+    status, printed, errors = ended([start(config, workdir, 3)])[0]
+    assert status == 0, errors
+    assert "going on from step" in printed
+    assert_same(workdir, alone)
+
+
+def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_path):
+    config, workdir = recipe(tmp_path, options), tmp_path / "run"
+    other = tmp_path / "other"
+    other.mkdir()
+    found = ended(start_two(config, workdir, second=(recipe(other, options, epochs=3), workdir)))
+    for status, _, errors in found:
+        assert status == 2
+        assert "started with another config, or reads other data" in errors.splitlines()[-1]
+    assert not workdir.exists()
+    found = ended(start_two(config, workdir, second=(config, other / "run")))
+    for status, _, errors in found:
+        assert status == 2
+        assert "give a directory that all hosts share" in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_processes=2"], "go together"),
+        (["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"], "from 0 to 1"),
+        (["--coordinator_address=a", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
+        (["--num_processes=two"], "num_processes"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(arguments, message, options, tmp_path, capsys):
+    line = [f"--config={recipe(tmp_path, options)}", f"--workdir={tmp_path / 'run'}"]
+    assert main(["main", *line, *arguments]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
