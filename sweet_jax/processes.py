@@ -27,8 +27,8 @@ from jax.experimental import multihost_utils
 from sweet_jax.config import UserError
 from sweet_jax.files import write_text
 
-# A host that was lost without closing its connections is known by its silence.
-_HEARTBEAT_SECONDS = 60
+# A process that ends in no step of the others, and a host that is lost, are known by their silence.
+_HEARTBEAT_SECONDS = 30
 _MESSAGE_BYTES = 2000
 
 
@@ -173,8 +173,8 @@ def ended_together() -> Iterator[None]:
     """Around what several processes do: where one fails, the others do not wait for it.
 
     JAX would have a process that fails wait at its exit for the others, who wait for it in the
-    next step. So it leaves at once with status 1, which the others notice: a collective in which it
-    is missing fails, or its silence is reported.
+    next step. So it leaves at once with status 1, which the others notice: a step in which it is
+    missing fails, or JAX's own watch aborts them and says that another task died.
     """
     try:
         yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -127,8 +128,9 @@ def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tm
     at_checkpoint(workdir, both, after=12)
     both[1].kill()
     (status, _, errors), _ = ended(both)
-    assert status == 1
-    assert "process 0 of 2: another process is gone" in errors
+    # By what was under way: a step that fails, or JAX's watch over the connection, which aborts.
+    assert status in (1, -signal.SIGABRT)
+    assert "another process is gone" in errors or "another task died" in errors
     assert "Traceback" not in errors
     status, printed, errors = ended([start(config, workdir, 3)])[0]
     assert status == 0, errors
