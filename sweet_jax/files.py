@@ -36,19 +36,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, identity: Mapping[str, Any], free: tuple[str, ...]) -> Iterator[None]:
+def claimed(
+    workdir: Path,
+    identity: Mapping[str, Any],
+    free: tuple[str, ...],
+    defaults: Mapping[str, Any],
+) -> Iterator[None]:
     """Holds a run directory: this configuration only, one process at a time.
 
     identity is written to config.json, or compared with the one that is there, but for the keys in
-    `free`. The claim ends with the process, however that ends.
+    `free`; `defaults` stand for keys that the one there does not have yet. The claim ends with the
+    process, however that ends.
 
     Raises:
       UserError: not writable, in use, or a run of another configuration.
 
     """
-    _check_identity(workdir, identity, free)
+    _check_identity(workdir, identity, free, defaults)
     with held(workdir):
-        _check_identity(workdir, identity, free)
+        _check_identity(workdir, identity, free, defaults)
         write_json(workdir / "config.json", identity)
         yield
 
@@ -76,7 +82,12 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_identity(workdir: Path, identity: Mapping[str, Any], free: tuple[str, ...]) -> None:
+def _check_identity(
+    workdir: Path,
+    identity: Mapping[str, Any],
+    free: tuple[str, ...],
+    defaults: Mapping[str, Any],
+) -> None:
     path = workdir / "config.json"
     ours = json.loads(json.dumps(identity))
     if path.exists():
@@ -84,6 +95,7 @@ def _check_identity(workdir: Path, identity: Mapping[str, Any], free: tuple[str,
             theirs = json.loads(path.read_text())
             if not isinstance(theirs, dict):
                 raise ValueError("not an object")
+            theirs = {**json.loads(json.dumps(defaults)), **theirs}
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{str(path)!r} is not a run's ({error}): choose another workdir"

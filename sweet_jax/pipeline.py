@@ -88,7 +88,9 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     # JSON has no infinity, which clip_norm may be.
     values = dataclasses.asdict(job.config) | {"data_sha256": job.dataset.digest()}
     identity = {k: str(v) if v == math.inf else v for k, v in values.items()}
-    with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS)):
+    # A run made before there was a key did what the key's default stands for.
+    before = dataclasses.asdict(Config())
+    with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS, before)):
         _describe(job)
         outcome = train_and_evaluate(job, workdir)
         analysis = analyse(outcome.calibration, outcome.validation)

@@ -1,7 +1,9 @@
 """Two processes of two devices each: the same numbers as one, and no process left waiting."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,12 +27,14 @@ def recipe(folder: Path, options: dict, **changes) -> Path:
     return path
 
 
-def start(config: Path, workdir: Path, devices: int, *more: str) -> subprocess.Popen:
+def start(
+    config: Path, workdir: Path, devices: int, *more: str, variables: dict[str, str] | None = None
+) -> subprocess.Popen:
     command = [sys.executable, "-m", "sweet_jax.main", f"--config={config}"]
     command += [f"--workdir={workdir}", *more]
     return subprocess.Popen(
         command,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | (variables or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -48,6 +52,22 @@ def start_two(
     return [
         start(*place, 2, *both, f"--process_id={number}")
         for number, place in enumerate([(config, workdir), second or (config, workdir)])
+    ]
+
+
+def start_by_slurm(config: Path, workdir: Path) -> list[subprocess.Popen]:
+    """Two processes that are told of each other as srun tells its tasks."""
+    with socket.socket() as free:
+        while True:  # JAX takes the port from the number of the job
+            job = random.randrange(4096)
+            with contextlib.suppress(OSError):
+                free.bind(("localhost", 65535 - 4095 + job))
+                break
+    step = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": 1}
+    step |= {"SLURM_NTASKS": 2, "SLURM_STEP_NUM_TASKS": 2}
+    tasks = [step | {"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in range(2)]
+    return [
+        start(config, workdir, 2, variables={k: str(v) for k, v in task.items()}) for task in tasks
     ]
 
 
@@ -104,7 +124,7 @@ def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path,
         process.kill()
     ended(killed)
     assert not (workdir / "results.json").exists()
-    first, second = ended(start_two(config, workdir))
+    first, second = ended(start_by_slurm(config, workdir))
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "going on from step" in first[1]
     assert "on 4 cpu device(s)" in first[1]

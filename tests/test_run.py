@@ -289,6 +289,13 @@ def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_de
         run(from_mapping(options | {"epochs": 3}), tmp_path)
     assert (tmp_path / "results.json").read_bytes() == before
     run(from_mapping(options | {"checkpoint_every": 7}), tmp_path)
+    older = json.loads((tmp_path / "config.json").read_text())
+    for key in ("remat", "attention"):  # which earlier versions did not have
+        del older[key]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(UserError, match="remat is False there and True here"):
+        run(from_mapping(options | {"remat": True}), tmp_path)
+    run(from_mapping(options), tmp_path)
 
 
 def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):
