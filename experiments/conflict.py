@@ -39,7 +39,8 @@ from sweet_jax.models.layers import derive
 from sweet_jax.pipeline import Job, prepare
 from sweet_jax.report.plots import conflict_figure, write_figure
 from sweet_jax.training.conflict import gradient_conflict
-from sweet_jax.training.run import fit, trainings
+from sweet_jax.training.initial import trainings
+from sweet_jax.training.run import fit
 
 
 def main(argv: Sequence[str] | None = None) -> int:

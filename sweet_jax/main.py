@@ -123,7 +123,7 @@ def main(argv: Sequence[str] = ()) -> int:
         keep_programs(least_seconds=1.0)
         processes.start(*command.processes)
         if not processes.is_first():
-            logging.getLogger("sweet_jax").setLevel(logging.WARNING)
+            logging.getLogger("sweet_jax").setLevel(logging.ERROR)
         with processes.ended_together():
             run(command.config, command.workdir)
     except UserError as error:

@@ -28,19 +28,21 @@ from sweet_jax.models.pretrained import (
     open_checkpoint,
     read_encoder,
 )
-from sweet_jax.processes import agreed, claimed_by_first, is_first
+from sweet_jax.processes import agreed, claimed_by_first, first_says, is_first
 from sweet_jax.report import page, plots, tables
 from sweet_jax.serving.card import model_card
 from sweet_jax.serving.saved import Model, save_model
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.growth import base_of
+from sweet_jax.training.initial import base_folder, trained_as, trainings
 from sweet_jax.training.metrics import diverged, read_metrics
-from sweet_jax.training.run import fit, trained_as, trainings
+from sweet_jax.training.run import fit
 from sweet_jax.training.sharding import mesh_of, one_replica
+from sweet_jax.training.spread import check_devices
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ when a run is gone on with: they change nothing of what is computed.
+# Keys that may differ when a run is gone on with: beyond rounding, they change no number.
 FREE_KEYS = ("checkpoint_every", "segment_parallel")
 
 
@@ -93,10 +95,12 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS, before)):
         _describe(job)
         outcome = train_and_evaluate(job, workdir)
-        analysis = analyse(outcome.calibration, outcome.validation)
-        best = [Model(m.exits, one_replica(m.params, analysis.best)) for m in outcome.models]
+        analysis = analyse(outcome.calibration, outcome.validation) if is_first() else None
+        # Part of the program that takes it: hosts whose last bits differ must not differ in it.
+        number = first_says(analysis.best if analysis else 0)
+        best = [Model(m.exits, one_replica(m.params, number)) for m in outcome.models]
         with agreed():
-            return _finish(job, outcome, analysis, best, workdir, report) if is_first() else {}
+            return _finish(job, outcome, analysis, best, workdir, report) if analysis else {}
 
 
 def prepare(config: Config) -> Job:
@@ -107,7 +111,10 @@ def prepare(config: Config) -> Job:
     trained_as(config, checkpoint)
     read_encoder(checkpoint)  # a damaged file must be known before anything is written
     dataset = load_dataset(config)
-    base_of(config, dataset.digest())
+    base = base_of(config, dataset.digest())
+    if base is not None:
+        base_folder(config, base)
+    check_devices(config)
     tokenizer = load_tokenizer(checkpoint)
     train, validation = (
         tokenize(tokenizer, split, config.max_length)

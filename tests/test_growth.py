@@ -64,6 +64,7 @@ def test_earlier_exits_answer_as_they_did_and_the_new_one_learns(base, tmp_path)
     assert untouched == {p.relative_to(base[0]) for p in base[0].rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_saved_model_holds_the_earlier_exits_as_they_were(base, tmp_path):
     one = base[1] | {"seeds": (0,)}
     run(from_mapping(one), tmp_path / "alone")
@@ -86,9 +87,11 @@ def test_the_saved_model_holds_the_earlier_exits_as_they_were(base, tmp_path):
     np.testing.assert_array_equal(first.labels, second.labels)
 
 
+@pytest.mark.slow
 def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
-    first = more(base, exits=(1, 2, 3), depth=3)
-    run(first, tmp_path / "first")
+    shutil.copytree(base[0], tmp_path / "base")
+    run(more((tmp_path / "base", base[1]), exits=(1, 2, 3), depth=3), tmp_path / "first")
+    shutil.rmtree(tmp_path / "base")  # no longer needed
     again = more((tmp_path / "first", base[1]), exits=(1, 2, 3, 4))
     run(again, tmp_path / "again")
     folders = (tmp_path / "first", tmp_path / "again")

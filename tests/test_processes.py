@@ -81,12 +81,14 @@ def ended(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     return [(p.returncode, *texts) for p, texts in zip(started, found, strict=True)]
 
 
-def at_checkpoint(workdir: Path, started: list[subprocess.Popen], after: int) -> None:
+def at_checkpoint(
+    workdir: Path, started: list[subprocess.Popen], after: int, training: str = "exits_1_2_3"
+) -> None:
     """Waits for a checkpoint of step `after` or a later one."""
     deadline = time.monotonic() + SECONDS
     while not any(
         int(path.name.split(".")[0]) >= after
-        for path in workdir.glob("checkpoints/*/*.digest.json")
+        for path in (workdir / "checkpoints" / training).glob("*.digest.json")
         if path.name[0].isdigit()
     ):
         assert all(process.poll() is None for process in started), ended(started)
@@ -107,16 +109,8 @@ def assert_same(ours: Path, theirs: Path) -> None:
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_run, tmp_path_factory) -> Path:
-    """The directory of the same run by one process with one device."""
-    folder = tmp_path_factory.mktemp("alone")
-    status, _, errors = ended([start(recipe(folder, tiny_run), folder / "run", 1)])[0]
-    assert status == 0, errors
-    return folder / "run"
-
-
-def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path, alone):
+def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path):
+    """One replica: each process has half of the rows of a batch."""
     config, workdir = recipe(tmp_path, options), tmp_path / "run"
     killed = start_two(config, workdir)
     at_checkpoint(workdir, killed, after=3)
@@ -130,14 +124,19 @@ def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path,
     assert "on 4 cpu device(s)" in first[1]
     said = [line for line in second[1].splitlines() if not line.startswith("[Gloo]")]
     assert said == []  # the first speaks for both
-    assert_same(workdir, alone)
     assert (workdir / "model" / "model.safetensors").is_file()
+    status, _, errors = ended([start(config, tmp_path / "alone", 1)])[0]
+    assert status == 0, errors
+    assert_same(workdir, tmp_path / "alone")
 
 
-def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tmp_path, alone):
-    config, workdir = recipe(tmp_path, options), tmp_path / "run"
+@pytest.mark.slow
+def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tmp_path):
+    """Two replicas, one in each process; the second of two trainings is stopped, then killed."""
+    changes = {"seeds": (0, 1), "method": "multi_model", "exits": (1, 3)}
+    config, workdir = recipe(tmp_path, options, **changes), tmp_path / "run"
     both = start_two(config, workdir)
-    at_checkpoint(workdir, both, after=3)
+    at_checkpoint(workdir, both, 3, "depth_03")
     both[1].terminate()
     stopped = ended(both)
     messages = {errors.strip().splitlines()[-1] for _, _, errors in stopped}
@@ -145,17 +144,17 @@ def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tm
     assert len(messages) == 1  # after the same step
     assert "stopped by SIGTERM after step" in messages.pop()
     both = start_two(config, workdir)
-    at_checkpoint(workdir, both, after=12)
+    at_checkpoint(workdir, both, 15, "depth_03")
     both[1].kill()
     (status, _, errors), _ = ended(both)
     # By what was under way: a step that fails, or JAX's watch over the connection, which aborts.
     assert status in (1, -signal.SIGABRT)
     assert "another process is gone" in errors or "another task died" in errors
     assert "Traceback" not in errors
-    status, printed, errors = ended([start(config, workdir, 3)])[0]
-    assert status == 0, errors
-    assert "going on from step" in printed
-    assert_same(workdir, alone)
+    whole, rest = ended([start(config, tmp_path / "alone", 1), start(config, workdir, 2)])
+    assert (whole[0], rest[0]) == (0, 0), (whole, rest)
+    assert "going on from step" in rest[1]
+    assert_same(workdir, tmp_path / "alone")
 
 
 def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_path):
@@ -177,7 +176,7 @@ def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_
     ("arguments", "message"),
     [
         (["--num_processes=2"], "go together"),
-        (["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"], "from 0 to 1"),
+        (["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"], "from 0 to --num"),
         (["--coordinator_address=a", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
         (["--num_processes=two"], "num_processes"),
     ],

@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
     options, tmp_path, one_device, monkeypatch, caplog
 ):
     initial = "sweet_jax.training.run.initial_state"
-    from sweet_jax.training.run import initial_state
+    from sweet_jax.training.initial import initial_state
 
     def poisoned(*args):
         graphdef, state = initial_state(*args)

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from conftest import write_checkpoint
 
+from experiments.benchmarks import segments
+from experiments.benchmarks.shapes import SHAPES, Size
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.pipeline import prepare
-from sweet_jax.training.run import fit, trainings
+from sweet_jax.training.initial import trainings
+from sweet_jax.training.run import fit
 from sweet_jax.training.segments import assign, busiest, make_groups
 
 
@@ -52,11 +55,12 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize(
     ("kind", "devices", "changes"),
     [
-        ("bert", 2, {}),
         ("bert", 4, {}),
-        ("deberta", 4, {"learning_to_exit": "detached"}),
-        ("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}),  # two groups, replicas spread in each
-        ("bert", 4, {"exits": (2, 4)}),  # two groups, rows spread in each
+        # Two groups, rows spread in each, or replicas.
+        ("bert", 4, {"exits": (2, 4)}),
+        pytest.param("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}, marks=pytest.mark.slow),
+        pytest.param("bert", 2, {}, marks=pytest.mark.slow),
+        pytest.param("deberta", 4, {"learning_to_exit": "detached"}, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_are_those_of_one_device(
@@ -75,6 +79,7 @@ def test_twenty_steps_are_those_of_one_device(
     np.testing.assert_allclose(losses, others, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_either_way_goes_on_from_the_checkpoint_of_the_other(deep, options, tmp_path, monkeypatch):
     changes = {"checkpoint": str(deep["bert"]), "max_steps": 12}
     whole, _ = trained(options, tmp_path / "whole", 1, monkeypatch, **changes)
@@ -99,6 +104,16 @@ def test_segments_are_shared_out_so_that_the_busiest_group_has_fewest_layers():
     devices = [set(g.mesh.devices.flat) for g in groups]
     assert devices[0] | devices[1] == set(jax.devices())
     assert not devices[0] & devices[1]
+
+
+def test_the_benchmark_prints_all_sides(capsys):
+    segments.compare(SHAPES["tiny"], Size(8, 16), 1, 1)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    names, devices, _, gain, used, size = zip(*lines[2:], strict=True)
+    assert names == ("one device", "data-parallel", "segments 1 / 2")
+    assert devices == ("1", "4", "4")
+    assert gain[0] == used[0] == "1.00"
+    assert min(map(float, (*gain, *used, *size))) > 0
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ def test_sweet_needs_about_half_of_early_exit_s_memory():
     assert temporaries((1.0,)) <= 0.55 * temporaries((0.0,))
 
 
+@pytest.mark.slow
 def test_remat_needs_less_memory():
     deep = ((0.0,), 8, (1, 8))
     assert temporaries(*deep, remat=True) < 0.6 * temporaries(*deep)

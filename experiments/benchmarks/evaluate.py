@@ -14,7 +14,7 @@ random ones of such lengths), so that the algorithm alone differs:
   to all; the exits taken must be those that the exact curve counts.
 
 Thresholds: with --model evenly over (1/C, 1), the paper's; with random weights, which are never
-sure, evenly among the distinct ones, so that rows leave everywhere. Expected: 50 times the release.
+sure, evenly among the distinct ones, so that rows leave replicated. Expected: 50 times the release.
 
 Shape letters: E exit, B batch, N rows, L length, H hidden, C classes, T thresholds.
 """

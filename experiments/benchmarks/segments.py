@@ -26,7 +26,7 @@ from experiments.benchmarks.shapes import RATE, SHAPES, Shape, Size, random_rows
 from sweet_jax.config import Config
 from sweet_jax.training.run import step_settings
 from sweet_jax.training.segments import compile_group, handed_on, make_groups, split
-from sweet_jax.training.sharding import by_replica, by_row, make_mesh, moved
+from sweet_jax.training.sharding import by_replica, by_row, make_mesh, resharded
 from sweet_jax.training.spread import compile_step
 from sweet_jax.training.step import State, StepSettings, new_state
 
@@ -61,7 +61,7 @@ def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> 
     """All devices take each step together, the rows spread over them."""
     mesh = make_mesh(1, size.batch, devices)
     host = initial(shape)
-    state = moved(host, jax.tree.map(lambda _: by_replica(mesh, 1), host))
+    state = resharded(host, jax.tree.map(lambda _: by_replica(mesh, 1), host))
     rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
     batch = jax.device_put(rows, by_row(mesh, 1))
     step = compile_step(settings_of(shape, size), 1, mesh, 1).lower(state, batch).compile()
@@ -84,7 +84,7 @@ def in_segments(shape: Shape, size: Size) -> Way:
     states, batches, programs, carried = [], [], [], None
     for group, part in zip(groups, parts, strict=True):
         sharding = by_replica(group.mesh, 1)
-        states.append(moved(part, jax.tree.map(lambda _, s=sharding: s, part)))
+        states.append(resharded(part, jax.tree.map(lambda _, s=sharding: s, part)))
         batches.append(jax.device_put(rows, by_row(group.mesh, 1)))
         carried = jax.tree.map(lambda x, to=group.mesh: handed_on(x, to), carried)
         program = compile_group(settings, group, 1, 1).lower(states[-1], batches[-1], carried)
@@ -133,19 +133,25 @@ def timed(steps: Callable[[int], None], count: int = 1) -> float:
     return (time.perf_counter() - began) / count
 
 
-def main() -> None:
-    """Prints a line for each way, measured one after the other in every round."""
+def main(argv: list[str] | None = None) -> None:
+    """Makes devices of a CPU's cores, and compares."""
     parser = shapes.parser(__doc__)
     parser.add_argument("--shape", default="bert-base", choices=SHAPES)
     parser.add_argument("--size", default="16x128", type=shapes.size, help="batch x length")
     parser.add_argument("--devices", type=int, default=2, help="of a CPU; default: 2")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=3, help="the median is printed")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     # Before the first device is touched: each device of a CPU is to be one core.
     jax.config.update("jax_num_cpu_devices", options.devices)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_ONE_CORE}"
-    shape, size = SHAPES[options.shape], options.size
+    print(shapes.head_line("flax"))
+    print(f"{options.shape}, batch {options.size}, {options.steps} steps a round\n")
+    compare(SHAPES[options.shape], options.size, options.steps, options.rounds)
+
+
+def compare(shape: Shape, size: Size, count: int, rounds: int) -> None:
+    """Prints a row for each way, measured one after the other in every round of `count` steps."""
     devices = jax.devices()
     ways = [
         together("one device", shape, size, devices[:1]),
@@ -156,14 +162,12 @@ def main() -> None:
     alone = {way.name: [] for way in ways}
     for way in ways:
         way.steps(2)
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for way in ways:
             if way.alone:
                 alone[way.name].append(way.alone())
             way.steps(1)  # fills the pipeline
-            seconds[way.name].append(timed(way.steps, options.steps))
-    print(shapes.head_line("flax"))
-    print(f"{options.shape}, batch {size}, {len(devices)} devices, {options.steps} steps a round\n")
+            seconds[way.name].append(timed(way.steps, count))
     columns = ("training", "devices", "ms a step", "speed-up", "utilisation", "MiB a device")
     print(shapes.table_head(*columns))
     first = np.median(seconds[ways[0].name])

@@ -6,7 +6,7 @@
 #   srun --ntasks-per-node=1 experiments/launch/ray_grid.sh slurm --model=bert-base ...
 #
 # The checkout, its Python environment (pip install -e '.[cluster]', and jax for the accelerator,
-# such as "jax[cuda12]" or "jax[tpu]"), --output, --workdir and the data lie on storage that all
+# such as "jax[cuda13]" or "jax[tpu]"), --output, --workdir and the data lie on storage that all
 # machines mount under the same paths. Ray finds GPUs and TPU chips itself. `slurm` runs in an
 # allocation whose tasks own their nodes' devices: sbatch --nodes=4 --exclusive.
 set -euo pipefail

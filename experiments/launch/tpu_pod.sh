@@ -37,11 +37,11 @@ install() {
   "${vm[@]}" scp "$archive" "$TPU":sweet_jax.tar.gz --zone="$ZONE" --project="$PROJECT" --worker=all
   everywhere "set -e
     mkdir -p sweet_jax && tar -xzf sweet_jax.tar.gz -C sweet_jax
-    sudo apt-get update -q && sudo apt-get install -y -q python3.11-venv
-    python3.11 -m venv sweet_jax/.venv
-    sweet_jax/.venv/bin/pip install -q -e sweet_jax 'jax[tpu]'"
+    python3 -m pip install -q --user uv # the image's own Python is too old
+    ~/.local/bin/uv venv -q --clear --python=3.12 sweet_jax/.venv
+    ~/.local/bin/uv pip install -q --python=sweet_jax/.venv/bin/python -e sweet_jax 'jax[tpu]'"
   [ -z "$share" ] || everywhere "set -e
-    sudo apt-get install -y -q nfs-common
+    sudo apt-get -o DPkg::Lock::Timeout=300 install -y -q nfs-common
     sudo mkdir -p /mnt/share
     mountpoint -q /mnt/share || sudo mount -t nfs $share /mnt/share
     sudo chmod 777 /mnt/share"

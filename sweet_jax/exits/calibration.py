@@ -106,7 +106,8 @@ class ReliabilityCurve:
             found = self.y[np.clip(at, 0, len(self.y) - 1)]
         else:
             found = np.interp(score, self.x, self.y)
-        return np.where(np.isnan(score), np.nan, found)
+        # An accuracy, of which averages and interpolation may miss 1 by their rounding.
+        return np.where(np.isnan(score), np.nan, np.clip(found, 0, 1))
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in exits.json; `from_dict` gives it back exactly."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
@@ -27,7 +28,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self._folder = folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=LatestN(2), enable_async_checkpointing=False
@@ -41,12 +42,12 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.StandardSave(state))
         self._manager.wait_until_finished()
         wait_for_all("saved")
-        if not is_first():
-            return
-        write_json(self._digest_path(step), _digest(self._folder / str(step)))
-        for path in self._folder.glob("*.digest.json"):
-            if int(path.name.split(".")[0]) not in self._manager.all_steps():
-                path.unlink()
+        if is_first():
+            write_json(_digest_path(self._folder, step), _digest(self._folder / str(step)))
+            for path in self._folder.glob("*.digest.json"):
+                if int(path.name.split(".")[0]) not in self._manager.all_steps():
+                    path.unlink()
+        wait_for_all("digested")  # none may end before what it saved is known to be sound
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest sound checkpoint, or None.
@@ -63,7 +64,7 @@ class Checkpoints:
     def _newest_sound(self) -> int:
         """The step of the newest sound checkpoint, -1 for none; the unsound are removed."""
         for step in sorted(self._manager.all_steps(), reverse=True):
-            if self._is_sound(step):
+            if _is_sound(self._folder, step):
                 return step
             log.warning(
                 "the checkpoint of step %d in %s is damaged or incomplete: going back to %s",
@@ -72,7 +73,7 @@ class Checkpoints:
                 "the one before" if step > min(self._manager.all_steps()) else "the start",
             )
             shutil.rmtree(self._folder / str(step), ignore_errors=True)
-            self._digest_path(step).unlink(missing_ok=True)
+            _digest_path(self._folder, step).unlink(missing_ok=True)
             self._manager.reload()
         return -1
 
@@ -80,15 +81,33 @@ class Checkpoints:
         """Ends the manager's threads."""
         self._manager.close()
 
-    def _digest_path(self, step: int) -> Path:
-        return self._folder / f"{step}.digest.json"
 
-    def _is_sound(self, step: int) -> bool:
-        try:
-            wanted = json.loads(self._digest_path(step).read_text())
-        except (OSError, ValueError):
-            return False
-        return wanted == _digest(self._folder / str(step))
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: our loop asks, and counts its questions (`asked_to_stop`)."""
+        return False
+
+
+def read_params(folder: Path) -> Any | None:
+    """Parameters of the newest sound checkpoint in a folder that is another run's, None for none.
+
+    A tree of NumPy arrays, its keys all text; nothing is written.
+    """
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    newest = next((s for s in sorted(steps, reverse=True) if _is_sound(folder, s)), None)
+    if newest is None:
+        return None
+    path = (folder / str(newest) / "default").absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        like = {"params": dict(checkpointer.metadata(path).item_metadata.tree)["params"]}
+        host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        restore = ocp.args.PyTreeRestore(item=like, restore_args=host, partial_restore=True)
+        return checkpointer.restore(path, args=restore)["params"]
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a folder seems to hold a checkpoint; what is in it is not read."""
+    return any(folder.glob("*.digest.json"))
 
 
 def like(state: Any, shardings: Any) -> Any:
@@ -101,6 +120,18 @@ def like(state: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
+
+
+def _digest_path(folder: Path, step: int) -> Path:
+    return folder / f"{step}.digest.json"
+
+
+def _is_sound(folder: Path, step: int) -> bool:
+    try:
+        wanted = json.loads(_digest_path(folder, step).read_text())
+    except (OSError, ValueError):
+        return False
+    return wanted == _digest(folder / str(step))
 
 
 def _digest(folder: Path) -> dict[str, str]:

@@ -14,12 +14,13 @@ from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens, bucket_lengths, evaluation_picks
 from sweet_jax.models.early_exit import Answer
 from sweet_jax.models.layers import derive
+from sweet_jax.processes import StoppedError, asked_to_stop
 from sweet_jax.training.sharding import (
     by_row,
-    everywhere,
     mesh_of,
     over_replicas,
     placed,
+    replicated,
     traced_at_most,
 )
 from sweet_jax.training.step import Params, evaluate_step
@@ -47,7 +48,7 @@ def compile_evaluation(
 
     replicas, lengths = len(config.replicas()), len(bucket_lengths(config.max_length))
     return jax.jit(
-        traced_at_most(over_replicas(one, replicas), lengths), out_shardings=everywhere(mesh)
+        traced_at_most(over_replicas(one, replicas), lengths), out_shardings=replicated(mesh)
     )
 
 
@@ -65,6 +66,9 @@ def evaluate(
       tokens: of the split.
       rows: int [R, N], the rows of each replica; the result is in their order.
 
+    Raises:
+      StoppedError: SIGTERM came to one of several processes.
+
     """
     mesh = mesh_of(params)
     data = mesh.shape["data"]
@@ -75,6 +79,9 @@ def evaluate(
         batch = placed(tokens, picked, lengths, by_row(mesh))
         numbers = np.full(len(rows), number, np.int32)
         found = jax.device_get(answer(params, batch, numbers))  # [R, E, B, ...]
+        # One process is ended by SIGTERM here; of several, JAX has taken the signal.
+        if jax.process_count() > 1 and asked_to_stop():
+            raise StoppedError("stopped by SIGTERM while evaluating")
         if whole is None:
             whole = jax.tree.map(lambda x, n=rows.shape[1]: _unfilled(x, n), found)
         for replica, place in enumerate(places):

@@ -48,11 +48,11 @@ def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
     try:
         values = json.loads((folder / "config.json").read_text())
         digest = values.pop("data_sha256")
+        values["clip_norm"] = math.inf if values["clip_norm"] == "inf" else values["clip_norm"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{name} is not the directory of a run ({error!r})") from error
     if not (folder / "results.json").exists():
         raise UserError(f"{name} is not finished: run its command again, in its workdir")
-    values["clip_norm"] = math.inf if values["clip_norm"] == "inf" else values["clip_norm"]
     base = from_mapping(values).resolved()
     count = len(base.exits)
     if config.exits[:count] != base.exits or len(config.exits) == count:
@@ -93,10 +93,10 @@ def replicas_of(config: Config, base: Config) -> list[int]:
 
 
 def grown(params: Any, base: Any) -> Any:
-    """The tree `params` with what the smaller tree `base` has in place of its own."""
+    """The tree `params` with what the smaller tree `base`, keys as text, has in its place."""
     if not isinstance(params, dict):
         return base
-    return {k: grown(v, base[k]) if k in base else v for k, v in params.items()}
+    return {k: grown(v, base[str(k)]) if str(k) in base else v for k, v in params.items()}
 
 
 def _list(numbers: tuple[int, ...]) -> str:

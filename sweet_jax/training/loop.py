@@ -9,37 +9,79 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from sweet_jax.processes import StoppedError
+from sweet_jax.processes import StoppedError, asked_to_stop, is_first
 from sweet_jax.training.losses import Metrics
 from sweet_jax.training.metrics import MetricsLog
+from sweet_jax.training.spread import Plan
 
 log = logging.getLogger(__name__)
 
 
+class Span(NamedTuple):
+    """The steps of one training that are taken now."""
+
+    start: int
+    stop: int
+    epoch: int  # steps in one
+    every: int  # steps from checkpoint to checkpoint
+
+
+@contextlib.contextmanager
+def shown(
+    workdir: Path, training: str, exits: Sequence[int], span: Span, examples: int
+) -> Iterator[tuple[MetricsLog | None, tqdm]]:
+    """The log and the progress bar of a training, those of the first process only.
+
+    examples: rows of a step, of all replicas.
+    """
+    with contextlib.ExitStack() as stack:
+        metrics = None
+        if is_first():
+            log_of = MetricsLog(workdir, training, span.start, exits)
+            metrics = stack.enter_context(contextlib.closing(log_of))
+        bar = tqdm(
+            desc=training,
+            total=span.stop * examples,
+            initial=span.start * examples,
+            unit=" examples",
+            disable=not is_first(),
+        )
+        yield metrics, stack.enter_context(bar)
+
+
 def take_steps(
-    step: Callable[[int, Any, Any], tuple[Any, list[Metrics]]],
+    plan: Plan,
     state: Any,
     batch: Callable[[int], tuple[Any, int]],
-    steps: range,
-    epoch: int,
-    every: int,
-    lag: int,
+    span: Span,
     metrics: MetricsLog | None,
-    save: Callable[[int, Any], None],
     bar: tqdm,
+    save: Callable[[int, Any], None],
 ) -> Any:
-    """Takes the steps; metrics are read `lag` steps late, so that no device waits for them.
+    """Takes the steps; metrics are read some steps late, so that no device waits for them.
 
-    `step` gives the metrics of all exits, or of groups of exits one after the other; `batch` gives
-    a batch and its length; the total of `bar` is that of all steps from 0. Without `metrics`, as in
-    all processes but the first, nothing is logged.
+    Args:
+      plan: what a step is, and where.
+      state: what the plan's step takes.
+      batch: gives the batch of a step on the devices, and its length.
+      span: which steps.
+      metrics: the log, None for none.
+      bar: its total is that of all steps from 0.
+      save: saves a state as of a step.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      StoppedError: SIGTERM came; the state was saved.
+
     """
     late: collections.deque[tuple[int, int, list[Metrics]]] = collections.deque()
     diverged: set[tuple[int, int]] = set()
@@ -48,7 +90,7 @@ def take_steps(
         while len(late) > left:
             number, length, parts = late.popleft()
             each = jax.device_get(parts)
-            bar.update(bar.total // steps.stop)
+            bar.update(bar.total // span.stop)
             if metrics is None:
                 continue
             values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *each)  # [R, E]
@@ -61,37 +103,37 @@ def take_steps(
                         replica, index + 1, bar.desc, number,
                     )  # fmt: skip
                 diverged.add((replica, index))
-            metrics.add(number, number // epoch, length, values)
+            metrics.add(number, number // span.epoch, length, values)
 
-    with stop_asked() as stops_after:
-        for number in steps:
+    with stop_asked() as stops_now:
+        for number in range(span.start, span.stop):
             inputs, length = batch(number)
-            state, values = step(number, state, inputs)
+            state, values = plan.step(number, state, inputs)
             late.append((number, length, values))
-            log_late(left=lag)
-            last, stopped = number + 1 == steps.stop, stops_after(number)
-            if last or (number + 1) % every == 0 or stopped:
+            log_late(left=plan.lag)
+            last, stopped = number + 1 == span.stop, stops_now()
+            if last or (number + 1) % span.every == 0 or stopped:
                 log_late(left=0)
                 if metrics is not None:
                     metrics.flush()
                 save(number + 1, state)
             if stopped:
-                raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {steps.stop}")
+                raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {span.stop}")
     return state
 
 
 @contextlib.contextmanager
-def stop_asked() -> Iterator[Callable[[int], bool]]:
+def stop_asked() -> Iterator[Callable[[], bool]]:
     """Whether to stop after a step, as SIGTERM asks; to be asked after every step.
 
     Several processes stop after the same step, whichever of them got the signal, which JAX listens
     to then.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        yield asked_to_stop
         return
     with termination() as event:
-        yield lambda _: event.is_set()
+        yield event.is_set
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ Shape letters: R replica, B batch, L length, H hidden.
 """
 
 import itertools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,13 +21,11 @@ from sweet_jax.training.losses import Metrics
 from sweet_jax.training.sharding import (
     by_replica,
     by_row,
-    everywhere,
     make_mesh,
+    replicated,
     traced_at_most,
 )
 from sweet_jax.training.step import State, StepSettings, segments_step
-
-log = logging.getLogger(__name__)
 
 
 class Group(NamedTuple):
@@ -49,10 +46,6 @@ def make_groups(exits: Sequence[int], replicas: int, batch_size: int) -> list[Gr
     counts = [n for n in range(2, min(len(exits), local) + 1) if local % n == 0]
     # A group's layers are spread over local / n devices of each process.
     count = min(counts, key=lambda n: (n * busiest(exits, assign(exits, n)), -n), default=1)
-    if count == 1:
-        log.warning(
-            "segment_parallel has no effect: %d exits on %d devices of a process", len(exits), local
-        )
     grid = np.array(devices).reshape(jax.process_count(), count, -1).swapaxes(0, 1)
     return [
         Group(segments, make_mesh(replicas, batch_size, list(each.flat)))
@@ -77,7 +70,10 @@ def busiest(exits: Sequence[int], way: Sequence[Sequence[int]]) -> int:
 
 
 def split(state: State, groups: Sequence[Group], exits: Sequence[int]) -> list[State]:
-    """The state of each group: the parameters that it trains, None for the others."""
+    """The state of each group: parameters and moments that it trains, None for the others.
+
+    Scalars (step, learning rate, seed) are every group's.
+    """
     owner_of = owners(state.params, exits)
 
     def of(group: Group) -> State:
@@ -142,7 +138,7 @@ def compile_group(settings: StepSettings, group: Group, replicas: int, lengths: 
         traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
         out_shardings=(
             by_state,
-            everywhere(group.mesh),
+            replicated(group.mesh),
             None if last else (by_batch, by_state),
         ),
         donate_argnums=0,

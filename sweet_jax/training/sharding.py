@@ -1,10 +1,9 @@
-"""How what is written for one replica runs for many: vmap, and a mesh ("replica", "data").
+"""Meshes ("replica", "data"), and how arrays come onto them and back.
 
 Shape letters: R replica, B batch.
 """
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +14,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sweet_jax.config import UserError
 from sweet_jax.data.batches import Tokens, pad_rows, padded_length
-
-log = logging.getLogger(__name__)
 
 
 def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -30,20 +27,18 @@ def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | No
     spread = math.gcd(replicas, len(devices))
     data = math.gcd(batch_size, len(devices) // spread)
     used = devices[: spread * data]
-    if len(used) < len(devices):
-        what = (
-            f"{len(used)} of {len(devices)} devices are used: make batch_size ({batch_size}) or "
-            f"the number of replicas ({replicas}) a multiple of the devices to use all"
+    idle = {d.process_index for d in devices} - {d.process_index for d in used}
+    if idle:
+        raise UserError(
+            f"with {replicas} replicas and batch_size {batch_size}, process {min(idle)} would have "
+            "nothing to do: make one of them a multiple of the devices, or start fewer processes"
         )
-        if {d.process_index for d in used} != {d.process_index for d in devices}:
-            raise UserError(f"{what}, or start fewer processes")
-        log.warning(what)
-    # Auto axes: under Explicit ones, jax's default, embedding look-ups raise.
-    return jax.make_mesh(
-        (spread, data),
+    # Auto axes: under Explicit ones, jax's default, embedding look-ups raise. Not jax.make_mesh: it
+    # wants cuboids of a TPU slice, and may put devices in another order than they are given in.
+    return Mesh(
+        np.asarray(used).reshape(spread, data),
         ("replica", "data"),
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=used,
     )
 
 
@@ -58,7 +53,7 @@ def by_row(mesh: Mesh, replicas: int = 2) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of small arrays that every device has whole, so that every process can read them."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -66,14 +61,6 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 def mesh_of(arrays: Any) -> Mesh:
     """The mesh that arrays are on."""
     return jax.tree.leaves(arrays)[0].sharding.mesh
-
-
-def one_of_each_process() -> Mesh:
-    """A mesh of one device of each process, for what each of them needs on its host."""
-    first = {device.process_index: device for device in reversed(jax.devices())}
-    return jax.make_mesh(
-        (len(first),), ("process",), axis_types=(AxisType.Auto,), devices=list(first.values())
-    )
 
 
 def placed(
@@ -95,7 +82,7 @@ def placed(
     return jax.tree.map(whole, *parts.values())
 
 
-def moved(tree: Any, shardings: Any) -> Any:
+def resharded(tree: Any, shardings: Any) -> Any:
     """Arrays where `shardings`, a tree like theirs, say; through the host, one after the other.
 
     They may be on the host, then the same in all processes, or on any devices.
@@ -104,16 +91,16 @@ def moved(tree: Any, shardings: Any) -> Any:
     def move(x: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
-        host = on_host(x)
+        host = to_host(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(move, tree, shardings)
 
 
-def on_host(x: Any) -> np.ndarray:
+def to_host(x: Any) -> np.ndarray:
     """The whole of an array, wherever its parts are; called by all processes that have any."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        x = jax.jit(_same, out_shardings=everywhere(mesh_of(x)))(x)
+        x = jax.jit(_same, out_shardings=replicated(mesh_of(x)))(x)
     return np.asarray(x)
 
 
@@ -123,7 +110,7 @@ def _same(x: jax.Array) -> jax.Array:
 
 def one_replica(tree: Any, number: int) -> Any:
     """Arrays [...] on the host of one replica of arrays [R, ...]; called by all processes."""
-    pick = jax.jit(lambda x: x[number], out_shardings=everywhere(mesh_of(tree)))
+    pick = jax.jit(lambda x: x[number], out_shardings=replicated(mesh_of(tree)))
     return jax.tree.map(lambda x: np.asarray(pick(x)), tree)
 
 

@@ -3,6 +3,7 @@
 Shape letters: R replica, E exit, B batch.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,13 +19,15 @@ from sweet_jax.training.segments import compile_groups, join, make_groups, split
 from sweet_jax.training.sharding import (
     by_replica,
     by_row,
-    everywhere,
     make_mesh,
-    moved,
     placed,
+    replicated,
+    resharded,
     traced_at_most,
 )
 from sweet_jax.training.step import Params, State, StepSettings, train_step
+
+log = logging.getLogger(__name__)
 
 
 class Plan(NamedTuple):
@@ -41,6 +44,26 @@ class Plan(NamedTuple):
     place: Callable[[Tokens, np.ndarray, tuple[int, ...]], Any]
     step: Callable[[int, Any, Any], tuple[Any, list[Metrics]]]  # of (number, parts, batch)
     lag: int = 1  # steps that are under way at the same time
+
+
+def check_devices(config: Config) -> None:
+    """Warns of devices that stay idle; raises UserError where a process would."""
+    replicas, rows = len(config.replicas()), config.batch_size
+    meshes = [make_mesh(replicas, rows)]
+    if config.segment_parallel:
+        meshes = [group.mesh for group in make_groups(config.exits, replicas, rows)]
+        if len(meshes) == 1:
+            log.warning("segment_parallel has no effect with so few devices a process, or exits")
+    used = sum(mesh.size for mesh in meshes)
+    if used < jax.device_count():
+        log.warning(
+            "%d of %d devices are used: make batch_size (%d) or the number of replicas (%d) a "
+            "multiple of the devices to use all",
+            used,
+            jax.device_count(),
+            rows,
+            replicas,
+        )
 
 
 def spread_whole(config: Config, settings: StepSettings, state: State, lengths: int) -> Plan:
@@ -77,7 +100,7 @@ def spread_segments(config: Config, settings: StepSettings, state: State, length
     ]
     return Plan(
         join(parts),
-        lambda state: moved(split(state, groups, settings.exits), parts),
+        lambda state: resharded(split(state, groups, settings.exits), parts),
         join,
         lambda tokens, rows, sizes: [
             placed(tokens, rows, sizes, by_row(group.mesh, replicas)) for group in groups
@@ -93,7 +116,7 @@ def gathered(config: Config, params: Params) -> Params:
         return params
     replicas = len(config.replicas())
     sharding = by_replica(make_mesh(replicas, config.batch_size), replicas)
-    return moved(params, jax.tree.map(lambda _: sharding, params))
+    return resharded(params, jax.tree.map(lambda _: sharding, params))
 
 
 def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
@@ -110,7 +133,7 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int
     return jax.jit(
         traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
         in_shardings=(by_state, by_batch),
-        out_shardings=(by_state, everywhere(mesh)),
+        out_shardings=(by_state, replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -128,5 +151,5 @@ def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths:
     return jax.jit(
         traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
         in_shardings=(by_state, by_batch),
-        out_shardings=everywhere(mesh),
+        out_shardings=replicated(mesh),
     )

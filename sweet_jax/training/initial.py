@@ -1,0 +1,139 @@
+"""What a training starts from: the models of a method, pretrained, random or grown.
+
+Shape letters: R replica.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.models.attention import check_attention
+from sweet_jax.models.early_exit import EarlyExit, owners
+from sweet_jax.models.layers import derive
+from sweet_jax.models.pretrained import Checkpoint, read_encoder
+from sweet_jax.training.checkpoint import has_checkpoint, read_params
+from sweet_jax.training.growth import base_of, grown, replicas_of
+from sweet_jax.training.step import Params, State, new_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One model to be trained for all replicas: every exit, or one depth of Multi-Model."""
+
+    name: str
+    exits: tuple[int, ...]
+
+
+def trainings(config: Config) -> tuple[Training, ...]:
+    """The models a method trains: Multi-Model one for each depth, the others one in all."""
+    if config.method == "multi_model":
+        return tuple(Training(f"depth_{e:02d}", (e,)) for e in config.exits)
+    return (Training("exits_" + "_".join(map(str, config.exits)), config.exits),)
+
+
+def make_model(
+    config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, seed: int
+) -> EarlyExit:
+    """A model as deep as its last exit with random parameters from `seed`."""
+    key = derive(jax.random.key(seed), "parameters")
+    encoder = trained_as(config, checkpoint).encoder(key, config.dtype, depth=exits[-1])
+    encoder.attend_by(config.attention)
+    return EarlyExit(
+        encoder,
+        exits,
+        classes,
+        key,
+        shared_pooler=config.pooler == "shared",
+        shared_relative=config.relative == "shared",
+        learning_to_exit=config.learning_to_exit,
+        remat=config.remat,
+        dtype=config.dtype,
+    )
+
+
+def trained_as(config: Config, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the dropout that a config trains it with; raises UserError where the
+    attention that the config asks for does not go with it.
+    """
+    if config.attention_dropout == "off":
+        values = dataclasses.replace(checkpoint.config, attention_probs_dropout_prob=0.0)
+        checkpoint = dataclasses.replace(checkpoint, config=values)
+    check_attention(
+        config.attention,
+        config.checkpoint,
+        model_type=checkpoint.model_type,
+        config=checkpoint.config,
+        dtype=config.dtype,
+        backend=jax.default_backend(),
+    )
+    return checkpoint
+
+
+def initial_state(
+    config: Config, checkpoint: Checkpoint, training: Training, classes: int
+) -> tuple[nnx.GraphDef, State]:
+    """The model's structure and the stacked state [R, ...] on the host: pretrained where the
+    checkpoint has it, random by seed where not, and of the run that it grows from.
+
+    Raises UserError where that run will not do.
+    """
+    encoder, pooler = read_encoder(checkpoint, training.exits[-1])
+    base = base_of(config)
+    trunks = [None] * len(config.replicas())
+    if base is not None:
+        trunks = base_params(config, base)
+
+    def one(seed: int, rate: float, trunk: Params) -> tuple[nnx.GraphDef, State]:
+        graphdef, values = nnx.split(make_model(config, checkpoint, training.exits, classes, seed))
+        params = nnx.to_pure_dict(values)
+        params["encoder"] = encoder
+        if pooler is not None:
+            for holder in [params, *params["heads"].values()]:
+                if "pooler" in holder:
+                    holder["pooler"] = pooler
+        trained = None
+        if base is not None:
+            params = grown(params, trunk)
+            owner_of = owners(params, training.exits)
+            trained = jax.tree.map(lambda o, x: None if o in base.exits else x, owner_of, params)
+        return graphdef, jax.tree.map(np.asarray, new_state(params, rate, seed, trained))
+
+    pairs = zip(config.replicas(), trunks, strict=True)
+    stacked = [one(*replica, trunk) for replica, trunk in pairs]
+    return stacked[0][0], jax.tree.map(lambda *x: np.stack(x), *(state for _, state in stacked))
+
+
+def base_folder(config: Config, base: Config) -> Path:
+    """Where the checkpoints are that a config grows from; raises UserError where there are none."""
+    (training,) = trainings(base)
+    folder = Path(config.grow_from) / "checkpoints" / training.name
+    if not has_checkpoint(folder):
+        raise UserError(_lost(config, folder))
+    return folder
+
+
+def base_params(config: Config, base: Config) -> list[Params]:
+    """The trained parameters that each replica grows from, on the host, their keys all text.
+
+    Raises UserError where the run that a config grows from has lost its checkpoints.
+    """
+    folder = base_folder(config, base)
+    params = read_params(folder)
+    if params is None:
+        raise UserError(_lost(config, folder))
+    several = len(base.replicas()) > 1
+    return [
+        jax.tree.map(lambda x, r=r: x[r], params) if several else params
+        for r in replicas_of(config, base)
+    ]
+
+
+def _lost(config: Config, folder: Path) -> str:
+    return (
+        f"grow_from {config.grow_from!r} has no sound checkpoint in {str(folder)!r}: run its "
+        "command again, in its workdir"
+    )
