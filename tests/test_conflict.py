@@ -113,6 +113,7 @@ def experiment(checkpoint, tmp_path):
     return experiment
 
 
+@pytest.mark.slow
 def test_the_experiment_writes_its_numbers_and_its_figure(experiment, tmp_path):
     done = experiment("--steps=6", "--batches=3", f"--output={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr

@@ -158,7 +158,10 @@ def test_the_policy_of_a_run(values, policy):
     assert Config(**values).resolved().policy == policy
 
 
-@pytest.mark.parametrize(("method", "mode"), [("sweet", "joint"), ("multi_model", "detached")])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [("sweet", "joint"), pytest.param("multi_model", "detached", marks=pytest.mark.slow)],
+)
 def test_a_run_exits_by_what_it_learned(method, mode, options, tmp_path, one_device, capsys):
     config = from_mapping(options | {"method": method, "learning_to_exit": mode})
     results = run(config, tmp_path)

@@ -109,6 +109,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path):
     """One replica: each process has half of the rows of a batch."""
     config, workdir = recipe(tmp_path, options), tmp_path / "run"

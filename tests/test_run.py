@@ -69,7 +69,7 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
     [
         ("roberta", {"method": "early_exit"}),
         ("deberta", {"preset": "reference"}),
-        ("deberta-v2", {"seeds": (0, 1)}),
+        pytest.param("deberta-v2", {"seeds": (0, 1)}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
@@ -144,7 +144,10 @@ def test_each_replica_equals_its_solo_run(options, with_dropout, tmp_path, one_d
         np.testing.assert_allclose(stack.logits[r], solo.logits[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"seeds": (0, 1), "method": "early_exit"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"seeds": (0, 1), "method": "early_exit"}, marks=pytest.mark.slow)],
+)
 def test_several_devices_agree_with_one(options, with_dropout, tmp_path, request, changes):
     options = options | with_dropout
     many = logits_of(options, tmp_path / "many", **changes)
@@ -164,7 +167,7 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
     np.testing.assert_array_equal(outcome.validation.labels[0], outcome.validation.labels[1])
 
 
-@pytest.mark.parametrize("preset", ["paper", "reference"])
+@pytest.mark.parametrize("preset", ["paper", pytest.param("reference", marks=pytest.mark.slow)])
 def test_presets_that_calibrate_on_validation_rows(
     options, with_dropout, tmp_path, one_device, preset
 ):
@@ -244,6 +247,7 @@ def test_the_saved_encoder_gives_the_trained_model_s_hidden_states(options, tmp_
         np.testing.assert_allclose(logits, outputs.logits[0, e - 1, 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_multi_model_saves_every_depth(options, tmp_path, one_device):
     run(from_mapping(options | {"method": "multi_model"}), tmp_path)
     models = json.loads((tmp_path / "model" / "exits.json").read_text())["models"]
@@ -257,6 +261,7 @@ def test_multi_model_saves_every_depth(options, tmp_path, one_device):
         assert len(hidden) == model["exits"][0] + 1
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_train_float32_parameters(options, tmp_path, one_device):
     outputs = logits_of(options, tmp_path / "half", dtype="bfloat16", epochs=12)
     exact = logits_of(options, tmp_path / "whole", epochs=12)
@@ -266,6 +271,7 @@ def test_bfloat16_activations_train_float32_parameters(options, tmp_path, one_de
     assert not np.array_equal(outputs.logits, exact.logits)
 
 
+@pytest.mark.slow
 def test_fused_attention_and_remat_are_the_same_training(
     options, with_dropout, tmp_path, one_device
 ):

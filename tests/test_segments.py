@@ -57,7 +57,7 @@ def assert_close(ours, theirs):
     [
         ("bert", 4, {}),
         # Two groups, rows spread in each, or replicas.
-        ("bert", 4, {"exits": (2, 4)}),
+        pytest.param("bert", 4, {"exits": (2, 4)}, marks=pytest.mark.slow),
         pytest.param("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}, marks=pytest.mark.slow),
         pytest.param("bert", 2, {}, marks=pytest.mark.slow),
         pytest.param("deberta", 4, {"learning_to_exit": "detached"}, marks=pytest.mark.slow),
@@ -106,6 +106,7 @@ def test_segments_are_shared_out_so_that_the_busiest_group_has_fewest_layers():
     assert not devices[0] & devices[1]
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_all_sides(capsys):
     segments.compare(SHAPES["tiny"], Size(8, 16), 1, 1)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]

@@ -193,7 +193,7 @@ def test_a_step_uses_the_isolation_of_its_own_number():
     assert max(np.abs(a - b).max() for a, b in pairs) > 1e-3
 
 
-@pytest.mark.parametrize("isolation", [0.0, 1.0])
+@pytest.mark.parametrize("isolation", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_what_is_computed_again_is_the_same(isolation):
     gradients = []
     for remat in (False, True):
@@ -249,6 +249,7 @@ def temporaries(
     return step.lower(shapes, batch).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_sweet_needs_about_half_of_early_exit_s_memory():
     assert temporaries((1.0,)) <= 0.55 * temporaries((0.0,))
 
