@@ -16,12 +16,14 @@ unset JAX_COMPILATION_CACHE_DIR # compile times are among the figures
 out="${OUT:-experiments/results/benchmarks}/gpu.md"
 mkdir -p "$(dirname "$out")"
 echo "# GPU, $(date +%F)" >"$out"
+errors="$(mktemp)"
+trap 'rm -f "$errors"' EXIT
 
 part() {
   printf '\n`python -m experiments.benchmarks.%s`\n\n' "$*" >>"$out"
   # shellcheck disable=SC2068 # the words of a command line
-  python -m experiments.benchmarks.$@ 2>/tmp/gpu_benchmarks.log >>"$out" ||
-    echo "failed: $(tail -n 1 /tmp/gpu_benchmarks.log)" >>"$out"
+  python -m experiments.benchmarks.$@ 2>"$errors" >>"$out" ||
+    echo "failed: $(tail -n 1 "$errors")" >>"$out"
 }
 
 part train_step --shape=bert-base --dtype=bfloat16 --size=16x128 --size=32x256
