@@ -158,13 +158,10 @@ def small(tmp_path_factory, arguments) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "more", "rows"),
-    [
-        pytest.param(sizes, ["--sizes=40"], 2, marks=pytest.mark.slow),
-        (ablation, [], 4),
-        pytest.param(isolation, [], 5, marks=pytest.mark.slow),
-    ],
+    [(sizes, ["--sizes=40"], 2), (ablation, [], 4), (isolation, [], 5)],
 )
 def test_each_script_runs_its_cells(small, script, more, rows, monkeypatch):
     # Every kind of change once: each setting is a program of its own to compile.

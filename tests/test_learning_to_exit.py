@@ -84,6 +84,7 @@ def test_switching_it_on_leaves_every_other_random_number_as_it_was():
     np.testing.assert_allclose(*logits, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_detached_heads_change_nothing_else():
     """Clipping is on: heads in an owner's norm would shrink the owner's step."""
     after = {}

@@ -158,6 +158,7 @@ def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tm
     assert_same(workdir, tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_path):
     config, workdir = recipe(tmp_path, options), tmp_path / "run"
     other = tmp_path / "other"

@@ -193,7 +193,8 @@ def test_a_step_uses_the_isolation_of_its_own_number():
     assert max(np.abs(a - b).max() for a, b in pairs) > 1e-3
 
 
-@pytest.mark.parametrize("isolation", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [0.0, 1.0])
 def test_what_is_computed_again_is_the_same(isolation):
     gradients = []
     for remat in (False, True):
