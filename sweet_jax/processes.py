@@ -128,7 +128,10 @@ def claimed_by_first(
             text = json.dumps(identity, sort_keys=True)
             digests = _gathered(hashlib.sha256(text.encode()).digest())
             if digests[jax.process_index()] != digests[0]:
-                raise UserError("it was started with another config, or reads other data")
+                raise UserError(
+                    "this process was started with another config, or reads other data than the "
+                    "first: give all of them the same command and files"
+                )
         token = workdir / ".shared"
         with agreed():
             if is_first():
@@ -150,7 +153,7 @@ def _check_shared(workdir: Path, token: Path) -> None:
         time.sleep(1)
     if found[jax.process_index()] != found[0]:
         raise UserError(
-            f"its workdir {str(workdir)!r} is not that of the first process: give a directory that "
+            f"workdir {str(workdir)!r} is not that of the first process: give a directory that "
             "all hosts share"
         )
 

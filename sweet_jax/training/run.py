@@ -28,15 +28,9 @@ from sweet_jax.training.checkpoint import Checkpoints, like
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.initial import Training, initial_state
 from sweet_jax.training.loop import Span, shown, take_steps
-from sweet_jax.training.sharding import (
-    resharded,
-    without_axis,
-)
+from sweet_jax.training.sharding import resharded, without_axis
 from sweet_jax.training.spread import gathered, spread_segments, spread_whole
-from sweet_jax.training.step import (
-    Params,
-    StepSettings,
-)
+from sweet_jax.training.step import Params, StepSettings
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +67,7 @@ def fit(
       The model's structure, its parameters [R, ...] on the devices, and the time it took.
 
     Raises:
+      UserError: the run that the config grows from will not do.
       StoppedError: SIGTERM came; the same call goes on where this one stopped.
 
     """
