@@ -169,7 +169,7 @@ def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> bool:
 
     """
     output: Path = options.output
-    with held(output):
+    with held(output, "--output"):
         done = load(output, cells)
         states = _states(output)
         for one in cells:

@@ -60,8 +60,8 @@ def claimed(
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Holds a directory, made if need be, for one process at a time.
+def held(folder: Path, name: str = "workdir") -> Iterator[None]:
+    """Holds a directory, made if need be, for one process at a time; `name` is its in errors.
 
     Raises UserError where it is in use or not writable.
     """
@@ -70,14 +70,14 @@ def held(folder: Path) -> Iterator[None]:
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the with below
     except OSError as error:
         raise UserError(
-            f"workdir {str(folder)!r} cannot be written to ({error.strerror}): choose another"
+            f"{name} {str(folder)!r} cannot be written to ({error.strerror}): choose another"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
-                f"workdir {str(folder)!r} is in use by another run: wait for it, or choose another"
+                f"{name} {str(folder)!r} is in use by another run: wait for it, or choose another"
             ) from error
         yield
 

@@ -14,9 +14,10 @@ from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import analyse, certified
 from sweet_jax.exits.bounds import Frontier, best_thresholds, floor, oracle, share_of_gap
-from sweet_jax.exits.dials import Dials, Trade, make_dials
+from sweet_jax.exits.dials import Dials, make_dials
 from sweet_jax.exits.policies import POLICIES, exit_scores
 from sweet_jax.exits.risk import candidates, certify, harms, try_thresholds, upper_bound
+from sweet_jax.exits.trades import Trade
 
 
 def plain_oracle(kind, given, label):
