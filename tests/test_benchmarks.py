@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 import types
 
 import jax
@@ -240,3 +241,20 @@ def test_a_cell_of_the_paper_is_timed_and_the_grid_extrapolated(glue_dir, capsys
     hours = float(re.search(r"([\d.]+) hours on this machine", printed)[1])
     # 7 tasks x (1 + 3.5) x (1 + 1.6) encoders x (2 + 23 / 12) methods
     assert hours == pytest.approx(320.775 * seconds / 3600, abs=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator is Linux's")
+def test_each_allocator_s_step_is_timed_against_the_system_s(capsys):
+    from experiments.benchmarks import allocator
+
+    allocator.main(
+        ["--shape=tiny", "--method=sweet", "--size=2x8", "--rounds=1", "--steps=2"],
+    )
+    found = cells(capsys.readouterr().out)
+    assert [cell[2] for cell in found] == list(allocator.sides())
+    assert {"system", "glibc, kept"} <= set(allocator.sides())
+    speeds = [float(cell[3]) for cell in found]
+    for cell, speed in zip(found, speeds, strict=True):
+        assert float(cell[4]) == pytest.approx(speed / speeds[0], abs=0.02)
+        assert float(cell[5]) > 50  # MiB: jax alone is more
