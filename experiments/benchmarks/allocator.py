@@ -10,7 +10,7 @@ kept counts in the process's memory.
 
 An allocator is chosen before a process starts: each side is a process of its own, and they take
 turns, a few steps each. Peak MiB is the largest resident memory of that process, imports included.
-Linux; about 4 minutes on 2 cores for minilm. Expected there: no gain for SWEET, a fifth to a third for
+Linux; about 4 minutes on 2 cores for minilm. Expected there: no gain for SWEET, up to a third for
 Early-Exit, whose temporaries are twice as large.
 
 This is one program. A run has one for each padded length, and an allocator that never gives back
