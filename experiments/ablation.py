@@ -15,16 +15,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from experiments import paper
 from experiments.grid import Cell, cell, chosen_tasks, main, settings
 from experiments.rendering import (
     Records,
     Section,
-    areas,
     differences,
-    exit_scores,
+    exits_and_area,
     interval,
     missing_note,
     renderer,
@@ -60,8 +57,8 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     for task, method, variant in itertools.product(chosen_tasks(options), METHODS, VARIANTS):
         record = records.get(cell(options, task, method, **_changes(*variant)).name)
         if record is not None:
-            scores = [interval(s) for s in exit_scores(record).T]
-            rows.append([task, paper.NAMES[method], *variant, *scores, interval(areas(record))])
+            scores = [interval(s) for s in exits_and_area(record).T]
+            rows.append([task, paper.NAMES[method], *variant, *scores])
     return [
         Section(
             "ablation",
@@ -107,11 +104,6 @@ def _effects(options: argparse.Namespace, records: Records) -> list[list[str]]:
         pairs = {task: (found(task, one), found(task, other)) for task in chosen_tasks(options)}
         rows += differences(title, pairs, exits_and_area)
     return rows
-
-
-def exits_and_area(record: Mapping[str, Any]) -> np.ndarray:
-    """Scores of the exits, then the area, in per cent: float64 [S, E + 1]."""
-    return np.column_stack([exit_scores(record), areas(record)])
 
 
 def run(argv: Sequence[str] | None = None) -> int:

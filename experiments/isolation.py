@@ -10,23 +10,24 @@ experiments.individual's and experiments.ablation's. Expected: not known yet.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from experiments.grid import Cell, cell, chosen_tasks, main, settings
 from experiments.rendering import (
     Records,
     Section,
     areas,
-    exit_scores,
+    differences,
+    exits_and_area,
     interval,
     missing_note,
-    paired,
     renderer,
 )
+
+SWEET = "1 (SWEET)"
 
 # Title, method, config values. The ends are the main grid's own cells.
 DIALS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -35,7 +36,7 @@ DIALS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("0.5", "sweet", {"isolation": (0.5,)}),
     ("0.9", "sweet", {"isolation": (0.9,)}),
     ("0.99", "sweet", {"isolation": (0.99,)}),
-    ("1 (SWEET)", "sweet", {}),
+    (SWEET, "sweet", {}),
     ("0 to 1", "sweet", {"isolation": (0.0, 1.0)}),
     ("0.5 to 1", "sweet", {"isolation": (0.5, 1.0)}),
     (
@@ -56,40 +57,52 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Scores by setting and task, and the areas against the better Early-Exit."""
-    exits = settings(options)["exits"]
-    rows: list[list[str]] = []
-    gaps: dict[str, list[np.ndarray]] = {}
-    for task in chosen_tasks(options):
-        found = {
-            title: records[name]
-            for title, method, changes in DIALS
-            if (name := cell(options, task, method, **changes).name) in records
-        }
-        base = _better(found)
-        for title, record in found.items():
-            scores = [interval(s) for s in exit_scores(record).T]
-            gap = "" if base is None else interval(paired(record, base, areas), sign=True)
-            rows.append([task, title, *scores, interval(areas(record)), gap])
-            if base is not None:
-                gaps.setdefault(title, []).append(paired(record, base, areas))
-    for title, every in gaps.items():
-        if len(every) > 1 and len({len(g) for g in every}) == 1:
-            mean = interval(np.mean(every, axis=0), sign=True)
-            blank = [""] * (len(exits) + 1)
-            rows.append([f"mean of {len(every)} tasks", title, *blank, mean])
+    """Scores by setting and task, and what each setting gains over the two ends."""
+    head = (*(f"exit {e}" for e in settings(options)["exits"]), "area")
     names = [c.name for c in cells(options)]
+    found = {task: _found(options, records, task) for task in chosen_tasks(options)}
+    rows = [
+        [task, title, *(interval(s) for s in exits_and_area(record).T)]
+        for task, settled in found.items()
+        for title, record in settled.items()
+    ]
+    ends = {
+        "the better Early-Exit": {task: _better(settled) for task, settled in found.items()},
+        "SWEET": {task: settled.get(SWEET) for task, settled in found.items()},
+    }
+    gaps: list[list[str]] = []
+    for end, (title, method, _) in itertools.product(ends, DIALS):
+        pairs = {task: (settled.get(title), ends[end][task]) for task, settled in found.items()}
+        said = end == "SWEET" and method == "early_exit"  # above, the other way round
+        if not said and any(one is not other for one, other in pairs.values()):
+            gaps += differences(f"{title} - {end}", pairs, exits_and_area)
     return [
         Section(
             "isolation",
             f"The isolation dial, {options.model}",
-            "Per cent, mean and 95% interval over seeds; validation rows. Last column: area "
-            "against the better of the two Early-Exits of the task, paired by seed, in bold where "
-            f"the interval leaves out zero.{missing_note(names, records)}",
-            ("task", "isolation", *(f"exit {e}" for e in exits), "area", "against Early-Exit"),
+            "Per cent, mean and 95% interval over seeds; validation rows."
+            f"{missing_note(names, records)}",
+            ("task", "isolation", *head),
             rows,
-        )
+        ),
+        Section(
+            "isolation-gains",
+            f"The isolation dial against its ends, {options.model}",
+            "Points, paired by seed, mean and 95% interval over seeds, in bold where it leaves out "
+            "zero. The better Early-Exit is that of a task's two with the larger area.",
+            ("difference", "task", *head),
+            gaps,
+        ),
     ]
+
+
+def _found(options: argparse.Namespace, records: Records, task: str) -> dict[str, Mapping]:
+    """The finished cells of a task by the title of their setting."""
+    return {
+        title: records[name]
+        for title, method, changes in DIALS
+        if (name := cell(options, task, method, **changes).name) in records
+    }
 
 
 def _better(found: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:

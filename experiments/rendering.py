@@ -50,6 +50,11 @@ def areas(record: Mapping[str, Any]) -> np.ndarray:
     return np.asarray([100 * r["area"] for r in chosen(record)])
 
 
+def exits_and_area(record: Mapping[str, Any]) -> np.ndarray:
+    """Scores of the exits, then the area, in per cent: float64 [S, E + 1]."""
+    return np.column_stack([exit_scores(record), areas(record)])
+
+
 def paired(
     one: Mapping[str, Any], other: Mapping[str, Any], of: Callable[[Mapping[str, Any]], np.ndarray]
 ) -> np.ndarray:

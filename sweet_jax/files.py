@@ -61,7 +61,7 @@ def claimed(
 
 @contextlib.contextmanager
 def held(folder: Path, name: str = "workdir") -> Iterator[None]:
-    """Holds a directory, made if need be, for one process at a time; `name` is its in errors.
+    """Holds a directory, made if need be, for one process at a time; errors call it `name`.
 
     Raises UserError where it is in use or not writable.
     """
