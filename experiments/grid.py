@@ -90,12 +90,21 @@ def chosen_tasks(options: argparse.Namespace) -> tuple[str, ...]:
     return tasks
 
 
-def method_cells(options: argparse.Namespace) -> list[Cell]:
-    """The grid of the paper: every task with every method."""
+def chosen_methods(options: argparse.Namespace) -> tuple[str, ...]:
+    """The methods of the options. Raises UserError for one that there is not."""
     methods = split_names(options.methods)
     for method in methods:
         check_choice("method", method, METHODS)
-    return [cell(options, task, method) for task in chosen_tasks(options) for method in methods]
+    return methods
+
+
+def method_cells(options: argparse.Namespace) -> list[Cell]:
+    """The grid of the paper: every task with every method."""
+    return [
+        cell(options, task, method)
+        for task in chosen_tasks(options)
+        for method in chosen_methods(options)
+    ]
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

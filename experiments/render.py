@@ -11,7 +11,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import ablation, curves, grid, individual, isolation, rates, sizes
+from experiments import (
+    ablation,
+    curves,
+    grid,
+    individual,
+    isolation,
+    learning_to_exit,
+    rates,
+    sizes,
+)
 from experiments.grid import Cell, method_cells
 from experiments.rendering import Section, markdown, write_page, write_sections
 from sweet_jax.files import write_text
@@ -24,6 +33,7 @@ SCRIPTS = (
     (sizes, sizes.cells),
     (ablation, ablation.cells),
     (isolation, isolation.cells),
+    (learning_to_exit, learning_to_exit.cells),
 )
 
 

@@ -24,6 +24,7 @@ from experiments import (
     individual,
     isolation,
     large_at_small_cost,
+    learning_to_exit,
     pcee_control,
     rates,
     render,
@@ -161,7 +162,12 @@ def small(tmp_path_factory, arguments) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "more", "rows"),
-    [(sizes, ["--sizes=40"], 2), (ablation, [], 4), (isolation, [], 5)],
+    [
+        (sizes, ["--sizes=40"], 2),
+        (ablation, [], 4),
+        (isolation, [], 5),
+        (learning_to_exit, ["--methods=sweet"], 4),
+    ],
 )
 def test_each_script_runs_its_cells(small, script, more, rows, monkeypatch):
     # Every kind of change once: each setting is a program of its own to compile.
@@ -315,8 +321,8 @@ def test_wrong_options_get_one_line(arguments, more, message, capsys):
 @pytest.mark.parametrize(
     "script",
     [
-        *(individual, rates, curves, sizes, ablation, isolation, render, grid),
-        *(pcee_control, large_at_small_cost),
+        *(individual, rates, curves, sizes, ablation, isolation, learning_to_exit),
+        *(render, grid, pcee_control, large_at_small_cost),
     ],
 )
 def test_help_says_what_is_reproduced(script, capsys):

@@ -1,0 +1,104 @@
+"""Learning to exit: the SWEET paper's second rule for leaving, and what its loss does to the exits.
+
+  python -m experiments.learning_to_exit --model=minilm-l6 --data_dir=DIR
+
+{off, joint, detached} x method. joint is the paper's: a head at every exit learns whether the
+exit's class is right, and its loss reaches the layers below. Detached, that gradient ends at the
+pooled vector: the exits answer as without it, only the rule for leaving is learned. Areas are each
+run's own rule's, so detached against off compares the learned rule with confidence on the same
+logits. Cost: twice experiments.individual besides its cells. Expected, from the paper: with its
+joint loss BERT-BASE's middle exits stand 3 to 6 points below what they have without.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+
+from experiments import curves, paper
+from experiments.grid import Cell, cell, chosen_methods, chosen_tasks, main, settings
+from experiments.rendering import (
+    Records,
+    Section,
+    differences,
+    exits_and_area,
+    interval,
+    missing_note,
+    renderer,
+)
+
+# Off is the main grid's own cell.
+SWITCHES: dict[str, dict[str, str]] = {
+    "off": {},
+    "joint": {"learning_to_exit": "joint"},
+    "detached": {"learning_to_exit": "detached"},
+}
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """Every task and method with every setting of the switch."""
+    return [
+        cell(options, task, method, **changes)
+        for task in chosen_tasks(options)
+        for method in chosen_methods(options)
+        for changes in SWITCHES.values()
+    ]
+
+
+def sections(options: argparse.Namespace, records: Records) -> list[Section]:
+    """Scores, what the switch does paired by seed, and the curves of the joint runs."""
+    head = (*(f"exit {e}" for e in settings(options)["exits"]), "area")
+    names = [c.name for c in cells(options)]
+    tasks, methods = chosen_tasks(options), chosen_methods(options)
+    found = {
+        (switch, task, method): records.get(cell(options, task, method, **changes).name)
+        for (switch, changes), task, method in itertools.product(SWITCHES.items(), tasks, methods)
+    }
+    rows = [
+        [task, paper.NAMES[method], switch, *(interval(s) for s in exits_and_area(record).T)]
+        for (switch, task, method), record in found.items()
+        if record is not None
+    ]
+    for method, theirs in paper.LEARNING_TO_EXIT.get(options.model, {}).items():
+        known = [f"{v:.1f}" for v in theirs]
+        rows.append(["paper, mean of 7 tasks", paper.NAMES[method], "joint", *known, ""])
+    effects: list[list[str]] = []
+    for method, switch in itertools.product(methods, ("joint", "detached")):
+        pairs = {task: (found[switch, task, method], found["off", task, method]) for task in tasks}
+        effects += differences(f"{paper.NAMES[method]}: {switch} - off", pairs, exits_and_area)
+    joint = {f"{t}-{m}": record for (s, t, m), record in found.items() if record and s == "joint"}
+    (drawn,) = curves.sections(options, joint)
+    return [
+        Section(
+            "learning_to_exit",
+            f"Learning to exit, {options.model}",
+            "Per cent, mean and 95% interval over seeds; validation rows. Area: under the curve of "
+            f"the learned rule, where off of confidence.{missing_note(names, records)}",
+            ("task", "method", "switch", *head),
+            rows,
+        ),
+        Section(
+            "learning_to_exit-effects",
+            f"What learning to exit does, {options.model}",
+            "Points, paired by seed, mean and 95% interval over seeds, in bold where it leaves out "
+            "zero.",
+            ("difference", "task", *head),
+            effects,
+        ),
+        dataclasses.replace(
+            drawn,
+            name="learning_to_exit-curves",
+            title=f"Speed-accuracy curves of the learned rule, {options.model}",
+            note="As the curves above, with the joint loss and thresholds over what was learned.",
+        ),
+    ]
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return main(__doc__, cells, renderer("learning_to_exit", sections), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
