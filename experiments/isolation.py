@@ -6,7 +6,9 @@ Not in the paper. h = (1 - a) h + a stop_gradient(h) at segment boundaries, for 
 0.5, 0.9, 0.99, 1, for a rising linearly from 0 or 0.5 to 1 over training, and for a step from 0 to
 1 at half time. Areas paired by seed, against the better Early-Exit: per-exit poolers with clipping
 per owner, or the release's shared pooler with global clipping. Cost: six cells a task besides
-experiments.individual's and experiments.ablation's. Expected: not known yet.
+experiments.individual's and experiments.ablation's. Seen with MiniLM on SST-2 (2,000 rows, 3
+seeds): a constant 0.9 has SWEET's first exits and Early-Exit's last ones; what starts at 0.5 or
+less, schedules too, collapses as Early-Exit does (README).
 """
 
 import argparse
