@@ -6,8 +6,9 @@
 exit's class is right, and its loss reaches the layers below. Detached, that gradient ends at the
 pooled vector: the exits answer as without it, only the rule for leaving is learned. Areas are each
 run's own rule's, so detached against off compares the learned rule with confidence on the same
-logits. Cost: twice experiments.individual besides its cells. Expected, from the paper: with its
-joint loss BERT-BASE's middle exits stand 3 to 6 points below what they have without.
+logits. Cost: twice experiments.individual besides its cells. Expected, from the paper: BERT-BASE's
+second exit 5 to 7 points lower with the joint loss than without. Seen with MiniLM on SST-2 (2,000
+rows, 3 seeds): at most 0.6 points either way under SWEET (README).
 """
 
 import argparse
