@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import paper
 from experiments.grid import chosen_tasks, main, method_cells
-from experiments.rendering import Records, Section, chosen, interval, panels, renderer
+from experiments.rendering import Records, Section, chosen, interval, legend, panels, renderer
 from sweet_jax.exits.scores import mean_interval
 
 COLOURS = {"multi_model": "#e8833a", "early_exit": "#440154", "sweet": "#21918c"}
@@ -54,8 +54,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         one.set_title(task)
         one.set_xlabel("cost (share of the full model's layers)")
         one.set_ylabel(f"{metric} (%)")
-    if axes:
-        axes[0].legend(frameon=False, fontsize=8)
+    legend(axes)
     return [
         Section(
             "curves",
@@ -64,7 +63,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "the sum of the depths it tries. Confidence policy, temperatures fitted per exit.",
             ("task", "method", *(f"cost {c:.3g}" for c in costs)),
             rows,
-            figure,
+            figure if rows else None,
         )
     ]
 

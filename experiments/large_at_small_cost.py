@@ -140,7 +140,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "leaves out zero; a dash where the deep model cannot be so cheap.",
             ("task", "deep model", "cost by", *(f"{d} layers" for d in depths)),
             rows,
-            figure,
+            figure if rows else None,
         ),
         Section(
             "clock",

@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments import grid, paper
 from experiments.grid import chosen_tasks, method_cells
-from experiments.rendering import Records, Section, chosen, interval, panels, renderer
+from experiments.rendering import Records, Section, chosen, interval, legend, panels, renderer
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.dials import make_dials
@@ -137,10 +137,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
                 key = (task, replica["seed"])
                 errors.setdefault(key, []).append(_errors(found, targets))
         _draw(one, task, curves)
-    for one in axes:
-        if one.get_legend_handles_labels()[0]:
-            one.legend(frameon=False, fontsize=6)
-            break
+    legend(axes, size=6)
     return [
         Section(
             "pcee_control",
@@ -159,7 +156,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             ),
             ("task", "rule", "error", "achieved - asked", "below", "cost"),
             _error_rows(errors),
-            figure,
+            figure if errors else None,
         ),
         Section(
             "certified",

@@ -156,9 +156,9 @@ def renderer(
 
 
 def panels(count: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
-    """A figure with `count` axes, at most four in a row."""
+    """A figure with `count` axes, at most four in a row; an empty one for none."""
     columns = min(4, max(1, count))
-    rows = -(-count // columns)
+    rows = max(1, -(-count // columns))
     figure = Figure(figsize=(3.4 * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for one in axes[:count]:
@@ -166,6 +166,14 @@ def panels(count: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
     for one in axes[count:]:
         one.set_visible(False)
     return figure, axes[:count]
+
+
+def legend(axes: Iterable[Any], size: int = 8) -> None:
+    """A legend in the first of the axes that has anything to name; none if none has."""
+    for one in axes:
+        if one.get_legend_handles_labels()[0]:
+            one.legend(frameon=False, fontsize=size)
+            return
 
 
 def missing_note(wanted: Iterable[str], records: Records) -> str:

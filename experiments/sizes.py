@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from experiments import grid, paper
 from experiments.curves import COLOURS
 from experiments.grid import Cell, cell, chosen_tasks, method_cells
-from experiments.rendering import Records, Section, areas, interval, panels, renderer
+from experiments.rendering import Records, Section, areas, interval, legend, panels, renderer
 from sweet_jax.config import Config, UserError, split_names
 from sweet_jax.exits.scores import mean_interval
 
@@ -66,7 +66,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         one.set_xscale("log")
         one.set_xlabel("training rows")
         one.set_ylabel("area (%)")
-    axes[0].legend(frameon=False, fontsize=8)
+    legend(axes)
     return [
         Section(
             "sizes",
@@ -75,7 +75,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "tenth of the rows calibrates. Of a smaller task the largest size is all there is.",
             ("task", "method", *(f"{s} rows" for s in (*_sizes(options), full))),
             rows,
-            figure,
+            figure if rows else None,
         )
     ]
 

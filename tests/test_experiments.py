@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -187,6 +188,18 @@ def test_render_makes_one_page_of_all_that_is_done(finished):
     assert "Speed-accuracy curves" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "![" in (output(finished) / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [individual, rates, curves, sizes, ablation, isolation, learning_to_exit, pcee_control, render],
+)
+def test_with_nothing_done_there_are_empty_tables_and_no_figure(arguments, script, tmp_path):
+    other = [*without(arguments, "--output"), f"--output={tmp_path}", "--render_only"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of an empty figure, say
+        assert script.run(other) == 0
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_control_of_accuracy_from_what_is_done(finished):
