@@ -73,6 +73,7 @@ def nnx_params(chosen):
     return nnx.to_pure_dict(nnx.split(chosen.model())[1])
 
 
+@pytest.mark.slow
 def test_sweep_prints_both_sides(capsys):
     assert sweep.replicas(15)[4:6] == [(0, 5e-5), (1, 1e-5)]
     sweep.main(["--shape=tiny", "--size=2x8", "--replicas=2", "--rounds=1", "--steps=1"])

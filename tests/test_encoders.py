@@ -115,7 +115,7 @@ def test_the_first_tokens_alone_are_those_of_the_whole_layer(kind, key):
         h = whole
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_fused_attention_is_the_same_attention(kind):
     """Values at the tokens, for all queries and the first alone, and every gradient."""
     config = dataclasses.replace(TINIES[kind], attention_probs_dropout_prob=0.0)
