@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -19,6 +20,7 @@ from sweet_jax.exits.scores import mean_interval
 from sweet_jax.files import write_text, written_aside
 
 Records = Mapping[str, Mapping[str, Any]]
+_NAMED = 4  # unfinished cells, at most, that a note names one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +122,12 @@ def write_sections(output: Path, name: str, sections: Sequence[Section]) -> None
     for section in sections:
         if section.figure is not None:
             for suffix in ("png", "svg"):
-                with written_aside(output / "figures" / f"{section.name}.{suffix}") as path:
-                    section.figure.savefig(path, dpi=130)
+                # Ids and no date: the same numbers give the same file.
+                stable = matplotlib.rc_context({"svg.hashsalt": section.name})
+                undated = {"Date": None} if suffix == "svg" else {}
+                path = output / "figures" / f"{section.name}.{suffix}"
+                with stable, written_aside(path) as aside:
+                    section.figure.savefig(aside, dpi=130, metadata=undated)
     text = "\n".join(markdown(section, "../figures") for section in sections)
     write_text(output / "tables" / f"{name}.md", text)
     print(text)
@@ -177,8 +183,11 @@ def legend(axes: Iterable[Any], size: int = 8) -> None:
 
 
 def missing_note(wanted: Iterable[str], records: Records) -> str:
-    """A sentence that names the cells that are not done; empty if all are."""
+    """A sentence on the cells that are not done, all named if they are few; empty if all are."""
     absent = [name for name in wanted if name not in records]
+    if len(absent) > _NAMED:
+        tasks = ", ".join(dict.fromkeys(name.partition("-")[0] for name in absent))
+        return f" Not done yet: {len(absent)} cells, of {tasks} (--list names them)."
     return f" Not done yet: {', '.join(absent)}." if absent else ""
 
 

@@ -202,6 +202,22 @@ def test_with_nothing_done_there_are_empty_tables_and_no_figure(arguments, scrip
     assert not list(tmp_path.rglob("*.png"))
 
 
+def test_a_second_rendering_writes_the_same_bytes(finished):
+    folder = output(finished)
+    assert render.run(finished) == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert sum(path.suffix == ".svg" for path in before) > 1
+    assert render.run(finished) == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_many_unfinished_cells_are_counted_and_few_named():
+    assert rendering.missing_note(["a-x", "b-x"], {"b-x": {}}) == " Not done yet: a-x."
+    many = rendering.missing_note([f"a-{n}" for n in range(5)] + ["b-1"], {})
+    assert many == " Not done yet: 6 cells, of a, b (--list names them)."
+    assert rendering.missing_note(["a"], {"a": {}}) == ""
+
+
 def test_control_of_accuracy_from_what_is_done(finished):
     assert pcee_control.run([*finished, "--splits=4", "--render_only"]) == 0
     text = (output(finished) / "tables" / "pcee_control.md").read_text()
