@@ -54,12 +54,13 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     tasks, methods = chosen_tasks(options), chosen_methods(options)
     found = {
         (switch, task, method): records.get(cell(options, task, method, **changes).name)
-        for (switch, changes), task, method in itertools.product(SWITCHES.items(), tasks, methods)
+        for task, method, (switch, changes) in itertools.product(tasks, methods, SWITCHES.items())
     }
+    learned = {task for (switch, task, _), record in found.items() if record and switch != "off"}
     rows = [
         [task, paper.NAMES[method], switch, *(interval(s) for s in exits_and_area(record).T)]
         for (switch, task, method), record in found.items()
-        if record is not None
+        if record is not None and task in learned
     ]
     for method, theirs in paper.LEARNING_TO_EXIT.get(options.model, {}).items():
         known = [f"{v:.1f}" for v in theirs]

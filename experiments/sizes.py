@@ -52,7 +52,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             points = {s: records.get(f"{task}-{method}-train_size-{s}") for s in _sizes(options)}
             points[full] = records.get(f"{task}-{method}")
             found = {s: areas(r) for s, r in points.items() if r is not None}
-            if not found:
+            if not found.keys() - {full}:  # the main grid's cell alone is no curve
                 continue
             statistics = [mean_interval(a) for a in found.values()]
             bars = [0.0 if half is None else float(half) for _, half in statistics]

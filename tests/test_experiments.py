@@ -206,7 +206,7 @@ def test_a_second_rendering_writes_the_same_bytes(finished):
     folder = output(finished)
     assert render.run(finished) == 0
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert sum(path.suffix == ".svg" for path in before) > 1
+    assert any(path.suffix == ".svg" for path in before)
     assert render.run(finished) == 0
     assert {path: path.read_bytes() for path in before} == before
 
