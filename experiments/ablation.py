@@ -24,6 +24,7 @@ from experiments.rendering import (
     exits_and_area,
     interval,
     missing_note,
+    rate,
     renderer,
 )
 
@@ -58,14 +59,14 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         record = records.get(cell(options, task, method, **_changes(*variant)).name)
         if record is not None:
             scores = [interval(s) for s in exits_and_area(record).T]
-            rows.append([task, paper.NAMES[method], *variant, *scores])
+            rows.append([task, paper.NAMES[method], *variant, rate(record), *scores])
     return [
         Section(
             "ablation",
             f"Pooler and clipping, {options.model}",
             "Per cent, mean and 95% interval over seeds; validation rows. The release is shared, "
             f"global; the default here per_exit, owner.{missing_note(names, records)}",
-            ("task", "method", "pooler", "clipping", *head),
+            ("task", "method", "pooler", "clipping", "rate", *head),
             rows,
         ),
         Section(

@@ -57,6 +57,11 @@ def exits_and_area(record: Mapping[str, Any]) -> np.ndarray:
     return np.column_stack([exit_scores(record), areas(record)])
 
 
+def rate(record: Mapping[str, Any]) -> str:
+    """The learning rate that a cell's area chose, as text."""
+    return f"{record['learning_rate']:g}"
+
+
 def paired(
     one: Mapping[str, Any], other: Mapping[str, Any], of: Callable[[Mapping[str, Any]], np.ndarray]
 ) -> np.ndarray:
