@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS, write_checkpoint
+from tiny import WORDS, write_checkpoint
 
 from experiments.benchmarks import evaluate, shapes, sweep
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS
 from flax import nnx
 from test_early_exit import BATCH, build
 from test_run import logits_of
+from tiny import WORDS
 
 from sweet_jax.report.plots import conflict_figure
 from sweet_jax.training.conflict import gradient_conflict

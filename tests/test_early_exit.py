@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINIES, TINY
 from flax import nnx
+from tiny import TINIES, TINY
 
 from sweet_jax.models.early_exit import SHARED, EarlyExit, isolate, leaves_by_owner, owners
 from sweet_jax.models.pretrained import ENCODERS

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINIES
 from flax import nnx
+from tiny import TINIES
 
 from sweet_jax import load_encoder
 from sweet_jax.config import UserError

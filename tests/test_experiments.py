@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS, write_checkpoint
 from test_policies import known_table
+from tiny import WORDS, write_checkpoint
 
 from experiments import (
     ablation,

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import write_checkpoint
+from tiny import write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.config import UserError, from_mapping

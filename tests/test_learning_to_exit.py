@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINY
 from flax import nnx
 from scipy.special import expit
 from test_early_exit import BATCH, EXITS, KEY, build, untrained
 from test_step import settings
+from tiny import TINY
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import Config, from_mapping

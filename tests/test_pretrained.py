@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import TINIES, write_checkpoint
+from tiny import TINIES, write_checkpoint
 
 from sweet_jax import load_encoder
 from sweet_jax.config import UserError

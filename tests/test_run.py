@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import write_checkpoint
+from tiny import write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
@@ -314,8 +314,6 @@ def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):
 
 
 def test_validation_classes_must_be_among_the_rows_drawn(options, tmp_path):
-    from conftest import write_rows
-
     rows = write_rows(tmp_path / "rows.csv", 400, classes=20)
     with pytest.raises(UserError, match="in none of the 36 training rows drawn for seed 0"):
         prepare(from_mapping(options | {"data_files": str(rows), "train_size": 40}))

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import write_checkpoint
+from tiny import write_checkpoint
 
 from experiments.benchmarks import segments as benchmark
 from experiments.benchmarks.shapes import SHAPES, Size

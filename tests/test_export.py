@@ -1,0 +1,89 @@
+"""A saved model outside its Python: exported, with its card, on the hub."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sweet_jax import export
+from sweet_jax.config import UserError
+from sweet_jax.data.batches import encode
+from sweet_jax.exits.policies import exit_scores
+
+
+def load_runner(folder: Path):
+    """run.py of an exported folder, which needs nothing but jax and numpy."""
+    spec = importlib.util.spec_from_file_location("exported_run", folder / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tree = ast.parse((folder / "run.py").read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert imported <= {"json", "sys", "pathlib", "jax.export", "numpy"}
+    return module
+
+
+@pytest.mark.parametrize("method", ["sweet", "multi_model"])
+def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, capsys):
+    reference = request.getfixturevalue(method)
+    model = reference.classifier.model
+    confidence = exit_scores(reference.outputs, "confidence", model.dials.fitted)[0, 0]
+    threshold = float(np.median(confidence)) + 1e-3
+    wanted = reference.classifier.at("confidence", threshold=threshold).predict(
+        reference.texts, 8, "latency"
+    )
+    folder = tmp_path / "exported"
+    arguments = [f"--model={model.folder}", f"--output={folder}", f"--threshold={threshold}"]
+    assert export.main([*arguments, "--policy=confidence"]) == 0
+    ids, _ = encode(model.tokenizer, [(t,) for t in reference.texts], 32)
+    tokens = np.asarray([len(row) for row in ids], np.int32)
+    padded = np.zeros((2, len(ids), 32), np.int32)
+    for place, row in enumerate(ids):
+        padded[0, place, : len(row)] = row
+    given, probability, layer = load_runner(folder).predict(folder, *padded, tokens)
+    assert (layer == wanted.exits).all()
+    assert (np.asarray(model.classes)[given] == wanted.labels).all()
+    np.testing.assert_allclose(probability, wanted.probabilities.max(axis=1), atol=1e-5)
+    usage = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True)
+    assert usage.returncode == 1
+    assert "python run.py tokens.npz: input_ids" in usage.stderr
+    assert export.main([*arguments, "--policy=confidence"]) == 2  # it exists
+    assert export.main([*arguments, "--policy=entropy"]) == 2
+    assert "only the policies confidence, raw_confidence" in capsys.readouterr().err
+
+
+def test_the_model_card_has_the_run_s_numbers(sweet):
+    folder = sweet.classifier.model.folder
+    card = (folder / "README.md").read_text()
+    results = json.loads((folder.parent / "results.json").read_text())
+    assert card.startswith("---\nlibrary_name: sweet_jax")
+    for row in results["replicas"][0]["individual"]:
+        assert f"| {row['layer']} | {row['cost']:.3f} | {row['score']:.4f} |" in card
+    reached = {k: v for k, v in results["replicas"][0]["at_cost"].items() if v is not None}
+    assert reached
+    assert all(f"| {cost} | {score:.4f} |" in card for cost, score in reached.items())
+    assert "classes: class 0, class 1" in card
+
+
+def test_pushing_to_the_hub(sweet, monkeypatch):
+    """What the client is asked to do; no hub is at hand."""
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **k: calls.append(k) or "there")
+    assert sweet.classifier.push_to_hub("owner/name", private=True) == "there"
+    assert calls[0] == (("owner/name",), {"private": True, "exist_ok": True})
+    assert calls[1] == {"repo_id": "owner/name", "folder_path": sweet.classifier.model.folder}
+
+    def refuse(*_, **__):
+        raise RuntimeError("401\nnot allowed")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
+    with pytest.raises(UserError, match=r"could not push .* to 'owner/name': 401 not allowed"):
+        sweet.classifier.push_to_hub("owner/name")

@@ -1,0 +1,175 @@
+"""The command answers every row of a file, once, and says what it could not read."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from sweet_jax import predict
+
+
+@pytest.fixture
+def command(sweet, tmp_path):
+    """Runs the command on rows written as a file; returns its status and the output's objects."""
+
+    def call(name: str, content: str, *more: str) -> tuple[int, list[dict]]:
+        (tmp_path / name).write_text(content)
+        output = tmp_path / "out.jsonl"
+        status = predict.main(
+            [
+                f"--model={sweet.classifier.model.folder}",
+                f"--input={tmp_path / name}",
+                f"--output={output}",
+                "--batch_size=1",
+                *more,
+            ]
+        )
+        lines = output.read_text().splitlines() if output.exists() else []
+        return status, [json.loads(line) for line in lines]
+
+    return call
+
+
+def jsonl(texts) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_the_command_answers_every_row_in_order(sweet, command, capsys):
+    wanted = sweet.classifier.at(threshold=0.8).predict(sweet.texts, 3)
+    status, answers = command("in.jsonl", jsonl(sweet.texts), "--threshold=0.8")
+    assert status == 0
+    assert [a["label"] for a in answers] == wanted.labels.tolist()
+    assert [a["exit"] for a in answers] == wanted.exits.tolist()
+    np.testing.assert_allclose([a["cost"] for a in answers], wanted.cost)
+    np.testing.assert_allclose(
+        [a["probability"] for a in answers], wanted.probabilities.max(axis=1), atol=1e-5
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"{len(answers)} rows (0 with an error)")
+    assert f"mean cost {wanted.cost.mean():.4f}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "errors"),
+    [
+        (
+            "in.csv",
+            'label,text\nx,word1\ny,\nz,"word2\nword3"\nz,too,many\nq,word4\n',
+            {1: "column 'text' is empty", 3: "3 fields where the header has 2"},
+        ),
+        ("in.tsv", "text\tn\nword1\t2\n\t3\n", {1: "column 'text' is empty"}),
+        ("in.txt", "word1\nword2 word3\n", {}),
+        (
+            "in.jsonl",
+            '{"text": "word1"}\n{"text": 5}\nnonsense\n[1]\n{"other": 1}\n{"text": "word2"}\n',
+            {
+                1: "column 'text' is not text but 5",
+                2: "not JSON",
+                3: r"not an object but '\[1\]'",
+                4: "column 'text' is empty",
+            },
+        ),
+    ],
+)
+def test_rows_without_a_text_are_told_and_counted(command, capsys, name, content, errors):
+    status, answers = command(name, content, "--threshold=0.8")
+    assert status == 0
+    for place, answer in enumerate(answers):
+        if place in errors:
+            assert list(answer) == ["error"]
+            assert re.match(errors[place], answer["error"])
+        else:
+            assert list(answer) == ["label", "probability", "exit", "cost"]
+    assert f"({len(errors)} with an error)" in capsys.readouterr().out
+
+
+def test_a_command_cut_short_goes_on_where_the_output_ends(sweet, command, tmp_path, capsys):
+    content = jsonl(sweet.texts * 2)
+    _, whole = command("in.jsonl", content, "--threshold=0.8")
+    output = tmp_path / "out.jsonl"
+    lines = output.read_bytes().splitlines(keepends=True)
+    for cut in (40, 0):
+        output.write_bytes(b"".join(lines[:cut]) + lines[cut][:12])
+        status, again = command("in.jsonl", content, "--threshold=0.8")
+        assert status == 0
+        assert [a["exit"] for a in again] == [a["exit"] for a in whole]
+        assert output.read_bytes().splitlines(keepends=True)[:cut] == lines[:cut]
+        assert f"{len(whole)} rows" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_interrupted_command_knows_by_what_it_was_begun(
+    sweet, command, tmp_path, capsys, monkeypatch
+):
+    content = jsonl(sweet.texts)
+    add, count = predict._Tally.add, 0
+
+    def interrupt(self, answer) -> None:
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise KeyboardInterrupt
+        add(self, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict._Tally, "add", interrupt)
+        status, begun = command("in.jsonl", content, "--threshold=0.8")
+    assert status == 1
+    assert 0 < len(begun) < len(sweet.texts)
+    assert "goes on where the output ends" in capsys.readouterr().err
+    status, still = command("in.jsonl", content, "--threshold=0.81")
+    assert (status, still) == (2, begun)
+    assert "was begun with another threshold, '0.8'" in capsys.readouterr().err
+    status, found = command("in.jsonl", content, "--threshold=0.8")
+    assert (status, len(found)) == (0, len(sweet.texts))
+    assert found[: len(begun)] == begun
+    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+
+
+@pytest.mark.parametrize("content", ["notes", "notes\n", '"error"\n', '{"a": 1}\n'])
+def test_a_file_that_is_no_output_is_left_alone(sweet, tmp_path, capsys, content):
+    (tmp_path / "out.jsonl").write_text(content)
+    (tmp_path / "in.txt").write_text("word1\n")
+    model = sweet.classifier.model.folder
+    arguments = [f"--model={model}", f"--input={tmp_path / 'in.txt'}"]
+    assert predict.main([*arguments, f"--output={tmp_path / 'out.jsonl'}"]) == 2
+    assert "line 1 is no answer of this command" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == content
+
+
+def test_an_output_of_another_dial_or_input_is_left_alone(sweet, command, tmp_path, capsys):
+    command("in.jsonl", jsonl(sweet.texts), "--threshold=0.8")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    status, _ = command("in.jsonl", jsonl(sweet.texts), "--threshold=2")
+    assert status == 2
+    assert "not made by this model, dial and input" in capsys.readouterr().err
+    status, _ = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
+    assert status == 2
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more", "message"),
+    [
+        ("in.csv", "txet,label\na,b\n", [], "unknown column 'text': did you mean 'txet'?"),
+        ("in.jsonl", '{"txet": "a"}\n', [], "unknown column 'text'"),
+        ("in.csv", "text\na\n", ["--text_columns=a,b"], "takes 1 text column(s)"),
+        ("in.csv", "", [], "no first line with the names of its columns"),
+        ("in.csv", "text\na\n", ["--input=."], "input '.' is not a file"),
+        ("in.csv", "text\na\n", ["--measure"], "leave --input and --output out"),
+        ("in.xls", "text\na\n", [], "must end in one of .csv"),
+        ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
+        ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
+        ("in.csv", "text\na\n", ["--cost=0.1"], "infeasible: the best reachable"),
+        ("in.csv", "text\na\n", ["--batch_size=0"], "batch_size must be at least 1; got 0"),
+        ("in.csv", "text\na\n", ["--dtype=int4"], "dtype must be one of float32, bfloat16"),
+        ("in.csv", "text\na\n", ["--model=nowhere/model"], "neither a local directory nor"),
+    ],
+)
+def test_bad_input_of_the_command(command, tmp_path, capsys, name, content, more, message):
+    status, _ = command(name, content, *more)
+    assert status == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out.jsonl").exists()

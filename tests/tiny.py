@@ -1,0 +1,205 @@
+"""Tiny checkpoints of every kind with their tokenizers, learnable rows, and runs on both."""
+
+import csv
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from sweet_jax import AdaptiveClassifier, ExitOutputs
+from sweet_jax.config import from_mapping
+from sweet_jax.data.load import load_dataset
+from sweet_jax.exits.calibration import tempered
+from sweet_jax.exits.policies import exit_scores
+from sweet_jax.models.bert import BertConfig, RobertaConfig
+from sweet_jax.models.deberta import DebertaConfig
+from sweet_jax.models.deberta_v2 import DebertaV2Config
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.encoder import EncoderConfig
+from sweet_jax.models.names import hugging_face_tensors
+from sweet_jax.models.pretrained import ENCODERS
+from sweet_jax.pipeline import run
+
+WORDS = [f"word{i}" for i in range(40)]
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+RELATIVE = {
+    "position_biased_input": False,
+    "relative_attention": True,
+    "pos_att_type": ("c2p", "p2c"),
+}
+TINY = BertConfig(vocab_size=50, **SIZES)
+TINIES: dict[str, EncoderConfig] = {
+    "bert": TINY,
+    "roberta": RobertaConfig(vocab_size=330, type_vocab_size=1, **SIZES),
+    "deberta": DebertaConfig(vocab_size=330, **SIZES, **RELATIVE),
+    "deberta-v2": DebertaV2Config(
+        vocab_size=60,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        conv_kernel_size=3,
+        **SIZES,
+        **RELATIVE,
+    ),
+}
+
+
+def write_checkpoint(
+    folder: Path,
+    model_type: str = "bert",
+    seed: int = 0,
+    layers: int = TINY.num_hidden_layers,
+    dropout: float = 0.0,
+) -> Path:
+    """A random tiny checkpoint with a tokenizer of its kind, as Hugging Face would save them.
+
+    Without dropout, whose generator is a third of what compiling a step takes; tests that depend on
+    its masks ask for it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.replace(
+        TINIES[model_type],
+        num_hidden_layers=layers,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    key = jax.random.key(seed)
+    model = EarlyExit(ENCODERS[model_type][1](config, key), (config.num_hidden_layers,), 2, key)
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model)[1]))
+    tensors = hugging_face_tensors(params, (config.num_hidden_layers,))
+    tensors = {k: v for k, v in tensors.items() if not k.startswith("exits.")}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    values = {"pad_token_id": 0, **dataclasses.asdict(config), "model_type": model_type}
+    for key in ("embedding_size", "attention_head_size"):
+        if values.get(key) == 0:  # our word for "not given"
+            del values[key]
+    (folder / "config.json").write_text(json.dumps(values))
+    about = {"model_max_length": 64, **WRITERS[model_type](folder)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def write_words(folder: Path) -> dict:
+    """tokenizer.json of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
+    names |= {"sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+
+
+def write_bytes(folder: Path, tokenizer_class: str, special: list[str]) -> dict:
+    """vocab.json and merges.txt of a byte-level BPE."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer.model.save(str(folder))
+    return {"tokenizer_class": tokenizer_class}
+
+
+def write_unigrams(folder: Path) -> dict:
+    """tokenizer.json of a unigram model, as transformers makes it of a SentencePiece file."""
+    import transformers
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    pieces = [*special, *(f"▁{word}" for word in WORDS), "[MASK]"]
+    vocabulary = [(piece, 0.0 if piece in special else -3.0) for piece in pieces]
+    transformers.DebertaV2Tokenizer(vocab=vocabulary).save_pretrained(folder)
+    return json.loads((folder / "tokenizer_config.json").read_text())
+
+
+WRITERS = {
+    "bert": write_words,
+    "roberta": lambda folder: write_bytes(
+        folder, "RobertaTokenizer", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    ),
+    "deberta": lambda folder: write_bytes(
+        folder, "DebertaTokenizer", ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    ),
+    "deberta-v2": write_unigrams,
+}
+
+
+def write_rows(path: Path, count: int, seed: int = 0, classes: int = 2) -> Path:
+    """A CSV whose label is told by its first word; texts of 2 to 40 words."""
+    rng = random.Random(seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(count):
+            label = rng.randrange(classes)
+            words = [WORDS[label], *rng.choices(WORDS[classes:], k=rng.randrange(1, 40))]
+            writer.writerow([" ".join(words), f"class {label}"])
+    return path
+
+
+def fine_tune(checkpoint, folder: Path, **changes) -> tuple[Path, dict]:
+    """(run directory, its config): a tiny encoder trained on learnable rows."""
+    values = {
+        "task": "tiny",
+        "checkpoint": str(checkpoint),
+        "data_files": str(write_rows(folder / "rows.csv", 160)),
+        "text_columns": "text",
+        "exits": (1, 2, 3),
+        "learning_rates": (3e-3,),
+        "train_size": 100,
+        "epochs": 12,
+        "calibration_fraction": 0.3,
+        "batch_size": 8,
+        "max_length": 32,
+        **changes,
+    }
+    with pytest.MonkeyPatch.context() as patch:  # for one device, which compiles more quickly
+        first = jax.devices()[:1]
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+        run(from_mapping(values), folder / "run")
+    return folder / "run", values
+
+
+class Reference:
+    """What the one-pass evaluation of a run says of its validation texts."""
+
+    def __init__(self, folder: Path, values: dict):
+        self.outputs = ExitOutputs.load(folder / "exit_outputs" / "validation.npz")
+        self.texts = [texts[0] for texts in load_dataset(from_mapping(values)).validation.texts]
+        self.classifier = AdaptiveClassifier.from_pretrained(folder / "model")
+
+    def answers(self, classifier) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(index of the exit [N], probabilities [N, C], rows too close to call, bool [N])."""
+        fitted = classifier.fitted
+        scores = exit_scores(self.outputs, classifier.policy, fitted)[0]  # [E, N]
+        leaves = scores >= classifier.threshold
+        leaves[-1] = True
+        exits = leaves.argmax(axis=0)
+        close = (np.abs(scores[:-1] - classifier.threshold) < 1e-5).any(axis=0)
+        logits = self.outputs.logits[0, exits, np.arange(len(exits))]
+        return exits, tempered(logits, fitted.temperatures[0, exits, None]), close
