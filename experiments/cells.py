@@ -64,16 +64,18 @@ def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     Raises UserError for a record that was made with another configuration.
     """
     found = {}
+    usual = identity(Config())  # what a key was before there was one
     for one in cells:
         path = record_path(output, one.name)
         if not path.exists():
             continue
         found[one.name] = record = json.loads(path.read_text())
-        ours = _identity(one.config)
-        differing = [k for k in ours if record["config"].get(k, ours[k]) != ours[k]]
+        ours = identity(one.config)
+        theirs = usual | record["config"]
+        differing = [k for k in ours if theirs[k] != ours[k]]
         if differing:
             raise UserError(
-                f"{str(path)!r} was made with {differing[0]} {record['config'][differing[0]]!r}, "
+                f"{str(path)!r} was made with {differing[0]} {theirs[differing[0]]!r}, "
                 f"not {ours[differing[0]]!r}: give the same options, or another --output"
             )
     return found
@@ -89,6 +91,13 @@ def attempt(one: Cell, output: Path, workdir: Path) -> dict[str, Any]:
     began = time.monotonic()
     try:
         results = run(one.config, workdir, report=False)
+        kept = output / "outputs" / one.name
+        kept.mkdir(parents=True, exist_ok=True)
+        for path in (workdir / "exit_outputs").glob("*.npz"):
+            shutil.copy(path, kept)
+        record = record_of(results) | {"config": identity(one.config)}
+        write_json(record_path(output, one.name), record)
+        shutil.rmtree(workdir)  # gigabytes of checkpoints
     except StoppedError:
         raise
     except Exception as error:
@@ -97,13 +106,6 @@ def attempt(one: Cell, output: Path, workdir: Path) -> dict[str, Any]:
         if not isinstance(error, UserError):
             failed["traceback"] = traceback.format_exc()
         return failed
-    kept = output / "outputs" / one.name
-    kept.mkdir(parents=True, exist_ok=True)
-    for path in (workdir / "exit_outputs").glob("*.npz"):
-        shutil.copy(path, kept)
-    record = record_of(results) | {"config": _identity(one.config)}
-    write_json(record_path(output, one.name), record)
-    shutil.rmtree(workdir)  # gigabytes of checkpoints
     return {"state": "done", "seconds": round(time.monotonic() - began)}
 
 
@@ -132,7 +134,7 @@ def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _identity(config: Config) -> dict[str, Any]:
+def identity(config: Config) -> dict[str, Any]:
     """The config as JSON has it, without what depends on the machine."""
     values = json.loads(json.dumps(dataclasses.asdict(config.resolved()), default=str))
     return {k: v for k, v in values.items() if k not in ("data_dir", "checkpoint_every")}

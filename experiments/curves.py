@@ -3,11 +3,13 @@
   python -m experiments.curves --model=minilm-l6 --data_dir=DIR
 
 Scores at the paper's costs by linear interpolation between 11 thresholds, mean and 95% interval
-over seeds. Runs the cells that are missing: the same as experiments.individual's. Expected, from
-the paper: SWEET above both others at low costs, about level with Early-Exit at high ones.
+over seeds; then what each method is ahead at the same cost. Cost: that of experiments.individual,
+whose cells it runs where they are missing, else seconds. Expected, from the paper: SWEET above both
+others at low costs, about level with Early-Exit at high ones.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from experiments import paper
+from experiments.comparison import PAIRED, Record, Records, chosen, differences, interval
 from experiments.grid import chosen_tasks, main, method_cells
-from experiments.rendering import Records, Section, chosen, interval, legend, panels, renderer
+from experiments.rendering import Section, legend, panels, renderer
 from sweet_jax.exits.scores import mean_interval
 
 COLOURS = {"multi_model": "#e8833a", "early_exit": "#440154", "sweet": "#21918c"}
@@ -64,8 +67,35 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             ("task", "method", *(f"cost {c:.3g}" for c in costs)),
             rows,
             figure if rows else None,
-        )
+        ),
+        _differences(options, records),
     ]
+
+
+def _differences(options: argparse.Namespace, records: Records) -> Section:
+    """Methods at the same cost, which for Multi-Model is another depth than for the others."""
+    tasks = chosen_tasks(options)
+    main_grid = [r for t in tasks for m in paper.NAMES if (r := records.get(f"{t}-{m}"))]
+    reached = [set(at_costs(r)[0].tolist()) for r in main_grid]
+    common = sorted(set.intersection(*reached)) if reached else []
+    rows: list[list[str]] = []
+    for one, other in paper.PAIRS:
+        pairs = {task: [records.get(f"{task}-{m}") for m in (one, other)] for task in tasks}
+        title = f"{paper.NAMES[one]} - {paper.NAMES[other]}"
+        rows += differences(title, pairs, functools.partial(_at, common))
+    return Section(
+        "curves-differences",
+        f"Differences between methods at the same cost, {options.model}",
+        f"{PAIRED} At the costs that all of them reach.",
+        ("difference", "task", "rate", *(f"cost {c:.3g}" for c in common)),
+        rows,
+    )
+
+
+def _at(costs: Sequence[float], record: Record) -> np.ndarray:
+    """Scores at the costs in per cent, [S, K]; NaN where a seed does not reach one."""
+    found = [[r["at_cost"].get(f"{c:.4g}") for c in costs] for r in chosen(record)]
+    return 100 * np.asarray(found, np.float64)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cluster
-from experiments.cells import Cell, attempt, load, time_left
+from experiments.cells import Cell, attempt, identity, load, time_left
 from sweet_jax.config import METHODS, UserError, check_choice, from_mapping, split_names
 from sweet_jax.data.tasks import GLUE
 from sweet_jax.files import held, write_json
@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "exits": (1, 2, 4, 6),
         "learning_rates": (1e-4, 3e-4),
         "max_length": 128,
+        "train_size": 2000,  # the paper's 6,000 would take the laptop days
     },
     "bert-base": _PAPER | {"checkpoint": "bert-base-uncased", "exits": (1, 4, 6, 12)},
     "bert-large": _PAPER | {"checkpoint": "bert-large-uncased", "exits": (1, 6, 12, 24)},
@@ -82,6 +83,22 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def refuse_twins(cells: Iterable[Cell]) -> None:
+    """Raises UserError where two cells of different names are the same run.
+
+    So it is where the options set for all what a script means to compare: a table of them would
+    call the same numbers by two names.
+    """
+    seen: dict[str, str] = {}
+    for one in cells:
+        twin = seen.setdefault(json.dumps(identity(one.config), sort_keys=True), one.name)
+        if twin != one.name:
+            raise UserError(
+                f"with these options {one.name} is the same run as {twin}: leave out the --set or "
+                "--preset that sets for all what is compared here"
+            )
+
+
 def chosen_tasks(options: argparse.Namespace) -> tuple[str, ...]:
     """The tasks of the options. Raises UserError for one that is not GLUE's."""
     tasks = split_names(options.tasks)
@@ -107,6 +124,18 @@ def method_cells(options: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def command(options: argparse.Namespace, script: str) -> str:
+    """The command that these options are of, without what depends on the machine."""
+    usual = vars(parser(None).parse_args([]))
+    said = ("tasks", "methods", "learning_rates", "seeds", "train_size", "max_length", "preset")
+    said += ("checkpoint", "exits", *sorted(set(vars(options)) - set(usual)))  # its own come last
+    values = {key: getattr(options, key) for key in said}
+    words = [f"--model={options.model}"]
+    words += [f"--{k}={v}" for k, v in values.items() if k not in usual or v != usual[k]]
+    words += [f"--set {text}" for text in options.set]
+    return f"python -m experiments.{script} {' '.join(words)}"
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options that all scripts of the grid share."""
     made = argparse.ArgumentParser(
@@ -118,7 +147,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     add("--methods", default=",".join(METHODS), help="default: %(default)s")
     add("--learning_rates", help="default: the model's; the best by area is reported")
     add("--seeds", help="default: 0,1,2")
-    add("--train_size", type=int, help="rows at most; default: 6000")
+    add("--train_size", type=int, help="rows at most; default: the model's, 6000 of the paper's")
     add("--max_length", type=int, help="tokens; default: the model's")
     add("--preset", choices=("", "paper", "reference"))
     add("--data_dir", help="of <task>/{train,validation}.parquet; default: the hub")
@@ -155,6 +184,7 @@ def main(
     options.workdir = options.workdir or Path("runs/experiments") / options.model
     try:
         cells = cells_of(options)
+        refuse_twins(cells)
         if options.list:
             _print_states(options.output, cells)
             return 0
@@ -189,6 +219,10 @@ def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> bool:
                 "done" if one.name in done else "failed" if failed else "missing"
             )
         write_json(output / "manifest.json", states)
+        for one in cells:
+            if states[one.name]["state"] == "failed":
+                why = states[one.name]["error"]
+                print(f"{one.name} failed before: {why} (--retry runs it again)", file=sys.stderr)
         left = [c for c in cells if states[c.name]["state"] == "missing"]
         left.sort(key=lambda c: -c.work)
         engine = cluster.run if options.engine == "ray" and left else _here

@@ -17,16 +17,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments import paper
-from experiments.grid import chosen_tasks, main, method_cells, settings
-from experiments.rendering import (
+from experiments.comparison import (
+    DIVERGED,
+    PAIRED,
     Records,
-    Section,
     differences,
     exit_scores,
-    missing_note,
-    renderer,
     spread,
+    texts,
 )
+from experiments.grid import chosen_tasks, main, method_cells, settings
+from experiments.rendering import Section, missing_note, renderer
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
@@ -45,7 +46,8 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
                 scores = exit_scores(record)
                 means[method].append(scores.mean(axis=0))
                 size = f"{len(scores)} x {record['n']['validation']}"
-                rows.append([task, title, *map(spread, scores.T), size])
+                shown = texts(record, exit_scores, spread)
+                rows.append([task, title, *shown, size])
     for method, title in paper.NAMES.items():
         if len(means[method]) > 1:
             mean = [f"{v:.1f}" for v in np.mean(means[method], axis=0)]
@@ -59,7 +61,7 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
         f"Each exit alone, {options.model} (tables 1, 3, 4)",
         "Mean and standard deviation over seeds, per cent; accuracy, Matthews for CoLA; validation "
         "rows. Each method at the learning rate with the largest area under its curve on "
-        f"{_fitted(records)} rows.{missing_note(names, records)}",
+        f"{_fitted(records)} rows. {DIVERGED}{missing_note(names, records)}",
         ("task", "method", *(f"exit {e}" for e in exits), "seeds x rows"),
         rows,
     )
@@ -68,11 +70,7 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
 def _differences(options: argparse.Namespace, records: Records) -> Section:
     exits = settings(options)["exits"]
     rows: list[list[str]] = []
-    for one, other in (
-        ("multi_model", "early_exit"),
-        ("sweet", "early_exit"),
-        ("sweet", "multi_model"),
-    ):
+    for one, other in paper.PAIRS:
         pairs = {
             task: (records.get(f"{task}-{one}"), records.get(f"{task}-{other}"))
             for task in chosen_tasks(options)
@@ -81,9 +79,8 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
     return Section(
         "differences",
         f"Differences between methods, {options.model}",
-        "Points, paired by seed; mean and 95% interval over seeds (Student), in bold where it "
-        "leaves out zero.",
-        ("difference", "task", *(f"exit {e}" for e in exits)),
+        PAIRED,
+        ("difference", "task", "rate", *(f"exit {e}" for e in exits)),
         rows,
     )
 

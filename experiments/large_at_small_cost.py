@@ -10,10 +10,10 @@ costs are given, never as one: layers, counted; and milliseconds a text on this 
 tokens, random weights of the same shape, one compiled program for a whole shallow model and one for
 each segment of the deep one, whose answer must reach the host before the next may start.
 
-Trains what is missing of experiments.individual's cells (--render_only: nothing); the clock takes
-about half a minute. Writes OUTPUT/tables/large_at_small_cost.md. Expected, if the claim carries
-over: the deep model ahead at every depth. Seen with minilm-l6 on SST-2: level at 1 and 2 layers,
-behind at 4.
+Cost: that of experiments.individual, whose cells it trains where they are missing (--render_only:
+none); the clock takes about half a minute. Writes OUTPUT/tables/large_at_small_cost.md. Expected,
+if the claim carries over: the deep model ahead at every depth. Seen with minilm-l6 on SST-2: level
+at 1 and 2 layers, behind at 4.
 """
 
 import argparse
@@ -28,9 +28,10 @@ import numpy as np
 from flax import nnx
 
 from experiments import grid, paper
+from experiments.comparison import Records, chosen, interval
 from experiments.curves import COLOURS
 from experiments.grid import chosen_tasks, method_cells, settings
-from experiments.rendering import Records, Section, chosen, interval, panels, renderer
+from experiments.rendering import Section, panels, renderer
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.exits.dials import make_dials
 from sweet_jax.exits.scores import mean_interval
@@ -180,7 +181,9 @@ def _row(task: str, method: str, unit: str, values: np.ndarray) -> list[str]:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return grid.main(__doc__, method_cells, renderer("large_at_small_cost", sections), argv)
+    return grid.main(
+        __doc__, method_cells, renderer("large_at_small_cost", sections, keep=True), argv
+    )
 
 
 if __name__ == "__main__":

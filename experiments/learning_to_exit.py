@@ -19,17 +19,17 @@ import sys
 from collections.abc import Sequence
 
 from experiments import curves, paper
-from experiments.grid import Cell, cell, chosen_methods, chosen_tasks, main, settings
-from experiments.rendering import (
+from experiments.comparison import (
+    DIVERGED,
+    PAIRED,
     Records,
-    Section,
     differences,
     exits_and_area,
-    interval,
-    missing_note,
     rate,
-    renderer,
+    texts,
 )
+from experiments.grid import Cell, cell, chosen_methods, chosen_tasks, main, settings
+from experiments.rendering import Section, missing_note, renderer
 
 # Off is the main grid's own cell.
 SWITCHES: dict[str, dict[str, str]] = {
@@ -60,7 +60,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     }
     learned = {key[1:] for key, record in found.items() if record and key[0] != "off"}
     rows = [
-        [task, paper.NAMES[method], switch, rate(record), *map(interval, exits_and_area(record).T)]
+        [task, paper.NAMES[method], switch, rate(record), *texts(record)]
         for (switch, task, method), record in found.items()
         if record is not None and (task, method) in learned
     ]
@@ -72,22 +72,21 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         pairs = {task: (found[switch, task, method], found["off", task, method]) for task in tasks}
         effects += differences(f"{paper.NAMES[method]}: {switch} - off", pairs, exits_and_area)
     joint = {f"{t}-{m}": record for (s, t, m), record in found.items() if record and s == "joint"}
-    (drawn,) = curves.sections(options, joint)
+    drawn = curves.sections(options, joint)[0]
     return [
         Section(
             "learning_to_exit",
             f"Learning to exit, {options.model}",
             "Per cent, mean and 95% interval over seeds; validation rows. Area: under the curve of "
-            f"the learned rule, where off of confidence.{missing_note(names, records)}",
+            f"the learned rule, where off of confidence. {DIVERGED}{missing_note(names, records)}",
             ("task", "method", "switch", "rate", *head),
             rows,
         ),
         Section(
             "learning_to_exit-effects",
             f"What learning to exit does, {options.model}",
-            "Points, paired by seed, mean and 95% interval over seeds, in bold where it leaves out "
-            "zero.",
-            ("difference", "task", *head),
+            PAIRED,
+            ("difference", "task", "rate", *head),
             effects,
         ),
         dataclasses.replace(

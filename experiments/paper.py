@@ -51,4 +51,6 @@ RATES: dict[str, tuple[str, ...]] = {
     "deberta-large": ("2 4 3", "3 2 1", "3 3 2", "2 2 2", "2 2 3", "3 2 1", "1 2 2"),
 }
 
+# Methods that are compared, one against the other.
+PAIRS = (("multi_model", "early_exit"), ("sweet", "early_exit"), ("sweet", "multi_model"))
 NAMES = {"multi_model": "Multi-Model", "early_exit": "Early-Exit", "sweet": "SWEET"}

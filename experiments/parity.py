@@ -6,7 +6,7 @@
 
 Expected: every difference at most 1e-5, of our float32 from torch's float64: what is measured is
 our own rounding, not the sum of two. Torch's own float32 is measured beside it (MiniLM: both about
-5e-6). Real sentences of different lengths, so padding is part of it. Takes some seconds. Exit
+5e-6). Real sentences of different lengths, so padding is part of it. Cost: some seconds. Exit
 status 1 where a difference is larger.
 """
 

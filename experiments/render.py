@@ -2,8 +2,10 @@
 
   python -m experiments.render --model=minilm-l6
 
-Trains nothing: what a script would run is named as not done yet. Writes OUTPUT/index.html (open it
-in a browser), OUTPUT/README.md, OUTPUT/figures/*.png and *.svg.
+Trains and measures nothing: what a script would run is named as not done yet, and the tables of
+experiments.large_at_small_cost, experiments.pcee_control and experiments.conflict are what these
+left. Writes OUTPUT/index.html (open it in a browser), OUTPUT/README.md, OUTPUT/tables/*.md,
+OUTPUT/figures/*.png and *.svg. Cost: seconds. Expected: the tables and figures of every script.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from typing import Any
 
 from experiments import (
     ablation,
+    conflict,
     curves,
     grid,
     individual,
@@ -22,7 +25,14 @@ from experiments import (
     sizes,
 )
 from experiments.grid import Cell, method_cells
-from experiments.rendering import Section, markdown, write_page, write_sections
+from experiments.rendering import (
+    Section,
+    kept_sections,
+    markdown,
+    signed,
+    write_page,
+    write_sections,
+)
 from sweet_jax.files import write_text
 
 # What each script renders and which cells it wants, in the order of the page.
@@ -35,6 +45,8 @@ SCRIPTS = (
     (isolation, isolation.cells),
     (learning_to_exit, learning_to_exit.cells),
 )
+# Scripts that measure for minutes.
+KEPT = ("large_at_small_cost", "pcee_control")
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
@@ -45,12 +57,21 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 def render(options: argparse.Namespace, records: dict[str, dict[str, Any]]) -> None:
     """Writes everything; a section without a row is left out."""
     sections: list[Section] = []
-    for script, _ in SCRIPTS:
+    for script, cells_of in SCRIPTS:
         name = script.__name__.rpartition(".")[2]
+        wanted = {c.name: records[c.name] for c in cells_of(options) if c.name in records}
         found = [s for s in script.sections(options, records) if s.rows]
         if found:
+            own = argparse.Namespace(**vars(options))
+            if script is not sizes:
+                del own.sizes
+            found = signed(found, own, name, wanted)
             write_sections(options.output, name, found)
             sections += found
+    sections += [s for name in KEPT for s in kept_sections(options.output, name) if s.rows]
+    if found := conflict.sections(options.output / "conflict"):
+        write_sections(options.output, "conflict", found)
+        sections += found
     title = f"sweet_jax: experiments with {options.model}"
     write_page(options.output, title, sections)
     text = "\n".join([f"# {title}", "", *(markdown(s) for s in sections)])

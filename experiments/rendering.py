@@ -1,31 +1,30 @@
-"""Tables and figures of the experiments as Markdown, PNG, SVG and one page.
-
-Shape letters: S seed, E exit.
-"""
+"""Tables and figures of the experiments as Markdown, PNG, SVG and one page."""
 
 import argparse
 import base64
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
-from sweet_jax.exits.scores import mean_interval
-from sweet_jax.files import write_text, written_aside
+from experiments.comparison import Records
+from experiments.grid import command
+from sweet_jax.files import write_json, write_text, written_aside
 
-Records = Mapping[str, Mapping[str, Any]]
 _NAMED = 4  # unfinished cells, at most, that a note names one by one
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A table, a figure, or both, under one title. `name` is that of its files."""
+    """A table, a figure, or both, under one title. `name` is that of its files.
+
+    drawn: the figure's files are there already.
+    """
 
     name: str
     title: str
@@ -33,81 +32,12 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     figure: Figure | None = None
+    drawn: bool = False
 
-
-def chosen(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The replicas of the learning rate with the largest area on the rows fitted on, by seed."""
-    rate = record["learning_rate"]
-    found = [r for r in record["replicas"] if r["learning_rate"] == rate]
-    return sorted(found, key=lambda r: r["seed"])
-
-
-def exit_scores(record: Mapping[str, Any]) -> np.ndarray:
-    """Scores of the exits in per cent, float64 [S, E]."""
-    return np.asarray([[100 * e["score"] for e in r["individual"]] for r in chosen(record)])
-
-
-def areas(record: Mapping[str, Any]) -> np.ndarray:
-    """Mean score over the cost range in per cent, float64 [S]: what is under the curve."""
-    return np.asarray([100 * r["area"] for r in chosen(record)])
-
-
-def exits_and_area(record: Mapping[str, Any]) -> np.ndarray:
-    """Scores of the exits, then the area, in per cent: float64 [S, E + 1]."""
-    return np.column_stack([exit_scores(record), areas(record)])
-
-
-def rate(record: Mapping[str, Any]) -> str:
-    """The learning rate that a cell's area chose, as text."""
-    return f"{record['learning_rate']:g}"
-
-
-def paired(
-    one: Mapping[str, Any], other: Mapping[str, Any], of: Callable[[Mapping[str, Any]], np.ndarray]
-) -> np.ndarray:
-    """of(one) - of(other), seed by seed over the seeds that both have: float64 [S, ...]."""
-    values = [dict(zip((r["seed"] for r in chosen(x)), of(x), strict=True)) for x in (one, other)]
-    seeds = sorted(set(values[0]) & set(values[1]))
-    return np.asarray([values[0][s] - values[1][s] for s in seeds])
-
-
-def differences(
-    title: str,
-    pairs: Mapping[str, tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]],
-    of: Callable[[Mapping[str, Any]], np.ndarray],
-) -> list[list[str]]:
-    """Table rows (title, task, values of one - other paired by seed), then the mean of the tasks.
-
-    `pairs` holds by task the records to compare; a task that lacks one is left out. The mean over
-    tasks is taken seed by seed, so that its interval is over seeds too.
-    """
-    rows, every = [], []
-    for task, (one, other) in pairs.items():
-        gaps = paired(one, other, of) if one and other else np.empty(0)  # [S, columns]
-        if len(gaps):
-            every.append(gaps)
-            rows.append([title, task, *(interval(g, sign=True) for g in gaps.T)])
-    if len(every) > 1 and len({len(gaps) for gaps in every}) == 1:
-        mean = np.mean(every, axis=0)
-        columns = [interval(g, sign=True) for g in mean.T]
-        rows.append([title, f"mean of {len(every)} tasks", *columns])
-    return rows
-
-
-def interval(values: ArrayLike, sign: bool = False) -> str:
-    """Mean and half of the 95% interval over seeds (Student) as text; in bold if 0 is outside."""
-    mean, half = mean_interval(np.asarray(values, np.float64))
-    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
-    if half is None:
-        return text
-    text = f"{text} ± {half:.1f}"
-    return f"**{text}**" if sign and abs(mean) > half else text
-
-
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over seeds as text."""
-    values = np.asarray(values, np.float64)
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+    @property
+    def pictured(self) -> bool:
+        """Whether it has a figure."""
+        return self.drawn or self.figure is not None
 
 
 def markdown(section: Section, figures: str = "figures") -> str:
@@ -117,7 +47,7 @@ def markdown(section: Section, figures: str = "figures") -> str:
         lines += [_row(section.header), _row(["---"] * len(section.header))]
         lines += [_row(row) for row in section.rows]
         lines.append("")
-    if section.figure is not None:
+    if section.pictured:
         lines += [f"![{section.title}]({figures}/{section.name}.png)", ""]
     return "\n".join(lines)
 
@@ -143,7 +73,7 @@ def write_page(output: Path, title: str, sections: Sequence[Section]) -> None:
     parts = []
     for section in sections:
         picture = ""
-        if section.figure is not None:
+        if section.pictured:
             svg = (output / "figures" / f"{section.name}.svg").read_bytes()
             picture = base64.b64encode(svg).decode()
         parts.append({"section": section, "picture": picture})
@@ -156,14 +86,55 @@ def write_page(output: Path, title: str, sections: Sequence[Section]) -> None:
 
 
 def renderer(
-    name: str, sections_of: Callable[[argparse.Namespace, Records], list[Section]]
+    name: str,
+    sections_of: Callable[[argparse.Namespace, Records], list[Section]],
+    *,
+    keep: bool = False,
 ) -> Callable[[argparse.Namespace, dict[str, dict[str, Any]]], None]:
-    """The render argument of `grid.main`: writes the sections of one script."""
+    """The render argument of `grid.main`: writes the sections of one script.
+
+    keep: as OUTPUT/tables/NAME.json too, for the page to take over what is costly to make again.
+    """
 
     def render(options: argparse.Namespace, records: Records) -> None:
-        write_sections(options.output, name, sections_of(options, records))
+        sections = signed(sections_of(options, records), options, name, records)
+        write_sections(options.output, name, sections)
+        if keep:
+            write_json(_kept(options.output, name), [_as_values(s) for s in sections])
 
     return render
+
+
+def kept_sections(output: Path, name: str) -> list[Section]:
+    """What a script whose renderer keeps its sections left; nothing if it has not run."""
+    path = _kept(output, name)
+    return [Section(**values) for values in json.loads(path.read_text())] if path.exists() else []
+
+
+def _kept(output: Path, name: str) -> Path:
+    return output / "tables" / f"{name}.json"
+
+
+def _as_values(section: Section) -> dict[str, Any]:
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    return values | {"figure": None, "drawn": section.pictured}
+
+
+def signed(
+    sections: Sequence[Section], options: argparse.Namespace, script: str, records: Records
+) -> list[Section]:
+    """The sections, the first with the command that makes them, and on what its cells trained."""
+    counts = sorted({r["n"]["train"] for r in records.values()})
+    replicas = [p for r in records.values() for p in r["replicas"]]
+    rates = sorted({p["learning_rate"] for p in replicas})
+    seeds = sorted({p["seed"] for p in replicas})
+    made = f" Made by {command(options, script)}"
+    if replicas:
+        made += f" ({' or '.join(f'{n:,}' for n in counts)} training rows without those held out;"
+        made += f" learning rates {', '.join(f'{r:g}' for r in rates)};"
+        made += f" seeds {', '.join(map(str, seeds))})"
+    first = dataclasses.replace(sections[0], note=f"{sections[0].note}{made}.")
+    return [first, *sections[1:]]
 
 
 def panels(count: int, height: float = 3.2) -> tuple[Figure, list[Any]]:

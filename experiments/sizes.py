@@ -2,9 +2,10 @@
 
   python -m experiments.sizes --model=minilm-l6 --tasks=sst2 --sizes=500,1500 --data_dir=DIR
 
-The full training subset is the cell of experiments.individual. A point is the mean score over the
-range of cost (the area under the curve), with its 95% interval over seeds. Expected: SWEET gains on
-Early-Exit where rows are few.
+The full training subset is the cell of experiments.individual. A point is the mean score between
+the first exit's cost and the full model's (the area under the paper's curve there, the same range
+for all methods), with its 95% interval over seeds. Cost: of a size its share of what
+experiments.individual costs. Expected: SWEET gains on Early-Exit where rows are few.
 """
 
 import argparse
@@ -12,18 +13,23 @@ import sys
 from collections.abc import Sequence
 
 from experiments import grid, paper
+from experiments.comparison import Record, Records, areas_to_full, interval
 from experiments.curves import COLOURS
-from experiments.grid import Cell, cell, chosen_tasks, method_cells
-from experiments.rendering import Records, Section, areas, interval, legend, panels, renderer
+from experiments.grid import Cell, cell, chosen_methods, chosen_tasks, method_cells, settings
+from experiments.rendering import Section, legend, panels, renderer
 from sweet_jax.config import Config, UserError, split_names
 from sweet_jax.exits.scores import mean_interval
 
 SIZES = "500,1500,3000"
 
 
+def _full(options: argparse.Namespace) -> int:
+    return int(settings(options).get("train_size", Config.train_size))
+
+
 def _sizes(options: argparse.Namespace) -> list[int]:
     """Ascending, those below the full subset."""
-    full = options.train_size or Config.train_size
+    full = _full(options)
     try:
         return sorted(size for text in split_names(options.sizes) if (size := int(text)) < full)
     except ValueError as error:
@@ -32,7 +38,7 @@ def _sizes(options: argparse.Namespace) -> list[int]:
 
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Every task and method with every size, and with the full subset."""
-    methods = split_names(options.methods)
+    methods = chosen_methods(options)
     return method_cells(options) + [
         cell(options, task, method, train_size=size)
         for task in chosen_tasks(options)
@@ -45,21 +51,20 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     """Area against training rows, one panel a task."""
     tasks = chosen_tasks(options)
     figure, axes = panels(len(tasks))
-    full = options.train_size or Config.train_size
+    full = _full(options)
     rows = []
     for task, one in zip(tasks, axes, strict=True):
         for method, title in paper.NAMES.items():
             points = {s: records.get(f"{task}-{method}-train_size-{s}") for s in _sizes(options)}
             points[full] = records.get(f"{task}-{method}")
-            found = {s: areas(r) for s, r in points.items() if r is not None}
+            found = {s: areas_to_full(r) for s, r in points.items() if r is not None}
             if not found.keys() - {full}:  # the main grid's cell alone is no curve
                 continue
             statistics = [mean_interval(a) for a in found.values()]
             bars = [0.0 if half is None else float(half) for _, half in statistics]
             means = [float(mean) for mean, _ in statistics]
-            one.errorbar(
-                list(found), means, bars, fmt="o-", ms=3, color=COLOURS[method], label=title
-            )
+            counts = [_rows(points[s]) for s in found]  # a task may have fewer than asked for
+            one.errorbar(counts, means, bars, fmt="o-", ms=3, color=COLOURS[method], label=title)
             texts = {s: interval(a) for s, a in found.items()}
             rows.append([task, title, *(texts.get(s, "") for s in (*_sizes(options), full))])
         one.set_title(task)
@@ -71,13 +76,19 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         Section(
             "sizes",
             f"Training sizes, {options.model} (figure 8)",
-            "Mean score over the range of cost in per cent, mean and 95% interval over seeds. A "
-            "tenth of the rows calibrates. Of a smaller task the largest size is all there is.",
+            "Mean score in per cent between the first exit's cost and the full model's, mean and "
+            "95% interval over seeds. A tenth of the rows calibrates. Of a task that has fewer "
+            "the largest size is all there is.",
             ("task", "method", *(f"{s} rows" for s in (*_sizes(options), full))),
             rows,
             figure if rows else None,
         )
     ]
+
+
+def _rows(record: Record) -> int:
+    n = record["n"]
+    return int(n["train"] + (n["calibration"] if record["fitted_on"] == "held_out" else 0))
 
 
 def run(argv: Sequence[str] | None = None) -> int:

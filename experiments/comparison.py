@@ -1,0 +1,168 @@
+"""What the records of cells say: scores of exits by seed, and differences paired by seed.
+
+Shape letters: S seed, E exit, K cost.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sweet_jax.exits.scores import mean_interval
+
+Record = Mapping[str, Any]
+Records = Mapping[str, Record]
+
+DIVERGED = "A star: an exit that diverged, or answers one class only, of at least one seed."
+PAIRED = (
+    "Points, paired by seed, mean and 95% interval over seeds (Student), in bold where it leaves "
+    "out zero. Chosen: each at the rate that its own area chose; below, both at one rate, where "
+    "that is another comparison."
+)
+
+
+def chosen(record: Record) -> list[Mapping[str, Any]]:
+    """The replicas of the learning rate with the largest area on the rows fitted on, by seed.
+
+    Without those whose answers are not finite, which have no area, unless that is all of them.
+    """
+    found = [r for r in record["replicas"] if r["learning_rate"] == record["learning_rate"]]
+    sound = [r for r in found if r["calibration_area"] is not None]
+    return sorted(sound or found, key=lambda r: r["seed"])
+
+
+def at_rate(record: Record, rate: float) -> Record:
+    """The same cell as if that learning rate had been chosen."""
+    return {**record, "learning_rate": rate}
+
+
+def exit_scores(record: Record) -> np.ndarray:
+    """Scores of the exits in per cent, float64 [S, E]."""
+    return np.asarray([[100 * e["score"] for e in r["individual"]] for r in chosen(record)])
+
+
+def areas(record: Record) -> np.ndarray:
+    """Mean score over the cost range in per cent, float64 [S]: what is under the curve."""
+    return np.asarray([100 * r["area"] for r in chosen(record)])
+
+
+def areas_to_full(record: Record) -> np.ndarray:
+    """Mean score over the costs from the first exit's to the full model's, per cent, float64 [S].
+
+    Under the paper's curve of 11 thresholds (section 5.1): so that Multi-Model, whose own range
+    ends beyond the full model's cost, is compared where the other methods are.
+    """
+    return np.asarray([100 * _area_to_full(r["grid"]) for r in chosen(record)])
+
+
+def _area_to_full(curve: Mapping[str, Sequence[float]]) -> float:
+    cost, score = np.asarray(curve["cost"]), np.asarray(curve["score"])
+    if cost[0] >= 1:
+        return float(score[0])
+    end = min(1.0, float(cost[-1]))  # a curve that ends before spends no more
+    inside = cost < end
+    x = np.append(cost[inside], [end, 1.0])
+    y = np.append(score[inside], [np.interp(end, cost, score)] * 2)
+    return float(np.trapezoid(y, x) / (1 - cost[0]))
+
+
+def exits_and_area(record: Record) -> np.ndarray:
+    """Scores of the exits, then the area, in per cent: float64 [S, E + 1]."""
+    return np.column_stack([exit_scores(record), areas(record)])
+
+
+def rate(record: Record) -> str:
+    """The learning rate that a cell's area chose, as text."""
+    return f"{record['learning_rate']:g}"
+
+
+def texts(
+    record: Record,
+    of: Callable[[Record], np.ndarray] = exits_and_area,
+    as_text: Callable[[np.ndarray], str] | None = None,
+) -> list[str]:
+    """of(record) column by column as text (`interval`), exits that diverged with a star."""
+    layers = [e["layer"] for e in record["replicas"][0]["individual"]]
+    bad = {d["exit"] for r in chosen(record) for d in r["diverged"]}
+    found = [(as_text or interval)(column) for column in of(record).T]
+    return [
+        text + "*" * (place < len(layers) and layers[place] in bad)
+        for place, text in enumerate(found)
+    ]
+
+
+def paired(records: Sequence[Record], of: Callable[[Record], np.ndarray]) -> np.ndarray:
+    """of(one) - of(other), seed by seed over the seeds that all have: float64 [S, ...].
+
+    Of four records (one - other) - (third - fourth).
+    """
+    values = [dict(zip((r["seed"] for r in chosen(x)), of(x), strict=True)) for x in records]
+    seeds = sorted(set.intersection(*map(set, values)))
+    signs = (1, -1, -1, 1)[: len(records)]
+    return np.asarray(
+        [sum(s * of_seed[n] for s, of_seed in zip(signs, values, strict=True)) for n in seeds]
+    )
+
+
+def differences(
+    title: str,
+    pairs: Mapping[str, Sequence[Record | None]],
+    of: Callable[[Record], np.ndarray],
+) -> list[list[str]]:
+    """Table rows (title, task, rate, values of one - other paired by seed).
+
+    `pairs` holds by task two records to compare, or four (see `paired`); a task that lacks one is
+    left out. First each record at the rate that its area chose, which may differ from the other's;
+    then, where that is not the same comparison, both at each rate.
+    """
+    whole = {t: [r for r in given if r] for t, given in pairs.items() if given and all(given)}
+    rows = _rows(title, whole, of, "chosen")
+    rates = sorted({r["learning_rate"] for g in whole.values() for x in g for r in x["replicas"]})
+    for value in rates:
+        if any(x["learning_rate"] != value for given in whole.values() for x in given):
+            fixed = {t: [at_rate(x, value) for x in given] for t, given in whole.items()}
+            rows += _rows(title, fixed, of, f"{value:g}")
+    return rows
+
+
+def _rows(
+    title: str,
+    pairs: Mapping[str, Sequence[Record]],
+    of: Callable[[Record], np.ndarray],
+    label: str,
+) -> list[list[str]]:
+    """A row for each task and one for their mean, taken seed by seed as the interval is."""
+    rows, every = [], []
+    for task, given in pairs.items():
+        if all(map(chosen, given)) and len(gaps := paired(given, of)):  # [S, columns]
+            every.append(gaps)
+            rates = ", ".join(dict.fromkeys(map(rate, given)))
+            shown = f"{label}: {rates}" if label == "chosen" else label
+            rows.append([title, task, shown, *(interval(g, sign=True) for g in gaps.T)])
+    if len(every) > 1 and len({len(gaps) for gaps in every}) == 1:
+        columns = [interval(g, sign=True) for g in np.mean(every, axis=0).T]
+        rows.append([title, f"mean of {len(every)} tasks", label, *columns])
+    return rows
+
+
+def interval(values: ArrayLike, sign: bool = False) -> str:
+    """Mean and half of the 95% interval over seeds (Student) as text; in bold if 0 is outside.
+
+    Empty where a value is not a number.
+    """
+    values = np.asarray(values, np.float64)
+    if not np.isfinite(values).all():
+        return ""
+    mean, half = mean_interval(values)
+    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
+    if half is None:
+        return text
+    text = f"{text} ± {half:.1f}"
+    return f"**{text}**" if sign and abs(mean) > half else text
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and standard deviation over seeds as text."""
+    values = np.asarray(values, np.float64)
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")

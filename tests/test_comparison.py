@@ -1,0 +1,134 @@
+"""What the experiments' tables say follows from the records, worked out by hand."""
+
+import numpy as np
+import pytest
+from test_policies import known_table
+
+from experiments import comparison, conflict, large_at_small_cost, pcee_control, rendering
+
+
+def record(scores, rate=1e-4, chosen=None, diverged=()):
+    """Of seeds 0, 1, .. at the exits, at one rate; or at several, {rate: scores}."""
+    by_rate = scores if isinstance(scores, dict) else {rate: scores}
+    replicas = [
+        {
+            "seed": seed,
+            "learning_rate": rate,
+            "individual": [{"layer": e, "score": v} for e, v in enumerate(row, start=1)],
+            "calibration_area": 0.5,
+            "diverged": [{"exit": e} for s, e in diverged if s == seed],
+        }
+        for rate, rows in by_rate.items()
+        for seed, row in enumerate(rows)
+    ]
+    return {"learning_rate": chosen or rate, "replicas": replicas[::-1]}
+
+
+BASE = record([[0.5, 0.6], [0.6, 0.7], [0.7, 0.8]])
+
+
+def test_differences_are_paired_by_seed_and_their_mean_over_tasks_too():
+    pairs = {
+        "a": (record([[0.52, 0.6], [0.62, 0.7], [0.72, 0.81]]), BASE),
+        "b": (record([[0.54, 0.6], [0.64, 0.7], [0.74, 0.79]]), BASE),
+        "c": (None, BASE),
+    }
+    rows = comparison.differences("gap", pairs, comparison.exit_scores)
+    assert rows == [
+        ["gap", "a", "chosen: 0.0001", "**+2.0 ± 0.0**", "+0.3 ± 1.4"],
+        ["gap", "b", "chosen: 0.0001", "**+4.0 ± 0.0**", "-0.3 ± 1.4"],
+        ["gap", "mean of 2 tasks", "chosen", "**+3.0 ± 0.0**", rows[2][4]],
+    ]
+    assert rows[2][4] in ("+0.0 ± 0.0", "-0.0 ± 0.0")
+
+
+def test_differences_are_given_at_every_rate_too_where_that_is_another_comparison():
+    fast = {1e-4: [[0.5], [0.6]], 3e-4: [[0.6], [0.7]]}
+    slow = {1e-4: [[0.5], [0.6]], 3e-4: [[0.3], [0.4]]}
+    pairs = {"a": (record(fast, chosen=3e-4), record(slow, chosen=1e-4))}
+    rows = comparison.differences("gap", pairs, comparison.exit_scores)
+    assert [row[2:] for row in rows] == [
+        ["chosen: 0.0003, 0.0001", "**+10.0 ± 0.0**"],
+        ["0.0001", "+0.0 ± 0.0"],
+        ["0.0003", "**+30.0 ± 0.0**"],
+    ]
+    same = {"a": (record(fast, chosen=3e-4), record(slow, chosen=3e-4))}
+    rows = comparison.differences("gap", same, comparison.exit_scores)
+    assert [row[2] for row in rows] == ["chosen: 0.0003", "0.0001"]
+
+
+def test_four_records_are_a_difference_of_differences():
+    four = [record([[v], [v + 0.1]]) for v in (0.5, 0.3, 0.4, 0.35)]
+    assert comparison.paired(four, comparison.exit_scores) == pytest.approx(15)
+    (row,) = comparison.differences("gap", {"a": four}, comparison.exit_scores)
+    assert row[3] == "**+15.0 ± 0.0**"
+
+
+def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
+    found = record([[0.5, 0.6], [0.5, 0.8]], diverged=[(1, 1)])
+    shown = comparison.texts(found, comparison.exit_scores, comparison.spread)
+    assert shown == ["50.0 ± 0.0*", "70.0 ± 14.1"]
+    found["replicas"][0]["calibration_area"] = None  # seed 1's
+    assert comparison.texts(found, comparison.exit_scores) == ["50.0", "60.0"]
+    found["replicas"][1]["calibration_area"] = None  # all of them: there is nothing else to show
+    assert len(comparison.chosen(found)) == 2
+
+
+def test_areas_of_methods_are_compared_over_the_same_costs():
+    def area(cost, score):
+        grid = {"grid": {"cost": cost, "score": score}, "calibration_area": 0.5}
+        replica = {"seed": 0, "learning_rate": 1e-4, **grid}
+        return comparison.areas_to_full({"learning_rate": 1e-4, "replicas": [replica]})[0]
+
+    assert area([0.5, 1.0], [0.6, 0.8]) == pytest.approx(70)
+    assert area([0.5, 1.5], [0.6, 0.8]) == pytest.approx(65)  # 0.7 at the full model's cost
+    assert area([0.5, 0.75], [0.6, 0.8]) == pytest.approx(75)  # it spends no more
+    assert area([0.5, 0.5], [0.6, 0.6]) == pytest.approx(60)
+
+
+def test_many_unfinished_cells_are_counted_and_few_named():
+    assert rendering.missing_note(["a-x", "b-x"], {"b-x": {}}) == " Not done yet: a-x."
+    many = rendering.missing_note([f"a-{n}" for n in range(5)] + ["b-1"], {})
+    assert many == " Not done yet: 6 cells, of a, b (--list names them)."
+    assert rendering.missing_note(["a"], {"a": {}}) == ""
+
+
+def test_control_finds_what_is_achieved():
+    """Exits that err alone: their confidence is an accuracy, and rules that know it hit it."""
+    rows, chance = known_table(4000, seed=1)
+    right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)
+    found = pcee_control.control(rows, np.asarray([0.8]), splits=3)
+    for number, (_, policy, choose) in enumerate(pcee_control.RULES):
+        accuracy, cost = found[number, 0].mean(axis=0)
+        assert 1 / 3 <= cost <= 1
+        if choose:
+            assert accuracy == pytest.approx(0.8, abs=0.03)
+        elif policy == "pcee_isotonic":  # near it: the last exit takes what is left
+            assert accuracy == pytest.approx(0.8, abs=0.05)
+    assert right.mean() == pytest.approx(chance.mean(), abs=0.02)
+    certified = pcee_control.violations(rows, 400, draws=20)
+    assert certified[:, 1].max() <= 4  # of 20, at alpha = 5%
+    assert np.all(np.diff(certified[:, 2]) <= 1e-12)  # a looser promise is never dearer
+
+
+def test_at_equal_cost_the_threshold_is_the_calibration_rows_best(tmp_path):
+    tables = known_table(300, seed=2)[0], known_table(500, seed=3)[0]
+    for split, rows in zip(("calibration", "validation"), tables, strict=True):
+        rows.save(tmp_path / f"{split}.npz")
+    cost = np.asarray([1.0, 3.0, 4.0])  # milliseconds, say
+    found = large_at_small_cost.at_cost(tmp_path, 0, cost, np.asarray([0.5, 1.0, 2.5, 4.0]))
+    assert np.isnan(found[0])
+    right = (tables[1].predictions == tables[1].labels[:, None])[0].mean(axis=-1)
+    assert found[1] == pytest.approx(right[0])
+    assert found[2] >= right[0]
+
+
+def test_the_table_of_conflicts_has_every_pair_at_or_above_a_layer():
+    mean = [[[float(100 * i + 10 * j + k) for k in range(3)] for j in range(3)] for i in range(3)]
+    rows = conflict.table({"exits": [1, 2, 4], "mean": mean, "ci95": mean})
+    assert rows == [
+        ["1", "1 and 2", "1.000 ± 1.000"],
+        ["1", "1 and 4", "2.000 ± 2.000"],
+        ["1", "2 and 4", "12.000 ± 12.000"],
+        ["2", "2 and 4", "112.000 ± 112.000"],
+    ]
