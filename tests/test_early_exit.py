@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import TINIES, TINY
+from tiny import TINIES, TINY, write_checkpoint
 
+from sweet_jax.config import Config
 from sweet_jax.models.early_exit import SHARED, EarlyExit, isolate, leaves_by_owner, owners
-from sweet_jax.models.pretrained import ENCODERS
+from sweet_jax.models.pretrained import ENCODERS, open_checkpoint
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
+from sweet_jax.training.initial import make_model
 from sweet_jax.training.losses import mean_loss
 
 EXITS = (1, 3)
@@ -115,6 +117,30 @@ def test_a_shared_table_of_relative_positions_gets_every_exit_s_gradient():
         assert np.any(last)
         np.testing.assert_allclose(whole, first + last, rtol=1e-5, atol=1e-7)
     assert not np.any(each[1]["embeddings"]["word"]["embedding"])
+
+
+@pytest.mark.parametrize("kind", TINIES)
+def test_under_reference_exits_share_the_pooler_and_the_relative_table_only(kind, tmp_path):
+    config = Config(exits=EXITS, preset="reference").resolved()
+    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / "tiny", kind)))
+    graphdef, values = nnx.split(make_model(config, checkpoint, EXITS, 2, seed=0))
+    params = nnx.to_pure_dict(values)
+    each = [exit_gradient(graphdef, params, i, 1.0) for i in range(2)]
+    owner_of = owners(params, EXITS, shared_relative=config.relative == "shared")
+    shared = set()
+    for owner, (path, first), last in zip(
+        jax.tree.leaves(owner_of),
+        jax.tree_util.tree_leaves_with_path(each[0]),
+        jax.tree.leaves(each[1]),
+        strict=True,
+    ):
+        trains = (np.any(first), np.any(last))
+        if owner == SHARED:
+            shared.add(next(p.key for p in path if p.key in ("pooler", "relative")))
+            assert trains == (True, True), path
+        else:
+            assert untrained(path) or trains == (owner == 1, owner == 3), path
+    assert shared == ({"pooler", "relative"} if "deberta" in kind else {"pooler"})
 
 
 def test_isolation_scales_the_table_s_gradient_at_every_boundary():
