@@ -137,7 +137,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
                 curves.append((targets, found[..., 0].mean(axis=-1)))
                 key = (task, replica["seed"])
                 errors.setdefault(key, []).append(_errors(found, targets))
-        _draw(one, task, curves)
+        _draw(one, task, curves, done=any(f"{task}-{m}" in records for m in paper.NAMES))
     legend(axes, size=6)
     return [
         Section(
@@ -173,7 +173,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     ]
 
 
-def _draw(axes, task: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+def _draw(axes, task: str, curves: Sequence[tuple[np.ndarray, np.ndarray]], *, done: bool) -> None:
     """Achieved against asked: of each cell and seed targets [T], and what rules got [rules, T]."""
     for number, (title, _, _) in enumerate(RULES):
         for at, (targets, achieved) in enumerate(curves):
@@ -187,7 +187,8 @@ def _draw(axes, task: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> N
                 label=title if at == 0 else None,
             )
     if not curves:
-        axes.text(0.5, 0.5, "no last exit gains a point", transform=axes.transAxes, ha="center")
+        why = "no last exit gains a point" if done else "not done yet"
+        axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center")
     axes.axline((75, 75), slope=1, color="#bbbbbb", lw=1, zorder=0)
     axes.set_title(task)
     axes.set_xlabel("accuracy asked for (%)")
