@@ -139,7 +139,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "Points by which the deep model with exits is ahead of a full model of the depth "
             "named, at that model's cost: mean and 95% interval over seeds, in bold where it "
             "leaves out zero; a dash where the deep model cannot be so cheap.",
-            ("task", "deep model", "cost by", *(f"{d} layers" for d in depths)),
+            ("task", "deep model", "cost by", *(f"{d} layer{'s' * (d > 1)}" for d in depths)),
             rows,
             figure if rows else None,
         ),
@@ -148,7 +148,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             f"Milliseconds a text, {options.model}",
             f"Batch 1, {LENGTH} tokens, float32, median of {TIMES} calls, {jax.default_backend()} "
             f"({jax.device_count()} device(s)), jax {jax.__version__}.",
-            ("", *(f"{d} layers" for d in exits)),
+            ("", *(f"{d} layer{'s' * (d > 1)}" for d in exits)),
             [
                 ["deep model, leaving there", *(f"{ms:.2f}" for ms in deep)],
                 ["full model of that depth", *(f"{ms:.2f}" for ms in whole)],
