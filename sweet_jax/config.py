@@ -279,6 +279,11 @@ def _check_isolation(config: Config) -> None:
                 f"{name} is {factors or isolation!r}, but multi_model's models have no boundaries "
                 "between exits: leave it out, or set --config.method=early_exit"
             )
+    elif factors and not any(isolation or _DEFAULT_ISOLATION[config.method]):
+        raise UserError(
+            f"boundary_isolation is {factors!r}, but it is times isolation, which is 0: set "
+            "--config.isolation=1 with it"
+        )
     elif factors and len(factors) != len(config.exits) - 1:
         raise UserError(
             f"boundary_isolation must be one number for each of the {len(config.exits) - 1} "

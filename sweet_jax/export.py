@@ -85,7 +85,7 @@ def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
     except OSError as error:
         raise UserError(f"--output {str(folder)!r}: {error.strerror}") from error
     stages = plan(model.networks)
-    parameters: dict[str, np.ndarray] = {}
+    parameters: dict[str, Any] = {}
     chain = []
     for stage in stages:
         own = needed(stage, model.networks[stage.network].params)
@@ -99,7 +99,7 @@ def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
         of_score = temperature if policy == "confidence" else 1.0
         values |= {"temperature": temperature, "score_temperature": of_score}
         chain.append(values | {"embeds": stage.embeds, "parameters": list(names)})
-    np.savez(aside / "parameters.npz", allow_pickle=False, **parameters)
+    np.savez(aside / "parameters.npz", **parameters)
     about = {"format": 1, "classes": list(model.classes), "length": length}
     about |= {"threshold": classifier.threshold, "pad_id": model.tokenizer.pad_token_id}
     write_json(aside / "model.json", about | {"stages": chain})

@@ -52,7 +52,12 @@ def claimed(
       UserError: not writable, in use, or a run of another configuration.
 
     """
-    _check_identity(workdir, identity, free, defaults)
+    try:
+        _check_identity(workdir, identity, free, defaults)  # before anything is made
+    except OSError as error:
+        raise UserError(
+            f"workdir {str(workdir)!r} cannot be read ({error.strerror}): choose another"
+        ) from error
     with held(workdir):
         _check_identity(workdir, identity, free, defaults)
         write_json(workdir / "config.json", identity)

@@ -147,16 +147,23 @@ class AdaptiveClassifier:
         """How many programs have been compiled or read from the cache."""
         return len(self._programs.compiled)
 
-    def warm_up(self, batch_size: int = 32, lengths: Iterable[int] | None = None) -> int:
+    def warm_up(
+        self,
+        batch_size: int = 32,
+        lengths: Iterable[int] | None = None,
+        *,
+        full: bool | None = None,
+    ) -> int:
         """Compiles all that `predict` with this batch size can need; returns how many programs.
 
         Args:
           batch_size: of the calls to come.
           lengths: in tokens, of the texts to come; default all up to the model's longest.
+          full: for the last exit alone; default as the dial says.
 
         """
         wanted = self._lengths if lengths is None else sorted({self._length(n) for n in lengths})
-        before, flow = self.compilations, self.flow(batch_size)
+        before, flow = self.compilations, self.flow(batch_size, full=full)
         for key in itertools.product(flow.stages, batch_sizes(batch_size), wanted):
             self._programs.compile(*key, flow.slots)
         for length in wanted:

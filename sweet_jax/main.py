@@ -75,7 +75,8 @@ def parse(argv: Sequence[str]) -> Command:
         what = f"unknown argument {unknown[0]!r}: " if unknown else ""
         raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help tells more)")
     joining = (first.coordinator_address, first.num_processes, first.process_id)
-    return Command(_overridden(_recipe(first.config), rest), Path(first.workdir), joining)
+    workdir = Path(first.workdir).expanduser()  # which no shell does after --workdir=
+    return Command(_overridden(_recipe(first.config), rest), workdir, joining)
 
 
 def _recipe(name: str) -> ConfigDict:

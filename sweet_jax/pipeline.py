@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import Tokens, draw_rows, tokenize
-from sweet_jax.data.load import Dataset, load_dataset
+from sweet_jax.data.batches import Tokens, apart, draw_rows, tokenize
+from sweet_jax.data.load import Dataset, load_dataset, take
 from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.files import claimed, write_json
@@ -116,18 +116,26 @@ def prepare(config: Config) -> Job:
         base_folder(config, base)
     check_devices(config)
     tokenizer = load_tokenizer(checkpoint)
-    train, validation = (
-        tokenize(tokenizer, split, config.max_length)
-        for split in (dataset.train, dataset.validation)
-    )
-    rows = [draw_rows(train.labels, config, seed) for seed, _ in config.replicas()]
-    for (seed, _), (trained, _) in zip(config.replicas(), rows, strict=True):
-        unseen = np.setdiff1d(validation.labels, train.labels[trained])
+    drawn = [draw_rows(dataset.train.labels, config, seed) for seed, _ in config.replicas()]
+    before = len(drawn[0][0])
+    drawn = apart(dataset.train.texts, drawn)
+    if len(drawn[0][0]) < before:
+        repeats = before - len(drawn[0][0])
+        log.info("%d training rows repeat a calibration text: left out", repeats)
+    for (seed, _), (trained, _) in zip(config.replicas(), drawn, strict=True):
+        unseen = np.setdiff1d(dataset.validation.labels, dataset.train.labels[trained])
         if len(unseen):
             raise UserError(
                 f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
                 f"the {len(trained)} training rows drawn for seed {seed}: raise train_size"
             )
+    # Of a large file a few rows are drawn: only they are tokenised, and numbered anew.
+    used = np.unique(np.concatenate([np.concatenate(pair) for pair in drawn]))
+    rows = [(np.searchsorted(used, t), np.searchsorted(used, h)) for t, h in drawn]
+    train, validation = (
+        tokenize(tokenizer, split, config.max_length)
+        for split in (take(dataset.train, used), dataset.validation)
+    )
     return Job(config, checkpoint, dataset, tokenizer, train, validation, rows)
 
 
@@ -280,7 +288,7 @@ def _describe(job: Job) -> None:
         job.config.method,
         len(train),
         len(calibration),
-        len(job.train),
+        len(job.dataset.train.labels),
         job.config.train_size,
         len(job.validation),
         len(job.dataset.classes),

@@ -115,9 +115,8 @@ def _run(options: argparse.Namespace) -> None:
     }
     with contextlib.closing(stream_rows(source, columns)) as rows:
         first = list(itertools.islice(rows, 1))  # a file that will not do must be known by now
-        with _opened(target, source) as file, _made_by(target, identity, file) as known_maker:
+        with _opened(target, source) as file, _made_by(target, identity, file):
             tally, last, end = _read_back(file, target)
-            last = [] if known_maker else last
             known = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
             answers = _answers(classifier, known, options.batch_size)
             _check_same(target, last, answers)
@@ -217,18 +216,17 @@ def _opened(path: Path, source: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _made_by(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[bool]:
-    """Keeps beside an unfinished output what it is made by; yields whether it was by the same.
+def _made_by(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
+    """Keeps beside an unfinished output what it is made by.
 
     Raises UserError if it was by another.
     """
     note = path.with_name(f".{path.name}.unfinished.json")
     ours = json.loads(json.dumps(identity))
     empty = not file.seek(0, os.SEEK_END)
-    known = note.exists() and not empty
     if empty:
         write_json(note, ours)
-    elif known:
+    elif note.exists():
         theirs = json.loads(note.read_text())
         differing = [k for k in ours if theirs.get(k) != ours[k]]
         if differing:
@@ -237,7 +235,7 @@ def _made_by(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterato
                 f"--output {str(path)!r} was begun with another {key}, {theirs.get(key)!r}; "
                 f"here it is {ours[key]!r}: choose another, or remove it"
             )
-    yield known
+    yield
     note.unlink(missing_ok=True)
 
 
@@ -267,7 +265,9 @@ def _read_back(file: BinaryIO, path: Path) -> tuple[_Tally, list[dict[str, Any]]
 def _check_same(
     path: Path, there: Sequence[Mapping[str, Any]], answers: Iterator[tuple[dict[str, Any], int]]
 ) -> None:
-    """Compares the first answers with those of an output of which nobody knows who made it."""
+    """Compares the first answers with the last ones of an output: the rows may have been changed,
+    and a finished output says nothing of what made it.
+    """
     for old in there:
         new, _ = next(answers, ({}, 0))
         same = old.keys() == new.keys() and all(

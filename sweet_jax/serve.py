@@ -82,12 +82,14 @@ def _run(options: argparse.Namespace) -> None:
     from sweet_jax.inference import AdaptiveClassifier
     from sweet_jax.serving.saved import open_model
 
-    with _listen(options.host, options.port) as listener:
+    with _bound(options.host, options.port) as listener:
         keep_programs()
         model = open_model(options.model)
         classifier = AdaptiveClassifier(model, options.policy, dials(options))
         if options.warm_up:
-            print(f"compiled {classifier.warm_up(options.batch_size)} programs", flush=True)
+            # Of all exits, as the worker's: a request may have another dial than the server.
+            count = classifier.warm_up(options.batch_size, full=False)
+            print(f"compiled {count} programs", flush=True)
         limits = Limits(
             options.max_texts,
             options.max_characters,
@@ -103,7 +105,7 @@ def _run(options: argparse.Namespace) -> None:
             # A request may be read for one timeout, and answered for another.
             timeout_graceful_shutdown=2 * math.ceil(options.timeout) + 1,
         )
-        listener.listen(1024)  # from here on a request waits, and is not refused
+        _listen(listener)  # from here on a request waits, and is not refused
         host, port = listener.getsockname()[:2]
         print(f"serving {options.model} at http://{host}:{port}", flush=True)
         # uvicorn answers what it took in, and then raises the signal again: by then all is done.
@@ -112,7 +114,7 @@ def _run(options: argparse.Namespace) -> None:
         uvicorn.Server(settings).run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
     """A socket bound before anything is loaded."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -122,6 +124,15 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
     return listener
+
+
+def _listen(listener: socket.socket) -> None:
+    """Takes connections. Another process may have bound the address too while both were loading."""
+    try:
+        listener.listen(1024)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-    runs = [(name, load(Path(name), options.policy)) for name in options.run]
+    runs = [(name, load(Path(name).expanduser(), options.policy)) for name in options.run]
     for name, analysis in runs:
         if len(runs) > 1:
             print(f"{name}:")

@@ -6,6 +6,7 @@ import pytest
 from sweet_jax.config import METHODS, Config, UserError
 from sweet_jax.data.batches import (
     Tokens,
+    apart,
     bucket_lengths,
     draw_rows,
     evaluation_picks,
@@ -54,6 +55,25 @@ def test_tokens_of_single_texts(tokenizer):
     assert not tokens.token_type_ids.any()
     assert tokens.labels.tolist() == [1, 0]
     assert (len(tokens), tokens.pad_id) == (2, 0)
+
+
+def test_texts_are_tokenised_some_at_a_time(tokens, rows, tokenizer, monkeypatch):
+    monkeypatch.setattr("sweet_jax.data.batches._AT_ONCE", 7)
+    train = load_dataset(Config(task="own", data_files=str(rows), text_columns="text")).train
+    again = tokenize(tokenizer, train, max_length=40)
+    for name in ("input_ids", "token_type_ids", "starts", "labels"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(tokens, name))
+
+
+def test_no_trained_text_is_a_calibration_text():
+    texts = [(word,) for word in ["a", "b", "a", "c", "d", "e", "d", "b"]]
+    first = np.array([0, 1, 3, 5]), np.array([2, 4])  # row 0 repeats row 2
+    second = np.array([1, 2, 3, 4]), np.array([5])
+    (trained, held), (other, same) = apart(texts, [first, second])
+    assert (trained.tolist(), held.tolist()) == ([1, 3, 5], [2, 4])
+    assert (other.tolist(), same.tolist()) == ([1, 2, 3], [5])  # as many, for one program
+    (alone,) = apart(texts, [second])
+    assert alone[0].tolist() == [1, 2, 3, 4]
 
 
 def test_the_second_text_of_a_pair_has_token_type_1(tokenizer):

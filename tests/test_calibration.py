@@ -45,10 +45,17 @@ def test_the_temperature_that_made_the_labels_is_found():
 
 def test_ends_of_the_range():
     logits = np.asarray([[2.0, 0.0], [0.0, 1.0]])
-    assert fit_temperature(logits, np.asarray([0, 1])) == TEMPERATURE_RANGE[0]
+    sure = np.asarray([[0.02, 0.0], [0.0, 0.01], [1e-6, 0.0]])
+    assert fit_temperature(sure, np.asarray([0, 1, 1])) == TEMPERATURE_RANGE[0]
     assert fit_temperature(logits, np.asarray([1, 0])) == TEMPERATURE_RANGE[1]
     assert fit_temperature(np.zeros((2, 2)), np.asarray([1, 0])) == TEMPERATURE_RANGE[1]
     assert np.isnan(fit_temperature(np.full((2, 2), np.nan), np.asarray([1, 0])))
+
+
+def test_where_no_answer_is_wrong_nothing_says_how_unsure_to_be():
+    logits = np.asarray([[2.0, 0.0], [0.0, 1.0]])
+    assert fit_temperature(logits, np.asarray([0, 1])) == 1
+    assert fit_temperature(np.asarray([[2.0, 0.0], [1.0, 1.0]]), np.asarray([0, 1])) != 1  # a tie
 
 
 def test_every_replica_and_exit_is_fitted_alone():

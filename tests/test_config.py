@@ -66,6 +66,10 @@ def parsed(tmp_path):
             "boundary_isolation is (1.0, 1.0, 1.0), but multi_model's models have no boundaries",
         ),
         (
+            {"method": "early_exit", "boundary_isolation": (1.0, 0.5, 0.0)},
+            "it is times isolation, which is 0: set --config.isolation=1 with it",
+        ),
+        (
             {"method": "multi_model", "isolation": 1},
             "isolation is (1.0,), but multi_model's",
         ),

@@ -118,6 +118,15 @@ def test_what_cannot_grow_is_refused(base, changes, message):
         prepare(more(base, **changes))
 
 
+def test_a_base_whose_exits_share_a_pooler_is_refused(base, tmp_path):
+    shared = tmp_path / "shared"
+    shutil.copytree(base[0], shared)
+    values = json.loads((shared / "config.json").read_text())
+    (shared / "config.json").write_text(json.dumps(values | {"pooler": "shared"}))
+    with pytest.raises(UserError, match="has pooler 'shared', and the new run 'per_exit'"):
+        prepare(more((shared, base[1])))
+
+
 def test_unfinished_and_damaged_runs_are_refused(base, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(base[0], broken)

@@ -13,6 +13,7 @@ import pytest
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.load import load_dataset, stratified
 from sweet_jax.data.read import read_table, resolve_path
+from sweet_jax.data.stream import stream_rows
 
 # What spreadsheets and data frames are fond of converting, and what breaks naive readers.
 ODD_TEXTS = [
@@ -212,6 +213,59 @@ def test_columns_that_are_not_asked_for_may_hold_anything(tmp_path):
     other = pa.array([[("key", 1)]] * len(TEXTS), pa.map_(pa.string(), pa.int32()))
     table = pa.table({"text": TEXTS, "label": LABELS, "other": other})
     assert load(write(tmp_path / "rows.parquet", table)).classes == ("ham", "spam")
+
+
+def test_the_type_of_a_column_that_is_not_asked_for_may_change(tmp_path, monkeypatch):
+    monkeypatch.setattr("sweet_jax.data.read._BLOCK", 100)
+    other = [*range(len(TEXTS) - 1), "A7"]
+    for kind in ("csv", "tsv", "jsonl"):
+        for labels in (LABELS, [i % 2 for i in range(len(TEXTS))]):
+            columns = {"text": TEXTS, "label": labels, "other": other}
+            dataset = load(write(tmp_path / f"rows.{kind}", columns))
+            assert len(dataset.train.texts) + len(dataset.validation.texts) == len(TEXTS)
+            assert dataset.classes == tuple(map(str, sorted(set(labels))))
+
+
+@pytest.mark.parametrize("blank", ["", " \t"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_blank_text_or_label_is_a_missing_one(tmp_path, kind, blank):
+    texts, labels = [*TEXTS[:-1], blank], [blank, *LABELS[1:]]
+    path = write(tmp_path / f"texts.{kind}", {"text": texts, "label": LABELS})
+    assert f"column 'text' is empty in row {len(TEXTS)}" in refusal(path)
+    path = write(tmp_path / f"labels.{kind}", {"text": TEXTS, "label": labels})
+    assert "column 'label' is empty in row 1" in refusal(path)
+    path = write(tmp_path / f"pairs.{kind}", {"text": texts, "other": TEXTS, "label": LABELS})
+    pairs = load(path, path, text_columns="text,other")  # as in GLUE's QQP
+    assert pairs.train.texts[-1] == (blank, TEXTS[-1])
+
+
+def test_an_empty_text_file_is_a_missing_text(tmp_path):
+    path = write(tmp_path / "rows", {"text": ["", *TEXTS[1:]], "label": LABELS})
+    assert "column 'text' is empty in row 1" in refusal(path)
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path):
+    raw = pa.array([b"\xff", *(t.encode() for t in TEXTS[1:])])
+    bad = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
+    path = write(tmp_path / "rows.parquet", pa.table({"text": bad, "label": LABELS}))
+    assert "column 'text' holds text that is not UTF-8" in refusal(path)
+
+
+def test_rows_that_a_quote_swallows_are_told(tmp_path):
+    lines = ['"Good, he said.\tham', "fine\tspam", 'he said "no"\tham', "more\tspam"]
+    path = tmp_path / "rows.tsv"
+    path.write_text("text\tlabel\n" + "\n".join(lines) + "\n")
+    found = refusal(path)
+    assert "row 1, column 'text' holds what looks like several rows" in found
+    (row, last) = stream_rows(path, ("text",))
+    assert "looks like several rows" in row.error
+    assert last.texts == ("more",)
+    path.write_text("text\tlabel\n" + "\n".join(lines[1:]) + "\n")  # inside, a quote is a quote
+    assert load(path, path).train.texts == [("fine",), ('he said "no"',), ("more",)]
+
+
+def test_one_place_to_read_from(good, tmp_path):
+    assert "give one of the two" in refusal(good, data_dir=str(tmp_path))
 
 
 def test_text_columns_are_one_or_two(good):

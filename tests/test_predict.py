@@ -120,6 +120,9 @@ def test_an_interrupted_command_knows_by_what_it_was_begun(
     status, still = command("in.jsonl", content, "--threshold=0.81")
     assert (status, still) == (2, begun)
     assert "was begun with another threshold, '0.8'" in capsys.readouterr().err
+    status, still = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
+    assert (status, still) == (2, begun)  # as many bytes, but the rows are others
+    assert "not made by this model, dial and input" in capsys.readouterr().err
     status, found = command("in.jsonl", content, "--threshold=0.8")
     assert (status, len(found)) == (0, len(sweet.texts))
     assert found[: len(begun)] == begun

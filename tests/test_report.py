@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,8 @@ def test_policies_and_dials_of_the_page_choose_as_the_command_does(report, analy
             got = found.validation[0 if dial == "cost" else 1]
             words = browser.find_element("id", "control").text
             assert words.endswith(f"{'below' if got < wish else 'above'} what was asked for")
+            (shown,) = re.findall(r"^threshold (\S+); validation rows: ", words)
+            assert float(shown) == found.threshold
     set_value(browser, "policy", "entropy")
     set_value(browser, "dial", "cost")
     set_value(browser, "wish", "0.1")
@@ -156,7 +159,8 @@ def test_policies_and_dials_of_the_page_choose_as_the_command_does(report, analy
             set_value(browser, "wish", str(wish))
             found = certified(theirs, best, dial, limit)
             words = browser.find_element("id", "control").text
-            assert f"at threshold {found.certificate.threshold:.4f} of scores" in words
+            (shown,) = re.findall(r"at threshold (\S+) of scores", words)
+            assert float(shown) == found.certificate.threshold
             assert f"cost {found.validation[0]:.3f}, accuracy {found.validation[1]:.4f}" in words
     set_value(browser, "dial", "risk")
     set_value(browser, "wish", "0.001")

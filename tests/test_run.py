@@ -11,7 +11,7 @@ from tiny import write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import pad_rows
+from sweet_jax.data.batches import draw_rows, pad_rows, tokenize
 from sweet_jax.exits.dials import Dials, make_dials
 from sweet_jax.models.layers import gelu
 from sweet_jax.pipeline import prepare, run, train_and_evaluate
@@ -165,6 +165,19 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
         np.testing.assert_array_equal(outcome.calibration.labels[r], job.train.labels[held_out])
     assert set(job.rows[0][1]) != set(job.rows[1][1])
     np.testing.assert_array_equal(outcome.validation.labels[0], outcome.validation.labels[1])
+
+
+def test_only_the_rows_that_are_drawn_are_tokenised(options):
+    job = prepare(from_mapping(options | {"seeds": (0, 1), "train_size": 30}))
+    assert 30 < len(job.train) <= 60 < len(job.dataset.train.labels)
+    whole = tokenize(job.tokenizer, job.dataset.train, 32)
+    for seed, rows in zip((0, 1), job.rows, strict=True):
+        drawn = draw_rows(job.dataset.train.labels, job.config, seed)
+        for ours, theirs in zip(rows, drawn, strict=True):
+            np.testing.assert_array_equal(job.train.labels[ours], whole.labels[theirs])
+            for one, other in zip(ours, theirs, strict=True):
+                a, b = slice(*job.train.starts[one : one + 2]), slice(*whole.starts[other:][:2])
+                assert job.train.input_ids[a].tolist() == whole.input_ids[b].tolist()
 
 
 @pytest.mark.parametrize("preset", ["paper", pytest.param("reference", marks=pytest.mark.slow)])

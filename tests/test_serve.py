@@ -1,6 +1,7 @@
 """The server: right answers under load, a status for whatever is wrong, nothing lost at the end."""
 
 import http.client
+import itertools
 import json
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from sweet_jax import AdaptiveClassifier
-from sweet_jax.config import from_mapping
+from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.load import load_dataset
 
 uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install ".[serve]"')
@@ -109,6 +110,50 @@ def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
     assert answer["exits"][-1]["probability"] == answer["probability"]
     first = classifier.at(threshold=0.0).predict(texts[:1], 2)
     assert answer["exits"][0]["probability"] == pytest.approx(first.probabilities.max(), abs=1e-5)
+
+
+def test_detail_of_an_exit_that_diverged_has_no_answer(server, texts, monkeypatch):
+    passed = AdaptiveClassifier.passed
+
+    def first_is_nan(self, row):
+        (layer, label, _), *rest = passed(self, row)
+        return [(layer, label, float("nan")), *rest]
+
+    monkeypatch.setattr(AdaptiveClassifier, "passed", first_is_nan)
+    status, found = server.predict({"texts": texts[:1], "threshold": 2, "detail": True})
+    assert status == 200
+    exits = found["answers"][0]["exits"]
+    assert exits[0] == {"layer": 2, "label": None, "probability": None}
+    assert exits[1]["probability"] > 0
+
+
+def test_dials_are_kept_by_many_threads_and_not_too_many(classifier):
+    worker = Worker(classifier, 2, 100)
+    asked = [i / 1000 for i in range(600)]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda t: worker.at(None, {"threshold": t}), asked))
+    assert [c.threshold for c in found] == asked
+    assert worker.at(None, {"threshold": asked[-1]}) is found[-1]
+    assert len(worker._dials) == 256
+
+
+def test_warm_up_compiles_what_the_server_runs_whatever_its_dial(classifier):
+    full = AdaptiveClassifier(classifier.model, dial={"threshold": float("inf")})
+    full.warm_up(2, [20], full=False)
+    before, worker = full.compilations, Worker(full, 2, 100)
+    assert (len(worker._flow.stages), len(full.flow(2).stages)) == (3, 1)
+    for key in itertools.product(worker._flow.stages, (1, 2), (24,)):
+        full._programs.compile(*key, worker._flow.slots)
+    assert full.compilations == before == 6
+
+
+def test_an_address_that_two_processes_bound_is_one_s():
+    with serve._bound("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with serve._bound("127.0.0.1", port) as second:
+            serve._listen(first)
+            with pytest.raises(UserError, match=f"cannot serve at 127.0.0.1:{port}: Address alrea"):
+                serve._listen(second)
 
 
 @pytest.mark.parametrize(

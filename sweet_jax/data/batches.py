@@ -15,6 +15,8 @@ from sweet_jax.data.load import Split, stratified
 
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each one used costs a compilation
 
+_AT_ONCE = 4096  # texts that a tokenizer is given
+
 Batch = dict[str, np.ndarray]
 
 
@@ -58,8 +60,12 @@ def encode(
 
 
 def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
-    """Encodes every row once, see `encode`."""
-    ids, types = encode(tokenizer, rows.texts, max_length)
+    """Encodes every row once, see `encode`; some at a time: what a tokenizer gives is large."""
+    ids, types = [], []
+    for start in range(0, len(rows.texts), _AT_ONCE):
+        found = encode(tokenizer, rows.texts[start : start + _AT_ONCE], max_length)
+        ids += found[0]
+        types += found[1]
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
     return Tokens(
         np.concatenate(ids), np.concatenate(types), starts, rows.labels, tokenizer.pad_token_id
@@ -92,6 +98,22 @@ def draw_rows(labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray
             f"{config.calibration_fraction} for calibration: raise train_size or the fraction"
         )
     return subset[kept], subset[held]
+
+
+def apart(
+    texts: Sequence[tuple[str, ...]], rows: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(training rows, calibration rows) of every replica without training rows that repeat a
+    calibration text: answers to what was learned by heart say nothing of new texts.
+
+    All replicas keep equally many, the first of their rows.
+    """
+    found = []
+    for trained, held in rows:
+        known = {texts[i] for i in held}
+        found.append((np.asarray([i for i in trained if texts[i] not in known], int), held))
+    size = min(len(trained) for trained, _ in found)
+    return [(trained[:size], held) for trained, held in found]
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

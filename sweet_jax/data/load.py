@@ -56,6 +56,11 @@ def load_dataset(config: Config) -> Dataset:
 
     """
     task = _task(config)
+    if config.data_files and config.data_dir:
+        raise UserError(
+            f"data_files is {config.data_files!r} and data_dir {config.data_dir!r}: give one of "
+            "the two"
+        )
     if config.data_files:
         tables = _from_files(config.data_files, task)
     elif config.data_dir:
@@ -147,28 +152,37 @@ def _check_column(table: pa.Table, name: str) -> None:
         raise UserError(f"column {name!r} occurs more than once: rename all but one")
 
 
-def _column(table: pa.Table, name: str) -> list:
+def _column(table: pa.Table, name: str, *, may_be_blank: bool = False) -> list:
+    """The values of a column. Raises UserError where one is missing, or blank if it may not be."""
     _check_column(table, name)
     values = table[name]
     if pa.types.is_nested(values.type):
         raise UserError(f"column {name!r} holds values of type {values.type}, not single ones")
+    try:
+        found = values.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"column {name!r} holds text that is not UTF-8: {error}") from error
     empty = values.is_null(nan_is_null=True).to_pylist()
+    if not may_be_blank:
+        empty = [
+            e or (isinstance(v, str) and not v.strip()) for e, v in zip(empty, found, strict=True)
+        ]
     if any(empty):
         raise UserError(
             f"column {name!r} is empty in row {empty.index(True) + 1} (of {sum(empty)} such rows, "
             "the header not counted): fill it, or remove the row"
         )
-    return values.to_pylist()
+    return found
 
 
-def _texts(table: pa.Table, name: str) -> list[str]:
+def _texts(table: pa.Table, name: str, *, may_be_blank: bool) -> list[str]:
     _check_column(table, name)
     kind = table.schema.field(name).type
     if pa.types.is_dictionary(kind):  # a categorical column of pandas
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise UserError(f"column {name!r} holds values of type {kind}, not text")
-    return _column(table, name)
+    return _column(table, name, may_be_blank=may_be_blank)
 
 
 def _class_names(table: pa.Table, task: Task) -> tuple[str, ...]:
@@ -188,7 +202,9 @@ def _declared(table: pa.Table, name: str) -> tuple[str, ...]:
 
 
 def _split(table: pa.Table, task: Task, names: tuple[str, ...]) -> Split:
-    columns = [_texts(table, name) for name in task.text_columns]
+    # Of a pair one text may be: some of GLUE's (QQP) are.
+    pair = len(task.text_columns) == 2
+    columns = [_texts(table, name, may_be_blank=pair) for name in task.text_columns]
     values = _column(table, task.label_column)
     index = {name: number for number, name in enumerate(names)}
     if declared := _declared(table, task.label_column):
@@ -208,10 +224,11 @@ def _split_off(rows: Split, fraction: float, seed: int) -> list[Split]:
     kept, held = stratified(rows.labels, fraction, np.random.default_rng(seed))
     texts = {rows.texts[i] for i in held}
     distinct = [i for i in kept if rows.texts[i] not in texts]
-    return [_take(rows, distinct), _take(rows, held)]
+    return [take(rows, distinct), take(rows, held)]
 
 
-def _take(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
+def take(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
+    """The rows of those indices, in their order."""
     picked = np.asarray(indices, int)
     return Split([rows.texts[i] for i in picked], rows.labels[picked])
 

@@ -1,5 +1,7 @@
 """Tables of text from the files that people keep them in."""
 
+import contextlib
+import csv
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,10 @@ def resolve_path(name: str) -> Path:
     Raises UserError when the package is not installed. The path itself may not exist.
     """
     if not name.startswith("pkg://"):
-        return Path(name).expanduser()
+        try:
+            return Path(name).expanduser()
+        except RuntimeError as error:  # of ~name
+            raise UserError(f"{name}: {error}") from error
     package, _, inside = name.removeprefix("pkg://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -35,37 +40,42 @@ def resolve_path(name: str) -> Path:
 def read_table(path: Path, text_columns: Sequence[str], label_column: str = "label") -> pa.Table:
     """A CSV, TSV, JSONL or Parquet file, or a folder with one sub-folder of .txt files per label.
 
-    Text columns are read as text whatever they look like, and so is the label column of a CSV or
-    TSV file, where a label is what is written. Nothing is unpickled or executed.
+    Text columns are read as text whatever they look like, and so is every column of a CSV or TSV
+    file, where a label is what is written. Nothing is unpickled or executed.
     Raises UserError for a missing, unreadable or unsupported file.
     """
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise UserError(f"data file {str(path)!r} does not exist")
-    if path.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"data file {str(path)!r} must end in one of {', '.join(_SUFFIXES)}")
     try:
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.exists():
+            raise UserError(f"data file {str(path)!r} does not exist")
+        if path.suffix.lower() not in _SUFFIXES:
+            raise UserError(f"data file {str(path)!r} must end in one of {', '.join(_SUFFIXES)}")
         match path.suffix.lower():
             case ".csv" | ".tsv":
-                return _read_csv(path, (*text_columns, label_column))
+                table = _read_csv(path)
+                if path.suffix.lower() == ".tsv":
+                    _check_quotes(table, text_columns)
+                return table
             case ".parquet":
                 return pa.parquet.read_table(path)
             case _:
-                return _read_json(path, text_columns)
+                return _read_json(path, text_columns, label_column)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
 
 
-def _read_csv(path: Path, text_columns: Sequence[str]) -> pa.Table:
+def _read_csv(path: Path) -> pa.Table:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file, delimiter=delimiter), [])
     return pa.csv.read_csv(
         path,
         read_options=pa.csv.ReadOptions(block_size=_BLOCK),
-        parse_options=pa.csv.ParseOptions(
-            delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True
-        ),
+        parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(text_columns, pa.string()),
+            # All: of a column that nobody asks for the first block does not tell the type.
+            column_types=dict.fromkeys(header, pa.string()),
             # An empty field is a missing text; the words "NA" or "null" are texts.
             strings_can_be_null=True,
             null_values=[""],
@@ -74,11 +84,37 @@ def _read_csv(path: Path, text_columns: Sequence[str]) -> pa.Table:
     )
 
 
-def _read_json(path: Path, text_columns: Sequence[str]) -> pa.Table:
-    schema = pa.schema([(name, pa.string()) for name in text_columns])
+def _check_quotes(table: pa.Table, names: Sequence[str]) -> None:
+    for name in set(names) & set(table.column_names):
+        for row, text in enumerate(table[name].to_pylist(), start=1):
+            if text and swallows_rows(text):
+                raise UserError(
+                    f"row {row}, column {name!r} holds what looks like several rows: it begins "
+                    "with a quote that is not closed in its line: mend the quotes, or give a CSV; "
+                    f"got {text!r:.60}"
+                )
+
+
+def swallows_rows(text: str) -> bool:
+    """Whether a text of a TSV file looks like rows that an unbalanced quote made one of."""
+    lines = text.split("\n")
+    return len(lines) > 1 and all("\t" in line for line in lines[:-1])
+
+
+def _read_json(path: Path, text_columns: Sequence[str], label_column: str) -> pa.Table:
+    texts = [(name, pa.string()) for name in text_columns]
     reading = pa.json.ReadOptions(block_size=_BLOCK)
-    parsing = pa.json.ParseOptions(explicit_schema=schema, newlines_in_values=True)
-    table = pa.json.read_json(path, reading, parsing)
+    parsing = pa.json.ParseOptions(explicit_schema=pa.schema(texts), newlines_in_values=True)
+    try:
+        table = pa.json.read_json(path, reading, parsing)
+    except pa.ArrowInvalid:
+        # A column that nobody asks for may change its type from row to row: leave all others out.
+        for kind in (pa.string(), pa.int64(), pa.float64(), pa.bool_()):
+            parsing.explicit_schema = pa.schema([*texts, (label_column, kind)])
+            parsing.unexpected_field_behavior = "ignore"
+            with contextlib.suppress(pa.ArrowInvalid):
+                return pa.json.read_json(path, reading, parsing)
+        raise
     if any(table[name].null_count == len(table) for name in text_columns):
         # The schema makes a column of nulls of one that no row has: read which there are.
         found = pa.json.read_json(path, reading, pa.json.ParseOptions(newlines_in_values=True))

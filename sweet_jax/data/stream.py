@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from sweet_jax.config import UserError, check_choice
-from sweet_jax.data.read import one_line
+from sweet_jax.data.read import one_line, swallows_rows
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt")
 
@@ -94,6 +94,10 @@ def _csv(text: io.TextIOWrapper, columns: Sequence[str], suffix: str) -> Iterato
             continue  # an empty line
         if len(row) != len(header):
             found = f"{len(row)} fields where the header has {len(header)}"
+            yield TextRow((), found, _position(text))
+            continue
+        if suffix == ".tsv" and any(swallows_rows(row[place]) for place in places):
+            found = "looks like several rows: it begins with a quote that is not closed in its line"
             yield TextRow((), found, _position(text))
             continue
         yield _checked([row[place] or None for place in places], columns, _position(text))

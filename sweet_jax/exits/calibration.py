@@ -59,7 +59,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The T in TEMPERATURE_RANGE that minimises the mean NLL of softmax(logits / T).
 
     Temperature scaling (Guo et al. 2017, arXiv 1706.04599), exactly: the NLL is convex in 1/T, so
-    its derivative, E_p[z] - z_y on average, has one zero, found by Brent's method.
+    its derivative, E_p[z] - z_y on average, has one zero, found by Brent's method. Where no answer
+    is wrong it has none, the less the surer: rows that do not say how unsure to be leave T at 1.
 
     Args:
       logits: float [N, C].
@@ -74,6 +75,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     def slope(inverse: float) -> float:
         return float((np.sum(softmax(inverse * z, axis=-1) * z, axis=-1) - right).mean())
 
+    others = np.where(np.arange(z.shape[1]) == labels[:, None], -np.inf, z).max(axis=-1)
+    if (right > others).all():
+        return 1.0
     low, high = 1 / TEMPERATURE_RANGE[1], 1 / TEMPERATURE_RANGE[0]
     if slope(low) >= 0:
         return TEMPERATURE_RANGE[1]

@@ -104,7 +104,7 @@ class ExitOutputs:
         if self.exit_scores is not None:
             arrays["exit_scores"] = self.exit_scores
         with written_aside(Path(path)) as aside:
-            np.savez(aside, allow_pickle=False, **arrays)
+            np.savez(aside, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "ExitOutputs":

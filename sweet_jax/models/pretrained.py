@@ -6,6 +6,7 @@ Shape letters: B batch, L length, H hidden.
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     Raises UserError when it is absent, of another architecture, or its config is unreadable.
     """
     folder = resolve_path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, of one that may not be looked at
         if name.startswith(("pkg://", "/", ".", "~")):
             raise UserError(f"checkpoint {name!r} is not a directory")
         folder = _from_hub(name)

@@ -143,7 +143,7 @@ def curve_figure(results: Mapping[str, Any]) -> go.Figure:
     """
     metric = html.escape(results["metric"])
     figure = _layout("cost (share of the full model's layers)", metric)
-    hover = "<b>threshold %{customdata[0]:.4f}</b><br>cost %{x:.3f}<br>"
+    hover = "<b>threshold %{customdata[0]:.7f}</b><br>cost %{x:.3f}<br>"
     hover += f"{metric} %{{y:.4f}}"
     for e, layer in enumerate(results["exits"], start=1):
         hover += f"<br>exit {layer}: %{{customdata[{e}]:.1%}}"

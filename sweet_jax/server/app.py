@@ -222,6 +222,8 @@ def _answer(
     if detail:
         answer["exits"] = [
             {"layer": layer, "label": label, "probability": probability}
+            if math.isfinite(probability)
+            else {"layer": layer, "label": None, "probability": None}  # its training diverged
             for layer, label, probability in classifier.passed(row)
         ]
     return answer

@@ -63,7 +63,7 @@ class Worker:
         self._enough = 4 * self._flow.slots
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._dials: dict[tuple, AdaptiveClassifier] = {}
-        self._lock = threading.Lock()  # of `waiting` and `alive`, which both sides look at
+        self._lock = threading.Lock()  # of what several threads look at
         self._owners: dict[int, Request] = {}  # by number of the row
         self._taken = 0  # rows so far
         self._thread = threading.Thread(target=self._loop, name="sweet_jax.worker", daemon=True)
@@ -83,11 +83,15 @@ class Worker:
         if policy is None and not dial:
             return self.classifier
         key = (policy, *sorted(dial.items()))
-        if key not in self._dials:
-            if len(self._dials) >= _DIALS_KEPT:
-                self._dials.pop(next(iter(self._dials)))
-            self._dials[key] = self.classifier.at(policy, **dial)
-        return self._dials[key]
+        with self._lock:
+            found = self._dials.get(key)
+        if found is None:
+            found = self.classifier.at(policy, **dial)  # a certificate takes a while
+            with self._lock:
+                self._dials[key] = found
+                if len(self._dials) > _DIALS_KEPT:
+                    del self._dials[next(iter(self._dials))]
+        return found
 
     async def answer(
         self, classifier: AdaptiveClassifier, texts: Sequence[Text]

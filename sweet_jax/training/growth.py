@@ -26,10 +26,17 @@ _SAME = (
     "dtype",
     "attention",
     "learning_to_exit",
+    "pooler",
+    "relative",
     "subset",
     "calibration",
     "metric",
 )
+
+
+def base_directory(config: Config) -> Path:
+    """The directory of the run that a config grows from."""
+    return Path(config.grow_from).expanduser()
 
 
 def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
@@ -44,7 +51,7 @@ def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
     """
     if not config.grow_from:
         return None
-    folder, name = Path(config.grow_from), f"grow_from {config.grow_from!r}"
+    folder, name = base_directory(config), f"grow_from {config.grow_from!r}"
     try:
         values = json.loads((folder / "config.json").read_text())
         digest = values.pop("data_sha256")
@@ -83,7 +90,7 @@ def replicas_of(config: Config, base: Config) -> list[int]:
 
     That of its seed and learning rate; where the base has no such rate, of the rate it chose.
     """
-    results = json.loads((Path(config.grow_from) / "results.json").read_text())
+    results = json.loads((base_directory(config) / "results.json").read_text())
     chosen = results["mean"]["learning_rate"]
     known = base.replicas()
     return [

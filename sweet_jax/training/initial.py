@@ -16,7 +16,7 @@ from sweet_jax.models.early_exit import EarlyExit, owners
 from sweet_jax.models.layers import derive
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
-from sweet_jax.training.growth import base_of, grown, replicas_of
+from sweet_jax.training.growth import base_directory, base_of, grown, replicas_of
 from sweet_jax.training.step import Params, State, new_state
 
 
@@ -110,7 +110,7 @@ def initial_state(
 def base_folder(config: Config, base: Config) -> Path:
     """Where the checkpoints are that a config grows from; raises UserError where there are none."""
     (training,) = trainings(base)
-    folder = Path(config.grow_from) / "checkpoints" / training.name
+    folder = base_directory(config) / "checkpoints" / training.name
     if not has_checkpoint(folder):
         raise UserError(_lost(config, folder))
     return folder
