@@ -189,7 +189,8 @@ def _draw(axes, task: str, curves: Sequence[tuple[np.ndarray, np.ndarray]], *, d
     if not curves:
         why = "no last exit gains a point" if done else "not done yet"
         axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center")
-    axes.axline((75, 75), slope=1, color="#bbbbbb", lw=1, zorder=0)
+    start = 100 * curves[0][0][0] if curves else 50  # within the axes, which it widens
+    axes.axline((start, start), slope=1, color="#bbbbbb", lw=1, zorder=0)
     axes.set_title(task)
     axes.set_xlabel("accuracy asked for (%)")
     axes.set_ylabel("accuracy on untouched rows (%)")
