@@ -206,6 +206,23 @@ def test_bootstrap_equals_drawing_rows_and_simulating_anew(metric):
         np.testing.assert_allclose(band.score[r], point.score[0])
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "matthews"])
+def test_the_memory_of_a_bootstrap_is_bounded(metric, monkeypatch):
+    import tracemalloc
+
+    rng = np.random.default_rng(3)
+    outputs = ExitOutputs(rng.normal(size=(3, 2000, 20)), rng.integers(0, 20, 2000), [1, 2, 3])
+    whole = bootstrap(outputs, metric=metric, draws=20)
+    monkeypatch.setattr("sweet_jax.exits.simulation._HELD", 100_000)  # 84 MB of float32 else
+    tracemalloc.start()
+    parts = bootstrap(outputs, metric=metric, draws=20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+    for name, value in vars(whole).items():
+        np.testing.assert_allclose(getattr(parts, name), value, atol=1e-9)
+
+
 def test_the_work_grows_with_the_examples_not_with_the_thresholds():
     """Every array of a large simulation is linear in N: bounded memory, no N x T table."""
     import tracemalloc

@@ -88,6 +88,7 @@ def read(curve: Curve, thresholds: np.ndarray) -> Curve:
 
 
 _DRAWN_TOGETHER = 100  # bootstrap draws in one matrix product: a bound on memory
+_HELD = 1 << 26  # numbers of a bootstrap that are in memory at once, about
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +134,13 @@ def bootstrap(
     for r, threshold in enumerate(exact.threshold):
         distinct = np.unique(threshold)
         at = distinct[np.linspace(0, len(distinct) - 1, points).round().astype(int)]
-        drawn = _draw(outputs, r, scores[r], at, metric, draws)  # [2, draws, K]
+        tables = 2 if metric == "accuracy" else 2 + 2 * outputs.logits.shape[-1]
+        size = max(1, _HELD // (tables * outputs.logits.shape[2]))  # thresholds at once
+        parts = [
+            _draw(outputs, r, scores[r], at[first : first + size], metric, draws)
+            for first in range(0, points, size)
+        ]
+        drawn = np.concatenate(parts, axis=-1)  # [2, draws, K]
         low_high = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2], axis=1)  # [2, 2, K]
         point = read(Curve(*(v[r : r + 1] for v in vars(exact).values())), at)
         bands.append((at, point.cost[0], point.score[0], low_high[:, 0].T, low_high[:, 1].T))
