@@ -127,7 +127,8 @@ def prepare(config: Config) -> Job:
         if len(unseen):
             raise UserError(
                 f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
-                f"the {len(trained)} training rows drawn for seed {seed}: raise train_size"
+                f"the {len(trained)} training rows drawn for seed {seed}: raise train_size, or "
+                "give more distinct texts"
             )
     # Of a large file a few rows are drawn: only they are tokenised, and numbered anew.
     used = np.unique(np.concatenate([np.concatenate(pair) for pair in drawn]))

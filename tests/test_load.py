@@ -264,6 +264,12 @@ def test_rows_that_a_quote_swallows_are_told(tmp_path):
     assert load(path, path).train.texts == [("fine",), ('he said "no"',), ("more",)]
 
 
+def test_a_header_without_end_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('"text,label\n' + "word " * 100_000)
+    assert "could not read" in refusal(path)
+
+
 def test_one_place_to_read_from(good, tmp_path):
     assert "give one of the two" in refusal(good, data_dir=str(tmp_path))
 

@@ -61,7 +61,7 @@ def read_table(path: Path, text_columns: Sequence[str], label_column: str = "lab
                 return pa.parquet.read_table(path)
             case _:
                 return _read_json(path, text_columns, label_column)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, csv.Error, OSError, UnicodeDecodeError) as error:
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
 
 
