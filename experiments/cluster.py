@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 import types
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -80,18 +81,18 @@ def run(
             for stream in ray.wait(list(running), timeout=0.5)[0]:
                 kind, what = _hear(ray, stream)
                 if kind == "started":
-                    print(f"{running[stream][0].name} on {what}", flush=True)
+                    _say(f"{running[stream][0].name} on {what}")
                     continue
                 one, times = running.pop(stream)
                 if kind == "lost" and times <= options.worker_retries:
-                    print(f"{one.name}: {what}, begun again", flush=True)
+                    _say(f"{one.name}: {what}, begun again")
                     running[_submit(ray, one, options, demand)] = (one, times + 1)
                     continue
                 if kind == "lost":
                     what = {"state": "failed", "error": f"{what} at attempt {times}"}
                 ended, worked = ended + 1, worked + one.work
                 rest = time_left(time.monotonic() - began, worked, total)
-                print(f"[{ended}/{len(cells)}] {one.name} {what['state']}{rest}", flush=True)
+                _say(f"[{ended}/{len(cells)}] {one.name} {what['state']}{rest}")
                 yield one, what | {"attempts": times}
         if stopped.is_set():
             yield from _stop(ray, running)
@@ -166,6 +167,16 @@ def _connected(options: argparse.Namespace) -> Iterator[types.ModuleType]:
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, before)
+
+
+def _say(line: str) -> None:
+    """A line on stdout, in one piece.
+
+    A thread of Ray's writes there too, when a worker died, and `print` would let it in before the
+    end of the line.
+    """
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _submit(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -312,6 +313,14 @@ def test_wrong_options_get_one_line(two_workers, arguments, tmp_path, more, mess
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_line_is_said_in_one_piece(monkeypatch):
+    """Ray's thread may write between two pieces: its word on the death of a worker."""
+    written: list[str] = []
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=written.append, flush=lambda: None))
+    cluster._say("cell: its worker died, begun again")
+    assert written == ["cell: its worker died, begun again\n"]
 
 
 BOX, HOST = {"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0, "TPU": 4.0}
