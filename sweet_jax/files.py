@@ -11,6 +11,14 @@ from typing import Any
 from sweet_jax.config import UserError
 
 
+def expanded(name: str) -> Path:
+    """The path of that name, its ~ as a shell has it. Raises UserError for the ~name of nobody."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` if the block succeeds."""
@@ -68,7 +76,7 @@ def claimed(
 def held(folder: Path, name: str = "workdir") -> Iterator[None]:
     """Holds a directory, made if need be, for one process at a time; errors call it `name`.
 
-    Raises UserError where it is in use or not writable.
+    Raises UserError where it is in use, or cannot be written to or locked.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,9 +88,14 @@ def held(folder: Path, name: str = "workdir") -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"{name} {str(folder)!r} is in use by another run: wait for it, or choose another"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{name} {str(folder)!r} is on a file system without locks ({error.strerror}): "
+                "choose another, or have it mounted with flock"
             ) from error
         yield
 

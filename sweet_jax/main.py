@@ -40,6 +40,7 @@ from sweet_jax import processes
 from sweet_jax.compilation import keep_programs
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.read import one_line
+from sweet_jax.files import expanded
 from sweet_jax.pipeline import run
 
 
@@ -75,7 +76,7 @@ def parse(argv: Sequence[str]) -> Command:
         what = f"unknown argument {unknown[0]!r}: " if unknown else ""
         raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help tells more)")
     joining = (first.coordinator_address, first.num_processes, first.process_id)
-    workdir = Path(first.workdir).expanduser()  # which no shell does after --workdir=
+    workdir = expanded(first.workdir)  # which no shell does after --workdir=
     return Command(_overridden(_recipe(first.config), rest), workdir, joining)
 
 

@@ -91,7 +91,8 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     values = dataclasses.asdict(job.config) | {"data_sha256": job.dataset.digest()}
     identity = {k: str(v) if v == math.inf else v for k, v in values.items()}
     # A run made before there was a key did what the key's default stands for.
-    before = dataclasses.asdict(Config())
+    usual = Config(preset=config.preset, method=config.method)
+    before = dataclasses.asdict(usual.resolved())
     with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS, before)):
         _describe(job)
         outcome = train_and_evaluate(job, workdir)

@@ -33,6 +33,7 @@ from sweet_jax.exits.analysis import (
 )
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.files import expanded
 from sweet_jax.flags import Parser, command, dials, policy_lines
 from sweet_jax.report.tables import exit_lines, individual
 
@@ -57,7 +58,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-    runs = [(name, load(Path(name).expanduser(), options.policy)) for name in options.run]
+    runs = [(name, load(expanded(name), options.policy)) for name in options.run]
     for name, analysis in runs:
         if len(runs) > 1:
             print(f"{name}:")

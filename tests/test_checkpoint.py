@@ -1,6 +1,7 @@
 """Checkpoints: bitwise, the last two kept, and damage seen and stepped over."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sweet_jax.training.checkpoint import Checkpoints, like
+from sweet_jax.training.checkpoint import Checkpoints, like, read_params
 from sweet_jax.training.sharding import by_replica, make_mesh
 
 SHARDING = by_replica(make_mesh(4, 8))
@@ -88,6 +89,35 @@ def test_a_damaged_one_is_passed_over_and_said_so(saved, damage, caplog):
     again.save(3, state(3))
     again.close()
     assert restore(saved)[0] == 3
+
+
+def test_what_a_killed_save_left_is_removed(saved):
+    half = saved / "4.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "3", half)
+    assert restore(saved)[0] == 3
+    assert not half.exists()
+
+
+def test_a_file_that_cannot_be_removed_is_out_of_the_way(saved, monkeypatch):
+    flip(saved)
+    monkeypatch.setattr("sweet_jax.training.checkpoint.shutil.rmtree", lambda *_, **__: None)
+    assert restore(saved)[0] == 2
+    monkeypatch.undo()
+    again = Checkpoints(saved)
+    again.save(3, state(3))
+    again.close()
+    assert restore(saved)[0] == 3
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lose, interrupt])
+def test_another_run_s_newest_is_read_or_none(saved, damage):
+    """What an older one holds, training had not finished."""
+    found = read_params(saved)
+    np.testing.assert_array_equal(found["layers"]["0"], state(3)["params"]["layers"][0])
+    damage(saved)
+    assert read_params(saved) is None
+    shutil.rmtree(saved / "3")
+    assert (read_params(saved) is None) == (damage is not interrupt)  # a digest tells of it
 
 
 def test_without_a_sound_one_training_starts_anew(saved):

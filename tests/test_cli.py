@@ -1,6 +1,7 @@
 """What the train command says of bad input: one line, exit status 2, and nothing written."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
@@ -259,6 +260,21 @@ def test_a_workdir_in_use_is_refused(refused, tmp_path):
     with (workdir / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # the run must ask for the whole directory
         assert "is in use by another run" in refused()
+
+
+def test_a_file_system_without_locks_is_refused(refused, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+
+    def lacks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("sweet_jax.files.fcntl.flock", lacks)
+    assert "without locks (Function not implemented)" in refused()
+
+
+def test_the_home_of_nobody_is_refused(refused):
+    assert "~nobody.at.all/run: Could not determine home" in refused("--workdir=~nobody.at.all/run")
 
 
 @pytest.mark.parametrize("missing", ["--config", "--workdir"])

@@ -109,6 +109,7 @@ def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
         ({"seeds": (0, 7)}, "has the seeds 0,1, not 7"),
         ({"method": "early_exit"}, "grow_from needs exits that are trained independently"),
         ({"grow_from": "nowhere"}, "'nowhere' is not the directory of a run"),
+        ({"grow_from": "~nobody.at.all/run"}, "~nobody.at.all/run: Could not determine home"),
         ({"depth": 3}, "exits must end with depth 3"),
         ({"depth": 9}, "depth is 9, but"),
     ],
@@ -130,6 +131,12 @@ def test_a_base_whose_exits_share_a_pooler_is_refused(base, tmp_path):
 def test_unfinished_and_damaged_runs_are_refused(base, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(base[0], broken)
+    (newest,) = broken.glob("checkpoints/*/*.digest.json")
+    shutil.copytree(newest.with_name("24"), newest.with_name("12"))
+    shutil.copy(newest, newest.with_name("12.digest.json"))
+    newest.write_text("{}")  # the one before has what training had not finished
+    with pytest.raises(UserError, match="has no sound checkpoint"):
+        run(more((broken, base[1])), tmp_path / "grown")
     shutil.rmtree(broken / "checkpoints")
     with pytest.raises(UserError, match="has no sound checkpoint"):
         run(more((broken, base[1])), tmp_path / "grown")

@@ -127,6 +127,17 @@ def test_a_damaged_file_says_so(folder):
         ("bert_small", {"model_type": "gpt2"}, "model_type 'gpt2'; supported are bert, roberta"),
         ("bert_small", {"position_embedding_type": "relative_key"}, "'relative_key'; only 'absol"),
         ("bert_small", {"hidden_act": "swish"}, "activation 'swish'"),
+        (
+            "bert_small",
+            {"num_attention_heads": 0},
+            "num_attention_heads 0, which must be 1 or more",
+        ),
+        ("bert_small", {"vocab_size": -1}, "vocab_size -1, which must be 1 or more"),
+        (
+            "bert_small",
+            {"hidden_dropout_prob": 1.0},
+            "hidden_dropout_prob 1.0, which must be from 0",
+        ),
         ("bert_small", {"is_decoder": True}, "is_decoder True; only False"),
         ("roberta_small", {"add_cross_attention": True}, "add_cross_attention True; only False"),
         ("deberta_base", {"pos_att_type": "c2p|p2p"}, r"pos_att_type 'c2p\|p2p'; supported"),
@@ -154,7 +165,12 @@ PREFIXES = {
     "deberta_base": ("deberta", ["lm_predictions.lm_head.bias", "classifier.weight"]),
     "deberta_v3": (
         "deberta",
-        ["lm_predictions.lm_head.dense.weight", "mask_predictions.dense.bias"],
+        [
+            *("lm_predictions.lm_head.dense.weight", "mask_predictions.dense.bias"),
+            # As in mdeberta-v3-base and deberta-v3-xsmall.
+            "deberta.embeddings.word_embeddings._weight",
+            "deberta.embeddings.position_embeddings._weight",
+        ],
     ),
 }
 
@@ -314,6 +330,24 @@ def test_encoder_inputs_are_checked_and_may_be_left_out():
     for bad in (np.arange(5), np.ones((1, 32), int)):
         with pytest.raises(ValueError, match="input_ids must be"):
             encode(bad)
+    size = open_checkpoint(str(GOLDEN)).config.vocab_size
+    for bad in (size, -1):
+        with pytest.raises(ValueError, match=f"input_ids must be from 0 to {size - 1}"):
+            encode(np.full((1, 4), bad))
+    with pytest.raises(ValueError, match="token_type_ids must be from 0 to 1; got 0 to 2"):
+        encode(ids, None, np.where(ids == 1, 2, 0))
+    inside = jax.jit(lambda ids: encode(ids)[-1])(ids)  # where nothing can be known of values
+    np.testing.assert_allclose(inside, plain[-1], atol=1e-6)
+
+
+def test_a_folder_that_may_not_be_listed_says_so(folder, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    checkpoint = open_checkpoint(str(folder))
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\)"):
+        read_encoder(checkpoint)
 
 
 def test_the_pretrained_encoder_of_the_quickstart_loads():

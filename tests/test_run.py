@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -208,6 +209,7 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
         state.params["heads"]["2"]["classifier"]["bias"][1] = np.inf
         return graphdef, state
 
+    options = options | {"exits": (2, 3)}
     healthy = run(from_mapping(options | {"seeds": (0,)}), tmp_path / "healthy")
     monkeypatch.setattr(initial, poisoned)
     results = run(from_mapping(options | {"seeds": (0, 1)}), tmp_path / "poisoned")
@@ -218,7 +220,11 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
     assert "replica 1 (seed 1, learning rate 0.003), exit 2: loss is not finite, since step 0" in (
         caplog.text
     )
-    assert results["replicas"][1]["temperatures"][1] is None
+    said = re.findall(
+        r"replica 1, exit (\d) of exits_2_3: the loss is not finite at step 0", caplog.text
+    )
+    assert said == ["2"]
+    assert results["replicas"][1]["temperatures"][0] is None
     assert results["best_replica"] == 0
     ours, theirs = (r["replicas"][0]["individual"] for r in (results, healthy))
     assert [row["score"] for row in ours] == [row["score"] for row in theirs]
@@ -309,7 +315,12 @@ def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_de
     assert (tmp_path / "results.json").read_bytes() == before
     run(from_mapping(options | {"checkpoint_every": 7}), tmp_path)
     older = json.loads((tmp_path / "config.json").read_text())
-    for key in ("remat", "attention"):  # which earlier versions did not have
+    for key in (
+        "remat",
+        "attention",
+        "relative",
+        "isolation",
+    ):  # which earlier versions did not have
         del older[key]
     (tmp_path / "config.json").write_text(json.dumps(older))
     with pytest.raises(UserError, match="remat is False there and True here"):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -123,7 +122,7 @@ def _from_files(data_files: str, task: Task) -> list[pa.Table]:
 
 
 def _from_directory(data_dir: str, task: Task) -> list[pa.Table]:
-    folder = Path(data_dir).expanduser() / task.name
+    folder = resolve_path(data_dir) / task.name
     validation = folder / f"{task.validation}.parquet"
     if not validation.exists():
         validation = folder / "validation.parquet"

@@ -12,6 +12,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from sweet_jax.config import UserError
+from sweet_jax.files import expanded
 
 _BLOCK = 1 << 26  # bytes; pyarrow's readers refuse a row longer than one block
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson", ".parquet")
@@ -20,13 +21,11 @@ _SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson", ".parquet")
 def resolve_path(name: str) -> Path:
     """The path a name stands for; `pkg://package/path` is looked up without importing the package.
 
-    Raises UserError when the package is not installed. The path itself may not exist.
+    Raises UserError when the package is not installed, or a ~name is nobody's. The path itself may
+    not exist.
     """
     if not name.startswith("pkg://"):
-        try:
-            return Path(name).expanduser()
-        except RuntimeError as error:  # of ~name
-            raise UserError(f"{name}: {error}") from error
+        return expanded(name)
     package, _, inside = name.removeprefix("pkg://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

@@ -54,6 +54,12 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         self.check_activation("hidden_act")
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} {getattr(self, key)}, which must be 1 or more")
+        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key} {getattr(self, key)}, which must be from 0 to below 1")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size}, not a multiple of its num_attention_heads "

@@ -201,6 +201,7 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
     Returns:
       f(input_ids, attention_mask=None, token_type_ids=None) for integer arrays [B, L]: a tuple of
       float32 [B, L, H], the embeddings' output and then every layer's. Compiled once per shape.
+      It raises ValueError for input that is too long, and for ids that have no row in their table.
 
     Raises:
       UserError: see `open_checkpoint` and `read_encoder`.
@@ -222,6 +223,18 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
             raise ValueError(f"input_ids must be [B, L]{most}; got {ids.shape}")
         mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask)
         types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids)
+        config = checkpoint.config
+        for name, values, rows in (
+            ("input_ids", ids, config.vocab_size),
+            ("token_type_ids", types, config.type_vocab_size),
+        ):
+            # Inside another program the values are not known; jax would read NaN for them.
+            known = rows and values.size and not isinstance(values, jax.core.Tracer)
+            if known and not 0 <= int(values.min()) <= int(values.max()) < rows:
+                raise ValueError(
+                    f"{name} must be from 0 to {rows - 1}; got {values.min()} to {values.max()}: "
+                    "are they another tokenizer's?"
+                )
         return run(params, ids, mask.astype(bool), types.astype(jnp.int32))
 
     return encode

@@ -18,7 +18,10 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
     Raises UserError when there are neither, or a file is damaged or may not be read.
     """
-    found = {path.name.removesuffix(".index.json") for path in folder.iterdir()}
+    try:
+        found = {path.name.removesuffix(".index.json") for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"{str(folder)!r} cannot be listed ({error.strerror})") from error
     if _PICKLE in found and _SAFE not in found:
         return _read_files(folder, _PICKLE, _read_pickle)
     return _read_files(folder, _SAFE, safetensors.numpy.load_file)

@@ -31,7 +31,9 @@ class Checkpoints:
         self._manager = _Manager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=LatestN(2), enable_async_checkpointing=False
+                preservation_policy=LatestN(2),
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,  # what a process killed while saving left
             ),
         )
 
@@ -39,7 +41,10 @@ class Checkpoints:
         """Saves a pytree of arrays as of `step`, unless that is saved already."""
         if step in self._manager.all_steps():
             return
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        if not self._manager.save(step, args=ocp.args.StandardSave(state)):
+            raise RuntimeError(
+                f"step {step} was not saved in {self._folder}: is there a later one?"
+            )
         self._manager.wait_until_finished()
         wait_for_all("saved")
         if is_first():
@@ -72,7 +77,11 @@ class Checkpoints:
                 self._folder,
                 "the one before" if step > min(self._manager.all_steps()) else "the start",
             )
-            shutil.rmtree(self._folder / str(step), ignore_errors=True)
+            # Out of the way even where a file cannot be removed, as on NFS while it is open.
+            aside = self._folder / f".unsound-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / str(step)).rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
             _digest_path(self._folder, step).unlink(missing_ok=True)
             self._manager.reload()
         return -1
@@ -89,13 +98,14 @@ class _Manager(ocp.CheckpointManager):
 
 
 def read_params(folder: Path) -> Any | None:
-    """Parameters of the newest sound checkpoint in a folder that is another run's, None for none.
+    """Parameters of the newest checkpoint in a folder that is another run's, None for no sound one.
 
-    A tree of NumPy arrays, its keys all text; nothing is written.
+    None too where an older one is sound: it holds what training had not finished. A tree of NumPy
+    arrays, its keys all text; nothing is written.
     """
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    newest = next((s for s in sorted(steps, reverse=True) if _is_sound(folder, s)), None)
-    if newest is None:
+    names = {path.name.removesuffix(".digest.json") for path in folder.glob("*")}
+    newest = max((int(name) for name in names if name.isdigit()), default=None)
+    if newest is None or not _is_sound(folder, newest):
         return None
     path = (folder / str(newest) / "default").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.files import expanded
 
 # What the answers of the exits, or the rows they are calibrated on, depend on.
 _SAME = (
@@ -35,8 +36,8 @@ _SAME = (
 
 
 def base_directory(config: Config) -> Path:
-    """The directory of the run that a config grows from."""
-    return Path(config.grow_from).expanduser()
+    """The directory of the run that a config grows from. Raises UserError for a ~name of nobody."""
+    return expanded(config.grow_from)
 
 
 def base_of(config: Config, data_sha256: str | None = None) -> Config | None:

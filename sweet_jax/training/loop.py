@@ -63,6 +63,7 @@ def take_steps(
     span: Span,
     metrics: MetricsLog | None,
     bar: tqdm,
+    exits: Sequence[int],
     save: Callable[[int, Any], None],
 ) -> Any:
     """Takes the steps; metrics are read some steps late, so that no device waits for them.
@@ -74,6 +75,7 @@ def take_steps(
       span: which steps.
       metrics: the log, None for none.
       bar: its total is that of all steps from 0.
+      exits: layer numbers, for what is said of an exit.
       save: saves a state as of a step.
 
     Returns:
@@ -100,7 +102,7 @@ def take_steps(
                 if (replica, index) not in diverged:
                     log.warning(
                         "replica %d, exit %d of %s: the loss is not finite at step %d",
-                        replica, index + 1, bar.desc, number,
+                        replica, exits[index], bar.desc, number,
                     )  # fmt: skip
                 diverged.add((replica, index))
             metrics.add(number, number // span.epoch, length, values)

@@ -104,6 +104,7 @@ def fit(
                 span,
                 metrics,
                 bar,
+                training.exits,
                 lambda step, parts: checkpoints.save(step, plan.whole(parts)),
             )
     params = gathered(config, plan.whole(parts).params)
