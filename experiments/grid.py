@@ -76,6 +76,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
             values[key] = tuple(_number(key, kind, v) for v in split_names(getattr(options, key)))
     for text in options.set:
         key, _, value = text.partition("=")
+        if key in ("task", "method"):
+            raise UserError(f"--set {text} would be every cell's: use --{key}s={value}")
         try:
             values[key] = json.loads(value)
         except ValueError:
@@ -100,19 +102,22 @@ def refuse_twins(cells: Iterable[Cell]) -> None:
 
 
 def chosen_tasks(options: argparse.Namespace) -> tuple[str, ...]:
-    """The tasks of the options. Raises UserError for one that is not GLUE's."""
-    tasks = split_names(options.tasks)
-    for task in tasks:
-        check_choice("task", task, GLUE)
-    return tasks
+    """The tasks of the options. Raises UserError for one that is not GLUE's, or is there twice."""
+    return _chosen("task", options.tasks, GLUE)
 
 
 def chosen_methods(options: argparse.Namespace) -> tuple[str, ...]:
-    """The methods of the options. Raises UserError for one that there is not."""
-    methods = split_names(options.methods)
-    for method in methods:
-        check_choice("method", method, METHODS)
-    return methods
+    """The methods of the options. Raises UserError for one that there is not, or is there twice."""
+    return _chosen("method", options.methods, METHODS)
+
+
+def _chosen(what: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
+    names = split_names(text)
+    for name in names:
+        check_choice(what, name, known)
+    if len(set(names)) < len(names):
+        raise UserError(f"--{what}s must be distinct; got {text!r}")
+    return names
 
 
 def method_cells(options: argparse.Namespace) -> list[Cell]:
@@ -133,6 +138,8 @@ def command(options: argparse.Namespace, script: str) -> str:
     words = [f"--model={options.model}"]
     words += [f"--{k}={v}" for k, v in values.items() if k not in usual or v != usual[k]]
     words += [f"--set {text}" for text in options.set]
+    if options.output != _output(options):
+        words.append(f"--output={options.output}")
     return f"python -m experiments.{script} {' '.join(words)}"
 
 
@@ -155,7 +162,11 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     add("--exits", help="instead of the model's")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other config key")
     add("--output", type=Path, help="default: experiments/results/MODEL")
-    add("--workdir", type=Path, help="of unfinished runs; default: runs/experiments/MODEL")
+    add(
+        "--workdir",
+        type=Path,
+        help="of unfinished runs; default: runs/experiments/ and the name of --output",
+    )
     add("--retry", action="store_true", help="run failed cells again")
     add("--render_only", action="store_true", help="run nothing, use the cells that are done")
     add("--list", action="store_true", help="print what is done, failed and missing, and stop")
@@ -180,8 +191,9 @@ def main(
     for flag, how in (extra or {}).items():
         made.add_argument(flag, **how)
     options = made.parse_args(argv)
-    options.output = options.output or Path("experiments/results") / options.model
-    options.workdir = options.workdir or Path("runs/experiments") / options.model
+    options.output = options.output or _output(options)
+    # Of an output its own: cells of other options have the same names.
+    options.workdir = options.workdir or Path("runs/experiments") / options.output.name
     try:
         cells = cells_of(options)
         refuse_twins(cells)
@@ -246,6 +258,10 @@ def _here(
         print(f"[{number}/{len(cells)}] {one.name}{rest}", flush=True)
         yield one, attempt(one, options.output, options.workdir)
         worked += one.work
+
+
+def _output(options: argparse.Namespace) -> Path:
+    return Path("experiments/results") / options.model
 
 
 def _states(output: Path) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from experiments.comparison import (
     spread,
     texts,
 )
-from experiments.grid import chosen_tasks, main, method_cells, settings
+from experiments.grid import MODELS, chosen_tasks, main, method_cells, settings
 from experiments.rendering import Section, missing_note, renderer
 
 
@@ -52,9 +52,13 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
         if len(means[method]) > 1:
             mean = [f"{v:.1f}" for v in np.mean(means[method], axis=0)]
             rows.append([f"mean of {len(means[method])} tasks", title, *mean, ""])
-    for method, theirs in paper.INDIVIDUAL.get(options.model, {}).items():
+    # Of a model that the paper has not, its smallest table that is whole.
+    other = options.model if options.model in paper.INDIVIDUAL else "deberta-base"
+    layers = MODELS[other]["exits"]
+    for method, theirs in paper.INDIVIDUAL[other].items() if len(exits) == len(layers) else ():
         known = ["" if v is None else f"{v:.1f}" for v in theirs]
-        rows.append(["paper, mean of 7 tasks", paper.NAMES[method], *known, "3"])
+        title = f"paper, {other}, exits {', '.join(map(str, layers))}, mean of 7 tasks"
+        rows.append([title, paper.NAMES[method], *known, "3"])
     names = [cell.name for cell in method_cells(options)]
     return Section(
         "individual",

@@ -46,9 +46,13 @@ RULES = (
     ("PCEE, isotonic", "pcee_isotonic", False),
     ("PCEE-WS", "pcee_ws", False),
 )
+MEASURES = ("error", "achieved - asked", "cost")
+LINES = {"sweet": "-", "multi_model": "--", "early_exit": ":"}
 COLOURS = ("#c0392b", "#e8833a", "#7f7f7f", "#440154", "#3b528b", "#21918c", "#5ec962")
 TARGETS = np.linspace(0.1, 0.9, 5)  # of the way from the first exit's accuracy to the last one's
 LIMITS, LEVEL = (0.02, 0.05, 0.1), 0.95
+# By task and method, of each seed [rules, measures].
+Errors = dict[tuple[str, str], dict[int, np.ndarray]]
 _LEAST_GAIN = 0.01  # of the last exit on the first: below, no target is worth asking for
 
 
@@ -112,15 +116,14 @@ def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.nd
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Control error by rule and task, its figure, and the certificates."""
+    """Control error by rule, task and method, its figure, and the certificates."""
     figure, axes = panels(len(chosen_tasks(options)))
-    errors: dict[tuple[str, int], list[np.ndarray]] = {}
-    counted: dict[tuple[str, float], list[np.ndarray]] = {}
+    errors: Errors = {}
+    counted: dict[tuple[str, str, float], list[np.ndarray]] = {}
     left_out: list[str] = []
     for task, one in zip(chosen_tasks(options), axes, strict=True):
-        curves = []
         for method in paper.NAMES:
-            name = f"{task}-{method}"
+            curves, name = [], f"{task}-{method}"
             for replica in chosen(records[name]) if name in records else ():
                 index = records[name]["replicas"].index(replica)
                 rows = pooled(options.output / "outputs" / name, index)
@@ -128,34 +131,32 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
                 right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)
                 drawn = violations(rows, 400, options.splits, seed)
                 for limit, found in zip(LIMITS, drawn, strict=True):
-                    counted.setdefault((task, limit), []).append(found)
+                    counted.setdefault((task, method, limit), []).append(found)
                 if right[-1] - right[0] < _LEAST_GAIN:
                     left_out.append(f"{name} seed {replica['seed']}")
                     continue
                 targets = right[0] + TARGETS * (right[-1] - right[0])
                 found = control(rows, targets, options.splits, seed)
                 curves.append((targets, found[..., 0].mean(axis=-1)))
-                key = (task, replica["seed"])
-                errors.setdefault(key, []).append(_errors(found, targets))
-        _draw(one, task, curves, done=any(f"{task}-{m}" in records for m in paper.NAMES))
+                errors.setdefault((task, method), {})[replica["seed"]] = _errors(found, targets)
+            _draw(one, method, curves)
+        _finish(one, task, done=any(f"{task}-{m}" in records for m in paper.NAMES))
     legend(axes, size=6)
+    omitted = f" Left out, the last exit gains less than a point: {', '.join(left_out)}."
     return [
         Section(
             "pcee_control",
             f"Is the dial an accuracy? {options.model}",
             f"Points of accuracy, over {options.splits} splits and five targets between the first "
-            "and the last exit's accuracy; means over methods, and over tasks, seed by seed, with "
-            "their 95% interval over seeds. Error: "
-            "achieved against asked, absolute. Below: share of splits and targets whose untouched "
-            "rows fall short of it. Cost: share of the full model's layers. Rows are finite: "
-            "a rule that hit its target exactly would still err by about a standard error of the "
-            "rows."
-            + (
-                f" Left out, the last exit gains less than a point: {', '.join(left_out)}."
-                if left_out
-                else ""
+            "and the last exit's accuracy; mean and 95% interval over seeds. Error: achieved "
+            "against asked, absolute. Cost: share of the full model's layers, which Multi-Model "
+            "may exceed. Rows are finite: a rule that hit its target exactly would still err by "
+            "about a standard error of the rows. In the figure Early-Exit is dotted and "
+            f"Multi-Model dashed.{omitted if left_out else ''}{_whole_note(errors)}",
+            (
+                *("task", "rule"),
+                *(f"{name}: {what}" for name in paper.NAMES.values() for what in MEASURES),
             ),
-            ("task", "rule", "error", "achieved - asked", "below", "cost"),
             _error_rows(errors),
             figure if errors else None,
         ),
@@ -163,33 +164,40 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "certified",
             f"Certified thresholds, {options.model}",
             f"Loss against the last exit of at most the limit, confidence {LEVEL:g}: how often "
-            f"400 calibration rows drawn anew ({options.splits} draws of each seed and method) "
-            "certify a threshold at all, how often the promise is broken in all held-out rows "
-            "(Wilson's 95% interval; it must not lie above 5%), and the mean cost, 1 where nothing "
-            "was certified.",
-            ("task", "loss at most", "certified", "broken", "cost"),
+            f"400 calibration rows drawn anew ({options.splits} draws of each seed) certify a "
+            "threshold at all, how often the promise is broken in all held-out rows (Wilson's 95% "
+            "interval; it must not lie above 5%), and the mean cost, the last exit's where nothing "
+            "was certified (Multi-Model's is above 1).",
+            ("task", "method", "loss at most", "certified", "broken", "cost"),
             _violation_rows(counted, options.splits),
         ),
     ]
 
 
-def _draw(axes, task: str, curves: Sequence[tuple[np.ndarray, np.ndarray]], *, done: bool) -> None:
-    """Achieved against asked: of each cell and seed targets [T], and what rules got [rules, T]."""
+def _draw(axes, method: str, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Achieved against asked: of each seed targets [T], and what the rules got [rules, T]."""
     for number, (title, _, _) in enumerate(RULES):
-        for at, (targets, achieved) in enumerate(curves):
+        for targets, achieved in curves:
+            known = axes.get_legend_handles_labels()[1]
             axes.plot(
                 100 * targets,
                 100 * achieved[number],
-                "o-",
+                LINES[method],
+                marker="o",
                 ms=2,
                 lw=0.8,
                 color=COLOURS[number],
-                label=title if at == 0 else None,
+                label=None if title in known else title,
             )
-    if not curves:
+
+
+def _finish(axes, task: str, *, done: bool) -> None:
+    """The diagonal, names, and why there is nothing where there is nothing."""
+    asked = [x for line in axes.lines for x in line.get_xdata()]
+    if not asked:
         why = "no last exit gains a point" if done else "not done yet"
         axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center")
-    start = 100 * curves[0][0][0] if curves else 50  # within the axes, which it widens
+    start = min(asked, default=50)  # within the axes, which it widens
     axes.axline((start, start), slope=1, color="#bbbbbb", lw=1, zorder=0)
     axes.set_title(task)
     axes.set_xlabel("accuracy asked for (%)")
@@ -197,42 +205,61 @@ def _draw(axes, task: str, curves: Sequence[tuple[np.ndarray, np.ndarray]], *, d
 
 
 def _errors(found: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(error, signed error, share below, cost) of each rule, [rules, 4], of `control`'s answer."""
+    """(error, signed error, cost) of each rule, [rules, 3], of `control`'s answer."""
     gap = found[..., 0] - targets[:, None]  # [rules, T, splits]
-    each = (100 * np.abs(gap), 100 * gap, 100.0 * (gap < -1e-12), found[..., 1])
+    each = (100 * np.abs(gap), 100 * gap, found[..., 1])
     return np.stack([value.mean(axis=(1, 2)) for value in each], axis=-1)
 
 
-def _error_rows(errors: dict[tuple[str, int], list[np.ndarray]]) -> list[list[str]]:
-    """A row for each task and rule, and the mean of all; errors by task and seed."""
+def _whole(errors: Errors) -> dict[str, list[str]]:
+    """Of each method the tasks of which no seed is left out: means over them are comparable."""
+    most = max(map(len, errors.values()), default=0)
+    found: dict[str, list[str]] = {}
+    for (task, method), of_seed in errors.items():
+        if len(of_seed) == most:
+            found.setdefault(method, []).append(task)
+    return found
+
+
+def _whole_note(errors: Errors) -> str:
+    if len({task for task, _ in errors}) < 2:
+        return ""
+    said = (f"{paper.NAMES[m]} {', '.join(tasks)}" for m, tasks in _whole(errors).items())
+    return f" Mean of tasks, those without a seed left out: {'; '.join(said)}."
+
+
+def _error_rows(errors: Errors) -> list[list[str]]:
+    """A row for each task and rule, and the mean over tasks, taken seed by seed."""
     tasks = list(dict.fromkeys(task for task, _ in errors))
+    whole = _whole(errors)
     rows = []
-    for task in [*tasks, *(["all"] if len(tasks) > 1 else [])]:
-        of_seed: dict[int, list[np.ndarray]] = {}
-        for (t, seed), each in errors.items():
-            if task in (t, "all"):
-                of_seed.setdefault(seed, []).append(np.mean(each, axis=0))
-        every = np.stack([np.mean(each, axis=0) for each in of_seed.values()])
-        for number, (title, _, _) in enumerate(RULES):
-            values = every[:, number]  # [S, 4]
-            error, signed, below, cost = values.T
-            texts = (interval(error), interval(signed, sign=True), f"{below.mean():.0f}%")
-            rows.append([task, title, *texts, f"{cost.mean():.3f}"])
+    for title in [*tasks, *(["mean of tasks"] if len(tasks) > 1 else [])]:
+        for number, (rule, _, _) in enumerate(RULES):
+            texts: list[str] = []
+            for method in paper.NAMES:
+                of = [title] if title in tasks else whole.get(method, [])
+                every = [errors[task, method] for task in of if (task, method) in errors]
+                if not every:
+                    texts += ["", "", ""]
+                    continue
+                values = np.mean([[e[seed][number] for seed in e] for e in every], axis=0)  # [S, 3]
+                error, signed, cost = values.T
+                texts += [interval(error), interval(signed, sign=True), f"{cost.mean():.3f}"]
+            rows.append([title, rule, *texts])
     return rows
 
 
 def _violation_rows(
-    counted: dict[tuple[str, float], list[np.ndarray]], draws: int
+    counted: dict[tuple[str, str, float], list[np.ndarray]], draws: int
 ) -> list[list[str]]:
     rows = []
-    for (task, limit), every in counted.items():
+    for (task, method, limit), every in counted.items():
         certified, broken, cost = np.stack(every).T
         total = draws * len(every)
         low, high = wilson_interval(np.asarray(broken.sum()), total)
         rows.append(
             [
-                task,
-                f"{100 * limit:g}%",
+                *(task, paper.NAMES[method], f"{100 * limit:g}%"),
                 f"{100 * certified.sum() / total:.0f}%",
                 f"{100 * broken.sum() / total:.1f}% [{100 * low:.1f}, {100 * high:.1f}]",
                 f"{cost.mean():.3f}",

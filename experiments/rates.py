@@ -25,7 +25,7 @@ _ORDER = ("early_exit", "multi_model", "sweet")  # the paper's
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Chosen rates, the area of every rate, and the paper's choice."""
+    """Chosen rates, the area of every rate, and the paper's choice for its own models."""
     theirs = dict(zip(paper.TASKS, paper.RATES.get(options.model, ()), strict=False))
     rows = []
     for task in chosen_tasks(options):
@@ -40,15 +40,21 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
                     np.nan if found is None else 100 * found
                 )
             every = ", ".join(f"{rate:g}: {np.mean(a):.1f}" for rate, a in by_rate.items())
-            known = f"{theirs[task].split()[place]}e-5" if task in theirs else ""
-            rows.append([task, paper.NAMES[method], f"{record['learning_rate']:g}", every, known])
+            known = [f"{theirs[task].split()[place]}e-5"] if theirs else []
+            rows.append([task, paper.NAMES[method], f"{record['learning_rate']:g}", every, *known])
     return [
         Section(
             "rates",
             f"Chosen learning rates, {options.model} (table 2)",
             "Area: mean score in per cent over the costs that the method can spend, mean over "
             f"seeds, on the rows fitted on. {_ranges(options)}",
-            ("task", "method", "chosen", "area of each rate", "paper's choice"),
+            (
+                "task",
+                "method",
+                "chosen",
+                "area of each rate",
+                *(["paper's choice"] if theirs else []),
+            ),
             rows,
         )
     ]

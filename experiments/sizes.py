@@ -93,7 +93,8 @@ def _rows(record: Record) -> int:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    extra = {"--sizes": {"default": SIZES, "help": "training rows; default: %(default)s"}}
+    said = "training rows, of which those below the full subset's are run; default: %(default)s"
+    extra = {"--sizes": {"default": SIZES, "help": said}}
     return grid.main(__doc__, cells, renderer("sizes", sections), argv, extra)
 
 

@@ -111,6 +111,27 @@ def test_control_finds_what_is_achieved():
     assert np.all(np.diff(certified[:, 2]) <= 1e-12)  # a looser promise is never dearer
 
 
+def test_control_is_told_by_method_and_its_mean_over_tasks_by_seed():
+    rules = len(pcee_control.RULES)
+    each = {seed: np.full((rules, 3), 1.0 + seed) for seed in range(3)}
+    errors = {
+        ("sst2", "sweet"): each,
+        ("rte", "sweet"): {seed: 3 * found for seed, found in each.items()},
+        ("sst2", "early_exit"): {seed: 10 * found for seed, found in each.items()},
+        ("rte", "early_exit"): {0: each[0]},  # the others were left out
+    }
+    assert pcee_control._whole(errors) == {"sweet": ["sst2", "rte"], "early_exit": ["sst2"]}
+    rows = pcee_control._error_rows(errors)
+    assert len(rows) == 3 * rules  # two tasks and their mean
+    assert rows[0][:2] == ["sst2", "confidence, as it is"]
+    assert rows[0][2:5] == ["", "", ""]  # Multi-Model has none
+    assert rows[0][5:] == [
+        *("20.0 ± 24.8", "+20.0 ± 24.8", "20.000"),
+        *("2.0 ± 2.5", "+2.0 ± 2.5", "2.000"),
+    ]
+    assert rows[-1][5:] == [*rows[0][5:8], "4.0 ± 5.0", "+4.0 ± 5.0", "4.000"]
+
+
 def test_at_equal_cost_the_threshold_is_the_calibration_rows_best(tmp_path):
     tables = known_table(300, seed=2)[0], known_table(500, seed=3)[0]
     for split, rows in zip(("calibration", "validation"), tables, strict=True):

@@ -202,7 +202,10 @@ def test_control_of_accuracy_from_what_is_done(finished):
     assert pcee_control.run([*finished, "--splits=4", "--render_only"]) == 0
     text = (output(finished) / "tables" / "pcee_control.md").read_text()
     assert "Is the dial an accuracy?" in text
-    assert text.count("| sst2 | 2% |") == text.count("| sst2 | 10% |") == 1
+    for method in ("Multi-Model", "Early-Exit", "SWEET"):
+        assert text.count(f"| sst2 | {method} | 2% |") == 1
+        assert f"| {method}: error |" in text
+    assert text.count("| sst2 | PCEE, isotonic |") == 1
     assert (output(finished) / "figures" / "pcee_control.png").exists()
     assert render.run(finished) == 0  # takes it over, without its minutes
     assert "Is the dial an accuracy?" in (output(finished) / "index.html").read_text()
@@ -401,6 +404,8 @@ def test_every_script_documents_its_command():
     ("more", "message"),
     [
         (["--tasks=sst3"], "did you mean 'sst2'"),
+        (["--tasks=sst2,cola,sst2"], "--tasks must be distinct; got 'sst2,cola,sst2'"),
+        (["--set", "task=cola"], "use --tasks=cola"),
         (["--methods=sweat"], "did you mean 'sweet'"),
         (["--seeds=a"], "--seeds must be numbers"),
         (["--set", "epoch=3"], "did you mean 'epochs'"),
