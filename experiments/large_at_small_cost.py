@@ -12,8 +12,8 @@ each segment of the deep one, whose answer must reach the host before the next m
 
 Cost: that of experiments.individual, whose cells it trains where they are missing (--render_only:
 none); the clock takes about half a minute. Writes OUTPUT/tables/large_at_small_cost.md. Expected,
-if the claim carries over: the deep model ahead at every depth. Seen with minilm-l6 on SST-2: level
-at 1 and 2 layers, behind at 4.
+if the claim carries over: the deep model ahead at every depth. Seen with minilm-l6 on SST-2: SWEET
+level at 1 layer, not told apart at 2, behind at 4.
 """
 
 import argparse
