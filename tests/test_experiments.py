@@ -1,9 +1,12 @@
 """The experiments end to end on a tiny model: what they run, resume, write and refuse."""
 
+import argparse
 import importlib
 import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -126,6 +129,42 @@ def test_tables_say_what_the_records_say(finished, capsys):
     cells = [f"{m:.1f} ± {s:.1f}{x}" for m, s, x in zip(means, deviations, stars, strict=True)]
     assert f"| sst2 | SWEET | {' | '.join(cells)} | 2 x 40 |" in text
     assert text in capsys.readouterr().out
+
+
+def test_the_command_in_a_table_makes_it(finished, capsys):
+    assert individual.run(finished) == 0
+    made = re.search(r"Made by python -m experiments\.individual (.*?) \(", capsys.readouterr().out)
+    assert made
+    data = [option for option in finished if option.startswith("--data_dir=")]
+    assert individual.run([*shlex.split(made[1]), *data, "--list"]) == 0
+    assert "done  sst2-sweet" in capsys.readouterr().out
+
+
+def test_an_output_has_a_workdir_of_its_own():
+    seen: list[argparse.Namespace] = []
+    for output in ("some/where", "some/where-else"):
+        options = ["--render_only", f"--output={output}"]
+        grid.main(None, lambda _: [], lambda options, _: seen.append(options), options)
+    assert [str(o.workdir) for o in seen] == [
+        *("runs/experiments/where", "runs/experiments/where-else")
+    ]
+
+
+def test_the_paper_s_numbers_stand_beside_those_of_any_model():
+    options = grid.parser(None).parse_args([])
+    rows = individual.sections(options, {})[0].rows
+    title = "paper, deberta-base, exits 1, 4, 6, 12, mean of 7 tasks"
+    assert rows[1] == [title, "Early-Exit", "52.3", "70.9", "77.9", "81.7", "3"]
+    options = grid.parser(None).parse_args(["--model=deberta-large"])
+    assert individual.sections(options, {})[0].rows[2][-2] == "82.7"
+    options = grid.parser(None).parse_args(["--exits=1,6"])  # other columns
+    assert individual.sections(options, {})[0].rows == []
+
+
+def test_gradients_of_another_encoder_have_a_folder_of_their_own():
+    assert conflict.parse([]).output == "experiments/results/minilm-l6/conflict"
+    other = conflict.parse(["--checkpoint=bert-base-uncased", "--exits=1,4,6,12"])
+    assert other.output == "experiments/results/bert-base-uncased/conflict"
 
 
 def test_a_second_start_runs_nothing(finished, monkeypatch):
