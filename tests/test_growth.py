@@ -88,6 +88,19 @@ def test_the_saved_model_holds_the_earlier_exits_as_they_were(base, tmp_path):
 
 
 @pytest.mark.slow
+def test_groups_of_devices_grow_it_as_all_devices_do(base, tmp_path):
+    logits = {}
+    for parallel in (False, True):
+        run(more(base, exits=(1, 2, 3, 4), segment_parallel=parallel), tmp_path / str(parallel))
+        outputs = ExitOutputs.load(tmp_path / str(parallel) / "exit_outputs" / "validation.npz")
+        logits[parallel] = outputs.logits
+    before = ExitOutputs.load(base[0] / "exit_outputs" / "validation.npz").logits
+    np.testing.assert_array_equal(logits[True][:, :2], before)
+    np.testing.assert_allclose(logits[True], logits[False], rtol=0, atol=1e-4)
+    assert np.abs(logits[True][:, 2:]).max() > 1e-2
+
+
+@pytest.mark.slow
 def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
     shutil.copytree(base[0], tmp_path / "base")
     run(more((tmp_path / "base", base[1]), exits=(1, 2, 3), depth=3), tmp_path / "first")

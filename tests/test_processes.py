@@ -132,6 +132,18 @@ def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path)
 
 
 @pytest.mark.slow
+def test_segments_on_two_processes_are_those_of_one_device(options, tmp_path):
+    """Four devices: groups of one, so that hidden states go from one process to the other."""
+    config = recipe(tmp_path, options, segment_parallel=True)
+    both = ended(start_two(config, tmp_path / "run"))
+    assert [status for status, _, _ in both] == [0, 0], both
+    alone = start(config, tmp_path / "alone", 1, "--config.segment_parallel=False")
+    status, _, errors = ended([alone])[0]
+    assert status == 0, errors
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tmp_path):
     """Two replicas, one in each process; the second of two trainings is stopped, then killed."""
     changes = {"seeds": (0, 1), "method": "multi_model", "exits": (1, 3)}
