@@ -48,6 +48,7 @@ RULES = (
     ("PCEE-WS", "pcee_ws", False),
 )
 MEASURES = ("error", "achieved - asked", "cost")
+# Of the figure, and in the order of the table's columns.
 LINES = {"sweet": "-", "multi_model": "--", "early_exit": ":"}
 COLOURS = ("#c0392b", "#e8833a", "#7f7f7f", "#440154", "#3b528b", "#21918c", "#5ec962")
 TARGETS = np.linspace(0.1, 0.9, 5)  # of the way from the first exit's accuracy to the last one's
@@ -156,7 +157,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             f"Multi-Model dashed.{omitted if left_out else ''}{_whole_note(errors)}",
             (
                 *("task", "rule"),
-                *(f"{name}: {what}" for name in paper.NAMES.values() for what in MEASURES),
+                *(f"{paper.NAMES[method]}: {what}" for method in LINES for what in MEASURES),
             ),
             _error_rows(errors),
             figure if errors else None,
@@ -237,7 +238,7 @@ def _error_rows(errors: Errors) -> list[list[str]]:
     for title in [*tasks, *(["mean of tasks"] if len(tasks) > 1 else [])]:
         for number, (rule, _, _) in enumerate(RULES):
             texts: list[str] = []
-            for method in paper.NAMES:
+            for method in LINES:
                 of = [title] if title in tasks else whole.get(method, [])
                 every = [errors[task, method] for task in of if (task, method) in errors]
                 if not every:
