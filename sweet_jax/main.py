@@ -66,10 +66,8 @@ def parse(argv: Sequence[str]) -> Command:
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     if first.help:
-        print(__doc__)
-        print("Keys and their defaults:")
-        for field in dataclasses.fields(Config):
-            print(f"  {field.name} = {field.default!r}")
+        keys = (f"  {field.name} = {field.default!r}" for field in dataclasses.fields(Config))
+        print("\n".join([__doc__, "Keys and their defaults:", *keys]))  # at once: | head ends it
         raise SystemExit(0)
     if not first.config or not first.workdir:
         unknown = [text for text in rest[1:] if not text.startswith("--config.")]

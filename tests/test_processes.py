@@ -133,7 +133,7 @@ def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path)
 
 @pytest.mark.slow
 def test_segments_on_two_processes_are_those_of_one_device(options, tmp_path):
-    """Four devices: groups of one, so that hidden states go from one process to the other."""
+    """Two groups of two devices, one in each process: hidden states cross between them."""
     config = recipe(tmp_path, options, segment_parallel=True)
     both = ended(start_two(config, tmp_path / "run"))
     assert [status for status, _, _ in both] == [0, 0], both

@@ -308,12 +308,8 @@ def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_de
     assert (tmp_path / "results.json").read_bytes() == before
     run(from_mapping(options | {"checkpoint_every": 7}), tmp_path)
     older = json.loads((tmp_path / "config.json").read_text())
-    for key in (
-        "remat",
-        "attention",
-        "relative",
-        "isolation",
-    ):  # which earlier versions did not have
+    # As if an earlier version had not had them.
+    for key in ("remat", "attention", "relative", "isolation"):
         del older[key]
     (tmp_path / "config.json").write_text(json.dumps(older))
     with pytest.raises(UserError, match="remat is False there and True here"):
