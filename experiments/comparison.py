@@ -14,7 +14,10 @@ from sweet_jax.exits.scores import mean_interval
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
 
-DIVERGED = "A star: an exit that diverged, or answers one class only, of at least one seed."
+DIVERGED = (
+    "A star: an exit that diverged, or answers one class only, of at least one seed; (n=..): of so "
+    "many seeds, the others' answers were not finite."
+)
 PAIRED = (
     "Points, paired by seed, mean and 95% interval over seeds (Student), in bold where it leaves "
     "out zero. Chosen: each at the rate that its own area chose; below, both at one rate, where "
@@ -27,9 +30,13 @@ def chosen(record: Record) -> list[Mapping[str, Any]]:
 
     Without those whose answers are not finite, which have no area, unless that is all of them.
     """
-    found = [r for r in record["replicas"] if r["learning_rate"] == record["learning_rate"]]
+    found = _at_its_rate(record)
     sound = [r for r in found if r["calibration_area"] is not None]
     return sorted(sound or found, key=lambda r: r["seed"])
+
+
+def _at_its_rate(record: Record) -> list[Mapping[str, Any]]:
+    return [r for r in record["replicas"] if r["learning_rate"] == record["learning_rate"]]
 
 
 def at_rate(record: Record, rate: float) -> Record:
@@ -82,12 +89,19 @@ def texts(
     of: Callable[[Record], np.ndarray] = exits_and_area,
     as_text: Callable[[np.ndarray], str] | None = None,
 ) -> list[str]:
-    """of(record) column by column as text (`interval`), exits that diverged with a star."""
+    """of(record) column by column as text (`interval`), exits that diverged with a star.
+
+    Where a seed is left out (see `chosen`), its exits have their star too, and every column says
+    how many seeds it is of.
+    """
     layers = [e["layer"] for e in record["replicas"][0]["individual"]]
-    bad = {d["exit"] for r in chosen(record) for d in r["diverged"]}
+    every, left = _at_its_rate(record), len(chosen(record))
+    bad = {d["exit"] for r in every for d in r["diverged"]}
     found = [(as_text or interval)(column) for column in of(record).T]
     return [
-        text + "*" * (place < len(layers) and layers[place] in bad)
+        text
+        + "*" * (place < len(layers) and layers[place] in bad)
+        + f" (n={left})" * (left < len(every))
         for place, text in enumerate(found)
     ]
 
@@ -98,11 +112,18 @@ def paired(records: Sequence[Record], of: Callable[[Record], np.ndarray]) -> np.
     Of four records (one - other) - (third - fourth).
     """
     values = [dict(zip((r["seed"] for r in chosen(x)), of(x), strict=True)) for x in records]
-    seeds = sorted(set.intersection(*map(set, values)))
     signs = (1, -1, -1, 1)[: len(records)]
     return np.asarray(
-        [sum(s * of_seed[n] for s, of_seed in zip(signs, values, strict=True)) for n in seeds]
+        [
+            sum(sign * of_seed[seed] for sign, of_seed in zip(signs, values, strict=True))
+            for seed in common_seeds(records)
+        ]
     )
+
+
+def common_seeds(records: Sequence[Record]) -> list[int]:
+    """The seeds that all the records have, ascending."""
+    return sorted(set.intersection(*({r["seed"] for r in chosen(x)} for x in records)))
 
 
 def differences(
@@ -133,14 +154,17 @@ def _rows(
     label: str,
 ) -> list[list[str]]:
     """A row for each task and one for their mean, taken seed by seed as the interval is."""
-    rows, every = [], []
+    rows, every, of_task = [], [], []
     for task, given in pairs.items():
         if all(map(chosen, given)) and len(gaps := paired(given, of)):  # [S, columns]
             every.append(gaps)
+            of_task.append(common_seeds(given))
             rates = ", ".join(dict.fromkeys(map(rate, given)))
             shown = f"{label}: {rates}" if label == "chosen" else label
+            fewer = len(gaps) < max(len(_at_its_rate(x)) for x in given)
+            shown += f" (n={len(gaps)})" * fewer
             rows.append([title, task, shown, *(interval(g, sign=True) for g in gaps.T)])
-    if len(every) > 1 and len({len(gaps) for gaps in every}) == 1:
+    if len(every) > 1 and all(seeds == of_task[0] for seeds in of_task):
         columns = [interval(g, sign=True) for g in np.mean(every, axis=0).T]
         rows.append([title, f"mean of {len(every)} tasks", label, *columns])
     return rows

@@ -178,8 +178,9 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
     exits, rows = results["exits"], []
     for i, layer in enumerate(exits):
         for j, k in itertools.combinations(range(i, len(exits)), 2):
-            text = f"{results['mean'][i][j][k]:.3f}"
-            if results["ci95"] is not None:
+            mean = results["mean"][i][j][k]  # None where a gradient is zero
+            text = "-" if mean is None else f"{mean:.3f}"
+            if mean is not None and results["ci95"] is not None:
                 text += f" ± {results['ci95'][i][j][k]:.3f}"
             rows.append([str(layer), f"{exits[j]} and {exits[k]}", text])
     return rows

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cluster
-from experiments.cells import Cell, attempt, identity, load, time_left
+from experiments.cells import Cell, attempt, identity, load, record_path, time_left
 from sweet_jax.config import METHODS, UserError, check_choice, from_mapping, split_names
 from sweet_jax.data.tasks import GLUE
 from sweet_jax.files import held, write_json
@@ -139,7 +139,9 @@ def command(options: argparse.Namespace, script: str) -> str:
     words += [f"--{k}={v}" for k, v in values.items() if k not in usual or v != usual[k]]
     words += [f"--set {text}" for text in options.set]
     if options.output != _output(options):
-        words.append(f"--output={options.output}")
+        here = Path.cwd()
+        path = options.output.resolve()
+        words.append(f"--output={path.relative_to(here) if path.is_relative_to(here) else path}")
     return f"python -m experiments.{script} {' '.join(words)}"
 
 
@@ -200,8 +202,10 @@ def main(
         if options.list:
             _print_states(options.output, cells)
             return 0
+        whole = _with_finished_tasks(options, cells_of)
+        load(options.output, cells_of(whole))  # other settings are refused before hours of work
         sound = options.render_only or run_cells(cells, options)
-        render(options, load(options.output, cells))
+        render(whole, load(options.output, cells_of(whole)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -264,6 +268,22 @@ def _output(options: argparse.Namespace) -> Path:
     return Path("experiments/results") / options.model
 
 
+def _with_finished_tasks(
+    options: argparse.Namespace, cells_of: Callable[[argparse.Namespace], list[Cell]]
+) -> argparse.Namespace:
+    """The options with every task that the output has a cell of, after those that were chosen.
+
+    What is rendered replaces what stood there: a task run on its own must not take the others out.
+    """
+    tasks = list(chosen_tasks(options))
+    for task in GLUE:
+        alone = argparse.Namespace(**{**vars(options), "tasks": task})
+        known = (record_path(options.output, c.name) for c in cells_of(alone))
+        if task not in tasks and any(path.exists() for path in known):
+            tasks.append(task)
+    return argparse.Namespace(**{**vars(options), "tasks": ",".join(tasks)})
+
+
 def _states(output: Path) -> dict[str, dict[str, Any]]:
     path = output / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -273,7 +293,8 @@ def _print_states(output: Path, cells: Iterable[Cell]) -> None:
     states, done = _states(output), load(output, cells)
     for one in cells:
         known = states.get(one.name, {})
-        state = "done" if one.name in done else known.get("state", "missing")
+        state = known.get("state", "missing")
+        state = "done" if one.name in done else "missing" if state == "done" else state
         print(f"{state:>8}  {one.name}  {known.get('error', '')}".rstrip())
 
 

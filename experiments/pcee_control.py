@@ -215,10 +215,10 @@ def _errors(found: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def _whole(errors: Errors) -> dict[str, list[str]]:
     """Of each method the tasks of which no seed is left out: means over them are comparable."""
-    most = max(map(len, errors.values()), default=0)
+    every = {seed for of_seed in errors.values() for seed in of_seed}
     found: dict[str, list[str]] = {}
     for (task, method), of_seed in errors.items():
-        if len(of_seed) == most:
+        if set(of_seed) == every:
             found.setdefault(method, []).append(task)
     return found
 

@@ -31,7 +31,7 @@ def _sizes(options: argparse.Namespace) -> list[int]:
     """Ascending, those below the full subset."""
     full = _full(options)
     try:
-        return sorted(size for text in split_names(options.sizes) if (size := int(text)) < full)
+        return sorted({size for text in split_names(options.sizes) if (size := int(text)) < full})
     except ValueError as error:
         raise UserError(f"--sizes must be whole numbers; got {options.sizes!r}") from error
 

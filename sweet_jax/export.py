@@ -4,7 +4,7 @@
 
 The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and TPU),
 parameters.npz, model.json, which says how the stages are chained, and run.py, which does that and
-needs jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install
+needs jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
 ".[export]"). A program's texts are token ids padded to --length. The policy must be confidence or
 raw_confidence. Exit status: 0 done, 2 the input is wrong, 1 anything else.
 
@@ -70,7 +70,7 @@ def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
     Raises UserError for a policy or threshold that run.py does not know, or a folder that exists.
     """
     if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError('jax.export needs flatbuffers: pip install ".[export]"')
+        raise UserError('jax.export needs flatbuffers: pip install -e ".[export]"')
     policy, model = classifier.policy, classifier.model
     if policy not in _POLICIES:
         raise UserError(f"only the policies {', '.join(_POLICIES)} are exported; got {policy!r}")

@@ -42,8 +42,9 @@ from sweet_jax.training.spread import check_devices
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ when a run is gone on with: beyond rounding, they change no number.
-FREE_KEYS = ("checkpoint_every", "segment_parallel")
+# Keys that may differ when a run is gone on with: beyond rounding, they change no number. The rows
+# are compared by their digest, wherever they lie.
+FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True)

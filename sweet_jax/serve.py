@@ -1,6 +1,6 @@
 """Serves a saved model over HTTP; the texts of all requests share batches.
 
-  pip install ".[serve]"
+  pip install -e ".[serve]"
   python -m sweet_jax.serve --model=runs/x/model --port=8000 --cost=0.5
   curl localhost:8000/predict -d '{"texts": ["a text", "another"], "accuracy": 0.9}'
 
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
 
         from sweet_jax.server.app import Limits, make_app
     except ImportError as error:
-        raise UserError(f'the server needs {error.name}: pip install ".[serve]"') from error
+        raise UserError(f'the server needs {error.name}: pip install -e ".[serve]"') from error
     from sweet_jax.compilation import keep_programs
     from sweet_jax.inference import AdaptiveClassifier
     from sweet_jax.serving.saved import open_model

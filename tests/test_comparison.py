@@ -69,7 +69,9 @@ def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
     shown = comparison.texts(found, comparison.exit_scores, comparison.spread)
     assert shown == ["50.0 ± 0.0*", "70.0 ± 14.1"]
     found["replicas"][0]["calibration_area"] = None  # seed 1's
-    assert comparison.texts(found, comparison.exit_scores) == ["50.0", "60.0"]
+    assert comparison.texts(found, comparison.exit_scores) == ["50.0* (n=1)", "60.0 (n=1)"]
+    rows = comparison.differences("gap", {"a": (found, BASE)}, comparison.exit_scores)
+    assert rows[0][2:] == ["chosen: 0.0001 (n=1)", "+0.0", "+0.0"]
     found["replicas"][1]["calibration_area"] = None  # all of them: there is nothing else to show
     assert len(comparison.chosen(found)) == 2
 
@@ -150,3 +152,6 @@ def test_the_table_of_conflicts_has_every_pair_at_or_above_a_layer():
         ["1", "2 and 4", "12.000 ± 12.000"],
         ["2", "2 and 4", "112.000 ± 112.000"],
     ]
+    mean[1][1][2] = None  # the gradient of one was zero
+    rows = conflict.table({"exits": [1, 2, 4], "mean": mean, "ci95": mean})
+    assert rows[3] == ["2", "2 and 4", "-"]

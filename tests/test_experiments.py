@@ -37,11 +37,11 @@ from experiments import (
     render,
     sizes,
 )
-from sweet_jax.config import Config
+from sweet_jax.config import Config, UserError
 from sweet_jax.exits.analysis import analyse, area
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.pipeline import run
-from sweet_jax.training import loop
+from sweet_jax.training import loop, spread
 from sweet_jax.training.run import fit
 
 ROOT = Path(__file__).parent.parent
@@ -266,19 +266,37 @@ def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path)
     run(solo, tmp_path / "solo")
     alone = ExitOutputs.load(tmp_path / "solo" / "exit_outputs" / "validation.npz")
     np.testing.assert_allclose(saved.logits[3], alone.logits[0], atol=1e-5)
+    # The same rows under another path are the same run; other rows are not.
+    moved = tmp_path / "moved"
+    shutil.copytree(solo.data_dir, moved)
+    run(Config(**{**vars(solo), "data_dir": str(moved)}), tmp_path / "solo")
+    path = moved / "sst2" / "train.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(UserError, match=r"belongs to another.*data_sha256"):
+        run(Config(**{**vars(solo), "data_dir": str(moved)}), tmp_path / "solo")
 
 
 @pytest.mark.slow
 def test_five_rates_by_three_seeds_are_one_program_and_each_its_solo_run(
     arguments, tmp_path, monkeypatch
 ):
+    """With dropout, whose masks each replica must draw as it would alone."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=2, dropout=0.1)
     rates, seeds = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3), (0, 1, 2)
     full = [
-        *without(arguments, "--learning_rates", "--seeds"),
+        *without(arguments, "--learning_rates", "--seeds", "--checkpoint"),
         *(f"--learning_rates={','.join(map(str, rates))}", "--seeds=0,1,2", "--methods=sweet"),
+        f"--checkpoint={checkpoint}",
         *(f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}"),
     ]
-    fitted = []
+    fitted, programs = [], []
+    compile_step = spread.compile_step
+
+    def compiled(settings, replicas, mesh, lengths):
+        programs.append(replicas)
+        return compile_step(settings, replicas, mesh, lengths)
+
+    monkeypatch.setattr(spread, "compile_step", compiled)
 
     def watched(config, checkpoint, training, classes, tokens, rows, workdir):
         fitted.append(len(rows))
@@ -286,7 +304,7 @@ def test_five_rates_by_three_seeds_are_one_program_and_each_its_solo_run(
 
     monkeypatch.setattr("sweet_jax.pipeline.fit", watched)
     assert individual.run(full) == 0
-    assert fitted == [15]
+    assert fitted == programs == [15]
     saved = ExitOutputs.load(tmp_path / "out" / "outputs" / "sst2-sweet" / "validation.npz")
     one = grid.cell(grid.parser(None).parse_args(full), "sst2", "sweet")
     for r, (seed, rate) in enumerate(itertools.product(seeds, rates)):
@@ -379,6 +397,52 @@ def test_a_cell_whose_results_cannot_be_kept_has_failed(arguments, tmp_path, mon
     assert individual.run([*full, "--retry"]) == 0
 
 
+@pytest.fixture
+def two_tasks(finished, arguments, tmp_path) -> list[str]:
+    """Options of sst2 alone, in an output where SWEET's cell of mrpc is done too."""
+    shutil.copytree(output(finished), tmp_path / "out")
+    other = grid.cell(grid.parser(None).parse_args(arguments), "mrpc", "sweet")
+    record = json.loads((tmp_path / "out" / "cells" / "sst2-sweet.json").read_text())
+    record |= {"config": cells.identity(other.config), "task": "mrpc"}
+    (tmp_path / "out" / "cells" / "mrpc-sweet.json").write_text(json.dumps(record))
+    return [*arguments, f"--output={tmp_path / 'out'}", "--render_only"]
+
+
+def test_a_task_run_alone_leaves_the_others_in_the_table(two_tasks, monkeypatch, capsys):
+    out = output(two_tasks)
+    monkeypatch.chdir(out.parent)
+    assert individual.run(two_tasks) == 0
+    text = (out / "tables" / "individual.md").read_text()
+    for row in ("| sst2 | SWEET |", "| sst2 | Early-Exit |", "| mrpc | SWEET |"):
+        assert text.count(row) == 1
+    missing = re.search(r"Not done yet: (.*?)\.", text)
+    assert missing
+    assert set(missing[1].split(", ")) == {"mrpc-early_exit", "mrpc-multi_model"}
+    assert " --tasks=sst2,mrpc " in text
+    assert " --output=out (" in text  # as seen from here, not from the root
+    capsys.readouterr()
+    (out / "cells" / "sst2-sweet.json").unlink()  # though the manifest says that it is done
+    assert individual.run([*two_tasks, "--list"]) == 0
+    assert "missing  sst2-sweet" in capsys.readouterr().out
+
+
+def test_cells_of_other_rows_do_not_stand_in_one_table(two_tasks, capsys):
+    path = output(two_tasks) / "cells" / "sst2-sweet.json"
+    record = json.loads(path.read_text())
+    assert len(record["data_sha256"]) == 64
+    path.write_text(json.dumps(record | {"data_sha256": "0" * 64}))
+    assert individual.run(two_tasks) == 2
+    error = capsys.readouterr().err
+    assert "was made with other rows of sst2 than" in error
+    assert error.count("\n") == 1
+
+
+def test_a_setting_without_a_limit_can_be_kept():
+    options = grid.parser(None).parse_args(["--set", "clip_norm=Infinity"])
+    one = grid.cell(options, "sst2", "sweet")
+    assert json.loads(json.dumps(cells.identity(one.config), allow_nan=False))["clip_norm"] == "inf"
+
+
 def test_other_settings_in_the_same_output_are_refused(finished, capsys):
     assert individual.run([*finished, "--set", "epochs=2"]) == 2
     assert "was made with epochs 1" in capsys.readouterr().err
@@ -421,9 +485,9 @@ def test_methods_are_those_asked_for(arguments, script, tmp_path, capsys):
 def documented() -> list[str]:
     """The commands of the grid that README and docstrings give for the model that is here."""
     texts = [(ROOT / "README.md").read_text(), *(s.__doc__ for s in SCRIPTS)]
-    lines = [line.strip().partition("#")[0] for text in texts for line in text.splitlines()]
-    named = [f"python -m experiments.{s.__name__.rpartition('.')[2]} " for s in SCRIPTS]
-    return sorted({x for x in lines if x.startswith(tuple(named)) and "--model=minilm-l6" in x})
+    names = "|".join(s.__name__.rpartition(".")[2] for s in SCRIPTS)
+    command = rf"python -m experiments\.(?:{names}) [^`#\n]*--model=minilm-l6[^`#\n]*"
+    return sorted({x.strip() for text in texts for x in re.findall(command, text)})
 
 
 @pytest.mark.parametrize("command", documented())

@@ -49,6 +49,12 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, cap
     assert (layer == wanted.exits).all()
     assert (np.asarray(model.classes)[given] == wanted.labels).all()
     np.testing.assert_allclose(probability, wanted.probabilities.max(axis=1), atol=1e-5)
+    np.savez(tmp_path / "tokens.npz", input_ids=padded[0], token_type_ids=padded[1], tokens=tokens)
+    command = [sys.executable, "run.py", tmp_path / "tokens.npz"]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    answers = zip(given, probability, layer, strict=True)
+    lines = [f"{model.classes[c]} {p:.4f} {e}" for c, p, e in answers]
+    assert said.splitlines() == lines
     usage = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True)
     assert usage.returncode == 1
     assert "python run.py tokens.npz: input_ids" in usage.stderr

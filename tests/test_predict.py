@@ -51,18 +51,20 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "errors"),
+    ("name", "content", "rows", "errors"),
     [
         (
             "in.csv",
             'label,text\nx,word1\ny,\nz,"word2\nword3"\nz,too,many\nq,word4\n',
+            5,
             {1: "column 'text' is empty", 3: "3 fields where the header has 2"},
         ),
-        ("in.tsv", "text\tn\nword1\t2\n\t3\n", {1: "column 'text' is empty"}),
-        ("in.txt", "word1\nword2 word3\n", {}),
+        ("in.tsv", "text\tn\nword1\t2\n\t3\n", 2, {1: "column 'text' is empty"}),
+        ("in.txt", "word1\nword2 word3\n", 2, {}),
         (
             "in.jsonl",
             '{"text": "word1"}\n{"text": 5}\nnonsense\n[1]\n{"other": 1}\n{"text": "word2"}\n',
+            6,
             {
                 1: "column 'text' is not text but 5",
                 2: "not JSON",
@@ -72,9 +74,9 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
         ),
     ],
 )
-def test_rows_without_a_text_are_told_and_counted(command, capsys, name, content, errors):
+def test_rows_without_a_text_are_told_and_counted(command, capsys, name, content, rows, errors):
     status, answers = command(name, content, "--threshold=0.8")
-    assert status == 0
+    assert (status, len(answers)) == (0, rows)
     for place, answer in enumerate(answers):
         if place in errors:
             assert list(answer) == ["error"]

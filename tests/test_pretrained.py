@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import pickle
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -261,11 +263,27 @@ def test_a_pickle_that_holds_a_program_is_not_run(tmp_path):
         read_encoder(open_checkpoint(str(folder)))
 
 
+def test_torch_is_asked_for_tensors_alone(folder, monkeypatch):
+    """Where torch is not installed too: a reader that may run programs is never called."""
+    calls = []
+
+    def load(path, **options):
+        calls.append((path, options))
+        raise pickle.UnpicklingError("it holds a program")
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"any")
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    with pytest.raises(UserError, match=r"pytorch_model\.bin' holds more than tensors"):
+        read_encoder(open_checkpoint(str(folder)))
+    assert [options.get("weights_only") for _, options in calls] == [True]
+
+
 def test_without_torch_a_pickle_is_refused_with_the_mend(folder, monkeypatch):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r'pip install "\.\[torch\]"') as error:
+    with pytest.raises(UserError, match=r'pip install -e "\.\[torch\]"') as error:
         read_encoder(open_checkpoint(str(folder)))
     assert "\n" not in str(error.value)
 

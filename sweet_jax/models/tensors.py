@@ -61,8 +61,8 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise UserError(
-            f'{str(path)!r} is a pickle of torch: pip install ".[torch]" to read it, or save the '
-            "checkpoint as safetensors elsewhere (save_pretrained of transformers does)"
+            f'{str(path)!r} is a pickle of torch: pip install -e ".[torch]" to read it, or save '
+            "the checkpoint as safetensors elsewhere (save_pretrained of transformers does)"
         ) from error
     try:
         loaded = torch.load(path, weights_only=True, map_location="cpu")
