@@ -8,7 +8,7 @@ per exit} x clipping {global, per owner}, same rows and rates, differences paire
 four times experiments.individual without Multi-Model. Expected, if the paper is right: the gap at
 the first exits stays whatever is shared. Seen with MiniLM (3 seeds): on SST-2 with 2,000 rows it
 does; with 6,000 a part of the gap at exit 1 is what the release shares; on CoLA that collapses
-SWEET (experiments/results/README.md).
+SWEET, on MRPC it changes little (experiments/results/README.md).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import paper
+from experiments.cells import Cell
 from experiments.comparison import (
     DIVERGED,
     PAIRED,
@@ -26,7 +27,8 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.grid import Cell, cell, chosen_methods, chosen_tasks, main, settings
+from experiments.grid import main
+from experiments.options import cell, chosen_methods, chosen_tasks, settings
 from experiments.rendering import Section, missing_note, renderer
 
 METHODS = ("early_exit", "sweet")

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.grid import MODELS
+from experiments.options import MODELS
 from experiments.rendering import Section
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_picks

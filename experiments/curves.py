@@ -18,7 +18,8 @@ import numpy as np
 
 from experiments import paper
 from experiments.comparison import PAIRED, Record, Records, chosen, differences, interval
-from experiments.grid import chosen_tasks, main, method_cells
+from experiments.grid import main
+from experiments.options import chosen_tasks, method_cells
 from experiments.rendering import Section, legend, panels, renderer
 from sweet_jax.exits.scores import mean_interval
 

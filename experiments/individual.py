@@ -26,7 +26,8 @@ from experiments.comparison import (
     spread,
     texts,
 )
-from experiments.grid import MODELS, chosen_tasks, main, method_cells, settings
+from experiments.grid import main
+from experiments.options import MODELS, chosen_tasks, method_cells, settings
 from experiments.rendering import Section, missing_note, renderer
 
 

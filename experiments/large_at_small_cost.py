@@ -30,7 +30,7 @@ from flax import nnx
 from experiments import grid, paper
 from experiments.comparison import Records, chosen, interval
 from experiments.curves import COLOURS
-from experiments.grid import chosen_tasks, method_cells, settings
+from experiments.options import chosen_tasks, method_cells, settings
 from experiments.rendering import Section, panels, renderer
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.exits.dials import make_dials

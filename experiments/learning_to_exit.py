@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import curves, paper
+from experiments.cells import Cell
 from experiments.comparison import (
     DIVERGED,
     PAIRED,
@@ -28,7 +29,8 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.grid import Cell, cell, chosen_methods, chosen_tasks, main, settings
+from experiments.grid import main
+from experiments.options import cell, chosen_methods, chosen_tasks, settings
 from experiments.rendering import Section, missing_note, renderer
 
 # Off is the main grid's own cell.

@@ -28,7 +28,7 @@ import numpy as np
 
 from experiments import grid, paper
 from experiments.comparison import Records, chosen, interval
-from experiments.grid import chosen_tasks, method_cells
+from experiments.options import chosen_tasks, method_cells
 from experiments.rendering import Section, legend, panels, renderer
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError

@@ -17,7 +17,8 @@ import numpy as np
 
 from experiments import paper
 from experiments.comparison import Records
-from experiments.grid import chosen_tasks, main, method_cells, settings
+from experiments.grid import main
+from experiments.options import chosen_tasks, method_cells, settings
 from experiments.rendering import Section, renderer
 from sweet_jax.exits.outputs import layer_cost
 

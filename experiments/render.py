@@ -24,7 +24,8 @@ from experiments import (
     rates,
     sizes,
 )
-from experiments.grid import Cell, method_cells
+from experiments.cells import Cell
+from experiments.options import method_cells
 from experiments.rendering import (
     Section,
     kept_sections,

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from experiments.comparison import Records
-from experiments.grid import command
+from experiments.options import command
 from sweet_jax.files import write_json, write_text, written_aside
 
 _NAMED = 4  # unfinished cells, at most, that a note names one by one

@@ -13,9 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from experiments import grid, paper
+from experiments.cells import Cell
 from experiments.comparison import Record, Records, areas_to_full, interval
 from experiments.curves import COLOURS
-from experiments.grid import Cell, cell, chosen_methods, chosen_tasks, method_cells, settings
+from experiments.options import cell, chosen_methods, chosen_tasks, method_cells, settings
 from experiments.rendering import Section, legend, panels, renderer
 from sweet_jax.config import Config, UserError, split_names
 from sweet_jax.exits.scores import mean_interval

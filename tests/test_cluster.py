@@ -19,6 +19,7 @@ import pytest
 from tiny import WORDS, write_checkpoint
 
 from experiments import cluster, grid
+from experiments.options import method_cells, parser
 from sweet_jax.config import UserError
 from sweet_jax.exits.outputs import ExitOutputs
 
@@ -97,7 +98,7 @@ def command(arguments: list[str], folder: Path) -> list[str]:
 
 
 def run_here(arguments: list[str]) -> int:
-    return grid.main(grid.__doc__, grid.method_cells, lambda options, records: None, arguments)
+    return grid.main(grid.__doc__, method_cells, lambda options, records: None, arguments)
 
 
 def driver(arguments: list[str]) -> subprocess.Popen:
@@ -340,7 +341,7 @@ BOX, HOST = {"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0, "TPU": 4.0}
     ],
 )
 def test_a_cell_takes_whole_devices_of_one_node(flags, nodes, wanted):
-    options = grid.parser(None).parse_args(flags)
+    options = parser(None).parse_args(flags)
     if wanted is None:
         with pytest.raises(UserError, match="no node has what a cell takes"):
             cluster.demanded(options, nodes)

