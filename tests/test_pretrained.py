@@ -318,7 +318,7 @@ def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):
     (folder / "spm.model").write_bytes(b"never read")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "\.\[sentencepiece\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[sentencepiece\]"'):
         load_tokenizer(open_checkpoint(str(folder)))
 
 
