@@ -249,6 +249,11 @@ def test_text_that_is_not_utf_8_is_named(tmp_path):
     bad = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
     path = write(tmp_path / "rows.parquet", pa.table({"text": bad, "label": LABELS}))
     assert "column 'text' holds text that is not UTF-8" in refusal(path)
+    for rows in (1, 2000):  # in the header's block, and after it
+        lines = [f"{text},{label}" for text, label in zip(TEXTS, LABELS, strict=True)] * rows
+        content = "\n".join(["text,label", *lines, "caf\xe9,1", ""])
+        (tmp_path / "rows.csv").write_bytes(content.encode("latin-1"))
+        assert refusal(tmp_path / "rows.csv").endswith("; save it as UTF-8")
 
 
 def test_rows_that_a_quote_swallows_are_told(tmp_path):

@@ -61,7 +61,9 @@ def read_table(path: Path, text_columns: Sequence[str], label_column: str = "lab
             case _:
                 return _read_json(path, text_columns, label_column)
     except (pa.ArrowException, csv.Error, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
+        text = one_line(error)
+        mend = "; save it as UTF-8" if "utf" in text.lower() else ""
+        raise UserError(f"could not read {str(path)!r}: {text}{mend}") from error
 
 
 def _read_csv(path: Path) -> pa.Table:
