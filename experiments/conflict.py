@@ -41,8 +41,8 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_picks
 from sweet_jax.exits.scores import mean_interval
 from sweet_jax.files import write_json
+from sweet_jax.job import Job, prepare
 from sweet_jax.models.layers import derive
-from sweet_jax.pipeline import Job, prepare
 from sweet_jax.report.plots import conflict_figure, write_figure
 from sweet_jax.training.conflict import gradient_conflict
 from sweet_jax.training.initial import trainings

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sweet_jax.presets import PRESETS
+
 
 class UserError(ValueError):
     """The user's input is wrong. The message is one line: what, with the value, and the mend."""
@@ -16,46 +18,6 @@ METRICS = ("accuracy", "matthews", "f1")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("einsum", "xla", "cudnn")
 
-# The decisions a preset stands for. Each can also be set alone, for an ablation.
-#   pooler: a copy per exit | one for all exits, which then gets every exit's gradient
-#   relative: DeBERTa's table of relative positions is the first exit's | it is all exits', as above
-#   clipping: norm per owner of parameters | one norm over all parameters, coupling the exits
-#   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
-#   calibration: rows held out of the subset | the validation rows | those with dropout left on
-#   confidence: p = 1 never reaches t = 1 | float32 softmax, which reaches 1.0 at a gap of 17
-#   exit_score: learning-to-exit's sigmoid | that, min-max normalised over the evaluated rows
-PRESETS: dict[str, dict[str, str]] = {
-    # SWEET paper, sections 4 and 5, but nothing is fitted on the rows reported.
-    "": {
-        "pooler": "per_exit",
-        "relative": "first",
-        "clipping": "owner",
-        "subset": "seed",
-        "calibration": "held_out",
-        "confidence": "confidence",
-        "exit_score": "learning_to_exit",
-    },
-    # SWEET paper: temperatures are fitted on the evaluation set.
-    "paper": {
-        "pooler": "per_exit",
-        "relative": "first",
-        "clipping": "owner",
-        "subset": "seed",
-        "calibration": "validation",
-        "confidence": "confidence",
-        "exit_score": "learning_to_exit",
-    },
-    # What the authors' released code does.
-    "reference": {
-        "pooler": "shared",
-        "relative": "shared",
-        "clipping": "global",
-        "subset": "first",
-        "calibration": "validation_dropout",
-        "confidence": "confidence_float32",
-        "exit_score": "learning_to_exit_min_max",
-    },
-}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "isolation_schedule": ("linear", "step"),

@@ -16,7 +16,8 @@ from sweet_jax.compilation import keep_programs
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
 from sweet_jax.data.read import one_line
-from sweet_jax.exits.policies import POLICIES, Fitted, Policy
+from sweet_jax.exits.fitted import Fitted
+from sweet_jax.exits.policies import POLICIES, Policy
 from sweet_jax.serving.answers import NoText, Prediction, Predictions, Text, checked, gather
 from sweet_jax.serving.clock import read_clock
 from sweet_jax.serving.flow import ExitRule, Flow, Row

@@ -15,49 +15,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import Tokens, apart, draw_rows, tokenize
-from sweet_jax.data.load import Dataset, load_dataset, take
+from sweet_jax.config import Config
 from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.files import claimed, write_json
+from sweet_jax.job import Job, describe, prepare
 from sweet_jax.models.early_exit import Answer
-from sweet_jax.models.pretrained import (
-    Checkpoint,
-    load_tokenizer,
-    open_checkpoint,
-    read_encoder,
-)
 from sweet_jax.processes import agreed, claimed_by_first, first_says, is_first
-from sweet_jax.report import page, plots, tables
+from sweet_jax.report import lines, page, plots, tables
 from sweet_jax.serving.card import model_card
 from sweet_jax.serving.saved import Model, save_model
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.growth import base_of
-from sweet_jax.training.initial import base_folder, trained_as, trainings
+from sweet_jax.training.initial import trainings
 from sweet_jax.training.metrics import diverged, read_metrics
 from sweet_jax.training.run import fit
 from sweet_jax.training.sharding import mesh_of, one_replica
-from sweet_jax.training.spread import check_devices
 
 log = logging.getLogger(__name__)
 
 # Keys that may differ when a run is gone on with: beyond rounding, they change no number. The rows
 # are compared by their digest, wherever they lie.
 FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A config with everything it names, read and checked."""
-
-    config: Config  # resolved
-    checkpoint: Checkpoint
-    dataset: Dataset
-    tokenizer: Any
-    train: Tokens
-    validation: Tokens
-    rows: list[tuple[np.ndarray, np.ndarray]]  # of each replica: trained on, calibrated on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +73,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     usual = Config(preset=config.preset, method=config.method)
     before = dataclasses.asdict(usual.resolved())
     with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS, before)):
-        _describe(job)
+        describe(job)
         outcome = train_and_evaluate(job, workdir)
         analysis = analyse(outcome.calibration, outcome.validation) if is_first() else None
         # Part of the program that takes it: hosts whose last bits differ must not differ in it.
@@ -103,43 +81,6 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
         best = [Model(m.exits, one_replica(m.params, number)) for m in outcome.models]
         with agreed():
             return _finish(job, outcome, analysis, best, workdir, report) if analysis else {}
-
-
-def prepare(config: Config) -> Job:
-    """Reads and checks all that a config names. Raises UserError; writes nothing."""
-    config = config.resolved()
-    checkpoint = open_checkpoint(config.checkpoint)
-    _check_against(checkpoint, config)
-    trained_as(config, checkpoint)
-    read_encoder(checkpoint)  # a damaged file must be known before anything is written
-    dataset = load_dataset(config)
-    base = base_of(config, dataset.digest())
-    if base is not None:
-        base_folder(config, base)
-    check_devices(config)
-    tokenizer = load_tokenizer(checkpoint)
-    drawn = [draw_rows(dataset.train.labels, config, seed) for seed, _ in config.replicas()]
-    before = len(drawn[0][0])
-    drawn = apart(dataset.train.texts, drawn)
-    if len(drawn[0][0]) < before:
-        repeats = before - len(drawn[0][0])
-        log.info("%d training rows repeat a calibration text: left out", repeats)
-    for (seed, _), (trained, _) in zip(config.replicas(), drawn, strict=True):
-        unseen = np.setdiff1d(dataset.validation.labels, dataset.train.labels[trained])
-        if len(unseen):
-            raise UserError(
-                f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
-                f"the {len(trained)} training rows drawn for seed {seed}: raise train_size, or "
-                "give more distinct texts"
-            )
-    # Of a large file a few rows are drawn: only they are tokenised, and numbered anew.
-    used = np.unique(np.concatenate([np.concatenate(pair) for pair in drawn]))
-    rows = [(np.searchsorted(used, t), np.searchsorted(used, h)) for t, h in drawn]
-    train, validation = (
-        tokenize(tokenizer, split, config.max_length)
-        for split in (take(dataset.train, used), dataset.validation)
-    )
-    return Job(config, checkpoint, dataset, tokenizer, train, validation, rows)
 
 
 def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
@@ -253,49 +194,8 @@ def _finish(
         )
     write_json(workdir / "results.json", results)  # last: it says that the run is whole
     for row in bad:
-        log.warning(tables.describe_divergence(row))
+        log.warning(lines.describe_divergence(row))
     if report:
-        print(tables.exit_table(results))
+        print(lines.exit_table(results))
         print(f"report: {workdir / 'report.html'}")
     return results
-
-
-def _check_against(checkpoint: Checkpoint, config: Config) -> None:
-    depth, positions = config.depth or checkpoint.depth, checkpoint.config.positions
-    if depth > checkpoint.depth:
-        raise UserError(
-            f"depth is {depth}, but {config.checkpoint!r} has {checkpoint.depth} layers: leave it "
-            "out to use all"
-        )
-    if config.exits[-1] != depth:
-        what = "depth" if config.depth else f"the encoder's last layer, {depth} for"
-        where = str(depth) if config.depth else f"{config.checkpoint!r}"
-        raise UserError(
-            f"exits must end with {what} {where}; got {','.join(map(str, config.exits))}"
-        )
-    if positions is not None and config.max_length > positions:
-        raise UserError(
-            f"max_length is {config.max_length}, but {config.checkpoint!r} has {positions} "
-            f"positions: set --config.max_length={positions} or less"
-        )
-
-
-def _describe(job: Job) -> None:
-    train, calibration = job.rows[0]
-    if job.dataset.left_out:
-        log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
-    log.info(
-        "%s with %s: %d training and %d calibration rows of %d (train_size %d), %d validation "
-        "rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
-        job.config.task,
-        job.config.method,
-        len(train),
-        len(calibration),
-        len(job.dataset.train.labels),
-        job.config.train_size,
-        len(job.validation),
-        len(job.dataset.classes),
-        len(job.rows),
-        jax.device_count(),
-        jax.default_backend(),
-    )

@@ -15,8 +15,6 @@ full model's score on calibration rows. Exit status: 0 done, 2 the input is wron
 import argparse
 import collections
 import contextlib
-import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -24,9 +22,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -35,11 +33,8 @@ from tqdm import tqdm
 
 from sweet_jax.config import UserError, split_names
 from sweet_jax.data.stream import TextRow, count_positions, stream_rows
-from sweet_jax.files import write_json
 from sweet_jax.flags import Parser, command, dials, policy_lines
-
-_BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a row of the output
-_CHECKED = 32  # rows of an output that are computed again before it is gone on with
+from sweet_jax.serving.answer_file import check_same, made_by, opened, read_back
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,11 +110,11 @@ def _run(options: argparse.Namespace) -> None:
     }
     with contextlib.closing(stream_rows(source, columns)) as rows:
         first = list(itertools.islice(rows, 1))  # a file that will not do must be known by now
-        with _opened(target, source) as file, _made_by(target, identity, file):
-            tally, last, end = _read_back(file, target)
+        with opened(target, source) as file, made_by(target, identity, file):
+            tally, last, end = read_back(file, target)
             known = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
             answers = _answers(classifier, known, options.batch_size)
-            _check_same(target, last, answers)
+            check_same(target, last, answers)
             file.truncate(end)
             began, start = time.perf_counter(), tally.rows
             with tqdm(total=count_positions(source), unit_scale=True, disable=None) as bar:
@@ -144,33 +139,6 @@ def _measure(options: argparse.Namespace) -> None:
     print(f"kept in {write_clock(model, clock)}")
 
 
-@dataclasses.dataclass
-class _Tally:
-    """What the rows of an output come to."""
-
-    rows: int = 0
-    errors: int = 0
-    cost: float = 0.0
-    exits: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
-
-    def add(self, answer: Mapping[str, Any]) -> None:
-        self.rows += 1
-        if "error" in answer:
-            self.errors += 1
-        else:
-            self.cost += answer["cost"]
-            self.exits[answer["exit"]] += 1
-
-    def summary(self, speed: float) -> str:
-        """The last line; `speed` in rows a second."""
-        answered = max(1, self.rows - self.errors)
-        shares = [f"{n / answered:.1%} at {layer}" for layer, n in sorted(self.exits.items())]
-        return (
-            f"{self.rows} rows ({self.errors} with an error), {speed:.1f} rows/s, mean cost "
-            f"{self.cost / answered:.4f}, left at layer: {', '.join(shares) or 'none'}"
-        )
-
-
 def _answers(
     classifier: Any, rows: Iterable[TextRow], batch_size: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
@@ -193,92 +161,6 @@ def _answers(
             answer = {"label": found.label, "probability": round(found.probability, 6)}
             answer |= {"exit": found.exit, "cost": found.cost}
         yield answer, positions.popleft()
-
-
-@contextlib.contextmanager
-def _opened(path: Path, source: Path) -> Iterator[BinaryIO]:
-    """The output, to be read and gone on with, for this process alone."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # noqa: SIM115 - closed by the with below
-    except OSError as error:
-        raise UserError(
-            f"--output {str(path)!r} cannot be written to ({error.strerror}): choose another"
-        ) from error
-    with file:
-        if os.path.samefile(path, source):
-            raise UserError("--output must be another file than --input")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"--output {str(path)!r} is in use by another process") from error
-        yield file
-
-
-@contextlib.contextmanager
-def _made_by(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
-    """Keeps beside an unfinished output what it is made by.
-
-    Raises UserError if it was by another.
-    """
-    note = path.with_name(f".{path.name}.unfinished.json")
-    ours = json.loads(json.dumps(identity))
-    empty = not file.seek(0, os.SEEK_END)
-    if empty:
-        write_json(note, ours)
-    elif note.exists():
-        theirs = json.loads(note.read_text())
-        differing = [k for k in ours if theirs.get(k) != ours[k]]
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"--output {str(path)!r} was begun with another {key}, {theirs.get(key)!r}; "
-                f"here it is {ours[key]!r}: choose another, or remove it"
-            )
-    yield
-    note.unlink(missing_ok=True)
-
-
-def _read_back(file: BinaryIO, path: Path) -> tuple[_Tally, list[dict[str, Any]], int]:
-    """What stands in an output: its tally, its last rows, and where the last whole row ends."""
-    tally, last, end = _Tally(), collections.deque[dict[str, Any]](maxlen=_CHECKED), 0
-    file.seek(0)
-    for number, line in enumerate(file, start=1):
-        whole = line.endswith(b"\n")
-        if not whole and any(key.startswith(line[: len(key)]) for key in _BEGINNINGS):
-            break  # a row cut short
-        try:
-            answer = json.loads(line) if whole else None
-            if not isinstance(answer, dict):
-                raise TypeError("not an answer")
-            tally.add(answer)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"--output {str(path)!r} exists, and line {number} is no answer of this command: "
-                "choose another, or remove it"
-            ) from error
-        last.append(answer)
-        end += len(line)
-    return tally, list(last), end
-
-
-def _check_same(
-    path: Path, there: Sequence[Mapping[str, Any]], answers: Iterator[tuple[dict[str, Any], int]]
-) -> None:
-    """Compares the first answers with the last ones of an output: the rows may have been changed,
-    and a finished output says nothing of what made it.
-    """
-    for old in there:
-        new, _ = next(answers, ({}, 0))
-        same = old.keys() == new.keys() and all(
-            abs(old[k] - v) < 1e-3 if isinstance(v, float) else old[k] == v for k, v in new.items()
-        )
-        if not same:
-            raise UserError(
-                f"--output {str(path)!r} exists, and was not made by this model, dial and input: "
-                f"it has {json.dumps(dict(old))} where {json.dumps(new)} belongs; choose another, "
-                "or remove it"
-            )
 
 
 if __name__ == "__main__":

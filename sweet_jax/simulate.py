@@ -35,7 +35,8 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import expanded
 from sweet_jax.flags import Parser, command, dials, policy_lines
-from sweet_jax.report.tables import exit_lines, individual
+from sweet_jax.report.lines import exit_lines
+from sweet_jax.report.tables import individual
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sweet_jax.config import PRESETS, Config, UserError, from_mapping
+from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.main import parse
+from sweet_jax.presets import PRESETS
 
 
 @pytest.fixture

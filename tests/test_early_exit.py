@@ -10,7 +10,8 @@ from flax import nnx
 from tiny import TINIES, TINY, write_checkpoint
 
 from sweet_jax.config import Config
-from sweet_jax.models.early_exit import SHARED, EarlyExit, isolate, leaves_by_owner, owners
+from sweet_jax.models.early_exit import EarlyExit, isolate
+from sweet_jax.models.owners import SHARED, leaves_by_owner, owners
 from sweet_jax.models.pretrained import ENCODERS, open_checkpoint
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.initial import make_model

@@ -16,9 +16,10 @@ from tiny import TINY
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import Config, from_mapping
+from sweet_jax.job import prepare
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.pipeline import prepare, run
+from sweet_jax.pipeline import run
 from sweet_jax.simulate import main as simulate_main
 from sweet_jax.training.losses import mean_exit_loss, measure
 from sweet_jax.training.metrics import diverged

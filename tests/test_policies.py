@@ -14,12 +14,11 @@ from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import analyse, choose
 from sweet_jax.exits.calibration import CURVES, ReliabilityCurve, fit_curve, quality
+from sweet_jax.exits.fitted import Fitted, fit
 from sweet_jax.exits.policies import (
     POLICIES,
-    Fitted,
     cross_fitted,
     exit_scores,
-    fit,
     grid_thresholds,
 )
 

@@ -15,9 +15,10 @@ from sweet_jax import simulate as simulate_curve
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.analysis import analyse, at_costs, certified, choose, full_score
 from sweet_jax.exits.policies import POLICIES
+from sweet_jax.report.lines import exit_table
 from sweet_jax.report.page import write_comparison, write_report
 from sweet_jax.report.plots import write_figures
-from sweet_jax.report.tables import build_results, exit_table
+from sweet_jax.report.tables import build_results
 
 NASTY = "<script>document.title='broken'</script>$x$"
 

@@ -15,8 +15,9 @@ from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import draw_rows, pad_rows, tokenize
 from sweet_jax.exits.dials import Dials, make_dials
+from sweet_jax.job import prepare
 from sweet_jax.models.layers import gelu
-from sweet_jax.pipeline import prepare, run, train_and_evaluate
+from sweet_jax.pipeline import run, train_and_evaluate
 
 FILES = {
     "config.json",

@@ -11,7 +11,7 @@ from tiny import write_checkpoint
 from experiments.benchmarks import segments as benchmark
 from experiments.benchmarks.shapes import SHAPES, Size
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.pipeline import prepare
+from sweet_jax.job import prepare
 from sweet_jax.training.initial import trainings
 from sweet_jax.training.run import fit
 from sweet_jax.training.segments import assign, busiest, make_groups

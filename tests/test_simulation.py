@@ -12,8 +12,9 @@ from scipy.special import softmax
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
+from sweet_jax.exits.fitted import Fitted
 from sweet_jax.exits.outputs import layer_cost
-from sweet_jax.exits.policies import Fitted, exit_scores, grid_thresholds
+from sweet_jax.exits.policies import exit_scores, grid_thresholds
 from sweet_jax.exits.simulation import bootstrap
 
 # Few distinct values make ties, between examples and between the exits of one.

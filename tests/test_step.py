@@ -12,8 +12,9 @@ from flax import nnx
 from test_early_exit import BATCH, EXITS, build, untrained
 
 from sweet_jax.models.bert import Bert, BertConfig
-from sweet_jax.models.early_exit import EarlyExit, leaves_by_owner
+from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive
+from sweet_jax.models.owners import leaves_by_owner
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.losses import mean_loss, only_class
 from sweet_jax.training.step import (

@@ -21,7 +21,7 @@ from sweet_jax.models.bert import BertConfig, RobertaConfig
 from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.deberta_v2 import DebertaV2Config
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.models.encoder import EncoderConfig
+from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.names import hugging_face_tensors
 from sweet_jax.models.pretrained import ENCODERS
 from sweet_jax.pipeline import run

@@ -41,7 +41,8 @@ from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.compilation import keep_programs
 from sweet_jax.data.read import read_table
 from sweet_jax.exits.dials import Dials, make_dials
-from sweet_jax.exits.policies import Fitted, exit_scores
+from sweet_jax.exits.fitted import Fitted
+from sweet_jax.exits.policies import exit_scores
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.exits.trades import Trade
 from sweet_jax.models.bert import Bert

@@ -14,7 +14,8 @@ import numpy as np
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.exits.bounds import ORACLES, best_thresholds, floor, oracle
-from sweet_jax.exits.policies import POLICIES, exit_scores, fit
+from sweet_jax.exits.fitted import fit
+from sweet_jax.exits.policies import POLICIES, exit_scores
 from sweet_jax.exits.simulation import bootstrap
 
 

@@ -20,7 +20,7 @@ from sweet_jax.config import Config
 from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.models.encoder import EncoderConfig
+from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.pretrained import ENCODERS
 from sweet_jax.training.run import step_settings
 from sweet_jax.training.sharding import by_replica, by_row, make_mesh, without_axis

@@ -12,8 +12,9 @@ import numpy as np
 
 from sweet_jax.config import check_choice
 from sweet_jax.exits.dials import Dials, calibration_scores, make_dials
+from sweet_jax.exits.fitted import Fitted, fit
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, Fitted, exit_scores, fit, grid_thresholds
+from sweet_jax.exits.policies import POLICIES, exit_scores, grid_thresholds
 from sweet_jax.exits.risk import Certificate
 from sweet_jax.exits.simulation import Curve, read, simulate
 from sweet_jax.exits.trades import Trade

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError, check_choice
+from sweet_jax.exits.fitted import Fitted, fit
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, Fitted, cross_fitted, exit_scores, fit
+from sweet_jax.exits.policies import POLICIES, cross_fitted, exit_scores
 from sweet_jax.exits.risk import KINDS, Certificate, Trials, candidates, certify, try_thresholds
 from sweet_jax.exits.scores import score
 from sweet_jax.exits.simulation import simulate

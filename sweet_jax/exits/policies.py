@@ -3,21 +3,17 @@
 Shape letters: R replica, E exit, N examples, C classes.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.calibration import (
-    CURVES,
-    ReliabilityCurve,
-    fit_curve,
-    fit_temperatures,
     probabilities,
 )
+from sweet_jax.exits.fitted import Fitted, fit
 from sweet_jax.exits.outputs import ExitOutputs
 
 # A policy maps outputs and temperatures [R, E] to scores float64 [R, E, N]; higher means "answer
@@ -25,67 +21,6 @@ from sweet_jax.exits.outputs import ExitOutputs
 Policy = Callable[[ExitOutputs, np.ndarray], np.ndarray]
 
 _BELOW_ONE = np.nextafter(1.0, 0.0)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Fitted:
-    """What calibration rows say of every exit, before any threshold is chosen.
-
-    Attributes:
-      temperatures: float64 [R, E], 1 where nothing was fitted.
-      curves: by kind, for every replica and exit: the share of right answers at a confidence
-        (after temperature). Empty where nothing was fitted.
-
-    """
-
-    temperatures: np.ndarray
-    curves: Mapping[str, tuple[tuple[ReliabilityCurve, ...], ...]] = dataclasses.field(
-        default_factory=dict
-    )
-
-    def replica(self, index: int) -> "Fitted":
-        """One replica's alone, R = 1."""
-        curves = {kind: every[index : index + 1] for kind, every in self.curves.items()}
-        return Fitted(self.temperatures[index : index + 1], curves)
-
-    def exits(self, count: int) -> "Fitted":
-        """Of the first `count` exits alone."""
-        curves = {kind: tuple(r[:count] for r in every) for kind, every in self.curves.items()}
-        return Fitted(self.temperatures[:, :count], curves)
-
-    def as_dict(self) -> dict[str, Any]:
-        """One replica's, R = 1, as it stands in exits.json; `from_dict` gives it back exactly."""
-        (temperatures,) = self.temperatures.tolist()
-        return {
-            "temperatures": [t if np.isfinite(t) else None for t in temperatures],
-            "curves": {k: [c.as_dict() for c in every[0]] for k, every in self.curves.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Fitted":
-        """What `as_dict` gave, R = 1."""
-        temperatures = np.asarray([values["temperatures"]], np.float64)  # None becomes NaN
-        curves = {
-            kind: (tuple(ReliabilityCurve.from_dict(c) for c in every),)
-            for kind, every in values["curves"].items()
-        }
-        return cls(temperatures, curves)
-
-
-def fit(calibration: ExitOutputs, kinds: Sequence[str] = CURVES) -> Fitted:
-    """Temperatures [R, E], and the curves of some of CURVES, of the confidence after them."""
-    temperatures = fit_temperatures(calibration)
-    levels = probabilities(calibration, temperatures).max(axis=-1)  # [R, E, N]
-    right = calibration.predictions == calibration.labels[:, None]  # [R, E, N]
-    low = 1 / calibration.logits.shape[-1]
-    curves = {
-        kind: tuple(
-            tuple(fit_curve(kind, s, r, low) for s, r in zip(*replica, strict=True))
-            for replica in zip(levels, right, strict=True)
-        )
-        for kind in kinds
-    }
-    return Fitted(temperatures, curves)
 
 
 def cross_fitted(calibration: ExitOutputs, policy: str | Policy, folds: int = 5) -> np.ndarray:

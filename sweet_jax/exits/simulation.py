@@ -12,8 +12,9 @@ import dataclasses
 
 import numpy as np
 
+from sweet_jax.exits.fitted import Fitted, fit
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import Fitted, Policy, exit_scores, fit
+from sweet_jax.exits.policies import Policy, exit_scores
 from sweet_jax.exits.scores import from_counts
 
 

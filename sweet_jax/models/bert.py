@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.encoder import Attention, Encoder, EncoderConfig, LayerNorm, linear, table
+from sweet_jax.models.encoder import Attention, Encoder, LayerNorm, linear, table
+from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.layers import dropout
 
 

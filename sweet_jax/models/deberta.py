@@ -21,11 +21,11 @@ from sweet_jax.config import UserError
 from sweet_jax.models.encoder import (
     Attention,
     Encoder,
-    EncoderConfig,
     LayerNorm,
     linear,
     table,
 )
+from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.layers import derive, dropout
 
 

@@ -12,8 +12,8 @@ from flax import nnx
 
 from sweet_jax.config import UserError
 from sweet_jax.models.deberta import Deberta, DebertaConfig, DisentangledAttention
-from sweet_jax.models.encoder import ACTIVATIONS, Layer, LayerNorm, linear
-from sweet_jax.models.layers import dropout, sub_key
+from sweet_jax.models.encoder import Layer, LayerNorm, linear
+from sweet_jax.models.layers import ACTIVATIONS, dropout, sub_key
 
 
 @dataclasses.dataclass(frozen=True)

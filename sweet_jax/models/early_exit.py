@@ -1,25 +1,23 @@
-"""An encoder with a classifier at several depths, and who owns which parameter.
+"""An encoder with a classifier at several depths.
 
 A segment is the layers after the previous exit up to this one, with this exit's head; the
-embeddings belong to the first segment (SWEET paper, section 4.2), and so does the table of relative
-positions, unless the preset shares it, as the authors' release does. Between segments the hidden
-state is isolated: SWEET lets no gradient back across, Early-Exit lets all of it.
+embeddings belong to the first segment (owners.py). Between segments the hidden state is isolated:
+SWEET lets no gradient back across, Early-Exit lets all of it.
 
 Shape letters: E exit, B batch, L length, H hidden, C classes.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.encoder import ACTIVATIONS, Encoder, linear
-from sweet_jax.models.layers import computed_again, derive, dropout, sub_key
+from sweet_jax.models.encoder import Encoder, linear
+from sweet_jax.models.layers import ACTIVATIONS, computed_again, derive, dropout, sub_key
 
-SHARED = 0  # the owner number of parameters that every exit trains
 # Of all boundaries between segments, or of each of the E - 1.
 Isolation = float | jax.Array | tuple[float | jax.Array, ...]
 # What crosses a boundary: the hidden state [B, L, H], and the encoder's table of relative positions
@@ -256,35 +254,3 @@ def make_pooler(encoder: Encoder, dtype, key: jax.Array) -> nnx.Linear:
     """A dense [H, H] layer with random parameters from `key`."""
     hidden = encoder.config.hidden_size
     return linear(encoder.config, hidden, hidden, dtype, nnx.Rngs(key))
-
-
-def owners(params: Any, exits: Sequence[int], *, shared_relative: bool = False) -> Any:
-    """The tree of `params` with the layer number of the exit that owns each; SHARED for all.
-
-    shared_relative is the model's: whether the table of relative positions is everyone's.
-    Raises KeyError for a parameter that no rule covers.
-    """
-
-    def owner(path: tuple[str | int, ...]) -> int:
-        match path:
-            case ("encoder", "embeddings", *_):
-                return exits[0]
-            case ("encoder", "relative", *_):
-                return SHARED if shared_relative else exits[0]
-            case ("encoder", "layers", int(index), *_):
-                return next(e for e in exits if e > index)
-            case ("heads", str(number), *_):
-                return int(number)
-            case ("pooler", *_):
-                return SHARED
-        raise KeyError(f"no owner is defined for parameter {path}")
-
-    return jax.tree.map_with_path(lambda path, _: owner(tuple(p.key for p in path)), params)
-
-
-def leaves_by_owner(
-    tree: Any, exits: Sequence[int], *, shared_relative: bool = False
-) -> Iterator[tuple[int, jax.Array]]:
-    """(owner, leaf) of every leaf of a tree shaped like the parameters."""
-    owner_of = owners(tree, exits, shared_relative=shared_relative)
-    return zip(jax.tree.leaves(owner_of), jax.tree.leaves(tree), strict=True)

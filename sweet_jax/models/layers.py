@@ -77,6 +77,14 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 gelu.defvjp(_gelu_forward, lambda slope, g: (g * slope,))
 
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu,
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+
+
 @jax.custom_vjp
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax over the last axis where mask is True, zero elsewhere; in float32.

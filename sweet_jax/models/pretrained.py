@@ -21,7 +21,8 @@ from sweet_jax.data.read import resolve_path
 from sweet_jax.models.bert import Bert, BertConfig, Roberta, RobertaConfig
 from sweet_jax.models.deberta import Deberta, DebertaConfig
 from sweet_jax.models.deberta_v2 import DebertaV2, DebertaV2Config
-from sweet_jax.models.encoder import Encoder, EncoderConfig
+from sweet_jax.models.encoder import Encoder
+from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.names import NOT_ENCODER, canonical, hugging_face_name, is_matrix
 from sweet_jax.models.tensors import read_tensors
 

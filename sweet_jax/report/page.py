@@ -17,6 +17,7 @@ import plotly.offline
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
+from sweet_jax.report.lines import describe_divergence, fitted_rows
 from sweet_jax.report.series import (
     BOUNDS,
     colour,
@@ -24,7 +25,7 @@ from sweet_jax.report.series import (
     policy_series,
     reliability_series,
 )
-from sweet_jax.report.tables import bound, certificates, describe_divergence, fitted_rows
+from sweet_jax.report.tables import bound, certificates
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("sweet_jax", "report"),

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from sweet_jax.exits.calibration import tempered
+from sweet_jax.exits.fitted import Fitted
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import Fitted, Policy, exit_scores
+from sweet_jax.exits.policies import Policy, exit_scores
 from sweet_jax.serving.programs import Inputs, Programs, Stage, batch_sizes, uses_pool
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.early_exit import SHARED, Carried, Isolation, owners
+from sweet_jax.models.early_exit import Carried, Isolation
+from sweet_jax.models.owners import SHARED, owners
 from sweet_jax.training.losses import Metrics, measure, summed
 
 Params = Any  # pure dict of float32 arrays; of a part of the model, None for all other arrays

@@ -12,8 +12,9 @@ from flax import nnx
 
 from sweet_jax.config import Config, UserError
 from sweet_jax.models.attention import check_attention
-from sweet_jax.models.early_exit import EarlyExit, owners
+from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive
+from sweet_jax.models.owners import owners
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
 from sweet_jax.training.growth import base_directory, base_of, grown, replicas_of

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sweet_jax.models.early_exit import Carried, owners
+from sweet_jax.models.early_exit import Carried
+from sweet_jax.models.owners import owners
 from sweet_jax.training.losses import Metrics
 from sweet_jax.training.sharding import (
     by_replica,

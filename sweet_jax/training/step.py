@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sweet_jax.models.early_exit import SHARED, Answer, Carried, owners
+from sweet_jax.models.early_exit import Answer, Carried
 from sweet_jax.models.layers import derive
+from sweet_jax.models.owners import SHARED, owners
 from sweet_jax.training.gradients import Params, segment_gradients, whole_gradients
 from sweet_jax.training.losses import Metrics
 

@@ -1,0 +1,78 @@
+"""The keys of a Hugging Face `config.json` that every encoder has."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from sweet_jax.config import UserError
+from sweet_jax.models.layers import ACTIVATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The keys of a Hugging Face `config.json` that change the arithmetic of any encoder.
+
+    Raises UserError, worded to follow "checkpoint ... has", for values that are not supported.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    # What has no field here is not implemented: these keys may only have these values.
+    FIXED: ClassVar[dict[str, Any]] = {"is_decoder": False, "add_cross_attention": False}
+
+    def __post_init__(self) -> None:
+        self.check_activation("hidden_act")
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} {getattr(self, key)}, which must be 1 or more")
+        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key} {getattr(self, key)}, which must be from 0 to below 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size}, not a multiple of its num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """The config of the contents of a config.json."""
+        for key, fixed in cls.FIXED.items():
+            if values.get(key, fixed) not in (fixed, None):
+                raise UserError(f"{key} {values[key]!r}; only {fixed!r} is supported")
+        known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        for key, kind in known.items():
+            if key in values and not isinstance(
+                values[key], (int, float) if kind is float else kind
+            ):
+                raise UserError(f"{key} {values[key]!r} in its config.json, not of type {kind}")
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+    @property
+    def positions(self) -> int | None:
+        """The longest input, in tokens; None where the encoder sets no limit."""
+        return self.max_position_embeddings
+
+    @property
+    def pooler_act(self) -> str:
+        """The activation of the pooler that the checkpoint was trained with."""
+        return "tanh"
+
+    def check_activation(self, key: str) -> None:
+        """Raises UserError unless the value of `key` is an activation known here."""
+        if getattr(self, key) not in ACTIVATIONS:
+            raise UserError(
+                f"the activation {getattr(self, key)!r} ({key}); supported are "
+                f"{', '.join(ACTIVATIONS)}"
+            )

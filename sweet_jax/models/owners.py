@@ -1,0 +1,44 @@
+"""Which exit owns which parameter: that whose loss alone trains it under SWEET.
+
+A segment's layers and head are its exit's; the embeddings belong to the first segment (SWEET paper,
+section 4.2), and so does the table of relative positions, unless it is shared.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+SHARED = 0  # the owner number of parameters that every exit trains
+
+
+def owners(params: Any, exits: Sequence[int], *, shared_relative: bool = False) -> Any:
+    """The tree of `params` with the layer number of the exit that owns each; SHARED for all.
+
+    shared_relative is the model's: whether the table of relative positions is everyone's.
+    Raises KeyError for a parameter that no rule covers.
+    """
+
+    def owner(path: tuple[str | int, ...]) -> int:
+        match path:
+            case ("encoder", "embeddings", *_):
+                return exits[0]
+            case ("encoder", "relative", *_):
+                return SHARED if shared_relative else exits[0]
+            case ("encoder", "layers", int(index), *_):
+                return next(e for e in exits if e > index)
+            case ("heads", str(number), *_):
+                return int(number)
+            case ("pooler", *_):
+                return SHARED
+        raise KeyError(f"no owner is defined for parameter {path}")
+
+    return jax.tree.map_with_path(lambda path, _: owner(tuple(p.key for p in path)), params)
+
+
+def leaves_by_owner(
+    tree: Any, exits: Sequence[int], *, shared_relative: bool = False
+) -> Iterator[tuple[int, jax.Array]]:
+    """(owner, leaf) of every leaf of a tree shaped like the parameters."""
+    owner_of = owners(tree, exits, shared_relative=shared_relative)
+    return zip(jax.tree.leaves(owner_of), jax.tree.leaves(tree), strict=True)
