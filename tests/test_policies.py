@@ -13,7 +13,7 @@ from test_simulation import brute_force, tables
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import analyse, choose
-from sweet_jax.exits.calibration import CURVES, ReliabilityCurve, fit_curve, quality
+from sweet_jax.exits.calibration import CURVES, ReliabilityCurve, fit_curve, probabilities, quality
 from sweet_jax.exits.fitted import Fitted, fit
 from sweet_jax.exits.policies import (
     POLICIES,
@@ -135,6 +135,21 @@ def test_curves_find_a_known_accuracy(kind):
     levels = exit_scores(outputs, "confidence", fit(outputs))[0, 0]
     # Of bins, the mean over a bin is right; ten of them stand 0.04 off at their ends.
     assert np.abs(sure(levels) - chance[0])[chance[0] > 0.5].mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", CURVES)
+def test_the_surest_rows_read_what_the_surest_rows_had(kind):
+    """Two rows in three have a probability of 1 in float64 and are right, of the others 60%."""
+    rows = np.arange(300)
+    labels, sure = rows % 2, rows < 200
+    given = np.where(sure | (rows % 10 < 6), labels, 1 - labels)
+    logits = np.zeros((1, 300, 2))
+    logits[0, rows, given] = np.where(sure, 5.0, 0.005)
+    outputs = ExitOutputs(logits, labels, np.asarray([1]))
+    fitted = fit(outputs)
+    assert (probabilities(outputs, fitted.temperatures)[0, 0, sure].max(axis=-1) == 1).all()
+    policy = next(name for name, rule in POLICIES.items() if rule.curve == kind)
+    assert (exit_scores(outputs, policy, fitted)[0, 0, sure] > 0.99).all()
 
 
 def test_small_bins_shrink_towards_the_mean():

@@ -29,9 +29,20 @@ _KNOTS = 201  # of the smoothed curve; linear between them
 _PRIOR_ROWS = 5.0
 
 
+BELOW_ONE = float(np.nextafter(1.0, 0.0))
+
+
 def probabilities(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     """Softmax of logits / temperature [R, E], float64 [R, E, N, C]."""
     return tempered(outputs.logits, temperatures[..., None, None])
+
+
+def confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
+    """Largest probability, below 1: a threshold of 1 sends every example to the last exit.
+
+    So the SWEET paper has it (section 5.1). Rounded to 1, a sure example would leave all the same.
+    """
+    return np.minimum(probabilities(outputs, temperatures).max(axis=-1), BELOW_ONE)
 
 
 def tempered(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:

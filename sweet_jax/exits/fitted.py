@@ -12,9 +12,9 @@ import numpy as np
 from sweet_jax.exits.calibration import (
     CURVES,
     ReliabilityCurve,
+    confidence,
     fit_curve,
     fit_temperatures,
-    probabilities,
 )
 from sweet_jax.exits.outputs import ExitOutputs
 
@@ -67,7 +67,7 @@ class Fitted:
 def fit(calibration: ExitOutputs, kinds: Sequence[str] = CURVES) -> Fitted:
     """Temperatures [R, E], and the curves of some of CURVES, of the confidence after them."""
     temperatures = fit_temperatures(calibration)
-    levels = probabilities(calibration, temperatures).max(axis=-1)  # [R, E, N]
+    levels = confidence(calibration, temperatures)  # [R, E, N], as the policies read the curves
     right = calibration.predictions == calibration.labels[:, None]  # [R, E, N]
     low = 1 / calibration.logits.shape[-1]
     curves = {

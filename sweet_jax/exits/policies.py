@@ -10,17 +10,13 @@ import numpy as np
 from scipy.special import log_softmax
 
 from sweet_jax.config import UserError, check_choice
-from sweet_jax.exits.calibration import (
-    probabilities,
-)
+from sweet_jax.exits.calibration import BELOW_ONE, confidence, probabilities
 from sweet_jax.exits.fitted import Fitted, fit
 from sweet_jax.exits.outputs import ExitOutputs
 
 # A policy maps outputs and temperatures [R, E] to scores float64 [R, E, N]; higher means "answer
 # here". An example leaves at the first exit whose score reaches the threshold.
 Policy = Callable[[ExitOutputs, np.ndarray], np.ndarray]
-
-_BELOW_ONE = np.nextafter(1.0, 0.0)
 
 
 def cross_fitted(calibration: ExitOutputs, policy: str | Policy, folds: int = 5) -> np.ndarray:
@@ -42,14 +38,6 @@ def cross_fitted(calibration: ExitOutputs, policy: str | Policy, folds: int = 5)
         fitted = fit(calibration.rows(others if len(others) else own), kinds)
         scores[..., own] = exit_scores(calibration.rows(own), policy, fitted)
     return scores
-
-
-def confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """Largest probability, below 1: a threshold of 1 sends every example to the last exit.
-
-    So the SWEET paper has it (section 5.1). Rounded to 1, a sure example would leave all the same.
-    """
-    return np.minimum(probabilities(outputs, temperatures).max(axis=-1), _BELOW_ONE)
 
 
 def raw_confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
@@ -76,14 +64,14 @@ def entropy(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # 0 times -inf, of a probability that is 0
         terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)
     share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))
-    return np.clip(1 + share, 0, _BELOW_ONE)
+    return np.clip(1 + share, 0, BELOW_ONE)
 
 
 def margin(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     """Largest probability less the second largest, below 1."""
     ordered = np.sort(probabilities(outputs, temperatures), axis=-1)  # [R, E, N, C]
     second = ordered[..., -2] if ordered.shape[-1] > 1 else 0.0
-    return np.minimum(ordered[..., -1] - second, _BELOW_ONE)
+    return np.minimum(ordered[..., -1] - second, BELOW_ONE)
 
 
 def patience(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
@@ -116,7 +104,7 @@ def learning_to_exit(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarr
     As with confidence, a threshold of 1 sends every example to the last exit. Raises UserError
     where the outputs have no such scores.
     """
-    return np.minimum(_learned(outputs), _BELOW_ONE)
+    return np.minimum(_learned(outputs), BELOW_ONE)
 
 
 def learning_to_exit_min_max(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:

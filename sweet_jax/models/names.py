@@ -43,11 +43,11 @@ _OTHERS = {
 }
 # Parts of a published checkpoint that are not the encoder: buffers, pre-training heads,
 # classifiers of a former task, absolute positions that DeBERTa was pretrained with but does not
-# use, the second table of words that pre-training left in some of DeBERTa-v3, and this package's
-# own exits.
+# use, the norm of a table of relative positions that a config leaves out, the second table of words
+# that pre-training left in some of DeBERTa-v3, and this package's own exits.
 NOT_ENCODER = re.compile(
     r"(embeddings\.(position|token_type)_ids$|embeddings\.position_embeddings\.|"
-    r"embeddings\.word_embeddings\._weight$|cls\.|lm_head\.|"
+    r"embeddings\.word_embeddings\._weight$|encoder\.LayerNorm\.|cls\.|lm_head\.|"
     r"lm_predictions\.|mask_predictions\.|classifier\.|qa_outputs\.|exits\.)"
 )
 
