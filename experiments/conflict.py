@@ -41,6 +41,7 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_picks
 from sweet_jax.exits.scores import mean_interval
 from sweet_jax.files import write_json
+from sweet_jax.flags import Parser
 from sweet_jax.job import Job, prepare
 from sweet_jax.models.layers import derive
 from sweet_jax.report.plots import conflict_figure, write_figure
@@ -53,8 +54,8 @@ HEADER = ("layer", "exits", "cosine")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, measures, writes; returns the exit status (2: the input is wrong)."""
-    options = parse(argv)
     try:
+        options = parse(argv)
         job = prepare(configuration(options))
         config, rows = job.config, len(job.rows[0][0])
         total = steps_per_epoch(rows, config.batch_size) * config.epochs
@@ -98,11 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.conflict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("experiments.conflict", __doc__ or "")
     parser.add_argument("--task", default="mnli", help="a GLUE task (mnli)")
     parser.add_argument("--data_dir", default="", help="of <task>/*.parquet; default the hub")
     parser.add_argument("--checkpoint", default=MODELS["minilm-l6"]["checkpoint"])

@@ -67,15 +67,15 @@ def main(
     `extra` are the script's own options, as argparse's add_argument takes them. Exit status: 0
     done, 1 a cell failed or was stopped, 2 the input is wrong.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
     made = parser(doc)
     for flag, how in (extra or {}).items():
         made.add_argument(flag, **how)
-    options = made.parse_args(argv)
-    options.output = options.output or default_output(options)
-    # Of an output its own: cells of other options have the same names.
-    options.workdir = options.workdir or Path("runs/experiments") / options.output.name
     try:
+        options = made.parse_args(argv)
+        options.output = options.output or default_output(options)
+        # Of an output its own: cells of other options have the same names.
+        options.workdir = options.workdir or Path("runs/experiments") / options.output.name
         cells = cells_of(options)
         refuse_twins(cells)
         if options.list:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from experiments import cluster
 from experiments.cells import Cell
 from sweet_jax.config import METHODS, UserError, check_choice, from_mapping, split_names
 from sweet_jax.data.tasks import GLUE
+from sweet_jax.flags import Parser
 
 # The paper's four models (section 5.1), and a small one that a laptop can train.
 _PAPER = {"learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5), "max_length": 256}
@@ -30,11 +32,9 @@ MODELS: dict[str, dict[str, Any]] = {
 SEEDS = (0, 1, 2)
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all scripts of the grid share."""
-    made = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser(doc: str | None) -> Parser:
+    """The options that all scripts of the grid share; what is wrong with them is a UserError."""
+    made = Parser(f"experiments.{Path(sys.argv[0]).stem}", doc or "")
     add = made.add_argument
     add("--model", default="minilm-l6", choices=MODELS)
     add("--tasks", default="sst2,mrpc,cola,rte", help="of GLUE; default: %(default)s")

@@ -34,6 +34,7 @@ from experiments.rendering import (
     write_page,
     write_sections,
 )
+from sweet_jax.config import UserError
 from sweet_jax.files import write_text
 
 # What each script renders and which cells it wants, in the order of the page.
@@ -56,7 +57,12 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def render(options: argparse.Namespace, records: dict[str, dict[str, Any]]) -> None:
-    """Writes everything; a section without a row is left out."""
+    """Writes everything; a section without a row is left out.
+
+    Raises UserError where there is no such output.
+    """
+    if not options.output.is_dir():
+        raise UserError(f"--output {str(options.output)!r} does not exist: run a script first")
     sections: list[Section] = []
     for script, cells_of in SCRIPTS:
         name = script.__name__.rpartition(".")[2]

@@ -73,7 +73,9 @@ def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
         raise UserError('jax.export needs flatbuffers: pip install -e ".[export]"')
     policy, model = classifier.policy, classifier.model
     if policy not in _POLICIES:
-        raise UserError(f"only the policies {', '.join(_POLICIES)} are exported; got {policy!r}")
+        raise UserError(
+            f"only the policies {', '.join(_POLICIES)} are exported; got {policy!r}: set --policy"
+        )
     if not np.isfinite(classifier.threshold):
         raise UserError("the full model alone has no exits to export: set a finite --threshold")
     if folder.exists():

@@ -6,7 +6,7 @@ Shape letters: E exit, N texts, C classes.
 import itertools
 import math
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,7 @@ class AdaptiveClassifier:
         lengths: Iterable[int] | None = None,
         *,
         full: bool | None = None,
+        done: Callable[[], object] = lambda: None,
     ) -> int:
         """Compiles all that `predict` with this batch size can need; returns how many programs.
 
@@ -161,12 +162,14 @@ class AdaptiveClassifier:
           batch_size: of the calls to come.
           lengths: in tokens, of the texts to come; default all up to the model's longest.
           full: for the last exit alone; default as the dial says.
+          done: called after each program.
 
         """
         wanted = self._lengths if lengths is None else sorted({self._length(n) for n in lengths})
         before, flow = self.compilations, self.flow(batch_size, full=full)
         for key in itertools.product(flow.stages, batch_sizes(batch_size), wanted):
             self._programs.compile(*key, flow.slots)
+            done()
         for length in wanted:
             self._programs.new_pool(flow.slots, length)  # compiled too
         return self.compilations - before

@@ -9,13 +9,15 @@ import numpy as np
 
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import Tokens, apart, draw_rows, tokenize
-from sweet_jax.data.load import Dataset, load_dataset, take
+from sweet_jax.data.load import Dataset, load_dataset, take, task_of
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.initial import base_folder, trained_as
 from sweet_jax.training.spread import check_devices
 
 log = logging.getLogger(__name__)
+
+_FEW = 30  # calibration rows: one of them is more than 3 points of accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Job:
 def prepare(config: Config) -> Job:
     """Reads and checks all that a config names. Raises UserError; writes nothing."""
     config = config.resolved()
+    task_of(config)  # a misspelt name is told before a hub is asked for anything
     checkpoint = open_checkpoint(config.checkpoint)
     _check_against(checkpoint, config)
     trained_as(config, checkpoint)
@@ -71,6 +74,12 @@ def prepare(config: Config) -> Job:
 def describe(job: Job) -> None:
     """Logs what will be trained, on how many rows and devices."""
     train, calibration = job.rows[0]
+    if job.config.calibration == "held_out" and len(calibration) < _FEW:
+        log.warning(
+            "only %d calibration rows: temperatures and thresholds fitted on them say little of "
+            "other rows; give more rows, or a larger calibration_fraction",
+            len(calibration),
+        )
     if job.dataset.left_out:
         log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
     log.info(

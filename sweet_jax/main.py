@@ -6,7 +6,8 @@ r"""Trains, evaluates, calibrates, simulates and reports what a config file says
 
 A config file is a Python file whose get_config() returns the values that differ from the defaults
 (sweet_jax/config.py lists all keys); what follows a colon is its argument. Every key can be set
-after it: --config.KEY=VALUE. A key of several values takes them separated by commas: 1,4,6,12.
+after it: --config.KEY=VALUE, the last one counting. A key of several values takes them separated by
+commas: 1,4,6,12.
 The same command in the same workdir goes on where it stopped.
 Compiled programs are kept in ~/.cache/sweet_jax/xla (JAX_COMPILATION_CACHE_DIR=DIR: in DIR;
 JAX_ENABLE_COMPILATION_CACHE=0: not at all).
@@ -98,13 +99,15 @@ def _recipe(name: str) -> ConfigDict:
 def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
     """The recipe with the --config.key=value of the command line."""
     names = [field.name for field in dataclasses.fields(Config)]
+    last: dict[str, str] = {}  # of a key of several values the flags would take all of both
     for argument in arguments[1:]:
         key = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not key.startswith("config."):
             raise UserError(f"unknown argument {argument!r}: write --config.KEY=VALUE")
         configuration.check_choice("config key", key.removeprefix("config."), names)
+        last[key] = argument
     values = flags.FlagValues()
-    line = [arguments[0], *arguments[1:]]
+    line = [arguments[0], *last.values()]
     config_flags.DEFINE_config_dict("config", recipe, flag_values=values, sys_argv=line)
     try:
         values(line)

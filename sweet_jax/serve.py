@@ -30,6 +30,8 @@ from collections.abc import Sequence
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from tqdm import tqdm
+
 from sweet_jax.config import UserError
 from sweet_jax.flags import Parser, command, dials, policy_lines
 
@@ -87,8 +89,10 @@ def _run(options: argparse.Namespace) -> None:
         model = open_model(options.model)
         classifier = AdaptiveClassifier(model, options.policy, dials(options))
         if options.warm_up:
+            print("compiling every program; the first time this takes minutes", flush=True)
             # Of all exits, as the worker's: a request may have another dial than the server.
-            count = classifier.warm_up(options.batch_size, full=False)
+            with tqdm(desc="compiling", unit=" programs", disable=None) as bar:
+                count = classifier.warm_up(options.batch_size, full=False, done=bar.update)
             print(f"compiled {count} programs", flush=True)
         limits = Limits(
             options.max_texts,

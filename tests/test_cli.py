@@ -141,9 +141,14 @@ def test_an_unknown_task_is_refused(refused):
     ("train", "validation", "words"),
     [
         ("a,x\nb,x\n", "c,x\n", "all training rows have the label 'x'"),
-        ("a,x\nb,y\n", "c,z\n", "label 'z' (row 1) is not among the training labels 'x', 'y'"),
-        ("a,x\n,y\n", "c,x\n", "column 'text' is empty in row 2"),
-        ("a,x\nb,y\n", "c,\n", "column 'label' is empty in row 1"),
+        (
+            "a,x\nb,y\n",
+            "c,z\n",
+            "the validation file: label 'z' (row 1) is not among the training labels 'x', 'y'",
+        ),
+        ("a,x\n,y\n", "c,x\n", "the training file: column 'text' is empty in row 2, the header"),
+        ("a,x\n,y\n,y\n", "c,x\n", "row 2, the header not counted, and in 1 more: fill it"),
+        ("a,x\nb,y\n", "c,\n", "the validation file: column 'label' is empty in row 1"),
         ("", "c,x\n", "the training file has no rows"),
         ("a,x\nb,y\n", "", "the validation file has no rows"),
     ],

@@ -194,6 +194,12 @@ def test_the_command_line_goes_over_the_recipe(parsed):
     assert (config.epochs, config.batch_size) == (7, 4)
 
 
+def test_of_a_key_of_several_values_too_the_last_counts(parsed):
+    source = "def get_config(): return {'seeds': (4, 5)}"
+    config = parsed("--config.seeds=0,1", "--config.epochs=3", "--config.seeds=2", source=source)
+    assert (config.seeds, config.epochs) == ((2,), 3)
+
+
 def test_what_follows_the_colon_is_the_recipes_argument(parsed):
     source = "def get_config(task='sst2'): return {'task': task}"
     assert parsed(source=source).task == "sst2"

@@ -513,6 +513,8 @@ def test_every_script_documents_its_command():
         (["--methods=sweat"], "did you mean 'sweet'"),
         (["--seeds=a"], "--seeds must be numbers"),
         (["--set", "epoch=3"], "did you mean 'epochs'"),
+        (["--model=minilm-l7"], "argument --model: invalid choice: 'minilm-l7'"),
+        (["--nope"], "unrecognized arguments: --nope"),
     ],
 )
 def test_wrong_options_get_one_line(arguments, more, message, capsys):
@@ -520,6 +522,14 @@ def test_wrong_options_get_one_line(arguments, more, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_output_that_there_is_not_is_not_made(tmp_path, capsys):
+    assert render.run([f"--output={tmp_path / 'typo'}"]) == 2
+    error = capsys.readouterr().err
+    assert "typo' does not exist: run a script first" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, conflict, grid])

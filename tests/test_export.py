@@ -56,8 +56,24 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, cap
     lines = [f"{model.classes[c]} {p:.4f} {e}" for c, p, e in answers]
     assert said.splitlines() == lines
     usage = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True)
-    assert usage.returncode == 1
+    assert usage.returncode == 2
     assert "python run.py tokens.npz: input_ids" in usage.stderr
+    short = {"input_ids": padded[0][:, :-1], "token_type_ids": padded[1], "tokens": tokens}
+    np.savez(tmp_path / "short.npz", **short)
+    np.savez(tmp_path / "lacks.npz", input_ids=padded[0])
+    (tmp_path / "junk.npz").write_text("junk")
+    for name, words in (
+        ("short.npz", "input_ids must be ["),
+        ("lacks.npz", "it has no token_type_ids"),
+        ("junk.npz", ""),
+        ("absent.npz", "No such file"),
+    ):
+        command = [sys.executable, folder / "run.py", tmp_path / name]
+        refused = subprocess.run(command, capture_output=True, text=True)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.startswith(f"error: {tmp_path / name}: ")
+        assert words in refused.stderr
+        assert refused.stderr.count("\n") == 1
     assert export.main([*arguments, "--policy=confidence"]) == 2  # it exists
     assert export.main([*arguments, "--policy=entropy"]) == 2
     assert "only the policies confidence, raw_confidence" in capsys.readouterr().err

@@ -164,6 +164,28 @@ def test_a_row_without_text_is_named(tmp_path, name, content):
     assert "column 'text' is empty in row 2" in refusal(path)
 
 
+def test_an_empty_file_of_a_folder_is_named(tmp_path):
+    for name in ("x/1.txt", "x/2.txt", "y/1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a text" if name == "x/1.txt" else " \n")
+    path = str(tmp_path / "x" / "2.txt")
+    assert f"{path!r} is empty, and 1 more such files: fill it" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "between", "words"),
+    [
+        ("rows.csv", ";", "must be separated by ',' in a .csv file, not by ';'"),
+        ("rows.csv", "\t", "must be separated by ',' in a .csv file, not by '\\t'"),
+        ("rows.tsv", ",", "must be separated by '\\t' in a .tsv file, not by ','"),
+    ],
+)
+def test_another_separator_is_told(tmp_path, name, between, words):
+    rows = [("text", "label"), *zip(TEXTS, LABELS, strict=True)]
+    (tmp_path / name).write_text("".join(f"{between.join(map(str, row))}\n" for row in rows))
+    assert words in refusal(tmp_path / name)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_a_row_without_label_is_named(tmp_path, suffix):
     path = write(tmp_path / f"rows.{suffix}", {"text": ["a", "b"], "label": ["x", None]})
@@ -199,7 +221,9 @@ def test_a_list_is_not_a_label(tmp_path):
 def test_an_unknown_column_names_the_nearest(tmp_path, suffix, wrong, nearest):
     path = write(tmp_path / f"rows.{suffix}", {"text": TEXTS, "label": LABELS})
     (value,) = wrong.values()
-    assert refusal(path, **wrong) == f"unknown column {value!r}: did you mean {nearest!r}?"
+    assert (
+        refusal(path, **wrong) == f"the data: unknown column {value!r}: did you mean {nearest!r}?"
+    )
 
 
 @pytest.mark.parametrize("header", ["text,text,label", "text,label,label"])
@@ -237,11 +261,6 @@ def test_a_blank_text_or_label_is_a_missing_one(tmp_path, kind, blank):
     path = write(tmp_path / f"pairs.{kind}", {"text": texts, "other": TEXTS, "label": LABELS})
     pairs = load(path, path, text_columns="text,other")  # as in GLUE's QQP
     assert pairs.train.texts[-1] == (blank, TEXTS[-1])
-
-
-def test_an_empty_text_file_is_a_missing_text(tmp_path):
-    path = write(tmp_path / "rows", {"text": ["", *TEXTS[1:]], "label": LABELS})
-    assert "column 'text' is empty in row 1" in refusal(path)
 
 
 def test_text_that_is_not_utf_8_is_named(tmp_path):

@@ -217,7 +217,7 @@ def test_results_are_json_with_the_contract_s_keys(report):
         np.mean([r["individual"][2]["score"] for r in results["replicas"]])
     )
     assert any(row["score"] > 0 for row in results["ci95"]["individual"])
-    assert "full accuracy is kept at cost" in exit_table(results)
+    assert " kept full accuracy on " in exit_table(results)
 
 
 def test_choices_are_made_on_calibration_rows(analysis):

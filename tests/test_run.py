@@ -63,7 +63,7 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
     trained = 3 if method == "multi_model" else 1
     assert steps == list(range(2 * 12)) * trained  # 90 rows by 8, twice
     printed = capsys.readouterr().out
-    assert "full accuracy is kept at cost" in printed
+    assert " kept full accuracy on " in printed
     assert str(tmp_path / "report.html") in printed
 
 

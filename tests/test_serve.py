@@ -167,6 +167,7 @@ def test_an_address_that_two_processes_bound_is_one_s():
         ({"texts": ["a", 5]}, 400, "row 2 must be a text; got 5"),
         ({"texts": [["a", "b"]]}, 400, "must be a text"),
         ({"texts": ["a"], "cots": 1}, 400, "unknown key 'cots'"),
+        ({"texts": ["a"], "detail": "yes"}, 400, "detail must be true or false; got 'yes'"),
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
         ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),

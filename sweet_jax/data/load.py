@@ -3,11 +3,12 @@
 Shape letters: N examples.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -54,7 +55,7 @@ def load_dataset(config: Config) -> Dataset:
         rows never have.
 
     """
-    task = _task(config)
+    task = task_of(config)
     if config.data_files and config.data_dir:
         raise UserError(
             f"data_files is {config.data_files!r} and data_dir {config.data_dir!r}: give one of "
@@ -66,10 +67,16 @@ def load_dataset(config: Config) -> Dataset:
         tables = _from_directory(config.data_dir, task)
     else:
         tables = _from_hub(task)
-    for table, what in zip(tables, ("training", "validation"), strict=False):
-        _check_rows(table, f"the {what} file" if len(tables) > 1 else "the data")
-    names = _class_names(tables[0], task)
-    splits = [_split(table, task, names) for table in tables]
+    places = ("the training file", "the validation file") if len(tables) > 1 else ("the data",)
+    for table, place in zip(tables, places, strict=True):
+        if not len(table):
+            raise UserError(f"{place} has no rows")
+    with _naming(places[0]):
+        names = _class_names(tables[0], task)
+    splits = []
+    for table, place in zip(tables, places, strict=True):
+        with _naming(place):
+            splits.append(_split(table, task, names))
     if len(splits) == 1:
         splits = _split_off(splits[0], config.validation_fraction, config.split_seed)
     train, validation = splits
@@ -95,7 +102,8 @@ def stratified(
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
 
 
-def _task(config: Config) -> Task:
+def task_of(config: Config) -> Task:
+    """The task that a config names. Raises UserError for one that there is not."""
     if config.data_files:
         task = GLUE.get(config.task, Task(config.task, ()))
     else:
@@ -168,8 +176,9 @@ def _column(table: pa.Table, name: str, *, may_be_blank: bool = False) -> list:
         ]
     if any(empty):
         raise UserError(
-            f"column {name!r} is empty in row {empty.index(True) + 1} (of {sum(empty)} such rows, "
-            "the header not counted): fill it, or remove the row"
+            f"column {name!r} is empty in row {empty.index(True) + 1}, the header not counted"
+            f"{f', and in {sum(empty) - 1} more' if sum(empty) > 1 else ''}: fill it, or remove "
+            "such rows"
         )
     return found
 
@@ -232,9 +241,13 @@ def take(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
     return Split([rows.texts[i] for i in picked], rows.labels[picked])
 
 
-def _check_rows(table: pa.Table, what: str) -> None:
-    if not len(table):
-        raise UserError(f"{what} has no rows")
+@contextlib.contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Says of a UserError where the rows stand that are wrong."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task: Task) -> None:

@@ -70,6 +70,12 @@ def _read_csv(path: Path) -> pa.Table:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(newline="", encoding="utf-8-sig") as file:
         header = next(csv.reader(file, delimiter=delimiter), [])
+    other = set(header[0]) & set(",;\t|") if len(header) == 1 else set()
+    if other and delimiter not in other and "\n" not in header[0]:
+        raise UserError(
+            f"{str(path)!r} names one column, {header[0]!r:.60}: fields must be separated by "
+            f"{delimiter!r} in a {path.suffix.lower()} file, not by {min(other)!r}"
+        )
     return pa.csv.read_csv(
         path,
         read_options=pa.csv.ReadOptions(block_size=_BLOCK),
@@ -127,8 +133,11 @@ def _read_folder(path: Path) -> pa.Table:
     files = sorted(path.glob("*/*.txt"))
     if not files:
         raise UserError(f"folder {str(path)!r} has no <label>/<name>.txt files")
-    columns = {"text": [_read_text(f) for f in files], "label": [f.parent.name for f in files]}
-    return pa.table(columns)
+    texts = [_read_text(f) for f in files]
+    if blank := [f for f, text in zip(files, texts, strict=True) if not text.strip()]:
+        more = f", and {len(blank) - 1} more such files" if len(blank) > 1 else ""
+        raise UserError(f"{str(blank[0])!r} is empty{more}: fill it, or remove it")
+    return pa.table({"text": texts, "label": [f.parent.name for f in files]})
 
 
 def _read_text(path: Path) -> str:

@@ -4,6 +4,7 @@ Shape letters: R replica, E exit, N examples.
 """
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ def check_dials(values: Mapping[str, float | None], prefix: str = "") -> None:
     """
     for name, value in values.items():
         low, high = RANGES[name]
+        if value is not None and not isinstance(value, numbers.Real):
+            raise UserError(f"{prefix}{name} must be a number; got {value!r}")
         if value is not None and not low <= value <= high:
             raise UserError(f"{prefix}{name} must be from {low:g} to {high:g}; got {value:g}")
     given = [name for name, value in values.items() if value is not None and name != "level"]

@@ -19,10 +19,9 @@ def exit_table(results: Mapping[str, Any]) -> str:
     if keep is not None:
         cost, value = keep["validation"]
         lines.append(
-            f"full {metric} is kept at cost {cost:.3f}: threshold {keep['threshold']!r}, chosen "
-            f"on {results['n']['calibration']} {fitted_rows(results)}, gives {value:.4f} on "
-            f"{results['n']['validation']} validation rows (last exit "
-            f"{replica['individual'][-1]['score']:.4f})"
+            f"threshold {keep['threshold']!r} kept full {metric} on {results['n']['calibration']} "
+            f"{fitted_rows(results)}; on {results['n']['validation']} validation rows it gives "
+            f"{value:.4f} at cost {cost:.3f} (last exit {replica['individual'][-1]['score']:.4f})"
         )
     if len(mean["seeds"]) > 1:
         pairs = zip(mean["individual"], results["ci95"]["individual"], strict=True)

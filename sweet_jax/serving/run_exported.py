@@ -43,11 +43,30 @@ def predict(folder, input_ids, token_type_ids, tokens):
     return found
 
 
+def read(path, length):
+    """The three arrays of a file, int32. Raises ValueError, which says what is wrong with it."""
+    names = ("input_ids", "token_type_ids", "tokens")
+    with np.load(path, allow_pickle=False) as texts:
+        if missing := [name for name in names if name not in texts]:
+            raise ValueError(f"it has no {missing[0]}")
+        arrays = [np.asarray(texts[name], np.int32) for name in names]
+    for name, array, rest in zip(names, arrays, ((length,), (length,), ()), strict=True):
+        if array.shape != (len(arrays[2]), *rest):
+            wanted = ", ".join(map(str, (len(arrays[2]), *rest)))
+            raise ValueError(f"{name} must be [{wanted}]; got {list(array.shape)}")
+    return arrays
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
-        sys.exit(__doc__)
-    here, texts = Path(__file__).parent, np.load(sys.argv[1], allow_pickle=False)
-    classes = json.loads((here / "model.json").read_text())["classes"]
-    arrays = [np.asarray(texts[k], np.int32) for k in ("input_ids", "token_type_ids", "tokens")]
+    here = Path(__file__).parent
+    about = json.loads((here / "model.json").read_text())
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
+    try:
+        arrays = read(sys.argv[1], about["length"])
+    except Exception as error:  # a file that is no .npz can break its reader in any way
+        print(f"error: {sys.argv[1]}: {error}", file=sys.stderr)
+        sys.exit(2)
     for label, probability, layer in zip(*predict(here, *arrays), strict=True):
-        print(classes[label], f"{probability:.4f}", layer)
+        print(about["classes"][label], f"{probability:.4f}", layer)
