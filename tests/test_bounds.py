@@ -325,6 +325,7 @@ def test_wishes_that_cannot_be_met_name_the_best():
     dials = make_dials(known_table(100, seed=17)[0])
     assert dials.threshold("confidence") == dials.threshold("confidence", accuracy=dials.full)
     for wish, message in (
+        ({"cost": "0.5"}, "cost must be a number; got '0.5'"),
         ({"accuracy": 1.2}, "accuracy must be from 0 to 1; got 1.2"),
         ({"cost": 0.5, "risk": 0.1}, "set one dial, not 2: cost, risk"),
     ):

@@ -15,7 +15,7 @@ from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import draw_rows, pad_rows, tokenize
 from sweet_jax.exits.dials import Dials, make_dials
-from sweet_jax.job import prepare
+from sweet_jax.job import describe, prepare
 from sweet_jax.models.layers import gelu
 from sweet_jax.pipeline import run, train_and_evaluate
 
@@ -160,6 +160,13 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
         np.testing.assert_array_equal(outcome.calibration.labels[r], job.train.labels[held_out])
     assert set(job.rows[0][1]) != set(job.rows[1][1])
     np.testing.assert_array_equal(outcome.validation.labels[0], outcome.validation.labels[1])
+
+
+def test_few_calibration_rows_are_told(options, caplog):
+    for size, preset, said in ((30, "", True), (30, "paper", False)):
+        caplog.clear()
+        describe(prepare(from_mapping(options | {"train_size": size, "preset": preset})))
+        assert ("only 3 calibration rows" in caplog.text) is said
 
 
 def test_only_the_rows_that_are_drawn_are_tokenised(options):
