@@ -8,7 +8,7 @@ per exit} x clipping {global, per owner}, same rows and rates, differences paire
 four times experiments.individual without Multi-Model. Expected, if the paper is right: the gap at
 the first exits stays whatever is shared. Seen with MiniLM (3 seeds): on SST-2 with 2,000 rows it
 does; with 6,000 a part of the gap at exit 1 is what the release shares; on CoLA that collapses
-SWEET, on MRPC it changes little (experiments/results/README.md).
+SWEET, on MRPC little of it is shown to matter (experiments/results/README.md).
 """
 
 import argparse

@@ -14,8 +14,8 @@ Cost: that of experiments.individual, whose cells it trains where they are missi
 none), then minutes for --splits=100. Writes OUTPUT/tables/pcee_control.md and the figure. Expected,
 if the claim carries over to text: PCEE's error below confidence's; the certified dial broken in at
 most 5% of the draws. Seen with minilm-l6 (2,000 rows): the second (at most 3.3%); not the first,
-whose errors are alike where the exits learned, and where Early-Exit's first exits collapsed all but
-a chosen threshold give far more than they are asked for.
+whose errors are alike, but on SST-2 under Early-Exit, whose first exits collapsed there: all but a
+chosen threshold give far more than they are asked for.
 """
 
 import argparse
