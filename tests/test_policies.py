@@ -287,6 +287,7 @@ def test_grids_span_the_scores():
 def test_quality_equals_plain_sums():
     outputs, _ = known_table(80, seed=10)
     temperatures = np.asarray([[0.5, 1.0, 2.0]])
+    levels = probabilities(outputs, temperatures)[0].max(axis=-1)  # [E, N]
     for e, row in enumerate(quality(outputs, temperatures)[0]):
         nll, brier, pairs, n = 0.0, 0.0, [], outputs.labels.shape[1]
         sure = []
@@ -295,7 +296,9 @@ def test_quality_equals_plain_sums():
             label = outputs.labels[0, k]
             nll -= math.log(p[label]) / n
             brier += sum((q - (c == label)) ** 2 for c, q in enumerate(p)) / n
-            sure.append((max(p), outputs.predictions[0, e, k] == label))
+            assert levels[e, k] == pytest.approx(max(p))
+            # Compared are those that the code gives: a tie is one to the last digit.
+            sure.append((levels[e, k], outputs.predictions[0, e, k] == label))
         pairs = [(a > b) + 0.5 * (a == b) for a, yes in sure if yes for b, also in sure if not also]
         assert row["nll"] == pytest.approx(nll)
         assert row["brier"] == pytest.approx(brier)
