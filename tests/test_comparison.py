@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from test_policies import known_table
 
-from experiments import comparison, conflict, large_at_small_cost, pcee_control, rendering
+from experiments import (
+    comparison,
+    conflict,
+    large_at_small_cost,
+    pcee_control,
+    rendering,
+    sizes,
+)
+from experiments.options import parser
 
 
 def record(scores, rate=1e-4, chosen=None, diverged=()):
@@ -74,6 +82,30 @@ def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
     assert rows[0][2:] == ["chosen: 0.0001 (n=1)", "+0.0", "+0.0"]
     found["replicas"][1]["calibration_area"] = None  # all of them: there is nothing else to show
     assert len(comparison.chosen(found)) == 2
+
+
+def test_sizes_are_compared_seed_by_seed():
+    def flat(*scores):  # of each seed the same at every cost
+        found = record([[score] for score in scores])
+        for replica, score in zip(found["replicas"], scores[::-1], strict=True):
+            replica["grid"] = {"cost": [0.5, 1.0], "score": [score, score]}
+        return found | {"n": {"train": 90, "calibration": 10}, "fitted_on": "held_out"}
+
+    records = {
+        "sst2-sweet": flat(0.7, 0.8),
+        "sst2-early_exit": flat(0.8, 0.9),
+        "sst2-sweet-train_size-500": flat(0.6, 0.9),
+        "sst2-early_exit-train_size-500": flat(0.5, 0.7),
+        "sst2-sweet-train_size-900": flat(0.6, 0.9),
+    }
+    options = parser(None).parse_args(["--tasks=sst2,rte"])
+    options.sizes = "500,900"
+    areas, gaps = sizes.sections(options, records)
+    assert [row[:2] for row in areas.rows] == [["sst2", "Early-Exit"], ["sst2", "SWEET"]]
+    half = 12.7062 * 5  # Student's, of two seeds: 10 and 20 points
+    assert gaps.rows == [
+        ["SWEET - Early-Exit", "sst2", f"+15.0 ± {half:.1f}", "", "**-10.0 ± 0.0**"]
+    ]
 
 
 def test_areas_of_methods_are_compared_over_the_same_costs():
