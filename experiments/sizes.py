@@ -15,6 +15,8 @@ import itertools
 import sys
 from collections.abc import Sequence
 
+import numpy as np
+
 from experiments import grid, paper
 from experiments.cells import Cell
 from experiments.comparison import Record, Records, areas_to_full, common_seeds, interval, paired
@@ -67,15 +69,18 @@ def _areas(options: argparse.Namespace, records: Records) -> Section:
             found = {s: areas_to_full(r) for s, r in points.items() if r is not None}
             if not found.keys() - {full}:  # the main grid's cell alone is no curve
                 continue
-            statistics = [mean_interval(a) for a in found.values()]
+            # A task may have fewer rows than asked for; a size not done yet breaks the line.
+            counts = [s if r is None else _rows(r) for s, r in points.items()]
+            statistics = [mean_interval(found.get(s, np.full(1, np.nan))) for s in points]
             bars = [0.0 if half is None else float(half) for _, half in statistics]
             means = [float(mean) for mean, _ in statistics]
-            counts = [_rows(points[s]) for s in found]  # a task may have fewer than asked for
             one.errorbar(counts, means, bars, fmt="o-", ms=3, color=COLOURS[method], label=title)
+            one.set_xscale("log")
+            one.set_xticks(counts, [f"{n:,}" for n in counts])
             texts = {s: interval(a) for s, a in found.items()}
             rows.append([task, title, *(texts.get(s, "") for s in (*_sizes(options), full))])
+        one.minorticks_off()
         one.set_title(task)
-        one.set_xscale("log")
         one.set_xlabel("training rows")
         one.set_ylabel("area (%)")
     legend(axes)

@@ -85,18 +85,18 @@ def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
 
 
 def test_sizes_are_compared_seed_by_seed():
-    def flat(*scores):  # of each seed the same at every cost
+    def flat(rows, *scores):  # of each seed the same at every cost
         found = record([[score] for score in scores])
         for replica, score in zip(found["replicas"], scores[::-1], strict=True):
             replica["grid"] = {"cost": [0.5, 1.0], "score": [score, score]}
-        return found | {"n": {"train": 90, "calibration": 10}, "fitted_on": "held_out"}
+        return found | {"n": {"train": rows - 50, "calibration": 50}, "fitted_on": "held_out"}
 
     records = {
-        "sst2-sweet": flat(0.7, 0.8),
-        "sst2-early_exit": flat(0.8, 0.9),
-        "sst2-sweet-train_size-500": flat(0.6, 0.9),
-        "sst2-early_exit-train_size-500": flat(0.5, 0.7),
-        "sst2-sweet-train_size-900": flat(0.6, 0.9),
+        "sst2-sweet": flat(6000, 0.7, 0.8),
+        "sst2-early_exit": flat(6000, 0.8, 0.9),
+        "sst2-sweet-train_size-500": flat(500, 0.6, 0.9),
+        "sst2-early_exit-train_size-500": flat(500, 0.5, 0.7),
+        "sst2-sweet-train_size-900": flat(900, 0.6, 0.9),
     }
     options = parser(None).parse_args(["--tasks=sst2,rte"])
     options.sizes = "500,900"
