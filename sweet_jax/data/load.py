@@ -103,7 +103,10 @@ def stratified(
 
 
 def task_of(config: Config) -> Task:
-    """The task that a config names. Raises UserError for one that there is not."""
+    """The task that a config names, with its columns and metric.
+
+    Raises UserError for one that there is not, or text_columns that are not one or two.
+    """
     if config.data_files:
         task = GLUE.get(config.task, Task(config.task, ()))
     else:

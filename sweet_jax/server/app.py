@@ -133,7 +133,7 @@ async def _predict(request: Request, worker: Worker, metrics: _Metrics, limits: 
     wanted = _texts(asked, limits)
     async with asyncio.timeout(limits.timeout):
         found = await worker.answer(own, wanted)
-    detail = asked["detail"]
+    detail = bool(asked.get("detail"))
     answers = [_answer(own, *pair, detail) for pair in found]
     for prediction, _ in found:
         metrics.texts.labels(prediction.exit).inc()
@@ -182,7 +182,7 @@ def _parsed(body: bytes) -> dict[str, Any]:
         raise _Refused(
             400, f"unknown key {unknown[0]!r}; known are texts, policy, detail and dials"
         )
-    if not isinstance(asked.setdefault("detail", False), bool):
+    if not isinstance(asked.get("detail"), bool | None):
         raise _Refused(400, f"detail must be true or false; got {asked['detail']!r:.40}")
     return asked
 

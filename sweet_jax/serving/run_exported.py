@@ -44,7 +44,10 @@ def predict(folder, input_ids, token_type_ids, tokens):
 
 
 def read(path, length):
-    """The three arrays of a file, int32. Raises ValueError, which says what is wrong with it."""
+    """input_ids and token_type_ids int32 [N, L], tokens int32 [N] of a file, L being `length`.
+
+    Raises ValueError, or what numpy raises, which says what is wrong with it.
+    """
     names = ("input_ids", "token_type_ids", "tokens")
     with np.load(path, allow_pickle=False) as texts:
         if missing := [name for name in names if name not in texts]:
