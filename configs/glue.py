@@ -1,11 +1,11 @@
-r"""A GLUE task with the SWEET paper's protocol (section 5.1), BERT-base.
+r"""A GLUE task with the SWEET paper's experimental setup, BERT-base.
 
   python -m sweet_jax.main --config=configs/glue.py:mrpc --workdir=runs/mrpc
 
 Tasks: sst2, mrpc, rte, cola, mnli, qnli, qqp. Rows come from the hub, or from
 --config.data_dir=DIR with DIR/<task>/{train,validation}.parquet. Time: minutes a task on a
 GPU, hours on 2 cores. Expected: the paper's mean of seven tasks, BERT-base with SWEET, is 71.6 at
-exit 4 (its table 1).
+exit 4 (its table 1; the paper left out runs that did not converge and drew new seeds).
 
 A small encoder, on 2 cores in 5 to 10 minutes a task:
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from experiments import paper
 from experiments.cells import Cell
 from experiments.comparison import (
+    AREA,
     DIVERGED,
     PAIRED,
     Records,
@@ -68,7 +69,8 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "ablation",
             f"Pooler and clipping, {options.model}",
             "Per cent, mean and 95% interval over seeds; validation rows. The release is shared, "
-            f"global; the default here per_exit, owner. {DIVERGED}{missing_note(names, records)}",
+            f"global; the default here per_exit, owner. {AREA} {DIVERGED}"
+            f"{missing_note(names, records)}",
             ("task", "method", "pooler", "clipping", "rate", *head),
             rows,
         ),

@@ -60,7 +60,7 @@ class Cell:
 
 
 def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
-    """The records of the cells that are done, by name.
+    """The records of the cells that are done, by name, each with the folder of its outputs.
 
     Raises UserError for a record that was made with another configuration, or with other rows than
     those of another cell of its task.
@@ -72,7 +72,8 @@ def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
         path = record_path(output, one.name)
         if not path.exists():
             continue
-        found[one.name] = record = json.loads(path.read_text())
+        record = json.loads(path.read_text()) | {"outputs": output / "outputs" / one.name}
+        found[one.name] = record
         ours = identity(one.config)
         theirs = usual | record["config"]
         differing = [k for k in ours if theirs[k] != ours[k]]
@@ -131,7 +132,10 @@ def time_left(spent: float, worked: float, total: float) -> str:
 
 
 def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cell keeps of results.json, with the area under each replica's validation curve."""
+    """What a cell keeps of results.json, with the area under each replica's exact curve.
+
+    On validation rows, over the curve's own range of cost, at no more than 2,000 of its thresholds.
+    """
     replicas = [
         {k: replica[k] for k in _KEPT_OF_REPLICA}
         | {"area": area(*(np.asarray(replica["curve"][k]) for k in ("cost", "score")))}

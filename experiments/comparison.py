@@ -1,22 +1,35 @@
 """What the records of cells say: scores of exits by seed, and differences paired by seed.
 
+Two kinds of area are told apart. An area is under the exact curve, of all thresholds; a grid area
+is under the paper's curve of 11 thresholds, up to the full model's cost. What is claimed of methods
+at set costs, or over costs, is read from the exact curve.
+
 Shape letters: S seed, E exit, K cost.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.scores import mean_interval
+from sweet_jax.exits.simulation import Curve
 
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
 
 DIVERGED = (
-    "A star: an exit that diverged, or answers one class only, of at least one seed; (n=..): of so "
-    "many seeds, the others' answers were not finite."
+    "A star: an exit that collapsed (it answers one class only) or diverged (its loss is not "
+    "finite), of at least one seed; (n=..): of so many seeds, the others' answers were not finite."
+)
+AREA = (
+    "Area: mean score under the exact curve, of all thresholds, over the costs that the method can "
+    "spend."
 )
 PAIRED = (
     "Points, paired by seed, mean and 95% interval over seeds (Student), in bold where it leaves "
@@ -50,21 +63,48 @@ def exit_scores(record: Record) -> np.ndarray:
 
 
 def areas(record: Record) -> np.ndarray:
-    """Mean score over the cost range in per cent, float64 [S]: what is under the curve."""
+    """Areas in per cent, float64 [S]: under the exact curve, over its own range of cost."""
     return np.asarray([100 * r["area"] for r in chosen(record)])
 
 
 def areas_to_full(record: Record) -> np.ndarray:
-    """Mean score over the costs from the first exit's to the full model's, per cent, float64 [S].
+    """Areas under the exact curve from the first exit's cost to the full model's, %, float64 [S].
 
-    Under the paper's curve of 11 thresholds (section 5.1): so that Multi-Model, whose own range
-    ends beyond the full model's cost, is compared where the other methods are.
+    So Multi-Model, whose own range ends beyond the full model's cost, is compared where the other
+    methods are; of these it is `areas`.
     """
-    return np.asarray([100 * _area_to_full(r["grid"]) for r in chosen(record)])
+    return _read_exact(record, _mean_to_full)
 
 
-def _area_to_full(curve: Mapping[str, Sequence[float]]) -> float:
-    cost, score = np.asarray(curve["cost"]), np.asarray(curve["score"])
+def grid_areas(record: Record) -> np.ndarray:
+    """As `areas_to_full`, under the paper's curve of 11 thresholds instead, float64 [S].
+
+    Straight lines stand for what lies between the points, which may be far apart.
+    """
+    curves = [(r["grid"]["cost"], r["grid"]["score"]) for r in chosen(record)]
+    return np.asarray([100 * _mean_to_full(*map(np.asarray, curve)) for curve in curves])
+
+
+def scores_at(costs: Sequence[float], record: Record) -> np.ndarray:
+    """Scores in per cent at set costs, read from the exact curve, float64 [S, K]."""
+    return _read_exact(record, functools.partial(np.interp, costs))
+
+
+def _read_exact(record: Record, of: Callable[[np.ndarray, np.ndarray], Any]) -> np.ndarray:
+    """of(cost, score) of the exact curve of each chosen replica, in per cent, [S, ...]."""
+    curve = exact_curves(record["outputs"])
+    places = [record["replicas"].index(r) for r in chosen(record)]
+    return 100 * np.asarray([of(curve.cost[i], curve.score[i]) for i in places])
+
+
+@functools.cache
+def exact_curves(folder: Path) -> Curve:
+    """The exact curves of a cell's replicas on validation rows, from the outputs that it left."""
+    halves = (ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation"))
+    return analyse(*halves).curve
+
+
+def _mean_to_full(cost: np.ndarray, score: np.ndarray) -> float:
     if cost[0] >= 1:
         return float(score[0])
     end = min(1.0, float(cost[-1]))  # a curve that ends before spends no more
@@ -75,7 +115,7 @@ def _area_to_full(curve: Mapping[str, Sequence[float]]) -> float:
 
 
 def exits_and_area(record: Record) -> np.ndarray:
-    """Scores of the exits, then the area, in per cent: float64 [S, E + 1]."""
+    """Scores of the exits, then the area (see `areas`), in per cent: float64 [S, E + 1]."""
     return np.column_stack([exit_scores(record), areas(record)])
 
 
@@ -89,7 +129,7 @@ def texts(
     of: Callable[[Record], np.ndarray] = exits_and_area,
     as_text: Callable[[np.ndarray], str] | None = None,
 ) -> list[str]:
-    """of(record) column by column as text (`interval`), exits that diverged with a star.
+    """of(record) column by column as text (`interval`), what collapsed or diverged with a star.
 
     Where a seed is left out (see `chosen`), its exits have their star too, and every column says
     how many seeds it is of.

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.options import MODELS
+from experiments.options import MODELS, encoder_note
 from experiments.rendering import Section
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_picks
@@ -189,6 +189,7 @@ def sections(folder: Path) -> list[Section]:
     if not path.exists():
         return []
     results = json.loads(path.read_text())
+    about = encoder_note(results["checkpoint"])
     return [
         Section(
             "conflict",
@@ -198,7 +199,7 @@ def sections(folder: Path) -> list[Section]:
             f"rows, learning rate {results['learning_rate']:g}, seed {results['seed']}): cosine of "
             "two exits' gradients with respect to the last feed-forward matrix of a layer, mean "
             f"over its rows; mean and 95% interval over {results['batches']} batches, all at the "
-            "same parameters. Made by python -m experiments.conflict.",
+            "same parameters. Made by python -m experiments.conflict." + f" {about}" * bool(about),
             HEADER,
             table(results),
             conflict_figure(results["exits"], np.asarray(results["mean"], np.float64)),

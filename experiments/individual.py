@@ -56,7 +56,8 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
     # Of a model that the paper has not, its smallest table that is whole.
     other = options.model if options.model in paper.INDIVIDUAL else "deberta-base"
     layers = MODELS[other]["exits"]
-    for method, theirs in paper.INDIVIDUAL[other].items() if len(exits) == len(layers) else ():
+    beside = len(exits) == len(layers)
+    for method, theirs in paper.INDIVIDUAL[other].items() if beside else ():
         known = ["" if v is None else f"{v:.1f}" for v in theirs]
         title = f"paper, {other}, exits {', '.join(map(str, layers))}, mean of 7 tasks"
         rows.append([title, paper.NAMES[method], *known, "3"])
@@ -65,8 +66,9 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
         "individual",
         f"Each exit alone, {options.model} (tables 1, 3, 4)",
         "Mean and standard deviation over seeds, per cent; accuracy, Matthews for CoLA; validation "
-        "rows. Each method at the learning rate with the largest area under its curve on "
-        f"{_fitted(records)} rows. {DIVERGED}{missing_note(names, records)}",
+        "rows. Each method at the learning rate with the largest area under its exact curve on "
+        f"{_fitted(records)} rows. {DIVERGED}{f' {paper.LEFT_OUT}' * beside}"
+        f"{missing_note(names, records)}",
         ("task", "method", *(f"exit {e}" for e in exits), "seeds x rows"),
         rows,
     )

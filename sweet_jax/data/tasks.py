@@ -14,7 +14,7 @@ class Task:
     validation: str = "validation"  # name of the split that is reported
 
 
-# The seven tasks of the SWEET paper (section 5.1). Its score is accuracy, Matthews for CoLA.
+# The seven tasks of the SWEET paper's experimental setup. Its score is accuracy, Matthews for CoLA.
 GLUE: dict[str, Task] = {
     task.name: task
     for task in (

@@ -31,7 +31,7 @@ class Analysis:
       calibration_curve, curve: exact curves on either. A policy that reads reliability curves is
         cross-fitted on the calibration rows.
       grid: the validation curve at the paper's 11 thresholds.
-      area: float64 [R], mean score over the cost range on calibration rows.
+      area: float64 [R], area under the exact curve of the calibration rows (see `area`).
 
     """
 
@@ -125,14 +125,18 @@ def analyse(
 def area(cost: np.ndarray, values: np.ndarray) -> float:
     """Mean of a curve [T] over its own range of cost, by trapezoids; its value if that is one.
 
-    Of the exact curve, where the paper takes the area under its 11 points (section 5.1).
+    Given the exact curve wherever this is called an area. What the SWEET paper chooses learning
+    rates by is the area under its 11 points; `experiments.comparison` has that as the grid area.
     """
     spread = cost[-1] - cost[0]
     return float(np.trapezoid(values, cost) / spread) if spread > 0 else float(values[-1])
 
 
 def at_costs(grid: Curve, replica: int, costs: Sequence[float]) -> dict[str, float | None]:
-    """Scores at set costs by linear interpolation between the grid's points (paper, section 5.1).
+    """Scores at set costs by linear interpolation between the grid's points.
+
+    As in the SWEET paper's experimental setup, for the numbers that stand beside the paper's: where
+    two points are far apart, the exact curve may be elsewhere between them.
 
     None at a cost that the grid does not reach.
     """

@@ -41,7 +41,8 @@ def confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     """Largest probability, below 1, float64 [R, E, N]: a threshold of 1 sends every example to the
     last exit.
 
-    So the SWEET paper has it (section 5.1). Rounded to 1, a sure example would leave all the same.
+    So the SWEET paper's experimental setup has it. Rounded to 1, a sure example would leave all the
+    same.
     """
     return np.minimum(probabilities(outputs, temperatures).max(axis=-1), BELOW_ONE)
 

@@ -167,8 +167,8 @@ POLICIES: dict[str, Rule] = {
 def grid_thresholds(policy: str, classes: int, exits: int, points: int = 11) -> np.ndarray:
     """Thresholds evenly spaced over the range of the policy's scores, float64 [points].
 
-    That is (1/C, 1) for a largest probability, the paper's 11 (section 5.1), (0, 1) for most
-    others; patience counts, and has one for each exit.
+    That is (1/C, 1) for a largest probability, the 11 of the SWEET paper's experimental setup,
+    (0, 1) for most others; patience counts, and has one for each exit.
     """
     rule = POLICIES[policy]
     if policy == "patience":

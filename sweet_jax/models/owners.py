@@ -1,7 +1,7 @@
 """Which exit owns which parameter: that whose loss alone trains it under SWEET.
 
 A segment's layers and head are its exit's; the embeddings belong to the first segment (SWEET paper,
-section 4.2), and so does the table of relative positions, unless it is shared.
+section 4.1), and so does the table of relative positions, unless it is shared.
 """
 
 from collections.abc import Iterator, Sequence

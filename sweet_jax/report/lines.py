@@ -3,9 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sweet_jax.report.baselines import title
+
 
 def exit_table(results: Mapping[str, Any]) -> str:
-    """The table of exits of the best replica as text, the last line the cost of full score."""
+    """The table of exits of the best replica as text, the baselines below it, the cost of full
+    score, and the mean over seeds.
+    """
     replica = results["replicas"][results["best_replica"]]
     metric, mean = results["metric"], results["mean"]
     heading: list[str] = []
@@ -15,6 +19,7 @@ def exit_table(results: Mapping[str, Any]) -> str:
             f"{replica['seed']}, learning rate {replica['learning_rate']:g}"
         )
     lines = exit_lines(replica["individual"], metric)
+    lines += baseline_lines(results.get("baselines", {}), metric)
     keep = replica["full_score"]
     if keep is not None:
         cost, value = keep["validation"]
@@ -45,6 +50,22 @@ def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     return lines
 
 
+def baseline_lines(rows: Mapping[str, Mapping[str, Any]], metric: str) -> list[str]:
+    """What `baselines` gives, as lines of text under a heading; nothing where there are none."""
+    if not rows:
+        return []
+    names = {name: title(name) for name in rows}
+    width = max(len("baseline"), *(len(shown) for shown in names.values()))
+    lines = [f"{'baseline':<{width}} {'cost':>6} {metric:>9}  95% interval         n"]
+    for name, row in rows.items():
+        low, high = row["interval"]
+        lines.append(
+            f"{names[name]:<{width}} {row['cost']:>6.3f} {row['score']:>9.4f}  "
+            f"[{low:.4f}, {high:.4f}] {row['n']:>5}"
+        )
+    return lines
+
+
 def fitted_rows(results: Mapping[str, Any]) -> str:
     """What to call the rows that temperatures and thresholds were fitted on."""
     held_out = results["fitted_on"] == "held_out"
@@ -52,9 +73,13 @@ def fitted_rows(results: Mapping[str, Any]) -> str:
 
 
 def describe_divergence(row: Mapping[str, Any]) -> str:
-    """One line for one replica and exit that diverged."""
+    """One line for one replica and exit that collapsed or diverged."""
     since = "" if row["step"] is None else f", since step {row['step']}"
-    return (
-        f"diverged: replica {row['replica']} (seed {row['seed']}, learning rate "
-        f"{row['learning_rate']:g}), exit {row['exit']}: {row['what']}{since}"
+    who = (
+        f"replica {row['replica']} (seed {row['seed']}, learning rate {row['learning_rate']:g}), "
+        f"exit {row['exit']}"
     )
+    what, _, name = row["what"].partition(" to class ")
+    if what == "collapsed":
+        return f"collapsed: {who} gives every row the class {name}{since}"
+    return f"diverged: {who}: {row['what']}{since}"

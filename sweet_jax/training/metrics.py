@@ -1,4 +1,4 @@
-"""The training log: metrics.jsonl (the truth), TensorBoard events (for looking), divergence.
+"""The training log: metrics.jsonl (the truth), TensorBoard events (for looking), what went wrong.
 
 Shape letters: R replica, E exit, N examples, C classes.
 """
@@ -20,7 +20,20 @@ Row = dict[str, Any]
 
 
 def read_metrics(workdir: Path) -> list[Row]:
-    """The lines of metrics.jsonl in order; one that the process died over ends the list."""
+    """Returns the steps in metrics.jsonl, in order, without evaluations on tuning rows."""
+    return [row for row in _read(workdir) if "loss" in row]
+
+
+def read_tuning(workdir: Path) -> list[Row]:
+    """Returns the evaluations on tuning rows in metrics.jsonl, in order.
+
+    training: its name; step: steps taken; area: of each replica [R].
+    """
+    return [row for row in _read(workdir) if "area" in row]
+
+
+def _read(workdir: Path) -> list[Row]:
+    """Returns the lines of metrics.jsonl; one that the process died over ends the list."""
     path = workdir / "metrics.jsonl"
     rows: list[Row] = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -37,8 +50,8 @@ class MetricsLog:
     def __init__(self, workdir: Path, training: str, step: int, exits: Sequence[int]):
         kept = [
             row
-            for row in read_metrics(workdir)
-            if row["training"] != training or row["step"] < step
+            for row in _read(workdir)
+            if row["training"] != training or row["step"] + ("area" not in row) <= step
         ]
         write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         self._file = (workdir / "metrics.jsonl").open("a")
@@ -65,6 +78,13 @@ class MetricsLog:
                     layer, *pair = (self._exits[e] for e in (i, j, k))
                     name = f"conflict/layer_{layer}/exits_{pair[0]}_{pair[1]}/replica_{replica}"
                     self._event(name, cosines[i, j, k], step)
+
+    def add_tuning(self, step: int, area: Sequence[float]) -> None:
+        """Logs an evaluation on tuning rows after so many steps: its area, of each replica."""
+        row = {"training": self._training, "step": step, "area": _finite(list(area))}
+        self._file.write(json.dumps(row) + "\n")
+        for replica, value in enumerate(area):
+            self._event(f"tuning_area/replica_{replica}", value, step)
 
     def _event(self, name: str, value: float, step: int) -> None:
         if math.isfinite(value):
@@ -94,12 +114,13 @@ def diverged(
     replicas: Sequence[tuple[int, float]],
     logits: np.ndarray,
     layers: Sequence[int],
+    classes: Sequence[str],
 ) -> list[Row]:
     """What went wrong in training, one row for each replica and exit it happened to.
 
-    A loss that stopped being finite is reported with the first such step; an exit that gives all
-    evaluated rows one class as collapsed, with the first step of training since which every batch
-    got that class only.
+    A loss that stopped being finite (the exit diverged) is reported with the first such step; an
+    exit that gives all evaluated rows one class (it collapsed) with that class, and the first step
+    of training since which every batch got that class only.
 
     Args:
       rows: of metrics.jsonl.
@@ -107,6 +128,7 @@ def diverged(
       replicas: (seed, learning rate) of each replica.
       logits: float [R, E, N, C] of the evaluated rows.
       layers: the E layer numbers.
+      classes: the C names.
 
     """
     first_bad: dict[tuple[int, int], int] = {}
@@ -123,12 +145,13 @@ def diverged(
     for r, (seed, rate) in enumerate(replicas):
         for e, layer in enumerate(layers):
             who = {"replica": r, "seed": seed, "learning_rate": rate, "exit": layer}
-            classes = logits[r, e].argmax(axis=-1)
+            given = logits[r, e].argmax(axis=-1)  # [N]
             if (r, layer) in first_bad or not np.isfinite(logits[r, e]).all():
                 step = first_bad.get((r, layer))
                 found.append(who | {"what": "loss is not finite", "step": step})
-            elif len(classes) > 1 and (classes == classes[0]).all():
+            elif len(given) > 1 and (given == given[0]).all():
                 only, step = since.get((r, layer), (-1, 0))
-                step = step if only == classes[0] else None
-                found.append(who | {"what": f"collapsed to class {classes[0]}", "step": step})
+                step = step if only == given[0] else None
+                what = f"collapsed to class {str(classes[given[0]])!r}"
+                found.append(who | {"what": what, "step": step})
     return found
