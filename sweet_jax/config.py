@@ -13,6 +13,8 @@ class UserError(ValueError):
     """The user's input is wrong. The message is one line: what, with the value, and the mend."""
 
 
+AUTO = "auto"  # of epochs
+POOLING_NAMES = ("first", "mean")  # models/pooling.py has what they do
 METHODS = ("sweet", "early_exit", "multi_model")
 METRICS = ("accuracy", "matthews", "f1")
 DTYPES = ("float32", "bfloat16")
@@ -34,6 +36,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "confidence": ("", "confidence", "confidence_float32"),
     "exit_score": ("", "learning_to_exit", "learning_to_exit_min_max"),
     "learning_to_exit": ("", "joint", "detached"),
+    "pooling": ("", *POOLING_NAMES),
+    "head_init": ("", "random", "probe"),
+    "rate_search": ("full", "short"),
+    "baselines": ("none", "quick", "full"),
 }
 _DEFAULT_ISOLATION = {"sweet": (1.0,), "early_exit": (0.0,), "multi_model": (0.0,)}
 
@@ -53,9 +59,10 @@ class Config:
     learning_rates: tuple[float, ...] = (5e-5,)
     train_size: int = 6000  # at most so many training rows, calibration rows included
     calibration_fraction: float = 0.1  # of the training subset
+    tuning_fraction: float = 0.1  # of the training rows, where anything is tuned: see `tunes`
     validation_fraction: float = 0.2  # split off the data where no validation file is given
     split_seed: int = 0  # of that split, the same for all replicas
-    epochs: int = 2
+    epochs: int | str = 2  # 0 with head_init "probe": heads alone; "auto": see training/schedule.py
     batch_size: int = 16
     evaluation_batch_size: int = 32
     max_length: int = 256  # tokens
@@ -69,6 +76,13 @@ class Config:
     isolation: tuple[float, ...] = ()  # one number, or from, to over training; () = the method's
     isolation_schedule: str = "linear"  # from, to: "linear", or "step", which changes at half time
     boundary_isolation: tuple[float, ...] = ()  # of each boundary, times isolation; () = all 1
+    rate_search: str = "full"  # train every rate to the end, or "short": first a short run of each
+    group_by_length: bool = False  # batches of texts of similar length: less padding
+    head_init: str = ""  # "random", or "probe": logistic regression on the frozen encoder
+    head_refit: bool = False  # after training, the same on the trained encoder
+    head_learning_rate: float = 1.0  # of the heads, a multiple of the learning rate
+    pooling: str = ""  # "first" token, "mean" of all; "" = the preset's, else the checkpoint's own
+    baselines: str = "quick"  # "none"; "quick": majority, TF-IDF, probes; "full": fine-tuned too
     learning_to_exit: str = ""  # "", "joint", or "detached": its gradient stays in its own heads
     pooler: str = ""  # this and the six below: "" = as the preset says
     relative: str = ""
@@ -109,6 +123,12 @@ class Config:
         """Name of the exit policy of a resolved config: learning-to-exit's where that is on."""
         return self.exit_score if self.learning_to_exit else self.confidence
 
+    @property
+    def tunes(self) -> bool:
+        """Returns whether tuning rows are held out: for the probe, the rate or the last step."""
+        searches = self.rate_search == "short" and len(self.learning_rates) > 1
+        return self.epochs == AUTO or self.head_init == "probe" or self.head_refit or searches
+
     def replicas(self) -> tuple[tuple[int, float], ...]:
         """(seed, learning rate) of every replica, in the order of the R axis."""
         return tuple((seed, rate) for seed in self.seeds for rate in self.learning_rates)
@@ -142,6 +162,8 @@ def split_names(text: str) -> tuple[str, ...]:
 def _as_field(name: str, value: Any) -> Any:
     """Lists become tuples, one number becomes a tuple of one, a tuple of names becomes text."""
     default = getattr(Config, name)
+    if name == "epochs" and isinstance(value, str) and value.strip().isdigit():
+        return int(value)  # as a command line has it
     if isinstance(default, tuple):
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
         whole = name in ("exits", "seeds")
@@ -164,6 +186,8 @@ def _check_types(config: Config) -> None:
                     f"{field.name} must be {noun} separated by commas, such as "
                     f"--config.{field.name}={_EXAMPLES[field.name]}; got {value!r}"
                 )
+        elif field.name == "epochs" and value == AUTO:
+            continue
         elif type(value) is not type(default):
             raise UserError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
 
@@ -193,13 +217,21 @@ def _check_ranges(config: Config) -> None:
     require(len(rates) > 0, "learning_rates", "at least one number")
     require(len(set(rates)) == len(rates), "learning_rates", "distinct")
     require(all(0 < r < math.inf for r in rates), "learning_rates", "positive and finite")
-    for name in ("train_size", "epochs", "batch_size", "evaluation_batch_size", "checkpoint_every"):
+    for name in ("train_size", "batch_size", "evaluation_batch_size", "checkpoint_every"):
         require(getattr(config, name) >= 1, name, "1 or more")
+    least = 0 if config.head_init == "probe" or config.head_refit else 1
+    epochs = config.epochs
+    require(
+        epochs == AUTO or (isinstance(epochs, int) and epochs >= least),
+        "epochs",
+        '1 or more, or "auto" (0 only with head_init=probe or head_refit)',
+    )
+    require(0 < config.head_learning_rate < math.inf, "head_learning_rate", "positive and finite")
     for name in ("conflict_every", "depth", "max_steps"):
         require(getattr(config, name) >= 0, name, "0 or more")
     require(config.max_length >= 8, "max_length", "8 tokens or more")
     require(0 <= config.split_seed < 2**31, "split_seed", "from 0 to 2147483647")
-    for name in ("calibration_fraction", "validation_fraction"):
+    for name in ("calibration_fraction", "tuning_fraction", "validation_fraction"):
         require(0 < getattr(config, name) < 1, name, "between 0 and 1, both excluded")
     require(0 <= config.warmup_fraction < 1, "warmup_fraction", "from 0 to below 1")
     require(0 <= config.weight_decay < math.inf, "weight_decay", "0 or more")

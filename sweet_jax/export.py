@@ -128,8 +128,8 @@ def _program(model: SavedModel, stage: Stage, params: list[Any], length: int) ->
 
     (batch,) = jax.export.symbolic_shape("b")
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    hidden = network.params["heads"][str(stage.end)]["pooler"]["kernel"].shape[0]
-    given = [ids, ids] if stage.embeds else [jax.ShapeDtypeStruct((batch, length, hidden), "f4")]
+    state = jax.ShapeDtypeStruct((batch, length, network.hidden_size), "f4")
+    given = [ids, ids] if stage.embeds else [state]
     specs = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in params]
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
     exported = jax.export.export(jax.jit(run), platforms=_PLATFORMS)(specs, tokens, *given)

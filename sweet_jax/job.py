@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import Tokens, apart, draw_rows, tokenize
+from sweet_jax.data.batches import Tokens, apart, draw_rows, draw_tuning_rows, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, take, task_of
+from sweet_jax.models.pooling import DEFAULT_POOLING, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.initial import base_folder, trained_as
@@ -28,9 +29,11 @@ class Job:
     checkpoint: Checkpoint
     dataset: Dataset
     tokenizer: Any
+    texts: list[tuple[str, ...]]  # those of `train`
     train: Tokens
     validation: Tokens
     rows: list[tuple[np.ndarray, np.ndarray]]  # of each replica: trained on, calibrated on
+    tuning: list[np.ndarray]  # of each replica; empty where nothing is tuned
 
 
 def prepare(config: Config) -> Job:
@@ -38,6 +41,9 @@ def prepare(config: Config) -> Job:
     config = config.resolved()
     task_of(config)  # a misspelt name is told before a hub is asked for anything
     checkpoint = open_checkpoint(config.checkpoint)
+    if not config.pooling:
+        pooling = declared_pooling(checkpoint.folder) or DEFAULT_POOLING
+        config = dataclasses.replace(config, pooling=pooling)
     _check_against(checkpoint, config)
     trained_as(config, checkpoint)
     read_encoder(checkpoint)  # a damaged file must be known before anything is written
@@ -53,6 +59,7 @@ def prepare(config: Config) -> Job:
     if len(drawn[0][0]) < before:
         repeats = before - len(drawn[0][0])
         log.info("%d training rows repeat a calibration text: left out", repeats)
+    drawn, tuning = _with_tuning_rows(config, dataset, drawn)
     for (seed, _), (trained, _) in zip(config.replicas(), drawn, strict=True):
         unseen = np.setdiff1d(dataset.validation.labels, dataset.train.labels[trained])
         if len(unseen):
@@ -62,13 +69,31 @@ def prepare(config: Config) -> Job:
                 "give more distinct texts"
             )
     # Of a large file a few rows are drawn: only they are tokenised, and numbered anew.
-    used = np.unique(np.concatenate([np.concatenate(pair) for pair in drawn]))
+    used = np.unique(np.concatenate([*(rows for pair in drawn for rows in pair), *tuning]))
     rows = [(np.searchsorted(used, t), np.searchsorted(used, h)) for t, h in drawn]
+    tuning = [np.searchsorted(used, t) for t in tuning]
+    kept = take(dataset.train, used)
     train, validation = (
-        tokenize(tokenizer, split, config.max_length)
-        for split in (take(dataset.train, used), dataset.validation)
+        tokenize(tokenizer, split, config.max_length) for split in (kept, dataset.validation)
     )
-    return Job(config, checkpoint, dataset, tokenizer, train, validation, rows)
+    return Job(config, checkpoint, dataset, tokenizer, kept.texts, train, validation, rows, tuning)
+
+
+def _with_tuning_rows(
+    config: Config, dataset: Dataset, drawn: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
+    """Returns the (training, calibration) rows of each replica less its tuning rows, and these."""
+    if not config.tunes:
+        return drawn, [np.empty(0, int)] * len(drawn)
+    labels, texts = dataset.train.labels, dataset.train.texts
+    split = [
+        draw_tuning_rows(labels, trained, config.tuning_fraction, seed)
+        for (seed, _), (trained, _) in zip(config.replicas(), drawn, strict=True)
+    ]
+    split = apart(texts, split)
+    size = min(len(tuning) for _, tuning in split)
+    rows = [(t, held) for (t, _), (_, held) in zip(split, drawn, strict=True)]
+    return rows, [tuning[:size] for _, tuning in split]
 
 
 def describe(job: Job) -> None:

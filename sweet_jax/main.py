@@ -93,7 +93,9 @@ def _recipe(name: str) -> ConfigDict:
         raise UserError(
             f"config file {path!r}: {type(error).__name__}: {one_line(error)}"
         ) from error
-    return ConfigDict(dataclasses.asdict(configuration.from_mapping(chosen)))
+    values = dataclasses.asdict(configuration.from_mapping(chosen))
+    # A number or "auto": as text, so that a flag may change the one into the other.
+    return ConfigDict(values | {"epochs": str(values["epochs"])})
 
 
 def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sweet_jax.baselines import run_baselines
 from sweet_jax.config import Config
 from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
@@ -22,14 +23,18 @@ from sweet_jax.files import claimed, write_json
 from sweet_jax.job import Job, describe, prepare
 from sweet_jax.models.early_exit import Answer
 from sweet_jax.processes import agreed, claimed_by_first, first_says, is_first
-from sweet_jax.report import lines, page, plots, tables
+from sweet_jax.report import lines, page, plots, shortfalls, tables
+from sweet_jax.report.baselines import Baseline
+from sweet_jax.report.baselines import save as save_baselines
 from sweet_jax.serving.card import model_card
 from sweet_jax.serving.saved import Model, save_model
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.initial import trainings
 from sweet_jax.training.metrics import diverged, read_metrics
-from sweet_jax.training.run import fit
+from sweet_jax.training.probe import Classifiers
+from sweet_jax.training.run import Tuning, fit
 from sweet_jax.training.sharding import mesh_of, one_replica
+from sweet_jax.tuning import fit_probe, refit_heads, search_rate
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,8 @@ class Outcome:
     validation: ExitOutputs
     models: list[Model]
     timing: dict[str, float]
+    tuning: ExitOutputs | None = None  # None where no rows were held out for tuning
+    best_steps: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # by training
 
 
 def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]:
@@ -74,31 +81,57 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     before = dataclasses.asdict(usual.resolved())
     with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS, before)):
         describe(job)
-        outcome = train_and_evaluate(job, workdir)
-        analysis = analyse(outcome.calibration, outcome.validation) if is_first() else None
+        probe = fit_probe(job, workdir) if job.config.head_init == "probe" else None
+        job, probe, search = search_rate(job, probe, workdir)
+        outcome = train_and_evaluate(job, workdir, None if probe is None else probe.classifiers)
+        tried = run_baselines(job, probe, workdir) if report else []
+        analysis = None
+        if is_first():
+            analysis = analyse(outcome.calibration, outcome.validation, tuning=outcome.tuning)
         # Part of the program that takes it: hosts whose last bits differ must not differ in it.
         number = first_says(analysis.best if analysis else 0)
         best = [Model(m.exits, one_replica(m.params, number)) for m in outcome.models]
         with agreed():
-            return _finish(job, outcome, analysis, best, workdir, report) if analysis else {}
+            if analysis is None:
+                return {}
+            return _finish(job, outcome, analysis, best, workdir, report, tried, search)
 
 
-def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
-    """Trains the method's models one after the other, and fills ExitOutputs with what they say."""
+def train_and_evaluate(job: Job, workdir: Path, probe: Classifiers | None = None) -> Outcome:
+    """Trains the method's models one after the other, and fills ExitOutputs with what they say.
+
+    probe: what the heads of all exits begin with, of every replica; None for random ones.
+    """
     config, classes = job.config, len(job.dataset.classes)
     every = np.tile(np.arange(len(job.validation)), (len(job.rows), 1))  # [R, N]
     held_out = np.stack([rows for _, rows in job.rows])  # [R, N]
-    found: list[tuple[Answer, Answer]] = []
+    tuning = Tuning(np.stack(job.tuning), job.dataset.task.metric)
+    found: list[tuple[Answer, ...]] = []
     models: list[Model] = []
+    best_steps: dict[str, list[int]] = {}
     timing = {"train_seconds": 0.0, "train_examples": 0.0, "evaluate_seconds": 0.0}
     for training in trainings(config):
         trained = [rows for rows, _ in job.rows]
         graphdef, params, spent = fit(
-            config, job.checkpoint, training, classes, job.train, trained, workdir
+            config,
+            job.checkpoint,
+            training,
+            classes,
+            job.train,
+            trained,
+            workdir,
+            tuning=tuning,
+            probe=probe,
         )
         began = time.perf_counter()
+        if config.head_refit:
+            params = refit_heads(job, training, graphdef, params)
+            timing["refit_seconds"] = timing.get("refit_seconds", 0) + time.perf_counter() - began
+            began = time.perf_counter()
+        if spent.best_steps:
+            best_steps[training.name] = list(spent.best_steps)
         mesh = mesh_of(params)
-        answer = compile_evaluation(config, graphdef, mesh)
+        answer = compile_evaluation(config, graphdef, mesh, features=config.tunes)
         on_validation = evaluate(config, answer, params, job.validation, every)
         match config.calibration:
             case "held_out":
@@ -109,18 +142,22 @@ def train_and_evaluate(job: Job, workdir: Path) -> Outcome:
                 answer = compile_evaluation(config, graphdef, mesh, dropout=True)
                 fitted = evaluate(config, answer, params, job.validation, every)
         found.append((fitted, on_validation))
+        if config.tunes:
+            found[-1] += (evaluate(config, answer, params, job.train, tuning.rows),)
         models.append(Model(training.exits, params))
         timing["train_seconds"] += spent.seconds
         timing["train_examples"] += spent.examples
         timing["evaluate_seconds"] += time.perf_counter() - began
     fitted_on_held_out = config.calibration == "held_out"
     labels = job.train.labels[held_out] if fitted_on_held_out else job.validation.labels
-    fitted_answers, answers = zip(*found, strict=True)
+    fitted_answers, answers, *tuned = zip(*found, strict=True)
     return Outcome(
         _outputs(job, "calibration", fitted_answers, labels),
         _outputs(job, "validation", answers, job.validation.labels),
         models,
         timing,
+        _outputs(job, "tuning", tuned[0], job.train.labels[tuning.rows]) if tuned else None,
+        best_steps,
     )
 
 
@@ -156,11 +193,15 @@ def _finish(
     best: Sequence[Model],
     workdir: Path,
     report: bool,
+    tried: Sequence[Baseline],
+    search: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Writes the outputs, what reports them, and results.json; `best` is the best replica."""
     config = job.config
     outcome.calibration.save(workdir / "exit_outputs" / "calibration.npz")
     outcome.validation.save(workdir / "exit_outputs" / "validation.npz")
+    if outcome.tuning is not None:
+        outcome.tuning.save(workdir / "exit_outputs" / "tuning.npz")
     metrics = read_metrics(workdir)
     trained = {training.name: training.exits for training in trainings(config)}
     bad = diverged(
@@ -176,10 +217,19 @@ def _finish(
         analysis,
         bad,
         rows=len(job.rows[0][0]),
+        baselines=tried,
         timing=outcome.timing,
         versions={name: version(name) for name in ("jax", "flax", "optax", "transformers")},
+        pooling=config.pooling,
+        head_init=config.head_init,
+        head_refit=config.head_refit,
+        rate_search=search,
+        best_steps=outcome.best_steps,
     )
+    results["n"]["tuning"] = 0 if outcome.tuning is None else outcome.tuning.labels.shape[1]
     if report:
+        if tried:
+            save_baselines(workdir / "exit_outputs" / "baselines.npz", tried)
         plots.write_figures(workdir / "figures", analysis, results, metrics, trained)
         page.write_report(workdir / "report.html", analysis, results, metrics, trained)
         save_model(
@@ -202,6 +252,8 @@ def _finish(
     write_json(workdir / "results.json", results)  # last: it says that the run is whole
     for row in bad:
         log.warning(lines.describe_divergence(row))
+    if report and (shortfall := shortfalls.warning(results)):
+        log.warning(shortfall)
     if report:
         print(lines.exit_table(results))
         print(f"report: {workdir / 'report.html'}")

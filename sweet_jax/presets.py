@@ -7,9 +7,11 @@
 #   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
 #   calibration: rows held out of the subset | the validation rows | those with dropout left on
 #   confidence: p = 1 never reaches t = 1 | float32 softmax, which reaches 1.0 at a gap of 17
+#   pooling: how an exit reads its layer; "" = as the checkpoint declares, see models/pooling.py
+#   head_init: classifiers begin random | as logistic regressions on the frozen encoder
 #   exit_score: learning-to-exit's sigmoid | that, min-max normalised over the evaluated rows
 PRESETS: dict[str, dict[str, str]] = {
-    # SWEET paper, sections 4 and 5, but nothing is fitted on the rows reported.
+    # The SWEET paper's method and experimental setup, but nothing is fitted on the rows reported.
     "": {
         "pooler": "per_exit",
         "relative": "first",
@@ -18,6 +20,8 @@ PRESETS: dict[str, dict[str, str]] = {
         "calibration": "held_out",
         "confidence": "confidence",
         "exit_score": "learning_to_exit",
+        "pooling": "",
+        "head_init": "random",
     },
     # SWEET paper: temperatures are fitted on the evaluation set.
     "paper": {
@@ -28,6 +32,8 @@ PRESETS: dict[str, dict[str, str]] = {
         "calibration": "validation",
         "confidence": "confidence",
         "exit_score": "learning_to_exit",
+        "pooling": "first",
+        "head_init": "random",
     },
     # What the authors' released code does.
     "reference": {
@@ -38,5 +44,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "calibration": "validation_dropout",
         "confidence": "confidence_float32",
         "exit_score": "learning_to_exit_min_max",
+        "pooling": "first",
+        "head_init": "random",
     },
 }

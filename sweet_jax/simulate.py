@@ -84,7 +84,9 @@ def load(run: Path, policy: str | None = None) -> Analysis:
     calibration, validation = (
         ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation")
     )
-    return analyse(calibration, validation, policy)
+    tuning = folder / "tuning.npz"
+    chosen_on = ExitOutputs.load(tuning) if tuning.exists() else None
+    return analyse(calibration, validation, policy, chosen_on)
 
 
 def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:

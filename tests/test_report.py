@@ -54,7 +54,7 @@ def report(analysis, tmp_path_factory):
             "seed": 1,
             "learning_rate": 3e-4,
             "exit": 2,
-            "what": "collapsed to class 1",
+            "what": "collapsed to class 'no'",
             "step": 7,
         }
     ]
@@ -187,7 +187,9 @@ def test_text_from_data_is_text(report, browser):
     browser.get((folder / "report.html").as_uri())
     assert browser.title.startswith(NASTY)
     assert NASTY in browser.find_element("css selector", "h1").text
-    assert "collapsed to class 1" in browser.find_element("css selector", ".warning").text
+    warning = browser.find_element("css selector", ".warning").text
+    assert warning.startswith("collapsed: replica 1 ")
+    assert warning.endswith("exit 2 gives every row the class 'no', since step 7")
     errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
     assert not errors
 

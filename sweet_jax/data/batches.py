@@ -16,6 +16,8 @@ from sweet_jax.data.load import Split, stratified
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each one used costs a compilation
 
 _AT_ONCE = 4096  # texts that a tokenizer is given
+_GROUP = 50  # batches whose rows are sorted by length together
+_SHUFFLE = zlib.crc32(b"groups")  # in the place of a seed: of the order of batches of one length
 
 Batch = dict[str, np.ndarray]
 
@@ -100,6 +102,34 @@ def draw_rows(labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray
     return subset[kept], subset[held]
 
 
+def draw_tuning_rows(
+    labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits training rows into (training rows, tuning rows), both ascending.
+
+    Tuning rows choose the penalty of a probe, the learning rate and the step that training ends at;
+    they never fit temperatures, thresholds or certificates.
+
+    Args:
+      labels: of all rows, int [N].
+      rows: the training rows, ascending.
+      fraction: of `rows`, every class in proportion.
+      seed: of the replica.
+
+    Raises UserError where the rows are too few.
+
+    """
+    rng = np.random.default_rng([zlib.crc32(b"tuning"), seed])
+    kept, held = stratified(labels[rows], fraction, rng)
+    if not len(held) or len(np.unique(labels[rows[kept]])) < 2:
+        raise UserError(
+            f"{len(rows)} training rows are too few to hold out a fraction of {fraction:g} for "
+            "tuning: raise train_size or tuning_fraction, or set epochs to a number, head_init to "
+            "random, head_refit to False and rate_search to full"
+        )
+    return rows[kept], rows[held]
+
+
 def apart(
     texts: Sequence[tuple[str, ...]], rows: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -136,13 +166,46 @@ def training_rows(rows: np.ndarray, seed: int, epoch: int, batch: int, size: int
 
 
 def training_picks(
-    rows: Sequence[np.ndarray], seeds: Sequence[int], step: int, size: int
+    rows: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    step: int,
+    size: int,
+    lengths: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Row indices int [R, B] of a step: `rows[r]` are replica r's rows, `seeds[r]` its seed."""
-    epoch, batch = divmod(step, steps_per_epoch(len(rows[0]), size))
+    """Row indices int [R, B] of a step: `rows[r]` are replica r's rows, `seeds[r]` its seed.
+
+    lengths: tokens of every row of the split, int [N], to put rows of similar length into one
+      batch; None for uniformly random batches.
+    """
+    per_epoch = steps_per_epoch(len(rows[0]), size)
+    epoch, batch = divmod(step, per_epoch)
+    if lengths is not None:
+        # The same shuffle of batches for all replicas, so that their lengths go together.
+        batch = int(_epoch_order(_SHUFFLE, epoch, per_epoch)[batch])
     return np.stack(
-        [training_rows(r, seed, epoch, batch, size) for r, seed in zip(rows, seeds, strict=True)]
+        [
+            training_rows(r, seed, epoch, batch, size)
+            if lengths is None
+            else _grouped_rows(r, seed, epoch, batch, size, lengths)
+            for r, seed in zip(rows, seeds, strict=True)
+        ]
     )
+
+
+def _grouped_rows(
+    rows: np.ndarray, seed: int, epoch: int, batch: int, size: int, lengths: np.ndarray
+) -> np.ndarray:
+    """As `training_rows`, of rows sorted by length within groups of _GROUP batches.
+
+    As `group_by_length` of transformers' Trainer: which rows share a group is random, so that
+    batches differ from epoch to epoch.
+    """
+    order = _epoch_order(seed, epoch, len(rows))
+    start = batch // _GROUP * _GROUP * size
+    group = order[start : start + _GROUP * size]
+    group = group[np.argsort(lengths[rows[group]], kind="stable")]
+    place = batch * size - start
+    return _fill(rows[group[place : place + size]], size)
 
 
 def evaluation_picks(

@@ -31,7 +31,9 @@ class Analysis:
       calibration_curve, curve: exact curves on either. A policy that reads reliability curves is
         cross-fitted on the calibration rows.
       grid: the validation curve at the paper's 11 thresholds.
-      area: float64 [R], area under the exact curve of the calibration rows (see `area`).
+      area: float64 [R], mean score over the cost range of the exact curve on the tuning rows, which
+        choose between replicas; on the calibration rows where there are none.
+      tuned: whether there are tuning rows.
 
     """
 
@@ -43,6 +45,7 @@ class Analysis:
     curve: Curve
     grid: Curve
     area: np.ndarray
+    tuned: bool = False
     _dials: dict = dataclasses.field(default_factory=dict, repr=False)
 
     def dials(self, replica: int, policies: tuple[str, ...] | None = None) -> Dials:
@@ -50,7 +53,8 @@ class Analysis:
         wanted = policies or (self.policy,)
         if (replica, wanted) not in self._dials:
             rows = self.calibration.replica(replica)
-            self._dials[replica, wanted] = make_dials(rows, wanted, len(self.calibration.logits))
+            compared = 1 if self.tuned else len(self.calibration.logits)
+            self._dials[replica, wanted] = make_dials(rows, wanted, compared)
         return self._dials[replica, wanted]
 
     @property
@@ -69,8 +73,11 @@ class Analysis:
 
     @property
     def best(self) -> int:
-        """The replica with the largest area on the calibration rows."""
-        return int(np.nanargmax(np.where(np.isnan(self.area), -np.inf, self.area)))
+        """The replica that is saved: of those `chosen`, the one with the largest area.
+
+        So the model that is saved is one of those whose mean is reported.
+        """
+        return max(self.chosen, key=lambda r: -np.inf if np.isnan(self.area[r]) else self.area[r])
 
     @property
     def chosen(self) -> list[int]:
@@ -89,9 +96,14 @@ class Analysis:
 
 
 def analyse(
-    calibration: ExitOutputs, validation: ExitOutputs, policy: str | None = None
+    calibration: ExitOutputs,
+    validation: ExitOutputs,
+    policy: str | None = None,
+    tuning: ExitOutputs | None = None,
 ) -> Analysis:
     """Temperatures and curves of a run, under `policy` or else the one in its identity.
+
+    tuning: rows to choose between replicas on; without, the calibration rows do.
 
     Raises UserError for an unknown policy, or one that needs scores which the outputs lack.
     """
@@ -102,6 +114,9 @@ def analyse(
     held_out = calibration_scores(calibration, policy, fitted)
     on_calibration = simulate(calibration, lambda *_: held_out)
     curve = simulate(validation, lambda *_: scores)
+    choosing, by = calibration, on_calibration
+    if tuning is not None:
+        choosing, by = tuning, simulate(tuning, policy, fitted=fitted)
     _, exits, _, classes = validation.logits.shape
     return Analysis(
         calibration,
@@ -114,11 +129,10 @@ def analyse(
         np.asarray(
             [
                 area(cost, values) if np.isfinite(logits).all() else np.nan
-                for cost, values, logits in zip(
-                    on_calibration.cost, on_calibration.score, calibration.logits, strict=True
-                )
+                for cost, values, logits in zip(by.cost, by.score, choosing.logits, strict=True)
             ]
         ),
+        tuning is not None,
     )
 
 

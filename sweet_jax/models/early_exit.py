@@ -17,6 +17,7 @@ from flax import nnx
 
 from sweet_jax.models.encoder import Encoder, linear
 from sweet_jax.models.layers import ACTIVATIONS, computed_again, derive, dropout, sub_key
+from sweet_jax.models.pooling import POOLINGS
 
 # Of all boundaries between segments, or of each of the E - 1.
 Isolation = float | jax.Array | tuple[float | jax.Array, ...]
@@ -30,6 +31,7 @@ class Answer(NamedTuple):
 
     logits: jax.Array  # float32 [E, B, C]
     exit_scores: jax.Array | None = None  # float32 [E, B], learning-to-exit's, from 0 to 1
+    features: jax.Array | None = None  # float32 [E, B, H], what classifiers read, where asked for
 
 
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
@@ -51,10 +53,10 @@ def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
 
 
 class Head(nnx.Module):
-    """Classifier of one exit: pooler (first token, dense, activation), dropout, dense.
+    """Classifier of one exit: pooling, pooler (dense, activation), dropout, dense.
 
-    With a shared pooler the head holds no pooler. Learning-to-exit (Xin et al. 2021, BERxiT) adds a
-    dense unit with a sigmoid that says how likely this exit's class is right; it reads what the
+    With a shared pooler, or a pooling that has none, the head holds no pooler. Learning-to-exit
+    (Xin et al. 2021, BERxiT) adds a dense unit with a sigmoid that says how likely this exit's class is right; it reads what the
     classifier reads, the pooled vector after dropout, or that vector cut off from its gradient.
     """
 
@@ -66,14 +68,16 @@ class Head(nnx.Module):
         key: jax.Array,
         *,
         pooler: bool,
+        pooling: str,
         learning_to_exit: str,
     ):
         config = encoder.config
+        self.pooling = pooling
         rngs = nnx.Rngs(derive(key, "learning_to_exit"))
         on = learning_to_exit != ""
         self.learning_to_exit = linear(config, config.hidden_size, 1, dtype, rngs) if on else None
         self.detached = learning_to_exit == "detached"
-        if pooler:
+        if pooler and POOLINGS[pooling].dense:
             self.pooler = make_pooler(encoder, dtype, derive(key, "pooler"))
         self.classifier = linear(
             config, config.hidden_size, classes, dtype, nnx.Rngs(derive(key, "classifier"))
@@ -81,17 +85,35 @@ class Head(nnx.Module):
         self.activation = ACTIVATIONS[config.pooler_act]
         self.dropout_rate = config.hidden_dropout_prob
 
-    def __call__(self, h: jax.Array, pooler: nnx.Linear | None, key) -> Answer:
-        """The answer of this exit (arrays without E) to the first token of [B, L or 1, H]."""
-        pooled = self.activation((pooler or self.pooler)(h[:, 0]))  # [B, H]
+    def pooled(self, h: jax.Array, mask: jax.Array, pooler: nnx.Linear | None) -> jax.Array:
+        """Returns what the classifier reads, before dropout: [B, H] of h [B, L, H].
+
+        Of a pooling that reads the first token alone, h may be [B, 1, H].
+        """
+        pooled = POOLINGS[self.pooling].read(h, mask)  # [B, H]
+        if not POOLINGS[self.pooling].dense:
+            return pooled
+        return self.activation((pooler or self.pooler)(pooled))
+
+    def __call__(
+        self,
+        h: jax.Array,
+        mask: jax.Array,
+        pooler: nnx.Linear | None,
+        key,
+        features: bool = False,
+    ) -> Answer:
+        """The answer of this exit (arrays without E); arguments as in `pooled`."""
+        pooled = self.pooled(h, mask, pooler)  # [B, H]
         pooled = dropout(key, pooled, self.dropout_rate)
         logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
+        kept = pooled.astype(jnp.float32) if features else None
         if self.learning_to_exit is None:
-            return Answer(logits)
+            return Answer(logits, features=kept)
         if self.detached:
             pooled = jax.lax.stop_gradient(pooled)
         unit = self.learning_to_exit(pooled)[:, 0].astype(jnp.float32)  # [B]
-        return Answer(logits, jax.nn.sigmoid(unit))
+        return Answer(logits, jax.nn.sigmoid(unit), kept)
 
 
 class EarlyExit(nnx.Module):
@@ -111,10 +133,13 @@ class EarlyExit(nnx.Module):
         shared_pooler: bool = False,
         shared_relative: bool = False,
         learning_to_exit: str = "",
+        pooling: str = "first",
         remat: bool = False,
         dtype=jnp.float32,
     ):
+        shared_pooler = shared_pooler and POOLINGS[pooling].dense
         self.encoder = encoder
+        self.first_only = POOLINGS[pooling].first_only
         self.remat = remat
         self.exits = tuple(exits)
         self.shared_relative = shared_relative
@@ -127,6 +152,7 @@ class EarlyExit(nnx.Module):
                     dtype,
                     derive(key, "head", e),
                     pooler=not shared_pooler,
+                    pooling=pooling,
                     learning_to_exit=learning_to_exit,
                 )
                 for e in self.exits
@@ -140,11 +166,13 @@ class EarlyExit(nnx.Module):
         batch: dict[str, jax.Array],
         isolation: float | jax.Array = 0.0,
         key: jax.Array | None = None,
+        features: bool = False,
     ) -> tuple[Carried | None, Answer]:
         """One segment: (what it hands on, its exit's answer, without E).
 
-        The exit reads its last layer at the first token only. That token alone is computed where no
-        gradient reaches the others: before a closed boundary, and at the last exit.
+        An exit may read its last layer at the first token only (`Pooling.first_only`). That token
+        alone is then computed where no gradient reaches the others: before a closed boundary, and
+        at the last exit.
 
         Args:
           index: of the segment, from 0.
@@ -152,6 +180,7 @@ class EarlyExit(nnx.Module):
           batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L].
           isolation: of what is handed on, 0 to 1. The last segment hands on nothing.
           key: typed key of the dropout masks, None for inference.
+          features: whether the answer has what the classifier reads.
 
         """
         ids, types, mask = batch["input_ids"], batch["token_type_ids"], batch["mask"]
@@ -166,13 +195,17 @@ class EarlyExit(nnx.Module):
             h = self._layer(number, h, mask, key, relative)
         layer = functools.partial(self._layer, end, h, mask, key, relative)
         head = functools.partial(
-            self.heads[str(end)], pooler=self.pooler, key=sub_key(key, "head", end)
+            self.heads[str(end)],
+            mask=mask,
+            pooler=self.pooler,
+            key=sub_key(key, "head", end),
+            features=features,
         )
         if end == self.exits[-1]:
-            return None, head(layer(count=1))
+            return None, head(layer(count=1 if self.first_only else None))
         whole = layer()  # [B, L, H]
         closed = not isinstance(isolation, jax.Array) and isolation == 1
-        answer = head(layer(count=1) if closed else whole)
+        answer = head(layer(count=1) if closed and self.first_only else whole)
         return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), answer
 
     def _layer(
@@ -201,11 +234,12 @@ class EarlyExit(nnx.Module):
     ) -> tuple[jax.Array, Answer]:
         """Inference from layer `start` to the exit at `end`: (state before that layer, answer).
 
-        What the exit reads, the first token, is computed alone: the rest of layer `end` is left to
-        the call that goes on from there, with start = end, for the rows that do not leave. It
-        computes the keys and values of that layer a second time, a sixth of it.
+        Where the exit reads the first token only, that is computed alone: the rest of layer `end`
+        is left to the call that goes on from there, with start = end, for the rows that do not
+        leave. It computes the keys and values of that layer a second time, a sixth of it.
 
-        With `whole`, all of layer `end` is computed and its state returned.
+        With `whole`, all of layer `end` is computed and its state returned: to be asked for where
+        the exit reads all tokens, unless no call goes on from there.
 
         Args:
           start: of the layers to compute, from 1.
@@ -219,8 +253,9 @@ class EarlyExit(nnx.Module):
             h = self.encoder.embed(batch["input_ids"], batch["token_type_ids"], mask)
         for number in range(start, end):
             h = self.encoder.layer(number, h, mask, relative=relative)
-        first = self.encoder.layer(end, h, mask, relative=relative, count=None if whole else 1)
-        return first if whole else h, self.heads[str(end)](first, self.pooler, None)
+        count = 1 if self.first_only and not whole else None
+        last = self.encoder.layer(end, h, mask, relative=relative, count=count)
+        return last if whole else h, self.heads[str(end)](last, mask, self.pooler, None)
 
     def __call__(
         self,
@@ -236,16 +271,20 @@ class EarlyExit(nnx.Module):
         batch: dict[str, jax.Array],
         isolation: Isolation = 0.0,
         key: jax.Array | None = None,
+        features: bool = False,
     ) -> Answer:
         """What every exit says: all segments in one pass.
 
         isolation: of all boundaries, or a tuple with one number for each of the E - 1.
+        features: as in `segment`.
         """
         boundaries = isolation if isinstance(isolation, tuple) else (isolation,) * len(self.exits)
         carried, each = None, []
         for index in range(len(self.exits)):
             # The last segment has no boundary above it.
-            carried, answer = self.segment(index, carried, batch, (*boundaries, 0.0)[index], key)
+            carried, answer = self.segment(
+                index, carried, batch, (*boundaries, 0.0)[index], key, features
+            )
             each.append(answer)
         return jax.tree.map(lambda *x: jnp.stack(x), *each)
 

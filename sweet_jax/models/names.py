@@ -91,11 +91,13 @@ def hugging_face_tensors(params: Any, exits: tuple[int, ...]) -> dict[str, np.nd
         put(hugging_face_name(tuple(p.key for p in path)), value)
     for layer in exits:
         head = params["heads"][str(layer)]
-        dense = {"pooler.dense": head.get("pooler") or params["pooler"]}
+        pooler = head.get("pooler") or params.get("pooler")  # None: a pooling without one
+        dense = {"pooler.dense": pooler} if pooler else {}
         dense |= {k: head[k] for k in ("classifier", "learning_to_exit") if k in head}
         for name, part in dense.items():
             put(f"exits.{layer}.{name}.weight", part["kernel"])
             put(f"exits.{layer}.{name}.bias", part["bias"])
     for leaf in ("weight", "bias"):
-        tensors[f"pooler.dense.{leaf}"] = tensors[f"exits.{exits[-1]}.pooler.dense.{leaf}"]
+        if (name := f"exits.{exits[-1]}.pooler.dense.{leaf}") in tensors:
+            tensors[f"pooler.dense.{leaf}"] = tensors[name]
     return tensors

@@ -37,6 +37,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
+_FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
 
 
 @dataclasses.dataclass(frozen=True)

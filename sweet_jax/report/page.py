@@ -17,6 +17,14 @@ import plotly.offline
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
+from sweet_jax.report.baselines import title
+from sweet_jax.report.charts import (
+    curve_figure,
+    layout,
+    loss_figure,
+    reliability_figure,
+    shares_figure,
+)
 from sweet_jax.report.lines import describe_divergence, fitted_rows
 from sweet_jax.report.series import (
     BOUNDS,
@@ -25,6 +33,7 @@ from sweet_jax.report.series import (
     policy_series,
     reliability_series,
 )
+from sweet_jax.report.shortfalls import describe, worst_of_each_exit
 from sweet_jax.report.tables import bound, certificates
 
 _ENVIRONMENT = jinja2.Environment(
@@ -50,7 +59,9 @@ def write_report(
         results=results,
         best=best,
         fitted=fitted_rows(results),
-        warnings=[describe_divergence(d) for r in results["replicas"] for d in r["diverged"]],
+        warnings=[describe_divergence(d) for r in results["replicas"] for d in r["diverged"]]
+        + [describe(finding, results["metric"]) for finding in worst_of_each_exit(results)],
+        baselines={title(name): row for name, row in results.get("baselines", {}).items()},
         plotly=plotly.offline.get_plotlyjs(),
         policies={name: POLICIES[name].about for name in policies[best]},
         bounds=list(BOUNDS),
@@ -80,7 +91,7 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Mapping[str, Any], An
     each replica's own curve is drawn thin beside it, and the mean of its floor and of its stable
     oracle in the same colour, hidden until their names are clicked.
     """
-    figure, rows = _layout("cost (share of the full model's layers)", "score"), []
+    figure, rows = layout("cost (share of the full model's layers)", "score"), []
     for number, (name, identity, analysis) in enumerate(runs):
         cost = np.linspace(analysis.curve.cost.min(), analysis.curve.cost.max(), 200)
         each = [
@@ -136,122 +147,6 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Mapping[str, Any], An
         rows=rows, plotly=plotly.offline.get_plotlyjs(), figure=_json(figure)
     )
     write_text(path, page)
-
-
-def curve_figure(results: Mapping[str, Any]) -> go.Figure:
-    """Traces 0 curve, 1 grid, 2 single exits, 3 the slider's marker, then the bounds in the order
-    of BOUNDS; the page fills them in.
-    """
-    metric = html.escape(results["metric"])
-    figure = _layout("cost (share of the full model's layers)", metric)
-    hover = "<b>threshold %{customdata[0]:.7f}</b><br>cost %{x:.3f}<br>"
-    hover += f"{metric} %{{y:.4f}}"
-    for e, layer in enumerate(results["exits"], start=1):
-        hover += f"<br>exit {layer}: %{{customdata[{e}]:.1%}}"
-    figure.add_scatter(
-        name="every threshold",
-        mode="lines",
-        line={"shape": "hv", "color": "#21918c", "width": 2},
-        hovertemplate=hover + "<extra></extra>",
-    )
-    figure.add_scatter(
-        name="the paper's 11 thresholds",
-        mode="markers",
-        marker={"color": "#440154", "size": 7},
-        hovertemplate="threshold %{customdata:.3f}<br>cost %{x:.3f}<br>%{y:.4f}<extra></extra>",
-    )
-    figure.add_scatter(
-        name="one exit for all",
-        mode="markers",
-        marker={"symbol": "square", "color": "#e8833a", "size": 9},
-        hovertemplate="%{text}<br>cost %{x:.3f}<br>%{y:.4f}<extra></extra>",
-    )
-    figure.add_scatter(
-        name="the slider",
-        mode="markers",
-        hoverinfo="skip",
-        marker={"symbol": "circle-open", "color": "#c0392b", "size": 16, "line": {"width": 3}},
-    )
-    for name, (title, ink, dash) in BOUNDS.items():
-        figure.add_scatter(
-            name=title,
-            mode="lines",
-            line={"color": ink, "dash": dash, "width": 1.5},
-            visible=True if name in ("floor", "stable") else "legendonly",
-            hovertemplate=f"{title}<br>cost %{{x:.3f}}<br>%{{y:.4f}}<extra></extra>",
-        )
-    figure.update_layout(
-        height=600, legend={"orientation": "h", "y": -0.15, "yanchor": "top"}, margin={"t": 10}
-    )
-    return figure
-
-
-def shares_figure(layers: Sequence[int]) -> go.Figure:
-    """Where examples leave at the slider's threshold; the page fills it in."""
-    figure = _layout("", "share of the examples")
-    figure.add_bar(
-        x=[f"exit {layer}" for layer in layers],
-        y=[0.0] * len(layers),
-        marker_color=[colour(e) for e in range(len(layers))],
-        texttemplate="%{y:.1%}",
-        hoverinfo="skip",
-    )
-    figure.update_yaxes(range=[0, 1.05], tickformat=".0%")
-    return figure
-
-
-def reliability_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Share correct against confidence: dotted before, solid after temperature scaling."""
-    figure = _layout("confidence", "share correct")
-    figure.add_scatter(
-        x=[0, 1],
-        y=[0, 1],
-        mode="lines",
-        line={"color": "#bbbbbb"},
-        name="perfect",
-        hoverinfo="skip",
-    )
-    for e, row in enumerate(series):
-        for name, dash in (("before", "dot"), ("after", "solid")):
-            if name in row:
-                bins = row[name]
-                figure.add_scatter(
-                    x=bins["confidence"],
-                    y=bins["correct"],
-                    customdata=bins["count"],
-                    mode="lines+markers",
-                    line={"color": colour(e), "dash": dash},
-                    name=f"exit {row['layer']} {name}, ECE {bins['error']:.3f}",
-                    hovertemplate="confidence %{x:.3f}<br>correct %{y:.3f}<br>%{customdata} rows",
-                )
-    return figure
-
-
-def loss_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Training loss of every exit."""
-    figure = _layout("step", "cross-entropy, mean of 20 steps")
-    for e, row in enumerate(series):
-        figure.add_scatter(
-            x=row["step"],
-            y=row["loss"],
-            mode="lines",
-            name=f"exit {row['layer']}",
-            line={"color": colour(e)},
-        )
-    return figure
-
-
-def _layout(x: str, y: str) -> go.Figure:
-    figure = go.Figure()
-    figure.update_layout(
-        template="plotly_white",
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        height=400,
-        xaxis_title=x,
-        yaxis_title=y,
-        font={"family": "system-ui, sans-serif", "size": 14},
-    )
-    return figure
 
 
 def _json(figure: go.Figure) -> Any:

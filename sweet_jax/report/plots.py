@@ -13,7 +13,22 @@ from matplotlib.figure import Figure
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.simulation import bootstrap
 from sweet_jax.files import written_aside
-from sweet_jax.report.series import BOUNDS, colour, loss_series, reliability_series
+from sweet_jax.report.series import (
+    BOUNDS,
+    baseline_series,
+    colour,
+    loss_series,
+    reliability_series,
+)
+
+# Matplotlib's mark, and its size, for each of plotly's that `baseline_series` gives.
+_MARKS = {
+    "x": ("X", 7),
+    "diamond": ("D", 6),
+    "triangle-up": ("^", 6),
+    "star": ("*", 10),
+    "cross": ("P", 7),
+}
 
 
 def write_figures(
@@ -43,7 +58,9 @@ def write_figure(folder: Path, name: str, figure: Figure) -> None:
 
 
 def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
-    """Score against cost: every replica's exact curve, the best one's single exits and grid."""
+    """Score against cost: every replica's exact curve, the best one's single exits and grid, and
+    the baselines.
+    """
     figure, axes = _figure(f"{results['task']}, {results['method']}")
     best = results["best_replica"]
     for r in range(len(analysis.curve.cost)):
@@ -71,10 +88,22 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     for name, bound in results["replicas"][best]["bounds"].items():
         title, ink, dash = BOUNDS[name]
         axes.plot(bound["cost"], bound["score"], dashes[dash], color=ink, lw=1, label=title)
+    _plot_baselines(axes, results)
     axes.set_xlabel("cost (share of the full model's layers)")
     axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
     axes.legend(frameon=False, fontsize=7)
     return figure
+
+
+def _plot_baselines(axes, results: Mapping[str, Any]) -> None:
+    """The baselines as black marks, from cost 0 on; nothing where there are none."""
+    series = baseline_series(results)
+    for entry in series:
+        mark, size = _MARKS[entry["symbol"]]
+        style = {"color": "#222222", "ms": size, "zorder": 5, "clip_on": False}
+        axes.plot(entry["cost"], entry["score"], mark, label=entry["title"], **style)
+    if series:
+        axes.set_xlim(left=0)
 
 
 def exits_figure(results: Mapping[str, Any]) -> Figure:

@@ -15,6 +15,7 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.risk import upper_bound
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.report.baselines import title
 from sweet_jax.report.tables import thinned
 
 # Viridis from dark to light: exits in order of depth, told apart without colour vision too.
@@ -31,6 +32,32 @@ BOUNDS = {
     "any_correct": ("any-correct oracle (inflated by luck)", "#c0392b", "dash"),
     "best_thresholds": ("a threshold for each exit, fitted on these rows", "#5ec962", "dashdot"),
 }
+
+# Marks of the baselines, by plotly's names: all probes share one, other names the last.
+_MARKS = {
+    "majority": "x",
+    "tfidf": "diamond",
+    "probe": "triangle-up",
+    "fine_tuned": "star",
+    "": "cross",
+}
+
+
+def baseline_series(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The baselines of results.json as points of score against cost; [] where it has none.
+
+    One dict for each entry of the legend: title, symbol (plotly's name), and the text, cost and
+    score of its points. The probes of all layers are one entry.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for name, row in results.get("baselines", {}).items():
+        group = "probe" if name.startswith("probe_") else name
+        shown = "frozen encoder + probe" if group == "probe" else title(name)
+        start: dict[str, Any] = {"title": shown, "symbol": _MARKS.get(group, _MARKS[""])}
+        entry = entries.setdefault(group, start | {"text": [], "cost": [], "score": []})
+        for key, value in (("text", title(name)), ("cost", row["cost"]), ("score", row["score"])):
+            entry[key].append(value)
+    return list(entries.values())
 
 
 def colour(exit_index: int) -> str:

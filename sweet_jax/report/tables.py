@@ -20,13 +20,16 @@ from sweet_jax.exits.bounds import (
     share_of_gap,
 )
 from sweet_jax.exits.calibration import quality
+from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import exit_scores
 from sweet_jax.exits.risk import KINDS
-from sweet_jax.exits.scores import bootstrap_interval, mean_interval, score, wilson_interval
+from sweet_jax.exits.scores import mean_interval, score
 from sweet_jax.exits.simulation import Curve
+from sweet_jax.report.baselines import Baseline
+from sweet_jax.report.shortfalls import as_results
 
-# Where the paper reads its curves (table 1); Multi-Model's reach beyond the full model.
+# Where the SWEET paper reads its speed-accuracy curves; Multi-Model's reach beyond the full model.
 _COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0, 1 + 3 / 8, 1 + 3 / 4)
 _LIMITS = (0.01, 0.02, 0.05, 0.1)  # that the report certifies, of harmed examples
 _CURVE_POINTS = 2000  # in results.json; every threshold follows from the saved outputs
@@ -42,17 +45,13 @@ def individual(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]:
     rows = []
     for e, layer in enumerate(outputs.layers):
         given = outputs.predictions[replica, e]
-        if metric == "accuracy":
-            interval = wilson_interval((given == labels).sum(), len(labels))
-        else:
-            interval = bootstrap_interval(metric, given, labels, classes)
         rows.append(
             {
                 "layer": int(layer),
                 "cost": float(np.asarray(outputs.cost)[e]),
                 "score": score(metric, given, labels, classes),
                 "n": len(labels),
-                "interval": [float(v) for v in interval],
+                "interval": list(score_interval(metric, given, labels, classes)),
             }
         )
     return rows
@@ -63,11 +62,14 @@ def build_results(
     analysis: Analysis,
     diverged: Sequence[Mapping[str, Any]],
     rows: int,
+    *,
+    baselines: Sequence[Baseline] = (),
     **more: Any,
 ) -> dict[str, Any]:
     """The contents of results.json.
 
-    `rows` counts the training rows, `more` are keys that do not follow from the outputs.
+    `rows` counts the training rows, `baselines` are of the validation rows (the best replica's are
+    reported), `more` are keys that do not follow from the outputs.
     """
     depth = config.exits[-1]
     # The first exit of a model of this depth, and the paper's other costs within reach.
@@ -93,13 +95,14 @@ def build_results(
             }
         )
     mean, ci95 = _over_seeds([replicas[r] for r in analysis.chosen])
+    metric = analysis.validation.identity["metric"]
     return {
         "task": config.task,
         "method": config.method,
         "checkpoint": config.checkpoint,
         "exits": list(config.exits),
         "preset": config.preset,
-        "metric": analysis.validation.identity["metric"],
+        "metric": metric,
         "n": {
             "calibration": analysis.calibration.labels.shape[1],
             "validation": analysis.validation.labels.shape[1],
@@ -111,6 +114,7 @@ def build_results(
         "best_replica": analysis.best,
         "mean": mean,
         "ci95": ci95,
+        **as_results(analysis.validation, analysis.best, baselines, metric),
         **more,
     }
 

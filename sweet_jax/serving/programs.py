@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sweet_jax.models.pooling import POOLINGS
 from sweet_jax.serving.saved import Network, SavedModel
 
 # The share of a layer's time that its first token alone takes: 0.2 in batches of 64 and 0.45 in
@@ -52,8 +53,8 @@ def plan(
     """The stages in order; of the full model only the last network, to its last exit.
 
     An exit's layer is computed at the token that the exit reads, and the rest of it by the next
-    stage, for the rows that stay; at exits that few leave, all of it at once, since its weights
-    are then read once.
+    stage, for the rows that stay; at exits that few leave, or that read all tokens, all of it at
+    once, since its weights are then read once.
 
     Args:
       networks: of the model.
@@ -66,7 +67,8 @@ def plan(
         start = 1
         for end in network.exits:
             goes_on = end < network.exits[-1]
-            whole = goes_on and len(leaving) > 0 and leaving[exit] < _FEW
+            few_leave = len(leaving) > 0 and leaving[exit] < _FEW
+            whole = goes_on and (few_leave or not POOLINGS[network.pooling].first_only)
             # What resumes layer 1 embeds anew, which costs next to nothing.
             carries = goes_on and (whole or end > 1)
             stages.append(Stage(exit, number, start, end, carries, whole))
@@ -172,8 +174,8 @@ class Programs:
 
     def _pool(self, slots: int, length: int) -> jax.ShapeDtypeStruct:
         network = self._networks[0]
-        kernel = network.params["heads"][str(network.exits[0])]["pooler"]["kernel"]
-        return jax.ShapeDtypeStruct((slots, length, len(kernel)), kernel.dtype)
+        dtype = jax.tree.leaves(network.params)[0].dtype
+        return jax.ShapeDtypeStruct((slots, length, network.hidden_size), dtype)
 
 
 def uses_pool(stage: Stage) -> bool:

@@ -24,10 +24,12 @@ from sweet_jax.exits.dials import Dials, deployed
 from sweet_jax.files import write_json, write_text
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.names import hugging_face_tensors
+from sweet_jax.models.pooling import POOLINGS
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
 from sweet_jax.models.tensors import read_tensors
 
-EXITS_VERSION = 4  # of exits.json
+EXITS_VERSION = 5  # of exits.json
+_READABLE = (4, EXITS_VERSION)  # 4 had no pooling: it was "first"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -96,6 +98,7 @@ def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, An
         "classes": list(dataset.classes),
         "text_columns": list(dataset.task.text_columns),
         "max_length": config.max_length,
+        "pooling": config.pooling,
         "layers": list(config.exits),
         "cost": np.asarray(analysis.validation.cost).tolist(),
         "policy": config.policy,
@@ -111,6 +114,12 @@ class Network(NamedTuple):
     exits: tuple[int, ...]
     graphdef: nnx.GraphDef  # of an EarlyExit
     params: Any  # pure dict of arrays on the host
+    pooling: str = "first"  # see models/pooling.py
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return len(self.params["heads"][str(self.exits[0])]["classifier"]["kernel"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,6 +177,9 @@ def open_model(name: str | Path, dtype: str = "float32") -> SavedModel:
         classes, layers = tuple(about["classes"]), tuple(about["layers"])
         cost = np.asarray(about["cost"], np.float64)
         max_length = int(about["max_length"])
+        pooling = about.setdefault("pooling", "first")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r}")
         for name in ("task", "policy", "text_columns", "median_tokens"):
             about[name]
     except (KeyError, TypeError, ValueError) as error:
@@ -184,7 +196,9 @@ def open_model(name: str | Path, dtype: str = "float32") -> SavedModel:
         cost,
         max_length,
         dials,
-        tuple(_network(open_checkpoint(str(p)), e, len(classes), dtype) for p, e in places),
+        tuple(
+            _network(open_checkpoint(str(p)), e, len(classes), pooling, dtype) for p, e in places
+        ),
     )
 
 
@@ -200,7 +214,7 @@ def _read_exits(folder: Path) -> dict[str, Any]:
         version = about["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{str(path)!r} is not readable ({error!r})") from error
-    if version != EXITS_VERSION:
+    if version not in _READABLE:
         raise UserError(
             f"{str(path)!r} is of version {version!r}, this is for version {EXITS_VERSION}: run "
             "the command of its run again, in the same workdir, to write it anew"
@@ -208,7 +222,9 @@ def _read_exits(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _network(checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, dtype: str) -> Network:
+def _network(
+    checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, pooling: str, dtype: str
+) -> Network:
     tensors = read_tensors(checkpoint.folder)
     learned = f"exits.{exits[0]}.learning_to_exit.weight" in tensors
 
@@ -216,7 +232,9 @@ def _network(checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, dtype
         key = jax.random.key(0)
         learning = "joint" if learned else ""  # detached or not: one in a forward pass
         encoder = checkpoint.encoder(key, dtype)
-        return EarlyExit(encoder, exits, classes, key, learning_to_exit=learning, dtype=dtype)
+        return EarlyExit(
+            encoder, exits, classes, key, learning_to_exit=learning, pooling=pooling, dtype=dtype
+        )
 
     graphdef, wanted = nnx.split(nnx.eval_shape(make))
     heads = nnx.to_pure_dict(wanted)["heads"]
@@ -237,4 +255,5 @@ def _network(checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, dtype
         raise UserError(
             f"tensors in {str(checkpoint.folder)!r} are missing or misshapen: {', '.join(absent)}"
         )
-    return Network(exits, graphdef, jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found))
+    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found)
+    return Network(exits, graphdef, params, pooling)

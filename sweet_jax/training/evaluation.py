@@ -1,9 +1,13 @@
 """Evaluation of all replicas: what every exit says of every row, in one pass.
 
-Shape letters: R replica, E exit, B batch, N examples, C classes.
+Shape letters: R replica, E exit, B batch, N examples, H hidden, C classes.
 """
 
+import functools
+import logging
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,13 +29,24 @@ from sweet_jax.training.sharding import (
 )
 from sweet_jax.training.step import Params, evaluate_step
 
+log = logging.getLogger(__name__)
+
+# Larger arrays of features are kept in a file: 1 GiB is 170,000 rows of MiniLM at 4 exits.
+_IN_MEMORY = 1 << 30
+
 
 def compile_evaluation(
-    config: Config, graphdef: nnx.GraphDef, mesh: Mesh, *, dropout: bool = False
+    config: Config,
+    graphdef: nnx.GraphDef,
+    mesh: Mesh,
+    *,
+    dropout: bool = False,
+    features: bool = False,
 ) -> Callable:
     """(params, batch, number) → Answer, all with the axis R, jitted.
 
-    Compiled at most once per batch length, which is asserted, for all splits together.
+    Compiled at most once per batch length, which is asserted, for all splits together. The same
+    function is returned for the same model.
 
     Args:
       config: resolved.
@@ -39,25 +54,39 @@ def compile_evaluation(
       mesh: of the devices of the parameters.
       dropout: leave dropout on, as the release does on its calibration rows; the masks of a batch
         follow from its number.
+      features: the answers have what the classifiers read.
 
     """
+    lengths = len(bucket_lengths(config.max_length))
+    return _compiled(len(config.replicas()), lengths, graphdef, mesh, dropout, features)
 
+
+@functools.lru_cache(maxsize=4)
+def _compiled(
+    replicas: int, lengths: int, graphdef: nnx.GraphDef, mesh: Mesh, dropout: bool, features: bool
+) -> Callable:
     def one(params: Params, batch: dict, number: jax.Array) -> Answer:
         key = derive(jax.random.key(0), "calibration", number) if dropout else None
-        return evaluate_step(graphdef, params, batch, key)
+        return evaluate_step(graphdef, params, batch, key, features)
 
-    replicas, lengths = len(config.replicas()), len(bucket_lengths(config.max_length))
     return jax.jit(
         traced_at_most(over_replicas(one, replicas), lengths), out_shardings=replicated(mesh)
     )
 
 
 def evaluate(
-    config: Config, answer: Callable, params: Params, tokens: Tokens, rows: np.ndarray
+    config: Config,
+    answer: Callable,
+    params: Params,
+    tokens: Tokens,
+    rows: np.ndarray,
+    *,
+    features: bool = False,
 ) -> Answer:
     """What every exit says of every row, in one pass: float32 arrays on the host.
 
-    Logits [R, E, N, C], exit_scores [R, E, N] where the model learned to exit.
+    Logits [R, E, N, C], exit_scores [R, E, N] where the model learned to exit; with `features`,
+    features [R, E, N, H] too, in a temporary file where they are large (TMPDIR says where).
 
     Args:
       config: resolved.
@@ -65,6 +94,7 @@ def evaluate(
       params: [R, ...] on the devices, as `fit` returns them.
       tokens: of the split.
       rows: int [R, N], the rows of each replica; the result is in their order.
+      features: keep the features, which `answer` must give.
 
     Raises:
       StoppedError: SIGTERM came to one of several processes.
@@ -78,7 +108,8 @@ def evaluate(
     for number, (places, picked) in enumerate(evaluation_picks(tokens, rows, size)):
         batch = placed(tokens, picked, lengths, by_row(mesh))
         numbers = np.full(len(rows), number, np.int32)
-        found = jax.device_get(answer(params, batch, numbers))  # [R, E, B, ...]
+        given = answer(params, batch, numbers)
+        found = jax.device_get(given if features else given._replace(features=None))
         # One process is ended by SIGTERM here; of several, JAX has taken the signal.
         if jax.process_count() > 1 and asked_to_stop():
             raise StoppedError("stopped by SIGTERM while evaluating")
@@ -94,4 +125,15 @@ def evaluate(
 
 def _unfilled(batch: np.ndarray, rows: int) -> np.ndarray:
     """Room for all rows of what `batch` [R, E, B, ...] has a few of: float32 [R, E, N, ...]."""
-    return np.full((*batch.shape[:2], rows, *batch.shape[3:]), np.nan, np.float32)
+    shape = (*batch.shape[:2], rows, *batch.shape[3:])
+    if 4 * np.prod(shape, dtype=np.int64) <= _IN_MEMORY:
+        return np.full(shape, np.nan, np.float32)
+    log.info(
+        "features of %d rows take %.1f GiB: kept in a file under %s",
+        rows,
+        4 * np.prod(shape, dtype=np.int64) / 2**30,
+        tempfile.gettempdir(),
+    )
+    with tempfile.NamedTemporaryFile(prefix="sweet_jax-", suffix=".features") as file:
+        # Its name goes at once; the space is free when the array is.
+        return np.memmap(Path(file.name), np.float32, "w+", shape=shape)

@@ -51,6 +51,7 @@ def make_model(
         shared_pooler=config.pooler == "shared",
         shared_relative=config.relative == "shared",
         learning_to_exit=config.learning_to_exit,
+        pooling=config.pooling or "first",  # "": no checkpoint was asked what it declares
         remat=config.remat,
         dtype=config.dtype,
     )

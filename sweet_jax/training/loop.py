@@ -31,6 +31,7 @@ class Span(NamedTuple):
     stop: int
     epoch: int  # steps in one
     every: int  # steps from checkpoint to checkpoint
+    check: int = 0  # steps between two evaluations on tuning rows; 0 for none
 
 
 @contextlib.contextmanager
@@ -65,6 +66,7 @@ def take_steps(
     bar: tqdm,
     exits: Sequence[int],
     save: Callable[[int, Any], None],
+    is_over: Callable[[int, Any], bool] | None = None,
 ) -> Any:
     """Takes the steps; metrics are read some steps late, so that no device waits for them.
 
@@ -77,6 +79,7 @@ def take_steps(
       bar: its total is that of all steps from 0.
       exits: layer numbers, for what is said of an exit.
       save: saves a state as of a step.
+      is_over: evaluates a state as of a step, every `span.check` steps; whether training ends.
 
     Returns:
       The state after the last step.
@@ -114,6 +117,8 @@ def take_steps(
             late.append((number, length, values))
             log_late(left=plan.lag)
             last, stopped = number + 1 == span.stop, stops_now()
+            if is_over is not None and span.check and (number + 1) % span.check == 0:
+                last = is_over(number + 1, state) or last
             if last or (number + 1) % span.every == 0 or stopped:
                 log_late(left=0)
                 if metrics is not None:
@@ -121,6 +126,8 @@ def take_steps(
                 save(number + 1, state)
             if stopped:
                 raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {span.stop}")
+            if last:
+                break
     return state
 
 

@@ -23,7 +23,7 @@ class Metrics(NamedTuple):
 
 def measure(answer: Answer, labels: jax.Array) -> Metrics:
     """Losses and predictions of answers [E, ...] (or of one exit's) to labels int32 [B]."""
-    logits, scores = answer
+    logits, scores = answer.logits, answer.exit_scores
     exit_loss = None if scores is None else mean_exit_loss(logits, scores, labels)
     return Metrics(mean_loss(logits, labels), only_class(logits, labels), exit_loss)
 

@@ -1,21 +1,21 @@
 """Training of all replicas, from the newest checkpoint where there is one.
 
-Shape letters: R replica, E exit, B batch, N examples, L length, C classes.
+Shape letters: R replica, E exit, B batch, N examples, M tuning rows, L length, C classes.
 """
 
 import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import Config
+from sweet_jax.config import AUTO, Config
 from sweet_jax.data.batches import (
     Tokens,
     bucket_lengths,
@@ -23,14 +23,19 @@ from sweet_jax.data.batches import (
     steps_per_epoch,
     training_picks,
 )
+from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.models.pretrained import Checkpoint
 from sweet_jax.training.checkpoint import Checkpoints, like
+from sweet_jax.training.early_stopping import Best, compile_update, first_best, tuning_area
+from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.initial import Training, initial_state
 from sweet_jax.training.loop import Span, shown, take_steps
-from sweet_jax.training.sharding import resharded, without_axis
-from sweet_jax.training.spread import gathered, spread_segments, spread_whole
-from sweet_jax.training.step import Params, StepSettings
+from sweet_jax.training.probe import Classifiers, with_classifiers
+from sweet_jax.training.schedule import check_interval, is_over, search_steps, training_steps
+from sweet_jax.training.sharding import mesh_of, resharded, without_axis
+from sweet_jax.training.spread import Plan, gathered, spread_segments, spread_whole
+from sweet_jax.training.step import Params, State, StepSettings
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,14 @@ class Timing:
 
     seconds: float
     examples: int  # rows of all replicas that were trained on
+    best_steps: tuple[int, ...] = ()  # of every replica, where the best state was kept
+
+
+class Tuning(NamedTuple):
+    """The rows that choose a step, and what is measured on them."""
+
+    rows: np.ndarray  # int [R, M]
+    metric: str
 
 
 def fit(
@@ -51,6 +64,10 @@ def fit(
     tokens: Tokens,
     rows: Sequence[np.ndarray],
     workdir: Path,
+    *,
+    tuning: Tuning | None = None,
+    probe: Classifiers | None = None,
+    short: bool = False,
 ) -> tuple[nnx.GraphDef, Params, Timing]:
     """Trains one model for all replicas, from its newest checkpoint where there is one.
 
@@ -62,6 +79,9 @@ def fit(
       tokens: training rows.
       rows: for each replica the indices it trains on, equally many.
       workdir: checkpoints and metrics go here.
+      tuning: rows of `tokens` by which the best state is kept, with `epochs="auto"`.
+      probe: what the heads begin with, for all exits of the config; None for random ones.
+      short: a run of a share of the steps, to its end (`rate_search`).
 
     Returns:
       The model's structure, its parameters [R, ...] on the devices, and the time it took.
@@ -73,51 +93,166 @@ def fit(
     """
     seeds = [seed for seed, _ in config.replicas()]
     graphdef, state = initial_state(config, checkpoint, training, classes)
-    settings = step_settings(config, graphdef, training.exits, len(rows[0]))
+    if probe is not None:
+        state = state._replace(params=_probed(config, state.params, training, probe))
+    settings = step_settings(config, graphdef, training.exits, len(rows[0]), short=short)
     stop = min(settings.total_steps, config.max_steps or settings.total_steps)
     lengths = bucket_lengths(config.max_length)
     state = without_axis(state, len(seeds))
     spread = spread_segments if config.segment_parallel else spread_whole
     plan = spread(config, settings, state, len(lengths))
+    keeper = None
+    if config.epochs == AUTO and not short:
+        assert tuning is not None, "epochs=auto needs tuning rows"
+        keeper = BestKeeper(config, training, graphdef, plan, tokens, tuning, state)
+    grouped = tokens.lengths if config.group_by_length else None
 
     def batch(number: int) -> tuple[Any, int]:
-        picked = training_picks(rows, seeds, number, config.batch_size)  # [R, B]
+        picked = training_picks(rows, seeds, number, config.batch_size, grouped)  # [R, B]
         length = padded_length(tokens, picked, lengths)
         return plan.place(tokens, without_axis(picked, len(seeds)), lengths), length
 
     with contextlib.closing(Checkpoints(workdir / "checkpoints" / training.name)) as checkpoints:
-        start, state = checkpoints.restore(like(state, plan.shardings)) or (
-            0,
-            resharded(state, plan.shardings),
-        )
+        start, state = _restored(checkpoints, plan, keeper, state)
         if start:
             log.info("%s: going on from step %d of %d", training.name, start, stop)
         began = time.perf_counter()
         epoch = steps_per_epoch(len(rows[0]), config.batch_size)
-        span = Span(start, stop, epoch, config.checkpoint_every)
+        check = 0 if short else check_interval(config.epochs, settings.total_steps)
+        span = Span(start, stop, epoch, config.checkpoint_every, check)
         examples = config.batch_size * len(seeds)
+
+        def save(step: int, parts: Any) -> None:
+            whole = plan.whole(parts)
+            checkpoints.save(step, whole if keeper is None else keeper.saved(whole))
+
         with shown(workdir, training.name, training.exits, span, examples) as (metrics, bar):
-            parts = take_steps(
-                plan,
-                plan.parts(state),
-                batch,
-                span,
-                metrics,
-                bar,
-                training.exits,
-                lambda step, parts: checkpoints.save(step, plan.whole(parts)),
-            )
-    params = gathered(config, plan.whole(parts).params)
-    params = params if len(seeds) > 1 else jax.tree.map(lambda x: x[None], params)
-    timing = Timing(time.perf_counter() - began, (stop - start) * examples)
+            parts = plan.parts(state)
+            over: Callable[[int, Any], bool] | None = None
+            if keeper is not None:
+                keeper.log = metrics
+                over = keeper.check(check)
+                if start == 0:
+                    over(0, parts)
+            if keeper is None or not keeper.is_over(start, check):
+                arguments = (plan, parts, batch, span, metrics, bar, training.exits, save, over)
+                parts = take_steps(*arguments)
+            if stop == 0:
+                save(0, parts)
+    best = plan.whole(parts).params if keeper is None else keeper.best.params
+    params = _with_axis(config, gathered(config, best))
+    taken = max(0, _step(plan.whole(parts)) - start)
+    steps = () if keeper is None else tuple(np.atleast_1d(keeper.best.step).tolist())
+    timing = Timing(time.perf_counter() - began, taken * examples, steps)
     return graphdef, params, timing
 
 
+class BestKeeper:
+    """Keeps the best state of a training, on the devices and in its checkpoints.
+
+    Attributes:
+      best: so far.
+      log: of the training, None where this process writes none.
+
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        training: Training,
+        graphdef: nnx.GraphDef,
+        plan: Plan,
+        tokens: Tokens,
+        tuning: Tuning,
+        state: State,
+    ):
+        self._config, self._training, self._plan = config, training, plan
+        self._graphdef, self._tokens, self._tuning = graphdef, tokens, tuning
+        self.first = first_best(state.params, state.learning_rate)
+        small = plan.shardings.learning_rate
+        self.shardings = Best(plan.shardings.params, small, small)
+        self._update = compile_update(self.shardings)
+        self.best: Best = self.first
+        self.log: Any = None
+
+    def saved(self, state: State) -> dict[str, Any]:
+        """Returns the tree that a checkpoint holds."""
+        return {"state": state, "best": self.best}
+
+    def check(self, interval: int) -> Callable[[int, Any], bool]:
+        """Returns (step, parts of the state) → whether training ends, evaluating that state."""
+
+        def evaluate_at(step: int, parts: Any) -> bool:
+            params = self._plan.whole(parts).params
+            area = self._area(params)
+            if self.log is not None:
+                self.log.add_tuning(step, area.tolist())
+            area = without_axis(area.astype(np.float32), len(area))
+            self.best = self._update(self.best, params, area, np.int32(step))
+            return self.is_over(step, interval)
+
+        return evaluate_at
+
+    def is_over(self, step: int, interval: int) -> bool:
+        """Returns whether no replica has improved for long enough before `step`."""
+        newest = int(np.max(jax.device_get(self.best.step)))
+        return step > 0 and step % interval == 0 and is_over(step, newest, interval)
+
+    def _area(self, params: Params) -> np.ndarray:
+        config, rows = self._config, self._tuning.rows
+        params = _with_axis(config, gathered(config, params))
+        mesh = mesh_of(params)
+        program = compile_evaluation(config, self._graphdef, mesh, features=config.tunes)
+        answer = evaluate(config, program, params, self._tokens, rows)
+        exits = self._training.exits
+        cost = layer_cost(exits, config.method)
+        identity = {"metric": self._tuning.metric}
+        logits = np.asarray(answer.logits)
+        return tuning_area(logits, self._tokens.labels[rows], exits, cost, identity)
+
+
+def _restored(
+    checkpoints: Checkpoints, plan: Plan, keeper: BestKeeper | None, state: State
+) -> tuple[int, State]:
+    """Returns (step, state) of the newest checkpoint, or of the start; fills the keeper."""
+    if keeper is None:
+        found = checkpoints.restore(like(state, plan.shardings))
+        return found or (0, resharded(state, plan.shardings))
+    tree = {"state": state, "best": keeper.first}
+    shardings = {"state": plan.shardings, "best": keeper.shardings}
+    step, tree = checkpoints.restore(like(tree, shardings)) or (0, resharded(tree, shardings))
+    keeper.best = tree["best"]
+    return step, tree["state"]
+
+
+def _probed(config: Config, params: Params, training: Training, probe: Classifiers) -> Params:
+    """Returns parameters [R, ...] whose heads begin with the probe's; grown exits keep theirs."""
+    base = base_of(config)
+    kept = base.exits if base is not None else ()
+    exits = [e for e in training.exits if e not in kept]
+    return with_classifiers(params, exits, probe, [config.exits.index(e) for e in exits])
+
+
+def _with_axis(config: Config, params: Params) -> Params:
+    return params if len(config.replicas()) > 1 else jax.tree.map(lambda x: x[None], params)
+
+
+def _step(state: State) -> int:
+    return int(np.max(jax.device_get(state.step)))
+
+
 def step_settings(
-    config: Config, graphdef: nnx.GraphDef, exits: tuple[int, ...], rows: int
+    config: Config,
+    graphdef: nnx.GraphDef,
+    exits: tuple[int, ...],
+    rows: int,
+    *,
+    short: bool = False,
 ) -> StepSettings:
     """The constants of the train step for `rows` training rows."""
-    total = steps_per_epoch(rows, config.batch_size) * config.epochs
+    total = training_steps(config.epochs, rows, config.batch_size)
+    if short:
+        total = search_steps(total)
     base = base_of(config)
     return StepSettings(
         graphdef=graphdef,
@@ -133,4 +268,5 @@ def step_settings(
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
         frozen=len(base.exits) if base else 0,
+        head_learning_rate=config.head_learning_rate,
     )

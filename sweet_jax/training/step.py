@@ -19,6 +19,7 @@ from sweet_jax.models.owners import SHARED, owners
 from sweet_jax.training.gradients import Params, segment_gradients, whole_gradients
 from sweet_jax.training.losses import Metrics
 
+_ENCODER = jax.tree_util.DictKey("encoder")  # of a model's parameters; all else is heads
 _LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # of a head's parameters
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)  # SWEET paper, appendix A
 
@@ -40,6 +41,7 @@ class StepSettings:
     learning_to_exit: str = ""  # "", "joint" or "detached"
     shared_relative: bool = False  # the model's
     frozen: int = 0  # so many first segments stay as they are: no exit trains them
+    head_learning_rate: float = 1.0  # of heads, a multiple of the learning rate
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
         """Isolation of each of the E - 1 boundaries at a step (int32 []).
@@ -136,13 +138,14 @@ def _updated(settings: StepSettings, state: State, grads: Params) -> State:
     updates, adam = _ADAM.update(clip(grads, settings), state.adam)
     rate = state.learning_rate * _schedule(state.step, settings)
 
-    def update(u: jax.Array | None, p: jax.Array) -> jax.Array:
+    def update(path: tuple, u: jax.Array | None, p: jax.Array) -> jax.Array:
         if u is None:
             return p
         decay = settings.weight_decay if p.ndim > 1 else 0.0  # none on biases and norms
-        return p - rate * (u + decay * p)
+        multiple = settings.head_learning_rate if path[0] != _ENCODER else 1.0
+        return p - (rate if multiple == 1 else rate * multiple) * (u + decay * p)
 
-    params = jax.tree.map(update, updates, state.params, is_leaf=lambda x: x is None)
+    params = jax.tree.map_with_path(update, updates, state.params, is_leaf=lambda x: x is None)
     return state._replace(params=params, adam=adam, step=state.step + 1)
 
 
@@ -152,14 +155,18 @@ def dropout_key(state: State) -> jax.Array:
 
 
 def evaluate_step(
-    graphdef: nnx.GraphDef, params: Params, batch: dict, key: jax.Array | None = None
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: dict,
+    key: jax.Array | None = None,
+    features: bool = False,
 ) -> Answer:
-    """What every exit says; with a key, under dropout.
+    """What every exit says, and with `features` what it reads; with a key, under dropout.
 
     Boundaries are closed, so that an exit is computed in one way, whether others follow it or not:
     the answers of a run are then those of the run that it grows into, to the last bit.
     """
-    return nnx.merge(graphdef, params).answers(batch, 1.0, key)
+    return nnx.merge(graphdef, params).answers(batch, 1.0, key, features)
 
 
 def clip(grads: Params, settings: StepSettings) -> Params:

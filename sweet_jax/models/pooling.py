@@ -1,0 +1,86 @@
+"""Pooling: how an exit reads one vector from the hidden state of its layer.
+
+A new pooling is one function and one line of POOLINGS.
+
+Shape letters: B batch, L length, H hidden.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sweet_jax.config import UserError
+
+
+def first_token(h: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the first token's state [B, H] of h [B, L or 1, H]."""
+    return h[:, 0]
+
+
+def mean_of_tokens(h: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the mean over the tokens where mask [B, L] is True, of h [B, L, H]: [B, H].
+
+    Summed in float32, special tokens included, as sentence-transformers' mean pooling. A row
+    without a token gives zeros.
+    """
+    kept = jnp.where(mask[..., None], h, 0).astype(jnp.float32)  # [B, L, H]
+    count = jnp.maximum(mask.sum(axis=1), 1)[:, None]  # [B, 1]
+    return (kept.sum(axis=1) / count).astype(h.dtype)
+
+
+class Pooling(NamedTuple):
+    """How an exit reads its layer.
+
+    Attributes:
+      read: (h [B, L, H], mask bool [B, L]) → [B, H].
+      first_only: reads the first token alone, so that an exit's layer may be computed there alone.
+      dense: is followed by the pretrained pooler, a dense layer and its activation.
+
+    """
+
+    read: Callable[[jax.Array, jax.Array], jax.Array]
+    first_only: bool
+    dense: bool
+
+
+POOLINGS: dict[str, Pooling] = {
+    "first": Pooling(first_token, first_only=True, dense=True),
+    # No pooler: it was pretrained for the first token of the last layer.
+    "mean": Pooling(mean_of_tokens, first_only=False, dense=False),
+}
+# Where neither the config nor the checkpoint says: the mean, since the first token of a low layer
+# has hardly seen the text (experiments/results/recipe).
+DEFAULT_POOLING = "mean"
+
+_DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
+
+
+def declared_pooling(folder: Path) -> str | None:
+    """Returns the pooling that a checkpoint's sentence-transformers files declare.
+
+    None where there are none, or they declare one that is not in POOLINGS. Raises UserError for
+    files that are not readable.
+    """
+    modules = folder / "modules.json"
+    if not modules.exists():
+        return None
+    path = modules
+    try:
+        for module in json.loads(modules.read_text()):
+            if str(module["type"]).endswith(".Pooling"):
+                path = folder / module["path"] / "config.json"
+                values = json.loads(path.read_text())
+                named = {"cls": "first", "mean": "mean"}.get(values.get("pooling_mode"))
+                found = [name for key, name in _DECLARED.items() if values.get(key) is True]
+                others = [k for k, v in values.items() if k.startswith("pooling_mode_") and v]
+                return named or (found[0] if len(found) == len(others) == 1 else None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{str(path)!r} is not readable ({error!r}): repair it, or remove modules.json and set "
+            "--config.pooling"
+        ) from error
+    return None

@@ -1,0 +1,214 @@
+"""Baselines: what a user would try first, on the rows that the report is of.
+
+Names: "majority", "tfidf", "probe_<layer>" (the frozen encoder with a logistic-regression probe at
+that layer) and "fine_tuned" (the plain fine-tuned full model).
+
+Shape letters: R replica, N examples, M training examples, K baselines.
+"""
+
+import dataclasses
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.config import UserError
+from sweet_jax.files import written_aside
+
+_TITLES = {
+    "majority": "majority class",
+    "tfidf": "TF-IDF + logistic regression",
+    "fine_tuned": "plain fine-tuned full model",
+}
+_STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression: the inverse of its penalty
+_USUAL_STRENGTH = 10.0  # without tuning rows
+# Bounds on time and memory, whatever the data; none of them is felt on a few thousand rows.
+_ROWS = 50_000  # fitted or tuned on
+_CHARACTERS = 20_000_000  # of these rows together
+_LONGEST = 5_000  # characters of one text that are read: an encoder's 512 tokens are about 2,500
+_FEATURES = 200_000  # of all columns together
+_WEIGHTS = 2_000_000  # of all classes together: L-BFGS keeps some 25 copies
+_WORK = 20_000_000_000  # products of features and classes: a bound on L-BFGS's iterations
+_AT_ONCE = 10_000  # rows that are turned into features to be predicted
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Baseline:
+    """What a baseline answers on the validation rows, and its cost.
+
+    Attributes:
+      name: one of the names above; any other is shown as it is.
+      predictions: class indices, int64 [R, N]; [N] is taken as [1, N], the same for all replicas.
+      cost: share of the full model's layers, 0 for what needs no encoder.
+
+    Raises:
+      ValueError: predictions that are no class indices of such a shape, or a negative cost.
+
+    """
+
+    name: str
+    predictions: np.ndarray
+    cost: float
+
+    def __post_init__(self) -> None:
+        given = np.asarray(self.predictions)
+        given = given[None] if given.ndim == 1 else given
+        if given.ndim != 2 or 0 in given.shape or given.dtype.kind not in "iu" or given.min() < 0:
+            raise ValueError(f"predictions of {self.name!r} must be class indices [R, N] or [N]")
+        if not (np.isfinite(self.cost) and self.cost >= 0):
+            raise ValueError(f"the cost of {self.name!r} must be at least 0; got {self.cost}")
+        object.__setattr__(self, "predictions", given.astype(np.int64))
+
+    def of(self, replica: int) -> np.ndarray:
+        """Returns the predictions of one replica, int64 [N]."""
+        return self.predictions[replica if len(self.predictions) > 1 else 0]
+
+
+def title(name: str) -> str:
+    """Returns what people call the baseline of that name."""
+    probe = re.fullmatch(r"probe_(\d+)", name)
+    return f"frozen encoder + probe at layer {probe[1]}" if probe else _TITLES.get(name, name)
+
+
+def majority(labels_train: np.ndarray, n: int, classes: int) -> np.ndarray:
+    """Returns the most frequent class of labels int [M], the first of equals, as int64 [n]."""
+    counts = np.bincount(np.asarray(labels_train, np.int64), minlength=classes)
+    return np.full(n, counts.argmax())
+
+
+def tfidf(
+    train_texts: Sequence[tuple[str, ...]],
+    train_labels: np.ndarray,
+    texts: Sequence[tuple[str, ...]],
+    *,
+    tuning: tuple[Sequence[tuple[str, ...]], np.ndarray] | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Predicts the classes of texts by logistic regression on TF-IDF features, int64 [N].
+
+    Words and pairs of neighbouring words, with sublinear frequencies. The two texts of a pair have
+    features of their own: a word of the hypothesis says something else than in the premise, and no
+    pair of words reaches over the border. C is the one of 1, 10 and 100 with the best accuracy on
+    the tuning rows, the smallest of equals; 10 without such rows.
+
+    Bounded for data of any size: fitted on at most 50,000 rows, drawn with a fixed seed, and on
+    20 million characters; 5,000 characters of a text are read; at most 200,000 features, fewer with
+    more than ten classes. That is about 1 GB and two minutes of one core at worst, and then the
+    time to predict, in proportion to N.
+
+    Where the training rows are of one class or hold no word, the answer is their majority class.
+    Words are what scikit-learn takes for words, two letters or more between boundaries: a weak
+    baseline for languages written without spaces.
+
+    Args:
+      train_texts: M tuples of one text, or of two for pairs.
+      train_labels: int [M].
+      texts: N tuples, as many texts each as in the training rows.
+      tuning: (texts, labels int) of rows to choose C on, not trained on and not reported.
+      seed: of the draw of training rows.
+
+    """
+    use = _drawn(train_texts, seed)
+    labels = np.asarray(train_labels, np.int64)[use]  # [M], at most 50,000
+    classes = np.unique(labels)
+    fitted = _fit_features([train_texts[i] for i in use], len(classes))
+    if len(classes) == 1 or all(vectorizer is None for vectorizer in fitted):
+        return majority(train_labels, len(texts), 1)
+    features = _features(fitted, [train_texts[i] for i in use])
+    iterations = int(np.clip(_WORK // (features.nnz * len(classes) + 1), 20, 1000))
+    strengths: Sequence[float] = (_USUAL_STRENGTH,)
+    if tuning is not None and len(tuning[0]):
+        strengths, held = _STRENGTHS, _drawn(tuning[0], seed)
+        tuning_features = _features(fitted, [tuning[0][i] for i in held])
+        tuning_labels = np.asarray(tuning[1])[held]
+    models = [_fit_model(features, labels, strength, iterations) for strength in strengths]
+    model = models[0]
+    if len(models) > 1:
+        model = max(models, key=lambda m: m.score(tuning_features, tuning_labels))
+    parts = [texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE)]
+    return np.concatenate([model.predict(_features(fitted, part)) for part in parts])
+
+
+def _drawn(texts: Sequence[tuple[str, ...]], seed: int) -> np.ndarray:
+    """Which rows to fit on, int, ascending: all, or as many drawn ones as the bounds allow."""
+    order = np.random.default_rng(seed).permutation(len(texts))[:_ROWS]
+    size = np.cumsum([sum(min(len(text), _LONGEST) for text in texts[i]) for i in order])
+    return np.sort(order[: max(1, int((size <= _CHARACTERS).sum()))])
+
+
+def _columns(texts: Iterable[tuple[str, ...]]) -> list[list[str]]:
+    return [[text[:_LONGEST] for text in column] for column in zip(*texts, strict=True)]
+
+
+def _fit_features(texts: Sequence[tuple[str, ...]], classes: int) -> list[Any]:
+    """A fitted vectorizer for each column of texts; None for a column without any word."""
+    # Here: it takes a second to import, and whoever reads what a run left does without.
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    columns = _columns(texts)
+    most = min(_FEATURES, _WEIGHTS // classes) // len(columns)
+    fitted = []
+    for column in columns:
+        found = None
+        # In many rows, what occurs in one only is dropped; unless that is all there is.
+        for least in (2, 1) if len(texts) >= 1000 else (1,):
+            vectorizer = TfidfVectorizer(
+                ngram_range=(1, 2), sublinear_tf=True, min_df=least, max_features=most
+            )
+            try:
+                found = vectorizer.fit(column)
+                break
+            except ValueError:  # no word is left
+                continue
+        fitted.append(found)
+    return fitted
+
+
+def _features(fitted: Sequence[Any], texts: Sequence[tuple[str, ...]]) -> Any:
+    """The features of texts, a sparse matrix with a row for each."""
+    import scipy.sparse
+
+    pairs = zip(fitted, _columns(texts), strict=True)
+    return scipy.sparse.hstack([v.transform(c) for v, c in pairs if v is not None], format="csr")
+
+
+def _fit_model(features: Any, labels: np.ndarray, strength: float, iterations: int) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        # Near the optimum it is the same baseline; nobody can act on the warning.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=strength, max_iter=iterations).fit(features, labels)
+
+
+def save(path: str | Path, baselines: Sequence[Baseline]) -> None:
+    """Writes baselines of the same rows as one .npz, whole or not at all.
+
+    Names [K], cost float64 [K] and predictions int32 [K, R, N]. Raises ValueError for none, or
+    where their shapes do not fit each other.
+    """
+    given = np.stack(np.broadcast_arrays(*(b.predictions for b in baselines)))  # [K, R, N]
+    arrays: dict[str, Any] = {
+        "names": np.asarray([b.name for b in baselines]),
+        "cost": np.asarray([b.cost for b in baselines], np.float64),
+        "predictions": given.astype(np.int32),
+    }
+    with written_aside(Path(path)) as aside:
+        np.savez_compressed(aside, **arrays)
+
+
+def load(path: str | Path) -> list[Baseline]:
+    """Reads what `save` wrote; nothing is unpickled. Raises UserError for any other file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            columns = [arrays[name] for name in ("names", "predictions", "cost")]
+        return [Baseline(str(n), p, float(c)) for n, p, c in zip(*columns, strict=True)]
+    except FileNotFoundError as error:
+        raise UserError(f"there are no baselines at {str(path)!r}") from error
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{str(path)!r} does not hold baselines: {error}") from error

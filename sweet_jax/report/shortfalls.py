@@ -1,0 +1,166 @@
+"""Exits that a baseline at no greater cost beats, on the same validation rows.
+
+Shape letters: R replica, E exit, N examples.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.exits.intervals import paired_difference, score_interval
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.scores import score
+from sweet_jax.report.baselines import Baseline, title
+
+_TOLERANCE = 1e-9  # of cost: 2 / 12 layers are 1 / 6
+_MEND = (
+    "train longer (epochs=auto), search the learning rate, or use head_init=probe and head_refit"
+)
+_MEND_BELOW_FINE_TUNED = (
+    "train longer (epochs=auto), search the learning rate, or lower isolation"  # its heads are fine
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One exit that is below one baseline.
+
+    Attributes:
+      exit: its layer number.
+      score: its score.
+      baseline: the baseline's name.
+      baseline_score: the baseline's score.
+      difference: score - baseline_score, below zero.
+      interval: (low, high), 95% interval of the difference, wholly below zero.
+      n: rows that both are of.
+
+    """
+
+    exit: int
+    score: float
+    baseline: str
+    baseline_score: float
+    difference: float
+    interval: Sequence[float]
+    n: int
+
+
+def below(
+    outputs: ExitOutputs, replica: int, baselines: Sequence[Baseline], metric: str
+) -> list[Finding]:
+    """Finds the exits that a baseline at no greater cost beats beyond doubt.
+
+    An exit is compared with each baseline whose cost is at most its own, and with the probe at its
+    own layer; found is where the 95% interval of the paired difference lies wholly below zero. Each
+    interval holds by itself: of many comparisons of equals, 1 in 40 is found by chance.
+
+    Args:
+      outputs: of the rows reported.
+      replica: which.
+      baselines: of the same rows.
+      metric: "accuracy", "matthews" or "f1".
+
+    Returns:
+      By exit in order of depth, of one exit the largest shortfall first.
+
+    Raises:
+      ValueError: a baseline of other rows, replicas or classes.
+
+    """
+    labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
+    given = outputs.replica(replica).predictions[0]  # [E, N]
+    findings: list[Finding] = []
+    for layer, cost, ours in zip(outputs.layers, outputs.cost, given, strict=True):
+        value, found = score(metric, ours, labels, classes), []
+        for baseline in baselines:
+            if baseline.cost > cost + _TOLERANCE and baseline.name != f"probe_{layer}":
+                continue
+            theirs = _answers(baseline, outputs, replica)
+            other = score(metric, theirs, labels, classes)
+            if value >= other:  # a bootstrap is spared
+                continue
+            gap, low, high = paired_difference(metric, ours, theirs, labels, classes)
+            if high < 0:
+                row = (int(layer), value, baseline.name, other, gap, (low, high), len(labels))
+                found.append(Finding(*row))
+        findings += sorted(found, key=lambda f: f.difference)
+    return findings
+
+
+def as_results(
+    outputs: ExitOutputs, replica: int, baselines: Sequence[Baseline], metric: str
+) -> dict[str, Any]:
+    """Returns the keys of results.json: `baselines`, of one replica, and `below_baseline`.
+
+    baselines is {name: {score, cost, n, interval}}, with the score's 95% interval over rows;
+    below_baseline has a row for each Finding, in the order of `below`. Both are empty where there
+    are no baselines. Raises ValueError for a baseline of other rows, replicas or classes, or two of
+    one name.
+    """
+    labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
+    rows: dict[str, Any] = {}
+    for baseline in baselines:
+        if baseline.name in rows:
+            raise ValueError(f"there are two baselines {baseline.name!r}")
+        given = _answers(baseline, outputs, replica)
+        rows[baseline.name] = {
+            "score": score(metric, given, labels, classes),
+            "cost": float(baseline.cost),
+            "n": len(labels),
+            "interval": list(score_interval(metric, given, labels, classes)),
+        }
+    found = below(outputs, replica, baselines, metric)
+    each = [dataclasses.asdict(f) | {"interval": list(f.interval)} for f in found]
+    return {"baselines": rows, "below_baseline": each}
+
+
+def describe(finding: Finding, metric: str) -> str:
+    """Says in one line which exit is below which baseline, by how much, and what to change."""
+    low, high = finding.interval
+    mend = _MEND_BELOW_FINE_TUNED if finding.baseline == "fine_tuned" else _MEND
+    return (
+        f"exit {finding.exit} ({metric} {finding.score:.3f}) is below the baseline "
+        f"{title(finding.baseline)} ({finding.baseline_score:.3f}) on the same {finding.n:,} rows: "
+        f"difference {finding.difference:.3f}, 95% interval {low:.3f} to {high:.3f}; {mend}"
+    )
+
+
+def worst_of_each_exit(results: Mapping[str, Any]) -> list[Finding]:
+    """Returns the largest shortfall of each exit in results.json, by exit; [] in an older one."""
+    worst: dict[int, Finding] = {}
+    for row in results.get("below_baseline", []):
+        finding = Finding(**row)
+        if finding.exit not in worst or finding.difference < worst[finding.exit].difference:
+            worst[finding.exit] = finding
+    return list(worst.values())
+
+
+def warning(results: Mapping[str, Any]) -> str | None:
+    """Returns one line for the terminal: the exit with the largest shortfall and how many others.
+
+    None where no exit is below a baseline.
+    """
+    found = worst_of_each_exit(results)
+    if not found:
+        return None
+    line = describe(min(found, key=lambda f: f.difference), results["metric"])
+    others = len(found) - 1
+    if not others:
+        return line
+    return f"{line} ({others} other exit{'s are' if others > 1 else ' is'} below a baseline too)"
+
+
+def _answers(baseline: Baseline, outputs: ExitOutputs, replica: int) -> np.ndarray:
+    """The baseline's classes of the rows of outputs, int64 [N]."""
+    replicas, _, rows, classes = outputs.logits.shape
+    if baseline.predictions.shape not in ((1, rows), (replicas, rows)):
+        raise ValueError(
+            f"baseline {baseline.name!r} has predictions {baseline.predictions.shape}, the outputs "
+            f"[R, N] = {(replicas, rows)}"
+        )
+    given = baseline.of(replica)
+    if given.max() >= classes:
+        raise ValueError(f"baseline {baseline.name!r} answers classes from {classes} on")
+    return given

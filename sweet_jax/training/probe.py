@@ -1,0 +1,191 @@
+"""Logistic regressions on the features of every exit: a start for the heads, and their refit.
+
+Linear probing, then fine-tuning: Kumar et al. 2022 (arXiv 2202.10054). Refitting the last layer on
+a trained encoder: Kirichenko et al. 2022 (arXiv 2204.02937).
+
+Shape letters: R replica, E exit, U rows with features, N training rows, M tuning rows, H hidden,
+C classes.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from sweet_jax.training.step import Params
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+# λ in mean cross-entropy + λ/2 |W|^2, W on standardised features, from the strongest down: each
+# fit starts from the one before.
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4)
+_ITERATIONS = 1000  # at most, of L-BFGS; 10 to 300 are usual
+_NEWTON = 2048  # coefficients, at most, of a Hessian that is factorised: a few exact steps
+_CHUNK = 8192  # rows that are standardised at a time
+
+
+class Classifiers(NamedTuple):
+    """The dense layers of logistic regressions, on features as they come.
+
+    Attributes:
+      kernel: float32 [R, E, H, C].
+      bias: float32 [R, E, C].
+      penalty: float64 [R, E], the λ of PENALTIES that tuning rows chose.
+
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    penalty: np.ndarray
+
+    def pick(self, replicas: Sequence[int]) -> "Classifiers":
+        """Returns those of some replicas."""
+        return Classifiers(*(array[list(replicas)] for array in self))
+
+    def predictions(self, features: np.ndarray) -> np.ndarray:
+        """Returns the class of every row, int [R, E, N], of features [R or 1, E, N, H]."""
+        return np.stack(
+            [
+                [(x @ k + b).argmax(axis=-1) for x, k, b in zip(rows, kernel, bias, strict=True)]
+                for rows, kernel, bias in zip(
+                    np.broadcast_to(features, (len(self.kernel), *features.shape[1:])),
+                    self.kernel,
+                    self.bias,
+                    strict=True,
+                )
+            ]
+        )
+
+
+def fit_classifiers(
+    features: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    tuning_rows: np.ndarray,
+    classes: int,
+) -> Classifiers:
+    """Fits one logistic regression for every replica and exit, see `fit_classifier`.
+
+    One exit's features of one replica are copied at a time.
+
+    Args:
+      features: float32 [R or 1, E, U, H]; 1 where all replicas have the same.
+      labels: int [R or 1, U], of the same rows.
+      rows: int [R, N], places on the axis U of the training rows.
+      tuning_rows: int [R, M], of the rows that choose the penalty.
+      classes: C.
+
+    """
+    found: list[list[tuple[np.ndarray, np.ndarray, float]]] = []
+    for r, (own, held) in enumerate(zip(rows, tuning_rows, strict=True)):
+        source = r if len(features) > 1 else 0
+        y = labels[source]
+        before = range(r) if len(features) == 1 else ()
+        twin = next((s for s in before if np.array_equal(rows[s], own)), None)
+        found.append(
+            found[twin]  # another learning rate on the same rows
+            if twin is not None
+            else [
+                fit_classifier(x[own], y[own], x[held], y[held], classes) for x in features[source]
+            ]
+        )
+    kernel, bias, penalty = (np.asarray([[e[i] for e in r] for r in found]) for i in range(3))
+    return Classifiers(kernel.astype(np.float32), bias.astype(np.float32), penalty)
+
+
+def fit_classifier(
+    x: np.ndarray, y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray, classes: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fits multinomial logistic regression with an L2 penalty that held-out rows choose.
+
+    Features are standardised for the fit, in place and in chunks, so that they may be a memory map;
+    the standardisation is folded into what is returned. The penalties are tried from the strongest
+    down, until the held-out cross-entropy has risen twice.
+
+    Args:
+      x: float32 [N, H]; y: int [N], of two classes or more.
+      held_x: float32 [M, H]; held_y: int [M].
+      classes: C; a class that y lacks gets the smallest logit of all.
+
+    Returns:
+      (kernel [H, C], bias [C], penalty).
+
+    """
+    # Here: it takes a second to import, and runs without a probe do without.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    mean, scale = _moments(x)
+    for rows in (x, held_x):
+        for start in range(0, len(rows), _CHUNK):
+            rows[start : start + _CHUNK] -= mean
+            rows[start : start + _CHUNK] /= scale
+    coefficients = x.shape[1] * (classes if classes > 2 else 1)
+    solver = "newton-cholesky" if coefficients <= _NEWTON else "lbfgs"
+    model = LogisticRegression(solver=solver, max_iter=_ITERATIONS, warm_start=True)
+    best: tuple[float, np.ndarray, np.ndarray, float] | None = None
+    rises = 0
+    for penalty in PENALTIES:
+        model.C = 1 / (penalty * len(y))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # good enough after _ITERATIONS
+            model.fit(x, y)
+        kernel, bias = _softmax_form(model, classes)
+        loss = _cross_entropy(held_x @ kernel + bias, held_y)
+        if best is None or loss < best[0]:
+            best, rises = (loss, kernel, bias, penalty), 0
+        elif (rises := rises + 1) == 2:
+            break
+    assert best is not None
+    _, kernel, bias, penalty = best
+    kernel = kernel / scale[:, None]
+    return kernel, bias - mean @ kernel, penalty
+
+
+def with_classifiers(
+    params: Params, exits: Sequence[int], found: Classifiers, columns: Sequence[int]
+) -> Params:
+    """Returns parameters [R, ...] whose heads have these dense layers.
+
+    exits: the layer numbers of the heads; columns: their places on the axis E of `found`.
+    """
+    heads: dict[str, Any] = dict(params["heads"])
+    for layer, e in zip(exits, columns, strict=True):
+        dense = {"kernel": found.kernel[:, e], "bias": found.bias[:, e]}
+        heads[str(layer)] = heads[str(layer)] | {"classifier": dense}
+    return params | {"heads": heads}
+
+
+def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation float32 [H] of x [N, H]; 1 where a feature is constant.
+
+    In two passes over chunks: E[x^2] - E[x]^2 loses digits.
+    """
+    chunks = range(0, len(x), _CHUNK)
+    mean = sum(x[i : i + _CHUNK].sum(axis=0, dtype=np.float64) for i in chunks) / len(x)
+    squares = sum((((x[i : i + _CHUNK] - mean) ** 2).sum(axis=0)) for i in chunks)
+    scale = np.sqrt(squares / len(x))
+    return mean.astype(np.float32), np.where(scale > 1e-6, scale, 1).astype(np.float32)
+
+
+def _softmax_form(model: "LogisticRegression", classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns kernel [H, C] and bias [C], float64, of a fitted model.
+
+    Of two classes scikit-learn keeps the difference of the logits alone.
+    """
+    weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
+    if len(weight) == 1:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    kernel = np.zeros((weight.shape[1], classes))
+    # What was never seen loses to all others by a wide, finite margin.
+    full = np.full(classes, bias.min() - 20.0)
+    kernel[:, model.classes_], full[model.classes_] = weight.T, bias
+    return kernel, full
+
+
+def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    top = logits.max(axis=1)
+    total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
+    return float((total - logits[np.arange(len(labels)), labels]).mean())

@@ -1,0 +1,42 @@
+"""How long a training lasts, and the rule by which it ends early."""
+
+import math
+
+from sweet_jax.config import AUTO
+
+# Training examples of a run of `epochs="auto"` over N rows: _EXAMPLES * sqrt(N), or N if that is
+# more. Few rows want many epochs: what a fine-tuned encoder lacks on a thousand rows is updates,
+# not rows (Mosbach et al. 2021, arXiv 2006.04884; Zhang et al. 2021, arXiv 2006.05987). Each
+# further row adds less, and the learning rate decays to zero over the whole, so that the length
+# must be known beforehand: 6.4 epochs of 400 rows, 3.2 of 1,600, 1.7 of 5,400, one from 16,384 on.
+_EXAMPLES = 128
+CHECKS = 8  # evaluations on tuning rows in such a run, besides one before the first step
+PATIENCE = 3  # evaluations without a larger area that end it
+# What `rate_search="short"` gives each rate: this share of the steps, and as many steps at least.
+_SHORT, _SHORTEST = 0.2, 60
+
+
+def training_steps(epochs: int | str, rows: int, batch_size: int) -> int:
+    """Returns the number of steps of a run over so many rows.
+
+    epochs: a number of epochs, the last batch of each partial; or "auto".
+    """
+    per_epoch = -(-rows // batch_size)
+    if epochs != AUTO:
+        return per_epoch * int(epochs)
+    return max(per_epoch, math.ceil(_EXAMPLES * math.sqrt(rows) / batch_size))
+
+
+def search_steps(steps: int) -> int:
+    """Returns the number of steps by which a learning rate is chosen for a run of so many steps."""
+    return min(steps, max(_SHORTEST, math.ceil(_SHORT * steps)))
+
+
+def check_interval(epochs: int | str, steps: int) -> int:
+    """Returns the number of steps between two evaluations on tuning rows; 0 for never."""
+    return max(1, steps // CHECKS) if epochs == AUTO and steps else 0
+
+
+def is_over(step: int, best_step: int, interval: int) -> bool:
+    """Returns whether training ends at `step`, its best state being that of `best_step`."""
+    return step - best_step >= PATIENCE * interval

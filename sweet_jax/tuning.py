@@ -1,0 +1,247 @@
+"""What a run does before and after its training: the probe, the search for a rate, the refit.
+
+All of it reads tuning rows, which are neither trained on nor calibrated on.
+
+Shape letters: R replica, E exit, U rows with features, N rows, M tuning rows, H hidden, C classes.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sweet_jax.config import Config
+from sweet_jax.exits.outputs import layer_cost
+from sweet_jax.files import write_json, written_aside
+from sweet_jax.job import Job
+from sweet_jax.processes import is_first, wait_for_all
+from sweet_jax.training.early_stopping import tuning_area
+from sweet_jax.training.evaluation import compile_evaluation, evaluate
+from sweet_jax.training.growth import base_of
+from sweet_jax.training.initial import Training, initial_state, trainings
+from sweet_jax.training.probe import Classifiers, fit_classifiers, with_classifiers
+from sweet_jax.training.run import fit
+from sweet_jax.training.schedule import search_steps, training_steps
+from sweet_jax.training.sharding import by_replica, make_mesh, mesh_of, resharded
+from sweet_jax.training.step import Params
+
+log = logging.getLogger(__name__)
+
+_KEPT = ("kernel", "bias", "penalty", "predictions")  # arrays of probe.npz
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe:
+    """Logistic regressions on the frozen encoder.
+
+    Attributes:
+      classifiers: of every replica and exit.
+      predictions: of the validation rows, int64 [R, E, N].
+
+    """
+
+    classifiers: Classifiers
+    predictions: np.ndarray
+
+    def pick(self, replicas: Sequence[int]) -> "Probe":
+        """Returns those of some replicas."""
+        return Probe(self.classifiers.pick(replicas), self.predictions[list(replicas)])
+
+
+def pick_replicas(job: Job, config: Config, replicas: Sequence[int]) -> Job:
+    """Returns the job of some replicas alone, which are those of `config`."""
+    return dataclasses.replace(
+        job,
+        config=config,
+        rows=[job.rows[r] for r in replicas],
+        tuning=[job.tuning[r] for r in replicas],
+    )
+
+
+def fit_probe(job: Job, workdir: Path) -> Probe:
+    """Fits a logistic regression at every exit of the encoder that training starts from.
+
+    One pass of the frozen encoder over training, tuning and validation rows. What is found is kept
+    in probe.npz, and read by the run that goes on.
+    """
+    path = workdir / "probe.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as arrays:
+            *kept, predictions = (arrays[name] for name in _KEPT)
+        return Probe(Classifiers(*kept), predictions)
+    began = time.perf_counter()
+    config, classes = job.config, len(job.dataset.classes)
+    training = Training("probe", config.exits)
+    graphdef, state = initial_state(config, job.checkpoint, training, classes)
+    params = state.params
+    own = np.stack([trained for trained, _ in job.rows])  # [R, N]
+    held = np.stack(job.tuning)  # [R, M]
+    rows = np.concatenate([own, held], axis=1)  # [R, U]
+    if _same_features(params):  # of R = 1 always
+        config = dataclasses.replace(
+            config, seeds=config.seeds[:1], learning_rates=config.learning_rates[:1]
+        )
+        params = jax.tree.map(lambda x: x[:1], params)
+        rows = np.unique(rows)[None]  # [1, U], ascending
+    mesh = make_mesh(len(rows), config.batch_size)
+    params = resharded(params, jax.tree.map(lambda _: by_replica(mesh, len(rows)), params))
+    program = compile_evaluation(config, graphdef, mesh, features=True)
+    features = evaluate(config, program, params, job.train, rows, features=True).features
+    assert features is not None
+    log.info(
+        "probe: features of %d rows at %d exits, %.0f MiB",
+        rows.shape[1],
+        len(config.exits),
+        features.nbytes / 2**20,
+    )
+    if len(rows) == 1:
+        places = [np.stack([np.searchsorted(rows[0], r) for r in index]) for index in (own, held)]
+    else:
+        whole = np.tile(np.arange(rows.shape[1]), (len(rows), 1))  # [R, U]
+        places = [whole[:, : own.shape[1]], whole[:, own.shape[1] :]]
+    labels = job.train.labels[rows]
+    found = fit_classifiers(np.asarray(features), labels, places[0], places[1], classes)
+    every = np.tile(np.arange(len(job.validation)), (len(rows), 1))  # [R or 1, N]
+    features = evaluate(config, program, params, job.validation, every, features=True).features
+    assert features is not None
+    probe = Probe(found, found.predictions(np.asarray(features)))
+    if is_first():
+        with written_aside(path) as aside:
+            np.savez(aside, **found._asdict(), predictions=probe.predictions)
+    wait_for_all("probe")
+    log.info("probe: %.0f seconds", time.perf_counter() - began)
+    return probe
+
+
+def _same_features(params: Params) -> bool:
+    """Returns whether all replicas [R, ...] begin with the same encoder and poolers."""
+
+    def same(path: tuple, x: np.ndarray) -> bool:
+        if any(p.key in ("classifier", "learning_to_exit") for p in path):
+            return True
+        return all(np.array_equal(x[0], other) for other in x[1:])
+
+    return all(jax.tree.leaves(jax.tree.map_with_path(same, params)))
+
+
+def search_rate(
+    job: Job, probe: Probe | None, workdir: Path
+) -> tuple[Job, Probe | None, dict[str, Any] | None]:
+    """Chooses the learning rate by short runs, of the first seed, of every rate.
+
+    The rates are replicas of one program, each with its whole schedule over a share of the steps.
+    The one with the largest area on tuning rows is kept for all seeds.
+
+    Returns:
+      The job and the probe of the replicas of that rate, and what was found: learning_rates, area
+      of each, steps, seed, learning_rate. (job, probe, None) where nothing is to be chosen.
+
+    """
+    config = job.config
+    rates, count = config.learning_rates, len(config.learning_rates)
+    if config.rate_search != "short" or count == 1 or config.epochs == 0:
+        return job, probe, None
+    path = workdir / "rate_search.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+    else:
+        short = dataclasses.replace(config, seeds=config.seeds[:1])
+        found = _search(pick_replicas(job, short, range(count)), probe, workdir / "rate_search")
+        if is_first():
+            write_json(path, found)
+        wait_for_all("rate search")
+    shutil.rmtree(workdir / "rate_search", ignore_errors=True)
+    chosen = rates.index(found["learning_rate"])
+    replicas = [s * count + chosen for s in range(len(config.seeds))]
+    picked = dataclasses.replace(config, learning_rates=(rates[chosen],))
+    kept = None if probe is None else probe.pick(replicas)
+    return pick_replicas(job, picked, replicas), kept, found
+
+
+def _search(job: Job, probe: Probe | None, workdir: Path) -> dict[str, Any]:
+    """Returns what `search_rate` finds."""
+    config, classes = job.config, len(job.dataset.classes)
+    rates, count = config.learning_rates, len(config.learning_rates)
+    steps = search_steps(_steps(job))
+    log.info(
+        "choosing the learning rate of %s by %d steps each, %d examples; training takes %d "
+        "examples for each seed",
+        ", ".join(f"{rate:g}" for rate in rates),
+        steps,
+        steps * count * config.batch_size,
+        _steps(job) * config.batch_size,
+    )
+    tuning = np.stack(job.tuning)  # [R, M]
+    logits = []
+    for training in trainings(config):
+        graphdef, params, _ = fit(
+            config,
+            job.checkpoint,
+            training,
+            classes,
+            job.train,
+            [trained for trained, _ in job.rows],
+            workdir,
+            probe=None if probe is None else probe.classifiers.pick(range(count)),
+            short=True,
+        )
+        program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
+        logits.append(evaluate(config, program, params, job.train, tuning).logits)
+    area = tuning_area(
+        np.concatenate(logits, axis=1),
+        job.train.labels[tuning],
+        config.exits,
+        layer_cost(config.exits, config.method),
+        {"metric": job.dataset.task.metric},
+    )
+    best = rates[int(np.argmax(area))]
+    log.info(
+        "areas on %d tuning rows: %s; chosen: %g",
+        tuning.shape[1],
+        ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True)),
+        best,
+    )
+    return {
+        "learning_rates": list(rates),
+        "area": [float(a) if np.isfinite(a) else None for a in area],
+        "steps": steps,
+        "seed": config.seeds[0],
+        "tuning_rows": tuning.shape[1],
+        "learning_rate": best,
+    }
+
+
+def _steps(job: Job) -> int:
+    return training_steps(job.config.epochs, len(job.rows[0][0]), job.config.batch_size)
+
+
+def refit_heads(job: Job, training: Training, graphdef: nnx.GraphDef, params: Params) -> Params:
+    """Returns trained parameters [R, ...] with the classifiers fitted again on the trained encoder.
+
+    Exits of a run that this one grows from stay as they are.
+    """
+    config, base = job.config, base_of(job.config)
+    kept = base.exits if base is not None else ()
+    own, held = np.stack([trained for trained, _ in job.rows]), np.stack(job.tuning)
+    rows = np.concatenate([own, held], axis=1)  # [R, N + M]
+    program = compile_evaluation(config, graphdef, mesh_of(params), features=True)
+    features = evaluate(config, program, params, job.train, rows, features=True).features
+    assert features is not None
+    places = np.tile(np.arange(rows.shape[1]), (len(rows), 1))
+    count = own.shape[1]
+    labels, classes = job.train.labels[rows], len(job.dataset.classes)
+    found = fit_classifiers(
+        np.asarray(features), labels, places[:, :count], places[:, count:], classes
+    )
+    columns = [e for e, layer in enumerate(training.exits) if layer not in kept]
+    exits = [training.exits[e] for e in columns]
+    new = with_classifiers(params, exits, found, columns)
+    return resharded(new, jax.tree.map(lambda x: x.sharding, params))
