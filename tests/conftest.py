@@ -64,6 +64,14 @@ def multi_model(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def mean_pooled(checkpoint, tmp_path_factory):
+    """By the mean of the tokens, from a probe, refitted."""
+    folder = tmp_path_factory.mktemp("mean")
+    recipe = {"pooling": "mean", "head_init": "probe", "head_refit": True, "epochs": 2}
+    return Reference(*fine_tune(checkpoint, folder, **recipe, learning_rates=(1e-3,)))
+
+
+@pytest.fixture(scope="session")
 def browser():
     """A headless Chromium, where there is one with its driver."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -97,6 +105,8 @@ def tiny_run(checkpoint, rows) -> dict:
         "evaluation_batch_size": 16,
         "max_length": 32,
         "checkpoint_every": 100,
+        "pooling": "first",
+        "baselines": "none",
     }
 
 

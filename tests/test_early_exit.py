@@ -62,10 +62,16 @@ def untrained(path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "key"), [("bert", None), *((kind, jax.random.key(5)) for kind in TINIES)]
+    ("kind", "key", "pooling"),
+    [
+        ("bert", None, "first"),
+        ("bert", None, "mean"),
+        *((kind, jax.random.key(5), "first") for kind in TINIES),
+        pytest.param("deberta-v2", jax.random.key(5), "mean", marks=pytest.mark.slow),
+    ],
 )
-def test_sweet_gives_each_exit_its_own_parameters_and_no_other(kind, key):
-    graphdef, params = build(kind=kind)
+def test_sweet_gives_each_exit_its_own_parameters_and_no_other(kind, key, pooling):
+    graphdef, params = build(kind=kind, pooling=pooling)
     for index, layer in enumerate(EXITS):
         gradient = exit_gradient(graphdef, params, index, 1.0, key)
         owner_of = jax.tree.leaves(owners(params, EXITS))

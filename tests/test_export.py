@@ -28,7 +28,7 @@ def load_runner(folder: Path):
     return module
 
 
-@pytest.mark.parametrize("method", ["sweet", "multi_model"])
+@pytest.mark.parametrize("method", ["sweet", "multi_model", "mean_pooled"])
 def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, capsys):
     reference = request.getfixturevalue(method)
     model = reference.classifier.model

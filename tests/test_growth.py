@@ -33,6 +33,8 @@ def base(tmp_path_factory, rows):
         "batch_size": 8,
         "evaluation_batch_size": 16,
         "max_length": 32,
+        "pooling": "first",
+        "baselines": "none",
         "weight_decay": 0.01,  # which moves what gets no gradient, if it is let
     }
     run(from_mapping(values), folder / "base")

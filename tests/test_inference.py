@@ -14,6 +14,7 @@ from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export, predict
 from sweet_jax.config import UserError
+from sweet_jax.exits.calibration import tempered
 from sweet_jax.exits.policies import exit_scores
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
@@ -102,20 +103,30 @@ def answered(classifier, texts, batch_size):
     return rows
 
 
-@pytest.mark.parametrize("kind", ["roberta", "deberta", "deberta-v2"])
-def test_every_kind_of_encoder(kind, sweet, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [
+        ("roberta", "first"),
+        ("deberta", "first"),
+        ("deberta-v2", "first"),
+        pytest.param("roberta", "mean", marks=pytest.mark.slow),
+        pytest.param("deberta", "mean", marks=pytest.mark.slow),
+        ("deberta-v2", "mean"),
+    ],
+)
+def test_every_kind_of_encoder(kind, pooling, sweet, tmp_path):
     """Stages of a random model against its one pass, padded rows among them; and its export."""
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / kind, kind)))
     key = jax.random.key(1)
     exits = (1, 2, 3)
-    network = EarlyExit(checkpoint.encoder(key), exits, 2, key)
+    network = EarlyExit(checkpoint.encoder(key), exits, 2, key, pooling=pooling)
     graphdef, values = nnx.split(network)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
     model = dataclasses.replace(
         sweet.classifier.model,
         tokenizer=load_tokenizer(checkpoint),
         layers=exits,
-        networks=(Network(exits, graphdef, params),),
+        networks=(Network(exits, graphdef, params, pooling),),
     )
     classifier = AdaptiveClassifier(model, "raw_confidence", {"threshold": 2.0})
     assert [stage.whole for stage in classifier.flow(3).stages] == [True, True, False]
@@ -139,6 +150,22 @@ def test_every_kind_of_encoder(kind, sweet, tmp_path):
     for stage in plan(model.networks)[1:]:
         own = list(needed(stage, params).values())
         assert export._program(model, stage, own, 16)
+
+
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+def test_exits_that_read_the_mean_of_the_tokens(mean_pooled, mode):
+    confidence = exit_scores(mean_pooled.outputs, "raw_confidence")[0, 0]
+    threshold = float(np.median(confidence))
+    classifier = mean_pooled.classifier.at("raw_confidence", threshold=threshold)
+    stages = classifier.flow(4).stages
+    assert [stage.whole for stage in stages] == [True, True, False]
+    assert [stage.start for stage in stages] == [1, 2, 3]  # no layer is computed twice
+    assert_same(mean_pooled, classifier, np.arange(len(mean_pooled.texts)), 4, mode)
+    alone = mean_pooled.classifier.at(threshold=float("inf")).predict(mean_pooled.texts[:5], 5)
+    logits = mean_pooled.outputs.logits[0, -1, :5]
+    temperatures = mean_pooled.classifier.model.dials.fitted.temperatures[0, -1]
+    wanted = tempered(logits, np.full((5, 1), temperatures))
+    np.testing.assert_allclose(alone.probabilities, wanted, atol=1e-5)
 
 
 def test_multi_model(multi_model):

@@ -59,6 +59,22 @@ def numbers(workdir: Path) -> dict:
     [
         (1, {"seeds": (0,)}),
         (
+            1,
+            {
+                "pooling": "mean",
+                "head_init": "probe",
+                "head_refit": True,
+                "head_learning_rate": 2.0,
+                "epochs": "auto",
+                "warmup_fraction": 0.1,
+                "group_by_length": True,
+                "learning_rates": (1e-3, 3e-3),
+                "rate_search": "short",
+                "tuning_fraction": 0.2,
+                "baselines": "quick",
+            },
+        ),
+        (
             4,
             {
                 "seeds": (0, 1),

@@ -56,6 +56,7 @@ def assert_close(ours, theirs):
     ("kind", "devices", "changes"),
     [
         ("bert", 2, {}),
+        pytest.param("bert", 2, {"pooling": "mean"}, marks=pytest.mark.slow),
         # Two groups, rows spread in each, or replicas.
         pytest.param("bert", 4, {"exits": (2, 4)}, marks=pytest.mark.slow),
         pytest.param("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}, marks=pytest.mark.slow),

@@ -176,6 +176,8 @@ def fine_tune(checkpoint, folder: Path, **changes) -> tuple[Path, dict]:
         "calibration_fraction": 0.3,
         "batch_size": 8,
         "max_length": 32,
+        "pooling": "first",
+        "baselines": "none",
         **changes,
     }
     with pytest.MonkeyPatch.context() as patch:  # for one device, which compiles more quickly

@@ -56,8 +56,9 @@ class Head(nnx.Module):
     """Classifier of one exit: pooling, pooler (dense, activation), dropout, dense.
 
     With a shared pooler, or a pooling that has none, the head holds no pooler. Learning-to-exit
-    (Xin et al. 2021, BERxiT) adds a dense unit with a sigmoid that says how likely this exit's class is right; it reads what the
-    classifier reads, the pooled vector after dropout, or that vector cut off from its gradient.
+    (Xin et al. 2021, BERxiT) adds a dense unit with a sigmoid that says how likely this exit's
+    class is right; it reads what the classifier reads, the pooled vector after dropout, or that
+    vector cut off from its gradient.
     """
 
     def __init__(

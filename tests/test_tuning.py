@@ -1,0 +1,275 @@
+"""Tuning rows: who reads them, the best state, the search for a learning rate, the refit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sweet_jax import ExitOutputs
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.data.batches import draw_tuning_rows, steps_per_epoch, training_picks
+from sweet_jax.exits.analysis import analyse, area
+from sweet_jax.exits.simulation import simulate
+from sweet_jax.job import prepare
+from sweet_jax.pipeline import run, train_and_evaluate
+from sweet_jax.training import early_stopping, schedule
+from sweet_jax.training.early_stopping import tuning_area
+from sweet_jax.training.metrics import read_metrics, read_tuning
+from sweet_jax.tuning import refit_heads
+
+RECIPE = {"pooling": "mean", "head_init": "probe", "epochs": "auto", "learning_rates": (1e-3,)}
+
+
+@pytest.fixture
+def recipe(options) -> dict:
+    return options | RECIPE | {"tuning_fraction": 0.2}
+
+
+def test_no_row_is_read_for_two_things(recipe):
+    job = prepare(from_mapping(recipe | {"seeds": (0, 1)}))
+    for (own, held), tuning in zip(job.rows, job.tuning, strict=True):
+        parts = [own, held, tuning]
+        assert sum(map(len, parts)) == len(set(np.concatenate(parts)))
+        texts = [{job.texts[i] for i in part} for part in parts]
+        assert not texts[0] & (texts[1] | texts[2])
+        assert (len(own), len(held), len(tuning)) == (72, 10, 18)
+    assert set(job.tuning[0]) != set(job.tuning[1])
+    # Without anything to tune there are none, and the other rows are as they always were.
+    usual = prepare(from_mapping(recipe | {"epochs": 2, "head_init": "random"}))
+    assert len(usual.tuning[0]) == 0
+    np.testing.assert_array_equal(usual.rows[0][1], usual.rows[0][1])
+    same = np.union1d(job.rows[0][0], job.tuning[0])
+    kept = [job.texts[i] for i in same]
+    assert sorted(kept) == sorted(usual.texts[i] for i in usual.rows[0][0])
+
+
+def test_tuning_rows_are_drawn_in_proportion_by_the_seed():
+    labels = np.repeat([0, 1], [300, 100])
+    rows = np.arange(0, 400, 2)
+    own, held = draw_tuning_rows(labels, rows, 0.1, 3)
+    assert len(held) == 20
+    assert labels[held].sum() == 5
+    np.testing.assert_array_equal(np.union1d(own, held), rows)
+    assert (draw_tuning_rows(labels, rows, 0.1, 4)[1] != held).any()
+    with pytest.raises(UserError, match="too few to hold out a fraction of 0.1 for tuning"):
+        draw_tuning_rows(labels, rows[:3], 0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"),
+    [(2, 90, 12), (0, 90, 0), ("auto", 400, 160), ("auto", 1600, 320), ("auto", 100_000, 6250)],
+)
+def test_steps(epochs, rows, steps):
+    assert schedule.training_steps(epochs, rows, 16) == steps
+
+
+def test_an_automatic_run_has_eight_evaluations_and_a_fixed_one_none():
+    assert schedule.check_interval("auto", 320) == 40
+    assert schedule.check_interval("auto", 3) == 1
+    assert schedule.check_interval(5, 320) == 0
+    assert schedule.search_steps(40) == 40
+    assert schedule.search_steps(322) == 65
+    assert schedule.search_steps(100) == 60
+
+
+def test_batches_of_one_length_hold_every_row_once_an_epoch():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 100, 3000)
+    rows = [np.arange(0, 3000, 2), np.arange(1, 3000, 2)]
+    steps = steps_per_epoch(1500, 16)
+    for epoch in (0, 1):
+        picked = [
+            training_picks(rows, [5, 6], epoch * steps + step, 16, lengths) for step in range(steps)
+        ]
+        whole = np.stack(picked)  # [steps, R, B]
+        for r in (0, 1):
+            np.testing.assert_array_equal(np.sort(whole[:, r][whole[:, r] >= 0]), rows[r])
+    spread = [np.ptp(lengths[row[row >= 0]]) for row in whole[:, 0]]
+    assert np.median(spread) < 10  # of uniformly random batches about 80
+    longest = lengths[whole[:-1]].max(axis=-1)  # [steps, R]
+    assert np.abs(np.diff(longest, axis=1)).max() < 30  # replicas have their long rows together
+    first = training_picks(rows, [5, 6], 0, 16, lengths)
+    np.testing.assert_array_equal(training_picks(rows, [5, 6], 0, 16, lengths), first)
+    assert (training_picks(rows, [5, 6], steps, 16, lengths) != first).any()
+
+
+def test_the_area_of_tuning_rows_is_that_of_the_exact_curve():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3, 2, 50, 3)).astype(np.float32)
+    labels = rng.integers(0, 3, (3, 50))
+    logits[2, 1, 7] = np.nan
+    found = tuning_area(logits, labels, (1, 3), np.array([1 / 3, 1.0]), {"metric": "accuracy"})
+    curve = simulate(ExitOutputs(logits[:2], labels[:2], np.array([1, 3])), "raw_confidence")
+    wanted = [area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
+    np.testing.assert_allclose(found[:2], wanted)
+    assert found[2] == -np.inf
+
+
+def states(config, workdir, monkeypatch, areas):
+    """What a run keeps whose evaluations have these areas, [evaluations, R]."""
+    given = iter(areas)
+
+    def next_area(logits, *_):
+        return np.asarray(next(given), float)
+
+    monkeypatch.setattr("sweet_jax.training.run.tuning_area", next_area)
+    workdir.mkdir()
+    outcome = train_and_evaluate(prepare(from_mapping(config)), workdir)
+    return outcome
+
+
+def test_the_best_state_is_kept_and_training_ends_without_a_better_one(
+    recipe, tmp_path, one_device, monkeypatch
+):
+    monkeypatch.setattr(schedule, "_EXAMPLES", 40)
+    config = recipe | {"head_init": "random"}
+    monkeypatch.setattr("sweet_jax.training.schedule.CHECKS", 12)
+    rising = [[0.1], [0.3], [0.5], [0.5], [0.4], [0.4], [0.2]]
+    outcome = states(config, tmp_path / "auto", monkeypatch, rising)
+    log = read_tuning(tmp_path / "auto")
+    interval = log[1]["step"]
+    # The later of two that tie; then three evaluations without a larger area.
+    assert outcome.best_steps == {"exits_1_2_3": [3 * interval]}
+    assert [row["step"] for row in log] == [interval * i for i in range(7)]
+    assert [row["area"] for row in log] == rising
+    assert len(read_metrics(tmp_path / "auto")) == 6 * interval
+    # The parameters are those of that step, bit for bit.
+    short = config | {"max_steps": 3 * interval}
+    wanted = states(short, tmp_path / "short", monkeypatch, [[0.1], [0.2], [0.3], [0.4]])
+    for a, b in zip(
+        jax.tree.leaves(outcome.models[0].params),
+        jax.tree.leaves(wanted.models[0].params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_each_replica_keeps_its_own_best_state(recipe, tmp_path, one_device, monkeypatch):
+    monkeypatch.setattr(schedule, "_EXAMPLES", 20)
+    config = recipe | {"head_init": "random", "seeds": (0, 1)}
+    areas = [[0.1, 0.9], [0.5, 0.8], [0.2, 0.7], [0.2, 0.6], [0.2, 0.6]]
+    outcome = states(config, tmp_path / "run", monkeypatch, areas)
+    interval = read_tuning(tmp_path / "run")[1]["step"]
+    assert outcome.best_steps == {"exits_1_2_3": [interval, 0]}
+    start = states(
+        recipe | {"head_init": "random", "seeds": (1,), "max_steps": 1},
+        tmp_path / "start",
+        monkeypatch,
+        [[0.9], [0.8]],
+    )
+    assert outcome.validation.logits.shape[0] == 2
+    np.testing.assert_allclose(
+        outcome.validation.logits[1], start.validation.logits[0], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device, monkeypatch):
+    monkeypatch.setattr(schedule, "_EXAMPLES", 20)
+    config = recipe | {"head_init": "random"}
+    falling = [[0.5], [0.1], [0.1], [0.1]]
+    first = states(config, tmp_path / "run", monkeypatch, falling)
+    again = train_and_evaluate(prepare(from_mapping(config)), tmp_path / "run")
+    np.testing.assert_array_equal(first.validation.logits, again.validation.logits)
+    assert again.best_steps == first.best_steps == {"exits_1_2_3": [0]}
+    assert again.timing["train_examples"] == 0
+
+
+def test_the_rate_with_the_largest_area_is_trained(recipe, tmp_path, one_device, monkeypatch):
+    monkeypatch.setattr(schedule, "_SHORTEST", 4)
+    found = []
+
+    def chosen(logits, *_):
+        found.append(logits.shape)
+        return np.asarray([0.2, 0.7, 0.4][: len(logits)])
+
+    monkeypatch.setattr("sweet_jax.tuning.tuning_area", chosen)
+    rates = (1e-4, 1e-3, 3e-3)
+    config = recipe | {
+        "learning_rates": rates,
+        "rate_search": "short",
+        "seeds": (0, 1),
+        "epochs": 1,
+    }
+    results = run(from_mapping(config), tmp_path)
+    assert found == [(3, 3, 18, 2)]  # one search, of the first seed, on its tuning rows
+    kept = [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
+    assert kept == [(0, 1e-3), (1, 1e-3)]
+    search = results["rate_search"]
+    assert (search["learning_rate"], search["seed"], search["tuning_rows"]) == (1e-3, 0, 18)
+    assert search["area"] == [0.2, 0.7, 0.4]
+    assert json.loads((tmp_path / "rate_search.json").read_text()) == search
+    assert not (tmp_path / "rate_search").exists()
+    exits = json.loads((tmp_path / "model" / "exits.json").read_text())
+    assert exits["learning_rate"] == 1e-3
+    # The same rate alone is the same run; and a second start searches nothing.
+    alone = run(from_mapping(config | {"learning_rates": (1e-3,)}), tmp_path.with_name("alone"))
+    assert alone["replicas"][0]["individual"] == results["replicas"][0]["individual"]
+    assert run(from_mapping(config), tmp_path)["replicas"] == results["replicas"]
+    assert len(found) == 1
+
+
+def test_the_saved_replica_is_the_best_of_the_chosen_rate():
+    """Also where a replica of another rate has the largest area of all."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    truth = np.eye(2)[labels] * 2 - 1
+
+    def outputs(right: float) -> np.ndarray:
+        wrong = rng.random(200) >= right
+        return np.where(wrong[:, None], -truth, truth)[None].repeat(2, axis=0)
+
+    logits = np.stack([outputs(q) for q in (0.6, 0.99, 0.85, 0.9)])  # [R, E, N, C]
+    replicas = [[0, 1e-4], [0, 1e-3], [1, 1e-3], [1, 1e-4]]
+    made = ExitOutputs(logits, labels, np.array([1, 2]), identity={"replicas": replicas})
+    swapped = ExitOutputs(
+        logits[[1, 0, 2, 3]], labels, np.array([1, 2]), identity={"replicas": replicas}
+    )
+    assert analyse(made, made).best == 1
+    best = analyse(swapped, swapped)  # 0.99 and 0.9 at 1e-4, 0.6 and 0.85 at 1e-3
+    assert [best.replicas[r][1] for r in best.chosen] == [1e-4, 1e-4]
+    assert best.best == 0
+    # Tuning rows choose, where there are any; then calibration rows had nothing to choose between.
+    tuned = analyse(swapped, swapped, tuning=made)
+    assert tuned.best == 1
+    assert tuned.dials(1).compared == 1
+    assert best.dials(0).compared == 4
+
+
+def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
+    recipe, tmp_path, one_device
+):
+    config = recipe | {"epochs": 1, "head_init": "random", "head_refit": True}
+    plain = from_mapping(config | {"head_refit": False, "rate_search": "full"})
+    results = run(from_mapping(config), tmp_path / "refit")
+    assert results["head_refit"] is True
+    job = prepare(from_mapping(config))
+    from sweet_jax.training.initial import trainings
+    from sweet_jax.training.run import fit
+
+    (training,) = trainings(job.config)
+    workdir = tmp_path / "again"
+    workdir.mkdir()
+    graphdef, params, _ = fit(
+        job.config, job.checkpoint, training, 2, job.train, [own for own, _ in job.rows], workdir
+    )
+    new = refit_heads(job, training, graphdef, params)
+    assert plain.head_refit is False
+    changed = {
+        tuple(p.key for p in path)
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(new), strict=True
+        )
+        if np.any(a != b)
+    }
+    wanted = {("heads", str(e), "classifier", k) for e in (1, 2, 3) for k in ("kernel", "bias")}
+    assert changed == wanted
+
+
+def test_early_stopping_is_named_where_it_is_needed(recipe):
+    assert early_stopping.first_best({"a": np.zeros(2)}, np.float32(1)).area == -np.inf
+    with pytest.raises(UserError, match="epochs must be"):
+        from_mapping(recipe | {"epochs": 0, "head_init": "random"})
+    with pytest.raises(UserError, match="epochs must be"):
+        from_mapping(recipe | {"epochs": "some"})
+    assert from_mapping(recipe | {"epochs": "3"}).epochs == 3
