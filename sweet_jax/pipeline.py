@@ -161,7 +161,10 @@ def train_and_evaluate(job: Job, workdir: Path, probe: Classifiers | None = None
     )
 
 
-def exit_outputs(job: Job, split: str, answers: Sequence[Answer], labels: np.ndarray) -> ExitOutputs:
+def exit_outputs(
+    job: Job, split: str, answers: Sequence[Answer], labels: np.ndarray
+) -> ExitOutputs:
+    """Returns the outputs of a split, of the answers of each of the method's models."""
     config = job.config
     whole = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *answers)  # [R, E, N, ...]
     return ExitOutputs(

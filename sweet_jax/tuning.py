@@ -23,7 +23,7 @@ from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json, written_aside
 from sweet_jax.job import Job
 from sweet_jax.processes import is_first, wait_for_all
-from sweet_jax.training.early_stopping import tuning_area
+from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.initial import Training, initial_state, trainings
@@ -137,8 +137,9 @@ def search_rate(
 ) -> tuple[Job, Probe | None, dict[str, Any] | None]:
     """Chooses the learning rate by short runs, of the first seed, of every rate.
 
-    The rates are replicas of one program, each with its whole schedule over a share of the steps.
-    The one with the largest area on tuning rows is kept for all seeds.
+    Each has its whole schedule over a share of the steps. The first rate of `learning_rates` is
+    kept, for all seeds, unless another has an area on tuning rows that is larger by more than a
+    standard error: then the one with the largest.
 
     Returns:
       The job and the probe of the replicas of that rate, and what was found: learning_rates, area
@@ -153,8 +154,7 @@ def search_rate(
     if path.exists():
         found = json.loads(path.read_text())
     else:
-        short = dataclasses.replace(config, seeds=config.seeds[:1])
-        found = _search(pick_replicas(job, short, range(count)), probe, workdir / "rate_search")
+        found = _search(job, probe, workdir / "rate_search")
         if is_first():
             write_json(path, found)
         wait_for_all("rate search")
@@ -168,44 +168,22 @@ def search_rate(
 
 def _search(job: Job, probe: Probe | None, workdir: Path) -> dict[str, Any]:
     """Returns what `search_rate` finds."""
-    config, classes = job.config, len(job.dataset.classes)
-    rates, count = config.learning_rates, len(config.learning_rates)
-    steps = search_steps(_steps(job))
+    config, total = job.config, _steps(job)
+    rates, steps = config.learning_rates, search_steps(total)
     log.info(
-        "choosing the learning rate of %s by %d steps each, %d examples; training takes %d "
-        "examples for each seed",
+        "choosing the learning rate of %s by %d steps each: %d examples, where training takes %d "
+        "for each seed",
         ", ".join(f"{rate:g}" for rate in rates),
         steps,
-        steps * count * config.batch_size,
-        _steps(job) * config.batch_size,
+        steps * len(rates) * config.batch_size,
+        total * config.batch_size,
     )
-    tuning = np.stack(job.tuning)  # [R, M]
-    logits = []
-    for training in trainings(config):
-        graphdef, params, _ = fit(
-            config,
-            job.checkpoint,
-            training,
-            classes,
-            job.train,
-            [trained for trained, _ in job.rows],
-            workdir,
-            probe=None if probe is None else probe.classifiers.pick(range(count)),
-            short=True,
-        )
-        program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
-        logits.append(evaluate(config, program, params, job.train, tuning).logits)
-    area = tuning_area(
-        np.concatenate(logits, axis=1),
-        job.train.labels[tuning],
-        config.exits,
-        layer_cost(config.exits, config.method),
-        {"metric": job.dataset.task.metric},
-    )
-    best = rates[int(np.argmax(area))]
+    area = np.concatenate([_short_runs(job, probe, r, workdir) for r in _together(len(rates))])
+    count = len(job.tuning[0])
+    best = rates[choose_rate(area, count)]
     log.info(
         "areas on %d tuning rows: %s; chosen: %g",
-        tuning.shape[1],
+        count,
         ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True)),
         best,
     )
@@ -214,9 +192,61 @@ def _search(job: Job, probe: Probe | None, workdir: Path) -> dict[str, Any]:
         "area": [float(a) if np.isfinite(a) else None for a in area],
         "steps": steps,
         "seed": config.seeds[0],
-        "tuning_rows": tuning.shape[1],
+        "tuning_rows": count,
         "learning_rate": best,
     }
+
+
+def _together(count: int) -> list[list[int]]:
+    """Returns which rates are the replicas of one program: all of them.
+
+    But on a single CPU device, whose cores one replica fills, each alone: with one seed, they and
+    the training that follows then share one compiled program.
+    """
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return [[rate] for rate in range(count)] if alone else [list(range(count))]
+
+
+def _short_runs(job: Job, probe: Probe | None, places: Sequence[int], workdir: Path) -> np.ndarray:
+    """Returns the area on tuning rows, float64 [R], of short runs of some of the rates."""
+    rates = tuple(job.config.learning_rates[r] for r in places)
+    config = dataclasses.replace(job.config, seeds=job.config.seeds[:1], learning_rates=rates)
+    job = pick_replicas(job, config, places)  # of the first seed
+    tuning = np.stack(job.tuning)  # [R, M]
+    logits = []
+    for training in trainings(config):
+        graphdef, params, _ = fit(
+            config,
+            job.checkpoint,
+            training,
+            len(job.dataset.classes),
+            job.train,
+            [trained for trained, _ in job.rows],
+            workdir / "-".join(f"{rate:g}" for rate in rates),
+            probe=None if probe is None else probe.classifiers.pick(places),
+            short=True,
+        )
+        program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
+        logits.append(evaluate(config, program, params, job.train, tuning).logits)
+    return tuning_area(
+        np.concatenate(logits, axis=1),
+        job.train.labels[tuning],
+        config.exits,
+        layer_cost(config.exits, config.method),
+        {"metric": job.dataset.task.metric},
+    )
+
+
+def choose_rate(area: np.ndarray, rows: int) -> int:
+    """Returns the place of the rate with the largest area; 0 where it does not clearly beat that.
+
+    Clearly is by more than a standard error on so many rows.
+
+    area: float [R], minus infinity where it diverged.
+    """
+    best = int(np.argmax(area))
+    clearly = area[best] > area[0] + float(standard_error(area[best], rows))
+    return best if clearly else 0
 
 
 def _steps(job: Job) -> int:

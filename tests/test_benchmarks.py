@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import WORDS, write_checkpoint
 
-from experiments.benchmarks import evaluate, shapes, sweep
+from experiments.benchmarks import evaluate, recipe, shapes, sweep
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason='torch is not installed (".[torch]")'
@@ -259,3 +259,12 @@ def test_each_allocator_s_step_is_timed_against_the_system_s(capsys):
     for cell, speed in zip(found, speeds, strict=True):
         assert float(cell[4]) == pytest.approx(speed / speeds[0], abs=0.02)
         assert float(cell[5]) > 50  # MiB: jax alone is more
+
+
+def test_the_recipe_s_parts_are_timed(capsys):
+    arguments = ["--shape=tiny", "--size=2x8", "--rows=40", "--rounds=1"]
+    recipe.main(arguments)
+    printed = capsys.readouterr().out
+    assert "| sweet |" in printed
+    assert "| early_exit |" in printed
+    assert "probe or refit of 40 rows of 8 tokens, 2 classes" in printed

@@ -293,15 +293,15 @@ def test_five_rates_by_three_seeds_are_one_program_and_each_its_solo_run(
     fitted, programs = [], []
     compile_step = spread.compile_step
 
-    def compiled(settings, replicas, mesh, lengths):
+    def compiled(settings, replicas, mesh):
         programs.append(replicas)
-        return compile_step(settings, replicas, mesh, lengths)
+        return compile_step(settings, replicas, mesh)
 
     monkeypatch.setattr(spread, "compile_step", compiled)
 
-    def watched(config, checkpoint, training, classes, tokens, rows, workdir):
+    def watched(config, checkpoint, training, classes, tokens, rows, workdir, **more):
         fitted.append(len(rows))
-        return fit(config, checkpoint, training, classes, tokens, rows, workdir)
+        return fit(config, checkpoint, training, classes, tokens, rows, workdir, **more)
 
     monkeypatch.setattr("sweet_jax.pipeline.fit", watched)
     assert individual.run(full) == 0

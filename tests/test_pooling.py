@@ -111,7 +111,7 @@ def test_what_sentence_transformers_declare(tmp_path, pooling, wanted):
 @pytest.mark.parametrize("text", ["[", "{}x", '{"type": 1}', '["a"]'])
 def test_a_declaration_that_cannot_be_read_is_refused(tmp_path, text):
     declare(tmp_path, {}, text=text)
-    with pytest.raises(UserError, match="modules.json"):
+    with pytest.raises(UserError, match=r"modules\.json"):
         declared_pooling(tmp_path)
 
 

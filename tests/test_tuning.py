@@ -16,7 +16,7 @@ from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.training import early_stopping, schedule
 from sweet_jax.training.early_stopping import tuning_area
 from sweet_jax.training.metrics import read_metrics, read_tuning
-from sweet_jax.tuning import refit_heads
+from sweet_jax.tuning import choose_rate, refit_heads
 
 RECIPE = {"pooling": "mean", "head_init": "probe", "epochs": "auto", "learning_rates": (1e-3,)}
 
@@ -52,7 +52,7 @@ def test_tuning_rows_are_drawn_in_proportion_by_the_seed():
     assert labels[held].sum() == 5
     np.testing.assert_array_equal(np.union1d(own, held), rows)
     assert (draw_tuning_rows(labels, rows, 0.1, 4)[1] != held).any()
-    with pytest.raises(UserError, match="too few to hold out a fraction of 0.1 for tuning"):
+    with pytest.raises(UserError, match=r"too few to hold out a fraction of 0\.1 for tuning"):
         draw_tuning_rows(labels, rows[:3], 0.1, 0)
 
 
@@ -68,9 +68,9 @@ def test_an_automatic_run_has_eight_evaluations_and_a_fixed_one_none():
     assert schedule.check_interval("auto", 320) == 40
     assert schedule.check_interval("auto", 3) == 1
     assert schedule.check_interval(5, 320) == 0
-    assert schedule.search_steps(40) == 40
-    assert schedule.search_steps(322) == 65
-    assert schedule.search_steps(100) == 60
+    assert schedule.search_steps(30) == 30
+    assert schedule.search_steps(322) == 40
+    assert schedule.search_steps(1001) == 101
 
 
 def test_batches_of_one_length_hold_every_row_once_an_epoch():
@@ -125,11 +125,12 @@ def test_the_best_state_is_kept_and_training_ends_without_a_better_one(
     monkeypatch.setattr(schedule, "_EXAMPLES", 40)
     config = recipe | {"head_init": "random"}
     monkeypatch.setattr("sweet_jax.training.schedule.CHECKS", 12)
-    rising = [[0.1], [0.3], [0.5], [0.5], [0.4], [0.4], [0.2]]
+    # 18 tuning rows: a standard error of 0.1 to 0.12.
+    rising = [[0.1], [0.3], [0.6], [0.55], [0.4], [0.4], [0.2]]
     outcome = states(config, tmp_path / "auto", monkeypatch, rising)
     log = read_tuning(tmp_path / "auto")
     interval = log[1]["step"]
-    # The later of two that tie; then three evaluations without a larger area.
+    # The later of two that so few rows cannot tell apart; then three that are clearly worse.
     assert outcome.best_steps == {"exits_1_2_3": [3 * interval]}
     assert [row["step"] for row in log] == [interval * i for i in range(7)]
     assert [row["area"] for row in log] == rising
@@ -148,7 +149,7 @@ def test_the_best_state_is_kept_and_training_ends_without_a_better_one(
 def test_each_replica_keeps_its_own_best_state(recipe, tmp_path, one_device, monkeypatch):
     monkeypatch.setattr(schedule, "_EXAMPLES", 20)
     config = recipe | {"head_init": "random", "seeds": (0, 1)}
-    areas = [[0.1, 0.9], [0.5, 0.8], [0.2, 0.7], [0.2, 0.6], [0.2, 0.6]]
+    areas = [[0.1, 0.9], [0.5, 0.7], [0.2, 0.7], [0.2, 0.6], [0.2, 0.6]]
     outcome = states(config, tmp_path / "run", monkeypatch, areas)
     interval = read_tuning(tmp_path / "run")[1]["step"]
     assert outcome.best_steps == {"exits_1_2_3": [interval, 0]}
@@ -175,15 +176,28 @@ def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device, 
     assert again.timing["train_examples"] == 0
 
 
-def test_the_rate_with_the_largest_area_is_trained(recipe, tmp_path, one_device, monkeypatch):
+def test_the_first_rate_is_kept_unless_another_is_clearly_better():
+    assert choose_rate(np.array([0.80, 0.82, 0.78]), 180) == 0  # a standard error is 0.029
+    assert choose_rate(np.array([0.80, 0.84, 0.83]), 180) == 1
+    assert choose_rate(np.array([0.80, 0.82, 0.78]), 18_000) == 1
+    assert choose_rate(np.array([-np.inf, 0.5, -np.inf]), 18) == 1
+    assert choose_rate(np.array([-np.inf, -np.inf]), 18) == 0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_rate_with_the_largest_area_is_trained(
+    alone, recipe, tmp_path, one_device, monkeypatch
+):
     monkeypatch.setattr(schedule, "_SHORTEST", 4)
     found = []
+    given = iter([0.2, 0.7, 0.6])
 
     def chosen(logits, *_):
         found.append(logits.shape)
-        return np.asarray([0.2, 0.7, 0.4][: len(logits)])
+        return np.asarray([next(given) for _ in logits])
 
     monkeypatch.setattr("sweet_jax.tuning.tuning_area", chosen)
+    monkeypatch.setattr("sweet_jax.tuning.jax.device_count", lambda: 1 if alone else 4)
     rates = (1e-4, 1e-3, 3e-3)
     config = recipe | {
         "learning_rates": rates,
@@ -191,22 +205,23 @@ def test_the_rate_with_the_largest_area_is_trained(recipe, tmp_path, one_device,
         "seeds": (0, 1),
         "epochs": 1,
     }
-    results = run(from_mapping(config), tmp_path)
-    assert found == [(3, 3, 18, 2)]  # one search, of the first seed, on its tuning rows
+    results = run(from_mapping(config), tmp_path / "run")
+    # Of the first seed, on its tuning rows: one run after the other, or all in one program.
+    assert found == ([(1, 3, 18, 2)] * 3 if alone else [(3, 3, 18, 2)])
     kept = [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
     assert kept == [(0, 1e-3), (1, 1e-3)]
     search = results["rate_search"]
     assert (search["learning_rate"], search["seed"], search["tuning_rows"]) == (1e-3, 0, 18)
-    assert search["area"] == [0.2, 0.7, 0.4]
-    assert json.loads((tmp_path / "rate_search.json").read_text()) == search
-    assert not (tmp_path / "rate_search").exists()
-    exits = json.loads((tmp_path / "model" / "exits.json").read_text())
+    assert search["area"] == [0.2, 0.7, 0.6]
+    assert json.loads((tmp_path / "run" / "rate_search.json").read_text()) == search
+    assert not (tmp_path / "run" / "rate_search").exists()
+    exits = json.loads((tmp_path / "run" / "model" / "exits.json").read_text())
     assert exits["learning_rate"] == 1e-3
     # The same rate alone is the same run; and a second start searches nothing.
-    alone = run(from_mapping(config | {"learning_rates": (1e-3,)}), tmp_path.with_name("alone"))
-    assert alone["replicas"][0]["individual"] == results["replicas"][0]["individual"]
-    assert run(from_mapping(config), tmp_path)["replicas"] == results["replicas"]
-    assert len(found) == 1
+    single = run(from_mapping(config | {"learning_rates": (1e-3,)}), tmp_path / "single")
+    assert single["replicas"][0]["individual"] == results["replicas"][0]["individual"]
+    assert run(from_mapping(config), tmp_path / "run")["replicas"] == results["replicas"]
+    assert len(found) == (3 if alone else 1)
 
 
 def test_the_saved_replica_is_the_best_of_the_chosen_rate():

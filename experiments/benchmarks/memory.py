@@ -17,7 +17,7 @@ from experiments.benchmarks.shapes import RATE, SHAPES
 from sweet_jax.config import Config
 from sweet_jax.training.run import step_settings
 from sweet_jax.training.sharding import make_mesh
-from sweet_jax.training.spread import compile_step
+from sweet_jax.training.spread import compile_step, schedule_of
 from sweet_jax.training.step import new_state
 
 
@@ -27,14 +27,15 @@ def temporaries(shape: str, method: str, batch: int, length: int, *, remat: bool
     graphdef, values = nnx.split(nnx.eval_shape(lambda: SHAPES[shape].model(remat=remat)))
     state = jax.eval_shape(lambda params: new_state(params, RATE, 0), nnx.to_pure_dict(values))
     run = Config(method=method, exits=exits, batch_size=batch, remat=remat).resolved()
-    step = compile_step(step_settings(run, graphdef, exits, 1000), 1, make_mesh(1, 1), 1)
+    settings = step_settings(run, graphdef, exits, 1000)
+    step = compile_step(settings, 1, make_mesh(1, 1))
     inputs = {
         "input_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
         "token_type_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
         "mask": jax.ShapeDtypeStruct((batch, length), bool),
         "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
-    compiled = step.lower(state, inputs).compile()
+    compiled = step.lower(state, inputs, schedule_of(settings)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -30,7 +30,7 @@ from sweet_jax.config import Config
 from sweet_jax.training.run import step_settings
 from sweet_jax.training.segments import compile_group, handed_on, make_groups, split
 from sweet_jax.training.sharding import by_replica, by_row, make_mesh, resharded
-from sweet_jax.training.spread import compile_step
+from sweet_jax.training.spread import compile_step, schedule_of
 from sweet_jax.training.step import State, StepSettings, new_state
 
 
@@ -65,12 +65,14 @@ def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> 
     state = resharded(host, jax.tree.map(lambda _: by_replica(mesh, 1), host))
     rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
     batch = jax.device_put(rows, by_row(mesh, 1))
-    step = compile_step(settings_of(shape, size), 1, mesh, 1).lower(state, batch).compile()
+    settings = settings_of(shape, size)
+    schedule = schedule_of(settings)
+    step = compile_step(settings, 1, mesh).lower(state, batch, schedule).compile()
 
     def steps(count: int) -> None:
         nonlocal state
         for _ in range(count):
-            state, _ = step(state, batch)
+            state, _ = step(state, batch, schedule)
         jax.block_until_ready(state)
 
     return Way(name, len(devices), steps, None, mebibytes(step))

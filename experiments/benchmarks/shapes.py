@@ -24,7 +24,7 @@ from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.pretrained import ENCODERS
 from sweet_jax.training.run import step_settings
 from sweet_jax.training.sharding import by_replica, by_row, make_mesh, without_axis
-from sweet_jax.training.spread import compile_step
+from sweet_jax.training.spread import compile_step, schedule_of
 from sweet_jax.training.step import new_state
 
 CLASSES, RATE = 2, 3e-5
@@ -36,12 +36,21 @@ class Shape(NamedTuple):
     config: EncoderConfig
     exits: tuple[int, ...]
 
-    def model(self, seed: int = 0, dtype: str = "float32", *, remat: bool = False) -> EarlyExit:
+    def model(
+        self,
+        seed: int = 0,
+        dtype: str = "float32",
+        *,
+        remat: bool = False,
+        pooling: str = "first",
+    ) -> EarlyExit:
         """Random parameters, float32; activations in `dtype`."""
         key = jax.random.key(seed)
         kind = next(encoder for config, encoder in ENCODERS.values() if config is type(self.config))
         encoder = kind(self.config, key, dtype)
-        return EarlyExit(encoder, self.exits, CLASSES, key, remat=remat, dtype=dtype)
+        return EarlyExit(
+            encoder, self.exits, CLASSES, key, remat=remat, pooling=pooling, dtype=dtype
+        )
 
 
 _TINY = {
@@ -140,6 +149,7 @@ class Steps(NamedTuple):
 
     take: Callable[[], None]  # one step of all replicas, awaited
     compile_seconds: float  # tracing and compiling
+    temporaries: int  # bytes, besides parameters and optimizer state
 
 
 def training_steps(
@@ -148,15 +158,18 @@ def training_steps(
     size: Size,
     dtype: str = "float32",
     replicas: Sequence[tuple[int, float]] = ((0, RATE),),
+    pooling: str = "first",
 ) -> Steps:
     """Our step on one random batch, compiled; replicas are (seed, learning rate)."""
     count = len(replicas)
-    graphdef = nnx.split(nnx.eval_shape(lambda: shape.model(0, dtype)))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: shape.model(0, dtype, pooling=pooling)))[0]
     run = Config(method=method, exits=shape.exits, batch_size=size.batch, epochs=1000, dtype=dtype)
     settings = step_settings(run.resolved(), graphdef, shape.exits, rows=1000)
     mesh = make_mesh(count, size.batch)
     states = [
-        new_state(nnx.to_pure_dict(nnx.split(shape.model(seed, dtype))[1]), rate, seed)
+        new_state(
+            nnx.to_pure_dict(nnx.split(shape.model(seed, dtype, pooling=pooling))[1]), rate, seed
+        )
         for seed, rate in replicas
     ]
     stacked = jax.tree.map(lambda *x: np.stack([np.asarray(a) for a in x]), *states)
@@ -164,12 +177,13 @@ def training_steps(
     host = without_axis(random_rows(shape.config.vocab_size, size, count), count)
     batch = jax.device_put(host, by_row(mesh, count))
     began = time.perf_counter()
-    step = compile_step(settings, count, mesh, 1).lower(state, batch).compile()
+    schedule = schedule_of(settings)
+    step = compile_step(settings, count, mesh).lower(state, batch, schedule).compile()
     seconds = time.perf_counter() - began
 
     def take() -> None:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, schedule)
         jax.block_until_ready((state, metrics))
 
-    return Steps(take, seconds)
+    return Steps(take, seconds, step.memory_analysis().temp_size_in_bytes)

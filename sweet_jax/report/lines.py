@@ -13,9 +13,10 @@ def exit_table(results: Mapping[str, Any]) -> str:
     replica = results["replicas"][results["best_replica"]]
     metric, mean = results["metric"], results["mean"]
     heading: list[str] = []
+    rows = "tuning" if results["n"].get("tuning") else "calibration"
     if len(results["replicas"]) > 1:
         heading.append(
-            f"best of {len(results['replicas'])} replicas by area on calibration rows: seed "
+            f"best of {len(results['replicas'])} replicas by area on {rows} rows: seed "
             f"{replica['seed']}, learning rate {replica['learning_rate']:g}"
         )
     lines = exit_lines(replica["individual"], metric)

@@ -22,9 +22,10 @@ class Best(NamedTuple):
     Of a single replica, arrays without the axis R, as its state is.
 
     Attributes:
-      params: [R, ...].
-      area: float32 [R], on tuning rows; minus infinity before the first evaluation.
-      step: int32 [R], steps taken then.
+      params: [R, ...] that are kept.
+      area: float32 [R], the largest so far on tuning rows; minus infinity before the first
+        evaluation.
+      step: int32 [R], steps taken by the parameters that are kept.
 
     """
 
@@ -39,15 +40,19 @@ def first_best(params: Params, learning_rate: jax.Array) -> Best:
     return Best(params, jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
 
 
-def compile_update(shardings: Best) -> Callable[[Best, Params, Any, Any], Best]:
+def compile_update(shardings: Best, rows: int) -> Callable[[Best, Params, Any, Any], Best]:
     """Returns (best, params, area, step) → best, jitted, the old best donated.
 
-    A replica's parameters replace its best where their area is at least as large: of two states
-    that tuning rows cannot tell apart, the later one has seen more of the training rows.
+    A replica's parameters replace those kept unless their area is more than a standard error below
+    the largest so far. Of states that so few rows cannot tell apart the latest is kept: it has seen
+    most of the training rows, and at the smallest learning rate. This is the rule of one standard
+    error (Breiman et al. 1984, section 3.4.3), with training in the place of pruning.
+
+    rows: how many tuning rows.
     """
 
     def update(best: Best, params: Params, area: jax.Array, step: jax.Array) -> Best:
-        better = area >= best.area
+        better = area >= best.area - standard_error(best.area, rows)
 
         def choose(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(
@@ -56,11 +61,20 @@ def compile_update(shardings: Best) -> Callable[[Best, Params, Any, Any], Best]:
 
         return Best(
             jax.tree.map(choose, params, best.params),
-            choose(area, best.area),
+            jnp.maximum(area, best.area),
             choose(jnp.broadcast_to(step, best.step.shape), best.step),
         )
 
     return jax.jit(update, out_shardings=shardings, donate_argnums=0)
+
+
+def standard_error(area: Any, rows: int) -> Any:
+    """Returns the standard error of an area on so many rows, as if it were a share of them.
+
+    0 where the area is not a share between 0 and 1.
+    """
+    share = jnp.clip(area, 0, 1)
+    return jnp.sqrt(share * (1 - share) / rows)
 
 
 def tuning_area(

@@ -25,7 +25,7 @@ from sweet_jax.training.sharding import (
     over_replicas,
     placed,
     replicated,
-    traced_at_most,
+    traced_once,
 )
 from sweet_jax.training.step import Params, evaluate_step
 
@@ -45,8 +45,8 @@ def compile_evaluation(
 ) -> Callable:
     """(params, batch, number) → Answer, all with the axis R, jitted.
 
-    Compiled at most once per batch length, which is asserted, for all splits together. The same
-    function is returned for the same model.
+    Compiled once for each size and length of a batch, which is asserted, for all splits together.
+    The same function is returned for the same model.
 
     Args:
       config: resolved.
@@ -57,21 +57,18 @@ def compile_evaluation(
       features: the answers have what the classifiers read.
 
     """
-    lengths = len(bucket_lengths(config.max_length))
-    return _compiled(len(config.replicas()), lengths, graphdef, mesh, dropout, features)
+    return _compiled(len(config.replicas()), graphdef, mesh, dropout, features)
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled(
-    replicas: int, lengths: int, graphdef: nnx.GraphDef, mesh: Mesh, dropout: bool, features: bool
+    replicas: int, graphdef: nnx.GraphDef, mesh: Mesh, dropout: bool, features: bool
 ) -> Callable:
     def one(params: Params, batch: dict, number: jax.Array) -> Answer:
         key = derive(jax.random.key(0), "calibration", number) if dropout else None
         return evaluate_step(graphdef, params, batch, key, features)
 
-    return jax.jit(
-        traced_at_most(over_replicas(one, replicas), lengths), out_shardings=replicated(mesh)
-    )
+    return jax.jit(traced_once(over_replicas(one, replicas)), out_shardings=replicated(mesh))
 
 
 def evaluate(

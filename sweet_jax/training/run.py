@@ -171,7 +171,7 @@ class BestKeeper:
         self.first = first_best(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
         self.shardings = Best(plan.shardings.params, small, small)
-        self._update = compile_update(self.shardings)
+        self._update = compile_update(self.shardings, tuning.rows.shape[1])
         self.best: Best = self.first
         self.log: Any = None
 

@@ -11,9 +11,9 @@ from sweet_jax.config import AUTO
 # must be known beforehand: 6.4 epochs of 400 rows, 3.2 of 1,600, 1.7 of 5,400, one from 16,384 on.
 _EXAMPLES = 128
 CHECKS = 8  # evaluations on tuning rows in such a run, besides one before the first step
-PATIENCE = 3  # evaluations without a larger area that end it
+PATIENCE = 3  # evaluations in a row, none of which is kept, that end it
 # What `rate_search="short"` gives each rate: this share of the steps, and as many steps at least.
-_SHORT, _SHORTEST = 0.2, 60
+_SHORT, _SHORTEST = 0.1, 40
 
 
 def training_steps(epochs: int | str, rows: int, batch_size: int) -> int:

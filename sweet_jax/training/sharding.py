@@ -134,6 +134,22 @@ def over_replicas(function: Callable, replicas: int) -> Callable:
     return single
 
 
+def traced_once(function: Callable) -> Callable:
+    """Returns `function` with an AssertionError where it is traced again for arguments of shapes
+    that it was traced for: a promise of compilations, of a function that is kept.
+    """
+    seen = set()
+
+    @functools.wraps(function)
+    def counted(*args):
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(args))
+        assert shapes not in seen, f"{function.__name__} was traced twice for the same shapes"
+        seen.add(shapes)
+        return function(*args)
+
+    return counted
+
+
 def traced_at_most(function: Callable, limit: int) -> Callable:
     """`function`, with an AssertionError at the trace after `limit`: a promise of compilations.
 

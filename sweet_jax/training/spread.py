@@ -3,6 +3,8 @@
 Shape letters: R replica, E exit, B batch.
 """
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from sweet_jax.training.sharding import (
     replicated,
     resharded,
     traced_at_most,
+    traced_once,
 )
 from sweet_jax.training.step import Params, State, StepSettings, train_step
 
@@ -70,14 +73,14 @@ def spread_whole(config: Config, settings: StepSettings, state: State, lengths: 
     """All devices take each step together: replicas and rows are spread over them."""
     replicas = len(config.replicas())
     mesh = make_mesh(replicas, config.batch_size)
-    compiled = compile_step(settings, replicas, mesh, lengths)
+    compiled, schedule = compile_step(settings, replicas, mesh), schedule_of(settings)
     measured = compile_conflict(settings, replicas, mesh, lengths)
 
     def step(number: int, state: State, inputs: dict) -> tuple[State, list[Metrics]]:
         every, conflict = config.conflict_every, None
         if every and number % every == 0:  # first: the step takes the state's memory
             conflict = measured(state, inputs)
-        state, values = compiled(state, inputs)
+        state, values = compiled(state, inputs, schedule)
         return state, [values._replace(conflict=conflict)]
 
     return Plan(
@@ -119,20 +122,39 @@ def gathered(config: Config, params: Params) -> Params:
     return resharded(params, jax.tree.map(lambda _: sharding, params))
 
 
-def compile_step(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
-    """(state, batch) → (state, metrics), jitted, sharded, the old state donated.
+class Schedule(NamedTuple):
+    """What a compiled step is told, int32 []: so that runs of any length share a program."""
 
-    All arrays have the leading axis R, but a single replica's have none: on a CPU an axis of size 1
-    makes a step slower. Traced at most once per batch length, which is asserted.
+    total_steps: np.int32
+    warmup_steps: np.int32
+
+
+def schedule_of(settings: StepSettings) -> Schedule:
+    """Returns the schedule that a step of these settings is called with."""
+    return Schedule(np.int32(settings.total_steps), np.int32(settings.warmup_steps))
+
+
+def compile_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
+    """(state, batch, schedule) → (state, metrics), jitted, sharded, the old state donated.
+
+    All arrays but the schedule's have the leading axis R, but a single replica's have none: on a
+    CPU an axis of size 1 makes a step slower. Traced once for each size and length of a batch,
+    which is asserted. The same function is returned for settings that differ in their schedule
+    only.
     """
+    settings = dataclasses.replace(settings, total_steps=0, warmup_steps=0)
+    return _compiled_step(settings, replicas, mesh)
 
-    def one(state: State, batch: dict[str, jax.Array]) -> tuple[State, Metrics]:
-        return train_step(settings, state, batch)
+
+@functools.lru_cache(maxsize=4)
+def _compiled_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
+    def one(state: State, batch: dict[str, jax.Array], schedule: Schedule) -> tuple[State, Metrics]:
+        return train_step(dataclasses.replace(settings, **schedule._asdict()), state, batch)
 
     by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
     return jax.jit(
-        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
-        in_shardings=(by_state, by_batch),
+        traced_once(jax.vmap(one, (0, 0, None)) if replicas > 1 else one),
+        in_shardings=(by_state, by_batch, replicated(mesh)),
         out_shardings=(by_state, replicated(mesh)),
         donate_argnums=0,
     )

@@ -30,8 +30,9 @@ class StepSettings:
 
     graphdef: nnx.GraphDef
     exits: tuple[int, ...]
-    total_steps: int
-    warmup_steps: int
+    # Of these two a compiled program may know no more than that they are int32 []: see spread.py.
+    total_steps: Any
+    warmup_steps: Any
     weight_decay: float
     clip_norm: float
     clip_by_owner: bool
@@ -56,7 +57,7 @@ class StepSettings:
         if self.isolation_schedule == "step":
             now = jnp.where(2 * step < self.total_steps, start, end)
         else:
-            now = start + (end - start) * step / max(1, self.total_steps - 1)
+            now = start + (end - start) * step / jnp.maximum(1, self.total_steps - 1)
         return tuple(now * factor if factor else 0.0 for factor in factors)
 
 
@@ -197,4 +198,5 @@ def clip(grads: Params, settings: StepSettings) -> Params:
 def _schedule(step: jax.Array, settings: StepSettings) -> jax.Array:
     """Share of the peak learning rate: linear warm-up, then linear decay to zero."""
     warm, total = settings.warmup_steps, settings.total_steps
-    return jnp.minimum((step + 1) / max(1, warm) if warm else 1.0, (total - step) / (total - warm))
+    rising = jnp.where(warm > 0, (step + 1) / jnp.maximum(1, warm), 1.0)
+    return jnp.minimum(rising, (total - step) / (total - warm))
