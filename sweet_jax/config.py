@@ -186,8 +186,9 @@ def _check_types(config: Config) -> None:
                     f"{field.name} must be {noun} separated by commas, such as "
                     f"--config.{field.name}={_EXAMPLES[field.name]}; got {value!r}"
                 )
-        elif field.name == "epochs" and value == AUTO:
-            continue
+        elif field.name == "epochs":
+            if value != AUTO and type(value) is not int:
+                raise UserError(f'epochs must be a whole number or "auto"; got {value!r}')
         elif type(value) is not type(default):
             raise UserError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
 

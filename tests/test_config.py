@@ -229,7 +229,7 @@ def test_the_shipped_recipes_are_valid(recipe, task, tmp_path):
         ("--config.exits=1,2.5", "exits must be whole numbers"),
         ("--config.exits=", "exits must be whole numbers"),
         ("--config.exits=2,1", "exits must be ascending"),
-        ("--config.epochs=two", "--config.epochs=two"),
+        ("--config.epochs=two", "epochs must be a whole number or \"auto\"; got 'two'"),
         ("--config.train_size=1e3", "--config.train_size=1e3"),
         ("--config.task", "--config.task"),
         ("--config.isolation=2", "isolation must be from 0 to 1"),

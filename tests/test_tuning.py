@@ -58,7 +58,7 @@ def test_tuning_rows_are_drawn_in_proportion_by_the_seed():
 
 @pytest.mark.parametrize(
     ("epochs", "rows", "steps"),
-    [(2, 90, 12), (0, 90, 0), ("auto", 400, 160), ("auto", 1600, 320), ("auto", 100_000, 6250)],
+    [(2, 90, 12), (0, 90, 0), ("auto", 400, 120), ("auto", 1600, 240), ("auto", 100_000, 6250)],
 )
 def test_steps(epochs, rows, steps):
     assert schedule.training_steps(epochs, rows, 16) == steps

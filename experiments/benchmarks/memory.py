@@ -17,7 +17,7 @@ from experiments.benchmarks.shapes import RATE, SHAPES
 from sweet_jax.config import Config
 from sweet_jax.training.run import step_settings
 from sweet_jax.training.sharding import make_mesh
-from sweet_jax.training.spread import compile_step, schedule_of
+from sweet_jax.training.spread import compile_step
 from sweet_jax.training.step import new_state
 
 
@@ -35,7 +35,7 @@ def temporaries(shape: str, method: str, batch: int, length: int, *, remat: bool
         "mask": jax.ShapeDtypeStruct((batch, length), bool),
         "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
-    compiled = step.lower(state, inputs, schedule_of(settings)).compile()
+    compiled = step.lower(state, inputs, settings.schedule).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -30,7 +30,7 @@ from sweet_jax.config import Config
 from sweet_jax.training.run import step_settings
 from sweet_jax.training.segments import compile_group, handed_on, make_groups, split
 from sweet_jax.training.sharding import by_replica, by_row, make_mesh, resharded
-from sweet_jax.training.spread import compile_step, schedule_of
+from sweet_jax.training.spread import compile_step
 from sweet_jax.training.step import State, StepSettings, new_state
 
 
@@ -66,7 +66,7 @@ def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> 
     rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
     batch = jax.device_put(rows, by_row(mesh, 1))
     settings = settings_of(shape, size)
-    schedule = schedule_of(settings)
+    schedule = settings.schedule
     step = compile_step(settings, 1, mesh).lower(state, batch, schedule).compile()
 
     def steps(count: int) -> None:

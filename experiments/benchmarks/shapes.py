@@ -24,7 +24,7 @@ from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.pretrained import ENCODERS
 from sweet_jax.training.run import step_settings
 from sweet_jax.training.sharding import by_replica, by_row, make_mesh, without_axis
-from sweet_jax.training.spread import compile_step, schedule_of
+from sweet_jax.training.spread import compile_step
 from sweet_jax.training.step import new_state
 
 CLASSES, RATE = 2, 3e-5
@@ -177,7 +177,7 @@ def training_steps(
     host = without_axis(random_rows(shape.config.vocab_size, size, count), count)
     batch = jax.device_put(host, by_row(mesh, count))
     began = time.perf_counter()
-    schedule = schedule_of(settings)
+    schedule = settings.schedule
     step = compile_step(settings, count, mesh).lower(state, batch, schedule).compile()
     seconds = time.perf_counter() - began
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # fit starts from the one before.
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4)
 _ITERATIONS = 1000  # at most, of L-BFGS; 10 to 300 are usual
-_NEWTON = 2048  # coefficients, at most, of a Hessian that is factorised: a few exact steps
+_NEWTON = 1024  # coefficients, at most, of a Hessian that is factorised: a few exact steps
 _CHUNK = 8192  # rows that are standardised at a time
 
 

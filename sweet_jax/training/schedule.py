@@ -8,8 +8,8 @@ from sweet_jax.config import AUTO
 # more. Few rows want many epochs: what a fine-tuned encoder lacks on a thousand rows is updates,
 # not rows (Mosbach et al. 2021, arXiv 2006.04884; Zhang et al. 2021, arXiv 2006.05987). Each
 # further row adds less, and the learning rate decays to zero over the whole, so that the length
-# must be known beforehand: 6.4 epochs of 400 rows, 3.2 of 1,600, 1.7 of 5,400, one from 16,384 on.
-_EXAMPLES = 128
+# must be known beforehand: 4.8 epochs of 400 rows, 2.4 of 1,600, 1.3 of 5,400, one from 9,216 on.
+_EXAMPLES = 96
 CHECKS = 8  # evaluations on tuning rows in such a run, besides one before the first step
 PATIENCE = 3  # evaluations in a row, none of which is kept, that end it
 # What `rate_search="short"` gives each rate: this share of the steps, and as many steps at least.

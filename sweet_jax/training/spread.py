@@ -28,7 +28,7 @@ from sweet_jax.training.sharding import (
     traced_at_most,
     traced_once,
 )
-from sweet_jax.training.step import Params, State, StepSettings, train_step
+from sweet_jax.training.step import Params, Schedule, State, StepSettings, train_step
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def spread_whole(config: Config, settings: StepSettings, state: State, lengths: 
     """All devices take each step together: replicas and rows are spread over them."""
     replicas = len(config.replicas())
     mesh = make_mesh(replicas, config.batch_size)
-    compiled, schedule = compile_step(settings, replicas, mesh), schedule_of(settings)
+    compiled, schedule = compile_step(settings, replicas, mesh), settings.schedule
     measured = compile_conflict(settings, replicas, mesh, lengths)
 
     def step(number: int, state: State, inputs: dict) -> tuple[State, list[Metrics]]:
@@ -122,18 +122,6 @@ def gathered(config: Config, params: Params) -> Params:
     return resharded(params, jax.tree.map(lambda _: sharding, params))
 
 
-class Schedule(NamedTuple):
-    """What a compiled step is told, int32 []: so that runs of any length share a program."""
-
-    total_steps: np.int32
-    warmup_steps: np.int32
-
-
-def schedule_of(settings: StepSettings) -> Schedule:
-    """Returns the schedule that a step of these settings is called with."""
-    return Schedule(np.int32(settings.total_steps), np.int32(settings.warmup_steps))
-
-
 def compile_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
     """(state, batch, schedule) → (state, metrics), jitted, sharded, the old state donated.
 
@@ -149,7 +137,7 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
 @functools.lru_cache(maxsize=4)
 def _compiled_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
     def one(state: State, batch: dict[str, jax.Array], schedule: Schedule) -> tuple[State, Metrics]:
-        return train_step(dataclasses.replace(settings, **schedule._asdict()), state, batch)
+        return train_step(dataclasses.replace(settings, traced=schedule), state, batch)
 
     by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
     return jax.jit(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -30,9 +31,8 @@ class StepSettings:
 
     graphdef: nnx.GraphDef
     exits: tuple[int, ...]
-    # Of these two a compiled program may know no more than that they are int32 []: see spread.py.
-    total_steps: Any
-    warmup_steps: Any
+    total_steps: int
+    warmup_steps: int
     weight_decay: float
     clip_norm: float
     clip_by_owner: bool
@@ -43,6 +43,12 @@ class StepSettings:
     shared_relative: bool = False  # the model's
     frozen: int = 0  # so many first segments stay as they are: no exit trains them
     head_learning_rate: float = 1.0  # of heads, a multiple of the learning rate
+    traced: "Schedule | None" = None  # in place of the numbers of steps, in a compiled program
+
+    @property
+    def schedule(self) -> "Schedule":
+        """What the step reads of the numbers of steps."""
+        return self.traced or make_schedule(self.total_steps, self.warmup_steps)
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
         """Isolation of each of the E - 1 boundaries at a step (int32 []).
@@ -55,10 +61,31 @@ class StepSettings:
         if start == end:
             return tuple(start * factor for factor in factors)
         if self.isolation_schedule == "step":
-            now = jnp.where(2 * step < self.total_steps, start, end)
+            now = jnp.where(2 * step < self.schedule.total, start, end)
         else:
-            now = start + (end - start) * step / jnp.maximum(1, self.total_steps - 1)
+            now = start + (end - start) * step * self.schedule.per_step
         return tuple(now * factor if factor else 0.0 for factor in factors)
+
+
+class Schedule(NamedTuple):
+    """The numbers of steps, told to a compiled program so that runs of any length share it.
+
+    Reciprocals, since that is what XLA makes of a division by a constant, which these once were:
+    the numbers of a run have stayed as they were, to the last bit.
+    """
+
+    total: Any  # int32 []
+    warmup: Any  # int32 []
+    per_step: Any  # float32 [], 1 / (total - 1)
+    per_warmup_step: Any  # float32 []
+    per_decay_step: Any  # float32 []
+
+
+def make_schedule(total: int, warmup: int) -> Schedule:
+    """Returns the schedule of so many steps, the first of them a warm-up."""
+    lengths = (total - 1, warmup, total - warmup)
+    each = (np.float32(1) / np.float32(max(1, length)) for length in lengths)
+    return Schedule(np.int32(total), np.int32(warmup), *each)
 
 
 class State(NamedTuple):
@@ -197,6 +224,6 @@ def clip(grads: Params, settings: StepSettings) -> Params:
 
 def _schedule(step: jax.Array, settings: StepSettings) -> jax.Array:
     """Share of the peak learning rate: linear warm-up, then linear decay to zero."""
-    warm, total = settings.warmup_steps, settings.total_steps
-    rising = jnp.where(warm > 0, (step + 1) / jnp.maximum(1, warm), 1.0)
-    return jnp.minimum(rising, (total - step) / (total - warm))
+    schedule = settings.schedule
+    rising = jnp.where(schedule.warmup > 0, (step + 1) * schedule.per_warmup_step, 1.0)
+    return jnp.minimum(rising, (schedule.total - step) * schedule.per_decay_step)
