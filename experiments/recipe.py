@@ -82,10 +82,11 @@ _RECIPE = {
     "warmup_fraction": 0.1,
     "group_by_length": True,
 }
-_COMBINATIONS = (
-    *itertools.product(("early_exit", "sweet"), ("first", "mean"), ("random", "probe")),
-    ("multi_model", "first", "random"),
-    ("multi_model", "mean", "probe"),
+_COMBINATIONS = (  # the methods as they are first, so that the others have what to be held against
+    *itertools.product(("early_exit", "sweet", "multi_model"), ("first",), ("random",)),
+    *itertools.product(("early_exit", "sweet", "multi_model"), ("mean",), ("probe",)),
+    *itertools.product(("early_exit", "sweet"), ("mean",), ("random",)),
+    *itertools.product(("early_exit", "sweet"), ("first",), ("probe",)),
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": _RECIPE,

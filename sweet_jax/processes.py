@@ -172,6 +172,16 @@ def first_says(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def broadcast_from_first(tree: Any) -> Any:
+    """Returns the arrays of the first process in all: hosts may round what they compute otherwise.
+
+    As NumPy arrays of at most 32 bits a number; unchanged where there is one process.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has called it."""
     if jax.process_count() > 1:

@@ -22,7 +22,7 @@ from sweet_jax.config import Config
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json, written_aside
 from sweet_jax.job import Job
-from sweet_jax.processes import is_first, wait_for_all
+from sweet_jax.processes import broadcast_from_first, is_first, wait_for_all
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.growth import base_of
@@ -112,6 +112,7 @@ def fit_probe(job: Job, workdir: Path) -> Probe:
     every = np.tile(np.arange(len(job.validation)), (len(rows), 1))  # [R or 1, N]
     features = evaluate(config, program, params, job.validation, every, features=True).features
     assert features is not None
+    found = broadcast_from_first(found)
     probe = Probe(found, found.predictions(np.asarray(features)))
     if is_first():
         with written_aside(path) as aside:
@@ -179,6 +180,7 @@ def _search(job: Job, probe: Probe | None, workdir: Path) -> dict[str, Any]:
         total * config.batch_size,
     )
     area = np.concatenate([_short_runs(job, probe, r, workdir) for r in _together(len(rates))])
+    area = broadcast_from_first(area)
     count = len(job.tuning[0])
     best = rates[choose_rate(area, count)]
     log.info(
@@ -271,6 +273,7 @@ def refit_heads(job: Job, training: Training, graphdef: nnx.GraphDef, params: Pa
     found = fit_classifiers(
         np.asarray(features), labels, places[:, :count], places[:, count:], classes
     )
+    found = broadcast_from_first(found)
     columns = [e for e, layer in enumerate(training.exits) if layer not in kept]
     exits = [training.exits[e] for e in columns]
     new = with_classifiers(params, exits, found, columns)

@@ -90,7 +90,7 @@ def parsed(tmp_path):
         ({"train_size": 0}, "train_size must be 1 or more; got 0"),
         ({"train_size": 10.0}, "train_size must be of type int; got 10.0"),
         ({"train_size": True}, "train_size must be of type int"),
-        ({"epochs": "two"}, "epochs must be of type int; got 'two'"),
+        ({"epochs": "two"}, "epochs must be a whole number or \"auto\"; got 'two'"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"checkpoint_every": 0}, "checkpoint_every must be 1 or more"),
         ({"max_length": 7}, "max_length must be 8 tokens or more"),

@@ -25,6 +25,7 @@ from sweet_jax.data.batches import (
 )
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.models.pretrained import Checkpoint
+from sweet_jax.processes import broadcast_from_first
 from sweet_jax.training.checkpoint import Checkpoints, like
 from sweet_jax.training.early_stopping import Best, compile_update, first_best, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
@@ -184,7 +185,7 @@ class BestKeeper:
 
         def evaluate_at(step: int, parts: Any) -> bool:
             params = self._plan.whole(parts).params
-            area = self._area(params)
+            area = broadcast_from_first(self._area(params))
             if self.log is not None:
                 self.log.add_tuning(step, area.tolist())
             area = without_axis(area.astype(np.float32), len(area))
