@@ -208,3 +208,24 @@ def test_flags_that_do_not_go_together_are_refused(arguments, message, options, 
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.mark.slow
+def test_two_processes_probe_search_stop_and_refit_as_one(options, tmp_path):
+    """The regressions of features that differ in their last bits agree to a thousandth."""
+    changes = {"head_init": "probe", "head_refit": True, "epochs": "auto", "pooling": "mean"}
+    changes |= {"rate_search": "short", "learning_rates": (1e-3, 3e-3), "tuning_fraction": 0.2}
+    path = tmp_path / "recipe.py"
+    path.write_text(f"def get_config():\n    return {options | changes!r}\n")
+    both = ended(start_two(path, tmp_path / "run"))
+    assert [status for status, _, _ in both] == [0, 0], both
+    status, _, errors = ended([start(path, tmp_path / "alone", 1)])[0]
+    assert status == 0, errors
+    folders = (tmp_path / "run", tmp_path / "alone")
+    for split in ("calibration", "tuning", "validation"):
+        logits = [
+            ExitOutputs.load(folder / "exit_outputs" / f"{split}.npz").logits for folder in folders
+        ]
+        np.testing.assert_allclose(*logits, rtol=0, atol=1e-3)
+    chosen = [json.loads((f / "rate_search.json").read_text())["learning_rate"] for f in folders]
+    assert chosen[0] == chosen[1]

@@ -34,7 +34,7 @@ from sweet_jax.training.initial import Training, initial_state
 from sweet_jax.training.loop import Span, shown, take_steps
 from sweet_jax.training.probe import Classifiers, with_classifiers
 from sweet_jax.training.schedule import check_interval, is_over, search_steps, training_steps
-from sweet_jax.training.sharding import mesh_of, resharded, without_axis
+from sweet_jax.training.sharding import mesh_of, resharded, to_host, without_axis
 from sweet_jax.training.spread import Plan, gathered, spread_segments, spread_whole
 from sweet_jax.training.step import Params, State, StepSettings
 
@@ -143,7 +143,7 @@ def fit(
     best = plan.whole(parts).params if keeper is None else keeper.best.params
     params = _with_axis(config, gathered(config, best))
     taken = max(0, _step(plan.whole(parts)) - start)
-    steps = () if keeper is None else tuple(np.atleast_1d(keeper.best.step).tolist())
+    steps = () if keeper is None else tuple(np.atleast_1d(to_host(keeper.best.step)).tolist())
     timing = Timing(time.perf_counter() - began, taken * examples, steps)
     return graphdef, params, timing
 
@@ -196,7 +196,7 @@ class BestKeeper:
 
     def is_over(self, step: int, interval: int) -> bool:
         """Returns whether no replica has improved for long enough before `step`."""
-        newest = int(np.max(jax.device_get(self.best.step)))
+        newest = int(np.max(to_host(self.best.step)))
         return step > 0 and step % interval == 0 and is_over(step, newest, interval)
 
     def _area(self, params: Params) -> np.ndarray:
@@ -239,7 +239,7 @@ def _with_axis(config: Config, params: Params) -> Params:
 
 
 def _step(state: State) -> int:
-    return int(np.max(jax.device_get(state.step)))
+    return int(np.max(to_host(state.step)))
 
 
 def step_settings(
