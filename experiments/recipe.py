@@ -165,7 +165,7 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
         held_out = np.stack([held for _, held in job.rows])  # [R, N]
         for kind in found:
             if kind == "refit":
-                params = refit_heads(job, training, graphdef, params)
+                params = refit_heads(job, training, graphdef, params, workdir)
             found[kind].append(
                 (
                     evaluate(job.config, program, params, job.train, held_out),

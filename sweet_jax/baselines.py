@@ -77,9 +77,7 @@ def _without_encoder(job: Job) -> list[Baseline]:
 
 def _frozen_probe(job: Job, folder: Path) -> Probe | None:
     """Returns the probe of a run that has none of its own; None where rows are too few for one."""
-    config = dataclasses.replace(
-        job.config, pooling="mean", learning_to_exit="", grow_from="", attention="einsum"
-    )
+    config = dataclasses.replace(job.config, pooling="mean", learning_to_exit="", grow_from="")
     rows, tuning = job.rows, job.tuning
     if not config.tunes:
         try:

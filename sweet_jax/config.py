@@ -109,6 +109,7 @@ class Config:
         _check_isolation(self)
         _check_conflict(self)
         _check_independent(self)
+        _check_learning_to_exit(self)
 
     def resolved(self) -> "Config":
         """The same with every "" that stands for the preset's or the method's choice filled in."""
@@ -283,6 +284,17 @@ def _check_isolation(config: Config) -> None:
         raise UserError(
             f"boundary_isolation must be one number for each of the {len(config.exits) - 1} "
             f"boundaries between the exits {','.join(map(str, config.exits))}; got {factors!r}"
+        )
+
+
+def _check_learning_to_exit(config: Config) -> None:
+    """Its heads learn from the classifiers beside them, while these are trained."""
+    if config.learning_to_exit and (config.epochs == 0 or config.head_refit):
+        name = "epochs" if config.epochs == 0 else "head_refit"
+        raise UserError(
+            f"learning_to_exit is {config.learning_to_exit!r}, but {name} is "
+            f"{getattr(config, name)!r}: its heads would judge classifiers that they did not see "
+            "in training; leave one of the two out"
         )
 
 

@@ -105,14 +105,22 @@ def describe(job: Job) -> None:
             "other rows; give more rows, or a larger calibration_fraction",
             len(calibration),
         )
+    tuning = len(job.tuning[0])
+    if 0 < tuning < _FEW:
+        log.warning(
+            "only %d tuning rows: the penalties, the learning rate and the state that is kept, "
+            "which they choose, may be chosen by chance; give more rows",
+            tuning,
+        )
     if job.dataset.left_out:
         log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
     log.info(
-        "%s with %s: %d training and %d calibration rows of %d (train_size %d), %d validation "
-        "rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
+        "%s with %s: %d training, %d tuning and %d calibration rows of %d (train_size %d), %d "
+        "validation rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
         job.config.task,
         job.config.method,
         len(train),
+        tuning,
         len(calibration),
         len(job.dataset.train.labels),
         job.config.train_size,

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 # Keys that may differ when a run is gone on with: beyond rounding, they change no number. The rows
 # are compared by their digest, wherever they lie.
-FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir")
+FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir", "baselines")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +124,9 @@ def train_and_evaluate(job: Job, workdir: Path, probe: Classifiers | None = None
             probe=probe,
         )
         began = time.perf_counter()
-        if config.head_refit:
-            params = refit_heads(job, training, graphdef, params)
+        alone = config.epochs == 0 and probe is not None  # it was fitted on this very encoder
+        if config.head_refit and not alone:
+            params = refit_heads(job, training, graphdef, params, workdir)
             timing["refit_seconds"] = timing.get("refit_seconds", 0) + time.perf_counter() - began
             began = time.perf_counter()
         if spent.best_steps:

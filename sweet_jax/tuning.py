@@ -20,22 +20,27 @@ from flax import nnx
 
 from sweet_jax.config import Config
 from sweet_jax.exits.outputs import layer_cost
-from sweet_jax.files import write_json, written_aside
+from sweet_jax.files import write_json
 from sweet_jax.job import Job
-from sweet_jax.processes import broadcast_from_first, is_first, wait_for_all
+from sweet_jax.processes import broadcast_from_first, first_says, is_first, wait_for_all
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.initial import Training, initial_state, trainings
-from sweet_jax.training.probe import Classifiers, fit_classifiers, with_classifiers
+from sweet_jax.training.probe import (
+    ROWS,
+    Classifiers,
+    fit_classifiers,
+    read_classifiers,
+    refit_path,
+    with_classifiers,
+)
 from sweet_jax.training.run import fit
 from sweet_jax.training.schedule import search_steps, training_steps
-from sweet_jax.training.sharding import by_replica, make_mesh, mesh_of, resharded
+from sweet_jax.training.sharding import by_replica, make_mesh, mesh_of, resharded, to_host
 from sweet_jax.training.step import Params
 
 log = logging.getLogger(__name__)
-
-_KEPT = ("kernel", "bias", "penalty", "predictions")  # arrays of probe.npz
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,17 +78,17 @@ def fit_probe(job: Job, workdir: Path) -> Probe:
     in probe.npz, and read by the run that goes on.
     """
     path = workdir / "probe.npz"
-    if path.exists():
+    if first_says(path.exists()):
+        known = read_classifiers(path)
+        assert known is not None, f"{path} is the first process's alone: workdirs are shared"
         with np.load(path, allow_pickle=False) as arrays:
-            *kept, predictions = (arrays[name] for name in _KEPT)
-        return Probe(Classifiers(*kept), predictions)
+            return Probe(known, arrays["predictions"])
     began = time.perf_counter()
     config, classes = job.config, len(job.dataset.classes)
     training = Training("probe", config.exits)
     graphdef, state = initial_state(config, job.checkpoint, training, classes)
     params = state.params
-    own = np.stack([trained for trained, _ in job.rows])  # [R, N]
-    held = np.stack(job.tuning)  # [R, M]
+    own, held = _rows(job)
     rows = np.concatenate([own, held], axis=1)  # [R, U]
     if _same_features(params):  # of R = 1 always
         config = dataclasses.replace(
@@ -115,11 +120,22 @@ def fit_probe(job: Job, workdir: Path) -> Probe:
     found = broadcast_from_first(found)
     probe = Probe(found, found.predictions(np.asarray(features)))
     if is_first():
-        with written_aside(path) as aside:
-            np.savez(aside, **found._asdict(), predictions=probe.predictions)
+        found.save(path, predictions=probe.predictions)
     wait_for_all("probe")
     log.info("probe: %.0f seconds", time.perf_counter() - began)
     return probe
+
+
+def _rows(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rows that regressions are fitted on, int [R, N], and tuned on, int [R, M].
+
+    Of a large file as many as are drawn by a fixed seed: more would take hours and say no more.
+    """
+    found = []
+    for rows in (np.stack([trained for trained, _ in job.rows]), np.stack(job.tuning)):
+        use = np.random.default_rng(0).permutation(rows.shape[1])[:ROWS]
+        found.append(rows[:, np.sort(use)])
+    return found[0], found[1]
 
 
 def _same_features(params: Params) -> bool:
@@ -149,22 +165,31 @@ def search_rate(
     """
     config = job.config
     rates, count = config.learning_rates, len(config.learning_rates)
-    if config.rate_search != "short" or count == 1 or config.epochs == 0:
+    if config.epochs == 0:  # the rate does not matter
+        return *_of_rate(job, probe, 0), None
+    if config.rate_search != "short" or count == 1:
         return job, probe, None
     path = workdir / "rate_search.json"
-    if path.exists():
+    if first_says(path.exists()):
         found = json.loads(path.read_text())
     else:
         found = _search(job, probe, workdir / "rate_search")
         if is_first():
             write_json(path, found)
         wait_for_all("rate search")
-    shutil.rmtree(workdir / "rate_search", ignore_errors=True)
-    chosen = rates.index(found["learning_rate"])
-    replicas = [s * count + chosen for s in range(len(config.seeds))]
-    picked = dataclasses.replace(config, learning_rates=(rates[chosen],))
+    if is_first():
+        shutil.rmtree(workdir / "rate_search", ignore_errors=True)
+    return *_of_rate(job, probe, rates.index(found["learning_rate"])), found
+
+
+def _of_rate(job: Job, probe: Probe | None, place: int) -> tuple[Job, Probe | None]:
+    """Returns the job and the probe of the replicas of one of the learning rates."""
+    config = job.config
+    rates = config.learning_rates
+    replicas = [s * len(rates) + place for s in range(len(config.seeds))]
+    picked = dataclasses.replace(config, learning_rates=(rates[place],))
     kept = None if probe is None else probe.pick(replicas)
-    return pick_replicas(job, picked, replicas), kept, found
+    return pick_replicas(job, picked, replicas), kept
 
 
 def _search(job: Job, probe: Probe | None, workdir: Path) -> dict[str, Any]:
@@ -182,7 +207,7 @@ def _search(job: Job, probe: Probe | None, workdir: Path) -> dict[str, Any]:
     area = np.concatenate([_short_runs(job, probe, r, workdir) for r in _together(len(rates))])
     area = broadcast_from_first(area)
     count = len(job.tuning[0])
-    best = rates[choose_rate(area, count)]
+    best = rates[choose_rate(area, count, job.dataset.task.metric)]
     log.info(
         "areas on %d tuning rows: %s; chosen: %g",
         count,
@@ -212,7 +237,9 @@ def _together(count: int) -> list[list[int]]:
 def _short_runs(job: Job, probe: Probe | None, places: Sequence[int], workdir: Path) -> np.ndarray:
     """Returns the area on tuning rows, float64 [R], of short runs of some of the rates."""
     rates = tuple(job.config.learning_rates[r] for r in places)
-    config = dataclasses.replace(job.config, seeds=job.config.seeds[:1], learning_rates=rates)
+    config = dataclasses.replace(
+        job.config, seeds=job.config.seeds[:1], learning_rates=rates, conflict_every=0
+    )
     job = pick_replicas(job, config, places)  # of the first seed
     tuning = np.stack(job.tuning)  # [R, M]
     logits = []
@@ -239,7 +266,7 @@ def _short_runs(job: Job, probe: Probe | None, places: Sequence[int], workdir: P
     )
 
 
-def choose_rate(area: np.ndarray, rows: int) -> int:
+def choose_rate(area: np.ndarray, rows: int, metric: str) -> int:
     """Returns the place of the rate with the largest area; 0 where it does not clearly beat that.
 
     Clearly is by more than a standard error on so many rows.
@@ -247,7 +274,7 @@ def choose_rate(area: np.ndarray, rows: int) -> int:
     area: float [R], minus infinity where it diverged.
     """
     best = int(np.argmax(area))
-    clearly = area[best] > area[0] + float(standard_error(area[best], rows))
+    clearly = area[best] > area[0] + float(standard_error(area[best], rows, metric))
     return best if clearly else 0
 
 
@@ -255,26 +282,36 @@ def _steps(job: Job) -> int:
     return training_steps(job.config.epochs, len(job.rows[0][0]), job.config.batch_size)
 
 
-def refit_heads(job: Job, training: Training, graphdef: nnx.GraphDef, params: Params) -> Params:
+def refit_heads(
+    job: Job, training: Training, graphdef: nnx.GraphDef, params: Params, workdir: Path
+) -> Params:
     """Returns trained parameters [R, ...] with the classifiers fitted again on the trained encoder.
 
-    Exits of a run that this one grows from stay as they are.
+    Exits of a run that this one grows from stay as they are, and so do replicas that diverged. What
+    is found is kept in `refit/`, for a run that grows from this one.
     """
     config, base = job.config, base_of(job.config)
     kept = base.exits if base is not None else ()
-    own, held = np.stack([trained for trained, _ in job.rows]), np.stack(job.tuning)
+    own, held = _rows(job)
     rows = np.concatenate([own, held], axis=1)  # [R, N + M]
     program = compile_evaluation(config, graphdef, mesh_of(params), features=True)
-    features = evaluate(config, program, params, job.train, rows, features=True).features
-    assert features is not None
+    answer = evaluate(config, program, params, job.train, rows, features=True)
+    features = np.asarray(answer.features)  # [R, E, N + M, H]
+    sound = np.isfinite(features).all(axis=(1, 2, 3))  # [R]
+    if not sound.all():
+        features[~sound] = 0
     places = np.tile(np.arange(rows.shape[1]), (len(rows), 1))
     count = own.shape[1]
     labels, classes = job.train.labels[rows], len(job.dataset.classes)
-    found = fit_classifiers(
-        np.asarray(features), labels, places[:, :count], places[:, count:], classes
-    )
-    found = broadcast_from_first(found)
-    columns = [e for e, layer in enumerate(training.exits) if layer not in kept]
-    exits = [training.exits[e] for e in columns]
-    new = with_classifiers(params, exits, found, columns)
+    found = fit_classifiers(features, labels, places[:, :count], places[:, count:], classes)
+    found = Classifiers(*(np.array(array) for array in broadcast_from_first(found)))
+    for e, layer in enumerate(training.exits):
+        dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])
+        own_kept = ~sound | (layer in kept)  # [R]
+        found.kernel[own_kept, e] = dense["kernel"][own_kept]
+        found.bias[own_kept, e] = dense["bias"][own_kept]
+    if is_first():
+        found.save(refit_path(workdir, training.name))
+    wait_for_all("refit")
+    new = with_classifiers(params, training.exits, found, range(len(training.exits)))
     return resharded(new, jax.tree.map(lambda x: x.sharding, params))

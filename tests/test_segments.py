@@ -13,7 +13,7 @@ from experiments.benchmarks.shapes import SHAPES, Size
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.job import prepare
 from sweet_jax.training.initial import trainings
-from sweet_jax.training.run import fit
+from sweet_jax.training.run import Tuning, fit
 from sweet_jax.training.segments import assign, busiest, make_groups
 
 
@@ -130,3 +130,26 @@ def test_exits_that_are_coupled_are_refused(changes, named, options):
     values = {"segment_parallel": True, "exits": (1, 2, 3)} | changes
     with pytest.raises(UserError, match=f"segment_parallel needs .* {named} is"):
         dataclasses.replace(from_mapping(options), **values).resolved()
+
+
+def test_groups_keep_the_best_state_as_one_device_does(options, tmp_path, deep, monkeypatch):
+    recipe = {"pooling": "mean", "head_init": "random", "epochs": "auto", "tuning_fraction": 0.2}
+    recipe |= {"checkpoint": str(deep["bert"]), "exits": (1, 2, 3, 4), "learning_rates": (1e-4,)}
+    recipe["max_steps"] = 20
+    found = []
+    for devices, parallel in ((1, False), (2, True)):
+        config = from_mapping(options | recipe | {"segment_parallel": parallel})
+        job = prepare(config)
+        workdir = tmp_path / str(devices)
+        workdir.mkdir()
+        some = jax.local_devices()[:devices]
+        with monkeypatch.context() as patch:
+            patch.setattr("sweet_jax.training.sharding.jax.devices", lambda some=some: some)
+            _, params, timing = fit(
+                job.config, job.checkpoint, trainings(job.config)[0], 2, job.train,
+                [rows for rows, _ in job.rows], workdir,
+                tuning=Tuning(np.stack(job.tuning), "accuracy"),
+            )  # fmt: skip
+        found.append((jax.tree.map(np.asarray, params), timing.best_steps))
+    assert found[0][1] == found[1][1]
+    assert_close(found[0][0], found[1][0])

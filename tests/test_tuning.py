@@ -14,7 +14,7 @@ from sweet_jax.exits.simulation import simulate
 from sweet_jax.job import prepare
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.training import early_stopping, schedule
-from sweet_jax.training.early_stopping import tuning_area
+from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.metrics import read_metrics, read_tuning
 from sweet_jax.tuning import choose_rate, refit_heads
 
@@ -38,7 +38,8 @@ def test_no_row_is_read_for_two_things(recipe):
     # Without anything to tune there are none, and the other rows are as they always were.
     usual = prepare(from_mapping(recipe | {"epochs": 2, "head_init": "random"}))
     assert len(usual.tuning[0]) == 0
-    np.testing.assert_array_equal(usual.rows[0][1], usual.rows[0][1])
+    calibration = [[j.texts[i] for i in j.rows[0][1]] for j in (job, usual)]
+    assert calibration[0] == calibration[1]
     same = np.union1d(job.rows[0][0], job.tuning[0])
     kept = [job.texts[i] for i in same]
     assert sorted(kept) == sorted(usual.texts[i] for i in usual.rows[0][0])
@@ -66,7 +67,9 @@ def test_steps(epochs, rows, steps):
 
 def test_an_automatic_run_has_eight_evaluations_and_a_fixed_one_none():
     assert schedule.check_interval("auto", 320) == 40
+    assert schedule.check_interval("auto", 322) == 41
     assert schedule.check_interval("auto", 3) == 1
+    assert schedule.check_interval("auto", 0) == 0
     assert schedule.check_interval(5, 320) == 0
     assert schedule.search_steps(30) == 30
     assert schedule.search_steps(322) == 40
@@ -137,7 +140,8 @@ def test_the_best_state_is_kept_and_training_ends_without_a_better_one(
     assert len(read_metrics(tmp_path / "auto")) == 6 * interval
     # The parameters are those of that step, bit for bit.
     short = config | {"max_steps": 3 * interval}
-    wanted = states(short, tmp_path / "short", monkeypatch, [[0.1], [0.2], [0.3], [0.4]])
+    wanted = states(short, tmp_path / "short", monkeypatch, [[v] for v in np.linspace(0, 1, 20)])
+    assert wanted.best_steps == outcome.best_steps  # evaluated after the last step too
     for a, b in zip(
         jax.tree.leaves(outcome.models[0].params),
         jax.tree.leaves(wanted.models[0].params),
@@ -177,11 +181,23 @@ def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device, 
 
 
 def test_the_first_rate_is_kept_unless_another_is_clearly_better():
-    assert choose_rate(np.array([0.80, 0.82, 0.78]), 180) == 0  # a standard error is 0.029
-    assert choose_rate(np.array([0.80, 0.84, 0.83]), 180) == 1
-    assert choose_rate(np.array([0.80, 0.82, 0.78]), 18_000) == 1
-    assert choose_rate(np.array([-np.inf, 0.5, -np.inf]), 18) == 1
-    assert choose_rate(np.array([-np.inf, -np.inf]), 18) == 0
+    def chosen(areas, rows, metric="accuracy"):
+        return choose_rate(np.asarray(areas), rows, metric)
+
+    assert chosen([0.80, 0.82, 0.78], 180) == 0  # a standard error is 0.029
+    assert chosen([0.80, 0.84, 0.83], 180) == 1
+    assert chosen([0.80, 0.82, 0.78], 18_000) == 1
+    assert chosen([0.95, 1.0], 20) == 0  # one row
+    assert chosen([-np.inf, 0.5, -np.inf], 18) == 1
+    assert chosen([-np.inf, -np.inf], 18) == 0
+    assert chosen([-0.01, 0.05], 180, "matthews") == 0  # a standard error is 0.075
+    assert chosen([-0.01, 0.10], 180, "matthews") == 1
+
+
+def test_standard_errors():
+    found = standard_error(np.array([0.5, 1.0, -np.inf]), 96, "accuracy")
+    np.testing.assert_allclose(found, [0.05, np.sqrt(0.98 * 0.02 / 100), 0.0])
+    np.testing.assert_allclose(standard_error(0.6, 64, "matthews"), (1 - 0.36) / 8)
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -268,7 +284,7 @@ def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
     graphdef, params, _ = fit(
         job.config, job.checkpoint, training, 2, job.train, [own for own, _ in job.rows], workdir
     )
-    new = refit_heads(job, training, graphdef, params)
+    new = refit_heads(job, training, graphdef, params, workdir)
     assert plain.head_refit is False
     changed = {
         tuple(p.key for p in path)
@@ -281,6 +297,27 @@ def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
     assert changed == wanted
 
 
+def test_a_replica_that_diverged_keeps_its_heads_and_spoils_no_other(recipe, tmp_path, one_device):
+    changes = {"epochs": 1, "head_refit": True, "learning_rates": (1e-3, 1e30)}
+    results = run(from_mapping(recipe | changes), tmp_path / "run")
+    sound, bad = results["replicas"]
+    assert bad["diverged"]
+    assert not sound["diverged"]
+    assert results["best_replica"] == 0
+    alone = run(from_mapping(recipe | changes | {"learning_rates": (1e-3,)}), tmp_path / "alone")
+    assert sound["individual"] == alone["replicas"][0]["individual"]
+
+
+def test_a_probe_alone_is_one_replica_whatever_the_rates(recipe, tmp_path, one_device):
+    changes = {"epochs": 0, "head_refit": True, "learning_rates": (1e-3, 3e-3), "seeds": (0, 1)}
+    results = run(from_mapping(recipe | changes), tmp_path)
+    assert [(r["seed"], r["learning_rate"]) for r in results["replicas"]] == [(0, 1e-3), (1, 1e-3)]
+    outputs = ExitOutputs.load(tmp_path / "exit_outputs" / "validation.npz")
+    with np.load(tmp_path / "probe.npz") as arrays:
+        predictions = arrays["predictions"][[0, 2]]
+    np.testing.assert_array_equal(outputs.predictions, predictions)
+
+
 def test_early_stopping_is_named_where_it_is_needed(recipe):
     assert early_stopping.first_best({"a": np.zeros(2)}, np.float32(1)).area == -np.inf
     with pytest.raises(UserError, match="epochs must be"):
@@ -288,3 +325,6 @@ def test_early_stopping_is_named_where_it_is_needed(recipe):
     with pytest.raises(UserError, match="epochs must be"):
         from_mapping(recipe | {"epochs": "some"})
     assert from_mapping(recipe | {"epochs": "3"}).epochs == 3
+    for changes in ({"epochs": 0}, {"head_refit": True}):
+        with pytest.raises(UserError, match="learning_to_exit is 'joint', but"):
+            from_mapping(recipe | {"learning_to_exit": "joint"} | changes)

@@ -97,7 +97,8 @@ def draw_rows(labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray
     if not len(held) or len(np.unique(labels[subset[kept]])) < 2:
         raise UserError(
             f"{size} training rows are too few to hold out a fraction of "
-            f"{config.calibration_fraction} for calibration: raise train_size or the fraction"
+            f"{config.calibration_fraction} for calibration: give more rows, or raise train_size "
+            "or the fraction"
         )
     return subset[kept], subset[held]
 
@@ -124,8 +125,8 @@ def draw_tuning_rows(
     if not len(held) or len(np.unique(labels[rows[kept]])) < 2:
         raise UserError(
             f"{len(rows)} training rows are too few to hold out a fraction of {fraction:g} for "
-            "tuning: raise train_size or tuning_fraction, or set epochs to a number, head_init to "
-            "random, head_refit to False and rate_search to full"
+            "tuning: give more rows (or a larger train_size or tuning_fraction), or set epochs to "
+            "a number, head_init to random, head_refit to False and rate_search to full"
         )
     return rows[kept], rows[held]
 

@@ -81,7 +81,7 @@ class Analysis:
 
     @property
     def chosen(self) -> list[int]:
-        """The replicas of the learning rate that is best on the calibration rows.
+        """The replicas of the learning rate that is best by `area`.
 
         Best is first the rate with the fewest diverged replicas, then the largest mean area.
         Diverged replicas are left out, unless all are.

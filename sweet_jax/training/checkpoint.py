@@ -109,10 +109,14 @@ def read_params(folder: Path) -> Any | None:
         return None
     path = (folder / str(newest) / "default").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        like = {"params": dict(checkpointer.metadata(path).item_metadata.tree)["params"]}
+        tree = dict(checkpointer.metadata(path).item_metadata.tree)
+        kept = "best" in tree  # with epochs="auto": the state that was kept, and the last one
+        like = {"params": (dict(tree["best"]) if kept else tree)["params"]}
+        like = {"best": like} if kept else like
         host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         restore = ocp.args.PyTreeRestore(item=like, restore_args=host, partial_restore=True)
-        return checkpointer.restore(path, args=restore)["params"]
+        found = checkpointer.restore(path, args=restore)
+        return (found["best"] if kept else found)["params"]
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -3,7 +3,8 @@
 Shape letters: R replica, E exit, M tuning rows, C classes.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ class Best(NamedTuple):
     Of a single replica, arrays without the axis R, as its state is.
 
     Attributes:
-      params: [R, ...] that are kept.
+      params: [R, ...] that are kept, on the devices.
       area: float32 [R], the largest so far on tuning rows; minus infinity before the first
         evaluation.
       step: int32 [R], steps taken by the parameters that are kept.
@@ -30,51 +31,63 @@ class Best(NamedTuple):
     """
 
     params: Params
-    area: jax.Array
-    step: jax.Array
+    area: Any
+    step: Any
 
 
-def first_best(params: Params, learning_rate: jax.Array) -> Best:
+def first_best(params: Params, learning_rate: Any) -> Best:
     """Returns what stands before the first evaluation; learning_rate [R] gives the shapes."""
     shape = np.shape(learning_rate)
-    return Best(params, jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32))
+    return Best(params, np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32))
 
 
-def compile_update(shardings: Best, rows: int) -> Callable[[Best, Params, Any, Any], Best]:
-    """Returns (best, params, area, step) → best, jitted, the old best donated.
+def updated(
+    best: Best, params: Params, area: np.ndarray, step: int, rows: int, metric: str
+) -> Best:
+    """Returns the best after an evaluation of `params`; the old best's memory is taken.
 
     A replica's parameters replace those kept unless their area is more than a standard error below
     the largest so far. Of states that so few rows cannot tell apart the latest is kept: it has seen
     most of the training rows, and at the smallest learning rate. This is the rule of one standard
     error (Breiman et al. 1984, section 3.4.3), with training in the place of pruning.
 
-    rows: how many tuning rows.
+    Args:
+      best: so far.
+      params: [R, ...] on the devices of the best's.
+      area: float [R], theirs on tuning rows.
+      step: steps taken.
+      rows: how many tuning rows.
+      metric: that the area is of.
+
     """
-
-    def update(best: Best, params: Params, area: jax.Array, step: jax.Array) -> Best:
-        better = area >= best.area - standard_error(best.area, rows)
-
-        def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(
-                better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old
-            )
-
-        return Best(
-            jax.tree.map(choose, params, best.params),
-            jnp.maximum(area, best.area),
-            choose(jnp.broadcast_to(step, best.step.shape), best.step),
-        )
-
-    return jax.jit(update, out_shardings=shardings, donate_argnums=0)
+    largest, area = np.asarray(best.area), np.asarray(area, np.float32)
+    better = area >= largest - standard_error(largest, rows, metric)
+    return Best(
+        # Leaf by leaf: parts of a model may be on devices of their own.
+        jax.tree.map(lambda new, old: _choose(better, new, old), params, best.params),
+        np.maximum(area, largest),
+        np.where(better, np.int32(step), np.asarray(best.step)).astype(np.int32),
+    )
 
 
-def standard_error(area: Any, rows: int) -> Any:
-    """Returns the standard error of an area on so many rows, as if it were a share of them.
+@functools.partial(jax.jit, donate_argnums=2)
+def _choose(better: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
 
-    0 where the area is not a share between 0 and 1.
+
+def standard_error(area: Any, rows: int, metric: str) -> np.ndarray:
+    """Returns the standard error of an area on so many rows, float [...].
+
+    As of a share of them (Agresti and Coull 1998: two rows more of either kind, so that it is not 0
+    where all rows are right), or of a correlation under "matthews". 0 for minus infinity.
     """
-    share = jnp.clip(area, 0, 1)
-    return jnp.sqrt(share * (1 - share) / rows)
+    value = np.where(np.isfinite(area), area, 0.0)
+    if metric == "matthews":
+        found = (1 - np.clip(value, -1, 1) ** 2) / np.sqrt(rows)
+    else:
+        share = (np.clip(value, 0, 1) * rows + 2) / (rows + 4)
+        found = np.sqrt(share * (1 - share) / (rows + 4))
+    return np.where(np.isfinite(area), found, 0.0)
 
 
 def tuning_area(

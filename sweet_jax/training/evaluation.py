@@ -45,8 +45,8 @@ def compile_evaluation(
 ) -> Callable:
     """(params, batch, number) → Answer, all with the axis R, jitted.
 
-    Compiled once for each size and length of a batch, which is asserted, for all splits together.
-    The same function is returned for the same model.
+    Compiled once for each size and length of a batch, for all splits together. The same function is
+    returned for the same model.
 
     Args:
       config: resolved.

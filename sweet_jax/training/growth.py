@@ -21,6 +21,7 @@ _SAME = (
     "checkpoint",
     "train_size",
     "calibration_fraction",
+    "tuning_fraction",
     "validation_fraction",
     "split_seed",
     "max_length",
@@ -77,6 +78,12 @@ def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
             f"{name} has {key} {getattr(base, key)!r}, and the new run {getattr(config, key)!r}: "
             "its exits would answer otherwise, give the same"
         )
+    if base.tunes != config.tunes:
+        raise UserError(
+            f"{name} {'holds' if base.tunes else 'does not hold'} rows out for tuning, and the new "
+            f"run {'does' if config.tunes else 'does not'}: rows that one trains on would choose "
+            "for the other; give the same epochs, head_init, head_refit and rate_search"
+        )
     if data_sha256 is not None and digest != data_sha256:
         raise UserError(f"{name} was trained on other data: give the same files")
     absent = sorted(set(config.seeds) - set(base.seeds))
@@ -88,14 +95,23 @@ def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
     return base
 
 
-def replicas_of(config: Config, base: Config) -> list[int]:
+def trained_replicas(config: Config) -> list[tuple[int, float]]:
+    """Returns (seed, learning rate) of each replica that the base has parameters of.
+
+    Of its results: a search for the learning rate leaves fewer than its config names.
+    """
+    results = json.loads((base_directory(config) / "results.json").read_text())
+    return [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
+
+
+def replicas_of(config: Config) -> list[int]:
     """The replica of the base that each replica of a config grows from: [R] numbers.
 
     That of its seed and learning rate; where the base has no such rate, of the rate it chose.
     """
     results = json.loads((base_directory(config) / "results.json").read_text())
     chosen = results["mean"]["learning_rate"]
-    known = base.replicas()
+    known = trained_replicas(config)
     return [
         known.index((seed, rate if (seed, rate) in known else chosen))
         for seed, rate in config.replicas()

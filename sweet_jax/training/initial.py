@@ -17,7 +17,14 @@ from sweet_jax.models.layers import derive
 from sweet_jax.models.owners import owners
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
-from sweet_jax.training.growth import base_directory, base_of, grown, replicas_of
+from sweet_jax.training.growth import (
+    base_directory,
+    base_of,
+    grown,
+    replicas_of,
+    trained_replicas,
+)
+from sweet_jax.training.probe import read_classifiers, refit_path, with_classifiers
 from sweet_jax.training.step import Params, State, new_state
 
 
@@ -127,11 +134,15 @@ def base_params(config: Config, base: Config) -> list[Params]:
     params = read_params(folder)
     if params is None:
         raise UserError(_lost(config, folder))
-    several = len(base.replicas()) > 1
-    return [
-        jax.tree.map(lambda x, r=r: x[r], params) if several else params
-        for r in replicas_of(config, base)
-    ]
+    if len(trained_replicas(config)) == 1:  # without the axis R
+        params = jax.tree.map(lambda x: x[None], params)
+    if base.head_refit:
+        (training,) = trainings(base)
+        found = read_classifiers(refit_path(base_directory(config), training.name))
+        if found is None:
+            raise UserError(_lost(config, folder))
+        params = with_classifiers(params, base.exits, found, range(len(base.exits)))
+    return [jax.tree.map(lambda x, r=r: x[r], params) for r in replicas_of(config)]
 
 
 def _lost(config: Config, folder: Path) -> str:

@@ -51,7 +51,9 @@ class MetricsLog:
         kept = [
             row
             for row in _read(workdir)
-            if row["training"] != training or row["step"] + ("area" not in row) <= step
+            if row["training"] != training
+            # An evaluation is of the state after so many steps; from the start, all is made anew.
+            or (step > 0 and row["step"] + ("area" not in row) <= step)
         ]
         write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         self._file = (workdir / "metrics.jsonl").open("a")

@@ -9,10 +9,12 @@ C classes.
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sweet_jax.files import written_aside
 from sweet_jax.training.step import Params
 
 if TYPE_CHECKING:
@@ -23,7 +25,21 @@ if TYPE_CHECKING:
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4)
 _ITERATIONS = 1000  # at most, of L-BFGS; 10 to 300 are usual
 _NEWTON = 1024  # coefficients, at most, of a Hessian that is factorised: a few exact steps
+ROWS = 50_000  # fitted on, at most, and as many that choose the penalty
 _CHUNK = 8192  # rows that are standardised at a time
+
+
+def refit_path(workdir: Path, training: str) -> Path:
+    """Returns where a run keeps the classifiers that were refitted after a training."""
+    return workdir / "refit" / f"{training}.npz"
+
+
+def read_classifiers(path: Path) -> "Classifiers | None":
+    """Returns what `Classifiers.save` wrote, None where there is nothing."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return Classifiers(*(arrays[name] for name in Classifiers._fields))
 
 
 class Classifiers(NamedTuple):
@@ -43,6 +59,12 @@ class Classifiers(NamedTuple):
     def pick(self, replicas: Sequence[int]) -> "Classifiers":
         """Returns those of some replicas."""
         return Classifiers(*(array[list(replicas)] for array in self))
+
+    def save(self, path: Path, **more: np.ndarray) -> None:
+        """Writes them, and further arrays, to one .npz, whole or not at all."""
+        arrays: dict[str, Any] = self._asdict() | more
+        with written_aside(path) as aside:
+            np.savez(aside, **arrays)
 
     def predictions(self, features: np.ndarray) -> np.ndarray:
         """Returns the class of every row, int [R, E, N], of features [R or 1, E, N, H]."""

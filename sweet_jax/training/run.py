@@ -27,7 +27,7 @@ from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.models.pretrained import Checkpoint
 from sweet_jax.processes import broadcast_from_first
 from sweet_jax.training.checkpoint import Checkpoints, like
-from sweet_jax.training.early_stopping import Best, compile_update, first_best, tuning_area
+from sweet_jax.training.early_stopping import Best, first_best, tuning_area, updated
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.initial import Training, initial_state
@@ -97,7 +97,9 @@ def fit(
     if probe is not None:
         state = state._replace(params=_probed(config, state.params, training, probe))
     settings = step_settings(config, graphdef, training.exits, len(rows[0]), short=short)
-    stop = min(settings.total_steps, config.max_steps or settings.total_steps)
+    stop = settings.total_steps
+    if config.max_steps and not short:
+        stop = min(stop, config.max_steps)
     lengths = bucket_lengths(config.max_length)
     state = without_axis(state, len(seeds))
     spread = spread_segments if config.segment_parallel else spread_whole
@@ -119,7 +121,7 @@ def fit(
             log.info("%s: going on from step %d of %d", training.name, start, stop)
         began = time.perf_counter()
         epoch = steps_per_epoch(len(rows[0]), config.batch_size)
-        check = 0 if short else check_interval(config.epochs, settings.total_steps)
+        check = 0 if short else check_interval(config.epochs, stop)
         span = Span(start, stop, epoch, config.checkpoint_every, check)
         examples = config.batch_size * len(seeds)
 
@@ -143,7 +145,7 @@ def fit(
     best = plan.whole(parts).params if keeper is None else keeper.best.params
     params = _with_axis(config, gathered(config, best))
     taken = max(0, _step(plan.whole(parts)) - start)
-    steps = () if keeper is None else tuple(np.atleast_1d(to_host(keeper.best.step)).tolist())
+    steps = () if keeper is None else tuple(np.atleast_1d(keeper.best.step).tolist())
     timing = Timing(time.perf_counter() - began, taken * examples, steps)
     return graphdef, params, timing
 
@@ -172,13 +174,12 @@ class BestKeeper:
         self.first = first_best(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
         self.shardings = Best(plan.shardings.params, small, small)
-        self._update = compile_update(self.shardings, tuning.rows.shape[1])
         self.best: Best = self.first
         self.log: Any = None
 
     def saved(self, state: State) -> dict[str, Any]:
         """Returns the tree that a checkpoint holds."""
-        return {"state": state, "best": self.best}
+        return {"state": state, "best": resharded(self.best, self.shardings)}
 
     def check(self, interval: int) -> Callable[[int, Any], bool]:
         """Returns (step, parts of the state) → whether training ends, evaluating that state."""
@@ -188,15 +189,16 @@ class BestKeeper:
             area = broadcast_from_first(self._area(params))
             if self.log is not None:
                 self.log.add_tuning(step, area.tolist())
-            area = without_axis(area.astype(np.float32), len(area))
-            self.best = self._update(self.best, params, area, np.int32(step))
+            area = without_axis(area, len(area))
+            count = self._tuning.rows.shape[1]
+            self.best = updated(self.best, params, area, step, count, self._tuning.metric)
             return self.is_over(step, interval)
 
         return evaluate_at
 
     def is_over(self, step: int, interval: int) -> bool:
         """Returns whether no replica has improved for long enough before `step`."""
-        newest = int(np.max(to_host(self.best.step)))
+        newest = int(np.max(self.best.step))
         return step > 0 and step % interval == 0 and is_over(step, newest, interval)
 
     def _area(self, params: Params) -> np.ndarray:
@@ -222,7 +224,8 @@ def _restored(
     tree = {"state": state, "best": keeper.first}
     shardings = {"state": plan.shardings, "best": keeper.shardings}
     step, tree = checkpoints.restore(like(tree, shardings)) or (0, resharded(tree, shardings))
-    keeper.best = tree["best"]
+    best = tree["best"]
+    keeper.best = best._replace(area=to_host(best.area), step=to_host(best.step))
     return step, tree["state"]
 
 

@@ -10,7 +10,7 @@ from sweet_jax.config import AUTO
 # further row adds less, and the learning rate decays to zero over the whole, so that the length
 # must be known beforehand: 4.8 epochs of 400 rows, 2.4 of 1,600, 1.3 of 5,400, one from 9,216 on.
 _EXAMPLES = 96
-CHECKS = 8  # evaluations on tuning rows in such a run, besides one before the first step
+CHECKS = 8  # evaluations on tuning rows in such a run, the last one after the last step
 PATIENCE = 3  # evaluations in a row, none of which is kept, that end it
 # What `rate_search="short"` gives each rate: this share of the steps, and as many steps at least.
 _SHORT, _SHORTEST = 0.1, 40
@@ -34,7 +34,7 @@ def search_steps(steps: int) -> int:
 
 def check_interval(epochs: int | str, steps: int) -> int:
     """Returns the number of steps between two evaluations on tuning rows; 0 for never."""
-    return max(1, steps // CHECKS) if epochs == AUTO and steps else 0
+    return -(-steps // CHECKS) if epochs == AUTO else 0
 
 
 def is_over(step: int, best_step: int, interval: int) -> bool:

@@ -126,9 +126,8 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
     """(state, batch, schedule) → (state, metrics), jitted, sharded, the old state donated.
 
     All arrays but the schedule's have the leading axis R, but a single replica's have none: on a
-    CPU an axis of size 1 makes a step slower. Traced once for each size and length of a batch,
-    which is asserted. The same function is returned for settings that differ in their schedule
-    only.
+    CPU an axis of size 1 makes a step slower. Traced once for each size and length of a batch. The
+    same function is returned for settings that differ in their schedule only.
     """
     settings = dataclasses.replace(settings, total_steps=0, warmup_steps=0)
     return _compiled_step(settings, replicas, mesh)
