@@ -18,6 +18,7 @@ from sweet_jax.report.charts import curve_figure
 from sweet_jax.report.lines import exit_table
 from sweet_jax.report.page import write_report
 from sweet_jax.report.plots import curve_figure as drawn_figure
+from sweet_jax.report.series import baseline_series
 from sweet_jax.report.shortfalls import as_results, below, describe, warning
 from sweet_jax.report.tables import build_results
 
@@ -329,6 +330,8 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_a_finding_is_one_line():
     finding = below(outputs((0.6, 0.8, 0.9)), 0, [baseline("tfidf", 0.75, 0)], "accuracy")[0]
+    refitted = describe(finding, "accuracy", refitted=True)
+    assert "head_init" not in refitted
     line = describe(finding, "accuracy")
     assert line.startswith(
         "exit 1 (accuracy 0.600) is below the baseline TF-IDF + logistic regression (0.750) on "
@@ -433,3 +436,18 @@ def test_a_large_paired_bootstrap_is_small():
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 50e6  # 1,000 draws of the rows would be 1.6 GB
+
+
+def test_what_is_far_below_all_exits_does_not_flatten_the_curve():
+    rows = {"majority": 0.2, "tfidf": 0.8, "probe_1": 0.1, "probe_2": 0.9}
+    results = {
+        "baselines": {name: {"cost": 0.0, "score": value} for name, value in rows.items()},
+        "replicas": [{"individual": [{"score": 0.85}, {"score": 0.9}]}],
+        "best_replica": 0,
+    }
+    far = {entry["title"]: entry["far"] for entry in baseline_series(results)}
+    assert far == {
+        "majority class": True,
+        "TF-IDF + logistic regression": False,
+        "frozen encoder + probe": False,
+    }

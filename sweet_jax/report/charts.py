@@ -87,6 +87,7 @@ def _add_baselines(figure: go.Figure, results: Mapping[str, Any]) -> None:
             text=[html.escape(text) for text in entry["text"]],
             marker={"symbol": entry["symbol"], "color": "#222222", "size": 10},
             cliponaxis=False,
+            visible="legendonly" if entry["far"] else True,
             hovertemplate="%{text}<br>cost %{x:.3f}<br>%{y:.4f}<extra></extra>",
         )
     if series:

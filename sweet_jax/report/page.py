@@ -33,7 +33,7 @@ from sweet_jax.report.series import (
     policy_series,
     reliability_series,
 )
-from sweet_jax.report.shortfalls import describe, worst_of_each_exit
+from sweet_jax.report.shortfalls import describe, is_refitted, worst_of_each_exit
 from sweet_jax.report.tables import bound, certificates
 
 _ENVIRONMENT = jinja2.Environment(
@@ -60,7 +60,10 @@ def write_report(
         best=best,
         fitted=fitted_rows(results),
         warnings=[describe_divergence(d) for r in results["replicas"] for d in r["diverged"]]
-        + [describe(finding, results["metric"]) for finding in worst_of_each_exit(results)],
+        + [
+            describe(finding, results["metric"], refitted=is_refitted(results))
+            for finding in worst_of_each_exit(results)
+        ],
         baselines={title(name): row for name, row in results.get("baselines", {}).items()},
         plotly=plotly.offline.get_plotlyjs(),
         policies={name: POLICIES[name].about for name in policies[best]},

@@ -101,7 +101,10 @@ def _plot_baselines(axes, results: Mapping[str, Any]) -> None:
     for entry in series:
         mark, size = _MARKS[entry["symbol"]]
         style = {"color": "#222222", "ms": size, "zorder": 5, "clip_on": False}
-        axes.plot(entry["cost"], entry["score"], mark, label=entry["title"], **style)
+        if entry["far"]:
+            axes.plot([], [], mark, label=f"{entry['title']}: {max(entry['score']):.3f}", **style)
+        else:
+            axes.plot(entry["cost"], entry["score"], mark, label=entry["title"], **style)
     if series:
         axes.set_xlim(left=0)
 

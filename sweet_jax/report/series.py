@@ -20,6 +20,7 @@ from sweet_jax.report.tables import thinned
 
 # Viridis from dark to light: exits in order of depth, told apart without colour vision too.
 _COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
+_FAR = 0.15  # of a baseline below the lowest exit
 _SMOOTHED = 20  # steps
 _POINTS, _POINTS_OF_OTHERS = 6000, 400  # of a curve on the page; the saved outputs hold all
 
@@ -46,8 +47,9 @@ _MARKS = {
 def baseline_series(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The baselines of results.json as points of score against cost; [] where it has none.
 
-    One dict for each entry of the legend: title, symbol (plotly's name), and the text, cost and
-    score of its points. The probes of all layers are one entry.
+    One dict for each entry of the legend: title, symbol (plotly's name), the text, cost and score
+    of its points, and whether it is far below all exits: drawn, it would flatten the curve. The
+    probes of all layers are one entry.
     """
     entries: dict[str, dict[str, Any]] = {}
     for name, row in results.get("baselines", {}).items():
@@ -57,6 +59,11 @@ def baseline_series(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         entry = entries.setdefault(group, start | {"text": [], "cost": [], "score": []})
         for key, value in (("text", title(name)), ("cost", row["cost"]), ("score", row["score"])):
             entry[key].append(value)
+    if entries:
+        exits = results["replicas"][results["best_replica"]]["individual"]
+        low = min(row["score"] for row in exits) - _FAR
+        for entry in entries.values():
+            entry["far"] = max(entry["score"]) < low
     return list(entries.values())
 
 

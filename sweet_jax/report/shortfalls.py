@@ -18,6 +18,9 @@ _TOLERANCE = 1e-9  # of cost: 2 / 12 layers are 1 / 6
 _MEND = (
     "train longer (epochs=auto), search the learning rate, or use head_init=probe and head_refit"
 )
+_MEND_BELOW_WORDS = (
+    "the words may be enough here: raise max_length if texts are cut, or try a larger checkpoint"
+)
 _MEND_BELOW_FINE_TUNED = (
     "train longer (epochs=auto), search the learning rate, or lower isolation"  # its heads are fine
 )
@@ -116,10 +119,15 @@ def as_results(
     return {"baselines": rows, "below_baseline": each}
 
 
-def describe(finding: Finding, metric: str) -> str:
-    """Says in one line which exit is below which baseline, by how much, and what to change."""
+def describe(finding: Finding, metric: str, *, refitted: bool = False) -> str:
+    """Says in one line which exit is below which baseline, by how much, and what to change.
+
+    refitted: whether the run began with a probe and had its heads refitted already.
+    """
     low, high = finding.interval
     mend = _MEND_BELOW_FINE_TUNED if finding.baseline == "fine_tuned" else _MEND
+    if refitted:
+        mend = _MEND_BELOW_WORDS if finding.baseline == "tfidf" else _MEND_BELOW_FINE_TUNED
     return (
         f"exit {finding.exit} ({metric} {finding.score:.3f}) is below the baseline "
         f"{title(finding.baseline)} ({finding.baseline_score:.3f}) on the same {finding.n:,} rows: "
@@ -137,6 +145,11 @@ def worst_of_each_exit(results: Mapping[str, Any]) -> list[Finding]:
     return list(worst.values())
 
 
+def is_refitted(results: Mapping[str, Any]) -> bool:
+    """Returns whether results.json is of a run with a probe and refitted heads."""
+    return results.get("head_init") == "probe" and bool(results.get("head_refit"))
+
+
 def warning(results: Mapping[str, Any]) -> str | None:
     """Returns one line for the terminal: the exit with the largest shortfall and how many others.
 
@@ -145,7 +158,8 @@ def warning(results: Mapping[str, Any]) -> str | None:
     found = worst_of_each_exit(results)
     if not found:
         return None
-    line = describe(min(found, key=lambda f: f.difference), results["metric"])
+    worst = min(found, key=lambda f: f.difference)
+    line = describe(worst, results["metric"], refitted=is_refitted(results))
     others = len(found) - 1
     if not others:
         return line
