@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
+from sweet_jax import tuning
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.job import prepare
 from sweet_jax.pipeline import run
 from sweet_jax.training import probe
 from sweet_jax.training.probe import PENALTIES, fit_classifier, fit_classifiers, with_classifiers
@@ -112,8 +114,13 @@ def test_every_replica_and_exit_has_its_own():
     assert (new["heads"]["4"]["pooler"], new["encoder"]) == (4, 1)
 
 
-@pytest.mark.parametrize("method", ["early_exit", "multi_model"])
-def test_without_epochs_the_probe_is_the_model(method, options, tmp_path, one_device):
+@pytest.mark.parametrize(("method", "streamed"), [("early_exit", True), ("multi_model", False)])
+def test_without_epochs_the_probe_is_the_model(
+    method, streamed, options, tmp_path, one_device, monkeypatch, caplog
+):
+    caplog.set_level("INFO", logger="sweet_jax")
+    if streamed:
+        monkeypatch.setattr("sweet_jax.training.evaluation._IN_MEMORY", 1000)
     recipe = {"pooling": "mean", "head_init": "probe", "epochs": 0, "baselines": "quick"}
     config = from_mapping(options | recipe | {"method": method, "exits": (1, 3)})
     results = run(config, tmp_path)
@@ -126,3 +133,15 @@ def test_without_epochs_the_probe_is_the_model(method, options, tmp_path, one_de
         assert baseline["score"] == results["replicas"][0]["individual"][e]["score"]
     assert results["n"] == {"train": 81, "tuning": 9, "calibration": 10, "validation": 32}
     assert (tmp_path / "model" / "exits.json").exists()
+    assert ("kept in a file under" in caplog.text) == streamed
+
+
+def test_of_a_large_file_some_rows_are_fitted_on(options, monkeypatch):
+    monkeypatch.setattr("sweet_jax.tuning.ROWS", 20)
+    job = prepare(from_mapping(options | {"head_init": "probe", "seeds": (0, 1)}))
+    own, held = tuning._rows(job)
+    assert own.shape == (2, 20)
+    assert held.shape == (2, 9)  # fewer than that
+    for r in (0, 1):
+        assert set(own[r]) <= set(job.rows[r][0])
+        assert (np.diff(own[r]) > 0).all()
