@@ -62,12 +62,13 @@ from sweet_jax.flags import Parser
 from sweet_jax.job import Job, prepare
 from sweet_jax.pipeline import exit_outputs
 from sweet_jax.processes import StoppedError
+from sweet_jax.rate_search import search_rate
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.initial import trainings
 from sweet_jax.training.run import Tuning, fit
 from sweet_jax.training.sharding import mesh_of
-from sweet_jax.tuning import Probe, fit_probe, pick_replicas, refit_heads, search_rate
+from sweet_jax.tuning import Probe, fit_probe, pick_replicas, refit_heads
 
 # The first is kept unless another is clearly better. For the methods as they are, and the plain
 # full model, that is the rate that this repository has had for MiniLM.

@@ -23,6 +23,7 @@ from sweet_jax.files import claimed, write_json
 from sweet_jax.job import Job, describe, prepare
 from sweet_jax.models.early_exit import Answer
 from sweet_jax.processes import agreed, claimed_by_first, first_says, is_first
+from sweet_jax.rate_search import search_rate
 from sweet_jax.report import lines, page, plots, shortfalls, tables
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.baselines import save as save_baselines
@@ -34,7 +35,7 @@ from sweet_jax.training.metrics import diverged, read_metrics
 from sweet_jax.training.probe import Classifiers
 from sweet_jax.training.run import Tuning, fit
 from sweet_jax.training.sharding import mesh_of, one_replica
-from sweet_jax.tuning import fit_probe, refit_heads, search_rate
+from sweet_jax.tuning import fit_probe, refit_heads
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ from sweet_jax.exits.analysis import analyse, area
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.job import prepare
 from sweet_jax.pipeline import run, train_and_evaluate
+from sweet_jax.rate_search import choose_rate
 from sweet_jax.training import early_stopping, schedule
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.metrics import read_metrics, read_tuning
-from sweet_jax.tuning import choose_rate, refit_heads
+from sweet_jax.tuning import refit_heads
 
 RECIPE = {"pooling": "mean", "head_init": "probe", "epochs": "auto", "learning_rates": (1e-3,)}
 
@@ -212,8 +213,8 @@ def test_the_rate_with_the_largest_area_is_trained(
         found.append(logits.shape)
         return np.asarray([next(given) for _ in logits])
 
-    monkeypatch.setattr("sweet_jax.tuning.tuning_area", chosen)
-    monkeypatch.setattr("sweet_jax.tuning.jax.device_count", lambda: 1 if alone else 4)
+    monkeypatch.setattr("sweet_jax.rate_search.tuning_area", chosen)
+    monkeypatch.setattr("sweet_jax.rate_search.jax.device_count", lambda: 1 if alone else 4)
     rates = (1e-4, 1e-3, 3e-3)
     config = recipe | {
         "learning_rates": rates,
