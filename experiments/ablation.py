@@ -7,7 +7,8 @@ parameters; both couple exits that SWEET means to separate. {Early-Exit, SWEET} 
 per exit} x clipping {global, per owner}, same rows and rates, differences paired by seed. Cost:
 four times experiments.individual without Multi-Model. Expected, if the paper is right: the gap at
 the first exits stays whatever is shared. Seen with MiniLM (3 seeds): on SST-2 with 2,000 rows it
-does; with 6,000 a part of the gap at exit 1 is what the release shares; on CoLA that collapses
+does, with the heads as trained (at exit 2 a logistic regression refitted on the same trunks takes
+it away); with 6,000 a part of the gap at exit 1 is what the release shares; on CoLA that collapses
 SWEET, on MRPC little of it is shown to matter (experiments/results/README.md).
 """
 

@@ -138,7 +138,9 @@ def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
     On validation rows, over the curve's own range of cost, at no more than 2,000 of its thresholds.
     """
     replicas = [
+        # The grid's, as the paper's tables have it: the exact curve follows from the outputs.
         {k: replica[k] for k in _KEPT_OF_REPLICA}
+        | {"at_cost": replica["grid_at_cost"]}
         | {"area": area(*(np.asarray(replica["curve"][k]) for k in ("cost", "score")))}
         for replica in results["replicas"]
     ]

@@ -146,15 +146,16 @@ def area(cost: np.ndarray, values: np.ndarray) -> float:
     return float(np.trapezoid(values, cost) / spread) if spread > 0 else float(values[-1])
 
 
-def at_costs(grid: Curve, replica: int, costs: Sequence[float]) -> dict[str, float | None]:
-    """Scores at set costs by linear interpolation between the grid's points.
+def at_costs(curve: Curve, replica: int, costs: Sequence[float]) -> dict[str, float | None]:
+    """Returns the scores at set costs, by linear interpolation between a curve's points.
 
-    As in the SWEET paper's experimental setup, for the numbers that stand beside the paper's: where
-    two points are far apart, the exact curve may be elsewhere between them.
+    Of the exact curve, or of the SWEET paper's grid of 11 thresholds for the numbers that stand
+    beside the paper's: where two of its points are far apart, the exact curve may be elsewhere
+    between them.
 
-    None at a cost that the grid does not reach.
+    None at a cost that the curve does not reach.
     """
-    cost, values = grid.cost[replica], grid.score[replica]
+    cost, values = curve.cost[replica], curve.score[replica]
     return {
         f"{c:.4g}": float(np.interp(c, cost, values))
         if cost[0] - 1e-12 <= c <= cost[-1] + 1e-12

@@ -86,7 +86,8 @@ def build_results(
                 "temperatures": _finite(analysis.temperatures[r]),
                 "curve": _curve(thinned(analysis.curve, r, _CURVE_POINTS)),
                 "grid": _curve(thinned(analysis.grid, r, 11)),
-                "at_cost": at_costs(analysis.grid, r, costs),
+                "at_cost": at_costs(analysis.curve, r, costs),
+                "grid_at_cost": at_costs(analysis.grid, r, costs),  # as the SWEET paper reads it
                 "calibration_area": _finite(analysis.area[r]),
                 "full_score": keep.as_dict() if isinstance(keep, Choice) else None,
                 "quality": _quality(analysis, r),

@@ -18,7 +18,7 @@ method `{method}`, so that it can answer after {layers} of its {depth} layers an
 exit that is sure.
 
 - Task: {task}; classes: {classes}. Reads {columns}, at most {max_length} tokens.
-- Data: {train} training rows; {validation} validation rows, which all scores below are of;
+- Data: {train} training rows{tuning}; {validation} validation rows, which all scores below are of;
   temperatures and dials fitted on {fitted}. Seed {seed}, learning rate {rate:g}.
 - Scores are {metric}; costs are shares of the full model's layers, not time.
 
@@ -30,7 +30,7 @@ exit that is sure.
 
 ## Speed against {metric}
 
-By the policy `{policy}`, at thresholds interpolated between eleven evenly spaced ones:
+By the policy `{policy}`, read off the exact curve over all thresholds:
 
 | mean cost | {metric} |
 | --- | --- |
@@ -82,6 +82,9 @@ def model_card(
         columns="pairs of " + " and ".join(text_columns) if pair else text_columns[0],
         max_length=max_length,
         train=results["n"]["train"],
+        tuning=f", {tuned} more that chose the learning rate and the state that was kept"
+        if (tuned := results["n"].get("tuning"))
+        else "",
         validation=results["n"]["validation"],
         fitted=f"{results['n']['calibration']} rows held out of training"
         if held_out
