@@ -133,7 +133,7 @@ def time_left(spent: float, worked: float, total: float) -> str:
 
 
 def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cell keeps of results.json, with the area under each replica's exact curve.
+    """Returns what a cell keeps of results.json, with the area under each replica's exact curve.
 
     On validation rows, over the curve's own range of cost, at no more than 2,000 of its thresholds.
     """

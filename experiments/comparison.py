@@ -1,6 +1,6 @@
 """What the records of cells say: scores of exits by seed, and differences paired by seed.
 
-Two kinds of area are told apart. An area is under the exact curve, of all thresholds; a grid area
+There are two kinds of area. An area is under the exact curve, of all thresholds; a grid area
 is under the paper's curve of 11 thresholds, up to the full model's cost. What is claimed of methods
 at set costs, or over costs, is read from the exact curve.
 

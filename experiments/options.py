@@ -146,7 +146,7 @@ def command(options: argparse.Namespace, script: str) -> str:
 
 
 def encoder_note(checkpoint: str, max_length: int = _PAPER_LENGTH) -> str:
-    """What sets the numbers of an encoder apart from the paper's; empty for the paper's own."""
+    """Returns how an encoder's setup differs from the paper's; empty for the paper's encoders."""
     if checkpoint != MODELS["minilm-l6"]["checkpoint"]:
         return ""
     lengths = f"; texts are cut at {max_length} tokens, the paper's at {_PAPER_LENGTH}"

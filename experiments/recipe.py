@@ -24,7 +24,7 @@ The criterion, written before the study ran: the variant with the largest mean a
 cells, among those that are in no cell significantly below the best of Early-Exit, SWEET and
 Multi-Model as they are.
 
-A second start runs what is missing; a variant of a cell that was stopped goes on from its
+A second start runs what is missing; a variant of a cell that was stopped resumes from its
 checkpoints. Cost: 8 hours on 2 cores.
 """
 
@@ -64,9 +64,10 @@ from sweet_jax.pipeline import exit_outputs
 from sweet_jax.processes import StoppedError
 from sweet_jax.rate_search import search_rate
 from sweet_jax.report.baselines import Baseline
+from sweet_jax.training.early_stopping import Tuning
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.initial import trainings
-from sweet_jax.training.run import Tuning, fit
+from sweet_jax.training.run import fit
 from sweet_jax.training.sharding import mesh_of
 from sweet_jax.tuning import Probe, fit_probe, pick_replicas, refit_heads
 
@@ -142,7 +143,7 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
         job, probe = _first_rate(job, probe)
         tried = run_baselines(job, probe, workdir)
         measured = {b.name: _of_baseline(job, b) for b in tried}
-        return CellRecord(identity(config), _counts(job), measured, {"seconds": _since(began)})
+        return CellRecord(_identity(config), _counts(job), measured, {"seconds": _since(began)})
     job, probe, search = search_rate(job, probe, workdir)
     found: dict[str, list[Any]] = {"trained": [], "refit": []}
     steps: list[list[int]] = []
@@ -184,7 +185,7 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
             )
         )
     about = {"search": search, "best_steps": steps, "seconds": _since(began)}
-    return CellRecord(identity(config), _counts(job), measured, about)
+    return CellRecord(_identity(config), _counts(job), measured, about)
 
 
 def _first_rate(job: Job, probe: Probe) -> tuple[Job, Probe]:
@@ -201,6 +202,11 @@ def _of_baseline(job: Job, baseline: Baseline) -> Measured:
         [baseline.of(r) == job.validation.labels for r in range(len(job.rows))]
     )  # [S, N]
     return measure_answers(right[:, None])
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """Returns the config as JSON has it, without where its files lie."""
+    return {k: v for k, v in identity(config).items() if k != "data_files"}
 
 
 def _counts(job: Job) -> dict[str, int]:
@@ -276,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except StoppedError as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        print(f"{stop}; run the same command to resume", file=sys.stderr)
         return 1
     return 0 if sound else 1
 

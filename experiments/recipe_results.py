@@ -1,4 +1,4 @@
-"""What experiments.recipe leaves of each variant of each cell.
+"""Records of experiments.recipe: the scores of each variant of each cell, measured and stored.
 
 Shape letters: S seed, E exit, N validation rows, D bootstrap draws, C classes.
 """
@@ -49,7 +49,7 @@ CELLS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measured:
-    """What is measured on the validation rows.
+    """The scores of one variant on the validation rows.
 
     Attributes:
       exits: float64 [S, E], accuracy of every exit alone.
@@ -68,7 +68,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellRecord:
-    """What a variant of a cell leaves.
+    """The stored result of a variant of a cell.
 
     Attributes:
       config: of the run, as JSON has it.

@@ -13,9 +13,10 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import draw_tuning_rows
 from sweet_jax.job import Job
 from sweet_jax.report.baselines import Baseline, majority, tfidf
+from sweet_jax.training.early_stopping import Tuning
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.initial import trainings
-from sweet_jax.training.run import Tuning, fit
+from sweet_jax.training.run import fit
 from sweet_jax.training.sharding import mesh_of
 from sweet_jax.tuning import Probe, fit_probe
 

@@ -288,7 +288,10 @@ def _check_isolation(config: Config) -> None:
 
 
 def _check_learning_to_exit(config: Config) -> None:
-    """Its heads learn from the classifiers beside them, while these are trained."""
+    """Raises UserError for learning-to-exit with classifiers that are not trained beside its heads.
+
+    Such a head learns from the classifier of its exit, while that is trained.
+    """
     if config.learning_to_exit and (config.epochs == 0 or config.head_refit):
         name = "epochs" if config.epochs == 0 else "head_refit"
         raise UserError(

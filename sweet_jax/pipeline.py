@@ -29,11 +29,12 @@ from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.baselines import save as save_baselines
 from sweet_jax.serving.card import model_card
 from sweet_jax.serving.saved import Model, save_model
+from sweet_jax.training.early_stopping import Tuning
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.initial import trainings
 from sweet_jax.training.metrics import diverged, read_metrics
 from sweet_jax.training.probe import Classifiers
-from sweet_jax.training.run import Tuning, fit
+from sweet_jax.training.run import fit
 from sweet_jax.training.sharding import mesh_of, one_replica
 from sweet_jax.tuning import fit_probe, refit_heads
 

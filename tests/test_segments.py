@@ -12,8 +12,9 @@ from experiments.benchmarks import segments as benchmark
 from experiments.benchmarks.shapes import SHAPES, Size
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.job import prepare
+from sweet_jax.training.early_stopping import Tuning
 from sweet_jax.training.initial import trainings
-from sweet_jax.training.run import Tuning, fit
+from sweet_jax.training.run import fit
 from sweet_jax.training.segments import assign, busiest, make_groups
 
 

@@ -117,7 +117,7 @@ def states(config, workdir, monkeypatch, areas):
     def next_area(logits, *_):
         return np.asarray(next(given), float)
 
-    monkeypatch.setattr("sweet_jax.training.run.tuning_area", next_area)
+    monkeypatch.setattr("sweet_jax.training.early_stopping.tuning_area", next_area)
     workdir.mkdir()
     outcome = train_and_evaluate(prepare(from_mapping(config)), workdir)
     return outcome

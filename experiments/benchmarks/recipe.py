@@ -1,4 +1,4 @@
-"""What the recipe's parts cost: mean pooling against the first token, the probe, the refit.
+"""Times the recipe's parts: mean pooling against the first token, the probe, the refit.
 
     python -m experiments.benchmarks.recipe
     python -m experiments.benchmarks.recipe --shape=bert-base --rows=1000

@@ -1,4 +1,4 @@
-"""The best state of a training so far, by the area under the curve on tuning rows.
+"""Early stopping: the best state of a training so far, by the area under the curve on tuning rows.
 
 Shape letters: R replica, E exit, M tuning rows, C classes.
 """
@@ -10,11 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from sweet_jax.config import Config
+from sweet_jax.data.batches import Tokens
 from sweet_jax.exits.analysis import area
-from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.training.step import Params
+from sweet_jax.processes import broadcast_from_first
+from sweet_jax.training.evaluation import compile_evaluation, evaluate
+from sweet_jax.training.initial import Training
+from sweet_jax.training.schedule import is_over
+from sweet_jax.training.sharding import mesh_of, resharded, with_axis, without_axis
+from sweet_jax.training.spread import Plan, gathered
+from sweet_jax.training.step import Params, State
 
 
 class Best(NamedTuple):
@@ -88,6 +97,80 @@ def standard_error(area: Any, rows: int, metric: str) -> np.ndarray:
         share = (np.clip(value, 0, 1) * rows + 2) / (rows + 4)
         found = np.sqrt(share * (1 - share) / (rows + 4))
     return np.where(np.isfinite(area), found, 0.0)
+
+
+class Tuning(NamedTuple):
+    """The rows that choose a step, and what is measured on them."""
+
+    rows: np.ndarray  # int [R, M]
+    metric: str
+
+
+class BestKeeper:
+    """Keeps the best state of a training, on the devices and in its checkpoints.
+
+    Attributes:
+      best: so far.
+      first: what stands before the first evaluation.
+      shardings: of the best's arrays.
+      interval: steps between two evaluations.
+      log: of the training, None where this process writes none.
+
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        training: Training,
+        graphdef: nnx.GraphDef,
+        plan: Plan,
+        tokens: Tokens,
+        tuning: Tuning,
+        state: State,
+        interval: int,
+    ):
+        self._config, self._training, self._plan = config, training, plan
+        self._graphdef, self._tokens, self._tuning = graphdef, tokens, tuning
+        self.first = first_best(state.params, state.learning_rate)
+        small = plan.shardings.learning_rate
+        self.shardings = Best(plan.shardings.params, small, small)
+        self.best: Best = self.first
+        self.interval = interval
+        self.log: Any = None
+
+    def saved(self, state: State) -> dict[str, Any]:
+        """Returns the tree that a checkpoint holds."""
+        return {"state": state, "best": resharded(self.best, self.shardings)}
+
+    def evaluate(self, step: int, parts: Any) -> bool:
+        """Evaluates the state after so many steps; returns whether training ends with it.
+
+        parts: the state as the plan's step takes it.
+        """
+        params = self._plan.whole(parts).params
+        area = broadcast_from_first(self._area(params))  # [R]
+        if self.log is not None:
+            self.log.add_tuning(step, area.tolist())
+        area = without_axis(area, len(area))
+        count = self._tuning.rows.shape[1]
+        self.best = updated(self.best, params, area, step, count, self._tuning.metric)
+        return self.has_ended(step)
+
+    def has_ended(self, step: int) -> bool:
+        """Returns whether no replica's state was kept for long enough before `step`."""
+        newest = int(np.max(self.best.step))
+        return step > 0 and step % self.interval == 0 and is_over(step, newest, self.interval)
+
+    def _area(self, params: Params) -> np.ndarray:
+        """The area of parameters on tuning rows, float64 [R]."""
+        config, rows = self._config, self._tuning.rows
+        params = with_axis(gathered(config, params), len(rows))
+        program = compile_evaluation(config, self._graphdef, mesh_of(params), features=config.tunes)
+        answer = evaluate(config, program, params, self._tokens, rows)
+        exits, labels = self._training.exits, self._tokens.labels[rows]
+        identity = {"metric": self._tuning.metric}
+        cost = layer_cost(exits, config.method)
+        return tuning_area(np.asarray(answer.logits), labels, exits, cost, identity)
 
 
 def tuning_area(

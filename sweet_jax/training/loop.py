@@ -66,7 +66,7 @@ def take_steps(
     bar: tqdm,
     exits: Sequence[int],
     save: Callable[[int, Any], None],
-    is_over: Callable[[int, Any], bool] | None = None,
+    evaluate: Callable[[int, Any], bool] | None = None,
 ) -> Any:
     """Takes the steps; metrics are read some steps late, so that no device waits for them.
 
@@ -79,8 +79,8 @@ def take_steps(
       bar: its total is that of all steps from 0.
       exits: layer numbers, for what is said of an exit.
       save: saves a state as of a step.
-      is_over: evaluates a state as of a step, every `span.check` steps and after the last one;
-        whether training ends.
+      evaluate: evaluates a state as of a step, every `span.check` steps and after the last one;
+        returns whether training ends with it.
 
     Returns:
       The state after the last step.
@@ -118,8 +118,8 @@ def take_steps(
             late.append((number, length, values))
             log_late(left=plan.lag)
             last, stopped = number + 1 == span.stop, stops_now()
-            if is_over is not None and (last or (number + 1) % span.check == 0):
-                last = is_over(number + 1, state) or last
+            if evaluate is not None and (last or (number + 1) % span.check == 0):
+                last = evaluate(number + 1, state) or last
             if last or (number + 1) % span.every == 0 or stopped:
                 log_late(left=0)
                 if metrics is not None:

@@ -9,9 +9,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -23,18 +22,15 @@ from sweet_jax.data.batches import (
     steps_per_epoch,
     training_picks,
 )
-from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.models.pretrained import Checkpoint
-from sweet_jax.processes import broadcast_from_first
 from sweet_jax.training.checkpoint import Checkpoints, like
-from sweet_jax.training.early_stopping import Best, first_best, tuning_area, updated
-from sweet_jax.training.evaluation import compile_evaluation, evaluate
+from sweet_jax.training.early_stopping import BestKeeper, Tuning
 from sweet_jax.training.growth import base_of
 from sweet_jax.training.initial import Training, initial_state
 from sweet_jax.training.loop import Span, shown, take_steps
 from sweet_jax.training.probe import Classifiers, with_classifiers
-from sweet_jax.training.schedule import check_interval, is_over, search_steps, training_steps
-from sweet_jax.training.sharding import mesh_of, resharded, to_host, without_axis
+from sweet_jax.training.schedule import check_interval, search_steps, training_steps
+from sweet_jax.training.sharding import resharded, to_host, with_axis, without_axis
 from sweet_jax.training.spread import Plan, gathered, spread_segments, spread_whole
 from sweet_jax.training.step import Params, State, StepSettings
 
@@ -48,13 +44,6 @@ class Timing:
     seconds: float
     examples: int  # rows of all replicas that were trained on
     best_steps: tuple[int, ...] = ()  # of every replica, where the best state was kept
-
-
-class Tuning(NamedTuple):
-    """The rows that choose a step, and what is measured on them."""
-
-    rows: np.ndarray  # int [R, M]
-    metric: str
 
 
 def fit(
@@ -107,7 +96,8 @@ def fit(
     keeper = None
     if config.epochs == AUTO and not short:
         assert tuning is not None, "epochs=auto needs tuning rows"
-        keeper = BestKeeper(config, training, graphdef, plan, tokens, tuning, state)
+        interval = check_interval(config.epochs, stop)
+        keeper = BestKeeper(config, training, graphdef, plan, tokens, tuning, state, interval)
     grouped = tokens.lengths if config.group_by_length else None
 
     def batch(number: int) -> tuple[Any, int]:
@@ -121,7 +111,7 @@ def fit(
             log.info("%s: going on from step %d of %d", training.name, start, stop)
         began = time.perf_counter()
         epoch = steps_per_epoch(len(rows[0]), config.batch_size)
-        check = 0 if short else check_interval(config.epochs, stop)
+        check = 0 if keeper is None else keeper.interval
         span = Span(start, stop, epoch, config.checkpoint_every, check)
         examples = config.batch_size * len(seeds)
 
@@ -131,87 +121,22 @@ def fit(
 
         with shown(workdir, training.name, training.exits, span, examples) as (metrics, bar):
             parts = plan.parts(state)
-            over: Callable[[int, Any], bool] | None = None
+            evaluate: Callable[[int, Any], bool] | None = None
             if keeper is not None:
-                keeper.log = metrics
-                over = keeper.check(check)
+                keeper.log, evaluate = metrics, keeper.evaluate
                 if start == 0:
-                    over(0, parts)
-            if keeper is None or not keeper.is_over(start, check):
-                arguments = (plan, parts, batch, span, metrics, bar, training.exits, save, over)
-                parts = take_steps(*arguments)
+                    evaluate(0, parts)
+            if keeper is None or not keeper.has_ended(start):
+                exits = training.exits
+                parts = take_steps(plan, parts, batch, span, metrics, bar, exits, save, evaluate)
             if stop == 0:
                 save(0, parts)
     best = plan.whole(parts).params if keeper is None else keeper.best.params
-    params = _with_axis(config, gathered(config, best))
+    params = with_axis(gathered(config, best), len(seeds))
     taken = max(0, _step(plan.whole(parts)) - start)
     steps = () if keeper is None else tuple(np.atleast_1d(keeper.best.step).tolist())
     timing = Timing(time.perf_counter() - began, taken * examples, steps)
     return graphdef, params, timing
-
-
-class BestKeeper:
-    """Keeps the best state of a training, on the devices and in its checkpoints.
-
-    Attributes:
-      best: so far.
-      log: of the training, None where this process writes none.
-
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        training: Training,
-        graphdef: nnx.GraphDef,
-        plan: Plan,
-        tokens: Tokens,
-        tuning: Tuning,
-        state: State,
-    ):
-        self._config, self._training, self._plan = config, training, plan
-        self._graphdef, self._tokens, self._tuning = graphdef, tokens, tuning
-        self.first = first_best(state.params, state.learning_rate)
-        small = plan.shardings.learning_rate
-        self.shardings = Best(plan.shardings.params, small, small)
-        self.best: Best = self.first
-        self.log: Any = None
-
-    def saved(self, state: State) -> dict[str, Any]:
-        """Returns the tree that a checkpoint holds."""
-        return {"state": state, "best": resharded(self.best, self.shardings)}
-
-    def check(self, interval: int) -> Callable[[int, Any], bool]:
-        """Returns (step, parts of the state) → whether training ends, evaluating that state."""
-
-        def evaluate_at(step: int, parts: Any) -> bool:
-            params = self._plan.whole(parts).params
-            area = broadcast_from_first(self._area(params))
-            if self.log is not None:
-                self.log.add_tuning(step, area.tolist())
-            area = without_axis(area, len(area))
-            count = self._tuning.rows.shape[1]
-            self.best = updated(self.best, params, area, step, count, self._tuning.metric)
-            return self.is_over(step, interval)
-
-        return evaluate_at
-
-    def is_over(self, step: int, interval: int) -> bool:
-        """Returns whether no replica has improved for long enough before `step`."""
-        newest = int(np.max(self.best.step))
-        return step > 0 and step % interval == 0 and is_over(step, newest, interval)
-
-    def _area(self, params: Params) -> np.ndarray:
-        config, rows = self._config, self._tuning.rows
-        params = _with_axis(config, gathered(config, params))
-        mesh = mesh_of(params)
-        program = compile_evaluation(config, self._graphdef, mesh, features=config.tunes)
-        answer = evaluate(config, program, params, self._tokens, rows)
-        exits = self._training.exits
-        cost = layer_cost(exits, config.method)
-        identity = {"metric": self._tuning.metric}
-        logits = np.asarray(answer.logits)
-        return tuning_area(logits, self._tokens.labels[rows], exits, cost, identity)
 
 
 def _restored(
@@ -235,10 +160,6 @@ def _probed(config: Config, params: Params, training: Training, probe: Classifie
     kept = base.exits if base is not None else ()
     exits = [e for e in training.exits if e not in kept]
     return with_classifiers(params, exits, probe, [config.exits.index(e) for e in exits])
-
-
-def _with_axis(config: Config, params: Params) -> Params:
-    return params if len(config.replicas()) > 1 else jax.tree.map(lambda x: x[None], params)
 
 
 def _step(state: State) -> int:

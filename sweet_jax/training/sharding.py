@@ -122,6 +122,11 @@ def without_axis(tree: Any, replicas: int) -> Any:
     return tree if replicas > 1 else jax.tree.map(lambda x: x[0], tree)
 
 
+def with_axis(tree: Any, replicas: int) -> Any:
+    """Returns arrays [R, ...] of what `without_axis` returned."""
+    return tree if replicas > 1 else jax.tree.map(lambda x: x[None], tree)
+
+
 def over_replicas(function: Callable, replicas: int) -> Callable:
     """`function` of one replica, over the leading axis R of all its arguments and results.
 
