@@ -91,7 +91,9 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     _plot_baselines(axes, results)
     axes.set_xlabel("cost (share of the full model's layers)")
     axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
-    axes.legend(frameon=False, fontsize=7)
+    # Below the axes: inside them it would cover a baseline's mark.
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.set_size_inches(6.4, 5.4)
     return figure
 
 
