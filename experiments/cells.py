@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.exits.analysis import area
+from sweet_jax.distributed import PreemptedError
+from sweet_jax.exits.analysis import curve_area
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json
 from sweet_jax.pipeline import run
-from sweet_jax.processes import StoppedError
 
 # Training rows and mean tokens of a batch's longest text, to guess which cell takes longest.
 _SIZES = {
@@ -111,7 +111,7 @@ def attempt(one: Cell, output: Path, workdir: Path) -> dict[str, Any]:
         record = record_of(results) | {"config": identity(one.config), "data_sha256": data}
         write_json(record_path(output, one.name), record)
         shutil.rmtree(workdir, ignore_errors=True)  # gigabytes of checkpoints; the cell is done
-    except StoppedError:
+    except PreemptedError:
         raise
     except Exception as error:
         text = " ".join(str(error).split())
@@ -141,7 +141,7 @@ def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
         # The grid's, as the paper's tables have it: the exact curve follows from the outputs.
         {k: replica[k] for k in _KEPT_OF_REPLICA}
         | {"at_cost": replica["grid_at_cost"]}
-        | {"area": area(*(np.asarray(replica["curve"][k]) for k in ("cost", "score")))}
+        | {"area": curve_area(*(np.asarray(replica["curve"][k]) for k in ("cost", "score")))}
         for replica in results["replicas"]
     ]
     return {k: results[k] for k in _KEPT} | {

@@ -22,9 +22,9 @@ from typing import Any
 
 from experiments.cells import Cell, attempt, record_path, time_left
 from sweet_jax.config import UserError
-from sweet_jax.files import held
-from sweet_jax.processes import StoppedError
-from sweet_jax.training.loop import termination
+from sweet_jax.distributed import PreemptedError
+from sweet_jax.files import lock_directory
+from sweet_jax.training.loop import termination_event
 
 _ROOT = Path(__file__).resolve().parent.parent
 _GRACE = 60.0  # seconds that stopped cells have to save their state
@@ -73,7 +73,7 @@ def run(
 
     """
     check_options(options)
-    with _connected(options) as ray, termination((signal.SIGTERM, signal.SIGINT)) as stopped:
+    with _connected(options) as ray, termination_event((signal.SIGTERM, signal.SIGINT)) as stopped:
         demand = demanded(options, [n["Resources"] for n in ray.nodes() if n["Alive"]])
         began, total, worked, ended = time.monotonic(), sum(c.work for c in cells), 0.0, 0
         running = {_submit(ray, one, options, demand): (one, 1) for one in cells}
@@ -96,7 +96,7 @@ def run(
                 yield one, what | {"attempts": times}
         if stopped.is_set():
             yield from _stop(ray, running)
-            raise StoppedError(f"stopped with {ended} of {len(cells)} cells ended")
+            raise PreemptedError(f"stopped with {ended} of {len(cells)} cells ended")
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -209,7 +209,7 @@ def _hear(ray: types.ModuleType, stream: Any) -> tuple[str, Any]:
     except StopIteration:  # a cancelled task may just end
         return "lost", "its worker was told to stop"
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, StoppedError | ray.exceptions.TaskCancelledError):
+        if isinstance(error.cause, PreemptedError | ray.exceptions.TaskCancelledError):
             return "lost", "its worker was told to stop"
         text = f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}"
         return "ended", {"state": "failed", "error": text, "traceback": f"{error}\n"}
@@ -285,12 +285,12 @@ def _check_node(kind: str, folder: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def _held_soon(folder: Path) -> Iterator[None]:
-    """Holds a directory as `held` does, but waits for a holder that may be gone already."""
+    """Locks a directory as `lock_directory` does, but waits for an owner that may be gone."""
     deadline = time.monotonic() + _LEASE
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(held(folder))
+                stack.enter_context(lock_directory(folder))
                 break
             except UserError:
                 if time.monotonic() > deadline:
@@ -300,4 +300,4 @@ def _held_soon(folder: Path) -> Iterator[None]:
 
 
 def _raise_stopped(*_: Any) -> None:
-    raise StoppedError("stopped by SIGTERM")
+    raise PreemptedError("stopped by SIGTERM")

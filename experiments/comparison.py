@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.metrics import mean_interval
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.scores import mean_interval
 from sweet_jax.exits.simulation import Curve
 
 Record = Mapping[str, Any]

@@ -37,17 +37,17 @@ import numpy as np
 
 from experiments.options import MODELS, encoder_note
 from experiments.rendering import Section
+from sweet_jax.arguments import ArgumentParser
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_picks
-from sweet_jax.exits.scores import mean_interval
+from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_batch_indices
+from sweet_jax.exits.metrics import mean_interval
 from sweet_jax.files import write_json
-from sweet_jax.flags import Parser
-from sweet_jax.job import Job, prepare
-from sweet_jax.models.layers import derive
-from sweet_jax.report.plots import conflict_figure, write_figure
+from sweet_jax.models.layers import derive_key
+from sweet_jax.preparation import PreparedRun, prepare
+from sweet_jax.report.figures import conflict_figure, write_figure
 from sweet_jax.training.conflict import gradient_conflict
-from sweet_jax.training.initial import trainings
-from sweet_jax.training.run import fit
+from sweet_jax.training.fit import fit
+from sweet_jax.training.initialization import model_specs
 
 HEADER = ("layer", "exits", "cosine")
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("experiments.conflict", __doc__ or "")
+    parser = ArgumentParser("experiments.conflict", __doc__ or "")
     parser.add_argument("--task", default="mnli", help="a GLUE task (mnli)")
     parser.add_argument("--data_dir", default="", help="of <task>/*.parquet; default the hub")
     parser.add_argument("--checkpoint", default=MODELS["minilm-l6"]["checkpoint"])
@@ -148,9 +148,9 @@ def configuration(options: argparse.Namespace) -> Config:
     )
 
 
-def measure(job: Job, batches: int) -> np.ndarray:
+def measure(job: PreparedRun, batches: int) -> np.ndarray:
     """Trains as the job's config says; the conflict on each of the next batches, [.., E, E, E]."""
-    config, training = job.config, trainings(job.config)[0]
+    config, training = job.config, model_specs(job.config)[0]
     rows = [trained for trained, _ in job.rows]
     with tempfile.TemporaryDirectory(prefix="conflict_") as workdir:
         classes = len(job.dataset.classes)
@@ -163,9 +163,9 @@ def measure(job: Job, batches: int) -> np.ndarray:
     each = []
     for number in range(config.max_steps, config.max_steps + batches):
         # What training would have read next, under the masks it would have drawn.
-        picked = training_picks(rows, [seed], number, config.batch_size)[0]  # [B]
+        picked = training_batch_indices(rows, [seed], number, config.batch_size)[0]  # [B]
         batch = pad_rows(job.train, picked, lengths)
-        key = derive(jax.random.key(jnp.uint32(seed)), "dropout", number)
+        key = derive_key(jax.random.key(jnp.uint32(seed)), "dropout", number)
         each.append(np.asarray(measured(params, batch, key)))
     return np.stack(each)
 

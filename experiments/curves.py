@@ -25,7 +25,7 @@ from experiments.comparison import PAIRED, Records, chosen, differences, interva
 from experiments.grid import main
 from experiments.options import chosen_tasks, method_cells, settings
 from experiments.rendering import Section, legend, panels, renderer
-from sweet_jax.exits.scores import mean_interval
+from sweet_jax.exits.metrics import mean_interval
 
 COLOURS = {"multi_model": "#e8833a", "early_exit": "#440154", "sweet": "#21918c"}
 _COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # where the paper reads its curves, within all methods' reach

@@ -35,8 +35,8 @@ from experiments.cells import Cell, attempt, identity, load, record_path, time_l
 from experiments.options import chosen_tasks, default_output, method_cells, parser
 from sweet_jax.config import UserError
 from sweet_jax.data.tasks import GLUE
-from sweet_jax.files import held, write_json
-from sweet_jax.processes import StoppedError
+from sweet_jax.distributed import PreemptedError
+from sweet_jax.files import lock_directory, write_json
 
 
 def refuse_twins(cells: Iterable[Cell]) -> None:
@@ -88,7 +88,7 @@ def main(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except StoppedError as stop:
+    except PreemptedError as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
         return 1
     return 0 if sound else 1
@@ -103,7 +103,7 @@ def run_cells(cells: Sequence[Cell], options: argparse.Namespace) -> bool:
 
     """
     output: Path = options.output
-    with held(output, "--output"):
+    with lock_directory(output, "--output"):
         done = load(output, cells)
         states = _states(output)
         for one in cells:

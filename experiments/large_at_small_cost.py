@@ -33,8 +33,8 @@ from experiments.curves import COLOURS
 from experiments.options import chosen_tasks, method_cells, settings
 from experiments.rendering import Section, panels, renderer
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.exits.dials import make_dials
-from sweet_jax.exits.scores import mean_interval
+from sweet_jax.exits.metrics import mean_interval
+from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 
@@ -91,7 +91,7 @@ def at_cost(folder, replica: int, cost: np.ndarray, limits: np.ndarray) -> np.nd
         dataclasses.replace(ExitOutputs.load(folder / f"{split}.npz").replica(replica), cost=cost)
         for split in ("calibration", "validation")
     )
-    dials = make_dials(calibration, ("confidence",))
+    dials = make_resolver(calibration, ("confidence",))
     chosen = [dials.trades["confidence"].within_cost(limit) for limit in limits]
     thresholds = np.asarray([np.inf if t is None else t for t in chosen])
     scores = simulate(validation, fitted=dials.fitted, thresholds=thresholds).score[0]

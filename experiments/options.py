@@ -9,9 +9,9 @@ from typing import Any
 
 from experiments import cluster
 from experiments.cells import Cell
+from sweet_jax.arguments import ArgumentParser
 from sweet_jax.config import METHODS, UserError, check_choice, from_mapping, split_names
 from sweet_jax.data.tasks import GLUE
-from sweet_jax.flags import Parser
 
 # The four models of the SWEET paper's experimental setup, and a small one that a laptop can train.
 _PAPER_LENGTH = 256
@@ -42,9 +42,9 @@ _MINILM = (
 )
 
 
-def parser(doc: str | None) -> Parser:
+def parser(doc: str | None) -> ArgumentParser:
     """The options that all scripts of the grid share; what is wrong with them is a UserError."""
-    made = Parser(f"experiments.{Path(sys.argv[0]).stem}", doc or "")
+    made = ArgumentParser(f"experiments.{Path(sys.argv[0]).stem}", doc or "")
     add = made.add_argument
     add("--model", default="minilm-l6", choices=MODELS)
     add("--tasks", default="sst2,mrpc,cola,rte", help="of GLUE; default: %(default)s")

@@ -20,13 +20,13 @@ import torch
 import transformers
 from flax import nnx
 
-from sweet_jax.models.names import hugging_face_name, is_matrix
 from sweet_jax.models.pretrained import (
     hidden_states,
     load_tokenizer,
     open_checkpoint,
     read_encoder,
 )
+from sweet_jax.models.tensor_names import hugging_face_name, is_transposed
 
 TEXTS = [
     "Classifiers built on pretrained encoders spend the same compute on every text.",
@@ -78,7 +78,7 @@ def main() -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         name = hugging_face_name(tuple(p.key for p in path))
         wanted = exact_grads[name]
-        found = np.asarray(leaf).T if is_matrix(name) else np.asarray(leaf)
+        found = np.asarray(leaf).T if is_transposed(name) else np.asarray(leaf)
         # Of the tensor's largest entry where that is above 1: sums over all tokens and layers.
         scale = max(1, np.abs(wanted).max())
         gaps[name] = [float(np.abs(g - wanted).max() / scale) for g in (found, their_grads[name])]

@@ -32,10 +32,10 @@ from experiments.options import chosen_tasks, method_cells
 from experiments.rendering import Section, legend, panels, renderer
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.dials import make_dials
-from sweet_jax.exits.policies import exit_scores
-from sweet_jax.exits.risk import harms
-from sweet_jax.exits.scores import wilson_interval
+from sweet_jax.exits.certificates import exit_losses
+from sweet_jax.exits.metrics import wilson_interval
+from sweet_jax.exits.operating_point import make_resolver
+from sweet_jax.exits.policies import exit_confidences
 
 # Title, policy, and whether the threshold is chosen on calibration rows (else it is the target).
 RULES = (
@@ -81,7 +81,7 @@ def control(rows: ExitOutputs, targets: np.ndarray, splits: int, seed: int = 0) 
     for split in range(splits):
         order = np.random.default_rng([seed, split]).permutation(count)
         fitting, untouched = rows.rows(order[: count // 2]), rows.rows(order[count // 2 :])
-        dials = make_dials(fitting, tuple(policy for _, policy, choose in RULES if choose))
+        dials = make_resolver(fitting, tuple(policy for _, policy, choose in RULES if choose))
         for number, (_, policy, choose) in enumerate(RULES):
             thresholds = targets
             if choose:
@@ -100,12 +100,12 @@ def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.nd
     Calibration rows, `size` of them, are drawn with replacement; the truth is known: it is the
     share harmed of all rows.
     """
-    count, harmful = rows.labels.shape[1], harms(rows, 0, "risk")
+    count, harmful = rows.labels.shape[1], exit_losses(rows, 0, "risk")
     found = np.zeros((len(LIMITS), 3))
     for draw in range(draws):
         drawn = np.random.default_rng([seed, draw]).integers(0, count, size)
-        dials = make_dials(rows.rows(drawn), ("confidence",))
-        points = np.maximum.accumulate(exit_scores(rows, "confidence", dials.halved)[0, :-1])
+        dials = make_resolver(rows.rows(drawn), ("confidence",))
+        points = np.maximum.accumulate(exit_confidences(rows, "confidence", dials.halved)[0, :-1])
         for number, limit in enumerate(LIMITS):
             threshold = dials.certificate("confidence", "risk", limit, LEVEL).threshold
             place = np.full(count, len(rows.layers) - 1)

@@ -58,26 +58,26 @@ from experiments.recipe_results import (
     write_record,
 )
 from experiments.recipe_tables import render
+from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
-from sweet_jax.compilation import keep_programs
+from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.distributed import PreemptedError
 from sweet_jax.exits.analysis import analyse
-from sweet_jax.files import held
-from sweet_jax.flags import Parser
-from sweet_jax.job import Job, prepare
-from sweet_jax.models.early_exit import Answer
+from sweet_jax.files import lock_directory
+from sweet_jax.head_fitting import fit_probe, select_replicas
+from sweet_jax.learning_rate_search import search_rate
+from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.pipeline import exit_outputs
-from sweet_jax.processes import StoppedError
-from sweet_jax.rate_search import search_rate
+from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.report.baselines import Baseline
-from sweet_jax.training.early_stopping import Tuning
+from sweet_jax.training.early_stopping import TuningRows
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.initial import trainings
+from sweet_jax.training.fit import fit
+from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.probe import fit_classifiers
-from sweet_jax.training.run import fit
 from sweet_jax.training.sharding import mesh_of
 from sweet_jax.training.step import Params
-from sweet_jax.tuning import fit_probe, pick_replicas
 
 # The first is kept unless another is clearly better. For the methods as they are, and the plain
 # full model, that is the rate that this repository has had for MiniLM.
@@ -164,13 +164,15 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
         measured = {b.name: _of_baseline(job, b) for b in tried}
         return CellRecord(_identity(config), _counts(job), measured, {"seconds": _since(began)})
     if probe is not None:
-        probe = probe.pick([s for s in range(len(SEEDS)) for _ in config.learning_rates])  # [R]
+        probe = probe.select_replicas(
+            [s for s in range(len(SEEDS)) for _ in config.learning_rates]
+        )  # [R]
     job, probe, search = search_rate(job, probe, workdir)
-    found: dict[str, list[tuple[Answer, Answer]]] = {"trained": [], "refit": []}
+    found: dict[str, list[tuple[ModelOutput, ModelOutput]]] = {"trained": [], "refit": []}
     steps: list[list[int]] = []
-    for training in trainings(config):
+    for training in model_specs(config):
         rows = [own for own, _ in job.rows]
-        tuning = Tuning(np.stack(job.tuning), job.dataset.task.metric)
+        tuning = TuningRows(np.stack(job.tuning), job.dataset.task.metric)
         graphdef, params, spent = fit(
             job.config,
             job.checkpoint,
@@ -200,7 +202,9 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
     return CellRecord(_identity(config), _counts(job), measured, about)
 
 
-def _answers(job: Job, graphdef: nnx.GraphDef, params: Params) -> dict[str, tuple[Answer, Answer]]:
+def _answers(
+    job: PreparedRun, graphdef: nnx.GraphDef, params: Params
+) -> dict[str, tuple[ModelOutput, ModelOutput]]:
     """Returns what the exits say of calibration and validation rows, as trained and refitted.
 
     In one pass over all rows: both kinds have the same trunk, and the refit its features.
@@ -226,9 +230,9 @@ def _answers(job: Job, graphdef: nnx.GraphDef, params: Params) -> dict[str, tupl
         len(job.dataset.classes),
     )
 
-    def by_refit(answer: Answer) -> Answer:
+    def by_refit(answer: ModelOutput) -> ModelOutput:
         logits = np.asarray(answer.features) @ refitted.kernel  # [R, E, N, C]
-        return Answer(jnp.asarray(logits + refitted.bias[:, :, None]))
+        return ModelOutput(jnp.asarray(logits + refitted.bias[:, :, None]))
 
     held = slice(ends[1], None)
     calibration = jax.tree.map(lambda x: x[:, :, held], train)
@@ -241,14 +245,14 @@ def _answers(job: Job, graphdef: nnx.GraphDef, params: Params) -> dict[str, tupl
     }
 
 
-def _first_rate(job: Job) -> Job:
+def _first_rate(job: PreparedRun) -> PreparedRun:
     """Returns the job of the first rate's replicas: no probe or baseline depends on a rate."""
     rates = job.config.learning_rates
     replicas = [seed * len(rates) for seed in range(len(job.config.seeds))]
-    return pick_replicas(job, dataclasses.replace(job.config, learning_rates=rates[:1]), replicas)
+    return select_replicas(job, dataclasses.replace(job.config, learning_rates=rates[:1]), replicas)
 
 
-def _of_baseline(job: Job, baseline: Baseline) -> Measured:
+def _of_baseline(job: PreparedRun, baseline: Baseline) -> Measured:
     """Returns what is measured of a baseline: one exit, whose score is its area."""
     right = np.stack(
         [baseline.of(r) == job.validation.labels for r in range(len(job.rows))]
@@ -261,7 +265,7 @@ def _identity(config: Config) -> dict[str, Any]:
     return {k: v for k, v in identity(config).items() if k != "data_files"}
 
 
-def _counts(job: Job) -> dict[str, int]:
+def _counts(job: PreparedRun) -> dict[str, int]:
     own, held = job.rows[0]
     return {
         "train": len(own),
@@ -287,7 +291,7 @@ def run_missing(options: argparse.Namespace) -> bool:
         print(f"[{number}/{len(missing)}] {name} {variant}", flush=True)
         try:
             record = run_variant(name, variant, options)
-        except (UserError, StoppedError):
+        except (UserError, PreemptedError):
             raise
         except Exception:  # one that fails must not stop the others
             traceback.print_exc()
@@ -304,7 +308,7 @@ def run_missing(options: argparse.Namespace) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0 done, 1 a cell failed or was stopped, 2 bad input."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
-    parser = Parser("experiments.recipe", __doc__ or "")
+    parser = ArgumentParser("experiments.recipe", __doc__ or "")
     parser.add_argument("--data_dir", type=Path, help="GLUE: <task>/{train,validation}.parquet")
     parser.add_argument("--text_dir", type=Path, help="of ag_news and banking77, laid out alike")
     parser.add_argument("--workdir", type=Path, default=Path("runs/recipe"))
@@ -326,14 +330,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.render_only:
             if options.data_dir is None or options.text_dir is None:
                 raise UserError("give --data_dir and --text_dir, or --render_only")
-            keep_programs(least_seconds=1.0)
-            with held(options.workdir, "--workdir"):
+            enable_compilation_cache(least_seconds=1.0)
+            with lock_directory(options.workdir, "--workdir"):
                 sound = run_missing(options)
         render(options.output, (BASELINES, *VARIANTS))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except StoppedError as stop:
+    except PreemptedError as stop:
         print(f"{stop}; run the same command to resume", file=sys.stderr)
         return 1
     return 0 if sound else 1

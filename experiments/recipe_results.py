@@ -13,9 +13,9 @@ import numpy as np
 
 from experiments.comparison import mean_to_full
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.files import write_json, written_aside
+from sweet_jax.files import atomic_write, write_json
 
 _DRAWS = 200
 
@@ -92,7 +92,7 @@ def draws(count: int) -> np.ndarray:
 def measure(analysis: Analysis) -> Measured:
     """Measures a run by the exact curve of its own policy."""
     outputs = analysis.validation
-    scores = exit_scores(outputs, analysis.policy, analysis.fitted)  # [S, E, N]
+    scores = exit_confidences(outputs, analysis.policy, analysis.fitted)  # [S, E, N]
     right = outputs.predictions == outputs.labels[:, None]  # [S, E, N]
     drawn = draws(outputs.labels.shape[1])
     areas = []
@@ -126,7 +126,7 @@ def write_record(output: Path, name: str, variant: str, record: CellRecord) -> N
         for kind, measured in record.measured.items()
         for field in ("drawn_exits", "drawn_area")
     }
-    with written_aside(path.with_suffix(".npz")) as aside:
+    with atomic_write(path.with_suffix(".npz")) as aside:
         np.savez_compressed(aside, **arrays)
     values = {
         "config": dict(record.config),

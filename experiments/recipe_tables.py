@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.recipe_results import CELLS, Measured, read_record, record_path
-from sweet_jax.exits.scores import mean_interval
-from sweet_jax.files import write_text, written_aside
+from sweet_jax.exits.metrics import mean_interval
+from sweet_jax.files import atomic_write, write_text
 
 
 class Interval(NamedTuple):
@@ -236,7 +236,7 @@ def _write_scores(output: Path, variants: Sequence[str]) -> None:
                             }
                         )
     if rows:
-        with written_aside(output / "scores.csv") as aside, aside.open("w", newline="") as file:
+        with atomic_write(output / "scores.csv") as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

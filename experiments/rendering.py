@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments.comparison import Records
 from experiments.options import command, encoder_note, settings
-from sweet_jax.files import write_json, write_text, written_aside
+from sweet_jax.files import atomic_write, write_json, write_text
 
 _NAMED = 4  # unfinished cells, at most, that a note names one by one
 
@@ -61,7 +61,7 @@ def write_sections(output: Path, name: str, sections: Sequence[Section]) -> None
                 stable = matplotlib.rc_context({"svg.hashsalt": section.name})
                 undated = {"Date": None} if suffix == "svg" else {}
                 path = output / "figures" / f"{section.name}.{suffix}"
-                with stable, written_aside(path) as aside:
+                with stable, atomic_write(path) as aside:
                     section.figure.savefig(aside, dpi=130, metadata=undated)
     text = "\n".join(markdown(section, "../figures") for section in sections)
     write_text(output / "tables" / f"{name}.md", text)

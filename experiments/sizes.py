@@ -35,7 +35,7 @@ from experiments.curves import COLOURS
 from experiments.options import cell, chosen_methods, chosen_tasks, method_cells, settings
 from experiments.rendering import Section, legend, panels, renderer
 from sweet_jax.config import Config, UserError, split_names
-from sweet_jax.exits.scores import mean_interval
+from sweet_jax.exits.metrics import mean_interval
 
 SIZES = "500,1500,3000"
 _AREAS = {"area": areas_to_full, "grid area": grid_areas}

@@ -7,14 +7,14 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.simulation import simulate
 
 if TYPE_CHECKING:
-    from sweet_jax.inference import AdaptiveClassifier
+    from sweet_jax.inference.classifier import AdaptiveClassifier
     from sweet_jax.models.pretrained import load_encoder
 
 __version__ = "0.1.0"
 
 # Looked up on first use: what needs no accelerator does not wait for JAX to be imported.
 _HOMES = {
-    "AdaptiveClassifier": "sweet_jax.inference",
+    "AdaptiveClassifier": "sweet_jax.inference.classifier",
     "load_encoder": "sweet_jax.models.pretrained",
 }
 __all__ = ["AdaptiveClassifier", "ExitOutputs", "load_encoder", "simulate"]

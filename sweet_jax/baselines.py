@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import draw_tuning_rows
-from sweet_jax.job import Job
-from sweet_jax.report.baselines import Baseline, majority, tfidf
-from sweet_jax.training.early_stopping import Tuning
+from sweet_jax.data.batches import split_tuning_rows
+from sweet_jax.head_fitting import Probe, fit_probe
+from sweet_jax.preparation import PreparedRun
+from sweet_jax.report.baselines import Baseline, majority_class, tfidf_predictions
+from sweet_jax.training.early_stopping import TuningRows
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.initial import trainings
-from sweet_jax.training.run import fit
+from sweet_jax.training.fit import fit
+from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.sharding import mesh_of
-from sweet_jax.tuning import Probe, fit_probe
 
 log = logging.getLogger(__name__)
 
 
-def run_baselines(job: Job, probe: Probe | None, workdir: Path) -> list[Baseline]:
+def run_baselines(job: PreparedRun, probe: Probe | None, workdir: Path) -> list[Baseline]:
     """Returns the baselines that `baselines` asks for, with their answers to the validation rows.
 
     "quick": the majority class, TF-IDF with logistic regression, and a frozen encoder with mean
@@ -51,7 +51,7 @@ def run_baselines(job: Job, probe: Probe | None, workdir: Path) -> list[Baseline
     return found
 
 
-def _without_encoder(job: Job) -> list[Baseline]:
+def _without_encoder(job: PreparedRun) -> list[Baseline]:
     """Returns the majority class and TF-IDF, fitted on training and calibration rows together.
 
     Nothing of them is calibrated, so that a user would fit them on all rows; their strength is
@@ -68,22 +68,24 @@ def _without_encoder(job: Job) -> list[Baseline]:
             texts = [job.texts[i] for i in rows]
             chosen_on = ([job.texts[i] for i in tuning], labels[tuning]) if len(tuning) else None
             by_seed[seed] = (
-                majority(labels[rows], count, len(job.dataset.classes)),
-                tfidf(texts, labels[rows], job.dataset.validation.texts, tuning=chosen_on),
+                majority_class(labels[rows], count, len(job.dataset.classes)),
+                tfidf_predictions(
+                    texts, labels[rows], job.dataset.validation.texts, tuning=chosen_on
+                ),
             )
         each.append(by_seed[seed])
     most, words = (np.stack(predictions) for predictions in zip(*each, strict=True))
     return [Baseline("majority", most, 0.0), Baseline("tfidf", words, 0.0)]
 
 
-def _frozen_probe(job: Job, folder: Path) -> Probe | None:
+def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
     """Returns the probe of a run that has none of its own; None where rows are too few for one."""
     config = dataclasses.replace(job.config, pooling="mean", learning_to_exit="", grow_from="")
     rows, tuning = job.rows, job.tuning
     if not config.tunes:
         try:
             split = [
-                draw_tuning_rows(job.train.labels, own, config.tuning_fraction, seed)
+                split_tuning_rows(job.train.labels, own, config.tuning_fraction, seed)
                 for (seed, _), (own, _) in zip(config.replicas(), job.rows, strict=True)
             ]
         except UserError:
@@ -116,16 +118,16 @@ def _plain(config: Config) -> Config:
     )
 
 
-def _fine_tuned(job: Job, folder: Path) -> np.ndarray:
+def _fine_tuned(job: PreparedRun, folder: Path) -> np.ndarray:
     """Returns the answers of the plain fine-tuned full model, int64 [R, N].
 
     With the run's own rows, epochs, and the learning rates that the run chose.
     """
     config = _plain(job.config)
     log.info("baseline: the plain fine-tuned full model")
-    (training,) = trainings(config)
+    (training,) = model_specs(config)
     rows = [own for own, _ in job.rows]
-    tuning = Tuning(np.stack(job.tuning), job.dataset.task.metric)
+    tuning = TuningRows(np.stack(job.tuning), job.dataset.task.metric)
     classes = len(job.dataset.classes)
     graphdef, params, _ = fit(
         config, job.checkpoint, training, classes, job.train, rows, folder, tuning=tuning

@@ -26,13 +26,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from sweet_jax.arguments import ArgumentParser, parse_targets, run_command
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
-from sweet_jax.flags import Parser, command, dials
-from sweet_jax.inference import AdaptiveClassifier
-from sweet_jax.serving import run_exported
-from sweet_jax.serving.programs import Stage, compute, needed, plan
-from sweet_jax.serving.saved import SavedModel, open_model
+from sweet_jax.inference import run_exported
+from sweet_jax.inference.artifact import SavedModel, open_model
+from sweet_jax.inference.classifier import AdaptiveClassifier
+from sweet_jax.inference.jax_engine import Stage, make_stages, run_stage, stage_parameters
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _POLICIES = ("confidence", "raw_confidence")
@@ -40,23 +40,23 @@ _POLICIES = ("confidence", "raw_confidence")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return command(lambda: _run(_parse(argv)))
+    return run_command(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("sweet_jax.export", __doc__ or "")
+    parser = ArgumentParser("sweet_jax.export", __doc__ or "")
     parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
     parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_dials()
+    parser.add_target_arguments()
     parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
     options = parser.parse_args(argv)
-    dials(options)
+    parse_targets(options)
     return options
 
 
 def _run(options: argparse.Namespace) -> None:
     model = open_model(options.model)
-    classifier = AdaptiveClassifier(model, options.policy, dials(options))
+    classifier = AdaptiveClassifier(model, options.policy, parse_targets(options))
     length = model.max_length if options.length is None else options.length
     if not 1 <= length <= model.max_length:
         raise UserError(f"--length must be from 1 to {model.max_length}; got {length}")
@@ -86,11 +86,11 @@ def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output {str(folder)!r}: {error.strerror}") from error
-    stages = plan(model.networks)
+    stages = make_stages(model.networks)
     parameters: dict[str, Any] = {}
     chain = []
     for stage in stages:
-        own = needed(stage, model.networks[stage.network].params)
+        own = stage_parameters(stage, model.networks[stage.network].params)
         names = {f"{stage.network}/{name}": value for name, value in own.items()}
         parameters |= names
         program = f"stage_{stage.end:02d}.bin"
@@ -123,7 +123,7 @@ def _program(model: SavedModel, stage: Stage, params: list[Any], length: int) ->
         if stage.embeds:
             batch |= {"input_ids": given[0], "token_type_ids": given[1]}
             h = None
-        h, answers = compute(network, stage, params, h, batch)
+        h, answers = run_stage(network, stage, params, h, batch)
         return h, answers[:, : len(model.classes)]
 
     (batch,) = jax.export.symbolic_shape("b")

@@ -11,7 +11,7 @@ from typing import Any
 from sweet_jax.config import UserError
 
 
-def expanded(name: str) -> Path:
+def expand_user(name: str) -> Path:
     """The path of that name, its ~ as a shell has it. Raises UserError for the ~name of nobody."""
     try:
         return Path(name).expanduser()
@@ -20,7 +20,7 @@ def expanded(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers look at it.
@@ -34,7 +34,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole text file, or leaves the old one."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
@@ -44,7 +44,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def claimed(
+def claim_run_directory(
     workdir: Path,
     identity: Mapping[str, Any],
     free: tuple[str, ...],
@@ -66,14 +66,14 @@ def claimed(
         raise UserError(
             f"workdir {str(workdir)!r} cannot be read ({error.strerror}): choose another"
         ) from error
-    with held(workdir):
+    with lock_directory(workdir):
         _check_identity(workdir, identity, free, defaults)
         write_json(workdir / "config.json", identity)
         yield
 
 
 @contextlib.contextmanager
-def held(folder: Path, name: str = "workdir") -> Iterator[None]:
+def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
     """Holds a directory, made if need be, for one process at a time; errors call it `name`.
 
     Raises UserError where it is in use, or cannot be written to or locked.

@@ -37,11 +37,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sweet_jax import config as configuration
-from sweet_jax import processes
-from sweet_jax.compilation import keep_programs
+from sweet_jax import distributed
+from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.read import one_line
-from sweet_jax.files import expanded
+from sweet_jax.files import expand_user
 from sweet_jax.pipeline import run
 
 
@@ -50,7 +50,7 @@ class Command(NamedTuple):
 
     config: Config
     workdir: Path
-    processes: tuple[str | None, int | None, int | None]  # see `processes.start`
+    processes: tuple[str | None, int | None, int | None]  # see `processes.initialize`
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> Command:
         what = f"unknown argument {unknown[0]!r}: " if unknown else ""
         raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help tells more)")
     joining = (first.coordinator_address, first.num_processes, first.process_id)
-    workdir = expanded(first.workdir)  # which no shell does after --workdir=
+    workdir = expand_user(first.workdir)  # which no shell does after --workdir=
     return Command(_overridden(_recipe(first.config), rest), workdir, joining)
 
 
@@ -125,16 +125,16 @@ def main(argv: Sequence[str] = ()) -> int:
     logging.getLogger("sweet_jax").setLevel(logging.INFO)
     try:
         command = parse(argv or sys.argv)
-        keep_programs(least_seconds=1.0)
-        processes.start(*command.processes)
-        if not processes.is_first():
+        enable_compilation_cache(least_seconds=1.0)
+        distributed.initialize(*command.processes)
+        if not distributed.is_primary():
             logging.getLogger("sweet_jax").setLevel(logging.ERROR)
-        with processes.ended_together():
+        with distributed.abort_together():
             run(command.config, command.workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except processes.StoppedError as stop:
+    except distributed.PreemptedError as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -17,26 +17,26 @@ import numpy as np
 
 from sweet_jax.baselines import run_baselines
 from sweet_jax.config import Config
+from sweet_jax.distributed import broadcast_number, claim_on_primary, is_primary, raise_on_all
 from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
-from sweet_jax.files import claimed, write_json
-from sweet_jax.job import Job, describe, prepare
-from sweet_jax.models.early_exit import Answer
-from sweet_jax.processes import agreed, claimed_by_first, first_says, is_first
-from sweet_jax.rate_search import search_rate
-from sweet_jax.report import lines, page, plots, shortfalls, tables
-from sweet_jax.report.baselines import Baseline
-from sweet_jax.report.baselines import save as save_baselines
-from sweet_jax.serving.card import model_card
-from sweet_jax.serving.saved import Model, save_model
-from sweet_jax.training.early_stopping import Tuning
+from sweet_jax.files import claim_run_directory, write_json
+from sweet_jax.head_fitting import fit_probe, refit_heads
+from sweet_jax.inference.artifact import TrainedModel, save_model
+from sweet_jax.learning_rate_search import search_rate
+from sweet_jax.models.early_exit import ModelOutput
+from sweet_jax.preparation import PreparedRun, log_description, prepare
+from sweet_jax.report import console, figures, page, shortfalls
+from sweet_jax.report.baselines import Baseline, save_baselines
+from sweet_jax.report.model_card import model_card
+from sweet_jax.report.results import build_results
+from sweet_jax.training.early_stopping import TuningRows
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.initial import trainings
-from sweet_jax.training.metrics import diverged, read_metrics
-from sweet_jax.training.probe import Classifiers
-from sweet_jax.training.run import fit
-from sweet_jax.training.sharding import mesh_of, one_replica
-from sweet_jax.tuning import fit_probe, refit_heads
+from sweet_jax.training.fit import fit
+from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.metrics import find_failures, read_metrics
+from sweet_jax.training.probe import LinearClassifiers
+from sweet_jax.training.sharding import mesh_of, select_replica
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Outcome:
 
     calibration: ExitOutputs
     validation: ExitOutputs
-    models: list[Model]
+    models: list[TrainedModel]
     timing: dict[str, float]
     tuning: ExitOutputs | None = None  # None where no rows were held out for tuning
     best_steps: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # by training
@@ -73,7 +73,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
       StoppedError: SIGTERM came; the same call goes on where this one stopped.
 
     """
-    with agreed():
+    with raise_on_all():
         job = prepare(config)
     # JSON has no infinity, which clip_norm may be.
     values = dataclasses.asdict(job.config) | {"data_sha256": job.dataset.digest()}
@@ -81,25 +81,29 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     # A run made before there was a key did what the key's default stands for.
     usual = Config(preset=config.preset, method=config.method)
     before = dataclasses.asdict(usual.resolved()) | {"pooling": "first"}
-    with claimed_by_first(workdir, identity, lambda: claimed(workdir, identity, FREE_KEYS, before)):
-        describe(job)
+    with claim_on_primary(
+        workdir, identity, lambda: claim_run_directory(workdir, identity, FREE_KEYS, before)
+    ):
+        log_description(job)
         probe = fit_probe(job, workdir) if job.config.head_init == "probe" else None
         job, probe, search = search_rate(job, probe, workdir)
         outcome = train_and_evaluate(job, workdir, None if probe is None else probe.classifiers)
         tried = run_baselines(job, probe, workdir) if report else []
         analysis = None
-        if is_first():
+        if is_primary():
             analysis = analyse(outcome.calibration, outcome.validation, tuning=outcome.tuning)
         # Part of the program that takes it: hosts whose last bits differ must not differ in it.
-        number = first_says(analysis.best if analysis else 0)
-        best = [Model(m.exits, one_replica(m.params, number)) for m in outcome.models]
-        with agreed():
+        number = broadcast_number(analysis.best if analysis else 0)
+        best = [TrainedModel(m.exits, select_replica(m.params, number)) for m in outcome.models]
+        with raise_on_all():
             if analysis is None:
                 return {}
             return _finish(job, outcome, analysis, best, workdir, report, tried, search)
 
 
-def train_and_evaluate(job: Job, workdir: Path, probe: Classifiers | None = None) -> Outcome:
+def train_and_evaluate(
+    job: PreparedRun, workdir: Path, probe: LinearClassifiers | None = None
+) -> Outcome:
     """Trains the method's models one after the other, and fills ExitOutputs with what they say.
 
     probe: what the heads of all exits begin with, of every replica; None for random ones.
@@ -107,12 +111,12 @@ def train_and_evaluate(job: Job, workdir: Path, probe: Classifiers | None = None
     config, classes = job.config, len(job.dataset.classes)
     every = np.tile(np.arange(len(job.validation)), (len(job.rows), 1))  # [R, N]
     held_out = np.stack([rows for _, rows in job.rows])  # [R, N]
-    tuning = Tuning(np.stack(job.tuning), job.dataset.task.metric)
-    found: list[tuple[Answer, ...]] = []
-    models: list[Model] = []
+    tuning = TuningRows(np.stack(job.tuning), job.dataset.task.metric)
+    found: list[tuple[ModelOutput, ...]] = []
+    models: list[TrainedModel] = []
     best_steps: dict[str, list[int]] = {}
     timing = {"train_seconds": 0.0, "train_examples": 0.0, "evaluate_seconds": 0.0}
-    for training in trainings(config):
+    for training in model_specs(config):
         trained = [rows for rows, _ in job.rows]
         graphdef, params, spent = fit(
             config,
@@ -147,7 +151,7 @@ def train_and_evaluate(job: Job, workdir: Path, probe: Classifiers | None = None
         found.append((fitted, on_validation))
         if config.tunes:
             found[-1] += (evaluate(config, answer, params, job.train, tuning.rows),)
-        models.append(Model(training.exits, params))
+        models.append(TrainedModel(training.exits, params))
         timing["train_seconds"] += spent.seconds
         timing["train_examples"] += spent.examples
         timing["evaluate_seconds"] += time.perf_counter() - began
@@ -165,7 +169,7 @@ def train_and_evaluate(job: Job, workdir: Path, probe: Classifiers | None = None
 
 
 def exit_outputs(
-    job: Job, split: str, answers: Sequence[Answer], labels: np.ndarray
+    job: PreparedRun, split: str, answers: Sequence[ModelOutput], labels: np.ndarray
 ) -> ExitOutputs:
     """Returns the outputs of a split, of the answers of each of the method's models."""
     config = job.config
@@ -193,10 +197,10 @@ def exit_outputs(
 
 
 def _finish(
-    job: Job,
+    job: PreparedRun,
     outcome: Outcome,
     analysis: Analysis,
-    best: Sequence[Model],
+    best: Sequence[TrainedModel],
     workdir: Path,
     report: bool,
     tried: Sequence[Baseline],
@@ -209,8 +213,8 @@ def _finish(
     if outcome.tuning is not None:
         outcome.tuning.save(workdir / "exit_outputs" / "tuning.npz")
     metrics = read_metrics(workdir)
-    trained = {training.name: training.exits for training in trainings(config)}
-    bad = diverged(
+    trained = {training.name: training.exits for training in model_specs(config)}
+    bad = find_failures(
         metrics,
         trained,
         config.replicas(),
@@ -218,7 +222,7 @@ def _finish(
         config.exits,
         job.dataset.classes,
     )
-    results = tables.build_results(
+    results = build_results(
         config,
         analysis,
         bad,
@@ -236,7 +240,7 @@ def _finish(
     if report:
         if tried:
             save_baselines(workdir / "exit_outputs" / "baselines.npz", tried)
-        plots.write_figures(workdir / "figures", analysis, results, metrics, trained)
+        figures.write_figures(workdir / "figures", analysis, results, metrics, trained)
         page.write_report(workdir / "report.html", analysis, results, metrics, trained)
         save_model(
             workdir / "model",
@@ -257,10 +261,10 @@ def _finish(
         )
     write_json(workdir / "results.json", results)  # last: it says that the run is whole
     for row in bad:
-        log.warning(lines.describe_divergence(row))
-    if report and (shortfall := shortfalls.warning(results)):
+        log.warning(console.describe_divergence(row))
+    if report and (shortfall := shortfalls.shortfall_warning(results)):
         log.warning(shortfall)
     if report:
-        print(lines.exit_table(results))
+        print(console.exit_table(results))
         print(f"report: {workdir / 'report.html'}")
     return results

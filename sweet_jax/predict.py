@@ -31,23 +31,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from tqdm import tqdm
 
+from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError, split_names
-from sweet_jax.data.stream import TextRow, count_positions, stream_rows
-from sweet_jax.flags import Parser, command, dials, policy_lines
-from sweet_jax.serving.answer_file import check_same, made_by, opened, read_back
+from sweet_jax.data.stream import TextRow, last_position, stream_texts
+from sweet_jax.inference.prediction_file import (
+    check_same_rows,
+    open_output,
+    read_existing,
+    record_origin,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
-        return command(lambda: _run(_parse(argv)))
+        return run_command(lambda: _run(_parse(argv)))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where the output ends", file=sys.stderr)
         return 1
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("sweet_jax.predict", f"{__doc__}{policy_lines()}")
+    parser = ArgumentParser("sweet_jax.predict", f"{__doc__}{policy_help()}")
     parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
     parser.add_argument("--input", help="file of texts")
     parser.add_argument("--output", help="JSONL file of the answers")
@@ -57,7 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="instead, time every stage on this machine, alone and in batches of --batch_size, and "
         "keep the table in the model's folder: --milliseconds reads it",
     )
-    parser.add_dials()
+    parser.add_target_arguments()
     parser.add_argument(
         "--text_columns", help="of the input, where they are not named as in training: a or a,b"
     )
@@ -68,7 +73,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", default="float32", help="of parameters and activations: float32 or bfloat16"
     )
     options = parser.parse_args(argv)
-    dials(options)
+    parse_targets(options)
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1; got {options.batch_size}")
     if options.measure and (options.input or options.output):
@@ -80,9 +85,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> None:
     # They import JAX: not for --help, or a mistake.
-    from sweet_jax.compilation import keep_programs
-    from sweet_jax.inference import AdaptiveClassifier
-    from sweet_jax.serving.saved import open_model
+    from sweet_jax.compilation_cache import enable_compilation_cache
+    from sweet_jax.inference.artifact import open_model
+    from sweet_jax.inference.classifier import AdaptiveClassifier
 
     if options.measure:
         _measure(options)
@@ -92,8 +97,8 @@ def _run(options: argparse.Namespace) -> None:
         what = "is not a file" if source.exists() else "does not exist"
         raise UserError(f"input {options.input!r} {what}")
     model = open_model(options.model, options.dtype)
-    keep_programs()
-    classifier = AdaptiveClassifier(model, options.policy, dials(options))
+    enable_compilation_cache()
+    classifier = AdaptiveClassifier(model, options.policy, parse_targets(options))
     columns = split_names(options.text_columns or "") or classifier.text_columns
     if len(columns) != len(classifier.text_columns):
         raise UserError(
@@ -108,16 +113,16 @@ def _run(options: argparse.Namespace) -> None:
         "columns": list(columns),
         "input": [str(source.resolve()), source.stat().st_size],
     }
-    with contextlib.closing(stream_rows(source, columns)) as rows:
+    with contextlib.closing(stream_texts(source, columns)) as rows:
         first = list(itertools.islice(rows, 1))  # a file that will not do must be known by now
-        with opened(target, source) as file, made_by(target, identity, file):
-            tally, last, end = read_back(file, target)
+        with open_output(target, source) as file, record_origin(target, identity, file):
+            tally, last, end = read_existing(file, target)
             known = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
             answers = _answers(classifier, known, options.batch_size)
-            check_same(target, last, answers)
+            check_same_rows(target, last, answers)
             file.truncate(end)
             began, start = time.perf_counter(), tally.rows
-            with tqdm(total=count_positions(source), unit_scale=True, disable=None) as bar:
+            with tqdm(total=last_position(source), unit_scale=True, disable=None) as bar:
                 for answer, position in answers:
                     file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
                     tally.add(answer)
@@ -127,33 +132,33 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    from sweet_jax.compilation import keep_programs
-    from sweet_jax.serving.clock import measure, write_clock
-    from sweet_jax.serving.saved import open_model
+    from sweet_jax.compilation_cache import enable_compilation_cache
+    from sweet_jax.inference.artifact import open_model
+    from sweet_jax.inference.latency import measure_latency, write_latency
 
-    keep_programs()
+    enable_compilation_cache()
     model = open_model(options.model, options.dtype)
     with tqdm(unit=" programs", disable=None) as bar:
-        clock = measure(model, [options.batch_size], bar.update)
+        clock = measure_latency(model, [options.batch_size], bar.update)
     print("\n".join(clock.lines(model.layers)))
-    print(f"kept in {write_clock(model, clock)}")
+    print(f"kept in {write_latency(model, clock)}")
 
 
 def _answers(
     classifier: Any, rows: Iterable[TextRow], batch_size: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """(an object of the output, the position in the input) of every row, in order."""
-    from sweet_jax.serving.answers import NoText
+    from sweet_jax.inference.predictions import InvalidRow
 
     positions: collections.deque[int] = collections.deque()  # of rows taken, not yet answered
 
     def texts() -> Iterator[Any]:
         for row in rows:
             positions.append(row.position)
-            yield row.texts if row.error is None else NoText(row.error)
+            yield row.texts if row.error is None else InvalidRow(row.error)
 
     for found in classifier.stream_rows(texts(), batch_size):
-        if isinstance(found, NoText):
+        if isinstance(found, InvalidRow):
             answer: dict[str, Any] = {"error": found.reason}
         elif not math.isfinite(found.probability):
             answer = {"error": "the model's answer is not a number: its training diverged"}

@@ -32,21 +32,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tqdm import tqdm
 
+from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
-from sweet_jax.flags import Parser, command, dials, policy_lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return command(lambda: _run(_parse(argv)))
+    return run_command(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("sweet_jax.serve", f"{__doc__}{policy_lines()}")
+    parser = ArgumentParser("sweet_jax.serve", f"{__doc__}{policy_help()}")
     parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
-    parser.add_dials()
+    parser.add_target_arguments()
     limits = {
         "batch_size": (32, "texts computed at once, at most"),
         "max_texts": (256, "of a request"),
@@ -64,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--warm_up", action="store_true", help="compile every program before the first request"
     )
     options = parser.parse_args(argv)
-    dials(options)
+    parse_targets(options)
     for name in (*limits, "timeout"):
         if not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} must be more than 0; got {getattr(options, name)}")
@@ -80,14 +80,14 @@ def _run(options: argparse.Namespace) -> None:
         from sweet_jax.server.app import Limits, make_app
     except ImportError as error:
         raise UserError(f'the server needs {error.name}: pip install -e ".[serve]"') from error
-    from sweet_jax.compilation import keep_programs
-    from sweet_jax.inference import AdaptiveClassifier
-    from sweet_jax.serving.saved import open_model
+    from sweet_jax.compilation_cache import enable_compilation_cache
+    from sweet_jax.inference.artifact import open_model
+    from sweet_jax.inference.classifier import AdaptiveClassifier
 
     with _bound(options.host, options.port) as listener:
-        keep_programs()
+        enable_compilation_cache()
         model = open_model(options.model)
-        classifier = AdaptiveClassifier(model, options.policy, dials(options))
+        classifier = AdaptiveClassifier(model, options.policy, parse_targets(options))
         if options.warm_up:
             print("compiling every program; the first time this takes minutes", flush=True)
             # Of all exits, as the worker's: a request may have another dial than the server.

@@ -21,45 +21,45 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 
+from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import (
     Analysis,
-    Choice,
+    OperatingPoint,
     analyse,
-    apply_threshold,
-    certified,
-    choose,
-    full_score,
+    certify_operating_point,
+    cheapest_full_score,
+    evaluate_threshold,
+    select_operating_point,
 )
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.files import expanded
-from sweet_jax.flags import Parser, command, dials, policy_lines
-from sweet_jax.report.lines import exit_lines
-from sweet_jax.report.tables import individual
+from sweet_jax.files import expand_user
+from sweet_jax.report.console import exit_lines
+from sweet_jax.report.results import individual_exits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return command(lambda: _run(_parse(argv)))
+    return run_command(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("sweet_jax.simulate", f"{__doc__}{policy_lines()}")
+    parser = ArgumentParser("sweet_jax.simulate", f"{__doc__}{policy_help()}")
     parser.add_argument(
         "--run", action="append", required=True, metavar="DIR", help="run directory; may repeat"
     )
-    parser.add_dials(clock=False)
+    parser.add_target_arguments(clock=False)
     parser.add_argument("--output", help="page that overlays several runs (default compare.html)")
     options = parser.parse_args(argv)
-    dials(options)
+    parse_targets(options)
     if options.output and len(options.run) < 2:
         raise UserError("--output is the page that overlays several runs: give --run twice or more")
     return options
 
 
 def _run(options: argparse.Namespace) -> None:
-    runs = [(name, load(expanded(name), options.policy)) for name in options.run]
+    runs = [(name, load(expand_user(name), options.policy)) for name in options.run]
     for name, analysis in runs:
         if len(runs) > 1:
             print(f"{name}:")
@@ -98,9 +98,9 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
     reached: list[tuple[float, float]] = []
     for r in replicas:
         who = f"seed {analysis.replicas[r][0]}: " if len(replicas) > 1 else ""
-        if set(dials(options)) == {"level"}:
+        if set(parse_targets(options)) == {"level"}:
             lines += [who + "each exit alone"] if who else []
-            lines += exit_lines(individual(analysis.validation, r), metric)
+            lines += exit_lines(individual_exits(analysis.validation, r), metric)
             who += f"full {metric} is kept at "
         line, choice = _answer(analysis, r, options, metric)
         lines.append(who + line)
@@ -116,17 +116,17 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
 
 def _answer(
     analysis: Analysis, replica: int, options: argparse.Namespace, metric: str
-) -> tuple[str, Choice | None]:
+) -> tuple[str, OperatingPoint | None]:
     """What the dial does, and the choice if there is one."""
     if options.risk is not None or options.agreement is not None:
         return _certified(analysis, replica, options, metric), None
     if options.threshold is not None:
-        found: Choice | float = apply_threshold(analysis, replica, options.threshold)
+        found: OperatingPoint | float = evaluate_threshold(analysis, replica, options.threshold)
     elif options.cost is not None or options.accuracy is not None:
-        found = choose(analysis, replica, cost=options.cost, score=options.accuracy)
+        found = select_operating_point(analysis, replica, cost=options.cost, score=options.accuracy)
     else:
-        found = full_score(analysis, replica)
-    if not isinstance(found, Choice):
+        found = cheapest_full_score(analysis, replica)
+    if not isinstance(found, OperatingPoint):
         return _infeasible(found, options, metric), None
     line = _describe(analysis, found, metric)
     if options.accuracy is not None and metric == "accuracy":
@@ -134,7 +134,7 @@ def _answer(
     return line, found
 
 
-def _describe(analysis: Analysis, found: Choice, metric: str) -> str:
+def _describe(analysis: Analysis, found: OperatingPoint, metric: str) -> str:
     sets = zip(
         ("calibration", "validation"),
         (found.calibration, found.validation),
@@ -148,7 +148,7 @@ def _describe(analysis: Analysis, found: Choice, metric: str) -> str:
     return f"threshold {found.threshold!r}: " + "; ".join(parts)
 
 
-def _control(analysis: Analysis, replica: int, found: Choice, asked: float) -> str:
+def _control(analysis: Analysis, replica: int, found: OperatingPoint, asked: float) -> str:
     """How far the validation rows are from an accuracy asked for."""
     gap = found.validation[1] - asked
     text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} what was asked for"
@@ -162,7 +162,7 @@ def _certified(analysis: Analysis, replica: int, options: argparse.Namespace, me
     """What a certificate promises, or the best that could be promised."""
     kind = "risk" if options.risk is not None else "agreement"
     limit = options.risk if kind == "risk" else 1 - options.agreement
-    found = certified(analysis, replica, kind, limit, options.level)
+    found = certify_operating_point(analysis, replica, kind, limit, options.level)
     tested = found.certificate
     what = "lost against the last exit" if kind == "risk" else "answered otherwise than by it"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"

@@ -11,16 +11,28 @@ from sweet_jax import ExitOutputs
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.intervals import paired_difference, score_interval
-from sweet_jax.exits.scores import score
+from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.report import baselines as module
-from sweet_jax.report.baselines import Baseline, load, majority, save, tfidf, title
-from sweet_jax.report.charts import curve_figure
-from sweet_jax.report.lines import exit_table
+from sweet_jax.report.baselines import (
+    Baseline,
+    baseline_title,
+    load_baselines,
+    majority_class,
+    save_baselines,
+    tfidf_predictions,
+)
+from sweet_jax.report.console import exit_table
+from sweet_jax.report.figures import curve_figure as drawn_figure
 from sweet_jax.report.page import write_report
-from sweet_jax.report.plots import curve_figure as drawn_figure
+from sweet_jax.report.plotly_figures import curve_figure
+from sweet_jax.report.results import build_results
 from sweet_jax.report.series import baseline_series
-from sweet_jax.report.shortfalls import as_results, below, describe, warning
-from sweet_jax.report.tables import build_results
+from sweet_jax.report.shortfalls import (
+    describe_shortfall,
+    find_shortfalls,
+    shortfall_results,
+    shortfall_warning,
+)
 
 NASTY = "<script>document.title='broken'</script>"
 ROWS = 300
@@ -64,17 +76,19 @@ def sentences(rows: int, seed: int = 0) -> tuple[list[tuple[str, ...]], np.ndarr
 
 
 def test_majority_is_the_most_frequent_class():
-    assert majority(np.asarray([2, 1, 2, 0]), 3, 4).tolist() == [2, 2, 2]
-    assert majority(np.asarray([1, 0]), 2, 2).tolist() == [0, 0]
+    assert majority_class(np.asarray([2, 1, 2, 0]), 3, 4).tolist() == [2, 2, 2]
+    assert majority_class(np.asarray([1, 0]), 2, 2).tolist() == [0, 0]
 
 
 def test_tfidf_finds_the_word_that_tells_the_class():
     texts, labels = sentences(200)
     new, truth = sentences(100, seed=1)
-    given = tfidf(texts, labels, new)
+    given = tfidf_predictions(texts, labels, new)
     assert given.dtype == np.int64
     np.testing.assert_array_equal(given, truth)
-    np.testing.assert_array_equal(tfidf(texts, labels, new, tuning=(new[:20], truth[:20])), truth)
+    np.testing.assert_array_equal(
+        tfidf_predictions(texts, labels, new, tuning=(new[:20], truth[:20])), truth
+    )
 
 
 def test_tfidf_keeps_the_columns_of_a_pair_apart():
@@ -83,31 +97,35 @@ def test_tfidf_keeps_the_columns_of_a_pair_apart():
     words = np.asarray(["the yes the", "the no the"])
     # Joined, all texts have the same words and pairs of words: only the column tells.
     pairs = list(zip(words[labels].tolist(), words[1 - labels].tolist(), strict=True))
-    np.testing.assert_array_equal(tfidf(pairs[:100], labels[:100], pairs[100:]), labels[100:])
+    np.testing.assert_array_equal(
+        tfidf_predictions(pairs[:100], labels[:100], pairs[100:]), labels[100:]
+    )
 
 
 def test_tfidf_leaves_out_a_column_without_words():
     labels = np.arange(40) % 2
     pairs = [("?", f"word{label} x") for label in labels]
-    np.testing.assert_array_equal(tfidf(pairs, labels, pairs), labels)
+    np.testing.assert_array_equal(tfidf_predictions(pairs, labels, pairs), labels)
 
 
 @pytest.mark.parametrize("rows", [10, 1000])  # the second drops words of one row, at first
 def test_tfidf_without_a_word_answers_the_majority_class(rows):
     labels = np.where(np.arange(rows) % 5 < 3, 1, 0)
     texts = [("a ! 7",)] * rows
-    assert tfidf(texts, labels, [("a real text",), ("",)]).tolist() == [1, 1]
+    assert tfidf_predictions(texts, labels, [("a real text",), ("",)]).tolist() == [1, 1]
 
 
 def test_tfidf_of_words_that_all_stand_once_is_still_a_baseline():
     labels = np.arange(1000) % 2
     texts = [(f"word{i}",) for i in range(1000)]
-    np.testing.assert_array_equal(tfidf(texts, labels, texts), labels)
+    np.testing.assert_array_equal(tfidf_predictions(texts, labels, texts), labels)
 
 
 def test_tfidf_of_one_class_answers_it():
     texts = [("some words",), ("other words",)]
-    assert tfidf(texts, np.asarray([2, 2]), texts, tuning=(texts, np.asarray([0, 1]))).tolist() == [
+    assert tfidf_predictions(
+        texts, np.asarray([2, 2]), texts, tuning=(texts, np.asarray([0, 1]))
+    ).tolist() == [
         2,
         2,
     ]
@@ -117,17 +135,21 @@ def test_tfidf_tunes_c_on_the_tuning_rows(monkeypatch):
     fitted, fit_model = [], module._fit_model
     monkeypatch.setattr(module, "_fit_model", lambda *a: fitted.append(a[2]) or fit_model(*a))
     texts, labels = sentences(60)
-    tfidf(texts, labels, texts[:3])
+    tfidf_predictions(texts, labels, texts[:3])
     assert fitted == [10.0]
-    tfidf(texts, labels, texts[:3], tuning=(texts[:0], labels[:0]))
+    tfidf_predictions(texts, labels, texts[:3], tuning=(texts[:0], labels[:0]))
     assert fitted == [10.0, 10.0]
     # With 95 rows of class 0 to 5 of class 1, a strong penalty answers 0 everywhere.
     texts = [("bad",)] * 95 + [("good",)] * 5
     labels = np.repeat([0, 1], [95, 5])
     monkeypatch.setattr(module, "_STRENGTHS", (1e-4, 100.0))
-    given = tfidf(texts, labels, [("bad",), ("good",)], tuning=([("good",)], np.asarray([1])))
+    given = tfidf_predictions(
+        texts, labels, [("bad",), ("good",)], tuning=([("good",)], np.asarray([1]))
+    )
     assert given.tolist() == [0, 1]
-    given = tfidf(texts, labels, [("bad",), ("good",)], tuning=([("bad",)], np.asarray([0])))
+    given = tfidf_predictions(
+        texts, labels, [("bad",), ("good",)], tuning=([("bad",)], np.asarray([0]))
+    )
     assert given.tolist() == [0, 0]  # equally good on the tuning row: the smaller C
 
 
@@ -138,8 +160,8 @@ def test_tfidf_is_fitted_on_a_bounded_draw(monkeypatch):
     assert len(drawn) == 50
     assert (np.diff(drawn) > 0).all()
     assert not np.array_equal(drawn, module._drawn(texts, 1))
-    given = tfidf(texts, labels, texts)
-    np.testing.assert_array_equal(given, tfidf(texts, labels, texts))
+    given = tfidf_predictions(texts, labels, texts)
+    np.testing.assert_array_equal(given, tfidf_predictions(texts, labels, texts))
     np.testing.assert_array_equal(given, labels)
     monkeypatch.setattr(module, "_CHARACTERS", 200)  # texts have 24 characters
     assert len(module._drawn(texts, 0)) == 8
@@ -155,7 +177,7 @@ def test_tfidf_is_fitted_on_a_bounded_draw(monkeypatch):
 def test_tfidf_predicts_many_rows_in_parts(monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", 7)
     texts, labels = sentences(100)
-    np.testing.assert_array_equal(tfidf(texts, labels, texts), labels)
+    np.testing.assert_array_equal(tfidf_predictions(texts, labels, texts), labels)
 
 
 def test_tfidf_warns_of_nothing(monkeypatch):
@@ -163,7 +185,7 @@ def test_tfidf_warns_of_nothing(monkeypatch):
     texts, labels = sentences(300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tfidf(texts, labels, texts)
+        tfidf_predictions(texts, labels, texts)
 
 
 @pytest.mark.parametrize(
@@ -231,10 +253,14 @@ def test_bootstrap_of_differences_is_the_one_over_rows(metric):
     labels = rng.integers(0, 2, 200)
     ours, theirs = (np.where(rng.random(200) < e, 1 - labels, labels) for e in (0.15, 0.25))
     gap, low, high = paired_difference(metric, ours, theirs, labels, 2)
-    assert gap == score(metric, ours, labels, 2) - score(metric, theirs, labels, 2)
+    assert gap == compute_metric(metric, ours, labels, 2) - compute_metric(
+        metric, theirs, labels, 2
+    )
     picks = rng.integers(0, 200, (2000, 200))
     plain = [
-        score(metric, ours[i], labels[i], 2) - score(metric, theirs[i], labels[i], 2) for i in picks
+        compute_metric(metric, ours[i], labels[i], 2)
+        - compute_metric(metric, theirs[i], labels[i], 2)
+        for i in picks
     ]
     np.testing.assert_allclose([low, high], np.quantile(plain, [0.025, 0.975]), atol=0.02)
     assert (gap, low, high) == paired_difference(metric, ours, theirs, labels, 2)
@@ -242,7 +268,7 @@ def test_bootstrap_of_differences_is_the_one_over_rows(metric):
 
 def test_below_finds_exactly_the_exit_that_is():
     shown = outputs((0.60, 0.80, 0.90))
-    found = below(
+    found = find_shortfalls(
         shown,
         0,
         [
@@ -263,9 +289,13 @@ def test_below_finds_exactly_the_exit_that_is():
 
 def test_below_compares_costs_with_rounding_and_the_probe_of_the_same_layer():
     shown = outputs((0.60, 0.80, 0.90))
-    assert below(shown, 0, [baseline("tfidf", 0.99, 0.25 + 1e-6)], "accuracy")[0].exit == 2
-    assert below(shown, 0, [baseline("tfidf", 0.99, 0.25 + 1e-12)], "accuracy")[0].exit == 1
-    found = below(
+    assert (
+        find_shortfalls(shown, 0, [baseline("tfidf", 0.99, 0.25 + 1e-6)], "accuracy")[0].exit == 2
+    )
+    assert (
+        find_shortfalls(shown, 0, [baseline("tfidf", 0.99, 0.25 + 1e-12)], "accuracy")[0].exit == 1
+    )
+    found = find_shortfalls(
         shown, 0, [baseline("probe_1", 0.7, 0.9)], "accuracy"
     )  # whatever it says it costs
     assert [f.exit for f in found] == [1]
@@ -273,7 +303,7 @@ def test_below_compares_costs_with_rounding_and_the_probe_of_the_same_layer():
 
 @pytest.mark.parametrize("metric", ["matthews", "f1"])
 def test_below_reads_the_metric(metric):
-    found = below(outputs((0.6, 0.8, 0.9)), 0, [baseline("tfidf", 0.75, 0)], metric)
+    found = find_shortfalls(outputs((0.6, 0.8, 0.9)), 0, [baseline("tfidf", 0.75, 0)], metric)
     assert [f.exit for f in found] == [1]
     assert found[0].interval[1] < 0
 
@@ -282,8 +312,8 @@ def test_below_reads_the_replica():
     shown = outputs((0.7, 0.8, 0.9))
     labels = shown.labels[0]
     each = Baseline("tfidf", np.stack([right_in(0.5, labels), right_in(0.85, labels)]), 0)
-    assert below(shown, 0, [each], "accuracy") == []
-    assert [f.exit for f in below(shown, 1, [each], "accuracy")] == [1, 2]
+    assert find_shortfalls(shown, 0, [each], "accuracy") == []
+    assert [f.exit for f in find_shortfalls(shown, 1, [each], "accuracy")] == [1, 2]
 
 
 def test_baselines_of_other_rows_are_refused():
@@ -294,9 +324,9 @@ def test_baselines_of_other_rows_are_refused():
         (np.full(ROWS, 2), "answers classes from 2 on"),
     ):
         with pytest.raises(ValueError, match=message):
-            as_results(shown, 0, [Baseline("tfidf", given, 0)], "accuracy")
+            shortfall_results(shown, 0, [Baseline("tfidf", given, 0)], "accuracy")
     with pytest.raises(ValueError, match="two baselines 'tfidf'"):
-        as_results(shown, 0, [baseline("tfidf", 0.5, 0)] * 2, "accuracy")
+        shortfall_results(shown, 0, [baseline("tfidf", 0.5, 0)] * 2, "accuracy")
     for given in (np.zeros(3), np.asarray([0, -1]), np.zeros((1, 1, 2), int), np.zeros(0, int)):
         with pytest.raises(ValueError, match="must be class indices"):
             Baseline("tfidf", given, 0)
@@ -307,40 +337,42 @@ def test_baselines_of_other_rows_are_refused():
 def test_what_is_saved_is_loaded(tmp_path):
     path = tmp_path / "exit_outputs" / "baselines.npz"
     each = np.random.default_rng(0).integers(0, 3, (2, 5))
-    save(path, [Baseline("majority", np.ones(5, int), 0), Baseline("probe_2", each, 0.5)])
-    first, second = load(path)
+    save_baselines(path, [Baseline("majority", np.ones(5, int), 0), Baseline("probe_2", each, 0.5)])
+    first, second = load_baselines(path)
     assert (first.name, first.cost, second.name, second.cost) == ("majority", 0, "probe_2", 0.5)
     np.testing.assert_array_equal(first.predictions, np.ones((2, 5)))
     np.testing.assert_array_equal(second.predictions, each)
     np.testing.assert_array_equal(second.of(1), each[1])
     assert [p.name for p in path.parent.iterdir()] == ["baselines.npz"]
     with pytest.raises(UserError, match="there are no baselines at"):
-        load(tmp_path / "none.npz")
+        load_baselines(tmp_path / "none.npz")
     for content in (b"", b"no archive"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="does not hold baselines"):
-            load(path)
+            load_baselines(path)
     np.savez(path, names=np.asarray(["tfidf"]))
     with pytest.raises(UserError, match="does not hold baselines"):
-        load(path)
+        load_baselines(path)
     np.savez(path, names=np.asarray([print]), cost=[0], predictions=[[[0]]])  # a pickle
     with pytest.raises(UserError, match="does not hold baselines"):
-        load(path)
+        load_baselines(path)
 
 
 def test_a_finding_is_one_line():
-    finding = below(outputs((0.6, 0.8, 0.9)), 0, [baseline("tfidf", 0.75, 0)], "accuracy")[0]
-    refitted = describe(finding, "accuracy", refitted=True)
+    finding = find_shortfalls(
+        outputs((0.6, 0.8, 0.9)), 0, [baseline("tfidf", 0.75, 0)], "accuracy"
+    )[0]
+    refitted = describe_shortfall(finding, "accuracy", refitted=True)
     assert "head_init" not in refitted
-    line = describe(finding, "accuracy")
+    line = describe_shortfall(finding, "accuracy")
     assert line.startswith(
         "exit 1 (accuracy 0.600) is below the baseline TF-IDF + logistic regression (0.750) on "
         "the same 300 rows: difference -0.150, 95% interval -0.19"
     )
     assert line.endswith("or use head_init=probe and head_refit")
     assert "\n" not in line
-    assert title("probe_12") == "frozen encoder + probe at layer 12"
-    assert title("majority") == "majority class"
+    assert baseline_title("probe_12") == "frozen encoder + probe at layer 12"
+    assert baseline_title("majority") == "majority class"
 
 
 @pytest.fixture(scope="module")
@@ -372,16 +404,18 @@ def test_results_hold_the_baselines(analysis):
     assert pairs == [(1, NASTY), (1, "tfidf"), (2, NASTY), (2, "tfidf")]
     none = build_results(CONFIG, analysis, [], rows=900)
     assert (none["baselines"], none["below_baseline"]) == ({}, [])
-    assert warning(none) is None
+    assert shortfall_warning(none) is None
     assert "baseline" not in exit_table(none)
 
 
 def test_the_terminal_names_the_worst_and_counts_the_others(analysis):
     results = build_results(CONFIG, analysis, [], rows=900, baselines=BASELINES[:5])
-    assert warning(results).startswith("exit 1 (accuracy 0.600) is below the baseline TF-IDF")
-    assert warning(results).endswith("(1 other exit is below a baseline too)")
+    assert shortfall_warning(results).startswith(
+        "exit 1 (accuracy 0.600) is below the baseline TF-IDF"
+    )
+    assert shortfall_warning(results).endswith("(1 other exit is below a baseline too)")
     results["below_baseline"] = results["below_baseline"][:1]
-    assert "other" not in warning(results)
+    assert "other" not in shortfall_warning(results)
     lines = exit_table(results).splitlines()
     (start,) = (i for i, line in enumerate(lines) if line.startswith("baseline"))
     table = lines[start : start + 6]

@@ -6,15 +6,15 @@ import pytest
 from sweet_jax.config import METHODS, Config, UserError
 from sweet_jax.data.batches import (
     Tokens,
-    apart,
     bucket_lengths,
-    draw_rows,
-    evaluation_picks,
+    drop_duplicates,
+    evaluation_batch_indices,
     pad_rows,
+    random_batch_indices,
+    split_calibration_rows,
     steps_per_epoch,
     tokenize,
-    training_picks,
-    training_rows,
+    training_batch_indices,
 )
 from sweet_jax.data.load import Split, load_dataset
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
@@ -35,7 +35,7 @@ def tokens(rows, tokenizer) -> Tokens:
 
 
 def drawn(seed: int = 0, labels: np.ndarray = LABELS, **values):
-    return draw_rows(labels, Config(**{"train_size": 100, **values}).resolved(), seed)
+    return split_calibration_rows(labels, Config(**{"train_size": 100, **values}).resolved(), seed)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_no_trained_text_is_a_calibration_text():
     texts = [(word,) for word in ["a", "b", "a", "c", "d", "e", "d", "b"]]
     first = np.array([0, 1, 3, 5]), np.array([2, 4])  # row 0 repeats row 2
     second = np.array([1, 2, 3, 4]), np.array([5])
-    (trained, held), (other, same) = apart(texts, [first, second])
+    (trained, held), (other, same) = drop_duplicates(texts, [first, second])
     assert (trained.tolist(), held.tolist()) == ([1, 3, 5], [2, 4])
     assert (other.tolist(), same.tolist()) == ([1, 2, 3], [5])  # as many, for one program
-    (alone,) = apart(texts, [second])
+    (alone,) = drop_duplicates(texts, [second])
     assert alone[0].tolist() == [1, 2, 3, 4]
 
 
@@ -101,7 +101,7 @@ def test_an_epoch_visits_every_row_once_and_fills_the_last_batch(count, size):
     rows = np.arange(100, 100 + count)
     steps = steps_per_epoch(count, size)
     for epoch in range(3):
-        batches = [training_rows(rows, 0, epoch, batch, size) for batch in range(steps)]
+        batches = [random_batch_indices(rows, 0, epoch, batch, size) for batch in range(steps)]
         assert {batch.shape for batch in batches} == {(size,)}
         assert all((batch >= 0).all() for batch in batches[:-1])
         read = np.concatenate(batches)
@@ -112,20 +112,22 @@ def test_an_epoch_visits_every_row_once_and_fills_the_last_batch(count, size):
 def test_training_rows_are_a_pure_function_of_seed_epoch_and_batch():
     rows = np.arange(64)
     key = {"seed": 3, "epoch": 1, "batch": 2, "size": 8}
-    first = training_rows(rows, **key).copy()
-    training_rows(rows, 9, 9, 0, 8)[:] = -7  # what a caller does to its batch is its own affair
-    np.testing.assert_array_equal(training_rows(rows, **key), first)
+    first = random_batch_indices(rows, **key).copy()
+    random_batch_indices(rows, 9, 9, 0, 8)[
+        :
+    ] = -7  # what a caller does to its batch is its own affair
+    np.testing.assert_array_equal(random_batch_indices(rows, **key), first)
     for other in ({"seed": 4}, {"epoch": 2}, {"batch": 3}):
-        assert (training_rows(rows, **{**key, **other}) != first).any()
+        assert (random_batch_indices(rows, **{**key, **other}) != first).any()
 
 
 def test_training_rows_are_those_of_the_seed_whatever_the_learning_rate():
     rows = [np.arange(50), np.arange(50), np.arange(50, 100)]  # a seed at two rates, another seed
     for step in (0, 6, 7, 20):
-        picked = training_picks(rows, [5, 5, 6], step, 8)
+        picked = training_batch_indices(rows, [5, 5, 6], step, 8)
         epoch, number = divmod(step, 7)
         for r, seed in enumerate((5, 5, 6)):
-            alone = training_rows(rows[r], seed, epoch, number, 8)
+            alone = random_batch_indices(rows[r], seed, epoch, number, 8)
             np.testing.assert_array_equal(picked[r], alone)
         assert (picked[0] == picked[1]).all()
         assert (picked[0] + 50 != picked[2]).any()
@@ -137,7 +139,7 @@ def test_evaluation_visits_every_row_once_and_puts_it_back_in_order(tokens):
     labels, ids = np.full(rows.shape, -2), np.full(rows.shape, -2)
     visits = np.zeros(rows.shape, int)
     widths = []
-    for places, picked in evaluation_picks(tokens, rows, 16):
+    for places, picked in evaluation_batch_indices(tokens, rows, 16):
         batch = pad_rows(tokens, picked, bucket_lengths(40))
         assert places.shape == batch["labels"].shape == (2, 16)
         widths.append(batch["mask"].shape[-1])

@@ -12,12 +12,18 @@ from test_simulation import tables
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.analysis import analyse, certified
-from sweet_jax.exits.bounds import Frontier, best_thresholds, floor, oracle, share_of_gap
-from sweet_jax.exits.dials import Dials, make_dials
-from sweet_jax.exits.policies import POLICIES, exit_scores
-from sweet_jax.exits.risk import candidates, certify, harms, try_thresholds, upper_bound
-from sweet_jax.exits.trades import Trade
+from sweet_jax.exits.analysis import analyse, certify_operating_point
+from sweet_jax.exits.bounds import Frontier, best_thresholds, oracle, share_of_gap, single_exit_hull
+from sweet_jax.exits.certificates import (
+    candidate_thresholds,
+    certify,
+    count_losses,
+    exit_losses,
+    upper_bound,
+)
+from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
+from sweet_jax.exits.pareto import ParetoFront
+from sweet_jax.exits.policies import POLICIES, exit_confidences
 
 
 def plain_oracle(kind, given, label):
@@ -57,7 +63,7 @@ def test_oracles_equal_a_loop_over_examples(outputs):
 @settings(deadline=None, max_examples=60)
 @given(tables())
 def test_the_stable_oracle_is_never_below_the_floor(outputs):
-    low, high = floor(outputs, 0), oracle(outputs, 0, "stable")
+    low, high = single_exit_hull(outputs, 0), oracle(outputs, 0, "stable")
     probes = np.linspace(outputs.cost[0], outputs.cost[-1], 9)
     above = np.interp(probes, high.cost, high.score)
     assert np.all(above >= np.interp(probes, low.cost, low.score) - 1e-12)
@@ -80,7 +86,7 @@ def test_no_way_to_choose_exits_beats_the_any_correct_oracle(outputs):
 @settings(deadline=None, max_examples=60)
 @given(tables())
 def test_the_floor_is_the_upper_hull_of_the_exits(outputs):
-    low = floor(outputs, 0)
+    low = single_exit_hull(outputs, 0)
     alone = (outputs.predictions[0] == outputs.labels[0]).mean(axis=1)
     assert np.all(np.interp(outputs.cost, low.cost, low.score) >= alone - 1e-12)
     assert {*low.cost} <= {*outputs.cost}  # its corners are exits
@@ -100,7 +106,7 @@ def test_the_share_of_the_gap_is_0_at_the_floor_and_1_at_the_oracle():
 def test_thresholds_of_their_own_are_at_least_as_good_as_one_for_all():
     """On exits whose confidences mean different things, much better; enumeration finds no more."""
     outputs, _ = known_table(60, seed=3)
-    scores = exit_scores(outputs, "confidence")[0].round(1)
+    scores = exit_confidences(outputs, "confidence")[0].round(1)
     scores[1] = 1 - scores[1]  # the second exit is sure where it is wrong
     frontier, limits = best_thresholds(outputs, 0, scores)
     right = (outputs.predictions[0] == outputs.labels[0]).astype(float)
@@ -123,7 +129,7 @@ def test_thresholds_of_their_own_are_at_least_as_good_as_one_for_all():
 @settings(deadline=None, max_examples=60)
 @given(tables())
 def test_no_single_threshold_lies_above_the_best_thresholds(outputs):
-    scores = exit_scores(outputs, "confidence")[0]
+    scores = exit_confidences(outputs, "confidence")[0]
     frontier, _ = best_thresholds(outputs, 0, scores)
     curve = simulate(outputs)
     bound = np.interp(curve.cost[0], frontier.cost, frontier.score)
@@ -140,8 +146,8 @@ def test_an_exit_that_diverged_bounds_nothing():
         ours, theirs = oracle(broken, 0, kind), oracle(deeper, 0, kind)
         np.testing.assert_allclose(ours.cost, theirs.cost)
         np.testing.assert_allclose(ours.score, theirs.score)
-    np.testing.assert_allclose(floor(broken, 0).score, floor(deeper, 0).score)
-    frontier, limits = best_thresholds(broken, 0, exit_scores(broken, "confidence")[0])
+    np.testing.assert_allclose(single_exit_hull(broken, 0).score, single_exit_hull(deeper, 0).score)
+    frontier, limits = best_thresholds(broken, 0, exit_confidences(broken, "confidence")[0])
     assert frontier.cost.min() >= 2 / 3 - 1e-12
     assert np.isfinite(limits).any()
 
@@ -155,13 +161,15 @@ def plain_harm(kind, given, label, e):
 @given(tables())
 def test_harms_equal_a_loop(outputs):
     for kind in ("risk", "agreement"):
-        found = harms(outputs, 0, kind)
+        found = exit_losses(outputs, 0, kind)
         for n, label in enumerate(outputs.labels[0]):
             column = outputs.predictions[0][:, n].tolist()
             for e in range(len(column)):
                 assert found[e, n] == plain_harm(kind, column, label, e)
     other = ExitOutputs(outputs.logits, 0 * outputs.labels, outputs.layers)
-    np.testing.assert_array_equal(harms(outputs, 0, "agreement"), harms(other, 0, "agreement"))
+    np.testing.assert_array_equal(
+        exit_losses(outputs, 0, "agreement"), exit_losses(other, 0, "agreement")
+    )
 
 
 def test_the_bound_is_clopper_and_pearson_s():
@@ -184,13 +192,16 @@ def test_certificates_are_broken_no_more_often_than_promised(kind, limit):
         copied = rng.random(20_000) < 0.8
         logits[0, e, copied] = logits[0, e + 1, copied]
     population = ExitOutputs(logits, population.labels, population.layers)
-    scores, harmful = exit_scores(population, "confidence")[0], harms(population, 0, kind)
+    scores, harmful = (
+        exit_confidences(population, "confidence")[0],
+        exit_losses(population, 0, kind),
+    )
     points = np.maximum.accumulate(scores[:-1], axis=0)
-    thresholds = candidates(scores[:, :500])
+    thresholds = candidate_thresholds(scores[:, :500])
     alpha, draws, broken, certified_any = 0.1, 1000, 0, 0
     for _ in range(draws):
         rows = rng.integers(500, 20_000, 300)
-        drawn = try_thresholds(population.rows(rows), 0, scores[:, rows], thresholds, kind)
+        drawn = count_losses(population.rows(rows), 0, scores[:, rows], thresholds, kind)
         found = certify(drawn, limit, 1 - alpha)
         if found.threshold is None:
             continue
@@ -205,8 +216,8 @@ def test_certificates_are_broken_no_more_often_than_promised(kind, limit):
 
 def test_what_cannot_be_certified_is_refused_with_the_best_that_can():
     outputs, _ = known_table(40, seed=12)
-    scores = exit_scores(outputs, "confidence")[0]
-    found = certify(try_thresholds(outputs, 0, scores, candidates(scores), "risk"), 0.01)
+    scores = exit_confidences(outputs, "confidence")[0]
+    found = certify(count_losses(outputs, 0, scores, candidate_thresholds(scores), "risk"), 0.01)
     assert found.threshold is None
     assert found.bound >= upper_bound(0, 40, 0.95) > 0.01
 
@@ -215,11 +226,11 @@ def test_where_nothing_leaves_early_nothing_is_lost():
     outputs, _ = known_table(40, seed=12)
     one = ExitOutputs(outputs.logits[:, :1], outputs.labels, [1])
     for limit in (0.0, 0.5):
-        found = make_dials(one).certificate("confidence", "risk", limit, 0.95)
+        found = make_resolver(one).certificate("confidence", "risk", limit, 0.95)
         assert (found.bound, found.harmed) == (0, 0)
         curve = simulate(one, thresholds=np.asarray([found.threshold]))
         assert curve.cost[0, 0] == 1
-    json.dumps(make_dials(one).as_dict(), allow_nan=False)
+    json.dumps(make_resolver(one).as_dict(), allow_nan=False)
 
 
 def test_dials_certify_no_more_often_wrongly_than_promised():
@@ -229,13 +240,13 @@ def test_dials_certify_no_more_often_wrongly_than_promised():
     copied = np.random.default_rng(1).random(5000) < 0.85
     logits[0, :2, copied] = logits[0, 2:, copied]
     population = ExitOutputs(logits, population.labels, population.layers)
-    harmful, limit = harms(population, 0, "risk"), 0.03
-    points = np.maximum.accumulate(exit_scores(population, "patience")[0][:-1], axis=0)
+    harmful, limit = exit_losses(population, 0, "risk"), 0.03
+    points = np.maximum.accumulate(exit_confidences(population, "patience")[0][:-1], axis=0)
     rng, broken = np.random.default_rng(2), 0
     for _ in range(400):
         drawn = [population.rows(rng.integers(0, 5000, 200)) for _ in range(3)]
-        luckiest = min(drawn, key=lambda rows: harms(rows, 0, "risk")[0].sum())
-        found = make_dials(luckiest, ("patience",), compared=3)
+        luckiest = min(drawn, key=lambda rows: exit_losses(rows, 0, "risk")[0].sum())
+        found = make_resolver(luckiest, ("patience",), compared=3)
         threshold = found.certificate("patience", "risk", limit, 0.9).threshold
         if threshold is not None:
             place = (points < threshold).sum(axis=0)
@@ -248,29 +259,29 @@ def test_policies_that_read_other_rows_are_not_certified():
     outputs = dataclasses.replace(outputs, exit_scores=np.full((1, 3, 40), 0.5))
     analysis = analyse(outputs, outputs, "learning_to_exit_min_max")
     with pytest.raises(UserError, match="cannot be certified"):
-        certified(analysis, 0, "risk", 0.3)
+        certify_operating_point(analysis, 0, "risk", 0.3)
 
 
 def test_a_run_s_certificate_tests_rows_that_fitted_nothing():
     calibration, validation = known_table(2000, seed=13)[0], known_table(2000, seed=14)[0]
     analysis = analyse(calibration, validation, "pcee_isotonic")
-    found = certified(analysis, 0, "risk", 0.3, 0.9)
+    found = certify_operating_point(analysis, 0, "risk", 0.3, 0.9)
     assert found.certificate.rows == 1000
     assert found.certificate.bound <= 0.3
-    halved = make_dials(calibration, ("pcee_isotonic",)).halved
+    halved = make_resolver(calibration, ("pcee_isotonic",)).halved
     threshold = np.asarray([found.certificate.threshold])
     point = simulate(validation, "pcee_isotonic", fitted=halved, thresholds=threshold)
     np.testing.assert_allclose(found.validation, (point.cost[0, 0], point.score[0, 0]))
     reported = dataclasses.replace(calibration, identity={"fitted_on": "validation"})
     with pytest.raises(UserError, match="two calibration rows or more that are held out"):
-        certified(analyse(reported, validation), 0, "risk", 0.3)
+        certify_operating_point(analyse(reported, validation), 0, "risk", 0.3)
 
 
 @settings(deadline=None, max_examples=60)
 @given(tables())
 def test_a_trade_holds_every_threshold_worth_having(outputs):
     curve = simulate(outputs)
-    trade, cost, score = Trade.of(curve, 0), curve.cost[0], curve.score[0]
+    trade, cost, score = ParetoFront.of(curve, 0), curve.cost[0], curve.score[0]
     assert np.all(np.diff(trade.cost) > 0)
     assert np.all(np.diff(trade.score) > 0)
     for limit in (*cost, cost.min() - 0.1, 0.5):
@@ -289,13 +300,13 @@ def test_a_trade_holds_every_threshold_worth_having(outputs):
 
 def test_shares_leaving_of_those_that_come():
     calibration = known_table(300, seed=17)[0]
-    trade = Trade.of(simulate(calibration), 0)
+    trade = ParetoFront.of(simulate(calibration), 0)
     assert len(trade.levels) == 65
     for threshold in (*trade.levels[::16], trade.levels[5:7].mean(), 0.0, 2.0):
         found = trade.leaving(threshold)
         near = trade.levels[trade.levels >= threshold]
         level = near[0] if len(near) else trade.levels[-1]
-        scores = exit_scores(calibration, "confidence")[0]  # [E, N]
+        scores = exit_confidences(calibration, "confidence")[0]  # [E, N]
         staying = np.full(scores.shape[1], True)
         for own, share in zip(scores[:-1], found[:-1], strict=True):
             leaves = staying & (own >= level)
@@ -306,8 +317,8 @@ def test_shares_leaving_of_those_that_come():
 
 def test_dials_are_saved_read_back_and_answer_the_same():
     calibration = known_table(400, seed=15)[0]
-    dials = make_dials(calibration)
-    again = Dials.from_dict(json.loads(json.dumps(dials.as_dict())))
+    dials = make_resolver(calibration)
+    again = ThresholdResolver.from_dict(json.loads(json.dumps(dials.as_dict())))
     assert {*dials.trades} == {p for p in POLICIES if not p.startswith("learning")}
     rows = known_table(50, seed=16)[0]
     asked = ({"cost": 0.7}, {"accuracy": 0.6}, {}, {"risk": 0.5}, {"agreement": 0.3, "level": 0.9})
@@ -317,12 +328,12 @@ def test_dials_are_saved_read_back_and_answer_the_same():
             ours, theirs = again.threshold(policy, **wish)
             assert threshold == ours
             np.testing.assert_array_equal(
-                exit_scores(rows, policy, fitted), exit_scores(rows, policy, theirs)
+                exit_confidences(rows, policy, fitted), exit_confidences(rows, policy, theirs)
             )
 
 
 def test_wishes_that_cannot_be_met_name_the_best():
-    dials = make_dials(known_table(100, seed=17)[0])
+    dials = make_resolver(known_table(100, seed=17)[0])
     assert dials.threshold("confidence") == dials.threshold("confidence", accuracy=dials.full)
     for wish, message in (
         ({"cost": "0.5"}, "cost must be a number; got '0.5'"),

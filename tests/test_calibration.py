@@ -13,9 +13,14 @@ from sweet_jax.exits.calibration import (
     expected_calibration_error,
     fit_temperature,
     fit_temperatures,
-    reliability,
+    reliability_diagram,
 )
-from sweet_jax.exits.scores import bootstrap_interval, mean_interval, score, wilson_interval
+from sweet_jax.exits.metrics import (
+    bootstrap_interval,
+    compute_metric,
+    mean_interval,
+    wilson_interval,
+)
 
 
 def nll(logits, labels, temperature):
@@ -70,7 +75,7 @@ def test_every_replica_and_exit_is_fitted_alone():
 def test_reliability_bins():
     confidence = np.asarray([0.05, 0.55, 0.59, 1.0])
     correct = np.asarray([True, False, True, True])
-    mean, share, count = reliability(confidence, correct)
+    mean, share, count = reliability_diagram(confidence, correct)
     assert count.tolist() == [1, 0, 0, 0, 0, 2, 0, 0, 0, 1]
     np.testing.assert_allclose(mean[[0, 5, 9]], [0.05, 0.57, 1.0])
     np.testing.assert_allclose(share[[0, 5, 9]], [1, 0.5, 1])
@@ -101,6 +106,6 @@ def test_student_interval_over_seeds():
 
 def test_scores_of_a_constant_answer():
     labels = np.asarray([0, 1, 1])
-    assert score("matthews", np.asarray([1, 1, 1]), labels, 2) == 0
-    assert score("f1", np.asarray([0, 0, 0]), labels, 2) == 0
-    assert score("accuracy", np.asarray([1, 1, 1]), labels, 2) == pytest.approx(2 / 3)
+    assert compute_metric("matthews", np.asarray([1, 1, 1]), labels, 2) == 0
+    assert compute_metric("f1", np.asarray([0, 0, 0]), labels, 2) == 0
+    assert compute_metric("accuracy", np.asarray([1, 1, 1]), labels, 2) == pytest.approx(2 / 3)

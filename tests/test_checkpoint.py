@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sweet_jax.training.checkpoint import Checkpoints, like, read_params
-from sweet_jax.training.sharding import by_replica, make_mesh
+from sweet_jax.training.checkpoint import Checkpoints, abstract_state, read_params
+from sweet_jax.training.sharding import make_mesh, replica_sharding
 
-SHARDING = by_replica(make_mesh(4, 8))
+SHARDING = replica_sharding(make_mesh(4, 8))
 
 
 def state(step: int) -> dict:
@@ -34,7 +34,7 @@ def saved(tmp_path) -> Path:
 def restore(folder: Path):
     checkpoints = Checkpoints(folder)
     try:
-        return checkpoints.restore(like(state(0), SHARDING))
+        return checkpoints.restore(abstract_state(state(0), SHARDING))
     finally:
         checkpoints.close()
 
@@ -128,9 +128,9 @@ def test_without_a_sound_one_training_starts_anew(saved):
 
 
 def test_another_number_of_devices_reads_it(saved):
-    one = by_replica(make_mesh(1, 1))
+    one = replica_sharding(make_mesh(1, 1))
     checkpoints = Checkpoints(saved)
-    _, found = checkpoints.restore(like(state(0), one))
+    _, found = checkpoints.restore(abstract_state(state(0), one))
     checkpoints.close()
     assert len(found["step"].sharding.device_set) == 1
     np.testing.assert_array_equal(found["step"], 3)

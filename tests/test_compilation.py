@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sweet_jax.compilation import processor
+from sweet_jax.compilation_cache import processor_name
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -47,7 +47,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert hits == 0 < misses
     written = files(tmp_path)
     assert written
-    assert {p.parts[:3] for p in written} == {("sweet_jax", "xla", processor())}
+    assert {p.parts[:3] for p in written} == {("sweet_jax", "xla", processor_name())}
     assert hits_and_misses(**where) == (misses, 0)
     assert files(tmp_path) == written
 

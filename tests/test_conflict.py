@@ -15,7 +15,7 @@ from test_early_exit import BATCH, build
 from test_run import logits_of
 from tiny import WORDS
 
-from sweet_jax.report.plots import conflict_figure
+from sweet_jax.report.figures import conflict_figure
 from sweet_jax.training.conflict import gradient_conflict
 from sweet_jax.training.losses import mean_loss
 from sweet_jax.training.metrics import read_metrics

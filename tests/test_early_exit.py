@@ -11,10 +11,10 @@ from tiny import TINIES, TINY, write_checkpoint
 
 from sweet_jax.config import Config
 from sweet_jax.models.early_exit import EarlyExit, isolate
-from sweet_jax.models.owners import SHARED, leaves_by_owner, owners
+from sweet_jax.models.ownership import SHARED, leaves_by_owner, parameter_owners
 from sweet_jax.models.pretrained import ENCODERS, open_checkpoint
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
-from sweet_jax.training.initial import make_model
+from sweet_jax.training.initialization import make_model
 from sweet_jax.training.losses import mean_loss
 
 EXITS = (1, 3)
@@ -74,7 +74,7 @@ def test_sweet_gives_each_exit_its_own_parameters_and_no_other(kind, key, poolin
     graphdef, params = build(kind=kind, pooling=pooling)
     for index, layer in enumerate(EXITS):
         gradient = exit_gradient(graphdef, params, index, 1.0, key)
-        owner_of = jax.tree.leaves(owners(params, EXITS))
+        owner_of = jax.tree.leaves(parameter_owners(params, EXITS))
         paths = jax.tree_util.tree_leaves_with_path(gradient)
         for owner, (path, leaf) in zip(owner_of, paths, strict=True):
             if owner == layer:
@@ -87,7 +87,7 @@ def test_early_exit_reaches_all_below():
     graphdef, params = build(kind="deberta-v2")
     for index, layer in enumerate(EXITS):
         gradient = exit_gradient(graphdef, params, index, 0.0)
-        owner_of = jax.tree.leaves(owners(params, EXITS))
+        owner_of = jax.tree.leaves(parameter_owners(params, EXITS))
         paths = jax.tree_util.tree_leaves_with_path(gradient)
         for owner, (path, leaf) in zip(owner_of, paths, strict=True):
             mine = owner == layer or (owner < layer and path[0].key == "encoder")
@@ -99,7 +99,7 @@ def test_every_parameter_has_an_owner():
     found = {owner for owner, _ in leaves_by_owner(params, EXITS)}
     assert found == {SHARED, *EXITS}
     with pytest.raises(KeyError, match="no owner"):
-        owners({"stranger": {"kernel": jnp.zeros(2)}}, EXITS)
+        parameter_owners({"stranger": {"kernel": jnp.zeros(2)}}, EXITS)
 
 
 def test_a_shared_pooler_gets_every_exit_s_gradient():
@@ -113,7 +113,7 @@ def test_a_shared_pooler_gets_every_exit_s_gradient():
 def test_a_shared_table_of_relative_positions_gets_every_exit_s_gradient():
     graphdef, params = build(kind="deberta-v2", shared_relative=True)
     each = [exit_gradient(graphdef, params, i, 1.0)["encoder"] for i in range(2)]
-    owner_of = owners(params, EXITS, shared_relative=True)["encoder"]
+    owner_of = parameter_owners(params, EXITS, shared_relative=True)["encoder"]
     assert set(jax.tree.leaves(owner_of["relative"])) == {SHARED}
     assert SHARED not in jax.tree.leaves({**owner_of, "relative": None})
     step = jax.jit(lambda params: segment_gradients(graphdef, params, BATCH, 1.0, None)[0])
@@ -133,7 +133,7 @@ def test_under_reference_exits_share_the_pooler_and_the_relative_table_only(kind
     graphdef, values = nnx.split(make_model(config, checkpoint, EXITS, 2, seed=0))
     params = nnx.to_pure_dict(values)
     each = [exit_gradient(graphdef, params, i, 1.0) for i in range(2)]
-    owner_of = owners(params, EXITS, shared_relative=config.relative == "shared")
+    owner_of = parameter_owners(params, EXITS, shared_relative=config.relative == "shared")
     shared = set()
     for owner, (path, first), last in zip(
         jax.tree.leaves(owner_of),

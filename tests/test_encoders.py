@@ -13,12 +13,12 @@ from tiny import TINIES
 
 from sweet_jax import load_encoder
 from sweet_jax.config import UserError
-from sweet_jax.models.attention import check_attention, fits, fused_attention
+from sweet_jax.models.attention import check_attention, fused_attention, supports_shape
 from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta import along_diagonals
 from sweet_jax.models.deberta_v2 import log_bucket
-from sweet_jax.models.names import hugging_face_name, is_matrix
 from sweet_jax.models.pretrained import ENCODERS, hidden_states, open_checkpoint, read_encoder
+from sweet_jax.models.tensor_names import hugging_face_name, is_transposed
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
@@ -58,7 +58,7 @@ def test_hidden_states_and_gradients_equal_hugging_face(name):
     for path, ours in leaves:
         key = hugging_face_name(tuple(p.key for p in path))
         theirs = arrays[f"grad/{key}"]
-        theirs = theirs.T if is_matrix(key) else theirs
+        theirs = theirs.T if is_transposed(key) else theirs
         # Sums over tens of tokens: relative to the tensor's largest entry where that is above 1.
         scale = max(1.0, float(np.abs(theirs).max()))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * scale, err_msg=key)
@@ -131,7 +131,7 @@ def test_fused_attention_is_the_same_attention(kind):
     for count in (None, 1, 3):
         found = []
         for implementation in ("einsum", "xla"):
-            encoder.attend_by(implementation)
+            encoder.set_attention(implementation)
             graphdef, values = nnx.split(encoder)
             function = jax.value_and_grad(layer, argnums=(0, 1), has_aux=True)
             (_, out), grads = jax.jit(function, static_argnums=(2, 3))(
@@ -145,10 +145,10 @@ def test_fused_attention_is_the_same_attention(kind):
 
 
 def test_cudnn_is_asked_for_even_shapes_only():
-    assert fits("cudnn", 64, 64)
-    assert not fits("cudnn", 1, 64)
-    assert not fits("cudnn", 33, 33)
-    assert fits("xla", 1, 33)
+    assert supports_shape("cudnn", 64, 64)
+    assert not supports_shape("cudnn", 1, 64)
+    assert not supports_shape("cudnn", 33, 33)
+    assert supports_shape("xla", 1, 33)
 
 
 def test_cudnn_s_call_is_lowered_for_a_gpu(monkeypatch):

@@ -39,11 +39,11 @@ from experiments import (
 )
 from experiments.options import cell, parser
 from sweet_jax.config import Config, UserError
-from sweet_jax.exits.analysis import analyse, area
+from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.pipeline import run
-from sweet_jax.training import loop, spread
-from sweet_jax.training.run import fit
+from sweet_jax.training import loop, parallel
+from sweet_jax.training.fit import fit
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = (
@@ -115,7 +115,7 @@ def test_cells_leave_records_outputs_and_no_checkpoints(finished):
     assert halves[1].logits.shape == (4, 2, 40, 2)
     curve = analyse(*halves).curve
     for r, replica in enumerate(record["replicas"]):
-        assert replica["area"] == pytest.approx(area(curve.cost[r], curve.score[r]), abs=1e-9)
+        assert replica["area"] == pytest.approx(curve_area(curve.cost[r], curve.score[r]), abs=1e-9)
     assert not list(out.parent.glob("work/*"))
 
 
@@ -291,13 +291,13 @@ def test_five_rates_by_three_seeds_are_one_program_and_each_its_solo_run(
         *(f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}"),
     ]
     fitted, programs = [], []
-    compile_step = spread.compile_step
+    compile_step = parallel.compile_step
 
     def compiled(settings, replicas, mesh):
         programs.append(replicas)
         return compile_step(settings, replicas, mesh)
 
-    monkeypatch.setattr(spread, "compile_step", compiled)
+    monkeypatch.setattr(parallel, "compile_step", compiled)
 
     def watched(config, checkpoint, training, classes, tokens, rows, workdir, **more):
         fitted.append(len(rows))
@@ -344,13 +344,13 @@ def test_killed_in_the_middle_it_finishes_with_the_same_numbers(
         process.wait()
     assert individual.run([*full, "--list"]) == 0
     starts = []
-    original = loop.take_steps
+    original = loop.run_steps
 
     def watched(plan, state, batch, span, *rest):
         starts.append(span.start)
         return original(plan, state, batch, span, *rest)
 
-    monkeypatch.setattr("sweet_jax.training.run.take_steps", watched)
+    monkeypatch.setattr("sweet_jax.training.fit.run_steps", watched)
     assert individual.run(full) == 0
     assert len(starts) == 2
     assert starts[0] >= 2  # the one that was killed did not begin again

@@ -13,7 +13,7 @@ import pytest
 from sweet_jax import export
 from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
-from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.policies import exit_confidences
 
 
 def load_runner(folder: Path):
@@ -32,7 +32,7 @@ def load_runner(folder: Path):
 def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, capsys):
     reference = request.getfixturevalue(method)
     model = reference.classifier.model
-    confidence = exit_scores(reference.outputs, "confidence", model.dials.fitted)[0, 0]
+    confidence = exit_confidences(reference.outputs, "confidence", model.resolver.fitted)[0, 0]
     threshold = float(np.median(confidence)) + 1e-3
     wanted = reference.classifier.at("confidence", threshold=threshold).predict(
         reference.texts, 8, "latency"

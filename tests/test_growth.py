@@ -10,8 +10,8 @@ from tiny import write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.job import prepare
 from sweet_jax.pipeline import run
+from sweet_jax.preparation import prepare
 
 SPLITS = ("calibration", "validation")
 

@@ -14,13 +14,13 @@ from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export, predict
 from sweet_jax.config import UserError
-from sweet_jax.exits.calibration import tempered
-from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.calibration import softmax_with_temperature
+from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.inference.artifact import Network
+from sweet_jax.inference.jax_engine import make_stages, stage_parameters
+from sweet_jax.inference.latency import read_latency
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
-from sweet_jax.serving.clock import read_clock
-from sweet_jax.serving.programs import needed, plan
-from sweet_jax.serving.saved import Network
 
 POLICIES = ("confidence", "entropy", "patience", "voting", "learning_to_exit", "pcee_isotonic")
 
@@ -42,7 +42,7 @@ def assert_same(reference, classifier, order, batch_size, mode):
 @settings(max_examples=25, deadline=None)
 def test_answers_are_those_of_evaluation_and_simulation(sweet, data):
     policy = data.draw(st.sampled_from(POLICIES))
-    scores = exit_scores(sweet.outputs, policy, sweet.classifier.model.dials.fitted)
+    scores = exit_confidences(sweet.outputs, policy, sweet.classifier.model.resolver.fitted)
     threshold = data.draw(st.sampled_from(sorted(set(scores.ravel()))))
     order = data.draw(st.lists(st.integers(0, len(sweet.texts) - 1), min_size=1, max_size=40))
     batch_size = data.draw(st.sampled_from([1, 3]))
@@ -64,7 +64,7 @@ def test_answers_are_those_of_evaluation_and_simulation(sweet, data):
 )
 def test_dials(sweet, dial):
     classifier = sweet.classifier.at("confidence", **dial)
-    wanted, _ = sweet.classifier.model.dials.threshold("confidence", **dial)
+    wanted, _ = sweet.classifier.model.resolver.threshold("confidence", **dial)
     assert classifier.threshold == wanted
     assert_same(sweet, classifier, np.arange(len(sweet.texts)), 3, "throughput")
 
@@ -148,14 +148,14 @@ def test_every_kind_of_encoder(kind, pooling, sweet, tmp_path):
     assert any(stage.whole for stage in resuming.flow(3).stages) == (pooling == "mean")
     found = np.stack([row.logits for row in answered(resuming, texts, 3)], axis=1)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    for stage in plan(model.networks)[1:]:
-        own = list(needed(stage, params).values())
+    for stage in make_stages(model.networks)[1:]:
+        own = list(stage_parameters(stage, params).values())
         assert export._program(model, stage, own, 16)
 
 
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
 def test_exits_that_read_the_mean_of_the_tokens(mean_pooled, mode):
-    confidence = exit_scores(mean_pooled.outputs, "raw_confidence")[0, 0]
+    confidence = exit_confidences(mean_pooled.outputs, "raw_confidence")[0, 0]
     threshold = float(np.median(confidence))
     classifier = mean_pooled.classifier.at("raw_confidence", threshold=threshold)
     stages = classifier.flow(4).stages
@@ -164,13 +164,13 @@ def test_exits_that_read_the_mean_of_the_tokens(mean_pooled, mode):
     assert_same(mean_pooled, classifier, np.arange(len(mean_pooled.texts)), 4, mode)
     alone = mean_pooled.classifier.at(threshold=float("inf")).predict(mean_pooled.texts[:5], 5)
     logits = mean_pooled.outputs.logits[0, -1, :5]
-    temperatures = mean_pooled.classifier.model.dials.fitted.temperatures[0, -1]
-    wanted = tempered(logits, np.full((5, 1), temperatures))
+    temperatures = mean_pooled.classifier.model.resolver.fitted.temperatures[0, -1]
+    wanted = softmax_with_temperature(logits, np.full((5, 1), temperatures))
     np.testing.assert_allclose(alone.probabilities, wanted, atol=1e-5)
 
 
 def test_multi_model(multi_model):
-    confidence = exit_scores(multi_model.outputs, "confidence")[0, 0]
+    confidence = exit_confidences(multi_model.outputs, "confidence")[0, 0]
     classifier = multi_model.classifier.at(threshold=float(np.median(confidence)))
     assert_same(multi_model, classifier, np.arange(len(multi_model.texts)), 8, "latency")
 
@@ -334,7 +334,7 @@ def test_the_clock_of_this_machine_and_its_dial(sweet, tmp_path, capsys):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
     assert predict.main([f"--model={folder}", "--measure", "--batch_size=1"]) == 0
     assert "to 2     to 3     to 4" in capsys.readouterr().out
-    clock = read_clock(dataclasses.replace(sweet.classifier.model, folder=folder))
+    clock = read_latency(dataclasses.replace(sweet.classifier.model, folder=folder))
     assert clock.batch_sizes == (1,)
     assert (clock.milliseconds > 0).all()
     # Times of this machine are not to be asserted: put known ones in their place.
@@ -343,7 +343,7 @@ def test_the_clock_of_this_machine_and_its_dial(sweet, tmp_path, capsys):
     (folder / "clock.json").write_text(json.dumps(values))
     for limit in (2.0, 3.5, 6.0):
         classifier = AdaptiveClassifier.from_pretrained(folder, milliseconds=limit)
-        trade = classifier.model.dials.trades[classifier.policy]
+        trade = classifier.model.resolver.trades[classifier.policy]
         place = list(trade.threshold).index(classifier.threshold)
         times = trade.shares @ [2.0, 4.0, 6.0]
         assert times[place] <= limit

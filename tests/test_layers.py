@@ -8,7 +8,7 @@ from jax.extend.random import threefry2x32_p
 from jax.test_util import check_grads
 
 from sweet_jax.models.layers import (
-    derive,
+    derive_key,
     dropout,
     gelu,
     layer_norm,
@@ -30,10 +30,15 @@ def test_threefry_is_jax_s_own():
 
 
 def test_keys_depend_on_names_and_their_order_only():
-    keys = [derive(KEY, "layer", 1), derive(KEY, "layer", 2), derive(KEY, "head", 1), derive(KEY)]
+    keys = [
+        derive_key(KEY, "layer", 1),
+        derive_key(KEY, "layer", 2),
+        derive_key(KEY, "head", 1),
+        derive_key(KEY),
+    ]
     data = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}
     assert len(data) == 4
-    assert derive(KEY, "layer", 1) == derive(derive(KEY, "layer"), 1)
+    assert derive_key(KEY, "layer", 1) == derive_key(derive_key(KEY, "layer"), 1)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -85,7 +90,7 @@ def test_gradients_agree_with_finite_differences():
 
 def test_hand_written_gradients_equal_jax_s():
     x = 2 * jax.random.normal(KEY, (4, 6))
-    weight = jax.random.normal(derive(KEY, "weight"), (4, 6))
+    weight = jax.random.normal(derive_key(KEY, "weight"), (4, 6))
     mask = jnp.arange(6)[None] < jnp.array([6, 3, 1, 5])[:, None]
 
     def plain_norm(x):

@@ -16,16 +16,16 @@ from tiny import TINY
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import Config, from_mapping
-from sweet_jax.job import prepare
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.pipeline import run
+from sweet_jax.preparation import prepare
 from sweet_jax.simulate import main as simulate_main
-from sweet_jax.training.losses import mean_exit_loss, measure
-from sweet_jax.training.metrics import diverged
+from sweet_jax.training.losses import compute_step_metrics, mean_exit_loss
+from sweet_jax.training.metrics import find_failures
 from sweet_jax.training.step import (
-    clip,
-    new_state,
+    clip_gradients,
+    init_state,
     train_step,
 )
 
@@ -46,8 +46,8 @@ def test_the_gradient_of_the_exit_loss_reaches_its_own_segment_or_its_own_head_o
     graphdef, params = build(learning_to_exit=mode)
 
     def loss(params):
-        answer = nnx.merge(graphdef, params).answers(BATCH, 1.0)
-        return measure(answer, BATCH["labels"]).exit_loss[1]
+        answer = nnx.merge(graphdef, params).forward(BATCH, 1.0)
+        return compute_step_metrics(answer, BATCH["labels"]).exit_loss[1]
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
         match tuple(p.key for p in path):
@@ -92,7 +92,7 @@ def test_detached_heads_change_nothing_else():
     for mode in ("", "detached"):
         graphdef, params = build(learning_to_exit=mode)
         chosen = settings(graphdef, learning_to_exit=mode, clip_norm=0.05)
-        step, state = jax.jit(functools.partial(train_step, chosen)), new_state(params, 1e-2, 0)
+        step, state = jax.jit(functools.partial(train_step, chosen)), init_state(params, 1e-2, 0)
         for _ in range(3):
             state, metrics = step(state, BATCH)
         assert (metrics.exit_loss is None) == (mode == "")
@@ -118,7 +118,7 @@ def test_only_joint_heads_count_in_the_norm_of_their_owner(by_owner):
                 lambda g: jnp.full_like(g, scale), head["learning_to_exit"]
             )
         chosen = settings(graphdef, learning_to_exit=mode, clip_norm=1.0, clip_by_owner=by_owner)
-        return clip(grads, chosen)
+        return clip_gradients(grads, chosen)
 
     small, large = (clipped("detached", scale) for scale in (1.0, 1e3))
     for layer in map(str, EXITS):
@@ -138,7 +138,7 @@ def test_an_exit_loss_that_is_not_finite_is_reported():
         for s in range(6)
     ]
     logits = np.eye(2, dtype=np.float32)[None, None, [0, 1]].repeat(2, axis=1)
-    found = diverged(rows, {"t": (1, 3)}, [(0, 1e-3)], logits, (1, 3), ("no", "yes"))
+    found = find_failures(rows, {"t": (1, 3)}, [(0, 1e-3)], logits, (1, 3), ("no", "yes"))
     assert [(d["exit"], d["what"], d["step"]) for d in found] == [(3, "loss is not finite", 4)]
 
 

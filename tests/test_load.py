@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.load import load_dataset, stratified
+from sweet_jax.data.load import load_dataset, stratified_split
 from sweet_jax.data.read import read_table, resolve_path
-from sweet_jax.data.stream import stream_rows
+from sweet_jax.data.stream import stream_texts
 
 # What spreadsheets and data frames are fond of converting, and what breaks naive readers.
 ODD_TEXTS = [
@@ -281,7 +281,7 @@ def test_rows_that_a_quote_swallows_are_told(tmp_path):
     path.write_text("text\tlabel\n" + "\n".join(lines) + "\n")
     found = refusal(path)
     assert "row 1, column 'text' holds what looks like several rows" in found
-    (row, last) = stream_rows(path, ("text",))
+    (row, last) = stream_texts(path, ("text",))
     assert "looks like several rows" in row.error
     assert last.texts == ("more",)
     path.write_text("text\tlabel\n" + "\n".join(lines[1:]) + "\n")  # inside, a quote is a quote
@@ -410,7 +410,7 @@ def test_no_training_row_repeats_a_validation_text(tmp_path):
 )
 def test_stratified_holds_out_every_class_in_proportion(fraction, quota):
     labels = np.repeat([0, 1, 2], [12, 47, 41])
-    kept, held = stratified(labels, fraction, np.random.default_rng(3))
+    kept, held = stratified_split(labels, fraction, np.random.default_rng(3))
     assert sorted([*kept, *held]) == list(range(100))
     assert len(held) == round(fraction * 100)
     assert kept.tolist() == sorted(kept)

@@ -12,13 +12,19 @@ from test_simulation import brute_force, tables
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.analysis import analyse, choose
-from sweet_jax.exits.calibration import CURVES, ReliabilityCurve, fit_curve, probabilities, quality
-from sweet_jax.exits.fitted import Fitted, fit
+from sweet_jax.exits.analysis import analyse, select_operating_point
+from sweet_jax.exits.calibration import (
+    CURVES,
+    ReliabilityCurve,
+    confidence_quality,
+    fit_reliability_curve,
+    probabilities,
+)
+from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
 from sweet_jax.exits.policies import (
     POLICIES,
-    cross_fitted,
-    exit_scores,
+    cross_fitted_confidences,
+    exit_confidences,
     grid_thresholds,
 )
 
@@ -70,17 +76,20 @@ def test_every_policy_equals_a_loop_over_examples(outputs, other, policy):
     outputs = dataclasses.replace(outputs, exit_scores=learned)
     low = 1 / c
     temperatures = rng.choice([0.5, 1.0, 2.0], (r, e))
-    sures = exit_scores(outputs, "confidence", Fitted(temperatures))
+    sures = exit_confidences(outputs, "confidence", Calibrator(temperatures))
     # Knots at scores that occur, where left and right of a step differ.
     sure = np.append(rng.uniform(low, 1, 20), sures[0, :, 0])
     curves = {
         kind: tuple(
-            tuple(fit_curve(kind, sure, rng.random(len(sure)) < sure, low) for _ in range(e))
+            tuple(
+                fit_reliability_curve(kind, sure, rng.random(len(sure)) < sure, low)
+                for _ in range(e)
+            )
             for _ in range(r)
         )
         for kind in CURVES
     }
-    found = exit_scores(outputs, policy, Fitted(temperatures, curves))
+    found = exit_confidences(outputs, policy, Calibrator(temperatures, curves))
     for i in range(r):
         ours = {kind: every[i] for kind, every in curves.items()}
         logits = outputs.logits[i].astype(float).transpose(1, 0, 2).tolist()  # [N, E, C]
@@ -100,7 +109,7 @@ def test_every_policy_equals_a_loop_over_examples(outputs, other, policy):
             for j in range(e)
         ]
         np.testing.assert_allclose(found[i], wanted, rtol=1e-6, atol=1e-9)
-    curve = simulate(outputs, policy, fitted=Fitted(temperatures, curves))
+    curve = simulate(outputs, policy, fitted=Calibrator(temperatures, curves))
     for t, threshold in enumerate(curve.threshold[0]):
         cost, score, shares = brute_force(
             found[0], outputs.predictions[0], outputs.labels[0], outputs.cost, threshold, "accuracy"
@@ -131,8 +140,8 @@ def known_table(count: int, seed: int = 0, exits: int = 3) -> tuple[ExitOutputs,
 @pytest.mark.parametrize("kind", CURVES)
 def test_curves_find_a_known_accuracy(kind):
     outputs, chance = known_table(20_000)
-    sure = fit(outputs).curves[kind][0][0]
-    levels = exit_scores(outputs, "confidence", fit(outputs))[0, 0]
+    sure = fit_calibrator(outputs).curves[kind][0][0]
+    levels = exit_confidences(outputs, "confidence", fit_calibrator(outputs))[0, 0]
     # Of bins, the mean over a bin is right; ten of them stand 0.04 off at their ends.
     assert np.abs(sure(levels) - chance[0])[chance[0] > 0.5].mean() < 0.03
 
@@ -146,17 +155,17 @@ def test_the_surest_rows_read_what_the_surest_rows_had(kind):
     logits = np.zeros((1, 300, 2))
     logits[0, rows, given] = np.where(sure, 5.0, 0.005)
     outputs = ExitOutputs(logits, labels, np.asarray([1]))
-    fitted = fit(outputs)
+    fitted = fit_calibrator(outputs)
     assert (probabilities(outputs, fitted.temperatures)[0, 0, sure].max(axis=-1) == 1).all()
     policy = next(name for name, rule in POLICIES.items() if rule.curve == kind)
-    assert (exit_scores(outputs, policy, fitted)[0, 0, sure] > 0.99).all()
+    assert (exit_confidences(outputs, policy, fitted)[0, 0, sure] > 0.99).all()
 
 
 def test_small_bins_shrink_towards_the_mean():
     score = np.asarray([0.55] * 60 + [0.97])
     right = np.asarray([True] * 30 + [False] * 30 + [True])
     mean = right.mean()
-    curve = fit_curve("equal_width", score, right, 0.5)
+    curve = fit_reliability_curve("equal_width", score, right, 0.5)
     assert curve(0.55) == pytest.approx((30 + 5 * mean) / 65)
     assert curve(0.99) == pytest.approx((1 + 5 * mean) / 6)  # one row does not say 100%
     assert curve(0.75) == pytest.approx(mean)  # an empty bin says what the exit says
@@ -170,7 +179,7 @@ def test_isotonic_curves_rise_and_all_stay_within_zero_and_one(count, seed):
     right = rng.random(count) < score
     probes = np.linspace(0, 1, 300)
     for kind in CURVES:
-        values = fit_curve(kind, score, right, 0.2)(probes)
+        values = fit_reliability_curve(kind, score, right, 0.2)(probes)
         assert values.min() >= 0
         assert values.max() <= 1
         if kind == "isotonic":
@@ -180,9 +189,9 @@ def test_isotonic_curves_rise_and_all_stay_within_zero_and_one(count, seed):
 def test_a_rising_curve_is_a_threshold_for_each_exit():
     """Every example leaves where per-exit thresholds of confidence would send it."""
     outputs, _ = known_table(500, seed=1)
-    fitted = fit(known_table(300, seed=2)[0])
-    scores = exit_scores(outputs, "pcee_isotonic", fitted)[0]
-    levels = exit_scores(outputs, "confidence", fitted)[0]
+    fitted = fit_calibrator(known_table(300, seed=2)[0])
+    scores = exit_confidences(outputs, "pcee_isotonic", fitted)[0]
+    levels = exit_confidences(outputs, "confidence", fitted)[0]
     for delta in (0.4, 0.6, 0.75, 0.9):
         limits = []
         for curve in fitted.curves["isotonic"][0]:
@@ -211,7 +220,7 @@ def test_a_perfect_curve_achieves_its_accuracy(delta):
     np.put_along_axis(logits, given[..., None], np.log(sure)[..., None], axis=-1)
     outputs = ExitOutputs(logits, labels, [1, 2, 3])
     perfect = ReliabilityCurve(np.asarray([0.0, 0.65]), np.asarray([0.3, delta]), True)
-    fitted = Fitted(np.ones((1, 3)), {"equal_width": ((perfect,) * 3,)})
+    fitted = Calibrator(np.ones((1, 3)), {"equal_width": ((perfect,) * 3,)})
     point = simulate(outputs, "pcee", fitted=fitted, thresholds=np.asarray([delta]))
     error = 3 * math.sqrt(delta * (1 - delta) / count)
     assert point.score[0, 0] == pytest.approx(delta, abs=error)
@@ -220,20 +229,20 @@ def test_a_perfect_curve_achieves_its_accuracy(delta):
 
 def test_cross_fitting_uses_no_row_s_own_label():
     outputs, _ = known_table(60, seed=4)
-    before = cross_fitted(outputs, "pcee_isotonic")
+    before = cross_fitted_confidences(outputs, "pcee_isotonic")
     labels = outputs.labels.copy()
     labels[0, 7] = (labels[0, 7] + 1) % 5
-    after = cross_fitted(dataclasses.replace(outputs, labels=labels), "pcee_isotonic")
+    after = cross_fitted_confidences(dataclasses.replace(outputs, labels=labels), "pcee_isotonic")
     np.testing.assert_array_equal(before[..., 7], after[..., 7])
     assert (before != after).any()
-    assert np.isfinite(cross_fitted(outputs.rows(np.asarray([0])), "pcee")).all()
+    assert np.isfinite(cross_fitted_confidences(outputs.rows(np.asarray([0])), "pcee")).all()
 
 
 def test_the_threshold_of_pcee_is_the_accuracy_asked_for():
     calibration, validation = known_table(400, seed=5)[0], known_table(900, seed=6)[0]
     for policy in (p for p in POLICIES if p.startswith("pcee")):
         analysis = analyse(calibration, validation, policy)
-        found = choose(analysis, 0, score=0.7)
+        found = select_operating_point(analysis, 0, score=0.7)
         point = simulate(validation, policy, calibration=calibration, thresholds=np.asarray([0.7]))
         assert found.threshold == 0.7
         np.testing.assert_allclose(found.validation, (point.cost[0, 0], point.score[0, 0]))
@@ -241,11 +250,11 @@ def test_the_threshold_of_pcee_is_the_accuracy_asked_for():
 
 def test_what_was_fitted_is_saved_and_read_back_exactly():
     outputs, _ = known_table(300, seed=7)
-    fitted = fit(outputs)
-    again = Fitted.from_dict(json.loads(json.dumps(fitted.as_dict())))
+    fitted = fit_calibrator(outputs)
+    again = Calibrator.from_dict(json.loads(json.dumps(fitted.as_dict())))
     for policy in POLICIES:
         if not policy.startswith("learning"):
-            ours, theirs = (exit_scores(outputs, policy, f) for f in (fitted, again))
+            ours, theirs = (exit_confidences(outputs, policy, f) for f in (fitted, again))
             np.testing.assert_array_equal(ours, theirs)
 
 
@@ -254,16 +263,16 @@ def test_a_diverged_exit_never_answers_early_and_fits_nothing():
     logits = outputs.logits.copy()
     logits[0, 0] = np.nan
     outputs = dataclasses.replace(outputs, logits=logits)
-    fitted = fit(outputs)
+    fitted = fit_calibrator(outputs)
     assert fitted.as_dict()["temperatures"][0] is None
-    assert quality(outputs, fitted.temperatures)[0][0]["ece"] is None
+    assert confidence_quality(outputs, fitted.temperatures)[0][0]["ece"] is None
     for policy in POLICIES:
         if not policy.startswith("learning"):
-            scores = exit_scores(outputs, policy, fitted)
+            scores = exit_confidences(outputs, policy, fitted)
             assert np.isneginf(scores[0, 0]).all(), policy
             assert np.isfinite(scores[0, 2]).all(), policy
     # Nobody is seen to agree with an exit that diverged.
-    assert exit_scores(outputs, "patience", fitted)[0, 1].max() == 1
+    assert exit_confidences(outputs, "patience", fitted)[0, 1].max() == 1
 
 
 @pytest.mark.parametrize("policy", ["pcee", "pcee_ws"])
@@ -278,7 +287,7 @@ def test_grids_span_the_scores():
         if policy.startswith("learning"):
             continue
         grid = grid_thresholds(policy, 5, 3)
-        scores = exit_scores(outputs, policy, fit(outputs))
+        scores = exit_confidences(outputs, policy, fit_calibrator(outputs))
         assert grid[0] <= scores[:, :-1].min() + 0.1
         assert scores.max() <= grid[-1]
         assert len(grid) == (3 if policy == "patience" else 11)
@@ -288,7 +297,7 @@ def test_quality_equals_plain_sums():
     outputs, _ = known_table(80, seed=10)
     temperatures = np.asarray([[0.5, 1.0, 2.0]])
     levels = probabilities(outputs, temperatures)[0].max(axis=-1)  # [E, N]
-    for e, row in enumerate(quality(outputs, temperatures)[0]):
+    for e, row in enumerate(confidence_quality(outputs, temperatures)[0]):
         nll, brier, pairs, n = 0.0, 0.0, [], outputs.labels.shape[1]
         sure = []
         for k in range(n):
@@ -309,7 +318,7 @@ def test_quality_equals_plain_sums():
 def test_entropy_is_never_below_zero():
     for classes in range(2, 12):
         outputs = ExitOutputs(np.zeros((2, 3, classes)), [0, 1, 0], [1, 2])
-        assert exit_scores(outputs, "entropy").min() == pytest.approx(0, abs=1e-12)
+        assert exit_confidences(outputs, "entropy").min() == pytest.approx(0, abs=1e-12)
         assert simulate(outputs, "entropy", thresholds=np.zeros(1)).cost[0, 0] == 0.5
 
 
@@ -320,4 +329,4 @@ def test_what_does_not_fit_the_outputs_is_refused():
         with pytest.raises(ValueError, match="replicas and exits need what was fitted on as many"):
             simulate(two, policy, calibration=one)
     with pytest.raises(UserError, match="did you mean 'confidence'"):
-        cross_fitted(one, "confidense")
+        cross_fitted_confidences(one, "confidense")

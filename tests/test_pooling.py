@@ -10,10 +10,10 @@ from flax import nnx
 from tiny import TINIES, write_checkpoint
 
 from sweet_jax.config import POOLING_NAMES, UserError, from_mapping
-from sweet_jax.job import prepare
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pooling import POOLINGS, declared_pooling, mean_of_tokens
 from sweet_jax.models.pretrained import ENCODERS, hidden_states
+from sweet_jax.preparation import prepare
 
 MASK = np.arange(6)[None] < np.array([6, 3, 1, 0])[:, None]
 
@@ -63,7 +63,7 @@ def test_exits_classify_the_mean_of_their_layer(kind):
             "token_type_ids": jnp.zeros((4, length), jnp.int32),
             "mask": jnp.pad(jnp.asarray(MASK), ((0, 0), (0, length - 6))),
         }
-        run = jax.jit(lambda p, b: nnx.merge(graphdef, p).answers(b, 1.0, features=True))
+        run = jax.jit(lambda p, b: nnx.merge(graphdef, p).forward(b, 1.0, features=True))
         answers[length] = run(params, batch)
         states = hidden_states(nnx.merge(graphdef, params).encoder, *batch_of(batch))
         for e, layer in enumerate((1, 3)):

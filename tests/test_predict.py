@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sweet_jax import predict
-from sweet_jax.serving import answer_file
+from sweet_jax.inference import prediction_file
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_an_interrupted_command_knows_by_what_it_was_begun(
     sweet, command, tmp_path, capsys, monkeypatch
 ):
     content = jsonl(sweet.texts)
-    add, count = answer_file.Tally.add, 0
+    add, count = prediction_file.Tally.add, 0
 
     def interrupt(self, answer) -> None:
         nonlocal count
@@ -115,7 +115,7 @@ def test_an_interrupted_command_knows_by_what_it_was_begun(
         add(self, answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file.Tally, "add", interrupt)
+        patch.setattr(prediction_file.Tally, "add", interrupt)
         status, begun = command("in.jsonl", content, "--threshold=0.8")
     assert status == 1
     assert 0 < len(begun) < len(sweet.texts)

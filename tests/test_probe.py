@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
-from sweet_jax import tuning
+from sweet_jax import head_fitting
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.job import prepare
 from sweet_jax.pipeline import run
+from sweet_jax.preparation import prepare
 from sweet_jax.training import probe
 from sweet_jax.training.probe import PENALTIES, fit_classifier, fit_classifiers, with_classifiers
 
@@ -139,7 +139,7 @@ def test_without_epochs_the_probe_is_the_model(
 def test_of_a_large_file_some_rows_are_fitted_on(options, monkeypatch):
     monkeypatch.setattr("sweet_jax.tuning.ROWS", 20)
     job = prepare(from_mapping(options | {"head_init": "probe", "seeds": (0, 1)}))
-    own, held = tuning._rows(job)
+    own, held = head_fitting._rows(job)
     assert own.shape == (2, 20)
     assert held.shape == (2, 9)  # fewer than that
     for r in (0, 1):

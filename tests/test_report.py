@@ -13,12 +13,18 @@ import pytest
 from sweet_jax import ExitOutputs
 from sweet_jax import simulate as simulate_curve
 from sweet_jax.config import from_mapping
-from sweet_jax.exits.analysis import analyse, at_costs, certified, choose, full_score
+from sweet_jax.exits.analysis import (
+    analyse,
+    certify_operating_point,
+    cheapest_full_score,
+    scores_at_costs,
+    select_operating_point,
+)
 from sweet_jax.exits.policies import POLICIES
-from sweet_jax.report.lines import exit_table
+from sweet_jax.report.console import exit_table
+from sweet_jax.report.figures import write_figures
 from sweet_jax.report.page import write_comparison, write_report
-from sweet_jax.report.plots import write_figures
-from sweet_jax.report.tables import build_results
+from sweet_jax.report.results import build_results
 
 NASTY = "<script>document.title='broken'</script>$x$"
 
@@ -90,7 +96,7 @@ def test_the_slider_shows_the_curve_s_numbers(report, analysis, browser):
             "c.dispatchEvent(new Event('change'));",
             str(replica),
         )
-        keep = full_score(analysis, replica)
+        keep = cheapest_full_score(analysis, replica)
         np.testing.assert_allclose(reading(browser)[1:], keep.validation, rtol=0, atol=6e-4)
         last = int(browser.find_element("id", "threshold").get_attribute("max"))
         for place in (0, last // 2, last):
@@ -137,7 +143,7 @@ def test_policies_and_dials_of_the_page_choose_as_the_command_does(report, analy
         for dial, wish in (("cost", 0.6), ("score", 0.85)):
             set_value(browser, "dial", dial)
             set_value(browser, "wish", str(wish))
-            found = choose(theirs, best, **{dial: wish})
+            found = select_operating_point(theirs, best, **{dial: wish})
             _, cost, score = reading(browser)
             # The page holds 400 of the points: as near as the next of them.
             np.testing.assert_allclose((cost, score), found.validation, atol=1e-2)
@@ -158,7 +164,7 @@ def test_policies_and_dials_of_the_page_choose_as_the_command_does(report, analy
         for dial, wish, limit in (("risk", 0.3, 0.3), ("agreement", 0.75, 0.25)):
             set_value(browser, "dial", dial)
             set_value(browser, "wish", str(wish))
-            found = certified(theirs, best, dial, limit)
+            found = certify_operating_point(theirs, best, dial, limit)
             words = browser.find_element("id", "control").text
             (shown,) = re.findall(r"at threshold (\S+) of scores", words)
             assert float(shown) == found.certificate.threshold
@@ -225,21 +231,21 @@ def test_results_are_json_with_the_contract_s_keys(report):
 def test_choices_are_made_on_calibration_rows(analysis):
     curve = analysis.calibration_curve
     for replica in (0, 1):
-        found = choose(analysis, replica, cost=0.5)
+        found = select_operating_point(analysis, replica, cost=0.5)
         assert found.calibration[0] <= 0.5
         inside = curve.cost[replica] <= 0.5
         assert found.calibration[1] == curve.score[replica][inside].max()
-        found = choose(analysis, replica, score=0.85)
+        found = select_operating_point(analysis, replica, score=0.85)
         assert found.calibration[1] >= 0.85
         enough = curve.score[replica] >= 0.85
         assert found.calibration[0] == curve.cost[replica][enough].min()
-        assert choose(analysis, replica, cost=0.1) == 0.25
-        assert choose(analysis, replica, score=1.0) == curve.score[replica].max()
+        assert select_operating_point(analysis, replica, cost=0.1) == 0.25
+        assert select_operating_point(analysis, replica, score=1.0) == curve.score[replica].max()
 
 
 def test_set_costs_are_interpolated_between_the_grid_s_points(analysis):
     grid = analysis.grid
-    found = at_costs(grid, 0, [0.1, 0.25, 0.5, 1.0])
+    found = scores_at_costs(grid, 0, [0.1, 0.25, 0.5, 1.0])
     assert found["0.1"] is None
     assert found["0.25"] == grid.score[0, 0]
     assert found["1"] == grid.score[0, -1]
@@ -271,7 +277,7 @@ def ask(*arguments: object) -> subprocess.CompletedProcess:
 def test_simulate_answers_from_saved_outputs(runs, analysis):
     done = ask(f"--run={runs[1]}", "--cost=0.5")
     assert done.returncode == 0, done.stderr
-    found = choose(analysis, 0, cost=0.5)
+    found = select_operating_point(analysis, 0, cost=0.5)
     assert f"seed 0: threshold {found.threshold!r}: cost {found.calibration[0]:.4f}" in done.stdout
     assert f"accuracy {found.validation[1]:.4f} on 300 validation rows" in done.stdout
     done = ask(f"--run={runs[0]}", "--accuracy=0.999")
@@ -388,7 +394,7 @@ def test_costs_beyond_the_grid_are_not_invented():
     logits[..., 0] = 60
     sure = ExitOutputs(logits, [0, 1, 1], [1, 2])
     grid = simulate_curve(sure, "confidence_float32", thresholds=np.linspace(0.5, 1, 11))
-    assert at_costs(grid, 0, [0.5, 1.0]) == {"0.5": 1 / 3, "1": None}
+    assert scores_at_costs(grid, 0, [0.5, 1.0]) == {"0.5": 1 / 3, "1": None}
 
 
 def test_the_function_outlives_an_import_of_the_command():

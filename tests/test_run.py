@@ -13,11 +13,11 @@ from tiny import write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import draw_rows, pad_rows, tokenize
-from sweet_jax.exits.dials import Dials, make_dials
-from sweet_jax.job import describe, prepare
+from sweet_jax.data.batches import pad_rows, split_calibration_rows, tokenize
+from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import gelu
 from sweet_jax.pipeline import run, train_and_evaluate
+from sweet_jax.preparation import log_description, prepare
 
 FILES = {
     "config.json",
@@ -165,7 +165,7 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
 def test_few_calibration_rows_are_told(options, caplog):
     for size, preset, said in ((30, "", True), (30, "paper", False)):
         caplog.clear()
-        describe(prepare(from_mapping(options | {"train_size": size, "preset": preset})))
+        log_description(prepare(from_mapping(options | {"train_size": size, "preset": preset})))
         assert ("only 3 calibration rows" in caplog.text) is said
 
 
@@ -174,7 +174,7 @@ def test_only_the_rows_that_are_drawn_are_tokenised(options):
     assert 30 < len(job.train) <= 60 < len(job.dataset.train.labels)
     whole = tokenize(job.tokenizer, job.dataset.train, 32)
     for seed, rows in zip((0, 1), job.rows, strict=True):
-        drawn = draw_rows(job.dataset.train.labels, job.config, seed)
+        drawn = split_calibration_rows(job.dataset.train.labels, job.config, seed)
         for ours, theirs in zip(rows, drawn, strict=True):
             np.testing.assert_array_equal(job.train.labels[ours], whole.labels[theirs])
             for one, other in zip(ours, theirs, strict=True):
@@ -202,8 +202,8 @@ def test_presets_that_calibrate_on_validation_rows(
 def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
     options, tmp_path, one_device, monkeypatch, caplog
 ):
-    initial = "sweet_jax.training.run.initial_state"
-    from sweet_jax.training.initial import initial_state
+    initial = "sweet_jax.training.fit.initial_state"
+    from sweet_jax.training.initialization import initial_state
 
     def poisoned(*args):
         graphdef, state = initial_state(*args)
@@ -255,8 +255,8 @@ def test_the_saved_encoder_gives_the_trained_model_s_hidden_states(options, tmp_
     exits = json.loads((tmp_path / "model" / "exits.json").read_text())
     assert exits["text_columns"] == ["text"]
     assert exits["layers"] == [1, 2, 3]
-    saved = Dials.from_dict(exits["dials"])
-    made = make_dials(ExitOutputs.load(tmp_path / "exit_outputs" / "calibration.npz"))
+    saved = ThresholdResolver.from_dict(exits["dials"])
+    made = make_resolver(ExitOutputs.load(tmp_path / "exit_outputs" / "calibration.npz"))
     assert {"confidence", "pcee", "patience"} < {*saved.trades}
     for policy in saved.trades:
         assert saved.threshold(policy, cost=0.8)[0] == made.threshold(policy, cost=0.8)[0]

@@ -11,11 +11,11 @@ from tiny import write_checkpoint
 from experiments.benchmarks import segments as benchmark
 from experiments.benchmarks.shapes import SHAPES, Size
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.job import prepare
-from sweet_jax.training.early_stopping import Tuning
-from sweet_jax.training.initial import trainings
-from sweet_jax.training.run import fit
-from sweet_jax.training.segments import assign, busiest, make_groups
+from sweet_jax.preparation import prepare
+from sweet_jax.training.early_stopping import TuningRows
+from sweet_jax.training.fit import fit
+from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.segment_parallel import assign_segments, make_device_groups, most_layers
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def trained(options, workdir, devices: int, monkeypatch, **changes):
     with monkeypatch.context() as patch:
         patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: some)
         _, params, _ = fit(
-            job.config, job.checkpoint, trainings(job.config)[0], 2, job.train,
+            job.config, job.checkpoint, model_specs(job.config)[0], 2, job.train,
             [rows for rows, _ in job.rows], workdir,
         )  # fmt: skip
     return jax.tree.map(np.asarray, params), (workdir / "metrics.jsonl").read_text()
@@ -95,11 +95,11 @@ def test_either_way_goes_on_from_the_checkpoint_of_the_other(deep, options, tmp_
 
 
 def test_segments_are_shared_out_so_that_the_busiest_group_has_fewest_layers():
-    assert assign((1, 4, 6, 12), 2) == ((0, 1, 2), (3,))
-    assert assign((1, 4, 6, 12), 4) == ((0,), (1,), (2,), (3,))
-    assert busiest((1, 6, 12, 24), assign((1, 6, 12, 24), 3)) == 12
+    assert assign_segments((1, 4, 6, 12), 2) == ((0, 1, 2), (3,))
+    assert assign_segments((1, 4, 6, 12), 4) == ((0,), (1,), (2,), (3,))
+    assert most_layers((1, 6, 12, 24), assign_segments((1, 6, 12, 24), 3)) == 12
     # Four devices: two groups of two have 3 layers a device, four groups of one would have 6.
-    groups = make_groups((1, 4, 6, 12), 1, 8)
+    groups = make_device_groups((1, 4, 6, 12), 1, 8)
     assert [g.segments for g in groups] == [(0, 1, 2), (3,)]
     devices = [set(g.mesh.devices.flat) for g in groups]
     assert devices[0] | devices[1] == set(jax.devices())
@@ -147,9 +147,9 @@ def test_groups_keep_the_best_state_as_one_device_does(options, tmp_path, deep, 
         with monkeypatch.context() as patch:
             patch.setattr("sweet_jax.training.sharding.jax.devices", lambda some=some: some)
             _, params, timing = fit(
-                job.config, job.checkpoint, trainings(job.config)[0], 2, job.train,
+                job.config, job.checkpoint, model_specs(job.config)[0], 2, job.train,
                 [rows for rows, _ in job.rows], workdir,
-                tuning=Tuning(np.stack(job.tuning), "accuracy"),
+                tuning=TuningRows(np.stack(job.tuning), "accuracy"),
             )  # fmt: skip
         found.append((jax.tree.map(np.asarray, params), timing.best_steps))
     assert found[0][1] == found[1][1]

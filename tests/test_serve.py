@@ -19,9 +19,9 @@ from sweet_jax.data.load import load_dataset
 
 uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
 from sweet_jax import serve  # noqa: E402 - after the packages it needs
+from sweet_jax.inference.scheduler import Scheduler  # noqa: E402 - likewise
 from sweet_jax.server.app import Limits, make_app  # noqa: E402 - likewise
 from sweet_jax.server.worker import Worker  # noqa: E402 - likewise
-from sweet_jax.serving.flow import Flow  # noqa: E402 - likewise
 
 
 class Running:
@@ -280,7 +280,7 @@ def test_a_device_that_fails_is_told_to_everyone(classifier, texts, monkeypatch)
         go.wait(60)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Flow, "step", fail)
+    monkeypatch.setattr(Scheduler, "step", fail)
     running = Running(classifier)
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(running.predict, {"texts": texts[i : i + 2]}) for i in range(3)]

@@ -12,10 +12,10 @@ from scipy.special import softmax
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.fitted import Fitted
+from sweet_jax.exits.calibrator import Calibrator
 from sweet_jax.exits.outputs import layer_cost
-from sweet_jax.exits.policies import exit_scores, grid_thresholds
-from sweet_jax.exits.simulation import bootstrap
+from sweet_jax.exits.policies import exit_confidences, grid_thresholds
+from sweet_jax.exits.simulation import bootstrap_curve
 
 # Few distinct values make ties, between examples and between the exits of one.
 VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 1.0, 3.0])
@@ -66,7 +66,7 @@ def test_every_threshold_equals_brute_force(outputs, metric):
         metric = "accuracy"
     curve = simulate(outputs, "confidence", metric=metric)
     for r in range(len(outputs.logits)):
-        scores = exit_scores(outputs, "confidence")[r]
+        scores = exit_confidences(outputs, "confidence")[r]
         distinct = np.unique(np.maximum.accumulate(scores[:-1]))
         inside = curve.threshold[r]
         assert len(np.unique(inside)) == len(distinct) + 1
@@ -89,7 +89,7 @@ def test_confidence_is_the_largest_probability():
     temperatures = np.asarray([[1.0, 2.0, 0.5], [3.0, 1.0, 1.0]])
     wanted = softmax(outputs.logits.astype(float) / temperatures[..., None, None], axis=-1).max(-1)
     for policy in ("confidence", "confidence_float32"):
-        found = exit_scores(outputs, policy, Fitted(temperatures))
+        found = exit_confidences(outputs, policy, Calibrator(temperatures))
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -182,7 +182,7 @@ def test_unknown_policies_name_the_nearest():
 def test_temperature_changes_scores_not_answers(policy):
     rng = np.random.default_rng(1)
     outputs = ExitOutputs(rng.normal(size=(1, 2, 50, 3)), rng.integers(0, 3, 50), [1, 2])
-    hot = simulate(outputs, policy, fitted=Fitted(np.full((1, 2), 5.0)))
+    hot = simulate(outputs, policy, fitted=Calibrator(np.full((1, 2), 5.0)))
     cold = simulate(outputs, policy)
     assert hot.threshold[0, 0] < cold.threshold[0, 0]
     assert hot.score[0, -1] == cold.score[0, -1]
@@ -192,7 +192,7 @@ def test_temperature_changes_scores_not_answers(policy):
 def test_bootstrap_equals_drawing_rows_and_simulating_anew(metric):
     rng = np.random.default_rng(3)
     outputs = ExitOutputs(rng.normal(size=(2, 3, 40, 2)), rng.integers(0, 2, 40), [1, 2, 3])
-    band = bootstrap(outputs, metric=metric, points=5, draws=30)
+    band = bootstrap_curve(outputs, metric=metric, points=5, draws=30)
     for r in range(2):
         rng, drawn = np.random.default_rng(0), []
         for _ in range(30):
@@ -213,10 +213,10 @@ def test_the_memory_of_a_bootstrap_is_bounded(metric, monkeypatch):
 
     rng = np.random.default_rng(3)
     outputs = ExitOutputs(rng.normal(size=(3, 2000, 20)), rng.integers(0, 20, 2000), [1, 2, 3])
-    whole = bootstrap(outputs, metric=metric, draws=20)
+    whole = bootstrap_curve(outputs, metric=metric, draws=20)
     monkeypatch.setattr("sweet_jax.exits.simulation._HELD", 100_000)  # 84 MB of float32 else
     tracemalloc.start()
-    parts = bootstrap(outputs, metric=metric, draws=20)
+    parts = bootstrap_curve(outputs, metric=metric, draws=20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20e6

@@ -13,15 +13,15 @@ from test_early_exit import BATCH, EXITS, build, untrained
 
 from sweet_jax.models.bert import Bert, BertConfig
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.models.layers import derive
-from sweet_jax.models.owners import leaves_by_owner
+from sweet_jax.models.layers import derive_key
+from sweet_jax.models.ownership import leaves_by_owner
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
-from sweet_jax.training.losses import mean_loss, only_class
+from sweet_jax.training.losses import mean_loss, single_predicted_class
 from sweet_jax.training.step import (
     StepSettings,
-    clip,
+    clip_gradients,
     evaluate_step,
-    new_state,
+    init_state,
     train_step,
 )
 
@@ -44,13 +44,13 @@ def settings(graphdef, **changes) -> StepSettings:
 def test_steps_are_adamw_with_linear_decay(warmup, decay):
     graphdef, params = build()
     chosen = settings(graphdef, warmup_steps=warmup, weight_decay=decay)
-    state = new_state(params, 1e-2, seed=3)
+    state = init_state(params, 1e-2, seed=3)
     step = jax.jit(lambda state: train_step(chosen, state, BATCH))
     gradient = jax.jit(lambda p, key: whole_gradients(graphdef, p, BATCH, 0.0, key)[0])
     ours = [np.asarray(p, np.float64) for p in jax.tree.leaves(params)]
     first, second = ([np.zeros_like(p) for p in ours] for _ in range(2))
     for number in range(3):
-        key = derive(jax.random.key(jnp.uint32(3)), "dropout", number)
+        key = derive_key(jax.random.key(jnp.uint32(3)), "dropout", number)
         grads = jax.tree.leaves(gradient(state.params, key))
         share = (10 - number) / (10 - warmup)
         rate = 1e-2 * min((number + 1) / warmup if warmup else 1, share)
@@ -73,7 +73,7 @@ def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():
     step = jax.jit(functools.partial(train_step, settings(graphdef)))
     losses = []
     for seed, number in [(0, 0), (0, 1), (1, 0), (0, 0)]:
-        state = new_state(params, 0.0, seed)._replace(step=jnp.asarray(number))
+        state = init_state(params, 0.0, seed)._replace(step=jnp.asarray(number))
         losses.append(float(step(state, BATCH)[1].loss.sum()))
     assert len(set(losses[:3])) == 3
     assert losses[0] == losses[3]
@@ -91,17 +91,17 @@ def test_clipping_per_owner_leaves_small_owners_alone():
     grads = whole_gradients(graphdef, params, BATCH, 1.0, None)[0]
     small = norms(grads)[3] * 0.5
     scaled = jax.tree.map(lambda g: g, grads)
-    clipped = norms(clip(scaled, settings(graphdef, clip_norm=small)))
+    clipped = norms(clip_gradients(scaled, settings(graphdef, clip_norm=small)))
     assert clipped[3] == pytest.approx(small, rel=1e-5)
     assert clipped[1] == pytest.approx(min(small, norms(grads)[1]), rel=1e-5)
-    loose = clip(grads, settings(graphdef, clip_norm=1e6))
+    loose = clip_gradients(grads, settings(graphdef, clip_norm=1e6))
     jax.tree.map(np.testing.assert_array_equal, loose, grads)
 
 
 def test_global_clipping_couples_the_exits():
     graphdef, params = build()
     grads = whole_gradients(graphdef, params, BATCH, 1.0, None)[0]
-    clipped = norms(clip(grads, settings(graphdef, clip_norm=0.1, clip_by_owner=False)))
+    clipped = norms(clip_gradients(grads, settings(graphdef, clip_norm=0.1, clip_by_owner=False)))
     assert math.hypot(*clipped.values()) == pytest.approx(0.1, rel=1e-5)
     before = norms(grads)
     assert clipped[1] / clipped[3] == pytest.approx(before[1] / before[3], rel=1e-4)
@@ -117,8 +117,8 @@ def test_empty_rows_are_left_out_of_the_loss():
 
 def test_metrics_name_the_only_class_of_a_batch():
     right = jnp.eye(3)[jnp.array([[1, 1, 1], [1, 2, 1], [2, 1, 2]])]  # [E, B, C]
-    assert only_class(right, jnp.array([0, 0, 2])).tolist() == [1, -1, -1]
-    assert only_class(right, jnp.array([0, -1, 2])).tolist() == [1, 1, 2]
+    assert single_predicted_class(right, jnp.array([0, 0, 2])).tolist() == [1, -1, -1]
+    assert single_predicted_class(right, jnp.array([0, -1, 2])).tolist() == [1, 1, 2]
 
 
 def test_isolation_may_move_during_training():
@@ -174,7 +174,7 @@ def test_only_constant_full_isolation_is_trained_segment_by_segment(monkeypatch,
     monkeypatch.setattr(f"sweet_jax.training.step.{path}", taken)
     monkeypatch.setattr(f"sweet_jax.training.step.{other.pop()}", None)
     with pytest.raises(TakenError):
-        train_step(settings(graphdef, **values), new_state(params, 1, 0), BATCH)
+        train_step(settings(graphdef, **values), init_state(params, 1, 0), BATCH)
 
 
 def test_a_step_uses_the_isolation_of_its_own_number():
@@ -182,7 +182,7 @@ def test_a_step_uses_the_isolation_of_its_own_number():
     graphdef, params = build()
     moving = settings(graphdef, isolation=(0.0, 1.0), total_steps=5)
     fixed = dataclasses.replace(moving, isolation=(0.25,))
-    state = new_state(params, 1e-2, 0)
+    state = init_state(params, 1e-2, 0)
     first = lambda s, number: jax.tree.leaves(
         s(state._replace(step=jnp.asarray(number)))[0].adam.mu
     )
@@ -236,7 +236,7 @@ def temporaries(
 
     def state():
         model = EarlyExit(Bert(config, key), exits, 2, key)
-        return new_state(nnx.to_pure_dict(nnx.split(model)[1]), 1e-3, 0)
+        return init_state(nnx.to_pure_dict(nnx.split(model)[1]), 1e-3, 0)
 
     shapes = jax.eval_shape(state)
     model = nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key, remat=remat))

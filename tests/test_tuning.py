@@ -8,16 +8,16 @@ import pytest
 
 from sweet_jax import ExitOutputs
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import draw_tuning_rows, steps_per_epoch, training_picks
-from sweet_jax.exits.analysis import analyse, area
+from sweet_jax.data.batches import split_tuning_rows, steps_per_epoch, training_batch_indices
+from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.job import prepare
+from sweet_jax.head_fitting import refit_heads
+from sweet_jax.learning_rate_search import choose_rate
 from sweet_jax.pipeline import run, train_and_evaluate
-from sweet_jax.rate_search import choose_rate
+from sweet_jax.preparation import prepare
 from sweet_jax.training import early_stopping, schedule
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.metrics import read_metrics, read_tuning
-from sweet_jax.tuning import refit_heads
 
 RECIPE = {"pooling": "mean", "head_init": "probe", "epochs": "auto", "learning_rates": (1e-3,)}
 
@@ -49,13 +49,13 @@ def test_no_row_is_read_for_two_things(recipe):
 def test_tuning_rows_are_drawn_in_proportion_by_the_seed():
     labels = np.repeat([0, 1], [300, 100])
     rows = np.arange(0, 400, 2)
-    own, held = draw_tuning_rows(labels, rows, 0.1, 3)
+    own, held = split_tuning_rows(labels, rows, 0.1, 3)
     assert len(held) == 20
     assert labels[held].sum() == 5
     np.testing.assert_array_equal(np.union1d(own, held), rows)
-    assert (draw_tuning_rows(labels, rows, 0.1, 4)[1] != held).any()
+    assert (split_tuning_rows(labels, rows, 0.1, 4)[1] != held).any()
     with pytest.raises(UserError, match=r"too few to hold out a fraction of 0\.1 for tuning"):
-        draw_tuning_rows(labels, rows[:3], 0.1, 0)
+        split_tuning_rows(labels, rows[:3], 0.1, 0)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,8 @@ def test_batches_of_one_length_hold_every_row_once_an_epoch():
     steps = steps_per_epoch(1500, 16)
     for epoch in (0, 1):
         picked = [
-            training_picks(rows, [5, 6], epoch * steps + step, 16, lengths) for step in range(steps)
+            training_batch_indices(rows, [5, 6], epoch * steps + step, 16, lengths)
+            for step in range(steps)
         ]
         whole = np.stack(picked)  # [steps, R, B]
         for r in (0, 1):
@@ -93,9 +94,9 @@ def test_batches_of_one_length_hold_every_row_once_an_epoch():
     assert np.median(spread) < 10  # of uniformly random batches about 80
     longest = lengths[whole[:-1]].max(axis=-1)  # [steps, R]
     assert np.abs(np.diff(longest, axis=1)).max() < 30  # replicas have their long rows together
-    first = training_picks(rows, [5, 6], 0, 16, lengths)
-    np.testing.assert_array_equal(training_picks(rows, [5, 6], 0, 16, lengths), first)
-    assert (training_picks(rows, [5, 6], steps, 16, lengths) != first).any()
+    first = training_batch_indices(rows, [5, 6], 0, 16, lengths)
+    np.testing.assert_array_equal(training_batch_indices(rows, [5, 6], 0, 16, lengths), first)
+    assert (training_batch_indices(rows, [5, 6], steps, 16, lengths) != first).any()
 
 
 def test_the_area_of_tuning_rows_is_that_of_the_exact_curve():
@@ -105,7 +106,7 @@ def test_the_area_of_tuning_rows_is_that_of_the_exact_curve():
     logits[2, 1, 7] = np.nan
     found = tuning_area(logits, labels, (1, 3), np.array([1 / 3, 1.0]), {"metric": "accuracy"})
     curve = simulate(ExitOutputs(logits[:2], labels[:2], np.array([1, 3])), "raw_confidence")
-    wanted = [area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
+    wanted = [curve_area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
     np.testing.assert_allclose(found[:2], wanted)
     assert found[2] == -np.inf
 
@@ -264,8 +265,8 @@ def test_the_saved_replica_is_the_best_of_the_chosen_rate():
     # Tuning rows choose, where there are any; then calibration rows had nothing to choose between.
     tuned = analyse(swapped, swapped, tuning=made)
     assert tuned.best == 1
-    assert tuned.dials(1).compared == 1
-    assert best.dials(0).compared == 4
+    assert tuned.resolver(1).compared == 1
+    assert best.resolver(0).compared == 4
 
 
 def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
@@ -276,10 +277,10 @@ def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
     results = run(from_mapping(config), tmp_path / "refit")
     assert results["head_refit"] is True
     job = prepare(from_mapping(config))
-    from sweet_jax.training.initial import trainings
-    from sweet_jax.training.run import fit
+    from sweet_jax.training.fit import fit
+    from sweet_jax.training.initialization import model_specs
 
-    (training,) = trainings(job.config)
+    (training,) = model_specs(job.config)
     workdir = tmp_path / "again"
     workdir.mkdir()
     graphdef, params, _ = fit(
@@ -320,7 +321,7 @@ def test_a_probe_alone_is_one_replica_whatever_the_rates(recipe, tmp_path, one_d
 
 
 def test_early_stopping_is_named_where_it_is_needed(recipe):
-    assert early_stopping.first_best({"a": np.zeros(2)}, np.float32(1)).area == -np.inf
+    assert early_stopping.initial_best_state({"a": np.zeros(2)}, np.float32(1)).area == -np.inf
     with pytest.raises(UserError, match="epochs must be"):
         from_mapping(recipe | {"epochs": 0, "head_init": "random"})
     with pytest.raises(UserError, match="epochs must be"):

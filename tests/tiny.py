@@ -15,15 +15,15 @@ from flax import nnx
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.config import from_mapping
 from sweet_jax.data.load import load_dataset
-from sweet_jax.exits.calibration import tempered
-from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.calibration import softmax_with_temperature
+from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.models.bert import BertConfig, RobertaConfig
 from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.deberta_v2 import DebertaV2Config
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.names import hugging_face_tensors
 from sweet_jax.models.pretrained import ENCODERS
+from sweet_jax.models.tensor_names import hugging_face_tensors
 from sweet_jax.pipeline import run
 
 WORDS = [f"word{i}" for i in range(40)]
@@ -198,10 +198,10 @@ class Reference:
     def answers(self, classifier) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(index of the exit [N], probabilities [N, C], rows too close to call, bool [N])."""
         fitted = classifier.fitted
-        scores = exit_scores(self.outputs, classifier.policy, fitted)[0]  # [E, N]
+        scores = exit_confidences(self.outputs, classifier.policy, fitted)[0]  # [E, N]
         leaves = scores >= classifier.threshold
         leaves[-1] = True
         exits = leaves.argmax(axis=0)
         close = (np.abs(scores[:-1] - classifier.threshold) < 1e-5).any(axis=0)
         logits = self.outputs.logits[0, exits, np.arange(len(exits))]
-        return exits, tempered(logits, fitted.temperatures[0, exits, None]), close
+        return exits, softmax_with_temperature(logits, fitted.temperatures[0, exits, None]), close

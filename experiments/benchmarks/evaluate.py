@@ -36,11 +36,11 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import Batch, Tokens, encode, pad_rows
 from sweet_jax.data.read import read_table
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.serving.saved import open_model
+from sweet_jax.inference.artifact import open_model
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.sharding import by_replica, make_mesh
+from sweet_jax.training.sharding import make_mesh, replica_sharding
 
 LENGTH, THRESHOLDS = 256, 11
 _CLOSE = 1e-4  # of a score to a threshold: padded otherwise, it may fall on the other side
@@ -88,7 +88,7 @@ def one_pass(work: Work) -> Callable[[], ExitOutputs]:
     mesh = make_mesh(1, config.evaluation_batch_size)
     answer = compile_evaluation(config, work.graphdef, mesh)
     stacked = jax.tree.map(lambda x: np.asarray(x)[None], work.params)
-    params = jax.device_put(stacked, by_replica(mesh))
+    params = jax.device_put(stacked, replica_sharding(mesh))
     rows = np.arange(len(work.tokens))[None]
 
     def ask() -> ExitOutputs:
@@ -105,7 +105,7 @@ def stopping(work: Work) -> Callable[[Batch, float], int]:
     def stage(start: int, end: int) -> Callable:
         def run(params: Any, h: jax.Array | None, batch: Batch):
             model = nnx.merge(work.graphdef, params)
-            h, answer = model.resume(start, end, h, batch, whole=True)
+            h, answer = model.forward_from(start, end, h, batch, whole=True)
             return h, jax.nn.softmax(answer.logits).max()
 
         return jax.jit(run)
@@ -155,7 +155,7 @@ def compare(work: Work, options: argparse.Namespace) -> None:
     """Prints all sides."""
     ask, count = one_pass(work), len(work.tokens)
     outputs = ask()  # compiles
-    scores, distinct = exit_scores(outputs, "confidence")[0], simulate(outputs).threshold[0]
+    scores, distinct = exit_confidences(outputs, "confidence")[0], simulate(outputs).threshold[0]
     thresholds = np.linspace(1 / outputs.logits.shape[-1], 1, THRESHOLDS)
     if not options.model:
         thresholds = distinct[np.linspace(0, len(distinct) - 1, THRESHOLDS).astype(int)]
@@ -169,7 +169,7 @@ def compare(work: Work, options: argparse.Namespace) -> None:
         began = time.perf_counter()
         for threshold in thresholds:
             outputs = ask()
-            plain(outputs, exit_scores(outputs, "confidence"), threshold)
+            plain(outputs, exit_confidences(outputs, "confidence"), threshold)
         again.append(time.perf_counter() - began)
     ours, fair = statistics.median(exact), statistics.median(again)
     rows = min(options.slow_rows, count)

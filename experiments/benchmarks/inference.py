@@ -38,16 +38,16 @@ from flax import nnx
 
 from experiments.benchmarks.shapes import SHAPES
 from sweet_jax import AdaptiveClassifier, ExitOutputs
-from sweet_jax.compilation import keep_programs
+from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.data.read import read_table
-from sweet_jax.exits.dials import Dials, make_dials
-from sweet_jax.exits.fitted import Fitted
-from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.calibrator import Calibrator
+from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
+from sweet_jax.exits.pareto import ParetoFront
+from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.exits.trades import Trade
+from sweet_jax.inference.artifact import Network, SavedModel, open_model
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.serving.saved import Network, SavedModel, open_model
 
 BATCHES, COSTS = (1, 8, 64), (0.25, 0.5, 0.75)
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -78,18 +78,20 @@ def random_model(like: SavedModel, shape: str, texts: Sequence[Any]) -> SavedMod
     key = jax.random.key(0)
     graphdef, values = nnx.split(EarlyExit(Bert(config, key), exits, len(like.classes), key))
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
-    trade = Trade(*np.zeros((3, 1)), np.eye(1, len(exits)), np.ones(1), np.eye(1, len(exits)))
-    dials = Dials(Fitted(np.ones((1, len(exits)))), 0.0, {"confidence": trade}, None, {})
+    trade = ParetoFront(*np.zeros((3, 1)), np.eye(1, len(exits)), np.ones(1), np.eye(1, len(exits)))
+    dials = ThresholdResolver(
+        Calibrator(np.ones((1, len(exits)))), 0.0, {"confidence": trade}, None, {}
+    )
     made = dataclasses.replace(
         like,
         about={**like.about, "policy": "confidence"},
         layers=exits,
         cost=np.asarray(exits) / exits[-1],
-        dials=dials,
+        resolver=dials,
         networks=(Network(exits, graphdef, params),),
     )
-    own = make_dials(outputs_of(made, texts), ("confidence",))
-    return dataclasses.replace(made, dials=own)
+    own = make_resolver(outputs_of(made, texts), ("confidence",))
+    return dataclasses.replace(made, resolver=own)
 
 
 def outputs_of(model: SavedModel, texts: Sequence[Any]) -> ExitOutputs:
@@ -107,7 +109,7 @@ def outputs_of(model: SavedModel, texts: Sequence[Any]) -> ExitOutputs:
 def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
     """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
     every, outputs = AdaptiveClassifier(model), outputs_of(model, texts)
-    scores = exit_scores(outputs, every.policy, every.fitted)
+    scores = exit_confidences(outputs, every.policy, every.fitted)
     curve = simulate(outputs, lambda *_: scores)
     nearest = {c: int(np.abs(curve.cost[0] - c).argmin()) for c in COSTS}
     return {c: every.at(threshold=float(curve.threshold[0, place])) for c, place in nearest.items()}
@@ -252,7 +254,7 @@ def main() -> None:
     parser.add_argument("--stream", type=int, help="instead: memory over so many rows")
     parser.add_argument("--batch", type=int, action="append", help="default 1, 8, 64")
     options = parser.parse_args()
-    keep_programs()
+    enable_compilation_cache()
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads; jax {jax.__version__}, torch "
         f"{torch.__version__}, onnxruntime {onnxruntime.__version__}, Python "

@@ -15,17 +15,17 @@ from flax import nnx
 
 from experiments.benchmarks.shapes import RATE, SHAPES
 from sweet_jax.config import Config
-from sweet_jax.training.run import step_settings
+from sweet_jax.training.fit import step_settings
+from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.sharding import make_mesh
-from sweet_jax.training.spread import compile_step
-from sweet_jax.training.step import new_state
+from sweet_jax.training.step import init_state
 
 
 def temporaries(shape: str, method: str, batch: int, length: int, *, remat: bool = False) -> int:
     """Bytes of temporaries of one compiled training step."""
     exits = SHAPES[shape].exits
     graphdef, values = nnx.split(nnx.eval_shape(lambda: SHAPES[shape].model(remat=remat)))
-    state = jax.eval_shape(lambda params: new_state(params, RATE, 0), nnx.to_pure_dict(values))
+    state = jax.eval_shape(lambda params: init_state(params, RATE, 0), nnx.to_pure_dict(values))
     run = Config(method=method, exits=exits, batch_size=batch, remat=remat).resolved()
     settings = step_settings(run, graphdef, exits, 1000)
     step = compile_step(settings, 1, make_mesh(1, 1))

@@ -13,10 +13,10 @@ import time
 import numpy as np
 
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.exits.bounds import ORACLES, best_thresholds, floor, oracle
-from sweet_jax.exits.fitted import fit
-from sweet_jax.exits.policies import POLICIES, exit_scores
-from sweet_jax.exits.simulation import bootstrap
+from sweet_jax.exits.bounds import ORACLES, best_thresholds, oracle, single_exit_hull
+from sweet_jax.exits.calibrator import fit_calibrator
+from sweet_jax.exits.policies import POLICIES, exit_confidences
+from sweet_jax.exits.simulation import bootstrap_curve
 
 
 def random_outputs(rows: int, seed: int) -> ExitOutputs:
@@ -46,13 +46,16 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=40_000)
     parser.add_argument("--draws", type=int, default=1000)
     options = parser.parse_args()
-    outputs, fitted = random_outputs(options.examples, 0), fit(random_outputs(1000, 1))
+    outputs, fitted = random_outputs(options.examples, 0), fit_calibrator(random_outputs(1000, 1))
     sums = np.zeros(2)
     for policy in POLICIES:
         began = time.perf_counter()
         curve = simulate(outputs, policy, fitted=fitted)
         exact = time.perf_counter() - began
-        count, scores = len(np.unique(curve.threshold)), exit_scores(outputs, policy, fitted)[0]
+        count, scores = (
+            len(np.unique(curve.threshold)),
+            exit_confidences(outputs, policy, fitted)[0],
+        )
         middle = float(curve.threshold[0, count // 2])
         began = time.perf_counter()
         point = loop(outputs, scores, middle)
@@ -65,21 +68,21 @@ def main() -> None:
         sums += (exact, plain)
     print(f"{'all policies':>26}: exact {sums[0]:.2f} s, loop {sums[1]:.0f} s")
     began = time.perf_counter()
-    bands = bootstrap(outputs, draws=options.draws)
+    bands = bootstrap_curve(outputs, draws=options.draws)
     spent = time.perf_counter() - began
     began = time.perf_counter()
-    loop(outputs, exit_scores(outputs, "confidence")[0], float(bands.threshold[0, 0]))
+    loop(outputs, exit_confidences(outputs, "confidence")[0], float(bands.threshold[0, 0]))
     plain = (time.perf_counter() - began) * options.draws * bands.threshold.shape[1]
     print(
         f"{options.draws} bootstrap draws of a curve at {bands.threshold.shape[1]} thresholds: "
         f"{spent:.2f} s, loop {plain:.0f} s, ratio {plain / spent:.0f}"
     )
     began = time.perf_counter()
-    floor(outputs, 0)
+    single_exit_hull(outputs, 0)
     for kind in ORACLES:
         oracle(outputs, 0, kind)
     middle = time.perf_counter()
-    best_thresholds(outputs, 0, exit_scores(outputs, "confidence")[0])
+    best_thresholds(outputs, 0, exit_confidences(outputs, "confidence")[0])
     print(
         f"oracles and floor {middle - began:.2f} s, a threshold for each exit "
         f"{time.perf_counter() - middle:.2f} s"

@@ -27,11 +27,16 @@ from flax import nnx
 from experiments.benchmarks import shapes
 from experiments.benchmarks.shapes import RATE, SHAPES, Shape, Size, random_rows
 from sweet_jax.config import Config
-from sweet_jax.training.run import step_settings
-from sweet_jax.training.segments import compile_group, handed_on, make_groups, split
-from sweet_jax.training.sharding import by_replica, by_row, make_mesh, resharded
-from sweet_jax.training.spread import compile_step
-from sweet_jax.training.step import State, StepSettings, new_state
+from sweet_jax.training.fit import step_settings
+from sweet_jax.training.parallel import compile_step
+from sweet_jax.training.segment_parallel import (
+    compile_group,
+    make_device_groups,
+    split_state,
+    transfer,
+)
+from sweet_jax.training.sharding import batch_sharding, make_mesh, replica_sharding, reshard
+from sweet_jax.training.step import State, StepSettings, init_state
 
 
 class Way(NamedTuple):
@@ -55,16 +60,16 @@ def settings_of(shape: Shape, size: Size) -> StepSettings:
 def initial(shape: Shape) -> State:
     """A state on the host."""
     params = nnx.to_pure_dict(nnx.split(shape.model())[1])
-    return jax.tree.map(np.asarray, new_state(params, RATE, 0))
+    return jax.tree.map(np.asarray, init_state(params, RATE, 0))
 
 
 def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> Way:
     """All devices take each step together, the rows spread over them."""
     mesh = make_mesh(1, size.batch, devices)
     host = initial(shape)
-    state = resharded(host, jax.tree.map(lambda _: by_replica(mesh, 1), host))
+    state = reshard(host, jax.tree.map(lambda _: replica_sharding(mesh, 1), host))
     rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
-    batch = jax.device_put(rows, by_row(mesh, 1))
+    batch = jax.device_put(rows, batch_sharding(mesh, 1))
     settings = settings_of(shape, size)
     schedule = settings.schedule
     step = compile_step(settings, 1, mesh).lower(state, batch, schedule).compile()
@@ -81,15 +86,15 @@ def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> 
 def in_segments(shape: Shape, size: Size) -> Way:
     """Each group of devices steps its own segments."""
     settings = settings_of(shape, size)
-    groups = make_groups(shape.exits, 1, size.batch)
-    parts = split(initial(shape), groups, shape.exits)
+    groups = make_device_groups(shape.exits, 1, size.batch)
+    parts = split_state(initial(shape), groups, shape.exits)
     rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
     states, batches, programs, carried = [], [], [], None
     for group, part in zip(groups, parts, strict=True):
-        sharding = by_replica(group.mesh, 1)
-        states.append(resharded(part, jax.tree.map(lambda _, s=sharding: s, part)))
-        batches.append(jax.device_put(rows, by_row(group.mesh, 1)))
-        carried = jax.tree.map(lambda x, to=group.mesh: handed_on(x, to), carried)
+        sharding = replica_sharding(group.mesh, 1)
+        states.append(reshard(part, jax.tree.map(lambda _, s=sharding: s, part)))
+        batches.append(jax.device_put(rows, batch_sharding(group.mesh, 1)))
+        carried = jax.tree.map(lambda x, to=group.mesh: transfer(x, to), carried)
         program = compile_group(settings, group, 1, 1).lower(states[-1], batches[-1], carried)
         programs.append(program.compile())
         states[-1], _, carried = programs[-1](states[-1], batches[-1], carried)
@@ -97,7 +102,7 @@ def in_segments(shape: Shape, size: Size) -> Way:
     def step(*, wait: bool) -> float:
         carried, seconds = None, 0.0
         for index, group in enumerate(groups):
-            carried = jax.tree.map(lambda x, to=group.mesh: handed_on(x, to), carried)
+            carried = jax.tree.map(lambda x, to=group.mesh: transfer(x, to), carried)
             began = time.perf_counter()
             states[index], _, carried = programs[index](states[index], batches[index], carried)
             if wait:

@@ -22,10 +22,15 @@ from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.pretrained import ENCODERS
-from sweet_jax.training.run import step_settings
-from sweet_jax.training.sharding import by_replica, by_row, make_mesh, without_axis
-from sweet_jax.training.spread import compile_step
-from sweet_jax.training.step import new_state
+from sweet_jax.training.fit import step_settings
+from sweet_jax.training.parallel import compile_step
+from sweet_jax.training.sharding import (
+    batch_sharding,
+    drop_replica_axis,
+    make_mesh,
+    replica_sharding,
+)
+from sweet_jax.training.step import init_state
 
 CLASSES, RATE = 2, 3e-5
 
@@ -167,15 +172,15 @@ def training_steps(
     settings = step_settings(run.resolved(), graphdef, shape.exits, rows=1000)
     mesh = make_mesh(count, size.batch)
     states = [
-        new_state(
+        init_state(
             nnx.to_pure_dict(nnx.split(shape.model(seed, dtype, pooling=pooling))[1]), rate, seed
         )
         for seed, rate in replicas
     ]
     stacked = jax.tree.map(lambda *x: np.stack([np.asarray(a) for a in x]), *states)
-    state = jax.device_put(without_axis(stacked, count), by_replica(mesh, count))
-    host = without_axis(random_rows(shape.config.vocab_size, size, count), count)
-    batch = jax.device_put(host, by_row(mesh, count))
+    state = jax.device_put(drop_replica_axis(stacked, count), replica_sharding(mesh, count))
+    host = drop_replica_axis(random_rows(shape.config.vocab_size, size, count), count)
+    batch = jax.device_put(host, batch_sharding(mesh, count))
     began = time.perf_counter()
     schedule = settings.schedule
     step = compile_step(settings, count, mesh).lower(state, batch, schedule).compile()

@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.exits.policies import exit_scores
+from sweet_jax.exits.policies import exit_confidences
 
 
 def plain(outputs: ExitOutputs, scores: np.ndarray, threshold: float) -> tuple[float, float]:
@@ -45,7 +45,7 @@ def main() -> None:
     count = len(np.unique(curve.threshold))
     probes = curve.threshold[0][np.linspace(0, count - 1, 200).astype(int)]
     began = time.perf_counter()
-    scores = exit_scores(outputs, "confidence")
+    scores = exit_confidences(outputs, "confidence")
     points = np.asarray([plain(outputs, scores, t) for t in probes])
     each = (time.perf_counter() - began) / len(probes)
     read = simulate(outputs, thresholds=probes)

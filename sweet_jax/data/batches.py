@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.load import Split, stratified
+from sweet_jax.data.load import Split, stratified_split
 
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each one used costs a compilation
 
@@ -79,7 +79,9 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
     return (*(length for length in _LENGTHS if length < max_length), max_length)
 
 
-def draw_rows(labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_calibration_rows(
+    labels: np.ndarray, config: Config, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, calibration rows) of one seed, as ascending indices.
 
     They depend on the labels, the sizes and the seed, never on the method, so that methods are
@@ -93,7 +95,7 @@ def draw_rows(labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray
         subset = np.sort(rng.permutation(len(labels))[:size])
     if config.calibration != "held_out":
         return subset, np.empty(0, int)
-    kept, held = stratified(labels[subset], config.calibration_fraction, rng)
+    kept, held = stratified_split(labels[subset], config.calibration_fraction, rng)
     if not len(held) or len(np.unique(labels[subset[kept]])) < 2:
         raise UserError(
             f"{size} training rows are too few to hold out a fraction of "
@@ -103,7 +105,7 @@ def draw_rows(labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray
     return subset[kept], subset[held]
 
 
-def draw_tuning_rows(
+def split_tuning_rows(
     labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits training rows into (training rows, tuning rows), both ascending.
@@ -121,7 +123,7 @@ def draw_tuning_rows(
 
     """
     rng = np.random.default_rng([zlib.crc32(b"tuning"), seed])
-    kept, held = stratified(labels[rows], fraction, rng)
+    kept, held = stratified_split(labels[rows], fraction, rng)
     if not len(held) or len(np.unique(labels[rows[kept]])) < 2:
         raise UserError(
             f"{len(rows)} training rows are too few to hold out a fraction of {fraction:g} for "
@@ -131,7 +133,7 @@ def draw_tuning_rows(
     return rows[kept], rows[held]
 
 
-def apart(
+def drop_duplicates(
     texts: Sequence[tuple[str, ...]], rows: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(training rows, calibration rows) of every replica without training rows that repeat a
@@ -157,7 +159,9 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
     return np.random.default_rng([zlib.crc32(b"batches"), seed, epoch]).permutation(rows)
 
 
-def training_rows(rows: np.ndarray, seed: int, epoch: int, batch: int, size: int) -> np.ndarray:
+def random_batch_indices(
+    rows: np.ndarray, seed: int, epoch: int, batch: int, size: int
+) -> np.ndarray:
     """Row indices int [B] of one uniformly random batch; -1 fills the last one.
 
     A pure function of (seed, epoch, batch), so that a resumed run reads what it would have read.
@@ -166,7 +170,7 @@ def training_rows(rows: np.ndarray, seed: int, epoch: int, batch: int, size: int
     return _fill(rows[order], size)
 
 
-def training_picks(
+def training_batch_indices(
     rows: Sequence[np.ndarray],
     seeds: Sequence[int],
     step: int,
@@ -185,18 +189,18 @@ def training_picks(
         batch = int(_epoch_order(_SHUFFLE, epoch, per_epoch)[batch])
     return np.stack(
         [
-            training_rows(r, seed, epoch, batch, size)
+            random_batch_indices(r, seed, epoch, batch, size)
             if lengths is None
-            else _grouped_rows(r, seed, epoch, batch, size, lengths)
+            else _grouped_batch_indices(r, seed, epoch, batch, size, lengths)
             for r, seed in zip(rows, seeds, strict=True)
         ]
     )
 
 
-def _grouped_rows(
+def _grouped_batch_indices(
     rows: np.ndarray, seed: int, epoch: int, batch: int, size: int, lengths: np.ndarray
 ) -> np.ndarray:
-    """As `training_rows`, of rows sorted by length within groups of _GROUP batches.
+    """As `random_batch_indices`, of rows sorted by length within groups of _GROUP batches.
 
     As `group_by_length` of transformers' Trainer: which rows share a group is random, so that
     batches differ from epoch to epoch.
@@ -209,7 +213,7 @@ def _grouped_rows(
     return _fill(rows[group[place : place + size]], size)
 
 
-def evaluation_picks(
+def evaluation_batch_indices(
     tokens: Tokens, rows: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every row once, in batches of similar length: (places in `rows`, row indices), int [R, B].

@@ -85,7 +85,7 @@ def load_dataset(config: Config) -> Dataset:
     return Dataset(task, names, train, validation, left_out)
 
 
-def stratified(
+def stratified_split(
     labels: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits indices 0..N-1 at random, every class in proportion (largest remainders).
@@ -232,13 +232,13 @@ def _split(table: pa.Table, task: Task, names: tuple[str, ...]) -> Split:
 
 def _split_off(rows: Split, fraction: float, seed: int) -> list[Split]:
     """Training and validation rows by seed; rows that repeat a validation text are left out."""
-    kept, held = stratified(rows.labels, fraction, np.random.default_rng(seed))
+    kept, held = stratified_split(rows.labels, fraction, np.random.default_rng(seed))
     texts = {rows.texts[i] for i in held}
     distinct = [i for i in kept if rows.texts[i] not in texts]
-    return [take(rows, distinct), take(rows, held)]
+    return [select_rows(rows, distinct), select_rows(rows, held)]
 
 
-def take(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
+def select_rows(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
     """The rows of those indices, in their order."""
     picked = np.asarray(indices, int)
     return Split([rows.texts[i] for i in picked], rows.labels[picked])

@@ -12,7 +12,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from sweet_jax.config import UserError
-from sweet_jax.files import expanded
+from sweet_jax.files import expand_user
 
 _BLOCK = 1 << 26  # bytes; pyarrow's readers refuse a row longer than one block
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson", ".parquet")
@@ -25,7 +25,7 @@ def resolve_path(name: str) -> Path:
     not exist.
     """
     if not name.startswith("pkg://"):
-        return expanded(name)
+        return expand_user(name)
     package, _, inside = name.removeprefix("pkg://").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -94,7 +94,7 @@ def _read_csv(path: Path) -> pa.Table:
 def _check_quotes(table: pa.Table, names: Sequence[str]) -> None:
     for name in set(names) & set(table.column_names):
         for row, text in enumerate(table[name].to_pylist(), start=1):
-            if text and swallows_rows(text):
+            if text and looks_like_several_rows(text):
                 raise UserError(
                     f"row {row}, column {name!r} holds what looks like several rows: it begins "
                     "with a quote that is not closed in its line: mend the quotes, or give a CSV; "
@@ -102,7 +102,7 @@ def _check_quotes(table: pa.Table, names: Sequence[str]) -> None:
                 )
 
 
-def swallows_rows(text: str) -> bool:
+def looks_like_several_rows(text: str) -> bool:
     """Whether a text of a TSV file looks like rows that an unbalanced quote made one of."""
     lines = text.split("\n")
     return len(lines) > 1 and all("\t" in line for line in lines[:-1])

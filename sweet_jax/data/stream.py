@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from sweet_jax.config import UserError, check_choice
-from sweet_jax.data.read import one_line, swallows_rows
+from sweet_jax.data.read import looks_like_several_rows, one_line
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt")
 
@@ -26,14 +26,14 @@ class TextRow(NamedTuple):
     position: int  # bytes of the file read so far; of Parquet, rows
 
 
-def count_positions(path: Path) -> int:
+def last_position(path: Path) -> int:
     """The last position there can be: the size of a file in bytes; of Parquet, its rows."""
     if path.suffix.lower() == ".parquet":
         return pa.parquet.ParquetFile(path).metadata.num_rows
     return path.stat().st_size
 
 
-def stream_rows(path: Path, columns: Sequence[str]) -> Generator[TextRow]:
+def stream_texts(path: Path, columns: Sequence[str]) -> Generator[TextRow]:
     """The rows of a CSV, TSV, JSONL, Parquet or text file (a text in each line), in order.
 
     A row whose text is absent, empty in a CSV, or no text gives an error and the rest goes on.
@@ -96,7 +96,7 @@ def _csv(text: io.TextIOWrapper, columns: Sequence[str], suffix: str) -> Iterato
             found = f"{len(row)} fields where the header has {len(header)}"
             yield TextRow((), found, _position(text))
             continue
-        if suffix == ".tsv" and any(swallows_rows(row[place]) for place in places):
+        if suffix == ".tsv" and any(looks_like_several_rows(row[place]) for place in places):
             found = "looks like several rows: it begins with a quote that is not closed in its line"
             yield TextRow((), found, _position(text))
             continue

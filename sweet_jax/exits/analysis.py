@@ -11,13 +11,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from sweet_jax.config import check_choice
-from sweet_jax.exits.dials import Dials, calibration_scores, make_dials
-from sweet_jax.exits.fitted import Fitted, fit
+from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
+from sweet_jax.exits.certificates import Certificate
+from sweet_jax.exits.operating_point import (
+    ThresholdResolver,
+    calibration_confidences,
+    make_resolver,
+)
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, exit_scores, grid_thresholds
-from sweet_jax.exits.risk import Certificate
-from sweet_jax.exits.simulation import Curve, read, simulate
-from sweet_jax.exits.trades import Trade
+from sweet_jax.exits.pareto import ParetoFront
+from sweet_jax.exits.policies import POLICIES, exit_confidences, grid_thresholds
+from sweet_jax.exits.simulation import Curve, read_curve, simulate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class Analysis:
     calibration: ExitOutputs
     validation: ExitOutputs
     policy: str
-    fitted: Fitted
+    fitted: Calibrator
     calibration_curve: Curve
     curve: Curve
     grid: Curve
@@ -48,13 +52,13 @@ class Analysis:
     tuned: bool = False
     _dials: dict = dataclasses.field(default_factory=dict, repr=False)
 
-    def dials(self, replica: int, policies: tuple[str, ...] | None = None) -> Dials:
+    def resolver(self, replica: int, policies: tuple[str, ...] | None = None) -> ThresholdResolver:
         """The dials of one replica, by default of this policy only; made once."""
         wanted = policies or (self.policy,)
         if (replica, wanted) not in self._dials:
             rows = self.calibration.replica(replica)
             compared = 1 if self.tuned else len(self.calibration.logits)
-            self._dials[replica, wanted] = make_dials(rows, wanted, compared)
+            self._dials[replica, wanted] = make_resolver(rows, wanted, compared)
         return self._dials[replica, wanted]
 
     @property
@@ -81,7 +85,7 @@ class Analysis:
 
     @property
     def chosen(self) -> list[int]:
-        """The replicas of the learning rate that is best by `area`.
+        """The replicas of the learning rate that is best by `curve_area`.
 
         Best is first the rate with the fewest diverged replicas, then the largest mean area.
         Diverged replicas are left out, unless all are.
@@ -109,9 +113,9 @@ def analyse(
     """
     policy = str(policy or validation.identity.get("policy", "confidence"))
     check_choice("policy", policy, POLICIES)
-    fitted = fit(calibration)
-    scores = exit_scores(validation, policy, fitted)
-    held_out = calibration_scores(calibration, policy, fitted)
+    fitted = fit_calibrator(calibration)
+    scores = exit_confidences(validation, policy, fitted)
+    held_out = calibration_confidences(calibration, policy, fitted)
     on_calibration = simulate(calibration, lambda *_: held_out)
     curve = simulate(validation, lambda *_: scores)
     choosing, by = calibration, on_calibration
@@ -125,10 +129,10 @@ def analyse(
         fitted,
         on_calibration,
         curve,
-        read(curve, grid_thresholds(policy, classes, exits)),
+        read_curve(curve, grid_thresholds(policy, classes, exits)),
         np.asarray(
             [
-                area(cost, values) if np.isfinite(logits).all() else np.nan
+                curve_area(cost, values) if np.isfinite(logits).all() else np.nan
                 for cost, values, logits in zip(by.cost, by.score, choosing.logits, strict=True)
             ]
         ),
@@ -136,7 +140,7 @@ def analyse(
     )
 
 
-def area(cost: np.ndarray, values: np.ndarray) -> float:
+def curve_area(cost: np.ndarray, values: np.ndarray) -> float:
     """Mean of a curve [T] over its own range of cost, by trapezoids; its value if that is one.
 
     Given the exact curve wherever this is called an area. What the SWEET paper chooses learning
@@ -146,7 +150,7 @@ def area(cost: np.ndarray, values: np.ndarray) -> float:
     return float(np.trapezoid(values, cost) / spread) if spread > 0 else float(values[-1])
 
 
-def at_costs(curve: Curve, replica: int, costs: Sequence[float]) -> dict[str, float | None]:
+def scores_at_costs(curve: Curve, replica: int, costs: Sequence[float]) -> dict[str, float | None]:
     """Returns the scores at set costs, by linear interpolation between a curve's points.
 
     Of the exact curve, or of the SWEET paper's grid of 11 thresholds for the numbers that stand
@@ -165,7 +169,7 @@ def at_costs(curve: Curve, replica: int, costs: Sequence[float]) -> dict[str, fl
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class OperatingPoint:
     """A threshold chosen on calibration rows, and what it does on either set of rows."""
 
     threshold: float
@@ -178,9 +182,9 @@ class Choice:
         return {"threshold": self.threshold, "calibration": fitted, "validation": given}
 
 
-def choose(
+def select_operating_point(
     analysis: Analysis, replica: int, *, cost: float | None = None, score: float | None = None
-) -> Choice | float:
+) -> OperatingPoint | float:
     """The best threshold within a mean cost, or the cheapest with at least a score.
 
     Chosen on calibration rows. Where none will do, the best value that is reachable: the least cost
@@ -188,7 +192,7 @@ def choose(
     example leaves where calibration rows like it had that accuracy (Mofakhami et al. 2024), whether
     or not all of them together reach it.
     """
-    trade = Trade.of(analysis.calibration_curve, replica)
+    trade = ParetoFront.of(analysis.calibration_curve, replica)
     if cost is not None:
         found, best = trade.within_cost(cost), float(trade.cost[0])
     elif score is None:
@@ -197,37 +201,37 @@ def choose(
         found, best = score, np.nan
     else:
         found, best = trade.with_score(score), float(trade.score[-1])
-    return best if found is None else apply_threshold(analysis, replica, found)
+    return best if found is None else evaluate_threshold(analysis, replica, found)
 
 
-def apply_threshold(analysis: Analysis, replica: int, threshold: float) -> Choice:
+def evaluate_threshold(analysis: Analysis, replica: int, threshold: float) -> OperatingPoint:
     """What a threshold costs and scores on the calibration and on the validation rows."""
 
     def point(curve: Curve) -> tuple[float, float]:
-        at = read(curve, np.asarray([threshold]))
+        at = read_curve(curve, np.asarray([threshold]))
         return float(at.cost[replica, 0]), float(at.score[replica, 0])
 
-    return Choice(threshold, point(analysis.calibration_curve), point(analysis.curve))
+    return OperatingPoint(threshold, point(analysis.calibration_curve), point(analysis.curve))
 
 
-def full_score(analysis: Analysis, replica: int) -> Choice | float:
+def cheapest_full_score(analysis: Analysis, replica: int) -> OperatingPoint | float:
     """The cheapest threshold that keeps the last exit's score on the calibration rows."""
-    trade = Trade.of(analysis.calibration_curve, replica)
+    trade = ParetoFront.of(analysis.calibration_curve, replica)
     found = trade.with_score(float(analysis.calibration_curve.score[replica][-1]))
-    return float(trade.score[-1]) if found is None else apply_threshold(analysis, replica, found)
+    return float(trade.score[-1]) if found is None else evaluate_threshold(analysis, replica, found)
 
 
 @dataclasses.dataclass(frozen=True)
-class Certified:
+class CertifiedPoint:
     """A certificate, and the (cost, score) its threshold has on validation rows, if it has one."""
 
     certificate: Certificate
     validation: tuple[float, float] | None
 
 
-def certified(
+def certify_operating_point(
     analysis: Analysis, replica: int, kind: str, limit: float, level: float = 0.95
-) -> Certified:
+) -> CertifiedPoint:
     """The cheapest threshold whose harm is certified, see `risk.certify`.
 
     Half of the calibration rows fits what the scores read, the other half is tested; the chance of
@@ -237,10 +241,10 @@ def certified(
     own), limit: the largest share, level: of confidence. Raises UserError where the rows fitted on
     are the ones reported, which certify nothing.
     """
-    dials = analysis.dials(replica)
+    dials = analysis.resolver(replica)
     certificate = dials.certificate(analysis.policy, kind, limit, level)
     if certificate.threshold is None:
-        return Certified(certificate, None)
+        return CertifiedPoint(certificate, None)
     rows, threshold = analysis.validation.replica(replica), np.asarray([certificate.threshold])
     at = simulate(rows, analysis.policy, fitted=dials.halved, thresholds=threshold)
-    return Certified(certificate, (float(at.cost[0, 0]), float(at.score[0, 0])))
+    return CertifiedPoint(certificate, (float(at.cost[0, 0]), float(at.score[0, 0])))

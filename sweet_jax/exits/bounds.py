@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.scores import score
 from sweet_jax.exits.simulation import simulate
 
 _SLOPES = 25  # trade-offs of score against cost that `best_thresholds` is asked for
@@ -75,21 +75,21 @@ def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str = "accurac
     points = []
     for count in range(1, len(given) + 1):
         place, answers = ORACLES[kind](given[:count], labels)
-        value = score(metric, answers, labels, outputs.logits.shape[-1])
+        value = compute_metric(metric, answers, labels, outputs.logits.shape[-1])
         points.append((float(cost[place].mean()), value))
     hull = _hull(points)
     best = int(hull.score.argmax()) + 1  # nobody who knows the answers goes on to worse exits
     return Frontier(hull.cost[:best], hull.score[:best])
 
 
-def floor(outputs: ExitOutputs, replica: int, metric: str = "accuracy") -> Frontier:
+def single_exit_hull(outputs: ExitOutputs, replica: int, metric: str = "accuracy") -> Frontier:
     """The upper hull of the single exits: what sending examples to exits at random reaches.
 
     Exits that diverged are left out.
     """
     given, labels, cost = _sound(outputs, replica)
     classes = outputs.logits.shape[-1]
-    values = [score(metric, p, labels, classes) for p in given]
+    values = [compute_metric(metric, p, labels, classes) for p in given]
     return _hull(list(zip(cost.tolist(), values, strict=True)))
 
 

@@ -34,7 +34,7 @@ BELOW_ONE = float(np.nextafter(1.0, 0.0))  # the largest score of what is never 
 
 def probabilities(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     """Softmax of logits / temperature [R, E], float64 [R, E, N, C]."""
-    return tempered(outputs.logits, temperatures[..., None, None])
+    return softmax_with_temperature(outputs.logits, temperatures[..., None, None])
 
 
 def confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
@@ -47,7 +47,7 @@ def confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
     return np.minimum(probabilities(outputs, temperatures).max(axis=-1), BELOW_ONE)
 
 
-def tempered(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
+def softmax_with_temperature(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
     """Softmax of logits [..., C] / temperatures, of a shape that broadcasts; float64 [..., C]."""
     scaled = logits.astype(np.float64) / temperatures
     with np.errstate(invalid="ignore"):  # of what diverged: NaN
@@ -138,7 +138,7 @@ class ReliabilityCurve:
         return cls(x, y, bool(values["steps"]))
 
 
-def fit_curve(
+def fit_reliability_curve(
     kind: str, score: np.ndarray, right: np.ndarray, low: float = 0.0
 ) -> ReliabilityCurve:
     """The reliability curve of one exit, of one of the kinds in CURVES.
@@ -188,7 +188,7 @@ def _shrunk(hits: np.ndarray, count: np.ndarray, mean: float) -> np.ndarray:
     return (hits + _PRIOR_ROWS * mean) / (count + _PRIOR_ROWS)
 
 
-def reliability(
+def reliability_diagram(
     confidence: np.ndarray, correct: np.ndarray, bins: int = 10
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reliability diagram over equal-width bins of [0, 1].
@@ -214,12 +214,14 @@ def expected_calibration_error(
     confidence: np.ndarray, correct: np.ndarray, bins: int = 10
 ) -> float:
     """Mean |confidence - accuracy| over the bins, weighted by their counts (Guo et al., eq. 5)."""
-    mean, share, count = reliability(confidence, correct, bins)
+    mean, share, count = reliability_diagram(confidence, correct, bins)
     used = count > 0
     return float((np.abs(mean - share)[used] * count[used]).sum() / count.sum())
 
 
-def quality(outputs: ExitOutputs, temperatures: np.ndarray) -> list[list[dict[str, float | None]]]:
+def confidence_quality(
+    outputs: ExitOutputs, temperatures: np.ndarray
+) -> list[list[dict[str, float | None]]]:
     """How good each exit's confidence is, for every replica and exit; None where it diverged.
 
     ece: expected calibration error of the largest probability, ten bins. nll: mean negative log

@@ -5,7 +5,12 @@ Shape letters: N examples, C classes, K distinct (label, ours, theirs) among the
 
 import numpy as np
 
-from sweet_jax.exits.scores import bootstrap_interval, from_counts, score, wilson_interval
+from sweet_jax.exits.metrics import (
+    bootstrap_interval,
+    compute_metric,
+    metric_from_counts,
+    wilson_interval,
+)
 
 _DRAWS = 1000  # of the paired bootstrap
 
@@ -53,7 +58,9 @@ def paired_difference(
       level: of confidence.
 
     """
-    difference = score(metric, ours, labels, classes) - score(metric, theirs, labels, classes)
+    difference = compute_metric(metric, ours, labels, classes) - compute_metric(
+        metric, theirs, labels, classes
+    )
     if metric == "accuracy":
         low, high = _newcombe(ours == labels, theirs == labels, level)
     else:
@@ -111,4 +118,4 @@ def _weighted(
     right = np.where(given == truth, weights, 0)
     whole, hits = count(given, weights)[None], count(given, right)[None]
     total = right.sum(keepdims=True)
-    return float(from_counts(metric, total, whole, hits, count(truth, weights))[0])
+    return float(metric_from_counts(metric, total, whole, hits, count(truth, weights))[0])

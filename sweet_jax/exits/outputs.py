@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError
-from sweet_jax.files import written_aside
+from sweet_jax.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class ExitOutputs:
         }
         if self.exit_scores is not None:
             arrays["exit_scores"] = self.exit_scores
-        with written_aside(Path(path)) as aside:
+        with atomic_write(Path(path)) as aside:
             np.savez(aside, **arrays)
 
     @classmethod

@@ -11,15 +11,17 @@ from scipy.special import log_softmax
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.calibration import BELOW_ONE, confidence, probabilities
-from sweet_jax.exits.fitted import Fitted, fit
+from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
 from sweet_jax.exits.outputs import ExitOutputs
 
 # A policy maps outputs and temperatures [R, E] to scores float64 [R, E, N]; higher means "answer
 # here". An example leaves at the first exit whose score reaches the threshold.
-Policy = Callable[[ExitOutputs, np.ndarray], np.ndarray]
+PolicyFunction = Callable[[ExitOutputs, np.ndarray], np.ndarray]
 
 
-def cross_fitted(calibration: ExitOutputs, policy: str | Policy, folds: int = 5) -> np.ndarray:
+def cross_fitted_confidences(
+    calibration: ExitOutputs, policy: str | PolicyFunction, folds: int = 5
+) -> np.ndarray:
     """Scores [R, E, N] of calibration rows, each by what the rows of the other folds say.
 
     A threshold chosen on scores that were read off the same rows' own curve would promise too much.
@@ -35,8 +37,8 @@ def cross_fitted(calibration: ExitOutputs, policy: str | Policy, folds: int = 5)
     for fold in np.unique(part):
         own = np.flatnonzero(part == fold)
         others = np.flatnonzero(part != fold)
-        fitted = fit(calibration.rows(others if len(others) else own), kinds)
-        scores[..., own] = exit_scores(calibration.rows(own), policy, fitted)
+        fitted = fit_calibrator(calibration.rows(others if len(others) else own), kinds)
+        scores[..., own] = exit_confidences(calibration.rows(own), policy, fitted)
     return scores
 
 
@@ -127,10 +129,10 @@ def _learned(outputs: ExitOutputs) -> np.ndarray:
     return outputs.exit_scores.astype(np.float64)
 
 
-class Rule(NamedTuple):
+class Policy(NamedTuple):
     """A policy that has a name."""
 
-    score: Policy
+    score: PolicyFunction
     about: str
     curve: str = ""  # the kind of reliability curve that the score is read through, if any
     by_exits: bool = False
@@ -139,28 +141,30 @@ class Rule(NamedTuple):
 
 # PCEE (Mofakhami et al. 2024, arXiv 2412.19325): the accuracy that calibration rows of the same
 # confidence had at this exit, so that the threshold is an accuracy.
-POLICIES: dict[str, Rule] = {
-    "confidence": Rule(confidence, "largest probability, after temperature", low=None),
-    "raw_confidence": Rule(raw_confidence, "largest probability, no temperature", low=None),
-    "confidence_float32": Rule(
+POLICIES: dict[str, Policy] = {
+    "confidence": Policy(confidence, "largest probability, after temperature", low=None),
+    "raw_confidence": Policy(raw_confidence, "largest probability, no temperature", low=None),
+    "confidence_float32": Policy(
         confidence_float32, "largest probability in float32, as SWEET's release", low=None
     ),
-    "entropy": Rule(entropy, "1 - entropy / log C, after temperature"),
-    "margin": Rule(margin, "largest probability less the second, after temperature"),
-    "patience": Rule(patience, "exits in a row that agree: 1, 2, ...", by_exits=True, low=1.0),
-    "voting": Rule(voting, "summed confidence of the exits that agree", by_exits=True),
-    "learning_to_exit": Rule(learning_to_exit, "what the learning-to-exit heads say"),
-    "learning_to_exit_min_max": Rule(
+    "entropy": Policy(entropy, "1 - entropy / log C, after temperature"),
+    "margin": Policy(margin, "largest probability less the second, after temperature"),
+    "patience": Policy(patience, "exits in a row that agree: 1, 2, ...", by_exits=True, low=1.0),
+    "voting": Policy(voting, "summed confidence of the exits that agree", by_exits=True),
+    "learning_to_exit": Policy(learning_to_exit, "what the learning-to-exit heads say"),
+    "learning_to_exit_min_max": Policy(
         learning_to_exit_min_max, "the same over its range on these rows, as SWEET's release"
     ),
-    "pcee": Rule(confidence, "accuracy of calibration rows in bins of equal width", "equal_width"),
-    "pcee_equal_mass": Rule(
+    "pcee": Policy(
+        confidence, "accuracy of calibration rows in bins of equal width", "equal_width"
+    ),
+    "pcee_equal_mass": Policy(
         confidence, "accuracy of calibration rows in bins of equal counts", "equal_mass"
     ),
-    "pcee_isotonic": Rule(
+    "pcee_isotonic": Policy(
         confidence, "accuracy of calibration rows, rising with confidence", "isotonic"
     ),
-    "pcee_ws": Rule(confidence, "accuracy of calibration rows, smoothed (PCEE-WS)", "kernel"),
+    "pcee_ws": Policy(confidence, "accuracy of calibration rows, smoothed (PCEE-WS)", "kernel"),
 }
 
 
@@ -177,8 +181,8 @@ def grid_thresholds(policy: str, classes: int, exits: int, points: int = 11) -> 
     return np.linspace(low, exits if rule.by_exits else 1.0, points)
 
 
-def exit_scores(
-    outputs: ExitOutputs, policy: str | Policy, fitted: Fitted | None = None
+def exit_confidences(
+    outputs: ExitOutputs, policy: str | PolicyFunction, fitted: Calibrator | None = None
 ) -> np.ndarray:
     """Scores [R, E, N] of a policy by name, or of the user's own function.
 
@@ -187,7 +191,7 @@ def exit_scores(
     reads curves where none are fitted.
     """
     if fitted is None:
-        fitted = Fitted(np.ones(outputs.logits.shape[:2]))
+        fitted = Calibrator(np.ones(outputs.logits.shape[:2]))
     if fitted.temperatures.shape != outputs.logits.shape[:2]:
         raise ValueError(
             f"outputs of {outputs.logits.shape[:2]} replicas and exits need what was fitted on as "

@@ -12,10 +12,10 @@ import dataclasses
 
 import numpy as np
 
-from sweet_jax.exits.fitted import Fitted, fit
+from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
+from sweet_jax.exits.metrics import metric_from_counts
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import Policy, exit_scores
-from sweet_jax.exits.scores import from_counts
+from sweet_jax.exits.policies import PolicyFunction, exit_confidences
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,10 +39,10 @@ class Curve:
 
 def simulate(
     outputs: ExitOutputs,
-    policy: str | Policy = "confidence",
+    policy: str | PolicyFunction = "confidence",
     *,
     calibration: ExitOutputs | None = None,
-    fitted: Fitted | None = None,
+    fitted: Calibrator | None = None,
     metric: str | None = None,
     thresholds: np.ndarray | None = None,
 ) -> Curve:
@@ -65,17 +65,17 @@ def simulate(
     """
     metric = metric or outputs.identity.get("metric", "accuracy")
     if fitted is None and calibration is not None:
-        fitted = fit(calibration)
-    scores = exit_scores(outputs, policy, fitted)
+        fitted = fit_calibrator(calibration)
+    scores = exit_confidences(outputs, policy, fitted)
     curves = [
         _simulate_one(s, p, labels, outputs, metric)
         for s, p, labels in zip(scores, outputs.predictions, outputs.labels, strict=True)
     ]
     exact = _stack(curves)
-    return exact if thresholds is None else read(exact, np.asarray(thresholds, np.float64))
+    return exact if thresholds is None else read_curve(exact, np.asarray(thresholds, np.float64))
 
 
-def read(curve: Curve, thresholds: np.ndarray) -> Curve:
+def read_curve(curve: Curve, thresholds: np.ndarray) -> Curve:
     """The points of an exact curve at any thresholds [T]."""
 
     def one(threshold, cost, score, shares):
@@ -93,7 +93,7 @@ _HELD = 1 << 26  # numbers of a bootstrap that are in memory at once, about
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Band:
+class BootstrapBand:
     """How far a curve could lie elsewhere had other rows been drawn.
 
     Attributes:
@@ -109,17 +109,17 @@ class Band:
     score_interval: np.ndarray
 
 
-def bootstrap(
+def bootstrap_curve(
     outputs: ExitOutputs,
-    policy: str | Policy = "confidence",
+    policy: str | PolicyFunction = "confidence",
     *,
     calibration: ExitOutputs | None = None,
-    fitted: Fitted | None = None,
+    fitted: Calibrator | None = None,
     metric: str | None = None,
     points: int = 200,
     draws: int = 1000,
     level: float = 0.95,
-) -> Band:
+) -> BootstrapBand:
     """Percentile intervals of a curve over rows drawn anew with replacement, thresholds fixed.
 
     At `points` thresholds, evenly among the distinct ones. At fixed thresholds an example's part in
@@ -128,8 +128,8 @@ def bootstrap(
     """
     metric = metric or outputs.identity.get("metric", "accuracy")
     if fitted is None and calibration is not None:
-        fitted = fit(calibration)
-    scores = exit_scores(outputs, policy, fitted)
+        fitted = fit_calibrator(calibration)
+    scores = exit_confidences(outputs, policy, fitted)
     exact = simulate(outputs, lambda *_: scores, metric=metric)
     bands = []
     for r, threshold in enumerate(exact.threshold):
@@ -143,9 +143,9 @@ def bootstrap(
         ]
         drawn = np.concatenate(parts, axis=-1)  # [2, draws, K]
         low_high = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2], axis=1)  # [2, 2, K]
-        point = read(Curve(*(v[r : r + 1] for v in vars(exact).values())), at)
+        point = read_curve(Curve(*(v[r : r + 1] for v in vars(exact).values())), at)
         bands.append((at, point.cost[0], point.score[0], low_high[:, 0].T, low_high[:, 1].T))
-    return Band(*(np.stack(values) for values in zip(*bands, strict=True)))
+    return BootstrapBand(*(np.stack(values) for values in zip(*bands, strict=True)))
 
 
 def _draw(
@@ -178,7 +178,7 @@ def _draw(
         for draw, sums, weights in zip(several, product, times, strict=True):
             true = np.bincount(labels, weights, len(classes))
             given, hits = sums[2 : 2 + len(classes)].T, sums[2 + len(classes) :].T
-            found[:, draw] = sums[0] / count, from_counts(metric, sums[1], given, hits, true)
+            found[:, draw] = sums[0] / count, metric_from_counts(metric, sums[1], given, hits, true)
     return found
 
 
@@ -221,7 +221,7 @@ def _simulate_one(
     above = np.nextafter(level[:1], np.inf) if len(level) else np.zeros(1)
     threshold = np.concatenate([above, level[ends[1:] - 1]])
     cost = shares @ np.asarray(outputs.cost) / count
-    values = (threshold, cost, from_counts(metric, right, given, hits, true), shares / count)
+    values = (threshold, cost, metric_from_counts(metric, right, given, hits, true), shares / count)
     # A score of +inf always leaves: then no threshold lies above every score.
     first = 1 if np.isposinf(threshold[0]) else 0
     return Curve(*(value[first:][::-1] for value in values))

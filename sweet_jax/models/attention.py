@@ -37,7 +37,7 @@ def fused_attention(
     return jax.nn.dot_product_attention(q, k, v, mask=wide, scale=1.0, implementation=chosen)
 
 
-def fits(implementation: str, count: int, length: int) -> bool:
+def supports_shape(implementation: str, count: int, length: int) -> bool:
     """Whether an implementation computes `count` queries of `length` keys, with their gradients.
 
     cuDNN wants both even where there is a mask. What an exit reads, one token, is not much to save

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.encoder import Attention, Encoder, LayerNorm, linear, table
+from sweet_jax.models.encoder import Attention, Encoder, LayerNorm, embedding_table, linear
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.layers import dropout
 
@@ -43,9 +43,9 @@ class BertEmbeddings(nnx.Module):
 
     def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
         hidden = config.hidden_size
-        self.word = table(config, config.vocab_size, hidden, dtype, rngs)
-        self.position = table(config, config.max_position_embeddings, hidden, dtype, rngs)
-        self.token_type = table(config, config.type_vocab_size, hidden, dtype, rngs)
+        self.word = embedding_table(config, config.vocab_size, hidden, dtype, rngs)
+        self.position = embedding_table(config, config.max_position_embeddings, hidden, dtype, rngs)
+        self.token_type = embedding_table(config, config.type_vocab_size, hidden, dtype, rngs)
         self.norm = LayerNorm(hidden, config.layer_norm_eps)
         self.dropout_rate = config.hidden_dropout_prob
 

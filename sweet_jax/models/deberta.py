@@ -22,11 +22,11 @@ from sweet_jax.models.encoder import (
     Attention,
     Encoder,
     LayerNorm,
+    embedding_table,
     linear,
-    table,
 )
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.layers import derive, dropout
+from sweet_jax.models.layers import derive_key, dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class DebertaEmbeddings(nnx.Module):
         width = config.embedding_size or hidden
 
         def rows(count: int) -> nnx.Embed:
-            return table(config, count, width, dtype, rngs)
+            return embedding_table(config, count, width, dtype, rngs)
 
         biased, types = config.position_biased_input, config.type_vocab_size
         self.word = rows(config.vocab_size)
@@ -243,7 +243,7 @@ class Deberta(Encoder):
 
     def __init__(self, config: DebertaConfig, key: jax.Array, dtype=jnp.float32):
         super().__init__(config, key, dtype)
-        rngs = nnx.Rngs(derive(key, "relative"))
+        rngs = nnx.Rngs(derive_key(key, "relative"))
         relative = config.relative_attention
         self.relative = RelativePositions(config, dtype, rngs) if relative else None
 

@@ -13,7 +13,7 @@ from flax import nnx
 from sweet_jax.config import UserError
 from sweet_jax.models.deberta import Deberta, DebertaConfig, DisentangledAttention
 from sweet_jax.models.encoder import Layer, LayerNorm, linear
-from sweet_jax.models.layers import ACTIVATIONS, dropout, sub_key
+from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key, dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class ConvolvedLayer(Layer):
         self, h: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
     ) -> jax.Array:
         out = super().__call__(h, mask, key, relative, count)
-        return self.conv(h, out, mask, sub_key(key, "conv"))
+        return self.conv(h, out, mask, derive_optional_key(key, "conv"))
 
 
 class DebertaV2(Deberta):

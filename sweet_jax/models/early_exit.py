@@ -16,17 +16,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.models.encoder import Encoder, linear
-from sweet_jax.models.layers import ACTIVATIONS, computed_again, derive, dropout, sub_key
+from sweet_jax.models.layers import (
+    ACTIVATIONS,
+    derive_key,
+    derive_optional_key,
+    dropout,
+    rematerialize,
+)
 from sweet_jax.models.pooling import POOLINGS
 
 # Of all boundaries between segments, or of each of the E - 1.
 Isolation = float | jax.Array | tuple[float | jax.Array, ...]
 # What crosses a boundary: the hidden state [B, L, H], and the encoder's table of relative positions
 # [S, H] or None.
-Carried = tuple[jax.Array, jax.Array | None]
+SegmentState = tuple[jax.Array, jax.Array | None]
 
 
-class Answer(NamedTuple):
+class ModelOutput(NamedTuple):
     """What every exit says of a batch; of one exit, arrays without E."""
 
     logits: jax.Array  # float32 [E, B, C]
@@ -74,14 +80,14 @@ class Head(nnx.Module):
     ):
         config = encoder.config
         self.pooling = pooling
-        rngs = nnx.Rngs(derive(key, "learning_to_exit"))
+        rngs = nnx.Rngs(derive_key(key, "learning_to_exit"))
         on = learning_to_exit != ""
         self.learning_to_exit = linear(config, config.hidden_size, 1, dtype, rngs) if on else None
         self.detached = learning_to_exit == "detached"
         if pooler and POOLINGS[pooling].dense:
-            self.pooler = make_pooler(encoder, dtype, derive(key, "pooler"))
+            self.pooler = make_pooler(encoder, dtype, derive_key(key, "pooler"))
         self.classifier = linear(
-            config, config.hidden_size, classes, dtype, nnx.Rngs(derive(key, "classifier"))
+            config, config.hidden_size, classes, dtype, nnx.Rngs(derive_key(key, "classifier"))
         )
         self.activation = ACTIVATIONS[config.pooler_act]
         self.dropout_rate = config.hidden_dropout_prob
@@ -103,18 +109,18 @@ class Head(nnx.Module):
         pooler: nnx.Linear | None,
         key,
         features: bool = False,
-    ) -> Answer:
+    ) -> ModelOutput:
         """The answer of this exit (arrays without E); arguments as in `pooled`."""
         pooled = self.pooled(h, mask, pooler)  # [B, H]
         pooled = dropout(key, pooled, self.dropout_rate)
         logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
         kept = pooled.astype(jnp.float32) if features else None
         if self.learning_to_exit is None:
-            return Answer(logits, features=kept)
+            return ModelOutput(logits, features=kept)
         if self.detached:
             pooled = jax.lax.stop_gradient(pooled)
         unit = self.learning_to_exit(pooled)[:, 0].astype(jnp.float32)  # [B]
-        return Answer(logits, jax.nn.sigmoid(unit), kept)
+        return ModelOutput(logits, jax.nn.sigmoid(unit), kept)
 
 
 class EarlyExit(nnx.Module):
@@ -144,14 +150,16 @@ class EarlyExit(nnx.Module):
         self.remat = remat
         self.exits = tuple(exits)
         self.shared_relative = shared_relative
-        self.pooler = make_pooler(encoder, dtype, derive(key, "pooler")) if shared_pooler else None
+        self.pooler = (
+            make_pooler(encoder, dtype, derive_key(key, "pooler")) if shared_pooler else None
+        )
         self.heads = nnx.Dict(
             {
                 str(e): Head(
                     encoder,
                     classes,
                     dtype,
-                    derive(key, "head", e),
+                    derive_key(key, "head", e),
                     pooler=not shared_pooler,
                     pooling=pooling,
                     learning_to_exit=learning_to_exit,
@@ -163,12 +171,12 @@ class EarlyExit(nnx.Module):
     def segment(
         self,
         index: int,
-        carried: Carried | None,
+        carried: SegmentState | None,
         batch: dict[str, jax.Array],
         isolation: float | jax.Array = 0.0,
         key: jax.Array | None = None,
         features: bool = False,
-    ) -> tuple[Carried | None, Answer]:
+    ) -> tuple[SegmentState | None, ModelOutput]:
         """One segment: (what it hands on, its exit's answer, without E).
 
         An exit may read its last layer at the first token only (`Pooling.first_only`). That token
@@ -199,7 +207,7 @@ class EarlyExit(nnx.Module):
             self.heads[str(end)],
             mask=mask,
             pooler=self.pooler,
-            key=sub_key(key, "head", end),
+            key=derive_optional_key(key, "head", end),
             features=features,
         )
         if end == self.exits[-1]:
@@ -220,11 +228,11 @@ class EarlyExit(nnx.Module):
 
         def run(h: jax.Array, params, relative: jax.Array | None) -> jax.Array:
             layer = nnx.merge(graphdef, params)
-            return layer(h, mask, derive(key, "layer", number), relative, count)
+            return layer(h, mask, derive_key(key, "layer", number), relative, count)
 
-        return computed_again(run, h, params, relative)
+        return rematerialize(run, h, params, relative)
 
-    def resume(
+    def forward_from(
         self,
         start: int,
         end: int,
@@ -232,7 +240,7 @@ class EarlyExit(nnx.Module):
         batch: dict[str, jax.Array],
         *,
         whole: bool = False,
-    ) -> tuple[jax.Array, Answer]:
+    ) -> tuple[jax.Array, ModelOutput]:
         """Inference from layer `start` to the exit at `end`: (state before that layer, answer).
 
         Where the exit reads the first token only, that is computed alone: the rest of layer `end`
@@ -264,16 +272,16 @@ class EarlyExit(nnx.Module):
         isolation: Isolation = 0.0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of every exit, float32 [E, B, C]; see `answers`."""
-        return self.answers(batch, isolation, key).logits
+        """Logits of every exit, float32 [E, B, C]; see `forward`."""
+        return self.forward(batch, isolation, key).logits
 
-    def answers(
+    def forward(
         self,
         batch: dict[str, jax.Array],
         isolation: Isolation = 0.0,
         key: jax.Array | None = None,
         features: bool = False,
-    ) -> Answer:
+    ) -> ModelOutput:
         """What every exit says: all segments in one pass.
 
         isolation: of all boundaries, or a tuple with one number for each of the E - 1.

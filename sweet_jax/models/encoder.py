@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.attention import EINSUM, fits, fused_attention
+from sweet_jax.models.attention import EINSUM, fused_attention, supports_shape
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.layers import (
     ACTIVATIONS,
-    derive,
+    derive_key,
+    derive_optional_key,
     dropout,
     layer_norm,
     masked_softmax,
-    sub_key,
 )
 
 
@@ -36,13 +36,15 @@ def linear(
     return nnx.Linear(fan_in, fan_out, kernel_init=init, use_bias=bias, dtype=dtype, rngs=rngs)
 
 
-def table(config: EncoderConfig, rows: int, width: int, dtype, rngs: nnx.Rngs) -> nnx.Embed:
+def embedding_table(
+    config: EncoderConfig, rows: int, width: int, dtype, rngs: nnx.Rngs
+) -> nnx.Embed:
     """A table of embeddings [rows, width] with BERT's initialisation."""
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Embed(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
 
 
-def leading(x: jax.Array, batch: int, count: int | None) -> jax.Array:
+def first_tokens(x: jax.Array, batch: int, count: int | None) -> jax.Array:
     """The first `count` tokens of each row, [B*Q, H] of [B*L, H]; all for None."""
     if count is None:
         return x
@@ -102,13 +104,19 @@ class Attention(nnx.Module):
         mask is bool [B, L].
         """
         fused = self.implementation  # of an implementation that takes these shapes
-        if fused != EINSUM and fits(fused, q.shape[1], k.shape[1]):
+        if fused != EINSUM and supports_shape(fused, q.shape[1], k.shape[1]):
             return fused_attention(q * self.scale, k, v, mask, implementation=fused)
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # [B, A, Q or L, D]
-        scores = self.scores(q * self.scale, k, relative, sub_key(key, "relative"))  # [B, A, Q, L]
+        scores = self.scores(
+            q * self.scale, k, relative, derive_optional_key(key, "relative")
+        )  # [B, A, Q, L]
         weights = masked_softmax(scores, mask[:, None, None, :]).astype(v.dtype)
         weights = dropout(
-            sub_key(key, "weights"), weights, self.weight_dropout, length_axes=(2, 3), packed_axis=1
+            derive_optional_key(key, "weights"),
+            weights,
+            self.weight_dropout,
+            length_axes=(2, 3),
+            packed_axis=1,
         )
         return jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)
 
@@ -116,7 +124,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
     ) -> jax.Array:
         batch = mask.shape[0]  # not len(): an exported program has a batch without a number
-        asking = leading(x, batch, count)  # [B*Q, H]
+        asking = first_tokens(x, batch, count)  # [B*Q, H]
 
         def split(x):
             return x.reshape(batch, -1, self.heads, x.shape[-1] // self.heads)
@@ -124,7 +132,7 @@ class Attention(nnx.Module):
         q, k, v = map(split, self.project(asking, x))  # [B, Q or L, A, D]
         context = self.context(q, k, v, mask, key, relative)
         out = self.output(context.reshape(asking.shape))  # [B*Q, H]
-        out = token_dropout(sub_key(key, "output"), out, self.hidden_dropout, batch)
+        out = token_dropout(derive_optional_key(key, "output"), out, self.hidden_dropout, batch)
         return self.norm(asking + out)
 
 
@@ -145,9 +153,11 @@ class Layer(nnx.Module):
     ) -> jax.Array:
         batch, _, hidden = h.shape
         x = h.reshape(-1, hidden)  # [B*L, H]
-        x = self.attention(x, mask, sub_key(key, "attention"), relative, count)  # [B*Q, H]
+        x = self.attention(
+            x, mask, derive_optional_key(key, "attention"), relative, count
+        )  # [B*Q, H]
         out = self.output(self.activation(self.intermediate(x)))
-        out = token_dropout(sub_key(key, "output"), out, self.dropout_rate, batch)
+        out = token_dropout(derive_optional_key(key, "output"), out, self.dropout_rate, batch)
         return self.norm(x + out).reshape(batch, -1, hidden)  # [B, Q, H]
 
 
@@ -168,13 +178,13 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: EncoderConfig, key: jax.Array, dtype=jnp.float32):
         self.config = config
-        self.embeddings = self.EMBEDDINGS(config, dtype, nnx.Rngs(derive(key, "embeddings")))
+        self.embeddings = self.EMBEDDINGS(config, dtype, nnx.Rngs(derive_key(key, "embeddings")))
         self.layers = nnx.List(
-            self.make_layer(number, dtype, nnx.Rngs(derive(key, "layer", number)))
+            self.make_layer(number, dtype, nnx.Rngs(derive_key(key, "layer", number)))
             for number in range(1, config.num_hidden_layers + 1)
         )
 
-    def attend_by(self, implementation: str) -> None:
+    def set_attention(self, implementation: str) -> None:
         """Chooses how every layer attends: see `attention.check_attention`."""
         for layer in self.layers:
             layer.attention.implementation = implementation
@@ -187,7 +197,9 @@ class Encoder(nnx.Module):
         self, input_ids: jax.Array, token_type_ids: jax.Array, mask: jax.Array, key=None
     ) -> jax.Array:
         """Embedding output [B, L, H] from ids and token types, int32 [B, L], and mask as below."""
-        return self.embeddings(input_ids, token_type_ids, mask, sub_key(key, "embeddings"))
+        return self.embeddings(
+            input_ids, token_type_ids, mask, derive_optional_key(key, "embeddings")
+        )
 
     def relative_table(self) -> jax.Array | None:
         """The embeddings of relative positions [S, H] that `layer` wants, or None."""
@@ -209,4 +221,6 @@ class Encoder(nnx.Module):
         `relative_table()`. With `count`, the hidden state of that many first tokens [B, Q, H]: the
         same numbers, for little more than the keys and values of all.
         """
-        return self.layers[number - 1](h, mask, sub_key(key, "layer", number), relative, count)
+        return self.layers[number - 1](
+            h, mask, derive_optional_key(key, "layer", number), relative, count
+        )

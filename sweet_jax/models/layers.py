@@ -17,7 +17,7 @@ import jax.numpy as jnp
 _MAX_LENGTH = 1 << 16  # positions are one 16-bit digit of a counter
 
 
-def derive(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
+def derive_key(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
     """Folds names (text or numbers) into a typed key, one after the other.
 
     A key depends on what it is for and on nothing else, so that adding a layer, an exit or a
@@ -28,12 +28,12 @@ def derive(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
     return key
 
 
-def sub_key(key: jax.Array | None, *names: str | int) -> jax.Array | None:
-    """`derive`, or None (no dropout) for None."""
-    return None if key is None else derive(key, *names)
+def derive_optional_key(key: jax.Array | None, *names: str | int) -> jax.Array | None:
+    """`derive_key`, or None (no dropout) for None."""
+    return None if key is None else derive_key(key, *names)
 
 
-def computed_again(function: Callable[..., jax.Array], h: jax.Array, *others: Any) -> jax.Array:
+def rematerialize(function: Callable[..., jax.Array], h: jax.Array, *others: Any) -> jax.Array:
     """function(h, *others), of which the backward pass keeps the arguments and nothing else.
 
     What else it needs is computed again once the gradient of the result is there. jax.checkpoint

@@ -23,7 +23,12 @@ from sweet_jax.models.deberta import Deberta, DebertaConfig
 from sweet_jax.models.deberta_v2 import DebertaV2, DebertaV2Config
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.names import NOT_ENCODER, canonical, hugging_face_name, is_matrix
+from sweet_jax.models.tensor_names import (
+    NOT_ENCODER,
+    hugging_face_name,
+    is_transposed,
+    normalize_name,
+)
 from sweet_jax.models.tensors import read_tensors
 
 # The encoder that a checkpoint's model_type stands for.
@@ -159,12 +164,14 @@ def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any,
     Returns pure dicts of float32 arrays, the encoder's as `nnx.split(checkpoint.encoder(key))` has.
     Raises UserError naming every missing, unexpected or misshapen tensor, or a damaged file.
     """
-    tensors = {canonical(name): value for name, value in read_tensors(checkpoint.folder).items()}
+    tensors = {
+        normalize_name(name): value for name, value in read_tensors(checkpoint.folder).items()
+    }
     wanted = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: _random(checkpoint)))[1])
     paths = jax.tree_util.tree_leaves_with_path(wanted)
     names = {hugging_face_name(tuple(p.key for p in path)): leaf for path, leaf in paths}
     shapes = {name: tuple(leaf.shape) for name, leaf in names.items()}
-    shapes = {n: shape[::-1] if is_matrix(n) else shape for n, shape in shapes.items()}
+    shapes = {n: shape[::-1] if is_transposed(n) else shape for n, shape in shapes.items()}
     hidden = checkpoint.config.hidden_size
     pooler = {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
     found = {
@@ -257,4 +264,4 @@ def _random(checkpoint: Checkpoint) -> Encoder:
 
 def _ours(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     value = tensors[name].astype(np.float32)
-    return np.ascontiguousarray(value.T) if is_matrix(name) else value
+    return np.ascontiguousarray(value.T) if is_transposed(name) else value

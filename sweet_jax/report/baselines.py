@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError
-from sweet_jax.files import written_aside
+from sweet_jax.files import atomic_write
 
 _TITLES = {
     "majority": "majority class",
@@ -68,19 +68,19 @@ class Baseline:
         return self.predictions[replica if len(self.predictions) > 1 else 0]
 
 
-def title(name: str) -> str:
+def baseline_title(name: str) -> str:
     """Returns what people call the baseline of that name."""
     probe = re.fullmatch(r"probe_(\d+)", name)
     return f"frozen encoder + probe at layer {probe[1]}" if probe else _TITLES.get(name, name)
 
 
-def majority(labels_train: np.ndarray, n: int, classes: int) -> np.ndarray:
+def majority_class(labels_train: np.ndarray, n: int, classes: int) -> np.ndarray:
     """Returns the most frequent class of labels int [M], the first of equals, as int64 [n]."""
     counts = np.bincount(np.asarray(labels_train, np.int64), minlength=classes)
     return np.full(n, counts.argmax())
 
 
-def tfidf(
+def tfidf_predictions(
     train_texts: Sequence[tuple[str, ...]],
     train_labels: np.ndarray,
     texts: Sequence[tuple[str, ...]],
@@ -117,7 +117,7 @@ def tfidf(
     classes = np.unique(labels)
     fitted = _fit_features([train_texts[i] for i in use], len(classes))
     if len(classes) == 1 or all(vectorizer is None for vectorizer in fitted):
-        return majority(train_labels, len(texts), 1)
+        return majority_class(train_labels, len(texts), 1)
     features = _features(fitted, [train_texts[i] for i in use])
     iterations = int(np.clip(_WORK // (features.nnz * len(classes) + 1), 20, 1000))
     strengths: Sequence[float] = (_USUAL_STRENGTH,)
@@ -186,7 +186,7 @@ def _fit_model(features: Any, labels: np.ndarray, strength: float, iterations: i
         return LogisticRegression(C=strength, max_iter=iterations).fit(features, labels)
 
 
-def save(path: str | Path, baselines: Sequence[Baseline]) -> None:
+def save_baselines(path: str | Path, baselines: Sequence[Baseline]) -> None:
     """Writes baselines of the same rows as one .npz, whole or not at all.
 
     Names [K], cost float64 [K] and predictions int32 [K, R, N]. Raises ValueError for none, or
@@ -198,12 +198,12 @@ def save(path: str | Path, baselines: Sequence[Baseline]) -> None:
         "cost": np.asarray([b.cost for b in baselines], np.float64),
         "predictions": given.astype(np.int32),
     }
-    with written_aside(Path(path)) as aside:
+    with atomic_write(Path(path)) as aside:
         np.savez_compressed(aside, **arrays)
 
 
-def load(path: str | Path) -> list[Baseline]:
-    """Reads what `save` wrote; nothing is unpickled. Raises UserError for any other file."""
+def load_baselines(path: str | Path) -> list[Baseline]:
+    """Reads what `save_baselines` wrote, without unpickling. Raises UserError for other files."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             columns = [arrays[name] for name in ("names", "predictions", "cost")]

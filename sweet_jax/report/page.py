@@ -17,24 +17,24 @@ import plotly.offline
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
-from sweet_jax.report.baselines import title
-from sweet_jax.report.charts import (
+from sweet_jax.report.baselines import baseline_title
+from sweet_jax.report.console import describe_divergence, fitted_rows
+from sweet_jax.report.plotly_figures import (
     curve_figure,
     layout,
     loss_figure,
     reliability_figure,
     shares_figure,
 )
-from sweet_jax.report.lines import describe_divergence, fitted_rows
+from sweet_jax.report.results import bound_curve, certificate_table
 from sweet_jax.report.series import (
     BOUNDS,
-    colour,
+    exit_color,
     loss_series,
     policy_series,
     reliability_series,
 )
-from sweet_jax.report.shortfalls import describe, is_refitted, worst_of_each_exit
-from sweet_jax.report.tables import bound, certificates
+from sweet_jax.report.shortfalls import describe_shortfall, is_refitted, worst_shortfalls
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("sweet_jax", "report"),
@@ -61,14 +61,14 @@ def write_report(
         fitted=fitted_rows(results),
         warnings=[describe_divergence(d) for r in results["replicas"] for d in r["diverged"]]
         + [
-            describe(finding, results["metric"], refitted=is_refitted(results))
-            for finding in worst_of_each_exit(results)
+            describe_shortfall(finding, results["metric"], refitted=is_refitted(results))
+            for finding in worst_shortfalls(results)
         ],
-        baselines={title(name): row for name, row in results.get("baselines", {}).items()},
+        baselines={baseline_title(name): row for name, row in results.get("baselines", {}).items()},
         plotly=plotly.offline.get_plotlyjs(),
         policies={name: POLICIES[name].about for name in policies[best]},
         bounds=list(BOUNDS),
-        certificates=certificates(analysis, best),
+        certificate_table=certificate_table(analysis, best),
         data={
             "policies": policies,
             "layers": layers,
@@ -107,7 +107,7 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Mapping[str, Any], An
                 figure.add_scatter(
                     x=cost,
                     y=values,
-                    line={"color": colour(number), "width": 0.7},
+                    line={"color": exit_color(number), "width": 0.7},
                     opacity=0.5,
                     showlegend=False,
                     hoverinfo="skip",
@@ -118,17 +118,17 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Mapping[str, Any], An
             y=np.mean(each, axis=0),
             name=shown,
             mode="lines",
-            line={"color": colour(number), "width": 2.5},
+            line={"color": exit_color(number), "width": 2.5},
             hovertemplate=f"{shown}<br>cost %{{x:.3f}}<br>score %{{y:.4f}}<extra></extra>",
         )
         for kind in ("floor", "stable"):
-            bounds = [bound(analysis, r, kind) for r in analysis.chosen]
+            bounds = [bound_curve(analysis, r, kind) for r in analysis.chosen]
             figure.add_scatter(
                 x=cost,
                 y=np.mean([np.interp(cost, b.cost, b.score) for b in bounds], axis=0),
                 name=f"{shown}: {BOUNDS[kind][0]}",
                 mode="lines",
-                line={"color": colour(number), "dash": BOUNDS[kind][2], "width": 1},
+                line={"color": exit_color(number), "dash": BOUNDS[kind][2], "width": 1},
                 visible="legendonly",
             )
         rows.append(

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.calibration import expected_calibration_error, probabilities, reliability
-from sweet_jax.exits.dials import Dials, deployed
+from sweet_jax.exits.calibration import (
+    expected_calibration_error,
+    probabilities,
+    reliability_diagram,
+)
+from sweet_jax.exits.certificates import upper_bound
+from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES
-from sweet_jax.exits.risk import upper_bound
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.report.baselines import title
-from sweet_jax.report.tables import thinned
+from sweet_jax.report.baselines import baseline_title
+from sweet_jax.report.results import thin_curve
 
 # Viridis from dark to light: exits in order of depth, told apart without colour vision too.
 _COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
@@ -54,10 +58,14 @@ def baseline_series(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for name, row in results.get("baselines", {}).items():
         group = "probe" if name.startswith("probe_") else name
-        shown = "frozen encoder + probe" if group == "probe" else title(name)
+        shown = "frozen encoder + probe" if group == "probe" else baseline_title(name)
         start: dict[str, Any] = {"title": shown, "symbol": _MARKS.get(group, _MARKS[""])}
         entry = entries.setdefault(group, start | {"text": [], "cost": [], "score": []})
-        for key, value in (("text", title(name)), ("cost", row["cost"]), ("score", row["score"])):
+        for key, value in (
+            ("text", baseline_title(name)),
+            ("cost", row["cost"]),
+            ("score", row["score"]),
+        ):
             entry[key].append(value)
     if entries:
         exits = results["replicas"][results["best_replica"]]["individual"]
@@ -67,7 +75,7 @@ def baseline_series(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def colour(exit_index: int) -> str:
+def exit_color(exit_index: int) -> str:
     """The colour of an exit, in every figure the same."""
     return _COLOURS[exit_index % len(_COLOURS)]
 
@@ -89,7 +97,7 @@ def reliability_series(analysis: Analysis, replica: int) -> list[dict[str, Any]]
             confidence = probabilities(outputs, temperatures)[0, e].max(axis=-1)
             if np.isnan(confidence).any():
                 continue
-            mean, share, count = reliability(confidence, correct[e])
+            mean, share, count = reliability_diagram(confidence, correct[e])
             used = count > 0
             row[name] = {
                 "confidence": mean[used].tolist(),
@@ -109,14 +117,14 @@ def policy_series(analysis: Analysis, replica: int) -> dict[str, dict[str, Any]]
     there; and the certificates.
     """
     own, validation = analysis.policy, analysis.validation.replica(replica)
-    names = (own, *(name for name in deployed(validation) if name != own))
-    dials = analysis.dials(replica, names)
+    names = (own, *(name for name in deployable_policies(validation) if name != own))
+    dials = analysis.resolver(replica, names)
     found = {}
     for name in names:
         trade = dials.trades[name]
         keep = trade.with_score(dials.full)
         curve = simulate(validation, name, fitted=dials.fitted)
-        arrays = thinned(curve, 0, _POINTS if name == own else _POINTS_OF_OTHERS, keep)
+        arrays = thin_curve(curve, 0, _POINTS if name == own else _POINTS_OF_OTHERS, keep)
         found[name] = {
             "curve": {k: a.round(7).tolist() for k, a in arrays.items()},
             "trade": {k: a.tolist() for k, a in vars(trade).items()},
@@ -128,7 +136,7 @@ def policy_series(analysis: Analysis, replica: int) -> dict[str, dict[str, Any]]
 
 
 def _certificate_series(
-    validation: ExitOutputs, policy: str, dials: Dials
+    validation: ExitOutputs, policy: str, dials: ThresholdResolver
 ) -> dict[str, dict[str, list[float]]]:
     """By kind, every candidate: its bound at 95% confidence, and what it does on validation rows.
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.exits.intervals import paired_difference, score_interval
+from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.scores import score
-from sweet_jax.report.baselines import Baseline, title
+from sweet_jax.report.baselines import Baseline, baseline_title
 
 _TOLERANCE = 1e-9  # of cost: 2 / 12 layers are 1 / 6
 _MEND = (
@@ -27,7 +27,7 @@ _MEND_BELOW_FINE_TUNED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Shortfall:
     """One exit that is below one baseline.
 
     Attributes:
@@ -50,9 +50,9 @@ class Finding:
     n: int
 
 
-def below(
+def find_shortfalls(
     outputs: ExitOutputs, replica: int, baselines: Sequence[Baseline], metric: str
-) -> list[Finding]:
+) -> list[Shortfall]:
     """Finds the exits that a baseline at no greater cost beats beyond doubt.
 
     An exit is compared with each baseline whose cost is at most its own, and with the probe at its
@@ -74,31 +74,32 @@ def below(
     """
     labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
     given = outputs.replica(replica).predictions[0]  # [E, N]
-    findings: list[Finding] = []
+    findings: list[Shortfall] = []
     for layer, cost, ours in zip(outputs.layers, outputs.cost, given, strict=True):
-        value, found = score(metric, ours, labels, classes), []
+        value, found = compute_metric(metric, ours, labels, classes), []
         for baseline in baselines:
             if baseline.cost > cost + _TOLERANCE and baseline.name != f"probe_{layer}":
                 continue
             theirs = _answers(baseline, outputs, replica)
-            other = score(metric, theirs, labels, classes)
+            other = compute_metric(metric, theirs, labels, classes)
             if value >= other:  # a bootstrap is spared
                 continue
             gap, low, high = paired_difference(metric, ours, theirs, labels, classes)
             if high < 0:
                 row = (int(layer), value, baseline.name, other, gap, (low, high), len(labels))
-                found.append(Finding(*row))
+                found.append(Shortfall(*row))
         findings += sorted(found, key=lambda f: f.difference)
     return findings
 
 
-def as_results(
+def shortfall_results(
     outputs: ExitOutputs, replica: int, baselines: Sequence[Baseline], metric: str
 ) -> dict[str, Any]:
     """Returns the keys of results.json: `baselines`, of one replica, and `below_baseline`.
 
     baselines is {name: {score, cost, n, interval}}, with the score's 95% interval over rows;
-    below_baseline has a row for each Finding, in the order of `below`. Both are empty where there
+    below_baseline has a row for each Shortfall, in the order of `find_shortfalls`. Both are empty
+    where there
     are no baselines. Raises ValueError for a baseline of other rows, replicas or classes, or two of
     one name.
     """
@@ -109,17 +110,17 @@ def as_results(
             raise ValueError(f"there are two baselines {baseline.name!r}")
         given = _answers(baseline, outputs, replica)
         rows[baseline.name] = {
-            "score": score(metric, given, labels, classes),
+            "score": compute_metric(metric, given, labels, classes),
             "cost": float(baseline.cost),
             "n": len(labels),
             "interval": list(score_interval(metric, given, labels, classes)),
         }
-    found = below(outputs, replica, baselines, metric)
+    found = find_shortfalls(outputs, replica, baselines, metric)
     each = [dataclasses.asdict(f) | {"interval": list(f.interval)} for f in found]
     return {"baselines": rows, "below_baseline": each}
 
 
-def describe(finding: Finding, metric: str, *, refitted: bool = False) -> str:
+def describe_shortfall(finding: Shortfall, metric: str, *, refitted: bool = False) -> str:
     """Says in one line which exit is below which baseline, by how much, and what to change.
 
     refitted: whether the run began with a probe and had its heads refitted already.
@@ -130,16 +131,17 @@ def describe(finding: Finding, metric: str, *, refitted: bool = False) -> str:
         mend = _MEND_BELOW_WORDS if finding.baseline == "tfidf" else _MEND_BELOW_FINE_TUNED
     return (
         f"exit {finding.exit} ({metric} {finding.score:.3f}) is below the baseline "
-        f"{title(finding.baseline)} ({finding.baseline_score:.3f}) on the same {finding.n:,} rows: "
-        f"difference {finding.difference:.3f}, 95% interval {low:.3f} to {high:.3f}; {mend}"
+        f"{baseline_title(finding.baseline)} ({finding.baseline_score:.3f}) on the same "
+        f"{finding.n:,} rows: difference {finding.difference:.3f}, 95% interval {low:.3f} to "
+        f"{high:.3f}; {mend}"
     )
 
 
-def worst_of_each_exit(results: Mapping[str, Any]) -> list[Finding]:
+def worst_shortfalls(results: Mapping[str, Any]) -> list[Shortfall]:
     """Returns the largest shortfall of each exit in results.json, by exit; [] in an older one."""
-    worst: dict[int, Finding] = {}
+    worst: dict[int, Shortfall] = {}
     for row in results.get("below_baseline", []):
-        finding = Finding(**row)
+        finding = Shortfall(**row)
         if finding.exit not in worst or finding.difference < worst[finding.exit].difference:
             worst[finding.exit] = finding
     return list(worst.values())
@@ -150,16 +152,16 @@ def is_refitted(results: Mapping[str, Any]) -> bool:
     return results.get("head_init") == "probe" and bool(results.get("head_refit"))
 
 
-def warning(results: Mapping[str, Any]) -> str | None:
+def shortfall_warning(results: Mapping[str, Any]) -> str | None:
     """Returns one line for the terminal: the exit with the largest shortfall and how many others.
 
     None where no exit is below a baseline.
     """
-    found = worst_of_each_exit(results)
+    found = worst_shortfalls(results)
     if not found:
         return None
     worst = min(found, key=lambda f: f.difference)
-    line = describe(worst, results["metric"], refitted=is_refitted(results))
+    line = describe_shortfall(worst, results["metric"], refitted=is_refitted(results))
     others = len(found) - 1
     if not others:
         return line

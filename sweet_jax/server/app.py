@@ -17,10 +17,10 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from sweet_jax.config import UserError
-from sweet_jax.inference import AdaptiveClassifier
-from sweet_jax.server.worker import FullError, StoppedError, Worker
-from sweet_jax.serving.answers import Prediction
-from sweet_jax.serving.flow import Row
+from sweet_jax.inference.classifier import AdaptiveClassifier
+from sweet_jax.inference.predictions import Prediction
+from sweet_jax.inference.scheduler import Request as TextRequest
+from sweet_jax.server.worker import QueueFullError, Worker, WorkerStoppedError
 
 _DIALS = ("cost", "accuracy", "threshold", "risk", "agreement", "milliseconds", "level")
 _PAGE = Path(__file__).parent / "page.html"
@@ -116,9 +116,9 @@ async def _guarded(answer: Callable[[], Awaitable[Response]], limits: Limits) ->
         return JSONResponse({"error": refused.reason}, refused.status, close)
     except UserError as error:
         return JSONResponse({"error": str(error)}, 400)
-    except FullError:
+    except QueueFullError:
         return JSONResponse({"error": "too many texts wait: try again"}, 503, {"Retry-After": "1"})
-    except StoppedError:
+    except WorkerStoppedError:
         return JSONResponse({"error": "the server cannot compute any more"}, 503)
     except TimeoutError:
         return JSONResponse({"error": f"not answered within {limits.timeout:g} seconds"}, 504)
@@ -215,7 +215,7 @@ def _texts(asked: Mapping[str, Any], limits: Limits) -> list:
 
 
 def _answer(
-    classifier: AdaptiveClassifier, found: Prediction, row: Row, detail: bool
+    classifier: AdaptiveClassifier, found: Prediction, row: TextRequest, detail: bool
 ) -> dict[str, Any]:
     if not math.isfinite(found.probability):
         raise _Refused(500, "the model's answer is not a number: its training diverged")

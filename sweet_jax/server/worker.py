@@ -7,30 +7,30 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from sweet_jax.inference import AdaptiveClassifier
-from sweet_jax.serving.answers import Prediction, Text
-from sweet_jax.serving.flow import Row
+from sweet_jax.inference.classifier import AdaptiveClassifier
+from sweet_jax.inference.predictions import Prediction, Text
+from sweet_jax.inference.scheduler import Request
 
 log = logging.getLogger(__name__)
 _DIALS_KEPT = 256  # of requests, so that their thresholds are not looked up each time
 
 
-class FullError(Exception):
+class QueueFullError(Exception):
     """More texts wait than may."""
 
 
-class StoppedError(Exception):
+class WorkerStoppedError(Exception):
     """The thread has ended."""
 
 
 @dataclasses.dataclass(eq=False)
-class Request:
+class PendingRequest:
     """Texts that are answered together."""
 
     classifier: AdaptiveClassifier  # at the request's dial
     texts: Sequence[Text]
-    done: Callable[["Request"], None]  # called by the thread when all are answered
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    done: Callable[["PendingRequest"], None]  # called by the thread when all are answered
+    rows: list[Request] = dataclasses.field(default_factory=list)
     left: int = 0  # texts not yet answered
     error: Exception | None = None
     dropped: bool = False  # nobody waits for it any more
@@ -61,10 +61,10 @@ class Worker:
         self._flow = classifier.flow(batch_size, 16 * batch_size, full=False)
         # Beyond these, requests stay in the inbox, where they can still be dropped.
         self._enough = 4 * self._flow.slots
-        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         self._dials: dict[tuple, AdaptiveClassifier] = {}
         self._lock = threading.Lock()  # of what several threads look at
-        self._owners: dict[int, Request] = {}  # by number of the row
+        self._owners: dict[int, PendingRequest] = {}  # by number of the row
         self._taken = 0  # rows so far
         self._thread = threading.Thread(target=self._loop, name="sweet_jax.worker", daemon=True)
 
@@ -95,7 +95,7 @@ class Worker:
 
     async def answer(
         self, classifier: AdaptiveClassifier, texts: Sequence[Text]
-    ) -> list[tuple[Prediction, Row]]:
+    ) -> list[tuple[Prediction, Request]]:
         """The answers to texts, in order, and their rows.
 
         Raises FullError where too many wait, StoppedError where none will be answered, UserError
@@ -103,14 +103,14 @@ class Worker:
         """
         with self._lock:
             if not self.alive:
-                raise StoppedError
+                raise WorkerStoppedError
             if self.waiting + len(texts) > self.limit:
-                raise FullError
+                raise QueueFullError
             self.waiting += len(texts)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
-        def done(request: Request) -> None:
+        def done(request: PendingRequest) -> None:
             def settle() -> None:
                 if future.done():
                     return
@@ -121,7 +121,7 @@ class Worker:
 
             loop.call_soon_threadsafe(settle)
 
-        request = Request(classifier, texts, done)
+        request = PendingRequest(classifier, texts, done)
         self._inbox.put(request)
         try:
             await future
@@ -141,7 +141,7 @@ class Worker:
                 request = self._inbox.get()
                 lost += [request] if request is not None else []
             for request in lost:
-                request.error = StoppedError()
+                request.error = WorkerStoppedError()
                 self._settle(request)
 
     def _serve(self) -> None:
@@ -162,7 +162,7 @@ class Worker:
                 if not request.left:
                     self._settle(request)
 
-    def _take(self, request: Request) -> None:
+    def _take(self, request: PendingRequest) -> None:
         if request.dropped:
             self._settle(request)
             return
@@ -179,7 +179,7 @@ class Worker:
             self._flow.admit(row)
         self._taken += len(request.rows)
 
-    def _settle(self, request: Request) -> None:
+    def _settle(self, request: PendingRequest) -> None:
         with self._lock:
             self.waiting -= len(request.texts)
         request.done(request)

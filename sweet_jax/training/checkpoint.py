@@ -16,8 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
+from sweet_jax.distributed import barrier, broadcast_number, is_primary
 from sweet_jax.files import write_json
-from sweet_jax.processes import first_says, is_first, wait_for_all
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,13 @@ class Checkpoints:
                 f"step {step} was not saved in {self._folder}: is there a later one?"
             )
         self._manager.wait_until_finished()
-        wait_for_all("saved")
-        if is_first():
+        barrier("saved")
+        if is_primary():
             write_json(_digest_path(self._folder, step), _digest(self._folder / str(step)))
             for path in self._folder.glob("*.digest.json"):
                 if int(path.name.split(".")[0]) not in self._manager.all_steps():
                     path.unlink()
-        wait_for_all("digested")  # none may end before what it saved is known to be sound
+        barrier("digested")  # none may end before what it saved is known to be sound
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest sound checkpoint, or None.
@@ -60,7 +60,7 @@ class Checkpoints:
         like: a pytree of jax.ShapeDtypeStruct with shardings. Unsound checkpoints are removed,
         with a line in the log.
         """
-        step = first_says(self._newest_sound() if is_first() else 0)
+        step = broadcast_number(self._newest_sound() if is_primary() else 0)
         self._manager.reload()
         if step < 0:
             return None
@@ -93,7 +93,7 @@ class Checkpoints:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: our loop asks, and counts its questions (`asked_to_stop`)."""
+        """Never: our loop asks, and counts its questions (`preemption_requested`)."""
         return False
 
 
@@ -124,7 +124,7 @@ def has_checkpoint(folder: Path) -> bool:
     return any(folder.glob("*.digest.json"))
 
 
-def like(state: Any, shardings: Any) -> Any:
+def abstract_state(state: Any, shardings: Any) -> Any:
     """What `Checkpoints.restore` takes: the shapes and dtypes of `state`, and where they go.
 
     shardings: one for all arrays, or a tree of them like `state`.

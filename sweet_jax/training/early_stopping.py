@@ -14,19 +14,19 @@ from flax import nnx
 
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens
-from sweet_jax.exits.analysis import area
+from sweet_jax.distributed import broadcast_from_primary
+from sweet_jax.exits.analysis import curve_area
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.processes import broadcast_from_first
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.initial import Training
-from sweet_jax.training.schedule import is_over
-from sweet_jax.training.sharding import mesh_of, resharded, with_axis, without_axis
-from sweet_jax.training.spread import Plan, gathered
+from sweet_jax.training.initialization import ModelSpec
+from sweet_jax.training.parallel import ExecutionPlan, gather_params
+from sweet_jax.training.schedule import should_stop
+from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, mesh_of, reshard
 from sweet_jax.training.step import Params, State
 
 
-class Best(NamedTuple):
+class BestState(NamedTuple):
     """The best parameters so far of every replica; a part of what checkpoints hold.
 
     Of a single replica, arrays without the axis R, as its state is.
@@ -44,15 +44,15 @@ class Best(NamedTuple):
     step: Any
 
 
-def first_best(params: Params, learning_rate: Any) -> Best:
+def initial_best_state(params: Params, learning_rate: Any) -> BestState:
     """Returns what stands before the first evaluation; learning_rate [R] gives the shapes."""
     shape = np.shape(learning_rate)
-    return Best(params, np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32))
+    return BestState(params, np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32))
 
 
-def updated(
-    best: Best, params: Params, area: np.ndarray, step: int, rows: int, metric: str
-) -> Best:
+def update_best_state(
+    best: BestState, params: Params, area: np.ndarray, step: int, rows: int, metric: str
+) -> BestState:
     """Returns the best after an evaluation of `params`; the old best's memory is taken.
 
     A replica's parameters replace those kept unless their area is more than a standard error below
@@ -71,7 +71,7 @@ def updated(
     """
     largest, area = np.asarray(best.area), np.asarray(area, np.float32)
     better = area >= largest - standard_error(largest, rows, metric)
-    return Best(
+    return BestState(
         # Leaf by leaf: parts of a model may be on devices of their own.
         jax.tree.map(lambda new, old: _choose(better, new, old), params, best.params),
         np.maximum(area, largest),
@@ -99,14 +99,14 @@ def standard_error(area: Any, rows: int, metric: str) -> np.ndarray:
     return np.where(np.isfinite(area), found, 0.0)
 
 
-class Tuning(NamedTuple):
+class TuningRows(NamedTuple):
     """The rows that choose a step, and what is measured on them."""
 
     rows: np.ndarray  # int [R, M]
     metric: str
 
 
-class BestKeeper:
+class BestStateTracker:
     """Keeps the best state of a training, on the devices and in its checkpoints.
 
     Attributes:
@@ -121,50 +121,50 @@ class BestKeeper:
     def __init__(
         self,
         config: Config,
-        training: Training,
+        training: ModelSpec,
         graphdef: nnx.GraphDef,
-        plan: Plan,
+        plan: ExecutionPlan,
         tokens: Tokens,
-        tuning: Tuning,
+        tuning: TuningRows,
         state: State,
         interval: int,
     ):
         self._config, self._training, self._plan = config, training, plan
         self._graphdef, self._tokens, self._tuning = graphdef, tokens, tuning
-        self.first = first_best(state.params, state.learning_rate)
+        self.first = initial_best_state(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
-        self.shardings = Best(plan.shardings.params, small, small)
-        self.best: Best = self.first
+        self.shardings = BestState(plan.shardings.params, small, small)
+        self.best: BestState = self.first
         self.interval = interval
         self.log: Any = None
 
     def saved(self, state: State) -> dict[str, Any]:
         """Returns the tree that a checkpoint holds."""
-        return {"state": state, "best": resharded(self.best, self.shardings)}
+        return {"state": state, "best": reshard(self.best, self.shardings)}
 
     def evaluate(self, step: int, parts: Any) -> bool:
         """Evaluates the state after so many steps; returns whether training ends with it.
 
         parts: the state as the plan's step takes it.
         """
-        params = self._plan.whole(parts).params
-        area = broadcast_from_first(self._area(params))  # [R]
+        params = self._plan.from_devices(parts).params
+        area = broadcast_from_primary(self._area(params))  # [R]
         if self.log is not None:
             self.log.add_tuning(step, area.tolist())
-        area = without_axis(area, len(area))
+        area = drop_replica_axis(area, len(area))
         count = self._tuning.rows.shape[1]
-        self.best = updated(self.best, params, area, step, count, self._tuning.metric)
+        self.best = update_best_state(self.best, params, area, step, count, self._tuning.metric)
         return self.has_ended(step)
 
     def has_ended(self, step: int) -> bool:
         """Returns whether no replica's state was kept for long enough before `step`."""
         newest = int(np.max(self.best.step))
-        return step > 0 and step % self.interval == 0 and is_over(step, newest, self.interval)
+        return step > 0 and step % self.interval == 0 and should_stop(step, newest, self.interval)
 
     def _area(self, params: Params) -> np.ndarray:
         """The area of parameters on tuning rows, float64 [R]."""
         config, rows = self._config, self._tuning.rows
-        params = with_axis(gathered(config, params), len(rows))
+        params = add_replica_axis(gather_params(config, params), len(rows))
         program = compile_evaluation(config, self._graphdef, mesh_of(params), features=config.tunes)
         answer = evaluate(config, program, params, self._tokens, rows)
         exits, labels = self._training.exits, self._tokens.labels[rows]
@@ -193,5 +193,5 @@ def tuning_area(
         np.where(sound[:, None, None, None], logits, 0), labels, layers, cost, identity=identity
     )
     curve = simulate(outputs, "raw_confidence")
-    areas = [area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
+    areas = [curve_area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
     return np.where(sound, areas, -np.inf)

@@ -15,17 +15,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sweet_jax.config import Config
-from sweet_jax.data.batches import Tokens, bucket_lengths, evaluation_picks
-from sweet_jax.models.early_exit import Answer
-from sweet_jax.models.layers import derive
-from sweet_jax.processes import StoppedError, asked_to_stop
+from sweet_jax.data.batches import Tokens, bucket_lengths, evaluation_batch_indices
+from sweet_jax.distributed import PreemptedError, preemption_requested
+from sweet_jax.models.early_exit import ModelOutput
+from sweet_jax.models.layers import derive_key
 from sweet_jax.training.sharding import (
-    by_row,
+    batch_sharding,
     mesh_of,
-    over_replicas,
-    placed,
-    replicated,
-    traced_once,
+    put_batch,
+    replicated_sharding,
+    vmap_replicas,
+    warn_on_retrace,
 )
 from sweet_jax.training.step import Params, evaluate_step
 
@@ -64,11 +64,13 @@ def compile_evaluation(
 def _compiled(
     replicas: int, graphdef: nnx.GraphDef, mesh: Mesh, dropout: bool, features: bool
 ) -> Callable:
-    def one(params: Params, batch: dict, number: jax.Array) -> Answer:
-        key = derive(jax.random.key(0), "calibration", number) if dropout else None
+    def one(params: Params, batch: dict, number: jax.Array) -> ModelOutput:
+        key = derive_key(jax.random.key(0), "calibration", number) if dropout else None
         return evaluate_step(graphdef, params, batch, key, features)
 
-    return jax.jit(traced_once(over_replicas(one, replicas)), out_shardings=replicated(mesh))
+    return jax.jit(
+        warn_on_retrace(vmap_replicas(one, replicas)), out_shardings=replicated_sharding(mesh)
+    )
 
 
 def evaluate(
@@ -79,7 +81,7 @@ def evaluate(
     rows: np.ndarray,
     *,
     features: bool = False,
-) -> Answer:
+) -> ModelOutput:
     """What every exit says of every row, in one pass: float32 arrays on the host.
 
     Logits [R, E, N, C], exit_scores [R, E, N] where the model learned to exit; with `features`,
@@ -101,15 +103,15 @@ def evaluate(
     data = mesh.shape["data"]
     size = -(-config.evaluation_batch_size // data) * data
     lengths = bucket_lengths(config.max_length)
-    whole: Answer | None = None
-    for number, (places, picked) in enumerate(evaluation_picks(tokens, rows, size)):
-        batch = placed(tokens, picked, lengths, by_row(mesh))
+    whole: ModelOutput | None = None
+    for number, (places, picked) in enumerate(evaluation_batch_indices(tokens, rows, size)):
+        batch = put_batch(tokens, picked, lengths, batch_sharding(mesh))
         numbers = np.full(len(rows), number, np.int32)
         given = answer(params, batch, numbers)
         found = jax.device_get(given if features else given._replace(features=None))
         # One process is ended by SIGTERM here; of several, JAX has taken the signal.
-        if jax.process_count() > 1 and asked_to_stop():
-            raise StoppedError("stopped by SIGTERM while evaluating")
+        if jax.process_count() > 1 and preemption_requested():
+            raise PreemptedError("stopped by SIGTERM while evaluating")
         if whole is None:
             whole = jax.tree.map(lambda x, n=rows.shape[1]: _unfilled(x, n), found)
         for replica, place in enumerate(places):

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.early_exit import Carried, Isolation
-from sweet_jax.models.owners import SHARED, owners
-from sweet_jax.training.losses import Metrics, measure, summed
+from sweet_jax.models.early_exit import Isolation, SegmentState
+from sweet_jax.models.ownership import SHARED, parameter_owners
+from sweet_jax.training.losses import StepMetrics, compute_step_metrics, total_loss
 
 Params = Any  # pure dict of float32 arrays; of a part of the model, None for all other arrays
 
 
 def whole_gradients(
     graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: Isolation, key
-) -> tuple[Params, Metrics]:
+) -> tuple[Params, StepMetrics]:
     """Gradients of the summed loss, shaped like the parameters, and metrics: one backward pass.
 
     Args:
@@ -32,9 +32,9 @@ def whole_gradients(
     """
 
     def total(params: Params):
-        answer = nnx.merge(graphdef, params).answers(batch, isolation, key)
-        metrics = measure(answer, batch["labels"])
-        return summed(metrics), metrics
+        answer = nnx.merge(graphdef, params).forward(batch, isolation, key)
+        metrics = compute_step_metrics(answer, batch["labels"])
+        return total_loss(metrics), metrics
 
     return jax.grad(total, has_aux=True)(params)
 
@@ -46,9 +46,9 @@ def segment_gradients(
     isolation: float,
     key,
     segments: tuple[int, ...] | None = None,
-    carried: Carried | None = None,
+    carried: SegmentState | None = None,
     frozen: int = 0,
-) -> tuple[Params, Metrics, Carried | None]:
+) -> tuple[Params, StepMetrics, SegmentState | None]:
     """The same as `whole_gradients` where no gradient crosses segments, one segment at a time.
 
     Forward and backward through a segment before the next one begins: only one segment's
@@ -67,16 +67,16 @@ def segment_gradients(
       Gradients (None for what no one of these segments trains), their metrics, what they hand on.
 
     """
-    model = nnx.merge(graphdef, filled(params))
+    model = nnx.merge(graphdef, fill_missing(params))
     exits, parts, found = model.exits, [], []
-    owner_of = owners(params, exits, shared_relative=model.shared_relative)
+    owner_of = parameter_owners(params, exits, shared_relative=model.shared_relative)
     for index in range(len(exits)) if segments is None else segments:
 
         def loss(params: Params, carried=carried, index=index):
-            model = nnx.merge(graphdef, filled(params))
+            model = nnx.merge(graphdef, fill_missing(params))
             carried, answer = model.segment(index, carried, batch, isolation, key)
-            metrics = measure(answer, batch["labels"])
-            return summed(metrics), (carried, metrics)
+            metrics = compute_step_metrics(answer, batch["labels"])
+            return total_loss(metrics), (carried, metrics)
 
         if index < frozen:
             _, (carried, metrics) = loss(jax.lax.stop_gradient(params))
@@ -99,7 +99,7 @@ def _total(*parts: jax.Array | None) -> jax.Array | None:
     return functools.reduce(jnp.add, present) if present else None
 
 
-def filled(params: Params) -> Params:
+def fill_missing(params: Params) -> Params:
     """Parameters that a model can be made of: a zero stands where a part of them has None."""
     return jax.tree.map(
         lambda x: jnp.zeros(()) if x is None else x, params, is_leaf=lambda x: x is None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sweet_jax.config import Config, UserError, from_mapping
-from sweet_jax.files import expanded
+from sweet_jax.files import expand_user
 
 # What the answers of the exits, or the rows they are calibrated on, depend on.
 _SAME = (
@@ -37,12 +37,12 @@ _SAME = (
 )
 
 
-def base_directory(config: Config) -> Path:
+def base_run_directory(config: Config) -> Path:
     """The directory of the run that a config grows from. Raises UserError for a ~name of nobody."""
-    return expanded(config.grow_from)
+    return expand_user(config.grow_from)
 
 
-def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
+def base_config(config: Config, data_sha256: str | None = None) -> Config | None:
     """The resolved config of the run that a resolved config grows from, None for none.
 
     Args:
@@ -54,7 +54,7 @@ def base_of(config: Config, data_sha256: str | None = None) -> Config | None:
     """
     if not config.grow_from:
         return None
-    folder, name = base_directory(config), f"grow_from {config.grow_from!r}"
+    folder, name = base_run_directory(config), f"grow_from {config.grow_from!r}"
     try:
         values = json.loads((folder / "config.json").read_text())
         digest = values.pop("data_sha256")
@@ -100,16 +100,16 @@ def trained_replicas(config: Config) -> list[tuple[int, float]]:
 
     Of its results: a search for the learning rate leaves fewer than its config names.
     """
-    results = json.loads((base_directory(config) / "results.json").read_text())
+    results = json.loads((base_run_directory(config) / "results.json").read_text())
     return [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
 
 
-def replicas_of(config: Config) -> list[int]:
+def base_replicas(config: Config) -> list[int]:
     """The replica of the base that each replica of a config grows from: [R] numbers.
 
     That of its seed and learning rate; where the base has no such rate, of the rate it chose.
     """
-    results = json.loads((base_directory(config) / "results.json").read_text())
+    results = json.loads((base_run_directory(config) / "results.json").read_text())
     chosen = results["mean"]["learning_rate"]
     known = trained_replicas(config)
     return [
@@ -118,11 +118,13 @@ def replicas_of(config: Config) -> list[int]:
     ]
 
 
-def grown(params: Any, base: Any) -> Any:
+def merge_grown_params(params: Any, base: Any) -> Any:
     """The tree `params` with what the smaller tree `base`, keys as text, has in its place."""
     if not isinstance(params, dict):
         return base
-    return {k: grown(v, base[str(k)]) if str(k) in base else v for k, v in params.items()}
+    return {
+        k: merge_grown_params(v, base[str(k)]) if str(k) in base else v for k, v in params.items()
+    }
 
 
 def _list(numbers: tuple[int, ...]) -> str:

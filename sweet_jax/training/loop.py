@@ -16,15 +16,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sweet_jax.processes import StoppedError, asked_to_stop, is_first
-from sweet_jax.training.losses import Metrics
+from sweet_jax.distributed import PreemptedError, is_primary, preemption_requested
+from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.metrics import MetricsLog
-from sweet_jax.training.spread import Plan
+from sweet_jax.training.parallel import ExecutionPlan
 
 log = logging.getLogger(__name__)
 
 
-class Span(NamedTuple):
+class StepRange(NamedTuple):
     """The steps of one training that are taken now."""
 
     start: int
@@ -35,8 +35,8 @@ class Span(NamedTuple):
 
 
 @contextlib.contextmanager
-def shown(
-    workdir: Path, training: str, exits: Sequence[int], span: Span, examples: int
+def open_log_and_progress(
+    workdir: Path, training: str, exits: Sequence[int], span: StepRange, examples: int
 ) -> Iterator[tuple[MetricsLog | None, tqdm]]:
     """The log and the progress bar of a training, those of the first process only.
 
@@ -44,7 +44,7 @@ def shown(
     """
     with contextlib.ExitStack() as stack:
         metrics = None
-        if is_first():
+        if is_primary():
             log_of = MetricsLog(workdir, training, span.start, exits)
             metrics = stack.enter_context(contextlib.closing(log_of))
         bar = tqdm(
@@ -52,16 +52,16 @@ def shown(
             total=span.stop * examples,
             initial=span.start * examples,
             unit=" examples",
-            disable=not is_first(),
+            disable=not is_primary(),
         )
         yield metrics, stack.enter_context(bar)
 
 
-def take_steps(
-    plan: Plan,
+def run_steps(
+    plan: ExecutionPlan,
     state: Any,
     batch: Callable[[int], tuple[Any, int]],
-    span: Span,
+    span: StepRange,
     metrics: MetricsLog | None,
     bar: tqdm,
     exits: Sequence[int],
@@ -89,7 +89,7 @@ def take_steps(
       StoppedError: SIGTERM came; the state was saved.
 
     """
-    late: collections.deque[tuple[int, int, list[Metrics]]] = collections.deque()
+    late: collections.deque[tuple[int, int, list[StepMetrics]]] = collections.deque()
     diverged: set[tuple[int, int]] = set()
 
     def log_late(left: int) -> None:
@@ -111,7 +111,7 @@ def take_steps(
                 diverged.add((replica, index))
             metrics.add(number, number // span.epoch, length, values)
 
-    with stop_asked() as stops_now:
+    with stop_requested() as stops_now:
         for number in range(span.start, span.stop):
             inputs, length = batch(number)
             state, values = plan.step(number, state, inputs)
@@ -126,28 +126,28 @@ def take_steps(
                     metrics.flush()
                 save(number + 1, state)
             if stopped:
-                raise StoppedError(f"stopped by SIGTERM after step {number + 1} of {span.stop}")
+                raise PreemptedError(f"stopped by SIGTERM after step {number + 1} of {span.stop}")
             if last:
                 break
     return state
 
 
 @contextlib.contextmanager
-def stop_asked() -> Iterator[Callable[[], bool]]:
+def stop_requested() -> Iterator[Callable[[], bool]]:
     """Whether to stop after a step, as SIGTERM asks; to be asked after every step.
 
     Several processes stop after the same step, whichever of them got the signal, which JAX listens
     to then.
     """
     if jax.process_count() > 1:
-        yield asked_to_stop
+        yield preemption_requested
         return
-    with termination() as event:
+    with termination_event() as event:
         yield event.is_set
 
 
 @contextlib.contextmanager
-def termination(
+def termination_event(
     signals: Sequence[signal.Signals] = (signal.SIGTERM,),
 ) -> Iterator[threading.Event]:
     """An event that the signals set, in place of ending the process at once."""

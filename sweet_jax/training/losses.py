@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sweet_jax.models.early_exit import Answer
+from sweet_jax.models.early_exit import ModelOutput
 
 
-class Metrics(NamedTuple):
+class StepMetrics(NamedTuple):
     """What a step reports, measured before its update; of one exit, arrays without E."""
 
     loss: jax.Array  # float32 [E], mean cross-entropy
@@ -21,14 +21,14 @@ class Metrics(NamedTuple):
     conflict: jax.Array | None = None  # float32 [E, E, E], where measured: see conflict.py
 
 
-def measure(answer: Answer, labels: jax.Array) -> Metrics:
+def compute_step_metrics(answer: ModelOutput, labels: jax.Array) -> StepMetrics:
     """Losses and predictions of answers [E, ...] (or of one exit's) to labels int32 [B]."""
     logits, scores = answer.logits, answer.exit_scores
     exit_loss = None if scores is None else mean_exit_loss(logits, scores, labels)
-    return Metrics(mean_loss(logits, labels), only_class(logits, labels), exit_loss)
+    return StepMetrics(mean_loss(logits, labels), single_predicted_class(logits, labels), exit_loss)
 
 
-def summed(metrics: Metrics) -> jax.Array:
+def total_loss(metrics: StepMetrics) -> jax.Array:
     """What training minimises, float32 []: the sum of all losses, of every exit."""
     total = metrics.loss.sum()
     return total if metrics.exit_loss is None else total + metrics.exit_loss.sum()
@@ -57,7 +57,7 @@ def _mean_of_present(values: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.where(present, values, 0).sum(axis=-1) / jnp.maximum(present.sum(axis=-1), 1)
 
 
-def only_class(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def single_predicted_class(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """The one class that logits [..., B, C] give to all rows, or -1; int32 [...].
 
     Rows whose label [B] is -1 do not count.

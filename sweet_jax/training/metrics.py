@@ -14,7 +14,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from sweet_jax.files import write_text
-from sweet_jax.training.losses import Metrics
+from sweet_jax.training.losses import StepMetrics
 
 Row = dict[str, Any]
 
@@ -63,7 +63,7 @@ class MetricsLog:
             str(workdir / "tensorboard" / training), purge_step=step, write_to_disk=True
         )
 
-    def add(self, step: int, epoch: int, length: int, values: Metrics) -> None:
+    def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
         """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
         row = {"training": self._training, "step": step, "epoch": epoch, "length": length}
         found = {k: v for k, v in values._asdict().items() if v is not None}
@@ -110,7 +110,7 @@ def _finite(values: Any) -> Any:
     return values if math.isfinite(values) else None
 
 
-def diverged(
+def find_failures(
     rows: Iterable[Row],
     trainings: Mapping[str, Sequence[int]],
     replicas: Sequence[tuple[int, float]],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.files import written_aside
+from sweet_jax.files import atomic_write
 from sweet_jax.training.step import Params
 
 if TYPE_CHECKING:
@@ -34,15 +34,15 @@ def refit_path(workdir: Path, training: str) -> Path:
     return workdir / "refit" / f"{training}.npz"
 
 
-def read_classifiers(path: Path) -> "Classifiers | None":
-    """Returns what `Classifiers.save` wrote, None where there is nothing."""
+def read_classifiers(path: Path) -> "LinearClassifiers | None":
+    """Returns what `Classifiers.save_baselines` wrote, None where there is nothing."""
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as arrays:
-        return Classifiers(*(arrays[name] for name in Classifiers._fields))
+        return LinearClassifiers(*(arrays[name] for name in LinearClassifiers._fields))
 
 
-class Classifiers(NamedTuple):
+class LinearClassifiers(NamedTuple):
     """The dense layers of logistic regressions, on features as they come.
 
     Attributes:
@@ -56,14 +56,14 @@ class Classifiers(NamedTuple):
     bias: np.ndarray
     penalty: np.ndarray
 
-    def pick(self, replicas: Sequence[int]) -> "Classifiers":
+    def select_replicas(self, replicas: Sequence[int]) -> "LinearClassifiers":
         """Returns those of some replicas."""
-        return Classifiers(*(array[list(replicas)] for array in self))
+        return LinearClassifiers(*(array[list(replicas)] for array in self))
 
     def save(self, path: Path, **more: np.ndarray) -> None:
         """Writes them, and further arrays, to one .npz, whole or not at all."""
         arrays: dict[str, Any] = self._asdict() | more
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             np.savez(aside, **arrays)
 
     def predictions(self, features: np.ndarray) -> np.ndarray:
@@ -87,7 +87,7 @@ def fit_classifiers(
     rows: np.ndarray,
     tuning_rows: np.ndarray,
     classes: int,
-) -> Classifiers:
+) -> LinearClassifiers:
     """Fits one logistic regression for every replica and exit, see `fit_classifier`.
 
     One exit's features of one replica are copied at a time.
@@ -114,7 +114,7 @@ def fit_classifiers(
             ]
         )
     kernel, bias, penalty = (np.asarray([[e[i] for e in r] for r in found]) for i in range(3))
-    return Classifiers(kernel.astype(np.float32), bias.astype(np.float32), penalty)
+    return LinearClassifiers(kernel.astype(np.float32), bias.astype(np.float32), penalty)
 
 
 def fit_classifier(
@@ -167,7 +167,7 @@ def fit_classifier(
 
 
 def with_classifiers(
-    params: Params, exits: Sequence[int], found: Classifiers, columns: Sequence[int]
+    params: Params, exits: Sequence[int], found: LinearClassifiers, columns: Sequence[int]
 ) -> Params:
     """Returns parameters [R, ...] whose heads have these dense layers.
 

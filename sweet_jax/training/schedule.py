@@ -37,6 +37,6 @@ def check_interval(epochs: int | str, steps: int) -> int:
     return -(-steps // CHECKS) if epochs == AUTO else 0
 
 
-def is_over(step: int, best_step: int, interval: int) -> bool:
+def should_stop(step: int, best_step: int, interval: int) -> bool:
     """Returns whether training ends at `step`, its best state being that of `best_step`."""
     return step - best_step >= PATIENCE * interval

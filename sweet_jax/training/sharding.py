@@ -45,18 +45,18 @@ def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | No
     )
 
 
-def by_replica(mesh: Mesh, replicas: int = 2) -> NamedSharding:
+def replica_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
     """Sharding of arrays [R, ...], state and metrics; of a single replica's, without the axis."""
     return NamedSharding(mesh, PartitionSpec("replica") if replicas > 1 else PartitionSpec())
 
 
-def by_row(mesh: Mesh, replicas: int = 2) -> NamedSharding:
+def batch_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
     """Sharding of batches [R, B, ...]; of a single replica's, [B, ...]."""
     axes = ("replica", "data") if replicas > 1 else ("data",)
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of small arrays that every device has whole, so that every process can read them."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -66,7 +66,7 @@ def mesh_of(arrays: Any) -> Mesh:
     return jax.tree.leaves(arrays)[0].sharding.mesh
 
 
-def placed(
+def put_batch(
     tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...], sharding: NamedSharding
 ) -> dict[str, jax.Array]:
     """A batch of rows int [R, B] on devices, see `pad_rows`.
@@ -85,7 +85,7 @@ def placed(
     return jax.tree.map(whole, *parts.values())
 
 
-def resharded(tree: Any, shardings: Any) -> Any:
+def reshard(tree: Any, shardings: Any) -> Any:
     """Arrays where `shardings`, a tree like theirs, say; through the host, one after the other.
 
     They may be on the host, then the same in all processes, or on any devices.
@@ -103,7 +103,7 @@ def resharded(tree: Any, shardings: Any) -> Any:
 def to_host(x: Any) -> np.ndarray:
     """The whole of an array, wherever its parts are; called by all processes that have any."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        x = jax.jit(_same, out_shardings=replicated(mesh_of(x)))(x)
+        x = jax.jit(_same, out_shardings=replicated_sharding(mesh_of(x)))(x)
     return np.asarray(x)
 
 
@@ -111,23 +111,23 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def one_replica(tree: Any, number: int) -> Any:
+def select_replica(tree: Any, number: int) -> Any:
     """Arrays [...] on the host of one replica of arrays [R, ...]; called by all processes."""
-    pick = jax.jit(lambda x: x[number], out_shardings=replicated(mesh_of(tree)))
+    pick = jax.jit(lambda x: x[number], out_shardings=replicated_sharding(mesh_of(tree)))
     return jax.tree.map(lambda x: np.asarray(pick(x)), tree)
 
 
-def without_axis(tree: Any, replicas: int) -> Any:
+def drop_replica_axis(tree: Any, replicas: int) -> Any:
     """Arrays [R, ...], or those of a single replica without the axis."""
     return tree if replicas > 1 else jax.tree.map(lambda x: x[0], tree)
 
 
-def with_axis(tree: Any, replicas: int) -> Any:
-    """Returns arrays [R, ...] of what `without_axis` returned."""
+def add_replica_axis(tree: Any, replicas: int) -> Any:
+    """Returns arrays [R, ...] of what `drop_replica_axis` returned."""
     return tree if replicas > 1 else jax.tree.map(lambda x: x[None], tree)
 
 
-def over_replicas(function: Callable, replicas: int) -> Callable:
+def vmap_replicas(function: Callable, replicas: int) -> Callable:
     """`function` of one replica, over the leading axis R of all its arguments and results.
 
     A single replica is not batched: on a CPU, products batched over an axis of size 1 are slower.
@@ -142,7 +142,7 @@ def over_replicas(function: Callable, replicas: int) -> Callable:
     return single
 
 
-def traced_once(function: Callable) -> Callable:
+def warn_on_retrace(function: Callable) -> Callable:
     """Returns `function` with a warning where it is traced again for shapes that it was traced for.
 
     Of a function that is kept that is a compilation for nothing, unless JAX's caches were cleared.
@@ -160,7 +160,7 @@ def traced_once(function: Callable) -> Callable:
     return counted
 
 
-def traced_at_most(function: Callable, limit: int) -> Callable:
+def limit_traces(function: Callable, limit: int) -> Callable:
     """`function`, with an AssertionError at the trace after `limit`: a promise of compilations.
 
     chex.assert_max_traces counts by call stack, so that Multi-Model's second model would go on

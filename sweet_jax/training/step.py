@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from sweet_jax.models.early_exit import Answer, Carried
-from sweet_jax.models.layers import derive
-from sweet_jax.models.owners import SHARED, owners
+from sweet_jax.models.early_exit import ModelOutput, SegmentState
+from sweet_jax.models.layers import derive_key
+from sweet_jax.models.ownership import SHARED, parameter_owners
 from sweet_jax.training.gradients import Params, segment_gradients, whole_gradients
-from sweet_jax.training.losses import Metrics
+from sweet_jax.training.losses import StepMetrics
 
 _ENCODER = jax.tree_util.DictKey("encoder")  # of a model's parameters; all else is heads
 _LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # of a head's parameters
@@ -98,7 +98,7 @@ class State(NamedTuple):
     seed: jax.Array  # uint32 []
 
 
-def new_state(params: Params, learning_rate: float, seed: int, trained: Params = None) -> State:
+def init_state(params: Params, learning_rate: float, seed: int, trained: Params = None) -> State:
     """The state before the first step.
 
     trained: the parameters that will get gradients, None for the others; by default all.
@@ -112,7 +112,7 @@ def new_state(params: Params, learning_rate: float, seed: int, trained: Params =
     )
 
 
-def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State, Metrics]:
+def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State, StepMetrics]:
     """One step of AdamW on the sum over exits of mean cross-entropy (SWEET paper, section 3).
 
     Learning-to-exit's mean squared errors are added with weight 1, as the release does.
@@ -128,20 +128,20 @@ def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State
     isolation = settings.isolation_at(state.step)
     if all(not isinstance(a, jax.Array) and a == 1 for a in isolation):
         every = tuple(range(len(settings.exits)))
-        state, metrics, _ = segments_step(settings, every, state, batch, None)
+        state, metrics, _ = train_step_segments(settings, every, state, batch, None)
         return state, metrics
     key = dropout_key(state)
     grads, metrics = whole_gradients(settings.graphdef, state.params, batch, isolation, key)
     return _updated(settings, state, grads), metrics
 
 
-def segments_step(
+def train_step_segments(
     settings: StepSettings,
     segments: tuple[int, ...],
     state: State,
     batch: dict,
-    carried: Carried | None,
-) -> tuple[State, Metrics, Carried | None]:
+    carried: SegmentState | None,
+) -> tuple[State, StepMetrics, SegmentState | None]:
     """The same of some segments that follow each other, where no gradient crosses segments.
 
     Args:
@@ -163,7 +163,7 @@ def segments_step(
 
 def _updated(settings: StepSettings, state: State, grads: Params) -> State:
     """The state after AdamW's step; parameters without a gradient (None) stay as they are."""
-    updates, adam = _ADAM.update(clip(grads, settings), state.adam)
+    updates, adam = _ADAM.update(clip_gradients(grads, settings), state.adam)
     rate = state.learning_rate * _schedule(state.step, settings)
 
     def update(path: tuple, u: jax.Array | None, p: jax.Array) -> jax.Array:
@@ -179,7 +179,7 @@ def _updated(settings: StepSettings, state: State, grads: Params) -> State:
 
 def dropout_key(state: State) -> jax.Array:
     """The key of the dropout masks of a replica's next step."""
-    return derive(jax.random.key(state.seed), "dropout", state.step)
+    return derive_key(jax.random.key(state.seed), "dropout", state.step)
 
 
 def evaluate_step(
@@ -188,16 +188,16 @@ def evaluate_step(
     batch: dict,
     key: jax.Array | None = None,
     features: bool = False,
-) -> Answer:
+) -> ModelOutput:
     """What every exit says, and with `features` what it reads; with a key, under dropout.
 
     Boundaries are closed, so that an exit is computed in one way, whether others follow it or not:
     the answers of a run are then those of the run that it grows into, to the last bit.
     """
-    return nnx.merge(graphdef, params).answers(batch, 1.0, key, features)
+    return nnx.merge(graphdef, params).forward(batch, 1.0, key, features)
 
 
-def clip(grads: Params, settings: StepSettings) -> Params:
+def clip_gradients(grads: Params, settings: StepSettings) -> Params:
     """Scales gradients down to clip_norm, over each owner's parameters or over all of them.
 
     One norm over all parameters would let a late exit's gradient shrink the first exit's step;
@@ -212,7 +212,7 @@ def clip(grads: Params, settings: StepSettings) -> Params:
             return -owner
         return owner if settings.clip_by_owner else SHARED
 
-    owner_of = owners(grads, settings.exits, shared_relative=settings.shared_relative)
+    owner_of = parameter_owners(grads, settings.exits, shared_relative=settings.shared_relative)
     groups = jax.tree.map_with_path(group, owner_of)
     squares: dict[int, jax.Array] = {}
     for number, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(grads), strict=True):

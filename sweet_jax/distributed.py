@@ -33,14 +33,14 @@ from sweet_jax.files import write_text
 _HEARTBEAT_SECONDS = 30
 _SHUTDOWN_SECONDS = 300  # in which the others reach their end too
 _MESSAGE_BYTES = 2000
-_questions = itertools.count(1)  # of `asked_to_stop`
+_questions = itertools.count(1)  # of `preemption_requested`
 
 
-class StoppedError(Exception):
+class PreemptedError(Exception):
     """SIGTERM came; the state was saved."""
 
 
-def start(address: str | None, count: int | None, number: int | None) -> None:
+def initialize(address: str | None, count: int | None, number: int | None) -> None:
     """Joins the processes of a command, before any device is touched.
 
     On Cloud TPU and in a Slurm step of several tasks they find each other; elsewhere the arguments
@@ -92,13 +92,13 @@ def _found() -> bool:
     return on_tpu and importlib.util.find_spec("libtpu") is not None
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
+def raise_on_all() -> Iterator[None]:
     """Waits at its end for all processes; a UserError of one is then raised in all of them."""
     error = None
     try:
@@ -106,7 +106,7 @@ def agreed() -> Iterator[None]:
     except UserError as raised:
         error = raised
     if jax.process_count() > 1:
-        texts = _gathered(str(error or "").encode()[:_MESSAGE_BYTES])
+        texts = _all_gather(str(error or "").encode()[:_MESSAGE_BYTES])
         for number, text in enumerate(texts):
             if text and error is None:
                 error = UserError(f"process {number}: {text.decode(errors='replace')}")
@@ -115,7 +115,7 @@ def agreed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def claimed_by_first(
+def claim_on_primary(
     workdir: Path, identity: Mapping[str, Any], claim: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[None]:
     """The first process's claim of a run directory, for all.
@@ -124,22 +124,22 @@ def claimed_by_first(
     directory.
     """
     with contextlib.ExitStack() as stack:
-        with agreed():
+        with raise_on_all():
             text = json.dumps(identity, sort_keys=True)
-            digests = _gathered(hashlib.sha256(text.encode()).digest())
+            digests = _all_gather(hashlib.sha256(text.encode()).digest())
             if digests[jax.process_index()] != digests[0]:
                 raise UserError(
                     "this process was started with another config, or reads other data than the "
                     "first: give all of them the same command and files"
                 )
         token = workdir / ".shared"
-        with agreed():
-            if is_first():
+        with raise_on_all():
+            if is_primary():
                 stack.enter_context(claim())
                 if jax.process_count() > 1:
                     write_text(token, secrets.token_hex(16))
         if jax.process_count() > 1:
-            with agreed():
+            with raise_on_all():
                 _check_shared(workdir, token)
         yield
 
@@ -147,7 +147,7 @@ def claimed_by_first(
 def _check_shared(workdir: Path, token: Path) -> None:
     """Raises UserError unless all processes read the same token."""
     for _ in range(10):  # a shared directory may be seen some seconds late
-        found = _gathered(token.read_bytes() if token.exists() else b"")
+        found = _all_gather(token.read_bytes() if token.exists() else b"")
         if all(each == found[0] for each in found):
             return
         time.sleep(1)
@@ -158,7 +158,7 @@ def _check_shared(workdir: Path, token: Path) -> None:
         )
 
 
-def asked_to_stop() -> bool:
+def preemption_requested() -> bool:
     """Whether all processes are to stop now, as SIGTERM to any of them asks.
 
     All must ask equally often. JAX has them agree on a number that none has passed yet, once in the
@@ -167,12 +167,12 @@ def asked_to_stop() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_questions))
 
 
-def first_says(number: int) -> int:
+def broadcast_number(number: int) -> int:
     """The number that the first process has."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
-def broadcast_from_first(tree: Any) -> Any:
+def broadcast_from_primary(tree: Any) -> Any:
     """Returns the arrays of the first process in all: hosts may round what they compute otherwise.
 
     As NumPy arrays of at most 32 bits a number; unchanged where there is one process.
@@ -182,13 +182,13 @@ def broadcast_from_first(tree: Any) -> Any:
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns when every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def _gathered(value: bytes) -> list[bytes]:
+def _all_gather(value: bytes) -> list[bytes]:
     """The bytes, at most _MESSAGE_BYTES without zeros at their end, of every process."""
     if jax.process_count() == 1:
         return [value]
@@ -198,7 +198,7 @@ def _gathered(value: bytes) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def ended_together() -> Iterator[None]:
+def abort_together() -> Iterator[None]:
     """Around what several processes do: where one fails, the others do not wait for it.
 
     JAX would have a process that fails wait at its exit for the others, who wait for it in the
@@ -209,7 +209,7 @@ def ended_together() -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         # What is known to all is raised in all of them: they end as one process does.
-        if jax.process_count() == 1 or isinstance(error, UserError | StoppedError):
+        if jax.process_count() == 1 or isinstance(error, UserError | PreemptedError):
             raise
         which = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, jax.errors.JaxRuntimeError) and _lost(error):

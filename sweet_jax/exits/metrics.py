@@ -7,15 +7,17 @@ import numpy as np
 from scipy import stats
 
 
-def score(metric: str, predictions: np.ndarray, labels: np.ndarray, classes: int) -> float:
+def compute_metric(metric: str, predictions: np.ndarray, labels: np.ndarray, classes: int) -> float:
     """Score of predictions int [N] against labels int [N] under "accuracy", "matthews" or "f1"."""
     right = np.asarray([(predictions == labels).sum()])
     given = np.bincount(predictions, minlength=classes)[None]
     hits = np.bincount(labels[predictions == labels], minlength=classes)[None]
-    return float(from_counts(metric, right, given, hits, np.bincount(labels, minlength=classes))[0])
+    return float(
+        metric_from_counts(metric, right, given, hits, np.bincount(labels, minlength=classes))[0]
+    )
 
 
-def from_counts(
+def metric_from_counts(
     metric: str, right: np.ndarray, given: np.ndarray, hits: np.ndarray, true: np.ndarray
 ) -> np.ndarray:
     """The metric in each of T situations, float64 [T].
@@ -66,7 +68,9 @@ def bootstrap_interval(
     confusion = drawn.reshape(draws, classes, classes)
     hits = np.diagonal(confusion, axis1=1, axis2=2)
     values = [
-        from_counts(metric, h.sum(keepdims=True), c.sum(axis=0)[None], h[None], c.sum(axis=1))[0]
+        metric_from_counts(
+            metric, h.sum(keepdims=True), c.sum(axis=0)[None], h[None], c.sum(axis=1)
+        )[0]
         for h, c in zip(hits, confusion, strict=True)
     ]
     return np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])

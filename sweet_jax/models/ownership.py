@@ -12,7 +12,7 @@ import jax
 SHARED = 0  # the owner number of parameters that every exit trains
 
 
-def owners(params: Any, exits: Sequence[int], *, shared_relative: bool = False) -> Any:
+def parameter_owners(params: Any, exits: Sequence[int], *, shared_relative: bool = False) -> Any:
     """The tree of `params` with the layer number of the exit that owns each; SHARED for all.
 
     shared_relative is the model's: whether the table of relative positions is everyone's.
@@ -40,5 +40,5 @@ def leaves_by_owner(
     tree: Any, exits: Sequence[int], *, shared_relative: bool = False
 ) -> Iterator[tuple[int, jax.Array]]:
     """(owner, leaf) of every leaf of a tree shaped like the parameters."""
-    owner_of = owners(tree, exits, shared_relative=shared_relative)
+    owner_of = parameter_owners(tree, exits, shared_relative=shared_relative)
     return zip(jax.tree.leaves(owner_of), jax.tree.leaves(tree), strict=True)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from sweet_jax.exits.outputs import ExitOutputs
 
-KINDS = ("risk", "agreement")
+CERTIFICATE_KINDS = ("risk", "agreement")
 _NEVER = float(np.finfo(np.float64).max)  # a threshold that no score reaches, and JSON can hold
 
 
@@ -21,7 +21,7 @@ class Certificate:
     """A threshold, and what was tested of it.
 
     Attributes:
-      kind: "risk" or "agreement"; see `harms`.
+      kind: "risk" or "agreement"; see `exit_losses`.
       limit: the largest share of harmed examples that was asked for.
       level: 1 - alpha, the confidence of the certificate.
       threshold: None where no candidate was certified.
@@ -44,7 +44,7 @@ class Certificate:
         return dataclasses.asdict(self)
 
 
-def harms(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
+def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
     """Whether leaving at an exit harms an example, bool [E, N].
 
     "risk": the last exit is right and this one is not. Their share bounds the accuracy lost against
@@ -56,10 +56,10 @@ def harms(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
         return (given[-1] == labels) & (given != labels)
     if kind == "agreement":
         return given != given[-1]
-    raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    raise ValueError(f"kind must be one of {', '.join(CERTIFICATE_KINDS)}; got {kind!r}")
 
 
-def candidates(scores: np.ndarray, count: int = 100) -> np.ndarray:
+def candidate_thresholds(scores: np.ndarray, count: int = 100) -> np.ndarray:
     """Thresholds to test, the most careful first, float64 [K]: evenly over what they let leave.
 
     scores: float [E, N] of rows that are not those to be tested.
@@ -71,11 +71,11 @@ def candidates(scores: np.ndarray, count: int = 100) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trials:
+class LossCounts:
     """What certificates of any limit and level follow from.
 
     Attributes:
-      kind: "risk" or "agreement"; see `harms`.
+      kind: "risk" or "agreement"; see `exit_losses`.
       thresholds: float64 [K], the candidates, the most careful first.
       harmed: int64 [K], examples harmed at each.
       rows: examples tested.
@@ -97,16 +97,16 @@ class Trials:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Trials":
+    def from_dict(cls, values: Mapping[str, Any]) -> "LossCounts":
         """What `as_dict` gave."""
         thresholds = np.asarray(values["thresholds"], np.float64)
         harmed = np.asarray(values["harmed"], np.int64)
         return cls(str(values["kind"]), thresholds, harmed, int(values["rows"]))
 
 
-def try_thresholds(
+def count_losses(
     outputs: ExitOutputs, replica: int, scores: np.ndarray, thresholds: np.ndarray, kind: str
-) -> Trials:
+) -> LossCounts:
     """How many examples each threshold harms.
 
     Args:
@@ -114,19 +114,21 @@ def try_thresholds(
       replica: which.
       scores: float [E, N] of these rows.
       thresholds: float [K], descending.
-      kind: see `harms`.
+      kind: see `exit_losses`.
 
     """
-    harmful = harms(outputs, replica, kind)  # [E, N]
+    harmful = exit_losses(outputs, replica, kind)  # [E, N]
     points = np.maximum.accumulate(scores[:-1], axis=0)  # [E - 1, N]
     harmed = [
         np.take_along_axis(harmful, (points < t).sum(axis=0)[None], axis=0).sum()
         for t in thresholds
     ]
-    return Trials(kind, thresholds, np.asarray(harmed, np.int64), scores.shape[1])
+    return LossCounts(kind, thresholds, np.asarray(harmed, np.int64), scores.shape[1])
 
 
-def certify(trials: Trials, limit: float, level: float = 0.95, compared: int = 1) -> Certificate:
+def certify(
+    trials: LossCounts, limit: float, level: float = 0.95, compared: int = 1
+) -> Certificate:
     """The least careful threshold with at most `limit` harmed, with confidence `level`.
 
     Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) by fixed-sequence testing: from the

@@ -13,7 +13,7 @@ _LEVELS = 65  # of a trade, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trade:
+class ParetoFront:
     """The thresholds worth having: each the cheapest with its score, and the best at its cost.
 
     Attributes:
@@ -32,7 +32,7 @@ class Trade:
     left: np.ndarray
 
     @classmethod
-    def of(cls, curve: Curve, replica: int) -> "Trade":
+    def of(cls, curve: Curve, replica: int) -> "ParetoFront":
         """Those of a curve."""
         threshold, cost, value, shares = (
             getattr(curve, name)[replica] for name in ("threshold", "cost", "score", "shares")

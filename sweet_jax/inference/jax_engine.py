@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sweet_jax.inference.artifact import Network, SavedModel
 from sweet_jax.models.pooling import POOLINGS
-from sweet_jax.serving.saved import Network, SavedModel
 
 # The share of a layer's time that its first token alone takes: 0.2 in batches of 64 and 0.45 in
 # those of one, at MiniLM's shape on 2 CPU cores. Fewer rows that leave do not make up for it.
@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     texts: np.ndarray | None = None  # [2, B, L], where the stage embeds: input_ids, token_type_ids
 
 
-def plan(
+def make_stages(
     networks: tuple[Network, ...], *, full: bool = False, leaving: Sequence[float] = ()
 ) -> list[Stage]:
     """The stages in order; of the full model only the last network, to its last exit.
@@ -94,7 +94,7 @@ def row_lengths(longest: int) -> tuple[int, ...]:
     return (*(length for length in steps if length < longest), longest)
 
 
-class Programs:
+class JaxEngine:
     """Runs stages; compiles each for every batch size, length and number of slots once.
 
     Args:
@@ -159,7 +159,7 @@ class Programs:
                 batch |= dict(zip(("input_ids", "token_type_ids"), inputs.texts, strict=True))
             elif pool is not None:
                 h = pool.at[slots].get(mode="clip")  # [B, L, H]
-            h, answers = compute(network, stage, params, h, batch)
+            h, answers = run_stage(network, stage, params, h, batch)
             if not stage.carries or pool is None:
                 return answers, None
             return answers, pool.at[slots].set(h, mode="drop")
@@ -168,7 +168,7 @@ class Programs:
 
     def _of(self, stage: Stage) -> list[jax.Array]:
         if stage not in self._params:
-            own = needed(stage, self._on_device[stage.network])
+            own = stage_parameters(stage, self._on_device[stage.network])
             self._params[stage] = list(own.values())
         return self._params[stage]
 
@@ -195,7 +195,7 @@ def _needs(stage: Stage, path: tuple[Any, ...]) -> bool:
     return True
 
 
-def needed(stage: Stage, params: Any) -> dict[str, Any]:
+def stage_parameters(stage: Stage, params: Any) -> dict[str, Any]:
     """The parameters that a stage reads, by path: a call with all of them would check each."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {
@@ -203,7 +203,7 @@ def needed(stage: Stage, params: Any) -> dict[str, Any]:
     }
 
 
-def compute(
+def run_stage(
     network: Network,
     stage: Stage,
     params: list[jax.Array],
@@ -215,20 +215,20 @@ def compute(
     Args:
       network: that the stage is of.
       stage: to compute.
-      params: the values of `needed`, in order.
+      params: the values of `stage_parameters`, in order.
       h: what the stage before handed on; None where this one embeds.
-      batch: see `EarlyExit.resume`.
+      batch: see `EarlyExit.forward_from`.
 
     """
     model = nnx.merge(network.graphdef, _filled(stage, params, network.params))
-    h, answer = model.resume(stage.start, stage.end, h, batch, whole=stage.whole)
+    h, answer = model.forward_from(stage.start, stage.end, h, batch, whole=stage.whole)
     if answer.exit_scores is None:
         return h, answer.logits
     return h, jnp.concatenate([answer.logits, answer.exit_scores[:, None]], axis=1)
 
 
 def _filled(stage: Stage, values: list[jax.Array], params: Any) -> Any:
-    """All parameters again: what `needed` left out is zero, and dropped by the compiler."""
+    """Returns all parameters: those that `stage_parameters` left out are zero, which compiles away."""
     rest = iter(values)
 
     def pick(path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:

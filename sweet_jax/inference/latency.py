@@ -16,15 +16,15 @@ import numpy as np
 
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
-from sweet_jax.serving.programs import Inputs, Programs, plan, row_lengths, uses_pool
-from sweet_jax.serving.saved import SavedModel
+from sweet_jax.inference.artifact import SavedModel
+from sweet_jax.inference.jax_engine import Inputs, JaxEngine, make_stages, row_lengths, uses_pool
 
 _NAME = "clock.json"
 _SECONDS = 0.2  # that a stage is run for, at least
 
 
 @dataclasses.dataclass(frozen=True)
-class Clock:
+class LatencyTable:
     """Measured times.
 
     Attributes:
@@ -57,15 +57,17 @@ class Clock:
         return found
 
 
-def measure(model: SavedModel, batch_sizes: Iterable[int], progress: Callable[[], object]) -> Clock:
+def measure_latency(
+    model: SavedModel, batch_sizes: Iterable[int], progress: Callable[[], object]
+) -> LatencyTable:
     """Times every stage at batch sizes (1 is always among them) and at every other row length.
 
     Of full batches of texts that are as long as they may be. `progress` is called after each.
     """
     sizes = tuple(sorted({1, *batch_sizes}))
     lengths = row_lengths(model.max_length)[::-2][::-1]  # the longest is among them
-    stages = plan(model.networks)
-    programs = Programs(model)
+    stages = make_stages(model.networks)
+    programs = JaxEngine(model)
     found = np.zeros((len(sizes), len(lengths), len(stages)))
     for place in np.ndindex(found.shape):
         size, length, stage = sizes[place[0]], lengths[place[1]], stages[place[2]]
@@ -83,7 +85,7 @@ def measure(model: SavedModel, batch_sizes: Iterable[int], progress: Callable[[]
 
         found[place] = _median(run)
         progress()
-    return Clock(describe_machine(model), sizes, lengths, found)
+    return LatencyTable(describe_machine(model), sizes, lengths, found)
 
 
 def describe_machine(model: SavedModel) -> str:
@@ -102,7 +104,7 @@ def _median(run: Callable[[], None]) -> float:
     return 1e3 * statistics.median(seconds[2:])
 
 
-def write_clock(model: SavedModel, clock: Clock) -> Path:
+def write_latency(model: SavedModel, clock: LatencyTable) -> Path:
     """Writes clock.json into the model's folder. Raises UserError where it cannot."""
     values = dataclasses.asdict(clock) | {"milliseconds": clock.milliseconds.tolist()}
     try:
@@ -114,8 +116,8 @@ def write_clock(model: SavedModel, clock: Clock) -> Path:
     return model.folder / _NAME
 
 
-def read_clock(model: SavedModel) -> Clock | None:
-    """What `write_clock` wrote, or None.
+def read_latency(model: SavedModel) -> LatencyTable | None:
+    """What `write_latency` wrote, or None.
 
     Raises UserError where it is damaged, or of another machine or dtype.
     """
@@ -124,7 +126,7 @@ def read_clock(model: SavedModel) -> Clock | None:
         return None
     try:
         values = json.loads(path.read_text())
-        clock = Clock(
+        clock = LatencyTable(
             str(values["machine"]),
             tuple(values["batch_sizes"]),
             tuple(values["lengths"]),

@@ -11,7 +11,9 @@ import jax
 log = logging.getLogger(__name__)
 
 
-def keep_programs(folder: str | Path | None = None, *, least_seconds: float = 0.0) -> None:
+def enable_compilation_cache(
+    folder: str | Path | None = None, *, least_seconds: float = 0.0
+) -> None:
     """Keeps compiled programs on disk, for the next process that would compile the same.
 
     JAX_COMPILATION_CACHE_DIR says where, and JAX_ENABLE_COMPILATION_CACHE=0 that none are kept:
@@ -45,10 +47,10 @@ def default_folder() -> Path:
     tells them apart: a home directory may be that of many machines.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sweet_jax" / "xla" / processor()
+    return Path(home) / "sweet_jax" / "xla" / processor_name()
 
 
-def processor() -> str:
+def processor_name() -> str:
     """A short name for what instructions this processor has."""
     features = platform.processor()
     try:

@@ -14,24 +14,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from sweet_jax.distributed import barrier, broadcast_from_primary, broadcast_number, is_primary
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json
-from sweet_jax.job import Job
-from sweet_jax.processes import broadcast_from_first, first_says, is_first, wait_for_all
+from sweet_jax.head_fitting import Probe, select_replicas
+from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.initial import trainings
-from sweet_jax.training.run import fit
+from sweet_jax.training.fit import fit
+from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.schedule import search_steps, training_steps
 from sweet_jax.training.sharding import mesh_of
-from sweet_jax.tuning import Probe, pick_replicas
 
 log = logging.getLogger(__name__)
 
 
 def search_rate(
-    job: Job, probe: Probe | None, workdir: Path
-) -> tuple[Job, Probe | None, dict[str, Any] | None]:
+    job: PreparedRun, probe: Probe | None, workdir: Path
+) -> tuple[PreparedRun, Probe | None, dict[str, Any] | None]:
     """Chooses the learning rate by short runs, of the first seed, of every rate.
 
     Each has its whole schedule over a share of the steps. The first rate of `learning_rates` is
@@ -50,29 +50,29 @@ def search_rate(
     if config.rate_search != "short" or count == 1:
         return job, probe, None
     path = workdir / "rate_search.json"
-    if first_says(path.exists()):
+    if broadcast_number(path.exists()):
         found = json.loads(path.read_text())
     else:
         found = _search(job, probe, workdir / "rate_search")
-        if is_first():
+        if is_primary():
             write_json(path, found)
-        wait_for_all("rate search")
-    if is_first():
+        barrier("rate search")
+    if is_primary():
         shutil.rmtree(workdir / "rate_search", ignore_errors=True)
     return *_of_rate(job, probe, rates.index(found["learning_rate"])), found
 
 
-def _of_rate(job: Job, probe: Probe | None, place: int) -> tuple[Job, Probe | None]:
+def _of_rate(job: PreparedRun, probe: Probe | None, place: int) -> tuple[PreparedRun, Probe | None]:
     """Returns the job and the probe of the replicas of one of the learning rates."""
     config = job.config
     rates = config.learning_rates
     replicas = [s * len(rates) + place for s in range(len(config.seeds))]
     picked = dataclasses.replace(config, learning_rates=(rates[place],))
-    kept = None if probe is None else probe.pick(replicas)
-    return pick_replicas(job, picked, replicas), kept
+    kept = None if probe is None else probe.select_replicas(replicas)
+    return select_replicas(job, picked, replicas), kept
 
 
-def _search(job: Job, probe: Probe | None, workdir: Path) -> dict[str, Any]:
+def _search(job: PreparedRun, probe: Probe | None, workdir: Path) -> dict[str, Any]:
     """Returns what `search_rate` finds."""
     config, total = job.config, _steps(job)
     rates, steps = config.learning_rates, search_steps(total)
@@ -85,7 +85,7 @@ def _search(job: Job, probe: Probe | None, workdir: Path) -> dict[str, Any]:
         total * config.batch_size,
     )
     area = np.concatenate([_short_runs(job, probe, r, workdir) for r in _together(len(rates))])
-    area = broadcast_from_first(area)
+    area = broadcast_from_primary(area)
     count = len(job.tuning[0])
     best = rates[choose_rate(area, count, job.dataset.task.metric)]
     log.info(
@@ -114,16 +114,18 @@ def _together(count: int) -> list[list[int]]:
     return [[rate] for rate in range(count)] if alone else [list(range(count))]
 
 
-def _short_runs(job: Job, probe: Probe | None, places: Sequence[int], workdir: Path) -> np.ndarray:
+def _short_runs(
+    job: PreparedRun, probe: Probe | None, places: Sequence[int], workdir: Path
+) -> np.ndarray:
     """Returns the area on tuning rows, float64 [R], of short runs of some of the rates."""
     rates = tuple(job.config.learning_rates[r] for r in places)
     config = dataclasses.replace(
         job.config, seeds=job.config.seeds[:1], learning_rates=rates, conflict_every=0
     )
-    job = pick_replicas(job, config, places)  # of the first seed
+    job = select_replicas(job, config, places)  # of the first seed
     tuning = np.stack(job.tuning)  # [R, M]
     logits = []
-    for training in trainings(config):
+    for training in model_specs(config):
         graphdef, params, _ = fit(
             config,
             job.checkpoint,
@@ -132,7 +134,7 @@ def _short_runs(job: Job, probe: Probe | None, places: Sequence[int], workdir: P
             job.train,
             [trained for trained, _ in job.rows],
             workdir / "-".join(f"{rate:g}" for rate in rates),
-            probe=None if probe is None else probe.classifiers.pick(places),
+            probe=None if probe is None else probe.classifiers.select_replicas(places),
             short=True,
         )
         program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
@@ -158,5 +160,5 @@ def choose_rate(area: np.ndarray, rows: int, metric: str) -> int:
     return best if clearly else 0
 
 
-def _steps(job: Job) -> int:
+def _steps(job: PreparedRun) -> int:
     return training_steps(job.config.epochs, len(job.rows[0][0]), job.config.batch_size)

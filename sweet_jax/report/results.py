@@ -10,24 +10,30 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import Config
-from sweet_jax.exits.analysis import Analysis, Choice, at_costs, certified, full_score
+from sweet_jax.exits.analysis import (
+    Analysis,
+    OperatingPoint,
+    certify_operating_point,
+    cheapest_full_score,
+    scores_at_costs,
+)
 from sweet_jax.exits.bounds import (
     ORACLES,
     Frontier,
     best_thresholds,
-    floor,
     oracle,
     share_of_gap,
+    single_exit_hull,
 )
-from sweet_jax.exits.calibration import quality
+from sweet_jax.exits.calibration import confidence_quality
+from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.intervals import score_interval
+from sweet_jax.exits.metrics import compute_metric, mean_interval
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import exit_scores
-from sweet_jax.exits.risk import KINDS
-from sweet_jax.exits.scores import mean_interval, score
+from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import Curve
 from sweet_jax.report.baselines import Baseline
-from sweet_jax.report.shortfalls import as_results
+from sweet_jax.report.shortfalls import shortfall_results
 
 # Where the SWEET paper reads its speed-accuracy curves; Multi-Model's reach beyond the full model.
 _COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0, 1 + 3 / 8, 1 + 3 / 4)
@@ -35,7 +41,7 @@ _LIMITS = (0.01, 0.02, 0.05, 0.1)  # that the report certifies, of harmed exampl
 _CURVE_POINTS = 2000  # in results.json; every threshold follows from the saved outputs
 
 
-def individual(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]:
+def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]:
     """Each exit as if it answered all: layer, cost, score, n and the 95% interval over rows.
 
     Wilson's interval for accuracy, a bootstrap over rows for the other metrics.
@@ -49,7 +55,7 @@ def individual(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]:
             {
                 "layer": int(layer),
                 "cost": float(np.asarray(outputs.cost)[e]),
-                "score": score(metric, given, labels, classes),
+                "score": compute_metric(metric, given, labels, classes),
                 "n": len(labels),
                 "interval": list(score_interval(metric, given, labels, classes)),
             }
@@ -77,19 +83,21 @@ def build_results(
     costs = [c for c in (1 / depth, *_COSTS) if c <= reach]
     replicas = []
     for r, (seed, rate) in enumerate(analysis.replicas):
-        keep = full_score(analysis, r)
+        keep = cheapest_full_score(analysis, r)
         replicas.append(
             {
                 "seed": seed,
                 "learning_rate": rate,
-                "individual": individual(analysis.validation, r),
+                "individual": individual_exits(analysis.validation, r),
                 "temperatures": _finite(analysis.temperatures[r]),
-                "curve": _curve(thinned(analysis.curve, r, _CURVE_POINTS)),
-                "grid": _curve(thinned(analysis.grid, r, 11)),
-                "at_cost": at_costs(analysis.curve, r, costs),
-                "grid_at_cost": at_costs(analysis.grid, r, costs),  # as the SWEET paper reads it
+                "curve": _curve(thin_curve(analysis.curve, r, _CURVE_POINTS)),
+                "grid": _curve(thin_curve(analysis.grid, r, 11)),
+                "at_cost": scores_at_costs(analysis.curve, r, costs),
+                "grid_at_cost": scores_at_costs(
+                    analysis.grid, r, costs
+                ),  # as the SWEET paper reads it
                 "calibration_area": _finite(analysis.area[r]),
-                "full_score": keep.as_dict() if isinstance(keep, Choice) else None,
+                "full_score": keep.as_dict() if isinstance(keep, OperatingPoint) else None,
                 "quality": _quality(analysis, r),
                 **_bounds(analysis, r),
                 "diverged": [dict(d) for d in diverged if d["replica"] == r],
@@ -115,7 +123,7 @@ def build_results(
         "best_replica": analysis.best,
         "mean": mean,
         "ci95": ci95,
-        **as_results(analysis.validation, analysis.best, baselines, metric),
+        **shortfall_results(analysis.validation, analysis.best, baselines, metric),
         **more,
     }
 
@@ -125,7 +133,8 @@ def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     outputs = analysis.validation.replica(replica)
     ones = np.ones((1, len(outputs.layers)))
     before, after = (
-        quality(outputs, t)[0] for t in (ones, analysis.temperatures[replica : replica + 1])
+        confidence_quality(outputs, t)[0]
+        for t in (ones, analysis.temperatures[replica : replica + 1])
     )
     return [
         {"layer": int(layer), "before": b, "after": a}
@@ -136,8 +145,8 @@ def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
 def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
     """The floor and the oracles, and how much of the way between them this policy goes."""
     outputs, metric = analysis.validation, analysis.validation.identity["metric"]
-    scores = exit_scores(outputs, analysis.policy, analysis.fitted)[replica]  # [E, N]
-    bounds = {kind: bound(analysis, replica, kind) for kind in ("floor", *ORACLES)}
+    scores = exit_confidences(outputs, analysis.policy, analysis.fitted)[replica]  # [E, N]
+    bounds = {kind: bound_curve(analysis, replica, kind) for kind in ("floor", *ORACLES)}
     if metric == "accuracy":
         bounds["best_thresholds"] = best_thresholds(outputs, replica, scores)[0]
     curve = Frontier(analysis.curve.cost[replica], analysis.curve.score[replica])
@@ -155,15 +164,15 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
     }
 
 
-def bound(analysis: Analysis, replica: int, kind: str) -> Frontier:
+def bound_curve(analysis: Analysis, replica: int, kind: str) -> Frontier:
     """The floor ("floor"), or an oracle by its name in ORACLES, on validation rows."""
     metric = analysis.validation.identity.get("metric", "accuracy")
     if kind == "floor":
-        return floor(analysis.validation, replica, metric)
+        return single_exit_hull(analysis.validation, replica, metric)
     return oracle(analysis.validation, replica, kind, metric)
 
 
-def thinned(
+def thin_curve(
     curve: Curve, replica: int, points: int, keep: float | None = None
 ) -> dict[str, np.ndarray]:
     """At most `points` (and one more) of one replica's curve, repeats left out.
@@ -183,18 +192,18 @@ def thinned(
     return {name: array[use] for name, array in arrays.items()}
 
 
-def certificates(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
+def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     """What can be certified of a replica: for limits on either kind of harm, at 95% confidence.
 
     Each with the certificate's values, and the cost and score on validation rows (None where the
     limit cannot be certified); empty where nothing can be.
     """
-    if not analysis.dials(replica).trials:
+    if not analysis.resolver(replica).trials:
         return []
     rows = []
-    for kind in KINDS:
+    for kind in CERTIFICATE_KINDS:
         for limit in _LIMITS:
-            found = certified(analysis, replica, kind, limit)
+            found = certify_operating_point(analysis, replica, kind, limit)
             cost, value = found.validation or (None, None)
             rows.append(found.certificate.as_dict() | {"cost": cost, "score": value})
     return rows

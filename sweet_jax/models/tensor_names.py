@@ -62,7 +62,7 @@ def hugging_face_name(path: tuple[str | int, ...]) -> str:
     return f"encoder.layer.{module[1]}.{_LAYER['/'.join(module[2:])]}.{leaf}"
 
 
-def canonical(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A published tensor's name as hugging_face_name has it: no prefix, LayerNorm.weight, .bias."""
     name = re.sub(r"^(bert|roberta|deberta)\.", "", name)
     return re.sub(
@@ -72,7 +72,7 @@ def canonical(name: str) -> str:
     )
 
 
-def is_matrix(name: str) -> bool:
+def is_transposed(name: str) -> bool:
     """Whether torch stores the axes of the tensor in the reverse order of ours."""
     return name.endswith(".weight") and not re.search(r"_embeddings\.|LayerNorm", name)
 
@@ -85,7 +85,7 @@ def hugging_face_tensors(params: Any, exits: tuple[int, ...]) -> dict[str, np.nd
     tensors: dict[str, np.ndarray] = {}
 
     def put(name: str, value: np.ndarray) -> None:
-        tensors[name] = np.ascontiguousarray(value.T if is_matrix(name) else value)
+        tensors[name] = np.ascontiguousarray(value.T if is_transposed(name) else value)
 
     for path, value in jax.tree_util.tree_leaves_with_path(params["encoder"]):
         put(hugging_face_name(tuple(p.key for p in path)), value)

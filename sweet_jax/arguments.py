@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from sweet_jax.config import UserError
-from sweet_jax.exits.dials import RANGES, check_dials
+from sweet_jax.exits.operating_point import TARGET_RANGES, check_targets
 from sweet_jax.exits.policies import POLICIES
 
 # A dial, and what it says in --help.
@@ -24,7 +24,7 @@ _CLOCK = {
 }
 
 
-class Parser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
     """Whose errors are the user's, in one line."""
 
     def __init__(self, module: str, text: str):
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help tells more)")
 
-    def add_dials(self, *, clock: bool = True) -> None:
+    def add_target_arguments(self, *, clock: bool = True) -> None:
         """Adds --policy, the dials of which one may be set, and --level.
 
         Without `clock`, none of time: that is known of a model, not of its outputs.
@@ -54,20 +54,20 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def dials(options: argparse.Namespace) -> dict[str, float]:
+def parse_targets(options: argparse.Namespace) -> dict[str, float]:
     """The dial that was set, and the level, by name. Raises UserError for one out of range."""
-    values = {name: getattr(options, name, None) for name in RANGES}
-    check_dials(values, "--")
+    values = {name: getattr(options, name, None) for name in TARGET_RANGES}
+    check_targets(values, "--")
     return {name: value for name, value in values.items() if value is not None}
 
 
-def policy_lines() -> str:
+def policy_help() -> str:
     """A line of --help for each policy."""
     head = "policies (an example leaves at the first exit whose score reaches the threshold):\n"
     return head + "\n".join(f"  {name:<26}{rule.about}" for name, rule in POLICIES.items())
 
 
-def command(run: Callable[[], None]) -> int:
+def run_command(run: Callable[[], None]) -> int:
     """The exit status of a command that does `run`: 0, or 2 after one line on stderr."""
     try:
         run()

@@ -16,24 +16,29 @@ from jax.sharding import Mesh
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens
 from sweet_jax.training.conflict import conflict_step
-from sweet_jax.training.losses import Metrics
-from sweet_jax.training.segments import compile_groups, join, make_groups, split
+from sweet_jax.training.losses import StepMetrics
+from sweet_jax.training.segment_parallel import (
+    compile_groups,
+    join_state,
+    make_device_groups,
+    split_state,
+)
 from sweet_jax.training.sharding import (
-    by_replica,
-    by_row,
+    batch_sharding,
+    limit_traces,
     make_mesh,
-    placed,
-    replicated,
-    resharded,
-    traced_at_most,
-    traced_once,
+    put_batch,
+    replica_sharding,
+    replicated_sharding,
+    reshard,
+    warn_on_retrace,
 )
 from sweet_jax.training.step import Params, Schedule, State, StepSettings, train_step
 
 log = logging.getLogger(__name__)
 
 
-class Plan(NamedTuple):
+class ExecutionPlan(NamedTuple):
     """How the steps of a training are spread over the devices.
 
     A program may take the state in parts, each on devices of its own; outside of it the state is
@@ -41,11 +46,11 @@ class Plan(NamedTuple):
     """
 
     shardings: State  # of the arrays of the whole state
-    parts: Callable[[State], Any]  # what `step` takes of a state
-    whole: Callable[[Any], State]  # the other way
-    # (tokens, rows, lengths) → the batch on the devices: see `placed`.
+    to_devices: Callable[[State], Any]  # what `step` takes of a state
+    from_devices: Callable[[Any], State]  # the other way
+    # (tokens, rows, lengths) → the batch on the devices: see `put_batch`.
     place: Callable[[Tokens, np.ndarray, tuple[int, ...]], Any]
-    step: Callable[[int, Any, Any], tuple[Any, list[Metrics]]]  # of (number, parts, batch)
+    step: Callable[[int, Any, Any], tuple[Any, list[StepMetrics]]]  # of (number, parts, batch)
     lag: int = 1  # steps that are under way at the same time
 
 
@@ -54,7 +59,7 @@ def check_devices(config: Config) -> None:
     replicas, rows = len(config.replicas()), config.batch_size
     meshes = [make_mesh(replicas, rows)]
     if config.segment_parallel:
-        meshes = [group.mesh for group in make_groups(config.exits, replicas, rows)]
+        meshes = [group.mesh for group in make_device_groups(config.exits, replicas, rows)]
         if len(meshes) == 1:
             log.warning("segment_parallel has no effect with so few devices a process, or exits")
     used = sum(mesh.size for mesh in meshes)
@@ -69,57 +74,61 @@ def check_devices(config: Config) -> None:
         )
 
 
-def spread_whole(config: Config, settings: StepSettings, state: State, lengths: int) -> Plan:
+def data_parallel_plan(
+    config: Config, settings: StepSettings, state: State, lengths: int
+) -> ExecutionPlan:
     """All devices take each step together: replicas and rows are spread over them."""
     replicas = len(config.replicas())
     mesh = make_mesh(replicas, config.batch_size)
     compiled, schedule = compile_step(settings, replicas, mesh), settings.schedule
     measured = compile_conflict(settings, replicas, mesh, lengths)
 
-    def step(number: int, state: State, inputs: dict) -> tuple[State, list[Metrics]]:
+    def step(number: int, state: State, inputs: dict) -> tuple[State, list[StepMetrics]]:
         every, conflict = config.conflict_every, None
         if every and number % every == 0:  # first: the step takes the state's memory
             conflict = measured(state, inputs)
         state, values = compiled(state, inputs, schedule)
         return state, [values._replace(conflict=conflict)]
 
-    return Plan(
-        jax.tree.map(lambda _: by_replica(mesh, replicas), state),
+    return ExecutionPlan(
+        jax.tree.map(lambda _: replica_sharding(mesh, replicas), state),
         lambda state: state,
         lambda state: state,
-        lambda tokens, rows, sizes: placed(tokens, rows, sizes, by_row(mesh, replicas)),
+        lambda tokens, rows, sizes: put_batch(tokens, rows, sizes, batch_sharding(mesh, replicas)),
         step,
     )
 
 
-def spread_segments(config: Config, settings: StepSettings, state: State, lengths: int) -> Plan:
+def segment_parallel_plan(
+    config: Config, settings: StepSettings, state: State, lengths: int
+) -> ExecutionPlan:
     """Each group of devices steps its own segments, see segments.py."""
     replicas = len(config.replicas())
-    groups = make_groups(settings.exits, replicas, config.batch_size)
+    groups = make_device_groups(settings.exits, replicas, config.batch_size)
     compiled = compile_groups(settings, groups, replicas, lengths)
     parts = [
-        jax.tree.map(lambda _, g=group: by_replica(g.mesh, replicas), part)
-        for group, part in zip(groups, split(state, groups, settings.exits), strict=True)
+        jax.tree.map(lambda _, g=group: replica_sharding(g.mesh, replicas), part)
+        for group, part in zip(groups, split_state(state, groups, settings.exits), strict=True)
     ]
-    return Plan(
-        join(parts),
-        lambda state: resharded(split(state, groups, settings.exits), parts),
-        join,
+    return ExecutionPlan(
+        join_state(parts),
+        lambda state: reshard(split_state(state, groups, settings.exits), parts),
+        join_state,
         lambda tokens, rows, sizes: [
-            placed(tokens, rows, sizes, by_row(group.mesh, replicas)) for group in groups
+            put_batch(tokens, rows, sizes, batch_sharding(group.mesh, replicas)) for group in groups
         ],
         lambda _, states, batches: compiled(states, batches),
         lag=len(groups),
     )
 
 
-def gathered(config: Config, params: Params) -> Params:
-    """The parameters where `spread_whole` has them, from the devices of groups."""
+def gather_params(config: Config, params: Params) -> Params:
+    """The parameters where `data_parallel_plan` has them, from the devices of groups."""
     if not config.segment_parallel:
         return params
     replicas = len(config.replicas())
-    sharding = by_replica(make_mesh(replicas, config.batch_size), replicas)
-    return resharded(params, jax.tree.map(lambda _: sharding, params))
+    sharding = replica_sharding(make_mesh(replicas, config.batch_size), replicas)
+    return reshard(params, jax.tree.map(lambda _: sharding, params))
 
 
 def compile_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
@@ -135,14 +144,16 @@ def compile_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
-    def one(state: State, batch: dict[str, jax.Array], schedule: Schedule) -> tuple[State, Metrics]:
+    def one(
+        state: State, batch: dict[str, jax.Array], schedule: Schedule
+    ) -> tuple[State, StepMetrics]:
         return train_step(dataclasses.replace(settings, traced=schedule), state, batch)
 
-    by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
+    by_state, by_batch = replica_sharding(mesh, replicas), batch_sharding(mesh, replicas)
     return jax.jit(
-        traced_once(jax.vmap(one, (0, 0, None)) if replicas > 1 else one),
-        in_shardings=(by_state, by_batch, replicated(mesh)),
-        out_shardings=(by_state, replicated(mesh)),
+        warn_on_retrace(jax.vmap(one, (0, 0, None)) if replicas > 1 else one),
+        in_shardings=(by_state, by_batch, replicated_sharding(mesh)),
+        out_shardings=(by_state, replicated_sharding(mesh)),
         donate_argnums=0,
     )
 
@@ -156,9 +167,9 @@ def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths:
     def one(state: State, batch: dict[str, jax.Array]) -> jax.Array:
         return conflict_step(settings, state, batch)
 
-    by_state, by_batch = by_replica(mesh, replicas), by_row(mesh, replicas)
+    by_state, by_batch = replica_sharding(mesh, replicas), batch_sharding(mesh, replicas)
     return jax.jit(
-        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
+        limit_traces(jax.vmap(one) if replicas > 1 else one, lengths),
         in_shardings=(by_state, by_batch),
-        out_shardings=replicated(mesh),
+        out_shardings=replicated_sharding(mesh),
     )

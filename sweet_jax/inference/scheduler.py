@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from sweet_jax.exits.calibration import tempered
-from sweet_jax.exits.fitted import Fitted
+from sweet_jax.exits.calibration import softmax_with_temperature
+from sweet_jax.exits.calibrator import Calibrator
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import Policy, exit_scores
-from sweet_jax.serving.programs import Inputs, Programs, Stage, batch_sizes, uses_pool
+from sweet_jax.exits.policies import PolicyFunction, exit_confidences
+from sweet_jax.inference.jax_engine import Inputs, JaxEngine, Stage, batch_sizes, uses_pool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,12 +29,12 @@ class ExitRule:
 
     """
 
-    policy: str | Policy
+    policy: str | PolicyFunction
     threshold: float
-    fitted: Fitted
+    fitted: Calibrator
     layers: tuple[int, ...]
 
-    def leaves(self, rows: Sequence["Row"]) -> np.ndarray:
+    def leaves(self, rows: Sequence["Request"]) -> np.ndarray:
         """Whether each of some rows leaves at the exit it is at, all at one: bool [N]."""
         count = len(rows[0].logits)
         logits = np.stack([row.logits for row in rows], axis=1)  # [E so far, N, C]
@@ -44,7 +44,7 @@ class ExitRule:
         outputs = ExitOutputs(
             logits, np.zeros(len(rows)), np.asarray(self.layers[:count]), exit_scores=learned
         )
-        scores = exit_scores(outputs, self.policy, self.fitted.exits(count))
+        scores = exit_confidences(outputs, self.policy, self.fitted.exits(count))
         return scores[0, -1] >= self.threshold
 
     def probabilities(self, logits: np.ndarray, exits: np.ndarray) -> np.ndarray:
@@ -56,11 +56,11 @@ class ExitRule:
 
         """
         fitted = self.fitted.temperatures[0, exits]  # [N], NaN where an exit diverged
-        return tempered(logits, np.where(np.isfinite(fitted), fitted, 1)[:, None])
+        return softmax_with_temperature(logits, np.where(np.isfinite(fitted), fitted, 1)[:, None])
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class Row:
+class Request:
     """One text on its way."""
 
     number: int  # in the order of the input
@@ -75,7 +75,7 @@ class Row:
     exit_scores: list[float] = dataclasses.field(default_factory=list)
 
 
-class Flow:
+class Scheduler:
     """Queues of rows, one for each stage and length; a full one is run.
 
     Args:
@@ -91,13 +91,13 @@ class Flow:
     """
 
     def __init__(
-        self, programs: Programs, stages: Sequence[Stage], batch_size: int, wait: int | None = None
+        self, programs: JaxEngine, stages: Sequence[Stage], batch_size: int, wait: int | None = None
     ):
         self.programs, self.stages = programs, stages
         self.batch_size, self.wait = batch_size, wait
         self.runs = [0] * len(stages)
         self._sizes = batch_sizes(batch_size)
-        self._queues: dict[tuple[int, int], deque[Row]] = {}  # by (stage, length)
+        self._queues: dict[tuple[int, int], deque[Request]] = {}  # by (stage, length)
         self._pools: dict[int, jax.Array] = {}  # by length
         self._free: dict[int, list[int]] = {}  # slots by length
         self._admitted = 0
@@ -111,7 +111,7 @@ class Flow:
         """How many rows are on their way."""
         return sum(map(len, self._queues.values()))
 
-    def admit(self, row: Row) -> None:
+    def admit(self, row: Request) -> None:
         """Takes a row in; nothing is computed yet."""
         self._admitted += 1
         self._wait_at(0, row)
@@ -120,14 +120,14 @@ class Flow:
         """Counts as a row admitted, to those that wait."""
         self._admitted += 1
 
-    def advance(self) -> list[Row]:
+    def advance(self) -> list[Request]:
         """Runs what is full, and what has waited for too long; returns the rows that left."""
-        left: list[Row] = []
+        left: list[Request] = []
         while ready := [key for key in self._queues if self._full(key) or self._late(key)]:
             left += self._run(*max(ready))  # the deepest: it frees slots
         return left
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[Request]:
         """Runs one batch: a full one if there is one, else of the row that has waited longest.
 
         For a caller that would idle otherwise. A row that has waited for too long goes before full
@@ -143,7 +143,7 @@ class Flow:
             return self._run(*max([key for key in full if key[1] == oldest[1]] + [oldest]))
         return self._run(*(max(full) if full else oldest))
 
-    def finish(self) -> list[Row]:
+    def finish(self) -> list[Request]:
         """Runs all that waits, to its end; returns the rows that left."""
         left = self.advance()
         while waiting := [key for key, queue in self._queues.items() if queue]:
@@ -151,7 +151,7 @@ class Flow:
             left += self.advance()
         return left
 
-    def _wait_at(self, stage: int, row: Row) -> None:
+    def _wait_at(self, stage: int, row: Request) -> None:
         row.since = self._admitted
         self._queues.setdefault((stage, row.length), deque()).append(row)
 
@@ -164,7 +164,7 @@ class Flow:
             return False
         return self._admitted - queue[0].since > self.wait
 
-    def _run(self, number: int, length: int) -> list[Row]:
+    def _run(self, number: int, length: int) -> list[Request]:
         queue, stage = self._queues[number, length], self.stages[number]
         rows = [queue.popleft() for _ in range(min(len(queue), self.batch_size))]
         self.runs[number] += 1
@@ -191,7 +191,7 @@ class Flow:
                 row.slot = -1
         return left
 
-    def _compute(self, stage: Stage, rows: list[Row], length: int) -> np.ndarray:
+    def _compute(self, stage: Stage, rows: list[Request], length: int) -> np.ndarray:
         """The answers of a stage, on the host: [B, C or C + 1]."""
         inputs = self._inputs(rows, length, embeds=stage.embeds)
         pool = None
@@ -205,7 +205,7 @@ class Flow:
             self._pools[length] = kept
         return np.asarray(answers)
 
-    def _inputs(self, rows: list[Row], length: int, *, embeds: bool) -> Inputs:
+    def _inputs(self, rows: list[Request], length: int, *, embeds: bool) -> Inputs:
         size = next(size for size in self._sizes if size >= len(rows))
         none = self.slots
         places = np.full((2, size), none, np.int32)
@@ -222,7 +222,7 @@ class Flow:
         return Inputs(places, texts)
 
 
-def _leaves(rows: Sequence[Row]) -> np.ndarray:
+def _leaves(rows: Sequence[Request]) -> np.ndarray:
     """Whether each row leaves, each by its own rule: bool [N]."""
     found = np.empty(len(rows), bool)
     of = np.asarray([id(row.rule) for row in rows])

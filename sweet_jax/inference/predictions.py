@@ -27,7 +27,7 @@ class Prediction(NamedTuple):
         return float(self.probabilities.max())
 
 
-class NoText(NamedTuple):
+class InvalidRow(NamedTuple):
     """A row without a text, and why."""
 
     reason: str
@@ -42,7 +42,7 @@ class Predictions(NamedTuple):
     cost: np.ndarray  # float64 [N]
 
 
-def gather(found: Sequence[Prediction], classes: int) -> Predictions:
+def collect_predictions(found: Sequence[Prediction], classes: int) -> Predictions:
     """Predictions one by one as arrays."""
     labels, probabilities, exits, cost = zip(*found, strict=True) if found else ((),) * 4
     return Predictions(
@@ -53,7 +53,7 @@ def gather(found: Sequence[Prediction], classes: int) -> Predictions:
     )
 
 
-def checked(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
+def validate_text(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
     """A text, or a pair of them, as a tuple of one or two. Raises UserError for anything else.
 
     `number` is the row's, from 0, for the error.

@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.simulation import bootstrap
-from sweet_jax.files import written_aside
+from sweet_jax.exits.simulation import bootstrap_curve
+from sweet_jax.files import atomic_write
 from sweet_jax.report.series import (
     BOUNDS,
     baseline_series,
-    colour,
+    exit_color,
     loss_series,
     reliability_series,
 )
@@ -53,7 +53,7 @@ def write_figures(
 def write_figure(folder: Path, name: str, figure: Figure) -> None:
     """Writes one figure as .png and .svg."""
     for suffix in ("png", "svg"):
-        with written_aside(folder / f"{name}.{suffix}") as path:
+        with atomic_write(folder / f"{name}.{suffix}") as path:
             figure.savefig(path, dpi=150)
 
 
@@ -68,7 +68,7 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
         axes.step(analysis.curve.cost[r], analysis.curve.score[r], where="post", **style)
     axes.plot([], [], color="#21918c", label="every threshold, 95% band over rows")
     rows = analysis.validation.replica(best)
-    band = bootstrap(rows, analysis.policy, fitted=analysis.fitted.replica(best))
+    band = bootstrap_curve(rows, analysis.policy, fitted=analysis.fitted.replica(best))
     low, high = band.score_interval[0].T
     axes.fill_between(band.cost[0], low, high, color="#21918c", alpha=0.12, lw=0)
     grid = results["replicas"][best]["grid"]
@@ -118,7 +118,7 @@ def exits_figure(results: Mapping[str, Any]) -> Figure:
     for e, row in enumerate(rows):
         low, high = row["interval"]
         bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
-        axes.errorbar([e], [row["score"]], bars, fmt="o", color=colour(e), capsize=4)
+        axes.errorbar([e], [row["score"]], bars, fmt="o", color=exit_color(e), capsize=4)
     axes.set_xticks(range(len(rows)), [f"exit {row['layer']}" for row in rows])
     axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
     return figure
@@ -134,7 +134,9 @@ def reliability_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
             if name in row:
                 bins = row[name]
                 label = f"exit {row['layer']}, ECE {bins['error']:.3f}"
-                axes.plot(bins["confidence"], bins["correct"], "o-", color=colour(e), label=label)
+                axes.plot(
+                    bins["confidence"], bins["correct"], "o-", color=exit_color(e), label=label
+                )
         axes.set_title(f"{name} temperature scaling")
         axes.set_xlabel("confidence")
         axes.legend(frameon=False, fontsize=8)
@@ -146,7 +148,7 @@ def loss_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
     """Training loss of every exit."""
     figure, axes = _figure("training loss, mean of 20 steps")
     for e, row in enumerate(series):
-        axes.plot(row["step"], row["loss"], color=colour(e), label=f"exit {row['layer']}")
+        axes.plot(row["step"], row["loss"], color=exit_color(e), label=f"exit {row['layer']}")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy")
     axes.legend(frameon=False)

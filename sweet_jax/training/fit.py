@@ -20,18 +20,23 @@ from sweet_jax.data.batches import (
     bucket_lengths,
     padded_length,
     steps_per_epoch,
-    training_picks,
+    training_batch_indices,
 )
 from sweet_jax.models.pretrained import Checkpoint
-from sweet_jax.training.checkpoint import Checkpoints, like
-from sweet_jax.training.early_stopping import BestKeeper, Tuning
-from sweet_jax.training.growth import base_of
-from sweet_jax.training.initial import Training, initial_state
-from sweet_jax.training.loop import Span, shown, take_steps
-from sweet_jax.training.probe import Classifiers, with_classifiers
+from sweet_jax.training.checkpoint import Checkpoints, abstract_state
+from sweet_jax.training.early_stopping import BestStateTracker, TuningRows
+from sweet_jax.training.growth import base_config
+from sweet_jax.training.initialization import ModelSpec, initial_state
+from sweet_jax.training.loop import StepRange, open_log_and_progress, run_steps
+from sweet_jax.training.parallel import (
+    ExecutionPlan,
+    data_parallel_plan,
+    gather_params,
+    segment_parallel_plan,
+)
+from sweet_jax.training.probe import LinearClassifiers, with_classifiers
 from sweet_jax.training.schedule import check_interval, search_steps, training_steps
-from sweet_jax.training.sharding import resharded, to_host, with_axis, without_axis
-from sweet_jax.training.spread import Plan, gathered, spread_segments, spread_whole
+from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, reshard, to_host
 from sweet_jax.training.step import Params, State, StepSettings
 
 log = logging.getLogger(__name__)
@@ -49,14 +54,14 @@ class Timing:
 def fit(
     config: Config,
     checkpoint: Checkpoint,
-    training: Training,
+    training: ModelSpec,
     classes: int,
     tokens: Tokens,
     rows: Sequence[np.ndarray],
     workdir: Path,
     *,
-    tuning: Tuning | None = None,
-    probe: Classifiers | None = None,
+    tuning: TuningRows | None = None,
+    probe: LinearClassifiers | None = None,
     short: bool = False,
 ) -> tuple[nnx.GraphDef, Params, Timing]:
     """Trains one model for all replicas, from its newest checkpoint where there is one.
@@ -90,20 +95,20 @@ def fit(
     if config.max_steps and not short:
         stop = min(stop, config.max_steps)
     lengths = bucket_lengths(config.max_length)
-    state = without_axis(state, len(seeds))
-    spread = spread_segments if config.segment_parallel else spread_whole
+    state = drop_replica_axis(state, len(seeds))
+    spread = segment_parallel_plan if config.segment_parallel else data_parallel_plan
     plan = spread(config, settings, state, len(lengths))
     keeper = None
     if config.epochs == AUTO and not short:
         assert tuning is not None, "epochs=auto needs tuning rows"
         interval = check_interval(config.epochs, stop)
-        keeper = BestKeeper(config, training, graphdef, plan, tokens, tuning, state, interval)
+        keeper = BestStateTracker(config, training, graphdef, plan, tokens, tuning, state, interval)
     grouped = tokens.lengths if config.group_by_length else None
 
     def batch(number: int) -> tuple[Any, int]:
-        picked = training_picks(rows, seeds, number, config.batch_size, grouped)  # [R, B]
+        picked = training_batch_indices(rows, seeds, number, config.batch_size, grouped)  # [R, B]
         length = padded_length(tokens, picked, lengths)
-        return plan.place(tokens, without_axis(picked, len(seeds)), lengths), length
+        return plan.place(tokens, drop_replica_axis(picked, len(seeds)), lengths), length
 
     with contextlib.closing(Checkpoints(workdir / "checkpoints" / training.name)) as checkpoints:
         start, state = _restored(checkpoints, plan, keeper, state)
@@ -112,15 +117,18 @@ def fit(
         began = time.perf_counter()
         epoch = steps_per_epoch(len(rows[0]), config.batch_size)
         check = 0 if keeper is None else keeper.interval
-        span = Span(start, stop, epoch, config.checkpoint_every, check)
+        span = StepRange(start, stop, epoch, config.checkpoint_every, check)
         examples = config.batch_size * len(seeds)
 
         def save(step: int, parts: Any) -> None:
-            whole = plan.whole(parts)
+            whole = plan.from_devices(parts)
             checkpoints.save(step, whole if keeper is None else keeper.saved(whole))
 
-        with shown(workdir, training.name, training.exits, span, examples) as (metrics, bar):
-            parts = plan.parts(state)
+        with open_log_and_progress(workdir, training.name, training.exits, span, examples) as (
+            metrics,
+            bar,
+        ):
+            parts = plan.to_devices(state)
             evaluate: Callable[[int, Any], bool] | None = None
             if keeper is not None:
                 keeper.log, evaluate = metrics, keeper.evaluate
@@ -128,35 +136,40 @@ def fit(
                     evaluate(0, parts)
             if keeper is None or not keeper.has_ended(start):
                 exits = training.exits
-                parts = take_steps(plan, parts, batch, span, metrics, bar, exits, save, evaluate)
+                parts = run_steps(plan, parts, batch, span, metrics, bar, exits, save, evaluate)
             if stop == 0:
                 save(0, parts)
-    best = plan.whole(parts).params if keeper is None else keeper.best.params
-    params = with_axis(gathered(config, best), len(seeds))
-    taken = max(0, _step(plan.whole(parts)) - start)
+    best = plan.from_devices(parts).params if keeper is None else keeper.best.params
+    params = add_replica_axis(gather_params(config, best), len(seeds))
+    taken = max(0, _step(plan.from_devices(parts)) - start)
     steps = () if keeper is None else tuple(np.atleast_1d(keeper.best.step).tolist())
     timing = Timing(time.perf_counter() - began, taken * examples, steps)
     return graphdef, params, timing
 
 
 def _restored(
-    checkpoints: Checkpoints, plan: Plan, keeper: BestKeeper | None, state: State
+    checkpoints: Checkpoints, plan: ExecutionPlan, keeper: BestStateTracker | None, state: State
 ) -> tuple[int, State]:
     """Returns (step, state) of the newest checkpoint, or of the start; fills the keeper."""
     if keeper is None:
-        found = checkpoints.restore(like(state, plan.shardings))
-        return found or (0, resharded(state, plan.shardings))
+        found = checkpoints.restore(abstract_state(state, plan.shardings))
+        return found or (0, reshard(state, plan.shardings))
     tree = {"state": state, "best": keeper.first}
     shardings = {"state": plan.shardings, "best": keeper.shardings}
-    step, tree = checkpoints.restore(like(tree, shardings)) or (0, resharded(tree, shardings))
+    step, tree = checkpoints.restore(abstract_state(tree, shardings)) or (
+        0,
+        reshard(tree, shardings),
+    )
     best = tree["best"]
     keeper.best = best._replace(area=to_host(best.area), step=to_host(best.step))
     return step, tree["state"]
 
 
-def _probed(config: Config, params: Params, training: Training, probe: Classifiers) -> Params:
+def _probed(
+    config: Config, params: Params, training: ModelSpec, probe: LinearClassifiers
+) -> Params:
     """Returns parameters [R, ...] whose heads begin with the probe's; grown exits keep theirs."""
-    base = base_of(config)
+    base = base_config(config)
     kept = base.exits if base is not None else ()
     exits = [e for e in training.exits if e not in kept]
     return with_classifiers(params, exits, probe, [config.exits.index(e) for e in exits])
@@ -178,7 +191,7 @@ def step_settings(
     total = training_steps(config.epochs, rows, config.batch_size)
     if short:
         total = search_steps(total)
-    base = base_of(config)
+    base = base_config(config)
     return StepSettings(
         graphdef=graphdef,
         exits=exits,

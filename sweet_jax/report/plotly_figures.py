@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from sweet_jax.report.series import BOUNDS, baseline_series, colour
+from sweet_jax.report.series import BOUNDS, baseline_series, exit_color
 
 
 def layout(x: str, y: str) -> go.Figure:
@@ -102,7 +102,7 @@ def shares_figure(layers: Sequence[int]) -> go.Figure:
     figure.add_bar(
         x=[f"exit {layer}" for layer in layers],
         y=[0.0] * len(layers),
-        marker_color=[colour(e) for e in range(len(layers))],
+        marker_color=[exit_color(e) for e in range(len(layers))],
         texttemplate="%{y:.1%}",
         hoverinfo="skip",
     )
@@ -130,7 +130,7 @@ def reliability_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
                     y=bins["correct"],
                     customdata=bins["count"],
                     mode="lines+markers",
-                    line={"color": colour(e), "dash": dash},
+                    line={"color": exit_color(e), "dash": dash},
                     name=f"exit {row['layer']} {name}, ECE {bins['error']:.3f}",
                     hovertemplate="confidence %{x:.3f}<br>correct %{y:.3f}<br>%{customdata} rows",
                 )
@@ -146,6 +146,6 @@ def loss_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
             y=row["loss"],
             mode="lines",
             name=f"exit {row['layer']}",
-            line={"color": colour(e)},
+            line={"color": exit_color(e)},
         )
     return figure

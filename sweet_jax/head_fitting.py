@@ -16,20 +16,20 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import Config
-from sweet_jax.job import Job
-from sweet_jax.processes import broadcast_from_first, first_says, is_first, wait_for_all
+from sweet_jax.distributed import barrier, broadcast_from_primary, broadcast_number, is_primary
+from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.growth import base_of
-from sweet_jax.training.initial import Training, initial_state
+from sweet_jax.training.growth import base_config
+from sweet_jax.training.initialization import ModelSpec, initial_state
 from sweet_jax.training.probe import (
     ROWS,
-    Classifiers,
+    LinearClassifiers,
     fit_classifiers,
     read_classifiers,
     refit_path,
     with_classifiers,
 )
-from sweet_jax.training.sharding import by_replica, make_mesh, mesh_of, resharded, to_host
+from sweet_jax.training.sharding import make_mesh, mesh_of, replica_sharding, reshard, to_host
 from sweet_jax.training.step import Params
 
 log = logging.getLogger(__name__)
@@ -45,15 +45,15 @@ class Probe:
 
     """
 
-    classifiers: Classifiers
+    classifiers: LinearClassifiers
     predictions: np.ndarray
 
-    def pick(self, replicas: Sequence[int]) -> "Probe":
+    def select_replicas(self, replicas: Sequence[int]) -> "Probe":
         """Returns those of some replicas."""
-        return Probe(self.classifiers.pick(replicas), self.predictions[list(replicas)])
+        return Probe(self.classifiers.select_replicas(replicas), self.predictions[list(replicas)])
 
 
-def pick_replicas(job: Job, config: Config, replicas: Sequence[int]) -> Job:
+def select_replicas(job: PreparedRun, config: Config, replicas: Sequence[int]) -> PreparedRun:
     """Returns the job of some replicas alone, which are those of `config`."""
     return dataclasses.replace(
         job,
@@ -63,21 +63,21 @@ def pick_replicas(job: Job, config: Config, replicas: Sequence[int]) -> Job:
     )
 
 
-def fit_probe(job: Job, workdir: Path) -> Probe:
+def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     """Fits a logistic regression at every exit of the encoder that training starts from.
 
     One pass of the frozen encoder over training, tuning and validation rows. What is found is kept
     in probe.npz, and read by the run that goes on.
     """
     path = workdir / "probe.npz"
-    if first_says(path.exists()):
+    if broadcast_number(path.exists()):
         known = read_classifiers(path)
         assert known is not None, f"{path} is the first process's alone: workdirs are shared"
         with np.load(path, allow_pickle=False) as arrays:
             return Probe(known, arrays["predictions"])
     began = time.perf_counter()
     config, classes = job.config, len(job.dataset.classes)
-    training = Training("probe", config.exits)
+    training = ModelSpec("probe", config.exits)
     graphdef, state = initial_state(config, job.checkpoint, training, classes)
     params = state.params
     own, held = _rows(job)
@@ -89,7 +89,7 @@ def fit_probe(job: Job, workdir: Path) -> Probe:
         params = jax.tree.map(lambda x: x[:1], params)
         rows = np.unique(rows)[None]  # [1, U], ascending
     mesh = make_mesh(len(rows), config.batch_size)
-    params = resharded(params, jax.tree.map(lambda _: by_replica(mesh, len(rows)), params))
+    params = reshard(params, jax.tree.map(lambda _: replica_sharding(mesh, len(rows)), params))
     program = compile_evaluation(config, graphdef, mesh, features=True)
     features = evaluate(config, program, params, job.train, rows, features=True).features
     assert features is not None
@@ -109,16 +109,16 @@ def fit_probe(job: Job, workdir: Path) -> Probe:
     every = np.tile(np.arange(len(job.validation)), (len(rows), 1))  # [R or 1, N]
     features = evaluate(config, program, params, job.validation, every, features=True).features
     assert features is not None
-    found = broadcast_from_first(found)
+    found = broadcast_from_primary(found)
     probe = Probe(found, found.predictions(np.asarray(features)))
-    if is_first():
+    if is_primary():
         found.save(path, predictions=probe.predictions)
-    wait_for_all("probe")
+    barrier("probe")
     log.info("probe: %.0f seconds", time.perf_counter() - began)
     return probe
 
 
-def _rows(job: Job) -> tuple[np.ndarray, np.ndarray]:
+def _rows(job: PreparedRun) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows that regressions are fitted on, int [R, N], and tuned on, int [R, M].
 
     Of a large file as many as are drawn by a fixed seed: more would take hours and say no more.
@@ -142,14 +142,14 @@ def _same_features(params: Params) -> bool:
 
 
 def refit_heads(
-    job: Job, training: Training, graphdef: nnx.GraphDef, params: Params, workdir: Path
+    job: PreparedRun, training: ModelSpec, graphdef: nnx.GraphDef, params: Params, workdir: Path
 ) -> Params:
     """Returns trained parameters [R, ...] with the classifiers fitted again on the trained encoder.
 
     Exits of a run that this one grows from stay as they are, and so do replicas that diverged. What
     is found is kept in `refit/`, for a run that grows from this one.
     """
-    config, base = job.config, base_of(job.config)
+    config, base = job.config, base_config(job.config)
     kept = base.exits if base is not None else ()
     own, held = _rows(job)
     rows = np.concatenate([own, held], axis=1)  # [R, N + M]
@@ -163,14 +163,14 @@ def refit_heads(
     count = own.shape[1]
     labels, classes = job.train.labels[rows], len(job.dataset.classes)
     found = fit_classifiers(features, labels, places[:, :count], places[:, count:], classes)
-    found = Classifiers(*(np.array(array) for array in broadcast_from_first(found)))
+    found = LinearClassifiers(*(np.array(array) for array in broadcast_from_primary(found)))
     for e, layer in enumerate(training.exits):
         dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])
         own_kept = ~sound | (layer in kept)  # [R]
         found.kernel[own_kept, e] = dense["kernel"][own_kept]
         found.bias[own_kept, e] = dense["bias"][own_kept]
-    if is_first():
+    if is_primary():
         found.save(refit_path(workdir, training.name))
-    wait_for_all("refit")
+    barrier("refit")
     new = with_classifiers(params, training.exits, found, range(len(training.exits)))
-    return resharded(new, jax.tree.map(lambda x: x.sharding, params))
+    return reshard(new, jax.tree.map(lambda x: x.sharding, params))

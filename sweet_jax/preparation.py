@@ -8,13 +8,19 @@ import jax
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import Tokens, apart, draw_rows, draw_tuning_rows, tokenize
-from sweet_jax.data.load import Dataset, load_dataset, take, task_of
+from sweet_jax.data.batches import (
+    Tokens,
+    drop_duplicates,
+    split_calibration_rows,
+    split_tuning_rows,
+    tokenize,
+)
+from sweet_jax.data.load import Dataset, load_dataset, select_rows, task_of
 from sweet_jax.models.pooling import DEFAULT_POOLING, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
-from sweet_jax.training.growth import base_of
-from sweet_jax.training.initial import base_folder, trained_as
-from sweet_jax.training.spread import check_devices
+from sweet_jax.training.growth import base_config
+from sweet_jax.training.initialization import base_checkpoint_folder, with_training_dropout
+from sweet_jax.training.parallel import check_devices
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +28,7 @@ _FEW = 30  # calibration rows: one of them is more than 3 points of accuracy
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PreparedRun:
     """A config with everything it names, read and checked."""
 
     config: Config  # resolved
@@ -36,7 +42,7 @@ class Job:
     tuning: list[np.ndarray]  # of each replica; empty where nothing is tuned
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config) -> PreparedRun:
     """Reads and checks all that a config names. Raises UserError; writes nothing."""
     config = config.resolved()
     task_of(config)  # a misspelt name is told before a hub is asked for anything
@@ -45,17 +51,19 @@ def prepare(config: Config) -> Job:
         pooling = declared_pooling(checkpoint.folder) or DEFAULT_POOLING
         config = dataclasses.replace(config, pooling=pooling)
     _check_against(checkpoint, config)
-    trained_as(config, checkpoint)
+    with_training_dropout(config, checkpoint)
     read_encoder(checkpoint)  # a damaged file must be known before anything is written
     dataset = load_dataset(config)
-    base = base_of(config, dataset.digest())
+    base = base_config(config, dataset.digest())
     if base is not None:
-        base_folder(config, base)
+        base_checkpoint_folder(config, base)
     check_devices(config)
     tokenizer = load_tokenizer(checkpoint)
-    drawn = [draw_rows(dataset.train.labels, config, seed) for seed, _ in config.replicas()]
+    drawn = [
+        split_calibration_rows(dataset.train.labels, config, seed) for seed, _ in config.replicas()
+    ]
     before = len(drawn[0][0])
-    drawn = apart(dataset.train.texts, drawn)
+    drawn = drop_duplicates(dataset.train.texts, drawn)
     if len(drawn[0][0]) < before:
         repeats = before - len(drawn[0][0])
         log.info("%d training rows repeat a calibration text: left out", repeats)
@@ -72,11 +80,13 @@ def prepare(config: Config) -> Job:
     used = np.unique(np.concatenate([*(rows for pair in drawn for rows in pair), *tuning]))
     rows = [(np.searchsorted(used, t), np.searchsorted(used, h)) for t, h in drawn]
     tuning = [np.searchsorted(used, t) for t in tuning]
-    kept = take(dataset.train, used)
+    kept = select_rows(dataset.train, used)
     train, validation = (
         tokenize(tokenizer, split, config.max_length) for split in (kept, dataset.validation)
     )
-    return Job(config, checkpoint, dataset, tokenizer, kept.texts, train, validation, rows, tuning)
+    return PreparedRun(
+        config, checkpoint, dataset, tokenizer, kept.texts, train, validation, rows, tuning
+    )
 
 
 def _with_tuning_rows(
@@ -87,16 +97,16 @@ def _with_tuning_rows(
         return drawn, [np.empty(0, int)] * len(drawn)
     labels, texts = dataset.train.labels, dataset.train.texts
     split = [
-        draw_tuning_rows(labels, trained, config.tuning_fraction, seed)
+        split_tuning_rows(labels, trained, config.tuning_fraction, seed)
         for (seed, _), (trained, _) in zip(config.replicas(), drawn, strict=True)
     ]
-    split = apart(texts, split)
+    split = drop_duplicates(texts, split)
     size = min(len(tuning) for _, tuning in split)
     rows = [(t, held) for (t, _), (_, held) in zip(split, drawn, strict=True)]
     return rows, [tuning[:size] for _, tuning in split]
 
 
-def describe(job: Job) -> None:
+def log_description(job: PreparedRun) -> None:
     """Logs what will be trained, on how many rows and devices."""
     train, calibration = job.rows[0]
     if job.config.calibration == "held_out" and len(calibration) < _FEW:

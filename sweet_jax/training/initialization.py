@@ -13,43 +13,43 @@ from flax import nnx
 from sweet_jax.config import Config, UserError
 from sweet_jax.models.attention import check_attention
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.models.layers import derive
-from sweet_jax.models.owners import owners
+from sweet_jax.models.layers import derive_key
+from sweet_jax.models.ownership import parameter_owners
 from sweet_jax.models.pretrained import Checkpoint, read_encoder
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
 from sweet_jax.training.growth import (
-    base_directory,
-    base_of,
-    grown,
-    replicas_of,
+    base_config,
+    base_replicas,
+    base_run_directory,
+    merge_grown_params,
     trained_replicas,
 )
 from sweet_jax.training.probe import read_classifiers, refit_path, with_classifiers
-from sweet_jax.training.step import Params, State, new_state
+from sweet_jax.training.step import Params, State, init_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class ModelSpec:
     """One model to be trained for all replicas: every exit, or one depth of Multi-Model."""
 
     name: str
     exits: tuple[int, ...]
 
 
-def trainings(config: Config) -> tuple[Training, ...]:
+def model_specs(config: Config) -> tuple[ModelSpec, ...]:
     """The models a method trains: Multi-Model one for each depth, the others one in all."""
     if config.method == "multi_model":
-        return tuple(Training(f"depth_{e:02d}", (e,)) for e in config.exits)
-    return (Training("exits_" + "_".join(map(str, config.exits)), config.exits),)
+        return tuple(ModelSpec(f"depth_{e:02d}", (e,)) for e in config.exits)
+    return (ModelSpec("exits_" + "_".join(map(str, config.exits)), config.exits),)
 
 
 def make_model(
     config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, seed: int
 ) -> EarlyExit:
     """A model as deep as its last exit with random parameters from `seed`."""
-    key = derive(jax.random.key(seed), "parameters")
-    encoder = trained_as(config, checkpoint).encoder(key, config.dtype, depth=exits[-1])
-    encoder.attend_by(config.attention)
+    key = derive_key(jax.random.key(seed), "parameters")
+    encoder = with_training_dropout(config, checkpoint).encoder(key, config.dtype, depth=exits[-1])
+    encoder.set_attention(config.attention)
     return EarlyExit(
         encoder,
         exits,
@@ -64,7 +64,7 @@ def make_model(
     )
 
 
-def trained_as(config: Config, checkpoint: Checkpoint) -> Checkpoint:
+def with_training_dropout(config: Config, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the dropout that a config trains it with; raises UserError where the
     attention that the config asks for does not go with it.
     """
@@ -83,7 +83,7 @@ def trained_as(config: Config, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def initial_state(
-    config: Config, checkpoint: Checkpoint, training: Training, classes: int
+    config: Config, checkpoint: Checkpoint, training: ModelSpec, classes: int
 ) -> tuple[nnx.GraphDef, State]:
     """The model's structure and the stacked state [R, ...] on the host: pretrained where the
     checkpoint has it, random by seed where not, and of the run that it grows from.
@@ -91,7 +91,7 @@ def initial_state(
     Raises UserError where that run will not do.
     """
     encoder, pooler = read_encoder(checkpoint, training.exits[-1])
-    base = base_of(config)
+    base = base_config(config)
     trunks = [None] * len(config.replicas())
     if base is not None:
         trunks = base_params(config, base)
@@ -106,20 +106,20 @@ def initial_state(
                     holder["pooler"] = pooler
         trained = None
         if base is not None:
-            params = grown(params, trunk)
-            owner_of = owners(params, training.exits)
+            params = merge_grown_params(params, trunk)
+            owner_of = parameter_owners(params, training.exits)
             trained = jax.tree.map(lambda o, x: None if o in base.exits else x, owner_of, params)
-        return graphdef, jax.tree.map(np.asarray, new_state(params, rate, seed, trained))
+        return graphdef, jax.tree.map(np.asarray, init_state(params, rate, seed, trained))
 
     pairs = zip(config.replicas(), trunks, strict=True)
     stacked = [one(*replica, trunk) for replica, trunk in pairs]
     return stacked[0][0], jax.tree.map(lambda *x: np.stack(x), *(state for _, state in stacked))
 
 
-def base_folder(config: Config, base: Config) -> Path:
+def base_checkpoint_folder(config: Config, base: Config) -> Path:
     """Where the checkpoints are that a config grows from; raises UserError where there are none."""
-    (training,) = trainings(base)
-    folder = base_directory(config) / "checkpoints" / training.name
+    (training,) = model_specs(base)
+    folder = base_run_directory(config) / "checkpoints" / training.name
     if not has_checkpoint(folder):
         raise UserError(_lost(config, folder))
     return folder
@@ -130,19 +130,19 @@ def base_params(config: Config, base: Config) -> list[Params]:
 
     Raises UserError where the run that a config grows from has lost its checkpoints.
     """
-    folder = base_folder(config, base)
+    folder = base_checkpoint_folder(config, base)
     params = read_params(folder)
     if params is None:
         raise UserError(_lost(config, folder))
     if len(trained_replicas(config)) == 1:  # without the axis R
         params = jax.tree.map(lambda x: x[None], params)
     if base.head_refit:
-        (training,) = trainings(base)
-        found = read_classifiers(refit_path(base_directory(config), training.name))
+        (training,) = model_specs(base)
+        found = read_classifiers(refit_path(base_run_directory(config), training.name))
         if found is None:
             raise UserError(_lost(config, folder))
         params = with_classifiers(params, base.exits, found, range(len(base.exits)))
-    return [jax.tree.map(lambda x, r=r: x[r], params) for r in replicas_of(config)]
+    return [jax.tree.map(lambda x, r=r: x[r], params) for r in base_replicas(config)]
 
 
 def _lost(config: Config, folder: Path) -> str:

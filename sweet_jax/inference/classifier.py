@@ -12,17 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.compilation import keep_programs
+from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
 from sweet_jax.data.read import one_line
-from sweet_jax.exits.fitted import Fitted
-from sweet_jax.exits.policies import POLICIES, Policy
-from sweet_jax.serving.answers import NoText, Prediction, Predictions, Text, checked, gather
-from sweet_jax.serving.clock import read_clock
-from sweet_jax.serving.flow import ExitRule, Flow, Row
-from sweet_jax.serving.programs import Programs, batch_sizes, plan, row_lengths
-from sweet_jax.serving.saved import SavedModel, open_model
+from sweet_jax.exits.calibrator import Calibrator
+from sweet_jax.exits.policies import POLICIES, PolicyFunction
+from sweet_jax.inference.artifact import SavedModel, open_model
+from sweet_jax.inference.jax_engine import JaxEngine, batch_sizes, make_stages, row_lengths
+from sweet_jax.inference.latency import read_latency
+from sweet_jax.inference.predictions import (
+    InvalidRow,
+    Prediction,
+    Predictions,
+    Text,
+    collect_predictions,
+    validate_text,
+)
+from sweet_jax.inference.scheduler import ExitRule, Request, Scheduler
 
 MODES = ("throughput", "latency")
 
@@ -54,37 +61,37 @@ class AdaptiveClassifier:
     def __init__(
         self,
         model: SavedModel,
-        policy: str | Policy | None = None,
+        policy: str | PolicyFunction | None = None,
         dial: Mapping[str, float] = types.MappingProxyType({}),
-        programs: Programs | None = None,
+        programs: JaxEngine | None = None,
     ):
         self.model, self.classes, self.layers = model, model.classes, model.layers
         self.policy = model.about["policy"] if policy is None else policy
         if isinstance(self.policy, str):
             check_choice("policy", self.policy, POLICIES)
             clock = None
-            if "milliseconds" in dial and (measured := read_clock(model)) is not None:
+            if "milliseconds" in dial and (measured := read_latency(model)) is not None:
                 clock = measured.alone(int(model.about["median_tokens"]))
-            self.threshold, fitted = model.dials.threshold(self.policy, **dial, clock=clock)
+            self.threshold, fitted = model.resolver.threshold(self.policy, **dial, clock=clock)
         elif set(dial) - {"level"} == {"threshold"}:
-            self.threshold, fitted = dial["threshold"], model.dials.fitted
+            self.threshold, fitted = dial["threshold"], model.resolver.fitted
         else:
             raise UserError("a policy of your own needs threshold=; the other dials know names")
         self._leaving: list[float] = []
         if isinstance(self.policy, str):
-            self._leaving = model.dials.trades[self.policy].leaving(self.threshold)
+            self._leaving = model.resolver.trades[self.policy].leaving(self.threshold)
         self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
         self.full = self.threshold == math.inf
         self._lengths = row_lengths(model.max_length)
-        self._programs = programs or Programs(model)
-        self._idle: dict[tuple[int, int | None], list[Flow]] = {}  # by batch size and wait
+        self._programs = programs or JaxEngine(model)
+        self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
 
     @classmethod
     def from_pretrained(
         cls,
         name: str | Path,
         *,
-        policy: str | Policy | None = None,
+        policy: str | PolicyFunction | None = None,
         threshold: float | None = None,
         cost: float | None = None,
         accuracy: float | None = None,
@@ -120,13 +127,13 @@ class AdaptiveClassifier:
         Raises UserError, see `open_model` and `Dials.threshold`.
 
         """
-        keep_programs(cache_dir)
+        enable_compilation_cache(cache_dir)
         every = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
         every |= {"agreement": agreement, "milliseconds": milliseconds, "level": level}
         dial = {k: v for k, v in every.items() if v is not None}
         return cls(open_model(name, dtype), policy, dial)
 
-    def at(self, policy: str | Policy | None = None, **dial: float) -> "AdaptiveClassifier":
+    def at(self, policy: str | PolicyFunction | None = None, **dial: float) -> "AdaptiveClassifier":
         """The same model with another policy or dial; what is compiled is shared.
 
         Raises UserError likewise.
@@ -134,7 +141,7 @@ class AdaptiveClassifier:
         return AdaptiveClassifier(self.model, policy or self.policy, dial, self._programs)
 
     @property
-    def fitted(self) -> Fitted:
+    def fitted(self) -> Calibrator:
         """What the policy reads: temperatures, and curves."""
         return self._rule.fitted
 
@@ -188,7 +195,7 @@ class AdaptiveClassifier:
 
         """
         found = list(self.stream(texts, batch_size, mode))
-        return gather(found, len(self.classes))
+        return collect_predictions(found, len(self.classes))
 
     def stream(
         self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
@@ -206,7 +213,7 @@ class AdaptiveClassifier:
         yield from self.stream_rows(texts, batch_size, mode)
 
     def stream_rows(
-        self, texts: Iterable[Text | NoText], batch_size: int = 32, mode: str = "throughput"
+        self, texts: Iterable[Text | InvalidRow], batch_size: int = 32, mode: str = "throughput"
     ) -> Iterator[Any]:
         """`stream` of rows of which some have no text: each NoText is given back in its place."""
         check_choice("mode", mode, MODES)
@@ -215,11 +222,11 @@ class AdaptiveClassifier:
         wait = 16 * batch_size if mode == "throughput" else None
         idle = self._idle.setdefault((batch_size, wait), [])
         flow = idle.pop() if idle else self.flow(batch_size, wait)
-        ready: dict[int, Row | NoText] = {}
+        ready: dict[int, Request | InvalidRow] = {}
         given = read = 0
         for chunk in _chunks(texts, batch_size):
             for number, none in enumerate(chunk, start=read):
-                if isinstance(none, NoText):
+                if isinstance(none, InvalidRow):
                     ready[number] = none
                     flow.pass_by()
             for row in self.encode(chunk, read, alike=mode == "latency"):
@@ -235,8 +242,8 @@ class AdaptiveClassifier:
         for number in range(given, read):
             yield self._given(ready.pop(number))
 
-    def _given(self, row: Row | NoText) -> Prediction | NoText:
-        return row if isinstance(row, NoText) else self.answer(row)
+    def _given(self, row: Request | InvalidRow) -> Prediction | InvalidRow:
+        return row if isinstance(row, InvalidRow) else self.answer(row)
 
     def push_to_hub(self, name: str, *, private: bool = False) -> str:
         """Uploads the folder it was read from to the Hugging Face hub; returns its address.
@@ -255,40 +262,42 @@ class AdaptiveClassifier:
                 f"could not push {str(folder)!r} to {name!r}: {one_line(error)}"
             ) from error
 
-    def flow(self, batch_size: int, wait: int | None = None, *, full: bool | None = None) -> Flow:
-        """New queues for rows to go through, see `Flow`. Raises UserError for batch_size below 1.
+    def flow(
+        self, batch_size: int, wait: int | None = None, *, full: bool | None = None
+    ) -> Scheduler:
+        """Returns a new `Scheduler`. Raises UserError for batch_size below 1.
 
         `full`: of the last exit alone; default as the dial says.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")
         full = self.full if full is None else full
-        stages = plan(self.model.networks, full=full, leaving=self._leaving)
-        return Flow(self._programs, stages, batch_size, wait)
+        stages = make_stages(self.model.networks, full=full, leaving=self._leaving)
+        return Scheduler(self._programs, stages, batch_size, wait)
 
     def encode(
-        self, texts: Sequence[Text | NoText], first: int = 0, *, alike: bool = False
-    ) -> list[Row]:
+        self, texts: Sequence[Text | InvalidRow], first: int = 0, *, alike: bool = False
+    ) -> list[Request]:
         """Texts as rows numbered by place from `first`; `alike` pads all of them to one length.
 
         NoText has no row.
         """
         pairs = len(self.model.text_columns) == 2
         given = {
-            number: checked(text, pairs, number)
+            number: validate_text(text, pairs, number)
             for number, text in enumerate(texts, start=first)
-            if not isinstance(text, NoText)
+            if not isinstance(text, InvalidRow)
         }
         if not given:
             return []
         ids, kinds = encode(self.model.tokenizer, list(given.values()), self.model.max_length)
         longest = max(len(row) for row in ids)
         return [
-            Row(number, i, t, self._length(longest if alike else len(i)), self._rule)
+            Request(number, i, t, self._length(longest if alike else len(i)), self._rule)
             for number, i, t in zip(given, ids, kinds, strict=True)
         ]
 
-    def answer(self, row: Row) -> Prediction:
+    def answer(self, row: Request) -> Prediction:
         """What a row that left says."""
         exits = np.asarray([row.exit])
         (probabilities,) = row.rule.probabilities(row.logits[-1][None], exits)
@@ -298,7 +307,7 @@ class AdaptiveClassifier:
         cost = 1.0 if alone else float(self.model.cost[row.exit])
         return Prediction(label, probabilities, self.layers[row.exit], cost)
 
-    def passed(self, row: Row) -> list[tuple[int, str, float]]:
+    def passed(self, row: Request) -> list[tuple[int, str, float]]:
         """(layer, label, its probability) at every exit that a row came by."""
         first = row.exit + 1 - len(row.logits)  # of the full model alone, the last
         exits = np.arange(first, row.exit + 1)

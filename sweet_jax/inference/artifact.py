@@ -19,13 +19,13 @@ from flax import nnx
 
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.load import Dataset
-from sweet_jax.exits.analysis import Analysis, Choice, full_score
-from sweet_jax.exits.dials import Dials, deployed
+from sweet_jax.exits.analysis import Analysis, OperatingPoint, cheapest_full_score
+from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import write_json, write_text
 from sweet_jax.models.early_exit import EarlyExit
-from sweet_jax.models.names import hugging_face_tensors
 from sweet_jax.models.pooling import POOLINGS
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
+from sweet_jax.models.tensor_names import hugging_face_tensors
 from sweet_jax.models.tensors import read_tensors
 
 EXITS_VERSION = 5  # of exits.json
@@ -33,7 +33,7 @@ _READABLE = (4, EXITS_VERSION)  # 4 had no pooling: it was "first"
 DTYPES = ("float32", "bfloat16")
 
 
-class Model(NamedTuple):
+class TrainedModel(NamedTuple):
     """One trained model: its exits and its parameters, of one replica or [R, ...] of all."""
 
     exits: tuple[int, ...]
@@ -47,7 +47,7 @@ def save_model(
     config: Config,
     dataset: Dataset,
     analysis: Analysis,
-    models: Sequence[Model],
+    models: Sequence[TrainedModel],
     *,
     card: str,
     median_tokens: int,
@@ -86,7 +86,7 @@ def save_model(
 
 def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, Any]:
     best = analysis.best
-    keep = full_score(analysis, best)
+    keep = cheapest_full_score(analysis, best)
     seed, rate = analysis.replicas[best]
     temperatures = analysis.temperatures[best]
     return {
@@ -103,8 +103,8 @@ def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, An
         "cost": np.asarray(analysis.validation.cost).tolist(),
         "policy": config.policy,
         "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
-        "dials": analysis.dials(best, deployed(analysis.validation)).as_dict()
-        | {"full_score": keep.as_dict() if isinstance(keep, Choice) else None},
+        "dials": analysis.resolver(best, deployable_policies(analysis.validation)).as_dict()
+        | {"full_score": keep.as_dict() if isinstance(keep, OperatingPoint) else None},
     }
 
 
@@ -134,7 +134,7 @@ class SavedModel:
       layers: of the exits [E].
       cost: float64 [E], share of the full model's layers spent when exit e answers.
       max_length: tokens at most.
-      dials: what calibration rows said.
+      resolver: of targets to thresholds, fitted on calibration rows.
       networks: one, or under Multi-Model one for each exit.
 
     """
@@ -146,7 +146,7 @@ class SavedModel:
     layers: tuple[int, ...]
     cost: np.ndarray
     max_length: int
-    dials: Dials
+    resolver: ThresholdResolver
     networks: tuple[Network, ...]
 
     @property
@@ -172,7 +172,7 @@ def open_model(name: str | Path, dtype: str = "float32") -> SavedModel:
     checkpoint = open_checkpoint(str(name))
     about = _read_exits(checkpoint.folder)
     try:
-        dials = Dials.from_dict(about["dials"])
+        resolver = ThresholdResolver.from_dict(about["dials"])
         places = [(checkpoint.folder / m["folder"], tuple(m["exits"])) for m in about["models"]]
         classes, layers = tuple(about["classes"]), tuple(about["layers"])
         cost = np.asarray(about["cost"], np.float64)
@@ -195,7 +195,7 @@ def open_model(name: str | Path, dtype: str = "float32") -> SavedModel:
         layers,
         cost,
         max_length,
-        dials,
+        resolver,
         tuple(
             _network(open_checkpoint(str(p)), e, len(classes), pooling, dtype) for p, e in places
         ),

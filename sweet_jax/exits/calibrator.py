@@ -13,14 +13,14 @@ from sweet_jax.exits.calibration import (
     CURVES,
     ReliabilityCurve,
     confidence,
-    fit_curve,
+    fit_reliability_curve,
     fit_temperatures,
 )
 from sweet_jax.exits.outputs import ExitOutputs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fitted:
+class Calibrator:
     """What calibration rows say of every exit, before any threshold is chosen.
 
     Attributes:
@@ -35,15 +35,15 @@ class Fitted:
         default_factory=dict
     )
 
-    def replica(self, index: int) -> "Fitted":
+    def replica(self, index: int) -> "Calibrator":
         """One replica's alone, R = 1."""
         curves = {kind: every[index : index + 1] for kind, every in self.curves.items()}
-        return Fitted(self.temperatures[index : index + 1], curves)
+        return Calibrator(self.temperatures[index : index + 1], curves)
 
-    def exits(self, count: int) -> "Fitted":
+    def exits(self, count: int) -> "Calibrator":
         """Of the first `count` exits alone."""
         curves = {kind: tuple(r[:count] for r in every) for kind, every in self.curves.items()}
-        return Fitted(self.temperatures[:, :count], curves)
+        return Calibrator(self.temperatures[:, :count], curves)
 
     def as_dict(self) -> dict[str, Any]:
         """One replica's, R = 1, as it stands in exits.json; `from_dict` gives it back exactly."""
@@ -54,7 +54,7 @@ class Fitted:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Fitted":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibrator":
         """What `as_dict` gave, R = 1."""
         temperatures = np.asarray([values["temperatures"]], np.float64)  # None becomes NaN
         curves = {
@@ -64,7 +64,7 @@ class Fitted:
         return cls(temperatures, curves)
 
 
-def fit(calibration: ExitOutputs, kinds: Sequence[str] = CURVES) -> Fitted:
+def fit_calibrator(calibration: ExitOutputs, kinds: Sequence[str] = CURVES) -> Calibrator:
     """Temperatures [R, E], and the curves of some of CURVES, of the confidence after them."""
     temperatures = fit_temperatures(calibration)
     levels = confidence(calibration, temperatures)  # [R, E, N], as the policies read the curves
@@ -72,9 +72,9 @@ def fit(calibration: ExitOutputs, kinds: Sequence[str] = CURVES) -> Fitted:
     low = 1 / calibration.logits.shape[-1]
     curves = {
         kind: tuple(
-            tuple(fit_curve(kind, s, r, low) for s, r in zip(*replica, strict=True))
+            tuple(fit_reliability_curve(kind, s, r, low) for s, r in zip(*replica, strict=True))
             for replica in zip(levels, right, strict=True)
         )
         for kind in kinds
     }
-    return Fitted(temperatures, curves)
+    return Calibrator(temperatures, curves)

@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError, check_choice
-from sweet_jax.exits.fitted import Fitted, fit
+from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
+from sweet_jax.exits.certificates import (
+    CERTIFICATE_KINDS,
+    Certificate,
+    LossCounts,
+    candidate_thresholds,
+    certify,
+    count_losses,
+)
+from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, cross_fitted, exit_scores
-from sweet_jax.exits.risk import KINDS, Certificate, Trials, candidates, certify, try_thresholds
-from sweet_jax.exits.scores import score
+from sweet_jax.exits.pareto import ParetoFront
+from sweet_jax.exits.policies import POLICIES, cross_fitted_confidences, exit_confidences
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.exits.trades import Trade
 
 # What each dial may be set to.
-RANGES = {
+TARGET_RANGES = {
     "threshold": (-np.inf, np.inf),
     "cost": (0.0, np.inf),
     "milliseconds": (0.0, np.inf),
@@ -31,13 +38,13 @@ RANGES = {
 }
 
 
-def check_dials(values: Mapping[str, float | None], prefix: str = "") -> None:
+def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
     """Raises UserError where two dials of RANGES are set, or one to a value out of its range.
 
     `prefix` stands before the names in the error.
     """
     for name, value in values.items():
-        low, high = RANGES[name]
+        low, high = TARGET_RANGES[name]
         if value is not None and not isinstance(value, numbers.Real):
             raise UserError(f"{prefix}{name} must be a number; got {value!r}")
         if value is not None and not low <= value <= high:
@@ -48,7 +55,7 @@ def check_dials(values: Mapping[str, float | None], prefix: str = "") -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dials:
+class ThresholdResolver:
     """What calibration rows say of one trained model: R = 1 throughout.
 
     Attributes:
@@ -62,11 +69,11 @@ class Dials:
 
     """
 
-    fitted: Fitted
+    fitted: Calibrator
     full: float
-    trades: Mapping[str, Trade]
-    halved: Fitted | None
-    trials: Mapping[str, Mapping[str, Trials]]
+    trades: Mapping[str, ParetoFront]
+    halved: Calibrator | None
+    trials: Mapping[str, Mapping[str, LossCounts]]
     compared: int = 1
 
     def threshold(
@@ -81,7 +88,7 @@ class Dials:
         milliseconds: float | None = None,
         level: float = 0.95,
         clock: np.ndarray | None = None,
-    ) -> tuple[float, Fitted]:
+    ) -> tuple[float, Calibrator]:
         """The threshold that a dial stands for, and what the policy is to read.
 
         Without a dial, the cheapest threshold that keeps the last exit's score. Raises UserError
@@ -91,7 +98,7 @@ class Dials:
         """
         asked = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
         asked |= {"agreement": agreement, "milliseconds": milliseconds, "level": level}
-        check_dials(asked)
+        check_targets(asked)
         check_choice("policy", policy, POLICIES)
         if policy not in self.trades:
             raise UserError(
@@ -126,7 +133,7 @@ class Dials:
 
     def _certified(
         self, policy: str, kind: str, limit: float, level: float
-    ) -> tuple[float, Fitted]:
+    ) -> tuple[float, Calibrator]:
         found = self.certificate(policy, kind, limit, level)
         if found.threshold is None:
             best = found.bound if kind == "risk" else 1 - found.bound
@@ -171,70 +178,74 @@ class Dials:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Dials":
+    def from_dict(cls, values: Mapping[str, Any]) -> "ThresholdResolver":
         """What `as_dict` gave."""
         trades = {
-            policy: Trade(**{f.name: np.asarray(v[f.name]) for f in dataclasses.fields(Trade)})
+            policy: ParetoFront(
+                **{f.name: np.asarray(v[f.name]) for f in dataclasses.fields(ParetoFront)}
+            )
             for policy, v in values["trades"].items()
         }
         certificates = values["certificates"] or {"fitted": None, "trials": {}}
         halved = certificates["fitted"]
         trials = {
-            policy: {kind: Trials.from_dict(v) for kind, v in every.items()}
+            policy: {kind: LossCounts.from_dict(v) for kind, v in every.items()}
             for policy, every in certificates["trials"].items()
         }
         return cls(
-            Fitted.from_dict(values),
+            Calibrator.from_dict(values),
             float(values["full"]),
             trades,
-            halved and Fitted.from_dict(halved),
+            halved and Calibrator.from_dict(halved),
             trials,
             int(values["compared"]),
         )
 
 
-def make_dials(
+def make_resolver(
     calibration: ExitOutputs, policies: tuple[str, ...] | None = None, compared: int = 1
-) -> Dials:
+) -> ThresholdResolver:
     """The dials of one replica's calibration rows, R = 1; by default of all that can be deployed.
 
     Left out are learning-to-exit where it was not learned, and its min-max variant, which needs all
     rows at once. `compared` is how many replicas the rows had to choose from.
     """
-    fitted = fit(calibration)
+    fitted = fit_calibrator(calibration)
     metric, classes = calibration.identity.get("metric", "accuracy"), calibration.logits.shape[-1]
-    full = score(metric, calibration.predictions[0, -1], calibration.labels[0], classes)
-    names = policies or deployed(calibration)
+    full = compute_metric(metric, calibration.predictions[0, -1], calibration.labels[0], classes)
+    names = policies or deployable_policies(calibration)
     trades, trials = {}, {}
     halves = _halves(calibration)
-    halved = None if halves is None else fit(halves[0])
+    halved = None if halves is None else fit_calibrator(halves[0])
     for name in names:
-        scores = calibration_scores(calibration, name, fitted)
-        trades[name] = Trade.of(simulate(calibration, lambda *_, s=scores: s), 0)
-        if halves is not None and deployable(name, calibration):
+        scores = calibration_confidences(calibration, name, fitted)
+        trades[name] = ParetoFront.of(simulate(calibration, lambda *_, s=scores: s), 0)
+        if halves is not None and is_deployable(name, calibration):
             fitting, tested = halves
-            levels = candidates(exit_scores(fitting, name, halved)[0])
-            found = exit_scores(tested, name, halved)[0]
-            trials[name] = {k: try_thresholds(tested, 0, found, levels, k) for k in KINDS}
-    return Dials(fitted, full, trades, halved, trials, compared)
+            levels = candidate_thresholds(exit_confidences(fitting, name, halved)[0])
+            found = exit_confidences(tested, name, halved)[0]
+            trials[name] = {k: count_losses(tested, 0, found, levels, k) for k in CERTIFICATE_KINDS}
+    return ThresholdResolver(fitted, full, trades, halved, trials, compared)
 
 
-def deployed(outputs: ExitOutputs) -> tuple[str, ...]:
-    """The policies that are `deployable`."""
-    return tuple(name for name in POLICIES if deployable(name, outputs))
+def deployable_policies(outputs: ExitOutputs) -> tuple[str, ...]:
+    """The policies that are `is_deployable`."""
+    return tuple(name for name in POLICIES if is_deployable(name, outputs))
 
 
-def deployable(policy: str, outputs: ExitOutputs) -> bool:
+def is_deployable(policy: str, outputs: ExitOutputs) -> bool:
     """Whether a policy can answer one example at a time, from outputs such as these."""
     learned = outputs.exit_scores is not None
     return policy != "learning_to_exit_min_max" and (learned or policy != "learning_to_exit")
 
 
-def calibration_scores(calibration: ExitOutputs, policy: str, fitted: Fitted) -> np.ndarray:
+def calibration_confidences(
+    calibration: ExitOutputs, policy: str, fitted: Calibrator
+) -> np.ndarray:
     """Scores [R, E, N] of the calibration rows themselves, cross-fitted where curves are read."""
     if POLICIES[policy].curve:
-        return cross_fitted(calibration, policy)
-    return exit_scores(calibration, policy, fitted)
+        return cross_fitted_confidences(calibration, policy)
+    return exit_confidences(calibration, policy, fitted)
 
 
 def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:

@@ -45,7 +45,7 @@ class Tally:
 
 
 @contextlib.contextmanager
-def opened(path: Path, source: Path) -> Iterator[BinaryIO]:
+def open_output(path: Path, source: Path) -> Iterator[BinaryIO]:
     """The output, to be read and gone on with, for this process alone.
 
     Raises UserError where it cannot be written to, is the input, or is another process's.
@@ -68,7 +68,7 @@ def opened(path: Path, source: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def made_by(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
+def record_origin(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
     """Keeps beside an unfinished output what it is made by.
 
     Raises UserError if it was by another.
@@ -91,7 +91,7 @@ def made_by(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator
     note.unlink(missing_ok=True)
 
 
-def read_back(file: BinaryIO, path: Path) -> tuple[Tally, list[dict[str, Any]], int]:
+def read_existing(file: BinaryIO, path: Path) -> tuple[Tally, list[dict[str, Any]], int]:
     """What stands in an output: its tally, its last rows, and where the last whole row ends.
 
     Raises UserError for a line that is no answer.
@@ -117,7 +117,7 @@ def read_back(file: BinaryIO, path: Path) -> tuple[Tally, list[dict[str, Any]], 
     return tally, list(last), end
 
 
-def check_same(
+def check_same_rows(
     path: Path, there: Sequence[Mapping[str, Any]], answers: Iterator[tuple[dict[str, Any], int]]
 ) -> None:
     """Compares the first answers with the last ones of an output: the rows may have been changed,

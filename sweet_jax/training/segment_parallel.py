@@ -16,27 +16,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from sweet_jax.models.early_exit import Carried
-from sweet_jax.models.owners import owners
-from sweet_jax.training.losses import Metrics
+from sweet_jax.models.early_exit import SegmentState
+from sweet_jax.models.ownership import parameter_owners
+from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.sharding import (
-    by_replica,
-    by_row,
+    batch_sharding,
+    limit_traces,
     make_mesh,
-    replicated,
-    traced_at_most,
+    replica_sharding,
+    replicated_sharding,
 )
-from sweet_jax.training.step import State, StepSettings, segments_step
+from sweet_jax.training.step import State, StepSettings, train_step_segments
 
 
-class Group(NamedTuple):
+class DeviceGroup(NamedTuple):
     """Devices, and the segments that they train, numbered from 0."""
 
     segments: tuple[int, ...]
     mesh: Mesh
 
 
-def make_groups(exits: Sequence[int], replicas: int, batch_size: int) -> list[Group]:
+def make_device_groups(exits: Sequence[int], replicas: int, batch_size: int) -> list[DeviceGroup]:
     """As many groups as make the busiest device's layers fewest, of equally many devices.
 
     Of several processes each has its share of every group, so that what groups hand on stays within
@@ -46,38 +46,40 @@ def make_groups(exits: Sequence[int], replicas: int, batch_size: int) -> list[Gr
     local = len(devices) // jax.process_count()
     counts = [n for n in range(2, min(len(exits), local) + 1) if local % n == 0]
     # A group's layers are spread over local / n devices of each process.
-    count = min(counts, key=lambda n: (n * busiest(exits, assign(exits, n)), -n), default=1)
+    count = min(
+        counts, key=lambda n: (n * most_layers(exits, assign_segments(exits, n)), -n), default=1
+    )
     grid = np.array(devices).reshape(jax.process_count(), count, -1).swapaxes(0, 1)
     return [
-        Group(segments, make_mesh(replicas, batch_size, list(each.flat)))
-        for segments, each in zip(assign(exits, count), grid, strict=True)
+        DeviceGroup(segments, make_mesh(replicas, batch_size, list(each.flat)))
+        for segments, each in zip(assign_segments(exits, count), grid, strict=True)
     ]
 
 
-def assign(exits: Sequence[int], groups: int) -> tuple[tuple[int, ...], ...]:
+def assign_segments(exits: Sequence[int], groups: int) -> tuple[tuple[int, ...], ...]:
     """The segments of each group, neighbours together, so that the busiest has fewest layers."""
     cuts = itertools.combinations(range(1, len(exits)), groups - 1)
     ways = (
         tuple(tuple(range(a, b)) for a, b in itertools.pairwise((0, *cut, len(exits))))
         for cut in cuts
     )
-    return min(ways, key=lambda way: busiest(exits, way))
+    return min(ways, key=lambda way: most_layers(exits, way))
 
 
-def busiest(exits: Sequence[int], way: Sequence[Sequence[int]]) -> int:
+def most_layers(exits: Sequence[int], way: Sequence[Sequence[int]]) -> int:
     """Layers of the group that has most."""
     bounds = (0, *exits)
     return max(bounds[segments[-1] + 1] - bounds[segments[0]] for segments in way)
 
 
-def split(state: State, groups: Sequence[Group], exits: Sequence[int]) -> list[State]:
+def split_state(state: State, groups: Sequence[DeviceGroup], exits: Sequence[int]) -> list[State]:
     """The state of each group: parameters and moments that it trains, None for the others.
 
     Scalars (step, learning rate, seed) are every group's.
     """
-    owner_of = owners(state.params, exits)
+    owner_of = parameter_owners(state.params, exits)
 
-    def of(group: Group) -> State:
+    def of(group: DeviceGroup) -> State:
         own = {exits[index] for index in group.segments}
 
         def pick(tree: Any) -> Any:
@@ -89,8 +91,8 @@ def split(state: State, groups: Sequence[Group], exits: Sequence[int]) -> list[S
     return [of(group) for group in groups]
 
 
-def join(states: Sequence[State]) -> State:
-    """The state that `split` made these of; what all have is the first's."""
+def join_state(states: Sequence[State]) -> State:
+    """The state that `split_state` made these of; what all have is the first's."""
 
     def whole(*trees: Any) -> Any:
         def present(*leaves: Any) -> Any:
@@ -106,8 +108,8 @@ def join(states: Sequence[State]) -> State:
 
 
 def compile_groups(
-    settings: StepSettings, groups: Sequence[Group], replicas: int, lengths: int
-) -> Callable[[list[State], list[dict]], tuple[list[State], list[Metrics]]]:
+    settings: StepSettings, groups: Sequence[DeviceGroup], replicas: int, lengths: int
+) -> Callable[[list[State], list[dict]], tuple[list[State], list[StepMetrics]]]:
     """One step of all groups, a program for each; takes the batch on each group's devices.
 
     Nothing is waited for: programs of one group run in order, those of different groups at the same
@@ -115,10 +117,10 @@ def compile_groups(
     """
     programs = [compile_group(settings, group, replicas, lengths) for group in groups]
 
-    def step(states: list[State], batches: list[dict]) -> tuple[list[State], list[Metrics]]:
+    def step(states: list[State], batches: list[dict]) -> tuple[list[State], list[StepMetrics]]:
         carried, after, metrics = None, [], []
         for group, program, state, batch in zip(groups, programs, states, batches, strict=True):
-            carried = jax.tree.map(lambda x, to=group.mesh: handed_on(x, to), carried)
+            carried = jax.tree.map(lambda x, to=group.mesh: transfer(x, to), carried)
             state, values, carried = program(state, batch, carried)
             after.append(state)
             metrics.append(values)
@@ -127,26 +129,31 @@ def compile_groups(
     return step
 
 
-def compile_group(settings: StepSettings, group: Group, replicas: int, lengths: int) -> Callable:
+def compile_group(
+    settings: StepSettings, group: DeviceGroup, replicas: int, lengths: int
+) -> Callable:
     """(state, batch, carried) → (state, metrics, carried), as `compile_step` compiles the whole."""
 
-    def one(state: State, batch: dict, carried: Carried | None) -> tuple:
-        return segments_step(settings, group.segments, state, batch, carried)
+    def one(state: State, batch: dict, carried: SegmentState | None) -> tuple:
+        return train_step_segments(settings, group.segments, state, batch, carried)
 
-    by_state, by_batch = by_replica(group.mesh, replicas), by_row(group.mesh, replicas)
+    by_state, by_batch = (
+        replica_sharding(group.mesh, replicas),
+        batch_sharding(group.mesh, replicas),
+    )
     last = group.segments[-1] == len(settings.exits) - 1
     return jax.jit(
-        traced_at_most(jax.vmap(one) if replicas > 1 else one, lengths),
+        limit_traces(jax.vmap(one) if replicas > 1 else one, lengths),
         out_shardings=(
             by_state,
-            replicated(group.mesh),
+            replicated_sharding(group.mesh),
             None if last else (by_batch, by_state),
         ),
         donate_argnums=0,
     )
 
 
-def handed_on(x: jax.Array, mesh: Mesh) -> jax.Array:
+def transfer(x: jax.Array, mesh: Mesh) -> jax.Array:
     """An array on another group's mesh of the same shape, spread in the same way."""
     assert isinstance(x.sharding, NamedSharding)
     to = NamedSharding(mesh, x.sharding.spec)

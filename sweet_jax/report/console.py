@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sweet_jax.report.baselines import title
+from sweet_jax.report.baselines import baseline_title
 
 
 def exit_table(results: Mapping[str, Any]) -> str:
@@ -40,7 +40,7 @@ def exit_table(results: Mapping[str, Any]) -> str:
 
 
 def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
-    """What `individual` gives, as lines of text under a heading."""
+    """What `individual_exits` gives, as lines of text under a heading."""
     lines = [f"{'exit':>5} {'cost':>6} {metric:>9}  95% interval         n"]
     for row in rows:
         low, high = row["interval"]
@@ -55,7 +55,7 @@ def baseline_lines(rows: Mapping[str, Mapping[str, Any]], metric: str) -> list[s
     """What `baselines` gives, as lines of text under a heading; nothing where there are none."""
     if not rows:
         return []
-    names = {name: title(name) for name in rows}
+    names = {name: baseline_title(name) for name in rows}
     width = max(len("baseline"), *(len(shown) for shown in names.values()))
     lines = [f"{'baseline':<{width}} {'cost':>6} {metric:>9}  95% interval         n"]
     for name, row in rows.items():
