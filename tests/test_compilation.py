@@ -12,11 +12,11 @@ from sweet_jax.compilation_cache import processor_name
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import jax, jax.numpy as jnp
-from sweet_jax.compilation import keep_programs
+from sweet_jax.compilation_cache import enable_compilation_cache
 
 found = []
 jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
-keep_programs()
+enable_compilation_cache()
 jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))))
 print(*(sum(e.endswith(f"/cache_{kind}") for e in found) for kind in ("hits", "misses")))
 """

@@ -214,7 +214,7 @@ def test_programs_are_read_from_disk_where_another_classifier_compiled_them(swee
 
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
-    jax.config.update(name, 0.0)  # as keep_programs does
+    jax.config.update(name, 0.0)  # as enable_compilation_cache does
     try:
         model, dial = sweet.classifier.model, {"threshold": 0.8}
         AdaptiveClassifier(model, dial=dial).warm_up(5, [30])

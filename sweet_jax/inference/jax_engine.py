@@ -228,7 +228,7 @@ def run_stage(
 
 
 def _filled(stage: Stage, values: list[jax.Array], params: Any) -> Any:
-    """Returns all parameters: those that `stage_parameters` left out are zero, which compiles away."""
+    """Returns all parameters, zeros for those that `stage_parameters` left out."""
     rest = iter(values)
 
     def pick(path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:

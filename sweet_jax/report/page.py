@@ -68,7 +68,7 @@ def write_report(
         plotly=plotly.offline.get_plotlyjs(),
         policies={name: POLICIES[name].about for name in policies[best]},
         bounds=list(BOUNDS),
-        certificate_table=certificate_table(analysis, best),
+        certificates=certificate_table(analysis, best),
         data={
             "policies": policies,
             "layers": layers,

@@ -99,9 +99,8 @@ def shortfall_results(
 
     baselines is {name: {score, cost, n, interval}}, with the score's 95% interval over rows;
     below_baseline has a row for each Shortfall, in the order of `find_shortfalls`. Both are empty
-    where there
-    are no baselines. Raises ValueError for a baseline of other rows, replicas or classes, or two of
-    one name.
+    where there are no baselines. Raises ValueError for a baseline of other rows, replicas or
+    classes, or two of one name.
     """
     labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
     rows: dict[str, Any] = {}
