@@ -255,7 +255,7 @@ def _first_rate(job: PreparedRun) -> PreparedRun:
 def _of_baseline(job: PreparedRun, baseline: Baseline) -> Measured:
     """Returns what is measured of a baseline: one exit, whose score is its area."""
     right = np.stack(
-        [baseline.of(r) == job.validation.labels for r in range(len(job.rows))]
+        [baseline.for_replica(r) == job.validation.labels for r in range(len(job.rows))]
     )  # [S, N]
     return measure_answers(right[:, None])
 

@@ -1,4 +1,4 @@
-"""Baselines: what a user would try first, on the rows that the report is of.
+"""Baselines: what a user would try first, on the validation rows of the report.
 
 Names: "majority", "tfidf", "probe_<layer>" (the frozen encoder with a logistic-regression probe at
 that layer) and "fine_tuned" (the plain fine-tuned full model).
@@ -26,7 +26,7 @@ _TITLES = {
 }
 _STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression: the inverse of its penalty
 _USUAL_STRENGTH = 10.0  # without tuning rows
-# Bounds on time and memory, whatever the data; none of them is felt on a few thousand rows.
+# Bounds on time and memory for any data; none applies to a few thousand rows.
 _ROWS = 50_000  # fitted or tuned on
 _CHARACTERS = 20_000_000  # of these rows together
 _LONGEST = 5_000  # characters of one text that are read: an encoder's 512 tokens are about 2,500
@@ -38,12 +38,12 @@ _AT_ONCE = 10_000  # rows that are turned into features to be predicted
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Baseline:
-    """What a baseline answers on the validation rows, and its cost.
+    """A baseline's predictions on the validation rows, and its cost.
 
     Attributes:
-      name: one of the names above; any other is shown as it is.
-      predictions: class indices, int64 [R, N]; [N] is taken as [1, N], the same for all replicas.
-      cost: share of the full model's layers, 0 for what needs no encoder.
+      name: one of the names above; any other name is shown unchanged.
+      predictions: class indices, int64 [R, N]; [N] stands for [1, N], the same for all replicas.
+      cost: share of the full model's layers; 0 without an encoder.
 
     Raises:
       ValueError: predictions that are no class indices of such a shape, or a negative cost.
@@ -63,13 +63,13 @@ class Baseline:
             raise ValueError(f"the cost of {self.name!r} must be at least 0; got {self.cost}")
         object.__setattr__(self, "predictions", given.astype(np.int64))
 
-    def of(self, replica: int) -> np.ndarray:
+    def for_replica(self, replica: int) -> np.ndarray:
         """Returns the predictions of one replica, int64 [N]."""
         return self.predictions[replica if len(self.predictions) > 1 else 0]
 
 
 def baseline_title(name: str) -> str:
-    """Returns what people call the baseline of that name."""
+    """Returns the baseline's title in tables and figures."""
     probe = re.fullmatch(r"probe_(\d+)", name)
     return f"frozen encoder + probe at layer {probe[1]}" if probe else _TITLES.get(name, name)
 
@@ -134,7 +134,7 @@ def tfidf_predictions(
 
 
 def _drawn(texts: Sequence[tuple[str, ...]], seed: int) -> np.ndarray:
-    """Which rows to fit on, int, ascending: all, or as many drawn ones as the bounds allow."""
+    """Returns the indices of the rows to fit on, ascending: all, or a sample within the bounds."""
     order = np.random.default_rng(seed).permutation(len(texts))[:_ROWS]
     size = np.cumsum([sum(min(len(text), _LONGEST) for text in texts[i]) for i in order])
     return np.sort(order[: max(1, int((size <= _CHARACTERS).sum()))])
@@ -145,8 +145,8 @@ def _columns(texts: Iterable[tuple[str, ...]]) -> list[list[str]]:
 
 
 def _fit_features(texts: Sequence[tuple[str, ...]], classes: int) -> list[Any]:
-    """A fitted vectorizer for each column of texts; None for a column without any word."""
-    # Here: it takes a second to import, and whoever reads what a run left does without.
+    """Fits a vectorizer for each text column; None for a column without words."""
+    # Imported here: it takes a second, and reading a finished run does not need it.
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     columns = _columns(texts)
@@ -154,7 +154,7 @@ def _fit_features(texts: Sequence[tuple[str, ...]], classes: int) -> list[Any]:
     fitted = []
     for column in columns:
         found = None
-        # In many rows, what occurs in one only is dropped; unless that is all there is.
+        # Of many rows, drop terms that occur in one row only, unless none is left.
         for least in (2, 1) if len(texts) >= 1000 else (1,):
             vectorizer = TfidfVectorizer(
                 ngram_range=(1, 2), sublinear_tf=True, min_df=least, max_features=most
@@ -169,7 +169,7 @@ def _fit_features(texts: Sequence[tuple[str, ...]], classes: int) -> list[Any]:
 
 
 def _features(fitted: Sequence[Any], texts: Sequence[tuple[str, ...]]) -> Any:
-    """The features of texts, a sparse matrix with a row for each."""
+    """Returns the TF-IDF features of texts, a sparse matrix [N, F]."""
     import scipy.sparse
 
     pairs = zip(fitted, _columns(texts), strict=True)
@@ -181,7 +181,7 @@ def _fit_model(features: Any, labels: np.ndarray, strength: float, iterations: i
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # Near the optimum it is the same baseline; nobody can act on the warning.
+        # Close to the optimum the predictions are the same; users cannot act on the warning.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=strength, max_iter=iterations).fit(features, labels)
 

@@ -1,4 +1,4 @@
-"""What is printed of results.json, as lines of text."""
+"""Formats results.json for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,8 +7,8 @@ from sweet_jax.report.baselines import baseline_title
 
 
 def exit_table(results: Mapping[str, Any]) -> str:
-    """The table of exits of the best replica as text, the baselines below it, the cost of full
-    score, and the mean over seeds.
+    """Formats the best replica's exits, the baselines, the threshold that keeps the full score, and
+    the mean over seeds.
     """
     replica = results["replicas"][results["best_replica"]]
     metric, mean = results["metric"], results["mean"]
@@ -40,7 +40,7 @@ def exit_table(results: Mapping[str, Any]) -> str:
 
 
 def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
-    """What `individual_exits` gives, as lines of text under a heading."""
+    """Formats what `individual_exits` returns, under a heading."""
     lines = [f"{'exit':>5} {'cost':>6} {metric:>9}  95% interval         n"]
     for row in rows:
         low, high = row["interval"]
@@ -52,7 +52,7 @@ def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
 
 
 def baseline_lines(rows: Mapping[str, Mapping[str, Any]], metric: str) -> list[str]:
-    """What `baselines` gives, as lines of text under a heading; nothing where there are none."""
+    """Formats `baselines` of results.json, under a heading; no lines where there are none."""
     if not rows:
         return []
     names = {name: baseline_title(name) for name in rows}
@@ -68,13 +68,13 @@ def baseline_lines(rows: Mapping[str, Mapping[str, Any]], metric: str) -> list[s
 
 
 def fitted_rows(results: Mapping[str, Any]) -> str:
-    """What to call the rows that temperatures and thresholds were fitted on."""
+    """Names the rows that temperatures and thresholds were fitted on."""
     held_out = results["fitted_on"] == "held_out"
     return "calibration rows" if held_out else "validation rows (the preset's choice)"
 
 
 def describe_divergence(row: Mapping[str, Any]) -> str:
-    """One line for one replica and exit that collapsed or diverged."""
+    """Describes in one line a replica's exit that collapsed or diverged."""
     since = "" if row["step"] is None else f", since step {row['step']}"
     who = (
         f"replica {row['replica']} (seed {row['seed']}, learning rate {row['learning_rate']:g}), "

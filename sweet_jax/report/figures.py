@@ -1,4 +1,4 @@
-"""The report's figures as PNG and SVG, by matplotlib.
+"""Draws the report's figures as PNG and SVG with matplotlib.
 
 Shape letters: R replica, E exit, T thresholds.
 """
@@ -21,7 +21,7 @@ from sweet_jax.report.series import (
     reliability_series,
 )
 
-# Matplotlib's mark, and its size, for each of plotly's that `baseline_series` gives.
+# Matplotlib's marker and its size for each plotly symbol of `baseline_series`.
 _MARKS = {
     "x": ("X", 7),
     "diamond": ("D", 6),
@@ -38,7 +38,7 @@ def write_figures(
     metrics: Sequence[Mapping[str, Any]],
     trainings: Mapping[str, Sequence[int]],
 ) -> None:
-    """Writes curve, exits, reliability and loss, each as .png and .svg."""
+    """Writes the figures curve, exits, reliability and loss, each as .png and .svg."""
     best = results["best_replica"]
     figures = {
         "curve": curve_figure(analysis, results),
@@ -58,8 +58,8 @@ def write_figure(folder: Path, name: str, figure: Figure) -> None:
 
 
 def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
-    """Score against cost: every replica's exact curve, the best one's single exits and grid, and
-    the baselines.
+    """Draws the metric against cost: every replica's exact curve, the best one's single exits and
+    the paper's grid, the bounds, and the baselines.
     """
     figure, axes = _figure(f"{results['task']}, {results['method']}")
     best = results["best_replica"]
@@ -98,7 +98,7 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
 
 
 def _plot_baselines(axes, results: Mapping[str, Any]) -> None:
-    """The baselines as black marks, from cost 0 on; nothing where there are none."""
+    """Draws the baselines as black markers, on an axis that begins at cost 0."""
     series = baseline_series(results)
     for entry in series:
         mark, size = _MARKS[entry["symbol"]]
@@ -112,7 +112,7 @@ def _plot_baselines(axes, results: Mapping[str, Any]) -> None:
 
 
 def exits_figure(results: Mapping[str, Any]) -> Figure:
-    """Score of every exit of the best replica, with its 95% interval over rows."""
+    """Draws the metric of every exit of the best replica, with its 95% interval over rows."""
     figure, axes = _figure("each exit alone, 95% interval over rows")
     rows = results["replicas"][results["best_replica"]]["individual"]
     for e, row in enumerate(rows):
@@ -125,7 +125,7 @@ def exits_figure(results: Mapping[str, Any]) -> Figure:
 
 
 def reliability_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share correct against confidence, before and after temperature scaling."""
+    """Draws reliability diagrams (Guo et al. 2017) before and after temperature scaling."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, name in zip(panels, ("before", "after"), strict=True):
@@ -145,7 +145,7 @@ def reliability_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def loss_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss of every exit."""
+    """Draws the training loss of every exit."""
     figure, axes = _figure("training loss, mean of 20 steps")
     for e, row in enumerate(series):
         axes.plot(row["step"], row["loss"], color=exit_color(e), label=f"exit {row['layer']}")
@@ -156,7 +156,7 @@ def loss_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def conflict_figure(layers: Sequence[int], conflict: np.ndarray) -> Figure:
-    """Heat maps of `training.conflict.gradient_conflict` [E, E, E], as the paper's figure 3.
+    """Draws heat maps of `training.conflict.gradient_conflict` [E, E, E] (SWEET paper, figure 3).
 
     A panel for each of the first E - 1 exits' layers: the last exit's has one gradient only.
     """
@@ -182,7 +182,7 @@ def conflict_figure(layers: Sequence[int], conflict: np.ndarray) -> Figure:
 def _figure(title: str):
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    # Names from data sets are text, not matplotlib's mathematical notation.
+    # A data set's name may hold $, which matplotlib would read as mathematics.
     axes.set_title(title, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -1,4 +1,4 @@
-"""The figures of report.html, by plotly; the page fills in what depends on its slider.
+"""Makes the plotly figures of report.html; the page fills in what its slider changes.
 
 Shape letters: E exit.
 """
@@ -13,7 +13,7 @@ from sweet_jax.report.series import BOUNDS, baseline_series, exit_color
 
 
 def layout(x: str, y: str) -> go.Figure:
-    """An empty figure in the page's style, with the names of its axes."""
+    """Returns an empty figure in the page's style with titled axes."""
     figure = go.Figure()
     figure.update_layout(
         template="plotly_white",
@@ -27,8 +27,10 @@ def layout(x: str, y: str) -> go.Figure:
 
 
 def curve_figure(results: Mapping[str, Any]) -> go.Figure:
-    """Traces 0 curve, 1 grid, 2 single exits, 3 the slider's marker, then the bounds in the order
-    of BOUNDS, all of which the page fills in; and the baselines, already in their places.
+    """Returns the figure of the metric against cost.
+
+    Its traces are 0 the curve, 1 the paper's grid, 2 single exits, 3 the slider's marker, then the
+    bounds in the order of BOUNDS, which the page fills in; then the baselines, filled in here.
     """
     metric = html.escape(results["metric"])
     figure = layout("cost (share of the full model's layers)", metric)
@@ -76,7 +78,7 @@ def curve_figure(results: Mapping[str, Any]) -> go.Figure:
 
 
 def _add_baselines(figure: go.Figure, results: Mapping[str, Any]) -> None:
-    """The baselines as black marks, from cost 0 on; nothing where there are none."""
+    """Adds the baselines as black markers, on an axis that begins at cost 0."""
     series = baseline_series(results)
     for entry in series:
         figure.add_scatter(
@@ -92,12 +94,12 @@ def _add_baselines(figure: go.Figure, results: Mapping[str, Any]) -> None:
         )
     if series:
         figure.update_xaxes(rangemode="tozero")
-        figure.update_yaxes(ticklabelstandoff=10)  # marks at cost 0 reach over the axis
+        figure.update_yaxes(ticklabelstandoff=10)  # markers at cost 0 overlap the axis
         figure.update_layout(height=figure.layout.height + 25 * len(series))  # lines of the legend
 
 
 def shares_figure(layers: Sequence[int]) -> go.Figure:
-    """Where examples leave at the slider's threshold; the page fills it in."""
+    """Returns the bar chart of the shares that exit at each layer; the page fills it in."""
     figure = layout("", "share of the examples")
     figure.add_bar(
         x=[f"exit {layer}" for layer in layers],
@@ -111,7 +113,7 @@ def shares_figure(layers: Sequence[int]) -> go.Figure:
 
 
 def reliability_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Share correct against confidence: dotted before, solid after temperature scaling."""
+    """Returns the reliability diagram: dotted before, solid after temperature scaling."""
     figure = layout("confidence", "share correct")
     figure.add_scatter(
         x=[0, 1],
@@ -138,7 +140,7 @@ def reliability_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
 
 
 def loss_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Training loss of every exit."""
+    """Returns the figure of the training loss of every exit."""
     figure = layout("step", "cross-entropy, mean of 20 steps")
     for e, row in enumerate(series):
         figure.add_scatter(

@@ -1,4 +1,4 @@
-"""The numbers of a report: results.json, and the table that is printed.
+"""Builds results.json: the numbers of a report.
 
 Shape letters: R replica, E exit, N examples, T thresholds.
 """
@@ -37,14 +37,14 @@ from sweet_jax.report.shortfalls import shortfall_results
 
 # Where the SWEET paper reads its speed-accuracy curves; Multi-Model's reach beyond the full model.
 _COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0, 1 + 3 / 8, 1 + 3 / 4)
-_LIMITS = (0.01, 0.02, 0.05, 0.1)  # that the report certifies, of harmed examples
-_CURVE_POINTS = 2000  # in results.json; every threshold follows from the saved outputs
+_LIMITS = (0.01, 0.02, 0.05, 0.1)  # on the share of harmed examples: what the report certifies
+_CURVE_POINTS = 2000  # in results.json; the saved outputs have all thresholds
 
 
 def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]:
-    """Each exit as if it answered all: layer, cost, score, n and the 95% interval over rows.
+    """Evaluates every exit alone: layer, cost, score (the metric), n and 95% interval over rows.
 
-    Wilson's interval for accuracy, a bootstrap over rows for the other metrics.
+    Wilson's interval for accuracy, a percentile bootstrap over rows for the other metrics.
     """
     metric = outputs.identity.get("metric", "accuracy")
     classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
@@ -72,10 +72,16 @@ def build_results(
     baselines: Sequence[Baseline] = (),
     **more: Any,
 ) -> dict[str, Any]:
-    """The contents of results.json.
+    """Returns the contents of results.json.
 
-    `rows` counts the training rows, `baselines` are of the validation rows (the best replica's are
-    reported), `more` are keys that do not follow from the outputs.
+    Args:
+      config: resolved.
+      analysis: of the run's outputs.
+      diverged: a row for each replica and exit that diverged or collapsed, see `find_failures`.
+      rows: number of training rows.
+      baselines: predictions on the validation rows; those of the best replica are reported.
+      more: further keys, which do not follow from the outputs.
+
     """
     depth = config.exits[-1]
     # The first exit of a model of this depth, and the paper's other costs within reach.
@@ -129,7 +135,7 @@ def build_results(
 
 
 def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
-    """How good each exit's confidence is on validation rows, before and after temperature."""
+    """Measures each exit's confidence on validation rows, before and after temperature scaling."""
     outputs = analysis.validation.replica(replica)
     ones = np.ones((1, len(outputs.layers)))
     before, after = (
@@ -143,7 +149,7 @@ def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
 
 
 def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
-    """The floor and the oracles, and how much of the way between them this policy goes."""
+    """Returns the hull of single exits, the oracles, and the share of the gap the policy closes."""
     outputs, metric = analysis.validation, analysis.validation.identity["metric"]
     scores = exit_confidences(outputs, analysis.policy, analysis.fitted)[replica]  # [E, N]
     bounds = {kind: bound_curve(analysis, replica, kind) for kind in ("floor", *ORACLES)}
@@ -154,7 +160,7 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
     return {
         "bounds": {
             k: {
-                # A bound that needs less than all layers has its last score from there on.
+                # A bound that ends before the last exit is constant from there on.
                 "cost": [*b.cost.tolist(), *([end] if b.cost[-1] < end else [])],
                 "score": [*b.score.tolist(), *([float(b.score[-1])] if b.cost[-1] < end else [])],
             }
@@ -165,7 +171,7 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
 
 
 def bound_curve(analysis: Analysis, replica: int, kind: str) -> Frontier:
-    """The floor ("floor"), or an oracle by its name in ORACLES, on validation rows."""
+    """Returns the hull of single exits ("floor") or one of ORACLES on the validation rows."""
     metric = analysis.validation.identity.get("metric", "accuracy")
     if kind == "floor":
         return single_exit_hull(analysis.validation, replica, metric)
@@ -175,9 +181,9 @@ def bound_curve(analysis: Analysis, replica: int, kind: str) -> Frontier:
 def thin_curve(
     curve: Curve, replica: int, points: int, keep: float | None = None
 ) -> dict[str, np.ndarray]:
-    """At most `points` (and one more) of one replica's curve, repeats left out.
+    """Thins one replica's curve to at most `points` distinct thresholds, and the one for `keep`.
 
-    Both ends are among them, and what a threshold of `keep` does.
+    Both ends are kept.
     """
     names = [field.name for field in dataclasses.fields(Curve)]
     arrays = {name: getattr(curve, name)[replica] for name in names}
@@ -193,10 +199,11 @@ def thin_curve(
 
 
 def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
-    """What can be certified of a replica: for limits on either kind of harm, at 95% confidence.
+    """Certifies limits on either kind of harm for one replica, at 95% confidence.
 
-    Each with the certificate's values, and the cost and score on validation rows (None where the
-    limit cannot be certified); empty where nothing can be.
+    Returns one dict for each kind and limit: the certificate's values, and the cost and score of
+    its threshold on validation rows (None where the limit cannot be certified). Empty where the run
+    cannot certify anything.
     """
     if not analysis.resolver(replica).trials:
         return []
@@ -210,7 +217,7 @@ def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
 
 
 def _over_seeds(replicas: Sequence[Mapping[str, Any]]) -> tuple[dict, dict]:
-    """Mean and half width of the 95% interval over seeds, of exits and of set costs."""
+    """Returns mean and half width of the 95% interval over seeds, for exits and for set costs."""
     exits = [[row["score"] for row in replica["individual"]] for replica in replicas]
     every = [replica["at_cost"] for replica in replicas]
     keys = [k for k in every[0] if all(costs[k] is not None for costs in every)]

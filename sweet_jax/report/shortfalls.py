@@ -1,4 +1,4 @@
-"""Exits that a baseline at no greater cost beats, on the same validation rows.
+"""Finds exits that a baseline of no greater cost beats on the same validation rows.
 
 Shape letters: R replica, E exit, N examples.
 """
@@ -14,30 +14,28 @@ from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.report.baselines import Baseline, baseline_title
 
-_TOLERANCE = 1e-9  # of cost: 2 / 12 layers are 1 / 6
-_MEND = (
-    "train longer (epochs=auto), search the learning rate, or use head_init=probe and head_refit"
-)
-_MEND_BELOW_WORDS = (
+_TOLERANCE = 1e-9  # of costs that differ by rounding: 2 / 12 and 1 / 6
+_FIX = "train longer (epochs=auto), search the learning rate, or use head_init=probe and head_refit"
+_FIX_BELOW_TFIDF = (
     "the words may be enough here: raise max_length if texts are cut, or try a larger checkpoint"
 )
-_MEND_BELOW_FINE_TUNED = (
-    "train longer (epochs=auto), search the learning rate, or lower isolation"  # its heads are fine
+_FIX_BELOW_FINE_TUNED = (  # the heads are fitted already
+    "train longer (epochs=auto), search the learning rate, or lower isolation"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Shortfall:
-    """One exit that is below one baseline.
+    """An exit that is below a baseline.
 
     Attributes:
       exit: its layer number.
-      score: its score.
+      score: its metric.
       baseline: the baseline's name.
-      baseline_score: the baseline's score.
+      baseline_score: the baseline's metric.
       difference: score - baseline_score, below zero.
       interval: (low, high), 95% interval of the difference, wholly below zero.
-      n: rows that both are of.
+      n: number of validation rows.
 
     """
 
@@ -53,20 +51,20 @@ class Shortfall:
 def find_shortfalls(
     outputs: ExitOutputs, replica: int, baselines: Sequence[Baseline], metric: str
 ) -> list[Shortfall]:
-    """Finds the exits that a baseline at no greater cost beats beyond doubt.
+    """Finds the exits that are significantly below a baseline of no greater cost.
 
     An exit is compared with each baseline whose cost is at most its own, and with the probe at its
-    own layer; found is where the 95% interval of the paired difference lies wholly below zero. Each
-    interval holds by itself: of many comparisons of equals, 1 in 40 is found by chance.
+    own layer, and reported where the 95% interval of the paired difference lies below zero. The
+    intervals are not corrected for multiple comparisons: 1 in 40 between equals is reported.
 
     Args:
       outputs: of the rows reported.
-      replica: which.
+      replica: index on the axis R.
       baselines: of the same rows.
       metric: "accuracy", "matthews" or "f1".
 
     Returns:
-      By exit in order of depth, of one exit the largest shortfall first.
+      In order of depth, and for each exit the largest shortfall first.
 
     Raises:
       ValueError: a baseline of other rows, replicas or classes.
@@ -80,9 +78,9 @@ def find_shortfalls(
         for baseline in baselines:
             if baseline.cost > cost + _TOLERANCE and baseline.name != f"probe_{layer}":
                 continue
-            theirs = _answers(baseline, outputs, replica)
+            theirs = _predictions(baseline, outputs, replica)
             other = compute_metric(metric, theirs, labels, classes)
-            if value >= other:  # a bootstrap is spared
+            if value >= other:  # no need for a bootstrap
                 continue
             gap, low, high = paired_difference(metric, ours, theirs, labels, classes)
             if high < 0:
@@ -95,7 +93,7 @@ def find_shortfalls(
 def shortfall_results(
     outputs: ExitOutputs, replica: int, baselines: Sequence[Baseline], metric: str
 ) -> dict[str, Any]:
-    """Returns the keys of results.json: `baselines`, of one replica, and `below_baseline`.
+    """Returns the keys `baselines` and `below_baseline` of results.json for one replica.
 
     baselines is {name: {score, cost, n, interval}}, with the score's 95% interval over rows;
     below_baseline has a row for each Shortfall, in the order of `find_shortfalls`. Both are empty
@@ -107,7 +105,7 @@ def shortfall_results(
     for baseline in baselines:
         if baseline.name in rows:
             raise ValueError(f"there are two baselines {baseline.name!r}")
-        given = _answers(baseline, outputs, replica)
+        given = _predictions(baseline, outputs, replica)
         rows[baseline.name] = {
             "score": compute_metric(metric, given, labels, classes),
             "cost": float(baseline.cost),
@@ -122,22 +120,22 @@ def shortfall_results(
 def describe_shortfall(finding: Shortfall, metric: str, *, refitted: bool = False) -> str:
     """Says in one line which exit is below which baseline, by how much, and what to change.
 
-    refitted: whether the run began with a probe and had its heads refitted already.
+    refitted: whether the run started from a probe and refitted its heads.
     """
     low, high = finding.interval
-    mend = _MEND_BELOW_FINE_TUNED if finding.baseline == "fine_tuned" else _MEND
+    fix = _FIX_BELOW_FINE_TUNED if finding.baseline == "fine_tuned" else _FIX
     if refitted:
-        mend = _MEND_BELOW_WORDS if finding.baseline == "tfidf" else _MEND_BELOW_FINE_TUNED
+        fix = _FIX_BELOW_TFIDF if finding.baseline == "tfidf" else _FIX_BELOW_FINE_TUNED
     return (
         f"exit {finding.exit} ({metric} {finding.score:.3f}) is below the baseline "
         f"{baseline_title(finding.baseline)} ({finding.baseline_score:.3f}) on the same "
         f"{finding.n:,} rows: difference {finding.difference:.3f}, 95% interval {low:.3f} to "
-        f"{high:.3f}; {mend}"
+        f"{high:.3f}; {fix}"
     )
 
 
 def worst_shortfalls(results: Mapping[str, Any]) -> list[Shortfall]:
-    """Returns the largest shortfall of each exit in results.json, by exit; [] in an older one."""
+    """Returns the largest shortfall of each exit in results.json; [] for runs without baselines."""
     worst: dict[int, Shortfall] = {}
     for row in results.get("below_baseline", []):
         finding = Shortfall(**row)
@@ -147,7 +145,7 @@ def worst_shortfalls(results: Mapping[str, Any]) -> list[Shortfall]:
 
 
 def is_refitted(results: Mapping[str, Any]) -> bool:
-    """Returns whether results.json is of a run with a probe and refitted heads."""
+    """Returns whether the run of results.json started from a probe and refitted its heads."""
     return results.get("head_init") == "probe" and bool(results.get("head_refit"))
 
 
@@ -167,15 +165,15 @@ def shortfall_warning(results: Mapping[str, Any]) -> str | None:
     return f"{line} ({others} other exit{'s are' if others > 1 else ' is'} below a baseline too)"
 
 
-def _answers(baseline: Baseline, outputs: ExitOutputs, replica: int) -> np.ndarray:
-    """The baseline's classes of the rows of outputs, int64 [N]."""
+def _predictions(baseline: Baseline, outputs: ExitOutputs, replica: int) -> np.ndarray:
+    """Returns the baseline's predictions on the rows of outputs, int64 [N]."""
     replicas, _, rows, classes = outputs.logits.shape
     if baseline.predictions.shape not in ((1, rows), (replicas, rows)):
         raise ValueError(
             f"baseline {baseline.name!r} has predictions {baseline.predictions.shape}, the outputs "
             f"[R, N] = {(replicas, rows)}"
         )
-    given = baseline.of(replica)
+    given = baseline.for_replica(replica)
     if given.max() >= classes:
         raise ValueError(f"baseline {baseline.name!r} answers classes from {classes} on")
     return given
