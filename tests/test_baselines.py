@@ -342,7 +342,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert (first.name, first.cost, second.name, second.cost) == ("majority", 0, "probe_2", 0.5)
     np.testing.assert_array_equal(first.predictions, np.ones((2, 5)))
     np.testing.assert_array_equal(second.predictions, each)
-    np.testing.assert_array_equal(second.of(1), each[1])
+    np.testing.assert_array_equal(second.for_replica(1), each[1])
     assert [p.name for p in path.parent.iterdir()] == ["baselines.npz"]
     with pytest.raises(UserError, match="there are no baselines at"):
         load_baselines(tmp_path / "none.npz")
