@@ -137,7 +137,7 @@ def test_without_epochs_the_probe_is_the_model(
 
 
 def test_of_a_large_file_some_rows_are_fitted_on(options, monkeypatch):
-    monkeypatch.setattr("sweet_jax.tuning.ROWS", 20)
+    monkeypatch.setattr("sweet_jax.head_fitting.ROWS", 20)
     job = prepare(from_mapping(options | {"head_init": "probe", "seeds": (0, 1)}))
     own, held = head_fitting._rows(job)
     assert own.shape == (2, 20)

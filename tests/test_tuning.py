@@ -214,8 +214,8 @@ def test_the_rate_with_the_largest_area_is_trained(
         found.append(logits.shape)
         return np.asarray([next(given) for _ in logits])
 
-    monkeypatch.setattr("sweet_jax.rate_search.tuning_area", chosen)
-    monkeypatch.setattr("sweet_jax.rate_search.jax.device_count", lambda: 1 if alone else 4)
+    monkeypatch.setattr("sweet_jax.learning_rate_search.tuning_area", chosen)
+    monkeypatch.setattr("sweet_jax.learning_rate_search.jax.device_count", lambda: 1 if alone else 4)
     rates = (1e-4, 1e-3, 3e-3)
     config = recipe | {
         "learning_rates": rates,
