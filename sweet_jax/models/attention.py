@@ -47,14 +47,14 @@ def supports_shape(implementation: str, count: int, length: int) -> bool:
 
 
 def check_attention(
-    implementation: str, name: str, *, model_type: str, config: Any, dtype: str, backend: str
+    implementation: str, name: str, *, obstacle: str, config: Any, dtype: str, backend: str
 ) -> None:
-    """Raises UserError unless the attention asked for can compute a checkpoint's layers.
+    """Raises UserError unless an implementation of attention can compute a checkpoint's layers.
 
     Args:
       implementation: the config key `attention`.
       name: of the checkpoint, for the message.
-      model_type: its kind of encoder.
+      obstacle: why fused attention cannot compute its family's layers; "" where it can.
       config: its EncoderConfig, with the rate of dropout that it is trained with.
       dtype: of activations.
       backend: what JAX runs on: "cpu", "gpu", "tpu".
@@ -63,10 +63,10 @@ def check_attention(
     if implementation == EINSUM:
         return
     asked = f"attention is {implementation!r}, but"
-    if model_type.startswith("deberta"):
+    if obstacle:
         raise UserError(
-            f"{asked} {name!r} is a {model_type} model, whose scores have terms that fused "
-            "attention does not know: leave it out"
+            f"{asked} fused attention cannot compute the layers of {name!r}: {obstacle}; leave "
+            "attention out"
         )
     if config.attention_probs_dropout_prob > 0:
         raise UserError(

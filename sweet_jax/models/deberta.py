@@ -26,12 +26,14 @@ from sweet_jax.models.encoder import (
     linear,
 )
 from sweet_jax.models.encoder_config import EncoderConfig
+from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.layers import derive_key, dropout
+from sweet_jax.models.tensor_names import TensorNames
 
 
 @dataclasses.dataclass(frozen=True)
 class DebertaConfig(EncoderConfig):
-    """Of model_type "deberta"."""
+    """The config.json of model_type "deberta"."""
 
     vocab_size: int = 50265
     type_vocab_size: int = 0
@@ -249,3 +251,61 @@ class Deberta(Encoder):
 
     def relative_table(self) -> jax.Array | None:
         return None if self.relative is None else self.relative()
+
+
+def separate_pairs_once(tokenizer: Any) -> None:
+    """Sets a tokenizer to one [SEP] between the texts of a pair, as DeBERTa was pretrained on.
+
+    transformers 5 puts two there.
+    """
+    from tokenizers import processors  # heavy, and not needed for the arithmetic
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[
+            ("[CLS]", tokenizer.cls_token_id),
+            ("[SEP]", tokenizer.sep_token_id),
+        ],
+    )
+
+
+NAMES = TensorNames(
+    prefix="deberta",
+    encoder={
+        "embeddings/word": "embeddings.word_embeddings",
+        "embeddings/position": "embeddings.position_embeddings",
+        "embeddings/token_type": "embeddings.token_type_embeddings",
+        "embeddings/widen": "embeddings.embed_proj",
+        "embeddings/norm": "embeddings.LayerNorm",
+        "relative": "encoder.rel_embeddings",
+        "relative/norm": "encoder.LayerNorm",
+    },
+    layer={
+        "attention": "attention.self",  # q_bias, v_bias
+        "attention/in_proj": "attention.self.in_proj",
+        "attention/pos_proj": "attention.self.pos_proj",
+        "attention/pos_q_proj": "attention.self.pos_q_proj",
+        "attention/output": "attention.output.dense",
+        "attention/norm": "attention.output.LayerNorm",
+        "intermediate": "intermediate.dense",
+        "output": "output.dense",
+        "norm": "output.LayerNorm",
+    },
+    ignored=(
+        *(r"lm_predictions\.", r"mask_predictions\."),  # pre-training heads
+        r"embeddings\.position_embeddings\.",  # pretrained with, but used in the decoder only
+        r"embeddings\.word_embeddings\._weight$",  # a second table, left in some v3 checkpoints
+        r"encoder\.LayerNorm\.",  # of a table of relative positions that is not normalised
+    ),
+)
+
+DEBERTA = EncoderFamily(
+    model_type="deberta",
+    architecture="DebertaModel",
+    config=DebertaConfig,
+    encoder=Deberta,
+    names=NAMES,
+    repair_tokenizer=separate_pairs_once,
+    fused_attention_obstacle="DeBERTa's attention scores have terms for relative positions",
+)

@@ -11,14 +11,14 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import UserError
-from sweet_jax.models.deberta import Deberta, DebertaConfig, DisentangledAttention
+from sweet_jax.models.deberta import DEBERTA, NAMES, Deberta, DebertaConfig, DisentangledAttention
 from sweet_jax.models.encoder import Layer, LayerNorm, linear
 from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key, dropout
 
 
 @dataclasses.dataclass(frozen=True)
 class DebertaV2Config(DebertaConfig):
-    """Of model_type "deberta-v2", which v3 checkpoints have too."""
+    """The config.json of model_type "deberta-v2", which v3 checkpoints have too."""
 
     vocab_size: int = 128100
     hidden_size: int = 1536
@@ -162,3 +162,29 @@ class DebertaV2(Deberta):
         if number == 1 and config.conv_kernel_size > 0:
             return ConvolvedLayer(config, dtype, rngs)
         return super().make_layer(number, dtype, rngs)
+
+
+DEBERTA_V2 = dataclasses.replace(
+    DEBERTA,
+    model_type="deberta-v2",
+    architecture="DebertaV2Model",
+    config=DebertaV2Config,
+    encoder=DebertaV2,
+    names=dataclasses.replace(
+        NAMES,
+        encoder={
+            **NAMES.encoder,
+            "layers/0/conv/conv": "encoder.conv.conv",
+            "layers/0/conv/norm": "encoder.conv.LayerNorm",
+        },
+        layer={
+            **NAMES.layer,
+            "attention/query_proj": "attention.self.query_proj",
+            "attention/key_proj": "attention.self.key_proj",
+            "attention/value_proj": "attention.self.value_proj",
+            "attention/pos_key_proj": "attention.self.pos_key_proj",
+            "attention/pos_query_proj": "attention.self.pos_query_proj",
+        },
+    ),
+    repair_tokenizer=None,
+)

@@ -52,9 +52,6 @@ POOLINGS: dict[str, Pooling] = {
     # No pooler: it was pretrained for the first token of the last layer.
     "mean": Pooling(mean_of_tokens, first_only=False, dense=False),
 }
-# Where neither the config nor the checkpoint says: the mean, since the first token of a low layer
-# has hardly seen the text (experiments/results/recipe).
-DEFAULT_POOLING = "mean"
 
 _DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
 
