@@ -51,7 +51,7 @@ class BertEmbeddings(nnx.Module):
 class BertAttention(Attention):
     """Attention with three projections."""
 
-    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
         hidden = config.hidden_size
         self.query = linear(config, hidden, hidden, dtype, rngs)
         self.key = linear(config, hidden, hidden, dtype, rngs)
