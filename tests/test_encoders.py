@@ -65,7 +65,9 @@ def test_hidden_states_and_gradients_equal_hugging_face(name):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * scale, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["bert_small", "roberta_small", "deberta_base", "deberta_v3"])
+@pytest.mark.parametrize(
+    "name", ["bert_small", "roberta_small", "deberta_base", "deberta_v3", "distilbert_small"]
+)
 def test_load_encoder_gives_every_hidden_state(name):
     checkpoint, arrays = read(name)
     inputs = [arrays[k] for k in ("input_ids", "attention_mask", "token_type_ids")]

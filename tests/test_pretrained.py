@@ -156,6 +156,9 @@ def test_a_damaged_file_says_so(folder):
             "hidden_dropout_prob 1.0, which must be from 0",
         ),
         ("bert_small", {"is_decoder": True}, "is_decoder True; only False"),
+        ("distilbert_small", {"n_heads": 0}, "n_heads 0, which must be 1 or more"),
+        ("distilbert_small", {"dim": 25}, "dim 25, not a multiple of its n_heads 3"),
+        ("distilbert_small", {"activation": "mish"}, r"activation 'mish' \(activation\)"),
         ("roberta_small", {"add_cross_attention": True}, "add_cross_attention True; only False"),
         ("deberta_base", {"pos_att_type": "c2p|p2p"}, r"pos_att_type 'c2p\|p2p'; supported"),
         ("deberta_base", {"pos_att_type": 3}, "pos_att_type 3"),
@@ -195,6 +198,7 @@ PREFIXES = {
             "deberta.embeddings.position_embeddings._weight",
         ],
     ),
+    "distilbert_small": ("distilbert", ["vocab_projector.bias", "vocab_layer_norm.weight"]),
 }
 
 
@@ -218,7 +222,7 @@ def test_published_names_of_every_kind(tmp_path, name):
     weights = open_checkpoint(str(folder)).weights
     jax.tree.map(np.testing.assert_array_equal, weights.encoder, wanted)
     assert (weights.pooler is not None) == (prefix == "deberta")
-    stray = "encoder.layer.0.attention.self.stray.weight"
+    stray = "layer.0.stray.weight"
     lost = "embeddings.LayerNorm.weight"
 
     def spoil(tensors):
@@ -316,6 +320,7 @@ def test_without_torch_a_pickle_is_refused_with_the_mend(folder, monkeypatch):
         ("roberta", "<s> word 1 </s> </s> word 2 </s>"),
         ("deberta", "[CLS] word 1 [SEP] word 2 [SEP]"),
         ("deberta-v2", "[CLS] ▁word1 [SEP] ▁word2 [SEP]"),
+        ("distilbert", "[CLS] word1 [SEP] word2 [SEP]"),
     ],
 )
 def test_every_kind_s_tokenizer_and_pairs(tmp_path, kind, pair):
@@ -332,7 +337,11 @@ def test_every_kind_s_tokenizer_and_pairs(tmp_path, kind, pair):
 
 def test_the_longest_input_of_every_kind():
     limits = {kind: config.positions for kind, config in TINIES.items()}
-    assert limits == {"bert": 64, "roberta": 62, "deberta": None, "deberta-v2": None}
+    assert {kind: limits.pop(kind) for kind in ("deberta", "deberta-v2")} == {
+        "deberta": None,
+        "deberta-v2": None,
+    }
+    assert limits == {"bert": 64, "roberta": 62, "distilbert": 64}
 
 
 def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):

@@ -73,6 +73,7 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
         pytest.param("roberta", {"method": "early_exit"}, marks=pytest.mark.slow),
         ("deberta", {"preset": "reference"}),
         pytest.param("deberta-v2", {"seeds": (0, 1)}, marks=pytest.mark.slow),
+        ("distilbert", {}),
     ],
 )
 def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):

@@ -20,6 +20,7 @@ from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.deberta_v2 import DebertaV2Config
+from sweet_jax.models.distilbert import DistilBertConfig
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES
@@ -55,6 +56,7 @@ TINIES: dict[str, EncoderConfig] = {
         **SIZES,
         **RELATIVE,
     ),
+    "distilbert": DistilBertConfig(vocab_size=50, **SIZES),
 }
 
 
@@ -147,6 +149,7 @@ WRITERS = {
         folder, "DebertaTokenizer", ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     ),
     "deberta-v2": write_unigrams,
+    "distilbert": write_words,
 }
 
 

@@ -3,6 +3,7 @@
 from sweet_jax.models.bert import BERT
 from sweet_jax.models.deberta import DEBERTA
 from sweet_jax.models.deberta_v2 import DEBERTA_V2
+from sweet_jax.models.distilbert import DISTILBERT
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.roberta import ROBERTA
 
@@ -13,5 +14,6 @@ FAMILIES: dict[str, EncoderFamily] = {  # by model_type
         ROBERTA,
         DEBERTA,
         DEBERTA_V2,
+        DISTILBERT,
     )
 }

@@ -131,6 +131,28 @@ CONFIGS: dict[str, dict] = {
         **SMALL,
         **RELATIVE,
     },
+    "distilbert_small": {
+        "model_type": "distilbert",
+        "vocab_size": 61,
+        "n_layers": 3,
+        "max_position_embeddings": 29,
+        "dim": 24,
+        "n_heads": 3,
+        "hidden_dim": 40,
+        "initializer_range": 0.25,
+    },
+    "distilbert_sinusoidal": {
+        "model_type": "distilbert",
+        "vocab_size": 43,
+        "n_layers": 1,
+        "max_position_embeddings": 23,
+        "dim": 16,
+        "n_heads": 2,
+        "hidden_dim": 36,
+        "activation": "relu",
+        "sinusoidal_pos_embds": True,
+        "initializer_range": 0.4,
+    },
 }
 
 
