@@ -15,8 +15,8 @@ from sweet_jax import load_encoder
 from sweet_jax.config import UserError
 from sweet_jax.models.attention import check_attention, fused_attention, supports_shape
 from sweet_jax.models.bert import BertConfig
-from sweet_jax.models.deberta import along_diagonals
 from sweet_jax.models.deberta_v2 import log_bucket
+from sweet_jax.models.disentangled_attention import along_diagonals
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.pretrained import hidden_states, open_checkpoint
 from sweet_jax.models.tensor_names import is_transposed, path_keys

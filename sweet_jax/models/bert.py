@@ -28,7 +28,7 @@ class BertConfig(EncoderConfig):
 
 
 class BertEmbeddings(nnx.Module):
-    """Sum of word, position and token-type embeddings, normalised."""
+    """Sums word, position and token-type embeddings, and normalises."""
 
     def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
         hidden = config.hidden_size
@@ -49,7 +49,7 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertAttention(Attention):
-    """Attention with three projections."""
+    """Attention with separate projections of queries, keys and values."""
 
     def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
         hidden = config.hidden_size
@@ -58,8 +58,8 @@ class BertAttention(Attention):
         self.value = linear(config, hidden, hidden, dtype, rngs)
         super().__init__(config, dtype, rngs)
 
-    def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.query(asking), self.key(x), self.value(x)
+    def project(self, first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.query(first), self.key(x), self.value(x)
 
 
 class Bert(Encoder):

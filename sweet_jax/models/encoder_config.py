@@ -1,4 +1,4 @@
-"""The keys of a Hugging Face `config.json` that every encoder has."""
+"""Configuration of encoders, from a Hugging Face `config.json`. It holds no arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class EncoderConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
-    # What has no field here is not implemented: these keys may only have these values.
+    # Keys of config.json whose other values are not implemented.
     FIXED: ClassVar[dict[str, Any]] = {"is_decoder": False, "add_cross_attention": False}
     # The keys of config.json that a family names otherwise than the fields here.
     KEYS: ClassVar[dict[str, str]] = {}

@@ -33,7 +33,7 @@ _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' re
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: its folder, its encoder family and that encoder's configuration."""
+    """Describes a checkpoint on disk: its folder, encoder family and configuration."""
 
     folder: Path
     family: EncoderFamily
@@ -72,7 +72,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     Raises UserError when it is absent, of another architecture, or its config is unreadable.
     """
     folder = resolve_path(name)
-    if not os.path.isdir(folder):  # False, too, of one that may not be looked at
+    if not os.path.isdir(folder):  # also False where permission is lacking
         if name.startswith(("pkg://", "/", ".", "~")):
             raise UserError(f"checkpoint {name!r} is not a directory")
         folder = _from_hub(name)
@@ -114,10 +114,10 @@ def _from_hub(name: str) -> Path:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own fast tokenizer. Raises UserError where there is none."""
+    """Loads the checkpoint's own fast tokenizer. Raises UserError where there is none."""
     import transformers  # heavy, and not needed for the arithmetic
 
-    # Without files transformers makes an empty tokenizer, to which all words are unknown.
+    # Without files transformers makes an empty tokenizer, in which every word is unknown.
     found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
     if not found:
         raise UserError(f"no {' or '.join(_VOCABULARIES)} in {str(checkpoint.folder)!r}")
@@ -148,15 +148,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
-    """The pretrained encoder alone, as a function that gives every hidden state.
+    """Loads the pretrained encoder alone, as a function that returns every hidden state.
 
     Args:
-      name: hub id, local directory (a saved `model/` too) or `pkg://package/path`.
+      name: hub id, local directory (also a saved `model/`) or `pkg://package/path`.
 
     Returns:
-      f(input_ids, attention_mask=None, token_type_ids=None) for integer arrays [B, L]: a tuple of
-      float32 [B, L, H], the embeddings' output and then every layer's. Compiled once per shape.
-      It raises ValueError for input that is too long, and for ids that have no row in their table.
+      f(input_ids, attention_mask=None, token_type_ids=None) for integer arrays [B, L], which
+      returns a tuple of float32 [B, L, H]: the embeddings' output and then every layer's. It is
+      compiled once per shape, and raises ValueError for input that is too long and for ids without
+      a row in their table.
 
     Raises:
       UserError: see `open_checkpoint` and `read_weights`.
@@ -183,7 +184,7 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
             ("input_ids", ids, config.vocab_size),
             ("token_type_ids", types, config.type_vocab_size),
         ):
-            # Inside another program the values are not known; jax would read NaN for them.
+            # While another program is traced the values are not known.
             known = rows and values.size and not isinstance(values, jax.core.Tracer)
             if known and not 0 <= int(values.min()) <= int(values.max()) < rows:
                 raise ValueError(
@@ -196,7 +197,7 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def hidden_states(encoder: Encoder, input_ids, mask, token_type_ids) -> tuple[jax.Array, ...]:
-    """Embedding output and every layer's, each [B, L, H], without dropout."""
+    """Returns the embeddings' output and every layer's, each [B, L, H], without dropout."""
     h = [encoder.embed(input_ids, token_type_ids, mask)]
     relative = encoder.relative_table()
     for number in range(1, encoder.config.num_hidden_layers + 1):

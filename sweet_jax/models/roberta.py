@@ -28,7 +28,7 @@ class RobertaConfig(bert.BertConfig):
 
 
 class RobertaEmbeddings(bert.BertEmbeddings):
-    """BERT's, with positions counted over what is not padding, from the padding's id on."""
+    """BERT's embeddings, with positions counted from the padding's id over what is not padding."""
 
     def __init__(self, config: RobertaConfig, dtype, rngs: nnx.Rngs):
         super().__init__(config, dtype, rngs)
