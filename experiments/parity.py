@@ -20,13 +20,8 @@ import torch
 import transformers
 from flax import nnx
 
-from sweet_jax.models.pretrained import (
-    hidden_states,
-    load_tokenizer,
-    open_checkpoint,
-    read_encoder,
-)
-from sweet_jax.models.tensor_names import hugging_face_name, is_transposed
+from sweet_jax.models.pretrained import hidden_states, load_tokenizer, open_checkpoint
+from sweet_jax.models.tensor_names import is_transposed, path_keys
 
 TEXTS = [
     "Classifiers built on pretrained encoders spend the same compute on every text.",
@@ -66,7 +61,7 @@ def main() -> int:
         ours = jnp.stack(hidden_states(nnx.merge(graphdef, params), ids, mask.astype(bool), types))
         return (ours * cotangent).sum(), ours
 
-    grads, ours = jax.jit(jax.grad(loss, has_aux=True))(read_encoder(checkpoint)[0])
+    grads, ours = jax.jit(jax.grad(loss, has_aux=True))(checkpoint.weights.encoder)
     worst, present = 0.0, mask.astype(bool)
     for number, wanted in enumerate(exact):
         gap, their_gap = (
@@ -76,9 +71,9 @@ def main() -> int:
         worst = max(worst, gap)
     gaps = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        name = hugging_face_name(tuple(p.key for p in path))
+        name = checkpoint.family.names.name(path_keys(path))
         wanted = exact_grads[name]
-        found = np.asarray(leaf).T if is_transposed(name) else np.asarray(leaf)
+        found = np.asarray(leaf).T if is_transposed(path_keys(path)) else np.asarray(leaf)
         # Of the tensor's largest entry where that is above 1: sums over all tokens and layers.
         scale = max(1, np.abs(wanted).max())
         gaps[name] = [float(np.abs(g - wanted).max() / scale) for g in (found, their_grads[name])]

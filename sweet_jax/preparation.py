@@ -16,8 +16,8 @@ from sweet_jax.data.batches import (
     tokenize,
 )
 from sweet_jax.data.load import Dataset, load_dataset, select_rows, task_of
-from sweet_jax.models.pooling import DEFAULT_POOLING, declared_pooling
-from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
+from sweet_jax.models.pooling import declared_pooling
+from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint
 from sweet_jax.training.growth import base_config
 from sweet_jax.training.initialization import base_checkpoint_folder, with_training_dropout
 from sweet_jax.training.parallel import check_devices
@@ -48,11 +48,11 @@ def prepare(config: Config) -> PreparedRun:
     task_of(config)  # a misspelt name is told before a hub is asked for anything
     checkpoint = open_checkpoint(config.checkpoint)
     if not config.pooling:
-        pooling = declared_pooling(checkpoint.folder) or DEFAULT_POOLING
+        pooling = declared_pooling(checkpoint.folder) or checkpoint.family.default_pooling
         config = dataclasses.replace(config, pooling=pooling)
     _check_against(checkpoint, config)
     with_training_dropout(config, checkpoint)
-    read_encoder(checkpoint)  # a damaged file must be known before anything is written
+    _ = checkpoint.weights  # a damaged file must be known before anything is written
     dataset = load_dataset(config)
     base = base_config(config, dataset.digest())
     if base is not None:

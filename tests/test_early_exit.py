@@ -11,8 +11,9 @@ from tiny import TINIES, TINY, write_checkpoint
 
 from sweet_jax.config import Config
 from sweet_jax.models.early_exit import EarlyExit, isolate
+from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.ownership import SHARED, leaves_by_owner, parameter_owners
-from sweet_jax.models.pretrained import ENCODERS, open_checkpoint
+from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.initialization import make_model
 from sweet_jax.training.losses import mean_loss
@@ -29,7 +30,7 @@ BATCH = {
 
 def build(exits=EXITS, kind="bert", **options):
     """Structure and random parameters, with no bias at its initial zero."""
-    model = EarlyExit(ENCODERS[kind][1](TINIES[kind], KEY), exits, 2, KEY, **options)
+    model = EarlyExit(FAMILIES[kind].encoder(TINIES[kind], KEY), exits, 2, KEY, **options)
     graphdef, values = nnx.split(model)
     params = nnx.to_pure_dict(values)
     noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)

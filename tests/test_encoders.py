@@ -15,10 +15,11 @@ from sweet_jax import load_encoder
 from sweet_jax.config import UserError
 from sweet_jax.models.attention import check_attention, fused_attention, supports_shape
 from sweet_jax.models.bert import BertConfig
-from sweet_jax.models.deberta import along_diagonals
 from sweet_jax.models.deberta_v2 import log_bucket
-from sweet_jax.models.pretrained import ENCODERS, hidden_states, open_checkpoint, read_encoder
-from sweet_jax.models.tensor_names import hugging_face_name, is_transposed
+from sweet_jax.models.disentangled_attention import along_diagonals
+from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.pretrained import hidden_states, open_checkpoint
+from sweet_jax.models.tensor_names import is_transposed, path_keys
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
@@ -31,7 +32,7 @@ def read(name: str):
 
 
 def test_every_model_type_has_golden_files():
-    assert {read(name)[0].model_type for name in NAMES} == set(ENCODERS)
+    assert {read(name)[0].model_type for name in NAMES} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,7 +49,7 @@ def test_hidden_states_and_gradients_equal_hugging_face(name):
     # Optimised as users' programs are (conftest switches that off): the last digits depend on it.
     options = {"xla_backend_optimization_level": 3}
     compiled = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
-    grads, hidden = compiled(read_encoder(checkpoint)[0])
+    grads, hidden = compiled(checkpoint.weights.encoder)
     for ours, theirs in zip(hidden, arrays["hidden"], strict=True):
         ours = np.asarray(ours)
         np.testing.assert_allclose(ours[present], theirs[present], rtol=0, atol=TOLERANCE)
@@ -56,15 +57,17 @@ def test_hidden_states_and_gradients_equal_hugging_face(name):
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     assert len(leaves) == sum(key.startswith("grad/") for key in arrays)
     for path, ours in leaves:
-        key = hugging_face_name(tuple(p.key for p in path))
+        key = checkpoint.family.names.name(path_keys(path))
         theirs = arrays[f"grad/{key}"]
-        theirs = theirs.T if is_transposed(key) else theirs
+        theirs = theirs.T if is_transposed(path_keys(path)) else theirs
         # Sums over tens of tokens: relative to the tensor's largest entry where that is above 1.
         scale = max(1.0, float(np.abs(theirs).max()))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE * scale, err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["bert_small", "roberta_small", "deberta_base", "deberta_v3"])
+@pytest.mark.parametrize(
+    "name", ["bert_small", "roberta_small", "deberta_base", "deberta_v3", "distilbert_small"]
+)
 def test_load_encoder_gives_every_hidden_state(name):
     checkpoint, arrays = read(name)
     inputs = [arrays[k] for k in ("input_ids", "attention_mask", "token_type_ids")]
@@ -91,7 +94,7 @@ def test_padding_further_changes_nothing_at_the_tokens_with_dropout_too(name):
             h = encoder.layer(number, h, mask, key, relative)
         return h
 
-    params, key = read_encoder(checkpoint)[0], jax.random.key(4)
+    params, key = checkpoint.weights.encoder, jax.random.key(4)
     many = np.asarray(last(params, key, ids, types, mask))[:, :13]
     few = np.asarray(last(params, key, ids[:, :13], types[:, :13], mask[:, :13]))
     present = mask[:, :13]
@@ -102,7 +105,7 @@ def test_padding_further_changes_nothing_at_the_tokens_with_dropout_too(name):
 @pytest.mark.parametrize("kind", TINIES)
 @pytest.mark.parametrize("key", [None, jax.random.key(4)], ids=["inference", "dropout"])
 def test_the_first_tokens_alone_are_those_of_the_whole_layer(kind, key):
-    encoder = ENCODERS[kind][1](TINIES[kind], jax.random.key(0))
+    encoder = FAMILIES[kind].encoder(TINIES[kind], jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (3, 9), 3, TINIES[kind].vocab_size)
     mask = jnp.arange(9)[None] < jnp.array([9, 4, 1])[:, None]
     h, relative = encoder.embed(ids, jnp.zeros_like(ids), mask, key), encoder.relative_table()
@@ -119,7 +122,7 @@ def test_the_first_tokens_alone_are_those_of_the_whole_layer(kind, key):
 def test_fused_attention_is_the_same_attention(kind):
     """Values at the tokens, for all queries and the first alone, and every gradient."""
     config = dataclasses.replace(TINIES[kind], attention_probs_dropout_prob=0.0)
-    encoder = ENCODERS[kind][1](config, jax.random.key(0))
+    encoder = FAMILIES[kind].encoder(config, jax.random.key(0))
     hidden = jax.random.normal(jax.random.key(1), (4, 9, config.hidden_size))
     mask = jnp.arange(9)[None] < jnp.array([9, 4, 1, 0])[:, None]
     key = jax.random.key(2)  # other dropout stays on
@@ -175,7 +178,10 @@ def test_cudnn_s_call_is_lowered_for_a_gpu(monkeypatch):
         ({}, "add --config.attention_dropout=off"),
         ({"dropout": 0.0}, "JAX runs on cpu: leave it out, or set it to xla"),
         ({"dropout": 0.0, "backend": "gpu"}, "add --config.dtype=bfloat16"),
-        ({"model_type": "deberta-v2"}, "is a deberta-v2 model"),
+        (
+            {"model_type": "deberta-v2"},
+            "scores have terms for relative positions; leave attention out",
+        ),
         ({"dropout": 0.0, "backend": "gpu", "dtype": "bfloat16", "heads": 64}, "have size 12"),
         ({"dropout": 0.0, "backend": "gpu", "dtype": "bfloat16"}, None),
         ({"attention": "xla"}, "add --config.attention_dropout=off"),
@@ -194,7 +200,7 @@ def test_attention_that_cannot_work_is_refused(values, message):
         check_attention(
             values["attention"],
             "some/model",
-            model_type=values["model_type"],
+            obstacle=FAMILIES[values["model_type"]].fused_attention_obstacle,
             config=config,
             dtype=values.get("dtype", "float32"),
             backend=values["backend"],
@@ -202,7 +208,7 @@ def test_attention_that_cannot_work_is_refused(values, message):
 
 
 def test_the_first_token_alone_takes_little_beside_keys_and_values():
-    encoder = ENCODERS["bert"][1](TINIES["bert"], jax.random.key(0))
+    encoder = FAMILIES["bert"].encoder(TINIES["bert"], jax.random.key(0))
     graphdef, values = nnx.split(encoder)
     hidden, mask = jnp.ones((2, 64, encoder.config.hidden_size)), jnp.ones((2, 64), bool)
 

@@ -11,8 +11,9 @@ from tiny import TINIES, write_checkpoint
 
 from sweet_jax.config import POOLING_NAMES, UserError, from_mapping
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.pooling import POOLINGS, declared_pooling, mean_of_tokens
-from sweet_jax.models.pretrained import ENCODERS, hidden_states
+from sweet_jax.models.pretrained import hidden_states
 from sweet_jax.preparation import prepare
 
 MASK = np.arange(6)[None] < np.array([6, 3, 1, 0])[:, None]
@@ -51,7 +52,7 @@ def test_mean_of_bfloat16_is_summed_in_float32():
 def test_exits_classify_the_mean_of_their_layer(kind):
     """Against the hidden states of the encoder alone, at two padded lengths."""
     key = jax.random.key(3)
-    encoder = ENCODERS[kind][1](TINIES[kind], key)
+    encoder = FAMILIES[kind].encoder(TINIES[kind], key)
     graphdef, values = nnx.split(EarlyExit(encoder, (1, 3), 2, key, pooling="mean"))
     params = nnx.to_pure_dict(values)
     assert all(set(head) == {"classifier"} for head in params["heads"].values())

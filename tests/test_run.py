@@ -15,7 +15,7 @@ from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import pad_rows, split_calibration_rows, tokenize
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
-from sweet_jax.models.layers import gelu
+from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import log_description, prepare
 
@@ -73,6 +73,7 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
         pytest.param("roberta", {"method": "early_exit"}, marks=pytest.mark.slow),
         ("deberta", {"preset": "reference"}),
         pytest.param("deberta-v2", {"seeds": (0, 1)}, marks=pytest.mark.slow),
+        ("distilbert", {}),
     ],
 )
 def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
@@ -89,7 +90,7 @@ def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
     )
     tensors = safetensors.numpy.load_file(saved / "model.safetensors")
     outputs = ExitOutputs.load(tmp_path / "run" / "exit_outputs" / "validation.npz")
-    act = gelu if kind.startswith("deberta") else np.tanh
+    act = ACTIVATIONS[job.checkpoint.config.pooler_act]
     for e in (1, 2, 3):
         pooled = np.asarray(hidden[e][:, 0]) @ tensors[f"exits.{e}.pooler.dense.weight"].T
         pooled = np.asarray(act(pooled + tensors[f"exits.{e}.pooler.dense.bias"]))
@@ -99,11 +100,10 @@ def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
     # Last: what stands above needs no torch.
     torch = pytest.importorskip("torch")
     model = transformers.AutoModel.from_pretrained(saved, attn_implementation="eager").eval()
-    inputs = (rows["input_ids"], rows["mask"].astype(np.int64), rows["token_type_ids"])
+    names = {"input_ids": "input_ids", "mask": "attention_mask", "token_type_ids": "token_type_ids"}
+    inputs = {theirs: torch.from_numpy(np.int64(rows[ours])) for ours, theirs in names.items()}
     with torch.no_grad():
-        theirs = model(
-            *(torch.from_numpy(np.int64(x)) for x in inputs), output_hidden_states=True
-        ).hidden_states
+        theirs = model(**inputs, output_hidden_states=True).hidden_states
     for ours, state in zip(hidden, theirs, strict=True):
         gap = np.abs(np.asarray(ours) - state.numpy())[rows["mask"]]
         assert gap.max() <= 1e-5

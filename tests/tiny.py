@@ -17,12 +17,14 @@ from sweet_jax.config import from_mapping
 from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.policies import exit_confidences
-from sweet_jax.models.bert import BertConfig, RobertaConfig
+from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.deberta_v2 import DebertaV2Config
+from sweet_jax.models.distilbert import DistilBertConfig
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.pretrained import ENCODERS
+from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.roberta import RobertaConfig
 from sweet_jax.models.tensor_names import hugging_face_tensors
 from sweet_jax.pipeline import run
 
@@ -54,6 +56,7 @@ TINIES: dict[str, EncoderConfig] = {
         **SIZES,
         **RELATIVE,
     ),
+    "distilbert": DistilBertConfig(vocab_size=50, **SIZES),
 }
 
 
@@ -76,13 +79,13 @@ def write_checkpoint(
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
-    key = jax.random.key(seed)
-    model = EarlyExit(ENCODERS[model_type][1](config, key), (config.num_hidden_layers,), 2, key)
+    family, key = FAMILIES[model_type], jax.random.key(seed)
+    model = EarlyExit(family.encoder(config, key), (config.num_hidden_layers,), 2, key)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model)[1]))
-    tensors = hugging_face_tensors(params, (config.num_hidden_layers,))
+    tensors = hugging_face_tensors(family.names, params, (config.num_hidden_layers,))
     tensors = {k: v for k, v in tensors.items() if not k.startswith("exits.")}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    values = {"pad_token_id": 0, **dataclasses.asdict(config), "model_type": model_type}
+    values = {"pad_token_id": 0, **config.to_values(), "model_type": model_type}
     for key in ("embedding_size", "attention_head_size"):
         if values.get(key) == 0:  # our word for "not given"
             del values[key]
@@ -146,6 +149,7 @@ WRITERS = {
         folder, "DebertaTokenizer", ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     ),
     "deberta-v2": write_unigrams,
+    "distilbert": write_words,
 }
 
 

@@ -52,7 +52,7 @@ def write_random(folder: Path, shape: str, tokenizer: str) -> None:
     (folder / "config.json").write_text(json.dumps(values))
     model = SHAPES[shape].model()
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model)[1]))
-    tensors = hugging_face_tensors(params, SHAPES[shape].exits)
+    tensors = hugging_face_tensors(SHAPES[shape].family.names, params, SHAPES[shape].exits)
     tensors = {k: v for k, v in tensors.items() if not k.startswith("exits.")}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
 

@@ -21,7 +21,8 @@ from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.pretrained import ENCODERS
+from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.family import EncoderFamily
 from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.sharding import (
@@ -41,6 +42,11 @@ class Shape(NamedTuple):
     config: EncoderConfig
     exits: tuple[int, ...]
 
+    @property
+    def family(self) -> EncoderFamily:
+        """The family that the config is of."""
+        return next(f for f in FAMILIES.values() if f.config is type(self.config))
+
     def model(
         self,
         seed: int = 0,
@@ -51,8 +57,7 @@ class Shape(NamedTuple):
     ) -> EarlyExit:
         """Random parameters, float32; activations in `dtype`."""
         key = jax.random.key(seed)
-        kind = next(encoder for config, encoder in ENCODERS.values() if config is type(self.config))
-        encoder = kind(self.config, key, dtype)
+        encoder = self.family.encoder(self.config, key, dtype)
         return EarlyExit(
             encoder, self.exits, CLASSES, key, remat=remat, pooling=pooling, dtype=dtype
         )

@@ -24,9 +24,8 @@ from sweet_jax.exits.operating_point import ThresholdResolver, deployable_polici
 from sweet_jax.files import write_json, write_text
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pooling import POOLINGS
-from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
+from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint
 from sweet_jax.models.tensor_names import hugging_face_tensors
-from sweet_jax.models.tensors import read_tensors
 
 EXITS_VERSION = 5  # of exits.json
 _READABLE = (4, EXITS_VERSION)  # 4 had no pooling: it was "first"
@@ -64,16 +63,16 @@ def save_model(
     """
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    places = []
+    family, places = checkpoint.family, []
     for model in models:
         place = "." if model is models[-1] else f"depth_{model.exits[-1]:02d}"
         (aside / place).mkdir(parents=True, exist_ok=True)
-        tensors = hugging_face_tensors(model.params, model.exits)
+        tensors = hugging_face_tensors(family.names, model.params, model.exits)
         safetensors.numpy.save_file(
             tensors, aside / place / "model.safetensors", metadata={"format": "pt"}
         )
         values = json.loads((checkpoint.folder / "config.json").read_text())
-        values |= {"num_hidden_layers": model.exits[-1], "architectures": [checkpoint.architecture]}
+        values |= {family.depth_key: model.exits[-1], "architectures": [family.architecture]}
         write_json(aside / place / "config.json", values)
         places.append({"folder": place, "exits": list(model.exits)})
     tokenizer.save_pretrained(aside)
@@ -225,7 +224,8 @@ def _read_exits(folder: Path) -> dict[str, Any]:
 def _network(
     checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, pooling: str, dtype: str
 ) -> Network:
-    tensors = read_tensors(checkpoint.folder)
+    weights = checkpoint.weights
+    tensors = weights.exits
     learned = f"exits.{exits[0]}.learning_to_exit.weight" in tensors
 
     def make() -> EarlyExit:
@@ -250,7 +250,7 @@ def _network(
             absent.append(name)
         return np.ascontiguousarray(value)
 
-    found = {"encoder": read_encoder(checkpoint)[0], "heads": jax.tree.map_with_path(pick, heads)}
+    found = {"encoder": weights.encoder, "heads": jax.tree.map_with_path(pick, heads)}
     if absent:
         raise UserError(
             f"tensors in {str(checkpoint.folder)!r} are missing or misshapen: {', '.join(absent)}"

@@ -1,10 +1,9 @@
-"""Fused attention: the context of a layer's tokens without a matrix of weights in memory.
+"""Fused attention: softmax(q k^T) v without a matrix of weights in memory.
 
-It has no dropout on the weights: `jax.nn.dot_product_attention` offers none, with either of its
-implementations. Nor has it room for the terms that DeBERTa adds to the scores that would not be as
-large as what it saves.
+`jax.nn.dot_product_attention` offers no dropout on the weights, with either of its implementations,
+and terms added to the scores, as relative positions are, would take the memory that it saves.
 
-Shape letters: B batch, L length, Q first tokens, A attention heads, D head size.
+Shape letters: B batch, L length, Q queries (the first tokens), A attention heads, D head size.
 """
 
 from typing import Any, Literal, cast
@@ -14,13 +13,13 @@ import jax.numpy as jnp
 
 from sweet_jax.config import UserError
 
-EINSUM = "einsum"  # this project's own: dropout on the weights, and scores that may have more terms
+EINSUM = "einsum"  # not fused: with dropout on the weights, and scores that may have more terms
 
 
 def fused_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, implementation: str
 ) -> jax.Array:
-    """softmax(q k^T) v where mask is True, [B, Q, A, D].
+    """Returns softmax(q k^T) v over the keys where mask is True, [B, Q, A, D].
 
     Args:
       q: scaled queries [B, Q, A, D], of the first Q of the L tokens.
@@ -30,43 +29,45 @@ def fused_attention(
       implementation: "xla", or "cudnn" (a CUDA GPU, bfloat16).
 
     """
-    # As wide as the scores, since cuDNN takes a mask as a bias; each row's own, not its length
-    # alone, since a row of a batch may be empty and its gradient must be finite.
+    # As wide as the scores, since cuDNN takes a mask as a bias; a mask and not lengths, since a
+    # row of a batch may be empty and its gradient must be finite.
     wide = jnp.broadcast_to(mask[:, None, None, :], (len(mask), 1, q.shape[1], k.shape[1]))
     chosen = cast(Literal["xla", "cudnn"], implementation)
     return jax.nn.dot_product_attention(q, k, v, mask=wide, scale=1.0, implementation=chosen)
 
 
 def supports_shape(implementation: str, count: int, length: int) -> bool:
-    """Whether an implementation computes `count` queries of `length` keys, with their gradients.
+    """Returns whether an implementation computes `count` queries by `length` keys, and gradients.
 
-    cuDNN wants both even where there is a mask. What an exit reads, one token, is not much to save
-    on.
+    cuDNN requires both to be even where there is a mask.
     """
     return implementation != "cudnn" or (count % 2 == 0 and length % 2 == 0)
 
 
 def check_attention(
-    implementation: str, name: str, *, model_type: str, config: Any, dtype: str, backend: str
+    implementation: str, name: str, *, obstacle: str, config: Any, dtype: str, backend: str
 ) -> None:
-    """Raises UserError unless the attention asked for can compute a checkpoint's layers.
+    """Checks that an implementation of attention can compute a checkpoint's layers.
 
     Args:
       implementation: the config key `attention`.
-      name: of the checkpoint, for the message.
-      model_type: its kind of encoder.
+      name: the checkpoint's, for the message.
+      obstacle: why fused attention cannot compute its family's layers; "" where it can.
       config: its EncoderConfig, with the rate of dropout that it is trained with.
       dtype: of activations.
       backend: what JAX runs on: "cpu", "gpu", "tpu".
+
+    Raises:
+      UserError: it cannot; the message says what to set instead.
 
     """
     if implementation == EINSUM:
         return
     asked = f"attention is {implementation!r}, but"
-    if model_type.startswith("deberta"):
+    if obstacle:
         raise UserError(
-            f"{asked} {name!r} is a {model_type} model, whose scores have terms that fused "
-            "attention does not know: leave it out"
+            f"{asked} fused attention cannot compute the layers of {name!r}: {obstacle}; leave "
+            "attention out"
         )
     if config.attention_probs_dropout_prob > 0:
         raise UserError(

@@ -1,7 +1,7 @@
 """DeBERTa v2 and v3 (He et al. 2021, arXiv 2111.09543), one architecture with different options.
 
 Shape letters: B batch, L length, Q first tokens, H hidden, W rows of the table of relative
-positions in reach.
+positions that distances up to L use.
 """
 
 import dataclasses
@@ -11,14 +11,15 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import UserError
-from sweet_jax.models.deberta import Deberta, DebertaConfig, DisentangledAttention
+from sweet_jax.models.deberta import DEBERTA, NAMES, Deberta, DebertaConfig
+from sweet_jax.models.disentangled_attention import DisentangledAttention
 from sweet_jax.models.encoder import Layer, LayerNorm, linear
 from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key, dropout
 
 
 @dataclasses.dataclass(frozen=True)
 class DebertaV2Config(DebertaConfig):
-    """Of model_type "deberta-v2", which v3 checkpoints have too."""
+    """The config.json of model_type "deberta-v2", which v3 checkpoints have too."""
 
     vocab_size: int = 128100
     hidden_size: int = 1536
@@ -72,9 +73,9 @@ class DebertaV2Config(DebertaConfig):
 
 
 def log_bucket(distance: np.ndarray, buckets: int, reach: int) -> np.ndarray:
-    """Distances in buckets: themselves up to buckets // 2, then by logarithm up to `reach`.
+    """Returns the buckets of distances, int: exact up to buckets // 2, then logarithmic to `reach`.
 
-    In float32, as Hugging Face computes it.
+    Computed in float32, as transformers' make_log_bucket_position does.
     """
     middle = buckets // 2
     far = np.maximum(np.abs(distance), middle).astype(np.float32)
@@ -84,7 +85,7 @@ def log_bucket(distance: np.ndarray, buckets: int, reach: int) -> np.ndarray:
 
 
 class DebertaV2Attention(DisentangledAttention):
-    """Three projections; those of positions are their own, or the contents'."""
+    """Attention with three projections; positions have their own or share the contents'."""
 
     def __init__(self, config: DebertaV2Config, dtype, rngs: nnx.Rngs):
         def dense() -> nnx.Linear:
@@ -98,8 +99,8 @@ class DebertaV2Attention(DisentangledAttention):
         if "p2c" in self.kinds and not self.shared:
             self.pos_query_proj = dense()
 
-    def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.query_proj(asking), self.key_proj(x), self.value_proj(x)
+    def project(self, first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.query_proj(first), self.key_proj(x), self.value_proj(x)
 
     def position_keys(self, relative: jax.Array) -> jax.Array:
         return (self.key_proj if self.shared else self.pos_key_proj)(relative)
@@ -109,7 +110,7 @@ class DebertaV2Attention(DisentangledAttention):
 
 
 class Convolution(nnx.Module):
-    """A convolution of the embeddings over neighbouring tokens, added to the first layer's output.
+    """Convolves the embeddings over neighbouring tokens, and adds that to the first layer's output.
 
     Embeddings are zero at padding and beyond the ends alike, so that padding changes nothing.
     """
@@ -162,3 +163,29 @@ class DebertaV2(Deberta):
         if number == 1 and config.conv_kernel_size > 0:
             return ConvolvedLayer(config, dtype, rngs)
         return super().make_layer(number, dtype, rngs)
+
+
+DEBERTA_V2 = dataclasses.replace(
+    DEBERTA,
+    model_type="deberta-v2",
+    architecture="DebertaV2Model",
+    config=DebertaV2Config,
+    encoder=DebertaV2,
+    names=dataclasses.replace(
+        NAMES,
+        encoder={
+            **NAMES.encoder,
+            "layers/0/conv/conv": "encoder.conv.conv",
+            "layers/0/conv/norm": "encoder.conv.LayerNorm",
+        },
+        layer={
+            **NAMES.layer,
+            "attention/query_proj": "attention.self.query_proj",
+            "attention/key_proj": "attention.self.key_proj",
+            "attention/value_proj": "attention.self.value_proj",
+            "attention/pos_key_proj": "attention.self.pos_key_proj",
+            "attention/pos_query_proj": "attention.self.pos_query_proj",
+        },
+    ),
+    repair_tokenizer=None,
+)

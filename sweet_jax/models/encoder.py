@@ -1,12 +1,12 @@
-"""What every encoder is made of, and the one signature that the exits call it by.
+"""Building blocks of encoders, and the interface by which exits call one.
 
 An encoder is `embed`, then `layer` 1, 2, ... each on the hidden state of the one before;
 `relative_table` is what all layers share beside it (None for most).
 
 Shape letters: B batch, L length, H hidden, A attention heads, D = H / A head size, F feed-forward,
-S rows of a table of relative positions. Inside a layer tokens are one axis, B*L: matrix products
-and their gradients then need no copies. Q is the tokens whose output is wanted: all L, or the first
-few, since an exit reads nothing but the first.
+S rows of a table of relative positions, Q tokens whose output is computed: all L, or the first few,
+for an exit that reads only the first. Inside a layer tokens are one axis, B*L: matrix products and
+their gradients then need no copies.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from sweet_jax.models.layers import (
 def linear(
     config: EncoderConfig, fan_in: int, fan_out: int, dtype, rngs: nnx.Rngs, *, bias: bool = True
 ) -> nnx.Linear:
-    """A dense layer with BERT's initialisation, activations in `dtype`, parameters in float32."""
+    """Returns a dense layer with BERT's initialisation: float32, activations in `dtype`."""
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Linear(fan_in, fan_out, kernel_init=init, use_bias=bias, dtype=dtype, rngs=rngs)
 
@@ -39,26 +39,26 @@ def linear(
 def embedding_table(
     config: EncoderConfig, rows: int, width: int, dtype, rngs: nnx.Rngs
 ) -> nnx.Embed:
-    """A table of embeddings [rows, width] with BERT's initialisation."""
+    """Returns a table of embeddings [rows, width] with BERT's initialisation, float32."""
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Embed(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
 
 
 def first_tokens(x: jax.Array, batch: int, count: int | None) -> jax.Array:
-    """The first `count` tokens of each row, [B*Q, H] of [B*L, H]; all for None."""
+    """Returns the first `count` tokens of each row, [B*Q, H] of [B*L, H]; all for None."""
     if count is None:
         return x
     return x.reshape(batch, -1, x.shape[-1])[:, :count].reshape(-1, x.shape[-1])
 
 
 def token_dropout(key, x: jax.Array, rate: float, batch: int) -> jax.Array:
-    """Dropout of [B*L, H] whose masks depend on (row, position, unit) but not on L."""
+    """Applies dropout to [B*L, H] with masks that depend on (row, position, unit) but not on L."""
     shaped = x.reshape(batch, -1, x.shape[-1])
     return dropout(key, shaped, rate, length_axes=(1,)).reshape(x.shape)
 
 
 class LayerNorm(nnx.Module):
-    """`layer_norm` with its parameters scale and bias, float32 [H]."""
+    """Applies `layer_norm` with its parameters scale and bias, float32 [H]."""
 
     def __init__(self, size: int, epsilon: float):
         self.scale = nnx.Param(jnp.ones(size))
@@ -70,9 +70,10 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, its output projection, the residual and its norm.
+    """Computes multi-head self-attention, its output projection, the residual and its norm.
 
-    A subclass makes the projections before it calls this constructor, and may add to the scores.
+    After Vaswani et al. 2017 (arXiv 1706.03762), section 3.2. A subclass makes the projections
+    before it calls this constructor, and may add terms to the scores.
     """
 
     def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
@@ -85,25 +86,25 @@ class Attention(nnx.Module):
         self.hidden_dropout = config.hidden_dropout_prob
         self.implementation = EINSUM
 
-    def project(self, asking: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B*Q, H] of tokens `asking` [B*Q, H], keys and values [B*L, H] of tokens x."""
+    def project(self, first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries of `first`, both [B*Q, H], and keys and values of x, all [B*L, H]."""
         raise NotImplementedError  # each encoder has its own
 
     def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
-        """What the softmax is taken of, [B, A, Q, L].
+        """Returns the attention scores before the softmax, [B, A, Q, L].
 
-        From scaled queries [B, A, Q, D] and keys [B, A, L, D]; Q are the first of the L tokens.
+        q [B, A, Q, D] are scaled queries of the first Q of the L tokens, k [B, A, L, D] keys.
         """
         return jnp.einsum("bald,bamd->balm", q, k)
 
     def context(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, key, relative
     ) -> jax.Array:
-        """What the weights make of the values, [B, Q, A, D], from q like it and k, v [B, L, A, D].
+        """Returns the values weighted by attention, [B, Q, A, D].
 
-        mask is bool [B, L].
+        q is [B, Q, A, D], not scaled; k and v are [B, L, A, D], mask is bool [B, L].
         """
-        fused = self.implementation  # of an implementation that takes these shapes
+        fused = self.implementation
         if fused != EINSUM and supports_shape(fused, q.shape[1], k.shape[1]):
             return fused_attention(q * self.scale, k, v, mask, implementation=fused)
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # [B, A, Q or L, D]
@@ -124,20 +125,20 @@ class Attention(nnx.Module):
         self, x: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
     ) -> jax.Array:
         batch = mask.shape[0]  # not len(): an exported program has a batch without a number
-        asking = first_tokens(x, batch, count)  # [B*Q, H]
+        first = first_tokens(x, batch, count)  # [B*Q, H]
 
         def split(x):
             return x.reshape(batch, -1, self.heads, x.shape[-1] // self.heads)
 
-        q, k, v = map(split, self.project(asking, x))  # [B, Q or L, A, D]
-        context = self.context(q, k, v, mask, key, relative)
-        out = self.output(context.reshape(asking.shape))  # [B*Q, H]
+        q, k, v = map(split, self.project(first, x))  # [B, Q or L, A, D]
+        context = self.context(q, k, v, mask, key, relative)  # [B, Q, A, D]
+        out = self.output(context.reshape(first.shape))  # [B*Q, H]
         out = token_dropout(derive_optional_key(key, "output"), out, self.hidden_dropout, batch)
-        return self.norm(asking + out)
+        return self.norm(first + out)
 
 
 class Layer(nnx.Module):
-    """Attention, then the two-matrix feed-forward with its residual and norm."""
+    """Applies attention, then the feed-forward network with its residual and norm."""
 
     def __init__(self, config: EncoderConfig, attention: type[Attention], dtype, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -162,7 +163,7 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The encoder, with the call signature that every encoder of this package has.
+    """Runs an encoder layer by layer; base class of every family's encoder.
 
     Dropout is an explicit function of a typed key: None switches it off.
 
@@ -185,24 +186,24 @@ class Encoder(nnx.Module):
         )
 
     def set_attention(self, implementation: str) -> None:
-        """Chooses how every layer attends: see `attention.check_attention`."""
+        """Sets the implementation of attention in every layer: see `attention.check_attention`."""
         for layer in self.layers:
             layer.attention.implementation = implementation
 
     def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> Layer:
-        """Layer `number`, from 1, with random parameters."""
+        """Returns layer `number`, from 1, with random parameters."""
         return Layer(self.config, self.ATTENTION, dtype, rngs)
 
     def embed(
         self, input_ids: jax.Array, token_type_ids: jax.Array, mask: jax.Array, key=None
     ) -> jax.Array:
-        """Embedding output [B, L, H] from ids and token types, int32 [B, L], and mask as below."""
+        """Returns the embeddings [B, L, H] of ids and types, int32 [B, L]; mask as in `layer`."""
         return self.embeddings(
             input_ids, token_type_ids, mask, derive_optional_key(key, "embeddings")
         )
 
     def relative_table(self) -> jax.Array | None:
-        """The embeddings of relative positions [S, H] that `layer` wants, or None."""
+        """Returns the embeddings of relative positions [S, H] that `layer` takes, or None."""
         return None
 
     def layer(
@@ -215,11 +216,11 @@ class Encoder(nnx.Module):
         *,
         count: int | None = None,
     ) -> jax.Array:
-        """Hidden state [B, L, H] after layer `number` (from 1), given the one before it.
+        """Returns the hidden state [B, L, H] after layer `number` (from 1), given the one before.
 
         mask is bool [B, L], True at the tokens that may be attended to; relative is
-        `relative_table()`. With `count`, the hidden state of that many first tokens [B, Q, H]: the
-        same numbers, for little more than the keys and values of all.
+        `relative_table()`. With `count`, returns the hidden state of that many first tokens
+        [B, Q, H]: the same numbers, at little more than the cost of all keys and values.
         """
         return self.layers[number - 1](
             h, mask, derive_optional_key(key, "layer", number), relative, count

@@ -1,4 +1,4 @@
-"""The keys of a Hugging Face `config.json` that every encoder has."""
+"""Configuration of encoders, from a Hugging Face `config.json`. It holds no arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from sweet_jax.models.layers import ACTIVATIONS
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The keys of a Hugging Face `config.json` that change the arithmetic of any encoder.
+    """Holds the values of a Hugging Face `config.json` that change the arithmetic of any encoder.
 
     Raises UserError, worded to follow "checkpoint ... has", for values that are not supported.
     """
@@ -28,36 +28,54 @@ class EncoderConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
-    # What has no field here is not implemented: these keys may only have these values.
+    # Keys of config.json whose other values are not implemented.
     FIXED: ClassVar[dict[str, Any]] = {"is_decoder": False, "add_cross_attention": False}
+    # The keys of config.json that a family names otherwise than the fields here.
+    KEYS: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         self.check_activation("hidden_act")
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} {getattr(self, key)}, which must be 1 or more")
-        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"{key} {getattr(self, key)}, which must be from 0 to below 1")
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            value = getattr(self, field)
+            if value < 1:
+                raise UserError(f"{self.key(field)} {value}, which must be 1 or more")
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, field)
+            if not 0 <= value < 1:
+                raise UserError(f"{self.key(field)} {value}, which must be from 0 to below 1")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"hidden_size {self.hidden_size}, not a multiple of its num_attention_heads "
-                f"{self.num_attention_heads}"
+                f"{self.key('hidden_size')} {self.hidden_size}, not a multiple of its "
+                f"{self.key('num_attention_heads')} {self.num_attention_heads}"
             )
 
     @classmethod
+    def key(cls, field: str) -> str:
+        """Returns the key of config.json that a field is read from."""
+        return cls.KEYS.get(field, field)
+
+    @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """The config of the contents of a config.json."""
+        """Returns the config that the contents of a config.json describe.
+
+        Raises UserError for values that are not supported, or of a wrong type.
+        """
         for key, fixed in cls.FIXED.items():
             if values.get(key, fixed) not in (fixed, None):
                 raise UserError(f"{key} {values[key]!r}; only {fixed!r} is supported")
-        known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-        for key, kind in known.items():
-            if key in values and not isinstance(
-                values[key], (int, float) if kind is float else kind
-            ):
+        found = {}
+        for field in dataclasses.fields(cls):
+            key, kind = cls.key(field.name), type(field.default)
+            if key not in values:
+                continue
+            if not isinstance(values[key], (int, float) if kind is float else kind):
                 raise UserError(f"{key} {values[key]!r} in its config.json, not of type {kind}")
-        return cls(**{k: v for k, v in values.items() if k in known})
+            found[field.name] = values[key]
+        return cls(**found)
+
+    def to_values(self) -> dict[str, Any]:
+        """Returns the fields by their keys in config.json."""
+        return {self.key(field): value for field, value in dataclasses.asdict(self).items()}
 
     @property
     def positions(self) -> int | None:
@@ -69,10 +87,11 @@ class EncoderConfig:
         """The activation of the pooler that the checkpoint was trained with."""
         return "tanh"
 
-    def check_activation(self, key: str) -> None:
-        """Raises UserError unless the value of `key` is an activation known here."""
-        if getattr(self, key) not in ACTIVATIONS:
+    def check_activation(self, field: str) -> None:
+        """Raises UserError unless the value of a field is an activation known here."""
+        value = getattr(self, field)
+        if value not in ACTIVATIONS:
             raise UserError(
-                f"the activation {getattr(self, key)!r} ({key}); supported are "
+                f"the activation {value!r} ({self.key(field)}); supported are "
                 f"{', '.join(ACTIVATIONS)}"
             )

@@ -1,4 +1,4 @@
-"""What every encoder is made of: derived keys, dropout, layer norm, softmax and GELU.
+"""Functions that all encoders share: derived keys, dropout, layer norm, softmax and GELU.
 
 The last three carry a backward pass written by hand. Differentiated automatically, XLA on a CPU
 spends a fifth of a training step on them (experiments/benchmarks/train_step.py).
@@ -20,8 +20,8 @@ _MAX_LENGTH = 1 << 16  # positions are one 16-bit digit of a counter
 def derive_key(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
     """Folds names (text or numbers) into a typed key, one after the other.
 
-    A key depends on what it is for and on nothing else, so that adding a layer, an exit or a
-    replica leaves the random numbers of all others as they were.
+    A key depends only on its names, so that adding a layer, an exit or a replica leaves the random
+    numbers of all others as they were.
     """
     for name in names:
         key = jax.random.fold_in(key, zlib.crc32(name.encode()) if isinstance(name, str) else name)
@@ -29,19 +29,19 @@ def derive_key(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
 
 
 def derive_optional_key(key: jax.Array | None, *names: str | int) -> jax.Array | None:
-    """`derive_key`, or None (no dropout) for None."""
+    """Returns `derive_key(key, *names)`, or None (no dropout) for None."""
     return None if key is None else derive_key(key, *names)
 
 
 def rematerialize(function: Callable[..., jax.Array], h: jax.Array, *others: Any) -> jax.Array:
-    """function(h, *others), of which the backward pass keeps the arguments and nothing else.
+    """Returns function(h, *others), keeping only the arguments for the backward pass.
 
-    What else it needs is computed again once the gradient of the result is there. jax.checkpoint
-    leaves that order to the compiler, and XLA on a CPU computes it all beforehand, which saves no
-    memory. So here the second h is the first plus a zero that is known with that gradient only.
+    The rest is recomputed once the gradient of the result is known. jax.checkpoint leaves that
+    order to the compiler, and XLA on a CPU recomputes everything beforehand, which saves no memory.
+    So the recomputation starts from h plus a zero that depends on that gradient.
 
     Args:
-      function: gives a floating array; takes no gradient of what it closes over.
+      function: returns a floating array; no gradient is taken of what it closes over.
       h: floating array.
       others: further arguments, trees of floating arrays.
 
@@ -63,12 +63,12 @@ def rematerialize(function: Callable[..., jax.Array], h: jax.Array, *others: Any
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """X times the normal distribution function of x, the erf form (Hendrycks & Gimpel 2016)."""
+    """Returns x times the normal distribution function of x (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Kept for the backward pass is the derivative, not x: as large, and no second erf.
+    # The backward pass keeps the derivative, as large as x, and needs no second erf.
     cdf = 0.5 * (1 + jax.lax.erf(x * 2**-0.5))
     slope = cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
     return x * cdf, slope
@@ -87,7 +87,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @jax.custom_vjp
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the last axis where mask is True, zero elsewhere; in float32.
+    """Returns the softmax over the last axis where mask is True, zero elsewhere; in float32.
 
     Args:
       scores: floating [..., L].
@@ -115,7 +115,7 @@ masked_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Layer normalisation (Ba et al. 2016) of [..., H] over H; statistics in float32.
+    """Normalises [..., H] over H (Ba et al. 2016, arXiv 1607.06450); statistics in float32.
 
     The variance is the mean squared distance from the mean: E[x^2] - E[x]^2 loses digits.
     """
@@ -182,12 +182,12 @@ def _keep(
     packed_axis: int,
     start: int,
 ) -> jax.Array:
-    """Bool of the given shape: whether the 16-bit number at each counter reaches threshold.
+    """Returns bool of the given shape: whether the 16-bit number at each counter reaches threshold.
 
-    Kept for the backward pass are four bits in a byte. They come out of a loop of two passes
-    because XLA fuses through a loop's edge never: else it works the generator out once for each of
-    the four, in every kernel that reads a mask, which on a CPU takes 2.5 times as long to compile
-    and up to 5 times as long to run.
+    The backward pass keeps four bits in a byte. They come out of a loop of two passes because XLA
+    never fuses across the edge of a loop: without it, every kernel that reads a mask recomputes the
+    generator once for each of the four, which on a CPU takes 2.5 times as long to compile and up to
+    5 times as long to run.
     """
     rank = len(shape)
     packed, halved = packed_axis % rank, rank - 2
@@ -227,7 +227,7 @@ def _keep(
 
 @functools.partial(jax.jit, inline=True)  # traced once for each shape, then a part of its caller
 def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011, table 2): JAX's own generator, unrolled.
+    """Computes Threefry-2x32 with 20 rounds (Salmon et al. 2011, table 2): JAX's own, unrolled.
 
     On a CPU, JAX lowers it to a loop that copies every word each round, five times slower.
 

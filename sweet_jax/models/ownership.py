@@ -1,7 +1,8 @@
-"""Which exit owns which parameter: that whose loss alone trains it under SWEET.
+"""Ownership of parameters: the exit whose loss alone trains a parameter under SWEET.
 
 A segment's layers and head are its exit's; the embeddings belong to the first segment (SWEET paper,
-section 4.1), and so does the table of relative positions, unless it is shared.
+section 4.1), and so does the table of relative positions, unless it is shared. No array is made
+here: trees have the shape of the parameters.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,9 @@ SHARED = 0  # the owner number of parameters that every exit trains
 
 
 def parameter_owners(params: Any, exits: Sequence[int], *, shared_relative: bool = False) -> Any:
-    """The tree of `params` with the layer number of the exit that owns each; SHARED for all.
+    """Returns the tree of `params` with the layer number of the owning exit, or SHARED.
 
-    shared_relative is the model's: whether the table of relative positions is everyone's.
+    shared_relative: whether every exit trains the table of relative positions.
     Raises KeyError for a parameter that no rule covers.
     """
 
@@ -39,6 +40,6 @@ def parameter_owners(params: Any, exits: Sequence[int], *, shared_relative: bool
 def leaves_by_owner(
     tree: Any, exits: Sequence[int], *, shared_relative: bool = False
 ) -> Iterator[tuple[int, jax.Array]]:
-    """(owner, leaf) of every leaf of a tree shaped like the parameters."""
+    """Returns (owner, leaf) of every leaf of a tree shaped like the parameters."""
     owner_of = parameter_owners(tree, exits, shared_relative=shared_relative)
     return zip(jax.tree.leaves(owner_of), jax.tree.leaves(tree), strict=True)

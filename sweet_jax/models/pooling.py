@@ -1,4 +1,4 @@
-"""Pooling: how an exit reads one vector from the hidden state of its layer.
+"""Pooling: one vector from the hidden state of an exit's layer.
 
 A new pooling is one function and one line of POOLINGS.
 
@@ -33,12 +33,13 @@ def mean_of_tokens(h: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 class Pooling(NamedTuple):
-    """How an exit reads its layer.
+    """Describes a pooling.
 
     Attributes:
       read: (h [B, L, H], mask bool [B, L]) → [B, H].
-      first_only: reads the first token alone, so that an exit's layer may be computed there alone.
-      dense: is followed by the pretrained pooler, a dense layer and its activation.
+      first_only: whether it reads the first token alone, so that an exit's layer need be computed
+        at that token only.
+      dense: whether the pretrained pooler follows, a dense layer and its activation.
 
     """
 
@@ -52,9 +53,6 @@ POOLINGS: dict[str, Pooling] = {
     # No pooler: it was pretrained for the first token of the last layer.
     "mean": Pooling(mean_of_tokens, first_only=False, dense=False),
 }
-# Where neither the config nor the checkpoint says: the mean, since the first token of a low layer
-# has hardly seen the text (experiments/results/recipe).
-DEFAULT_POOLING = "mean"
 
 _DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
 

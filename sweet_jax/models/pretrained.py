@@ -1,43 +1,29 @@
-"""Checkpoints under their Hugging Face names: found, read, checked, written.
+"""Hugging Face checkpoints: found by name, their configuration, tokenizer and encoder.
 
 Shape letters: B batch, L length, H hidden.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from sweet_jax.config import UserError
 from sweet_jax.data.read import resolve_path
-from sweet_jax.models.bert import Bert, BertConfig, Roberta, RobertaConfig
-from sweet_jax.models.deberta import Deberta, DebertaConfig
-from sweet_jax.models.deberta_v2 import DebertaV2, DebertaV2Config
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.tensor_names import (
-    NOT_ENCODER,
-    hugging_face_name,
-    is_transposed,
-    normalize_name,
-)
-from sweet_jax.models.tensors import read_tensors
+from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.family import EncoderFamily
+from sweet_jax.models.weights import Weights, read_weights
 
-# The encoder that a checkpoint's model_type stands for.
-ENCODERS: dict[str, tuple[type[EncoderConfig], type[Encoder]]] = {
-    "bert": (BertConfig, Bert),
-    "roberta": (RobertaConfig, Roberta),
-    "deberta": (DebertaConfig, Deberta),
-    "deberta-v2": (DebertaV2Config, DebertaV2),
-}
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
@@ -47,26 +33,37 @@ _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' re
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk: its folder, its kind of encoder and that encoder's configuration."""
+    """Describes a checkpoint on disk: its folder, encoder family and configuration."""
 
     folder: Path
-    model_type: str
+    family: EncoderFamily
     config: EncoderConfig
+
+    @property
+    def model_type(self) -> str:
+        """The family's name in config.json."""
+        return self.family.model_type
 
     @property
     def depth(self) -> int:
         """Number of encoder layers."""
         return self.config.num_hidden_layers
 
-    @property
-    def architecture(self) -> str:
-        """Hugging Face's name of the class of the encoder alone."""
-        return ENCODERS[self.model_type][1].__name__ + "Model"
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """The pretrained weights, read at the first use and kept as long as this value is.
+
+        Raises UserError: see `read_weights`.
+        """
+        return read_weights(self.folder, self.family, self.config)
 
     def encoder(self, key: jax.Array, dtype=jnp.float32, depth: int | None = None) -> Encoder:
-        """The encoder with random parameters from a typed key, of all layers or the first."""
+        """Returns the encoder with random parameters from a typed key.
+
+        dtype is that of activations; depth is how many of its layers, None for all.
+        """
         config = dataclasses.replace(self.config, num_hidden_layers=depth or self.depth)
-        return ENCODERS[self.model_type][1](config, key, dtype)
+        return self.family.encoder(config, key, dtype)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -75,7 +72,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     Raises UserError when it is absent, of another architecture, or its config is unreadable.
     """
     folder = resolve_path(name)
-    if not os.path.isdir(folder):  # False, too, of one that may not be looked at
+    if not os.path.isdir(folder):  # also False where permission is lacking
         if name.startswith(("pkg://", "/", ".", "~")):
             raise UserError(f"checkpoint {name!r} is not a directory")
         folder = _from_hub(name)
@@ -87,12 +84,13 @@ def open_checkpoint(name: str) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {name!r} has no readable config.json: {error}") from error
     kind = values.get("model_type")
-    if kind not in ENCODERS:
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
         raise UserError(
-            f"checkpoint {name!r} is of model_type {kind!r}; supported are {', '.join(ENCODERS)}"
+            f"checkpoint {name!r} is of model_type {kind!r}; supported are {', '.join(FAMILIES)}"
         )
     try:
-        return Checkpoint(folder, kind, ENCODERS[kind][0].from_values(values))
+        return Checkpoint(folder, family, family.config.from_values(values))
     except UserError as error:
         raise UserError(f"checkpoint {name!r} has {error}") from error
 
@@ -116,11 +114,10 @@ def _from_hub(name: str) -> Path:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own fast tokenizer. Raises UserError where there is none."""
+    """Loads the checkpoint's own fast tokenizer. Raises UserError where there is none."""
     import transformers  # heavy, and not needed for the arithmetic
-    from tokenizers import processors
 
-    # Without files transformers makes an empty tokenizer, to which all words are unknown.
+    # Without files transformers makes an empty tokenizer, in which every word is unknown.
     found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
     if not found:
         raise UserError(f"no {' or '.join(_VOCABULARIES)} in {str(checkpoint.folder)!r}")
@@ -145,80 +142,30 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             f"the tokenizer in {str(checkpoint.folder)!r} has more tokens than the checkpoint's "
             f"vocab_size, {checkpoint.config.vocab_size}"
         )
-    if checkpoint.model_type == "deberta":
-        # Pairs as DeBERTa was pretrained on: transformers 5 puts two [SEP] between them.
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[
-                ("[CLS]", tokenizer.cls_token_id),
-                ("[SEP]", tokenizer.sep_token_id),
-            ],
-        )
+    if checkpoint.family.repair_tokenizer is not None:
+        checkpoint.family.repair_tokenizer(tokenizer)
     return tokenizer
 
 
-def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any, Any]:
-    """Pretrained encoder parameters up to layer `depth`, and the pooler's or None.
-
-    Returns pure dicts of float32 arrays, the encoder's as `nnx.split(checkpoint.encoder(key))` has.
-    Raises UserError naming every missing, unexpected or misshapen tensor, or a damaged file.
-    """
-    tensors = {
-        normalize_name(name): value for name, value in read_tensors(checkpoint.folder).items()
-    }
-    wanted = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: _random(checkpoint)))[1])
-    paths = jax.tree_util.tree_leaves_with_path(wanted)
-    names = {hugging_face_name(tuple(p.key for p in path)): leaf for path, leaf in paths}
-    shapes = {name: tuple(leaf.shape) for name, leaf in names.items()}
-    shapes = {n: shape[::-1] if is_transposed(n) else shape for n, shape in shapes.items()}
-    hidden = checkpoint.config.hidden_size
-    pooler = {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
-    found = {
-        "missing": [name for name in shapes if name not in tensors],
-        "unexpected": [
-            name for name in tensors if name not in shapes | pooler and not NOT_ENCODER.match(name)
-        ],
-        "misshapen": [
-            f"{name} {tensors[name].shape} instead of {shape}"
-            for name, shape in (shapes | pooler).items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-    }
-    if any(found.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items() if names)
-        raise UserError(f"tensors in {str(checkpoint.folder)!r} do not fit its config: {listed}")
-
-    def pick(path, leaf) -> np.ndarray:
-        return _ours(hugging_face_name(tuple(p.key for p in path)), tensors)
-
-    encoder = jax.tree.map_with_path(pick, wanted)
-    if depth is not None:
-        encoder["layers"] = {i: encoder["layers"][i] for i in range(depth)}
-    if not all(name in tensors for name in pooler):
-        return encoder, None
-    kernel, bias = (_ours(name, tensors) for name in pooler)
-    return encoder, {"kernel": kernel, "bias": bias}
-
-
 def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
-    """The pretrained encoder alone, as a function that gives every hidden state.
+    """Loads the pretrained encoder alone, as a function that returns every hidden state.
 
     Args:
-      name: hub id, local directory (a saved `model/` too) or `pkg://package/path`.
+      name: hub id, local directory (also a saved `model/`) or `pkg://package/path`.
 
     Returns:
-      f(input_ids, attention_mask=None, token_type_ids=None) for integer arrays [B, L]: a tuple of
-      float32 [B, L, H], the embeddings' output and then every layer's. Compiled once per shape.
-      It raises ValueError for input that is too long, and for ids that have no row in their table.
+      f(input_ids, attention_mask=None, token_type_ids=None) for integer arrays [B, L], which
+      returns a tuple of float32 [B, L, H]: the embeddings' output and then every layer's. It is
+      compiled once per shape, and raises ValueError for input that is too long and for ids without
+      a row in their table.
 
     Raises:
-      UserError: see `open_checkpoint` and `read_encoder`.
+      UserError: see `open_checkpoint` and `read_weights`.
 
     """
     checkpoint = open_checkpoint(name)
-    graphdef = nnx.split(nnx.eval_shape(lambda: _random(checkpoint)))[0]
-    params = jax.tree.map(jnp.asarray, read_encoder(checkpoint)[0])
+    graphdef = nnx.split(nnx.eval_shape(lambda: checkpoint.encoder(jax.random.key(0))))[0]
+    params = jax.tree.map(jnp.asarray, checkpoint.weights.encoder)
 
     @jax.jit
     def run(params, input_ids, mask, token_type_ids):
@@ -237,7 +184,7 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
             ("input_ids", ids, config.vocab_size),
             ("token_type_ids", types, config.type_vocab_size),
         ):
-            # Inside another program the values are not known; jax would read NaN for them.
+            # While another program is traced the values are not known.
             known = rows and values.size and not isinstance(values, jax.core.Tracer)
             if known and not 0 <= int(values.min()) <= int(values.max()) < rows:
                 raise ValueError(
@@ -250,18 +197,9 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def hidden_states(encoder: Encoder, input_ids, mask, token_type_ids) -> tuple[jax.Array, ...]:
-    """Embedding output and every layer's, each [B, L, H], without dropout."""
+    """Returns the embeddings' output and every layer's, each [B, L, H], without dropout."""
     h = [encoder.embed(input_ids, token_type_ids, mask)]
     relative = encoder.relative_table()
     for number in range(1, encoder.config.num_hidden_layers + 1):
         h.append(encoder.layer(number, h[-1], mask, relative=relative))
     return tuple(h)
-
-
-def _random(checkpoint: Checkpoint) -> Encoder:
-    return checkpoint.encoder(jax.random.key(0))
-
-
-def _ours(name: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    value = tensors[name].astype(np.float32)
-    return np.ascontiguousarray(value.T) if is_transposed(name) else value

@@ -1,4 +1,7 @@
-"""The files a checkpoint's tensors are in: safetensors or torch pickles, whole or in shards."""
+"""Files of a checkpoint's tensors: safetensors or torch pickles, whole or in shards.
+
+Arrays have the shapes and dtypes of the files.
+"""
 
 import json
 import pickle
@@ -14,9 +17,9 @@ _SAFE, _PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by name: of its safetensors, else of its torch pickles.
+    """Reads the tensors of a checkpoint by name, from its safetensors or else its torch pickles.
 
-    Raises UserError when there are neither, or a file is damaged or may not be read.
+    Raises UserError when there are neither, or a file is damaged or not readable.
     """
     try:
         found = {path.name.removesuffix(".index.json") for path in folder.iterdir()}
@@ -28,7 +31,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _read_files(folder: Path, name: str, read: Callable) -> dict[str, np.ndarray]:
-    """The tensors of the file of that name, or of the shards its index names."""
+    """Reads the file of that name, or the shards that its index names."""
     index = folder / f"{name}.index.json"
     names = [name]
     tensors: dict[str, np.ndarray] = {}
@@ -47,15 +50,15 @@ def _read_files(folder: Path, name: str, read: Callable) -> dict[str, np.ndarray
     except Exception as error:  # a damaged file can break a reader in any way
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{str(folder / names[0])!r} is damaged: {reason}; fetch it anew"
+            f"{str(folder / names[0])!r} is damaged: {reason}; download it again"
         ) from error
     return tensors
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file of torch, by torch's loader that makes nothing but tensors.
+    """Reads a file of torch with the loader that unpickles tensors only.
 
-    A pickle can run any program when it is read, so that no other loader will do.
+    Unpickling can run arbitrary code, so no other loader is used.
     """
     try:
         import torch

@@ -15,7 +15,7 @@ from sweet_jax.models.attention import check_attention
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive_key
 from sweet_jax.models.ownership import parameter_owners
-from sweet_jax.models.pretrained import Checkpoint, read_encoder
+from sweet_jax.models.pretrained import Checkpoint
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
 from sweet_jax.training.growth import (
     base_config,
@@ -74,7 +74,7 @@ def with_training_dropout(config: Config, checkpoint: Checkpoint) -> Checkpoint:
     check_attention(
         config.attention,
         config.checkpoint,
-        model_type=checkpoint.model_type,
+        obstacle=checkpoint.family.fused_attention_obstacle,
         config=checkpoint.config,
         dtype=config.dtype,
         backend=jax.default_backend(),
@@ -90,7 +90,8 @@ def initial_state(
 
     Raises UserError where that run will not do.
     """
-    encoder, pooler = read_encoder(checkpoint, training.exits[-1])
+    encoder = checkpoint.weights.first_layers(training.exits[-1])
+    pooler = checkpoint.weights.pooler
     base = base_config(config)
     trunks = [None] * len(config.replicas())
     if base is not None:

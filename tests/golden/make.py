@@ -131,6 +131,28 @@ CONFIGS: dict[str, dict] = {
         **SMALL,
         **RELATIVE,
     },
+    "distilbert_small": {
+        "model_type": "distilbert",
+        "vocab_size": 61,
+        "n_layers": 3,
+        "max_position_embeddings": 29,
+        "dim": 24,
+        "n_heads": 3,
+        "hidden_dim": 40,
+        "initializer_range": 0.25,
+    },
+    "distilbert_sinusoidal": {
+        "model_type": "distilbert",
+        "vocab_size": 43,
+        "n_layers": 1,
+        "max_position_embeddings": 23,
+        "dim": 16,
+        "n_heads": 2,
+        "hidden_dim": 36,
+        "activation": "relu",
+        "sinusoidal_pos_embds": True,
+        "initializer_range": 0.4,
+    },
 }
 
 
@@ -143,10 +165,10 @@ def make(name: str, seed: int) -> None:
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # biases and norms are born constant, which would hide mistakes
         for key, value in model.named_parameters():
-            if key.endswith("bias") or "LayerNorm" in key:
+            if key.endswith("bias") or "norm" in key.lower():
                 value.add_(0.3 * torch.randn_like(value))
     ids = rng.integers(config.pad_token_id + 1, config.vocab_size, (4, LENGTH))
-    types = rng.integers(0, max(1, config.type_vocab_size), (4, LENGTH))
+    types = rng.integers(0, max(1, getattr(config, "type_vocab_size", 1)), (4, LENGTH))
     mask = (np.arange(LENGTH) < np.array([17, 9, 1, 13])[:, None]).astype(np.int64)
     ids = np.where(mask, ids, config.pad_token_id)  # as a tokenizer pads
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}

@@ -1,0 +1,150 @@
+"""Disentangled attention (He et al. 2020, arXiv 2006.03654, section 3.1).
+
+It scores content to content, content to position ("c2p") and position to content ("p2c"). All
+layers share one table of relative positions, and each layer has its own projections of it.
+
+Shape letters: B batch, L length, Q first tokens, H hidden, A attention heads, D = H / A head size,
+S rows of the table, W those that distances up to L use.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sweet_jax.config import UserError
+from sweet_jax.models.encoder import Attention, LayerNorm
+from sweet_jax.models.encoder_config import EncoderConfig
+from sweet_jax.models.layers import dropout
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativePositionConfig(EncoderConfig):
+    """Adds the keys of relative positions to those of any encoder.
+
+    Raises UserError, worded to follow "checkpoint ... has", for values that are not supported.
+    """
+
+    relative_attention: bool = False
+    max_relative_positions: int = -1  # below 1 = max_position_embeddings
+    pos_att_type: tuple[str, ...] = ()  # of "c2p", "p2c"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = self.pos_att_type
+        if not set(kinds) <= {"c2p", "p2c"} or len(set(kinds)) < len(kinds):
+            raise UserError(
+                f"pos_att_type {'|'.join(kinds)!r}; supported are 'c2p', 'p2c' and 'c2p|p2c'"
+            )
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the config of a config.json.
+
+        pos_att_type may be a list there, text with bars, or null.
+        """
+        kinds = values.get("pos_att_type") or ()
+        if isinstance(kinds, str):
+            kinds = [kind.strip() for kind in kinds.lower().split("|")]
+        if not isinstance(kinds, list | tuple):
+            raise UserError(f"pos_att_type {kinds!r} in its config.json")
+        return super().from_values({**values, "pos_att_type": tuple(map(str, kinds))})
+
+    @property
+    def span(self) -> int:
+        """Half the rows of the table of relative positions: distances from -span to span - 1."""
+        return self.reach
+
+    @property
+    def reach(self) -> int:
+        """The distance in tokens from which on relative positions share a row."""
+        far = self.max_relative_positions
+        return far if far >= 1 else self.max_position_embeddings
+
+    @property
+    def normed(self) -> bool:
+        """Whether the table of relative positions is normalised."""
+        return False
+
+    def rows(self, distance: np.ndarray) -> np.ndarray:
+        """Returns the row of the table, int, for each distance, query minus key position."""
+        return np.clip(distance + self.span, 0, 2 * self.span - 1)
+
+
+def along_diagonals(x: jax.Array) -> jax.Array:
+    """Returns y [..., Q, L] of x [..., Q, 2L] with y[i, j] = x[i, L - 1 + j - i]; Q is at most L.
+
+    Reshapes to rows that are one element shorter, which shifts each row by one against the row
+    before. A gather would have a scatter as its gradient.
+    """
+    *batch, count, width = x.shape
+    length = width // 2
+    flat = x.reshape(*batch, count * width)[..., length - 1 :]
+    missing = count * (width - 1) - flat.shape[-1]
+    flat = jnp.pad(flat, [(0, 0)] * len(batch) + [(0, max(0, missing))])
+    rows = flat[..., : count * (width - 1)].reshape(*batch, count, width - 1)
+    return rows[..., :length]
+
+
+class RelativePositions(nnx.Module):
+    """Holds the table of relative positions [S, H], normalised where the config says so."""
+
+    def __init__(self, config: RelativePositionConfig, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.embedding = nnx.Param(init(rngs.params(), (2 * config.span, config.hidden_size)))
+        norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm = norm if config.normed else None
+        self.dtype = dtype
+
+    def __call__(self) -> jax.Array:
+        rows = self.embedding[...]
+        return (rows if self.norm is None else self.norm(rows)).astype(self.dtype)
+
+
+class DisentangledAttention(Attention):
+    """Attention that also scores relative positions; subclasses project them."""
+
+    def __init__(self, config: RelativePositionConfig, dtype, rngs: nnx.Rngs):
+        super().__init__(config, dtype, rngs)
+        self.config = config
+        self.kinds = config.pos_att_type if config.relative_attention else ()
+        # By the kinds named, whether or not relative_attention is on, as transformers scales.
+        self.scale *= (1 + len(config.pos_att_type)) ** -0.5
+
+    def position_keys(self, relative: jax.Array) -> jax.Array:
+        """Returns the keys [W, H] of rows [W, H] of the table, for "c2p"."""
+        raise NotImplementedError  # each version of DeBERTa has its own
+
+    def position_queries(self, relative: jax.Array) -> jax.Array:
+        """Returns the queries [W, H] of rows [W, H] of the table, for "p2c"."""
+        raise NotImplementedError  # each version of DeBERTa has its own
+
+    def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
+        total = super().scores(q, k, relative, key)  # [B, A, Q, L]
+        if not self.kinds:
+            return total
+        count, length = q.shape[2], k.shape[2]
+        # Column c of what `along_diagonals` reads stands for (column - row) = c - (L - 1).
+        offset = np.arange(2 * length) - (length - 1)
+        reached = self.config.rows(np.arange(-length, length + 1))
+        low, high = reached.min(), reached.max() + 1
+        relative = dropout(
+            key, relative[low:high], self.hidden_dropout, length_axes=(0,), start=int(low)
+        )  # [W, H]
+
+        def rows(projected: jax.Array, distance: np.ndarray) -> jax.Array:
+            heads = projected.reshape(len(projected), self.heads, -1)  # [W, A, D]
+            return heads[self.config.rows(distance) - low]  # [2L, A, D]
+
+        if "c2p" in self.kinds:  # row query, column key: the distance is row - column
+            keys = rows(self.position_keys(relative), -offset)
+            total += along_diagonals(jnp.einsum("bald,rad->balr", q, keys))
+        if "p2c" in self.kinds:  # row key, column query
+            queries = rows(self.position_queries(relative) * self.scale, offset)
+            found = along_diagonals(jnp.einsum("bald,rad->balr", k, queries))
+            total += found.swapaxes(-1, -2)[..., :count, :]
+        return total

@@ -1,0 +1,105 @@
+"""DistilBERT (Sanh et al. 2019, arXiv 1910.01108): BERT without token types and without a pooler.
+
+Shape letters: B batch, L length, H hidden.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sweet_jax.models.bert import BertAttention
+from sweet_jax.models.encoder import Encoder, LayerNorm, embedding_table
+from sweet_jax.models.encoder_config import EncoderConfig
+from sweet_jax.models.family import EncoderFamily
+from sweet_jax.models.layers import dropout
+from sweet_jax.models.tensor_names import TensorNames
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilBertConfig(EncoderConfig):
+    """The config.json of model_type "distilbert".
+
+    `sinusoidal_pos_embds` is not read: it says how the table of positions was initialised, which
+    the checkpoint holds either way.
+    """
+
+    num_hidden_layers: int = 6
+    type_vocab_size: int = 0
+
+    KEYS: ClassVar[dict[str, str]] = {
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+    }
+
+    @property
+    def pooler_act(self) -> str:
+        """The activation after `pre_classifier`, the pooler of DistilBERT's classifiers."""
+        return "relu"
+
+
+class DistilBertEmbeddings(nnx.Module):
+    """Sums word and position embeddings, and normalises."""
+
+    def __init__(self, config: DistilBertConfig, dtype, rngs: nnx.Rngs):
+        hidden = config.hidden_size
+        self.word = embedding_table(config, config.vocab_size, hidden, dtype, rngs)
+        self.position = embedding_table(config, config.max_position_embeddings, hidden, dtype, rngs)
+        self.norm = LayerNorm(hidden, config.layer_norm_eps)
+        self.dropout_rate = config.hidden_dropout_prob
+
+    def __call__(self, input_ids: jax.Array, token_type_ids: Any, mask: Any, key) -> jax.Array:
+        positions = jnp.arange(input_ids.shape[1])[None]  # [1, L]
+        h = self.word(input_ids) + self.position(positions)  # [B, L, H]
+        return dropout(key, self.norm(h), self.dropout_rate, length_axes=(1,))
+
+
+class DistilBertAttention(BertAttention):
+    """BERT's attention, without dropout after the output projection."""
+
+    def __init__(self, config: DistilBertConfig, dtype, rngs: nnx.Rngs):
+        super().__init__(config, dtype, rngs)
+        self.hidden_dropout = 0.0
+
+
+class DistilBert(Encoder):
+    """DistilBERT; takes a DistilBertConfig."""
+
+    EMBEDDINGS = DistilBertEmbeddings
+    ATTENTION = DistilBertAttention
+
+
+DISTILBERT = EncoderFamily(
+    model_type="distilbert",
+    architecture="DistilBertModel",
+    config=DistilBertConfig,
+    encoder=DistilBert,
+    names=TensorNames(
+        prefix="distilbert",
+        encoder={
+            "embeddings/word": "embeddings.word_embeddings",
+            "embeddings/position": "embeddings.position_embeddings",
+            "embeddings/norm": "embeddings.LayerNorm",
+        },
+        layers="transformer.layer",
+        layer={
+            "attention/query": "attention.q_lin",
+            "attention/key": "attention.k_lin",
+            "attention/value": "attention.v_lin",
+            "attention/output": "attention.out_lin",
+            "attention/norm": "sa_layer_norm",
+            "intermediate": "ffn.lin1",
+            "output": "ffn.lin2",
+            "norm": "output_layer_norm",
+        },
+        pooler="pre_classifier",
+        ignored=(r"vocab_(transform|layer_norm|projector)\.",),  # of pre-training
+    ),
+)

@@ -1,0 +1,54 @@
+"""An encoder family: all that the rest of the package needs to know of one, as a value.
+
+A new family is one file that ends with such a value, and its line in families.py.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from sweet_jax.models.encoder import Encoder
+from sweet_jax.models.encoder_config import EncoderConfig
+from sweet_jax.models.pooling import POOLINGS
+from sweet_jax.models.tensor_names import TensorNames
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncoderFamily:
+    """Describes an encoder family.
+
+    Raises ValueError for a pooling that does not exist.
+
+    Attributes:
+      model_type: that of the family's config.json.
+      architecture: the transformers class of the encoder alone, for a saved config.json.
+      config: reads config.json; also names its keys (`EncoderConfig.KEYS`).
+      encoder: the modules.
+      names: of tensors in a checkpoint.
+      default_pooling: of exits where neither the run's config nor the checkpoint says. The mean,
+        since the first token of a low layer has hardly seen the text
+        (experiments/results/recipe).
+      repair_tokenizer: changes a loaded tokenizer, in place, to what the family was pretrained
+        with; None where transformers' own is right.
+      fused_attention_obstacle: why fused attention cannot compute the family's layers; "" where it
+        can.
+
+    """
+
+    model_type: str
+    architecture: str
+    config: type[EncoderConfig]
+    encoder: type[Encoder]
+    names: TensorNames
+    default_pooling: str = "mean"
+    repair_tokenizer: Callable[[Any], None] | None = None
+    fused_attention_obstacle: str = ""
+
+    def __post_init__(self) -> None:
+        if self.default_pooling not in POOLINGS:
+            raise ValueError(f"default_pooling {self.default_pooling!r} of {self.model_type}")
+
+    @property
+    def depth_key(self) -> str:
+        """The key of config.json that holds the number of layers."""
+        return self.config.key("num_hidden_layers")

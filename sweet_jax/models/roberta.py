@@ -1,0 +1,62 @@
+"""RoBERTa (Liu et al. 2019, arXiv 1907.11692): BERT whose positions count what is not padding.
+
+Shape letters: B batch, L length, H hidden.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sweet_jax.models import bert
+from sweet_jax.models.encoder import Encoder
+from sweet_jax.models.family import EncoderFamily
+
+
+@dataclasses.dataclass(frozen=True)
+class RobertaConfig(bert.BertConfig):
+    """The config.json of model_type "roberta"."""
+
+    vocab_size: int = 50265
+    pad_token_id: int = 1
+
+    @property
+    def positions(self) -> int:
+        """The longest input, in tokens: positions begin after the padding's own."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+
+class RobertaEmbeddings(bert.BertEmbeddings):
+    """BERT's embeddings, with positions counted from the padding's id over what is not padding."""
+
+    def __init__(self, config: RobertaConfig, dtype, rngs: nnx.Rngs):
+        super().__init__(config, dtype, rngs)
+        self.pad = config.pad_token_id
+        self.one_type = config.type_vocab_size == 1
+
+    def positions(self, input_ids: jax.Array) -> jax.Array:
+        # By the padding's id and not by mask, as transformers does.
+        present = (input_ids != self.pad).astype(jnp.int32)
+        return self.pad + jnp.cumsum(present, axis=1) * present  # [B, L]
+
+    def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array, mask, key) -> jax.Array:
+        if self.one_type:  # whatever a tokenizer gives for pairs
+            token_type_ids = jnp.zeros_like(token_type_ids)  # [B, L]
+        return super().__call__(input_ids, token_type_ids, mask, key)
+
+
+class Roberta(Encoder):
+    """RoBERTa; takes a RobertaConfig."""
+
+    EMBEDDINGS = RobertaEmbeddings
+    ATTENTION = bert.BertAttention
+
+
+ROBERTA = EncoderFamily(
+    model_type="roberta",
+    architecture="RobertaModel",
+    config=RobertaConfig,
+    encoder=Roberta,
+    names=dataclasses.replace(bert.NAMES, prefix="roberta"),
+)
