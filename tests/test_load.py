@@ -12,8 +12,8 @@ import pytest
 
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.load import load_dataset, stratified_split
-from sweet_jax.data.read import read_table, resolve_path
-from sweet_jax.data.stream import stream_texts
+from sweet_jax.data.records import Columns, read_records
+from sweet_jax.files import resolve_path
 
 # What spreadsheets and data frames are fond of converting, and what breaks naive readers.
 ODD_TEXTS = [
@@ -126,8 +126,7 @@ def test_a_whole_column_of_one_look_stays_text(tmp_path, kind, texts):
     assert load(path, path).train.texts == [(text,) for text in texts]
 
 
-def test_a_text_may_run_over_the_end_of_a_read_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("sweet_jax.data.read._BLOCK", 100)
+def test_a_text_may_run_over_several_lines(tmp_path):
     texts = [f"{i}\n\nword,\n" * 5 for i in range(20)]
     path = write(tmp_path / "rows.csv", {"text": texts, "label": LABELS})
     assert load(path, path).train.texts == [(text,) for text in texts]
@@ -239,8 +238,7 @@ def test_columns_that_are_not_asked_for_may_hold_anything(tmp_path):
     assert load(write(tmp_path / "rows.parquet", table)).classes == ("ham", "spam")
 
 
-def test_the_type_of_a_column_that_is_not_asked_for_may_change(tmp_path, monkeypatch):
-    monkeypatch.setattr("sweet_jax.data.read._BLOCK", 100)
+def test_the_type_of_a_column_that_is_not_asked_for_may_change(tmp_path):
     other = [*range(len(TEXTS) - 1), "A7"]
     for kind in ("csv", "tsv", "jsonl"):
         for labels in (LABELS, [i % 2 for i in range(len(TEXTS))]):
@@ -268,8 +266,8 @@ def test_text_that_is_not_utf_8_is_named(tmp_path):
     bad = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
     path = write(tmp_path / "rows.parquet", pa.table({"text": bad, "label": LABELS}))
     assert "column 'text' holds text that is not UTF-8" in refusal(path)
-    for rows in (1, 2000):  # in the header's block, and after it
-        lines = [f"{text},{label}" for text, label in zip(TEXTS, LABELS, strict=True)] * rows
+    for rows in (1, 2000):
+        lines = [f"text,{label}" for label in LABELS] * rows
         content = "\n".join(["text,label", *lines, "caf\xe9,1", ""])
         (tmp_path / "rows.csv").write_bytes(content.encode("latin-1"))
         assert refusal(tmp_path / "rows.csv").endswith("; save it as UTF-8")
@@ -279,11 +277,10 @@ def test_rows_that_a_quote_swallows_are_told(tmp_path):
     lines = ['"Good, he said.\tham', "fine\tspam", 'he said "no"\tham', "more\tspam"]
     path = tmp_path / "rows.tsv"
     path.write_text("text\tlabel\n" + "\n".join(lines) + "\n")
-    found = refusal(path)
-    assert "row 1, column 'text' holds what looks like several rows" in found
-    (row, last) = stream_texts(path, ("text",))
-    assert "looks like several rows" in row.error
-    assert last.texts == ("more",)
+    assert "row 1 (line 2): a quote in line 2 is not closed" in refusal(path)
+    error, *others = read_records(path, Columns(("text",)))
+    assert error.error.startswith("a quote in line 2 is not closed")
+    assert [record.values for record in others] == [("fine",), ('he said "no"',), ("more",)]
     path.write_text("text\tlabel\n" + "\n".join(lines[1:]) + "\n")  # inside, a quote is a quote
     assert load(path, path).train.texts == [("fine",), ('he said "no"',), ("more",)]
 
@@ -499,7 +496,7 @@ def test_a_package_is_found_without_being_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     path = resolve_path(f"pkg://{package.name}/rows.csv")
     assert path == package / "rows.csv"
-    assert read_table(path, ["text"])["text"].to_pylist() == ["a", "b"]
+    assert [record.values for record in read_records(path, Columns(("text",)))] == [("a",), ("b",)]
     assert package.name not in sys.modules
 
 

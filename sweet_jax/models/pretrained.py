@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import UserError
-from sweet_jax.data.read import resolve_path
+from sweet_jax.files import resolve_path
 from sweet_jax.models.bert import Bert, BertConfig, Roberta, RobertaConfig
 from sweet_jax.models.deberta import Deberta, DebertaConfig
 from sweet_jax.models.deberta_v2 import DebertaV2, DebertaV2Config
