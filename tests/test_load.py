@@ -500,6 +500,45 @@ def test_a_package_is_found_without_being_imported(tmp_path, monkeypatch):
     assert package.name not in sys.modules
 
 
+# Of the same rows, before training and prediction had one reader: runs of before must resume.
+DIGESTS = {
+    "words": "31005c80d92fa2acc85a016b79710b070fbb990611f2f2ded83408eb3e2b6af0",
+    "integers": "2da528350b85d1685a05135199228889607a1fe55b62b7c6623a8955ed0ffdf0",
+    "booleans": "3da48af25ca72f527898caebedee78de1786332827a140c9d5a7bc24e1280125",
+    "floats": "be23cc9b9276b0128a821f15dbd3032caac15b83f478567554bd85663f0afe77",
+}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "ndjson", "parquet"])
+@pytest.mark.parametrize("kind", DIGESTS)
+def test_the_digest_of_rows_is_what_it_was(tmp_path, suffix, kind):
+    two = {"words": ("ham", "spam"), "integers": (10, 9), "booleans": (False, True)}
+    labels = [two.get(kind, (0.0, 1.5))[i % 2] for i in range(len(TEXTS))]
+    path = write(tmp_path / f"rows.{suffix}", {"text": TEXTS, "label": labels})
+    assert load(path, path).digest() == DIGESTS[kind]
+
+
+def test_the_digest_of_a_folder_and_of_declared_classes_is_what_it_was(tmp_path):
+    folder = write(tmp_path / "rows", {"text": TEXTS, "label": LABELS})
+    found = load(folder, folder).digest()
+    assert found == "2583b2a1ba792ff1d41df7e7c5c54bbd286777278b3bd5661d25f25ad16c204e"
+    named = with_class_names(tmp_path / "rows.parquet", ["yes", "no"], [0, 1] * 10)
+    found = load(named, named).digest()
+    assert found == "872102f61e4b2fa294f7e0f456a29aceefca7e5e0831933383426a1be98d3fdc"
+
+
+@pytest.mark.parametrize(
+    ("task", "digest"),
+    [
+        ("sst2", "e13f73b1e7a03c18ad8e460097628f6df7c85f72469e3b84a8a04c2fb4c2568e"),
+        ("mrpc", "e9ab68c248c1f4cba4a3a71c87b3ab61270ea9486a34ecc4564108a3d583825a"),
+        ("rte", "ac2bf11da5f5d5e0d72db8d694850a18aa28106449fcaf8f2858ace1d99999b4"),
+    ],
+)
+def test_the_digest_of_glue_is_what_it_was(glue_dir, task, digest):
+    assert load_dataset(Config(task=task, data_dir=str(glue_dir))).digest() == digest
+
+
 @pytest.mark.parametrize("change", [{"text": ["A", "b"]}, {"label": ["y", "x"]}])
 def test_the_digest_changes_with_a_text_and_with_a_label(tmp_path, change):
     columns = {"text": ["a", "b"], "label": ["x", "y"]}

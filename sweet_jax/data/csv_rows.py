@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-LONGEST = 1 << 24  # characters of a row
+_LONGEST = 1 << 24  # characters of a row
 _MOST_LINES = 10_000  # of a row
+_ROWS_BY_CHANCE = 3  # lines of prose that have the commas of a row: as many are hardly found
 
 _FIX = 'double the quote (""), remove it, or save the file as JSONL'
 
@@ -42,7 +43,7 @@ class _Lines:
 
     def __next__(self) -> str:
         self.stopped = True
-        if len(self.taken) >= _MOST_LINES or self._size > LONGEST:
+        if len(self.taken) >= _MOST_LINES or self._size > _LONGEST:
             raise StopIteration
         line = self._again.popleft() if self._again else next(self._file)
         self.stopped = False
@@ -72,7 +73,7 @@ def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
       delimiter: between two fields.
 
     """
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(_LONGEST)
     lines, width = _Lines(file), 0  # fields of the header
     rows = csv.reader(lines, delimiter=delimiter)
     while True:
@@ -108,8 +109,8 @@ def _quote_error(lines: _Lines, fields: list[str], width: int, delimiter: str) -
     except csv.Error:
         end = "is not closed" if lines.stopped else f"is not closed properly before line {last}"
         return f"a quote in line {start} {end}: {_FIX}"
-    own = taken if len(fields) == width else taken[:-1]
-    if all(line.count(delimiter) == width - 1 for line in own) and _separated(
+    counted = taken if len(fields) == width else taken[:-1]
+    if all(line.count(delimiter) == width - 1 for line in counted) and _are_separate(
         taken[:-1], width, delimiter
     ):
         return (
@@ -119,13 +120,13 @@ def _quote_error(lines: _Lines, fields: list[str], width: int, delimiter: str) -
     return None
 
 
-def _separated(lines: Sequence[str], width: int, delimiter: str) -> bool:
-    """Returns whether lines hold separators of fields rather than commas of prose.
+def _are_separate(lines: Sequence[str], width: int, delimiter: str) -> bool:
+    """Returns whether lines that have the separators of a row each are rows, and not prose.
 
-    A comma of prose has a blank or the end of the line behind it; but "1,000" is one text, so one
-    comma of the other kind does not suffice. Tabs are rare in prose: one does.
+    A comma of prose mostly has a blank or the end of the line behind it: several lines must have
+    other ones, for a text that may be one must not be refused. Tabs are rare in prose.
     """
-    if delimiter == "\t":
+    if width < 2 or delimiter == "\t":
         return width > 1
     prose = re.compile(re.escape(delimiter) + r"(\s|$)")
-    return sum(width - 1 for line in lines if not prose.search(line)) >= 2
+    return sum(not prose.search(line) for line in lines) >= _ROWS_BY_CHANCE
