@@ -56,7 +56,7 @@ def write(path, columns):
             writer = csv.DictWriter(file, columns, delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
-    elif path.suffix == ".jsonl":
+    elif path.suffix in (".jsonl", ".json", ".ndjson"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         for number, row in enumerate(rows):

@@ -335,7 +335,7 @@ def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_de
 def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").write_text("mine")
-    with pytest.raises(UserError, match="not empty and no run's"):
+    with pytest.raises(UserError, match="not empty and holds no run"):
         run(from_mapping(options), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "precious").read_text() == "mine"

@@ -52,6 +52,8 @@ class Checkpoint:
     folder: Path
     model_type: str
     config: EncoderConfig
+    # What `read_encoder` returns, where it was read already and is handed on.
+    weights: tuple[Any, Any] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def depth(self) -> int:
@@ -159,11 +161,19 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any, Any]:
-    """Pretrained encoder parameters up to layer `depth`, and the pooler's or None.
+    """Returns pretrained encoder parameters up to layer `depth`, and the pooler's or None.
 
-    Returns pure dicts of float32 arrays, the encoder's as `nnx.split(checkpoint.encoder(key))` has.
+    From the checkpoint's files, or its `weights`. They are pure dicts of float32 arrays, the
+    encoder's as `nnx.split(checkpoint.encoder(key))` has.
     Raises UserError naming every missing, unexpected or misshapen tensor, or a damaged file.
     """
+    encoder, pooler = checkpoint.weights or _read_weights(checkpoint)
+    if depth is not None:
+        encoder = {**encoder, "layers": {i: encoder["layers"][i] for i in range(depth)}}
+    return encoder, pooler
+
+
+def _read_weights(checkpoint: Checkpoint) -> tuple[Any, Any]:
     tensors = {
         normalize_name(name): value for name, value in read_tensors(checkpoint.folder).items()
     }
@@ -193,8 +203,6 @@ def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any,
         return _ours(hugging_face_name(tuple(p.key for p in path)), tensors)
 
     encoder = jax.tree.map_with_path(pick, wanted)
-    if depth is not None:
-        encoder["layers"] = {i: encoder["layers"][i] for i in range(depth)}
     if not all(name in tensors for name in pooler):
         return encoder, None
     kernel, bias = (_ours(name, tensors) for name in pooler)
