@@ -11,14 +11,14 @@ import jax
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import (
-    Tokens,
+from sweet_jax.data.batches import Tokens, tokenize
+from sweet_jax.data.load import Dataset, load_dataset, task_of
+from sweet_jax.data.splits import (
     drop_duplicates,
+    select_rows,
     split_calibration_rows,
     split_tuning_rows,
-    tokenize,
 )
-from sweet_jax.data.load import Dataset, load_dataset, select_rows, task_of
 from sweet_jax.models.pooling import DEFAULT_POOLING, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint, read_encoder
 from sweet_jax.training.growth import base_config

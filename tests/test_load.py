@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.load import load_dataset, stratified_split
+from sweet_jax.data.load import load_dataset
 from sweet_jax.data.records import Columns, read_records
+from sweet_jax.data.splits import stratified_split
 from sweet_jax.files import resolve_path
 
 # What spreadsheets and data frames are fond of converting, and what breaks naive readers.

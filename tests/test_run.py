@@ -13,7 +13,8 @@ from tiny import write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import pad_rows, split_calibration_rows, tokenize
+from sweet_jax.data.batches import pad_rows, tokenize
+from sweet_jax.data.splits import split_calibration_rows
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import gelu
 from sweet_jax.pipeline import run, train_and_evaluate

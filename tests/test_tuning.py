@@ -8,7 +8,8 @@ import pytest
 
 from sweet_jax import ExitOutputs
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import split_tuning_rows, steps_per_epoch, training_batch_indices
+from sweet_jax.data.batches import steps_per_epoch, training_batch_indices
+from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.head_fitting import refit_heads

@@ -7,26 +7,18 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
 from sweet_jax.config import Config, UserError, check_choice, split_names
 from sweet_jax.data.sources import SourceRows, naming_source, read_sources, source_names
+from sweet_jax.data.splits import Split, split_off_validation
 from sweet_jax.data.tasks import GLUE, Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """Rows of one split, in file order."""
-
-    texts: list[tuple[str, ...]]  # N tuples of one text, or of two for pairs
-    labels: np.ndarray  # int32 [N], indices into Dataset.classes
-
-
-@dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A task's training and validation rows under one list of class names."""
+    """Holds the training and validation rows of a task, under one list of class names."""
 
     task: Task
     classes: tuple[str, ...]
@@ -35,7 +27,7 @@ class Dataset:
     left_out: int = 0  # training rows that repeat a text of the validation rows split off
 
     def digest(self) -> str:
-        """SHA-256 over every text and label: whether two runs read the same data."""
+        """Returns the SHA-256 of all texts and labels: equal for two runs on the same data."""
         sha = hashlib.sha256(json.dumps(self.classes).encode())
         for split in (self.train, self.validation):
             sha.update(json.dumps(split.texts).encode())
@@ -44,13 +36,11 @@ class Dataset:
 
 
 def load_dataset(config: Config) -> Dataset:
-    """Reads the data a config names.
+    """Reads the data that a config names.
 
-    Raises:
-      UserError: unknown task or column, a file that is absent, of another format or unreadable, a
-        row without text or label, no rows, one class only, or a validation label that training
-        rows never have.
-
+    Raises UserError for an unknown task or column, a file that is absent, unreadable or of another
+    format, a row without text or label, no rows, a single class, or a validation label that no
+    training row has.
     """
     task = task_of(config)
     sources = read_sources(config, task)
@@ -64,7 +54,7 @@ def load_dataset(config: Config) -> Dataset:
         with naming_source(place):
             splits.append(_split(rows, names))
     if len(splits) == 1:
-        splits = _split_off(splits[0], config.validation_fraction, config.split_seed)
+        splits = split_off_validation(splits[0], config.validation_fraction, config.split_seed)
     train, validation = splits
     _check_labels(train, validation, names, task)
     left_out = 0
@@ -73,27 +63,10 @@ def load_dataset(config: Config) -> Dataset:
     return Dataset(task, names, train, validation, left_out)
 
 
-def stratified_split(
-    labels: np.ndarray, fraction: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits indices 0..N-1 at random, every class in proportion (largest remainders).
-
-    Returns (kept, held out), both ascending; round(fraction * N) indices are held out.
-    """
-    order = rng.permutation(len(labels))
-    counts = np.bincount(labels)
-    wanted = counts * fraction
-    quota = np.floor(wanted).astype(int)
-    missing = round(fraction * len(labels)) - quota.sum()
-    quota[np.argsort(-(wanted - quota), kind="stable")[:missing]] += 1
-    held = np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(quota)])
-    return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
-
-
 def task_of(config: Config) -> Task:
-    """The task that a config names, with its columns and metric.
+    """Returns the task that a config names, with its columns and metric.
 
-    Raises UserError for one that there is not, or text_columns that are not one or two.
+    Raises UserError for an unknown task, or for text_columns that are not one or two.
     """
     if config.data_files:
         task = GLUE.get(config.task, Task(config.task, ()))
@@ -129,20 +102,6 @@ def _split(rows: SourceRows, names: tuple[str, ...]) -> Split:
             f"{', '.join(map(repr, names[:10]))}: correct it, or add such training rows"
         )
     return Split(rows.texts, np.asarray(labels, np.int32))
-
-
-def _split_off(rows: Split, fraction: float, seed: int) -> list[Split]:
-    """Training and validation rows by seed; rows that repeat a validation text are left out."""
-    kept, held = stratified_split(rows.labels, fraction, np.random.default_rng(seed))
-    texts = {rows.texts[i] for i in held}
-    distinct = [i for i in kept if rows.texts[i] not in texts]
-    return [select_rows(rows, distinct), select_rows(rows, held)]
-
-
-def select_rows(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
-    """The rows of those indices, in their order."""
-    picked = np.asarray(indices, int)
-    return Split([rows.texts[i] for i in picked], rows.labels[picked])
 
 
 def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task: Task) -> None:
