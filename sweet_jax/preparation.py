@@ -32,7 +32,7 @@ _FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of a
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRun:
-    """A resolved config with everything it names, read once and checked.
+    """Holds a resolved config and everything it names, read once and checked.
 
     Row numbers index `texts` and `train`, which hold those training rows of the data set that a
     replica uses.

@@ -1,4 +1,4 @@
-"""Rows from every kind of file, and what is said of rows that will not do."""
+"""Data sets from every format of file, and the errors of bad rows."""
 
 import csv
 import json
@@ -180,7 +180,7 @@ def test_an_empty_file_of_a_folder_is_named(tmp_path):
         ("rows.tsv", ",", "must be separated by '\\t' in a .tsv file, not by ','"),
     ],
 )
-def test_another_separator_is_told(tmp_path, name, between, words):
+def test_another_separator_is_reported(tmp_path, name, between, words):
     rows = [("text", "label"), *zip(TEXTS, LABELS, strict=True)]
     (tmp_path / name).write_text("".join(f"{between.join(map(str, row))}\n" for row in rows))
     assert words in refusal(tmp_path / name)
@@ -274,7 +274,7 @@ def test_text_that_is_not_utf_8_is_named(tmp_path):
         assert refusal(tmp_path / "rows.csv").endswith("; save it as UTF-8")
 
 
-def test_rows_that_a_quote_swallows_are_told(tmp_path):
+def test_a_quote_that_would_swallow_rows_is_reported(tmp_path):
     lines = ['"Good, he said.\tham', "fine\tspam", 'he said "no"\tham', "more\tspam"]
     path = tmp_path / "rows.tsv"
     path.write_text("text\tlabel\n" + "\n".join(lines) + "\n")

@@ -81,7 +81,7 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
         ),
     ],
 )
-def test_rows_without_a_text_are_told_and_counted(command, capsys, name, content, rows, errors):
+def test_rows_without_a_text_are_reported_and_counted(command, capsys, name, content, rows, errors):
     status, answers = command(name, content, "--threshold=0.8")
     assert (status, len(answers)) == (0, rows)
     for place, answer in enumerate(answers):

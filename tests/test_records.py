@@ -1,4 +1,4 @@
-"""One reader for training and prediction: which records a file has, and what is wrong with each."""
+"""The one reader for training and prediction: the records of a file, and their errors."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ def write(path, content: str):
 
 
 def texts_of(path, columns: Columns = TEXT) -> list:
-    """The text of every record, or a tuple of what is wrong with it."""
+    """The text of every record, or a tuple of its error."""
     return [r.values[0] if r.error is None else (r.error,) for r in read_records(path, columns)]
 
 

@@ -1,9 +1,9 @@
-"""Rows of CSV and TSV files, where a stray quote swallows none.
+"""Rows of CSV and TSV files, recovered after a stray or unclosed quote.
 
-The csv module reads a quote that nobody closes up to the next quote, whole rows with it. Here a row
-of several lines must be quoted as RFC 4180 has it (a closing quote stands before a separator or the
-end of the line), must end within a number of lines, and its lines must not look like rows of their
-own. Otherwise its first line is an error, and the lines after it are read anew, each by itself.
+The csv module reads a field with an unclosed quote up to the next quote, including whole rows. Here
+a row of several lines must be quoted strictly (RFC 4180: a closing quote is followed by a separator
+or the end of the line) and end within a number of lines, and its lines must not look like rows of
+their own. Otherwise its first line is an error, and the lines after it are read again as rows.
 """
 
 import collections
@@ -14,29 +14,31 @@ from typing import NamedTuple
 
 _LONGEST = 1 << 24  # characters of a row
 _MOST_LINES = 10_000  # of a row
-_ROWS_BY_CHANCE = 3  # lines of prose that have the commas of a row: as many are hardly found
+_MIN_ROWS = 3  # lines with commas as in rows, from which a text is taken for rows
 
 _FIX = 'double the quote (""), remove it, or save the file as JSONL'
 
 
 class CsvRow(NamedTuple):
-    """One row of a file, the header too."""
+    """Holds the fields of one row, the header included, or its error."""
 
-    fields: list[str]  # none where there is an error
+    fields: list[str]  # [] for an error
     error: str | None
-    line: int  # in which the row begins, from 1
+    line: int  # number of its first line, from 1
 
 
 class _Lines:
-    """Lines of a file for the csv module: it takes those of one row, and some can be put back."""
+    """Feeds the lines of a file to the csv module, one row at a time, and takes lines back."""
 
     def __init__(self, file: Iterable[str]):
         self._file = iter(file)
         self._again: collections.deque[str] = collections.deque()
         self._size = 0  # characters of `taken`
-        self.taken: list[str] = []  # lines of the row that is being read
-        self.number = 0  # of the last line taken
-        self.stopped = False  # whether the row asks for more lines than there are, or it may have
+        self.taken: list[str] = []  # lines of the current row
+        self.number = 0  # of the last line taken, from 1
+        self.stopped = (
+            False  # whether the current row lacks its end: at the last line, or the limit
+        )
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -53,24 +55,24 @@ class _Lines:
         return line
 
     def begin_row(self) -> None:
-        """Forgets the lines of the row before."""
+        """Forgets the lines of the previous row."""
         self.taken, self._size = [], 0
 
     def put_back(self) -> None:
-        """Puts all lines of a row back but its first."""
+        """Takes back all lines of the current row but the first, to be read again."""
         self._again.extendleft(reversed(self.taken[1:]))
         self.number -= len(self.taken) - 1
 
 
 def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
-    """Yields the rows of a file in order, the header first; empty lines are none.
+    """Yields the rows of a file in order, the header first. Empty lines are skipped.
 
-    A line "sep=," before the header, as Excel reads it, is left out. As many errors come as there
-    are lines that cannot be read; one row of several lines has one.
+    So is a line "sep=," before the header, which Excel understands. A row whose number of fields is
+    not that of the header is an error.
 
     Args:
-      file: lines with their ends, opened with newline="".
-      delimiter: between two fields.
+      file: lines with their ends, of a file opened with newline="".
+      delimiter: the separator of fields.
 
     """
     csv.field_size_limit(_LONGEST)
@@ -101,7 +103,7 @@ def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
 
 
 def _quote_error(lines: _Lines, fields: list[str], width: int, delimiter: str) -> str | None:
-    """Returns what is wrong with the quotes of a row of several lines; None where nothing is."""
+    """Returns the error of the quotes of a row of several lines, or None."""
     taken, last = lines.taken, lines.number
     start = last - len(taken) + 1
     try:
@@ -121,12 +123,12 @@ def _quote_error(lines: _Lines, fields: list[str], width: int, delimiter: str) -
 
 
 def _are_separate(lines: Sequence[str], width: int, delimiter: str) -> bool:
-    """Returns whether lines that have the separators of a row each are rows, and not prose.
+    """Returns whether lines with as many separators each as the header are rows rather than prose.
 
-    A comma of prose mostly has a blank or the end of the line behind it: several lines must have
-    other ones, for a text that may be one must not be refused. Tabs are rare in prose.
+    A comma in prose is mostly followed by a blank or the end of the line. Several lines must have
+    other commas, so that a text of several lines is not taken for rows. Tabs are rare in prose.
     """
     if width < 2 or delimiter == "\t":
         return width > 1
     prose = re.compile(re.escape(delimiter) + r"(\s|$)")
-    return sum(not prose.search(line) for line in lines) >= _ROWS_BY_CHANCE
+    return sum(not prose.search(line) for line in lines) >= _MIN_ROWS

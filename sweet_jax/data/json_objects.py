@@ -1,4 +1,4 @@
-"""Objects of a JSON lines file, each in a line of its own or over several ones."""
+"""Objects of a JSON lines file, one in a line or pretty-printed over several lines."""
 
 import itertools
 import json
@@ -9,35 +9,35 @@ from sweet_jax.config import UserError, check_choice
 from sweet_jax.files import one_line
 
 _MOST_LINES = 1000  # of an object
-_LOOKED_AT = 1000  # objects: a column that none of the first ones has is unknown
+_CHECKED = 1000  # objects that are searched for a column before it counts as unknown
 
 
 class JsonObject(NamedTuple):
-    """One object of a file, or what is wrong with it."""
+    """Holds one object of a file, or its error."""
 
-    values: dict[str, Any] | None  # None where there is an error
+    values: dict[str, Any] | None  # None for an error
     error: str | None
-    line: int  # in which it begins, from 1
+    line: int  # number of its first line, from 1
     position: int  # bytes of the file read so far
 
 
 def read_objects(
     lines: Iterable[str], name: str, position: Callable[[], int]
 ) -> Iterator[JsonObject]:
-    """Yields the objects of a file in order; blank lines are none.
+    """Yields the objects of a file in order. Blank lines are skipped.
 
-    An object that its line does not complete continues in the next ones, but not in one that begins
-    with a brace. Where they make no object together, each of the lines is an error.
+    An object that is incomplete at the end of its line continues in the next lines, up to a line
+    that begins with a brace. If these lines are no object together, each of them is an error.
 
     Args:
       lines: of the file.
-      name: of the file, for the error.
-      position: returns how many bytes were read.
+      name: of the file, for messages.
+      position: returns the number of bytes read so far.
 
-    Raises UserError where the file is one JSON array.
+    Raises UserError if the file is a JSON array.
 
     """
-    begun: list[str] = []  # lines of an object that is not complete
+    begun: list[str] = []  # lines of an incomplete object
     first, number = True, 0
     for number, line in enumerate(lines, start=1):
         if begun and (line.startswith("{") or len(begun) >= _MOST_LINES):
@@ -68,11 +68,11 @@ def read_objects(
 
 
 def check_keys(objects: Iterator[JsonObject], names: Sequence[str]) -> Iterator[JsonObject]:
-    """Yields the same objects; raises UserError before the first for a name that none of them has.
+    """Yields the same objects, after checking that each name is a key of one of the first ones.
 
-    Of a large file, that none of its first objects has.
+    Raises UserError for a name that is none.
     """
-    ahead = list(itertools.islice(objects, _LOOKED_AT))
+    ahead = list(itertools.islice(objects, _CHECKED))
     keys = dict.fromkeys(key for found in ahead for key in found.values or ())
     if any(found.values is not None for found in ahead):
         for name in names:
@@ -81,17 +81,17 @@ def check_keys(objects: Iterator[JsonObject], names: Sequence[str]) -> Iterator[
 
 
 class LabelTexts:
-    """Turns labels of JSON into text, and refuses one that is of another kind than the first.
+    """Converts labels to text; all must be of the type of the first.
 
-    A whole number among numbers with a decimal point is written as these are, and the other way
-    round: 1 and 1.0 are one class.
+    Integers and floats are one type: both are written as the first number is, so that 1 and 1.0 are
+    one class.
     """
 
     def __init__(self) -> None:
         self._first: Any = None
 
     def __call__(self, value: Any) -> tuple[str | None, str | None]:
-        """Returns (text, None), None as the text of a missing label, or (None, what is wrong)."""
+        """Returns (text or None if missing, None), or (None, error)."""
         if value is None or value != value:  # NaN
             return None, None
         if not isinstance(value, str | bool | int | float):
@@ -99,14 +99,14 @@ class LabelTexts:
         first = self._first = value if self._first is None else self._first
         if type(value) is not type(first):
             if {type(value), type(first)} != {int, float}:
-                return None, f"is of another kind than the first one, {first!a:.40}: {value!a:.40}"
+                return None, f"is {value!a:.40}, of another type than the first, {first!a:.40}"
             if isinstance(first, float) or value == int(value):
                 value = type(first)(value)
         return str(value), None
 
 
 def _parse(text: str) -> tuple[dict[str, Any] | None, str | None, bool]:
-    """Returns (object, None, False), or (None, what is wrong, whether the text merely ends)."""
+    """Returns (object, None, False), or (None, error, whether the text is merely incomplete)."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
@@ -120,7 +120,7 @@ def _parse(text: str) -> tuple[dict[str, Any] | None, str | None, bool]:
 
 
 def _single_lines(lines: list[str], last: int, position: int) -> Iterator[JsonObject]:
-    """Yields what each line is by itself; `last` is the number of the last one."""
+    """Yields each line as an object or an error; `last` is the number of the last line."""
     for number, line in enumerate(lines, start=last + 1 - len(lines)):
         if line.strip():
             values, error, _ = _parse(line)

@@ -1,6 +1,6 @@
-"""Records of a file, one after the other, for training and for prediction.
+"""Records of files of every format: the one reader for training and for prediction.
 
-Memory does not grow with the file. Nothing is unpickled or executed.
+Records are streamed: memory does not grow with the file. Nothing is unpickled or executed.
 """
 
 import dataclasses
@@ -24,30 +24,30 @@ _BATCH = 1024  # rows of a Parquet file that are held at once
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One row of a file, or what is wrong with it."""
+    """Holds the wanted values of one row of a file, or its error."""
 
-    values: tuple[str | None, ...]  # of each column asked for, None where missing; () for an error
+    values: tuple[str | None, ...]  # of the wanted columns, None if missing; () for an error
     error: str | None
     position: int  # bytes of the file read so far; of Parquet, rows; of a folder, files
     row: int  # from 1, the header not counted
-    line: int  # in which it begins, from 1; 0 where the format has no lines
+    line: int  # number of its first line, from 1; 0 in formats without lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names of the columns that are read."""
+    """Names the columns that are read."""
 
     texts: tuple[str, ...]
     label: str | None = None  # None: texts alone, for prediction
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The text columns, then the label's, in the order of `Record.values`."""
+        """Returns the text columns, then the label column: the order of `Record.values`."""
         return self.texts if self.label is None else (*self.texts, self.label)
 
 
 def last_position(path: Path) -> int:
-    """Returns the last position there can be: the size of a file in bytes; of Parquet, its rows."""
+    """Returns the largest `Record.position`: a file's size in bytes; of Parquet, its rows."""
     if path.suffix.lower() == ".parquet":
         return pa.parquet.ParquetFile(path).metadata.num_rows
     return path.stat().st_size
@@ -56,14 +56,14 @@ def last_position(path: Path) -> int:
 def read_records(path: Path, columns: Columns) -> Generator[Record]:
     """Yields the records of a CSV, TSV, JSON lines or Parquet file in order.
 
-    Without a label also those of a .txt file, a text in each line; with one those of a folder of
-    <label>/<name>.txt, whose columns are "text" and "label".
+    Without a label column also those of a .txt file, one text in a line; with one also those of a
+    folder of <label>/<name>.txt files, whose columns are "text" and "label".
 
-    Text columns must hold text. Labels are taken as they are written in CSV, TSV and text of JSON
-    lines; numbers, booleans and dates as Python's str gives them. An empty field of a CSV or TSV is
-    missing.
+    Text columns must hold text. A label is the text that stands in the file; numbers, booleans and
+    dates of JSON and Parquet are converted by str. An empty field of a CSV or TSV is missing.
 
-    Raises UserError for a file that is absent, unreadable or of another kind, or lacks a column.
+    Raises UserError for a file that is absent, unreadable or of another format, or a column that is
+    unknown, occurs twice, or is of a type that cannot be read.
     """
     suffix = path.suffix.lower()
     allowed = _TABLES if columns.label is not None else (*_TABLES, ".txt")
@@ -81,7 +81,7 @@ def read_records(path: Path, columns: Columns) -> Generator[Record]:
                 names = list(dict.fromkeys(columns.names))
                 yield from arrow_records(file.iter_batches(_BATCH, columns=names), columns)
             return
-        # A byte that is no UTF-8 becomes half of a surrogate pair, which `_record` finds.
+        # A byte that is not UTF-8 becomes a lone surrogate, which `_record` reports.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
             if suffix == ".txt":
                 yield from _line_records(text, columns)
@@ -94,7 +94,7 @@ def read_records(path: Path, columns: Columns) -> Generator[Record]:
 
 
 def check_schema(schema: pa.Schema, columns: Columns) -> None:
-    """Raises UserError unless a table has the columns, once each, and of types that can be read."""
+    """Raises UserError unless a table has each column once, and of a type that can be read."""
     for name in columns.names:
         _check_column(name, schema.names)
         kind = schema.field(name).type
@@ -106,7 +106,7 @@ def check_schema(schema: pa.Schema, columns: Columns) -> None:
 
 
 def arrow_records(batches: Iterable[pa.RecordBatch], columns: Columns) -> Iterator[Record]:
-    """Yields the records of Arrow batches whose schema `check_schema` let pass."""
+    """Yields the records of Arrow batches whose schema passed `check_schema`."""
     row = 0
     for batch in batches:
         found = [_arrow_values(batch[name]) for name in columns.names]
@@ -135,12 +135,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _arrow_values(column: pa.Array) -> list[str | None]:
-    """Returns the values of a column as text; a missing one and NaN are None."""
+    """Returns the values of a column as text, None for null and NaN."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
         found = column.to_pylist()
-    except UnicodeDecodeError:  # of which row, `_record` finds
+    except UnicodeDecodeError:  # `_record` reports in which row
         found = column.cast(pa.large_binary()).to_pylist()
     if _is_text(column.type):
         return [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in found]
@@ -178,7 +178,7 @@ def _csv_records(text: io.TextIOWrapper, path: Path, columns: Columns) -> Iterat
 
 
 def _places(header: list[str], path: Path, delimiter: str, columns: Columns) -> list[int]:
-    """Returns where the columns stand in a header; blanks around its names may be left out."""
+    """Returns the indices of the columns in a header, where blanks around names do not count."""
     other = set(header[0]) & set(",;\t|") if len(header) == 1 else set()
     if other and delimiter not in other and "\n" not in header[0]:
         raise UserError(
@@ -224,7 +224,7 @@ def _folder_records(path: Path, columns: Columns) -> Iterator[Record]:
 
 
 def _is_hidden(file: Path) -> bool:
-    """Returns whether a file is one that editors and archives leave in a folder of texts."""
+    """Returns whether an editor, a file manager or an archive left a file among the texts."""
     label = file.parent.name
     return file.name.startswith(".") or label.startswith(".") or label == "__MACOSX"
 
@@ -238,7 +238,7 @@ def _read_text(path: Path) -> str:
 
 
 def _record(values: tuple, columns: Columns, position: int, row: int, line: int) -> Record:
-    """Returns a record of values of which texts may still be no text, and any no UTF-8."""
+    """Returns a record of the values, or of the error that one is not text or not UTF-8."""
     for value, name in zip(values, columns.names, strict=True):
         if value is None:
             continue

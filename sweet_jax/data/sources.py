@@ -1,4 +1,4 @@
-"""The labelled rows of files, of a directory of GLUE files or of the hub, in memory."""
+"""Labelled rows of a user's files, of a directory of GLUE files or of the hub, in memory."""
 
 import contextlib
 import dataclasses
@@ -19,15 +19,15 @@ from sweet_jax.files import one_line, resolve_path
 
 @dataclasses.dataclass(frozen=True)
 class SourceRows:
-    """The rows of one file, their labels as text."""
+    """Holds the rows of one file or split, with labels as text."""
 
     texts: list[tuple[str, ...]]
     labels: list[str]
-    declared: tuple[str, ...]  # names that the file gives to the numbers 0, 1, ...; mostly none
+    declared: tuple[str, ...]  # class names of the labels 0, 1, ...; () if not declared
 
 
 def read_sources(config: Config, task: Task) -> list[SourceRows]:
-    """Returns the training rows and, where they are apart, the validation rows."""
+    """Returns the training rows and, if they are a source of their own, the validation rows."""
     if config.data_files and config.data_dir:
         raise UserError(
             f"data_files is {config.data_files!r} and data_dir {config.data_dir!r}: give one of "
@@ -57,7 +57,7 @@ def read_sources(config: Config, task: Task) -> list[SourceRows]:
 
 
 def source_names(count: int) -> tuple[str, ...]:
-    """Returns what messages call each of one or two sources of rows."""
+    """Returns what messages call each of one or two sources."""
     return ("the training file", "the validation file") if count > 1 else ("the data",)
 
 
@@ -65,7 +65,7 @@ def _read_file(path: Path, task: Task) -> SourceRows:
     columns = Columns(task.text_columns, task.label_column)
     declared: tuple[str, ...] = ()
     records = read_records(path, columns)
-    first = list(itertools.islice(records, 1))  # a file that cannot be read has no schema either
+    first = list(itertools.islice(records, 1))  # raises before the schema is read
     if path.suffix.lower() == ".parquet" and not path.is_dir():
         declared = _declared(pa.parquet.read_schema(path), task.label_column)
     return _collect(itertools.chain(first, records), columns, declared, repr(str(path)))
@@ -91,7 +91,7 @@ def _read_hub(task: Task) -> list[SourceRows]:
 
 
 def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
-    """Returns the class names that a schema gives to the numbers in a column; none: ()."""
+    """Returns the class names that a schema declares for a column, or ()."""
     feature = datasets.Features.from_arrow_schema(
         pa.schema([schema.field(name)], metadata=schema.metadata)
     )[name]
@@ -101,9 +101,9 @@ def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
 def _collect(
     records: Iterable[Record], columns: Columns, declared: tuple[str, ...], source: str
 ) -> SourceRows:
-    """Returns all records of a source; raises UserError for one with an error or without a value.
+    """Returns the rows of a source. Raises UserError for a record with an error or a missing value.
 
-    Blank text is missing, but of a pair one text may be blank: some of GLUE's (QQP) are.
+    Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
     """
     values = []
     for record in records:
@@ -134,7 +134,7 @@ def _collect(
 
 @contextlib.contextmanager
 def naming_source(place: str) -> Iterator[None]:
-    """Puts the name of a source before the message of a UserError."""
+    """Prefixes the message of a UserError with the name of a source."""
     try:
         yield
     except UserError as error:
