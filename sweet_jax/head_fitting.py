@@ -16,10 +16,9 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import Config
-from sweet_jax.distributed import barrier, broadcast_from_primary, broadcast_number, is_primary
+from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.growth import base_config
 from sweet_jax.training.initialization import ModelSpec, initial_state
 from sweet_jax.training.probe import (
     ROWS,
@@ -70,7 +69,7 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     in probe.npz, and read by the run that goes on.
     """
     path = workdir / "probe.npz"
-    if broadcast_number(path.exists()):
+    if broadcast_from_primary(path.exists()):
         known = read_classifiers(path)
         assert known is not None, f"{path} is the first process's alone: workdirs are shared"
         with np.load(path, allow_pickle=False) as arrays:
@@ -149,7 +148,7 @@ def refit_heads(
     Exits of a run that this one grows from stay as they are, and so do replicas that diverged. What
     is found is kept in `refit/`, for a run that grows from this one.
     """
-    config, base = job.config, base_config(job.config)
+    config, base = job.config, job.base
     kept = base.exits if base is not None else ()
     own, held = _rows(job)
     rows = np.concatenate([own, held], axis=1)  # [R, N + M]

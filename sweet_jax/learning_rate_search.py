@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sweet_jax.distributed import barrier, broadcast_from_primary, broadcast_number, is_primary
+from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json
 from sweet_jax.head_fitting import Probe, select_replicas
@@ -50,7 +50,7 @@ def search_rate(
     if config.rate_search != "short" or count == 1:
         return job, probe, None
     path = workdir / "rate_search.json"
-    if broadcast_number(path.exists()):
+    if broadcast_from_primary(path.exists()):
         found = json.loads(path.read_text())
     else:
         found = _search(job, probe, workdir / "rate_search")

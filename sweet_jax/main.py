@@ -40,8 +40,7 @@ from sweet_jax import config as configuration
 from sweet_jax import distributed
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.read import one_line
-from sweet_jax.files import expand_user
+from sweet_jax.files import expand_user, one_line
 from sweet_jax.pipeline import run
 
 

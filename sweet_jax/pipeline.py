@@ -17,7 +17,12 @@ import numpy as np
 
 from sweet_jax.baselines import run_baselines
 from sweet_jax.config import Config
-from sweet_jax.distributed import broadcast_number, claim_on_primary, is_primary, raise_on_all
+from sweet_jax.distributed import (
+    broadcast_from_primary,
+    claim_on_primary,
+    is_primary,
+    raise_on_all,
+)
 from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.files import claim_run_directory, write_json
@@ -76,7 +81,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     with raise_on_all():
         job = prepare(config)
     # JSON has no infinity, which clip_norm may be.
-    values = dataclasses.asdict(job.config) | {"data_sha256": job.dataset.digest()}
+    values = dataclasses.asdict(job.config) | {"data_sha256": job.digest}
     identity = {k: str(v) if v == math.inf else v for k, v in values.items()}
     # A run made before there was a key did what the key's default stands for.
     usual = Config(preset=config.preset, method=config.method)
@@ -93,7 +98,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
         if is_primary():
             analysis = analyse(outcome.calibration, outcome.validation, tuning=outcome.tuning)
         # Part of the program that takes it: hosts whose last bits differ must not differ in it.
-        number = broadcast_number(analysis.best if analysis else 0)
+        number = int(broadcast_from_primary(analysis.best if analysis else 0))
         best = [TrainedModel(m.exits, select_replica(m.params, number)) for m in outcome.models]
         with raise_on_all():
             if analysis is None:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError, split_names
-from sweet_jax.data.stream import TextRow, last_position, stream_texts
+from sweet_jax.data.records import Columns, Record, last_position, read_records
 from sweet_jax.inference.prediction_file import (
     check_same_rows,
     open_output,
@@ -113,12 +113,12 @@ def _run(options: argparse.Namespace) -> None:
         "columns": list(columns),
         "input": [str(source.resolve()), source.stat().st_size],
     }
-    with contextlib.closing(stream_texts(source, columns)) as rows:
+    with contextlib.closing(read_records(source, Columns(columns))) as rows:
         first = list(itertools.islice(rows, 1))  # a file that will not do must be known by now
         with open_output(target, source) as file, record_origin(target, identity, file):
             tally, last, end = read_existing(file, target)
             known = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
-            answers = _answers(classifier, known, options.batch_size)
+            answers = _answers(classifier, known, columns, options.batch_size)
             check_same_rows(target, last, answers)
             file.truncate(end)
             began, start = time.perf_counter(), tally.rows
@@ -145,7 +145,7 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _answers(
-    classifier: Any, rows: Iterable[TextRow], batch_size: int
+    classifier: Any, rows: Iterable[Record], columns: Sequence[str], batch_size: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """(an object of the output, the position in the input) of every row, in order."""
     from sweet_jax.inference.predictions import InvalidRow
@@ -155,7 +155,9 @@ def _answers(
     def texts() -> Iterator[Any]:
         for row in rows:
             positions.append(row.position)
-            yield row.texts if row.error is None else InvalidRow(row.error)
+            missing = [n for n, v in zip(columns, row.values, strict=False) if v is None]
+            error = f"column {missing[0]!r} is empty" if missing else row.error
+            yield row.values if error is None else InvalidRow(error)
 
     for found in classifier.stream_rows(texts(), batch_size):
         if isinstance(found, InvalidRow):

@@ -1,4 +1,7 @@
-"""A config with everything it names read and checked, before anything is written."""
+"""Reads and checks everything that a config names, before anything is written.
+
+Shape letters: R replica, N training rows that are used.
+"""
 
 import dataclasses
 import logging
@@ -8,14 +11,14 @@ import jax
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import (
-    Tokens,
+from sweet_jax.data.batches import Tokens, tokenize
+from sweet_jax.data.load import Dataset, load_dataset, task_of
+from sweet_jax.data.splits import (
     drop_duplicates,
+    select_rows,
     split_calibration_rows,
     split_tuning_rows,
-    tokenize,
 )
-from sweet_jax.data.load import Dataset, load_dataset, select_rows, task_of
 from sweet_jax.models.pooling import declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint
 from sweet_jax.training.growth import base_config
@@ -24,28 +27,63 @@ from sweet_jax.training.parallel import check_devices
 
 log = logging.getLogger(__name__)
 
-_FEW = 30  # calibration rows: one of them is more than 3 points of accuracy
+_FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of accuracy
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRun:
-    """A config with everything it names, read and checked."""
+    """Holds a resolved config and everything it names, read once and checked.
 
-    config: Config  # resolved
-    checkpoint: Checkpoint
+    Row numbers index `texts` and `train`, which hold those training rows of the data set that a
+    replica uses.
+    """
+
+    config: Config
+    checkpoint: Checkpoint  # with its weights
     dataset: Dataset
+    digest: str  # of the data set
+    base: Config | None  # of the run that this one grows from
     tokenizer: Any
-    texts: list[tuple[str, ...]]  # those of `train`
-    train: Tokens
+    texts: list[tuple[str, ...]]  # [N]
+    train: Tokens  # N rows
     validation: Tokens
-    rows: list[tuple[np.ndarray, np.ndarray]]  # of each replica: trained on, calibrated on
-    tuning: list[np.ndarray]  # of each replica; empty where nothing is tuned
+    rows: list[tuple[np.ndarray, np.ndarray]]  # (training, calibration) rows of each of R replicas
+    tuning: list[np.ndarray]  # tuning rows of each replica; empty where nothing is tuned
 
 
 def prepare(config: Config) -> PreparedRun:
-    """Reads and checks all that a config names. Raises UserError; writes nothing."""
+    """Reads and checks all that a config names; raises UserError, and writes nothing."""
     config = config.resolved()
-    task_of(config)  # a misspelt name is told before a hub is asked for anything
+    task_of(config)  # a misspelt name is an error before the hub is asked for anything
+    config, checkpoint = _read_checkpoint(config)
+    dataset = load_dataset(config)
+    digest = dataset.digest()
+    base = base_config(config, digest)
+    if base is not None:
+        base_checkpoint_folder(config, base)
+    check_devices(config)
+    tokenizer = load_tokenizer(checkpoint)
+    drawn, tuning = _draw_rows(config, dataset)
+    # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
+    used = np.unique(np.concatenate([*(rows for pair in drawn for rows in pair), *tuning]))
+    kept = select_rows(dataset.train, used)
+    return PreparedRun(
+        config=config,
+        checkpoint=checkpoint,
+        dataset=dataset,
+        digest=digest,
+        base=base,
+        tokenizer=tokenizer,
+        texts=kept.texts,
+        train=tokenize(tokenizer, kept, config.max_length),
+        validation=tokenize(tokenizer, dataset.validation, config.max_length),
+        rows=[(np.searchsorted(used, t), np.searchsorted(used, h)) for t, h in drawn],
+        tuning=[np.searchsorted(used, t) for t in tuning],
+    )
+
+
+def _read_checkpoint(config: Config) -> tuple[Config, Checkpoint]:
+    """Returns the config with the pooling that the checkpoint declares, and the checkpoint."""
     checkpoint = open_checkpoint(config.checkpoint)
     if not config.pooling:
         pooling = declared_pooling(checkpoint.folder) or checkpoint.family.default_pooling
@@ -53,15 +91,18 @@ def prepare(config: Config) -> PreparedRun:
     _check_against(checkpoint, config)
     with_training_dropout(config, checkpoint)
     _ = checkpoint.weights  # a damaged file must be known before anything is written
-    dataset = load_dataset(config)
-    base = base_config(config, dataset.digest())
-    if base is not None:
-        base_checkpoint_folder(config, base)
-    check_devices(config)
-    tokenizer = load_tokenizer(checkpoint)
-    drawn = [
-        split_calibration_rows(dataset.train.labels, config, seed) for seed, _ in config.replicas()
-    ]
+    return config, checkpoint
+
+
+def _draw_rows(
+    config: Config, dataset: Dataset
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
+    """Returns the (training, calibration) rows and the tuning rows of each replica.
+
+    Raises UserError where a class of the validation rows is in none of the training rows drawn.
+    """
+    labels = dataset.train.labels
+    drawn = [split_calibration_rows(labels, config, seed) for seed, _ in config.replicas()]
     before = len(drawn[0][0])
     drawn = drop_duplicates(dataset.train.texts, drawn)
     if len(drawn[0][0]) < before:
@@ -69,30 +110,20 @@ def prepare(config: Config) -> PreparedRun:
         log.info("%d training rows repeat a calibration text: left out", repeats)
     drawn, tuning = _with_tuning_rows(config, dataset, drawn)
     for (seed, _), (trained, _) in zip(config.replicas(), drawn, strict=True):
-        unseen = np.setdiff1d(dataset.validation.labels, dataset.train.labels[trained])
+        unseen = np.setdiff1d(dataset.validation.labels, labels[trained])
         if len(unseen):
             raise UserError(
                 f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
                 f"the {len(trained)} training rows drawn for seed {seed}: raise train_size, or "
                 "give more distinct texts"
             )
-    # Of a large file a few rows are drawn: only they are tokenised, and numbered anew.
-    used = np.unique(np.concatenate([*(rows for pair in drawn for rows in pair), *tuning]))
-    rows = [(np.searchsorted(used, t), np.searchsorted(used, h)) for t, h in drawn]
-    tuning = [np.searchsorted(used, t) for t in tuning]
-    kept = select_rows(dataset.train, used)
-    train, validation = (
-        tokenize(tokenizer, split, config.max_length) for split in (kept, dataset.validation)
-    )
-    return PreparedRun(
-        config, checkpoint, dataset, tokenizer, kept.texts, train, validation, rows, tuning
-    )
+    return drawn, tuning
 
 
 def _with_tuning_rows(
     config: Config, dataset: Dataset, drawn: list[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
-    """Returns the (training, calibration) rows of each replica less its tuning rows, and these."""
+    """Returns the (training, calibration) rows without tuning rows, and the tuning rows."""
     if not config.tunes:
         return drawn, [np.empty(0, int)] * len(drawn)
     labels, texts = dataset.train.labels, dataset.train.texts

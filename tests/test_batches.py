@@ -7,16 +7,15 @@ from sweet_jax.config import METHODS, Config, UserError
 from sweet_jax.data.batches import (
     Tokens,
     bucket_lengths,
-    drop_duplicates,
     evaluation_batch_indices,
     pad_rows,
     random_batch_indices,
-    split_calibration_rows,
     steps_per_epoch,
     tokenize,
     training_batch_indices,
 )
-from sweet_jax.data.load import Split, load_dataset
+from sweet_jax.data.load import load_dataset
+from sweet_jax.data.splits import Split, drop_duplicates, split_calibration_rows
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
 
 CLS, SEP, WORD0 = 2, 3, 5  # ids of the tiny checkpoint's tokenizer
@@ -57,12 +56,12 @@ def test_tokens_of_single_texts(tokenizer):
     assert (len(tokens), tokens.pad_id) == (2, 0)
 
 
-def test_texts_are_tokenised_some_at_a_time(tokens, rows, tokenizer, monkeypatch):
-    monkeypatch.setattr("sweet_jax.data.batches._AT_ONCE", 7)
+def test_a_large_split_is_tokenised_as_a_small_one(tokens, rows, tokenizer):
     train = load_dataset(Config(task="own", data_files=str(rows), text_columns="text")).train
-    again = tokenize(tokenizer, train, max_length=40)
-    for name in ("input_ids", "token_type_ids", "starts", "labels"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(tokens, name))
+    times = 10_000 // len(train.texts)  # more than one call of the tokenizer
+    large = tokenize(tokenizer, Split(train.texts * times, np.tile(train.labels, times)), 40)
+    for name in ("input_ids", "token_type_ids", "lengths", "labels"):
+        np.testing.assert_array_equal(getattr(large, name), np.tile(getattr(tokens, name), times))
 
 
 def test_no_trained_text_is_a_calibration_text():

@@ -61,6 +61,12 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
             {1: "column 'text' is empty", 3: "3 fields where the header has 2"},
         ),
         ("in.tsv", "text\tn\nword1\t2\n\t3\n", 2, {1: "column 'text' is empty"}),
+        (
+            "in.csv",
+            'text,n\n"word1,2\nword2,3\nword3 "word4" word5,4\n',
+            3,
+            {0: "a quote in line 2 is not closed properly before line 4"},
+        ),
         ("in.txt", "word1\nword2 word3\n", 2, {}),
         (
             "in.jsonl",
@@ -75,7 +81,7 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
         ),
     ],
 )
-def test_rows_without_a_text_are_told_and_counted(command, capsys, name, content, rows, errors):
+def test_rows_without_a_text_are_reported_and_counted(command, capsys, name, content, rows, errors):
     status, answers = command(name, content, "--threshold=0.8")
     assert (status, len(answers)) == (0, rows)
     for place, answer in enumerate(answers):

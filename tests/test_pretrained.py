@@ -18,7 +18,7 @@ from tiny import TINIES, write_checkpoint
 from sweet_jax import load_encoder
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import tokenize
-from sweet_jax.data.load import Split
+from sweet_jax.data.splits import Split
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
 from sweet_jax.preparation import prepare
 from sweet_jax.training.initialization import initial_state, model_specs

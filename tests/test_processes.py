@@ -62,7 +62,7 @@ def start_two(
 
 
 def start_by_slurm(config: Path, workdir: Path) -> list[subprocess.Popen]:
-    """Two processes that are told of each other as srun tells its tasks."""
+    """Two processes with the variables that srun sets for its tasks."""
     with socket.socket() as free:
         while True:  # JAX takes the port from the number of the job
             job = random.randrange(4096)

@@ -13,7 +13,8 @@ from tiny import write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import pad_rows, split_calibration_rows, tokenize
+from sweet_jax.data.batches import pad_rows, tokenize
+from sweet_jax.data.splits import split_calibration_rows
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
@@ -335,7 +336,7 @@ def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_de
 def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").write_text("mine")
-    with pytest.raises(UserError, match="not empty and no run's"):
+    with pytest.raises(UserError, match="not empty and holds no run"):
         run(from_mapping(options), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "precious").read_text() == "mine"

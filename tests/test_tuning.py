@@ -8,7 +8,8 @@ import pytest
 
 from sweet_jax import ExitOutputs
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import split_tuning_rows, steps_per_epoch, training_batch_indices
+from sweet_jax.data.batches import steps_per_epoch, training_batch_indices
+from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.head_fitting import refit_heads
@@ -215,7 +216,9 @@ def test_the_rate_with_the_largest_area_is_trained(
         return np.asarray([next(given) for _ in logits])
 
     monkeypatch.setattr("sweet_jax.learning_rate_search.tuning_area", chosen)
-    monkeypatch.setattr("sweet_jax.learning_rate_search.jax.device_count", lambda: 1 if alone else 4)
+    monkeypatch.setattr(
+        "sweet_jax.learning_rate_search.jax.device_count", lambda: 1 if alone else 4
+    )
     rates = (1e-4, 1e-3, 3e-3)
     config = recipe | {
         "learning_rates": rates,

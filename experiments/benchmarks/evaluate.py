@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pyarrow.parquet
 from flax import nnx
 
 from experiments.benchmarks.shapes import SHAPES, head_line, parser, row, table_head
 from experiments.benchmarks.simulate import plain
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import Batch, Tokens, encode, pad_rows
-from sweet_jax.data.read import read_table
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
@@ -71,7 +71,7 @@ def saved_work(name: str, data_dir: str, rows: int) -> Work:
     """A saved model (of one network) and the first validation rows of its task."""
     model = open_model(name)
     path = Path(data_dir) / str(model.about["task"]) / "validation.parquet"
-    table = read_table(path, model.text_columns)
+    table = pyarrow.parquet.read_table(path)
     texts = list(zip(*(table[c].to_pylist()[:rows] for c in model.text_columns), strict=True))
     ids, kinds = encode(model.tokenizer, texts, LENGTH)
     starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])])

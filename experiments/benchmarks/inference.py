@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import onnxruntime
+import pyarrow.parquet
 import torch
 import transformers
 from flax import nnx
@@ -39,7 +40,6 @@ from flax import nnx
 from experiments.benchmarks.shapes import SHAPES
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.data.read import read_table
 from sweet_jax.exits.calibrator import Calibrator
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.exits.pareto import ParetoFront
@@ -265,7 +265,7 @@ def main() -> None:
     for name in options.model:
         model = open_model(name)
         task = str(model.about["task"])
-        table = read_table(Path(options.data_dir) / task / "validation.parquet", model.text_columns)
+        table = pyarrow.parquet.read_table(Path(options.data_dir) / task / "validation.parquet")
         columns = [table[column].to_pylist()[: options.rows] for column in model.text_columns]
         texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
         if options.shape:

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 
 from sweet_jax import AdaptiveClassifier
-from sweet_jax.data.read import read_table
 
 DIALS = ({}, {"threshold": 0.7}, {"policy": "patience", "threshold": 2}, {"cost": 0.5})
 # What a client does, and how often.
@@ -169,7 +169,7 @@ def main() -> int:
     classifier = AdaptiveClassifier.from_pretrained(options.model)
     name = str(classifier.model.about["task"])
     (column,) = classifier.text_columns
-    table = read_table(Path(options.data_dir) / name / "validation.parquet", [column])
+    table = pyarrow.parquet.read_table(Path(options.data_dir) / name / "validation.parquet")
     texts = table[column].to_pylist()[:300]
     wanted = expected(classifier, texts)
     process = subprocess.Popen(

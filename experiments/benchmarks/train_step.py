@@ -49,7 +49,7 @@ from experiments.benchmarks.shapes import (
 )
 from experiments.benchmarks.torch_model import ExitsInTorch
 from sweet_jax.config import DTYPES
-from sweet_jax.data.read import one_line
+from sweet_jax.files import one_line
 from sweet_jax.models.deberta import DebertaConfig
 
 SIDES = ("sweet_jax", "torch", "torch.compile")

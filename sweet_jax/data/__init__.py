@@ -1,1 +1,1 @@
-"""What a task is, where its rows come from, and batches of tokens."""
+"""Tasks, records of files, splits, and batches of tokens."""

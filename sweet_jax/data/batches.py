@@ -1,6 +1,6 @@
-"""Tokens, the rows a replica trains on, and batches of a handful of fixed lengths.
+"""Tokens, the rows of each batch, and batches padded to a few fixed lengths.
 
-Shape letters: R replica, B batch, N examples, L length.
+Shape letters: R replica, B batch, N rows, L length.
 """
 
 import dataclasses
@@ -10,21 +10,20 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError
-from sweet_jax.data.load import Split, stratified_split
+from sweet_jax.data.splits import Split
 
-_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each one used costs a compilation
+_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each length used is compiled for
 
-_AT_ONCE = 4096  # texts that a tokenizer is given
+_AT_ONCE = 4096  # texts tokenised by one call: the tokenizer's own output is large
 _GROUP = 50  # batches whose rows are sorted by length together
-_SHUFFLE = zlib.crc32(b"groups")  # in the place of a seed: of the order of batches of one length
+_SHUFFLE = zlib.crc32(b"groups")  # seed of the order of batches grouped by length
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One split, tokenised: rows of different lengths end to end."""
+    """Holds the tokens of a split: rows of different lengths, end to end."""
 
     input_ids: np.ndarray  # int32 [total]
     token_type_ids: np.ndarray  # int32 [total]
@@ -37,16 +36,16 @@ class Tokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of every row, int64 [N]."""
+        """Number of tokens of each row, int64 [N]."""
         return np.diff(self.starts)
 
 
 def encode(
     tokenizer, texts: Sequence[tuple[str, ...]], max_length: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(input_ids, token_type_ids) of every text (or pair), int32 [its tokens] each.
+    """Returns the input_ids and the token_type_ids of each text or pair, int32 [its length] each.
 
-    Truncated to max_length tokens, longest text first.
+    A row is truncated to max_length tokens, the longer text of a pair first.
     """
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(
@@ -62,7 +61,7 @@ def encode(
 
 
 def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
-    """Encodes every row once, see `encode`; some at a time: what a tokenizer gives is large."""
+    """Returns the tokens of every row, see `encode`."""
     ids, types = [], []
     for start in range(0, len(rows.texts), _AT_ONCE):
         found = encode(tokenizer, rows.texts[start : start + _AT_ONCE], max_length)
@@ -75,82 +74,12 @@ def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """The lengths that batches are padded to, ascending; the last is max_length."""
+    """Returns the lengths that batches are padded to, ascending; the last is max_length."""
     return (*(length for length in _LENGTHS if length < max_length), max_length)
 
 
-def split_calibration_rows(
-    labels: np.ndarray, config: Config, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, calibration rows) of one seed, as ascending indices.
-
-    They depend on the labels, the sizes and the seed, never on the method, so that methods are
-    compared on the same rows. Calibration rows are empty unless `calibration` is "held_out".
-    """
-    size = min(config.train_size, len(labels))
-    rng = np.random.default_rng([zlib.crc32(b"subset"), seed])
-    if config.subset == "first":  # the release shuffles, then drops the result of the shuffle
-        subset = np.arange(size)
-    else:
-        subset = np.sort(rng.permutation(len(labels))[:size])
-    if config.calibration != "held_out":
-        return subset, np.empty(0, int)
-    kept, held = stratified_split(labels[subset], config.calibration_fraction, rng)
-    if not len(held) or len(np.unique(labels[subset[kept]])) < 2:
-        raise UserError(
-            f"{size} training rows are too few to hold out a fraction of "
-            f"{config.calibration_fraction} for calibration: give more rows, or raise train_size "
-            "or the fraction"
-        )
-    return subset[kept], subset[held]
-
-
-def split_tuning_rows(
-    labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits training rows into (training rows, tuning rows), both ascending.
-
-    Tuning rows choose the penalty of a probe, the learning rate and the step that training ends at;
-    they never fit temperatures, thresholds or certificates.
-
-    Args:
-      labels: of all rows, int [N].
-      rows: the training rows, ascending.
-      fraction: of `rows`, every class in proportion.
-      seed: of the replica.
-
-    Raises UserError where the rows are too few.
-
-    """
-    rng = np.random.default_rng([zlib.crc32(b"tuning"), seed])
-    kept, held = stratified_split(labels[rows], fraction, rng)
-    if not len(held) or len(np.unique(labels[rows[kept]])) < 2:
-        raise UserError(
-            f"{len(rows)} training rows are too few to hold out a fraction of {fraction:g} for "
-            "tuning: give more rows (or a larger train_size or tuning_fraction), or set epochs to "
-            "a number, head_init to random, head_refit to False and rate_search to full"
-        )
-    return rows[kept], rows[held]
-
-
-def drop_duplicates(
-    texts: Sequence[tuple[str, ...]], rows: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(training rows, calibration rows) of every replica without training rows that repeat a
-    calibration text: answers to what was learned by heart say nothing of new texts.
-
-    All replicas keep equally many, the first of their rows.
-    """
-    found = []
-    for trained, held in rows:
-        known = {texts[i] for i in held}
-        found.append((np.asarray([i for i in trained if texts[i] not in known], int), held))
-    size = min(len(trained) for trained, _ in found)
-    return [(trained[:size], held) for trained, held in found]
-
-
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Batches that visit every row once, the last one partial."""
+    """Returns the number of batches of an epoch, of which the last may be partial."""
     return -(-rows // batch_size)
 
 
@@ -162,9 +91,9 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 def random_batch_indices(
     rows: np.ndarray, seed: int, epoch: int, batch: int, size: int
 ) -> np.ndarray:
-    """Row indices int [B] of one uniformly random batch; -1 fills the last one.
+    """Returns the rows of one uniformly random batch, int [B]; -1 fills the last batch.
 
-    A pure function of (seed, epoch, batch), so that a resumed run reads what it would have read.
+    A pure function of (seed, epoch, batch): a resumed run reads the batches it would have read.
     """
     order = _epoch_order(seed, epoch, len(rows))[batch * size : (batch + 1) * size]
     return _fill(rows[order], size)
@@ -177,15 +106,21 @@ def training_batch_indices(
     size: int,
     lengths: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Row indices int [R, B] of a step: `rows[r]` are replica r's rows, `seeds[r]` its seed.
+    """Returns the rows of a training step, int [R, B].
 
-    lengths: tokens of every row of the split, int [N], to put rows of similar length into one
-      batch; None for uniformly random batches.
+    Args:
+      rows: training rows of each replica.
+      seeds: of each replica.
+      step: from 0.
+      size: B.
+      lengths: number of tokens of each row of the split, int [N], to batch rows of similar length;
+        None for uniformly random batches.
+
     """
     per_epoch = steps_per_epoch(len(rows[0]), size)
     epoch, batch = divmod(step, per_epoch)
     if lengths is not None:
-        # The same shuffle of batches for all replicas, so that their lengths go together.
+        # The order of batches is that of all replicas, so that these have similar lengths.
         batch = int(_epoch_order(_SHUFFLE, epoch, per_epoch)[batch])
     return np.stack(
         [
@@ -200,10 +135,10 @@ def training_batch_indices(
 def _grouped_batch_indices(
     rows: np.ndarray, seed: int, epoch: int, batch: int, size: int, lengths: np.ndarray
 ) -> np.ndarray:
-    """As `random_batch_indices`, of rows sorted by length within groups of _GROUP batches.
+    """Returns a batch as `random_batch_indices`, of rows sorted by length within _GROUP batches.
 
-    As `group_by_length` of transformers' Trainer: which rows share a group is random, so that
-    batches differ from epoch to epoch.
+    As with `group_by_length` of transformers' Trainer, groups are random, so that batches differ
+    from epoch to epoch.
     """
     order = _epoch_order(seed, epoch, len(rows))
     start = batch // _GROUP * _GROUP * size
@@ -216,9 +151,16 @@ def _grouped_batch_indices(
 def evaluation_batch_indices(
     tokens: Tokens, rows: np.ndarray, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every row once, in batches of similar length: (places in `rows`, row indices), int [R, B].
+    """Yields every row once, in batches of similar length.
 
-    rows is int [R, N]: the rows of each replica. -1 fills the last batch.
+    Args:
+      tokens: of the split.
+      rows: of each replica, int [R, N].
+      size: B.
+
+    Yields:
+      (positions in `rows`, rows), int [R, B] each; -1 fills the last batch.
+
     """
     order = np.argsort(tokens.lengths[rows], axis=1, kind="stable")  # [R, N]
     for start in range(0, rows.shape[1], size):
@@ -228,16 +170,16 @@ def evaluation_batch_indices(
 
 
 def padded_length(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> int:
-    """The smallest of `lengths` that holds all rows, of which -1 is empty."""
+    """Returns the smallest of `lengths` that fits all rows; a row of -1 is empty."""
     longest = np.where(rows < 0, 0, tokens.lengths[rows]).max()
     return next(length for length in lengths if length >= longest)
 
 
 def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batch:
-    """Rows [..., B] as arrays padded to the smallest of `lengths` that holds them all.
+    """Pads rows [..., B] to the smallest of `lengths` that fits them all.
 
-    Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L] and labels int32
-    [..., B]. A row of -1 is empty: its label is -1, which the loss leaves out.
+    Returns input_ids and token_type_ids int32 [..., B, L], mask bool [..., B, L] and labels int32
+    [..., B]. A row of -1 is empty: its label is -1, which the loss ignores.
     """
     sizes = np.where(rows < 0, 0, tokens.lengths[rows])
     length = padded_length(tokens, rows, lengths)

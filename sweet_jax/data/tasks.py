@@ -1,20 +1,20 @@
-"""What a task is: which columns hold text and label, and what it is scored by."""
+"""Tasks: the columns that hold texts and labels, and the metric."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A classification task: one text column, or two for pairs."""
+    """Names the columns, the metric and the reported split of a classification task."""
 
     name: str
-    text_columns: tuple[str, ...]
+    text_columns: tuple[str, ...]  # one, or two for pairs
     label_column: str = "label"
     metric: str = "accuracy"
     validation: str = "validation"  # name of the split that is reported
 
 
-# The seven tasks of the SWEET paper's experimental setup. Its score is accuracy, Matthews for CoLA.
+# The seven tasks of the SWEET paper's experimental setup, and its metrics.
 GLUE: dict[str, Task] = {
     task.name: task
     for task in (

@@ -15,9 +15,9 @@ import numpy as np
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
-from sweet_jax.data.read import one_line
 from sweet_jax.exits.calibrator import Calibrator
 from sweet_jax.exits.policies import POLICIES, PolicyFunction
+from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import SavedModel, open_model
 from sweet_jax.inference.jax_engine import JaxEngine, batch_sizes, make_stages, row_lengths
 from sweet_jax.inference.latency import read_latency

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.config import UserError
-from sweet_jax.data.read import resolve_path
+from sweet_jax.files import resolve_path
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES

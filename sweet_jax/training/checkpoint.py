@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from sweet_jax.distributed import barrier, broadcast_number, is_primary
+from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.files import write_json
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Checkpoints:
         like: a pytree of jax.ShapeDtypeStruct with shardings. Unsound checkpoints are removed,
         with a line in the log.
         """
-        step = broadcast_number(self._newest_sound() if is_primary() else 0)
+        step = int(broadcast_from_primary(self._newest_sound() if is_primary() else 0))
         self._manager.reload()
         if step < 0:
             return None

@@ -1,0 +1,134 @@
+"""Splits of rows: training, validation, calibration, tuning.
+
+Shape letters: N rows.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from sweet_jax.config import Config, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Holds the rows of one split, in file order."""
+
+    texts: list[tuple[str, ...]]  # [N] of one text, or of two for pairs
+    labels: np.ndarray  # int32 [N], indices into Dataset.classes
+
+
+def select_rows(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
+    """Returns the rows of the given indices, in the order of these."""
+    picked = np.asarray(indices, int)
+    return Split([rows.texts[i] for i in picked], rows.labels[picked])
+
+
+def stratified_split(
+    labels: np.ndarray, fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits rows 0..N-1 at random, every class in proportion (largest remainders).
+
+    Args:
+      labels: int [N].
+      fraction: of the rows that are held out.
+      rng: draws them.
+
+    Returns:
+      (kept, held out) rows, both ascending; round(fraction * N) rows are held out.
+
+    """
+    order = rng.permutation(len(labels))
+    counts = np.bincount(labels)
+    wanted = counts * fraction
+    quota = np.floor(wanted).astype(int)
+    missing = round(fraction * len(labels)) - quota.sum()
+    quota[np.argsort(-(wanted - quota), kind="stable")[:missing]] += 1
+    held = np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(quota)])
+    return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
+
+
+def split_off_validation(rows: Split, fraction: float, seed: int) -> list[Split]:
+    """Splits rows into training and validation; drops training rows that repeat a held-out text."""
+    kept, held = stratified_split(rows.labels, fraction, np.random.default_rng(seed))
+    texts = {rows.texts[i] for i in held}
+    distinct = [i for i in kept if rows.texts[i] not in texts]
+    return [select_rows(rows, distinct), select_rows(rows, held)]
+
+
+def split_calibration_rows(
+    labels: np.ndarray, config: Config, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the (training, calibration) rows of one seed, as ascending indices.
+
+    They depend on the labels int [N], the sizes and the seed, never on the method, so that methods
+    are compared on the same rows. There are no calibration rows unless `calibration` is "held_out".
+    Raises UserError if the rows are too few to hold some out.
+    """
+    size = min(config.train_size, len(labels))
+    rng = np.random.default_rng([zlib.crc32(b"subset"), seed])
+    if config.subset == "first":  # as in the paper's code, which discards what it shuffled
+        subset = np.arange(size)
+    else:
+        subset = np.sort(rng.permutation(len(labels))[:size])
+    if config.calibration != "held_out":
+        return subset, np.empty(0, int)
+    kept, held = stratified_split(labels[subset], config.calibration_fraction, rng)
+    if not len(held) or len(np.unique(labels[subset[kept]])) < 2:
+        raise UserError(
+            f"{size} training rows are too few to hold out a fraction of "
+            f"{config.calibration_fraction} for calibration: give more rows, or raise train_size "
+            "or the fraction"
+        )
+    return subset[kept], subset[held]
+
+
+def split_tuning_rows(
+    labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits training rows into (training rows, tuning rows), both ascending.
+
+    Tuning rows choose the penalty of a probe, the learning rate and the step that training stops
+    at; they never fit temperatures, thresholds or certificates.
+
+    Args:
+      labels: of all rows, int [N].
+      rows: the training rows, ascending.
+      fraction: of `rows`, every class in proportion.
+      seed: of the replica.
+
+    Raises UserError if the rows are too few.
+
+    """
+    rng = np.random.default_rng([zlib.crc32(b"tuning"), seed])
+    kept, held = stratified_split(labels[rows], fraction, rng)
+    if not len(held) or len(np.unique(labels[rows[kept]])) < 2:
+        raise UserError(
+            f"{len(rows)} training rows are too few to hold out a fraction of {fraction:g} for "
+            "tuning: give more rows (or a larger train_size or tuning_fraction), or set epochs to "
+            "a number, head_init to random, head_refit to False and rate_search to full"
+        )
+    return rows[kept], rows[held]
+
+
+def drop_duplicates(
+    texts: Sequence[tuple[str, ...]], rows: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Removes training rows whose text is also a calibration text, which would be leaked.
+
+    Args:
+      texts: of all rows.
+      rows: (training, calibration) rows of each replica.
+
+    Returns:
+      The rows that are left. All replicas keep equally many training rows, their first.
+
+    """
+    found = []
+    for trained, held in rows:
+        known = {texts[i] for i in held}
+        found.append((np.asarray([i for i in trained if texts[i] not in known], int), held))
+    size = min(len(trained) for trained, _ in found)
+    return [(trained[:size], held) for trained, held in found]

@@ -1,0 +1,315 @@
+"""The one reader for training and prediction: the records of a file, and their errors."""
+
+import csv
+import json
+import random
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.load import load_dataset
+from sweet_jax.data.records import Columns, last_position, read_records
+
+TEXT = Columns(("text",))
+
+
+def write(path, content: str):
+    path.write_text(content, newline="")
+    return path
+
+
+def texts_of(path, columns: Columns = TEXT) -> list:
+    """The text of every record, or a tuple of its error."""
+    return [r.values[0] if r.error is None else (r.error,) for r in read_records(path, columns)]
+
+
+def labels_of(path) -> list:
+    return [r.values[-1] for r in read_records(path, Columns(("text",), "label"))]
+
+
+def load(path):
+    return load_dataset(Config(task="own", data_files=f"{path},{path}", text_columns="text"))
+
+
+def refusal(path) -> str:
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def rows(count: int, **changes: str) -> str:
+    """A CSV of text and label with some lines (numbers from 2, below the header) put otherwise."""
+    lines = ["text,label", *(f"text {i},{'ab'[i % 2]}" for i in range(count))]
+    for name, line in changes.items():
+        lines[int(name.removeprefix("line_")) - 1] = line
+    return "\n".join(lines) + "\n"
+
+
+STRAY = {  # lines, then what the first of them is refused for
+    "never closed": ({"line_5": '"said he,a'}, "a quote in line 5 is not closed"),
+    "never closed, in the last line": ({"line_31": '"said he,a'}, "a quote in line 31 is not"),
+    "met by a quote within a text": (
+        {"line_5": '"said he,a', "line_20": 'he "said" so,b'},
+        "a quote in line 5 is not closed properly before line 20",
+    ),
+    "met by another one": (
+        {"line_5": '"said he,a', "line_20": '"said she,b'},
+        "a quote in line 5 is not closed properly before line 20",
+    ),
+    "met by a row that is quoted": (
+        {"line_5": '"said he,a', "line_9": '"said, she",b'},
+        "a quote in line 5 is not closed properly before line 9",
+    ),
+    "met by a quote at the end of a text": (
+        {"line_5": '"said he,a', "line_20": 'a screen of 42",b'},
+        "looks like several rows: a quote in line 5 is closed only in line 20",
+    ),
+    "met by one at the end, of a row with too many fields": (
+        {"line_5": '"said he,a', "line_20": 'a screen of 42",b,c'},
+        "looks like several rows: a quote in line 5 is closed only in line 20",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_a_stray_quote_swallows_no_rows_of_a_csv(tmp_path, name):
+    lines, message = STRAY[name]
+    path = write(tmp_path / "rows.csv", rows(30, **lines))
+    first = int(next(iter(lines)).removeprefix("line_"))
+    assert f"row {first - 1} (line {first}): {message}" in refusal(path)
+    found = texts_of(path)
+    assert len(found) == 30
+    assert found[first - 2][0].startswith(message)
+    assert [n + 2 for n, text in enumerate(found) if text == f"text {n}"] == [
+        n for n in range(2, 32) if f"line_{n}" not in lines
+    ]
+
+
+def test_a_quote_that_is_never_closed_in_a_large_file_is_an_error_of_its_line(tmp_path):
+    path = write(tmp_path / "rows.csv", rows(25_000, line_7='"said he,a', line_15000='b "so",b'))
+    found = texts_of(path)
+    assert len(found) == 25_000
+    assert [n + 2 for n, text in enumerate(found) if isinstance(text, tuple)] == [7]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "id\ttext\tlabel\n" + '1\t"said he\ta\n2\tso\tb\n3\ta screen of 42"\ta\n4\tmore\tb\n',
+        "label\ttext\n" + 'a\t"said he\nb\tso\na\ta screen of 42"\nb\tmore\n',
+    ],
+)
+def test_a_stray_quote_swallows_no_rows_of_a_tsv(tmp_path, content):
+    path = write(tmp_path / "rows.tsv", content)
+    message = "looks like several rows: a quote in line 2 is closed only in line 4"
+    assert message in refusal(path)
+    error, *others = texts_of(path)
+    assert error[0].startswith(message)
+    assert others == ["so", 'a screen of 42"', "more"]
+
+
+PROSE = [
+    "Dear all,\nthanks for coming, see you\nBest,\nBob",
+    "12 Main St, Springfield\nBerlin, Germany\nParis, France\nRome, Italy",
+    "It costs 1,000\nor 2,000\nI say",
+    'He said "no",\nshe said "yes"\n',
+    "\n\n\n",
+    "a,b\n\nc,d\n\ne,f\n\ng,h",
+    "one line\r\nanother,\r\n",
+    '"',
+    '""\n""',
+    "x" * 100_000 + "\n" + "y" * 100_000,
+    "\n".join(f"line {n}, of many" for n in range(9000)),
+]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("order", [("text", "label"), ("label", "text"), ("id", "text", "label")])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_texts_of_several_lines_are_read_as_they_were_written(tmp_path, suffix, order, quoting):
+    path = tmp_path / f"rows.{suffix}"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",", quoting=quoting)
+        writer.writerow(order)
+        for number, text in enumerate(PROSE):
+            row = {"id": number, "text": text, "label": "ab"[number % 2]}
+            writer.writerow([row[name] for name in order])
+    assert texts_of(path) == PROSE
+    assert labels_of(path) == ["ab"[number % 2] for number in range(len(PROSE))]
+
+
+def test_any_table_that_the_csv_module_writes_is_read_as_it_was(tmp_path):
+    rng, path = random.Random(1), tmp_path / "rows.csv"
+    pieces = ["foo", "bar, baz", "\n", "\n\n", '"', '""', "x\r\ny", ", ", "word ", "é", " "]
+    for _ in range(60):
+        texts = ["z" + "".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(20)]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator=rng.choice(["\n", "\r\n"]))
+            writer.writerow(["id", "text", "label"])
+            writer.writerows([i, text, "ab"[i % 2]] for i, text in enumerate(texts))
+        assert texts_of(path) == texts
+
+
+def test_the_rows_of_a_csv_have_the_lines_they_begin_in(tmp_path):
+    content = 'text,label\n\n"a\nb",x\n\nc,y,z\n,y\n'
+    path = write(tmp_path / "rows.csv", content)
+    found = list(read_records(path, TEXT))
+    assert [(r.values, r.row, r.line) for r in found] == [
+        (("a\nb",), 1, 3),
+        ((), 2, 6),
+        ((None,), 3, 7),
+    ]
+    assert found[1].error == "3 fields where the header has 2"
+    assert found[-1].position == last_position(path) == len(content)
+
+
+def test_what_spreadsheets_put_before_a_header_is_left_out(tmp_path):
+    for before in ("", "\n", "sep=,\n", "\ufeff", "\ufeffsep=,\r\n"):
+        path = write(tmp_path / "rows.csv", f"{before}text , label\na,007\nb,01\n")
+        assert texts_of(path) == ["a", "b"]
+        assert load(path).classes == ("01", "007")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"id;text\n1;a\n", "fields must be separated by ',' in a .csv file, not by ';'"),
+        ("b.csv", "text\na\n".encode("utf-16"), "its first line is not UTF-8; save it as UTF-8"),
+        ("c.csv", b"text,text\na,b\n", "column 'text' occurs more than once"),
+        ("d.json", b'[{"text": "a"}]', "is a JSON array: write one object a line instead"),
+        ("e.jsonl", b'\n [\n{"text": "a"}\n]', "is a JSON array"),
+        ("f.jsonl", b'{"txt": "a"}\n{"txt": "b", "c": 1}\n', "did you mean 'txt'?"),
+        ("g.csv", b"\n\n", "no first line with the names of its columns"),
+        ("h.csv", b'"text,label\na,x\n', "a quote in line 1 is not closed"),
+        ("i.xls", b"text\na\n", "must end in one of .csv, .tsv, .jsonl, .json, .ndjson, .parquet"),
+    ],
+)
+def test_training_and_prediction_refuse_the_same_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert message in refusal(path)
+    with pytest.raises(UserError) as error:
+        list(read_records(path, TEXT))
+    assert message in str(error.value)
+
+
+def test_lines_of_text_are_for_prediction_alone(tmp_path):
+    path = write(tmp_path / "rows.txt", 'a "b"\n\nc\r\n')
+    assert texts_of(path) == ['a "b"', "", "c"]
+    assert "must end in one of" in refusal(path)
+    with pytest.raises(UserError, match="this model takes pairs"):
+        list(read_records(path, Columns(("a", "b"))))
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "ndjson"])
+def test_objects_may_run_over_several_lines(tmp_path, suffix):
+    objects = [{"text": f"text {n}", "label": n % 2, "other": [{"a": {}}, []]} for n in range(9)]
+    printed = (json.dumps(each, indent=n % 4 or None) for n, each in enumerate(objects))
+    path = write(tmp_path / f"rows.{suffix}", "\n".join(printed) + "\n")
+    assert texts_of(path) == [each["text"] for each in objects]
+    assert load(path).classes == ("0", "1")
+
+
+def test_a_broken_object_swallows_no_other(tmp_path):
+    lines = ['{"text": "a"}', '{"text": ', '{"text": "b"}', '{"text": "c', '{"text": "d"}']
+    lines += ["{", '  "text": "e",', '  "label": oops', "}", "5", '{"text": "f"}', '{"text":']
+    path = write(tmp_path / "rows.jsonl", "\n".join(lines))
+    found = texts_of(path)
+    assert [text for text in found if isinstance(text, str)] == ["a", "b", "d", "f"]
+    assert len(found) == len(lines)
+    assert all(error[0].startswith("not ") for error in found if isinstance(error, tuple))
+    message = refusal(write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1}\n{"text": \n'))
+    assert "row 2 (line 2): not JSON: Expecting value" in message
+
+
+def test_a_first_object_may_lack_a_column_that_another_one_has(tmp_path):
+    path = write(tmp_path / "rows.jsonl", '{"label": 1}\n{"text": "a", "label": 2}\n')
+    assert texts_of(path) == [None, "a"]
+    assert "column 'text' is empty in row 1" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        (["2020-01-01", "2021-01-01"], ["2020-01-01", "2021-01-01"]),
+        ([2**63, 2**63 + 1], ["9223372036854775808", "9223372036854775809"]),
+        ([0.0, 1.0, 1], ["0.0", "1.0", "1.0"]),
+        ([0, 1, 1.0, 1.5], ["0", "1", "1", "1.5"]),
+        ([True, False], ["True", "False"]),
+        (["01", "1", " 1"], ["01", "1", " 1"]),
+        ([1, None, float("nan")], ["1", None, None]),
+    ],
+)
+def test_labels_of_json_are_those_written(tmp_path, labels, wanted):
+    lines = [json.dumps({"text": "a", "label": label}) for label in labels]
+    assert labels_of(write(tmp_path / "rows.jsonl", "\n".join(lines))) == wanted
+
+
+@pytest.mark.parametrize(
+    ("labels", "value"), [([1, "1"], "'1'"), ([True, 1], "1"), (["a", {"b": 1}], "{'b': 1}")]
+)
+def test_labels_of_json_are_of_one_kind(tmp_path, labels, value):
+    lines = [json.dumps({"text": "a", "label": label}) for label in labels]
+    message = refusal(write(tmp_path / "rows.jsonl", "\n".join(lines)))
+    assert "row 2 (line 2): column 'label' is" in message
+    assert value in message
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()),
+        *(pa.binary_view(), pa.dictionary(pa.int32(), pa.string())),
+    ],
+)
+def test_text_of_parquet_may_be_of_any_type_that_holds_text(tmp_path, kind):
+    texts = ["a", "é", "a", "b"] * 700
+    values = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else texts
+    if not isinstance(values, pa.Array):
+        bytes_ = pa.types.is_binary(kind) or "binary" in str(kind)
+        values = pa.array([text.encode() for text in texts] if bytes_ else texts, kind)
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": values, "label": values}), path)
+    assert texts_of(path) == labels_of(path) == texts
+    assert load(path).classes == ("a", "b", "é")
+    assert last_position(path) == len(texts)
+
+
+def test_a_column_of_numbers_is_not_text_also_for_prediction(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": [1, 2]}), path)
+    with pytest.raises(UserError, match="column 'text' holds values of type int64, not text"):
+        list(read_records(path, TEXT))
+
+
+def test_a_folder_named_by_a_label_is_no_partition(tmp_path):
+    path = tmp_path / "label=5" / "rows.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"text": ["a", "b"], "label": ["x", "y"]}), path)
+    assert load(path).classes == ("x", "y")
+
+
+def test_what_editors_and_archives_leave_in_a_folder_is_left_out(tmp_path):
+    for name in ("x/1.txt", "y/1.txt", "y/._1.txt", ".checkpoints/1.txt", "__MACOSX/1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a text")
+    found = load(tmp_path)
+    assert found.classes == ("x", "y")
+    assert len(found.train.texts) == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
+def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
+    line = json.dumps({"text": "word " * 200}) if suffix == "jsonl" else "word " * 200
+    path = tmp_path / f"rows.{suffix}"
+    write(path, "text\n" * (suffix == "csv") + f"{line}\n" * 12_000)
+    tracemalloc.start()
+    count = sum(record.error is None for record in read_records(path, TEXT))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 12_000
+    assert peak < path.stat().st_size / 3
