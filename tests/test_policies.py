@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
 from test_simulation import brute_force, tables
 
 from sweet_jax import ExitOutputs, simulate
@@ -20,7 +21,6 @@ from sweet_jax.exits.calibration import (
     fit_reliability_curve,
     probabilities,
 )
-from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
 from sweet_jax.exits.policies import (
     POLICIES,
     cross_fitted_confidences,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import softmax
+from sweet_jax.exits.calibrator import Calibrator
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.calibrator import Calibrator
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.exits.policies import exit_confidences, grid_thresholds
 from sweet_jax.exits.simulation import bootstrap_curve

@@ -16,7 +16,7 @@ from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
 from sweet_jax.data.read import one_line
-from sweet_jax.exits.calibrator import Calibrator
+from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import POLICIES, PolicyFunction
 from sweet_jax.inference.artifact import SavedModel, open_model
 from sweet_jax.inference.jax_engine import JaxEngine, batch_sizes, make_stages, row_lengths
@@ -74,12 +74,12 @@ class AdaptiveClassifier:
                 clock = measured.alone(int(model.about["median_tokens"]))
             self.threshold, fitted = model.resolver.threshold(self.policy, **dial, clock=clock)
         elif set(dial) - {"level"} == {"threshold"}:
-            self.threshold, fitted = dial["threshold"], model.resolver.fitted
+            self.threshold, fitted = dial["threshold"], model.resolver.calibrator
         else:
             raise UserError("a policy of your own needs threshold=; the other dials know names")
         self._leaving: list[float] = []
         if isinstance(self.policy, str):
-            self._leaving = model.resolver.trades[self.policy].leaving(self.threshold)
+            self._leaving = model.resolver.fronts[self.policy].leaving(self.threshold)
         self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
         self.full = self.threshold == math.inf
         self._lengths = row_lengths(model.max_length)
@@ -143,7 +143,7 @@ class AdaptiveClassifier:
     @property
     def fitted(self) -> Calibrator:
         """What the policy reads: temperatures, and curves."""
-        return self._rule.fitted
+        return self._rule.calibrator
 
     @property
     def text_columns(self) -> tuple[str, ...]:
