@@ -368,6 +368,8 @@ def test_a_table_of_targets_is_what_the_resolver_chooses(policy):
             assert found.threshold == (None if row is None else table.threshold[row])
             if row is None:
                 assert found.reachable == table.value[0]
+            elif name in ("risk", "agreement"):
+                assert found.reachable == table.reached[row]
             chosen += row is not None
         assert chosen > 10
 

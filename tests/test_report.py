@@ -176,6 +176,7 @@ def test_the_page_certifies_what_the_resolver_certifies(report, analysis, browse
             found = theirs.operating_point(best, {target: value})
             (threshold,) = re.findall(r"at threshold (\S+); ", shown)
             assert float(threshold) == found.threshold
+            assert f"certified with 95% confidence: {target} {found.reachable:.4f} at" in shown
             assert "cost {:.4f}, accuracy {:.4f}".format(*found.validation) in shown
     assert "infeasible: the best certified is risk 0." in ask_page(browser, "risk", 0.001)
 

@@ -134,30 +134,32 @@ def certify(
     Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) by fixed-sequence testing: from the
     strictest threshold on, each is tested at alpha = 1 - level, and the first that fails ends it,
     so that the chance of certifying a threshold above the limit is at most alpha. A threshold
-    passes where its bound is at most the limit, see `sequential_bounds`.
+    passes where its bound is at most the limit, see `candidate_bounds`.
     """
     about = (counts.kind, limit, level)
     if not len(counts.thresholds):  # nothing leaves early, and nothing can be lost
         return Certificate(*about, NEVER, 0.0, 0, counts.rows)
-    passed = int(np.searchsorted(sequential_bounds(counts, level, compared), limit, side="right"))
+    bounds = candidate_bounds(counts, level, compared)
+    passed = int(np.searchsorted(sequential_limits(bounds), limit, side="right"))
     at = max(passed - 1, 0)
-    return Certificate(
-        *about,
-        float(counts.thresholds[at]) if passed else None,
-        float(upper_bound(counts.harmed[at], counts.rows, 1 - (1 - level) / compared)),
-        int(counts.harmed[at]),
-        counts.rows,
-    )
+    threshold = float(counts.thresholds[at]) if passed else None
+    return Certificate(*about, threshold, float(bounds[at]), int(counts.harmed[at]), counts.rows)
 
 
-def sequential_bounds(counts: LossCounts, level: float = 0.95, compared: int = 1) -> np.ndarray:
+def candidate_bounds(counts: LossCounts, level: float = 0.95, compared: int = 1) -> np.ndarray:
+    """Computes the upper confidence bound of the share that each candidate harms, float64 [K].
+
+    The exact binomial one, see `upper_bound`. A model chosen out of several by these rows is tested
+    at alpha / compared (Bonferroni): chosen for its luck, it would exceed its limit more often.
+    """
+    return upper_bound(counts.harmed, counts.rows, 1 - (1 - level) / compared)
+
+
+def sequential_limits(bounds: np.ndarray) -> np.ndarray:
     """Computes the smallest limit at which each candidate is certified, float64 [K], ascending.
 
-    The test is the exact binomial one: the largest upper bound up to and with the candidate's, see
-    `upper_bound`. A model chosen out of several by these rows is tested at alpha / compared
-    (Bonferroni): chosen for its luck, it would exceed its limit more often.
+    That is the largest bound up to and with its own: the first candidate that fails ends the test.
     """
-    bounds = upper_bound(counts.harmed, counts.rows, 1 - (1 - level) / compared)
     return np.maximum.accumulate(bounds)
 
 

@@ -18,10 +18,11 @@ from sweet_jax.exits.certificates import (
     NEVER,
     Certificate,
     LossCounts,
+    candidate_bounds,
     candidate_thresholds,
     certify,
     count_losses,
-    sequential_bounds,
+    sequential_limits,
 )
 from sweet_jax.exits.cross_fitting import calibration_confidences
 from sweet_jax.exits.metrics import compute_metric
@@ -175,11 +176,13 @@ class ThresholdResolver:
         """
         if target in CERTIFICATE_KINDS:
             counts = self._loss_counts(policy, target)
-            bounds, thresholds = sequential_bounds(counts, level, self.compared), counts.thresholds
-            if not len(bounds):
+            bounds, thresholds = candidate_bounds(counts, level, self.compared), counts.thresholds
+            if not len(bounds):  # nothing leaves early
                 bounds, thresholds = np.zeros(1), np.full(1, NEVER)
-            at_most = target == "risk"
-            return TargetTable(bounds if at_most else 1 - bounds, thresholds, at_most)
+            limits = sequential_limits(bounds)
+            if target == "risk":
+                return TargetTable(limits, thresholds, True, reached=bounds)
+            return TargetTable(1 - limits, thresholds, False, reached=1 - bounds)
         if target == "accuracy" and POLICIES[policy].curve:
             return TargetTable(_ACCURACIES, _ACCURACIES, at_most=False)
         return self._front_table(policy, target)

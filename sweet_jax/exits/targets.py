@@ -55,6 +55,8 @@ class TargetTable:
       threshold: float64 [K].
       at_most: whether a value is allowed up to the target, or else from the target on.
       tolerance: of the comparison.
+      reached: float64 [K], what is certified at the threshold; empty where nothing is certified. It
+        may be better than the value, as the rows before have to be certified too.
 
     """
 
@@ -62,6 +64,7 @@ class TargetTable:
     threshold: np.ndarray
     at_most: bool
     tolerance: float = 0.0
+    reached: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def choose(self, target: float) -> int | None:
         """Returns the index of the row for a target, None where even the first is not allowed."""

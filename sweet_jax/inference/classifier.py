@@ -42,8 +42,8 @@ class AdaptiveClassifier:
 
     Args:
       model: what `open_model` read.
-      policy: name of an exit policy, or a function of (outputs, temperatures) such as
-        `exits/policies.py` has; of the outputs of the exits so far.
+      policy: name of an exit policy, or a function of (outputs of the exits so far, temperatures),
+        see `UnlabeledOutputs`.
       dial: at most one of threshold, cost, accuracy, risk, agreement, milliseconds; and level.
       programs: compiled ones of the same model, to be shared.
 
@@ -124,7 +124,7 @@ class AdaptiveClassifier:
             ~/.cache/sweet_jax/xla. It is JAX's own cache: a directory that JAX was already told
             stays.
 
-        Raises UserError, see `open_model` and `Dials.threshold`.
+        Raises UserError, see `open_model` and `ThresholdResolver.threshold`.
 
         """
         enable_compilation_cache(cache_dir)

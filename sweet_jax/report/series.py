@@ -145,6 +145,7 @@ def _target_series(table: TargetTable) -> dict[str, Any]:
         "at_most": table.at_most,
         "tolerance": table.tolerance,
         "value": table.value.tolist(),
+        "reached": table.reached.tolist(),
     }
 
 
