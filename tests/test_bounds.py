@@ -281,7 +281,8 @@ def test_a_run_s_certificate_tests_rows_that_fitted_nothing():
 @settings(deadline=None, max_examples=60)
 @given(tables())
 def test_the_resolver_chooses_as_a_search_over_every_threshold(outputs):
-    curve, resolver = simulate(outputs), make_resolver(outputs.replica(0), ("raw_confidence",))
+    outputs = outputs.replica(0)
+    curve, resolver = simulate(outputs), make_resolver(outputs, ("raw_confidence",))
     front, cost, score = ParetoFront.from_curve(curve, 0), curve.cost[0], curve.score[0]
     assert np.all(np.diff(front.cost) > 0)
     assert np.all(np.diff(front.score) > 0)
