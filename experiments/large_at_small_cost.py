@@ -92,9 +92,9 @@ def at_cost(folder, replica: int, cost: np.ndarray, limits: np.ndarray) -> np.nd
         for split in ("calibration", "validation")
     )
     dials = make_resolver(calibration, ("confidence",))
-    chosen = [dials.trades["confidence"].within_cost(limit) for limit in limits]
+    chosen = [dials.resolve("confidence", {"cost": limit}).threshold for limit in limits]
     thresholds = np.asarray([np.inf if t is None else t for t in chosen])
-    scores = simulate(validation, fitted=dials.fitted, thresholds=thresholds).score[0]
+    scores = simulate(validation, calibrators=[dials.calibrator], thresholds=thresholds).score[0]
     return np.where([t is None for t in chosen], np.nan, scores)
 
 

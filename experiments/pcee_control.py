@@ -64,7 +64,7 @@ def pooled(folder: Path, replica: int) -> ExitOutputs:
         ExitOutputs.load(folder / f"{split}.npz").replica(replica)
         for split in ("calibration", "validation")
     ]
-    if parts[0].identity.get("fitted_on", "held_out") != "held_out":
+    if parts[0].identity.fitted_on != "held_out":
         raise UserError(
             f"{str(folder)!r} holds no rows out: its preset fits on the validation rows"
         )
@@ -85,11 +85,14 @@ def control(rows: ExitOutputs, targets: np.ndarray, splits: int, seed: int = 0) 
         for number, (_, policy, choose) in enumerate(RULES):
             thresholds = targets
             if choose:
-                trade = dials.trades[policy]
-                wanted = [trade.with_score(t) for t in targets]
-                best = trade.threshold[-1]  # where the calibration rows do not reach the target
+                wanted = [dials.resolve(policy, {"accuracy": t}).threshold for t in targets]
+                best = dials.fronts[policy].threshold[
+                    -1
+                ]  # where the calibration rows do not reach the target
                 thresholds = np.asarray([best if t is None else t for t in wanted])
-            point = simulate(untouched, policy, fitted=dials.fitted, thresholds=thresholds)
+            point = simulate(
+                untouched, policy, calibrators=[dials.calibrator], thresholds=thresholds
+            )
             found[number, :, split] = np.stack([point.score[0], point.cost[0]], axis=-1)
     return found
 
@@ -105,7 +108,9 @@ def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.nd
     for draw in range(draws):
         drawn = np.random.default_rng([seed, draw]).integers(0, count, size)
         dials = make_resolver(rows.rows(drawn), ("confidence",))
-        points = np.maximum.accumulate(exit_confidences(rows, "confidence", dials.halved)[0, :-1])
+        points = np.maximum.accumulate(
+            exit_confidences(rows, "confidence", [dials.half_calibrator])[0, :-1]
+        )
         for number, limit in enumerate(LIMITS):
             threshold = dials.certificate("confidence", "risk", limit, LEVEL).threshold
             place = np.full(count, len(rows.layers) - 1)

@@ -92,7 +92,7 @@ def draws(count: int) -> np.ndarray:
 def measure(analysis: Analysis) -> Measured:
     """Measures a run by the exact curve of its own policy."""
     outputs = analysis.validation
-    scores = exit_confidences(outputs, analysis.policy, analysis.fitted)  # [S, E, N]
+    scores = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [S, E, N]
     right = outputs.predictions == outputs.labels[:, None]  # [S, E, N]
     drawn = draws(outputs.labels.shape[1])
     areas = []

@@ -96,7 +96,7 @@ def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
         program = f"stage_{stage.end:02d}.bin"
         (aside / program).write_bytes(_program(model, stage, list(own.values()), length))
         values = {"layer": stage.end, "cost": float(model.cost[stage.exit]), "program": program}
-        fitted = classifier.fitted.temperatures[0, stage.exit]
+        fitted = classifier.fitted.temperatures[stage.exit]
         temperature = float(fitted) if np.isfinite(fitted) else None  # None: never leaves there
         of_score = temperature if policy == "confidence" else 1.0
         values |= {"temperature": temperature, "score_temperature": of_score}

@@ -144,7 +144,7 @@ def _short_runs(
         job.train.labels[tuning],
         config.exits,
         layer_cost(config.exits, config.method),
-        {"metric": job.dataset.task.metric},
+        job.dataset.task.metric,
     )
 
 

@@ -24,7 +24,7 @@ from sweet_jax.distributed import (
     raise_on_all,
 )
 from sweet_jax.exits.analysis import Analysis, analyse
-from sweet_jax.exits.outputs import ExitOutputs, layer_cost
+from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.head_fitting import fit_probe, refit_heads
 from sweet_jax.inference.artifact import TrainedModel, save_model
@@ -185,19 +185,19 @@ def exit_outputs(
         np.asarray(config.exits),
         layer_cost(config.exits, config.method),
         whole.exit_scores,
-        identity={
-            "split": split,
-            "task": config.task,
-            "method": config.method,
-            "checkpoint": config.checkpoint,
-            "preset": config.preset,
-            "fitted_on": config.calibration,
-            "policy": config.policy,
-            "learning_to_exit": config.learning_to_exit,
-            "metric": job.dataset.task.metric,
-            "classes": list(job.dataset.classes),
-            "replicas": [list(replica) for replica in config.replicas()],
-        },
+        identity=RunIdentity(
+            split=split,
+            task=config.task,
+            method=config.method,
+            checkpoint=config.checkpoint,
+            preset=config.preset,
+            fitted_on=config.calibration,
+            policy=config.policy,
+            learning_to_exit=config.learning_to_exit,
+            metric=job.dataset.task.metric,
+            classes=tuple(job.dataset.classes),
+            replicas=tuple(config.replicas()),
+        ),
     )
 
 

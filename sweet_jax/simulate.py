@@ -1,16 +1,16 @@
-"""Answers what a dial costs, from a run's saved outputs alone: no model, no accelerator.
+"""Chooses an operating point from a run's saved outputs alone: no model, no accelerator.
 
   python -m sweet_jax.simulate --run=runs/quickstart                  the table of exits
-  python -m sweet_jax.simulate --run=runs/quickstart --cost=0.5       best score within a mean cost
-  python -m sweet_jax.simulate --run=runs/quickstart --accuracy=0.95  cheapest with such a score
-  python -m sweet_jax.simulate --run=runs/quickstart --threshold=0.9  what a threshold does
-  python -m sweet_jax.simulate --run=runs/quickstart --risk=0.02      a loss that is certified
+  python -m sweet_jax.simulate --run=runs/quickstart --cost=0.5       best metric within a mean cost
+  python -m sweet_jax.simulate --run=runs/quickstart --accuracy=0.95  cheapest with such a metric
+  python -m sweet_jax.simulate --run=runs/quickstart --threshold=0.9  what a threshold gives
+  python -m sweet_jax.simulate --run=runs/quickstart --risk=0.02      certified bound of the loss
   python -m sweet_jax.simulate --run=runs/quickstart --policy=pcee --accuracy=0.9
   python -m sweet_jax.simulate --run=runs/a --run=runs/b --output=compare.html
 
-Thresholds are chosen on the calibration rows; what they give there and on the validation rows is
-printed; where no threshold will do, the best that is reachable. Several --run are overlaid in one
-page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+Thresholds are chosen on the calibration rows. Printed are the cost and the metric there and on the
+validation rows or, where no threshold meets the target, the best that is reachable. Several --run
+are overlaid in one page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
 
 """
 
@@ -18,20 +18,13 @@ import argparse
 import math
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
-from sweet_jax.exits.analysis import (
-    Analysis,
-    OperatingPoint,
-    analyse,
-    certify_operating_point,
-    cheapest_full_score,
-    evaluate_threshold,
-    select_operating_point,
-)
+from sweet_jax.exits.analysis import Analysis, analyse
+from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import expand_user
@@ -40,7 +33,7 @@ from sweet_jax.report.results import individual_exits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     return run_command(lambda: _run(_parse(argv)))
 
 
@@ -70,14 +63,14 @@ def _run(options: argparse.Namespace) -> None:
 
         path = Path(options.output or "compare.html")
         try:
-            write_comparison(path, [(n, a.validation.identity, a) for n, a in runs])
+            write_comparison(path, runs)
         except OSError as error:
             raise UserError(f"--output {str(path)!r}: {error.strerror}") from error
         print(f"curves: {path}")
 
 
 def load(run: Path, policy: str | None = None) -> Analysis:
-    """The analysis of a run directory. Raises UserError when its outputs are absent or damaged."""
+    """Analyses a run directory, see `analyse`. Raises UserError for absent or damaged outputs."""
     folder = run / "exit_outputs"
     if not (folder / "validation.npz").exists():
         raise UserError(f"{str(run)!r} is not a finished run: there is no {folder}/validation.npz")
@@ -90,106 +83,91 @@ def load(run: Path, policy: str | None = None) -> Analysis:
 
 
 def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
+    """Returns what is printed of one run."""
     replicas = [r for r in analysis.chosen if math.isfinite(analysis.area[r])]
     if not replicas:
         raise UserError("every replica of this run diverged: there is nothing to choose from")
-    metric = analysis.validation.identity.get("metric", "accuracy")
+    targets, metric = parse_targets(options), analysis.validation.identity.metric
     lines: list[str] = []
     reached: list[tuple[float, float]] = []
     for r in replicas:
         who = f"seed {analysis.replicas[r][0]}: " if len(replicas) > 1 else ""
-        if set(parse_targets(options)) == {"level"}:
+        if targets.keys() == {"level"}:
             lines += [who + "each exit alone"] if who else []
             lines += exit_lines(individual_exits(analysis.validation, r), metric)
             who += f"full {metric} is kept at "
-        line, choice = _answer(analysis, r, options, metric)
-        lines.append(who + line)
-        reached += [choice.validation] if choice else []
+        point = analysis.operating_point(r, targets)
+        lines.append(who + _describe(analysis, point, targets))
+        if point.certificate is None and point.validation is not None:
+            reached.append(point.validation)
     if len(reached) > 1:
-        cost, score = (sum(values) / len(reached) for values in zip(*reached, strict=True))
+        cost, value = (sum(values) / len(reached) for values in zip(*reached, strict=True))
         lines.append(
             f"mean of {len(reached)} seeds on validation rows: "
-            f"cost {cost:.4f}, {metric} {score:.4f}"
+            f"cost {cost:.4f}, {metric} {value:.4f}"
         )
     return lines
 
 
-def _answer(
-    analysis: Analysis, replica: int, options: argparse.Namespace, metric: str
-) -> tuple[str, OperatingPoint | None]:
-    """What the dial does, and the choice if there is one."""
-    if options.risk is not None or options.agreement is not None:
-        return _certified(analysis, replica, options, metric), None
-    if options.threshold is not None:
-        found: OperatingPoint | float = evaluate_threshold(analysis, replica, options.threshold)
-    elif options.cost is not None or options.accuracy is not None:
-        found = select_operating_point(analysis, replica, cost=options.cost, score=options.accuracy)
-    else:
-        found = cheapest_full_score(analysis, replica)
-    if not isinstance(found, OperatingPoint):
-        return _infeasible(found, options, metric), None
-    line = _describe(analysis, found, metric)
-    if options.accuracy is not None and metric == "accuracy":
-        line += _control(analysis, replica, found, options.accuracy)
-    return line, found
-
-
-def _describe(analysis: Analysis, found: OperatingPoint, metric: str) -> str:
+def _describe(analysis: Analysis, point: OperatingPoint, targets: Mapping[str, float]) -> str:
+    """Says what an operating point does, or what the best is that can be reached."""
+    metric = analysis.validation.identity.metric
+    if point.certificate is not None:
+        return _describe_certificate(analysis, point, targets)
+    if point.calibration is None or point.validation is None:
+        name = "cost" if "cost" in targets else metric
+        asked = targets.get("cost", targets.get("accuracy", math.nan))
+        return (
+            f"infeasible: the best reachable is {name} {point.reachable:.4f} on the calibration "
+            f"rows (asked for {asked:g})"
+        )
+    rows = (analysis.calibration, analysis.validation)
     sets = zip(
-        ("calibration", "validation"),
-        (found.calibration, found.validation),
-        (analysis.calibration, analysis.validation),
-        strict=True,
+        ("calibration", "validation"), (point.calibration, point.validation), rows, strict=True
     )
     parts = [
-        f"cost {cost:.4f}, {metric} {score:.4f} on {outputs.labels.shape[1]} {name} rows"
-        for name, (cost, score), outputs in sets
+        f"cost {cost:.4f}, {metric} {value:.4f} on {outputs.labels.shape[1]} {name} rows"
+        for name, (cost, value), outputs in sets
     ]
-    return f"threshold {found.threshold!r}: " + "; ".join(parts)
+    line = f"threshold {point.threshold!r}: " + "; ".join(parts)
+    if "accuracy" in targets and metric == "accuracy":
+        line += _describe_gap(point, point.validation[1], targets["accuracy"])
+    return line
 
 
-def _control(analysis: Analysis, replica: int, found: OperatingPoint, asked: float) -> str:
-    """How far the validation rows are from an accuracy asked for."""
-    gap = found.validation[1] - asked
+def _describe_gap(point: OperatingPoint, found: float, asked: float) -> str:
+    """Says how far the validation rows are from an accuracy asked for."""
+    gap = found - asked
     text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} what was asked for"
-    best = float(analysis.calibration_curve.score[replica].max())
-    if best < asked:
-        text += f" (out of reach: the calibration rows reach {best:.4f} at most)"
+    if point.reachable < asked:
+        text += f" (out of reach: the calibration rows reach {point.reachable:.4f} at most)"
     return text
 
 
-def _certified(analysis: Analysis, replica: int, options: argparse.Namespace, metric: str) -> str:
-    """What a certificate promises, or the best that could be promised."""
-    kind = "risk" if options.risk is not None else "agreement"
-    limit = options.risk if kind == "risk" else 1 - options.agreement
-    found = certify_operating_point(analysis, replica, kind, limit, options.level)
-    tested = found.certificate
-    what = "lost against the last exit" if kind == "risk" else "answered otherwise than by it"
+def _describe_certificate(
+    analysis: Analysis, point: OperatingPoint, targets: Mapping[str, float]
+) -> str:
+    """Says what a certificate guarantees, or the best that could be certified."""
+    tested, metric = point.certificate, analysis.validation.identity.metric
+    assert tested is not None
+    risk = tested.kind == "risk"
+    what = "lost against the last exit" if risk else "answered otherwise than by it"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
-    if found.validation is None:
-        asked, best = (limit, tested.bound) if kind == "risk" else (1 - limit, 1 - tested.bound)
+    if point.validation is None:
         return (
-            f"infeasible: the best certified is {kind} {best:.4f} with confidence "
-            f"{options.level:g} ({seen}); asked for {asked:g}"
+            f"infeasible: the best certified is {tested.kind} {point.reachable:.4f} with "
+            f"confidence {tested.level:g} ({seen}); asked for {targets[tested.kind]:g}"
         )
-    cost, score = found.validation
+    cost, value = point.validation
     return (
-        f"threshold {tested.threshold!r} of scores that half of the rows fitted: at most "
-        f"{tested.bound:.4f} {what} with confidence {options.level:g} ({seen}); cost {cost:.4f}, "
-        f"{metric} {score:.4f} on {analysis.validation.labels.shape[1]} validation rows"
-    )
-
-
-def _infeasible(best: float, options: argparse.Namespace, metric: str) -> str:
-    name, asked = ("cost", options.cost) if options.cost is not None else (metric, options.accuracy)
-    return (
-        f"infeasible: the best reachable is {name} {best:.4f} on the calibration rows "
-        f"(asked for {asked:g})"
+        f"threshold {tested.threshold!r} of confidences that half of the rows fitted: at most "
+        f"{tested.bound:.4f} {what} with confidence {tested.level:g} ({seen}); cost {cost:.4f}, "
+        f"{metric} {value:.4f} on {analysis.validation.labels.shape[1]} validation rows"
     )
 
 
 class _Module(types.ModuleType):
-    """Importing this module puts it where `from sweet_jax import simulate` finds the function."""
+    """Makes this module callable: importing it hides the function `sweet_jax.simulate`."""
 
     __call__ = staticmethod(simulate)
 

@@ -12,6 +12,7 @@ from sweet_jax.config import UserError, from_mapping
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.intervals import paired_difference, score_interval
 from sweet_jax.exits.metrics import compute_metric
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.report import baselines as module
 from sweet_jax.report.baselines import (
     Baseline,
@@ -56,7 +57,7 @@ def outputs(shares: tuple[float, ...], rows: int = ROWS, metric: str = "accuracy
     given = np.stack([right_in(share, labels) for share in shares])  # [E, N]
     sure = 1 + np.random.default_rng(0).random(given.shape)
     logits = np.where(given == 1, sure, -sure)[None, ..., None] * np.asarray([-1.0, 1.0])
-    identity = {"task": "t", "metric": metric, "replicas": [[0, 1e-4], [1, 1e-4]]}
+    identity = RunIdentity(task="t", metric=metric, replicas=((0, 1e-4), (1, 1e-4)))
     return ExitOutputs(np.tile(logits, (2, 1, 1, 1)), labels, [1, 2, 4], identity=identity)
 
 

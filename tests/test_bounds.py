@@ -12,8 +12,8 @@ from test_simulation import tables
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.analysis import analyse, certify_operating_point
-from sweet_jax.exits.bounds import Frontier, best_thresholds, oracle, share_of_gap, single_exit_hull
+from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.bounds import best_thresholds, oracle, share_of_gap, single_exit_hull
 from sweet_jax.exits.certificates import (
     candidate_thresholds,
     certify,
@@ -22,6 +22,7 @@ from sweet_jax.exits.certificates import (
     upper_bound,
 )
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import POLICIES, exit_confidences
 
@@ -94,13 +95,13 @@ def test_the_floor_is_the_upper_hull_of_the_exits(outputs):
 
 
 def test_the_share_of_the_gap_is_0_at_the_floor_and_1_at_the_oracle():
-    low = Frontier(np.asarray([0.25, 1.0]), np.asarray([0.5, 0.8]))
-    high = Frontier(np.asarray([0.25, 0.4]), np.asarray([0.5, 0.9]))
-    assert share_of_gap(low, low, high) == 0
-    assert share_of_gap(high, low, high) == 1
-    half = Frontier(np.asarray([0.25, 0.4, 1.0]), np.asarray([0.5, 0.73, 0.85]))
-    assert share_of_gap(half, low, high) == pytest.approx(0.5)
-    assert share_of_gap(low, low, low) is None
+    low = ParetoFront(np.asarray([0.25, 1.0]), np.asarray([0.5, 0.8]))
+    high = ParetoFront(np.asarray([0.25, 0.4]), np.asarray([0.5, 0.9]))
+    assert share_of_gap(low.cost, low.score, low, high) == 0
+    assert share_of_gap(high.cost, high.score, low, high) == 1
+    half = ParetoFront(np.asarray([0.25, 0.4, 1.0]), np.asarray([0.5, 0.73, 0.85]))
+    assert share_of_gap(half.cost, half.score, low, high) == pytest.approx(0.5)
+    assert share_of_gap(low.cost, low.score, low, low) is None
 
 
 def test_thresholds_of_their_own_are_at_least_as_good_as_one_for_all():
@@ -108,7 +109,7 @@ def test_thresholds_of_their_own_are_at_least_as_good_as_one_for_all():
     outputs, _ = known_table(60, seed=3)
     scores = exit_confidences(outputs, "confidence")[0].round(1)
     scores[1] = 1 - scores[1]  # the second exit is sure where it is wrong
-    frontier, limits = best_thresholds(outputs, 0, scores)
+    frontier = best_thresholds(outputs, 0, scores)
     right = (outputs.predictions[0] == outputs.labels[0]).astype(float)
     levels = [[*np.unique(scores[e]), np.inf] for e in range(2)]
 
@@ -118,7 +119,7 @@ def test_thresholds_of_their_own_are_at_least_as_good_as_one_for_all():
 
     every = np.asarray([point(pair) for pair in itertools.product(*levels)])
     for (cost, score), pair in zip(
-        zip(frontier.cost, frontier.score, strict=True), limits, strict=True
+        zip(frontier.cost, frontier.score, strict=True), frontier.threshold, strict=True
     ):
         np.testing.assert_allclose((cost, score), point(pair))
     for slope in (0.05, 0.3, 1.0):
@@ -130,7 +131,7 @@ def test_thresholds_of_their_own_are_at_least_as_good_as_one_for_all():
 @given(tables())
 def test_no_single_threshold_lies_above_the_best_thresholds(outputs):
     scores = exit_confidences(outputs, "confidence")[0]
-    frontier, _ = best_thresholds(outputs, 0, scores)
+    frontier = best_thresholds(outputs, 0, scores)
     curve = simulate(outputs)
     bound = np.interp(curve.cost[0], frontier.cost, frontier.score)
     assert np.all(curve.score[0] <= bound + 1e-12)
@@ -147,9 +148,9 @@ def test_an_exit_that_diverged_bounds_nothing():
         np.testing.assert_allclose(ours.cost, theirs.cost)
         np.testing.assert_allclose(ours.score, theirs.score)
     np.testing.assert_allclose(single_exit_hull(broken, 0).score, single_exit_hull(deeper, 0).score)
-    frontier, limits = best_thresholds(broken, 0, exit_confidences(broken, "confidence")[0])
+    frontier = best_thresholds(broken, 0, exit_confidences(broken, "confidence")[0])
     assert frontier.cost.min() >= 2 / 3 - 1e-12
-    assert np.isfinite(limits).any()
+    assert np.isfinite(frontier.threshold).any()
 
 
 def plain_harm(kind, given, label, e):
@@ -233,7 +234,7 @@ def test_where_nothing_leaves_early_nothing_is_lost():
     json.dumps(make_resolver(one).as_dict(), allow_nan=False)
 
 
-def test_dials_certify_no_more_often_wrongly_than_promised():
+def test_a_resolver_certifies_no_more_often_wrongly_than_promised():
     """The whole way, halves and all: 400 draws, and the best of three equal models each time."""
     population, _ = known_table(5000, seed=19)
     logits = population.logits.copy()
@@ -259,40 +260,43 @@ def test_policies_that_read_other_rows_are_not_certified():
     outputs = dataclasses.replace(outputs, exit_scores=np.full((1, 3, 40), 0.5))
     analysis = analyse(outputs, outputs, "learning_to_exit_min_max")
     with pytest.raises(UserError, match="cannot be certified"):
-        certify_operating_point(analysis, 0, "risk", 0.3)
+        analysis.operating_point(0, {"risk": 0.3})
 
 
 def test_a_run_s_certificate_tests_rows_that_fitted_nothing():
     calibration, validation = known_table(2000, seed=13)[0], known_table(2000, seed=14)[0]
     analysis = analyse(calibration, validation, "pcee_isotonic")
-    found = certify_operating_point(analysis, 0, "risk", 0.3, 0.9)
+    found = analysis.operating_point(0, {"risk": 0.3, "level": 0.9})
     assert found.certificate.rows == 1000
     assert found.certificate.bound <= 0.3
-    halved = make_resolver(calibration, ("pcee_isotonic",)).halved
-    threshold = np.asarray([found.certificate.threshold])
-    point = simulate(validation, "pcee_isotonic", fitted=halved, thresholds=threshold)
+    half = make_resolver(calibration, ("pcee_isotonic",)).half_calibrator
+    threshold = np.asarray([found.threshold])
+    point = simulate(validation, "pcee_isotonic", calibrators=[half], thresholds=threshold)
     np.testing.assert_allclose(found.validation, (point.cost[0, 0], point.score[0, 0]))
-    reported = dataclasses.replace(calibration, identity={"fitted_on": "validation"})
+    reported = dataclasses.replace(calibration, identity=RunIdentity(fitted_on="validation"))
     with pytest.raises(UserError, match="two calibration rows or more that are held out"):
-        certify_operating_point(analyse(reported, validation), 0, "risk", 0.3)
+        analyse(reported, validation).operating_point(0, {"risk": 0.3})
 
 
 @settings(deadline=None, max_examples=60)
 @given(tables())
-def test_a_trade_holds_every_threshold_worth_having(outputs):
-    curve = simulate(outputs)
-    trade, cost, score = ParetoFront.of(curve, 0), curve.cost[0], curve.score[0]
-    assert np.all(np.diff(trade.cost) > 0)
-    assert np.all(np.diff(trade.score) > 0)
+def test_the_resolver_chooses_as_a_search_over_every_threshold(outputs):
+    outputs = outputs.replica(0)
+    curve, resolver = simulate(outputs), make_resolver(outputs, ("raw_confidence",))
+    front, cost, score = ParetoFront.from_curve(curve, 0), curve.cost[0], curve.score[0]
+    assert np.all(np.diff(front.cost) > 0)
+    assert np.all(np.diff(front.score) > 0)
+    for name, value in vars(front).items():
+        np.testing.assert_array_equal(getattr(resolver.fronts["raw_confidence"], name), value)
     for limit in (*cost, cost.min() - 0.1, 0.5):
         fits = score[cost <= limit + 1e-12]
-        found = trade.within_cost(limit)
+        found = resolver.resolve("raw_confidence", {"cost": max(limit, 0)}).threshold
         assert (found is None) == (len(fits) == 0)
         if found is not None:
             assert score[curve.threshold[0] == found].max() == fits.max()
-    for wanted in (*score, score.max() + 0.1):
+    for wanted in (*score, min(score.max() + 0.1, 1)):
         fits = cost[score >= wanted - 1e-12]
-        found = trade.with_score(wanted)
+        found = resolver.resolve("raw_confidence", {"accuracy": wanted}).threshold
         assert (found is None) == (len(fits) == 0)
         if found is not None:
             assert cost[curve.threshold[0] == found].min() == fits.min()
@@ -300,12 +304,12 @@ def test_a_trade_holds_every_threshold_worth_having(outputs):
 
 def test_shares_leaving_of_those_that_come():
     calibration = known_table(300, seed=17)[0]
-    trade = ParetoFront.of(simulate(calibration), 0)
-    assert len(trade.levels) == 65
-    for threshold in (*trade.levels[::16], trade.levels[5:7].mean(), 0.0, 2.0):
-        found = trade.leaving(threshold)
-        near = trade.levels[trade.levels >= threshold]
-        level = near[0] if len(near) else trade.levels[-1]
+    front = ParetoFront.from_curve(simulate(calibration), 0)
+    assert len(front.levels) == 65
+    for threshold in (*front.levels[::16], front.levels[5:7].mean(), 0.0, 2.0):
+        found = front.leaving(threshold)
+        near = front.levels[front.levels >= threshold]
+        level = near[0] if len(near) else front.levels[-1]
         scores = exit_confidences(calibration, "confidence")[0]  # [E, N]
         staying = np.full(scores.shape[1], True)
         for own, share in zip(scores[:-1], found[:-1], strict=True):
@@ -315,35 +319,72 @@ def test_shares_leaving_of_those_that_come():
         assert found[-1] == pytest.approx(float(staying.any()))
 
 
-def test_dials_are_saved_read_back_and_answer_the_same():
+def test_a_resolver_is_saved_read_back_and_chooses_the_same():
     calibration = known_table(400, seed=15)[0]
-    dials = make_resolver(calibration)
-    again = ThresholdResolver.from_dict(json.loads(json.dumps(dials.as_dict())))
-    assert {*dials.trades} == {p for p in POLICIES if not p.startswith("learning")}
+    resolver = make_resolver(calibration)
+    again = ThresholdResolver.from_dict(json.loads(json.dumps(resolver.as_dict())))
+    assert {*resolver.fronts} == {p for p in POLICIES if not p.startswith("learning")}
     rows = known_table(50, seed=16)[0]
     asked = ({"cost": 0.7}, {"accuracy": 0.6}, {}, {"risk": 0.5}, {"agreement": 0.3, "level": 0.9})
-    for policy in dials.trades:
-        for wish in asked:
-            threshold, fitted = dials.threshold(policy, **wish)
-            ours, theirs = again.threshold(policy, **wish)
+    for policy in resolver.fronts:
+        for target in asked:
+            threshold, fitted = resolver.threshold(policy, **target)
+            ours, theirs = again.threshold(policy, **target)
             assert threshold == ours
             np.testing.assert_array_equal(
-                exit_confidences(rows, policy, fitted), exit_confidences(rows, policy, theirs)
+                exit_confidences(rows, policy, [fitted]), exit_confidences(rows, policy, [theirs])
             )
 
 
-def test_wishes_that_cannot_be_met_name_the_best():
-    dials = make_resolver(known_table(100, seed=17)[0])
-    assert dials.threshold("confidence") == dials.threshold("confidence", accuracy=dials.full)
-    for wish, message in (
+def test_targets_that_cannot_be_met_name_the_best():
+    resolver = make_resolver(known_table(100, seed=17)[0])
+    assert resolver.threshold("confidence") == resolver.threshold(
+        "confidence", accuracy=resolver.full
+    )
+    for target, message in (
         ({"cost": "0.5"}, "cost must be a number; got '0.5'"),
         ({"accuracy": 1.2}, "accuracy must be from 0 to 1; got 1.2"),
-        ({"cost": 0.5, "risk": 0.1}, "set one dial, not 2: cost, risk"),
+        ({"cost": 0.5, "risk": 0.1}, "set one target, not 2: cost, risk"),
     ):
         with pytest.raises(UserError, match=message):
-            dials.threshold("pcee", **wish)
-    for wish in ({"cost": 0.1}, {"accuracy": 0.999}, {"risk": 1e-4}, {"agreement": 0.9999}):
+            resolver.threshold("pcee", **target)
+    for target in ({"cost": 0.1}, {"accuracy": 0.999}, {"risk": 1e-4}, {"agreement": 0.9999}):
         with pytest.raises(UserError, match="infeasible: the best"):
-            dials.threshold("confidence", **wish)
+            resolver.threshold("confidence", **target)
     with pytest.raises(UserError, match="was not calibrated for the policy 'learning_to_exit'"):
-        dials.threshold("learning_to_exit", cost=0.5)
+        resolver.threshold("learning_to_exit", cost=0.5)
+
+
+@pytest.mark.parametrize("policy", ["confidence", "patience", "pcee"])
+def test_a_table_of_targets_is_what_the_resolver_chooses(policy):
+    calibration = known_table(300, seed=21)[0]
+    resolver = make_resolver(calibration, (policy,))
+    for name in ("cost", "accuracy", "risk", "agreement"):
+        table, chosen = resolver.table(policy, name), 0
+        order = np.diff(table.value)
+        assert np.all(order >= 0 if table.at_most else order <= 0)
+        # Steps of 0.005, in which the table of PCEE's accuracies is.
+        for value in np.arange(0, 201) / 200:
+            found, row = resolver.resolve(policy, {name: value}), table.choose(value)
+            assert found.threshold == (None if row is None else table.threshold[row])
+            if row is None:
+                assert found.reachable == table.value[0]
+            elif name in ("risk", "agreement"):
+                assert found.reachable == table.reached[row]
+            chosen += row is not None
+        assert chosen > 10
+
+
+def test_a_time_chooses_as_a_search_over_the_front():
+    resolver = make_resolver(known_table(300, seed=22)[0], ("confidence",))
+    front, clock = resolver.fronts["confidence"], np.asarray([3.0, 1.0, 2.5])  # not ascending
+    times = front.shares @ clock
+    assert (np.diff(times) > 0).any()
+    assert (np.diff(times) < 0).any()
+    for limit in (*times, times.min() - 0.1, 1.9, 9.0):
+        quick = np.flatnonzero(times <= limit)
+        found = resolver.resolve("confidence", {"milliseconds": limit}, clock)
+        assert found.threshold == (front.threshold[quick[-1]] if len(quick) else None)
+        assert found.reachable == times.min()
+    with pytest.raises(UserError, match="milliseconds are not known for this model"):
+        resolver.resolve("confidence", {"milliseconds": 3})

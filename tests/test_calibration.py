@@ -8,19 +8,14 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import log_softmax
 
 from sweet_jax import ExitOutputs
-from sweet_jax.exits.calibration import (
-    TEMPERATURE_RANGE,
-    expected_calibration_error,
-    fit_temperature,
-    fit_temperatures,
-    reliability_diagram,
-)
+from sweet_jax.exits.calibration import TEMPERATURE_RANGE, fit_calibrators, fit_temperature
 from sweet_jax.exits.metrics import (
     bootstrap_interval,
     compute_metric,
     mean_interval,
     wilson_interval,
 )
+from sweet_jax.exits.reliability import expected_calibration_error, reliability_diagram
 
 
 def nll(logits, labels, temperature):
@@ -66,7 +61,8 @@ def test_where_no_answer_is_wrong_nothing_says_how_unsure_to_be():
 def test_every_replica_and_exit_is_fitted_alone():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(2, 3, 40, 2)), rng.integers(0, 2, (2, 40))
-    fitted = fit_temperatures(ExitOutputs(logits, labels, [1, 2, 3]))
+    calibrators = fit_calibrators(ExitOutputs(logits, labels, [1, 2, 3]))
+    fitted = np.stack([calibrator.temperatures for calibrator in calibrators])
     assert fitted.shape == (2, 3)
     alone = fit_temperature(logits[1, 2].astype(np.float32), labels[1])
     assert fitted[1, 2] == pytest.approx(alone, rel=1e-9)

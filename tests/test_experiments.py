@@ -309,7 +309,7 @@ def test_five_rates_by_three_seeds_are_one_program_and_each_its_solo_run(
     saved = ExitOutputs.load(tmp_path / "out" / "outputs" / "sst2-sweet" / "validation.npz")
     one = cell(parser(None).parse_args(full), "sst2", "sweet")
     for r, (seed, rate) in enumerate(itertools.product(seeds, rates)):
-        assert saved.identity["replicas"][r] == [seed, rate]
+        assert saved.identity.replicas[r] == (seed, rate)
         solo = Config(**{**vars(one.config), "seeds": (seed,), "learning_rates": (rate,)})
         run(solo, tmp_path / f"solo{r}", report=False)
         alone = ExitOutputs.load(tmp_path / f"solo{r}" / "exit_outputs" / "validation.npz")

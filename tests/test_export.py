@@ -32,7 +32,9 @@ def load_runner(folder: Path):
 def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, capsys):
     reference = request.getfixturevalue(method)
     model = reference.classifier.model
-    confidence = exit_confidences(reference.outputs, "confidence", model.resolver.fitted)[0, 0]
+    confidence = exit_confidences(reference.outputs, "confidence", [model.resolver.calibrator])[
+        0, 0
+    ]
     threshold = float(np.median(confidence)) + 1e-3
     wanted = reference.classifier.at("confidence", threshold=threshold).predict(
         reference.texts, 8, "latency"

@@ -42,7 +42,7 @@ def assert_same(reference, classifier, order, batch_size, mode):
 @settings(max_examples=25, deadline=None)
 def test_answers_are_those_of_evaluation_and_simulation(sweet, data):
     policy = data.draw(st.sampled_from(POLICIES))
-    scores = exit_confidences(sweet.outputs, policy, sweet.classifier.model.resolver.fitted)
+    scores = exit_confidences(sweet.outputs, policy, [sweet.classifier.model.resolver.calibrator])
     threshold = data.draw(st.sampled_from(sorted(set(scores.ravel()))))
     order = data.draw(st.lists(st.integers(0, len(sweet.texts) - 1), min_size=1, max_size=40))
     batch_size = data.draw(st.sampled_from([1, 3]))
@@ -164,7 +164,7 @@ def test_exits_that_read_the_mean_of_the_tokens(mean_pooled, mode):
     assert_same(mean_pooled, classifier, np.arange(len(mean_pooled.texts)), 4, mode)
     alone = mean_pooled.classifier.at(threshold=float("inf")).predict(mean_pooled.texts[:5], 5)
     logits = mean_pooled.outputs.logits[0, -1, :5]
-    temperatures = mean_pooled.classifier.model.resolver.fitted.temperatures[0, -1]
+    temperatures = mean_pooled.classifier.model.resolver.calibrator.temperatures[-1]
     wanted = softmax_with_temperature(logits, np.full((5, 1), temperatures))
     np.testing.assert_allclose(alone.probabilities, wanted, atol=1e-5)
 
@@ -343,7 +343,7 @@ def test_the_clock_of_this_machine_and_its_dial(sweet, tmp_path, capsys):
     (folder / "clock.json").write_text(json.dumps(values))
     for limit in (2.0, 3.5, 6.0):
         classifier = AdaptiveClassifier.from_pretrained(folder, milliseconds=limit)
-        trade = classifier.model.resolver.trades[classifier.policy]
+        trade = classifier.model.resolver.fronts[classifier.policy]
         place = list(trade.threshold).index(classifier.threshold)
         times = trade.shares @ [2.0, 4.0, 6.0]
         assert times[place] <= limit

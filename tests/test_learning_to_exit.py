@@ -178,7 +178,7 @@ def test_a_run_exits_by_what_it_learned(method, mode, options, tmp_path, one_dev
         assert outputs.exit_scores.shape == (1, 3, rows)
         assert outputs.exit_scores.min() > 0
         assert outputs.exit_scores.max() < 1
-        assert outputs.identity["learning_to_exit"] == mode
+        assert outputs.identity.learning_to_exit == mode
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     exits = 1 if method == "multi_model" else 3
     assert all(np.shape(row["exit_loss"]) == (1, exits) for row in rows)

@@ -1,11 +1,13 @@
 """ExitOutputs: shapes at the door, whole files, and nothing unpickled."""
 
+import json
+
 import numpy as np
 import pytest
 
 from sweet_jax import ExitOutputs
 from sweet_jax.config import UserError
-from sweet_jax.exits.outputs import layer_cost
+from sweet_jax.exits.outputs import RunIdentity, layer_cost
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(2, 3, 5, 4)).astype(np.float32)
@@ -13,16 +15,28 @@ LABELS = RNG.integers(0, 4, (2, 5))
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    outputs = ExitOutputs(
-        LOGITS, LABELS, [1, 2, 4], exit_scores=LOGITS[..., 0], identity={"task": "tëst", "n": 3}
-    )
+    identity = RunIdentity(task="tëst", classes=("a", "b"), replicas=((0, 1e-4), (1, 1e-4)))
+    outputs = ExitOutputs(LOGITS, LABELS, [1, 2, 4], exit_scores=LOGITS[..., 0], identity=identity)
     outputs.save(tmp_path / "deep" / "x.npz")
     again = ExitOutputs.load(tmp_path / "deep" / "x.npz")
     for name in ("logits", "labels", "layers", "cost", "exit_scores"):
         np.testing.assert_array_equal(getattr(again, name), getattr(outputs, name))
         assert getattr(again, name).dtype == getattr(outputs, name).dtype
-    assert again.identity == {"task": "tëst", "n": 3}
+    assert again.identity == identity
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.npz"]
+
+
+def test_identities_of_other_versions_are_read(tmp_path):
+    arrays = {"logits": LOGITS, "labels": LABELS, "layers": [1, 2, 4]}
+    identity = {"metric": "f1", "replicas": [[0, 1e-4], [1, 3e-4]], "added_later": {"a": 1}}
+    np.savez(tmp_path / "x.npz", **arrays, identity=np.asarray(json.dumps(identity)))
+    found = ExitOutputs.load(tmp_path / "x.npz").identity
+    assert found == RunIdentity(metric="f1", replicas=((0, 1e-4), (1, 3e-4)))
+    assert (found.fitted_on, found.policy) == ("held_out", "confidence")
+    np.savez(tmp_path / "none.npz", **arrays)
+    assert ExitOutputs.load(tmp_path / "none.npz").identity == RunIdentity()
+    found = ExitOutputs(logits=LOGITS, labels=LABELS, layers=[1, 2, 4], cost=[0.1, 0.2, 1.0])
+    assert found.identity.metric == "accuracy"
 
 
 def test_one_replica_and_one_row_of_labels_are_broadcast():
@@ -52,6 +66,7 @@ def test_costs_of_the_methods():
         {"layers": [2, 1, 4]},
         {"cost": [0.1, 0.1, 1.0]},
         {"exit_scores": LOGITS},
+        {"identity": {"metric": "f1"}},
     ],
 )
 def test_what_does_not_fit_is_refused(change):
@@ -65,10 +80,13 @@ def test_other_files_are_refused(tmp_path):
         ExitOutputs.load(tmp_path / "absent.npz")
     (tmp_path / "text.npz").write_text("hello")
     np.savez(tmp_path / "other.npz", a=np.ones(3))
+    arrays = {"logits": LOGITS, "labels": LABELS, "layers": [1, 2, 4]}
+    np.savez(tmp_path / "list.npz", **arrays, identity=np.asarray("[1]"))
+    np.savez(tmp_path / "replicas.npz", **arrays, identity=np.asarray('{"replicas": 1}'))
     np.savez(tmp_path / "pickle.npz", logits=np.asarray([{"a": 1}], object))
     ExitOutputs(LOGITS, LABELS, [1, 2, 4]).save(tmp_path / "cut.npz")
     whole = (tmp_path / "cut.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    for name in ("text", "other", "pickle", "cut"):
+    for name in ("text", "other", "pickle", "cut", "list", "replicas"):
         with pytest.raises(UserError, match="does not hold exit outputs"):
             ExitOutputs.load(tmp_path / f"{name}.npz")

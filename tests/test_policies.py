@@ -12,20 +12,20 @@ from test_simulation import brute_force, tables
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.analysis import analyse, select_operating_point
-from sweet_jax.exits.calibration import (
+from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.calibration import Calibrator, fit_calibrators, probabilities
+from sweet_jax.exits.cross_fitting import cross_fitted_confidences
+from sweet_jax.exits.policies import (
+    POLICIES,
+    exit_confidences,
+    grid_thresholds,
+    policy_confidences,
+)
+from sweet_jax.exits.reliability import (
     CURVES,
     ReliabilityCurve,
     confidence_quality,
     fit_reliability_curve,
-    probabilities,
-)
-from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
-from sweet_jax.exits.policies import (
-    POLICIES,
-    cross_fitted_confidences,
-    exit_confidences,
-    grid_thresholds,
 )
 
 
@@ -35,7 +35,7 @@ def softmax(logits, temperature):
 
 
 def plain(policy, logits, temperatures, curves, learned, sures, e):
-    """The score of one example at exit e, from its logits [E][C] alone.
+    """The confidence of one example at exit e, from its logits [E][C] alone.
 
     Curves are read at the confidences `sures` [E] that the code gives: a rounding away from a step,
     another would stand on its other side.
@@ -76,22 +76,25 @@ def test_every_policy_equals_a_loop_over_examples(outputs, other, policy):
     outputs = dataclasses.replace(outputs, exit_scores=learned)
     low = 1 / c
     temperatures = rng.choice([0.5, 1.0, 2.0], (r, e))
-    sures = exit_confidences(outputs, "confidence", Calibrator(temperatures))
+    sures = exit_confidences(outputs, "confidence", [Calibrator(t) for t in temperatures])
     # Knots at scores that occur, where left and right of a step differ.
     sure = np.append(rng.uniform(low, 1, 20), sures[0, :, 0])
-    curves = {
-        kind: tuple(
-            tuple(
-                fit_reliability_curve(kind, sure, rng.random(len(sure)) < sure, low)
-                for _ in range(e)
-            )
-            for _ in range(r)
+    calibrators = [
+        Calibrator(
+            t,
+            {
+                kind: tuple(
+                    fit_reliability_curve(kind, sure, rng.random(len(sure)) < sure, low)
+                    for _ in range(e)
+                )
+                for kind in CURVES
+            },
         )
-        for kind in CURVES
-    }
-    found = exit_confidences(outputs, policy, Calibrator(temperatures, curves))
+        for t in temperatures
+    ]
+    found = exit_confidences(outputs, policy, calibrators)
     for i in range(r):
-        ours = {kind: every[i] for kind, every in curves.items()}
+        ours = calibrators[i].curves
         logits = outputs.logits[i].astype(float).transpose(1, 0, 2).tolist()  # [N, E, C]
         wanted = [
             [
@@ -109,7 +112,15 @@ def test_every_policy_equals_a_loop_over_examples(outputs, other, policy):
             for j in range(e)
         ]
         np.testing.assert_allclose(found[i], wanted, rtol=1e-6, atol=1e-9)
-    curve = simulate(outputs, policy, fitted=Calibrator(temperatures, curves))
+        for so_far in range(1, e):  # what is served has seen no later exit
+            served = policy_confidences(
+                policy,
+                outputs.logits[i, :so_far],
+                outputs.exit_scores[i, :so_far],
+                calibrators[i].first_exits(so_far),
+            )
+            np.testing.assert_array_equal(served, found[i, :so_far])
+    curve = simulate(outputs, policy, calibrators=calibrators)
     for t, threshold in enumerate(curve.threshold[0]):
         cost, score, shares = brute_force(
             found[0], outputs.predictions[0], outputs.labels[0], outputs.cost, threshold, "accuracy"
@@ -140,8 +151,9 @@ def known_table(count: int, seed: int = 0, exits: int = 3) -> tuple[ExitOutputs,
 @pytest.mark.parametrize("kind", CURVES)
 def test_curves_find_a_known_accuracy(kind):
     outputs, chance = known_table(20_000)
-    sure = fit_calibrator(outputs).curves[kind][0][0]
-    levels = exit_confidences(outputs, "confidence", fit_calibrator(outputs))[0, 0]
+    (calibrator,) = fit_calibrators(outputs)
+    sure = calibrator.curves[kind][0]
+    levels = exit_confidences(outputs, "confidence", [calibrator])[0, 0]
     # Of bins, the mean over a bin is right; ten of them stand 0.04 off at their ends.
     assert np.abs(sure(levels) - chance[0])[chance[0] > 0.5].mean() < 0.03
 
@@ -155,10 +167,11 @@ def test_the_surest_rows_read_what_the_surest_rows_had(kind):
     logits = np.zeros((1, 300, 2))
     logits[0, rows, given] = np.where(sure, 5.0, 0.005)
     outputs = ExitOutputs(logits, labels, np.asarray([1]))
-    fitted = fit_calibrator(outputs)
-    assert (probabilities(outputs, fitted.temperatures)[0, 0, sure].max(axis=-1) == 1).all()
+    (fitted,) = fit_calibrators(outputs)
+    found = probabilities(outputs.logits[0], fitted.temperatures)  # [E, N, C]
+    assert (found[0, sure].max(axis=-1) == 1).all()
     policy = next(name for name, rule in POLICIES.items() if rule.curve == kind)
-    assert (exit_confidences(outputs, policy, fitted)[0, 0, sure] > 0.99).all()
+    assert (exit_confidences(outputs, policy, [fitted])[0, 0, sure] > 0.99).all()
 
 
 def test_small_bins_shrink_towards_the_mean():
@@ -189,12 +202,12 @@ def test_isotonic_curves_rise_and_all_stay_within_zero_and_one(count, seed):
 def test_a_rising_curve_is_a_threshold_for_each_exit():
     """Every example leaves where per-exit thresholds of confidence would send it."""
     outputs, _ = known_table(500, seed=1)
-    fitted = fit_calibrator(known_table(300, seed=2)[0])
-    scores = exit_confidences(outputs, "pcee_isotonic", fitted)[0]
-    levels = exit_confidences(outputs, "confidence", fitted)[0]
+    (fitted,) = fit_calibrators(known_table(300, seed=2)[0])
+    scores = exit_confidences(outputs, "pcee_isotonic", [fitted])[0]
+    levels = exit_confidences(outputs, "confidence", [fitted])[0]
     for delta in (0.4, 0.6, 0.75, 0.9):
         limits = []
-        for curve in fitted.curves["isotonic"][0]:
+        for curve in fitted.curves["isotonic"]:
             reached = curve.x[curve.y >= delta]
             # The first step holds below its own beginning too.
             first = -np.inf if curve.y[0] >= delta else np.inf
@@ -202,7 +215,9 @@ def test_a_rising_curve_is_a_threshold_for_each_exit():
         by_limit = (levels >= np.asarray([*limits[:2], -np.inf])[:, None]).argmax(axis=0)
         by_curve = np.append(scores[:2] >= delta, [np.full(500, True)], axis=0).argmax(axis=0)
         np.testing.assert_array_equal(by_limit, by_curve)
-        point = simulate(outputs, "pcee_isotonic", fitted=fitted, thresholds=np.asarray([delta]))
+        point = simulate(
+            outputs, "pcee_isotonic", calibrators=[fitted], thresholds=np.asarray([delta])
+        )
         assert point.cost[0, 0] == pytest.approx(outputs.cost[by_limit].mean())
 
 
@@ -220,8 +235,8 @@ def test_a_perfect_curve_achieves_its_accuracy(delta):
     np.put_along_axis(logits, given[..., None], np.log(sure)[..., None], axis=-1)
     outputs = ExitOutputs(logits, labels, [1, 2, 3])
     perfect = ReliabilityCurve(np.asarray([0.0, 0.65]), np.asarray([0.3, delta]), True)
-    fitted = Calibrator(np.ones((1, 3)), {"equal_width": ((perfect,) * 3,)})
-    point = simulate(outputs, "pcee", fitted=fitted, thresholds=np.asarray([delta]))
+    fitted = Calibrator(np.ones(3), {"equal_width": (perfect,) * 3})
+    point = simulate(outputs, "pcee", calibrators=[fitted], thresholds=np.asarray([delta]))
     error = 3 * math.sqrt(delta * (1 - delta) / count)
     assert point.score[0, 0] == pytest.approx(delta, abs=error)
     np.testing.assert_allclose(point.shares[0, 0], [0.4, 0.36, 0.24], atol=0.01)
@@ -242,7 +257,7 @@ def test_the_threshold_of_pcee_is_the_accuracy_asked_for():
     calibration, validation = known_table(400, seed=5)[0], known_table(900, seed=6)[0]
     for policy in (p for p in POLICIES if p.startswith("pcee")):
         analysis = analyse(calibration, validation, policy)
-        found = select_operating_point(analysis, 0, score=0.7)
+        found = analysis.operating_point(0, {"accuracy": 0.7})
         point = simulate(validation, policy, calibration=calibration, thresholds=np.asarray([0.7]))
         assert found.threshold == 0.7
         np.testing.assert_allclose(found.validation, (point.cost[0, 0], point.score[0, 0]))
@@ -250,11 +265,11 @@ def test_the_threshold_of_pcee_is_the_accuracy_asked_for():
 
 def test_what_was_fitted_is_saved_and_read_back_exactly():
     outputs, _ = known_table(300, seed=7)
-    fitted = fit_calibrator(outputs)
+    (fitted,) = fit_calibrators(outputs)
     again = Calibrator.from_dict(json.loads(json.dumps(fitted.as_dict())))
     for policy in POLICIES:
         if not policy.startswith("learning"):
-            ours, theirs = (exit_confidences(outputs, policy, f) for f in (fitted, again))
+            ours, theirs = (exit_confidences(outputs, policy, [f]) for f in (fitted, again))
             np.testing.assert_array_equal(ours, theirs)
 
 
@@ -263,16 +278,17 @@ def test_a_diverged_exit_never_answers_early_and_fits_nothing():
     logits = outputs.logits.copy()
     logits[0, 0] = np.nan
     outputs = dataclasses.replace(outputs, logits=logits)
-    fitted = fit_calibrator(outputs)
+    (fitted,) = fit_calibrators(outputs)
     assert fitted.as_dict()["temperatures"][0] is None
-    assert confidence_quality(outputs, fitted.temperatures)[0][0]["ece"] is None
+    quality = confidence_quality(outputs.logits[0], outputs.labels[0], fitted.temperatures)
+    assert quality[0]["ece"] is None
     for policy in POLICIES:
         if not policy.startswith("learning"):
-            scores = exit_confidences(outputs, policy, fitted)
+            scores = exit_confidences(outputs, policy, [fitted])
             assert np.isneginf(scores[0, 0]).all(), policy
             assert np.isfinite(scores[0, 2]).all(), policy
     # Nobody is seen to agree with an exit that diverged.
-    assert exit_confidences(outputs, "patience", fitted)[0, 1].max() == 1
+    assert exit_confidences(outputs, "patience", [fitted])[0, 1].max() == 1
 
 
 @pytest.mark.parametrize("policy", ["pcee", "pcee_ws"])
@@ -287,7 +303,7 @@ def test_grids_span_the_scores():
         if policy.startswith("learning"):
             continue
         grid = grid_thresholds(policy, 5, 3)
-        scores = exit_confidences(outputs, policy, fit_calibrator(outputs))
+        scores = exit_confidences(outputs, policy, fit_calibrators(outputs))
         assert grid[0] <= scores[:, :-1].min() + 0.1
         assert scores.max() <= grid[-1]
         assert len(grid) == (3 if policy == "patience" else 11)
@@ -295,13 +311,14 @@ def test_grids_span_the_scores():
 
 def test_quality_equals_plain_sums():
     outputs, _ = known_table(80, seed=10)
-    temperatures = np.asarray([[0.5, 1.0, 2.0]])
-    levels = probabilities(outputs, temperatures)[0].max(axis=-1)  # [E, N]
-    for e, row in enumerate(confidence_quality(outputs, temperatures)[0]):
+    temperatures = np.asarray([0.5, 1.0, 2.0])
+    levels = probabilities(outputs.logits[0], temperatures).max(axis=-1)  # [E, N]
+    quality = confidence_quality(outputs.logits[0], outputs.labels[0], temperatures)
+    for e, row in enumerate(quality):
         nll, brier, pairs, n = 0.0, 0.0, [], outputs.labels.shape[1]
         sure = []
         for k in range(n):
-            p = softmax(outputs.logits[0, e, k].astype(float).tolist(), temperatures[0, e])
+            p = softmax(outputs.logits[0, e, k].astype(float).tolist(), temperatures[e])
             label = outputs.labels[0, k]
             nll -= math.log(p[label]) / n
             brier += sum((q - (c == label)) ** 2 for c, q in enumerate(p)) / n
@@ -326,7 +343,7 @@ def test_what_does_not_fit_the_outputs_is_refused():
     two = ExitOutputs(np.zeros((2, 2, 3, 2)), [0, 1, 0], [1, 2])
     one = ExitOutputs(np.zeros((1, 2, 3, 2)), [0, 1, 0], [1, 2])
     for policy in ("confidence", "pcee"):
-        with pytest.raises(ValueError, match="replicas and exits need what was fitted on as many"):
+        with pytest.raises(ValueError, match="need calibrators of as many replicas and exits"):
             simulate(two, policy, calibration=one)
     with pytest.raises(UserError, match="did you mean 'confidence'"):
         cross_fitted_confidences(one, "confidense")

@@ -15,7 +15,7 @@ def test_models_start_from_the_weights_that_were_prepared(options, tmp_path):
     values = options | {"checkpoint": str(folder), "data_files": str(path), "train_size": 40}
     job = prepare(from_mapping(values | {"method": "multi_model"}))
     assert job.digest == job.dataset.digest()
-    wanted = open_checkpoint(str(folder)).weights.encoder()
+    wanted = open_checkpoint(str(folder)).weights.encoder
     (folder / "model.safetensors").unlink()
     path.unlink()
     specs = model_specs(job.config)

@@ -13,18 +13,14 @@ import pytest
 from sweet_jax import ExitOutputs
 from sweet_jax import simulate as simulate_curve
 from sweet_jax.config import from_mapping
-from sweet_jax.exits.analysis import (
-    analyse,
-    certify_operating_point,
-    cheapest_full_score,
-    scores_at_costs,
-    select_operating_point,
-)
+from sweet_jax.exits.analysis import analyse, scores_at_costs
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.figures import write_figures
 from sweet_jax.report.page import write_comparison, write_report
 from sweet_jax.report.results import build_results
+from sweet_jax.simulate import main as simulate_command
 
 NASTY = "<script>document.title='broken'</script>$x$"
 
@@ -37,12 +33,8 @@ def outputs(split: str, rows: int, replicas: int = 2) -> ExitOutputs:
     margin = np.where(right, 1, -1) * rng.exponential(np.where(right, 2.0, 0.7))
     sign = np.where(labels == 1, 1, -1)
     logits = np.stack([-margin * sign, margin * sign], axis=-1) / 2
-    identity = {
-        "task": NASTY,
-        "method": "sweet",
-        "metric": "accuracy",
-        "replicas": [[seed, 3e-4] for seed in range(replicas)],
-    }
+    seeds = tuple((seed, 3e-4) for seed in range(replicas))
+    identity = RunIdentity(task=NASTY, method="sweet", replicas=seeds)
     return ExitOutputs(logits, labels, [1, 2, 4], identity=identity)
 
 
@@ -96,15 +88,16 @@ def test_the_slider_shows_the_curve_s_numbers(report, analysis, browser):
             "c.dispatchEvent(new Event('change'));",
             str(replica),
         )
-        keep = cheapest_full_score(analysis, replica)
-        np.testing.assert_allclose(reading(browser)[1:], keep.validation, rtol=0, atol=6e-4)
+        keep = analysis.operating_point(replica)
+        np.testing.assert_allclose(reading(browser)[1:], keep.validation, rtol=0, atol=6e-5)
+        assert reading(browser)[0] == pytest.approx(keep.threshold, abs=1e-7)
         last = int(browser.find_element("id", "threshold").get_attribute("max"))
         for place in (0, last // 2, last):
             move_slider(browser, place)
             threshold, cost, score = reading(browser)
             exact = simulate_curve(
                 analysis.validation.replica(replica),
-                fitted=analysis.fitted.replica(replica),
+                calibrators=[analysis.calibrators[replica]],
                 thresholds=np.asarray([threshold - 1e-7, threshold + 1e-7]),
             )
             assert exact.cost[0, 0] - 1e-3 <= cost <= exact.cost[0, 1] + 1e-3
@@ -132,53 +125,66 @@ def set_value(browser, name: str, value: str) -> None:
     )
 
 
-def test_policies_and_dials_of_the_page_choose_as_the_command_does(report, analysis, browser):
-    folder, results = report
-    browser.get((folder / "report.html").as_uri())
-    best = results["best_replica"]
-    for policy in ("confidence", "entropy", "patience", "pcee_isotonic"):
-        theirs = analyse(analysis.calibration, analysis.validation, policy)
+def ask_page(browser, target: str, value: float) -> str:
+    set_value(browser, "target", target)
+    set_value(browser, "target-value", str(value))
+    return browser.find_element("id", "target-result").text
+
+
+def test_the_page_chooses_what_the_command_chooses(report, analysis, browser, tmp_path, capsys):
+    """For the same target both print the same threshold, cost and metric."""
+    for split in ("calibration", "validation"):
+        best = getattr(analysis, split).replica(analysis.best)
+        best.save(tmp_path / "run" / "exit_outputs" / f"{split}.npz")
+    browser.get((report[0] / "report.html").as_uri())
+    targets = {"cost": (0.1, 0.25, 0.6, 0.733, 1.0), "accuracy": (0.3, 0.7, 0.85, 0.995)}
+    met = 0
+    for policy in ("confidence", "entropy", "patience", "pcee_isotonic", "pcee_ws"):
         set_value(browser, "policy", policy)
         assert browser.find_element("id", "about").text == POLICIES[policy].about
-        for dial, wish in (("cost", 0.6), ("score", 0.85)):
-            set_value(browser, "dial", dial)
-            set_value(browser, "wish", str(wish))
-            found = select_operating_point(theirs, best, **{dial: wish})
-            _, cost, score = reading(browser)
-            # The page holds 400 of the points: as near as the next of them.
-            np.testing.assert_allclose((cost, score), found.validation, atol=1e-2)
-            got = found.validation[0 if dial == "cost" else 1]
-            words = browser.find_element("id", "control").text
-            assert words.endswith(f"{'below' if got < wish else 'above'} what was asked for")
-            (shown,) = re.findall(r"^threshold (\S+); validation rows: ", words)
-            assert float(shown) == found.threshold
+        for target, value in ((name, v) for name, values in targets.items() for v in values):
+            shown = ask_page(browser, target, value)
+            command = [f"--run={tmp_path / 'run'}", f"--policy={policy}", f"--{target}={value}"]
+            assert simulate_command(command) == 0
+            printed = capsys.readouterr().out
+            if printed.startswith("infeasible"):
+                (reachable,) = re.findall(r"reachable is (\S+ \S+) on the", printed)
+                assert shown == f"infeasible: the best reachable on calibration rows is {reachable}"
+                continue
+            found = re.findall(r"^threshold (\S+): .*; cost (\S+), accuracy (\S+) on", printed)
+            ours = re.findall(r"^threshold (\S+); .*: cost (\S+), accuracy (\S+); ", shown)
+            assert [float(v) for v in ours[0]] == [float(v) for v in found[0]]
+            threshold, cost, accuracy = (float(v) for v in found[0])
+            np.testing.assert_allclose(reading(browser), (threshold, cost, accuracy), atol=6e-8)
+            met += 1
+    assert met > 30
     set_value(browser, "policy", "entropy")
-    set_value(browser, "dial", "cost")
-    set_value(browser, "wish", "0.1")
-    assert browser.find_element("id", "control").text == (
-        "infeasible: the best reachable on calibration rows is cost 0.250"
+    assert ask_page(browser, "cost", 0.1) == (
+        "infeasible: the best reachable on calibration rows is cost 0.2500"
     )
+    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+
+
+def test_the_page_certifies_what_the_resolver_certifies(report, analysis, browser):
+    browser.get((report[0] / "report.html").as_uri())
+    best = report[1]["best_replica"]
     for policy in ("confidence", "pcee_ws"):
         theirs = analyse(analysis.calibration, analysis.validation, policy)
         set_value(browser, "policy", policy)
-        for dial, wish, limit in (("risk", 0.3, 0.3), ("agreement", 0.75, 0.25)):
-            set_value(browser, "dial", dial)
-            set_value(browser, "wish", str(wish))
-            found = certify_operating_point(theirs, best, dial, limit)
-            words = browser.find_element("id", "control").text
-            (shown,) = re.findall(r"at threshold (\S+) of scores", words)
-            assert float(shown) == found.certificate.threshold
-            assert f"cost {found.validation[0]:.3f}, accuracy {found.validation[1]:.4f}" in words
-    set_value(browser, "dial", "risk")
-    set_value(browser, "wish", "0.001")
-    assert "infeasible: the best certified is risk 0." in browser.find_element("id", "control").text
-    assert [e for e in browser.get_log("browser") if e["level"] == "SEVERE"] == []
+        for target, value in (("risk", 0.3), ("agreement", 0.75)):
+            shown = ask_page(browser, target, value)
+            found = theirs.operating_point(best, {target: value})
+            (threshold,) = re.findall(r"at threshold (\S+); ", shown)
+            assert float(threshold) == found.threshold
+            assert f"certified with 95% confidence: {target} {found.reachable:.4f} at" in shown
+            assert "cost {:.4f}, accuracy {:.4f}".format(*found.validation) in shown
+    assert "infeasible: the best certified is risk 0." in ask_page(browser, "risk", 0.001)
 
 
 def test_the_page_says_what_can_be_certified(report, browser):
     browser.get((report[0] / "report.html").as_uri())
     text = browser.find_element("tag name", "body").text
-    assert "What can be promised?" in text
+    assert "Certified thresholds" in text
     assert "infeasible: the best certified is" in text  # 1% of 100 rows
     assert "lost against the last exit" in text
     names = browser.execute_script(
@@ -231,16 +237,18 @@ def test_results_are_json_with_the_contract_s_keys(report):
 def test_choices_are_made_on_calibration_rows(analysis):
     curve = analysis.calibration_curve
     for replica in (0, 1):
-        found = select_operating_point(analysis, replica, cost=0.5)
+        found = analysis.operating_point(replica, {"cost": 0.5})
         assert found.calibration[0] <= 0.5
         inside = curve.cost[replica] <= 0.5
         assert found.calibration[1] == curve.score[replica][inside].max()
-        found = select_operating_point(analysis, replica, score=0.85)
+        found = analysis.operating_point(replica, {"accuracy": 0.85})
         assert found.calibration[1] >= 0.85
         enough = curve.score[replica] >= 0.85
         assert found.calibration[0] == curve.cost[replica][enough].min()
-        assert select_operating_point(analysis, replica, cost=0.1) == 0.25
-        assert select_operating_point(analysis, replica, score=1.0) == curve.score[replica].max()
+        found = analysis.operating_point(replica, {"cost": 0.1})
+        assert (found.threshold, found.validation, found.reachable) == (None, None, 0.25)
+        found = analysis.operating_point(replica, {"accuracy": 1.0})
+        assert (found.threshold, found.reachable) == (None, curve.score[replica].max())
 
 
 def test_set_costs_are_interpolated_between_the_grid_s_points(analysis):
@@ -277,7 +285,7 @@ def ask(*arguments: object) -> subprocess.CompletedProcess:
 def test_simulate_answers_from_saved_outputs(runs, analysis):
     done = ask(f"--run={runs[1]}", "--cost=0.5")
     assert done.returncode == 0, done.stderr
-    found = select_operating_point(analysis, 0, cost=0.5)
+    found = analysis.operating_point(0, {"cost": 0.5})
     assert f"seed 0: threshold {found.threshold!r}: cost {found.calibration[0]:.4f}" in done.stdout
     assert f"accuracy {found.validation[1]:.4f} on 300 validation rows" in done.stdout
     done = ask(f"--run={runs[0]}", "--accuracy=0.999")
@@ -299,12 +307,12 @@ def test_simulate_certifies_or_refuses(runs):
     assert "asked for 0.999" in done.stdout
 
 
-def test_simulate_explains_every_policy_and_dial_in_a_line():
+def test_simulate_explains_every_policy_and_target_in_a_line():
     text = ask("--help").stdout
     for name, rule in POLICIES.items():
         assert any(name in line and rule.about in line for line in text.splitlines())
-    for dial in ("--cost", "--accuracy", "--threshold", "--risk", "--agreement", "--level"):
-        assert f"  {dial}" in text
+    for target in ("--cost", "--accuracy", "--threshold", "--risk", "--agreement", "--level"):
+        assert f"  {target}" in text
 
 
 def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
@@ -367,15 +375,15 @@ def test_simulate_needs_neither_a_model_nor_jax(runs):
 
 
 def test_the_comparison_escapes_names_too(analysis, tmp_path):
-    write_comparison(tmp_path / "x.html", [("a", {"task": NASTY}, analysis)])
+    write_comparison(tmp_path / "x.html", [(NASTY, analysis)])
     page = (tmp_path / "x.html").read_text()
     assert "<script>document.title" not in page
 
 
 def test_a_replica_that_diverged_from_the_first_exit_on_leaves_the_others_their_mean():
     fitted, shown = outputs("calibration", 200, 4), outputs("validation", 300, 4)
-    identity = dict(shown.identity)
-    identity["replicas"] = [[0, 1e-4], [0, 3e-4], [1, 1e-4], [1, 3e-4]]
+    replicas = ((0, 1e-4), (0, 3e-4), (1, 1e-4), (1, 3e-4))
+    identity = dataclasses.replace(shown.identity, replicas=replicas)
     for split in (fitted, shown):
         split.logits[[0, 1, 3]] = np.nan
     split = [dataclasses.replace(split, identity=identity) for split in (fitted, shown)]

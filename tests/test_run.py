@@ -134,7 +134,7 @@ def test_each_replica_equals_its_solo_run(options, with_dropout, tmp_path, one_d
     stack = logits_of(options, tmp_path / "stack", **grid)
     assert stack.logits.shape[0] == 4
     for r in (0, 3):
-        seed, rate = stack.identity["replicas"][r]
+        seed, rate = stack.identity.replicas[r]
         alone = {"seeds": (seed,), "learning_rates": (rate,)}
         solo = logits_of(options, tmp_path / f"solo{r}", **alone)
         np.testing.assert_allclose(stack.logits[r], solo.logits[0], atol=1e-5)
@@ -258,8 +258,8 @@ def test_the_saved_encoder_gives_the_trained_model_s_hidden_states(options, tmp_
     assert exits["layers"] == [1, 2, 3]
     saved = ThresholdResolver.from_dict(exits["dials"])
     made = make_resolver(ExitOutputs.load(tmp_path / "exit_outputs" / "calibration.npz"))
-    assert {"confidence", "pcee", "patience"} < {*saved.trades}
-    for policy in saved.trades:
+    assert {"confidence", "pcee", "patience"} < {*saved.fronts}
+    for policy in saved.fronts:
         assert saved.threshold(policy, cost=0.8)[0] == made.threshold(policy, cost=0.8)[0]
     job = prepare(from_mapping(options))
     row = slice(*job.validation.starts[:2])

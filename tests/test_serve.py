@@ -174,7 +174,7 @@ def test_an_address_that_two_processes_bound_is_one_s():
         ({"texts": ["a"], "level": 0.9}, 400, "give risk or agreement too"),
         (b'{"texts": ["\\ud800"]}', 400, "half a surrogate pair"),
         ({"texts": ["a"], "accuracy": 1.2}, 400, "accuracy must be from 0 to 1"),
-        ({"texts": ["a"], "cost": 1, "accuracy": 1}, 400, "set one dial"),
+        ({"texts": ["a"], "cost": 1, "accuracy": 1}, 400, "set one target"),
         ({"texts": ["a"], "policy": "sure"}, 400, "unknown policy 'sure'"),
         ({"texts": ["a"] * 9}, 413, "may have 8 texts; got 9"),
         ({"texts": ["a" * 5001]}, 413, "may have 5000 characters"),

@@ -12,10 +12,10 @@ from scipy.special import softmax
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.calibrator import Calibrator
+from sweet_jax.exits.bootstrap import bootstrap_curve
+from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.exits.policies import exit_confidences, grid_thresholds
-from sweet_jax.exits.simulation import bootstrap_curve
 
 # Few distinct values make ties, between examples and between the exits of one.
 VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 1.0, 3.0])
@@ -89,7 +89,7 @@ def test_confidence_is_the_largest_probability():
     temperatures = np.asarray([[1.0, 2.0, 0.5], [3.0, 1.0, 1.0]])
     wanted = softmax(outputs.logits.astype(float) / temperatures[..., None, None], axis=-1).max(-1)
     for policy in ("confidence", "confidence_float32"):
-        found = exit_confidences(outputs, policy, Calibrator(temperatures))
+        found = exit_confidences(outputs, policy, [Calibrator(t) for t in temperatures])
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -182,7 +182,7 @@ def test_unknown_policies_name_the_nearest():
 def test_temperature_changes_scores_not_answers(policy):
     rng = np.random.default_rng(1)
     outputs = ExitOutputs(rng.normal(size=(1, 2, 50, 3)), rng.integers(0, 3, 50), [1, 2])
-    hot = simulate(outputs, policy, fitted=Calibrator(np.full((1, 2), 5.0)))
+    hot = simulate(outputs, policy, calibrators=[Calibrator(np.full(2, 5.0))])
     cold = simulate(outputs, policy)
     assert hot.threshold[0, 0] < cold.threshold[0, 0]
     assert hot.score[0, -1] == cold.score[0, -1]
@@ -214,7 +214,7 @@ def test_the_memory_of_a_bootstrap_is_bounded(metric, monkeypatch):
     rng = np.random.default_rng(3)
     outputs = ExitOutputs(rng.normal(size=(3, 2000, 20)), rng.integers(0, 20, 2000), [1, 2, 3])
     whole = bootstrap_curve(outputs, metric=metric, draws=20)
-    monkeypatch.setattr("sweet_jax.exits.simulation._HELD", 100_000)  # 84 MB of float32 else
+    monkeypatch.setattr("sweet_jax.exits.bootstrap._HELD", 100_000)  # 84 MB of float32 else
     tracemalloc.start()
     parts = bootstrap_curve(outputs, metric=metric, draws=20)
     peak = tracemalloc.get_traced_memory()[1]

@@ -11,6 +11,7 @@ from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import steps_per_epoch, training_batch_indices
 from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.exits.analysis import analyse, curve_area
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.head_fitting import refit_heads
 from sweet_jax.learning_rate_search import choose_rate
@@ -105,7 +106,7 @@ def test_the_area_of_tuning_rows_is_that_of_the_exact_curve():
     logits = rng.normal(size=(3, 2, 50, 3)).astype(np.float32)
     labels = rng.integers(0, 3, (3, 50))
     logits[2, 1, 7] = np.nan
-    found = tuning_area(logits, labels, (1, 3), np.array([1 / 3, 1.0]), {"metric": "accuracy"})
+    found = tuning_area(logits, labels, (1, 3), np.array([1 / 3, 1.0]), "accuracy")
     curve = simulate(ExitOutputs(logits[:2], labels[:2], np.array([1, 3])), "raw_confidence")
     wanted = [curve_area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
     np.testing.assert_allclose(found[:2], wanted)
@@ -256,11 +257,9 @@ def test_the_saved_replica_is_the_best_of_the_chosen_rate():
         return np.where(wrong[:, None], -truth, truth)[None].repeat(2, axis=0)
 
     logits = np.stack([outputs(q) for q in (0.6, 0.99, 0.85, 0.9)])  # [R, E, N, C]
-    replicas = [[0, 1e-4], [0, 1e-3], [1, 1e-3], [1, 1e-4]]
-    made = ExitOutputs(logits, labels, np.array([1, 2]), identity={"replicas": replicas})
-    swapped = ExitOutputs(
-        logits[[1, 0, 2, 3]], labels, np.array([1, 2]), identity={"replicas": replicas}
-    )
+    identity = RunIdentity(replicas=((0, 1e-4), (0, 1e-3), (1, 1e-3), (1, 1e-4)))
+    made = ExitOutputs(logits, labels, np.array([1, 2]), identity=identity)
+    swapped = ExitOutputs(logits[[1, 0, 2, 3]], labels, np.array([1, 2]), identity=identity)
     assert analyse(made, made).best == 1
     best = analyse(swapped, swapped)  # 0.99 and 0.9 at 1e-4, 0.6 and 0.85 at 1e-3
     assert [best.replicas[r][1] for r in best.chosen] == [1e-4, 1e-4]

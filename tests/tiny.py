@@ -202,10 +202,10 @@ class Reference:
     def answers(self, classifier) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(index of the exit [N], probabilities [N, C], rows too close to call, bool [N])."""
         fitted = classifier.fitted
-        scores = exit_confidences(self.outputs, classifier.policy, fitted)[0]  # [E, N]
+        scores = exit_confidences(self.outputs, classifier.policy, [fitted])[0]  # [E, N]
         leaves = scores >= classifier.threshold
         leaves[-1] = True
         exits = leaves.argmax(axis=0)
         close = (np.abs(scores[:-1] - classifier.threshold) < 1e-5).any(axis=0)
         logits = self.outputs.logits[0, exits, np.arange(len(exits))]
-        return exits, softmax_with_temperature(logits, fitted.temperatures[0, exits, None]), close
+        return exits, softmax_with_temperature(logits, fitted.temperatures[exits, None]), close

@@ -40,7 +40,7 @@ from flax import nnx
 from experiments.benchmarks.shapes import SHAPES
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.exits.calibrator import Calibrator
+from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import exit_confidences
@@ -78,10 +78,9 @@ def random_model(like: SavedModel, shape: str, texts: Sequence[Any]) -> SavedMod
     key = jax.random.key(0)
     graphdef, values = nnx.split(EarlyExit(Bert(config, key), exits, len(like.classes), key))
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
-    trade = ParetoFront(*np.zeros((3, 1)), np.eye(1, len(exits)), np.ones(1), np.eye(1, len(exits)))
-    dials = ThresholdResolver(
-        Calibrator(np.ones((1, len(exits)))), 0.0, {"confidence": trade}, None, {}
-    )
+    front = ParetoFront(*np.zeros((3, 1)), np.eye(1, len(exits)), np.ones(1), np.eye(1, len(exits)))
+    calibrator = Calibrator.unfitted(len(exits))
+    dials = ThresholdResolver(calibrator, 0.0, {"confidence": front}, None, {})
     made = dataclasses.replace(
         like,
         about={**like.about, "policy": "confidence"},
@@ -109,7 +108,7 @@ def outputs_of(model: SavedModel, texts: Sequence[Any]) -> ExitOutputs:
 def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
     """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
     every, outputs = AdaptiveClassifier(model), outputs_of(model, texts)
-    scores = exit_confidences(outputs, every.policy, every.fitted)
+    scores = exit_confidences(outputs, every.policy, [every.fitted])
     curve = simulate(outputs, lambda *_: scores)
     nearest = {c: int(np.abs(curve.cost[0] - c).argmin()) for c in COSTS}
     return {c: every.at(threshold=float(curve.threshold[0, place])) for c, place in nearest.items()}

@@ -13,10 +13,10 @@ import time
 import numpy as np
 
 from sweet_jax import ExitOutputs, simulate
+from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.exits.bounds import ORACLES, best_thresholds, oracle, single_exit_hull
-from sweet_jax.exits.calibrator import fit_calibrator
+from sweet_jax.exits.calibration import fit_calibrators
 from sweet_jax.exits.policies import POLICIES, exit_confidences
-from sweet_jax.exits.simulation import bootstrap_curve
 
 
 def random_outputs(rows: int, seed: int) -> ExitOutputs:
@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=40_000)
     parser.add_argument("--draws", type=int, default=1000)
     options = parser.parse_args()
-    outputs, fitted = random_outputs(options.examples, 0), fit_calibrator(random_outputs(1000, 1))
+    outputs, fitted = random_outputs(options.examples, 0), fit_calibrators(random_outputs(1000, 1))
     sums = np.zeros(2)
     for policy in POLICIES:
         began = time.perf_counter()
-        curve = simulate(outputs, policy, fitted=fitted)
+        curve = simulate(outputs, policy, calibrators=fitted)
         exact = time.perf_counter() - began
         count, scores = (
             len(np.unique(curve.threshold)),

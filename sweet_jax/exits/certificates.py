@@ -1,4 +1,4 @@
-"""Thresholds with a certificate: how much accuracy against the full model can be lost, at most.
+"""Certified thresholds: an upper bound of the accuracy lost against the full model.
 
 Shape letters: E exit, N examples, K candidates.
 """
@@ -13,20 +13,20 @@ from scipy import stats
 from sweet_jax.exits.outputs import ExitOutputs
 
 CERTIFICATE_KINDS = ("risk", "agreement")
-_NEVER = float(np.finfo(np.float64).max)  # a threshold that no score reaches, and JSON can hold
+NEVER = float(np.finfo(np.float64).max)  # a threshold that no confidence reaches, valid in JSON
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """A threshold, and what was tested of it.
+    """Holds a certified threshold and the test that it passed.
 
     Attributes:
       kind: "risk" or "agreement"; see `exit_losses`.
       limit: the largest share of harmed examples that was asked for.
-      level: 1 - alpha, the confidence of the certificate.
+      level: 1 - alpha, the confidence level of the certificate.
       threshold: None where no candidate was certified.
       bound: upper confidence bound of the share of harmed examples at the threshold; where none was
-        certified, at the most careful candidate: the best that could have been promised.
+        certified, at the strictest candidate: the best that could have been certified.
       harmed, rows: examples harmed, of those tested.
 
     """
@@ -40,16 +40,16 @@ class Certificate:
     rows: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As the report has it."""
+        """Returns what results.json and the report hold."""
         return dataclasses.asdict(self)
 
 
 def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
-    """Whether leaving at an exit harms an example, bool [E, N].
+    """Returns whether leaving at an exit harms an example, bool [E, N].
 
     "risk": the last exit is right and this one is not. Their share bounds the accuracy lost against
-    the full model from above: what early exits put right is counted as nothing. "agreement": the
-    answer is not the last exit's; no label is read.
+    the full model from above: what early exits correct is not counted. "agreement": the prediction
+    is not the last exit's; no label is read. Raises ValueError for another kind.
     """
     given, labels = outputs.predictions[replica], outputs.labels[replica]
     if kind == "risk":
@@ -59,12 +59,12 @@ def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
     raise ValueError(f"kind must be one of {', '.join(CERTIFICATE_KINDS)}; got {kind!r}")
 
 
-def candidate_thresholds(scores: np.ndarray, count: int = 100) -> np.ndarray:
-    """Thresholds to test, the most careful first, float64 [K]: evenly over what they let leave.
+def candidate_thresholds(confidences: np.ndarray, count: int = 100) -> np.ndarray:
+    """Chooses thresholds to test, the strictest first, float64 [K]: evenly by how many leave.
 
-    scores: float [E, N] of rows that are not those to be tested.
+    confidences: float64 [E, N] of rows that are not those to be tested.
     """
-    levels = np.maximum.accumulate(scores[:-1], axis=0).ravel()
+    levels = np.maximum.accumulate(confidences[:-1], axis=0).ravel()
     levels = np.sort(levels[np.isfinite(levels)])[::-1]
     places = np.linspace(0, len(levels) - 1, count + 1).round().astype(int)
     return np.unique(levels[places])[::-1] if len(levels) else levels
@@ -72,11 +72,11 @@ def candidate_thresholds(scores: np.ndarray, count: int = 100) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossCounts:
-    """What certificates of any limit and level follow from.
+    """Holds the counts from which certificates of any limit and level follow.
 
     Attributes:
       kind: "risk" or "agreement"; see `exit_losses`.
-      thresholds: float64 [K], the candidates, the most careful first.
+      thresholds: float64 [K], the candidates, the strictest first.
       harmed: int64 [K], examples harmed at each.
       rows: examples tested.
 
@@ -88,7 +88,7 @@ class LossCounts:
     rows: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in exits.json; `from_dict` gives it back exactly."""
+        """Returns what exits.json holds; `from_dict` restores it exactly."""
         return {
             "kind": self.kind,
             "thresholds": self.thresholds.tolist(),
@@ -98,62 +98,76 @@ class LossCounts:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LossCounts":
-        """What `as_dict` gave."""
+        """Restores what `as_dict` returned."""
         thresholds = np.asarray(values["thresholds"], np.float64)
         harmed = np.asarray(values["harmed"], np.int64)
         return cls(str(values["kind"]), thresholds, harmed, int(values["rows"]))
 
 
 def count_losses(
-    outputs: ExitOutputs, replica: int, scores: np.ndarray, thresholds: np.ndarray, kind: str
+    outputs: ExitOutputs, replica: int, confidences: np.ndarray, thresholds: np.ndarray, kind: str
 ) -> LossCounts:
-    """How many examples each threshold harms.
+    """Counts the examples that each threshold harms.
 
     Args:
       outputs: of the rows tested; neither the policy nor `thresholds` may have been fitted on them.
       replica: which.
-      scores: float [E, N] of these rows.
-      thresholds: float [K], descending.
+      confidences: float64 [E, N] of these rows.
+      thresholds: float64 [K], descending.
       kind: see `exit_losses`.
 
     """
     harmful = exit_losses(outputs, replica, kind)  # [E, N]
-    points = np.maximum.accumulate(scores[:-1], axis=0)  # [E - 1, N]
+    points = np.maximum.accumulate(confidences[:-1], axis=0)  # [E - 1, N]
     harmed = [
         np.take_along_axis(harmful, (points < t).sum(axis=0)[None], axis=0).sum()
         for t in thresholds
     ]
-    return LossCounts(kind, thresholds, np.asarray(harmed, np.int64), scores.shape[1])
+    return LossCounts(kind, thresholds, np.asarray(harmed, np.int64), confidences.shape[1])
 
 
 def certify(
-    trials: LossCounts, limit: float, level: float = 0.95, compared: int = 1
+    counts: LossCounts, limit: float, level: float = 0.95, compared: int = 1
 ) -> Certificate:
-    """The least careful threshold with at most `limit` harmed, with confidence `level`.
+    """Certifies the least strict threshold with at most `limit` harmed, at confidence `level`.
 
     Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) by fixed-sequence testing: from the
-    most careful threshold on, each is tested at alpha = 1 - level, and the first that fails ends
-    it, so that the chance of certifying a threshold above the limit is at most alpha. The test is
-    the exact binomial one: a threshold passes where the upper end of Clopper & Pearson's (1934)
-    one-sided interval is at most the limit. A model that was chosen out of several by these rows is
-    tested at alpha / compared (Bonferroni): chosen for its luck, it would break its promise more
-    often.
+    strictest threshold on, each is tested at alpha = 1 - level, and the first that fails ends it,
+    so that the chance of certifying a threshold above the limit is at most alpha. A threshold
+    passes where its bound is at most the limit, see `candidate_bounds`.
     """
-    about = (trials.kind, limit, level)
-    if not len(trials.thresholds):  # nothing leaves early, and nothing can be lost
-        return Certificate(*about, _NEVER, 0.0, 0, trials.rows)
-    best: Certificate | None = None
-    for threshold, harmed in zip(trials.thresholds.tolist(), trials.harmed.tolist(), strict=True):
-        bound = upper_bound(harmed, trials.rows, 1 - (1 - level) / compared)
-        passed = bound <= limit
-        if passed or best is None:
-            best = Certificate(*about, threshold if passed else None, bound, harmed, trials.rows)
-        if not passed:
-            break
-    assert best is not None
-    return best
+    about = (counts.kind, limit, level)
+    if not len(counts.thresholds):  # nothing leaves early, and nothing can be lost
+        return Certificate(*about, NEVER, 0.0, 0, counts.rows)
+    bounds = candidate_bounds(counts, level, compared)
+    passed = int(np.searchsorted(sequential_limits(bounds), limit, side="right"))
+    at = max(passed - 1, 0)
+    threshold = float(counts.thresholds[at]) if passed else None
+    return Certificate(*about, threshold, float(bounds[at]), int(counts.harmed[at]), counts.rows)
 
 
-def upper_bound(hits: int, total: int, level: float) -> float:
-    """Upper end of Clopper & Pearson's one-sided interval of a share, at confidence `level`."""
-    return float(stats.beta.ppf(level, hits + 1, total - hits)) if hits < total else 1.0
+def candidate_bounds(counts: LossCounts, level: float = 0.95, compared: int = 1) -> np.ndarray:
+    """Computes the upper confidence bound of the share that each candidate harms, float64 [K].
+
+    The exact binomial one, see `upper_bound`. A model chosen out of several by these rows is tested
+    at alpha / compared (Bonferroni): chosen for its luck, it would exceed its limit more often.
+    """
+    return upper_bound(counts.harmed, counts.rows, 1 - (1 - level) / compared)
+
+
+def sequential_limits(bounds: np.ndarray) -> np.ndarray:
+    """Computes the smallest limit at which each candidate is certified, float64 [K], ascending.
+
+    That is the largest bound up to and with its own: the first candidate that fails ends the test.
+    """
+    return np.maximum.accumulate(bounds)
+
+
+def upper_bound(hits: np.ndarray | int, total: int, level: float) -> np.ndarray:
+    """Computes the upper end of Clopper & Pearson's (1934) one-sided interval of hits / total.
+
+    In closed form: `scipy.stats.binomtest` searches for it.
+    """
+    hits = np.asarray(hits)
+    found = stats.beta.ppf(level, hits + 1, np.maximum(total - hits, 1))
+    return np.where(hits < total, found, 1.0)

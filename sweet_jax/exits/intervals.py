@@ -1,4 +1,4 @@
-"""How sure a score is, and a difference of two scores on the same rows.
+"""Confidence intervals of a metric, and of the difference of two on the same rows.
 
 Shape letters: N examples, C classes, K distinct (label, ours, theirs) among the examples.
 """
@@ -18,7 +18,7 @@ _DRAWS = 1000  # of the paired bootstrap
 def score_interval(
     metric: str, predictions: np.ndarray, labels: np.ndarray, classes: int, level: float = 0.95
 ) -> tuple[float, float]:
-    """Computes the interval of one score over rows: (low, high).
+    """Computes the interval of a metric over rows: (low, high).
 
     Wilson's (1927) for accuracy, a bootstrap over rows for Matthews and F1.
 
@@ -44,12 +44,14 @@ def paired_difference(
     classes: int,
     level: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Computes the score of `ours` less that of `theirs` on the same rows: (difference, low, high).
+    """Computes the metric of `ours` minus that of `theirs` on one set of rows.
+
+    Returns (difference, low, high).
 
     For accuracy Newcombe's interval for paired proportions: Wilson's intervals of both, squared
     and added with the correlation of the two, its numerator corrected for continuity (Newcombe
     1998, Statistics in Medicine 17, 2635-2650, method 10). For Matthews and F1 the percentile
-    interval of a bootstrap over rows, 1,000 draws, the same ones at every call.
+    interval of a bootstrap over rows, 1,000 draws, the same at every call.
 
     Args:
       metric: "accuracy", "matthews" or "f1".
@@ -69,7 +71,7 @@ def paired_difference(
 
 
 def _newcombe(ours: np.ndarray, theirs: np.ndarray, level: float) -> tuple[float, float]:
-    """The interval of mean(ours) - mean(theirs), bool [N] each."""
+    """Computes the interval of mean(ours) - mean(theirs), bool [N] each."""
     count = len(ours)
     right = np.asarray([ours.sum(), theirs.sum()], np.float64)
     share = right / count
@@ -94,15 +96,18 @@ def _bootstrap(
     classes: int,
     level: float,
 ) -> tuple[float, float]:
-    """The percentile interval of the difference; rows that agree in all three are drawn as one."""
+    """Computes the percentile interval of the difference over rows drawn with replacement.
+
+    Rows that agree in all three are drawn as one.
+    """
     codes, counts = np.unique((labels * classes + ours) * classes + theirs, return_counts=True)
     truth, first, second = codes // classes**2, codes // classes % classes, codes % classes  # [K]
     rng = np.random.default_rng(0)
     values = []
     for _ in range(_DRAWS):
         drawn = rng.multinomial(len(labels), counts / len(labels))  # [K]
-        scores = [_weighted(metric, given, truth, drawn, classes) for given in (first, second)]
-        values.append(scores[0] - scores[1])
+        pair = [_weighted(metric, given, truth, drawn, classes) for given in (first, second)]
+        values.append(pair[0] - pair[1])
     low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
     return float(low), float(high)
 
@@ -110,7 +115,7 @@ def _bootstrap(
 def _weighted(
     metric: str, given: np.ndarray, truth: np.ndarray, weights: np.ndarray, classes: int
 ) -> float:
-    """The score of classes given [K], each of them as often as its weight [K]."""
+    """Computes the metric of predictions [K], each as often as its weight [K]."""
 
     def count(of: np.ndarray, use: np.ndarray) -> np.ndarray:
         return np.bincount(of, use, minlength=classes)  # [C]

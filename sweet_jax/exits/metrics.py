@@ -1,6 +1,6 @@
-"""Accuracy, Matthews and F1, from counts that can be moved one example at a time.
+"""Accuracy, Matthews correlation and F1 from counts, and intervals of them.
 
-Shape letters: T threshold (or any list of situations), N examples, C classes.
+Shape letters: T thresholds (or any list of situations), N examples, C classes.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ from scipy import stats
 
 
 def compute_metric(metric: str, predictions: np.ndarray, labels: np.ndarray, classes: int) -> float:
-    """Score of predictions int [N] against labels int [N] under "accuracy", "matthews" or "f1"."""
+    """Computes a metric, "accuracy", "matthews" or "f1", of predictions int [N], labels int [N]."""
     right = np.asarray([(predictions == labels).sum()])
     given = np.bincount(predictions, minlength=classes)[None]
     hits = np.bincount(labels[predictions == labels], minlength=classes)[None]
@@ -20,16 +20,16 @@ def compute_metric(metric: str, predictions: np.ndarray, labels: np.ndarray, cla
 def metric_from_counts(
     metric: str, right: np.ndarray, given: np.ndarray, hits: np.ndarray, true: np.ndarray
 ) -> np.ndarray:
-    """The metric in each of T situations, float64 [T].
+    """Computes the metric in each of T situations, float64 [T].
 
     Matthews is Gorodkin's (2004, eq. 8) for C classes; F1 is of class 1, of two. Both are 0 where
     they are not defined.
 
     Args:
       metric: "accuracy", "matthews" or "f1".
-      right: examples answered rightly, [T].
-      given: examples answered with each class, [T, C]; not read for accuracy.
-      hits: examples rightly answered with each class, [T, C]; read for F1 only.
+      right: examples predicted correctly, [T].
+      given: examples predicted as each class, [T, C]; not read for accuracy.
+      hits: examples correctly predicted as each class, [T, C]; read for F1 only.
       true: examples of each class, [C].
 
     """
@@ -45,12 +45,16 @@ def metric_from_counts(
 
 
 def wilson_interval(right: np.ndarray, total: int, level: float = 0.95) -> np.ndarray:
-    """Wilson's (1927) interval of a share of right answers, float64 [..., 2]."""
-    z = stats.norm.ppf(0.5 + level / 2)
-    share = np.asarray(right, np.float64) / total
-    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * np.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
-    return np.stack([np.maximum(centre - half, 0), np.minimum(centre + half, 1)], axis=-1)
+    """Computes Wilson's (1927) interval of shares of `total`, float64 [..., 2].
+
+    right: int, of any shape.
+    """
+    counts = np.asarray(right, np.int64)
+    each = [
+        stats.binomtest(count, int(total)).proportion_ci(level, "wilson")
+        for count in counts.ravel().tolist()
+    ]
+    return np.asarray([(ci.low, ci.high) for ci in each]).reshape(*counts.shape, 2)
 
 
 def bootstrap_interval(
@@ -61,7 +65,11 @@ def bootstrap_interval(
     level: float = 0.95,
     draws: int = 1000,
 ) -> np.ndarray:
-    """Percentile interval over rows drawn anew, float64 [2]; the same draws at every call."""
+    """Computes the percentile interval of a metric over rows drawn with replacement, float64 [2].
+
+    The same draws at every call, of the confusion matrix rather than of rows, as
+    `scipy.stats.bootstrap` would.
+    """
     table = np.bincount(labels * classes + predictions, minlength=classes**2)
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(len(labels), table / len(labels), size=draws)
@@ -77,12 +85,12 @@ def bootstrap_interval(
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray | None]:
-    """(mean, half width of Student's interval) over the first axis; None for one value."""
+    """Computes (mean, half width of Student's interval) over the first axis; None for one value."""
     count = len(values)
     if count < 2:
         return values.mean(axis=0), None
-    t = stats.t.ppf(0.5 + level / 2, count - 1)
-    return values.mean(axis=0), t * values.std(axis=0, ddof=1) / np.sqrt(count)
+    half = stats.t.ppf(0.5 + level / 2, count - 1) * stats.sem(values, axis=0)
+    return values.mean(axis=0), half
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

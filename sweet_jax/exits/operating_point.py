@@ -1,257 +1,319 @@
-"""From a dial to a threshold: all that a deployed model needs of its calibration rows.
+"""From a target to an operating point: the one resolver that every command and page uses.
 
-Shape letters: R replica, E exit, N examples.
+Thresholds are chosen on calibration rows; see `targets` for what can be asked for.
+
+Shape letters: R replica, E exit, N examples, K rows of a table.
 """
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sweet_jax.config import UserError, check_choice
-from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
+from sweet_jax.exits.calibration import Calibrator, fit_calibrator
 from sweet_jax.exits.certificates import (
     CERTIFICATE_KINDS,
+    NEVER,
     Certificate,
     LossCounts,
+    candidate_bounds,
     candidate_thresholds,
     certify,
     count_losses,
+    sequential_limits,
 )
+from sweet_jax.exits.cross_fitting import calibration_confidences
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.pareto import ParetoFront
-from sweet_jax.exits.policies import POLICIES, cross_fitted_confidences, exit_confidences
+from sweet_jax.exits.policies import POLICIES, exit_confidences
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.targets import TargetTable, check_targets
 
-# What each dial may be set to.
-TARGET_RANGES = {
-    "threshold": (-np.inf, np.inf),
-    "cost": (0.0, np.inf),
-    "milliseconds": (0.0, np.inf),
-    "accuracy": (0.0, 1.0),
-    "risk": (0.0, 1.0),
-    "agreement": (0.0, 1.0),
-    "level": (0.5, 0.9999),
-}
+_LEVEL = 0.95
+_ROUNDING = 1e-12  # of a cost or a metric
+# Under PCEE an accuracy is the threshold itself: a table holds these.
+_ACCURACIES = np.round(np.arange(200, -1, -1) / 200, 3)
 
 
-def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
-    """Raises UserError where two dials of RANGES are set, or one to a value out of its range.
+@dataclasses.dataclass(frozen=True)
+class OperatingPoint:
+    """Holds the threshold chosen for a target, and what it does.
 
-    `prefix` stands before the names in the error.
+    Attributes:
+      threshold: None where the calibration rows cannot meet the target.
+      reachable: the best value of the target's quantity that they can; NaN where the target is the
+        threshold.
+      calibration, validation: (cost, metric) at the threshold on either set of rows, None where
+        there is no threshold; calibration also for a certificate, whose rows are halved.
+      certificate: of a risk or an agreement.
+
     """
-    for name, value in values.items():
-        low, high = TARGET_RANGES[name]
-        if value is not None and not isinstance(value, numbers.Real):
-            raise UserError(f"{prefix}{name} must be a number; got {value!r}")
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{prefix}{name} must be from {low:g} to {high:g}; got {value:g}")
-    given = [name for name, value in values.items() if value is not None and name != "level"]
-    if len(given) > 1:
-        raise UserError(f"set one dial, not {len(given)}: {', '.join(prefix + n for n in given)}")
+
+    threshold: float | None
+    reachable: float = np.nan
+    calibration: tuple[float, float] | None = None
+    validation: tuple[float, float] | None = None
+    certificate: Certificate | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what results.json and exits.json hold of a point that is not certified."""
+        both = {"calibration": self.calibration, "validation": self.validation}
+        pairs = {name: None if pair is None else list(pair) for name, pair in both.items()}
+        return {"threshold": self.threshold, **pairs}
+
+
+class Resolution(NamedTuple):
+    """The threshold for a target."""
+
+    threshold: float | None  # None where the calibration rows cannot meet the target
+    calibrator: Calibrator  # that the policy reads at the threshold
+    reachable: float = np.nan  # see OperatingPoint
+    certificate: Certificate | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ThresholdResolver:
-    """What calibration rows say of one trained model: R = 1 throughout.
+    """Resolves targets to thresholds by the calibration rows of one trained model.
 
     Attributes:
-      fitted: on all calibration rows.
-      full: the last exit's score on them.
-      trades: of each policy, on calibration rows (cross-fitted where the policy reads curves).
-      halved: fitted on half of the rows, for certificates: None where they may not or cannot be
-        halved.
-      trials: of each policy and kind of certificate, on the other half.
+      calibrator: fitted on all calibration rows.
+      full: the last exit's metric on them.
+      fronts: of each policy, on calibration rows (cross-fitted where the policy reads curves).
+      half_calibrator: fitted on half of the rows, for certificates; None where they may not or
+        cannot be halved.
+      losses: of each policy and kind of certificate, on the other half.
       compared: how many models these rows had to choose from.
 
     """
 
-    fitted: Calibrator
+    calibrator: Calibrator
     full: float
-    trades: Mapping[str, ParetoFront]
-    halved: Calibrator | None
-    trials: Mapping[str, Mapping[str, LossCounts]]
+    fronts: Mapping[str, ParetoFront]
+    half_calibrator: Calibrator | None
+    losses: Mapping[str, Mapping[str, LossCounts]]
     compared: int = 1
 
     def threshold(
+        self, policy: str, *, clock: np.ndarray | None = None, **targets: float | None
+    ) -> tuple[float, Calibrator]:
+        """Returns the threshold for a target, and the calibrator that the policy reads at it.
+
+        Raises UserError as `resolve` does, and where the target cannot be met, with the best that
+        can.
+        """
+        found = self.resolve(policy, targets, clock)
+        if found.threshold is not None:
+            return found.threshold, found.calibrator
+        if found.certificate is not None:
+            kind, level = found.certificate.kind, found.certificate.level
+            raise UserError(
+                f"infeasible: the best certified is {kind} {found.reachable:.4f} with confidence "
+                f"{level:g}"
+            )
+        if targets.get("milliseconds") is not None:
+            best = f"{found.reachable:.2f} milliseconds"
+        else:
+            name = "metric" if targets.get("cost") is None else "cost"
+            best = f"{name} {found.reachable:.4f}"
+        raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
+
+    def resolve(
         self,
         policy: str,
-        *,
-        threshold: float | None = None,
-        cost: float | None = None,
-        accuracy: float | None = None,
-        risk: float | None = None,
-        agreement: float | None = None,
-        milliseconds: float | None = None,
-        level: float = 0.95,
+        targets: Mapping[str, float | None] | None = None,
         clock: np.ndarray | None = None,
-    ) -> tuple[float, Calibrator]:
-        """The threshold that a dial stands for, and what the policy is to read.
+    ) -> Resolution:
+        """Chooses the threshold for a target.
 
-        Without a dial, the cheapest threshold that keeps the last exit's score. Raises UserError
-        for an unknown policy, one that these rows do not know, two dials, a value out of range, or
-        a wish that cannot be met, with the best that can. milliseconds needs `clock`, see
-        `Trade.within_time`.
+        Within a cost or a time the one with the best metric; for an accuracy the cheapest with such
+        a metric, or under PCEE the accuracy itself; for a risk or an agreement the least strict
+        that is certified; without a target, the cheapest that keeps the last exit's metric.
+
+        Args:
+          policy: its name.
+          targets: at most one of TARGET_RANGES, by name, and the level of a certificate.
+          clock: float64 [E], milliseconds until each exit has answered; needed for milliseconds.
+
+        Raises:
+          UserError: an unknown policy, one that was not calibrated, two targets, a value out of its
+            range, milliseconds without a clock, or a certificate where there can be none.
+
         """
-        asked = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
-        asked |= {"agreement": agreement, "milliseconds": milliseconds, "level": level}
-        check_targets(asked)
+        values = {k: v for k, v in (targets or {}).items() if v is not None}
+        check_targets(values)
         check_choice("policy", policy, POLICIES)
-        if policy not in self.trades:
+        if policy not in self.fronts:
             raise UserError(
                 f"this model was not calibrated for the policy {policy!r}: set policy to one of "
-                f"{', '.join(self.trades)}"
+                f"{', '.join(self.fronts)}"
             )
-        if threshold is not None:
-            return threshold, self.fitted
-        if risk is not None:
-            return self._certified(policy, "risk", risk, level)
-        if agreement is not None:
-            return self._certified(policy, "agreement", 1 - agreement, level)
-        if accuracy is not None and POLICIES[policy].curve:
-            return accuracy, self.fitted  # PCEE's threshold is an accuracy
-        trade = self.trades[policy]
-        if milliseconds is not None:
-            if clock is None:
-                raise UserError(
-                    "milliseconds are not known for this model: python -m sweet_jax.predict "
-                    "--model=... --measure finds them on this machine"
-                )
-            found = trade.within_time(milliseconds, clock)
-            best = f"{float((trade.shares @ clock).min()):.2f} milliseconds"
-        elif cost is not None:
-            found, best = trade.within_cost(cost), f"cost {trade.cost[0]:.4f}"
-        else:
-            found = trade.with_score(self.full if accuracy is None else accuracy)
-            best = f"score {trade.score[-1]:.4f}"
-        if found is None:
-            raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
-        return found, self.fitted
+        level = values.pop("level", _LEVEL)
+        name, value = next(iter(values.items()), ("", self.full))
+        if name == "threshold":
+            return Resolution(value, self.calibrator)
+        if name == "accuracy" and POLICIES[policy].curve:
+            return Resolution(value, self.calibrator, float(self.fronts[policy].score[-1]))
+        if name in CERTIFICATE_KINDS:
+            certificate = self.certificate(
+                policy, name, value if name == "risk" else 1 - value, level
+            )
+            best = certificate.bound if name == "risk" else 1 - certificate.bound
+            assert self.half_calibrator is not None
+            return Resolution(certificate.threshold, self.half_calibrator, best, certificate)
+        table = self._front_table(policy, name or "accuracy", clock)
+        at = table.choose(value)
+        threshold = None if at is None else float(table.threshold[at])
+        return Resolution(threshold, self.calibrator, float(table.value[0]))
 
-    def _certified(
-        self, policy: str, kind: str, limit: float, level: float
-    ) -> tuple[float, Calibrator]:
-        found = self.certificate(policy, kind, limit, level)
-        if found.threshold is None:
-            best = found.bound if kind == "risk" else 1 - found.bound
+    def table(self, policy: str, target: str, level: float = _LEVEL) -> TargetTable:
+        """Tabulates what `resolve` chooses for every value of "cost", "accuracy" or a certificate.
+
+        Under PCEE, where an accuracy is the threshold itself, in steps of 0.005. Raises UserError
+        where there can be no certificate.
+        """
+        if target in CERTIFICATE_KINDS:
+            counts = self._loss_counts(policy, target)
+            bounds, thresholds = candidate_bounds(counts, level, self.compared), counts.thresholds
+            if not len(bounds):  # nothing leaves early
+                bounds, thresholds = np.zeros(1), np.full(1, NEVER)
+            limits = sequential_limits(bounds)
+            if target == "risk":
+                return TargetTable(limits, thresholds, True, reached=bounds)
+            return TargetTable(1 - limits, thresholds, False, reached=1 - bounds)
+        if target == "accuracy" and POLICIES[policy].curve:
+            return TargetTable(_ACCURACIES, _ACCURACIES, at_most=False)
+        return self._front_table(policy, target)
+
+    def _front_table(
+        self, policy: str, target: str, clock: np.ndarray | None = None
+    ) -> TargetTable:
+        front = self.fronts[policy]
+        if target == "cost":
+            return TargetTable(front.cost, front.threshold, True, _ROUNDING)
+        if target == "accuracy":
+            return TargetTable(front.score[::-1], front.threshold[::-1], False, _ROUNDING)
+        if clock is None:
             raise UserError(
-                f"infeasible: the best certified is {kind} {best:.4f} with confidence {level:g}"
+                "milliseconds are not known for this model: python -m sweet_jax.predict "
+                "--model=... --measure finds them on this machine"
             )
-        assert self.halved is not None
-        return found.threshold, self.halved
+        time = front.shares @ clock  # [P]
+        # A point that takes as long as a later one, whose metric is higher, is never chosen.
+        later = np.append(np.minimum.accumulate(time[::-1])[::-1][1:], np.inf)
+        use = time < later
+        return TargetTable(time[use], front.threshold[use], True)
 
-    def certificate(self, policy: str, kind: str, limit: float, level: float) -> Certificate:
-        """The certificate of a policy, see `risk.certify`. Raises UserError where there is none."""
-        if self.halved is None:
+    def certificate(
+        self, policy: str, kind: str, limit: float, level: float = _LEVEL
+    ) -> Certificate:
+        """Certifies a policy's threshold, see `certify`. Raises UserError where none can be."""
+        return certify(self._loss_counts(policy, kind), limit, level, self.compared)
+
+    def _loss_counts(self, policy: str, kind: str) -> LossCounts:
+        if self.half_calibrator is None:
             raise UserError(
                 "a certificate needs two calibration rows or more that are held out, and this run "
                 "has none: raise train_size, and set no preset that fits on the validation rows"
             )
-        if policy not in self.trials:
+        if policy not in self.losses:
             raise UserError(
-                f"the policy {policy!r} scores a row by the others beside it: its threshold cannot "
-                "be certified"
+                f"the confidence of the policy {policy!r} depends on the other rows: its threshold "
+                "cannot be certified"
             )
-        return certify(self.trials[policy][kind], limit, level, self.compared)
+        return self.losses[policy][kind]
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in exits.json; `from_dict` gives it back exactly."""
-        return self.fitted.as_dict() | {
+        """Returns what exits.json holds; `from_dict` restores it exactly."""
+        losses = {
+            policy: {kind: counts.as_dict() for kind, counts in every.items()}
+            for policy, every in self.losses.items()
+        }
+        half = self.half_calibrator
+        return self.calibrator.as_dict() | {
             "full": self.full,
             "compared": self.compared,
-            "trades": {
-                policy: {k: v.tolist() for k, v in vars(trade).items()}
-                for policy, trade in self.trades.items()
-            },
-            "certificates": None
-            if self.halved is None
-            else {
-                "fitted": self.halved.as_dict(),
-                "trials": {
-                    policy: {kind: trials.as_dict() for kind, trials in every.items()}
-                    for policy, every in self.trials.items()
-                },
-            },
+            "trades": {policy: front.as_dict() for policy, front in self.fronts.items()},
+            "certificates": half and {"fitted": half.as_dict(), "trials": losses},
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ThresholdResolver":
-        """What `as_dict` gave."""
-        trades = {
-            policy: ParetoFront(
-                **{f.name: np.asarray(v[f.name]) for f in dataclasses.fields(ParetoFront)}
-            )
-            for policy, v in values["trades"].items()
-        }
+        """Restores what `as_dict` returned."""
         certificates = values["certificates"] or {"fitted": None, "trials": {}}
-        halved = certificates["fitted"]
-        trials = {
-            policy: {kind: LossCounts.from_dict(v) for kind, v in every.items()}
-            for policy, every in certificates["trials"].items()
-        }
+        half = certificates["fitted"]
         return cls(
             Calibrator.from_dict(values),
             float(values["full"]),
-            trades,
-            halved and Calibrator.from_dict(halved),
-            trials,
+            {policy: ParetoFront.from_dict(v) for policy, v in values["trades"].items()},
+            half and Calibrator.from_dict(half),
+            {
+                policy: {kind: LossCounts.from_dict(v) for kind, v in every.items()}
+                for policy, every in certificates["trials"].items()
+            },
             int(values["compared"]),
         )
 
 
 def make_resolver(
-    calibration: ExitOutputs, policies: tuple[str, ...] | None = None, compared: int = 1
+    calibration: ExitOutputs,
+    policies: tuple[str, ...] | None = None,
+    compared: int = 1,
+    calibrator: Calibrator | None = None,
 ) -> ThresholdResolver:
-    """The dials of one replica's calibration rows, R = 1; by default of all that can be deployed.
+    """Makes the resolver of one replica's calibration rows.
 
-    Left out are learning-to-exit where it was not learned, and its min-max variant, which needs all
-    rows at once. `compared` is how many replicas the rows had to choose from.
+    Args:
+      calibration: R = 1.
+      policies: names; default those that can be deployed.
+      compared: how many replicas the rows had to choose from.
+      calibrator: fitted on the rows; default it is fitted here.
+
     """
-    fitted = fit_calibrator(calibration)
-    metric, classes = calibration.identity.get("metric", "accuracy"), calibration.logits.shape[-1]
-    full = compute_metric(metric, calibration.predictions[0, -1], calibration.labels[0], classes)
+    logits, labels = calibration.logits[0], calibration.labels[0]
+    if calibrator is None:
+        calibrator = fit_calibrator(logits, labels)
+    metric, classes = calibration.identity.metric, logits.shape[-1]
+    full = compute_metric(metric, logits[-1].argmax(axis=-1), labels, classes)
     names = policies or deployable_policies(calibration)
-    trades, trials = {}, {}
+    fronts, losses = {}, {}
     halves = _halves(calibration)
-    halved = None if halves is None else fit_calibrator(halves[0])
+    half = None if halves is None else fit_calibrator(halves[0].logits[0], halves[0].labels[0])
     for name in names:
-        scores = calibration_confidences(calibration, name, fitted)
-        trades[name] = ParetoFront.of(simulate(calibration, lambda *_, s=scores: s), 0)
-        if halves is not None and is_deployable(name, calibration):
-            fitting, tested = halves
-            levels = candidate_thresholds(exit_confidences(fitting, name, halved)[0])
-            found = exit_confidences(tested, name, halved)[0]
-            trials[name] = {k: count_losses(tested, 0, found, levels, k) for k in CERTIFICATE_KINDS}
-    return ThresholdResolver(fitted, full, trades, halved, trials, compared)
+        found = calibration_confidences(calibration, name, (calibrator,))
+        curve = simulate(calibration, lambda *_, found=found: found)
+        fronts[name] = ParetoFront.from_curve(curve, 0)
+        if halves is not None and half is not None and is_deployable(name, calibration):
+            losses[name] = _count_losses(name, half, *halves)
+    return ThresholdResolver(calibrator, full, fronts, half, losses, compared)
+
+
+def _count_losses(
+    policy: str, calibrator: Calibrator, fitting: ExitOutputs, tested: ExitOutputs
+) -> dict[str, LossCounts]:
+    """Counts the losses of either kind on rows that fitted neither calibrator nor candidates."""
+    pair = [exit_confidences(rows, policy, (calibrator,))[0] for rows in (fitting, tested)]
+    candidates = candidate_thresholds(pair[0])
+    return {k: count_losses(tested, 0, pair[1], candidates, k) for k in CERTIFICATE_KINDS}
 
 
 def deployable_policies(outputs: ExitOutputs) -> tuple[str, ...]:
-    """The policies that are `is_deployable`."""
+    """Returns the names of the policies that are `is_deployable`."""
     return tuple(name for name in POLICIES if is_deployable(name, outputs))
 
 
 def is_deployable(policy: str, outputs: ExitOutputs) -> bool:
-    """Whether a policy can answer one example at a time, from outputs such as these."""
+    """Returns whether a policy can answer one example at a time, given outputs like these."""
     learned = outputs.exit_scores is not None
-    return policy != "learning_to_exit_min_max" and (learned or policy != "learning_to_exit")
-
-
-def calibration_confidences(
-    calibration: ExitOutputs, policy: str, fitted: Calibrator
-) -> np.ndarray:
-    """Scores [R, E, N] of the calibration rows themselves, cross-fitted where curves are read."""
-    if POLICIES[policy].curve:
-        return cross_fitted_confidences(calibration, policy)
-    return exit_confidences(calibration, policy, fitted)
+    return not POLICIES[policy].needs_all_rows and (learned or policy != "learning_to_exit")
 
 
 def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:
-    """Rows to fit on and rows to test, drawn by a fixed seed; None where they may not be."""
+    """Splits rows into those to fit on and to test, by a fixed seed; None where it may not."""
     count = calibration.labels.shape[1]
-    if calibration.identity.get("fitted_on", "held_out") != "held_out" or count < 2:
+    if calibration.identity.fitted_on != "held_out" or count < 2:
         return None
     rows = np.random.default_rng(0).permutation(count)
     return calibration.rows(rows[: count // 2]), calibration.rows(rows[count // 2 :])

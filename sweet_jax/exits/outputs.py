@@ -1,4 +1,4 @@
-"""ExitOutputs: what every exit said of every example, the hub between training and analysis.
+"""ExitOutputs: the logits of every exit on every example, the hub between training and analysis.
 
 Shape letters: R replica, E exit, N examples, C classes.
 """
@@ -16,9 +16,49 @@ from sweet_jax.config import UserError
 from sweet_jax.files import atomic_write
 
 
+@dataclasses.dataclass(frozen=True)
+class RunIdentity:
+    """Identifies the run and the rows that outputs are of.
+
+    Attributes:
+      split: "calibration", "tuning" or "validation".
+      task, method, checkpoint, preset, learning_to_exit: as in the run's config.
+      fitted_on: rows that calibration uses: "held_out" of training, or "validation" and
+        "validation_dropout", the rows that are reported.
+      policy: the run's exit policy.
+      metric: "accuracy", "matthews" or "f1".
+      classes: names of the classes [C]; empty where they are not known.
+      replicas: (seed, learning rate) of each replica [R]; empty where they are not known.
+
+    """
+
+    split: str = ""
+    task: str = ""
+    method: str = ""
+    checkpoint: str = ""
+    preset: str = ""
+    fitted_on: str = "held_out"
+    policy: str = "confidence"
+    learning_to_exit: str = ""
+    metric: str = "accuracy"
+    classes: tuple[str, ...] = ()
+    replicas: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))
+        replicas = tuple((int(seed), float(rate)) for seed, rate in self.replicas)
+        object.__setattr__(self, "replicas", replicas)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunIdentity":
+        """Reads what `dataclasses.asdict` gave; keys of other versions are ignored."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitOutputs:
-    """The logits of every exit of one split, and what reaching each exit costs.
+    """Holds the logits of every exit on one split, and the cost of reaching each exit.
 
     Attributes:
       logits: float32 [R, E, N, C]; [E, N, C] is taken as one replica.
@@ -27,10 +67,11 @@ class ExitOutputs:
       cost: float64 [E], share of the full model's layers spent when exit e answers, ascending.
         Default layers / layers[-1]: Early-Exit and SWEET.
       exit_scores: float32 [R, E, N] or None, learning-to-exit scores.
-      identity: what run this is: task, method, classes, metric, replicas and so on.
+      identity: of the run; its metric is the one that curves and tables report.
 
     Raises:
-      ValueError: shapes that do not fit, labels outside the classes, layers or cost not ascending.
+      ValueError: shapes that do not match, labels outside the classes, layers or cost not
+        ascending, or an identity that is not a RunIdentity.
 
     """
 
@@ -39,7 +80,7 @@ class ExitOutputs:
     layers: np.ndarray
     cost: np.ndarray = None  # type: ignore[assignment]  # filled in by __post_init__
     exit_scores: np.ndarray | None = None
-    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    identity: RunIdentity = RunIdentity()
 
     def __post_init__(self) -> None:
         def put(name: str, value: np.ndarray) -> None:
@@ -66,14 +107,16 @@ class ExitOutputs:
             put("exit_scores", np.asarray(self.exit_scores, np.float32))
             if self.exit_scores.shape != (r, e, n):
                 raise ValueError(f"exit_scores must be [R, E, N]; got {self.exit_scores.shape}")
+        if not isinstance(self.identity, RunIdentity):
+            raise ValueError(f"identity must be a RunIdentity; got {self.identity!r}")
 
     @property
     def predictions(self) -> np.ndarray:
-        """The class each exit gives, int64 [R, E, N]."""
+        """Returns the predicted class of each exit, int64 [R, E, N]."""
         return self.logits.argmax(axis=-1)
 
     def replica(self, index: int) -> "ExitOutputs":
-        """One replica alone, R = 1."""
+        """Returns one replica alone, R = 1."""
         scores = self.exit_scores
         return dataclasses.replace(
             self,
@@ -83,7 +126,7 @@ class ExitOutputs:
         )
 
     def rows(self, index: np.ndarray) -> "ExitOutputs":
-        """Some of the examples: index int [N'], of all replicas alike."""
+        """Returns some of the examples, the same of every replica: index int [N']."""
         scores = self.exit_scores
         return dataclasses.replace(
             self,
@@ -93,13 +136,13 @@ class ExitOutputs:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes one .npz, whole or not at all."""
+        """Writes one .npz file, atomically."""
         arrays: dict[str, Any] = {
             "logits": self.logits,
             "labels": self.labels,
             "layers": self.layers,
             "cost": self.cost,
-            "identity": np.asarray(json.dumps(dict(self.identity))),
+            "identity": np.asarray(json.dumps(dataclasses.asdict(self.identity))),
         }
         if self.exit_scores is not None:
             arrays["exit_scores"] = self.exit_scores
@@ -108,20 +151,27 @@ class ExitOutputs:
 
     @classmethod
     def load(cls, path: str | Path) -> "ExitOutputs":
-        """Reads what `save` wrote; nothing is unpickled. Raises UserError for any other file."""
+        """Reads what `save` wrote, without unpickling. Raises UserError for any other file."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in arrays.files}
-            identity = json.loads(str(found.pop("identity", "{}")))
+            identity = RunIdentity.from_dict(json.loads(str(found.pop("identity", "{}"))))
             return cls(**found, identity=identity)
         except FileNotFoundError as error:
             raise UserError(f"there are no exit outputs at {str(path)!r}") from error
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as error:
             raise UserError(f"{str(path)!r} does not hold exit outputs: {error}") from error
 
 
 def layer_cost(layers: Sequence[int], method: str) -> np.ndarray:
-    """Share of the full model's layers spent when each exit answers, float64 [E].
+    """Returns the share of the full model's layers spent when each exit answers, float64 [E].
 
     Multi-Model runs its models one after the other and pays the running sum of their depths
     (SWEET paper, section 3).

@@ -1,146 +1,205 @@
-"""Exit policies: a policy is a score, a dial is a threshold.
+"""Exit policies: pure functions from the logits of the exits so far to exit confidences.
 
-Shape letters: R replica, E exit, N examples, C classes.
+An example leaves at the first exit whose confidence reaches the threshold; the last exit takes the
+rest. Evaluation and serving call the same functions.
+
+Shape letters: R replica, E exit, E' exits so far, N examples, C classes.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
 
 from sweet_jax.config import UserError, check_choice
-from sweet_jax.exits.calibration import BELOW_ONE, confidence, probabilities
-from sweet_jax.exits.calibrator import Calibrator, fit_calibrator
+from sweet_jax.exits.calibration import (
+    BELOW_ONE,
+    Calibrator,
+    max_probability,
+    probabilities,
+)
 from sweet_jax.exits.outputs import ExitOutputs
 
-# A policy maps outputs and temperatures [R, E] to scores float64 [R, E, N]; higher means "answer
-# here". An example leaves at the first exit whose score reaches the threshold.
-PolicyFunction = Callable[[ExitOutputs, np.ndarray], np.ndarray]
+# From logits float32 [E', N, C], learned scores float32 [E', N] or None, and the calibrator of one
+# replica to exit confidences float64 [E', N]: higher means "answer here", NaN never.
+ConfidenceFunction = Callable[[np.ndarray, np.ndarray | None, Calibrator], np.ndarray]
+
+# A user's own policy: from outputs and temperatures [R, E'] to exit confidences [R, E', N].
+PolicyFunction = Callable[..., np.ndarray]
 
 
-def cross_fitted_confidences(
-    calibration: ExitOutputs, policy: str | PolicyFunction, folds: int = 5
+class UnlabeledOutputs(NamedTuple):
+    """The outputs that a user's own policy reads when texts are served, under ExitOutputs' names.
+
+    Attributes:
+      logits: float32 [R, E', N, C].
+      layers: int64 [E'], layer numbers.
+      exit_scores: float32 [R, E', N] or None, learning-to-exit scores.
+
+    """
+
+    logits: np.ndarray
+    layers: np.ndarray
+    exit_scores: np.ndarray | None = None
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """Returns the predicted class of each exit, int64 [R, E', N]."""
+        return self.logits.argmax(axis=-1)
+
+
+def confidence(
+    logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator
 ) -> np.ndarray:
-    """Scores [R, E, N] of calibration rows, each by what the rows of the other folds say.
+    """Computes the largest probability after temperature scaling, below 1, [E', N]."""
+    return max_probability(logits, calibrator.temperatures)
 
-    A threshold chosen on scores that were read off the same rows' own curve would promise too much.
-    The folds are drawn by a fixed seed; a single row is left to its own fit.
+
+def raw_confidence(
+    logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator
+) -> np.ndarray:
+    """Computes the largest probability without temperature scaling, below 1, [E', N]."""
+    return max_probability(logits, np.ones(len(logits)))
+
+
+def confidence_float32(
+    logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator
+) -> np.ndarray:
+    """Computes the largest probability in float32, as SWEET's release does, [E', N].
+
+    It rounds to 1.0 at a logit gap of about 17, so that examples leave early at a threshold of 1
+    too.
     """
-    count = calibration.labels.shape[1]
-    kinds: list[str] = []
-    if isinstance(policy, str):
-        check_choice("policy", policy, POLICIES)
-        kinds = [POLICIES[policy].curve] if POLICIES[policy].curve else []
-    part = np.random.default_rng(0).permutation(count) % folds  # [N]
-    scores = np.empty(calibration.logits.shape[:3])
-    for fold in np.unique(part):
-        own = np.flatnonzero(part == fold)
-        others = np.flatnonzero(part != fold)
-        fitted = fit_calibrator(calibration.rows(others if len(others) else own), kinds)
-        scores[..., own] = exit_confidences(calibration.rows(own), policy, fitted)
-    return scores
-
-
-def raw_confidence(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """The same of the logits as they are, whatever the temperatures."""
-    return confidence(outputs, np.ones_like(temperatures))
-
-
-def confidence_float32(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """Largest probability in float32, as the release computes it: 1.0 at a logit gap of about 17,
-    so that sure examples leave early at a threshold of 1 too.
-    """
-    scaled = outputs.logits / temperatures[..., None, None].astype(np.float32)
+    scaled = logits / calibrator.temperatures[:, None, None].astype(np.float32)
     exponent = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     largest = 1 / exponent.sum(axis=-1)
     return largest.astype(np.float32).astype(np.float64)
 
 
-def entropy(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """1 - entropy / log C, below 1: 0 where all classes are equally likely (BranchyNet's rule,
-    Teerapittayanon et al. 2016, turned round so that higher means sure).
+def entropy(logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator) -> np.ndarray:
+    """Computes 1 - entropy / log C, below 1, [E', N]: 0 where all classes are equally likely.
+
+    BranchyNet's rule (Teerapittayanon et al. 2016), reversed so that higher means more certain.
     """
-    scaled = outputs.logits.astype(np.float64) / temperatures[..., None, None]
-    logs = log_softmax(scaled, axis=-1)  # [R, E, N, C]
+    scaled = logits.astype(np.float64) / calibrator.temperatures[:, None, None]
+    logs = log_softmax(scaled, axis=-1)  # [E', N, C]
     with np.errstate(invalid="ignore"):  # 0 times -inf, of a probability that is 0
         terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)
     share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))
     return np.clip(1 + share, 0, BELOW_ONE)
 
 
-def margin(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """Largest probability less the second largest, below 1."""
-    ordered = np.sort(probabilities(outputs, temperatures), axis=-1)  # [R, E, N, C]
+def margin(logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator) -> np.ndarray:
+    """Computes the largest probability minus the second largest, below 1, [E', N]."""
+    ordered = np.sort(probabilities(logits, calibrator.temperatures), axis=-1)  # [E', N, C]
     second = ordered[..., -2] if ordered.shape[-1] > 1 else 0.0
     return np.minimum(ordered[..., -1] - second, BELOW_ONE)
 
 
-def patience(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """How many exits in a row, this one the last, give this exit's class: 1 to E (PABEE, Zhou et
-    al. 2020, arXiv 2006.04152, whose patience p is a threshold of p + 1).
+def patience(logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator) -> np.ndarray:
+    """Counts the exits in a row, up to this one, that predict this exit's class, 1 to E', [E', N].
+
+    PABEE (Zhou et al. 2020, arXiv 2006.04152): its patience p is a threshold of p + 1.
     """
-    given, sound = outputs.predictions, np.isfinite(outputs.logits).all(axis=-1)  # [R, E, N]
-    score = np.ones(given.shape)
-    for e in range(1, given.shape[1]):
-        # What diverged agrees with nobody: its answer is the first class whatever the text.
-        agrees = (given[:, e] == given[:, e - 1]) & sound[:, e - 1]
-        score[:, e] += np.where(agrees, score[:, e - 1], 0)
-    return np.where(sound, score, np.nan)
+    predicted, finite = logits.argmax(axis=-1), np.isfinite(logits).all(axis=-1)  # [E', N]
+    found = np.ones(predicted.shape)
+    for e in range(1, len(predicted)):
+        # An exit that diverged agrees with none: it predicts the first class for every text.
+        agrees = (predicted[e] == predicted[e - 1]) & finite[e - 1]
+        found[e] += np.where(agrees, found[e - 1], 0)
+    return np.where(finite, found, np.nan)
 
 
-def voting(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """Confidences of the exits so far that give this exit's class, summed: confidence and patience
-    in one number, up to E.
+def voting(logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator) -> np.ndarray:
+    """Sums the confidences of the exits so far that predict this exit's class, up to E', [E', N].
+
+    Confidence and patience in one number.
     """
-    given, sure = outputs.predictions, confidence(outputs, temperatures)
-    agree = given[:, :, None] == given[:, None]  # [R, E, earlier E, N]
-    earlier = np.tri(given.shape[1], dtype=bool)[..., None]
-    votes = np.where(agree & earlier, np.nan_to_num(sure)[:, None], 0).sum(axis=2)
-    return np.where(np.isnan(sure), np.nan, votes)
+    predicted = logits.argmax(axis=-1)  # [E', N]
+    found = max_probability(logits, calibrator.temperatures)  # [E', N]
+    agree = predicted[:, None] == predicted[None]  # [E', earlier E', N]
+    earlier = np.tri(len(predicted), dtype=bool)[..., None]
+    votes = np.where(agree & earlier, np.nan_to_num(found), 0).sum(axis=1)
+    return np.where(np.isnan(found), np.nan, votes)
 
 
-def learning_to_exit(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """What each exit's learning-to-exit head says, below 1; temperatures play no part.
+def learning_to_exit(
+    logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator
+) -> np.ndarray:
+    """Returns the score of each exit's learning-to-exit head, below 1, [E', N].
 
-    As with confidence, a threshold of 1 sends every example to the last exit. Raises UserError
-    where the outputs have no such scores.
+    Temperatures are not read. As with confidence, a threshold of 1 sends every example to the last
+    exit. Raises UserError where there are no such scores.
     """
-    return np.minimum(_learned(outputs), BELOW_ONE)
+    return np.minimum(_learned_scores(learned), BELOW_ONE)
 
 
-def learning_to_exit_min_max(outputs: ExitOutputs, temperatures: np.ndarray) -> np.ndarray:
-    """The same, min-max normalised for each exit over the rows at hand, as the release does.
+def learning_to_exit_min_max(
+    logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator
+) -> np.ndarray:
+    """Normalises learning-to-exit scores of each exit over the N rows, as SWEET's release does.
 
-    NaN (never answers early) where an exit gives all rows one score. Raises UserError likewise.
+    NaN (never leaves early) where an exit has one score for all rows. Raises UserError where there
+    are no scores.
     """
-    scores = _learned(outputs)
+    scores = _learned_scores(learned)
     low, high = scores.min(axis=-1, keepdims=True), scores.max(axis=-1, keepdims=True)
     span = np.where(high > low, high - low, np.nan)
     return (scores - low) / span
 
 
-def _learned(outputs: ExitOutputs) -> np.ndarray:
-    if outputs.exit_scores is None:
+def calibrated_accuracy(
+    logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator, *, kind: str
+) -> np.ndarray:
+    """Reads the accuracy that calibration rows of the same confidence had at this exit, [E', N].
+
+    PCEE (Mofakhami et al. 2024, arXiv 2412.19325): the threshold is an accuracy. `kind` is that of
+    the reliability curve.
+    """
+    found = max_probability(logits, calibrator.temperatures)
+    pairs = zip(calibrator.curves[kind], found, strict=True)
+    return np.stack([curve(row) for curve, row in pairs])
+
+
+def _learned_scores(learned: np.ndarray | None) -> np.ndarray:
+    if learned is None:
         raise UserError(
             "these outputs hold no learning-to-exit scores: train with "
             "--config.learning_to_exit=joint, or choose the policy 'confidence'"
         )
-    return outputs.exit_scores.astype(np.float64)
+    return learned.astype(np.float64)
 
 
-class Policy(NamedTuple):
-    """A policy that has a name."""
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Describes a named policy.
 
-    score: PolicyFunction
+    Attributes:
+      confidences: the function.
+      about: one line of help.
+      curve: kind of the reliability curve that it reads, if any; then the threshold is an accuracy.
+      by_exits: whether its largest value is the number of exits rather than 1.
+      low: its smallest value; None = 1 / C.
+      needs_all_rows: whether the confidence of a row depends on the rows beside it, so that it can
+        neither be served nor certified.
+
+    """
+
+    confidences: ConfidenceFunction
     about: str
-    curve: str = ""  # the kind of reliability curve that the score is read through, if any
+    curve: str = ""
     by_exits: bool = False
-    low: float | None = 0.0  # its smallest score; None = 1 / C
+    low: float | None = 0.0
+    needs_all_rows: bool = False
 
 
-# PCEE (Mofakhami et al. 2024, arXiv 2412.19325): the accuracy that calibration rows of the same
-# confidence had at this exit, so that the threshold is an accuracy.
+def _pcee(kind: str, about: str) -> Policy:
+    return Policy(partial(calibrated_accuracy, kind=kind), about, kind)
+
+
 POLICIES: dict[str, Policy] = {
     "confidence": Policy(confidence, "largest probability, after temperature", low=None),
     "raw_confidence": Policy(raw_confidence, "largest probability, no temperature", low=None),
@@ -151,25 +210,21 @@ POLICIES: dict[str, Policy] = {
     "margin": Policy(margin, "largest probability less the second, after temperature"),
     "patience": Policy(patience, "exits in a row that agree: 1, 2, ...", by_exits=True, low=1.0),
     "voting": Policy(voting, "summed confidence of the exits that agree", by_exits=True),
-    "learning_to_exit": Policy(learning_to_exit, "what the learning-to-exit heads say"),
+    "learning_to_exit": Policy(learning_to_exit, "score of the learning-to-exit heads"),
     "learning_to_exit_min_max": Policy(
-        learning_to_exit_min_max, "the same over its range on these rows, as SWEET's release"
+        learning_to_exit_min_max,
+        "that score over its range on these rows, as SWEET's release",
+        needs_all_rows=True,
     ),
-    "pcee": Policy(
-        confidence, "accuracy of calibration rows in bins of equal width", "equal_width"
-    ),
-    "pcee_equal_mass": Policy(
-        confidence, "accuracy of calibration rows in bins of equal counts", "equal_mass"
-    ),
-    "pcee_isotonic": Policy(
-        confidence, "accuracy of calibration rows, rising with confidence", "isotonic"
-    ),
-    "pcee_ws": Policy(confidence, "accuracy of calibration rows, smoothed (PCEE-WS)", "kernel"),
+    "pcee": _pcee("equal_width", "accuracy of calibration rows in bins of equal width"),
+    "pcee_equal_mass": _pcee("equal_mass", "accuracy of calibration rows in bins of equal counts"),
+    "pcee_isotonic": _pcee("isotonic", "accuracy of calibration rows, rising with confidence"),
+    "pcee_ws": _pcee("kernel", "accuracy of calibration rows, smoothed (PCEE-WS)"),
 }
 
 
 def grid_thresholds(policy: str, classes: int, exits: int, points: int = 11) -> np.ndarray:
-    """Thresholds evenly spaced over the range of the policy's scores, float64 [points].
+    """Returns thresholds evenly spaced over the range of a policy's confidences, float64 [points].
 
     That is (1/C, 1) for a largest probability, the 11 of the SWEET paper's experimental setup,
     (0, 1) for most others; patience counts, and has one for each exit.
@@ -182,34 +237,62 @@ def grid_thresholds(policy: str, classes: int, exits: int, points: int = 11) -> 
 
 
 def exit_confidences(
-    outputs: ExitOutputs, policy: str | PolicyFunction, fitted: Calibrator | None = None
+    outputs: ExitOutputs | UnlabeledOutputs,
+    policy: str | PolicyFunction,
+    calibrators: Sequence[Calibrator] | None = None,
 ) -> np.ndarray:
-    """Scores [R, E, N] of a policy by name, or of the user's own function.
+    """Computes the exit confidences of a policy, float64 [R, E, N].
 
-    Without `fitted`, temperatures are 1. A score that is not a number counts as -inf: what diverged
-    never answers before the last exit. Raises UserError for an unknown name, or a policy that
-    reads curves where none are fitted.
+    A confidence that is not a number becomes -inf: an exit that diverged never answers before the
+    last.
+
+    Args:
+      outputs: of any rows.
+      policy: a name in POLICIES, or the user's own function.
+      calibrators: of the replicas [R]; without, temperatures are 1.
+
+    Raises:
+      UserError: an unknown name, a policy that reads curves where none are fitted, or one that
+        reads learned scores where there are none.
+      ValueError: calibrators of other replicas or exits, or a function that returns another shape.
+
     """
-    if fitted is None:
-        fitted = Calibrator(np.ones(outputs.logits.shape[:2]))
-    if fitted.temperatures.shape != outputs.logits.shape[:2]:
+    replicas, exits = outputs.logits.shape[:2]
+    if calibrators is None:
+        calibrators = [Calibrator.unfitted(exits)] * replicas
+    if [c.temperatures.shape for c in calibrators] != [(exits,)] * replicas:
         raise ValueError(
-            f"outputs of {outputs.logits.shape[:2]} replicas and exits need what was fitted on as "
-            f"many; got {fitted.temperatures.shape}"
+            f"outputs of {replicas} replicas with {exits} exits need calibrators of as many "
+            f"replicas and exits; got {[c.temperatures.shape for c in calibrators]}"
         )
-    curves = None
-    if isinstance(policy, str):
-        check_choice("policy", policy, POLICIES)
-        rule = POLICIES[policy]
-        if rule.curve:
-            curves = fitted.curves.get(rule.curve)
-            if curves is None:
-                raise UserError(f"the policy {policy!r} needs calibration rows: give them too")
-        policy = rule.score
-    scores = np.asarray(policy(outputs, fitted.temperatures), np.float64)
-    if scores.shape != outputs.logits.shape[:3]:
-        raise ValueError(f"a policy must return [R, E, N]; got {scores.shape}")
-    if curves is not None:
-        pairs = zip(curves, scores, strict=True)
-        scores = np.stack([[c(s) for c, s in zip(*pair, strict=True)] for pair in pairs])
-    return np.where(np.isnan(scores), -np.inf, scores)
+    if callable(policy):
+        temperatures = np.stack([c.temperatures for c in calibrators])  # [R, E]
+        found = np.asarray(policy(outputs, temperatures), np.float64)
+    else:
+        learned = [None] * replicas if outputs.exit_scores is None else outputs.exit_scores
+        each = zip(outputs.logits, learned, calibrators, strict=True)
+        found = np.stack([policy_confidences(policy, *replica) for replica in each])
+    if found.shape != outputs.logits.shape[:3]:
+        raise ValueError(f"a policy must return [R, E, N]; got {found.shape}")
+    return np.where(np.isnan(found), -np.inf, found)
+
+
+def policy_confidences(
+    policy: str, logits: np.ndarray, learned: np.ndarray | None, calibrator: Calibrator
+) -> np.ndarray:
+    """Computes the exit confidences of a named policy for one replica, float64 [E', N].
+
+    Args:
+      policy: a name in POLICIES.
+      logits: float32 [E', N, C].
+      learned: float32 [E', N], learning-to-exit scores, or None.
+      calibrator: of these exits.
+
+    Raises UserError as `exit_confidences` does.
+
+    """
+    check_choice("policy", policy, POLICIES)
+    rule = POLICIES[policy]
+    if rule.curve and rule.curve not in calibrator.curves:
+        raise UserError(f"the policy {policy!r} needs calibration rows: give them too")
+    return rule.confidences(logits, learned, calibrator)

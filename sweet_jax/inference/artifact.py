@@ -19,7 +19,7 @@ from flax import nnx
 
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.load import Dataset
-from sweet_jax.exits.analysis import Analysis, OperatingPoint, cheapest_full_score
+from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import write_json, write_text
 from sweet_jax.models.early_exit import EarlyExit
@@ -85,7 +85,7 @@ def save_model(
 
 def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, Any]:
     best = analysis.best
-    keep = cheapest_full_score(analysis, best)
+    keep = analysis.operating_point(best)
     seed, rate = analysis.replicas[best]
     temperatures = analysis.temperatures[best]
     return {
@@ -103,7 +103,7 @@ def _exits(config: Config, dataset: Dataset, analysis: Analysis) -> dict[str, An
         "policy": config.policy,
         "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
         "dials": analysis.resolver(best, deployable_policies(analysis.validation)).as_dict()
-        | {"full_score": keep.as_dict() if isinstance(keep, OperatingPoint) else None},
+        | {"full_score": None if keep.threshold is None else keep.as_dict()},
     }
 
 

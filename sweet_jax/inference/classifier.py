@@ -15,7 +15,7 @@ import numpy as np
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.data.batches import encode
-from sweet_jax.exits.calibrator import Calibrator
+from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import POLICIES, PolicyFunction
 from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import SavedModel, open_model
@@ -42,8 +42,8 @@ class AdaptiveClassifier:
 
     Args:
       model: what `open_model` read.
-      policy: name of an exit policy, or a function of (outputs, temperatures) such as
-        `exits/policies.py` has; of the outputs of the exits so far.
+      policy: name of an exit policy, or a function of (outputs of the exits so far, temperatures),
+        see `UnlabeledOutputs`.
       dial: at most one of threshold, cost, accuracy, risk, agreement, milliseconds; and level.
       programs: compiled ones of the same model, to be shared.
 
@@ -74,12 +74,12 @@ class AdaptiveClassifier:
                 clock = measured.alone(int(model.about["median_tokens"]))
             self.threshold, fitted = model.resolver.threshold(self.policy, **dial, clock=clock)
         elif set(dial) - {"level"} == {"threshold"}:
-            self.threshold, fitted = dial["threshold"], model.resolver.fitted
+            self.threshold, fitted = dial["threshold"], model.resolver.calibrator
         else:
             raise UserError("a policy of your own needs threshold=; the other dials know names")
         self._leaving: list[float] = []
         if isinstance(self.policy, str):
-            self._leaving = model.resolver.trades[self.policy].leaving(self.threshold)
+            self._leaving = model.resolver.fronts[self.policy].leaving(self.threshold)
         self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
         self.full = self.threshold == math.inf
         self._lengths = row_lengths(model.max_length)
@@ -124,7 +124,7 @@ class AdaptiveClassifier:
             ~/.cache/sweet_jax/xla. It is JAX's own cache: a directory that JAX was already told
             stays.
 
-        Raises UserError, see `open_model` and `Dials.threshold`.
+        Raises UserError, see `open_model` and `ThresholdResolver.threshold`.
 
         """
         enable_compilation_cache(cache_dir)
@@ -143,7 +143,7 @@ class AdaptiveClassifier:
     @property
     def fitted(self) -> Calibrator:
         """What the policy reads: temperatures, and curves."""
-        return self._rule.fitted
+        return self._rule.calibrator
 
     @property
     def text_columns(self) -> tuple[str, ...]:

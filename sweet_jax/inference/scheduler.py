@@ -10,53 +10,51 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from sweet_jax.exits.calibration import softmax_with_temperature
-from sweet_jax.exits.calibrator import Calibrator
-from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import PolicyFunction, exit_confidences
+from sweet_jax.exits.calibration import Calibrator, softmax_with_temperature
+from sweet_jax.exits.policies import PolicyFunction, UnlabeledOutputs, exit_confidences
 from sweet_jax.inference.jax_engine import Inputs, JaxEngine, Stage, batch_sizes, uses_pool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitRule:
-    """Who leaves: a policy's score that reaches a threshold, as in `exits/simulation.py`.
+    """Decides which rows leave: those whose exit confidence reaches the threshold.
 
     Attributes:
-      policy: a name, or a function of the exits so far.
-      threshold: leave at the first score of at least this.
-      fitted: what the policy reads.
+      policy: a name, or a function of (outputs of the exits so far, temperatures), see
+        `UnlabeledOutputs`.
+      threshold: leave at the first exit confidence of at least this.
+      calibrator: of all exits.
       layers: of all exits [E].
 
     """
 
     policy: str | PolicyFunction
     threshold: float
-    fitted: Calibrator
+    calibrator: Calibrator
     layers: tuple[int, ...]
 
     def leaves(self, rows: Sequence["Request"]) -> np.ndarray:
-        """Whether each of some rows leaves at the exit it is at, all at one: bool [N]."""
+        """Returns whether each of some rows leaves at the exit that all have reached, bool [N]."""
         count = len(rows[0].logits)
-        logits = np.stack([row.logits for row in rows], axis=1)  # [E so far, N, C]
+        logits = np.stack([row.logits for row in rows], axis=1)[None]  # [1, E', N, C]
         learned = None
         if rows[0].exit_scores:
-            learned = np.asarray([row.exit_scores for row in rows]).T[None]  # [1, E so far, N]
-        outputs = ExitOutputs(
-            logits, np.zeros(len(rows)), np.asarray(self.layers[:count]), exit_scores=learned
-        )
-        scores = exit_confidences(outputs, self.policy, self.fitted.exits(count))
-        return scores[0, -1] >= self.threshold
+            scores = [row.exit_scores for row in rows]
+            learned = np.asarray(scores, np.float32).T[None]  # [1, E', N]
+        outputs = UnlabeledOutputs(logits, np.asarray(self.layers[:count]), learned)
+        calibrators = [self.calibrator.first_exits(count)]
+        return exit_confidences(outputs, self.policy, calibrators)[0, -1] >= self.threshold
 
     def probabilities(self, logits: np.ndarray, exits: np.ndarray) -> np.ndarray:
-        """Softmax after the temperature of the exit of each row, float64 [N, C].
+        """Computes the softmax after the temperature of each row's exit, float64 [N, C].
 
         Args:
           logits: [N, C].
           exits: index of each row's, int [N].
 
         """
-        fitted = self.fitted.temperatures[0, exits]  # [N], NaN where an exit diverged
-        return softmax_with_temperature(logits, np.where(np.isfinite(fitted), fitted, 1)[:, None])
+        found = self.calibrator.temperatures[exits]  # [N], NaN where an exit diverged
+        return softmax_with_temperature(logits, np.where(np.isfinite(found), found, 1)[:, None])
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.simulation import bootstrap_curve
+from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.files import atomic_write
 from sweet_jax.report.series import (
     BOUNDS,
@@ -68,7 +68,7 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
         axes.step(analysis.curve.cost[r], analysis.curve.score[r], where="post", **style)
     axes.plot([], [], color="#21918c", label="every threshold, 95% band over rows")
     rows = analysis.validation.replica(best)
-    band = bootstrap_curve(rows, analysis.policy, fitted=analysis.fitted.replica(best))
+    band = bootstrap_curve(rows, analysis.policy, calibrators=[analysis.calibrators[best]])
     low, high = band.score_interval[0].T
     axes.fill_between(band.cost[0], low, high, color="#21918c", alpha=0.12, lw=0)
     grid = results["replicas"][best]["grid"]

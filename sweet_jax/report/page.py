@@ -1,4 +1,4 @@
-"""report.html: one self-contained page, drawn by plotly, with a slider over the threshold.
+"""report.html, a self-contained page with a slider over the threshold; and the comparison page.
 
 Shape letters: R replica, E exit, T thresholds.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 import plotly.offline
 
-from sweet_jax.exits.analysis import Analysis
+from sweet_jax.exits.analysis import Analysis, curve_area
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
@@ -87,69 +87,79 @@ def write_report(
     write_text(path, page)
 
 
-def write_comparison(path: Path, runs: Sequence[tuple[str, Mapping[str, Any], Analysis]]) -> None:
-    """Writes one page that overlays the curves of several runs, (name, identity, analysis) each.
+def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
+    """Writes one page that overlays the curves of several runs, (name, analysis) each.
 
     A run's line is the mean over the replicas of its chosen learning rate, read at common costs;
     each replica's own curve is drawn thin beside it, and the mean of its floor and of its stable
     oracle in the same colour, hidden until their names are clicked.
     """
-    figure, rows = layout("cost (share of the full model's layers)", "score"), []
-    for number, (name, identity, analysis) in enumerate(runs):
-        cost = np.linspace(analysis.curve.cost.min(), analysis.curve.cost.max(), 200)
-        each = [
-            np.interp(cost, analysis.curve.cost[r], analysis.curve.score[r])
-            for r in analysis.chosen
-        ]
-        shown = html.escape(name)
-        if len(each) > 1:
-            for values in each:
-                figure.add_scatter(
-                    x=cost,
-                    y=values,
-                    line={"color": exit_color(number), "width": 0.7},
-                    opacity=0.5,
-                    showlegend=False,
-                    hoverinfo="skip",
-                    mode="lines",
-                )
-        figure.add_scatter(
-            x=cost,
-            y=np.mean(each, axis=0),
-            name=shown,
-            mode="lines",
-            line={"color": exit_color(number), "width": 2.5},
-            hovertemplate=f"{shown}<br>cost %{{x:.3f}}<br>score %{{y:.4f}}<extra></extra>",
-        )
+    figure, rows = layout("cost (share of the full model's layers)", "metric"), []
+    for number, (name, analysis) in enumerate(runs):
+        cost = np.linspace(analysis.curve.cost.min(), analysis.curve.cost.max(), 200)  # [T]
+        each = np.stack(
+            [
+                np.interp(cost, analysis.curve.cost[r], analysis.curve.score[r])
+                for r in analysis.chosen
+            ]
+        )  # [chosen R, T]
+        _add_run(figure, number, html.escape(name), cost, each)
         for kind in ("floor", "stable"):
             bounds = [bound_curve(analysis, r, kind) for r in analysis.chosen]
             figure.add_scatter(
                 x=cost,
                 y=np.mean([np.interp(cost, b.cost, b.score) for b in bounds], axis=0),
-                name=f"{shown}: {BOUNDS[kind][0]}",
+                name=f"{html.escape(name)}: {BOUNDS[kind][0]}",
                 mode="lines",
                 line={"color": exit_color(number), "dash": BOUNDS[kind][2], "width": 1},
                 visible="legendonly",
             )
+        identity = analysis.validation.identity
         rows.append(
             {
                 "name": name,
-                "task": identity.get("task", ""),
-                "method": identity.get("method", ""),
-                "metric": identity.get("metric", "accuracy"),
+                "task": identity.task,
+                "method": identity.method,
+                "metric": identity.metric,
                 "seeds": len(each),
                 "n": analysis.validation.labels.shape[1],
-                "area": float(np.mean([np.trapezoid(v, cost) / (cost[-1] - cost[0]) for v in each]))
-                if cost[-1] > cost[0]
-                else float(np.mean(each)),
-                "first": float(np.mean([v[0] for v in each])),
-                "last": float(np.mean([v[-1] for v in each])),
+                "area": float(np.mean([curve_area(cost, metric) for metric in each])),
+                "first": float(each[:, 0].mean()),
+                "last": float(each[:, -1].mean()),
             }
         )
     page = _ENVIRONMENT.get_template("comparison.html").render(
         rows=rows, plotly=plotly.offline.get_plotlyjs(), figure=_json(figure)
     )
     write_text(path, page)
+
+
+def _add_run(
+    figure: go.Figure, number: int, shown: str, cost: np.ndarray, each: np.ndarray
+) -> None:
+    """Adds a run's mean line, and the replicas' own where there are several.
+
+    cost [T], each [R, T]: the replicas' metric at these costs. `shown` is escaped.
+    """
+    if len(each) > 1:
+        for metric in each:
+            figure.add_scatter(
+                x=cost,
+                y=metric,
+                line={"color": exit_color(number), "width": 0.7},
+                opacity=0.5,
+                showlegend=False,
+                hoverinfo="skip",
+                mode="lines",
+            )
+    figure.add_scatter(
+        x=cost,
+        y=each.mean(axis=0),
+        name=shown,
+        mode="lines",
+        line={"color": exit_color(number), "width": 2.5},
+        hovertemplate=f"{shown}<br>cost %{{x:.3f}}<br>metric %{{y:.4f}}<extra></extra>",
+    )
 
 
 def _json(figure: go.Figure) -> Any:

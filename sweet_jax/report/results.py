@@ -10,27 +10,22 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import Config
-from sweet_jax.exits.analysis import (
-    Analysis,
-    OperatingPoint,
-    certify_operating_point,
-    cheapest_full_score,
-    scores_at_costs,
-)
+from sweet_jax.exits.analysis import Analysis, scores_at_costs
 from sweet_jax.exits.bounds import (
     ORACLES,
-    Frontier,
     best_thresholds,
     oracle,
     share_of_gap,
     single_exit_hull,
 )
-from sweet_jax.exits.calibration import confidence_quality
 from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric, mean_interval
+from sweet_jax.exits.operating_point import Resolution
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.exits.reliability import confidence_quality
 from sweet_jax.exits.simulation import Curve
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.shortfalls import shortfall_results
@@ -46,7 +41,7 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
 
     Wilson's interval for accuracy, a percentile bootstrap over rows for the other metrics.
     """
-    metric = outputs.identity.get("metric", "accuracy")
+    metric = outputs.identity.metric
     classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
     rows = []
     for e, layer in enumerate(outputs.layers):
@@ -89,7 +84,7 @@ def build_results(
     costs = [c for c in (1 / depth, *_COSTS) if c <= reach]
     replicas = []
     for r, (seed, rate) in enumerate(analysis.replicas):
-        keep = cheapest_full_score(analysis, r)
+        keep = analysis.operating_point(r)
         replicas.append(
             {
                 "seed": seed,
@@ -103,14 +98,14 @@ def build_results(
                     analysis.grid, r, costs
                 ),  # as the SWEET paper reads it
                 "calibration_area": _finite(analysis.area[r]),
-                "full_score": keep.as_dict() if isinstance(keep, OperatingPoint) else None,
+                "full_score": None if keep.threshold is None else keep.as_dict(),
                 "quality": _quality(analysis, r),
                 **_bounds(analysis, r),
                 "diverged": [dict(d) for d in diverged if d["replica"] == r],
             }
         )
     mean, ci95 = _over_seeds([replicas[r] for r in analysis.chosen])
-    metric = analysis.validation.identity["metric"]
+    metric = analysis.validation.identity.metric
     return {
         "task": config.task,
         "method": config.method,
@@ -124,7 +119,7 @@ def build_results(
             "train": rows,
         },
         "fitted_on": config.calibration,
-        "policy": analysis.validation.identity.get("policy", "confidence"),
+        "policy": analysis.validation.identity.policy,
         "replicas": replicas,
         "best_replica": analysis.best,
         "mean": mean,
@@ -136,11 +131,10 @@ def build_results(
 
 def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     """Measures each exit's confidence on validation rows, before and after temperature scaling."""
-    outputs = analysis.validation.replica(replica)
-    ones = np.ones((1, len(outputs.layers)))
+    outputs = analysis.validation
     before, after = (
-        confidence_quality(outputs, t)[0]
-        for t in (ones, analysis.temperatures[replica : replica + 1])
+        confidence_quality(outputs.logits[replica], outputs.labels[replica], t)
+        for t in (np.ones(len(outputs.layers)), analysis.temperatures[replica])
     )
     return [
         {"layer": int(layer), "before": b, "after": a}
@@ -150,12 +144,12 @@ def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
 
 def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
     """Returns the hull of single exits, the oracles, and the share of the gap the policy closes."""
-    outputs, metric = analysis.validation, analysis.validation.identity["metric"]
-    scores = exit_confidences(outputs, analysis.policy, analysis.fitted)[replica]  # [E, N]
+    outputs, metric = analysis.validation, analysis.validation.identity.metric
+    scores = exit_confidences(outputs, analysis.policy, analysis.calibrators)[replica]  # [E, N]
     bounds = {kind: bound_curve(analysis, replica, kind) for kind in ("floor", *ORACLES)}
     if metric == "accuracy":
-        bounds["best_thresholds"] = best_thresholds(outputs, replica, scores)[0]
-    curve = Frontier(analysis.curve.cost[replica], analysis.curve.score[replica])
+        bounds["best_thresholds"] = best_thresholds(outputs, replica, scores)
+    curve = (analysis.curve.cost[replica], analysis.curve.score[replica])
     end = float(outputs.cost[-1])
     return {
         "bounds": {
@@ -166,34 +160,34 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
             }
             for k, b in bounds.items()
         },
-        "gap_closed": share_of_gap(curve, bounds["floor"], bounds["stable"]),
+        "gap_closed": share_of_gap(*curve, bounds["floor"], bounds["stable"]),
     }
 
 
-def bound_curve(analysis: Analysis, replica: int, kind: str) -> Frontier:
+def bound_curve(analysis: Analysis, replica: int, kind: str) -> ParetoFront:
     """Returns the hull of single exits ("floor") or one of ORACLES on the validation rows."""
-    metric = analysis.validation.identity.get("metric", "accuracy")
+    metric = analysis.validation.identity.metric
     if kind == "floor":
         return single_exit_hull(analysis.validation, replica, metric)
     return oracle(analysis.validation, replica, kind, metric)
 
 
 def thin_curve(
-    curve: Curve, replica: int, points: int, keep: float | None = None
+    curve: Curve, replica: int, points: int, keep: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Thins one replica's curve to at most `points` distinct thresholds, and the one for `keep`.
+    """Thins one replica's curve to at most `points` distinct thresholds and those of `keep`.
 
-    Both ends are kept.
+    Both ends are kept. keep: float64 [K], thresholds.
     """
     names = [field.name for field in dataclasses.fields(Curve)]
     arrays = {name: getattr(curve, name)[replica] for name in names}
     use = np.flatnonzero(np.append(True, np.diff(arrays["threshold"]) > 0))
     use = use[np.isfinite(arrays["threshold"][use])]
     if len(use) > points:
-        places = np.linspace(0, len(use) - 1, points).round().astype(int).tolist()
+        places = np.linspace(0, len(use) - 1, points).round().astype(int)
         if keep is not None:
-            at = int(np.searchsorted(arrays["threshold"][use], keep))
-            places.append(min(at, len(use) - 1))
+            at = np.searchsorted(arrays["threshold"][use], keep)
+            places = np.append(places, np.minimum(at, len(use) - 1))
         use = use[np.unique(places)]
     return {name: array[use] for name, array in arrays.items()}
 
@@ -205,14 +199,16 @@ def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     its threshold on validation rows (None where the limit cannot be certified). Empty where the run
     cannot certify anything.
     """
-    if not analysis.resolver(replica).trials:
+    resolver = analysis.resolver(replica)
+    if resolver.half_calibrator is None or not resolver.losses:
         return []
     rows = []
     for kind in CERTIFICATE_KINDS:
         for limit in _LIMITS:
-            found = certify_operating_point(analysis, replica, kind, limit)
-            cost, value = found.validation or (None, None)
-            rows.append(found.certificate.as_dict() | {"cost": cost, "score": value})
+            found = resolver.certificate(analysis.policy, kind, limit)
+            resolution = Resolution(found.threshold, resolver.half_calibrator, certificate=found)
+            cost, value = analysis.evaluate(replica, resolution).validation or (None, None)
+            rows.append(found.as_dict() | {"cost": cost, "score": value})
     return rows
 
 

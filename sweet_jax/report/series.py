@@ -1,4 +1,4 @@
-"""The series that figures draw, whichever library draws them.
+"""The series that figures and the page show, whichever library draws them.
 
 Shape letters: R replica, E exit, N examples, T thresholds or steps.
 """
@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.calibration import (
-    expected_calibration_error,
-    probabilities,
-    reliability_diagram,
-)
-from sweet_jax.exits.certificates import upper_bound
+from sweet_jax.exits.calibration import probabilities
+from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES
-from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.reliability import expected_calibration_error, reliability_diagram
+from sweet_jax.exits.simulation import Curve, read_curve, simulate
+from sweet_jax.exits.targets import TargetTable
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.results import thin_curve
 
@@ -49,7 +46,7 @@ _MARKS = {
 
 
 def baseline_series(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The baselines of results.json as points of score against cost; [] where it has none.
+    """Returns the baselines of results.json as points of metric against cost; [] without any.
 
     One dict for each entry of the legend: title, symbol (plotly's name), the text, cost and score
     of its points, and whether it is far below all exits: drawn, it would flatten the curve. The
@@ -76,91 +73,112 @@ def baseline_series(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def exit_color(exit_index: int) -> str:
-    """The colour of an exit, in every figure the same."""
+    """Returns the colour of an exit, the same in every figure."""
     return _COLOURS[exit_index % len(_COLOURS)]
 
 
 def reliability_series(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
-    """Reliability of each exit on validation rows, before and after temperature scaling.
+    """Returns the reliability of each exit on validation rows, before and after temperature.
 
     One dict for each exit: layer, and for "before" and "after" the mean confidence, share correct
     and count of ten bins (empty ones left out), with the expected calibration error.
     """
-    outputs = analysis.validation.replica(replica)
-    correct = outputs.predictions[0] == outputs.labels[0]  # [E, N]
-    ones = np.ones((1, len(outputs.layers)))
-    fitted = analysis.temperatures[replica : replica + 1]
+    logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
+    correct = logits.argmax(axis=-1) == labels  # [E, N]
+    pairs = (("before", np.ones(len(logits))), ("after", analysis.temperatures[replica]))
+    largest = {name: probabilities(logits, t).max(axis=-1) for name, t in pairs}  # [E, N] each
     series = []
-    for e, layer in enumerate(outputs.layers):
+    for e, layer in enumerate(analysis.validation.layers):
         row: dict[str, Any] = {"layer": int(layer)}
-        for name, temperatures in (("before", ones), ("after", fitted)):
-            confidence = probabilities(outputs, temperatures)[0, e].max(axis=-1)
-            if np.isnan(confidence).any():
+        for name, confidences in largest.items():
+            if np.isnan(confidences[e]).any():
                 continue
-            mean, share, count = reliability_diagram(confidence, correct[e])
+            mean, share, count = reliability_diagram(confidences[e], correct[e])
             used = count > 0
             row[name] = {
                 "confidence": mean[used].tolist(),
                 "correct": share[used].tolist(),
                 "count": count[used].tolist(),
-                "error": expected_calibration_error(confidence, correct[e]),
+                "error": expected_calibration_error(confidences[e], correct[e]),
             }
         series.append(row)
     return series
 
 
 def policy_series(analysis: Analysis, replica: int) -> dict[str, dict[str, Any]]:
-    """What the page shows of every policy of one replica, the run's own first.
+    """Returns what the page shows of every policy of one replica, the run's own first.
 
-    Of each: the validation curve, thinned to 6,000 points (the run's own policy) or 400; the trade
-    (thresholds worth having on calibration rows); the threshold that keeps the last exit's score
-    there; and the certificates.
+    curve: of the validation rows, thinned to 6,000 points (the run's own policy) or 400, and the
+    points of the thresholds below. start: the threshold, cost and score (the metric) where the
+    slider starts, the cheapest that keeps the last exit's metric on calibration rows. targets: a
+    table of each kind of target, see `_target_series`. `at` is an index of the curve.
     """
     own, validation = analysis.policy, analysis.validation.replica(replica)
     names = (own, *(name for name in deployable_policies(validation) if name != own))
-    dials = analysis.resolver(replica, names)
+    resolver = analysis.resolver(replica, names)
     found = {}
     for name in names:
-        trade = dials.trades[name]
-        keep = trade.with_score(dials.full)
-        curve = simulate(validation, name, fitted=dials.fitted)
-        arrays = thin_curve(curve, 0, _POINTS if name == own else _POINTS_OF_OTHERS, keep)
+        exact = simulate(validation, name, calibrators=[resolver.calibrator])
+        tables = {target: resolver.table(name, target) for target in ("cost", "accuracy")}
+        keep = resolver.resolve(name).threshold
+        # Without one, the last point: all examples reach the last exit.
+        start = np.asarray([exact.threshold[0, -1] if keep is None else keep])
+        shown = np.concatenate([start, *(table.threshold for table in tables.values())])
+        points = _POINTS if name == own else _POINTS_OF_OTHERS
+        arrays = thin_curve(exact, 0, points, shown)
         found[name] = {
             "curve": {k: a.round(7).tolist() for k, a in arrays.items()},
-            "trade": {k: a.tolist() for k, a in vars(trade).items()},
-            "keep": keep,
-            "accurate": POLICIES[name].curve != "",
-            "certificates": _certificate_series(validation, name, dials),
+            "start": {k: v[0] for k, v in _thresholds(start, exact, arrays["threshold"]).items()},
+            "targets": {
+                target: _target_series(table)
+                | _thresholds(table.threshold, exact, arrays["threshold"])
+                for target, table in tables.items()
+            }
+            | _certified_series(validation, name, resolver),
         }
     return found
 
 
-def _certificate_series(
-    validation: ExitOutputs, policy: str, dials: ThresholdResolver
-) -> dict[str, dict[str, list[float]]]:
-    """By kind, every candidate: its bound at 95% confidence, and what it does on validation rows.
+def _target_series(table: TargetTable) -> dict[str, Any]:
+    """Returns the values of a table of targets, and how one is looked up, see `TargetTable`."""
+    return {
+        "at_most": table.at_most,
+        "tolerance": table.tolerance,
+        "value": table.value.tolist(),
+        "reached": table.reached.tolist(),
+    }
 
-    A limit is certified up to the last candidate before the first whose bound lies above it.
-    """
-    found = {}
-    for kind, trials in dials.trials.get(policy, {}).items():
-        if not len(trials.thresholds):
-            continue
-        alpha = 0.05 / dials.compared
-        at = simulate(validation, policy, fitted=dials.halved, thresholds=trials.thresholds)
-        found[kind] = {
-            "threshold": trials.thresholds.tolist(),
-            "bound": [upper_bound(int(h), trials.rows, 1 - alpha) for h in trials.harmed],
-            "cost": at.cost[0].round(6).tolist(),
-            "score": at.score[0].round(6).tolist(),
-        }
-    return found
+
+def _thresholds(
+    thresholds: np.ndarray, exact: Curve, points: np.ndarray | None = None
+) -> dict[str, list[float]]:
+    """Returns columns threshold, cost, score (the metric), and at, the index among points [T]."""
+    curve = read_curve(exact, thresholds)
+    columns = {name: getattr(curve, name)[0].tolist() for name in ("threshold", "cost", "score")}
+    if points is not None:
+        at = np.minimum(np.searchsorted(points, thresholds), len(points) - 1)
+        columns["at"] = at.tolist()
+    return columns
+
+
+def _certified_series(
+    validation: ExitOutputs, policy: str, resolver: ThresholdResolver
+) -> dict[str, dict[str, Any]]:
+    """Returns the tables of risk and agreement at 95% confidence; none where none is certified."""
+    if resolver.half_calibrator is None or policy not in resolver.losses:
+        return {}
+    exact = simulate(validation, policy, calibrators=[resolver.half_calibrator])
+    tables = {kind: resolver.table(policy, kind) for kind in CERTIFICATE_KINDS}
+    return {
+        kind: _target_series(table) | _thresholds(table.threshold, exact)
+        for kind, table in tables.items()
+    }
 
 
 def loss_series(
     metrics: Sequence[Mapping[str, Any]], replica: int, trainings: Mapping[str, Sequence[int]]
 ) -> list[dict[str, Any]]:
-    """Training loss of each exit, a running mean over 20 steps: layer, step [T], loss [T].
+    """Returns the training loss of each exit, a mean over 20 steps: layer, step [T], loss [T].
 
     trainings gives the layer numbers of the exits of each training in the log.
     """

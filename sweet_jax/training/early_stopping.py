@@ -4,7 +4,6 @@ Shape letters: R replica, E exit, M tuning rows, C classes.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -168,13 +167,12 @@ class BestStateTracker:
         program = compile_evaluation(config, self._graphdef, mesh_of(params), features=config.tunes)
         answer = evaluate(config, program, params, self._tokens, rows)
         exits, labels = self._training.exits, self._tokens.labels[rows]
-        identity = {"metric": self._tuning.metric}
         cost = layer_cost(exits, config.method)
-        return tuning_area(np.asarray(answer.logits), labels, exits, cost, identity)
+        return tuning_area(np.asarray(answer.logits), labels, exits, cost, self._tuning.metric)
 
 
 def tuning_area(
-    logits: np.ndarray, labels: np.ndarray, layers: Any, cost: Any, identity: Mapping[str, Any]
+    logits: np.ndarray, labels: np.ndarray, layers: Any, cost: Any, metric: str
 ) -> np.ndarray:
     """Returns the area under each replica's exact curve by confidence, float64 [R].
 
@@ -185,13 +183,11 @@ def tuning_area(
       logits: float32 [R, E, M, C].
       labels: int [R, M].
       layers, cost: of the exits [E].
-      identity: with the metric, as in ExitOutputs.
+      metric: "accuracy", "matthews" or "f1".
 
     """
     sound = np.isfinite(logits).all(axis=(1, 2, 3))
-    outputs = ExitOutputs(
-        np.where(sound[:, None, None, None], logits, 0), labels, layers, cost, identity=identity
-    )
-    curve = simulate(outputs, "raw_confidence")
+    outputs = ExitOutputs(np.where(sound[:, None, None, None], logits, 0), labels, layers, cost)
+    curve = simulate(outputs, "raw_confidence", metric=metric)
     areas = [curve_area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
     return np.where(sound, areas, -np.inf)

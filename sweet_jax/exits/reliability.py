@@ -1,0 +1,193 @@
+"""Reliability curves of an exit's confidence, and measures of how good a confidence is.
+
+Shape letters: E exit, N examples, C classes, K knots.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+from scipy.special import log_softmax
+from scipy.stats import rankdata
+
+# The four kinds of reliability curve. The PCEE paper does not give its bins and smoothing: ten bins
+# over (1/C, 1), the range of a largest probability, and a Gaussian kernel whose width is half a
+# bin.
+CURVES = ("equal_width", "equal_mass", "isotonic", "kernel")
+_BINS = 10
+_KNOTS = 201  # of the smoothed curve; linear between them
+# A bin's share of right answers is shrunk towards the exit's own by as much as this many rows that
+# had the exit's share would: a bin of one row must not claim 100%.
+_PRIOR_ROWS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReliabilityCurve:
+    """Maps a confidence to the share of right answers that held-out rows had at it.
+
+    Attributes:
+      x: float64 [K], ascending.
+      y: float64 [K]; where `steps`, y[i] holds from x[i] up to x[i + 1], else linear between. The
+        first and last hold beyond the ends.
+      steps: piecewise constant, or linear.
+
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    steps: bool
+
+    def __call__(self, confidence: np.ndarray) -> np.ndarray:
+        """Reads the curve at confidences of any shape, float64 of that shape; NaN at NaN."""
+        confidence = np.asarray(confidence, np.float64)
+        if self.steps:
+            at = np.searchsorted(self.x, confidence, side="right") - 1
+            found = self.y[np.clip(at, 0, len(self.y) - 1)]
+        else:
+            found = np.interp(confidence, self.x, self.y)
+        # Averages and interpolation can exceed 1 by rounding.
+        return np.where(np.isnan(confidence), np.nan, np.clip(found, 0, 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what exits.json holds; `from_dict` restores it exactly."""
+        y = [v if np.isfinite(v) else None for v in self.y.tolist()]
+        return {"x": self.x.tolist(), "y": y, "steps": self.steps}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ReliabilityCurve":
+        """Restores what `as_dict` returned."""
+        x, y = (np.asarray(values[k], np.float64) for k in ("x", "y"))
+        return cls(x, y, bool(values["steps"]))
+
+
+def fit_reliability_curve(
+    kind: str, confidence: np.ndarray, right: np.ndarray, low: float = 0.0
+) -> ReliabilityCurve:
+    """Fits the reliability curve of one exit.
+
+    Bins, the blocks of an isotonic fit, and kernel averages alike are shrunk towards the exit's
+    mean as if by five more rows. A confidence that is not finite gives a curve that is NaN.
+
+    Args:
+      kind: "equal_width", "equal_mass" (bins), "isotonic" (the rising curve of least squares,
+        Zadrozny & Elkan 2002), or "kernel" (Nadaraya-Watson, linear between knots).
+      confidence: float [N], from `low` to 1.
+      right: bool [N].
+      low: the smallest confidence there can be.
+
+    """
+    if not np.isfinite(confidence).all():
+        return ReliabilityCurve(np.zeros(1), np.full(1, np.nan), True)
+    if kind == "kernel":
+        return _fit_kernel(confidence, right, low)
+    order = np.argsort(confidence, kind="stable")
+    confidence, right = confidence[order], right[order]
+    if kind == "equal_width":
+        x = np.linspace(low, 1, _BINS + 1)[:-1]
+    elif kind == "equal_mass":
+        places = np.linspace(0, len(confidence), _BINS, endpoint=False).astype(int)
+        x = np.unique(confidence[places])
+    else:
+        x, first = np.unique(confidence, return_index=True)
+        count = np.diff(np.append(first, len(confidence)))
+        rising = isotonic_regression(np.add.reduceat(right, first) / count, weights=count).x
+        # Rows that tie in the fit are one block.
+        x = x[np.append(True, np.diff(rising) > 1e-12)]
+    place = np.clip(np.searchsorted(x, confidence, side="right") - 1, 0, len(x) - 1)
+    count = np.bincount(place, minlength=len(x))
+    y = _shrunk(np.bincount(place, right, len(x)), count, float(right.mean()))
+    if kind == "isotonic":  # shrunk by their counts, small blocks can fall below larger ones
+        y = np.clip(isotonic_regression(y, weights=count + _PRIOR_ROWS).x, 0, 1)  # its rounding
+    return ReliabilityCurve(x, y, True)
+
+
+def _fit_kernel(confidence: np.ndarray, right: np.ndarray, low: float) -> ReliabilityCurve:
+    """Fits Nadaraya & Watson's (1964) average by a Gaussian kernel at knots [K] from `low` to 1."""
+    x = np.linspace(low, 1, _KNOTS)
+    width = (1 - low) / _BINS / 2
+    weight = np.exp(-0.5 * ((x[:, None] - confidence) / width) ** 2)  # [K, N]
+    total, hits = weight.sum(axis=1), weight @ right
+    return ReliabilityCurve(x, _shrunk(hits, total, float(right.mean())), False)
+
+
+def _shrunk(hits: np.ndarray, count: np.ndarray, mean: float) -> np.ndarray:
+    return (hits + _PRIOR_ROWS * mean) / (count + _PRIOR_ROWS)
+
+
+def reliability_diagram(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Computes a reliability diagram over equal-width bins of [0, 1].
+
+    Args:
+      confidence: float [N].
+      correct: bool [N].
+      bins: how many.
+
+    Returns:
+      (mean confidence, share correct, count), each [bins]; NaN where a bin is empty.
+
+    """
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.bincount(place, confidence, bins) / count
+        share = np.bincount(place, correct, bins) / count
+    return mean, share, count
+
+
+def expected_calibration_error(
+    confidence: np.ndarray, correct: np.ndarray, bins: int = 10
+) -> float:
+    """Computes the mean |confidence - accuracy| over bins, weighted by counts (Guo et al., eq. 5).
+
+    Args and bins as in `reliability_diagram`.
+    """
+    mean, share, count = reliability_diagram(confidence, correct, bins)
+    used = count > 0
+    return float((np.abs(mean - share)[used] * count[used]).sum() / count.sum())
+
+
+_QUALITIES = ("ece", "nll", "brier", "auroc")
+
+
+def confidence_quality(
+    logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray
+) -> list[dict[str, float | None]]:
+    """Measures how good the confidence of each exit of one replica is; None where it diverged.
+
+    ece: expected calibration error of the largest probability, ten bins. nll: mean negative log
+    likelihood of the label. brier: mean squared distance of the probabilities from the label's
+    (Brier 1950, summed over classes: 0 to 2). auroc: the chance that a right answer has a larger
+    confidence than a wrong one, ties counted half; None where all are right, or none.
+
+    Args:
+      logits: float32 [E, N, C].
+      labels: int64 [N].
+      temperatures: float [E].
+
+    """
+    scaled = logits.astype(np.float64) / temperatures[:, None, None]
+    rows = []
+    for logs in log_softmax(scaled, axis=-1):  # [N, C]
+        sound = bool(np.isfinite(logs).all())
+        rows.append(_quality(logs, labels) if sound else dict.fromkeys(_QUALITIES))
+    return rows
+
+
+def _quality(logs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """Measures log probabilities [N, C] against labels [N]."""
+    p, rows = np.exp(logs), np.arange(len(labels))
+    confidence, right = p.max(axis=-1), logs.argmax(axis=-1) == labels
+    hits, misses = int(right.sum()), int((~right).sum())
+    auroc = None
+    if hits and misses:  # Mann-Whitney's U
+        auroc = float((rankdata(confidence)[right].sum() - hits * (hits + 1) / 2) / (hits * misses))
+    return {
+        "ece": expected_calibration_error(confidence, right),
+        "nll": float(-logs[rows, labels].mean()),
+        "brier": float((p**2).sum(axis=-1).mean() - 2 * p[rows, labels].mean() + 1),
+        "auroc": auroc,
+    }
