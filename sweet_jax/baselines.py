@@ -105,6 +105,7 @@ def _plain(config: Config) -> Config:
         isolation=(0.0,),
         isolation_schedule="linear",
         boundary_isolation=(),
+        loss_weights="uniform",
         pooling="first",
         pooler="per_exit",
         head_init="random",

@@ -58,6 +58,8 @@ def assert_close(ours, theirs):
     [
         ("bert", 2, {}),
         pytest.param("bert", 2, {"pooling": "mean"}, marks=pytest.mark.slow),
+        # Rising weights, which Adam's moments do not cancel.
+        pytest.param("bert", 2, {"loss_weights": "shallow_deep"}, marks=pytest.mark.slow),
         # Two groups, rows spread in each, or replicas.
         pytest.param("bert", 4, {"exits": (2, 4)}, marks=pytest.mark.slow),
         pytest.param("bert", 4, {"exits": (2, 4), "seeds": (0, 1)}, marks=pytest.mark.slow),

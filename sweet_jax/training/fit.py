@@ -22,6 +22,7 @@ from sweet_jax.data.batches import (
     steps_per_epoch,
     training_batch_indices,
 )
+from sweet_jax.methods import loss_weights
 from sweet_jax.models.pretrained import Checkpoint
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
 from sweet_jax.training.early_stopping import BestStateTracker, TuningRows
@@ -192,6 +193,8 @@ def step_settings(
     if short:
         total = search_steps(total)
     base = base_config(config)
+    weights = loss_weights(config.loss_weights, config.exits)
+    of_exit = dict(zip(config.exits, weights, strict=True))
     return StepSettings(
         graphdef=graphdef,
         exits=exits,
@@ -203,6 +206,7 @@ def step_settings(
         isolation=config.isolation,
         isolation_schedule=config.isolation_schedule,
         boundary_isolation=config.boundary_isolation,
+        loss_weights=tuple(of_exit[e] for e in exits),
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
         frozen=len(base.exits) if base else 0,

@@ -66,7 +66,9 @@ class MetricsLog:
     def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
         """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
         row = {"training": self._training, "step": step, "epoch": epoch, "length": length}
-        found = {k: v for k, v in values._asdict().items() if v is not None}
+        found: dict[str, Any] = {"loss": values.loss, **values.statistics}
+        found |= {"exit_loss": values.exit_loss, "conflict": values.conflict}
+        found = {k: v for k, v in found.items() if v is not None}
         row |= {name: _finite(array.tolist()) for name, array in found.items()}
         self._file.write(json.dumps(row) + "\n")
         for name in ("loss", "exit_loss"):

@@ -17,8 +17,10 @@ from flax import nnx
 from sweet_jax.models.early_exit import ModelOutput, SegmentState
 from sweet_jax.models.layers import derive_key
 from sweet_jax.models.ownership import SHARED, parameter_owners
-from sweet_jax.training.gradients import Params, segment_gradients, whole_gradients
-from sweet_jax.training.losses import StepMetrics
+from sweet_jax.objectives.objective import Objective
+from sweet_jax.objectives.single_label import SINGLE_LABEL
+from sweet_jax.training.gradients import Params, Segments, segment_gradients, whole_gradients
+from sweet_jax.training.losses import StepMetrics, TrainingLoss
 
 _ENCODER = jax.tree_util.DictKey("encoder")  # of a model's parameters; all else is heads
 _LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # of a head's parameters
@@ -27,7 +29,27 @@ _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)  # SWEET paper, appendix
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """What a step is besides its state: constants of the compiled program."""
+    """The constants of a compiled training step.
+
+    Attributes:
+      graphdef: structure of the model.
+      exits: layer numbers, E of them.
+      total_steps, warmup_steps: of the whole training.
+      weight_decay: AdamW's, of matrices.
+      clip_norm: largest norm of a gradient, infinity for no clipping.
+      clip_by_owner: one norm for each owner of parameters; otherwise one for all.
+      isolation: of the boundaries: one number, or from, to.
+      isolation_schedule: from, to: "linear" in the steps, or a "step" at half time.
+      boundary_isolation: factors of the E - 1 boundaries; () for 1 throughout.
+      loss_weights: of each exit at the first and at the last step, linear in between; () for 1.
+      objective: what the outputs of an exit are trained for.
+      learning_to_exit: "", "joint" or "detached".
+      shared_relative: the model's.
+      frozen: so many first segments stay as they are: no exit trains them.
+      head_learning_rate: of the heads, a multiple of the learning rate.
+      traced: the numbers of steps as arguments of a compiled program, in place of its constants.
+
+    """
 
     graphdef: nnx.GraphDef
     exits: tuple[int, ...]
@@ -36,14 +58,16 @@ class StepSettings:
     weight_decay: float
     clip_norm: float
     clip_by_owner: bool
-    isolation: tuple[float, ...]  # one number, or from, to
-    isolation_schedule: str = "linear"  # from, to: "linear" in the steps, or a "step" at half time
-    boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () = all 1
-    learning_to_exit: str = ""  # "", "joint" or "detached"
-    shared_relative: bool = False  # the model's
-    frozen: int = 0  # so many first segments stay as they are: no exit trains them
-    head_learning_rate: float = 1.0  # of heads, a multiple of the learning rate
-    traced: "Schedule | None" = None  # in place of the numbers of steps, in a compiled program
+    isolation: tuple[float, ...]
+    isolation_schedule: str = "linear"
+    boundary_isolation: tuple[float, ...] = ()
+    loss_weights: tuple[tuple[float, float], ...] = ()
+    objective: Objective = SINGLE_LABEL
+    learning_to_exit: str = ""
+    shared_relative: bool = False
+    frozen: int = 0
+    head_learning_rate: float = 1.0
+    traced: "Schedule | None" = None
 
     @property
     def schedule(self) -> "Schedule":
@@ -51,7 +75,7 @@ class StepSettings:
         return self.traced or make_schedule(self.total_steps, self.warmup_steps)
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
-        """Isolation of each of the E - 1 boundaries at a step (int32 []).
+        """Returns the isolation of each of the E - 1 boundaries at a step (int32 []).
 
         A Python number where it is constant: `isolate` takes 0 and 1 literally then, so that a
         boundary that is closed throughout lets exactly nothing through.
@@ -63,15 +87,26 @@ class StepSettings:
         if self.isolation_schedule == "step":
             now = jnp.where(2 * step < self.schedule.total, start, end)
         else:
-            now = start + (end - start) * step * self.schedule.per_step
+            now = self._linear(start, end, step)
         return tuple(now * factor if factor else 0.0 for factor in factors)
+
+    def loss_at(self, step: jax.Array) -> TrainingLoss:
+        """Returns the loss at a step (int32 []); Python numbers for weights that are constant."""
+        weights = tuple(
+            start if start == end else self._linear(start, end, step)
+            for start, end in self.loss_weights
+        )
+        return TrainingLoss(self.objective, weights)
+
+    def _linear(self, start: float, end: float, step: jax.Array) -> jax.Array:
+        return start + (end - start) * step * self.schedule.per_step
 
 
 class Schedule(NamedTuple):
-    """The numbers of steps, told to a compiled program so that runs of any length share it.
+    """The numbers of steps as arguments of a compiled program, so that runs of any length share it.
 
-    Reciprocals, since that is what XLA makes of a division by a constant, which these once were:
-    the numbers of a run have stayed as they were, to the last bit.
+    Reciprocals, which is what XLA makes of a division by a constant: a run has the same numbers
+    whether these are arguments or constants.
     """
 
     total: Any  # int32 []
@@ -89,7 +124,7 @@ def make_schedule(total: int, warmup: int) -> Schedule:
 
 
 class State(NamedTuple):
-    """Everything of one replica that training changes, and what tells replicas apart."""
+    """Everything of one replica that training changes, and in which replicas differ."""
 
     params: Params
     adam: Any  # optax.ScaleByAdamState
@@ -99,7 +134,7 @@ class State(NamedTuple):
 
 
 def init_state(params: Params, learning_rate: float, seed: int, trained: Params = None) -> State:
-    """The state before the first step.
+    """Returns the state before the first step.
 
     trained: the parameters that will get gradients, None for the others; by default all.
     """
@@ -112,57 +147,65 @@ def init_state(params: Params, learning_rate: float, seed: int, trained: Params 
     )
 
 
-def train_step(settings: StepSettings, state: State, batch: dict) -> tuple[State, StepMetrics]:
-    """One step of AdamW on the sum over exits of mean cross-entropy (SWEET paper, section 3).
-
-    Learning-to-exit's mean squared errors are added with weight 1, as the release does.
+def train_step(
+    settings: StepSettings, state: State, batch: dict[str, jax.Array]
+) -> tuple[State, StepMetrics]:
+    """Takes one step of AdamW on the sum over exits of their losses (SWEET paper, section 3).
 
     Args:
       settings: constants.
       state: of one replica.
-      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels int32 [B] (-1: the
-        row is left out).
+      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels [B], row_mask bool
+        [B] (False: the row is padding, and left out of the loss).
+
+    Returns:
+      The state after the step, and metrics from before it.
 
     """
-    chex.assert_rank((batch["input_ids"], batch["labels"]), (2, 1))
+    chex.assert_rank((batch["input_ids"], batch["row_mask"]), (2, 1))
     isolation = settings.isolation_at(state.step)
     if all(not isinstance(a, jax.Array) and a == 1 for a in isolation):
         every = tuple(range(len(settings.exits)))
         state, metrics, _ = train_step_segments(settings, every, state, batch, None)
         return state, metrics
-    key = dropout_key(state)
-    grads, metrics = whole_gradients(settings.graphdef, state.params, batch, isolation, key)
-    return _updated(settings, state, grads), metrics
+    key, loss = dropout_key(state), settings.loss_at(state.step)
+    grads, metrics = whole_gradients(settings.graphdef, state.params, batch, isolation, key, loss)
+    return _update(settings, state, grads), metrics
 
 
 def train_step_segments(
     settings: StepSettings,
-    segments: tuple[int, ...],
+    numbers: tuple[int, ...],
     state: State,
-    batch: dict,
+    batch: dict[str, jax.Array],
     carried: SegmentState | None,
 ) -> tuple[State, StepMetrics, SegmentState | None]:
-    """The same of some segments that follow each other, where no gradient crosses segments.
+    """Takes one step of consecutive segments, where no gradient crosses segments.
 
     Args:
       settings, batch: as in `train_step`.
-      segments: their numbers from 0.
+      numbers: of the segments, from 0.
       state: of one replica; of the parameters, those of these segments at least.
-      carried: what the segment before them handed on, None for the first.
+      carried: the state that the segment before them handed on, None for the first.
 
     Returns:
-      The state, metrics of these segments' exits, and what the last of them hands on.
+      The state, metrics of these segments' exits, and the state that the last of them hands on.
 
     """
-    key, frozen = dropout_key(state), settings.frozen
+    segments = Segments(numbers, carried, settings.frozen)
     grads, metrics, carried = segment_gradients(
-        settings.graphdef, state.params, batch, 1.0, key, segments, carried, frozen
+        settings.graphdef,
+        state.params,
+        batch,
+        dropout_key(state),
+        settings.loss_at(state.step),
+        segments,
     )
-    return _updated(settings, state, grads), metrics, carried
+    return _update(settings, state, grads), metrics, carried
 
 
-def _updated(settings: StepSettings, state: State, grads: Params) -> State:
-    """The state after AdamW's step; parameters without a gradient (None) stay as they are."""
+def _update(settings: StepSettings, state: State, grads: Params) -> State:
+    """Returns the state after AdamW's step; parameters without a gradient (None) keep theirs."""
     updates, adam = _ADAM.update(clip_gradients(grads, settings), state.adam)
     rate = state.learning_rate * _schedule(state.step, settings)
 
@@ -178,7 +221,7 @@ def _updated(settings: StepSettings, state: State, grads: Params) -> State:
 
 
 def dropout_key(state: State) -> jax.Array:
-    """The key of the dropout masks of a replica's next step."""
+    """Returns the key of the dropout masks of a replica's next step."""
     return derive_key(jax.random.key(state.seed), "dropout", state.step)
 
 
@@ -189,10 +232,10 @@ def evaluate_step(
     key: jax.Array | None = None,
     features: bool = False,
 ) -> ModelOutput:
-    """What every exit says, and with `features` what it reads; with a key, under dropout.
+    """Returns the outputs of every exit, with `features` what it reads; with a key, under dropout.
 
     Boundaries are closed, so that an exit is computed in one way, whether others follow it or not:
-    the answers of a run are then those of the run that it grows into, to the last bit.
+    the outputs of a run are then those of the run that it grows into, to the last bit.
     """
     return nnx.merge(graphdef, params).forward(batch, 1.0, key, features)
 
@@ -223,7 +266,7 @@ def clip_gradients(grads: Params, settings: StepSettings) -> Params:
 
 
 def _schedule(step: jax.Array, settings: StepSettings) -> jax.Array:
-    """Share of the peak learning rate: linear warm-up, then linear decay to zero."""
+    """Returns the share of the peak learning rate: linear warm-up, then linear decay to zero."""
     schedule = settings.schedule
     rising = jnp.where(schedule.warmup > 0, (step + 1) * schedule.per_warmup_step, 1.0)
     return jnp.minimum(rising, (schedule.total - step) * schedule.per_decay_step)
