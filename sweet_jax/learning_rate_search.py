@@ -23,6 +23,7 @@ from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.schedule import search_steps, training_steps
 from sweet_jax.training.sharding import mesh_of
 
@@ -126,7 +127,7 @@ def _short_runs(
     tuning = np.stack(job.tuning)  # [R, M]
     logits = []
     for training in model_specs(config):
-        graphdef, params, _ = fit(
+        short = TrainingJob(
             config,
             job.checkpoint,
             training,
@@ -137,6 +138,7 @@ def _short_runs(
             probe=None if probe is None else probe.classifiers.select_replicas(places),
             short=True,
         )
+        graphdef, params, _ = fit(short)
         program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
         logits.append(evaluate(config, program, params, job.train, tuning).logits)
     return tuning_area(
