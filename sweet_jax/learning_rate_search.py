@@ -1,4 +1,4 @@
-"""The search for a learning rate: short runs, compared on tuning rows.
+"""The choice of a learning rate by short runs, compared on tuning rows.
 
 Shape letters: R replica, E exit, M tuning rows, C classes.
 """
@@ -40,8 +40,8 @@ def search_rate(
     standard error: then the one with the largest.
 
     Returns:
-      The job and the probe of the replicas of that rate, and what was found: learning_rates, area
-      of each, steps, seed, learning_rate. (job, probe, None) where nothing is to be chosen.
+      The job and the probe of the replicas of that rate, and a record: learning_rates, area of
+      each, steps, seed, learning_rate. (job, probe, None) where there is nothing to choose.
 
     """
     config = job.config
@@ -74,7 +74,7 @@ def _of_rate(job: PreparedRun, probe: Probe | None, place: int) -> tuple[Prepare
 
 
 def _search(job: PreparedRun, probe: Probe | None, workdir: Path) -> dict[str, Any]:
-    """Returns what `search_rate` finds."""
+    """Returns the record of `search_rate`."""
     config, total = job.config, _steps(job)
     rates, steps = config.learning_rates, search_steps(total)
     log.info(
@@ -108,7 +108,7 @@ def _search(job: PreparedRun, probe: Probe | None, workdir: Path) -> dict[str, A
 def _together(count: int) -> list[list[int]]:
     """Returns which rates are the replicas of one program: all of them.
 
-    But on a single CPU device, whose cores one replica fills, each alone: with one seed, they and
+    On a single CPU device, whose cores one replica fills, each alone: with one seed, they and
     the training that follows then share one compiled program.
     """
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1

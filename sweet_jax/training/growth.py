@@ -76,7 +76,7 @@ def base_config(config: Config, data_sha256: str | None = None) -> Config | None
         key = differing[0]
         raise UserError(
             f"{name} has {key} {getattr(base, key)!r}, and the new run {getattr(config, key)!r}: "
-            "its exits would answer otherwise, give the same"
+            "its exits would not be the same; give the same value"
         )
     if base.tunes != config.tunes:
         raise UserError(
