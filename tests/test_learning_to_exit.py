@@ -24,11 +24,8 @@ from sweet_jax.preparation import prepare
 from sweet_jax.simulate import main as simulate_main
 from sweet_jax.training.losses import compute_step_metrics, mean_exit_loss
 from sweet_jax.training.metrics import find_failures
-from sweet_jax.training.step import (
-    clip_gradients,
-    init_state,
-    train_step,
-)
+from sweet_jax.training.optimizer import clip_gradients
+from sweet_jax.training.step import init_state, train_step
 
 
 def test_the_loss_is_the_squared_error_of_being_right():

@@ -20,13 +20,9 @@ from sweet_jax.models.ownership import leaves_by_owner
 from sweet_jax.objectives.single_label import SINGLE_LABEL, single_predicted_class
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.losses import TrainingLoss
-from sweet_jax.training.step import (
-    StepSettings,
-    clip_gradients,
-    evaluate_step,
-    init_state,
-    train_step,
-)
+from sweet_jax.training.optimizer import clip_gradients
+from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.step import evaluate_step, init_state, train_step
 
 
 def settings(graphdef, **changes) -> StepSettings:

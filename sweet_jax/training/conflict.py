@@ -12,7 +12,8 @@ from flax import nnx
 from sweet_jax.models.early_exit import Isolation
 from sweet_jax.objectives.objective import Objective
 from sweet_jax.objectives.single_label import SINGLE_LABEL
-from sweet_jax.training.step import Params, State, StepSettings, dropout_key
+from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.step import Params, State, dropout_key
 
 
 def gradient_conflict(

@@ -35,8 +35,9 @@ from sweet_jax.training.parallel import (
 )
 from sweet_jax.training.probe import LinearClassifiers, with_classifiers
 from sweet_jax.training.schedule import check_interval, search_steps, training_steps
+from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, reshard, to_host
-from sweet_jax.training.step import Params, State, StepSettings
+from sweet_jax.training.step import Params, State
 
 log = logging.getLogger(__name__)
 

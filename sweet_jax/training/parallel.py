@@ -23,6 +23,7 @@ from sweet_jax.training.segment_parallel import (
     make_device_groups,
     split_state,
 )
+from sweet_jax.training.settings import Schedule, StepSettings
 from sweet_jax.training.sharding import (
     batch_sharding,
     limit_traces,
@@ -33,7 +34,7 @@ from sweet_jax.training.sharding import (
     reshard,
     warn_on_retrace,
 )
-from sweet_jax.training.step import Params, Schedule, State, StepSettings, train_step
+from sweet_jax.training.step import Params, State, train_step
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from sweet_jax.models.early_exit import SegmentState
 from sweet_jax.models.ownership import parameter_owners
 from sweet_jax.training.losses import StepMetrics
+from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import (
     batch_sharding,
     limit_traces,
@@ -26,7 +27,7 @@ from sweet_jax.training.sharding import (
     replica_sharding,
     replicated_sharding,
 )
-from sweet_jax.training.step import State, StepSettings, train_step_segments
+from sweet_jax.training.step import State, train_step_segments
 
 
 class DeviceGroup(NamedTuple):
