@@ -48,6 +48,7 @@ from sweet_jax.report.figures import conflict_figure, write_figure
 from sweet_jax.training.conflict import gradient_conflict
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.job import TrainingJob
 
 HEADER = ("layer", "exits", "cosine")
 
@@ -155,7 +156,7 @@ def measure(job: PreparedRun, batches: int) -> np.ndarray:
     with tempfile.TemporaryDirectory(prefix="conflict_") as workdir:
         classes = len(job.dataset.classes)
         graphdef, params, _ = fit(
-            config, job.checkpoint, training, classes, job.train, rows, Path(workdir)
+            TrainingJob(config, job.checkpoint, training, classes, job.train, rows, Path(workdir))
         )
     params = jax.tree.map(lambda x: x[0], params)  # the only replica's
     measured = jax.jit(lambda params, *inputs: gradient_conflict(graphdef, params, *inputs))

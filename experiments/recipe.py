@@ -71,10 +71,10 @@ from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.pipeline import exit_outputs
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.report.baselines import Baseline
-from sweet_jax.training.early_stopping import TuningRows
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.job import TrainingJob, TuningRows
 from sweet_jax.training.probe import fit_classifiers
 from sweet_jax.training.sharding import mesh_of
 from sweet_jax.training.step import Params
@@ -173,7 +173,7 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
     for training in model_specs(config):
         rows = [own for own, _ in job.rows]
         tuning = TuningRows(np.stack(job.tuning), job.dataset.task.metric)
-        graphdef, params, spent = fit(
+        whole = TrainingJob(
             job.config,
             job.checkpoint,
             training,
@@ -184,6 +184,7 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
             tuning=tuning,
             probe=None if probe is None else probe.classifiers,
         )
+        graphdef, params, spent = fit(whole)
         steps.append(list(spent.best_steps))
         for kind, pair in _answers(job, graphdef, params).items():
             found[kind].append(pair)

@@ -14,10 +14,10 @@ from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.head_fitting import Probe, fit_probe
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.report.baselines import Baseline, majority_class, tfidf_predictions
-from sweet_jax.training.early_stopping import TuningRows
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.job import TrainingJob, TuningRows
 from sweet_jax.training.sharding import mesh_of
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ def _plain(config: Config) -> Config:
         isolation=(0.0,),
         isolation_schedule="linear",
         boundary_isolation=(),
+        loss_weights="uniform",
         pooling="first",
         pooler="per_exit",
         head_init="random",
@@ -130,7 +131,7 @@ def _fine_tuned(job: PreparedRun, folder: Path) -> np.ndarray:
     tuning = TuningRows(np.stack(job.tuning), job.dataset.task.metric)
     classes = len(job.dataset.classes)
     graphdef, params, _ = fit(
-        config, job.checkpoint, training, classes, job.train, rows, folder, tuning=tuning
+        TrainingJob(config, job.checkpoint, training, classes, job.train, rows, folder, tuning)
     )
     every = np.tile(np.arange(len(job.validation)), (len(rows), 1))  # [R, N]
     program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)

@@ -1,4 +1,4 @@
-"""What a run is: one frozen dataclass that everything below `main` receives, validated."""
+"""The configuration of a run: one frozen, validated dataclass."""
 
 import dataclasses
 import difflib
@@ -6,22 +6,22 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sweet_jax.methods import LOSS_WEIGHTS, METHODS
 from sweet_jax.presets import PRESETS
 
 
 class UserError(ValueError):
-    """The user's input is wrong. The message is one line: what, with the value, and the mend."""
+    """Raised for wrong input of the user, in one line: what, with the value, and how to fix it."""
 
 
 AUTO = "auto"  # of epochs
 POOLING_NAMES = ("first", "mean")  # models/pooling.py has what they do
-METHODS = ("sweet", "early_exit", "multi_model")
 METRICS = ("accuracy", "matthews", "f1")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("einsum", "xla", "cudnn")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": METHODS,
+    "method": tuple(METHODS),
     "isolation_schedule": ("linear", "step"),
     "dtype": DTYPES,
     "attention": ATTENTIONS,
@@ -41,7 +41,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rate_search": ("full", "short"),
     "baselines": ("none", "quick", "full"),
 }
-_DEFAULT_ISOLATION = {"sweet": (1.0,), "early_exit": (0.0,), "multi_model": (0.0,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +75,11 @@ class Config:
     isolation: tuple[float, ...] = ()  # one number, or from, to over training; () = the method's
     isolation_schedule: str = "linear"  # from, to: "linear", or "step", which changes at half time
     boundary_isolation: tuple[float, ...] = ()  # of each boundary, times isolation; () = all 1
+    # Of each exit's loss: one positive number for each exit, or "uniform", "depth" (proportional to
+    # the layer, as PABEE) or "shallow_deep" (rising over training); "" = the method's, "uniform".
+    # For exits that share layers. Under SWEET they nearly cancel: a parameter has the gradient of
+    # one exit alone, and neither Adam's update nor clipping per owner changes with its scale.
+    loss_weights: str | tuple[float, ...] = ""
     rate_search: str = "full"  # train every rate to the end, or "short": first a short run of each
     group_by_length: bool = False  # batches of texts of similar length: less padding
     head_init: str = ""  # "random", or "probe": logistic regression on the frozen encoder
@@ -107,21 +111,24 @@ class Config:
             check_choice(name, getattr(self, name), allowed)
         _check_ranges(self)
         _check_isolation(self)
+        _check_loss_weights(self)
         _check_conflict(self)
         _check_independent(self)
         _check_learning_to_exit(self)
 
     def resolved(self) -> "Config":
-        """The same with every "" that stands for the preset's or the method's choice filled in."""
+        """Returns the config with the choices of its preset and method where it has none."""
         choices: dict[str, Any] = {
             k: v for k, v in PRESETS[self.preset].items() if not getattr(self, k)
         }
-        isolation = self.isolation or _DEFAULT_ISOLATION[self.method]
-        return dataclasses.replace(self, isolation=isolation, **choices)
+        method = METHODS[self.method]
+        choices["isolation"] = self.isolation or method.isolation
+        choices["loss_weights"] = self.loss_weights or method.loss_weights
+        return dataclasses.replace(self, **choices)
 
     @property
     def policy(self) -> str:
-        """Name of the exit policy of a resolved config: learning-to-exit's where that is on."""
+        """Returns the exit policy of a resolved config: learning-to-exit's where that is on."""
         return self.exit_score if self.learning_to_exit else self.confidence
 
     @property
@@ -131,12 +138,12 @@ class Config:
         return self.epochs == AUTO or self.head_init == "probe" or self.head_refit or searches
 
     def replicas(self) -> tuple[tuple[int, float], ...]:
-        """(seed, learning rate) of every replica, in the order of the R axis."""
+        """Returns (seed, learning rate) of every replica, in the order of the R axis."""
         return tuple((seed, rate) for seed in self.seeds for rate in self.learning_rates)
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """A Config from keys and values; raises UserError for an unknown key, with the nearest."""
+    """Builds a Config of keys and values; raises UserError for an unknown key, with the nearest."""
     names = [field.name for field in dataclasses.fields(Config)]
     for key in values:
         check_choice("config key", key, names)
@@ -156,13 +163,18 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """The names in a comma-separated list, without blanks around them."""
+    """Splits a comma-separated list of names, without blanks around them."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _as_field(name: str, value: Any) -> Any:
-    """Lists become tuples, one number becomes a tuple of one, a tuple of names becomes text."""
+    """Converts a value of a file or a command line to the type of its field.
+
+    Lists become tuples, one number a tuple of one, a tuple of names text.
+    """
     default = getattr(Config, name)
+    if name == "loss_weights":
+        return _as_loss_weights(value)
     if name == "epochs" and isinstance(value, str) and value.strip().isdigit():
         return int(value)  # as a command line has it
     if isinstance(default, tuple):
@@ -174,6 +186,18 @@ def _as_field(name: str, value: Any) -> Any:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     return value
+
+
+def _as_loss_weights(value: Any) -> Any:
+    """Converts numbers, or text of numbers separated by commas, to a tuple; leaves a name as is."""
+    if isinstance(value, str):
+        names = split_names(value)
+        try:
+            return tuple(map(float, names)) if names else value
+        except ValueError:
+            return value
+    values = value if isinstance(value, list | tuple) else (value,)
+    return tuple(float(v) if type(v) is int else v for v in values)
 
 
 def _check_types(config: Config) -> None:
@@ -190,6 +214,8 @@ def _check_types(config: Config) -> None:
         elif field.name == "epochs":
             if value != AUTO and type(value) is not int:
                 raise UserError(f'epochs must be a whole number or "auto"; got {value!r}')
+        elif field.name == "loss_weights":
+            pass  # see _check_loss_weights
         elif type(value) is not type(default):
             raise UserError(f"{field.name} must be of type {type(default).__name__}; got {value!r}")
 
@@ -242,13 +268,32 @@ def _check_ranges(config: Config) -> None:
     require(config.label_column != "", "label_column", "a column name")
 
 
+def _check_loss_weights(config: Config) -> None:
+    weights = config.loss_weights
+    if isinstance(weights, str):
+        check_choice("loss_weights", weights, ("", *LOSS_WEIGHTS))
+        return
+    sound = isinstance(weights, tuple) and all(type(w) is float for w in weights)
+    if not sound or len(weights) != len(config.exits) or not all(0 < w < math.inf for w in weights):
+        raise UserError(
+            f"loss_weights must be one positive number for each of the {len(config.exits)} exits "
+            f"{','.join(map(str, config.exits))}, or one of "
+            f"{', '.join(map(repr, LOSS_WEIGHTS))}; got {weights!r}"
+        )
+
+
 def _check_conflict(config: Config) -> None:
-    dial, factors = config.isolation or (0.0,), config.boundary_isolation or (1.0,)
-    shared = config.method == "early_exit" and min(*dial, *factors, 1.0) < 1
-    if config.conflict_every and not (shared and len(config.exits) > 1):
-        what = f"method {config.method!r}"
-        if config.method == "early_exit":
-            what = "one exit" if len(config.exits) == 1 else f"isolation {config.isolation!r}"
+    """Raises UserError where gradients are to be compared that no two exits have in common."""
+    method = METHODS[config.method]
+    isolation = config.isolation or method.isolation
+    closed = min(*isolation, *config.boundary_isolation, 1.0) == 1
+    one = len(config.exits) == 1
+    if config.conflict_every and (method.model_per_exit or closed or one):
+        what = f"isolation {config.isolation!r}"
+        if method.model_per_exit or (closed and not config.isolation):
+            what = f"method {config.method!r}"
+        elif one:
+            what = "one exit"
         raise UserError(
             f"conflict_every is {config.conflict_every}, but with {what} no two exits train the "
             "same layer: leave it out, or use --config.method=early_exit with open boundaries"
@@ -267,15 +312,16 @@ def _check_isolation(config: Config) -> None:
             f"isolation_schedule {config.isolation_schedule!r} needs a pair, such as "
             f"--config.isolation=0,1; isolation is {isolation!r}"
         )
-    if config.method == "multi_model":
+    method = METHODS[config.method]
+    if method.model_per_exit:
         # A constant 0 is what the method resolves to.
         if factors or any(isolation):
             name = "boundary_isolation" if factors else "isolation"
             raise UserError(
-                f"{name} is {factors or isolation!r}, but multi_model's models have no boundaries "
-                "between exits: leave it out, or set --config.method=early_exit"
+                f"{name} is {factors or isolation!r}, but {method.name}'s models have no "
+                "boundaries between exits: leave it out, or set --config.method=early_exit"
             )
-    elif factors and not any(isolation or _DEFAULT_ISOLATION[config.method]):
+    elif factors and not any(isolation or method.isolation):
         raise UserError(
             f"boundary_isolation is {factors!r}, but it is times isolation, which is 0: set "
             "--config.isolation=1 with it"
@@ -302,12 +348,12 @@ def _check_learning_to_exit(config: Config) -> None:
 
 
 def _check_independent(config: Config) -> None:
-    """What trains segments apart from each other needs that nothing couples them."""
+    """Raises UserError where exits are coupled that are to be trained independently."""
     asked = "segment_parallel" if config.segment_parallel else "grow_from"
     if not (config.segment_parallel or config.grow_from):
         return
     wanted = {
-        "method": ("sweet",),
+        "method": tuple(m.name for m in METHODS.values() if m.trains_exits_independently),
         "isolation": ((), (1.0,), (1.0, 1.0)),
         "pooler": ("", "per_exit"),
         "relative": ("", "first"),

@@ -1,4 +1,4 @@
-"""The regressions of a run: the probe before its training, the refit of its heads afterwards.
+"""Logistic regressions of a run: the probe before training, the refit of its heads afterwards.
 
 Tuning rows, which are neither trained on nor calibrated on, choose their penalties.
 
@@ -48,7 +48,7 @@ class Probe:
     predictions: np.ndarray
 
     def select_replicas(self, replicas: Sequence[int]) -> "Probe":
-        """Returns those of some replicas."""
+        """Returns the probe of some replicas."""
         return Probe(self.classifiers.select_replicas(replicas), self.predictions[list(replicas)])
 
 
@@ -65,8 +65,8 @@ def select_replicas(job: PreparedRun, config: Config, replicas: Sequence[int]) -
 def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     """Fits a logistic regression at every exit of the encoder that training starts from.
 
-    One pass of the frozen encoder over training, tuning and validation rows. What is found is kept
-    in probe.npz, and read by the run that goes on.
+    One pass of the frozen encoder over training, tuning and validation rows. The result is
+    kept in probe.npz, from which a resumed run reads it.
     """
     path = workdir / "probe.npz"
     if broadcast_from_primary(path.exists()):
@@ -145,16 +145,16 @@ def refit_heads(
 ) -> Params:
     """Returns trained parameters [R, ...] with the classifiers fitted again on the trained encoder.
 
-    Exits of a run that this one grows from stay as they are, and so do replicas that diverged. What
-    is found is kept in `refit/`, for a run that grows from this one.
+    Exits of a run that this one grows from stay as they are, and so do replicas that diverged. The
+    classifiers are kept in `refit/`, for a run that grows from this one.
     """
     config, base = job.config, job.base
     kept = base.exits if base is not None else ()
     own, held = _rows(job)
     rows = np.concatenate([own, held], axis=1)  # [R, N + M]
     program = compile_evaluation(config, graphdef, mesh_of(params), features=True)
-    answer = evaluate(config, program, params, job.train, rows, features=True)
-    features = np.asarray(answer.features)  # [R, E, N + M, H]
+    output = evaluate(config, program, params, job.train, rows, features=True)
+    features = np.asarray(output.features)  # [R, E, N + M, H]
     sound = np.isfinite(features).all(axis=(1, 2, 3))  # [R]
     if not sound.all():
         features[~sound] = 0

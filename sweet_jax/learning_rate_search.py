@@ -1,4 +1,4 @@
-"""The search for a learning rate: short runs, compared on tuning rows.
+"""The choice of a learning rate by short runs, compared on tuning rows.
 
 Shape letters: R replica, E exit, M tuning rows, C classes.
 """
@@ -23,6 +23,7 @@ from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.schedule import search_steps, training_steps
 from sweet_jax.training.sharding import mesh_of
 
@@ -39,8 +40,8 @@ def search_rate(
     standard error: then the one with the largest.
 
     Returns:
-      The job and the probe of the replicas of that rate, and what was found: learning_rates, area
-      of each, steps, seed, learning_rate. (job, probe, None) where nothing is to be chosen.
+      The job and the probe of the replicas of that rate, and a record: learning_rates, area of
+      each, steps, seed, learning_rate. (job, probe, None) where there is nothing to choose.
 
     """
     config = job.config
@@ -73,7 +74,7 @@ def _of_rate(job: PreparedRun, probe: Probe | None, place: int) -> tuple[Prepare
 
 
 def _search(job: PreparedRun, probe: Probe | None, workdir: Path) -> dict[str, Any]:
-    """Returns what `search_rate` finds."""
+    """Returns the record of `search_rate`."""
     config, total = job.config, _steps(job)
     rates, steps = config.learning_rates, search_steps(total)
     log.info(
@@ -107,7 +108,7 @@ def _search(job: PreparedRun, probe: Probe | None, workdir: Path) -> dict[str, A
 def _together(count: int) -> list[list[int]]:
     """Returns which rates are the replicas of one program: all of them.
 
-    But on a single CPU device, whose cores one replica fills, each alone: with one seed, they and
+    On a single CPU device, whose cores one replica fills, each alone: with one seed, they and
     the training that follows then share one compiled program.
     """
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
@@ -126,7 +127,7 @@ def _short_runs(
     tuning = np.stack(job.tuning)  # [R, M]
     logits = []
     for training in model_specs(config):
-        graphdef, params, _ = fit(
+        short = TrainingJob(
             config,
             job.checkpoint,
             training,
@@ -137,6 +138,7 @@ def _short_runs(
             probe=None if probe is None else probe.classifiers.select_replicas(places),
             short=True,
         )
+        graphdef, params, _ = fit(short)
         program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
         logits.append(evaluate(config, program, params, job.train, tuning).logits)
     return tuning_area(

@@ -93,8 +93,10 @@ def _recipe(name: str) -> ConfigDict:
             f"config file {path!r}: {type(error).__name__}: {one_line(error)}"
         ) from error
     values = dataclasses.asdict(configuration.from_mapping(chosen))
-    # A number or "auto": as text, so that a flag may change the one into the other.
-    return ConfigDict(values | {"epochs": str(values["epochs"])})
+    # A number or a name: as text, so that a flag may change the one into the other.
+    weights = values["loss_weights"]
+    weights = weights if isinstance(weights, str) else ",".join(map(str, weights))
+    return ConfigDict(values | {"epochs": str(values["epochs"]), "loss_weights": weights})
 
 
 def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:

@@ -1,4 +1,4 @@
-"""The whole job of one config: data, training, evaluation, calibration, simulation, report.
+"""The run of one config: data, training, evaluation, calibration, simulation, report.
 
 Shape letters: R replica, E exit, N examples, C classes.
 """
@@ -10,10 +10,11 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from sweet_jax.baselines import run_baselines
 from sweet_jax.config import Config
@@ -35,24 +36,33 @@ from sweet_jax.report import console, figures, page, shortfalls
 from sweet_jax.report.baselines import Baseline, save_baselines
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.results import build_results
-from sweet_jax.training.early_stopping import TuningRows
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
-from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.initialization import ModelSpec, model_specs
+from sweet_jax.training.job import TrainingJob, TuningRows
 from sweet_jax.training.metrics import find_failures, read_metrics
 from sweet_jax.training.probe import LinearClassifiers
 from sweet_jax.training.sharding import mesh_of, select_replica
+from sweet_jax.training.step import Params
 
 log = logging.getLogger(__name__)
 
-# Keys that may differ when a run is gone on with: beyond rounding, they change no number. The rows
-# are compared by their digest, wherever they lie.
+# Keys that may differ when a run is resumed: beyond rounding, they change no number. The rows are
+# compared by their digest, wherever they lie.
 FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir", "baselines")
+
+
+class SplitOutputs(NamedTuple):
+    """What one model says of the rows of each split, see `evaluate`."""
+
+    calibration: ModelOutput
+    validation: ModelOutput
+    tuning: ModelOutput | None  # None where no rows were held out for tuning
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What training and evaluation leave."""
+    """The results of training, evaluation and what goes with them, before the analysis."""
 
     calibration: ExitOutputs
     validation: ExitOutputs
@@ -60,10 +70,12 @@ class Outcome:
     timing: dict[str, float]
     tuning: ExitOutputs | None = None  # None where no rows were held out for tuning
     best_steps: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # by training
+    baselines: Sequence[Baseline] = ()
+    rate_search: dict[str, Any] | None = None
 
 
 def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]:
-    """Does the whole job of one config in one directory; returns the contents of results.json.
+    """Runs one config in one directory; returns the contents of results.json.
 
     Args:
       config: of the run.
@@ -75,7 +87,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     Raises:
       UserError: the config, the data, the checkpoint or the workdir will not do; nothing was
         written.
-      StoppedError: SIGTERM came; the same call goes on where this one stopped.
+      PreemptedError: SIGTERM came; the same call resumes where this one stopped.
 
     """
     with raise_on_all():
@@ -94,6 +106,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
         job, probe, search = search_rate(job, probe, workdir)
         outcome = train_and_evaluate(job, workdir, None if probe is None else probe.classifiers)
         tried = run_baselines(job, probe, workdir) if report else []
+        outcome = dataclasses.replace(outcome, baselines=tried, rate_search=search)
         analysis = None
         if is_primary():
             analysis = analyse(outcome.calibration, outcome.validation, tuning=outcome.tuning)
@@ -103,82 +116,102 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
         with raise_on_all():
             if analysis is None:
                 return {}
-            return _finish(job, outcome, analysis, best, workdir, report, tried, search)
+            return _finish(job, outcome, analysis, best, workdir, report=report)
 
 
 def train_and_evaluate(
     job: PreparedRun, workdir: Path, probe: LinearClassifiers | None = None
 ) -> Outcome:
-    """Trains the method's models one after the other, and fills ExitOutputs with what they say.
+    """Trains the method's models one after the other, and evaluates all their exits.
 
-    probe: what the heads of all exits begin with, of every replica; None for random ones.
+    probe: the start of the heads of all exits, of every replica; None for random ones.
     """
-    config, classes = job.config, len(job.dataset.classes)
-    every = np.tile(np.arange(len(job.validation)), (len(job.rows), 1))  # [R, N]
-    held_out = np.stack([rows for _, rows in job.rows])  # [R, N]
-    tuning = TuningRows(np.stack(job.tuning), job.dataset.task.metric)
-    found: list[tuple[ModelOutput, ...]] = []
+    found: list[SplitOutputs] = []
     models: list[TrainedModel] = []
     best_steps: dict[str, list[int]] = {}
     timing = {"train_seconds": 0.0, "train_examples": 0.0, "evaluate_seconds": 0.0}
-    for training in model_specs(config):
-        trained = [rows for rows, _ in job.rows]
-        graphdef, params, spent = fit(
-            config,
-            job.checkpoint,
-            training,
-            classes,
-            job.train,
-            trained,
-            workdir,
-            tuning=tuning,
-            probe=probe,
-        )
+    for model in model_specs(job.config):
+        graphdef, params, spent = fit(_training_job(job, model, workdir, probe))
         began = time.perf_counter()
-        alone = config.epochs == 0 and probe is not None  # it was fitted on this very encoder
-        if config.head_refit and not alone:
-            params = refit_heads(job, training, graphdef, params, workdir)
+        alone = job.config.epochs == 0 and probe is not None  # it was fitted on this very encoder
+        if job.config.head_refit and not alone:
+            params = refit_heads(job, model, graphdef, params, workdir)
             timing["refit_seconds"] = timing.get("refit_seconds", 0) + time.perf_counter() - began
             began = time.perf_counter()
         if spent.best_steps:
-            best_steps[training.name] = list(spent.best_steps)
-        mesh = mesh_of(params)
-        answer = compile_evaluation(config, graphdef, mesh, features=config.tunes)
-        on_validation = evaluate(config, answer, params, job.validation, every)
-        match config.calibration:
-            case "held_out":
-                fitted = evaluate(config, answer, params, job.train, held_out)
-            case "validation":
-                fitted = on_validation
-            case _:  # the release's: the validation rows with dropout left on
-                answer = compile_evaluation(config, graphdef, mesh, dropout=True)
-                fitted = evaluate(config, answer, params, job.validation, every)
-        found.append((fitted, on_validation))
-        if config.tunes:
-            found[-1] += (evaluate(config, answer, params, job.train, tuning.rows),)
-        models.append(TrainedModel(training.exits, params))
+            best_steps[model.name] = list(spent.best_steps)
+        found.append(_evaluate_splits(job, graphdef, params))
+        models.append(TrainedModel(model.exits, params))
         timing["train_seconds"] += spent.seconds
         timing["train_examples"] += spent.examples
         timing["evaluate_seconds"] += time.perf_counter() - began
-    fitted_on_held_out = config.calibration == "held_out"
-    labels = job.train.labels[held_out] if fitted_on_held_out else job.validation.labels
-    fitted_answers, answers, *tuned = zip(*found, strict=True)
+    calibration, validation, tuning = zip(*found, strict=True)
+    labels, shown = job.train.labels, job.validation.labels
+    held_out = job.config.calibration == "held_out"
     return Outcome(
-        exit_outputs(job, "calibration", fitted_answers, labels),
-        exit_outputs(job, "validation", answers, job.validation.labels),
+        exit_outputs(
+            job, "calibration", calibration, labels[_calibration_rows(job)] if held_out else shown
+        ),
+        exit_outputs(job, "validation", validation, shown),
         models,
         timing,
-        exit_outputs(job, "tuning", tuned[0], job.train.labels[tuning.rows]) if tuned else None,
+        exit_outputs(job, "tuning", tuning, labels[np.stack(job.tuning)])
+        if job.config.tunes
+        else None,
         best_steps,
     )
 
 
+def _training_job(
+    job: PreparedRun, model: ModelSpec, workdir: Path, probe: LinearClassifiers | None
+) -> TrainingJob:
+    return TrainingJob(
+        job.config,
+        job.checkpoint,
+        model,
+        len(job.dataset.classes),
+        job.train,
+        [rows for rows, _ in job.rows],
+        workdir,
+        tuning=TuningRows(np.stack(job.tuning), job.dataset.task.metric),
+        probe=probe,
+    )
+
+
+def _calibration_rows(job: PreparedRun) -> np.ndarray:
+    """Returns the training rows held out for calibration, int [R, N]."""
+    return np.stack([rows for _, rows in job.rows])
+
+
+def _evaluate_splits(job: PreparedRun, graphdef: nnx.GraphDef, params: Params) -> SplitOutputs:
+    """Evaluates a model's exits on the rows of each split.
+
+    Tuning rows are evaluated as calibration rows are, with dropout under the release's preset.
+    """
+    config, mesh = job.config, mesh_of(params)
+    every = np.tile(np.arange(len(job.validation)), (len(job.rows), 1))  # [R, N]
+    program = compile_evaluation(config, graphdef, mesh, features=config.tunes)
+    validation = evaluate(config, program, params, job.validation, every)
+    match config.calibration:
+        case "held_out":
+            calibration = evaluate(config, program, params, job.train, _calibration_rows(job))
+        case "validation":
+            calibration = validation
+        case _:  # the release's: the validation rows with dropout left on
+            program = compile_evaluation(config, graphdef, mesh, dropout=True)
+            calibration = evaluate(config, program, params, job.validation, every)
+    tuning = None
+    if config.tunes:
+        tuning = evaluate(config, program, params, job.train, np.stack(job.tuning))
+    return SplitOutputs(calibration, validation, tuning)
+
+
 def exit_outputs(
-    job: PreparedRun, split: str, answers: Sequence[ModelOutput], labels: np.ndarray
+    job: PreparedRun, split: str, outputs: Sequence[ModelOutput], labels: np.ndarray
 ) -> ExitOutputs:
-    """Returns the outputs of a split, of the answers of each of the method's models."""
+    """Joins the outputs of the method's models on the rows of a split."""
     config = job.config
-    whole = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *answers)  # [R, E, N, ...]
+    whole = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *outputs)  # [R, E, N, ...]
     return ExitOutputs(
         whole.logits,
         labels,
@@ -207,65 +240,33 @@ def _finish(
     analysis: Analysis,
     best: Sequence[TrainedModel],
     workdir: Path,
+    *,
     report: bool,
-    tried: Sequence[Baseline],
-    search: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Writes the outputs, what reports them, and results.json; `best` is the best replica."""
-    config = job.config
-    outcome.calibration.save(workdir / "exit_outputs" / "calibration.npz")
-    outcome.validation.save(workdir / "exit_outputs" / "validation.npz")
-    if outcome.tuning is not None:
-        outcome.tuning.save(workdir / "exit_outputs" / "tuning.npz")
+    """Writes the outputs, their report, and results.json; `best` is the best replica."""
+    for split in ("calibration", "validation", "tuning"):
+        outputs: ExitOutputs | None = getattr(outcome, split)
+        if outputs is not None:
+            outputs.save(workdir / "exit_outputs" / f"{split}.npz")
     metrics = read_metrics(workdir)
-    trained = {training.name: training.exits for training in model_specs(config)}
-    bad = find_failures(
+    trained = {model.name: model.exits for model in model_specs(job.config)}
+    failures = find_failures(
         metrics,
         trained,
-        config.replicas(),
+        job.config.replicas(),
         outcome.validation.logits,
-        config.exits,
+        job.config.exits,
         job.dataset.classes,
     )
-    results = build_results(
-        config,
-        analysis,
-        bad,
-        rows=len(job.rows[0][0]),
-        baselines=tried,
-        timing=outcome.timing,
-        versions={name: version(name) for name in ("jax", "flax", "optax", "transformers")},
-        pooling=config.pooling,
-        head_init=config.head_init,
-        head_refit=config.head_refit,
-        rate_search=search,
-        best_steps=outcome.best_steps,
-    )
-    results["n"]["tuning"] = 0 if outcome.tuning is None else outcome.tuning.labels.shape[1]
+    results = _results(job, outcome, analysis, failures)
     if report:
-        if tried:
-            save_baselines(workdir / "exit_outputs" / "baselines.npz", tried)
+        if outcome.baselines:
+            save_baselines(workdir / "exit_outputs" / "baselines.npz", outcome.baselines)
         figures.write_figures(workdir / "figures", analysis, results, metrics, trained)
         page.write_report(workdir / "report.html", analysis, results, metrics, trained)
-        save_model(
-            workdir / "model",
-            job.checkpoint,
-            job.tokenizer,
-            config,
-            job.dataset,
-            analysis,
-            best,
-            card=model_card(
-                results,
-                model_type=job.checkpoint.model_type,
-                classes=job.dataset.classes,
-                text_columns=job.dataset.task.text_columns,
-                max_length=config.max_length,
-            ),
-            median_tokens=int(np.median(job.train.lengths)),
-        )
+        _save_model(job, analysis, best, results, workdir / "model")
     write_json(workdir / "results.json", results)  # last: it says that the run is whole
-    for row in bad:
+    for row in failures:
         log.warning(console.describe_divergence(row))
     if report and (shortfall := shortfalls.shortfall_warning(results)):
         log.warning(shortfall)
@@ -273,3 +274,53 @@ def _finish(
         print(console.exit_table(results))
         print(f"report: {workdir / 'report.html'}")
     return results
+
+
+def _results(
+    job: PreparedRun, outcome: Outcome, analysis: Analysis, failures: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the contents of results.json."""
+    config = job.config
+    results = build_results(
+        config,
+        analysis,
+        failures,
+        rows=len(job.rows[0][0]),
+        baselines=outcome.baselines,
+        timing=outcome.timing,
+        versions={name: version(name) for name in ("jax", "flax", "optax", "transformers")},
+        pooling=config.pooling,
+        head_init=config.head_init,
+        head_refit=config.head_refit,
+        rate_search=outcome.rate_search,
+        best_steps=outcome.best_steps,
+    )
+    results["n"]["tuning"] = 0 if outcome.tuning is None else outcome.tuning.labels.shape[1]
+    return results
+
+
+def _save_model(
+    job: PreparedRun,
+    analysis: Analysis,
+    best: Sequence[TrainedModel],
+    results: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Writes the best replica's model, with its card, for inference."""
+    save_model(
+        folder,
+        job.checkpoint,
+        job.tokenizer,
+        job.config,
+        job.dataset,
+        analysis,
+        best,
+        card=model_card(
+            results,
+            model_type=job.checkpoint.model_type,
+            classes=job.dataset.classes,
+            text_columns=job.dataset.task.text_columns,
+            max_length=job.config.max_length,
+        ),
+        median_tokens=int(np.median(job.train.lengths)),
+    )

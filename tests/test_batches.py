@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sweet_jax.config import METHODS, Config, UserError
+from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import (
     Tokens,
     bucket_lengths,
@@ -16,6 +16,7 @@ from sweet_jax.data.batches import (
 )
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.splits import Split, drop_duplicates, split_calibration_rows
+from sweet_jax.methods import METHODS
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
 
 CLS, SEP, WORD0 = 2, 3, 5  # ids of the tiny checkpoint's tokenizer
@@ -147,7 +148,7 @@ def test_evaluation_visits_every_row_once_and_puts_it_back_in_order(tokens):
             visits[r, places[r, real]] += 1
             labels[r, places[r, real]] = batch["labels"][r, real]
             ids[r, places[r, real]] = batch["input_ids"][r, real].sum(-1)
-            assert (batch["labels"][r, ~real] == -1).all()
+            np.testing.assert_array_equal(batch["row_mask"][r], real)
             assert not batch["mask"][r, ~real].any()
     assert (visits == 1).all()
     np.testing.assert_array_equal(labels, tokens.labels[rows])
@@ -157,7 +158,7 @@ def test_evaluation_visits_every_row_once_and_puts_it_back_in_order(tokens):
     assert set(widths) == {32, 40}
 
 
-def test_padding_mask_and_the_labels_of_empty_rows():
+def test_padding_and_the_masks_of_tokens_and_rows():
     tokens = Tokens(
         input_ids=np.array([2, 9, 3, 2, 8, 7, 3], np.int32),
         token_type_ids=np.array([1, 1, 1, 0, 0, 1, 1], np.int32),
@@ -169,9 +170,11 @@ def test_padding_mask_and_the_labels_of_empty_rows():
     assert batch["input_ids"].tolist() == [[2, 8, 7, 3, 4], [4] * 5, [2, 9, 3, 4, 4]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 1, 1, 0], [0] * 5, [1, 1, 1, 0, 0]]
     assert batch["mask"].sum(-1).tolist() == [4, 0, 3]
-    assert batch["labels"].tolist() == [0, -1, 1]
-    assert {str(v.dtype) for k, v in batch.items() if k != "mask"} == {"int32"}
-    assert batch["mask"].dtype == bool
+    assert batch["labels"][[0, 2]].tolist() == [0, 1]
+    assert batch["row_mask"].tolist() == [True, False, True]
+    masks = {"mask", "row_mask"}
+    assert {str(v.dtype) for k, v in batch.items() if k not in masks} == {"int32"}
+    assert {str(batch[k].dtype) for k in masks} == {"bool"}
     assert pad_rows(tokens, np.array([0, -1]), (3, 8))["mask"].shape == (2, 3)
 
 

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.main import parse
+from sweet_jax.methods import METHODS, loss_weights
 from sweet_jax.presets import PRESETS
 
 
@@ -74,6 +76,16 @@ def parsed(tmp_path):
             {"method": "multi_model", "isolation": 1},
             "isolation is (1.0,), but multi_model's",
         ),
+        ({"loss_weights": "dept"}, "unknown loss_weights 'dept': did you mean 'depth'?"),
+        (
+            {"loss_weights": (1.0, 2.0)},
+            "loss_weights must be one positive number for each of the 4 exits 1,4,6,12, or one of "
+            "'uniform', 'depth', 'shallow_deep'; got (1.0, 2.0)",
+        ),
+        ({"loss_weights": (1, 1, 1, 0)}, "got (1.0, 1.0, 1.0, 0.0)"),
+        ({"loss_weights": (1, 1, 1, float("inf"))}, "loss_weights must be one positive number"),
+        ({"loss_weights": (1, 1, 1, "x")}, "loss_weights must be one positive number"),
+        ({"loss_weights": "1,2,3,x"}, "unknown loss_weights '1,2,3,x'"),
         ({"isolation_schedule": "stop"}, "unknown isolation_schedule 'stop': did you mean 'step'?"),
         ({"isolation_schedule": "step"}, "needs a pair, such as --config.isolation=0,1"),
         ({"isolation_schedule": "step", "isolation": 0.5}, "isolation is (0.5,)"),
@@ -154,6 +166,38 @@ def test_resolved_isolation_is_the_methods(method, isolation):
         assert Config(method=method, isolation=(0.0, 1.0)).resolved().isolation == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_resolved_loss_weights_are_the_methods_unless_set(method):
+    assert Config(method=method).resolved().loss_weights == METHODS[method].loss_weights
+    chosen = from_mapping({"method": method, "loss_weights": [1, 1, 2, 4]})
+    assert chosen.resolved().loss_weights == (1.0, 1.0, 2.0, 4.0)
+
+
+def test_schedules_of_loss_weights():
+    """The weights of each exit at the first and at the last step."""
+    exits = (1, 4, 6, 12)
+    assert loss_weights("uniform", exits) == ((1.0, 1.0),) * 4
+    start, end = np.transpose(loss_weights("depth", exits))
+    np.testing.assert_allclose(end / end[0], exits)
+    assert end.sum() == pytest.approx(4)
+    np.testing.assert_array_equal(start, end)
+    start, end = np.transpose(loss_weights("shallow_deep", exits))
+    np.testing.assert_allclose(start, [0.01, 0.01, 0.01, 1])
+    np.testing.assert_allclose(end, [1 / 12, 1 / 3, 1 / 2, 1])
+    assert loss_weights((2.0, 3.0), (1, 2)) == ((2.0, 2.0), (3.0, 3.0))
+
+
+def test_a_recipe_s_numbers_give_way_to_a_name_of_the_command_line(parsed):
+    source = "def get_config(): return {'loss_weights': (1, 2, 3, 4)}"
+    assert parsed(source=source).loss_weights == (1.0, 2.0, 3.0, 4.0)
+    assert parsed("--config.loss_weights=depth", source=source).loss_weights == "depth"
+
+
+def test_conflict_is_measured_wherever_exits_share_layers():
+    """Whatever the name of the method: SWEET with open boundaries too."""
+    assert Config(isolation=(0.5,), conflict_every=5).conflict_every == 5
+
+
 def test_replicas_are_every_seed_with_every_rate_seeds_outermost():
     config = Config(seeds=(0, 7), learning_rates=(1e-4, 3e-4))
     assert config.replicas() == ((0, 1e-4), (0, 3e-4), (7, 1e-4), (7, 3e-4))
@@ -177,6 +221,8 @@ def test_replicas_are_every_seed_with_every_rate_seeds_outermost():
         ("data_files=a.csv,b.csv", "data_files", "a.csv,b.csv"),
         ("label_column=1", "label_column", "1"),
         ("epochs=3", "epochs", 3),
+        ("loss_weights=depth", "loss_weights", "depth"),
+        ("loss_weights=1,2,3,4.5", "loss_weights", (1.0, 2.0, 3.0, 4.5)),
         ("clip_norm=inf", "clip_norm", float("inf")),
     ],
 )

@@ -14,9 +14,9 @@ from sweet_jax.models.early_exit import EarlyExit, isolate
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.ownership import SHARED, leaves_by_owner, parameter_owners
 from sweet_jax.models.pretrained import open_checkpoint
+from sweet_jax.objectives.single_label import SINGLE_LABEL
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.initialization import make_model
-from sweet_jax.training.losses import mean_loss
 
 EXITS = (1, 3)
 KEY = jax.random.key(1)
@@ -25,7 +25,13 @@ BATCH = {
     "token_type_ids": jnp.tile(jnp.array([0, 0, 0, 0, 1, 1, 1]), (4, 1)),
     "mask": jnp.arange(7)[None] < jnp.array([7, 5, 2, 6])[:, None],
     "labels": jnp.array([0, 1, 1, 0]),
+    "row_mask": jnp.ones(4, bool),
 }
+
+
+def mean_loss(logits):
+    """Mean cross-entropy of every exit on the batch, [E]."""
+    return SINGLE_LABEL.mean_loss(logits, BATCH["labels"], BATCH["row_mask"])
 
 
 def build(exits=EXITS, kind="bert", **options):
@@ -40,7 +46,7 @@ def build(exits=EXITS, kind="bert", **options):
 def gradient(params, index, isolation, key, graphdef):
     def loss(params):
         logits = nnx.merge(graphdef, params)(BATCH, isolation, key)
-        return mean_loss(logits, BATCH["labels"])[index]
+        return mean_loss(logits)[index]
 
     return jax.grad(loss)(params)
 
@@ -107,7 +113,7 @@ def test_a_shared_pooler_gets_every_exit_s_gradient():
     graphdef, params = build(shared_pooler=True)
     each = [exit_gradient(graphdef, params, i, 1.0)["pooler"]["kernel"] for i in range(2)]
     assert all(np.any(g) for g in each)
-    total = segment_gradients(graphdef, params, BATCH, 1.0, None)[0]["pooler"]["kernel"]
+    total = segment_gradients(graphdef, params, BATCH, None)[0]["pooler"]["kernel"]
     np.testing.assert_allclose(total, each[0] + each[1], rtol=1e-5, atol=1e-7)
 
 
@@ -117,7 +123,7 @@ def test_a_shared_table_of_relative_positions_gets_every_exit_s_gradient():
     owner_of = parameter_owners(params, EXITS, shared_relative=True)["encoder"]
     assert set(jax.tree.leaves(owner_of["relative"])) == {SHARED}
     assert SHARED not in jax.tree.leaves({**owner_of, "relative": None})
-    step = jax.jit(lambda params: segment_gradients(graphdef, params, BATCH, 1.0, None)[0])
+    step = jax.jit(lambda params: segment_gradients(graphdef, params, BATCH, None)[0])
     total = step(params)["encoder"]["relative"]
     parts = [jax.tree.leaves(gradient["relative"]) for gradient in each]
     for whole, first, last in zip(jax.tree.leaves(total), *parts, strict=True):
@@ -178,8 +184,11 @@ def test_segment_by_segment_is_the_whole_with_stop_gradient(kind, key):
     """The one computes only the first token of an exit's layer where the other computes all."""
     graphdef, params = build(kind=kind, learning_to_exit="joint")
     parts, whole = (
-        jax.jit(lambda params, f=function, a=isolation: f(graphdef, params, BATCH, a, key))(params)
-        for function, isolation in ((segment_gradients, 1.0), (whole_gradients, jnp.asarray(1.0)))
+        jax.jit(lambda params, f=function, a=arguments: f(graphdef, params, BATCH, *a))(params)
+        for function, *arguments in (
+            (segment_gradients, key),
+            (whole_gradients, jnp.asarray(1.0), key),
+        )
     )
     for ours, theirs in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -207,7 +216,7 @@ def weighted():
 
     def loss(params, weights, each):
         logits = nnx.merge(graphdef, params)(BATCH, each, jax.random.key(5))
-        return (mean_loss(logits, BATCH["labels"]) * weights).sum()
+        return (mean_loss(logits) * weights).sum()
 
     compiled = jax.jit(jax.grad(loss))  # once: the isolations are arguments
 
@@ -243,7 +252,7 @@ def test_a_closed_boundary_lets_exactly_nothing_through_whatever_the_other_does(
 
     def loss(params, weights):
         logits = nnx.merge(graphdef, params)(BATCH, each)
-        return (mean_loss(logits, BATCH["labels"]) * weights).sum()
+        return (mean_loss(logits) * weights).sum()
 
     gradient = jax.jit(jax.grad(loss))
     for layer, weights in zip(exits, np.eye(3, dtype=np.float32), strict=True):

@@ -299,9 +299,9 @@ def test_five_rates_by_three_seeds_are_one_program_and_each_its_solo_run(
 
     monkeypatch.setattr(parallel, "compile_step", compiled)
 
-    def watched(config, checkpoint, training, classes, tokens, rows, workdir, **more):
-        fitted.append(len(rows))
-        return fit(config, checkpoint, training, classes, tokens, rows, workdir, **more)
+    def watched(job):
+        fitted.append(len(job.rows))
+        return fit(job)
 
     monkeypatch.setattr("sweet_jax.pipeline.fit", watched)
     assert individual.run(full) == 0
@@ -346,9 +346,9 @@ def test_killed_in_the_middle_it_finishes_with_the_same_numbers(
     starts = []
     original = loop.run_steps
 
-    def watched(plan, state, batch, span, *rest):
-        starts.append(span.start)
-        return original(plan, state, batch, span, *rest)
+    def watched(plan, state, batch, step_log, *rest):
+        starts.append(step_log.steps.start)
+        return original(plan, state, batch, step_log, *rest)
 
     monkeypatch.setattr("sweet_jax.training.fit.run_steps", watched)
     assert individual.run(full) == 0

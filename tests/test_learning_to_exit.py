@@ -18,25 +18,27 @@ from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import Config, from_mapping
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.objectives.single_label import is_correct
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
 from sweet_jax.simulate import main as simulate_main
 from sweet_jax.training.losses import compute_step_metrics, mean_exit_loss
 from sweet_jax.training.metrics import find_failures
-from sweet_jax.training.step import (
-    clip_gradients,
-    init_state,
-    train_step,
-)
+from sweet_jax.training.optimizer import clip_gradients
+from sweet_jax.training.step import init_state, train_step
 
 
 def test_the_loss_is_the_squared_error_of_being_right():
     logits = jnp.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [5.0, 0.0]])  # classes 0 1 0 0
-    labels = jnp.array([0, 0, 1, -1])  # right, wrong, wrong, left out
+    labels = jnp.array([0, 0, 1, 0])  # right, wrong, wrong, padding
+    row_mask = jnp.array([True, True, True, False])
     scores = jnp.array([0.9, 0.2, 0.5, 0.0])
     wanted = ((0.9 - 1) ** 2 + 0.2**2 + 0.5**2) / 3
-    np.testing.assert_allclose(mean_exit_loss(logits, scores, labels), wanted, rtol=1e-6)
-    both = mean_exit_loss(jnp.stack([logits, -logits]), jnp.stack([scores, scores]), labels)
+    np.testing.assert_allclose(
+        mean_exit_loss(is_correct(logits, labels), scores, row_mask), wanted, rtol=1e-6
+    )
+    correct = is_correct(jnp.stack([logits, -logits]), labels)
+    both = mean_exit_loss(correct, jnp.stack([scores, scores]), row_mask)
     other = (0.9**2 + (0.2 - 1) ** 2 + (0.5 - 1) ** 2) / 3
     np.testing.assert_allclose(both, [wanted, other], rtol=1e-6)
 
@@ -47,7 +49,7 @@ def test_the_gradient_of_the_exit_loss_reaches_its_own_segment_or_its_own_head_o
 
     def loss(params):
         answer = nnx.merge(graphdef, params).forward(BATCH, 1.0)
-        return compute_step_metrics(answer, BATCH["labels"]).exit_loss[1]
+        return compute_step_metrics(answer, BATCH).exit_loss[1]
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
         match tuple(p.key for p in path):

@@ -7,23 +7,22 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from test_early_exit import BATCH, EXITS, build, untrained
 
+from sweet_jax.methods import loss_weights
 from sweet_jax.models.bert import Bert, BertConfig
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive_key
 from sweet_jax.models.ownership import leaves_by_owner
+from sweet_jax.objectives.single_label import SINGLE_LABEL, single_predicted_class
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
-from sweet_jax.training.losses import mean_loss, single_predicted_class
-from sweet_jax.training.step import (
-    StepSettings,
-    clip_gradients,
-    evaluate_step,
-    init_state,
-    train_step,
-)
+from sweet_jax.training.losses import TrainingLoss
+from sweet_jax.training.optimizer import clip_gradients
+from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.step import evaluate_step, init_state, train_step
 
 
 def settings(graphdef, **changes) -> StepSettings:
@@ -110,15 +109,69 @@ def test_global_clipping_couples_the_exits():
 def test_empty_rows_are_left_out_of_the_loss():
     logits = jax.random.normal(jax.random.key(0), (2, 4, 3))
     labels = jnp.array([2, 0, 1, 1])
-    half = mean_loss(logits, labels.at[2:].set(-1))
-    np.testing.assert_allclose(half, mean_loss(logits[:, :2], labels[:2]), rtol=1e-6)
-    assert np.all(np.asarray(mean_loss(logits, jnp.full(4, -1))) == 0)
+    half = SINGLE_LABEL.mean_loss(logits, labels, jnp.arange(4) < 2)
+    wanted = SINGLE_LABEL.mean_loss(logits[:, :2], labels[:2], jnp.ones(2, bool))
+    np.testing.assert_allclose(half, wanted, rtol=1e-6)
+    assert np.all(np.asarray(SINGLE_LABEL.mean_loss(logits, labels, jnp.zeros(4, bool))) == 0)
 
 
 def test_metrics_name_the_only_class_of_a_batch():
     right = jnp.eye(3)[jnp.array([[1, 1, 1], [1, 2, 1], [2, 1, 2]])]  # [E, B, C]
-    assert single_predicted_class(right, jnp.array([0, 0, 2])).tolist() == [1, -1, -1]
-    assert single_predicted_class(right, jnp.array([0, -1, 2])).tolist() == [1, 1, 2]
+    assert single_predicted_class(right, jnp.ones(3, bool)).tolist() == [1, -1, -1]
+    assert single_predicted_class(right, jnp.array([True, False, True])).tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize("by_segment", [False, True])
+def test_the_gradient_is_that_of_the_weighted_losses(by_segment):
+    """With learning-to-exit, whose squared error is a part of its exit's loss."""
+    graphdef, params = build(learning_to_exit="joint")
+    key, isolation = jax.random.key(5), float(by_segment)
+    weights = (0.25, jnp.asarray(3.0))
+
+    def weighted(params):
+        output = nnx.merge(graphdef, params).forward(BATCH, isolation, key)
+        labels, right = BATCH["labels"], output.logits.argmax(-1) == BATCH["labels"][None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            output.logits, jnp.broadcast_to(labels, (2, 4))
+        )
+        first, second = (losses + (output.exit_scores - right) ** 2).mean(axis=-1)
+        return 0.25 * first + 3 * second
+
+    def ours(params):
+        loss = TrainingLoss(weights=weights)
+        if by_segment:
+            return segment_gradients(graphdef, params, BATCH, key, loss)[:2]
+        return whole_gradients(graphdef, params, BATCH, isolation, key, loss)
+
+    found, metrics = jax.jit(ours)(params)
+    wanted = jax.jit(jax.grad(weighted))(params)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    # The weights do not touch what is logged.
+    output = jax.jit(lambda p: nnx.merge(graphdef, p).forward(BATCH, isolation, key))(params)
+    plain = SINGLE_LABEL.mean_loss(output.logits, BATCH["labels"], BATCH["row_mask"])
+    np.testing.assert_allclose(metrics.loss, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("isolation", [(0.0,), (1.0,)])
+def test_uniform_weights_are_no_operation_of_the_program(isolation):
+    graphdef, params = build(learning_to_exit="joint")
+    state = init_state(params, 1e-2, 0)
+
+    def program(**changes) -> str:
+        chosen = settings(graphdef, isolation=isolation, **changes)
+        return jax.jit(functools.partial(train_step, chosen)).lower(state, BATCH).as_text()
+
+    uniform = program(loss_weights=loss_weights("uniform", EXITS))
+    assert uniform == program()
+    assert uniform != program(loss_weights=loss_weights("depth", EXITS))
+
+
+def test_weights_of_losses_may_move_during_training():
+    chosen = settings(None, total_steps=5, loss_weights=((0.0, 1.0), (2.0, 2.0)))
+    weights = [chosen.loss_at(jnp.asarray(step)).weights for step in range(5)]
+    np.testing.assert_allclose([w[0] for w in weights], [0, 0.25, 0.5, 0.75, 1])
+    assert {w[1] for w in weights} == {2.0}
 
 
 def test_isolation_may_move_during_training():
@@ -200,9 +253,10 @@ def test_what_is_computed_again_is_the_same(isolation):
     gradients = []
     for remat in (False, True):
         graphdef, params = build(kind="deberta-v2", remat=remat)
-        part = segment_gradients if isolation else whole_gradients
         key = jax.random.key(5)
-        step = jax.jit(lambda p, g=graphdef, f=part, k=key: f(g, p, BATCH, isolation, k)[0])
+        part = segment_gradients if isolation else whole_gradients
+        rest = (key,) if isolation else (isolation, key)
+        step = jax.jit(lambda p, g=graphdef, f=part, r=rest: f(g, p, BATCH, *r)[0])
         gradients.append(step(params))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), gradients[0], gradients[1]
@@ -246,6 +300,7 @@ def temporaries(
         "token_type_ids": jax.ShapeDtypeStruct((16, 128), jnp.int32),
         "mask": jax.ShapeDtypeStruct((16, 128), bool),
         "labels": jax.ShapeDtypeStruct((16,), jnp.int32),
+        "row_mask": jax.ShapeDtypeStruct((16,), bool),
     }
     step = jax.jit(lambda s, b: train_step(chosen, s, b), donate_argnums=0)
     return step.lower(shapes, batch).compile().memory_analysis().temp_size_in_bytes

@@ -281,12 +281,14 @@ def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
     job = prepare(from_mapping(config))
     from sweet_jax.training.fit import fit
     from sweet_jax.training.initialization import model_specs
+    from sweet_jax.training.job import TrainingJob
 
     (training,) = model_specs(job.config)
     workdir = tmp_path / "again"
     workdir.mkdir()
+    rows = [own for own, _ in job.rows]
     graphdef, params, _ = fit(
-        job.config, job.checkpoint, training, 2, job.train, [own for own, _ in job.rows], workdir
+        TrainingJob(job.config, job.checkpoint, training, 2, job.train, rows, workdir)
     )
     new = refit_heads(job, training, graphdef, params, workdir)
     assert plain.head_refit is False

@@ -34,6 +34,7 @@ def temporaries(shape: str, method: str, batch: int, length: int, *, remat: bool
         "token_type_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
         "mask": jax.ShapeDtypeStruct((batch, length), bool),
         "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
+        "row_mask": jax.ShapeDtypeStruct((batch,), bool),
     }
     compiled = step.lower(state, inputs, settings.schedule).compile()
     return compiled.memory_analysis().temp_size_in_bytes

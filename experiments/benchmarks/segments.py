@@ -35,8 +35,9 @@ from sweet_jax.training.segment_parallel import (
     split_state,
     transfer,
 )
+from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import batch_sharding, make_mesh, replica_sharding, reshard
-from sweet_jax.training.step import State, StepSettings, init_state
+from sweet_jax.training.step import State, init_state
 
 
 class Way(NamedTuple):

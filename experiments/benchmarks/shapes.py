@@ -151,6 +151,7 @@ def random_rows(vocabulary: int, size: Size, replicas: int, seed: int = 0) -> di
         "token_type_ids": np.zeros(shape, np.int32),
         "mask": np.ones(shape, bool),
         "labels": rng.integers(0, CLASSES, shape[:2], dtype=np.int32),
+        "row_mask": np.ones(shape[:2], bool),
     }
 
 

@@ -178,8 +178,8 @@ def padded_length(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) ->
 def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batch:
     """Pads rows [..., B] to the smallest of `lengths` that fits them all.
 
-    Returns input_ids and token_type_ids int32 [..., B, L], mask bool [..., B, L] and labels int32
-    [..., B]. A row of -1 is empty: its label is -1, which the loss ignores.
+    Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L], labels int32
+    [..., B] and row_mask bool [..., B]: False for a row of -1, which is padding.
     """
     sizes = np.where(rows < 0, 0, tokens.lengths[rows])
     length = padded_length(tokens, rows, lengths)
@@ -190,7 +190,8 @@ def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batc
         "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
         "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),
         "mask": mask,
-        "labels": np.where(rows < 0, -1, tokens.labels[rows]).astype(np.int32),
+        "labels": np.where(rows < 0, 0, tokens.labels[rows]).astype(np.int32),
+        "row_mask": rows >= 0,
     }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from sweet_jax.config import UserError
 from sweet_jax.files import atomic_write
+from sweet_jax.methods import METHODS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +174,8 @@ class ExitOutputs:
 def layer_cost(layers: Sequence[int], method: str) -> np.ndarray:
     """Returns the share of the full model's layers spent when each exit answers, float64 [E].
 
-    Multi-Model runs its models one after the other and pays the running sum of their depths
-    (SWEET paper, section 3).
+    By the method's rule (SWEET paper, section 3): Multi-Model runs its models one after the other,
+    and spends the running sum of their depths.
     """
     depth = np.asarray(layers, np.float64)
-    return (np.cumsum(depth) if method == "multi_model" else depth) / depth[-1]
+    return METHODS[method].cost(depth) / depth[-1]

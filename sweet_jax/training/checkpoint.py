@@ -1,4 +1,4 @@
-"""Training state on disk, by orbax: whole, checked, the last two kept.
+"""Checkpoints of the training state, by orbax: whole, verified, the last two kept.
 
 Beside each checkpoint lies a digest of its files. A checkpoint whose digest is absent (the process
 died while saving) or differs (the disk lost something) is passed over for the one before.
@@ -55,7 +55,7 @@ class Checkpoints:
         barrier("digested")  # none may end before what it saved is known to be sound
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """(step, state) of the newest sound checkpoint, or None.
+        """Returns (step, state) of the newest sound checkpoint, or None.
 
         like: a pytree of jax.ShapeDtypeStruct with shardings. Unsound checkpoints are removed,
         with a line in the log.
@@ -67,7 +67,7 @@ class Checkpoints:
         return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
 
     def _newest_sound(self) -> int:
-        """The step of the newest sound checkpoint, -1 for none; the unsound are removed."""
+        """Returns the step of the newest sound checkpoint, -1 for none; removes unsound ones."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             if _is_sound(self._folder, step):
                 return step
@@ -93,12 +93,12 @@ class Checkpoints:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: our loop asks, and counts its questions (`preemption_requested`)."""
+        """Returns False: the training loop asks itself (`preemption_requested`)."""
         return False
 
 
 def read_params(folder: Path) -> Any | None:
-    """Parameters of the newest checkpoint in a folder that is another run's, None for no sound one.
+    """Reads the parameters of another run's newest checkpoint; None where it is not sound.
 
     None too where an older one is sound: it holds what training had not finished. A tree of NumPy
     arrays, its keys all text; nothing is written.
@@ -120,12 +120,12 @@ def read_params(folder: Path) -> Any | None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a folder seems to hold a checkpoint; what is in it is not read."""
+    """Returns whether a folder seems to hold a checkpoint, without reading it."""
     return any(folder.glob("*.digest.json"))
 
 
 def abstract_state(state: Any, shardings: Any) -> Any:
-    """What `Checkpoints.restore` takes: the shapes and dtypes of `state`, and where they go.
+    """Returns the shapes, dtypes and shardings of `state`, which `Checkpoints.restore` takes.
 
     shardings: one for all arrays, or a tree of them like `state`.
     """

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.models.early_exit import Isolation
-from sweet_jax.training.losses import mean_loss
-from sweet_jax.training.step import Params, State, StepSettings, dropout_key
+from sweet_jax.objectives.objective import Objective
+from sweet_jax.objectives.single_label import SINGLE_LABEL
+from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.step import Params, State, dropout_key
 
 
 def gradient_conflict(
@@ -20,29 +22,31 @@ def gradient_conflict(
     batch: dict[str, jax.Array],
     key: jax.Array | None = None,
     isolation: Isolation = 0.0,
+    objective: Objective = SINGLE_LABEL,
 ) -> jax.Array:
-    """How far the exits agree on where each exit's layer should go: cosines, float32 [E, E, E].
+    """Measures how far the exits' gradients agree in each exit's layer: cosines, [E, E, E] float32.
 
-    Entry [i, j, k] compares the gradients of the cross-entropies of exits j and k by W, the
-    last feed-forward matrix of exit i's layer: the mean over W's rows of the cosine between the
-    rows of dL_j/dW and dL_k/dW. 1 is full agreement, below 0 conflict. NaN where j or k lies
-    below i, whose losses do not depend on W, and where isolation lets no gradient through.
+    Entry [i, j, k] compares the gradients of the losses of exits j and k by W, the last
+    feed-forward matrix of exit i's layer: the mean over W's rows of the cosine between the rows of
+    dL_j/dW and dL_k/dW. 1 is full agreement, below 0 conflict. NaN where j or k lies below i, whose
+    losses do not depend on W, and where isolation lets no gradient through. Weights of the losses
+    do not change a cosine.
 
     One forward pass, and a backward pass for each exit with respect to these E matrices only.
 
     Args:
       graphdef, params: a model of early_exit.py.
-      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels int32 [B] (-1: the
-        row is left out).
+      batch: as in `train_step`.
       key: typed key of the dropout masks, None for none.
       isolation: as in training; 0 is Early-Exit.
+      objective: whose losses they are.
 
     """
     exits = nnx.merge(graphdef, params).exits
 
     def losses(matrices: list[jax.Array]) -> jax.Array:
         logits = nnx.merge(graphdef, _put(params, exits, matrices))(batch, isolation, key)
-        return mean_loss(logits, batch["labels"])  # [E]
+        return objective.mean_loss(logits, batch["labels"], batch["row_mask"])  # [E]
 
     layers = params["encoder"]["layers"]
     _, backward = jax.vjp(losses, [layers[e - 1]["output"]["kernel"] for e in exits])
@@ -57,13 +61,14 @@ def gradient_conflict(
 
 
 def conflict_step(settings: StepSettings, state: State, batch: dict) -> jax.Array:
-    """The conflict of the gradients that `train_step` of the same arguments takes, [E, E, E]."""
-    isolation = settings.isolation_at(state.step)
-    return gradient_conflict(settings.graphdef, state.params, batch, dropout_key(state), isolation)
+    """Measures the conflict of the gradients that `train_step` takes of the same, [E, E, E]."""
+    isolation, key = settings.isolation_at(state.step), dropout_key(state)
+    graphdef, objective = settings.graphdef, settings.objective
+    return gradient_conflict(graphdef, state.params, batch, key, isolation, objective)
 
 
 def _unit_rows(gradient: jax.Array) -> jax.Array:
-    """The gradient [F, H] with rows of length 1; NaN where a row is zero and has no direction.
+    """Returns the gradient [F, H] with rows of length 1; NaN where a row has no direction.
 
     A row of torch's matrix [H, F], which the paper's "rows" are taken to be (the release has no
     code for it), is a column of ours: the weights of one output unit.
@@ -73,7 +78,7 @@ def _unit_rows(gradient: jax.Array) -> jax.Array:
 
 
 def _put(params: Params, exits: tuple[int, ...], matrices: list[jax.Array]) -> dict[str, Any]:
-    """The parameters with these last feed-forward matrices in the exits' layers."""
+    """Returns the parameters with these last feed-forward matrices in the exits' layers."""
     layers = dict(params["encoder"]["layers"])
     for e, matrix in zip(exits, matrices, strict=True):
         layer = layers[e - 1]

@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import Config
-from sweet_jax.data.batches import Tokens
 from sweet_jax.distributed import broadcast_from_primary
 from sweet_jax.exits.analysis import curve_area
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.initialization import ModelSpec
+from sweet_jax.training.job import TrainingJob
+from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.parallel import ExecutionPlan, gather_params
 from sweet_jax.training.schedule import should_stop
 from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, mesh_of, reshard
@@ -44,7 +43,7 @@ class BestState(NamedTuple):
 
 
 def initial_best_state(params: Params, learning_rate: Any) -> BestState:
-    """Returns what stands before the first evaluation; learning_rate [R] gives the shapes."""
+    """Returns the best before the first evaluation; learning_rate [R] gives the shapes."""
     shape = np.shape(learning_rate)
     return BestState(params, np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32))
 
@@ -98,19 +97,12 @@ def standard_error(area: Any, rows: int, metric: str) -> np.ndarray:
     return np.where(np.isfinite(area), found, 0.0)
 
 
-class TuningRows(NamedTuple):
-    """The rows that choose a step, and what is measured on them."""
-
-    rows: np.ndarray  # int [R, M]
-    metric: str
-
-
 class BestStateTracker:
     """Keeps the best state of a training, on the devices and in its checkpoints.
 
     Attributes:
       best: so far.
-      first: what stands before the first evaluation.
+      first: the best before the first evaluation.
       shardings: of the best's arrays.
       interval: steps between two evaluations.
       log: of the training, None where this process writes none.
@@ -119,23 +111,21 @@ class BestStateTracker:
 
     def __init__(
         self,
-        config: Config,
-        training: ModelSpec,
+        job: TrainingJob,
         graphdef: nnx.GraphDef,
         plan: ExecutionPlan,
-        tokens: Tokens,
-        tuning: TuningRows,
         state: State,
         interval: int,
     ):
-        self._config, self._training, self._plan = config, training, plan
-        self._graphdef, self._tokens, self._tuning = graphdef, tokens, tuning
+        assert job.tuning is not None, "epochs=auto needs tuning rows"
+        self._job, self._tuning = job, job.tuning
+        self._graphdef, self._plan = graphdef, plan
         self.first = initial_best_state(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
         self.shardings = BestState(plan.shardings.params, small, small)
         self.best: BestState = self.first
         self.interval = interval
-        self.log: Any = None
+        self.log: MetricsLog | None = None
 
     def saved(self, state: State) -> dict[str, Any]:
         """Returns the tree that a checkpoint holds."""
@@ -161,14 +151,14 @@ class BestStateTracker:
         return step > 0 and step % self.interval == 0 and should_stop(step, newest, self.interval)
 
     def _area(self, params: Params) -> np.ndarray:
-        """The area of parameters on tuning rows, float64 [R]."""
-        config, rows = self._config, self._tuning.rows
+        """Returns the area of parameters on tuning rows, float64 [R]."""
+        config, tokens, rows = self._job.config, self._job.tokens, self._tuning.rows
         params = add_replica_axis(gather_params(config, params), len(rows))
         program = compile_evaluation(config, self._graphdef, mesh_of(params), features=config.tunes)
-        answer = evaluate(config, program, params, self._tokens, rows)
-        exits, labels = self._training.exits, self._tokens.labels[rows]
+        output = evaluate(config, program, params, tokens, rows)
+        exits, labels = self._job.model.exits, tokens.labels[rows]
         cost = layer_cost(exits, config.method)
-        return tuning_area(np.asarray(answer.logits), labels, exits, cost, self._tuning.metric)
+        return tuning_area(np.asarray(output.logits), labels, exits, cost, self._tuning.metric)
 
 
 def tuning_area(

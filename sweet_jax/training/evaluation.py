@@ -1,4 +1,4 @@
-"""Evaluation of all replicas: what every exit says of every row, in one pass.
+"""Evaluation of all replicas: the outputs of every exit for every row, in one pass.
 
 Shape letters: R replica, E exit, B batch, N examples, H hidden, C classes.
 """
@@ -43,7 +43,7 @@ def compile_evaluation(
     dropout: bool = False,
     features: bool = False,
 ) -> Callable:
-    """(params, batch, number) → Answer, all with the axis R, jitted.
+    """Compiles (params, batch, number) → ModelOutput, all with the axis R.
 
     Compiled once for each size and length of a batch, for all splits together. The same function is
     returned for the same model.
@@ -54,7 +54,7 @@ def compile_evaluation(
       mesh: of the devices of the parameters.
       dropout: leave dropout on, as the release does on its calibration rows; the masks of a batch
         follow from its number.
-      features: the answers have what the classifiers read.
+      features: the outputs include what the classifiers read.
 
     """
     return _compiled(len(config.replicas()), graphdef, mesh, dropout, features)
@@ -75,28 +75,28 @@ def _compiled(
 
 def evaluate(
     config: Config,
-    answer: Callable,
+    program: Callable,
     params: Params,
     tokens: Tokens,
     rows: np.ndarray,
     *,
     features: bool = False,
 ) -> ModelOutput:
-    """What every exit says of every row, in one pass: float32 arrays on the host.
+    """Computes the outputs of every exit for every row, in one pass: float32 arrays on the host.
 
     Logits [R, E, N, C], exit_scores [R, E, N] where the model learned to exit; with `features`,
-    features [R, E, N, H] too, in a temporary file where they are large (TMPDIR says where).
+    features [R, E, N, H] too, in a temporary file (under TMPDIR) where they are large.
 
     Args:
       config: resolved.
-      answer: what `compile_evaluation` returns.
+      program: what `compile_evaluation` returns.
       params: [R, ...] on the devices, as `fit` returns them.
       tokens: of the split.
       rows: int [R, N], the rows of each replica; the result is in their order.
-      features: keep the features, which `answer` must give.
+      features: keep the features, which `program` must give.
 
     Raises:
-      StoppedError: SIGTERM came to one of several processes.
+      PreemptedError: SIGTERM came to one of several processes.
 
     """
     mesh = mesh_of(params)
@@ -107,7 +107,7 @@ def evaluate(
     for number, (places, picked) in enumerate(evaluation_batch_indices(tokens, rows, size)):
         batch = put_batch(tokens, picked, lengths, batch_sharding(mesh))
         numbers = np.full(len(rows), number, np.int32)
-        given = answer(params, batch, numbers)
+        given = program(params, batch, numbers)
         found = jax.device_get(given if features else given._replace(features=None))
         # One process is ended by SIGTERM here; of several, JAX has taken the signal.
         if jax.process_count() > 1 and preemption_requested():
@@ -123,7 +123,7 @@ def evaluate(
 
 
 def _unfilled(batch: np.ndarray, rows: int) -> np.ndarray:
-    """Room for all rows of what `batch` [R, E, B, ...] has a few of: float32 [R, E, N, ...]."""
+    """Allocates an array of all rows, float32 [R, E, N, ...], like a batch's [R, E, B, ...]."""
     shape = (*batch.shape[:2], rows, *batch.shape[3:])
     if 4 * np.prod(shape, dtype=np.int64) <= _IN_MEMORY:
         return np.full(shape, np.nan, np.float32)

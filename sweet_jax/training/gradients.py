@@ -1,10 +1,11 @@
 """Gradients of all exits' losses: in one backward pass, or segment by segment.
 
-Shape letters: B batch, L length.
+Shape letters: E exit, B batch, L length.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +13,54 @@ from flax import nnx
 
 from sweet_jax.models.early_exit import Isolation, SegmentState
 from sweet_jax.models.ownership import SHARED, parameter_owners
-from sweet_jax.training.losses import StepMetrics, compute_step_metrics, total_loss
+from sweet_jax.training.losses import StepMetrics, TrainingLoss, compute_step_metrics, total_loss
 
 Params = Any  # pure dict of float32 arrays; of a part of the model, None for all other arrays
+_EXIT_LOSS = TrainingLoss()
 
 
-def whole_gradients(
-    graphdef: nnx.GraphDef, params: Params, batch: dict, isolation: Isolation, key
-) -> tuple[Params, StepMetrics]:
-    """Gradients of the summed loss, shaped like the parameters, and metrics: one backward pass.
+class Segments(NamedTuple):
+    """Consecutive segments of a model that are trained together.
 
-    Args:
-      graphdef, params: a model of early_exit.py.
-      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels int32 [B] (-1: the
-        row is left out).
-      isolation: of all boundaries, or of each.
-      key: typed key of the dropout masks, None for none.
+    Attributes:
+      numbers: of the segments from 0, ascending, without a gap; None for all.
+      carried: the state that the segment before them handed on, None for the first.
+      frozen: so many first segments of the model get no gradient.
 
     """
 
-    def total(params: Params):
-        answer = nnx.merge(graphdef, params).forward(batch, isolation, key)
-        metrics = compute_step_metrics(answer, batch["labels"])
-        return total_loss(metrics), metrics
+    numbers: tuple[int, ...] | None = None
+    carried: SegmentState | None = None
+    frozen: int = 0
+
+
+def whole_gradients(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: dict[str, jax.Array],
+    isolation: Isolation,
+    key: jax.Array | None,
+    loss: TrainingLoss = _EXIT_LOSS,
+) -> tuple[Params, StepMetrics]:
+    """Computes the gradient of the weighted sum of the losses in one backward pass.
+
+    Args:
+      graphdef, params: a model of early_exit.py.
+      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels [B], row_mask bool
+        [B] (False: the row is padding, and left out).
+      isolation: of all boundaries, or of each.
+      key: typed key of the dropout masks, None for none.
+      loss: what the gradient is taken of.
+
+    Returns:
+      Gradients, shaped like the parameters, and metrics.
+
+    """
+
+    def total(params: Params) -> tuple[jax.Array, StepMetrics]:
+        output = nnx.merge(graphdef, params).forward(batch, isolation, key)
+        metrics = compute_step_metrics(output, batch, loss.objective)
+        return total_loss(metrics, loss.weights), metrics
 
     return jax.grad(total, has_aux=True)(params)
 
@@ -42,47 +68,38 @@ def whole_gradients(
 def segment_gradients(
     graphdef: nnx.GraphDef,
     params: Params,
-    batch: dict,
-    isolation: float,
-    key,
-    segments: tuple[int, ...] | None = None,
-    carried: SegmentState | None = None,
-    frozen: int = 0,
+    batch: dict[str, jax.Array],
+    key: jax.Array | None,
+    loss: TrainingLoss = _EXIT_LOSS,
+    segments: Segments = Segments(),  # noqa: B008 - immutable
 ) -> tuple[Params, StepMetrics, SegmentState | None]:
-    """The same as `whole_gradients` where no gradient crosses segments, one segment at a time.
+    """Computes what `whole_gradients` does at isolation 1, one segment at a time.
 
     Forward and backward through a segment before the next one begins: only one segment's
-    activations are alive. The barrier says so to the compiler, which else orders all forward passes
+    activations are alive. The barrier tells the compiler so, which else orders all forward passes
     first and needs as much memory as Early-Exit.
 
     Args:
       graphdef, params: a model of early_exit.py; of the parameters, those of `segments` at least.
-      batch, key: as in `whole_gradients`.
-      isolation: of every boundary.
-      segments: their numbers, ascending, without a gap; None for all.
-      carried: what the segment before them handed on, None for the first.
-      frozen: so many first segments get no gradient.
+      batch, key, loss: as in `whole_gradients`.
+      segments: which of them.
 
     Returns:
-      Gradients (None for what no one of these segments trains), their metrics, what they hand on.
+      Gradients (None for what no one of these segments trains), metrics of these segments' exits,
+      and the state that the last of them hands on.
 
     """
     model = nnx.merge(graphdef, fill_missing(params))
-    exits, parts, found = model.exits, [], []
+    exits, carried = model.exits, segments.carried
     owner_of = parameter_owners(params, exits, shared_relative=model.shared_relative)
-    for index in range(len(exits)) if segments is None else segments:
-
-        def loss(params: Params, carried=carried, index=index):
-            model = nnx.merge(graphdef, fill_missing(params))
-            carried, answer = model.segment(index, carried, batch, isolation, key)
-            metrics = compute_step_metrics(answer, batch["labels"])
-            return total_loss(metrics), (carried, metrics)
-
-        if index < frozen:
-            _, (carried, metrics) = loss(jax.lax.stop_gradient(params))
+    parts, found = [], []
+    for index in range(len(exits)) if segments.numbers is None else segments.numbers:
+        segment_loss = _segment_loss(graphdef, batch, key, loss, index)
+        if index < segments.frozen:
+            _, (carried, metrics) = segment_loss(jax.lax.stop_gradient(params), carried)
             own = jax.tree.map(lambda _: None, owner_of)
         else:
-            every, (carried, metrics) = jax.grad(loss, has_aux=True)(params)
+            every, (carried, metrics) = jax.grad(segment_loss, has_aux=True)(params, carried)
             # All else is exactly zero; None takes neither memory nor time.
             own = jax.tree.map(
                 lambda o, g, e=exits[index]: g if o in (e, SHARED) else None, owner_of, every
@@ -90,17 +107,36 @@ def segment_gradients(
         carried, own = jax.lax.optimization_barrier((carried, own))
         parts.append(own)
         found.append(metrics)
-    grads = jax.tree.map(_total, *parts, is_leaf=lambda x: x is None)
+    grads = jax.tree.map(_sum_present, *parts, is_leaf=lambda x: x is None)
     return grads, jax.tree.map(lambda *x: jnp.stack(x), *found), carried
 
 
-def _total(*parts: jax.Array | None) -> jax.Array | None:
+def _segment_loss(
+    graphdef: nnx.GraphDef,
+    batch: dict[str, jax.Array],
+    key: jax.Array | None,
+    loss: TrainingLoss,
+    index: int,
+) -> Callable:
+    """Returns (params, carried) → the segment's loss, and (carried on, metrics) beside it."""
+    weights = loss.weights[index : index + 1]
+
+    def segment_loss(params: Params, carried: SegmentState | None):
+        model = nnx.merge(graphdef, fill_missing(params))
+        carried, output = model.segment(index, carried, batch, 1.0, key)
+        metrics = compute_step_metrics(output, batch, loss.objective)
+        return total_loss(metrics, weights), (carried, metrics)
+
+    return segment_loss
+
+
+def _sum_present(*parts: jax.Array | None) -> jax.Array | None:
     present = [part for part in parts if part is not None]
     return functools.reduce(jnp.add, present) if present else None
 
 
 def fill_missing(params: Params) -> Params:
-    """Parameters that a model can be made of: a zero stands where a part of them has None."""
+    """Returns parameters that a model can be made of: zeros in place of None."""
     return jax.tree.map(
         lambda x: jnp.zeros(()) if x is None else x, params, is_leaf=lambda x: x is None
     )

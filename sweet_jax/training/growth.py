@@ -1,6 +1,6 @@
 """Growing a run: its segments stay as they are, and deeper ones are trained on top of them.
 
-SWEET only, where no exit has trained anything below the exit before it.
+Only where the method trains exits independently: no exit has trained a layer of the one before it.
 
 Shape letters: R replica.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.files import expand_user
 
-# What the answers of the exits, or the rows they are calibrated on, depend on.
+# Keys that the outputs of the exits, or the rows they are calibrated on, depend on.
 _SAME = (
     "task",
     "method",
@@ -38,12 +38,12 @@ _SAME = (
 
 
 def base_run_directory(config: Config) -> Path:
-    """The directory of the run that a config grows from. Raises UserError for a ~name of nobody."""
+    """Returns the directory of the run that a config grows from; UserError for an unknown ~name."""
     return expand_user(config.grow_from)
 
 
 def base_config(config: Config, data_sha256: str | None = None) -> Config | None:
-    """The resolved config of the run that a resolved config grows from, None for none.
+    """Reads the resolved config of the run that a resolved config grows from, None for none.
 
     Args:
       config: of the new run.
@@ -76,7 +76,7 @@ def base_config(config: Config, data_sha256: str | None = None) -> Config | None
         key = differing[0]
         raise UserError(
             f"{name} has {key} {getattr(base, key)!r}, and the new run {getattr(config, key)!r}: "
-            "its exits would answer otherwise, give the same"
+            "its exits would not be the same; give the same value"
         )
     if base.tunes != config.tunes:
         raise UserError(
@@ -98,16 +98,16 @@ def base_config(config: Config, data_sha256: str | None = None) -> Config | None
 def trained_replicas(config: Config) -> list[tuple[int, float]]:
     """Returns (seed, learning rate) of each replica that the base has parameters of.
 
-    Of its results: a search for the learning rate leaves fewer than its config names.
+    Read from its results: a search for the learning rate leaves fewer than its config names.
     """
     results = json.loads((base_run_directory(config) / "results.json").read_text())
     return [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
 
 
 def base_replicas(config: Config) -> list[int]:
-    """The replica of the base that each replica of a config grows from: [R] numbers.
+    """Returns the number of the replica of the base that each replica grows from, R of them.
 
-    That of its seed and learning rate; where the base has no such rate, of the rate it chose.
+    The one of its seed and learning rate; where the base has no such rate, of the rate it chose.
     """
     results = json.loads((base_run_directory(config) / "results.json").read_text())
     chosen = results["mean"]["learning_rate"]
@@ -119,7 +119,7 @@ def base_replicas(config: Config) -> list[int]:
 
 
 def merge_grown_params(params: Any, base: Any) -> Any:
-    """The tree `params` with what the smaller tree `base`, keys as text, has in its place."""
+    """Returns the tree `params` with the leaves of the smaller tree `base`, whose keys are text."""
     if not isinstance(params, dict):
         return base
     return {

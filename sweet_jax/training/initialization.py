@@ -1,4 +1,4 @@
-"""What a training starts from: the models of a method, pretrained, random or grown.
+"""The initial state of a training: the models of a method, pretrained, random or grown.
 
 Shape letters: R replica.
 """
@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import Config, UserError
+from sweet_jax.methods import METHODS
 from sweet_jax.models.attention import check_attention
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.layers import derive_key
@@ -30,15 +31,15 @@ from sweet_jax.training.step import Params, State, init_state
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """One model to be trained for all replicas: every exit, or one depth of Multi-Model."""
+    """One model to be trained for all replicas, with its name and the layers of its exits."""
 
     name: str
     exits: tuple[int, ...]
 
 
 def model_specs(config: Config) -> tuple[ModelSpec, ...]:
-    """The models a method trains: Multi-Model one for each depth, the others one in all."""
-    if config.method == "multi_model":
+    """Returns the models that the config's method trains: one for each exit, or one in all."""
+    if METHODS[config.method].model_per_exit:
         return tuple(ModelSpec(f"depth_{e:02d}", (e,)) for e in config.exits)
     return (ModelSpec("exits_" + "_".join(map(str, config.exits)), config.exits),)
 
@@ -46,7 +47,7 @@ def model_specs(config: Config) -> tuple[ModelSpec, ...]:
 def make_model(
     config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, seed: int
 ) -> EarlyExit:
-    """A model as deep as its last exit with random parameters from `seed`."""
+    """Builds a model as deep as its last exit with random parameters from `seed`."""
     key = derive_key(jax.random.key(seed), "parameters")
     encoder = with_training_dropout(config, checkpoint).encoder(key, config.dtype, depth=exits[-1])
     encoder.set_attention(config.attention)
@@ -65,8 +66,9 @@ def make_model(
 
 
 def with_training_dropout(config: Config, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the dropout that a config trains it with; raises UserError where the
-    attention that the config asks for does not go with it.
+    """Returns the checkpoint with the dropout that a config trains it with.
+
+    Raises UserError where the attention that the config asks for does not go with it.
     """
     if config.attention_dropout == "off":
         values = dataclasses.replace(checkpoint.config, attention_probs_dropout_prob=0.0)
@@ -85,10 +87,10 @@ def with_training_dropout(config: Config, checkpoint: Checkpoint) -> Checkpoint:
 def initial_state(
     config: Config, checkpoint: Checkpoint, training: ModelSpec, classes: int
 ) -> tuple[nnx.GraphDef, State]:
-    """The model's structure and the stacked state [R, ...] on the host: pretrained where the
-    checkpoint has it, random by seed where not, and of the run that it grows from.
+    """Returns the model's structure and the stacked state [R, ...] on the host.
 
-    Raises UserError where that run will not do.
+    Parameters are pretrained where the checkpoint has them, else random by seed, and those of the
+    run that the config grows from, where it does. Raises UserError where that run will not do.
     """
     encoder = checkpoint.weights.first_layers(training.exits[-1])
     pooler = checkpoint.weights.pooler
@@ -118,7 +120,7 @@ def initial_state(
 
 
 def base_checkpoint_folder(config: Config, base: Config) -> Path:
-    """Where the checkpoints are that a config grows from; raises UserError where there are none."""
+    """Returns the folder of the checkpoints that a config grows from; UserError for none."""
     (training,) = model_specs(base)
     folder = base_run_directory(config) / "checkpoints" / training.name
     if not has_checkpoint(folder):
@@ -127,7 +129,7 @@ def base_checkpoint_folder(config: Config, base: Config) -> Path:
 
 
 def base_params(config: Config, base: Config) -> list[Params]:
-    """The trained parameters that each replica grows from, on the host, their keys all text.
+    """Reads the trained parameters that each replica grows from, on the host, all keys text.
 
     Raises UserError where the run that a config grows from has lost its checkpoints.
     """

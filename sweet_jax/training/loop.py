@@ -34,99 +34,124 @@ class StepRange(NamedTuple):
     check: int = 0  # steps between two evaluations on tuning rows; 0 for none
 
 
+class StepLog:
+    """Logs the metrics of steps some steps late, so that no device waits for them.
+
+    Attributes:
+      steps: of the training.
+      metrics: the file that they go to, None where this process writes none.
+
+    """
+
+    def __init__(
+        self, training: str, exits: Sequence[int], steps: StepRange, metrics: MetricsLog | None, bar
+    ):
+        self.steps, self.metrics = steps, metrics
+        self._training, self._exits, self._bar = training, exits, bar
+        self._late: collections.deque[tuple[int, int, list[StepMetrics]]] = collections.deque()
+        self._diverged: set[tuple[int, int]] = set()
+
+    def add(self, number: int, length: int, parts: list[StepMetrics], lag: int) -> None:
+        """Takes the metrics of a step, and logs those of steps at least `lag` steps before."""
+        self._late.append((number, length, parts))
+        self._write(left=lag)
+
+    def flush(self) -> None:
+        """Logs all steps, and hands them to the operating system."""
+        self._write(left=0)
+        if self.metrics is not None:
+            self.metrics.flush()
+
+    def _write(self, left: int) -> None:
+        while len(self._late) > left:
+            number, length, parts = self._late.popleft()
+            each = jax.device_get(parts)
+            self._bar.update(self._bar.total // self.steps.stop)
+            if self.metrics is None:
+                continue
+            values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *each)  # [R, E]
+            if values.loss.ndim == 1:  # a single replica's, without the axis R
+                values = jax.tree.map(lambda x: x[None], values)
+            self._warn_of_divergence(number, values.loss)
+            self.metrics.add(number, number // self.steps.epoch, length, values)
+
+    def _warn_of_divergence(self, number: int, loss: np.ndarray) -> None:
+        """Warns once of every replica and exit whose loss [R, E] is not finite."""
+        for replica, index in np.argwhere(~np.isfinite(loss)).tolist():
+            if (replica, index) not in self._diverged:
+                log.warning(
+                    "replica %d, exit %d of %s: the loss is not finite at step %d",
+                    replica,
+                    self._exits[index],
+                    self._training,
+                    number,
+                )
+            self._diverged.add((replica, index))
+
+
 @contextlib.contextmanager
-def open_log_and_progress(
-    workdir: Path, training: str, exits: Sequence[int], span: StepRange, examples: int
-) -> Iterator[tuple[MetricsLog | None, tqdm]]:
-    """The log and the progress bar of a training, those of the first process only.
+def open_step_log(
+    workdir: Path, training: str, exits: Sequence[int], steps: StepRange, examples: int
+) -> Iterator[StepLog]:
+    """Opens the log and the progress bar of a training; only the first process writes them.
 
     examples: rows of a step, of all replicas.
     """
     with contextlib.ExitStack() as stack:
         metrics = None
         if is_primary():
-            log_of = MetricsLog(workdir, training, span.start, exits)
-            metrics = stack.enter_context(contextlib.closing(log_of))
+            file = MetricsLog(workdir, training, steps.start, exits)
+            metrics = stack.enter_context(contextlib.closing(file))
         bar = tqdm(
             desc=training,
-            total=span.stop * examples,
-            initial=span.start * examples,
+            total=steps.stop * examples,
+            initial=steps.start * examples,
             unit=" examples",
             disable=not is_primary(),
         )
-        yield metrics, stack.enter_context(bar)
+        yield StepLog(training, exits, steps, metrics, stack.enter_context(bar))
 
 
 def run_steps(
     plan: ExecutionPlan,
     state: Any,
     batch: Callable[[int], tuple[Any, int]],
-    span: StepRange,
-    metrics: MetricsLog | None,
-    bar: tqdm,
-    exits: Sequence[int],
+    step_log: StepLog,
     save: Callable[[int, Any], None],
     evaluate: Callable[[int, Any], bool] | None = None,
 ) -> Any:
-    """Takes the steps; metrics are read some steps late, so that no device waits for them.
+    """Takes the steps of a training.
 
     Args:
       plan: what a step is, and where.
-      state: what the plan's step takes.
+      state: as the plan's step takes it.
       batch: gives the batch of a step on the devices, and its length.
-      span: which steps.
-      metrics: the log, None for none.
-      bar: its total is that of all steps from 0.
-      exits: layer numbers, for what is said of an exit.
+      step_log: logs metrics, and says which steps.
       save: saves a state as of a step.
-      evaluate: evaluates a state as of a step, every `span.check` steps and after the last one;
-        returns whether training ends with it.
+      evaluate: evaluates a state as of a step, every `check` steps and after the last one; returns
+        whether training ends with it.
 
     Returns:
       The state after the last step.
 
     Raises:
-      StoppedError: SIGTERM came; the state was saved.
+      PreemptedError: SIGTERM came; the state was saved.
 
     """
-    late: collections.deque[tuple[int, int, list[StepMetrics]]] = collections.deque()
-    diverged: set[tuple[int, int]] = set()
-
-    def log_late(left: int) -> None:
-        while len(late) > left:
-            number, length, parts = late.popleft()
-            each = jax.device_get(parts)
-            bar.update(bar.total // span.stop)
-            if metrics is None:
-                continue
-            values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *each)  # [R, E]
-            if values.loss.ndim == 1:  # a single replica's, without the axis R
-                values = jax.tree.map(lambda x: x[None], values)
-            for replica, index in np.argwhere(~np.isfinite(values.loss)).tolist():
-                if (replica, index) not in diverged:
-                    log.warning(
-                        "replica %d, exit %d of %s: the loss is not finite at step %d",
-                        replica, exits[index], bar.desc, number,
-                    )  # fmt: skip
-                diverged.add((replica, index))
-            metrics.add(number, number // span.epoch, length, values)
-
+    steps = step_log.steps
     with stop_requested() as stops_now:
-        for number in range(span.start, span.stop):
+        for number in range(steps.start, steps.stop):
             inputs, length = batch(number)
             state, values = plan.step(number, state, inputs)
-            late.append((number, length, values))
-            log_late(left=plan.lag)
-            last, stopped = number + 1 == span.stop, stops_now()
-            if evaluate is not None and (last or (number + 1) % span.check == 0):
+            step_log.add(number, length, values, plan.lag)
+            last, stopped = number + 1 == steps.stop, stops_now()
+            if evaluate is not None and (last or (number + 1) % steps.check == 0):
                 last = evaluate(number + 1, state) or last
-            if last or (number + 1) % span.every == 0 or stopped:
-                log_late(left=0)
-                if metrics is not None:
-                    metrics.flush()
+            if last or (number + 1) % steps.every == 0 or stopped:
+                step_log.flush()
                 save(number + 1, state)
             if stopped:
-                raise PreemptedError(f"stopped by SIGTERM after step {number + 1} of {span.stop}")
+                raise PreemptedError(f"stopped by SIGTERM after step {number + 1} of {steps.stop}")
             if last:
                 break
     return state
@@ -134,10 +159,10 @@ def run_steps(
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Whether to stop after a step, as SIGTERM asks; to be asked after every step.
+    """Gives a function that returns whether SIGTERM came; to be called after every step.
 
-    Several processes stop after the same step, whichever of them got the signal, which JAX listens
-    to then.
+    Several processes stop after the same step, whichever of them got the signal: JAX listens to it
+    then.
     """
     if jax.process_count() > 1:
         yield preemption_requested
@@ -150,7 +175,7 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 def termination_event(
     signals: Sequence[signal.Signals] = (signal.SIGTERM,),
 ) -> Iterator[threading.Event]:
-    """An event that the signals set, in place of ending the process at once."""
+    """Gives an event that the signals set, instead of ending the process at once."""
     event = threading.Event()
     before = [signal.signal(number, lambda *_: event.set()) for number in signals]
     try:

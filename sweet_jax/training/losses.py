@@ -1,69 +1,84 @@
-"""What training minimises, and what a step reports: pure functions of one replica's answers.
+"""The loss that training minimises, and the metrics of a step: pure functions of one replica.
 
-Shape letters: E exit, B batch, C classes.
+Shape letters: E exit, B batch.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sweet_jax.models.early_exit import ModelOutput
+from sweet_jax.objectives.objective import Objective, masked_mean
+from sweet_jax.objectives.single_label import SINGLE_LABEL
+
+Weight = float | jax.Array  # of one exit's loss
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingLoss:
+    """What the gradient is taken of: the weighted sum of the exits' losses.
+
+    Attributes:
+      objective: compares the outputs of an exit with targets.
+      weights: of the exits' losses, E of them; () for 1 throughout. Python numbers where they are
+        constant: a weight of 1 is then no operation of the program.
+
+    """
+
+    objective: Objective = SINGLE_LABEL
+    weights: tuple[Weight, ...] = ()
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports, measured before its update; of one exit, arrays without E."""
+    """What a step logs, measured before its update and not weighted; of one exit, without E."""
 
-    loss: jax.Array  # float32 [E], mean cross-entropy
-    predicted: jax.Array  # int32 [E], the class if the batch was given one only, else -1
+    loss: jax.Array  # float32 [E], mean over the rows
+    statistics: dict[str, jax.Array]  # [E] each, the objective's
     exit_loss: jax.Array | None = None  # float32 [E], learning-to-exit's mean squared error
     conflict: jax.Array | None = None  # float32 [E, E, E], where measured: see conflict.py
 
 
-def compute_step_metrics(answer: ModelOutput, labels: jax.Array) -> StepMetrics:
-    """Losses and predictions of answers [E, ...] (or of one exit's) to labels int32 [B]."""
-    logits, scores = answer.logits, answer.exit_scores
-    exit_loss = None if scores is None else mean_exit_loss(logits, scores, labels)
-    return StepMetrics(mean_loss(logits, labels), single_predicted_class(logits, labels), exit_loss)
+def compute_step_metrics(
+    output: ModelOutput, batch: dict[str, jax.Array], objective: Objective = SINGLE_LABEL
+) -> StepMetrics:
+    """Returns the metrics of the outputs [E, ...] of a batch (or of one exit's).
 
+    Args:
+      output: of the model.
+      batch: labels [B], row_mask bool [B]: which rows are no padding.
+      objective: that the model is trained for.
 
-def total_loss(metrics: StepMetrics) -> jax.Array:
-    """What training minimises, float32 []: the sum of all losses, of every exit."""
-    total = metrics.loss.sum()
-    return total if metrics.exit_loss is None else total + metrics.exit_loss.sum()
-
-
-def mean_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of logits [..., B, C] averaged over the rows of labels [B] that are not -1."""
-    labels = jnp.broadcast_to(labels, logits.shape[:-1])  # [..., B]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return _mean_of_present(losses, labels)
-
-
-def mean_exit_loss(logits: jax.Array, scores: jax.Array, labels: jax.Array) -> jax.Array:
-    """Squared error of scores [..., B] against 1 where the logits' class is right, else 0.
-
-    Averaged over the rows of labels [B] that are not -1 (learning to exit, Xin et al. 2021). The
-    target follows from the exit's own logits [..., B, C], and no gradient goes through it.
     """
-    labels = jnp.broadcast_to(labels, scores.shape)  # [..., B]
-    right = jax.lax.stop_gradient(logits.argmax(axis=-1) == labels)
-    return _mean_of_present((scores - right) ** 2, labels)
+    logits, scores = output.logits, output.exit_scores
+    labels, row_mask = batch["labels"], batch["row_mask"]
+    exit_loss = None
+    if scores is not None:
+        exit_loss = mean_exit_loss(objective.is_correct(logits, labels), scores, row_mask)
+    loss = objective.mean_loss(logits, labels, row_mask)
+    return StepMetrics(loss, objective.batch_statistics(logits, row_mask), exit_loss)
 
 
-def _mean_of_present(values: jax.Array, labels: jax.Array) -> jax.Array:
-    present = labels >= 0
-    return jnp.where(present, values, 0).sum(axis=-1) / jnp.maximum(present.sum(axis=-1), 1)
+def total_loss(metrics: StepMetrics, weights: tuple[Weight, ...] = ()) -> jax.Array:
+    """Returns what training minimises, float32 []: the weighted sum over exits of their losses.
 
-
-def single_predicted_class(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """The one class that logits [..., B, C] give to all rows, or -1; int32 [...].
-
-    Rows whose label [B] is -1 do not count.
+    Learning-to-exit's squared error is a part of its exit's loss, with a weight of 1 in it (Xin et
+    al. 2021). Of metrics of one exit, without the axis E, weights has one number.
     """
-    classes = logits.argmax(axis=-1)  # [..., B]
-    present = jnp.broadcast_to(labels, classes.shape) >= 0
-    low = jnp.where(present, classes, logits.shape[-1]).min(axis=-1)
-    high = jnp.where(present, classes, -1).max(axis=-1)
-    return jnp.where(low == high, low, -1).astype(jnp.int32)
+    loss, exit_loss = metrics.loss, metrics.exit_loss
+    if not all(isinstance(w, float) and w == 1 for w in weights):
+        factors = jnp.stack([jnp.asarray(w, jnp.float32) for w in weights])  # [E]
+        factors = factors.reshape(loss.shape)
+        loss = factors * loss
+        exit_loss = None if exit_loss is None else factors * exit_loss
+    return loss.sum() if exit_loss is None else loss.sum() + exit_loss.sum()
+
+
+def mean_exit_loss(correct: jax.Array, scores: jax.Array, row_mask: jax.Array) -> jax.Array:
+    """Returns the squared error of scores [..., B] against 1 where the exit is right, else 0.
+
+    Averaged over the rows of row_mask bool [B] (learning to exit, Xin et al. 2021). No gradient
+    goes through `correct`, bool [..., B], which follows from the exit's own logits.
+    """
+    return masked_mean((scores - jax.lax.stop_gradient(correct)) ** 2, row_mask)

@@ -1,4 +1,4 @@
-"""The training log: metrics.jsonl (the truth), TensorBoard events (for looking), what went wrong.
+"""The training log: metrics.jsonl, TensorBoard events, and the failures found in it.
 
 Shape letters: R replica, E exit, N examples, C classes.
 """
@@ -33,7 +33,7 @@ def read_tuning(workdir: Path) -> list[Row]:
 
 
 def _read(workdir: Path) -> list[Row]:
-    """Returns the lines of metrics.jsonl; one that the process died over ends the list."""
+    """Returns the rows of metrics.jsonl, up to a line that was cut off when the process died."""
     path = workdir / "metrics.jsonl"
     rows: list[Row] = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -45,7 +45,7 @@ def _read(workdir: Path) -> list[Row]:
 
 
 class MetricsLog:
-    """Appends the steps of one training; steps after `step`, left by a killed run, are dropped."""
+    """Appends the steps of one training; drops steps after `step`, which a killed run left."""
 
     def __init__(self, workdir: Path, training: str, step: int, exits: Sequence[int]):
         kept = [
@@ -66,7 +66,9 @@ class MetricsLog:
     def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
         """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
         row = {"training": self._training, "step": step, "epoch": epoch, "length": length}
-        found = {k: v for k, v in values._asdict().items() if v is not None}
+        found: dict[str, Any] = {"loss": values.loss, **values.statistics}
+        found |= {"exit_loss": values.exit_loss, "conflict": values.conflict}
+        found = {k: v for k, v in found.items() if v is not None}
         row |= {name: _finite(array.tolist()) for name, array in found.items()}
         self._file.write(json.dumps(row) + "\n")
         for name in ("loss", "exit_loss"):
@@ -93,7 +95,7 @@ class MetricsLog:
             self._events.add_scalar(name, float(value), step)
 
     def flush(self) -> None:
-        """Hands everything to the operating system: before each checkpoint."""
+        """Flushes both files, before each checkpoint."""
         self._file.flush()
         self._events.flush()
 
@@ -104,7 +106,7 @@ class MetricsLog:
 
 
 def _finite(values: Any) -> Any:
-    """Nested lists of numbers, with None in place of those that are not finite."""
+    """Replaces numbers that are not finite by None, in nested lists."""
     if isinstance(values, list):
         return [_finite(v) for v in values]
     return values if math.isfinite(values) else None
@@ -118,7 +120,7 @@ def find_failures(
     layers: Sequence[int],
     classes: Sequence[str],
 ) -> list[Row]:
-    """What went wrong in training, one row for each replica and exit it happened to.
+    """Finds what went wrong in training, one row for each replica and exit that it happened to.
 
     A loss that stopped being finite (the exit diverged) is reported with the first such step; an
     exit that gives all evaluated rows one class (it collapsed) with that class, and the first step

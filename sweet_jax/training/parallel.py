@@ -1,4 +1,4 @@
-"""How the steps of a training are spread over devices: vmap, shardings and jit of the pure step.
+"""Execution of training steps on devices: vmap, shardings and jit of the pure step.
 
 Shape letters: R replica, E exit, B batch.
 """
@@ -23,6 +23,7 @@ from sweet_jax.training.segment_parallel import (
     make_device_groups,
     split_state,
 )
+from sweet_jax.training.settings import Schedule, StepSettings
 from sweet_jax.training.sharding import (
     batch_sharding,
     limit_traces,
@@ -33,7 +34,7 @@ from sweet_jax.training.sharding import (
     reshard,
     warn_on_retrace,
 )
-from sweet_jax.training.step import Params, Schedule, State, StepSettings, train_step
+from sweet_jax.training.step import Params, State, train_step
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def check_devices(config: Config) -> None:
 def data_parallel_plan(
     config: Config, settings: StepSettings, state: State, lengths: int
 ) -> ExecutionPlan:
-    """All devices take each step together: replicas and rows are spread over them."""
+    """Plans steps that all devices take together: replicas and rows are spread over them."""
     replicas = len(config.replicas())
     mesh = make_mesh(replicas, config.batch_size)
     compiled, schedule = compile_step(settings, replicas, mesh), settings.schedule
@@ -102,7 +103,7 @@ def data_parallel_plan(
 def segment_parallel_plan(
     config: Config, settings: StepSettings, state: State, lengths: int
 ) -> ExecutionPlan:
-    """Each group of devices steps its own segments, see segments.py."""
+    """Plans steps where each group of devices trains its own segments, see segment_parallel.py."""
     replicas = len(config.replicas())
     groups = make_device_groups(settings.exits, replicas, config.batch_size)
     compiled = compile_groups(settings, groups, replicas, lengths)
@@ -123,7 +124,7 @@ def segment_parallel_plan(
 
 
 def gather_params(config: Config, params: Params) -> Params:
-    """The parameters where `data_parallel_plan` has them, from the devices of groups."""
+    """Moves parameters from the devices of groups to where `data_parallel_plan` has them."""
     if not config.segment_parallel:
         return params
     replicas = len(config.replicas())
@@ -132,7 +133,7 @@ def gather_params(config: Config, params: Params) -> Params:
 
 
 def compile_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
-    """(state, batch, schedule) → (state, metrics), jitted, sharded, the old state donated.
+    """Compiles (state, batch, schedule) → (state, metrics), sharded, the old state donated.
 
     All arrays but the schedule's have the leading axis R, but a single replica's have none: on a
     CPU an axis of size 1 makes a step slower. Traced once for each size and length of a batch. The
@@ -159,7 +160,7 @@ def _compiled_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callabl
 
 
 def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
-    """(state, batch) → the conflict of the step's gradients, [R, E, E, E], placed as the step is.
+    """Compiles (state, batch) → the conflict of the step's gradients, float32 [R, E, E, E].
 
     The state is left as it is. A program of its own: the training step's does not change by it.
     """

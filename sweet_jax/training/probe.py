@@ -35,7 +35,7 @@ def refit_path(workdir: Path, training: str) -> Path:
 
 
 def read_classifiers(path: Path) -> "LinearClassifiers | None":
-    """Returns what `Classifiers.save_baselines` wrote, None where there is nothing."""
+    """Reads what `LinearClassifiers.save` wrote, None where there is nothing."""
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as arrays:
@@ -57,7 +57,7 @@ class LinearClassifiers(NamedTuple):
     penalty: np.ndarray
 
     def select_replicas(self, replicas: Sequence[int]) -> "LinearClassifiers":
-        """Returns those of some replicas."""
+        """Returns the classifiers of some replicas."""
         return LinearClassifiers(*(array[list(replicas)] for array in self))
 
     def save(self, path: Path, **more: np.ndarray) -> None:

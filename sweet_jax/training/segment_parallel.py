@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from sweet_jax.models.early_exit import SegmentState
 from sweet_jax.models.ownership import parameter_owners
 from sweet_jax.training.losses import StepMetrics
+from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import (
     batch_sharding,
     limit_traces,
@@ -26,7 +27,7 @@ from sweet_jax.training.sharding import (
     replica_sharding,
     replicated_sharding,
 )
-from sweet_jax.training.step import State, StepSettings, train_step_segments
+from sweet_jax.training.step import State, train_step_segments
 
 
 class DeviceGroup(NamedTuple):
@@ -37,10 +38,10 @@ class DeviceGroup(NamedTuple):
 
 
 def make_device_groups(exits: Sequence[int], replicas: int, batch_size: int) -> list[DeviceGroup]:
-    """As many groups as make the busiest device's layers fewest, of equally many devices.
+    """Makes as many groups, of equally many devices, as give the busiest device fewest layers.
 
-    Of several processes each has its share of every group, so that what groups hand on stays within
-    a process.
+    Each of several processes has its share of every group, so that hidden states are handed on
+    within a process.
     """
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     local = len(devices) // jax.process_count()
@@ -57,7 +58,7 @@ def make_device_groups(exits: Sequence[int], replicas: int, batch_size: int) -> 
 
 
 def assign_segments(exits: Sequence[int], groups: int) -> tuple[tuple[int, ...], ...]:
-    """The segments of each group, neighbours together, so that the busiest has fewest layers."""
+    """Returns the consecutive segments of each group, so that the busiest has fewest layers."""
     cuts = itertools.combinations(range(1, len(exits)), groups - 1)
     ways = (
         tuple(tuple(range(a, b)) for a, b in itertools.pairwise((0, *cut, len(exits))))
@@ -67,13 +68,13 @@ def assign_segments(exits: Sequence[int], groups: int) -> tuple[tuple[int, ...],
 
 
 def most_layers(exits: Sequence[int], way: Sequence[Sequence[int]]) -> int:
-    """Layers of the group that has most."""
+    """Returns the number of layers of the group that has most."""
     bounds = (0, *exits)
     return max(bounds[segments[-1] + 1] - bounds[segments[0]] for segments in way)
 
 
 def split_state(state: State, groups: Sequence[DeviceGroup], exits: Sequence[int]) -> list[State]:
-    """The state of each group: parameters and moments that it trains, None for the others.
+    """Splits a state into each group's: the parameters and moments it trains, None for the others.
 
     Scalars (step, learning rate, seed) are every group's.
     """
@@ -92,7 +93,7 @@ def split_state(state: State, groups: Sequence[DeviceGroup], exits: Sequence[int
 
 
 def join_state(states: Sequence[State]) -> State:
-    """The state that `split_state` made these of; what all have is the first's."""
+    """Joins the states that `split_state` made; scalars are the first's."""
 
     def whole(*trees: Any) -> Any:
         def present(*leaves: Any) -> Any:
@@ -110,7 +111,7 @@ def join_state(states: Sequence[State]) -> State:
 def compile_groups(
     settings: StepSettings, groups: Sequence[DeviceGroup], replicas: int, lengths: int
 ) -> Callable[[list[State], list[dict]], tuple[list[State], list[StepMetrics]]]:
-    """One step of all groups, a program for each; takes the batch on each group's devices.
+    """Compiles a step of all groups, a program for each; takes the batch on each group's devices.
 
     Nothing is waited for: programs of one group run in order, those of different groups at the same
     time, as soon as what they take is there.
@@ -132,7 +133,7 @@ def compile_groups(
 def compile_group(
     settings: StepSettings, group: DeviceGroup, replicas: int, lengths: int
 ) -> Callable:
-    """(state, batch, carried) → (state, metrics, carried), as `compile_step` compiles the whole."""
+    """Compiles (state, batch, carried) → (state, metrics, carried) of one group."""
 
     def one(state: State, batch: dict, carried: SegmentState | None) -> tuple:
         return train_step_segments(settings, group.segments, state, batch, carried)
@@ -154,12 +155,12 @@ def compile_group(
 
 
 def transfer(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """An array on another group's mesh of the same shape, spread in the same way."""
+    """Moves an array to another group's mesh of the same shape, with the same partition."""
     assert isinstance(x.sharding, NamedSharding)
     to = NamedSharding(mesh, x.sharding.spec)
     if x.is_fully_addressable:
         return jax.device_put(x, to)
-    # Devices at the same place of two meshes belong to one process, see make_groups.
+    # Devices at the same place of two meshes belong to one process, see make_device_groups.
     beside = dict(zip(x.sharding.mesh.devices.flat, mesh.devices.flat, strict=True))
     parts = [jax.device_put(s.data, beside[s.device]) for s in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, to, parts)

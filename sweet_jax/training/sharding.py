@@ -1,4 +1,4 @@
-"""Meshes ("replica", "data"), and how arrays come onto them and back.
+"""Meshes ("replica", "data"), and the transfer of arrays onto them and back.
 
 Shape letters: R replica, B batch.
 """
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh whose "replica" axis divides R and whose "data" axis divides B; of all devices.
+    """Makes a mesh whose "replica" axis divides R and whose "data" axis divides B; of all devices.
 
     Replicas are spread first: they need no communication. Devices that fit neither stay idle.
 
@@ -46,30 +46,30 @@ def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | No
 
 
 def replica_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
-    """Sharding of arrays [R, ...], state and metrics; of a single replica's, without the axis."""
+    """Returns the sharding of arrays [R, ...]; of a single replica's, which have no axis R."""
     return NamedSharding(mesh, PartitionSpec("replica") if replicas > 1 else PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
-    """Sharding of batches [R, B, ...]; of a single replica's, [B, ...]."""
+    """Returns the sharding of batches [R, B, ...]; of a single replica's, [B, ...]."""
     axes = ("replica", "data") if replicas > 1 else ("data",)
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of small arrays that every device has whole, so that every process can read them."""
+    """Returns the sharding of arrays that every device has whole: every process can read them."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def mesh_of(arrays: Any) -> Mesh:
-    """The mesh that arrays are on."""
+    """Returns the mesh that arrays are on."""
     return jax.tree.leaves(arrays)[0].sharding.mesh
 
 
 def put_batch(
     tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...], sharding: NamedSharding
 ) -> dict[str, jax.Array]:
-    """A batch of rows int [R, B] on devices, see `pad_rows`.
+    """Puts a batch of rows int [R, B] on devices, see `pad_rows`.
 
     Each process makes the rows of its own devices only, padded to the length that all need.
     """
@@ -86,7 +86,7 @@ def put_batch(
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
-    """Arrays where `shardings`, a tree like theirs, say; through the host, one after the other.
+    """Moves arrays to `shardings`, a tree like theirs; through the host, one after the other.
 
     They may be on the host, then the same in all processes, or on any devices.
     """
@@ -101,7 +101,7 @@ def reshard(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(x: Any) -> np.ndarray:
-    """The whole of an array, wherever its parts are; called by all processes that have any."""
+    """Returns a whole array, wherever its parts are; called by all processes that have any."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         x = jax.jit(_same, out_shardings=replicated_sharding(mesh_of(x)))(x)
     return np.asarray(x)
@@ -112,13 +112,13 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 def select_replica(tree: Any, number: int) -> Any:
-    """Arrays [...] on the host of one replica of arrays [R, ...]; called by all processes."""
+    """Returns one replica of arrays [R, ...], on the host; called by all processes."""
     pick = jax.jit(lambda x: x[number], out_shardings=replicated_sharding(mesh_of(tree)))
     return jax.tree.map(lambda x: np.asarray(pick(x)), tree)
 
 
 def drop_replica_axis(tree: Any, replicas: int) -> Any:
-    """Arrays [R, ...], or those of a single replica without the axis."""
+    """Returns arrays [R, ...] as they are, or a single replica's without the axis R."""
     return tree if replicas > 1 else jax.tree.map(lambda x: x[0], tree)
 
 
@@ -128,7 +128,7 @@ def add_replica_axis(tree: Any, replicas: int) -> Any:
 
 
 def vmap_replicas(function: Callable, replicas: int) -> Callable:
-    """`function` of one replica, over the leading axis R of all its arguments and results.
+    """Maps a function of one replica over the leading axis R of all arguments and results.
 
     A single replica is not batched: on a CPU, products batched over an axis of size 1 are slower.
     """
@@ -161,10 +161,10 @@ def warn_on_retrace(function: Callable) -> Callable:
 
 
 def limit_traces(function: Callable, limit: int) -> Callable:
-    """`function`, with an AssertionError at the trace after `limit`: a promise of compilations.
+    """Returns `function`, with an AssertionError at the trace after `limit`.
 
-    chex.assert_max_traces counts by call stack, so that Multi-Model's second model would go on
-    from the count of its first.
+    chex.assert_max_traces counts by call stack, so that a second model would start from the count
+    of the first.
     """
     count = 0
 

@@ -1,0 +1,108 @@
+"""Methods of training an encoder with early exits, each of them a value in one table.
+
+Shape letters: E exit.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+# The weights of the exits' losses at the first and at the last step, float64 [E] each.
+LossWeightSchedule = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What distinguishes a method of training from the others.
+
+    Attributes:
+      name: that of the config key `method`.
+      model_per_exit: a model of its own is trained for every exit, as deep as that exit; otherwise
+        one model has all exits.
+      isolation: of the boundaries between exits where the config sets none: one number, or from,
+        to. 0 lets all of a gradient through, 1 nothing.
+      loss_weights: where the config sets none, a name in LOSS_WEIGHTS.
+      cost: layers computed until each exit answers, float64 [E], of the layers of the exits [E].
+
+    """
+
+    name: str
+    model_per_exit: bool
+    isolation: tuple[float, ...]
+    loss_weights: str
+    cost: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def trains_exits_independently(self) -> bool:
+        """Whether no exit of its one model trains what another exit computes, by default."""
+        return not self.model_per_exit and set(self.isolation) == {1.0}
+
+
+def shared_layers(layers: np.ndarray) -> np.ndarray:
+    """Returns the layers computed until each exit where an exit resumes from the one before."""
+    return layers
+
+
+def summed_layers(layers: np.ndarray) -> np.ndarray:
+    """Returns the layers computed until each exit where every model starts from the text again."""
+    return np.cumsum(layers)
+
+
+# All three of the SWEET paper (Rotem et al. 2023, arXiv 2306.02307), sections 3 and 4.
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("sweet", False, (1.0,), "uniform", shared_layers),
+        Method("early_exit", False, (0.0,), "uniform", shared_layers),
+        Method("multi_model", True, (0.0,), "uniform", summed_layers),
+    )
+}
+
+
+def uniform(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a weight of 1 for every exit at every step (SWEET paper, section 3)."""
+    return np.ones(len(layers)), np.ones(len(layers))
+
+
+def by_depth(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns weights proportional to the layer numbers, at every step.
+
+    PABEE's weighted average of the exits' losses (Zhou et al. 2020, arXiv 2006.04152), times E, so
+    that the weights add up to what uniform ones do.
+    """
+    weights = layers / layers.mean()
+    return weights, weights
+
+
+def shallow_deep(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns weights that rise from 0.01 to the exit's cost; the last exit's is always 1.
+
+    As Shallow-Deep Networks are trained from scratch (Kaya et al. 2019, arXiv 1810.07052).
+    """
+    end = layers / layers[-1]
+    return np.where(end < 1, 0.01, 1.0), end
+
+
+LOSS_WEIGHTS: dict[str, LossWeightSchedule] = {
+    "uniform": uniform,
+    "depth": by_depth,
+    "shallow_deep": shallow_deep,
+}
+
+
+def loss_weights(
+    chosen: str | Sequence[float], layers: Sequence[int]
+) -> tuple[tuple[float, float], ...]:
+    """Returns the weight of each exit's loss at the first and at the last step, E pairs.
+
+    Args:
+      chosen: a name in LOSS_WEIGHTS, or one number for each exit.
+      layers: of all exits of the run.
+
+    """
+    if isinstance(chosen, str):
+        start, end = LOSS_WEIGHTS[chosen](np.asarray(layers, np.float64))
+    else:
+        start = end = np.asarray(chosen, np.float64)
+    return tuple(zip(start.tolist(), end.tolist(), strict=True))

@@ -1,0 +1,11 @@
+"""Objectives: what the outputs of an exit mean, and how they are compared with targets.
+
+A new objective is one file with one `Objective`, and one entry of this table.
+"""
+
+from sweet_jax.objectives.objective import Objective
+from sweet_jax.objectives.single_label import SINGLE_LABEL
+
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (SINGLE_LABEL,)}
+
+__all__ = ["OBJECTIVES", "Objective"]

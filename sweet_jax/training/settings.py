@@ -1,0 +1,112 @@
+"""The constants of a compiled training step, and schedules over its steps.
+
+Shape letters: E exit.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sweet_jax.objectives.objective import Objective
+from sweet_jax.objectives.single_label import SINGLE_LABEL
+from sweet_jax.training.losses import TrainingLoss
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """The constants of a compiled training step.
+
+    Attributes:
+      graphdef: structure of the model.
+      exits: layer numbers, E of them.
+      total_steps, warmup_steps: of the whole training.
+      weight_decay: AdamW's, of matrices.
+      clip_norm: largest norm of a gradient, infinity for no clipping.
+      clip_by_owner: one norm for each owner of parameters; otherwise one for all.
+      isolation: of the boundaries: one number, or from, to.
+      isolation_schedule: from, to: "linear" in the steps, or a "step" at half time.
+      boundary_isolation: factors of the E - 1 boundaries; () for 1 throughout.
+      loss_weights: of each exit at the first and at the last step, linear in between; () for 1.
+      objective: what the outputs of an exit are trained for.
+      learning_to_exit: "", "joint" or "detached".
+      shared_relative: the model's.
+      frozen: so many first segments stay as they are: no exit trains them.
+      head_learning_rate: of the heads, a multiple of the learning rate.
+      traced: the numbers of steps as arguments of a compiled program, in place of its constants.
+
+    """
+
+    graphdef: nnx.GraphDef
+    exits: tuple[int, ...]
+    total_steps: int
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    clip_by_owner: bool
+    isolation: tuple[float, ...]
+    isolation_schedule: str = "linear"
+    boundary_isolation: tuple[float, ...] = ()
+    loss_weights: tuple[tuple[float, float], ...] = ()
+    objective: Objective = SINGLE_LABEL
+    learning_to_exit: str = ""
+    shared_relative: bool = False
+    frozen: int = 0
+    head_learning_rate: float = 1.0
+    traced: "Schedule | None" = None
+
+    @property
+    def schedule(self) -> "Schedule":
+        """What the step reads of the numbers of steps."""
+        return self.traced or make_schedule(self.total_steps, self.warmup_steps)
+
+    def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
+        """Returns the isolation of each of the E - 1 boundaries at a step (int32 []).
+
+        A Python number where it is constant: `isolate` takes 0 and 1 literally then, so that a
+        boundary that is closed throughout lets exactly nothing through.
+        """
+        factors = self.boundary_isolation or (1.0,) * (len(self.exits) - 1)
+        start, end = self.isolation[0], self.isolation[-1]
+        if start == end:
+            return tuple(start * factor for factor in factors)
+        if self.isolation_schedule == "step":
+            now = jnp.where(2 * step < self.schedule.total, start, end)
+        else:
+            now = self._linear(start, end, step)
+        return tuple(now * factor if factor else 0.0 for factor in factors)
+
+    def loss_at(self, step: jax.Array) -> TrainingLoss:
+        """Returns the loss at a step (int32 []); Python numbers for weights that are constant."""
+        weights = tuple(
+            start if start == end else self._linear(start, end, step)
+            for start, end in self.loss_weights
+        )
+        return TrainingLoss(self.objective, weights)
+
+    def _linear(self, start: float, end: float, step: jax.Array) -> jax.Array:
+        return start + (end - start) * step * self.schedule.per_step
+
+
+class Schedule(NamedTuple):
+    """The numbers of steps as arguments of a compiled program, so that runs of any length share it.
+
+    Reciprocals, which is what XLA makes of a division by a constant: a run has the same numbers
+    whether these are arguments or constants.
+    """
+
+    total: Any  # int32 []
+    warmup: Any  # int32 []
+    per_step: Any  # float32 [], 1 / (total - 1)
+    per_warmup_step: Any  # float32 []
+    per_decay_step: Any  # float32 []
+
+
+def make_schedule(total: int, warmup: int) -> Schedule:
+    """Returns the schedule of so many steps, the first of them a warm-up."""
+    lengths = (total - 1, warmup, total - warmup)
+    each = (np.float32(1) / np.float32(max(1, length)) for length in lengths)
+    return Schedule(np.int32(total), np.int32(warmup), *each)
