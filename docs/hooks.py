@@ -50,4 +50,4 @@ def _code(text: str) -> str:
 
 
 def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("<", "&lt;") for cell in cells) + " |"
