@@ -1,5 +1,6 @@
 """The README's commands run, and the documentation describes what there is."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -143,8 +144,52 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 
 def test_the_reference_page_describes_every_key():
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
-    page = hooks["config_reference"]()
+    page = hooks["config_reference"]().partition("## Presets")[0]
     for key in describe_keys():
         (row,) = re.findall(rf"^\| `{key.name}` \|(.*)$", page, re.MULTILINE)
         assert key.default in row or key.default in ('""', "empty")
         assert key.meaning.replace("<", "&lt;") in row
+
+
+# From what is imported to what imports; docs/architecture.md has the same table.
+LEVELS = [
+    {"config", "config_keys", "presets", "files", "distributed", "compilation_cache"},
+    {"data", "exits"},
+    {"models", "arguments"},
+    {"training", "inference", "report"},
+    {"preparation", "baselines", "head_fitting", "learning_rate_search"},
+    {"pipeline", "server"},
+    {"main", "simulate", "predict", "serve", "export"},
+    {"cli"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of sweet_jax that a module imports, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "sweet_jax":
+            names += [f"sweet_jax.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    parts = {name.split(".")[1] for name in names if name.startswith("sweet_jax.")}
+    return parts - {"__version__"}
+
+
+def test_imports_point_down():
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    upward = []
+    for path in sorted((ROOT / "sweet_jax").rglob("*.py")):
+        place = path.relative_to(ROOT / "sweet_jax").with_suffix("").parts[0]
+        if place != "__init__":
+            upward += [(place, name) for name in imports(path) if level[name] > level[place]]
+    assert upward == []
+
+
+def test_the_levels_are_those_of_the_architecture_page():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for number, names in enumerate(LEVELS):
+        (row,) = re.findall(rf"^\| {number} \| ([^|]*) \|", page, re.MULTILINE)
+        assert set(re.findall(r"`(\w+)/?`", row)) == names
