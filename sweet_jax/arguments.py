@@ -29,8 +29,9 @@ class ArgumentParser(argparse.ArgumentParser):
     """Parses the arguments of a module's command; a wrong one raises UserError."""
 
     def __init__(self, module: str, text: str):
+        package, _, name = module.rpartition(".")
         super().__init__(
-            prog=f"sweet-jax {module.rpartition('.')[2]}",
+            prog=f"sweet-jax {name}" if package == "sweet_jax" else f"python -m {module}",
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
