@@ -127,7 +127,7 @@ def test_the_choices_in_help_are_the_values_that_are_taken():
 
 
 def test_help_may_be_cut_short():
-    """As `| head` does: the rest of the text has no reader, and nobody is told of it."""
+    """As `| head` does: that the rest of the text has no reader is no error."""
     shell = f"{sys.executable} -m sweet_jax.main --help | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=False
