@@ -142,6 +142,18 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert [link for link in local if not (ROOT / link).exists()] == []
 
 
+def test_keys_and_modules_that_the_documentation_names_exist():
+    keys = {key.name for key in describe_keys()} | {"KEY"}
+    pages = [README, *(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))]
+    named = [key for page in pages for key in re.findall(r"--config\.(\w+)", page)]
+    modules = {name for page in pages for name in re.findall(r"python -m ([\w.]+)", page)}
+    assert len(named) > 20
+    assert set(named) <= keys
+    ours = {name for name in modules if name.startswith(("sweet_jax", "experiments"))}
+    assert ours
+    assert [name for name in sorted(ours) if importlib.util.find_spec(name) is None] == []
+
+
 def test_the_reference_page_describes_every_key():
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
     page = hooks["config_reference"]().partition("## Presets")[0]
