@@ -1,6 +1,7 @@
-"""Parsing of targets, and exit statuses, of the commands beside `main`."""
+"""What the commands share: their parser, --help, and how they end."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -8,58 +9,67 @@ from sweet_jax.config import UserError
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import TARGET_RANGES, check_targets
 
-# The targets, and what --help says of each.
+# The targets that an operating point can be chosen by, and what --help says of each.
 _TARGETS = {
-    "cost": "largest mean cost, as a share of the full model's layers",
+    "cost": "largest mean cost, a share of the full model's layers",
     "accuracy": "smallest metric over all calibration rows, in the run's own metric; under PCEE "
-    "the accuracy that calibration rows like an example must have had where it leaves",
-    "threshold": "leave at the first exit confidence of at least this",
+    "the accuracy that calibration rows like an example had at the exit where it leaves",
+    "threshold": "leave at the first exit whose confidence is at least this",
     "risk": "largest share of examples that the last exit gets right and an earlier one wrong, "
-    "and so the largest loss of accuracy; certified on calibration rows, or refused",
-    "agreement": "smallest share of examples answered as the last exit would; also certified",
+    "which bounds the loss of accuracy; certified on calibration rows, or refused",
+    "agreement": "smallest share of examples predicted as the last exit would; certified likewise",
 }
-_LATENCY_TARGETS = {
-    "milliseconds": "largest mean time of a text that arrives alone, in the stages only: "
-    "tokenising and reading the confidences come on top; after predict --measure",
+_LATENCY = {
+    "milliseconds": "largest mean time of one text by itself, in the stages alone (tokenising and "
+    "evaluating the policy are not counted); needs predict --measure first",
 }
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Raises its errors as UserError, in one line."""
+    """Parses the arguments of a module's command; a wrong one raises UserError."""
 
     def __init__(self, module: str, text: str):
+        package, _, name = module.rpartition(".")
         super().__init__(
-            prog=f"python -m {module}",
+            prog=f"sweet-jax {name}" if package == "sweet_jax" else f"python -m {module}",
             description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 
     def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+        raise UserError(f"{message} (--help lists all options)")
 
     def add_target_arguments(self, *, clock: bool = True) -> None:
-        """Adds --policy, the targets of which one may be set, and --level.
+        """Adds --policy, --level, and the targets, of which one may be set.
 
-        clock: whether a time may be a target; it is known of a model, not of its outputs.
+        Without `clock` there is no --milliseconds: times are known of a model, not of its outputs.
         """
-        self.add_argument("--policy", help="name of an exit policy; default the run's own")
-        group = self.add_mutually_exclusive_group()
-        for name, text in (_TARGETS | (_LATENCY_TARGETS if clock else {})).items():
-            group.add_argument(f"--{name}", type=float, help=text)
+        self.add_argument("--policy", help="name of an exit policy (default: the run's own)")
+        target = self.add_mutually_exclusive_group()
+        for name, text in (_TARGETS | (_LATENCY if clock else {})).items():
+            target.add_argument(f"--{name}", type=float, help=text)
         self.add_argument(
-            "--level",
-            type=float,
-            default=0.95,
-            help="confidence level of a certificate (default 0.95)",
+            "--level", type=float, default=0.95, help="confidence of a certificate (default 0.95)"
         )
 
 
 def parse_targets(options: argparse.Namespace) -> dict[str, float]:
-    """Returns the target that was set, and the level, by name. Raises UserError out of range."""
+    """Returns the target that was set and the level, by name.
+
+    Raises UserError for a value out of range.
+    """
     values = {name: getattr(options, name, None) for name in TARGET_RANGES}
     check_targets(values, "--")
     return {name: value for name, value in values.items() if value is not None}
+
+
+def print_help(text: str) -> None:
+    """Prints a text that may be longer than its reader wants, such as `| head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def policy_help() -> str:
@@ -71,7 +81,7 @@ def policy_help() -> str:
 
 
 def run_command(run: Callable[[], None]) -> int:
-    """Calls `run` and returns its exit status: 0, or 2 after one line on stderr."""
+    """Runs a command; returns its exit status: 0, or 2 after one line of error on stderr."""
     try:
         run()
     except UserError as error:

@@ -20,7 +20,7 @@ METRICS = ("accuracy", "matthews", "f1")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("einsum", "xla", "cudnn")
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
     "isolation_schedule": ("linear", "step"),
     "dtype": DTYPES,
@@ -45,69 +45,68 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The keys of a recipe. A misspelt or impossible value raises UserError."""
+    """Holds the keys of a recipe, validated; `config_keys` says what each one means.
 
-    task: str = "sst2"  # a GLUE task, or any name for your own data_files
-    method: str = "sweet"  # "sweet", "early_exit" or "multi_model"
-    preset: str = ""  # "", "paper" or "reference"
-    checkpoint: str = "bert-base-uncased"  # hub id, local directory, pkg://package/path
-    exits: tuple[int, ...] = (1, 4, 6, 12)  # layer numbers from 1; the last is the depth
-    depth: int = 0  # use so many of the encoder's layers, and leave those above out; 0 = all
-    grow_from: str = ""  # a run of SWEET: its exits stay as they are, deeper ones are trained
+    Raises UserError for an impossible value.
+    """
+
+    task: str = "sst2"
+    method: str = "sweet"
+    preset: str = ""
+    checkpoint: str = "bert-base-uncased"
+    exits: tuple[int, ...] = (1, 4, 6, 12)
+    depth: int = 0
+    grow_from: str = ""
     seeds: tuple[int, ...] = (0,)
     learning_rates: tuple[float, ...] = (5e-5,)
-    train_size: int = 6000  # at most so many training rows, calibration rows included
-    calibration_fraction: float = 0.1  # of the training subset
-    tuning_fraction: float = 0.1  # of the training rows, where anything is tuned: see `tunes`
-    validation_fraction: float = 0.2  # split off the data where no validation file is given
-    split_seed: int = 0  # of that split, the same for all replicas
-    epochs: int | str = 2  # 0 with head_init "probe": heads alone; "auto": see training/schedule.py
+    train_size: int = 6000
+    calibration_fraction: float = 0.1
+    tuning_fraction: float = 0.1
+    validation_fraction: float = 0.2
+    split_seed: int = 0
+    epochs: int | str = 2
     batch_size: int = 16
     evaluation_batch_size: int = 32
-    max_length: int = 256  # tokens
-    warmup_fraction: float = 0.0  # of all steps
+    max_length: int = 256
+    warmup_fraction: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    dtype: str = "float32"  # of activations; parameters are float32
-    attention: str = "einsum"  # or jax.nn.dot_product_attention's "xla", "cudnn": see attention.py
-    attention_dropout: str = ""  # of the weights: "" = the checkpoint's, or "off"
-    remat: bool = False  # the backward pass computes each layer's activations again: less memory
-    isolation: tuple[float, ...] = ()  # one number, or from, to over training; () = the method's
-    isolation_schedule: str = "linear"  # from, to: "linear", or "step", which changes at half time
-    boundary_isolation: tuple[float, ...] = ()  # of each boundary, times isolation; () = all 1
-    # Of each exit's loss: one positive number for each exit, or "uniform", "depth" (proportional to
-    # the layer, as PABEE) or "shallow_deep" (rising over training); "" = the method's, "uniform".
-    # For exits that share layers. Under SWEET they nearly cancel: a parameter has the gradient of
-    # one exit alone, and neither Adam's update nor clipping per owner changes with its scale.
+    dtype: str = "float32"
+    attention: str = "einsum"
+    attention_dropout: str = ""
+    remat: bool = False
+    isolation: tuple[float, ...] = ()
+    isolation_schedule: str = "linear"
+    boundary_isolation: tuple[float, ...] = ()
     loss_weights: str | tuple[float, ...] = ""
-    rate_search: str = "full"  # train every rate to the end, or "short": first a short run of each
-    group_by_length: bool = False  # batches of texts of similar length: less padding
-    head_init: str = ""  # "random", or "probe": logistic regression on the frozen encoder
-    head_refit: bool = False  # after training, the same on the trained encoder
-    head_learning_rate: float = 1.0  # of the heads, a multiple of the learning rate
-    pooling: str = ""  # "first" token, "mean" of all; "" = the preset's, else the checkpoint's own
-    baselines: str = "quick"  # "none"; "quick": majority, TF-IDF, probes; "full": fine-tuned too
-    learning_to_exit: str = ""  # "", "joint", or "detached": its gradient stays in its own heads
-    pooler: str = ""  # this and the six below: "" = as the preset says
+    rate_search: str = "full"
+    group_by_length: bool = False
+    head_init: str = ""
+    head_refit: bool = False
+    head_learning_rate: float = 1.0
+    pooling: str = ""
+    baselines: str = "quick"
+    learning_to_exit: str = ""
+    pooler: str = ""
     relative: str = ""
     clipping: str = ""
     subset: str = ""
     calibration: str = ""
     confidence: str = ""
     exit_score: str = ""
-    metric: str = ""  # "accuracy", "matthews" or "f1"; "" = the task's
-    data_dir: str = ""  # directory of <task>/{train,validation}.parquet; "" = the hub
-    data_files: str = ""  # your own: train[,validation]
-    text_columns: str = ""  # one, or two for pairs, comma-separated
+    metric: str = ""
+    data_dir: str = ""
+    data_files: str = ""
+    text_columns: str = ""
     label_column: str = "label"
-    checkpoint_every: int = 200  # steps
-    conflict_every: int = 0  # steps between logs of how the exits' gradients agree; 0 = never
-    segment_parallel: bool = False  # SWEET: each group of devices trains its own segments
-    max_steps: int = 0  # ends training early, the schedule being that of all; 0 = all steps
+    checkpoint_every: int = 200
+    conflict_every: int = 0
+    segment_parallel: bool = False
+    max_steps: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         _check_ranges(self)
         _check_isolation(self)

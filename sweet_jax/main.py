@@ -1,29 +1,31 @@
 r"""Trains, evaluates, calibrates, simulates and reports what a config file says.
 
-  python -m sweet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
-  python -m sweet_jax.main --config=configs/glue.py:mrpc --workdir=runs/mrpc \
+  sweet-jax train --config=configs/quickstart.py --workdir=runs/quickstart
+  sweet-jax train --config=configs/glue.py:mrpc --workdir=runs/mrpc \
       --config.method=sweet --config.exits=1,4,6,12 --config.learning_rates=3e-5,5e-5
 
+python -m sweet_jax.main is the same command.
+
 A config file is a Python file whose get_config() returns the values that differ from the defaults
-(sweet_jax/config.py lists all keys); what follows a colon is its argument. Every key can be set
-after it: --config.KEY=VALUE, the last one counting. A key of several values takes them separated by
-commas: 1,4,6,12.
-The same command in the same workdir goes on where it stopped.
-Compiled programs are kept in ~/.cache/sweet_jax/xla (JAX_COMPILATION_CACHE_DIR=DIR: in DIR;
-JAX_ENABLE_COMPILATION_CACHE=0: not at all).
-Several hosts: the same command on each, with a workdir that all share. On Cloud TPU and in a Slurm
-step of several tasks the processes find each other; elsewhere, give each of them
+below; what follows a colon is its argument. --config.KEY=VALUE overrides a key; if it is repeated,
+the last one counts. A key of several values takes them separated by commas: 1,4,6,12.
+The same command in the same workdir resumes an interrupted run.
+Compiled programs are kept in ~/.cache/sweet_jax/xla (JAX_COMPILATION_CACHE_DIR names another
+directory, JAX_ENABLE_COMPILATION_CACHE=0 switches this off).
+On several hosts run the same command on each, with a workdir that all share. On Cloud TPU and in a
+Slurm step of several tasks the processes find each other; elsewhere, give each of them
   --coordinator_address=HOST:PORT  a free port on the host of the first process
   --num_processes=P --process_id=I  I from 0 to P - 1
-Exit status: 0 done, 2 the input is wrong (one line says how to mend it), 1 anything else.
+Exit status: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else.
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,23 +39,22 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sweet_jax import config as configuration
-from sweet_jax import distributed
-from sweet_jax.compilation_cache import enable_compilation_cache
+from sweet_jax.arguments import print_help
 from sweet_jax.config import Config, UserError
+from sweet_jax.config_keys import describe_keys
 from sweet_jax.files import expand_user, one_line
-from sweet_jax.pipeline import run
 
 
 class Command(NamedTuple):
-    """What a command line says."""
+    """Holds a parsed command line."""
 
     config: Config
     workdir: Path
-    processes: tuple[str | None, int | None, int | None]  # see `processes.initialize`
+    processes: tuple[str | None, int | None, int | None]  # see `distributed.initialize`
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """The parts of a command line. Raises UserError; exits on --help."""
+    """Parses a command line. Raises UserError for a wrong one; exits on --help."""
     first = flags.FlagValues()
     flags.DEFINE_string("config", None, "config file, with its argument after a colon", first)
     flags.DEFINE_string("workdir", None, "directory of the run", first)
@@ -66,20 +67,27 @@ def parse(argv: Sequence[str]) -> Command:
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     if first.help:
-        keys = (f"  {field.name} = {field.default!r}" for field in dataclasses.fields(Config))
-        print("\n".join([__doc__, "Keys and their defaults:", *keys]))  # at once: | head ends it
+        print_help("\n".join([__doc__, *_key_lines()]))
         raise SystemExit(0)
     if not first.config or not first.workdir:
         unknown = [text for text in rest[1:] if not text.startswith("--config.")]
         what = f"unknown argument {unknown[0]!r}: " if unknown else ""
-        raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help tells more)")
+        raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help lists all options)")
     joining = (first.coordinator_address, first.num_processes, first.process_id)
     workdir = expand_user(first.workdir)  # which no shell does after --workdir=
     return Command(_overridden(_recipe(first.config), rest), workdir, joining)
 
 
+def _key_lines() -> Iterator[str]:
+    """Yields what --help says of the keys of a config."""
+    for group, keys in itertools.groupby(describe_keys(), lambda key: key.group):
+        yield f"{group}:"
+        for key in keys:
+            yield f"  {key.name} = {key.default}\n      {key.meaning}\n      Allowed: {key.allowed}"
+
+
 def _recipe(name: str) -> ConfigDict:
-    """All keys, with the values that a config file sets."""
+    """Returns all keys, with the values that a config file sets."""
     path, _, argument = name.partition(":")
     if not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist")
@@ -100,7 +108,7 @@ def _recipe(name: str) -> ConfigDict:
 
 
 def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
-    """The recipe with the --config.key=value of the command line."""
+    """Returns the recipe with the --config.KEY=VALUE of the command line."""
     names = [field.name for field in dataclasses.fields(Config)]
     last: dict[str, str] = {}  # of a key of several values the flags would take all of both
     for argument in arguments[1:]:
@@ -120,12 +128,25 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """The command; returns its exit status."""
-    # To stdout: what stands on stderr is the progress bar, or the one line of an error.
+    """Runs the command; returns its exit status."""
+    # To stdout: stderr holds the progress bar, or the one line of an error.
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
     logging.getLogger("sweet_jax").setLevel(logging.INFO)
     try:
         command = parse(argv or sys.argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return _train(command)
+
+
+def _train(command: Command) -> int:
+    # They import JAX: not for --help, or a mistake.
+    from sweet_jax import distributed
+    from sweet_jax.compilation_cache import enable_compilation_cache
+    from sweet_jax.pipeline import run
+
+    try:
         enable_compilation_cache(least_seconds=1.0)
         distributed.initialize(*command.processes)
         if not distributed.is_primary():
@@ -136,10 +157,10 @@ def main(argv: Sequence[str] = ()) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except distributed.PreemptedError as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        print(f"{stop}; the same command resumes from there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 1
     return 0
 

@@ -1,22 +1,29 @@
-"""What the train command says of bad input: one line, exit status 2, and nothing written."""
+"""The command line: its help, and what it says of bad input (one line, exit status 2)."""
 
 import dataclasses
 import errno
 import fcntl
+import importlib
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sweet_jax.config import Config
-from sweet_jax.main import main
+import sweet_jax
+from sweet_jax import cli
+from sweet_jax.config import CHOICES, Config
+from sweet_jax.config_keys import describe_keys
+from sweet_jax.main import main, parse
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -83,19 +90,113 @@ def contents(folder: Path) -> dict[str, bytes] | None:
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "sweet_jax.main", *arguments],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def test_help_names_every_key_and_exits_0():
+def test_help_explains_every_key_and_exits_0():
     done = command("--help")
     assert done.returncode == 0
-    for field in dataclasses.fields(Config):
-        assert f"\n  {field.name} = " in done.stdout
     assert "--workdir" in done.stdout
+    keys = {key.name: key for key in describe_keys()}
+    for field in dataclasses.fields(Config):
+        _, _, rest = done.stdout.partition(f"\n  {field.name} = ")
+        default, meaning, allowed = rest.splitlines()[:3]
+        key = keys[field.name]
+        assert default == key.default
+        assert meaning.strip() == key.meaning != ""
+        assert allowed.strip() == f"Allowed: {key.allowed}" != "Allowed: "
+
+
+def test_the_default_in_help_is_one_that_the_command_line_takes():
+    for key in describe_keys():
+        if key.default in ('""', "empty"):
+            continue
+        argument = f"--config.{key.name}={key.default}"
+        config, _, _ = parse(["main", "--config=configs/glue.py", "--workdir=x", argument])
+        assert getattr(config, key.name) == getattr(Config(), key.name)
+
+
+def test_the_choices_in_help_are_the_values_that_are_taken():
+    for key in describe_keys():
+        for value in CHOICES.get(key.name, ()):
+            assert (value or '""') in key.allowed.split(", ")
+
+
+def test_help_may_be_cut_short():
+    """As `| head` does: that the rest of the text has no reader is no error."""
+    shell = f"{sys.executable} -m sweet_jax.main --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_the_console_command_is_installed_by_the_name_sweet_jax():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["sweet-jax"].partition(":")
+    assert getattr(importlib.import_module(module), function) is cli.main
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["--help"], [], ["train", "--help"]])
+def test_help_and_version_do_not_import_jax(arguments):
+    program = (
+        "import sys; from sweet_jax.cli import main\n"
+        f"try: status = main({arguments!r})\n"
+        "except SystemExit as end: status = end.code\n"
+        "sys.exit('jax was imported' if 'jax' in sys.modules else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_version_is_the_package_s(capsys):
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out == f"{sweet_jax.__version__}\n"
+
+
+def test_help_of_the_console_command_names_all_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("train", "simulate", "predict", "serve", "export", "version"):
+        assert f"\n  {name} " in printed
+
+
+@pytest.mark.parametrize("name", ["simulate", "predict", "serve", "export"])
+def test_each_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: sweet-jax {name} ")
+
+
+def test_train_is_the_main_module(line, capsys):
+    assert cli.main(["train", *line, "--config.exits=1,2"]) == 2
+    once = one_error(capsys.readouterr().err)
+    assert main(["main", *line, "--config.exits=1,2"]) == 2
+    assert one_error(capsys.readouterr().err) == once
+    assert "exits must end with the encoder's last layer, 3" in once
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["simulate", "--run=absent"], "'absent' is not a finished run"),
+        (["predict", "--model=absent"], "give --input=FILE and --output=FILE, or --measure"),
+    ],
+)
+def test_a_wrong_command_gets_one_line(arguments, words, capsys):
+    assert cli.main(arguments) == 2
+    assert words in one_error(capsys.readouterr().err)
 
 
 def test_the_process_exits_2_with_one_line(line, tmp_path):

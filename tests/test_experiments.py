@@ -484,8 +484,8 @@ def test_methods_are_those_asked_for(arguments, script, tmp_path, capsys):
 
 
 def documented() -> list[str]:
-    """The commands of the grid that README and docstrings give for the model that is here."""
-    texts = [(ROOT / "README.md").read_text(), *(s.__doc__ for s in SCRIPTS)]
+    """The commands of the grid that the docs and docstrings give for the model that is here."""
+    texts = [(ROOT / "docs" / "reproduction.md").read_text(), *(s.__doc__ for s in SCRIPTS)]
     names = "|".join(s.__name__.rpartition(".")[2] for s in SCRIPTS)
     command = rf"python -m experiments\.(?:{names}) [^`#\n]*--model=minilm-l6[^`#\n]*"
     return sorted({x.strip() for text in texts for x in re.findall(command, text)})

