@@ -15,9 +15,10 @@ of 0.9 is nowhere shown to be behind (experiments/results/README.md).
 """
 
 import argparse
+import functools
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.cells import Cell
@@ -25,6 +26,7 @@ from experiments.comparison import (
     AREA,
     DIVERGED,
     PAIRED,
+    Record,
     Records,
     areas,
     differences,
@@ -32,9 +34,9 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.grid import main
 from experiments.options import cell, chosen_methods, chosen_tasks, settings
-from experiments.rendering import Section, missing_note, renderer
+from experiments.rendering import Section, missing_note
+from experiments.runner import Script, main
 
 SWEET = "1 (SWEET)"
 
@@ -106,7 +108,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     ]
 
 
-def _found(options: argparse.Namespace, records: Records, task: str) -> dict[str, Mapping]:
+def _found(options: argparse.Namespace, records: Records, task: str) -> dict[str, Record]:
     """The finished cells of a task by the title of their setting."""
     return {
         title: records[name]
@@ -115,16 +117,14 @@ def _found(options: argparse.Namespace, records: Records, task: str) -> dict[str
     }
 
 
-def _better(found: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _better(found: Mapping[str, Record]) -> Record | None:
     """The Early-Exit with the larger mean area on the rows reported: the harder one to beat."""
     both = [found[title] for title, method, _ in DIALS if method == "early_exit" and title in found]
     return max(both, key=lambda record: float(areas(record).mean()), default=None)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return main(__doc__, cells, renderer("isolation", sections), argv)
-
+SCRIPT = Script("isolation", __doc__, cells, sections)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -14,9 +14,9 @@ SWEET (README).
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
 
 from experiments import curves, paper
 from experiments.cells import Cell
@@ -29,9 +29,9 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.grid import main
 from experiments.options import cell, chosen_methods, chosen_tasks, settings
-from experiments.rendering import Section, missing_note, renderer
+from experiments.rendering import Section, missing_note
+from experiments.runner import Script, main
 
 # Off is the main grid's own cell.
 SWITCHES: dict[str, dict[str, str]] = {
@@ -105,10 +105,8 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     ]
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return main(__doc__, cells, renderer("learning_to_exit", sections), argv)
-
+SCRIPT = Script("learning_to_exit", __doc__, cells, sections)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -14,13 +14,13 @@ with 3,000 rows and behind by 2.6 ± 2.4 with 6,000; with 500 and 1,500 it is no
 """
 
 import argparse
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
-from experiments import grid, paper
+from experiments import paper
 from experiments.cells import Cell
 from experiments.comparison import (
     Record,
@@ -33,7 +33,8 @@ from experiments.comparison import (
 )
 from experiments.curves import COLOURS
 from experiments.options import cell, chosen_methods, chosen_tasks, method_cells, settings
-from experiments.rendering import Section, legend, panels, renderer
+from experiments.rendering import Section, legend, panels
+from experiments.runner import Script, main
 from sweet_jax.config import Config, UserError, split_names
 from sweet_jax.exits.metrics import mean_interval
 
@@ -52,6 +53,12 @@ def _sizes(options: argparse.Namespace) -> list[int]:
         return sorted({size for text in split_names(options.sizes) if (size := int(text)) < full})
     except ValueError as error:
         raise UserError(f"--sizes must be whole numbers; got {options.sizes!r}") from error
+
+
+def recorded(records: Records) -> str:
+    """Returns the sizes that a study has cells of, as the option has them."""
+    found = {name.rpartition("-train_size-")[2] for name in records if "-train_size-" in name}
+    return ",".join(sorted(found, key=int)) or SIZES
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
@@ -143,16 +150,19 @@ def _points(
 
 
 def _rows(record: Record) -> int:
-    n = record["n"]
-    return int(n["train"] + (n["calibration"] if record["fitted_on"] == "held_out" else 0))
+    n = record.n
+    return n["train"] + (n["calibration"] if record.fitted_on == "held_out" else 0)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    said = "training rows, of which those below the full subset's are run; default: %(default)s"
-    extra = {"--sizes": {"default": SIZES, "help": said}}
-    return grid.main(__doc__, cells, renderer("sizes", sections), argv, extra)
-
+ARGUMENTS = {
+    "--sizes": {
+        "default": SIZES,
+        "help": "training rows, of which those below the full subset's are run; "
+        "default: %(default)s",
+    }
+}
+SCRIPT = Script("sizes", __doc__, cells, sections, arguments=ARGUMENTS)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())
