@@ -4,7 +4,9 @@
   python -m experiments.render --output=experiments/results/minilm-l6
 
 Trains and measures nothing, and needs no data sets: it reads what the scripts recorded as CSV files
-in experiments/results/STUDY, or in each --output. Writes STUDY/README.md and STUDY/figures/*.png.
+in experiments/results/STUDY, or in each --output. Writes STUDY/README.md and STUDY/figures/*.png,
+and, of all studies, the tables that README.md, experiments/results/README.md and docs/**/*.md mark
+(experiments.summary).
 Cost: seconds. Expected: the tables and figures of every script; what is not done yet is named.
 """
 
@@ -25,6 +27,7 @@ from experiments import (
     rates,
     recipe,
     sizes,
+    summary,
 )
 from experiments.options import parser
 from experiments.records import read_study
@@ -77,6 +80,11 @@ def study_options(output: Path) -> Options:
     return with_finished_tasks(options)
 
 
+def documents() -> list[Path]:
+    """Returns the Markdown files that may mark tables of `experiments.summary`."""
+    return [Path("README.md"), RESULTS / "README.md", *sorted(Path("docs").rglob("*.md"))]
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """Renders; returns the exit status: 0, or 2 where the input is wrong."""
     made = ArgumentParser("experiments.render", __doc__ or "")
@@ -89,8 +97,10 @@ def run(argv: Sequence[str] | None = None) -> int:
                 raise UserError(f"--output {str(output)!r} does not exist: run a script first")
             render(output)
             print(output / "README.md")
-        if not given and (RESULTS / "recipe").is_dir():
-            return recipe.main(["--render_only"])
+        if not given:
+            for path in summary.update(documents(), RESULTS):
+                print(path)
+            return recipe.main(["--render_only"]) if (RESULTS / "recipe").is_dir() else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -31,12 +31,15 @@ def markdown(section: Section) -> str:
     """Returns a section as Markdown for OUTPUT/README.md."""
     lines = [f"## {section.title}", "", section.note, ""]
     if section.rows:
-        lines += [_row(section.header), _row(["---"] * len(section.header))]
-        lines += [_row(row) for row in section.rows]
-        lines.append("")
+        lines += [*table_lines(section.header, section.rows), ""]
     if section.figure is not None:
         lines += [f"![{section.title}](figures/{section.name}.png)", ""]
     return "\n".join(lines)
+
+
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a table as lines of Markdown."""
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def write_figures(output: Path, sections: Iterable[Section]) -> None:
@@ -97,7 +100,3 @@ def missing_note(wanted: Iterable[str], records: Records) -> str:
         tasks = ", ".join(dict.fromkeys(name.partition("-")[0] for name in absent))
         return f" Not done yet: {len(absent)} cells, of {tasks} (--list names them)."
     return f" Not done yet: {', '.join(absent)}." if absent else ""
-
-
-def _row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"

@@ -13,12 +13,15 @@ from experiments import (
     conflict,
     large_at_small_cost,
     pcee_control,
+    pcee_measurements,
     rendering,
     sizes,
+    summary,
 )
 from experiments.comparison import Record, Run
 from experiments.options import encoder_note, parser
 from experiments.records import read_study, read_table, replace_rows, write_study, write_table
+from sweet_jax.config import UserError
 
 
 def record(scores, rate=1e-4, chosen=None, diverged=(), **of_run):
@@ -129,6 +132,36 @@ def test_sizes_are_compared_seed_by_seed():
     assert sizes.recorded(records) == "500,900"
 
 
+def test_tables_that_a_document_marks_are_written_from_the_records(tmp_path):
+    def cell(method, *scores):
+        found = record([[score] * 4 for score in scores], exact=[{}] * len(scores))
+        return dataclasses.replace(
+            found,
+            config={"task": "sst2", "method": method, "train_size": 2000},
+            n={"validation": 872},
+        )
+
+    cells = {"sst2-sweet": cell("sweet", 0.7, 0.8), "sst2-early_exit": cell("early_exit", 0.6, 0.7)}
+    write_study(tmp_path / "minilm-l6", cells, ["--model=minilm-l6"])
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- table: sst2-2000 -->\nold\n<!-- /table -->\nAfter.\n")
+    other = tmp_path / "other.md"
+    other.write_text("No table.\n")
+    assert summary.update([page, other], tmp_path) == [page]
+    lines = page.read_text().splitlines()
+    assert lines[2] == "| SST-2, 2,000 rows | exit 1 | exit 2 | exit 4 | exit 6 |"
+    assert lines[4:7] == [  # of Multi-Model there is no cell
+        f"| Early-Exit{' | 65.0 ± 63.5' * 4} |",
+        f"| SWEET{' | 75.0 ± 63.5' * 4} |",
+        f"| SWEET - Early-Exit{' | **+10.0 ± 0.0**' * 4} |",
+    ]
+    assert (lines[0], lines[-1]) == ("Before.", "After.")
+    assert "old" not in lines
+    page.write_text("<!-- table: sst3 -->\n<!-- /table -->\n")
+    with pytest.raises(UserError, match="marks a table 'sst3'; there are sst2, "):
+        summary.update([page], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("cost", "score", "area"),
     [
@@ -192,8 +225,8 @@ def test_control_finds_what_is_achieved():
     """Exits that err alone: their confidence is an accuracy, and rules that know it hit it."""
     rows, chance = known_table(4000, seed=1)
     right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)
-    found = pcee_control.control(rows, np.asarray([0.8]), splits=3)
-    for number, (_, policy, choose) in enumerate(pcee_control.RULES):
+    found = pcee_measurements.control(rows, np.asarray([0.8]), splits=3)
+    for number, (_, policy, choose) in enumerate(pcee_measurements.RULES):
         accuracy, cost = found[number, 0].mean(axis=0)
         assert 1 / 3 <= cost <= 1
         if choose:
@@ -201,32 +234,32 @@ def test_control_finds_what_is_achieved():
         elif policy == "pcee_isotonic":  # near it: the last exit takes what is left
             assert accuracy == pytest.approx(0.8, abs=0.05)
     assert right.mean() == pytest.approx(chance.mean(), abs=0.02)
-    certified = pcee_control.violations(rows, 400, draws=20)
+    certified = pcee_measurements.violations(rows, 400, draws=20)
     assert certified[:, 1].max() <= 4  # of 20, at alpha = 5%
     assert np.all(np.diff(certified[:, 2]) <= 1e-12)  # a looser promise is never dearer
 
 
 def test_control_is_told_by_method_and_its_mean_over_tasks_by_seed(tmp_path):
-    rules = [rule for rule, _, _ in pcee_control.RULES]
+    rules = [rule for rule, _, _ in pcee_measurements.RULES]
 
     def rows(task, method, scale, seeds=(0, 1, 2)):
         """Of two targets: the first is met, of the second the accuracy is twice the points off."""
         for seed, rule, off in itertools.product(seeds, rules, (0, 2)):
             points = scale * (1 + seed) * off / 100
             values = ("x", task, method, 1e-4, seed, rule, 4, 0.5, 0.5 + points, points, 1 + seed)
-            yield dict(zip(pcee_control.CONTROL, values, strict=True))
+            yield dict(zip(pcee_measurements.CONTROL, values, strict=True))
 
     cells = [("sst2", "sweet", 1), ("rte", "sweet", 3), ("sst2", "early_exit", 10)]
     control = [row for cell in cells for row in rows(*cell)]
     control += rows("rte", "early_exit", 1, seeds=[0])  # of the others no target is in reach
     drawn = [
-        dict(zip(pcee_control.CERTIFICATES, values, strict=True))
+        dict(zip(pcee_measurements.CERTIFICATES, values, strict=True))
         for task, method in itertools.product(("sst2", "rte"), ("sweet", "early_exit"))
         for seed in range(3)
         for values in [("x", task, method, 1e-4, seed, 0.05, 0.95, 400, 50, 50, seed, 0.5)]
     ]
-    write_table(tmp_path / "pcee_control.csv", pcee_control.CONTROL, control)
-    write_table(tmp_path / "certificates.csv", pcee_control.CERTIFICATES, drawn)
+    write_table(tmp_path / "pcee_control.csv", pcee_measurements.CONTROL, control)
+    write_table(tmp_path / "certificates.csv", pcee_measurements.CERTIFICATES, drawn)
     options = parser().parse_args([f"--output={tmp_path}"])
     errors, certificates = pcee_control.sections(options, {})
     assert "Left out, the last exit gains less than a point: rte-early_exit seed 1, " in errors.note
