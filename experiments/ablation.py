@@ -38,14 +38,14 @@ VARIANTS = tuple(itertools.product(("per_exit", "shared"), ("owner", "global")))
 
 
 def _changes(pooler: str, clipping: str) -> dict[str, str]:
-    """What differs from the default, so that the default is the main grid's own cell."""
+    """Returns what differs from the default, so that the default is the main grid's own cell."""
     changes = {"pooler": pooler, "clipping": clipping}
     usual = {"pooler": "per_exit", "clipping": "owner"}
     return {k: v for k, v in changes.items() if v != usual[k]}
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """Every task, method, pooler and clipping."""
+    """Returns a cell for every task, method, pooler and clipping."""
     return [
         cell(options, task, method, **_changes(*variant))
         for task in chosen_tasks(options)

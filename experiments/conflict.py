@@ -125,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def configuration(options: argparse.Namespace) -> Config:
-    """An Early-Exit run by the paper's protocol that ends after --steps."""
+    """Returns the config of an Early-Exit run by the paper's protocol that ends after --steps."""
     try:
         exits = tuple(int(layer) for layer in options.exits.split(","))
     except ValueError as error:

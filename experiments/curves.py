@@ -41,7 +41,7 @@ def at_costs(record: Record) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """One panel a task, and the numbers behind it."""
+    """Returns the figure with one panel a task, and the numbers behind it."""
     tasks = [t for t in chosen_tasks(options) if any(f"{t}-{m}" in records for m in paper.NAMES)]
     figure, axes = panels(len(tasks))
     rows, costs = [], sorted({c for r in records.values() for c in at_costs(r)[0].tolist()})

@@ -32,7 +32,7 @@ from experiments.runner import Script, main
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """The scores of all exits, and the differences between methods paired by seed."""
+    """Returns the scores of all exits, and the differences between methods paired by seed."""
     return [_scores(options, records), _differences(options, records)]
 
 

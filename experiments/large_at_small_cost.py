@@ -106,10 +106,10 @@ def at_cost(folder: Path, replica: int, cost: np.ndarray, limits: np.ndarray) ->
         dataclasses.replace(ExitOutputs.load(folder / f"{split}.npz").replica(replica), cost=cost)
         for split in ("calibration", "validation")
     )
-    dials = make_resolver(calibration, ("confidence",))
-    chosen = [dials.trades["confidence"].within_cost(limit) for limit in limits]
+    resolver = make_resolver(calibration, ("confidence",))
+    chosen = [resolver.trades["confidence"].within_cost(limit) for limit in limits]
     thresholds = np.asarray([np.inf if t is None else t for t in chosen])
-    scores = simulate(validation, fitted=dials.fitted, thresholds=thresholds).score[0]
+    scores = simulate(validation, fitted=resolver.fitted, thresholds=thresholds).score[0]
     return np.where([t is None for t in chosen], np.nan, scores)
 
 

@@ -1,4 +1,4 @@
-"""Is the dial an accuracy? Targets against what is achieved, by rule, on untouched rows.
+"""Is the target an accuracy? What is achieved against what is asked, by rule, on untouched rows.
 
   python -m experiments.pcee_control --model=minilm-l6 --data_dir=DIR
 
@@ -6,17 +6,17 @@ PCEE's first claim (Mofakhami et al. 2024): its threshold, an accuracy, is close
 achieved than a threshold of confidence is. For every finished cell of the grid the held-out rows,
 calibration and validation alike, are split anew many times: half fits what a rule needs, half is
 untouched and reported. Targets are five accuracies from the first exit's to the last one's, so that
-all are within reach. Beside it the certified dial: calibration rows are drawn with replacement from
-all held-out rows, which are then the population that the certificate speaks of, and what is counted
-is how often more of them are harmed than it allowed.
+all are within reach. Beside it certified thresholds: calibration rows are drawn with replacement
+from all held-out rows, which are then the population that the certificate speaks of, and what is
+counted is how often more of them are harmed than it allowed.
 
 Cost: that of experiments.individual, whose cells it trains where they are missing (--render_only:
 none), then minutes for --splits=100: it reads the cells' outputs in --workdir. Writes
 OUTPUT/pcee_control.csv and certificates.csv, from which it renders. Expected, if the claim carries
-over to text: PCEE's error below confidence's; the certified dial broken in at most 5% of the draws.
-Seen with minilm-l6 (2,000 rows): the second (at most 3.3%); not the first, whose errors are alike,
-but on SST-2 under Early-Exit, whose first exits collapsed there: all but a chosen threshold give
-far more than they are asked for.
+over to text: PCEE's error below confidence's; certified thresholds broken in at most 5% of the
+draws. Seen with minilm-l6 (2,000 rows): the second (at most 3.3%); not the first, whose errors are
+alike, but on SST-2 under Early-Exit, whose first exits collapsed there: all but a chosen threshold
+give far more than they are asked for.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     return [
         Section(
             "pcee_control",
-            f"Is the dial an accuracy? {options.model}",
+            f"Is the target an accuracy? {options.model}",
             f"Points of accuracy, over {draws} splits and five targets between the first "
             "and the last exit's accuracy; mean and 95% interval over seeds. Error: achieved "
             "against asked, absolute. Cost: share of the full model's layers, which Multi-Model "
@@ -100,7 +100,7 @@ def _errors(rows: Sequence[Mapping[str, str]]) -> Errors:
 
 
 def _whole(errors: Errors) -> dict[str, list[str]]:
-    """Of each method the tasks of which no seed is left out: means over them are comparable."""
+    """Returns the tasks of each method of which no seed is left out: their means compare."""
     every = {seed for of_seed in errors.values() for seed in of_seed}
     found: dict[str, list[str]] = {}
     for (task, method), of_seed in errors.items():
@@ -117,7 +117,7 @@ def _whole_note(errors: Errors) -> str:
 
 
 def _error_rows(errors: Errors) -> list[list[str]]:
-    """A row for each task and rule, and the mean over tasks, taken seed by seed."""
+    """Returns a row for each task and rule, and the mean over tasks, taken seed by seed."""
     tasks = list(dict.fromkeys(task for task, _ in errors))
     whole = _whole(errors)
     rows = []

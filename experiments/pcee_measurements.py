@@ -42,7 +42,7 @@ _LEAST_GAIN = 0.01  # of the last exit on the first: below, no target is worth a
 
 
 def pooled(folder: Path, replica: int) -> ExitOutputs:
-    """All held-out rows of one replica, R = 1: its calibration rows, then the validation rows."""
+    """Returns all held-out rows of one replica, R = 1: calibration, then validation rows."""
     parts = [
         ExitOutputs.load(folder / f"{split}.npz").replica(replica)
         for split in ("calibration", "validation")
@@ -59,26 +59,26 @@ def pooled(folder: Path, replica: int) -> ExitOutputs:
 
 
 def control(rows: ExitOutputs, targets: np.ndarray, splits: int, seed: int = 0) -> np.ndarray:
-    """(achieved accuracy, cost) on untouched rows by rule and target, [rules, T, splits, 2]."""
+    """Returns (achieved accuracy, cost) on untouched rows, float64 [rules, T, splits, 2]."""
     count, found = rows.labels.shape[1], np.empty((len(RULES), len(targets), splits, 2))
     for split in range(splits):
         order = np.random.default_rng([seed, split]).permutation(count)
         fitting, untouched = rows.rows(order[: count // 2]), rows.rows(order[count // 2 :])
-        dials = make_resolver(fitting, tuple(policy for _, policy, choose in RULES if choose))
+        resolver = make_resolver(fitting, tuple(policy for _, policy, choose in RULES if choose))
         for number, (_, policy, choose) in enumerate(RULES):
             thresholds = targets
             if choose:
-                trade = dials.trades[policy]
-                wanted = [trade.with_score(t) for t in targets]
-                best = trade.threshold[-1]  # where the calibration rows do not reach the target
+                front = resolver.trades[policy]
+                wanted = [front.with_score(t) for t in targets]
+                best = front.threshold[-1]  # where the calibration rows do not reach the target
                 thresholds = np.asarray([best if t is None else t for t in wanted])
-            point = simulate(untouched, policy, fitted=dials.fitted, thresholds=thresholds)
+            point = simulate(untouched, policy, fitted=resolver.fitted, thresholds=thresholds)
             found[number, :, split] = np.stack([point.score[0], point.cost[0]], axis=-1)
     return found
 
 
 def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.ndarray:
-    """Of each limit on the loss, [limits, 3]: certified, broken (counts over draws), mean cost.
+    """Counts how often certificates hold, float64 [limits, 3]: certified, broken, mean cost.
 
     Calibration rows, `size` of them, are drawn with replacement; the truth is known: it is the
     share harmed of all rows.
@@ -87,10 +87,12 @@ def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.nd
     found = np.zeros((len(LIMITS), 3))
     for draw in range(draws):
         drawn = np.random.default_rng([seed, draw]).integers(0, count, size)
-        dials = make_resolver(rows.rows(drawn), ("confidence",))
-        points = np.maximum.accumulate(exit_confidences(rows, "confidence", dials.halved)[0, :-1])
+        resolver = make_resolver(rows.rows(drawn), ("confidence",))
+        points = np.maximum.accumulate(
+            exit_confidences(rows, "confidence", resolver.halved)[0, :-1]
+        )
         for number, limit in enumerate(LIMITS):
-            threshold = dials.certificate("confidence", "risk", limit, LEVEL).threshold
+            threshold = resolver.certificate("confidence", "risk", limit, LEVEL).threshold
             place = np.full(count, len(rows.layers) - 1)
             if threshold is not None:
                 place = (points < threshold).sum(axis=0)

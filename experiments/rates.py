@@ -27,7 +27,7 @@ _ORDER = ("early_exit", "multi_model", "sweet")  # the paper's
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Chosen rates, the area of every rate, and the paper's choice for its own models."""
+    """Returns chosen rates, the area of every rate, and the paper's choice for its models."""
     theirs = dict(zip(paper.TASKS, paper.RATES.get(options.model, ()), strict=False))
     rows = []
     for task in chosen_tasks(options):

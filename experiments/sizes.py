@@ -47,7 +47,7 @@ def _full(options: argparse.Namespace) -> int:
 
 
 def _sizes(options: argparse.Namespace) -> list[int]:
-    """Ascending, those below the full subset."""
+    """Returns the sizes below the full subset, ascending."""
     full = _full(options)
     try:
         return sorted({size for text in split_names(options.sizes) if (size := int(text)) < full})
@@ -62,7 +62,7 @@ def recorded(records: Records) -> str:
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """Every task and method with every size, and with the full subset."""
+    """Returns a cell for every task, method and size, the full subset among them."""
     methods = chosen_methods(options)
     return method_cells(options) + [
         cell(options, task, method, train_size=size)
@@ -73,7 +73,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Area against training rows, one panel a task, and the differences between methods."""
+    """Returns areas by training rows, one panel a task, and the differences between methods."""
     return [_areas(options, records), _differences(options, records)]
 
 
@@ -144,7 +144,7 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
 def _points(
     options: argparse.Namespace, records: Records, task: str, method: str
 ) -> dict[int, Record | None]:
-    """The cells of a task and method by training size, None where one is not done."""
+    """Returns the cells of a task and method by training size, None where one is not done."""
     points = {s: records.get(f"{task}-{method}-train_size-{s}") for s in _sizes(options)}
     return points | {_full(options): records.get(f"{task}-{method}")}
 

@@ -159,7 +159,7 @@ def isolation_table(studies: Studies, study: str, tasks: Mapping[str, str], titl
     """
     options, rates, lines = parser().parse_args([]), [], []
     for (task, prefix), (label, method, changes) in itertools.product(
-        tasks.items(), isolation.DIALS
+        tasks.items(), isolation.SETTINGS
     ):
         name = cell(options, task, method, **changes).name
         row = Row(f"{prefix}{label}", study, (name,))

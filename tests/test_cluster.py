@@ -273,14 +273,19 @@ def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_cell_whose_worker_always_dies_is_given_up(two_workers, arguments, tmp_path, monkeypatch):
-    def dies(*_):
-        yield "started", "a worker"
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(cluster, "_task", dies)
-    full = [*command(arguments, tmp_path), "--methods=sweet", "--engine=ray"]
-    assert grid.run([*full, f"--address={two_workers}", "--worker_retries=0"]) == 1
+def test_a_cell_whose_worker_dies_too_often_is_given_up(two_workers, arguments, tmp_path):
+    full = [*command(arguments, tmp_path), "--methods=sweet", "--worker_retries=0"]
+    process = driver([*full, f"--address={two_workers}"])
+    try:
+        begun = until(
+            lambda: re.match(r"\S+ on \S+, process (\d+)", process.stdout.readline()), process
+        )
+        os.kill(int(begun[1]), signal.SIGKILL)
+        errors = process.communicate(timeout=240)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1, errors
     assert manifest(tmp_path)[CELLS[0]] == {
         "state": "failed",
         "error": "its worker died (WorkerCrashedError) at attempt 1",

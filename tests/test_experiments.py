@@ -242,7 +242,7 @@ def small(tmp_path_factory, arguments) -> list[str]:
 )
 def test_each_script_runs_its_cells(small, script, more, rows, monkeypatch, capsys):
     # Every kind of change once: each setting is a program of its own to compile.
-    monkeypatch.setattr(isolation, "DIALS", (*isolation.DIALS[:3], *isolation.DIALS[-3:-1]))
+    monkeypatch.setattr(isolation, "DIALS", (*isolation.SETTINGS[:3], *isolation.SETTINGS[-3:-1]))
     monkeypatch.setattr(ablation, "VARIANTS", (ablation.VARIANTS[0], ablation.VARIANTS[-1]))
     assert script.run([*small, *more]) == 0
     text = capsys.readouterr().out.partition("\n## ")[2].partition("\n## ")[0]  # the first table
@@ -285,7 +285,7 @@ def test_a_second_rendering_writes_the_same_bytes(finished):
 def test_control_of_accuracy_from_what_is_done(finished, capsys):
     assert pcee_control.run([*finished, "--splits=4"]) == 0
     text = capsys.readouterr().out
-    assert "Is the dial an accuracy?" in text
+    assert "Is the target an accuracy?" in text
     for method in ("Multi-Model", "Early-Exit", "SWEET"):
         assert text.count(f"| sst2 | {method} | 2% |") == 1
         assert f"| {method}: error |" in text
@@ -297,7 +297,7 @@ def test_control_of_accuracy_from_what_is_done(finished, capsys):
         x for x in text.splitlines() if x[:1] == "|"
     ]
     assert render.run([f"--output={output(finished)}"]) == 0
-    assert "Is the dial an accuracy?" in (output(finished) / "README.md").read_text()
+    assert "Is the target an accuracy?" in (output(finished) / "README.md").read_text()
 
 
 def test_a_deep_model_against_shallow_ones(finished, capsys):
