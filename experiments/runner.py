@@ -81,7 +81,8 @@ def main(script: Script, argv: Sequence[str] | None = None) -> int:
             script.measurements(whole, records)
         sections = signed(script.sections(whole, records), whole, script.name, records)
         write_figures(options.output, sections)
-        print("\n".join(markdown(section) for section in sections))
+        for section in sections:
+            print(markdown(section))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
