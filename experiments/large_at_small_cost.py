@@ -115,30 +115,32 @@ def at_cost(folder: Path, replica: int, cost: np.ndarray, limits: np.ndarray) ->
 
 def measurements(options: argparse.Namespace, records: Records) -> None:
     """Writes latency.csv, and large_at_small_cost.csv of the cells with outputs in the workdir."""
+    found = []
+    for task, method in itertools.product(chosen_tasks(options), DEEP):
+        name = f"{task}-{method}"
+        record, small = records.get(name), records.get(f"{task}-multi_model")
+        if record is not None and small is not None:
+            if is_finished(options.workdir, name):
+                found.append((outputs_folder(options.workdir, name), record, small))
+            else:
+                print(f"{name} is not measured: its outputs are not in {str(options.workdir)!r}")
+    if not found:
+        return
     exits = settings(options)["exits"]
     deep, full = clock(open_checkpoint(settings(options)["checkpoint"]), exits)
     write_latency(options.output, exits, deep, full)
     layers = np.asarray(exits) / exits[-1]
-    rows: list[dict] = []
-    for task, method in itertools.product(chosen_tasks(options), DEEP):
-        name = f"{task}-{method}"
-        record, small = records.get(name), records.get(f"{task}-multi_model")
-        if record is None or small is None:
-            continue
-        if not is_finished(options.workdir, name):
-            print(f"{name} is not measured: its outputs are not in {str(options.workdir)!r}")
-            continue
-        limits = {"layers": (layers, layers[:-1]), "clock": (deep, full[:-1])}
-        rows += measure(outputs_folder(options.workdir, name), options, record, small, limits)
+    limits = {"layers": (layers, layers[:-1]), "clock": (deep, full[:-1])}
+    rows = [row for cell in found for row in measure(*cell, options.output.name, limits)]
     key = operator.itemgetter("task", "method")
     replace_rows(options.output / "large_at_small_cost.csv", COLUMNS, rows, key)
 
 
 def measure(
     folder: Path,
-    options: argparse.Namespace,
     record: Record,
     small: Record,
+    study: str,
     limits: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> list[dict[str, Any]]:
     """Returns rows of large_at_small_cost.csv for one deep model.
@@ -153,7 +155,7 @@ def measure(
         for unit, (cost, wanted) in limits.items():
             scores = at_cost(folder, record.runs.index(run), cost, wanted)
             for depth, score in zip(record.config["exits"], scores.tolist(), strict=False):
-                cell = (options.output.name, record.config["task"], record.config["method"])
+                cell = (study, record.config["task"], record.config["method"])
                 values = (*cell, run.seed, unit, depth, score, models[run.seed][depth])
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
