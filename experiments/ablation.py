@@ -13,9 +13,9 @@ SWEET, on MRPC little of it is shown to matter (experiments/results/README.md).
 """
 
 import argparse
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
 
 from experiments import paper
 from experiments.cells import Cell
@@ -29,23 +29,23 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.grid import main
 from experiments.options import cell, chosen_methods, chosen_tasks, settings
-from experiments.rendering import Section, missing_note, renderer
+from experiments.rendering import Section, missing_note
+from experiments.runner import Script, main
 
 METHODS = ("early_exit", "sweet")
 VARIANTS = tuple(itertools.product(("per_exit", "shared"), ("owner", "global")))
 
 
 def _changes(pooler: str, clipping: str) -> dict[str, str]:
-    """What differs from the default, so that the default is the main grid's own cell."""
+    """Returns what differs from the default, so that the default is the main grid's own cell."""
     changes = {"pooler": pooler, "clipping": clipping}
     usual = {"pooler": "per_exit", "clipping": "owner"}
     return {k: v for k, v in changes.items() if v != usual[k]}
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """Every task, method, pooler and clipping."""
+    """Returns a cell for every task, method, pooler and clipping."""
     return [
         cell(options, task, method, **_changes(*variant))
         for task in chosen_tasks(options)
@@ -114,10 +114,8 @@ def _effects(options: argparse.Namespace, records: Records) -> list[list[str]]:
     return rows
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return main(__doc__, cells, renderer("ablation", sections), argv)
-
+SCRIPT = Script("ablation", __doc__, cells, sections)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -1,4 +1,9 @@
-"""One cell of the grid: runs that are compiled together, what they leave, and how they are done."""
+"""A cell: the runs of one task and method, which are compiled together.
+
+A cell trains in WORKDIR/NAME. When it is finished its full outputs stand in WORKDIR/outputs/NAME
+(logits as .npz, results.json, cell.json with the config and the digest of the data), and its
+training directory, gigabytes of checkpoints, is removed.
+"""
 
 import dataclasses
 import json
@@ -6,15 +11,11 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sweet_jax.config import Config, UserError
 from sweet_jax.distributed import PreemptedError
-from sweet_jax.exits.analysis import curve_area
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json
 from sweet_jax.pipeline import run
@@ -29,88 +30,57 @@ _SIZES = {
     "qnli": (104_743, 96),
     "qqp": (363_846, 64),
 }
-# Keys of results.json that the record of a cell keeps; curves follow from the saved outputs.
-_KEPT = ("task", "method", "checkpoint", "exits", "preset", "metric", "n", "fitted_on")
-_KEPT_OF_REPLICA = (
-    "seed",
-    "learning_rate",
-    "individual",
-    "temperatures",
-    "grid",
-    "at_cost",
-    "calibration_area",
-    "diverged",
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Runs that are compiled together. The name is that of its files."""
+    """Runs of one task and method: every seed and learning rate of the config.
+
+    Attributes:
+      name: TASK-METHOD, and after another hyphen what differs from the study's settings.
+      config: of the runs.
+
+    """
 
     name: str
     config: Config
 
     @property
     def work(self) -> float:
-        """A guess of the layers times tokens that training goes through."""
+        """Estimates the layers times tokens that training goes through."""
         rows, tokens = _SIZES.get(self.config.task, (self.config.train_size, 64))
         depths = layer_cost(self.config.exits, self.config.method)[-1] * self.config.exits[-1]
         rows = min(rows, self.config.train_size) * self.config.epochs
         return float(rows * tokens * depths * len(self.config.replicas()))
 
 
-def load(output: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
-    """The records of the cells that are done, by name, each with the folder of its outputs.
-
-    Raises UserError for a record that was made with another configuration, or with other rows than
-    those of another cell of its task.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    data: dict[str, tuple[str, Path]] = {}  # by task
-    # What a key was before there was one; pooling had no other value then.
-    usual = identity(Config()) | {"pooling": "first"}
-    for one in cells:
-        path = record_path(output, one.name)
-        if not path.exists():
-            continue
-        record = json.loads(path.read_text()) | {"outputs": output / "outputs" / one.name}
-        found[one.name] = record
-        ours = identity(one.config)
-        theirs = usual | record["config"]
-        differing = [k for k in ours if theirs[k] != ours[k]]
-        if differing:
-            raise UserError(
-                f"{str(path)!r} was made with {differing[0]} {theirs[differing[0]]!r}, "
-                f"not {ours[differing[0]]!r}: give the same options, or another --output"
-            )
-        if digest := record.get("data_sha256"):  # an old record has none
-            known, first = data.setdefault(one.config.task, (digest, path))
-            if known != digest:
-                raise UserError(
-                    f"{str(path)!r} was made with other rows of {one.config.task} than "
-                    f"{str(first)!r}: remove the one whose --data_dir was another"
-                )
-    return found
+def outputs_folder(workdir: Path, name: str) -> Path:
+    """Returns where the full outputs of a finished cell stand."""
+    return workdir / "outputs" / name
 
 
-def attempt(one: Cell, output: Path, workdir: Path) -> dict[str, Any]:
-    """Runs a cell and writes its record; what the manifest says of it.
+def is_finished(workdir: Path, name: str) -> bool:
+    """Returns whether the cell's outputs are there and whole."""
+    return (outputs_folder(workdir, name) / "results.json").exists()
+
+
+def run_cell(one: Cell, workdir: Path) -> dict[str, Any]:
+    """Runs a cell and keeps its outputs; returns what the manifest says of it.
 
     A cell that fails must not stop the others: {"state": "failed", "error"}, and the "traceback"
-    where the user's input is not to blame. Raises StoppedError if SIGTERM came.
+    where the user's input is not to blame. Raises PreemptedError if SIGTERM came.
     """
-    workdir = workdir / one.name
+    folder, kept = workdir / one.name, outputs_folder(workdir, one.name)
     began = time.monotonic()
     try:
-        results = run(one.config, workdir, report=False)
-        kept = output / "outputs" / one.name
+        results = run(one.config, folder, report=False)
         kept.mkdir(parents=True, exist_ok=True)
-        for path in (workdir / "exit_outputs").glob("*.npz"):
+        for path in (folder / "exit_outputs").glob("*.npz"):
             shutil.copy(path, kept)
-        data = json.loads((workdir / "config.json").read_text())["data_sha256"]
-        record = record_of(results) | {"config": identity(one.config), "data_sha256": data}
-        write_json(record_path(output, one.name), record)
-        shutil.rmtree(workdir, ignore_errors=True)  # gigabytes of checkpoints; the cell is done
+        digest = json.loads((folder / "config.json").read_text())["data_sha256"]
+        write_json(kept / "cell.json", {"config": identity(one.config), "data_sha256": digest})
+        write_json(kept / "results.json", results)  # last: the outputs are whole with it
+        shutil.rmtree(folder, ignore_errors=True)
     except PreemptedError:
         raise
     except Exception as error:
@@ -122,39 +92,14 @@ def attempt(one: Cell, output: Path, workdir: Path) -> dict[str, Any]:
     return {"state": "done", "seconds": round(time.monotonic() - began)}
 
 
-def record_path(output: Path, name: str) -> Path:
-    """Where the record of a finished cell stands."""
-    return output / "cells" / f"{name}.json"
-
-
-def time_left(spent: float, worked: float, total: float) -> str:
-    """What a line of progress says of the rest, after so many seconds for `worked` of `total`."""
-    return f", {spent * (total / worked - 1) / 60:.0f} min left" if worked else ""
-
-
-def record_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a cell keeps of results.json, with the area under each replica's exact curve.
-
-    On validation rows, over the curve's own range of cost, at no more than 2,000 of its thresholds.
-    """
-    replicas = [
-        # The grid's, as the paper's tables have it: the exact curve follows from the outputs.
-        {k: replica[k] for k in _KEPT_OF_REPLICA}
-        | {"at_cost": replica["grid_at_cost"]}
-        | {"area": curve_area(*(np.asarray(replica["curve"][k]) for k in ("cost", "score")))}
-        for replica in results["replicas"]
-    ]
-    return {k: results[k] for k in _KEPT} | {
-        "learning_rate": results["mean"]["learning_rate"],  # chosen by area
-        "replicas": replicas,
-        "timing": results["timing"],
-        "versions": results["versions"],
-    }
-
-
 def identity(config: Config) -> dict[str, Any]:
-    """The config as JSON has it, without what depends on the machine."""
+    """Returns the config as JSON has it, without what depends on the machine."""
     values = json.loads(json.dumps(dataclasses.asdict(config.resolved()), default=str))
     free = ("data_dir", "checkpoint_every")
     # JSON has no infinity, which clip_norm may be.
     return {k: str(v) if v == math.inf else v for k, v in values.items() if k not in free}
+
+
+def time_left(spent: float, worked: float, total: float) -> str:
+    """Returns the end of a line of progress, after so many seconds for `worked` of `total`."""
+    return f", {spent * (total / worked - 1) / 60:.0f} min left" if worked else ""

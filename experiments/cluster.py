@@ -1,16 +1,16 @@
-"""The cells of the grid on Ray: one task a cell, submitted again where its worker dies.
+"""Runs cells on Ray: one task a cell, submitted again where its worker dies.
 
-The workers write what a cell leaves, the driver alone the manifest. A task is submitted again by
-the driver, not by Ray's max_retries: so the manifest can say how often a cell was begun, a retry is
-a line on the terminal, and one that runs out of memory is not begun for ever. A task that is
-begun again goes on from the cell's last checkpoint, or finds its record and does nothing.
+The workers write a cell's outputs, the driver alone the records and the manifest. A task is
+submitted again by the driver, not by Ray's max_retries: so the manifest has the number of attempts,
+a retry is a line on the terminal, and a cell that runs out of memory is not retried for ever. A
+task that is submitted again resumes from the cell's last checkpoint, or finds its outputs and does
+nothing.
 """
 
 import argparse
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -20,19 +20,18 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cells import Cell, attempt, record_path, time_left
+from experiments.cells import Cell, time_left
+from experiments.cluster_worker import run_task
 from sweet_jax.config import UserError
 from sweet_jax.distributed import PreemptedError
-from sweet_jax.files import lock_directory
 from sweet_jax.training.loop import termination_event
 
 _ROOT = Path(__file__).resolve().parent.parent
 _GRACE = 60.0  # seconds that stopped cells have to save their state
-_LEASE = 120.0  # seconds that network storage may keep the lock of a node that is gone
 
 
 def add_options(group: Any) -> None:
-    """The options that choose where the cells run."""
+    """Adds the options that choose where the cells run."""
     add = group.add_argument
     add("--engine", default="local", choices=("local", "ray"), help="default: %(default)s")
     add(
@@ -69,7 +68,7 @@ def run(
 
     Raises:
       UserError: Ray is not installed, not reached, or has no node for such cells.
-      StoppedError: SIGTERM or Ctrl-C came; running cells had a minute to save their state.
+      PreemptedError: SIGTERM or Ctrl-C came; running cells had a minute to save their state.
 
     """
     check_options(options)
@@ -113,7 +112,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def demanded(options: argparse.Namespace, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What a cell takes of a node, {"CPU", "GPU", "TPU"}, for nodes that have such resources.
+    """Returns what a cell takes of a node, by "CPU", "GPU" and "TPU".
 
     Accelerators are taken whole: jax reserves most of a device's memory, so that two cells on one
     would be in each other's way. Raises UserError if no node has as much.
@@ -137,7 +136,7 @@ def demanded(options: argparse.Namespace, nodes: Sequence[Mapping[str, float]]) 
 
 @contextlib.contextmanager
 def _connected(options: argparse.Namespace) -> Iterator[types.ModuleType]:
-    """Ray, connected; a Ray that was started for this is ended with the block."""
+    """Yields Ray, connected; a Ray that was started for this is ended with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -170,7 +169,7 @@ def _connected(options: argparse.Namespace) -> Iterator[types.ModuleType]:
 
 
 def _say(line: str) -> None:
-    """A line on stdout, in one piece.
+    """Writes a line to stdout in one piece.
 
     A thread of Ray's writes there too, when a worker died, and `print` would let it in before the
     end of the line.
@@ -182,15 +181,15 @@ def _say(line: str) -> None:
 def _submit(
     ray: types.ModuleType, one: Cell, options: argparse.Namespace, demand: Mapping[str, float]
 ) -> Any:
-    """The stream of what the task of a cell says."""
+    """Submits the task of a cell; returns the stream of its messages."""
     # The experiments are no installed package. Their checkout is on the storage that all nodes
-    # share, as the output is: to name it is simpler than to upload it, with its results.
+    # share, as the workdir is: to name it is simpler than to upload it, with its results.
     environment = {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
     if not demand["GPU"] and not demand["TPU"]:
         # XLA would take every core, and a device that Ray gave to nobody.
         environment |= {"JAX_PLATFORMS": "cpu", "NPROC": str(demand["CPU"])}
     # A process for each cell (max_calls): jax holds its devices and their memory until it ends.
-    task = ray.remote(num_returns="streaming", max_calls=1, max_retries=0)(_task).options(
+    task = ray.remote(num_returns="streaming", max_calls=1, max_retries=0)(run_task).options(
         name=one.name,
         num_cpus=demand["CPU"],
         num_gpus=demand["GPU"],
@@ -199,11 +198,11 @@ def _submit(
     )
     kind = "gpu" if demand["GPU"] else "tpu" if demand["TPU"] else "cpu"
     # The driver's folder goes along, so that relative paths mean there what they mean here.
-    return task.remote(one, kind, Path.cwd(), options.output, options.workdir)
+    return task.remote(one, kind, Path.cwd(), options.workdir)
 
 
 def _hear(ray: types.ModuleType, stream: Any) -> tuple[str, Any]:
-    """What a stream says: ("started", where), ("ended", state) or ("lost", why)."""
+    """Returns a stream's next message: ("started", where), ("ended", state) or ("lost", why)."""
     try:
         return ray.get(next(stream))
     except StopIteration:  # a cancelled task may just end
@@ -234,70 +233,3 @@ def _stop(
                 yield one, what | {"attempts": times}
     for stream in running:
         ray.cancel(stream, force=True)
-
-
-def _task(
-    one: Cell, kind: str, folder: Path, output: Path, workdir: Path
-) -> Iterator[tuple[str, Any]]:
-    """A cell in a worker: says where it is, runs it, and says how it ended."""
-    signal.signal(signal.SIGTERM, _raise_stopped)
-    # What Ray's cancel sends becomes what training answers by saving its state.
-    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
-    yield "started", f"{socket.gethostname()}, process {os.getpid()}"
-    try:
-        _check_node(kind, folder, output)
-        # The output and workdir of a cell are its task's alone, from the first look at the record
-        # on: a task of a driver that was killed may not have ended yet.
-        with _held_soon(workdir / ".cells" / one.name):
-            if record_path(output, one.name).exists():
-                shutil.rmtree(workdir / one.name, ignore_errors=True)
-                state = {"state": "done"}
-            else:
-                state = attempt(one, output, workdir)
-    except UserError as error:
-        state = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
-    yield "ended", state
-
-
-def _check_node(kind: str, folder: Path, output: Path) -> None:
-    """Goes to the driver's folder. Raises UserError if this node cannot do its work."""
-    import jax
-
-    host = socket.gethostname()
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise UserError(
-            f"{host} has no {str(folder)!r}, where the command runs: nodes must share storage"
-        ) from error
-    if not (output / "manifest.json").exists():
-        raise UserError(
-            f"{host} does not see {str(output / 'manifest.json')!r}: give an --output and a "
-            "--workdir on storage that all nodes share"
-        )
-    found = jax.default_backend()
-    if found != kind:
-        raise UserError(
-            f"the cell was given a {kind.upper()} of {host}, but jax computes on its {found} "
-            "there: install jax for it, and look at JAX_PLATFORMS"
-        )
-
-
-@contextlib.contextmanager
-def _held_soon(folder: Path) -> Iterator[None]:
-    """Locks a directory as `lock_directory` does, but waits for an owner that may be gone."""
-    deadline = time.monotonic() + _LEASE
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(lock_directory(folder))
-                break
-            except UserError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-        yield
-
-
-def _raise_stopped(*_: Any) -> None:
-    raise PreemptedError("stopped by SIGTERM")

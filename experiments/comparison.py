@@ -1,26 +1,74 @@
-"""What the records of cells say: scores of exits by seed, and differences paired by seed.
+"""Statistics of finished cells: scores of exits by seed, and differences paired by seed.
 
 There are two kinds of area. An area is under the exact curve, of all thresholds; a grid area
 is under the paper's curve of 11 thresholds, up to the full model's cost. What is claimed of methods
 at set costs, or over costs, is read from the exact curve.
 
-Shape letters: S seed, E exit, K cost.
+Shape letters: S seed, E exit, K cost, T threshold.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.metrics import mean_interval
-from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.simulation import Curve
 
-Record = Mapping[str, Any]
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Scores of one seed and learning rate of a cell, on validation rows, as fractions.
+
+    Attributes:
+      seed, learning_rate: of the run.
+      scores: of each exit alone, by layer.
+      diverged: of each exit that collapsed or diverged what it did and when, by layer.
+      area: mean score under the exact curve over its own range of cost.
+      calibration_area: the same on the rows fitted on; None where the logits are not finite.
+      area_to_full, grid_area: see `areas_to_full` and `grid_areas`.
+      exact, grid: scores at set costs of the exact curve and of the paper's 11 thresholds, by cost
+        with four digits; without the costs that are not reached.
+
+    """
+
+    seed: int
+    learning_rate: float
+    scores: Mapping[int, float]
+    diverged: Mapping[int, str]
+    area: float
+    calibration_area: float | None
+    area_to_full: float = np.nan
+    grid_area: float = np.nan
+    exact: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    grid: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Results of a finished cell.
+
+    Attributes:
+      config: of its runs, as JSON has it, without what depends on the machine.
+      metric: of the scores, "accuracy", "f1" or "matthews".
+      n: numbers of rows, by "train", "calibration" and "validation".
+      fitted_on: "held_out", or the rows that temperatures and rates were chosen on instead.
+      learning_rate: the one that the area on the rows fitted on chose.
+      runs: one for each seed and learning rate.
+      data_sha256: digest of the task's rows; None of old records.
+
+    """
+
+    config: Mapping[str, Any]
+    metric: str
+    n: Mapping[str, int]
+    fitted_on: str
+    learning_rate: float
+    runs: tuple[Run, ...]
+    data_sha256: str | None = None
+
+
 Records = Mapping[str, Record]
 
 DIVERGED = (
@@ -38,70 +86,55 @@ PAIRED = (
 )
 
 
-def chosen(record: Record) -> list[Mapping[str, Any]]:
-    """The replicas of the learning rate with the largest area on the rows fitted on, by seed.
+def chosen(record: Record) -> list[Run]:
+    """Returns the runs of the learning rate with the largest area on the rows fitted on, by seed.
 
     Without those whose answers are not finite, which have no area, unless that is all of them.
     """
     found = _at_its_rate(record)
-    sound = [r for r in found if r["calibration_area"] is not None]
-    return sorted(sound or found, key=lambda r: r["seed"])
+    sound = [r for r in found if r.calibration_area is not None]
+    return sorted(sound or found, key=lambda r: r.seed)
 
 
-def _at_its_rate(record: Record) -> list[Mapping[str, Any]]:
-    return [r for r in record["replicas"] if r["learning_rate"] == record["learning_rate"]]
+def _at_its_rate(record: Record) -> list[Run]:
+    return [r for r in record.runs if r.learning_rate == record.learning_rate]
 
 
 def at_rate(record: Record, rate: float) -> Record:
-    """The same cell as if that learning rate had been chosen."""
-    return {**record, "learning_rate": rate}
+    """Returns the same cell as if that learning rate had been chosen."""
+    return dataclasses.replace(record, learning_rate=rate)
 
 
 def exit_scores(record: Record) -> np.ndarray:
-    """Scores of the exits in per cent, float64 [S, E]."""
-    return np.asarray([[100 * e["score"] for e in r["individual"]] for r in chosen(record)])
+    """Returns the scores of the exits in per cent, float64 [S, E]."""
+    return np.asarray([[100 * v for v in r.scores.values()] for r in chosen(record)])
 
 
 def areas(record: Record) -> np.ndarray:
-    """Areas in per cent, float64 [S]: under the exact curve, over its own range of cost."""
-    return np.asarray([100 * r["area"] for r in chosen(record)])
+    """Returns areas in per cent, float64 [S]: under the exact curve, over its own range of cost."""
+    return np.asarray([100 * r.area for r in chosen(record)])
 
 
 def areas_to_full(record: Record) -> np.ndarray:
-    """Areas under the exact curve from the first exit's cost to the full model's, %, float64 [S].
+    """Returns areas under the exact curve up to the full model's cost, in per cent, float64 [S].
 
-    So Multi-Model, whose own range ends beyond the full model's cost, is compared where the other
-    methods are; of these it is `areas`.
+    From the first exit's cost. So Multi-Model, whose own range ends beyond the full model's cost,
+    is compared where the other methods are; of these it is `areas`.
     """
-    return _read_exact(record, mean_to_full)
+    return np.asarray([100 * r.area_to_full for r in chosen(record)])
 
 
 def grid_areas(record: Record) -> np.ndarray:
-    """As `areas_to_full`, under the paper's curve of 11 thresholds instead, float64 [S].
+    """Returns what `areas_to_full` does, under the paper's curve of 11 thresholds, float64 [S].
 
     Straight lines stand for what lies between the points, which may be far apart.
     """
-    curves = [(r["grid"]["cost"], r["grid"]["score"]) for r in chosen(record)]
-    return np.asarray([100 * mean_to_full(*map(np.asarray, curve)) for curve in curves])
+    return np.asarray([100 * r.grid_area for r in chosen(record)])
 
 
 def scores_at(costs: Sequence[float], record: Record) -> np.ndarray:
-    """Scores in per cent at set costs, read from the exact curve, float64 [S, K]."""
-    return _read_exact(record, functools.partial(np.interp, costs))
-
-
-def _read_exact(record: Record, of: Callable[[np.ndarray, np.ndarray], Any]) -> np.ndarray:
-    """of(cost, score) of the exact curve of each chosen replica, in per cent, [S, ...]."""
-    curve = exact_curves(record["outputs"])
-    places = [record["replicas"].index(r) for r in chosen(record)]
-    return 100 * np.asarray([of(curve.cost[i], curve.score[i]) for i in places])
-
-
-@functools.cache
-def exact_curves(folder: Path) -> Curve:
-    """The exact curves of a cell's replicas on validation rows, from the outputs that it left."""
-    halves = (ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation"))
-    return analyse(*halves).curve
+    """Returns scores in per cent at set costs, read from the exact curve, float64 [S, K]."""
+    return np.asarray([[100 * r.exact[f"{c:.4g}"] for c in costs] for r in chosen(record)])
 
 
 def mean_to_full(cost: np.ndarray, score: np.ndarray) -> float:
@@ -121,8 +154,8 @@ def exits_and_area(record: Record) -> np.ndarray:
 
 
 def rate(record: Record) -> str:
-    """The learning rate that a cell's area chose, as text."""
-    return f"{record['learning_rate']:g}"
+    """Returns the learning rate that a cell's area chose, as text."""
+    return f"{record.learning_rate:g}"
 
 
 def texts(
@@ -130,14 +163,14 @@ def texts(
     of: Callable[[Record], np.ndarray] = exits_and_area,
     as_text: Callable[[np.ndarray], str] | None = None,
 ) -> list[str]:
-    """of(record) column by column as text (`interval`), what collapsed or diverged with a star.
+    """Returns of(record) column by column as text, what collapsed or diverged with a star.
 
     Where a seed is left out (see `chosen`), its exits have their star too, and every column says
     how many seeds it is of.
     """
-    layers = [e["layer"] for e in record["replicas"][0]["individual"]]
+    layers = list(record.runs[0].scores)
     every, left = _at_its_rate(record), len(chosen(record))
-    bad = {d["exit"] for r in every for d in r["diverged"]}
+    bad = {layer for r in every for layer in r.diverged}
     found = [(as_text or interval)(column) for column in of(record).T]
     return [
         text
@@ -148,11 +181,11 @@ def texts(
 
 
 def paired(records: Sequence[Record], of: Callable[[Record], np.ndarray]) -> np.ndarray:
-    """of(one) - of(other), seed by seed over the seeds that all have: float64 [S, ...].
+    """Returns of(one) - of(other), seed by seed over the seeds that all have: float64 [S, ...].
 
     Of four records (one - other) - (third - fourth).
     """
-    values = [dict(zip((r["seed"] for r in chosen(x)), of(x), strict=True)) for x in records]
+    values = [dict(zip((r.seed for r in chosen(x)), of(x), strict=True)) for x in records]
     signs = (1, -1, -1, 1)[: len(records)]
     return np.asarray(
         [
@@ -163,8 +196,8 @@ def paired(records: Sequence[Record], of: Callable[[Record], np.ndarray]) -> np.
 
 
 def common_seeds(records: Sequence[Record]) -> list[int]:
-    """The seeds that all the records have, ascending."""
-    return sorted(set.intersection(*({r["seed"] for r in chosen(x)} for x in records)))
+    """Returns the seeds that all the records have, ascending."""
+    return sorted(set.intersection(*({r.seed for r in chosen(x)} for x in records)))
 
 
 def differences(
@@ -172,7 +205,7 @@ def differences(
     pairs: Mapping[str, Sequence[Record | None]],
     of: Callable[[Record], np.ndarray],
 ) -> list[list[str]]:
-    """Table rows (title, task, rate, values of one - other paired by seed).
+    """Returns table rows (title, task, rate, values of one - other paired by seed).
 
     `pairs` holds by task two records to compare, or four (see `paired`); a task that lacks one is
     left out. First each record at the rate that its area chose, which may differ from the other's;
@@ -180,9 +213,9 @@ def differences(
     """
     whole = {t: [r for r in given if r] for t, given in pairs.items() if given and all(given)}
     rows = _rows(title, whole, of, "chosen")
-    rates = sorted({r["learning_rate"] for g in whole.values() for x in g for r in x["replicas"]})
+    rates = sorted({r.learning_rate for g in whole.values() for x in g for r in x.runs})
     for value in rates:
-        if any(x["learning_rate"] != value for given in whole.values() for x in given):
+        if any(x.learning_rate != value for given in whole.values() for x in given):
             fixed = {t: [at_rate(x, value) for x in given] for t, given in whole.items()}
             rows += _rows(title, fixed, of, f"{value:g}")
     return rows
@@ -194,7 +227,7 @@ def _rows(
     of: Callable[[Record], np.ndarray],
     label: str,
 ) -> list[list[str]]:
-    """A row for each task and one for their mean, taken seed by seed as the interval is."""
+    """Returns a row for each task and one for their mean, taken seed by seed as the interval is."""
     rows, every, of_task = [], [], []
     for task, given in pairs.items():
         if all(map(chosen, given)) and len(gaps := paired(given, of)):  # [S, columns]
@@ -212,7 +245,7 @@ def _rows(
 
 
 def interval(values: ArrayLike, sign: bool = False) -> str:
-    """Mean and half of the 95% interval over seeds (Student) as text; in bold if 0 is outside.
+    """Returns mean and half of the 95% interval over seeds (Student) as text; bold if 0 is outside.
 
     Empty where a value is not a number.
     """
@@ -228,6 +261,6 @@ def interval(values: ArrayLike, sign: bool = False) -> str:
 
 
 def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over seeds as text."""
+    """Returns mean and standard deviation over seeds as text."""
     values = np.asarray(values, np.float64)
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")

@@ -11,46 +11,45 @@ parameters, is given with its 95% interval. The learning rate's linear decay is 
 two epochs (750 steps), of which the 400 are the first, and dropout is on, as in training: these
 two are choices made here.
 
-Writes conflict.json (every batch, mean, interval), conflict.png and conflict.svg to --output. The
-paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers. Cost: 11 minutes on 2
-cores (an hour for BERT-base, --checkpoint=bert-base-uncased --exits=1,4,6,12, is a guess).
-Expected, from the paper: in a layer below several exits the gradient of the layer's own exit agrees
-with those of the later ones less than those agree among each other. Seen with MiniLM (one
-training): exits 4 and 6 agree (cosine 0.09 in layer 1, 0.04 in layer 2), all other pairs are within
-0.02 of zero.
+Writes conflict.csv (the cosines of every batch) and figures/conflict.png to --output. The paper's
+backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers. Cost: 11 minutes on 2 cores
+(an hour for BERT-base, --checkpoint=bert-base-uncased --exits=1,4,6,12, is a guess). Expected, from
+the paper: in a layer below several exits the gradient of the layer's own exit agrees with those of
+the later ones less than those agree among each other. Seen with MiniLM (one training): exits 4 and
+6 agree (cosine 0.09 in layer 1, 0.04 in layer 2), all other pairs are within 0.02 of zero.
 """
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.options import MODELS, encoder_note
-from experiments.rendering import Section
+from experiments.records import read_table, write_table
+from experiments.rendering import Section, write_figures
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_batch_indices
 from sweet_jax.exits.metrics import mean_interval
-from sweet_jax.files import write_json
 from sweet_jax.models.layers import derive_key
 from sweet_jax.preparation import PreparedRun, prepare
-from sweet_jax.report.figures import conflict_figure, write_figure
+from sweet_jax.report.figures import conflict_figure
 from sweet_jax.training.conflict import gradient_conflict
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.job import TrainingJob
 
 HEADER = ("layer", "exits", "cosine")
+COLUMNS = (
+    *("study", "task", "checkpoint", "train_rows", "learning_rate", "batch_size", "steps", "seed"),
+    *("batch", "layer", "exit", "other_exit", "cosine"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,33 +69,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    began = time.perf_counter()
     each = measure(job, options.batches)  # [batches, E, E, E]
-    mean, half = mean_interval(each)
-    folder = Path(options.output)
-    results = {
-        "task": config.task,
-        "checkpoint": config.checkpoint,
-        "exits": list(config.exits),
-        "learning_rate": options.learning_rate,
-        "steps": options.steps,
-        "steps_of_the_schedule": total,
-        "batch_size": config.batch_size,
-        "train_rows": rows,
-        "seed": options.seed,
-        "batches": options.batches,
-        "mean": listed(mean),
-        "ci95": None if half is None else listed(half),
-        "each": listed(each),
-        "seconds": round(time.perf_counter() - began, 1),
-        "versions": {name: version(name) for name in ("jax", "flax", "optax")},
-    }
-    write_json(folder / "conflict.json", results)
-    write_figure(folder, "conflict", conflict_figure(config.exits, mean))
-    for row in [HEADER, *table(results)]:
+    output = Path(options.output)
+    write_batches(output, each, job, options.steps)
+    found = sections(output)
+    write_figures(output, found)
+    for row in [HEADER, *found[0].rows]:
         print("{:>5} {:>9}  {}".format(*row))
-    print(f"{options.batches} batches after {options.steps} steps: {folder / 'conflict.png'}")
+    print(f"{options.batches} batches after {options.steps} steps: {output / 'conflict.csv'}")
     return 0
+
+
+def write_batches(output: Path, each: np.ndarray, job: PreparedRun, steps: int) -> None:
+    """Writes conflict.csv: the cosine of every batch, layer and pair of exits at or above it."""
+    config, exits = job.config, job.config.exits
+    about = (
+        *(output.name, config.task, config.checkpoint, len(job.rows[0][0])),
+        *(config.learning_rates[0], config.batch_size, steps, config.seeds[0]),
+    )
+    rows = []
+    for batch, cosines in enumerate(each):
+        for i, layer in enumerate(exits):
+            for j, k in itertools.combinations_with_replacement(range(i, len(exits)), 2):
+                cosine = float(cosines[i, j, k])
+                found = (batch, layer, exits[j], exits[k], cosine if np.isfinite(cosine) else None)
+                rows.append(dict(zip(COLUMNS, about + found, strict=True)))
+    write_table(output / "conflict.csv", COLUMNS, rows)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,21 +112,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--output",
-        help="default: experiments/results/MODEL/conflict; MODEL is minilm-l6 for its checkpoint, "
+        help="default: experiments/results/MODEL; MODEL is minilm-l6 for its checkpoint, "
         "else the last part of --checkpoint",
     )
     options = parser.parse_args(argv)
     if options.output is None:
         small = options.checkpoint == MODELS["minilm-l6"]["checkpoint"]
         model = "minilm-l6" if small else Path(options.checkpoint).name
-        options.output = f"experiments/results/{model}/conflict"
+        options.output = f"experiments/results/{model}"
     if options.batches < 1:
         parser.error(f"--batches must be 1 or more; got {options.batches}")
     return options
 
 
 def configuration(options: argparse.Namespace) -> Config:
-    """An Early-Exit run by the paper's protocol that ends after --steps."""
+    """Returns the config of an Early-Exit run by the paper's protocol that ends after --steps."""
     try:
         exits = tuple(int(layer) for layer in options.exits.split(","))
     except ValueError as error:
@@ -171,48 +169,51 @@ def measure(job: PreparedRun, batches: int) -> np.ndarray:
     return np.stack(each)
 
 
-def table(results: Mapping[str, Any]) -> list[list[str]]:
-    """(layer, pair of exits at or above it, cosine with its interval) as text."""
-    exits, rows = results["exits"], []
-    for i, layer in enumerate(exits):
-        for j, k in itertools.combinations(range(i, len(exits)), 2):
-            mean = results["mean"][i][j][k]  # None where a gradient is zero
-            text = "-" if mean is None else f"{mean:.3f}"
-            if mean is not None and results["ci95"] is not None:
-                text += f" ± {results['ci95'][i][j][k]:.3f}"
-            rows.append([str(layer), f"{exits[j]} and {exits[k]}", text])
-    return rows
-
-
-def sections(folder: Path) -> list[Section]:
-    """What a run left in its folder, for the page; nothing if there is none."""
-    path = folder / "conflict.json"
-    if not path.exists():
+def sections(output: Path) -> list[Section]:
+    """Returns the table and figure of OUTPUT/conflict.csv; nothing if there is none."""
+    rows = read_table(output / "conflict.csv")
+    if not rows:
         return []
-    results = json.loads(path.read_text())
-    about = encoder_note(results["checkpoint"])
+    exits = list(dict.fromkeys(int(row["layer"]) for row in rows))
+    batches = len({row["batch"] for row in rows})
+    each = np.full((batches, *[len(exits)] * 3), np.nan)  # [batches, E, E, E]
+    for row in rows:
+        i, j, k = (exits.index(int(row[key])) for key in ("layer", "exit", "other_exit"))
+        cosine = float(row["cosine"] or "nan")  # empty where a gradient is zero
+        each[int(row["batch"]), i, [j, k], [k, j]] = cosine
+    mean, half = mean_interval(each)
+    run = rows[0]
+    about = encoder_note(run["checkpoint"])
     return [
         Section(
             "conflict",
-            f"Conflict of the exits' gradients, {results['task']} (figures 3, 9)",
-            f"After {results['steps']} steps of Early-Exit with {results['checkpoint']} "
-            f"({results['train_rows']:,} training "
-            f"rows, learning rate {results['learning_rate']:g}, seed {results['seed']}): cosine of "
+            f"Conflict of the exits' gradients, {run['task']} (figures 3, 9)",
+            f"After {run['steps']} steps of Early-Exit with {run['checkpoint']} "
+            f"({int(run['train_rows']):,} training "
+            f"rows, learning rate {float(run['learning_rate']):g}, seed {run['seed']}): cosine of "
             "two exits' gradients with respect to the last feed-forward matrix of a layer, mean "
-            f"over its rows; mean and 95% interval over {results['batches']} batches, all at the "
+            f"over its rows; mean and 95% interval over {batches} batches, all at the "
             "same parameters. Made by python -m experiments.conflict." + f" {about}" * bool(about),
             HEADER,
-            table(results),
-            conflict_figure(results["exits"], np.asarray(results["mean"], np.float64)),
+            table(exits, mean, half),
+            conflict_figure(exits, mean),
         )
     ]
 
 
-def listed(values: Any) -> Any:
-    """An array as nested lists, None where it is not defined."""
-    if np.ndim(values):
-        return [listed(v) for v in values]
-    return float(values) if np.isfinite(values) else None
+def table(exits: Sequence[int], mean: np.ndarray, half: np.ndarray | None) -> list[list[str]]:
+    """Returns (layer, pair of exits at or above it, cosine with its interval) as text.
+
+    mean, half: float [E, E, E], layer, exit, exit; NaN where a gradient is zero.
+    """
+    rows = []
+    for i, layer in enumerate(exits):
+        for j, k in itertools.combinations(range(i, len(exits)), 2):
+            text = f"{mean[i, j, k]:.3f}" if np.isfinite(mean[i, j, k]) else "-"
+            if text != "-" and half is not None:
+                text += f" ± {half[i, j, k]:.3f}"
+            rows.append([str(layer), f"{exits[j]} and {exits[k]}", text])
+    return rows
 
 
 if __name__ == "__main__":

@@ -15,37 +15,33 @@ with Early-Exit at high ones.
 import argparse
 import functools
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from experiments import paper
-from experiments.comparison import PAIRED, Records, chosen, differences, interval, scores_at
-from experiments.grid import main
+from experiments.comparison import PAIRED, Record, Records, chosen, differences, interval, scores_at
 from experiments.options import chosen_tasks, method_cells, settings
-from experiments.rendering import Section, legend, panels, renderer
+from experiments.records import exact_costs
+from experiments.rendering import Section, legend, panels
+from experiments.runner import Script, main
 from sweet_jax.exits.metrics import mean_interval
 
 COLOURS = {"multi_model": "#e8833a", "early_exit": "#440154", "sweet": "#21918c"}
-_COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0)  # where the paper reads its curves, within all methods' reach
 
 
-def at_costs(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Costs [K] that all seeds reach, and the scores there in per cent, [S, K].
+def at_costs(record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """Returns costs [K] that all seeds reach, and the scores there in per cent, [S, K].
 
     Read from the paper's 11 thresholds: for its figure.
     """
-    replicas = chosen(record)
-    keys = [
-        k for k in replicas[0]["at_cost"] if all(r["at_cost"].get(k) is not None for r in replicas)
-    ]
-    scores = [[100 * r["at_cost"][k] for k in keys] for r in replicas]
+    runs = chosen(record)
+    keys = [k for k in runs[0].grid if all(k in r.grid for r in runs)]
+    scores = [[100 * r.grid[k] for k in keys] for r in runs]
     return np.asarray([float(k) for k in keys]), np.asarray(scores)
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """One panel a task, and the numbers behind it."""
+    """Returns the figure with one panel a task, and the numbers behind it."""
     tasks = [t for t in chosen_tasks(options) if any(f"{t}-{m}" in records for m in paper.NAMES)]
     figure, axes = panels(len(tasks))
     rows, costs = [], sorted({c for r in records.values() for c in at_costs(r)[0].tolist()})
@@ -62,7 +58,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
                 one.fill_between(x, mean - half, mean + half, color=COLOURS[method], alpha=0.15)
             cells = dict(zip(x.tolist(), map(interval, scores.T), strict=True))
             rows.append([task, title, *(cells.get(c, "") for c in costs)])
-            metric = record["metric"]
+            metric = record.metric
         one.set_title(task)
         one.set_xlabel("cost (share of the full model's layers)")
         one.set_ylabel(f"{metric} (%)")
@@ -87,8 +83,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
 def _differences(options: argparse.Namespace, records: Records) -> Section:
     """Methods at the same cost, which for Multi-Model is another depth than for the others."""
     tasks, exits = chosen_tasks(options), settings(options)["exits"]
-    first = exits[0] / exits[-1]
-    costs = (first, *(c for c in _COSTS if c > first))
+    costs = exact_costs(exits)
     rows: list[list[str]] = []
     for one, other in paper.PAIRS:
         pairs = {task: [records.get(f"{task}-{m}") for m in (one, other)] for task in tasks}
@@ -104,10 +99,8 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
     )
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return main(__doc__, method_cells, renderer("curves", sections), argv)
-
+SCRIPT = Script("curves", __doc__, method_cells, sections)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

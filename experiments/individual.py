@@ -3,16 +3,16 @@
   python -m experiments.individual --model=minilm-l6 --data_dir=DIR
   python -m experiments.individual --model=bert-base --tasks=sst2,mrpc,rte,cola,mnli,qnli,qqp
 
-Runs the cells that are missing (experiments.grid says more), then writes
-OUTPUT/tables/individual.md. Cost: hours on 2 cores for minilm-l6; the paper's models need a GPU or
-TPU. Expected, from the paper: Multi-Model above Early-Exit at every exit, most at the first; SWEET
-above Early-Exit at the first exits and about a point below it at the last two. Seen with minilm-l6
-on SST-2: with 2,000 rows the first, by 23 points; with 6,000 the second, by nearly 4.
+Runs the cells that are missing (experiments.grid says more), then prints the tables. Cost: hours on
+2 cores for minilm-l6; the paper's models need a GPU or TPU. Expected, from the paper: Multi-Model
+above Early-Exit at every exit, most at the first; SWEET above Early-Exit at the first exits and
+about a point below it at the last two. Seen with minilm-l6 on SST-2: with 2,000 rows the first, by
+23 points; with 6,000 the second, by nearly 4.
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,13 +26,13 @@ from experiments.comparison import (
     spread,
     texts,
 )
-from experiments.grid import main
 from experiments.options import MODELS, chosen_tasks, method_cells, settings
-from experiments.rendering import Section, missing_note, renderer
+from experiments.rendering import Section, missing_note
+from experiments.runner import Script, main
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """The scores of all exits, and the differences between methods paired by seed."""
+    """Returns the scores of all exits, and the differences between methods paired by seed."""
     return [_scores(options, records), _differences(options, records)]
 
 
@@ -46,7 +46,7 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
                 record = records[f"{task}-{method}"]
                 scores = exit_scores(record)
                 means[method].append(scores.mean(axis=0))
-                size = f"{len(scores)} x {record['n']['validation']}"
+                size = f"{len(scores)} x {record.n['validation']}"
                 shown = texts(record, exit_scores, spread)
                 rows.append([task, title, *shown, size])
     for method, title in paper.NAMES.items():
@@ -93,14 +93,12 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
 
 
 def _fitted(records: Records) -> str:
-    held_out = all(record["fitted_on"] == "held_out" for record in records.values())
+    held_out = all(record.fitted_on == "held_out" for record in records.values())
     return "held-out" if held_out else "the validation"
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return main(__doc__, method_cells, renderer("individual", sections), argv)
-
+SCRIPT = Script("individual", __doc__, method_cells, sections)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

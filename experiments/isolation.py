@@ -1,4 +1,4 @@
-"""The isolation dial: between Early-Exit (0) and SWEET (1), constant or moving while training.
+"""Isolation: between Early-Exit (0) and SWEET (1), constant or moving while training.
 
   python -m experiments.isolation --model=minilm-l6 --data_dir=DIR
 
@@ -15,9 +15,10 @@ of 0.9 is nowhere shown to be behind (experiments/results/README.md).
 """
 
 import argparse
+import functools
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.cells import Cell
@@ -25,6 +26,7 @@ from experiments.comparison import (
     AREA,
     DIVERGED,
     PAIRED,
+    Record,
     Records,
     areas,
     differences,
@@ -32,14 +34,14 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.grid import main
 from experiments.options import cell, chosen_methods, chosen_tasks, settings
-from experiments.rendering import Section, missing_note, renderer
+from experiments.rendering import Section, missing_note
+from experiments.runner import Script, main
 
 SWEET = "1 (SWEET)"
 
 # Title, method, config values. The ends are the main grid's own cells.
-DIALS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+SETTINGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("0 (Early-Exit)", "early_exit", {}),
     ("0, as released", "early_exit", {"pooler": "shared", "clipping": "global"}),
     ("0.5", "sweet", {"isolation": (0.5,)}),
@@ -57,11 +59,11 @@ DIALS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """Every task with every setting of the dial."""
+    """Returns a cell for every task and setting of isolation."""
     return [
         cell(options, task, method, **changes)
         for task in chosen_tasks(options)
-        for _, method, changes in DIALS
+        for _, method, changes in SETTINGS
         if method in chosen_methods(options)
     ]
 
@@ -81,7 +83,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         "SWEET": {task: settled.get(SWEET) for task, settled in found.items()},
     }
     gaps: list[list[str]] = []
-    for end, (title, method, _) in itertools.product(ends, DIALS):
+    for end, (title, method, _) in itertools.product(ends, SETTINGS):
         pairs = {task: (settled.get(title), ends[end][task]) for task, settled in found.items()}
         said = end == "SWEET" and method == "early_exit"  # SWEET - Early-Exit stands above
         if not said and any(one is not other for one, other in pairs.values()):
@@ -89,7 +91,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     return [
         Section(
             "isolation",
-            f"The isolation dial, {options.model}",
+            f"Isolation between Early-Exit and SWEET, {options.model}",
             f"Per cent, mean and 95% interval over seeds; validation rows. {AREA} {DIVERGED}"
             f"{missing_note(names, records)}",
             ("task", "isolation", "rate", *head),
@@ -97,7 +99,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         ),
         Section(
             "isolation-gains",
-            f"The isolation dial against its ends, {options.model}",
+            f"Isolation against its ends, {options.model}",
             f"{PAIRED} The better Early-Exit: of a task's two, as far as done, that with the "
             "larger area.",
             ("difference", "task", "rate", *head),
@@ -106,25 +108,25 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     ]
 
 
-def _found(options: argparse.Namespace, records: Records, task: str) -> dict[str, Mapping]:
-    """The finished cells of a task by the title of their setting."""
+def _found(options: argparse.Namespace, records: Records, task: str) -> dict[str, Record]:
+    """Returns the finished cells of a task by the title of their setting."""
     return {
         title: records[name]
-        for title, method, changes in DIALS
+        for title, method, changes in SETTINGS
         if (name := cell(options, task, method, **changes).name) in records
     }
 
 
-def _better(found: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The Early-Exit with the larger mean area on the rows reported: the harder one to beat."""
-    both = [found[title] for title, method, _ in DIALS if method == "early_exit" and title in found]
+def _better(found: Mapping[str, Record]) -> Record | None:
+    """Returns the Early-Exit with the larger mean area on the rows reported."""
+    both = [
+        found[title] for title, method, _ in SETTINGS if method == "early_exit" and title in found
+    ]
     return max(both, key=lambda record: float(areas(record).mean()), default=None)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return main(__doc__, cells, renderer("isolation", sections), argv)
-
+SCRIPT = Script("isolation", __doc__, cells, sections)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -11,40 +11,53 @@ tokens, random weights of the same shape, one compiled program for a whole shall
 each segment of the deep one, whose answer must reach the host before the next may start.
 
 Cost: that of experiments.individual, whose cells it trains where they are missing (--render_only:
-none); the clock takes about half a minute. Writes OUTPUT/tables/large_at_small_cost.md. Expected,
-if the claim carries over: the deep model ahead at every depth. Seen with minilm-l6 on SST-2: SWEET
-level at 1 layer, not told apart at 2, behind at 4.
+none); the clock takes about half a minute. It reads the cells' outputs in --workdir, and writes
+OUTPUT/large_at_small_cost.csv and latency.csv, from which it renders. Expected, if the claim
+carries over: the deep model ahead at every depth. Seen with minilm-l6 on SST-2: SWEET level at 1
+layer, not told apart at 2, behind at 4.
 """
 
 import argparse
 import dataclasses
+import functools
+import itertools
+import operator
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import grid, paper
-from experiments.comparison import Records, chosen, interval
-from experiments.curves import COLOURS
+from experiments import paper
+from experiments.cells import is_finished, outputs_folder
+from experiments.comparison import Record, Records, chosen, interval
 from experiments.options import chosen_tasks, method_cells, settings
-from experiments.rendering import Section, panels, renderer
+from experiments.records import read_table, replace_rows, write_table
+from experiments.rendering import Section
+from experiments.runner import Script, main
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.exits.metrics import mean_interval
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 
 LENGTH, TIMES = 64, 30  # tokens; calls, of which the median is taken
+DEEP = ("sweet", "early_exit")
+COLUMNS = ("study", "task", "method", "seed", "unit", "depth", "score", "full_model")
+LATENCY = (
+    *("study", "model", "depth", "milliseconds", "tokens", "calls", "backend", "devices", "jax"),
+)
+_DEEP_MODEL, _FULL_MODEL = "deep model, leaving there", "full model of that depth"
 
 
 def clock(checkpoint: Checkpoint, exits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Milliseconds of a text until each exit's answer is on the host, float64 [E] twice.
+    """Measures the milliseconds of a text until each exit's answer is on the host.
 
-    First of the deep model, segment by segment; then of a whole model of each depth.
+    Float64 [E] twice: of the deep model, segment by segment, and of a whole model of each depth.
     """
     key = jax.random.key(0)
     ids = jnp.asarray(np.random.default_rng(0).integers(1, 1000, (1, LENGTH)), jnp.int32)
@@ -71,8 +84,8 @@ def clock(checkpoint: Checkpoint, exits: Sequence[int]) -> tuple[np.ndarray, np.
     return 1000 * np.cumsum(deep), 1000 * whole
 
 
-def _median(call) -> float:
-    """Seconds of a call until its result is on the host."""
+def _median(call: Callable[[], Any]) -> float:
+    """Returns the seconds of a call until its result is on the host."""
     np.asarray(call())
     seconds = []
     for _ in range(TIMES):
@@ -82,8 +95,10 @@ def _median(call) -> float:
     return float(np.median(seconds))
 
 
-def at_cost(folder, replica: int, cost: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Score on validation rows of the best threshold within each mean cost, [limits]; NaN if none.
+def at_cost(folder: Path, replica: int, cost: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Returns the score on validation rows of the best threshold within each mean cost, [limits].
+
+    NaN where no threshold is so cheap.
 
     cost: float [E], of each exit, in the unit of the limits. Chosen on calibration rows.
     """
@@ -91,47 +106,84 @@ def at_cost(folder, replica: int, cost: np.ndarray, limits: np.ndarray) -> np.nd
         dataclasses.replace(ExitOutputs.load(folder / f"{split}.npz").replica(replica), cost=cost)
         for split in ("calibration", "validation")
     )
-    dials = make_resolver(calibration, ("confidence",))
-    chosen = [dials.resolve("confidence", {"cost": limit}).threshold for limit in limits]
+    resolver = make_resolver(calibration, ("confidence",))
+    chosen = [resolver.resolve("confidence", {"cost": limit}).threshold for limit in limits]
     thresholds = np.asarray([np.inf if t is None else t for t in chosen])
-    scores = simulate(validation, calibrators=[dials.calibrator], thresholds=thresholds).score[0]
+    scores = simulate(validation, calibrators=[resolver.calibrator], thresholds=thresholds).score[0]
     return np.where([t is None for t in chosen], np.nan, scores)
 
 
-def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Differences at equal cost, by depth, in layers and by the clock, and the clock itself."""
+def measurements(options: argparse.Namespace, records: Records) -> None:
+    """Writes latency.csv, and large_at_small_cost.csv of the cells with outputs in the workdir."""
+    found = []
+    for task, method in itertools.product(chosen_tasks(options), DEEP):
+        name = f"{task}-{method}"
+        record, small = records.get(name), records.get(f"{task}-multi_model")
+        if record is not None and small is not None:
+            if is_finished(options.workdir, name):
+                found.append((outputs_folder(options.workdir, name), record, small))
+            else:
+                print(f"{name} is not measured: its outputs are not in {str(options.workdir)!r}")
+    if not found:
+        return
     exits = settings(options)["exits"]
-    deep, whole = clock(open_checkpoint(settings(options)["checkpoint"]), exits)
-    layers, depths = np.asarray(exits) / exits[-1], exits[:-1]
+    deep, full = clock(open_checkpoint(settings(options)["checkpoint"]), exits)
+    write_latency(options.output, exits, deep, full)
+    layers = np.asarray(exits) / exits[-1]
+    limits = {"layers": (layers, layers[:-1]), "clock": (deep, full[:-1])}
+    rows = [row for cell in found for row in measure(*cell, options.output.name, limits)]
+    key = operator.itemgetter("task", "method")
+    replace_rows(options.output / "large_at_small_cost.csv", COLUMNS, rows, key)
+
+
+def measure(
+    folder: Path,
+    record: Record,
+    small: Record,
+    study: str,
+    limits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> list[dict[str, Any]]:
+    """Returns rows of large_at_small_cost.csv for one deep model.
+
+    limits: by unit the cost of each exit [E], and of each full model but the deepest [E - 1].
+    """
+    models = {run.seed: run.scores for run in chosen(small)}
     rows = []
-    tasks = chosen_tasks(options)
-    figure, axes = panels(len(tasks))
-    for method in ("sweet", "early_exit"):
-        gaps: dict[str, list[np.ndarray]] = {}
-        for task, one in zip(tasks, axes, strict=True):
-            record, small = records.get(f"{task}-{method}"), records.get(f"{task}-multi_model")
-            if record is None or small is None:
-                continue
-            folder = options.output / "outputs" / f"{task}-{method}"
-            models = {r["seed"]: [e["score"] for e in r["individual"]] for r in chosen(small)}
-            found = {}
-            for unit, cost, limit in (("layers", layers, layers), ("clock", deep, whole)):
-                found[unit] = np.asarray(
-                    [
-                        at_cost(folder, record["replicas"].index(r), cost, limit[:-1])
-                        - models[r["seed"]][:-1]
-                        for r in chosen(record)
-                        if r["seed"] in models
-                    ]
-                )  # [S, E - 1]
-            _draw(one, task, method, folder, record, small, layers)
-            gaps.setdefault("layers", []).append(found["layers"])
-            gaps.setdefault("clock", []).append(found["clock"])
-            rows += [_row(task, method, unit, values) for unit, values in found.items()]
-        for unit, every in gaps.items():
-            if len(every) > 1 and len({v.shape for v in every}) == 1:
-                mean = np.mean(every, axis=0)
-                rows.append(_row(f"mean of {len(every)} tasks", method, unit, mean))
+    for run in chosen(record):
+        if run.seed not in models:
+            continue
+        for unit, (cost, wanted) in limits.items():
+            scores = at_cost(folder, record.runs.index(run), cost, wanted)
+            for depth, score in zip(record.config["exits"], scores.tolist(), strict=False):
+                cell = (study, record.config["task"], record.config["method"])
+                values = (*cell, run.seed, unit, depth, score, models[run.seed][depth])
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def write_latency(output: Path, exits: Sequence[int], deep: np.ndarray, full: np.ndarray) -> None:
+    """Writes what `clock` measured, with the machine's backend."""
+    about = (LENGTH, TIMES, jax.default_backend(), jax.device_count(), jax.__version__)
+    rows = [
+        dict(zip(LATENCY, (output.name, title, depth, ms, *about), strict=True))
+        for title, every in ((_DEEP_MODEL, deep), (_FULL_MODEL, full))
+        for depth, ms in zip(exits, every.tolist(), strict=True)
+    ]
+    write_table(output / "latency.csv", LATENCY, rows)
+
+
+def sections(options: argparse.Namespace, records: Records) -> list[Section]:
+    """Returns the tables of differences at equal cost, by depth and unit, and of milliseconds."""
+    rows = read_table(options.output / "large_at_small_cost.csv")
+    clocked = read_table(options.output / "latency.csv")
+    if not rows:
+        return []
+    exits = list(dict.fromkeys(int(row["depth"]) for row in clocked))
+    names = [f"{d} layer{'s' * (d > 1)}" for d in exits]
+    by_title: dict[str, list[str]] = {}
+    for row in clocked:
+        by_title.setdefault(row["model"], []).append(f"{float(row['milliseconds']):.2f}")
+    about = clocked[0]
     return [
         Section(
             "large_at_small_cost",
@@ -139,39 +191,37 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "Points by which the deep model with exits is ahead of a full model of the depth "
             "named, at that model's cost: mean and 95% interval over seeds, in bold where it "
             "leaves out zero; a dash where the deep model cannot be so cheap.",
-            ("task", "deep model", "cost by", *(f"{d} layer{'s' * (d > 1)}" for d in depths)),
-            rows,
-            figure if rows else None,
+            ("task", "deep model", "cost by", *names[:-1]),
+            _gap_rows(rows),
         ),
         Section(
             "clock",
             f"Milliseconds a text, {options.model}",
-            f"Batch 1, {LENGTH} tokens, float32, median of {TIMES} calls, {jax.default_backend()} "
-            f"({jax.device_count()} device(s)), jax {jax.__version__}.",
-            ("", *(f"{d} layer{'s' * (d > 1)}" for d in exits)),
-            [
-                ["deep model, leaving there", *(f"{ms:.2f}" for ms in deep)],
-                ["full model of that depth", *(f"{ms:.2f}" for ms in whole)],
-            ],
+            f"Batch 1, {about['tokens']} tokens, float32, median of {about['calls']} calls, "
+            f"{about['backend']} ({about['devices']} device(s)), jax {about['jax']}.",
+            ("", *names),
+            [[title, *values] for title, values in by_title.items()],
         ),
     ]
 
 
-def _draw(axes, task: str, method: str, folder, record, small, layers: np.ndarray) -> None:
-    """A deep model's mean score within each cost, and once the shallow models' own."""
-    costs = np.linspace(layers[0], 1, 40)
-    deep = [
-        at_cost(folder, record["replicas"].index(r), layers, costs) for r in chosen(record)
-    ]  # [S, 40]
-    axes.plot(costs, 100 * np.mean(deep, axis=0), color=COLOURS[method], label=paper.NAMES[method])
-    if method == "early_exit":
-        shallow = [[100 * e["score"] for e in r["individual"]] for r in chosen(small)]
-        mean, half = mean_interval(np.asarray(shallow))
-        axes.errorbar(layers, mean, half, fmt="s", ms=4, color="#e8833a", label="a full model each")
-    axes.set_title(task)
-    axes.set_xlabel("cost (share of the deep model's layers)")
-    axes.set_ylabel(f"{record['metric']} (%)")
-    axes.legend(frameon=False, fontsize=7)
+def _gap_rows(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Returns a row for each task, deep model and unit, and those of the means over tasks."""
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        of_seed = found.setdefault((row["method"], row["task"], row["unit"]), {})
+        gap = float(row["score"]) - float(row["full_model"])
+        of_seed.setdefault(row["seed"], []).append(gap)
+    gaps = {key: np.asarray(list(of_seed.values())) for key, of_seed in found.items()}  # [S, E - 1]
+    table = []
+    for method in DEEP:
+        table += [_row(t, m, unit, g) for (m, t, unit), g in gaps.items() if m == method]
+        for unit in ("layers", "clock"):
+            every = [g for (m, _, u), g in gaps.items() if (m, u) == (method, unit)]
+            if len(every) > 1 and len({g.shape for g in every}) == 1:
+                mean = np.mean(every, axis=0)
+                table.append(_row(f"mean of {len(every)} tasks", method, unit, mean))
+    return table
 
 
 def _row(task: str, method: str, unit: str, values: np.ndarray) -> list[str]:
@@ -179,12 +229,8 @@ def _row(task: str, method: str, unit: str, values: np.ndarray) -> list[str]:
     return [task, paper.NAMES[method], unit, *texts]
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return grid.main(
-        __doc__, method_cells, renderer("large_at_small_cost", sections, keep=True), argv
-    )
-
+SCRIPT = Script("large_at_small_cost", __doc__, method_cells, sections, measurements)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -14,24 +14,26 @@ SWEET (README).
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from experiments import curves, paper
 from experiments.cells import Cell
 from experiments.comparison import (
     DIVERGED,
     PAIRED,
+    Record,
     Records,
     differences,
     exits_and_area,
     rate,
     texts,
 )
-from experiments.grid import main
 from experiments.options import cell, chosen_methods, chosen_tasks, settings
-from experiments.rendering import Section, missing_note, renderer
+from experiments.rendering import Section, missing_note
+from experiments.runner import Script, main
 
 # Off is the main grid's own cell.
 SWITCHES: dict[str, dict[str, str]] = {
@@ -42,7 +44,7 @@ SWITCHES: dict[str, dict[str, str]] = {
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """Every task and method with every setting of the switch."""
+    """Returns a cell for every task, method and setting of the switch."""
     return [
         cell(options, task, method, **changes)
         for task in chosen_tasks(options)
@@ -52,14 +54,48 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Scores, what the switch does paired by seed, and the curves of the joint runs."""
-    head = (*(f"exit {e}" for e in settings(options)["exits"]), "area")
-    names = [c.name for c in cells(options)]
+    """Returns scores, what the switch does paired by seed, and the curves of the joint runs."""
     tasks, methods = chosen_tasks(options), chosen_methods(options)
     found = {
         (switch, task, method): records.get(cell(options, task, method, **changes).name)
         for task, method, (switch, changes) in itertools.product(tasks, methods, SWITCHES.items())
     }
+    effects: list[list[str]] = []
+    for method, switch in itertools.product(methods, ("joint", "detached")):
+        pairs = {task: (found[switch, task, method], found["off", task, method]) for task in tasks}
+        effects += differences(f"{paper.NAMES[method]}: {switch} - off", pairs, exits_and_area)
+    joint = {f"{t}-{m}": record for (s, t, m), record in found.items() if record and s == "joint"}
+    return [
+        _scores(options, records, found),
+        Section(
+            "learning_to_exit-effects",
+            f"What learning to exit does, {options.model}",
+            PAIRED,
+            ("difference", "task", "rate", *_columns(options)),
+            effects,
+        ),
+        dataclasses.replace(
+            curves.sections(options, joint)[0],
+            name="learning_to_exit-curves",
+            title=f"Speed-accuracy curves of the learned rule, {options.model}",
+            note="As the curves of experiments.curves, between 11 thresholds over what was learned "
+            "with the joint loss. The paper's figure 7 is a mean over its tasks, and is not made "
+            "here.",
+        ),
+    ]
+
+
+def _columns(options: argparse.Namespace) -> tuple[str, ...]:
+    return (*(f"exit {e}" for e in settings(options)["exits"]), "area")
+
+
+def _scores(
+    options: argparse.Namespace,
+    records: Records,
+    found: Mapping[tuple[str, str, str], Record | None],
+) -> Section:
+    """Returns the scores, by (switch, task, method), beside the paper's."""
+    names = [c.name for c in cells(options)]
     learned = {key[1:] for key, record in found.items() if record and key[0] != "off"}
     rows = [
         [task, paper.NAMES[method], switch, rate(record), *texts(record)]
@@ -70,45 +106,20 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     for method, theirs in reported.items():
         known = [f"{v:.1f}" for v in theirs]
         rows.append(["paper, mean of 7 tasks", paper.NAMES[method], "joint", "", *known, ""])
-    effects: list[list[str]] = []
-    for method, switch in itertools.product(methods, ("joint", "detached")):
-        pairs = {task: (found[switch, task, method], found["off", task, method]) for task in tasks}
-        effects += differences(f"{paper.NAMES[method]}: {switch} - off", pairs, exits_and_area)
-    joint = {f"{t}-{m}": record for (s, t, m), record in found.items() if record and s == "joint"}
-    drawn = curves.sections(options, joint)[0]
-    return [
-        Section(
-            "learning_to_exit",
-            f"Learning to exit, {options.model}",
-            "Per cent, mean and 95% interval over seeds; validation rows. Area: mean score under "
-            "the exact curve of the learned rule, where off of confidence, over the costs that the "
-            f"method can spend. {DIVERGED}{f' {paper.LEFT_OUT}' * bool(reported)}"
-            f"{missing_note(names, records)}",
-            ("task", "method", "switch", "rate", *head),
-            rows,
-        ),
-        Section(
-            "learning_to_exit-effects",
-            f"What learning to exit does, {options.model}",
-            PAIRED,
-            ("difference", "task", "rate", *head),
-            effects,
-        ),
-        dataclasses.replace(
-            drawn,
-            name="learning_to_exit-curves",
-            title=f"Speed-accuracy curves of the learned rule, {options.model}",
-            note="As the curves of experiments.curves, between 11 thresholds over what was learned "
-            "with the joint loss. The paper's figure 7 is a mean over its tasks, and is not made "
-            "here.",
-        ),
-    ]
+    return Section(
+        "learning_to_exit",
+        f"Learning to exit, {options.model}",
+        "Per cent, mean and 95% interval over seeds; validation rows. Area: mean score under "
+        "the exact curve of the learned rule, where off of confidence, over the costs that the "
+        f"method can spend. {DIVERGED}{f' {paper.LEFT_OUT}' * bool(reported)}"
+        f"{missing_note(names, records)}",
+        ("task", "method", "switch", "rate", *_columns(options)),
+        rows,
+    )
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return main(__doc__, cells, renderer("learning_to_exit", sections), argv)
-
+SCRIPT = Script("learning_to_exit", __doc__, cells, sections)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

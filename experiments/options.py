@@ -1,8 +1,7 @@
-"""The options that the scripts share, and the cells that they stand for."""
+"""Options that the scripts share, and the cells that they select."""
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,16 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"checkpoint": "microsoft/deberta-large", "exits": (1, 6, 12, 24), "batch_size": 8},
 }
 SEEDS = (0, 1, 2)
+_SHARED = ("train_size", "max_length", "preset", "checkpoint", "exits")
 _MINILM = (
     "MiniLM is sentence-transformers' all-MiniLM-L6-v2, trained contrastively on a billion pairs "
     "of sentences, among them MNLI and SNLI (AllNLI) and QQP"
 )
 
 
-def parser(doc: str | None) -> ArgumentParser:
-    """The options that all scripts of the grid share; what is wrong with them is a UserError."""
-    made = ArgumentParser(f"experiments.{Path(sys.argv[0]).stem}", doc or "")
+def parser(doc: str | None = None, script: str = "grid") -> ArgumentParser:
+    """Returns a parser of the options that all scripts share; it raises UserError."""
+    made = ArgumentParser(f"experiments.{script}", doc or "")
     add = made.add_argument
     add("--model", default="minilm-l6", choices=MODELS)
     add("--tasks", default="sst2,mrpc,cola,rte", help="of GLUE; default: %(default)s")
@@ -63,7 +63,8 @@ def parser(doc: str | None) -> ArgumentParser:
     add(
         "--workdir",
         type=Path,
-        help="of unfinished runs; default: runs/experiments/ and the name of --output",
+        help="of unfinished runs and of full outputs; default: runs/experiments/ and the name of "
+        "--output",
     )
     add("--retry", action="store_true", help="run failed cells again")
     add("--render_only", action="store_true", help="run nothing, use the cells that are done")
@@ -73,7 +74,7 @@ def parser(doc: str | None) -> ArgumentParser:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Config values of the model named in the options, with what they override."""
+    """Returns config values of the model named in the options, with what they override."""
     values = dict(MODELS[options.model]) | {"seeds": SEEDS}
     for key in ("checkpoint", "preset", "data_dir", "train_size", "max_length"):
         if getattr(options, key) is not None:
@@ -93,7 +94,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cell(options: argparse.Namespace, task: str, method: str, **changed: Any) -> Cell:
-    """The cell of a task and method under the options, with `changed` config values.
+    """Returns the cell of a task and method under the options, with `changed` config values.
 
     The changes are in its name, so that scripts that want the same cell share it.
     """
@@ -103,7 +104,7 @@ def cell(options: argparse.Namespace, task: str, method: str, **changed: Any) ->
 
 
 def method_cells(options: argparse.Namespace) -> list[Cell]:
-    """The grid of the paper: every task with every method."""
+    """Returns the grid of the paper: every task with every method."""
     return [
         cell(options, task, method)
         for task in chosen_tasks(options)
@@ -112,12 +113,12 @@ def method_cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def chosen_tasks(options: argparse.Namespace) -> tuple[str, ...]:
-    """The tasks of the options. Raises UserError for one that is not GLUE's, or is there twice."""
+    """Returns the tasks of the options. Raises UserError for an unknown or repeated one."""
     return _chosen("task", options.tasks, GLUE)
 
 
 def chosen_methods(options: argparse.Namespace) -> tuple[str, ...]:
-    """The methods of the options. Raises UserError for one that there is not, or is there twice."""
+    """Returns the methods of the options. Raises UserError for an unknown or repeated one."""
     return _chosen("method", options.methods, METHODS)
 
 
@@ -130,20 +131,30 @@ def _chosen(what: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
+def shared_words(options: argparse.Namespace) -> list[str]:
+    """Returns the options that all cells of a study share, as words of a command line."""
+    return _words(options, ("learning_rates", "seeds", *_SHARED))
+
+
 def command(options: argparse.Namespace, script: str) -> str:
-    """The command that these options are of, without what depends on the machine."""
-    usual = vars(parser(None).parse_args([]))
-    said = ("tasks", "methods", "learning_rates", "seeds", "train_size", "max_length", "preset")
-    said += ("checkpoint", "exits", *sorted(set(vars(options)) - set(usual)))  # its own come last
-    values = {key: getattr(options, key) for key in said}
-    words = [f"--model={options.model}"]
-    words += [f"--{k}={v}" for k, v in values.items() if k not in usual or v != usual[k]]
-    words += [f"--set {text}" for text in options.set]
+    """Returns the command of these options, without what depends on the machine."""
+    own = sorted(set(vars(options)) - set(vars(parser().parse_args([]))))  # the script's come last
+    said = ("tasks", "methods", "learning_rates", "seeds", *_SHARED, *own)
+    words = _words(options, said)
     if options.output != default_output(options):
         here = Path.cwd()
         path = options.output.resolve()
         words.append(f"--output={path.relative_to(here) if path.is_relative_to(here) else path}")
     return f"python -m experiments.{script} {' '.join(words)}"
+
+
+def _words(options: argparse.Namespace, keys: Iterable[str]) -> list[str]:
+    """Returns the options of those keys that are not the default, after the model."""
+    usual = vars(parser().parse_args([]))
+    values = {key: getattr(options, key) for key in keys}
+    words = [f"--model={options.model}"]
+    words += [f"--{k}={v}" for k, v in values.items() if k not in usual or v != usual[k]]
+    return words + [f"--set={text}" for text in options.set]
 
 
 def encoder_note(checkpoint: str, max_length: int = _PAPER_LENGTH) -> str:
@@ -155,7 +166,7 @@ def encoder_note(checkpoint: str, max_length: int = _PAPER_LENGTH) -> str:
 
 
 def default_output(options: argparse.Namespace) -> Path:
-    """Where the results of the options' model stand."""
+    """Returns where the results of the options' model stand."""
     return Path("experiments/results") / options.model
 
 

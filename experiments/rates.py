@@ -11,23 +11,23 @@ minilm-l6 takes 1e-4 or 3e-4.
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
 from experiments import paper
 from experiments.comparison import Records
-from experiments.grid import main
 from experiments.options import chosen_tasks, method_cells, settings
-from experiments.rendering import Section, renderer
+from experiments.rendering import Section
+from experiments.runner import Script, main
 from sweet_jax.exits.outputs import layer_cost
 
 _ORDER = ("early_exit", "multi_model", "sweet")  # the paper's
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Chosen rates, the area of every rate, and the paper's choice for its own models."""
+    """Returns chosen rates, the area of every rate, and the paper's choice for its models."""
     theirs = dict(zip(paper.TASKS, paper.RATES.get(options.model, ()), strict=False))
     rows = []
     for task in chosen_tasks(options):
@@ -36,14 +36,14 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             if record is None:
                 continue
             by_rate: dict[float, list[float]] = {}
-            for r in record["replicas"]:
-                found = r["calibration_area"]
-                by_rate.setdefault(r["learning_rate"], []).append(
+            for r in record.runs:
+                found = r.calibration_area
+                by_rate.setdefault(r.learning_rate, []).append(
                     np.nan if found is None else 100 * found
                 )
             every = ", ".join(f"{rate:g}: {np.mean(a):.1f}" for rate, a in by_rate.items())
             known = [f"{theirs[task].split()[place]}e-5"] if theirs else []
-            rows.append([task, paper.NAMES[method], f"{record['learning_rate']:g}", every, *known])
+            rows.append([task, paper.NAMES[method], f"{record.learning_rate:g}", every, *known])
     return [
         Section(
             "rates",
@@ -70,10 +70,8 @@ def _ranges(options: argparse.Namespace) -> str:
     return f"Costs of SWEET and Early-Exit: {one} of the full model's; of Multi-Model: {several}."
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    return main(__doc__, method_cells, renderer("rates", sections), argv)
-
+SCRIPT = Script("rates", __doc__, method_cells, sections)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

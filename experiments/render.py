@@ -1,96 +1,110 @@
-"""All tables and figures from the cells that are done, in one page.
+"""Renders all tables and figures of finished cells, of every study.
 
-  python -m experiments.render --model=minilm-l6
+  python -m experiments.render
+  python -m experiments.render --output=experiments/results/minilm-l6
 
-Trains and measures nothing: what a script would run is named as not done yet, and the tables of
-experiments.large_at_small_cost, experiments.pcee_control and experiments.conflict are what these
-left. Writes OUTPUT/index.html (open it in a browser), OUTPUT/README.md, OUTPUT/tables/*.md,
-OUTPUT/figures/*.png and *.svg. Cost: seconds. Expected: the tables and figures of every script.
+Trains and measures nothing, and needs no data sets: it reads what the scripts recorded as CSV files
+in experiments/results/STUDY, or in each --output. Writes STUDY/README.md and STUDY/figures/*.png,
+and, of all studies, the tables that README.md, experiments/results/README.md and docs/**/*.md mark
+(experiments.summary).
+Cost: seconds. Expected: the tables and figures of every script; what is not done yet is named.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from experiments import (
     ablation,
     conflict,
     curves,
-    grid,
     individual,
     isolation,
+    large_at_small_cost,
     learning_to_exit,
+    pcee_control,
     rates,
+    recipe,
     sizes,
+    summary,
 )
-from experiments.cells import Cell
-from experiments.options import method_cells
-from experiments.rendering import (
-    Section,
-    kept_sections,
-    markdown,
-    signed,
-    write_page,
-    write_sections,
-)
+from experiments.options import parser
+from experiments.records import read_study
+from experiments.rendering import Section, markdown, signed, write_figures
+from experiments.runner import Options, Script, load, with_finished_tasks
+from sweet_jax.arguments import ArgumentParser
 from sweet_jax.config import UserError
 from sweet_jax.files import write_text
 
-# What each script renders and which cells it wants, in the order of the page.
-SCRIPTS = (
-    (individual, method_cells),
-    (rates, method_cells),
-    (curves, method_cells),
-    (sizes, sizes.cells),
-    (ablation, ablation.cells),
-    (isolation, isolation.cells),
-    (learning_to_exit, learning_to_exit.cells),
+RESULTS = Path("experiments/results")
+# In the order of the page.
+SCRIPTS: tuple[Script, ...] = (
+    individual.SCRIPT,
+    rates.SCRIPT,
+    curves.SCRIPT,
+    sizes.SCRIPT,
+    ablation.SCRIPT,
+    isolation.SCRIPT,
+    learning_to_exit.SCRIPT,
+    large_at_small_cost.SCRIPT,
+    pcee_control.SCRIPT,
 )
-# Scripts that measure for minutes.
-KEPT = ("large_at_small_cost", "pcee_control")
 
 
-def cells(options: argparse.Namespace) -> list[Cell]:
-    """The cells that any script wants, once each."""
-    return list({c.name: c for _, cells_of in SCRIPTS for c in cells_of(options)}.values())
-
-
-def render(options: argparse.Namespace, records: dict[str, dict[str, Any]]) -> None:
-    """Writes everything; a section without a row is left out.
-
-    Raises UserError where there is no such output.
-    """
-    if not options.output.is_dir():
-        raise UserError(f"--output {str(options.output)!r} does not exist: run a script first")
+def render(output: Path) -> None:
+    """Writes the README and the figures of one study; a section without a row is left out."""
+    options = study_options(output)
     sections: list[Section] = []
-    for script, cells_of in SCRIPTS:
-        name = script.__name__.rpartition(".")[2]
-        wanted = {c.name: records[c.name] for c in cells_of(options) if c.name in records}
-        found = [s for s in script.sections(options, records) if s.rows]
-        if found:
-            own = argparse.Namespace(**vars(options))
-            if script is not sizes:
-                del own.sizes
-            found = signed(found, own, name, wanted)
-            write_sections(options.output, name, found)
-            sections += found
-    sections += [s for name in KEPT for s in kept_sections(options.output, name) if s.rows]
-    if found := conflict.sections(options.output / "conflict"):
-        write_sections(options.output, "conflict", found)
-        sections += found
+    for script in SCRIPTS:
+        own = argparse.Namespace(**vars(options))
+        if script is sizes.SCRIPT:
+            own.sizes = sizes.recorded(read_study(output)[0])
+        records = load(output, script.cells(own))
+        found = [s for s in script.sections(own, records) if s.rows]
+        sections += signed(found, own, script.name, records)
+    sections += conflict.sections(output)
+    write_figures(output, sections)
     title = f"sweet_jax: experiments with {options.model}"
-    write_page(options.output, title, sections)
     text = "\n".join([f"# {title}", "", *(markdown(s) for s in sections)])
-    write_text(options.output / "README.md", text)
-    print(f"page: {options.output / 'index.html'}")
+    write_text(output / "README.md", text)
+
+
+def study_options(output: Path) -> Options:
+    """Returns the options that a study's cells were made with, and the tasks it has cells of."""
+    records, words = read_study(output)
+    done = {record.config["task"] for record in records.values()}
+    options = parser().parse_args(words)
+    options.output = output
+    options.tasks = ",".join(task for task in options.tasks.split(",") if task in done)
+    return with_finished_tasks(options)
+
+
+def documents() -> list[Path]:
+    """Returns the Markdown files that may mark tables of `experiments.summary`."""
+    return [Path("README.md"), RESULTS / "README.md", *sorted(Path("docs").rglob("*.md"))]
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    extra = {"--sizes": {"default": sizes.SIZES, "help": "see experiments.sizes"}}
-    arguments = [*(sys.argv[1:] if argv is None else argv), "--render_only"]
-    return grid.main(__doc__, cells, render, arguments, extra)
+    """Renders; returns the exit status: 0, or 2 where the input is wrong."""
+    made = ArgumentParser("experiments.render", __doc__ or "")
+    made.add_argument("--output", type=Path, action="append", help="default: all that are here")
+    try:
+        given = made.parse_args(argv).output
+        outputs = given or sorted(path.parent for path in RESULTS.glob("*/study.json"))
+        for output in outputs:
+            if not output.is_dir():
+                raise UserError(f"--output {str(output)!r} does not exist: run a script first")
+            render(output)
+            print(output / "README.md")
+        if not given:
+            for path in summary.update(documents(), RESULTS):
+                print(path)
+            return recipe.main(["--render_only"]) if (RESULTS / "recipe").is_dir() else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ with 3,000 rows and behind by 2.6 ± 2.4 with 6,000; with 500 and 1,500 it is no
 """
 
 import argparse
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
-from experiments import grid, paper
+from experiments import paper
 from experiments.cells import Cell
 from experiments.comparison import (
     Record,
@@ -33,7 +33,8 @@ from experiments.comparison import (
 )
 from experiments.curves import COLOURS
 from experiments.options import cell, chosen_methods, chosen_tasks, method_cells, settings
-from experiments.rendering import Section, legend, panels, renderer
+from experiments.rendering import Section, legend, panels
+from experiments.runner import Script, main
 from sweet_jax.config import Config, UserError, split_names
 from sweet_jax.exits.metrics import mean_interval
 
@@ -46,7 +47,7 @@ def _full(options: argparse.Namespace) -> int:
 
 
 def _sizes(options: argparse.Namespace) -> list[int]:
-    """Ascending, those below the full subset."""
+    """Returns the sizes below the full subset, ascending."""
     full = _full(options)
     try:
         return sorted({size for text in split_names(options.sizes) if (size := int(text)) < full})
@@ -54,8 +55,14 @@ def _sizes(options: argparse.Namespace) -> list[int]:
         raise UserError(f"--sizes must be whole numbers; got {options.sizes!r}") from error
 
 
+def recorded(records: Records) -> str:
+    """Returns the sizes that a study has cells of, as the option has them."""
+    found = {name.rpartition("-train_size-")[2] for name in records if "-train_size-" in name}
+    return ",".join(sorted(found, key=int)) or SIZES
+
+
 def cells(options: argparse.Namespace) -> list[Cell]:
-    """Every task and method with every size, and with the full subset."""
+    """Returns a cell for every task, method and size, the full subset among them."""
     methods = chosen_methods(options)
     return method_cells(options) + [
         cell(options, task, method, train_size=size)
@@ -66,7 +73,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Area against training rows, one panel a task, and the differences between methods."""
+    """Returns areas by training rows, one panel a task, and the differences between methods."""
     return [_areas(options, records), _differences(options, records)]
 
 
@@ -137,22 +144,25 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
 def _points(
     options: argparse.Namespace, records: Records, task: str, method: str
 ) -> dict[int, Record | None]:
-    """The cells of a task and method by training size, None where one is not done."""
+    """Returns the cells of a task and method by training size, None where one is not done."""
     points = {s: records.get(f"{task}-{method}-train_size-{s}") for s in _sizes(options)}
     return points | {_full(options): records.get(f"{task}-{method}")}
 
 
 def _rows(record: Record) -> int:
-    n = record["n"]
-    return int(n["train"] + (n["calibration"] if record["fitted_on"] == "held_out" else 0))
+    n = record.n
+    return n["train"] + (n["calibration"] if record.fitted_on == "held_out" else 0)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    said = "training rows, of which those below the full subset's are run; default: %(default)s"
-    extra = {"--sizes": {"default": SIZES, "help": said}}
-    return grid.main(__doc__, cells, renderer("sizes", sections), argv, extra)
-
+ARGUMENTS = {
+    "--sizes": {
+        "default": SIZES,
+        "help": "training rows, of which those below the full subset's are run; "
+        "default: %(default)s",
+    }
+}
+SCRIPT = Script("sizes", __doc__, cells, sections, arguments=ARGUMENTS)
+run = functools.partial(main, SCRIPT)
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -197,25 +197,13 @@ def test_job_runs_all_processes(learnable, capsys):
     assert "EXTRAPOLATED from 2 of 40 validation rows" in text
 
 
-@needs_torch
-def test_job_extrapolates_the_steps_that_were_left_out(monkeypatch, learnable):
+def test_job_extrapolates_the_steps_that_were_left_out():
     from experiments.benchmarks import job
 
     did = {"steps": 100, "steps_taken": 10, "later_step_seconds": 0.5, "release_seconds": 2.0}
-    commands = []
-
-    def clocked(command, **_):
-        commands.append(command)
-        return 10.0, f"a warning\n{json.dumps(did)}\n"
-
-    monkeypatch.setattr(job, "clocked", clocked)
-    options = job.make_parser().parse_args([f"--data_dir={learnable.data_dir}"])
-    options.checkpoint = str(learnable.checkpoint)
-    assert job.theirs(options, 5400, "max_length", 0.1, 4) == (10 - 2 + 90 * 0.5, did)
-    assert {"--rows=5400", "--max_length=256", "--share=0.1"} <= set(commands[0])
+    assert job.extrapolate(10.0, did) == 10 - 2 + 90 * 0.5
 
 
-@needs_torch
 def test_job_refuses_unequal_work():
     from experiments.benchmarks import job
 

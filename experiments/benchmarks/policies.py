@@ -9,25 +9,26 @@ draws and thresholds); its point must equal the exact curve's. Seconds on one co
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.exits.bounds import ORACLES, best_thresholds, oracle, single_exit_hull
-from sweet_jax.exits.calibration import fit_calibrators
+from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.policies import POLICIES, exit_confidences
 
 
 def random_outputs(rows: int, seed: int) -> ExitOutputs:
-    """Random logits, labels and learning-to-exit scores."""
+    """Returns random logits, labels and learning-to-exit scores."""
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(size=(4, rows, 3)), rng.integers(0, 3, rows)
     return ExitOutputs(logits, labels, [1, 2, 4, 6], exit_scores=rng.random((1, 4, rows)))
 
 
 def loop(outputs: ExitOutputs, scores: np.ndarray, threshold: float) -> tuple[float, float]:
-    """(cost, accuracy) of one threshold, example by example."""
+    """Returns (cost, accuracy) of one threshold, example by example."""
     exits, rows = scores.shape
     given, labels, cost = outputs.predictions[0], outputs.labels[0], outputs.cost
     spent, right = 0.0, 0
@@ -46,7 +47,14 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=40_000)
     parser.add_argument("--draws", type=int, default=1000)
     options = parser.parse_args()
-    outputs, fitted = random_outputs(options.examples, 0), fit_calibrators(random_outputs(1000, 1))
+    outputs = random_outputs(options.examples, 0)
+    time_policies(outputs, fit_calibrators(random_outputs(1000, 1)))
+    time_bootstrap(outputs, options.draws)
+    time_bounds(outputs)
+
+
+def time_policies(outputs: ExitOutputs, fitted: Sequence[Calibrator]) -> None:
+    """Prints the seconds of every policy's exact curve and of a loop, and their sums."""
     sums = np.zeros(2)
     for policy in POLICIES:
         began = time.perf_counter()
@@ -67,16 +75,24 @@ def main() -> None:
         )
         sums += (exact, plain)
     print(f"{'all policies':>26}: exact {sums[0]:.2f} s, loop {sums[1]:.0f} s")
+
+
+def time_bootstrap(outputs: ExitOutputs, draws: int) -> None:
+    """Prints the seconds of bootstrap bands and of a loop."""
     began = time.perf_counter()
-    bands = bootstrap_curve(outputs, draws=options.draws)
+    bands = bootstrap_curve(outputs, draws=draws)
     spent = time.perf_counter() - began
     began = time.perf_counter()
     loop(outputs, exit_confidences(outputs, "confidence")[0], float(bands.threshold[0, 0]))
-    plain = (time.perf_counter() - began) * options.draws * bands.threshold.shape[1]
+    plain = (time.perf_counter() - began) * draws * bands.threshold.shape[1]
     print(
-        f"{options.draws} bootstrap draws of a curve at {bands.threshold.shape[1]} thresholds: "
+        f"{draws} bootstrap draws of a curve at {bands.threshold.shape[1]} thresholds: "
         f"{spent:.2f} s, loop {plain:.0f} s, ratio {plain / spent:.0f}"
     )
+
+
+def time_bounds(outputs: ExitOutputs) -> None:
+    """Prints the seconds of the oracles and the floor, and of a threshold for each exit."""
     began = time.perf_counter()
     single_exit_hull(outputs, 0)
     for kind in ORACLES:

@@ -59,13 +59,13 @@ def settings_of(shape: Shape, size: Size) -> StepSettings:
 
 
 def initial(shape: Shape) -> State:
-    """A state on the host."""
+    """Returns a state on the host."""
     params = nnx.to_pure_dict(nnx.split(shape.model())[1])
     return jax.tree.map(np.asarray, init_state(params, RATE, 0))
 
 
 def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> Way:
-    """All devices take each step together, the rows spread over them."""
+    """Times steps that all devices take together, the rows spread over them."""
     mesh = make_mesh(1, size.batch, devices)
     host = initial(shape)
     state = reshard(host, jax.tree.map(lambda _: replica_sharding(mesh, 1), host))
@@ -85,7 +85,7 @@ def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> 
 
 
 def in_segments(shape: Shape, size: Size) -> Way:
-    """Each group of devices steps its own segments."""
+    """Times steps where each group of devices trains its own segments."""
     settings = settings_of(shape, size)
     groups = make_device_groups(shape.exits, 1, size.batch)
     parts = split_state(initial(shape), groups, shape.exits)
@@ -129,7 +129,7 @@ def in_segments(shape: Shape, size: Size) -> Way:
 
 
 def mebibytes(program: jax.stages.Compiled) -> float:
-    """What a program needs on each of its devices."""
+    """Returns what a program needs on each of its devices."""
     found = program.memory_analysis()
     size = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
     return (size - found.alias_size_in_bytes) / 2**20

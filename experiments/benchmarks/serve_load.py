@@ -49,7 +49,7 @@ class Tally:
 
 
 def expected(classifier: AdaptiveClassifier, texts: list[str]) -> list[Any]:
-    """What each dial says of every text."""
+    """Returns the predictions of every text at each target."""
     found = []
     for dial in DIALS:
         policy = dial.get("policy")
@@ -86,7 +86,7 @@ async def exchange(port: int, body: bytes, kind: str) -> tuple[int, bytes]:
 
 
 def right(answers: list[dict], wanted: Any, picked: list[int]) -> bool:
-    """Whether they are those of `picked` texts."""
+    """Returns whether they are those of the `picked` texts."""
     return len(answers) == len(picked) and all(
         answer["exit"] == wanted.exits[place]
         and answer["label"] == wanted.labels[place]
@@ -126,7 +126,7 @@ async def client(port: int, seed: int, texts: list[str], wanted: list[Any], tall
 
 
 def memory(process: subprocess.Popen) -> float:
-    """MiB of a process."""
+    """Returns the MiB of a process."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(next(x for x in status.splitlines() if x.startswith("VmRSS")).split()[1]) / 1024
 

@@ -55,7 +55,7 @@ class Shape(NamedTuple):
         remat: bool = False,
         pooling: str = "first",
     ) -> EarlyExit:
-        """Random parameters, float32; activations in `dtype`."""
+        """Returns a model with random parameters, float32; activations in `dtype`."""
         key = jax.random.key(seed)
         encoder = self.family.encoder(self.config, key, dtype)
         return EarlyExit(
@@ -103,7 +103,7 @@ class Size(NamedTuple):
 
 
 def size(text: str) -> Size:
-    """`16x128`, as an option is written. Raises ArgumentTypeError for anything else."""
+    """Parses `16x128`. Raises ArgumentTypeError for anything else."""
     batch, _, length = text.partition("x")
     if not (batch.isdecimal() and length.isdecimal() and int(batch) and int(length)):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 16x128: batch x length")
@@ -111,14 +111,14 @@ def size(text: str) -> Size:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a module's docstring as it stands."""
+    """Returns a parser whose help is a module's docstring as it stands."""
     return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def head_line(*packages: str) -> str:
-    """Machine, versions and date, the line that numbers are read under."""
+    """Returns the line that numbers are read under: machine, versions and date."""
     device = jax.devices()[0]
     where = device.device_kind if jax.default_backend() != "cpu" else f"{_processor()}, CPU"
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", *packages))
@@ -133,17 +133,17 @@ def _processor() -> str:
 
 
 def row(*cells: Any) -> str:
-    """One row of a Markdown table."""
+    """Returns one row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def table_head(*names: str) -> str:
-    """The first two lines of a Markdown table."""
+    """Returns the first two lines of a Markdown table."""
     return f"{row(*names)}\n{row(*('---' for _ in names))}"
 
 
 def random_rows(vocabulary: int, size: Size, replicas: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch without padding: arrays [R, B, L], labels [R, B]."""
+    """Returns a batch without padding: arrays [R, B, L], labels [R, B]."""
     rng = np.random.default_rng(seed)
     shape = (replicas, *size)
     return {
@@ -171,7 +171,7 @@ def training_steps(
     replicas: Sequence[tuple[int, float]] = ((0, RATE),),
     pooling: str = "first",
 ) -> Steps:
-    """Our step on one random batch, compiled; replicas are (seed, learning rate)."""
+    """Compiles our step on one random batch; replicas are (seed, learning rate)."""
     count = len(replicas)
     graphdef = nnx.split(nnx.eval_shape(lambda: shape.model(0, dtype, pooling=pooling)))[0]
     run = Config(method=method, exits=shape.exits, batch_size=size.batch, epochs=1000, dtype=dtype)

@@ -17,7 +17,7 @@ from sweet_jax.exits.policies import exit_confidences
 
 
 def plain(outputs: ExitOutputs, scores: np.ndarray, threshold: float) -> tuple[float, float]:
-    """(cost, accuracy) of one threshold."""
+    """Returns (cost, accuracy) of one threshold."""
     leaves = scores[0] >= threshold  # [E, N]
     leaves[-1] = True
     taken = leaves.argmax(axis=0)  # [N]

@@ -35,12 +35,12 @@ RATES = (1e-5, 2e-5, 3e-5, 4e-5, 5e-5)  # the SWEET paper's, appendix A
 
 
 def replicas(count: int) -> list[tuple[int, float]]:
-    """`count` pairs of seed and learning rate, every rate for a seed before the next seed."""
+    """Returns `count` pairs of seed and rate, every rate for a seed before the next seed."""
     return [(i // len(RATES), RATES[i % len(RATES)]) for i in range(count)]
 
 
 def timed(sides: list[Steps], rounds: int, steps: int) -> list[float]:
-    """Median seconds of a step of each side, the sides taking turns."""
+    """Returns the median seconds of a step of each side, the sides taking turns."""
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
         for side, seconds in zip(sides, times, strict=True):

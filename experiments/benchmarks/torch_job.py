@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 
 
 def read(path: Path, tokenizer: Any, length: int, pick: np.ndarray | None = None) -> Rows:
-    """The rows of a file, or those picked."""
+    """Reads the rows of a file, or those picked."""
     table = pyarrow.parquet.read_table(path)
     table = table if pick is None else table.take(pick)
     ids = tokenizer(table["sentence"].to_pylist(), truncation=True, max_length=length)["input_ids"]
@@ -50,7 +50,7 @@ def read(path: Path, tokenizer: Any, length: int, pick: np.ndarray | None = None
 def batches(
     rows: Rows, order: np.ndarray, size: int, length: int | None, pad_id: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(ids, mask, labels) of `size` rows at a time, the last ones fewer, on the device.
+    """Yields (ids, mask, labels) of `size` rows, the last ones fewer, on the device.
 
     Padded to `length`, None for the longest of them.
     """
@@ -68,7 +68,7 @@ def batches(
 def train(
     model: ExitsInTorch, rows: Rows, options: argparse.Namespace, length: int | None, pad_id: int
 ) -> dict[str, Any]:
-    """Trains; says how many steps there are and were, their losses and seconds."""
+    """Trains; returns how many steps there are and were, their losses and seconds."""
     steps = -(-len(rows.ids) // options.batch) * options.epochs
     stop = min(steps, max(2, round(options.share * steps)))
     owned = model.owned()
@@ -102,7 +102,7 @@ def train(
 
 @torch.inference_mode()
 def scores(model: ExitsInTorch, rows: Rows, length: int | None, pad_id: int) -> list[float]:
-    """Accuracy of every exit, in one batched pass."""
+    """Returns the accuracy of every exit, in one batched pass."""
     order = np.argsort([len(text) for text in rows.ids], kind="stable")
     right = torch.zeros(len(model.exits), dtype=torch.int64)
     model.eval()

@@ -56,7 +56,7 @@ class ExitsInTorch(torch.nn.Module):
     def embed(
         self, ids: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(hidden state [B, L, H], the mask that a layer takes) of int64 and bool [B, L]."""
+        """Returns (hidden state [B, L, H], the mask that a layer takes) from two [B, L]."""
         if self.relative:
             mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
             return self.encoder.embeddings(ids, mask=mask), mask[:, None, None, :]
@@ -65,7 +65,7 @@ class ExitsInTorch(torch.nn.Module):
     def layer(
         self, number: int, h: torch.Tensor, mask: torch.Tensor | None, table: torch.Tensor | None
     ) -> torch.Tensor:
-        """Hidden state [B, L, H] after layer `number`, from 1."""
+        """Returns the hidden state [B, L, H] after layer `number`, from 1."""
         layer, more = self.encoder.encoder.layer[number - 1], {}
         if self.relative:
             place = torch.arange(h.shape[1], device=h.device)
@@ -86,8 +86,9 @@ class ExitsInTorch(torch.nn.Module):
         return answers
 
     def owned(self) -> list[list[torch.nn.Parameter]]:
-        """The parameters of each exit: its head, the layers after the exit before; the embeddings
-        (and the table) are the first's.
+        """Returns the parameters of each exit: its head, and the layers after the exit before.
+
+        The embeddings (and the table) are the first's.
         """
         layers, starts = self.encoder.encoder.layer, (0, *self.exits[:-1])
         found = [
@@ -101,13 +102,13 @@ class ExitsInTorch(torch.nn.Module):
 
 
 def make_optimizer(owned: Sequence[Sequence[torch.nn.Parameter]], rate: float) -> torch.optim.AdamW:
-    """AdamW in its fused form, the fastest there is, without weight decay."""
+    """Returns AdamW in its fused form, the fastest there is, without weight decay."""
     parameters = [p for group in owned for p in group]
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
 
 
 def summed_loss(answers: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-    """The sum over exits of mean cross-entropy."""
+    """Returns the sum over exits of mean cross-entropy."""
     each = [torch.nn.functional.cross_entropy(logits, labels) for logits in answers]
     return torch.stack(each).sum()
 
@@ -117,7 +118,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     loss: torch.Tensor,
 ) -> None:
-    """The rest of a step: gradients, clipped to norm 1 for each owner, and AdamW."""
+    """Updates parameters: gradients, clipped to norm 1 for each owner, and AdamW."""
     optimizer.zero_grad()
     loss.backward()
     for group in owned:
@@ -126,7 +127,7 @@ def update(
 
 
 def device() -> str:
-    """Where torch computes: a GPU where it finds one."""
+    """Returns where torch computes: a GPU where it finds one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -23,6 +23,7 @@ of each is compared. 2 cores need about 10 minutes for the first line, a GPU abo
 second.
 """
 
+import argparse
 import dataclasses
 import functools
 import logging
@@ -56,7 +57,7 @@ SIDES = ("sweet_jax", "torch", "torch.compile")
 
 
 def torch_exits(shape: Shape, method: str, dtype: str = "float32") -> ExitsInTorch:
-    """The shape's model in torch, on its device, in training mode; of DeBERTa's all in `dtype`."""
+    """Returns the shape's model in torch, in training mode; of DeBERTa's all in `dtype`."""
     values = dataclasses.asdict(shape.config)
     if isinstance(shape.config, DebertaConfig):
         del values["embedding_size"]  # 0 is our word for the hidden size
@@ -97,13 +98,12 @@ def torch_steps(shape: Shape, method: str, at: Size, dtype: str) -> list[Callabl
     return [functools.partial(take, loss), functools.partial(take, compiled)]
 
 
-def compare(
-    shape: Shape, method: str, at: Size, dtype: str, rounds: int, steps: int, *, compiled: bool
-) -> dict[str, float]:
-    """Median seconds of a step of each side that runs, the sides taking turns."""
-    ours = training_steps(shape, method, at, dtype).take
-    found = dict(zip(SIDES, [ours, *torch_steps(shape, method, at, dtype)], strict=True))
-    if not compiled:
+def compare(shape: Shape, method: str, at: Size, options: argparse.Namespace) -> dict[str, float]:
+    """Returns the median seconds of a step of each side that runs, the sides taking turns."""
+    ours = training_steps(shape, method, at, options.dtype).take
+    theirs = torch_steps(shape, method, at, options.dtype)
+    found = dict(zip(SIDES, [ours, *theirs], strict=True))
+    if options.no_compile:
         del found["torch.compile"]
     for name, take in list(found.items()):
         try:
@@ -115,10 +115,10 @@ def compare(
             print(f"torch.compile is not available: {type(error).__name__}: {one_line(error)}")
             del found[name]
     times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for name, take in found.items():
             take()  # the first after another side's is not counted
-            for _ in range(steps):
+            for _ in range(options.steps):
                 began = time.perf_counter()
                 take()
                 times[name].append(time.perf_counter() - began)
@@ -146,15 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in chosen.shape or ["minilm"]:
         for at in chosen.size or [Size(16, 128)]:
             for method in chosen.method or ("sweet", "early_exit"):
-                seconds = compare(
-                    SHAPES[name],
-                    method,
-                    at,
-                    chosen.dtype,
-                    chosen.rounds,
-                    chosen.steps,
-                    compiled=not chosen.no_compile,
-                )
+                seconds = compare(SHAPES[name], method, at, chosen)
                 speeds = [f"{at.batch / seconds[s]:.2f}" if s in seconds else "" for s in SIDES]
                 ratios = [
                     f"{seconds[s] / seconds['sweet_jax']:.2f}" if s in seconds else ""

@@ -1,0 +1,83 @@
+"""Runs one cell in a worker of a Ray cluster, for experiments.cluster."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.cells import Cell, is_finished, run_cell
+from sweet_jax.config import UserError
+from sweet_jax.distributed import PreemptedError
+from sweet_jax.files import lock_directory
+
+_LEASE = 120.0  # seconds that network storage may keep the lock of a node that is gone
+
+
+def run_task(one: Cell, kind: str, folder: Path, workdir: Path) -> Iterator[tuple[str, Any]]:
+    """Runs a cell in a worker; yields where it runs, and how it ended."""
+    signal.signal(signal.SIGTERM, _raise_stopped)
+    # What Ray's cancel sends becomes what training answers by saving its state.
+    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+    yield "started", f"{socket.gethostname()}, process {os.getpid()}"
+    try:
+        _check_node(kind, folder, workdir)
+        # The files of a cell are its task's alone, from the first look at its outputs on: a task of
+        # a driver that was killed may not have ended yet.
+        with _held_soon(workdir / ".cells" / one.name):
+            if is_finished(workdir, one.name):
+                shutil.rmtree(workdir / one.name, ignore_errors=True)
+                state = {"state": "done"}
+            else:
+                state = run_cell(one, workdir)
+    except UserError as error:
+        state = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+    yield "ended", state
+
+
+def _check_node(kind: str, folder: Path, workdir: Path) -> None:
+    """Changes to the driver's folder. Raises UserError if this node cannot run the cell."""
+    import jax
+
+    host = socket.gethostname()
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{host} has no {str(folder)!r}, where the command runs: nodes must share storage"
+        ) from error
+    if not (workdir / "manifest.json").exists():
+        raise UserError(
+            f"{host} does not see {str(workdir / 'manifest.json')!r}: give a --workdir on storage "
+            "that all nodes share"
+        )
+    found = jax.default_backend()
+    if found != kind:
+        raise UserError(
+            f"the cell was given a {kind.upper()} of {host}, but jax computes on its {found} "
+            "there: install jax for it, and look at JAX_PLATFORMS"
+        )
+
+
+@contextlib.contextmanager
+def _held_soon(folder: Path) -> Iterator[None]:
+    """Locks a directory as `lock_directory` does, but waits for an owner that may be gone."""
+    deadline = time.monotonic() + _LEASE
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock_directory(folder))
+                break
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        yield
+
+
+def _raise_stopped(*_: Any) -> None:
+    raise PreemptedError("stopped by SIGTERM")

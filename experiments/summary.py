@@ -1,0 +1,263 @@
+"""Tables that the README and the documentation quote, made of the records of several studies.
+
+A Markdown file marks where such a table stands:
+
+  <!-- table: sst2-2000 -->
+  ...
+  <!-- /table -->
+
+and `python -m experiments.render` writes what lies between. Per cent, mean and 95% interval over
+seeds; differences paired by seed, in bold where the interval leaves out zero.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments import isolation, paper, pcee_control, sizes
+from experiments.comparison import (
+    Record,
+    areas,
+    exit_scores,
+    exits_and_area,
+    interval,
+    paired,
+    scores_at,
+    texts,
+)
+from experiments.options import cell, parser
+from experiments.records import exact_costs, read_study
+from experiments.rendering import table_lines
+from sweet_jax.config import UserError
+from sweet_jax.files import write_text
+
+EXITS = (1, 2, 4, 6)
+COSTS = exact_costs(EXITS)
+_SMALL, _LARGE = "SST-2, 2,000 rows", "SST-2, 6,000 rows"
+_BOTH = "minilm-l6-6000-1e-4"  # the study of CoLA and MRPC
+_RELEASED = "-pooler-shared-clipping-global"
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+Of = Callable[[Record], np.ndarray]
+Table = tuple[Sequence[str], list[list[str]]]  # header, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row: a cell's scores; or of two cells the difference, of four that of the differences.
+
+    Attributes:
+      label: the first column.
+      study: folder of the cells.
+      cells: their names.
+
+    """
+
+    label: str
+    study: str
+    cells: tuple[str, ...]
+
+
+class Studies:
+    """The records of the studies in a folder, each read when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._read = functools.cache(lambda study: read_study(folder / study)[0])
+
+    def records(self, row: Row) -> list[Record]:
+        """Returns the records of a row's cells; none unless all are finished."""
+        found = self._read(row.study)
+        return [found[name] for name in row.cells] if set(row.cells) <= set(found) else []
+
+    def values(self, row: Row, of: Of) -> list[str]:
+        """Returns of(record) of a row's cell, or the difference of its cells, as text."""
+        records = self.records(row)
+        if len(records) == 1:
+            return texts(records[0], of)
+        return [interval(gap, sign=True) for gap in paired(records, of).T]
+
+    def lines(self, rows: Iterable[Row], of: Of) -> list[list[str]]:
+        """Returns label and values of those of the rows whose cells are finished."""
+        return [[row.label, *self.values(row, of)] for row in rows if self.records(row)]
+
+
+def methods(studies: Studies, study: str) -> list[list[str]]:
+    """Returns SST-2's exits by method, and the differences between methods."""
+    alone = [Row(title, study, (f"sst2-{m}",)) for m, title in paper.NAMES.items()]
+    return studies.lines([*alone, *_pairs(study)], exit_scores)
+
+
+def _pairs(study: str) -> list[Row]:
+    return [
+        Row(f"{paper.NAMES[one]} - {paper.NAMES[other]}", study, (f"sst2-{one}", f"sst2-{other}"))
+        for one, other in paper.PAIRS
+    ]
+
+
+def _exits(*more: str) -> list[str]:
+    return [*(f"exit {e}" for e in EXITS), *more]
+
+
+def both_sizes(studies: Studies) -> Table:
+    """Returns SST-2's exits with 2,000 and 6,000 rows side by side."""
+    columns = [methods(studies, study) for study in ("minilm-l6", "minilm-l6-6000")]
+    header = ["SST-2", *(f"{e}, {n}" for n in ("2,000", "6,000") for e in _exits())]
+    return header, [[*small, *large[1:]] for small, large in zip(*columns, strict=True)]
+
+
+def cost_table(studies: Studies, study: str, title: str) -> Table:
+    """Returns SST-2's differences between methods at the same cost, of the exact curves."""
+    rows = studies.lines(_pairs(study), functools.partial(scores_at, COSTS))
+    return [title, *(f"cost {c:.2g}" for c in COSTS)], rows
+
+
+def table(studies: Studies, title: str, rows: Iterable[Row]) -> Table:
+    """Returns the exits and the area of any rows."""
+    return [title, *_exits("area")], studies.lines(rows, exits_and_area)
+
+
+def cola_mrpc() -> Iterable[Row]:
+    """Yields Early-Exit, SWEET and their difference on both tasks."""
+    for task, name in (("cola", "CoLA"), ("mrpc", "MRPC")):
+        for method in ("early_exit", "sweet"):
+            yield Row(f"{name}, {paper.NAMES[method]}", _BOTH, (f"{task}-{method}",))
+        yield Row(f"{name}, SWEET - Early-Exit", _BOTH, (f"{task}-sweet", f"{task}-early_exit"))
+
+
+def ablation_rows(study: str, task: str, prefix: str = "") -> Iterable[Row]:
+    """Yields the combinations of pooler and clipping, and what the release adds."""
+    settings = {
+        "pooler and norm per exit": "",
+        "shared pooler": "-pooler-shared",
+        "one norm": "-clipping-global",
+        "both, as released": _RELEASED,
+    }
+    for method, title in (("early_exit", "Early-Exit"), ("sweet", "SWEET")):
+        for what, setting in settings.items():
+            yield Row(f"{prefix}{title}, {what}", study, (f"{task}-{method}{setting}",))
+    gap = (f"{task}-sweet", f"{task}-early_exit")
+    released = tuple(f"{name}{_RELEASED}" for name in gap)
+    yield Row(f"{prefix}SWEET - Early-Exit, as released", study, released)
+    yield Row(f"{prefix}SWEET - Early-Exit, per exit", study, gap)
+    yield Row(f"{prefix}what the release adds", study, released + gap)
+    yield Row(
+        f"{prefix}SWEET, what a shared pooler costs", study, (f"{gap[0]}-pooler-shared", gap[0])
+    )
+
+
+def isolation_table(studies: Studies, study: str, tasks: Mapping[str, str], title: str) -> Table:
+    """Returns every setting of isolation, and its area less that of either end.
+
+    tasks: what stands before a row's label, by task. A row names its learning rate where the first
+    row has another.
+    """
+    options, rates, lines = parser().parse_args([]), [], []
+    for (task, prefix), (label, method, changes) in itertools.product(
+        tasks.items(), isolation.SETTINGS
+    ):
+        name = cell(options, task, method, **changes).name
+        row = Row(f"{prefix}{label}", study, (name,))
+        for record in studies.records(row):
+            rates.append(record.learning_rate)
+            at = f" (at {rates[-1]:g})" if rates[-1] != rates[0] else ""
+            found = [row.label + at, *studies.values(row, exits_and_area)]
+            for end in (f"{task}-early_exit", f"{task}-sweet"):
+                gap = Row("", study, (name, end))
+                found += [""] if name == end else studies.values(gap, _one_area)
+            lines.append(found)
+    return [title, *_exits("area", "area - Early-Exit's", "area - SWEET's")], lines
+
+
+def _one_area(record: Record) -> np.ndarray:
+    return areas(record)[:, None]  # [S, 1]
+
+
+def size_exits(studies: Studies) -> Table:
+    """Returns SWEET - Early-Exit on SST-2, exit by exit, by training rows."""
+    rows = [
+        Row(
+            f"{size:,} rows",
+            "minilm-l6-6000",
+            (f"sst2-sweet-train_size-{size}", f"sst2-early_exit-train_size-{size}"),
+        )
+        for size in (500, 1500, 3000)
+    ]
+    return ["SWEET - Early-Exit", *_exits()], studies.lines(rows, exit_scores)
+
+
+def size_areas(studies: Studies) -> Table:
+    """Returns the areas by training rows, and the differences from Early-Exit's."""
+    output = studies.folder / "minilm-l6-6000"
+    records, words = read_study(output)
+    options = parser().parse_args([*words, "--tasks=sst2"])
+    options.sizes = sizes.recorded(records)
+    shown, gaps = sizes.sections(options, records)
+    rows = [[row[1], *row[2:]] for row in shown.rows]
+    rows += [[f"{row[0]}, {row[2]}", *row[3:]] for row in gaps.rows if row[0].startswith("SWEET")]
+    return ["area", *shown.header[2:]], rows
+
+
+def pcee_sst2(studies: Studies) -> Table:
+    """Returns the errors of control on SST-2 by rule and method, and SWEET's bias and cost."""
+    options = parser().parse_args([f"--output={studies.folder / 'minilm-l6'}"])
+    section = pcee_control.sections(options, {})[0]
+    columns = [f"{title}: error" for title in paper.NAMES.values()]
+    columns += ["SWEET: achieved - asked", "SWEET: cost"]
+    places = [section.header.index(column) for column in columns]
+    rows = [[row[1], *(row[i] for i in places)] for row in section.rows if row[0] == "sst2"]
+    return ["SST-2, points", *columns], rows
+
+
+TABLES: dict[str, Callable[[Studies], Table]] = {
+    "sst2": both_sizes,
+    "sst2-2000": lambda s: ([_SMALL, *_exits()], methods(s, "minilm-l6")),
+    "sst2-2000-costs": lambda s: cost_table(s, "minilm-l6", _SMALL),
+    "sst2-6000": lambda s: ([_LARGE, *_exits()], methods(s, "minilm-l6-6000")),
+    "sst2-6000-costs": lambda s: cost_table(s, "minilm-l6-6000", _LARGE),
+    "cola-mrpc": lambda s: table(s, "CoLA and MRPC, 1e-4", cola_mrpc()),
+    "sizes": size_areas,
+    "sizes-exits": size_exits,
+    "ablation-sst2-6000": lambda s: table(s, _LARGE, ablation_rows("minilm-l6-6000", "sst2")),
+    "ablation-cola-mrpc": lambda s: table(
+        s,
+        "CoLA and MRPC, 1e-4",
+        [*ablation_rows(_BOTH, "cola", "CoLA, "), *ablation_rows(_BOTH, "mrpc", "MRPC, ")],
+    ),
+    "isolation-sst2-2000": lambda s: isolation_table(s, "minilm-l6", {"sst2": ""}, _SMALL),
+    "isolation-sst2-6000": lambda s: isolation_table(s, "minilm-l6-6000", {"sst2": ""}, _LARGE),
+    "isolation-cola-mrpc": lambda s: isolation_table(
+        s, _BOTH, {"cola": "CoLA, ", "mrpc": "MRPC, "}, "CoLA and MRPC, 1e-4"
+    ),
+    "pcee-sst2": pcee_sst2,
+}
+
+
+def update(paths: Iterable[Path], folder: Path) -> list[Path]:
+    """Writes the tables that Markdown files mark, from the studies in `folder`.
+
+    Returns the files that mark any. Raises UserError for a table that there is not.
+    """
+    studies, found = Studies(folder), []
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        for name in _BLOCK.findall(text):
+            if name[1] not in TABLES:
+                raise UserError(
+                    f"{str(path)!r} marks a table {name[1]!r}; there are {', '.join(TABLES)}"
+                )
+        changed = _BLOCK.sub(lambda m: m[1] + _markdown(TABLES[m[2]](studies)) + m[3], text)
+        if changed != text:
+            write_text(path, changed)
+        if _BLOCK.search(text):
+            found.append(path)
+    return found
+
+
+def _markdown(made: Table) -> str:
+    return "".join(f"{line}\n" for line in table_lines(*made))
