@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import onnxruntime
+import pyarrow.parquet
 import torch
 import transformers
 from flax import nnx
