@@ -22,7 +22,7 @@ from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.head_fitting import fit_probe, refit_heads
-from sweet_jax.inference.artifact import TrainedModel, save_model
+from sweet_jax.inference.artifact import TrainedModel, describe_exits, save_model
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun, log_description, prepare
@@ -246,10 +246,8 @@ def _finish(
             workdir / "model",
             job.checkpoint,
             job.tokenizer,
-            config,
-            job.dataset,
-            analysis,
             best,
+            describe_exits(config, job.dataset, analysis, int(np.median(job.train.lengths))),
             card=model_card(
                 results,
                 model_type=job.checkpoint.model_type,
@@ -257,7 +255,6 @@ def _finish(
                 text_columns=job.dataset.task.text_columns,
                 max_length=config.max_length,
             ),
-            median_tokens=int(np.median(job.train.lengths)),
         )
     write_json(workdir / "results.json", results)  # last: it says that the run is whole
     for row in bad:

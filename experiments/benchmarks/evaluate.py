@@ -39,6 +39,7 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.network import load_networks
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.sharding import make_mesh, replica_sharding
 
@@ -70,7 +71,7 @@ def random_work(shape: str, rows: int) -> Work:
 def saved_work(name: str, data_dir: str, rows: int) -> Work:
     """A saved model (of one network) and the first validation rows of its task."""
     model = open_model(name)
-    path = Path(data_dir) / str(model.about["task"]) / "validation.parquet"
+    path = Path(data_dir) / model.task / "validation.parquet"
     table = read_table(path, model.text_columns)
     texts = list(zip(*(table[c].to_pylist()[:rows] for c in model.text_columns), strict=True))
     ids, kinds = encode(model.tokenizer, texts, LENGTH)
@@ -78,7 +79,7 @@ def saved_work(name: str, data_dir: str, rows: int) -> Work:
     labels = np.asarray(table["label"].to_pylist()[:rows], np.int32)
     pad = model.tokenizer.pad_token_id
     tokens = Tokens(np.concatenate(ids), np.concatenate(kinds), starts, labels, pad)
-    network = model.networks[-1]
+    network = load_networks(model)[-1]
     return Work(network.graphdef, network.params, network.exits, tokens)
 
 

@@ -158,15 +158,19 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def read_encoder(checkpoint: Checkpoint, depth: int | None = None) -> tuple[Any, Any]:
+def read_encoder(
+    checkpoint: Checkpoint,
+    depth: int | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> tuple[Any, Any]:
     """Pretrained encoder parameters up to layer `depth`, and the pooler's or None.
 
     Returns pure dicts of float32 arrays, the encoder's as `nnx.split(checkpoint.encoder(key))` has.
-    Raises UserError naming every missing, unexpected or misshapen tensor, or a damaged file.
+    `tensors` are the folder's, where they have been read already. Raises UserError naming every
+    missing, unexpected or misshapen tensor, or a damaged file.
     """
-    tensors = {
-        normalize_name(name): value for name, value in read_tensors(checkpoint.folder).items()
-    }
+    tensors = read_tensors(checkpoint.folder) if tensors is None else tensors
+    tensors = {normalize_name(name): value for name, value in tensors.items()}
     wanted = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: _random(checkpoint)))[1])
     paths = jax.tree_util.tree_leaves_with_path(wanted)
     names = {hugging_face_name(tuple(p.key for p in path)): leaf for path, leaf in paths}
