@@ -137,7 +137,7 @@ def test_a_second_engine_gives_the_predictions_of_its_one_pass(
     assert found.exits.tolist() == np.asarray(LAYERS)[exits].tolist()
     taken = logits[np.arange(len(texts)), exits]
     assert found.labels.tolist() == [model.classes[c] for c in taken.argmax(axis=1)]
-    temperatures = classifier.calibrator.temperatures[0, exits, None]
+    temperatures = classifier.calibrator.temperatures.reshape(-1, 1)[exits]  # [N, 1]
     wanted = softmax_with_temperature(taken, temperatures)
     np.testing.assert_allclose(found.probabilities, wanted, atol=1e-6)
     np.testing.assert_allclose(found.cost, model.cost[exits])
