@@ -3,10 +3,12 @@
   python -m sweet_jax.export --model=runs/x/model --output=exported --cost=0.5
 
 The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and TPU),
-parameters.npz, model.json, which says how the stages are chained, and run.py, which does that and
-needs jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
+parameters.npz, model.json, which describes the chain of stages, and run.py, which runs it and needs
+jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
 ".[export]"). A program's texts are token ids padded to --length. The policy must be confidence or
 raw_confidence. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+
+Shape letters: B batch, L length, H hidden, C classes.
 
 """
 
@@ -30,16 +32,18 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, run_command
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
 from sweet_jax.inference import run_exported
-from sweet_jax.inference.artifact import SavedModel, open_model
+from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.jax_engine import Stage, make_stages, run_stage, stage_parameters
+from sweet_jax.inference.engine import Stage
+from sweet_jax.inference.engine_jax import JaxEngine, load_engine, run_stage, stage_parameters
+from sweet_jax.inference.network import Network
 
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _POLICIES = ("confidence", "raw_confidence")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     return run_command(lambda: _run(_parse(argv)))
 
 
@@ -56,83 +60,100 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> None:
     model = open_model(options.model)
-    classifier = AdaptiveClassifier(model, options.policy, parse_targets(options))
+    engine = load_engine(model)
+    classifier = AdaptiveClassifier(model, options.policy, parse_targets(options), engine)
     length = model.max_length if options.length is None else options.length
     if not 1 <= length <= model.max_length:
         raise UserError(f"--length must be from 1 to {model.max_length}; got {length}")
-    export(classifier, Path(options.output), length)
+    export(classifier, engine, Path(options.output), length)
     print(f"exported: {options.output}")
 
 
-def export(classifier: AdaptiveClassifier, folder: Path, length: int) -> None:
+def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int) -> None:
     """Writes the folder, whole or not at all.
 
+    Args:
+      classifier: whose policy and threshold run.py follows.
+      engine: the classifier's.
+      folder: to make.
+      length: L of the programs.
+
     Raises UserError for a policy or threshold that run.py does not know, or a folder that exists.
+
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError('jax.export needs flatbuffers: pip install -e ".[export]"')
-    policy, model = classifier.policy, classifier.model
-    if policy not in _POLICIES:
-        raise UserError(
-            f"only the policies {', '.join(_POLICIES)} are exported; got {policy!r}: set --policy"
-        )
-    if not np.isfinite(classifier.threshold):
-        raise UserError("the full model alone has no exits to export: set a finite --threshold")
-    if folder.exists():
-        raise UserError(f"--output {str(folder)!r} exists: choose another, or remove it")
+    _check(classifier, folder)
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output {str(folder)!r}: {error.strerror}") from error
-    stages = make_stages(model.networks)
+    model, chain = classifier.model, []
     parameters: dict[str, Any] = {}
-    chain = []
-    for stage in stages:
-        own = stage_parameters(stage, model.networks[stage.network].params)
+    for stage in engine.stages():
+        network = engine.networks[stage.network]
+        own = stage_parameters(stage, network.params)
         names = {f"{stage.network}/{name}": value for name, value in own.items()}
         parameters |= names
         program = f"stage_{stage.end:02d}.bin"
-        (aside / program).write_bytes(_program(model, stage, list(own.values()), length))
+        serialized = serialize_stage(network, stage, list(own.values()), length)
+        (aside / program).write_bytes(serialized)
         values = {"layer": stage.end, "cost": float(model.cost[stage.exit]), "program": program}
-        fitted = classifier.fitted.temperatures[stage.exit]
-        temperature = float(fitted) if np.isfinite(fitted) else None  # None: never leaves there
-        of_score = temperature if policy == "confidence" else 1.0
-        values |= {"temperature": temperature, "score_temperature": of_score}
+        values |= _temperatures(classifier, stage)
         chain.append(values | {"embeds": stage.embeds, "parameters": list(names)})
     np.savez(aside / "parameters.npz", **parameters)
     about = {"format": 1, "classes": list(model.classes), "length": length}
-    about |= {"threshold": classifier.threshold, "pad_id": model.tokenizer.pad_token_id}
+    about |= {"threshold": classifier.threshold, "pad_id": engine.pad_id}
     write_json(aside / "model.json", about | {"stages": chain})
     shutil.copy(run_exported.__file__, aside / "run.py")
     aside.rename(folder)
 
 
-def _program(model: SavedModel, stage: Stage, params: list[Any], length: int) -> bytes:
-    """A stage of any batch size B.
+def _check(classifier: AdaptiveClassifier, folder: Path) -> None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError('jax.export needs flatbuffers: pip install -e ".[export]"')
+    if classifier.policy not in _POLICIES:
+        raise UserError(
+            f"only the policies {', '.join(_POLICIES)} are exported; got {classifier.policy!r}: "
+            "set --policy"
+        )
+    if not np.isfinite(classifier.threshold):
+        raise UserError("the full model alone has no exits to export: set a finite --threshold")
+    if folder.exists():
+        raise UserError(f"--output {str(folder)!r} exists: choose another, or remove it")
 
-    (parameters, input_ids, token_type_ids int32 [B, L], tokens int32 [B]) → (h [B, L, H], logits
+
+def _temperatures(classifier: AdaptiveClassifier, stage: Stage) -> dict[str, float | None]:
+    """Returns the temperatures of an exit's probabilities and of its confidence, for model.json."""
+    fitted = classifier.calibrator.temperatures[stage.exit]
+    temperature = float(fitted) if np.isfinite(fitted) else None  # None: no text exits there
+    confidence = temperature if classifier.policy == "confidence" else 1.0
+    return {"temperature": temperature, "score_temperature": confidence}
+
+
+def serialize_stage(network: Network, stage: Stage, params: list[Any], length: int) -> bytes:
+    """Serializes the program of a stage, for any batch size B.
+
+    (parameters, tokens int32 [B], input_ids, token_type_ids int32 [B, L]) → (h [B, L, H], logits
     [B, C]) where it embeds; h in place of the ids where it does not.
     """
-    network = model.networks[stage.network]
 
-    def run(params, tokens, *given):
+    def run(params, tokens, *inputs):
         batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
-        h = given[0]
+        h = inputs[0]
         if stage.embeds:
-            batch |= {"input_ids": given[0], "token_type_ids": given[1]}
+            batch |= {"input_ids": inputs[0], "token_type_ids": inputs[1]}
             h = None
-        h, answers = run_stage(network, stage, params, h, batch)
-        return h, answers[:, : len(model.classes)]
+        h, logits, _ = run_stage(network, stage, params, h, batch)
+        return h, logits
 
     (batch,) = jax.export.symbolic_shape("b")
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     state = jax.ShapeDtypeStruct((batch, length, network.hidden_size), "f4")
-    given = [ids, ids] if stage.embeds else [state]
+    inputs = [ids, ids] if stage.embeds else [state]
     specs = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in params]
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    exported = jax.export.export(jax.jit(run), platforms=_PLATFORMS)(specs, tokens, *given)
+    exported = jax.export.export(jax.jit(run), platforms=_PLATFORMS)(specs, tokens, *inputs)
     return bytes(exported.serialize())
 
 

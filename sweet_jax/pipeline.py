@@ -28,7 +28,7 @@ from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.head_fitting import fit_probe, refit_heads
-from sweet_jax.inference.artifact import TrainedModel, save_model
+from sweet_jax.inference.artifact import TrainedModel, describe_exits, save_model
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun, log_description, prepare
@@ -311,10 +311,8 @@ def _save_model(
         folder,
         job.checkpoint,
         job.tokenizer,
-        job.config,
-        job.dataset,
-        analysis,
         best,
+        describe_exits(job.config, job.dataset, analysis, int(np.median(job.train.lengths))),
         card=model_card(
             results,
             model_type=job.checkpoint.model_type,
@@ -322,5 +320,4 @@ def _save_model(
             text_columns=job.dataset.task.text_columns,
             max_length=job.config.max_length,
         ),
-        median_tokens=int(np.median(job.train.lengths)),
     )

@@ -6,16 +6,16 @@
 
 POST /predict   {"texts": [...]} and, if not the server's own, policy and one of cost, accuracy,
                 threshold, milliseconds, risk, agreement (with level) → {"answers": [{"label",
-                "probability", "exit", "cost"}, ...]}; with "detail": true also every exit on the
-                way. A pair of texts is a list of two.
-GET /healthz    200 while texts are answered
+                "probability", "exit", "cost"}, ...]}; with "detail": true also every exit that the
+                text reached. A pair of texts is a list of two.
+GET /healthz    200 while texts are classified
 GET /metrics    in Prometheus' text format
 GET /           a page to try texts on
 
-Refused are: what is malformed 400, a body or a text that is too large 413, a body that comes too
-slowly 408, more texts than may wait 503, what is not answered in time 504. SIGTERM: what was taken
-in is answered, then the server ends. Connections that say nothing are bounded in number, not in
-time: where others can reach it, put a proxy before it.
+Statuses: 400 malformed, 408 a body that arrives too slowly, 413 a body or a text that is too large,
+503 more texts than may wait, 504 not answered in time. On SIGTERM the server answers the requests
+it has accepted, and ends. Idle connections are limited in number, not in time: where others can
+reach the server, put a proxy in front of it.
 
 """
 
@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
+from sweet_jax.inference.classifier import AdaptiveClassifier
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command; returns its exit status."""
     return run_command(lambda: _run(_parse(argv)))
 
 
@@ -49,11 +50,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_target_arguments()
     limits = {
         "batch_size": (32, "texts computed at once, at most"),
-        "max_texts": (256, "of a request"),
-        "max_characters": (100_000, "of a text"),
-        "max_body": (1 << 20, "bytes of a request"),
-        "max_waiting": (2048, "texts waiting or under way"),
-        "max_connections": (1024, "open at once"),
+        "max_texts": (256, "texts of a request, at most"),
+        "max_characters": (100_000, "characters of a text, at most"),
+        "max_body": (1 << 20, "bytes of a request, at most"),
+        "max_waiting": (2048, "texts waiting or under way, at most"),
+        "max_connections": (1024, "connections open at once, at most"),
     }
     for name, (default, text) in limits.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
@@ -80,20 +81,16 @@ def _run(options: argparse.Namespace) -> None:
         from sweet_jax.server.app import Limits, make_app
     except ImportError as error:
         raise UserError(f'the server needs {error.name}: pip install -e ".[serve]"') from error
-    from sweet_jax.compilation_cache import enable_compilation_cache
-    from sweet_jax.inference.artifact import open_model
-    from sweet_jax.inference.classifier import AdaptiveClassifier
 
     with _bound(options.host, options.port) as listener:
-        enable_compilation_cache()
-        model = open_model(options.model)
-        classifier = AdaptiveClassifier(model, options.policy, parse_targets(options))
+        target = parse_targets(options)
+        classifier = AdaptiveClassifier.from_pretrained(
+            options.model,
+            policy=options.policy,
+            **target,  # type: ignore[arg-type]
+        )
         if options.warm_up:
-            print("compiling every program; the first time this takes minutes", flush=True)
-            # Of all exits, as the worker's: a request may have another dial than the server.
-            with tqdm(desc="compiling", unit=" programs", disable=None) as bar:
-                count = classifier.warm_up(options.batch_size, full=False, done=bar.update)
-            print(f"compiled {count} programs", flush=True)
+            _warm_up(classifier, options.batch_size)
         limits = Limits(
             options.max_texts,
             options.max_characters,
@@ -112,14 +109,22 @@ def _run(options: argparse.Namespace) -> None:
         _listen(listener)  # from here on a request waits, and is not refused
         host, port = listener.getsockname()[:2]
         print(f"serving {options.model} at http://{host}:{port}", flush=True)
-        # uvicorn answers what it took in, and then raises the signal again: by then all is done.
+        # uvicorn answers what it has accepted, and then raises the signal again: all is done then.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         uvicorn.Server(settings).run(sockets=[listener])
 
 
+def _warm_up(classifier: AdaptiveClassifier, batch_size: int) -> None:
+    print("compiling every program; the first time this takes minutes", flush=True)
+    # With all exits, as the worker: a request may have another target than the server.
+    with tqdm(desc="compiling", unit=" programs", disable=None) as bar:
+        count = classifier.warm_up(batch_size, full=False, done=bar.update)
+    print(f"compiled {count} programs", flush=True)
+
+
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket bound before anything is loaded."""
+    """Returns a socket bound to the address, before anything is loaded."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family)
@@ -131,7 +136,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _listen(listener: socket.socket) -> None:
-    """Takes connections. Another process may have bound the address too while both were loading."""
+    """Listens. Another process may have bound the address too, while both were loading."""
     try:
         listener.listen(1024)
     except OSError as error:

@@ -16,9 +16,9 @@ from sweet_jax import AdaptiveClassifier, export, predict
 from sweet_jax.config import UserError
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.policies import exit_confidences
-from sweet_jax.inference.artifact import Network
-from sweet_jax.inference.jax_engine import make_stages, stage_parameters
+from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
 from sweet_jax.inference.latency import read_latency
+from sweet_jax.inference.network import Network
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
 
@@ -52,7 +52,7 @@ def test_answers_are_those_of_evaluation_and_simulation(sweet, data):
 
 
 @pytest.mark.parametrize(
-    "dial",
+    "target",
     [
         {"cost": 0.6},
         {"accuracy": 0.8},
@@ -60,11 +60,11 @@ def test_answers_are_those_of_evaluation_and_simulation(sweet, data):
         {"risk": 0.4, "level": 0.6},
         {"agreement": 0.6, "level": 0.6},
     ],
-    ids=lambda dial: next(iter(dial)),
+    ids=lambda target: next(iter(target)),
 )
-def test_dials(sweet, dial):
-    classifier = sweet.classifier.at("confidence", **dial)
-    wanted, _ = sweet.classifier.model.resolver.threshold("confidence", **dial)
+def test_targets(sweet, target):
+    classifier = sweet.classifier.at("confidence", **target)
+    wanted, _ = sweet.classifier.model.resolver.threshold("confidence", **target)
     assert classifier.threshold == wanted
     assert_same(sweet, classifier, np.arange(len(sweet.texts)), 3, "throughput")
 
@@ -72,7 +72,7 @@ def test_dials(sweet, dial):
 def test_the_full_model_alone(sweet):
     classifier = sweet.classifier.at(threshold=float("inf"))
     assert_same(sweet, classifier, np.arange(len(sweet.texts)), 3, "latency")
-    assert len(classifier.flow(8).stages) == 1
+    assert len(classifier.make_scheduler(8).stages) == 1
 
 
 def test_the_deepest_of_multi_model_alone_costs_one(multi_model):
@@ -95,12 +95,12 @@ def test_streams_of_one_classifier_do_not_disturb_each_other(sweet):
 
 
 def answered(classifier, texts, batch_size):
-    flow = classifier.flow(batch_size)
-    rows = classifier.encode(texts, alike=True)
-    for row in rows:
-        flow.admit(row)
-    flow.finish()
-    return rows
+    scheduler = classifier.make_scheduler(batch_size)
+    requests = classifier.encode(texts, same_length=True)
+    for request in requests:
+        scheduler.admit(request)
+    scheduler.drain()
+    return requests
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,11 @@ def test_every_kind_of_encoder(kind, pooling, sweet, tmp_path):
         sweet.classifier.model,
         tokenizer=load_tokenizer(checkpoint),
         layers=exits,
-        networks=(Network(exits, graphdef, params, pooling),),
     )
-    classifier = AdaptiveClassifier(model, "raw_confidence", {"threshold": 2.0})
-    assert [stage.whole for stage in classifier.flow(3).stages] == [True, True, False]
+    network = Network(exits, graphdef, params, pooling)
+    engine = JaxEngine([network], model.tokenizer.pad_token_id)
+    classifier = AdaptiveClassifier(model, "raw_confidence", {"threshold": 2.0}, engine)
+    assert [stage.whole for stage in classifier.make_scheduler(3).stages] == [True, True, False]
     texts = ["word1 word2", "word3", " ".join(WORDS[:9])]
     rows = answered(classifier, texts, 3)
     sizes = np.asarray([len(row.input_ids) for row in rows])
@@ -145,12 +146,12 @@ def test_every_kind_of_encoder(kind, pooling, sweet, tmp_path):
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     resuming = classifier.at(lambda outputs, _: np.zeros(outputs.logits.shape[:3]), threshold=1.0)
     # An exit that reads the first token alone leaves the rest of its layer to the next stage.
-    assert any(stage.whole for stage in resuming.flow(3).stages) == (pooling == "mean")
+    assert any(stage.whole for stage in resuming.make_scheduler(3).stages) == (pooling == "mean")
     found = np.stack([row.logits for row in answered(resuming, texts, 3)], axis=1)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    for stage in make_stages(model.networks)[1:]:
+    for stage in engine.stages()[1:]:
         own = list(stage_parameters(stage, params).values())
-        assert export._program(model, stage, own, 16)
+        assert export.serialize_stage(network, stage, own, 16)
 
 
 @pytest.mark.parametrize("mode", ["latency", "throughput"])
@@ -158,7 +159,7 @@ def test_exits_that_read_the_mean_of_the_tokens(mean_pooled, mode):
     confidence = exit_confidences(mean_pooled.outputs, "raw_confidence")[0, 0]
     threshold = float(np.median(confidence))
     classifier = mean_pooled.classifier.at("raw_confidence", threshold=threshold)
-    stages = classifier.flow(4).stages
+    stages = classifier.make_scheduler(4).stages
     assert [stage.whole for stage in stages] == [True, True, False]
     assert [stage.start for stage in stages] == [1, 2, 3]  # no layer is computed twice
     assert_same(mean_pooled, classifier, np.arange(len(mean_pooled.texts)), 4, mode)
@@ -216,10 +217,10 @@ def test_programs_are_read_from_disk_where_another_classifier_compiled_them(swee
     before = jax.config.values[name]
     jax.config.update(name, 0.0)  # as enable_compilation_cache does
     try:
-        model, dial = sweet.classifier.model, {"threshold": 0.8}
-        AdaptiveClassifier(model, dial=dial).warm_up(5, [30])
+        model, target = sweet.classifier.model, {"threshold": 0.8}
+        AdaptiveClassifier(model, target=target).warm_up(5, [30])
         jax.monitoring.register_event_listener(listen)
-        assert AdaptiveClassifier(model, dial=dial).warm_up(5, [30]) == len(hits) > 0
+        assert AdaptiveClassifier(model, target=target).warm_up(5, [30]) == len(hits) > 0
     finally:
         jax.config.update(name, before)
 
@@ -250,18 +251,18 @@ def test_an_endless_iterator_needs_no_memory(sweet):
 
 
 def test_deep_stages_run_full(sweet):
-    """What throughput mode is for: rows that go on wait until there is a batch of them."""
+    """What throughput mode is for: requests that continue wait until there is a batch of them."""
     runs = {}
     for mode, wait in (("throughput", 10**6), ("latency", None)):
         classifier = sweet.classifier.at(threshold=0.95)
-        flow = classifier.flow(3, wait)
-        rows = classifier.encode(sweet.texts * 4)
-        for start in range(0, len(rows), 3):
-            for row in rows[start : start + 3]:
-                flow.admit(row)
-            flow.advance() if mode == "throughput" else flow.finish()
-        flow.finish()
-        runs[mode] = flow.runs
+        scheduler = classifier.make_scheduler(3, wait)
+        requests = classifier.encode(sweet.texts * 4)
+        for start in range(0, len(requests), 3):
+            for request in requests[start : start + 3]:
+                scheduler.admit(request)
+            scheduler.run_ready() if mode == "throughput" else scheduler.drain()
+        scheduler.drain()
+        runs[mode] = scheduler.runs
     assert sum(runs["throughput"]) < 0.6 * sum(runs["latency"])
 
 
@@ -314,8 +315,8 @@ def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
 
 def test_pairs(sweet):
     model = sweet.classifier.model
-    model = dataclasses.replace(model, about={**model.about, "text_columns": ["a", "b"]})
-    classifier = AdaptiveClassifier(model, dial={"threshold": 0.8})
+    model = dataclasses.replace(model, text_columns=("a", "b"))
+    classifier = AdaptiveClassifier(model, target={"threshold": 0.8})
     pairs = [("word1 word2", "word3"), ["word4", "word5 word6"]]
     for row, (first, second) in zip(classifier.encode(pairs), pairs, strict=True):
         wanted = model.tokenizer(first, second, return_token_type_ids=True)
@@ -327,19 +328,20 @@ def test_pairs(sweet):
         classifier.predict(["one text"])
 
 
-def test_the_clock_of_this_machine_and_its_dial(sweet, tmp_path, capsys):
+def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)
     with pytest.raises(UserError, match="milliseconds are not known for this model"):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
     assert predict.main([f"--model={folder}", "--measure", "--batch_size=1"]) == 0
     assert "to 2     to 3     to 4" in capsys.readouterr().out
-    clock = read_latency(dataclasses.replace(sweet.classifier.model, folder=folder))
-    assert clock.batch_sizes == (1,)
-    assert (clock.milliseconds > 0).all()
+    model = dataclasses.replace(sweet.classifier.model, folder=folder)
+    table = read_latency(model, sweet.classifier.engine)
+    assert table.batch_sizes == (1,)
+    assert (table.milliseconds > 0).all()
     # Times of this machine are not to be asserted: put known ones in their place.
     values = json.loads((folder / "clock.json").read_text())
-    values["milliseconds"] = np.full(clock.milliseconds.shape, 2.0).tolist()
+    values["milliseconds"] = np.full(table.milliseconds.shape, 2.0).tolist()
     (folder / "clock.json").write_text(json.dumps(values))
     for limit in (2.0, 3.5, 6.0):
         classifier = AdaptiveClassifier.from_pretrained(folder, milliseconds=limit)

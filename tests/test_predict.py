@@ -93,7 +93,7 @@ def test_rows_without_a_text_are_reported_and_counted(command, capsys, name, con
     assert f"({len(errors)} with an error)" in capsys.readouterr().out
 
 
-def test_a_command_cut_short_goes_on_where_the_output_ends(sweet, command, tmp_path, capsys):
+def test_a_command_cut_short_resumes_where_the_output_ends(sweet, command, tmp_path, capsys):
     content = jsonl(sweet.texts * 2)
     _, whole = command("in.jsonl", content, "--threshold=0.8")
     output = tmp_path / "out.jsonl"
@@ -125,13 +125,13 @@ def test_an_interrupted_command_knows_by_what_it_was_begun(
         status, begun = command("in.jsonl", content, "--threshold=0.8")
     assert status == 1
     assert 0 < len(begun) < len(sweet.texts)
-    assert "goes on where the output ends" in capsys.readouterr().err
+    assert "resumes where the output ends" in capsys.readouterr().err
     status, still = command("in.jsonl", content, "--threshold=0.81")
     assert (status, still) == (2, begun)
     assert "was begun with another threshold, '0.8'" in capsys.readouterr().err
     status, still = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
     assert (status, still) == (2, begun)  # as many bytes, but the rows are others
-    assert "not made by this model, dial and input" in capsys.readouterr().err
+    assert "not made by this model, target and input" in capsys.readouterr().err
     status, found = command("in.jsonl", content, "--threshold=0.8")
     assert (status, len(found)) == (0, len(sweet.texts))
     assert found[: len(begun)] == begun
@@ -145,16 +145,16 @@ def test_a_file_that_is_no_output_is_left_alone(sweet, tmp_path, capsys, content
     model = sweet.classifier.model.folder
     arguments = [f"--model={model}", f"--input={tmp_path / 'in.txt'}"]
     assert predict.main([*arguments, f"--output={tmp_path / 'out.jsonl'}"]) == 2
-    assert "line 1 is no answer of this command" in capsys.readouterr().err
+    assert "line 1 is not an output of this command" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == content
 
 
-def test_an_output_of_another_dial_or_input_is_left_alone(sweet, command, tmp_path, capsys):
+def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_path, capsys):
     command("in.jsonl", jsonl(sweet.texts), "--threshold=0.8")
     before = (tmp_path / "out.jsonl").read_bytes()
     status, _ = command("in.jsonl", jsonl(sweet.texts), "--threshold=2")
     assert status == 2
-    assert "not made by this model, dial and input" in capsys.readouterr().err
+    assert "not made by this model, target and input" in capsys.readouterr().err
     status, _ = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
     assert status == 2
     assert (tmp_path / "out.jsonl").read_bytes() == before

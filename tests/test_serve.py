@@ -85,17 +85,17 @@ def assert_answers(found: dict, wanted) -> None:
 
 
 def test_many_clients_get_their_own_answers(server, classifier, texts):
-    """Each with its own texts and dial, all in the same batches."""
-    dials = [{}, {"threshold": 0.55}, {"policy": "patience", "threshold": 2}, {"threshold": 2}]
+    """Each with its own texts and target, all in the same batches."""
+    targets = [{}, {"threshold": 0.55}, {"policy": "patience", "threshold": 2}, {"threshold": 2}]
     wanted = {}
-    for number, dial in enumerate(dials):
-        own = classifier.at(dial.get("policy"), threshold=dial.get("threshold", 0.8))
+    for number, target in enumerate(targets):
+        own = classifier.at(target.get("policy"), threshold=target.get("threshold", 0.8))
         for start in range(0, len(texts) - 3, 3):
             wanted[number, start] = own.predict(texts[start : start + 3], 2)
 
     def ask(key):
         number, start = key
-        return key, server.predict({"texts": texts[start : start + 3], **dials[number]})
+        return key, server.predict({"texts": texts[start : start + 3], **targets[number]})
 
     with ThreadPoolExecutor(16) as pool:
         for key, (status, found) in pool.map(ask, list(wanted) * 2):
@@ -112,38 +112,43 @@ def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
     assert answer["exits"][0]["probability"] == pytest.approx(first.probabilities.max(), abs=1e-5)
 
 
-def test_detail_of_an_exit_that_diverged_has_no_answer(server, texts, monkeypatch):
-    passed = AdaptiveClassifier.passed
+def test_detail_of_an_exit_that_diverged_has_no_prediction(classifier, texts, monkeypatch):
+    run = classifier.engine.run
 
-    def first_is_nan(self, row):
-        (layer, label, _), *rest = passed(self, row)
-        return [(layer, label, float("nan")), *rest]
+    def first_is_nan(stage, batch, states):
+        output = run(stage, batch, states)
+        diverged = np.full_like(output.logits, np.nan)
+        return output._replace(logits=diverged) if stage.exit == 0 else output
 
-    monkeypatch.setattr(AdaptiveClassifier, "passed", first_is_nan)
-    status, found = server.predict({"texts": texts[:1], "threshold": 2, "detail": True})
+    monkeypatch.setattr(classifier.engine, "run", first_is_nan)
+    running = Running(classifier)
+    target = {"policy": "confidence", "threshold": 0.0}
+    status, found = running.predict({"texts": texts[:1], "detail": True, **target})
+    running.stop()
     assert status == 200
     exits = found["answers"][0]["exits"]
     assert exits[0] == {"layer": 2, "label": None, "probability": None}
-    assert exits[1]["probability"] > 0
+    assert len(exits) == 2  # the first sound one is taken, whatever the threshold
+    assert exits[1]["probability"] == found["answers"][0]["probability"] > 0
 
 
-def test_dials_are_kept_by_many_threads_and_not_too_many(classifier):
+def test_operating_points_are_kept_by_many_threads_and_not_too_many(classifier):
     worker = Worker(classifier, 2, 100)
     asked = [i / 1000 for i in range(600)]
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda t: worker.at(None, {"threshold": t}), asked))
     assert [c.threshold for c in found] == asked
     assert worker.at(None, {"threshold": asked[-1]}) is found[-1]
-    assert len(worker._dials) == 256
+    assert len(worker._classifiers) == 256
 
 
-def test_warm_up_compiles_what_the_server_runs_whatever_its_dial(classifier):
-    full = AdaptiveClassifier(classifier.model, dial={"threshold": float("inf")})
+def test_warm_up_compiles_what_the_server_runs_whatever_its_target(classifier):
+    full = AdaptiveClassifier(classifier.model, target={"threshold": float("inf")})
     full.warm_up(2, [20], full=False)
     before, worker = full.compilations, Worker(full, 2, 100)
-    assert (len(worker._flow.stages), len(full.flow(2).stages)) == (3, 1)
-    for key in itertools.product(worker._flow.stages, (1, 2), (24,)):
-        full._programs.compile(*key, worker._flow.slots)
+    assert (len(worker.scheduler.stages), len(full.make_scheduler(2).stages)) == (3, 1)
+    for key in itertools.product(worker.scheduler.stages, (1, 2), (24,)):
+        full.engine.compile(*key, worker.scheduler.slots)
     assert full.compilations == before == 6
 
 
@@ -228,13 +233,13 @@ def test_health_and_metrics(server):
 
 def held_up(monkeypatch) -> threading.Event:
     """Workers take nothing in before the event is set."""
-    go, take = threading.Event(), Worker._take
+    go, admit = threading.Event(), Worker._admit
 
-    def wait(self, request):
+    def wait(self, submission):
         go.wait(60)
-        take(self, request)
+        admit(self, submission)
 
-    monkeypatch.setattr(Worker, "_take", wait)
+    monkeypatch.setattr(Worker, "_admit", wait)
     return go
 
 
@@ -270,10 +275,10 @@ def test_a_request_nobody_waits_for_any_more_is_dropped(classifier, texts, monke
     running.stop()
     (worker,) = workers
     assert worker.waiting == 0
-    assert sum(worker._flow.runs) == 0
+    assert sum(worker.scheduler.runs) == 0
 
 
-def test_a_device_that_fails_is_told_to_everyone(classifier, texts, monkeypatch):
+def test_every_request_learns_of_a_device_that_fails(classifier, texts, monkeypatch):
     go = threading.Event()
 
     def fail(self):
@@ -294,17 +299,17 @@ def test_a_device_that_fails_is_told_to_everyone(classifier, texts, monkeypatch)
 
 
 def test_a_long_text_is_not_starved_by_short_ones(classifier, texts):
-    flow = classifier.flow(2, wait=20)
+    scheduler = classifier.make_scheduler(2, wait=20)
     short = texts[0]
-    (row,) = classifier.encode(["word1 " * 25])
-    flow.admit(row)
+    (request,) = classifier.encode(["word1 " * 25])
+    scheduler.admit(request)
     for number in range(100):
         for more in classifier.encode([short, short], 10 * number + 1):
-            flow.admit(more)
-        flow.step()
-        if row.exit >= 0:
+            scheduler.admit(more)
+        scheduler.step()
+        if request.exit >= 0:
             break
-    assert row.length == 32
+    assert request.length == 32
     # At each of three stages it may see 20 others admitted, which come by twos.
     assert 10 <= number <= 3 * (20 // 2 + 2)
 
@@ -312,7 +317,7 @@ def test_a_long_text_is_not_starved_by_short_ones(classifier, texts):
 def test_the_page_in_a_browser(server, browser, classifier, texts):
     browser.get(f"http://127.0.0.1:{server.port}/")
     browser.find_element("css selector", "textarea").send_keys(texts[0])
-    browser.execute_script("document.getElementById('dial').value = 'threshold'")
+    browser.execute_script("document.getElementById('target').value = 'threshold'")
     value = browser.find_element("id", "value")
     value.clear()
     value.send_keys("2")
@@ -322,10 +327,10 @@ def test_the_page_in_a_browser(server, browser, classifier, texts):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     wanted = classifier.at(threshold=2.0).predict(texts[:1], 2)
-    said = browser.find_element("id", "said").text
-    assert said.startswith(f"{wanted.labels[0]} ({100 * wanted.probabilities.max():.1f}%)")
-    assert "left at layer 4, cost 1.000" in said
-    assert [row.get_attribute("class") for row in rows] == ["", "", "left"]
+    shown = browser.find_element("id", "result").text
+    assert shown.startswith(f"{wanted.labels[0]} ({100 * wanted.probabilities.max():.1f}%)")
+    assert "left at layer 4, cost 1.000" in shown
+    assert [row.get_attribute("class") for row in rows] == ["", "", "taken"]
     assert [entry for entry in browser.get_log("browser") if "favicon" not in str(entry)] == []
 
 

@@ -201,7 +201,7 @@ class Reference:
 
     def answers(self, classifier) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(index of the exit [N], probabilities [N, C], rows too close to call, bool [N])."""
-        fitted = classifier.fitted
+        fitted = classifier.calibrator
         scores = exit_confidences(self.outputs, classifier.policy, [fitted])[0]  # [E, N]
         leaves = scores >= classifier.threshold
         leaves[-1] = True

@@ -39,6 +39,7 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.network import load_networks
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.sharding import make_mesh, replica_sharding
 
@@ -56,7 +57,7 @@ class Work(NamedTuple):
 
 
 def random_work(shape: str, rows: int) -> Work:
-    """Returns random weights and rows, as long as SST-2's: 4 to 56 tokens, 25 in the mean."""
+    """Random weights and rows, as long as SST-2's: 4 to 56 tokens, 25 in the mean."""
     chosen, rng = SHAPES[shape], np.random.default_rng(0)
     lengths = np.clip(rng.normal(25, 11, rows).round().astype(int), 4, 56)
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -68,9 +69,9 @@ def random_work(shape: str, rows: int) -> Work:
 
 
 def saved_work(name: str, data_dir: str, rows: int) -> Work:
-    """Returns a saved model (of one network) and the first validation rows of its task."""
+    """A saved model (of one network) and the first validation rows of its task."""
     model = open_model(name)
-    path = Path(data_dir) / str(model.about["task"]) / "validation.parquet"
+    path = Path(data_dir) / model.task / "validation.parquet"
     table = pyarrow.parquet.read_table(path)
     texts = list(zip(*(table[c].to_pylist()[:rows] for c in model.text_columns), strict=True))
     ids, kinds = encode(model.tokenizer, texts, LENGTH)
@@ -78,12 +79,12 @@ def saved_work(name: str, data_dir: str, rows: int) -> Work:
     labels = np.asarray(table["label"].to_pylist()[:rows], np.int32)
     pad = model.tokenizer.pad_token_id
     tokens = Tokens(np.concatenate(ids), np.concatenate(kinds), starts, labels, pad)
-    network = model.networks[-1]
+    network = load_networks(model)[-1]
     return Work(network.graphdef, network.params, network.exits, tokens)
 
 
 def one_pass(work: Work) -> Callable[[], ExitOutputs]:
-    """Returns a function that asks every exit about every row once."""
+    """A function that asks every exit about every row once."""
     config = Config(exits=work.exits, max_length=LENGTH).resolved()
     mesh = make_mesh(1, config.evaluation_batch_size)
     answer = compile_evaluation(config, work.graphdef, mesh)
@@ -99,7 +100,7 @@ def one_pass(work: Work) -> Callable[[], ExitOutputs]:
 
 
 def stopping(work: Work) -> Callable[[Batch, float], int]:
-    """Returns a function from one padded row and a threshold to its exit: the release's way."""
+    """A function from one padded row and a threshold to the exit taken: the release's way."""
     on_device = jax.device_put(work.params)
 
     def stage(start: int, end: int) -> Callable:

@@ -1,6 +1,6 @@
 """Milliseconds per text: the full model and adaptive inference here, torch and ONNX Runtime.
 
-    pip install -e ".[torch]" -r experiments/benchmarks/requirements.txt
+    pip install -e ".[torch]" onnx onnxruntime onnxscript
     python -m experiments.benchmarks.inference --model=runs/sst2/model --model=runs/mrpc/model \
         --data_dir=DIR                        # <task>/validation.parquet, as for training
     python -m experiments.benchmarks.inference --model=runs/sst2/model --data_dir=DIR \
@@ -39,13 +39,13 @@ from flax import nnx
 
 from experiments.benchmarks.shapes import SHAPES
 from sweet_jax import AdaptiveClassifier, ExitOutputs
-from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.inference.artifact import Network, SavedModel, open_model
+from sweet_jax.inference.engine_jax import JaxEngine
+from sweet_jax.inference.network import Network
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
 
@@ -69,63 +69,68 @@ class Measured(NamedTuple):
     p95: float
 
 
-def random_model(like: SavedModel, shape: str, texts: Sequence[Any]) -> SavedModel:
+def random_classifier(
+    like: AdaptiveClassifier, shape: str, texts: Sequence[Any]
+) -> AdaptiveClassifier:
     """Returns a saved model's tokenizer and classes with a random encoder of another shape.
 
-    Its dials are those of the texts with what the last exit says as their labels.
+    Its thresholds are fitted on the texts, with the predictions of the last exit as their labels.
     """
     config, exits = SHAPES[shape]
     key = jax.random.key(0)
     graphdef, values = nnx.split(EarlyExit(Bert(config, key), exits, len(like.classes), key))
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
     front = ParetoFront(*np.zeros((3, 1)), np.eye(1, len(exits)), np.ones(1), np.eye(1, len(exits)))
-    calibrator = Calibrator.unfitted(len(exits))
-    dials = ThresholdResolver(calibrator, 0.0, {"confidence": front}, None, {})
-    made = dataclasses.replace(
-        like,
-        about={**like.about, "policy": "confidence"},
+    resolver = ThresholdResolver(
+        Calibrator.unfitted(len(exits)), 0.0, {"confidence": front}, None, {}
+    )
+    model = dataclasses.replace(
+        like.model,
+        policy="confidence",
         layers=exits,
         cost=np.asarray(exits) / exits[-1],
-        resolver=dials,
-        networks=(Network(exits, graphdef, params),),
+        resolver=resolver,
     )
+    engine = JaxEngine([Network(exits, graphdef, params)], model.tokenizer.pad_token_id)
+    made = AdaptiveClassifier(model, target={"threshold": 2.0}, engine=engine)
     own = make_resolver(outputs_of(made, texts), ("confidence",))
-    return dataclasses.replace(made, resolver=own)
+    return AdaptiveClassifier(dataclasses.replace(model, resolver=own), engine=engine)
 
 
-def outputs_of(model: SavedModel, texts: Sequence[Any]) -> ExitOutputs:
-    """Returns the logits of every exit; the last exit's predictions are the labels."""
-    every = AdaptiveClassifier(model, dial={"threshold": 2.0})  # none leaves early
-    flow = every.flow(32, None)
-    rows = every.encode(texts)
-    for row in rows:
-        flow.admit(row)
-    flow.finish()
-    logits = np.stack([row.logits for row in rows], axis=1)  # [E, N, C]
+def outputs_of(classifier: AdaptiveClassifier, texts: Sequence[Any]) -> ExitOutputs:
+    """Returns the outputs of every exit; the texts' labels are the last one's predictions."""
+    every = classifier.at(threshold=2.0)  # none exits early
+    scheduler = every.make_scheduler(32, None)
+    requests = every.encode(texts)
+    for request in requests:
+        scheduler.admit(request)
+    scheduler.drain()
+    logits = np.stack([request.logits for request in requests], axis=1)  # [E, N, C]
+    model = classifier.model
     return ExitOutputs(logits, logits[-1].argmax(-1), np.asarray(model.layers), model.cost)
 
 
-def at_costs(model: SavedModel, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
-    """Returns the model at the thresholds whose mean cost on these texts is nearest to COSTS."""
-    every, outputs = AdaptiveClassifier(model), outputs_of(model, texts)
-    scores = exit_confidences(outputs, every.policy, [every.fitted])
+def at_costs(every: AdaptiveClassifier, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
+    """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
+    outputs = outputs_of(every, texts)
+    scores = exit_confidences(outputs, every.policy, [every.calibrator])
     curve = simulate(outputs, lambda *_: scores)
     nearest = {c: int(np.abs(curve.cost[0] - c).argmin()) for c in COSTS}
     return {c: every.at(threshold=float(curve.threshold[0, place])) for c, place in nearest.items()}
 
 
-def sides_of(model: SavedModel, texts: Sequence[Any], batch: int) -> list[Side]:
-    """Returns all sides for one batch size."""
-    full = AdaptiveClassifier(model, dial={"threshold": math.inf})
+def sides_of(every: AdaptiveClassifier, texts: Sequence[Any], batch: int) -> list[Side]:
+    """All sides for one batch size."""
+    model, full = every.model, every.at(threshold=math.inf)
 
     def here(classifier: AdaptiveClassifier) -> Callable[[list[Any]], Any]:
         return lambda part: classifier.predict(part, batch, "latency")
 
     found = [Side("full, here", here(full), 1.0)]
-    for cost, classifier in at_costs(model, texts).items():
+    for cost, classifier in at_costs(every, texts).items():
         counted = float(classifier.predict(texts, batch).cost.mean())
         found.append(Side(f"adaptive at {cost}", here(classifier), counted))
-    torch_model, session = others(model)
+    torch_model, session = others(every)
 
     def encode(part: list[Any], kind: str) -> Any:
         columns = zip(*part, strict=True) if isinstance(part[0], tuple) else [part]
@@ -148,10 +153,10 @@ def sides_of(model: SavedModel, texts: Sequence[Any], batch: int) -> list[Side]:
     return [*found, Side("full, torch", in_torch, 1.0), Side("full, ONNX Runtime", in_onnx, 1.0)]
 
 
-def others(model: SavedModel) -> tuple[Any, onnxruntime.InferenceSession]:
-    """Returns the full model in torch and in ONNX Runtime; weights do not matter."""
+def others(classifier: AdaptiveClassifier) -> tuple[Any, onnxruntime.InferenceSession]:
+    """The full model in torch, and the same exported to ONNX Runtime; weights do not matter."""
     settings = transformers.BertConfig(
-        **_sizes(model), num_labels=len(model.classes), attn_implementation="sdpa"
+        **_sizes(classifier), num_labels=len(classifier.classes), attn_implementation="sdpa"
     )
     network = transformers.BertForSequenceClassification(settings).eval()
 
@@ -181,8 +186,9 @@ def others(model: SavedModel) -> tuple[Any, onnxruntime.InferenceSession]:
         return network, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def _sizes(model: SavedModel) -> dict[str, Any]:
-    encoder = model.networks[-1].params["encoder"]
+def _sizes(classifier: AdaptiveClassifier) -> dict[str, Any]:
+    assert isinstance(classifier.engine, JaxEngine)
+    encoder = classifier.engine.networks[-1].params["encoder"]
     layer = encoder["layers"][0]
     hidden, inner = layer["intermediate"]["kernel"].shape
     return {
@@ -195,7 +201,7 @@ def _sizes(model: SavedModel) -> dict[str, Any]:
 
 
 def measure(sides: Sequence[Side], texts: Sequence[Any], batch: int, rounds: int) -> list[Measured]:
-    """Measures all sides in turn on the same batches, after a round that is not counted."""
+    """All sides in turn over the same batches, after a round that is not counted."""
     times: list[list[float]] = [[] for _ in sides]
     parts = [list(texts[i : i + batch]) for i in range(0, len(texts) - batch + 1, batch)]
     for count in range(rounds + 1):
@@ -213,9 +219,9 @@ def measure(sides: Sequence[Side], texts: Sequence[Any], batch: int, rounds: int
     return measured
 
 
-def pooled(model: SavedModel, texts: Sequence[Any], batch: int, rounds: int) -> list[float]:
+def pooled(every: AdaptiveClassifier, texts: Sequence[Any], batch: int, rounds: int) -> list[float]:
     """Milliseconds per text at cost 0.5 in latency and in throughput mode, taking turns."""
-    classifier = at_costs(model, texts)[0.5]
+    classifier = at_costs(every, texts)[0.5]
     times: dict[str, list[float]] = {"latency": [], "throughput": []}
     for count in range(rounds + 1):
         for mode, seconds in times.items():
@@ -226,9 +232,9 @@ def pooled(model: SavedModel, texts: Sequence[Any], batch: int, rounds: int) -> 
     return [float(np.median(seconds)) for seconds in times.values()]
 
 
-def stream(model: SavedModel, texts: Sequence[Any], rows: int, batch: int) -> None:
+def stream(every: AdaptiveClassifier, texts: Sequence[Any], rows: int, batch: int) -> None:
     """Prints this process's memory while `rows` rows come from an iterator, at cost 0.5."""
-    classifier = at_costs(model, texts)[0.5]
+    classifier = at_costs(every, texts)[0.5]
     classifier.predict(texts, batch)
     endless = itertools.islice(itertools.cycle(texts), rows)
     began = time.perf_counter()
@@ -240,7 +246,6 @@ def stream(model: SavedModel, texts: Sequence[Any], rows: int, batch: int) -> No
 
 
 def main() -> None:
-    """Prints a table of every model, batch size and side."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -254,7 +259,6 @@ def main() -> None:
     parser.add_argument("--stream", type=int, help="instead: memory over so many rows")
     parser.add_argument("--batch", type=int, action="append", help="default 1, 8, 64")
     options = parser.parse_args()
-    enable_compilation_cache()
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads; jax {jax.__version__}, torch "
         f"{torch.__version__}, onnxruntime {onnxruntime.__version__}, Python "
@@ -263,39 +267,34 @@ def main() -> None:
     print("| model | task | batch | side | ms per text | p50 | p95 | counted | clock |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in options.model:
-        print_model(name, options)
-
-
-def print_model(name: str, options: argparse.Namespace) -> None:
-    """Prints a row for each batch size and side of one model, or the memory over a stream."""
-    model = open_model(name)
-    task = str(model.about["task"])
-    table = pyarrow.parquet.read_table(Path(options.data_dir) / task / "validation.parquet")
-    columns = [table[column].to_pylist()[: options.rows] for column in model.text_columns]
-    texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
-    if options.shape:
-        model = random_model(model, options.shape, texts)
-    if options.stream:
-        stream(model, texts, options.stream, 32)
-        return
-    shape = options.shape or "minilm"
-    for batch in options.batch or BATCHES:
-        sides = sides_of(model, texts, batch)
-        found = measure(sides, texts, batch, options.rounds)
-        for side, m in zip(sides, found, strict=True):
-            clock = m.mean / found[0].mean
-            print(
-                f"| {shape} | {task} | {batch} | {side.name} | {m.mean:.2f} | {m.p50:.2f} | "
-                f"{m.p95:.2f} | {side.counted:.3f} | {clock:.3f} |",
-                flush=True,
-            )
-        if batch > 1:
-            each, together = pooled(model, texts, batch, options.rounds)
-            print(
-                f"| {shape} | {task} | {batch} | pooled at 0.5 | {together:.2f} | | | 0.5 | "
-                f"{together / found[0].mean:.3f}; {each / together:.2f} x latency mode |",
-                flush=True,
-            )
+        every = AdaptiveClassifier.from_pretrained(name)
+        model, task = every.model, every.model.task
+        table = pyarrow.parquet.read_table(Path(options.data_dir) / task / "validation.parquet")
+        columns = [table[column].to_pylist()[: options.rows] for column in model.text_columns]
+        texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
+        if options.shape:
+            every = random_classifier(every, options.shape, texts)
+        if options.stream:
+            stream(every, texts, options.stream, 32)
+            continue
+        shape = options.shape or "minilm"
+        for batch in options.batch or BATCHES:
+            sides = sides_of(every, texts, batch)
+            found = measure(sides, texts, batch, options.rounds)
+            for side, m in zip(sides, found, strict=True):
+                clock = m.mean / found[0].mean
+                print(
+                    f"| {shape} | {task} | {batch} | {side.name} | {m.mean:.2f} | {m.p50:.2f} | "
+                    f"{m.p95:.2f} | {side.counted:.3f} | {clock:.3f} |",
+                    flush=True,
+                )
+            if batch > 1:
+                each, together = pooled(every, texts, batch, options.rounds)
+                print(
+                    f"| {shape} | {task} | {batch} | pooled at 0.5 | {together:.2f} | | | 0.5 | "
+                    f"{together / found[0].mean:.3f}; {each / together:.2f} x latency mode |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     options = parser.parse_args()
     classifier = AdaptiveClassifier.from_pretrained(options.model)
-    name = str(classifier.model.about["task"])
+    name = classifier.model.task
     (column,) = classifier.text_columns
     table = pyarrow.parquet.read_table(Path(options.data_dir) / name / "validation.parquet")
     texts = table[column].to_pylist()[:300]

@@ -1,1 +1,1 @@
-"""A saved model, its compiled programs, and how rows flow through them."""
+"""Inference with a saved model: its artifact, the engines that run it, and the scheduler."""

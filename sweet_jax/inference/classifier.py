@@ -1,25 +1,23 @@
-"""A saved model that answers texts, each at the first exit that is sure.
+"""AdaptiveClassifier: a saved model that classifies each text at the first exit that is confident.
 
 Shape letters: E exit, N texts, C classes.
 """
 
+import functools
 import itertools
 import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, cast
 
-import numpy as np
-
-from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice
-from sweet_jax.data.batches import encode
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import POLICIES, PolicyFunction
-from sweet_jax.files import one_line
-from sweet_jax.inference.artifact import SavedModel, open_model
-from sweet_jax.inference.jax_engine import JaxEngine, batch_sizes, make_stages, row_lengths
+from sweet_jax.inference import artifact
+from sweet_jax.inference.artifact import ModelArtifact, open_model
+from sweet_jax.inference.encoding import RequestEncoder
+from sweet_jax.inference.engine import Engine, batch_sizes, load_engine
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.predictions import (
     InvalidRow,
@@ -27,63 +25,93 @@ from sweet_jax.inference.predictions import (
     Predictions,
     Text,
     collect_predictions,
-    validate_text,
+    make_prediction,
 )
 from sweet_jax.inference.scheduler import ExitRule, Request, Scheduler
+from sweet_jax.inference.streaming import stream_in_order
 
 MODES = ("throughput", "latency")
 
 
-class AdaptiveClassifier:
-    """Answers texts with a saved model; easy ones leave early.
+class Target(TypedDict, total=False):
+    """What an operating point must keep: at most one of these beside the level.
 
-    Answers are those of the one-pass evaluation followed by the dial's threshold: they do not
-    depend on the mode, the batch size, or the texts beside (probabilities to 1e-5).
+    Without any, the operating point is the cheapest threshold that keeps the last exit's metric on
+    calibration rows.
+
+    Attributes:
+      threshold: exit at the first confidence of at least this; infinity runs the full model alone.
+      cost: largest mean share of the full model's layers.
+      accuracy: least metric on calibration rows, the run's own; under PCEE the accuracy that
+        calibration rows like a text must have had.
+      risk: largest share of texts that the last exit gets right and an earlier one wrong,
+        certified.
+      agreement: least share of texts classified as the last exit would, certified.
+      milliseconds: largest mean time in the stages, without tokenization and the policy, of a text
+        by itself; to be measured on this machine first (python -m sweet_jax.predict --measure).
+      level: confidence of a certificate; default 0.95.
+
+    """
+
+    threshold: float | None
+    cost: float | None
+    accuracy: float | None
+    risk: float | None
+    agreement: float | None
+    milliseconds: float | None
+    level: float | None
+
+
+class AdaptiveClassifier:
+    """Classifies texts with a saved model; easy ones exit early.
+
+    Predictions are those of the one-pass evaluation followed by the threshold: they do not depend
+    on the mode, the batch size, or the texts beside (probabilities to 1e-5).
 
     Args:
-      model: what `open_model` read.
-      policy: name of an exit policy, or a function of (outputs of the exits so far, temperatures),
-        see `UnlabeledOutputs`.
-      dial: at most one of threshold, cost, accuracy, risk, agreement, milliseconds; and level.
-      programs: compiled ones of the same model, to be shared.
+      model: from `open_model`.
+      policy: name of an exit policy, or a function of (outputs, temperatures) such as
+        `exits/policies.py` has; of the outputs of the exits so far. Default the run's.
+      target: see `Target`.
+      engine: with the model's weights; default the JAX engine in float32.
 
     Attributes:
       classes: names [C], in the order of the probabilities.
       layers: of the exits [E].
-      threshold: that the dial stands for.
+      threshold: that the target stands for.
       full: whether it is infinite: then the last exit alone is computed.
 
     Raises:
-      UserError: an unknown policy, or a dial that is out of range or cannot be kept.
+      UserError: an unknown policy, or a target that is out of range or infeasible.
 
     """
 
     def __init__(
         self,
-        model: SavedModel,
+        model: ModelArtifact,
         policy: str | PolicyFunction | None = None,
-        dial: Mapping[str, float] = types.MappingProxyType({}),
-        programs: JaxEngine | None = None,
+        target: Mapping[str, float] = types.MappingProxyType({}),
+        engine: Engine | None = None,
     ):
         self.model, self.classes, self.layers = model, model.classes, model.layers
-        self.policy = model.about["policy"] if policy is None else policy
+        self.policy = model.policy if policy is None else policy
+        self.engine = load_engine("jax", model) if engine is None else engine
+        self._exit_rates: list[float] = []
         if isinstance(self.policy, str):
             check_choice("policy", self.policy, POLICIES)
             clock = None
-            if "milliseconds" in dial and (measured := read_latency(model)) is not None:
-                clock = measured.alone(int(model.about["median_tokens"]))
-            self.threshold, fitted = model.resolver.threshold(self.policy, **dial, clock=clock)
-        elif set(dial) - {"level"} == {"threshold"}:
-            self.threshold, fitted = dial["threshold"], model.resolver.calibrator
+            if "milliseconds" in target and (table := read_latency(model, self.engine)) is not None:
+                clock = table.until_exit(model.median_tokens)
+            self.threshold, fitted = model.resolver.threshold(self.policy, **target, clock=clock)
+            self._exit_rates = model.resolver.fronts[self.policy].leaving(self.threshold)
+        elif set(target) - {"level"} == {"threshold"}:
+            self.threshold, fitted = target["threshold"], model.resolver.calibrator
         else:
-            raise UserError("a policy of your own needs threshold=; the other dials know names")
-        self._leaving: list[float] = []
-        if isinstance(self.policy, str):
-            self._leaving = model.resolver.fronts[self.policy].leaving(self.threshold)
+            raise UserError("a policy of your own needs threshold=; the other targets need a name")
         self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
         self.full = self.threshold == math.inf
-        self._lengths = row_lengths(model.max_length)
-        self._programs = programs or JaxEngine(model)
+        pairs = len(model.text_columns) == 2
+        self._encoder = RequestEncoder(model.tokenizer, model.max_length, pairs=pairs)
         self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
 
     @classmethod
@@ -92,57 +120,43 @@ class AdaptiveClassifier:
         name: str | Path,
         *,
         policy: str | PolicyFunction | None = None,
-        threshold: float | None = None,
-        cost: float | None = None,
-        accuracy: float | None = None,
-        risk: float | None = None,
-        agreement: float | None = None,
-        milliseconds: float | None = None,
-        level: float = 0.95,
+        engine: str = "jax",
         dtype: str = "float32",
         cache_dir: str | Path | None = None,
+        **target: Unpack[Target],
     ) -> "AdaptiveClassifier":
-        """Reads a saved model and sets its dial.
-
-        Without a dial, the cheapest threshold that keeps the last exit's score on calibration rows.
+        """Reads a saved model and resolves a target to a threshold.
 
         Args:
           name: folder model/ of a run, or the hub id it was pushed to.
           policy: exit policy; default the run's.
-          threshold: leave at the first score of at least this; infinity runs the full model alone.
-          cost: largest mean share of the full model's layers.
-          accuracy: least score on calibration rows, in the run's metric; under PCEE the accuracy
-            that calibration rows like a text must have had.
-          risk: largest share of texts lost against the last exit, certified.
-          agreement: least share of texts answered as the last exit would, certified.
-          milliseconds: largest mean time in the stages, tokenising and looking at the scores not
-            counted, of a text that comes by itself; once measured on this machine (python -m
-            sweet_jax.predict --measure).
-          level: confidence of a certificate.
+          engine: what runs the model, one of ENGINES.
           dtype: of parameters and activations, "float32" or "bfloat16".
           cache_dir: where compiled programs are kept between processes; default
-            ~/.cache/sweet_jax/xla. It is JAX's own cache: a directory that JAX was already told
-            stays.
+            ~/.cache/sweet_jax/xla. It is JAX's own cache: a directory that JAX was configured with
+            before stays.
+          **target: one of threshold, cost, accuracy, risk, agreement, milliseconds; and level: see
+            `Target`.
 
-        Raises UserError, see `open_model` and `ThresholdResolver.threshold`.
+        Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`.
 
         """
-        enable_compilation_cache(cache_dir)
-        every = {"threshold": threshold, "cost": cost, "accuracy": accuracy, "risk": risk}
-        every |= {"agreement": agreement, "milliseconds": milliseconds, "level": level}
-        dial = {k: v for k, v in every.items() if v is not None}
-        return cls(open_model(name, dtype), policy, dial)
+        model = open_model(name)
+        loaded = load_engine(engine, model, dtype, cache_dir)
+        return cls(model, policy, _given(target), loaded)
 
-    def at(self, policy: str | PolicyFunction | None = None, **dial: float) -> "AdaptiveClassifier":
-        """The same model with another policy or dial; what is compiled is shared.
+    def at(
+        self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]
+    ) -> "AdaptiveClassifier":
+        """Returns the same model with another policy or target; the engine is shared.
 
         Raises UserError likewise.
         """
-        return AdaptiveClassifier(self.model, policy or self.policy, dial, self._programs)
+        return AdaptiveClassifier(self.model, policy or self.policy, _given(target), self.engine)
 
     @property
-    def fitted(self) -> Calibrator:
-        """What the policy reads: temperatures, and curves."""
+    def calibrator(self) -> Calibrator:
+        """The temperatures and reliability curves that the policy reads."""
         return self._rule.calibrator
 
     @property
@@ -152,8 +166,8 @@ class AdaptiveClassifier:
 
     @property
     def compilations(self) -> int:
-        """How many programs have been compiled or read from the cache."""
-        return len(self._programs.compiled)
+        """The number of programs compiled, or read from the cache, so far."""
+        return self.engine.compilations
 
     def warm_up(
         self,
@@ -168,82 +182,67 @@ class AdaptiveClassifier:
         Args:
           batch_size: of the calls to come.
           lengths: in tokens, of the texts to come; default all up to the model's longest.
-          full: for the last exit alone; default as the dial says.
+          full: whether for the last exit alone; default: for an infinite threshold.
           done: called after each program.
 
         """
-        wanted = self._lengths if lengths is None else sorted({self._length(n) for n in lengths})
-        before, flow = self.compilations, self.flow(batch_size, full=full)
-        for key in itertools.product(flow.stages, batch_sizes(batch_size), wanted):
-            self._programs.compile(*key, flow.slots)
+        padded = self._encoder.lengths
+        if lengths is not None:
+            padded = tuple(sorted({self._encoder.padded_length(n) for n in lengths}))
+        before, scheduler = self.compilations, self.make_scheduler(batch_size, full=full)
+        for key in itertools.product(scheduler.stages, batch_sizes(batch_size), padded):
+            self.engine.compile(*key, scheduler.slots)
             done()
-        for length in wanted:
-            self._programs.new_pool(flow.slots, length)  # compiled too
+        for length in padded:
+            self.engine.new_states(scheduler.slots, length)  # compiled too
         return self.compilations - before
 
     def predict(
         self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
     ) -> Predictions:
-        """The answers to texts, or to pairs of texts as tuples, in their order.
+        """Returns the predictions of texts, or of pairs of texts as tuples, in their order.
 
         Args:
-          texts: any iterable; `stream` gives the answers of an endless one.
+          texts: any iterable; for an endless one there is `stream`.
           batch_size: texts computed at once, at most.
           mode: "throughput" or "latency", see `stream`.
 
         Raises UserError for something that is not a text (or a pair, where the model takes pairs).
 
         """
-        found = list(self.stream(texts, batch_size, mode))
-        return collect_predictions(found, len(self.classes))
+        predictions = list(self.stream(texts, batch_size, mode))
+        return collect_predictions(predictions, len(self.classes))
 
     def stream(
         self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
     ) -> Iterator[Prediction]:
-        """The answers one by one, in order, as `texts` are read; memory does not grow with them.
+        """Yields the predictions in order, as `texts` are read; memory does not grow with them.
 
         Args:
           texts: any iterable of texts, or of pairs as tuples.
           batch_size: texts computed at once, at most.
-          mode: "throughput": texts of like length wait for each other, and those that go on for
-            others that do, until a batch is full (or 16 batches more have been read). "latency":
-            each batch_size texts are answered before more are read.
+          mode: "throughput": texts of similar length wait for each other, and those that continue
+            for others that do, until a batch is full (or 16 batches more have been read).
+            "latency": each batch_size texts are classified before more are read.
 
         """
-        yield from self.stream_rows(texts, batch_size, mode)
+        yield from cast("Iterator[Prediction]", self.stream_rows(texts, batch_size, mode))
 
     def stream_rows(
         self, texts: Iterable[Text | InvalidRow], batch_size: int = 32, mode: str = "throughput"
-    ) -> Iterator[Any]:
-        """`stream` of rows of which some have no text: each NoText is given back in its place."""
+    ) -> Iterator[Prediction | InvalidRow]:
+        """Yields as `stream` does; an InvalidRow among the texts is yielded in its place."""
         check_choice("mode", mode, MODES)
         if isinstance(texts, str):
             raise UserError("texts must be a list of texts, not one text")
-        wait = 16 * batch_size if mode == "throughput" else None
+        latency = mode == "latency"
+        wait = None if latency else 16 * batch_size
         idle = self._idle.setdefault((batch_size, wait), [])
-        flow = idle.pop() if idle else self.flow(batch_size, wait)
-        ready: dict[int, Request | InvalidRow] = {}
-        given = read = 0
-        for chunk in _chunks(texts, batch_size):
-            for number, none in enumerate(chunk, start=read):
-                if isinstance(none, InvalidRow):
-                    ready[number] = none
-                    flow.pass_by()
-            for row in self.encode(chunk, read, alike=mode == "latency"):
-                flow.admit(row)
-            read += len(chunk)
-            left = flow.finish() if mode == "latency" else flow.advance()
-            ready |= {row.number: row for row in left}
-            while given in ready:
-                yield self._given(ready.pop(given))
-                given += 1
-        ready |= {row.number: row for row in flow.finish()}
-        idle.append(flow)
-        for number in range(given, read):
-            yield self._given(ready.pop(number))
-
-    def _given(self, row: Request | InvalidRow) -> Prediction | InvalidRow:
-        return row if isinstance(row, InvalidRow) else self.answer(row)
+        scheduler = idle.pop() if idle else self.make_scheduler(batch_size, wait)
+        encode = functools.partial(self.encode, same_length=latency)
+        for item in stream_in_order(scheduler, texts, encode, drain=latency):
+            yield item if isinstance(item, InvalidRow) else make_prediction(self.model, item)
+        idle.append(scheduler)
 
     def push_to_hub(self, name: str, *, private: bool = False) -> str:
         """Uploads the folder it was read from to the Hugging Face hub; returns its address.
@@ -251,77 +250,27 @@ class AdaptiveClassifier:
         `name` is "owner/name"; the repository is made if there is none. Raises UserError where the
         hub refuses.
         """
-        import huggingface_hub  # heavy, and not needed for local files
+        return artifact.push_to_hub(self.model.folder, name, private=private)
 
-        folder = self.model.folder
-        try:
-            huggingface_hub.create_repo(name, private=private, exist_ok=True)
-            return str(huggingface_hub.upload_folder(repo_id=name, folder_path=folder))
-        except Exception as error:  # the client raises many kinds; each means the same to a user
-            raise UserError(
-                f"could not push {str(folder)!r} to {name!r}: {one_line(error)}"
-            ) from error
-
-    def flow(
+    def make_scheduler(
         self, batch_size: int, wait: int | None = None, *, full: bool | None = None
     ) -> Scheduler:
-        """Returns a new `Scheduler`. Raises UserError for batch_size below 1.
+        """Returns a new `Scheduler`. Raises UserError for a batch_size below 1.
 
-        `full`: of the last exit alone; default as the dial says.
+        `full` is whether for the last exit alone; default: for an infinite threshold.
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")
         full = self.full if full is None else full
-        stages = make_stages(self.model.networks, full=full, leaving=self._leaving)
-        return Scheduler(self._programs, stages, batch_size, wait)
+        stages = self.engine.stages(full=full, exit_rates=self._exit_rates)
+        return Scheduler(self.engine, stages, batch_size, wait)
 
     def encode(
-        self, texts: Sequence[Text | InvalidRow], first: int = 0, *, alike: bool = False
+        self, texts: Sequence[Text | InvalidRow], first: int = 0, *, same_length: bool = False
     ) -> list[Request]:
-        """Texts as rows numbered by place from `first`; `alike` pads all of them to one length.
-
-        NoText has no row.
-        """
-        pairs = len(self.model.text_columns) == 2
-        given = {
-            number: validate_text(text, pairs, number)
-            for number, text in enumerate(texts, start=first)
-            if not isinstance(text, InvalidRow)
-        }
-        if not given:
-            return []
-        ids, kinds = encode(self.model.tokenizer, list(given.values()), self.model.max_length)
-        longest = max(len(row) for row in ids)
-        return [
-            Request(number, i, t, self._length(longest if alike else len(i)), self._rule)
-            for number, i, t in zip(given, ids, kinds, strict=True)
-        ]
-
-    def answer(self, row: Request) -> Prediction:
-        """What a row that left says."""
-        exits = np.asarray([row.exit])
-        (probabilities,) = row.rule.probabilities(row.logits[-1][None], exits)
-        label = self.classes[int(probabilities.argmax())]
-        # The full model alone does not pay for Multi-Model's shallower ones.
-        alone = len(row.logits) == 1 and row.exit > 0
-        cost = 1.0 if alone else float(self.model.cost[row.exit])
-        return Prediction(label, probabilities, self.layers[row.exit], cost)
-
-    def passed(self, row: Request) -> list[tuple[int, str, float]]:
-        """(layer, label, its probability) at every exit that a row came by."""
-        first = row.exit + 1 - len(row.logits)  # of the full model alone, the last
-        exits = np.arange(first, row.exit + 1)
-        every = row.rule.probabilities(np.stack(row.logits), exits)  # [E, C]
-        return [
-            (self.layers[e], self.classes[int(p.argmax())], float(p.max()))
-            for e, p in zip(exits, every, strict=True)
-        ]
-
-    def _length(self, tokens: int) -> int:
-        return next((n for n in self._lengths if n >= tokens), self._lengths[-1])
+        """Returns the requests of texts, see `RequestEncoder`."""
+        return self._encoder(texts, self._rule, first, same_length=same_length)
 
 
-def _chunks(texts: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    rest = iter(texts)
-    while chunk := list(itertools.islice(rest, size)):
-        yield chunk
+def _given(target: Target) -> dict[str, Any]:
+    return {name: value for name, value in target.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What each stage costs by the clock of this machine: the file clock.json beside a saved model.
+"""Measured latency: what each stage takes on this machine, in clock.json beside a saved model.
 
 Shape letters: E exit, B batch size, L length.
 """
@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
-from sweet_jax.inference.artifact import SavedModel
-from sweet_jax.inference.jax_engine import Inputs, JaxEngine, make_stages, row_lengths, uses_pool
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.engine import Engine, Stage, StageBatch, padded_lengths
 
 _NAME = "clock.json"
 _SECONDS = 0.2  # that a stage is run for, at least
@@ -28,10 +27,10 @@ class LatencyTable:
     """Measured times.
 
     Attributes:
-      machine: what they were measured on.
-      batch_sizes: B that were measured.
-      lengths: L that were measured.
-      milliseconds: [number of B, number of L, E], of each stage, for a whole batch.
+      machine: what they were measured on, from `describe_machine`.
+      batch_sizes: B that were measured, ascending; 1 is the first.
+      lengths: L that were measured, ascending.
+      milliseconds: float64 [number of B, number of L, E], of each stage, for a whole batch.
 
     """
 
@@ -40,109 +39,105 @@ class LatencyTable:
     lengths: tuple[int, ...]
     milliseconds: np.ndarray
 
-    def alone(self, tokens: int) -> np.ndarray:
-        """Milliseconds until each exit has answered a text by itself, float64 [E]."""
+    def until_exit(self, tokens: int) -> np.ndarray:
+        """Returns the milliseconds until each exit of a text by itself, float64 [E]."""
         long_enough = [i for i, length in enumerate(self.lengths) if length >= tokens]
         place = long_enough[0] if long_enough else -1
         return np.cumsum(self.milliseconds[0, place])
 
     def lines(self, layers: Iterable[int]) -> list[str]:
-        """A table: milliseconds of each stage."""
+        """Formats the milliseconds of each stage as a table; `layers` are the exits'."""
         heads = "".join(f"{'to ' + str(layer):>9}" for layer in layers)
-        found = [f"{'batch':>6}{'length':>8}{heads}{'all':>9}  milliseconds, {self.machine}"]
+        table = [f"{'batch':>6}{'length':>8}{heads}{'all':>9}  milliseconds, {self.machine}"]
         for size, by_length in zip(self.batch_sizes, self.milliseconds, strict=True):
             for length, stages in zip(self.lengths, by_length, strict=True):
                 each = "".join(f"{value:9.2f}" for value in stages)
-                found.append(f"{size:6d}{length:8d}{each}{stages.sum():9.2f}")
-        return found
+                table.append(f"{size:6d}{length:8d}{each}{stages.sum():9.2f}")
+        return table
 
 
 def measure_latency(
-    model: SavedModel, batch_sizes: Iterable[int], progress: Callable[[], object]
+    engine: Engine, max_length: int, batch_sizes: Iterable[int], progress: Callable[[], object]
 ) -> LatencyTable:
-    """Times every stage at batch sizes (1 is always among them) and at every other row length.
+    """Times every stage with full batches of texts without padding.
 
-    Of full batches of texts that are as long as they may be. `progress` is called after each.
+    Args:
+      engine: that runs the stages.
+      max_length: the longest L; every other padded length up to it is measured.
+      batch_sizes: B to measure; 1 is always among them.
+      progress: called after each stage at each B and L.
+
     """
     sizes = tuple(sorted({1, *batch_sizes}))
-    lengths = row_lengths(model.max_length)[::-2][::-1]  # the longest is among them
-    stages = make_stages(model.networks)
-    programs = JaxEngine(model)
-    found = np.zeros((len(sizes), len(lengths), len(stages)))
-    for place in np.ndindex(found.shape):
+    lengths = padded_lengths(max_length)[::-2][::-1]  # the longest is among them
+    stages = engine.stages()
+    times = np.zeros((len(sizes), len(lengths), len(stages)))  # [number of B, number of L, E]
+    for place in np.ndindex(times.shape):
         size, length, stage = sizes[place[0]], lengths[place[1]], stages[place[2]]
-        rows = np.stack([np.arange(size), np.full(size, length)]).astype(np.int32)
-        texts = np.zeros((2, size, length), np.int32)
-        texts[0] = np.random.default_rng(0).integers(0, programs.vocabulary, texts[0].shape)
-        inputs = Inputs(rows, texts if stage.embeds else None)
-        pool = programs.new_pool(size, length) if uses_pool(stage) else None
-
-        def run(stage=stage, length=length, inputs=inputs) -> None:
-            nonlocal pool
-            answers, written = programs(stage, inputs, length, pool)
-            pool = pool if written is None else written
-            np.asarray(answers)
-
-        found[place] = _median(run)
+        times[place] = _time_stage(engine, stage, size, length)
         progress()
-    return LatencyTable(describe_machine(model), sizes, lengths, found)
+    return LatencyTable(describe_machine(engine), sizes, lengths, times)
 
 
-def describe_machine(model: SavedModel) -> str:
-    """What times depend on: the machine, its device, JAX, and the model's dtype."""
-    dtype = jax.tree.leaves(model.networks[0].params)[0].dtype
-    return f"{platform.node()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype}"
-
-
-def _median(run: Callable[[], None]) -> float:
-    """Milliseconds of a call, its answer brought to the host; the first two are not counted."""
+def _time_stage(engine: Engine, stage: Stage, size: int, length: int) -> float:
+    """Returns the median milliseconds of a run; the first two, which compile, are not counted."""
+    rows = np.stack([np.arange(size), np.full(size, length)]).astype(np.int32)  # [2, B]
+    texts = np.zeros((2, size, length), np.int32)
+    texts[0] = np.random.default_rng(0).integers(0, engine.vocabulary_size, texts[0].shape)
+    batch = StageBatch(length, rows, texts if stage.embeds else None)
+    states = engine.new_states(size, length) if stage.uses_states else None
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < _SECONDS:
         began = time.perf_counter()
-        run()
+        states = engine.run(stage, batch, states).states
         seconds.append(time.perf_counter() - began)
     return 1e3 * statistics.median(seconds[2:])
 
 
-def write_latency(model: SavedModel, clock: LatencyTable) -> Path:
-    """Writes clock.json into the model's folder. Raises UserError where it cannot."""
-    values = dataclasses.asdict(clock) | {"milliseconds": clock.milliseconds.tolist()}
+def describe_machine(engine: Engine) -> str:
+    """Describes what times depend on: the machine, and the engine with its device and dtype."""
+    return f"{platform.node()}, {engine.description}"
+
+
+def write_latency(folder: Path, table: LatencyTable) -> Path:
+    """Writes clock.json into a model's folder; returns its path. Raises UserError if it cannot."""
+    values = dataclasses.asdict(table) | {"milliseconds": table.milliseconds.tolist()}
     try:
-        write_json(model.folder / _NAME, values)
+        write_json(folder / _NAME, values)
     except OSError as error:
         raise UserError(
-            f"{str(model.folder)!r} cannot be written to ({error.strerror}): copy the model first"
+            f"{str(folder)!r} cannot be written to ({error.strerror}): copy the model first"
         ) from error
-    return model.folder / _NAME
+    return folder / _NAME
 
 
-def read_latency(model: SavedModel) -> LatencyTable | None:
-    """What `write_latency` wrote, or None.
+def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
+    """Reads what `write_latency` wrote; returns None where there is no file.
 
-    Raises UserError where it is damaged, or of another machine or dtype.
+    Raises UserError where it is damaged, or of another machine, engine or dtype.
     """
     path = model.folder / _NAME
     if not path.exists():
         return None
     try:
         values = json.loads(path.read_text())
-        clock = LatencyTable(
+        table = LatencyTable(
             str(values["machine"]),
             tuple(values["batch_sizes"]),
             tuple(values["lengths"]),
             np.asarray(values["milliseconds"], np.float64),
         )
-        if clock.milliseconds.shape != (
-            len(clock.batch_sizes),
-            len(clock.lengths),
+        if table.milliseconds.shape != (
+            len(table.batch_sizes),
+            len(table.lengths),
             len(model.layers),
         ):
             raise ValueError("of another shape")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error!r}): measure again") from error
-    here = describe_machine(model)
-    if clock.machine != here:
+    here = describe_machine(engine)
+    if table.machine != here:
         raise UserError(
-            f"{str(path)!r} was measured on {clock.machine}, and this is {here}: measure again"
+            f"{str(path)!r} was measured on {table.machine}, and this is {here}: measure again"
         )
-    return clock
+    return table

@@ -1,4 +1,4 @@
-"""The file of answers that predict writes: for one process alone, gone on with where it ends."""
+"""The JSONL file of predictions: held by one process, resumed where it ends."""
 
 import collections
 import contextlib
@@ -13,40 +13,49 @@ from typing import Any, BinaryIO
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
 
-_BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a row of the output
-_CHECKED = 32  # rows of an output that are computed again before it is gone on with
+_BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a line of the output
+_CHECKED = 32  # rows of an output that are computed again before it is resumed
 
 
 @dataclasses.dataclass
 class Tally:
-    """What the rows of an output come to."""
+    """Totals over the rows of an output.
+
+    Attributes:
+      rows: of the output.
+      errors: those without a prediction.
+      cost: sum over the others, in shares of the full model's layers.
+      exits: how many exited at each layer.
+
+    """
 
     rows: int = 0
     errors: int = 0
     cost: float = 0.0
     exits: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
-    def add(self, answer: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Counts a row. Raises KeyError or TypeError for one that is not of an output."""
         self.rows += 1
-        if "error" in answer:
+        if "error" in row:
             self.errors += 1
         else:
-            self.cost += answer["cost"]
-            self.exits[answer["exit"]] += 1
+            self.cost += row["cost"]
+            self.exits[row["exit"]] += 1
 
     def summary(self, speed: float) -> str:
-        """The last line; `speed` in rows a second."""
-        answered = max(1, self.rows - self.errors)
-        shares = [f"{n / answered:.1%} at {layer}" for layer, n in sorted(self.exits.items())]
+        """Formats the totals in one line; `speed` is in rows a second."""
+        predicted = max(1, self.rows - self.errors)
+        shares = [f"{n / predicted:.1%} at {layer}" for layer, n in sorted(self.exits.items())]
         return (
             f"{self.rows} rows ({self.errors} with an error), {speed:.1f} rows/s, mean cost "
-            f"{self.cost / answered:.4f}, left at layer: {', '.join(shares) or 'none'}"
+            f"{self.cost / predicted:.4f}, left at layer: {', '.join(shares) or 'none'}"
         )
 
 
 @contextlib.contextmanager
 def open_output(path: Path, source: Path) -> Iterator[BinaryIO]:
-    """The output, to be read and gone on with, for this process alone.
+    """Opens the output to be read and resumed, and locks it for this process.
 
     Raises UserError where it cannot be written to, is the input, or is another process's.
     """
@@ -69,9 +78,9 @@ def open_output(path: Path, source: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def record_origin(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
-    """Keeps beside an unfinished output what it is made by.
+    """Keeps the identity of what makes an output in a file beside it, until it is finished.
 
-    Raises UserError if it was by another.
+    Raises UserError if an unfinished output has another identity.
     """
     note = path.with_name(f".{path.name}.unfinished.json")
     ours = json.loads(json.dumps(identity))
@@ -92,9 +101,9 @@ def record_origin(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> It
 
 
 def read_existing(file: BinaryIO, path: Path) -> tuple[Tally, list[dict[str, Any]], int]:
-    """What stands in an output: its tally, its last rows, and where the last whole row ends.
+    """Reads an output: its tally, its last rows, and where the last whole row ends, in bytes.
 
-    Raises UserError for a line that is no answer.
+    Raises UserError for a line that is not a row of an output.
     """
     tally, last, end = Tally(), collections.deque[dict[str, Any]](maxlen=_CHECKED), 0
     file.seek(0)
@@ -103,34 +112,42 @@ def read_existing(file: BinaryIO, path: Path) -> tuple[Tally, list[dict[str, Any
         if not whole and any(key.startswith(line[: len(key)]) for key in _BEGINNINGS):
             break  # a row cut short
         try:
-            answer = json.loads(line) if whole else None
-            if not isinstance(answer, dict):
-                raise TypeError("not an answer")
-            tally.add(answer)
+            row = json.loads(line) if whole else None
+            if not isinstance(row, dict):
+                raise TypeError("not an object")
+            tally.add(row)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"--output {str(path)!r} exists, and line {number} is no answer of this command: "
-                "choose another, or remove it"
+                f"--output {str(path)!r} exists, and line {number} is not an output of this "
+                "command: choose another, or remove it"
             ) from error
-        last.append(answer)
+        last.append(row)
         end += len(line)
     return tally, list(last), end
 
 
 def check_same_rows(
-    path: Path, there: Sequence[Mapping[str, Any]], answers: Iterator[tuple[dict[str, Any], int]]
+    path: Path, last: Sequence[Mapping[str, Any]], rows: Iterator[tuple[dict[str, Any], int]]
 ) -> None:
-    """Compares the first answers with the last ones of an output: the rows may have been changed,
-    and a finished output says nothing of what made it. Raises UserError where they differ.
+    """Compares the last rows of an output with the same rows computed again.
+
+    The input may have been changed, and a finished output does not record what made it. Raises
+    UserError where they differ.
+
+    Args:
+      path: of the output, for the message.
+      last: its last rows.
+      rows: (row, position in the input), beginning with the first of these; so many are consumed.
+
     """
-    for old in there:
-        new, _ = next(answers, ({}, 0))
+    for old in last:
+        new, _ = next(rows, ({}, 0))
         same = old.keys() == new.keys() and all(
             abs(old[k] - v) < 1e-3 if isinstance(v, float) else old[k] == v for k, v in new.items()
         )
         if not same:
             raise UserError(
-                f"--output {str(path)!r} exists, and was not made by this model, dial and input: "
+                f"--output {str(path)!r} exists, and was not made by this model, target and input: "
                 f"it has {json.dumps(dict(old))} where {json.dumps(new)} belongs; choose another, "
                 "or remove it"
             )

@@ -1,4 +1,4 @@
-"""What is asked of a classifier, checked, and what it answers.
+"""Predictions, and the texts they are of.
 
 Shape letters: N texts, C classes.
 """
@@ -9,32 +9,50 @@ from typing import NamedTuple
 import numpy as np
 
 from sweet_jax.config import UserError
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.scheduler import Request
 
 Text = str | tuple[str, str] | Sequence[str]
 
 
 class Prediction(NamedTuple):
-    """The answer to one text."""
+    """The prediction of one text.
+
+    Attributes:
+      label: the class with the largest probability.
+      probabilities: float64 [C], after temperature, in the order of the model's classes.
+      exit: the layer it exited at.
+      cost: share of the full model's layers.
+
+    """
 
     label: str
-    probabilities: np.ndarray  # float64 [C], after temperature, of `AdaptiveClassifier.classes`
-    exit: int  # the layer it left at
-    cost: float  # share of the full model's layers
+    probabilities: np.ndarray
+    exit: int
+    cost: float
 
     @property
     def probability(self) -> float:
-        """Of the label."""
+        """The label's probability."""
         return float(self.probabilities.max())
 
 
+class ExitPrediction(NamedTuple):
+    """The prediction of one text at one exit: its layer, the label and the label's probability."""
+
+    layer: int
+    label: str
+    probability: float
+
+
 class InvalidRow(NamedTuple):
-    """A row without a text, and why."""
+    """A row without a text, and the reason."""
 
     reason: str
 
 
 class Predictions(NamedTuple):
-    """The answers to some texts, in their order."""
+    """The predictions of some texts, in their order."""
 
     labels: np.ndarray  # str [N]
     probabilities: np.ndarray  # float64 [N, C]
@@ -42,21 +60,44 @@ class Predictions(NamedTuple):
     cost: np.ndarray  # float64 [N]
 
 
-def collect_predictions(found: Sequence[Prediction], classes: int) -> Predictions:
-    """Predictions one by one as arrays."""
-    labels, probabilities, exits, cost = zip(*found, strict=True) if found else ((),) * 4
+def make_prediction(model: ModelArtifact, request: Request) -> Prediction:
+    """Returns the prediction of a request that has exited."""
+    exits = np.asarray([request.exit])
+    (probabilities,) = request.rule.probabilities(request.logits[-1][None], exits)  # [C]
+    label = model.classes[int(probabilities.argmax())]
+    # The full model alone does not pay for Multi-Model's shallower ones.
+    alone = len(request.logits) == 1 and request.exit > 0
+    cost = 1.0 if alone else float(model.cost[request.exit])
+    return Prediction(label, probabilities, model.layers[request.exit], cost)
+
+
+def make_exit_predictions(model: ModelArtifact, request: Request) -> list[ExitPrediction]:
+    """Returns the predictions at every exit that a request reached, the one it took last."""
+    first = request.exit + 1 - len(request.logits)  # of the full model alone, the last
+    exits = np.arange(first, request.exit + 1)
+    probabilities = request.rule.probabilities(np.stack(request.logits), exits)  # [exits, C]
+    return [
+        ExitPrediction(model.layers[e], model.classes[int(p.argmax())], float(p.max()))
+        for e, p in zip(exits, probabilities, strict=True)
+    ]
+
+
+def collect_predictions(predictions: Sequence[Prediction], classes: int) -> Predictions:
+    """Collects predictions into arrays; `classes` is C, for none."""
+    columns = zip(*predictions, strict=True) if predictions else ((),) * 4
+    labels, probabilities, exits, cost = columns
     return Predictions(
         np.asarray(labels, np.str_),
-        np.asarray(probabilities, np.float64).reshape(len(found), classes),
+        np.asarray(probabilities, np.float64).reshape(len(predictions), classes),
         np.asarray(exits, np.int64),
         np.asarray(cost, np.float64),
     )
 
 
 def validate_text(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
-    """A text, or a pair of them, as a tuple of one or two. Raises UserError for anything else.
+    """Returns a text, or a pair of them, as a tuple of one or two.
 
-    `number` is the row's, from 0, for the error.
+    Raises UserError for anything else; `number` is the row's, from 0, for the message.
     """
     several = tuple(text) if isinstance(text, (tuple, list)) else ()
     parts = (text,) if isinstance(text, str) else several

@@ -2,6 +2,8 @@
 
 python run.py tokens.npz: input_ids and token_type_ids int [N, L], tokens int [N] (how many of L),
 ids padded with the pad_id in model.json. Prints a label, a probability and a layer for each text.
+
+Shape letters: N texts, L length, H hidden, C classes.
 """
 
 import json
@@ -13,40 +15,41 @@ import numpy as np
 
 
 def softmax(logits, temperature):
-    """Of logits / temperature, float64 [N, C]; NaN for no temperature."""
+    """Returns the softmax of logits [N, C] / temperature, float64; NaN for no temperature."""
     scaled = np.asarray(logits, np.float64) / (temperature or np.nan)
-    shares = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return shares / shares.sum(axis=1, keepdims=True)
+    exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True)
 
 
 def predict(folder, input_ids, token_type_ids, tokens):
-    """(class int [N], probability [N], layer int [N]) of each text, where it left."""
+    """Returns (class int [N], probability float [N], layer int [N]) of the exit each text takes."""
     about = json.loads((Path(folder) / "model.json").read_text())
     values = np.load(Path(folder) / "parameters.npz", allow_pickle=False)
-    rows, h = np.arange(len(tokens)), None  # the texts still on their way
+    rows, h = np.arange(len(tokens)), None  # the texts that have not exited; h [rows, L, H]
     found = [np.zeros(len(tokens), int), np.zeros(len(tokens)), np.zeros(len(tokens), int)]
     for stage in about["stages"]:
         program = jax.export.deserialize((Path(folder) / stage["program"]).read_bytes())
         params = [values[name] for name in stage["parameters"]]
-        given = (input_ids[rows], token_type_ids[rows]) if stage["embeds"] else (h,)
-        h, logits = program.call(params, tokens[rows], *given)
-        shares = softmax(logits, stage["temperature"] or 1)
+        inputs = (input_ids[rows], token_type_ids[rows]) if stage["embeds"] else (h,)
+        h, logits = program.call(params, tokens[rows], *inputs)
+        probabilities = softmax(logits, stage["temperature"] or 1)  # [rows, C]
         # Below 1, so that a threshold of 1 sends every text to the last exit.
-        score = np.minimum(softmax(logits, stage["score_temperature"]).max(1), np.nextafter(1, 0))
-        leaves = (score >= about["threshold"]) | (stage is about["stages"][-1])
-        found[0][rows[leaves]] = shares.argmax(axis=1)[leaves]
-        found[1][rows[leaves]] = shares.max(axis=1)[leaves]
-        found[2][rows[leaves]] = stage["layer"]
-        rows, h = rows[~leaves], h[~leaves]
+        confidence = softmax(logits, stage["score_temperature"]).max(axis=1)
+        confidence = np.minimum(confidence, np.nextafter(1, 0))
+        exits = (confidence >= about["threshold"]) | (stage is about["stages"][-1])
+        found[0][rows[exits]] = probabilities.argmax(axis=1)[exits]
+        found[1][rows[exits]] = probabilities.max(axis=1)[exits]
+        found[2][rows[exits]] = stage["layer"]
+        rows, h = rows[~exits], h[~exits]
         if not len(rows):
             break
     return found
 
 
 def read(path, length):
-    """input_ids and token_type_ids int32 [N, L], tokens int32 [N] of a file, L being `length`.
+    """Reads input_ids and token_type_ids int32 [N, L] and tokens int32 [N], L being `length`.
 
-    Raises ValueError, or what numpy raises, which says what is wrong with it.
+    Raises ValueError, or what numpy raises for a file that is no .npz.
     """
     names = ("input_ids", "token_type_ids", "tokens")
     with np.load(path, allow_pickle=False) as texts:

@@ -1,18 +1,20 @@
-"""How rows flow through the stages: in batches that fill up again as rows leave.
+"""Continuous batching: batches of each stage that fill up again as requests exit.
 
-Shape letters: E exit, B batch, L length, C classes, N rows.
+The scheduler asks an engine (`engine.py`) to run a stage on a batch, and keeps for every request
+where it is: its queue, its slot among the hidden states, and the outputs of the exits so far.
+
+Shape letters: E exit, B batch, L length, C classes, N requests, P slots.
 """
 
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from sweet_jax.exits.calibration import Calibrator, softmax_with_temperature
 from sweet_jax.exits.policies import PolicyFunction, UnlabeledOutputs, exit_confidences
-from sweet_jax.inference.jax_engine import Inputs, JaxEngine, Stage, batch_sizes, uses_pool
+from sweet_jax.inference.engine import Engine, HiddenStates, Stage, StageBatch, batch_sizes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,29 +61,42 @@ class ExitRule:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Request:
-    """One text on its way."""
+    """One text to classify, from its token ids to the exit that it takes.
 
-    number: int  # in the order of the input
-    input_ids: np.ndarray  # int32 [tokens]
-    token_type_ids: np.ndarray  # int32 [tokens]
-    length: int  # it is padded to
+    Attributes:
+      number: its place in the order of the input.
+      input_ids, token_type_ids: int32 [tokens].
+      length: L, that it is padded to.
+      rule: when it exits.
+      queued_at: how many requests had been admitted when it joined its queue.
+      slot: that holds its hidden states; -1 where it has none.
+      exit: index of the exit it took; -1 before that.
+      logits: float32 [C] of every exit so far.
+      exit_scores: learning-to-exit's of every exit so far; empty where none were learned.
+
+    """
+
+    number: int
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    length: int
     rule: ExitRule
-    since: int = 0  # how many rows had been admitted when it was
-    slot: int = -1  # that holds its hidden state
-    exit: int = -1  # index of the exit it left at, -1 while on its way
-    logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
+    queued_at: int = 0
+    slot: int = -1
+    exit: int = -1
+    logits: list[np.ndarray] = dataclasses.field(default_factory=list)
     exit_scores: list[float] = dataclasses.field(default_factory=list)
 
 
 class Scheduler:
-    """Queues of rows, one for each stage and length; a full one is run.
+    """Queues of requests, one for each stage and length, and the batches run from them.
 
     Args:
-      programs: of the model.
-      stages: that rows go through.
+      engine: that runs the stages.
+      stages: that requests go through, from `Engine.stages`.
       batch_size: B at most.
-      wait: how many rows may be admitted while a row waits in a queue; the queue is run after that
-        though it is not full. None: as long as it takes.
+      wait: how many requests may be admitted while one waits in a queue; after that its queue is
+        run though it is not full. None: no limit.
 
     Attributes:
       runs: how many batches each stage has run.
@@ -89,14 +104,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, programs: JaxEngine, stages: Sequence[Stage], batch_size: int, wait: int | None = None
+        self, engine: Engine, stages: Sequence[Stage], batch_size: int, wait: int | None = None
     ):
-        self.programs, self.stages = programs, stages
+        self.engine, self.stages = engine, stages
         self.batch_size, self.wait = batch_size, wait
         self.runs = [0] * len(stages)
         self._sizes = batch_sizes(batch_size)
         self._queues: dict[tuple[int, int], deque[Request]] = {}  # by (stage, length)
-        self._pools: dict[int, jax.Array] = {}  # by length
+        self._states: dict[int, HiddenStates] = {}  # by length
         self._free: dict[int, list[int]] = {}  # slots by length
         self._admitted = 0
 
@@ -106,118 +121,117 @@ class Scheduler:
         return self.batch_size * len(self.stages)
 
     def __len__(self) -> int:
-        """How many rows are on their way."""
+        """The number of requests admitted that have not exited."""
         return sum(map(len, self._queues.values()))
 
-    def admit(self, row: Request) -> None:
-        """Takes a row in; nothing is computed yet."""
+    def admit(self, request: Request) -> None:
+        """Queues a request at the first stage; nothing is computed yet."""
         self._admitted += 1
-        self._wait_at(0, row)
+        self._enqueue(0, request)
 
-    def pass_by(self) -> None:
-        """Counts as a row admitted, to those that wait."""
+    def count_skipped(self) -> None:
+        """Counts an input that has no text as admitted, for the requests that wait."""
         self._admitted += 1
 
-    def advance(self) -> list[Request]:
-        """Runs what is full, and what has waited for too long; returns the rows that left."""
-        left: list[Request] = []
-        while ready := [key for key in self._queues if self._full(key) or self._late(key)]:
-            left += self._run(*max(ready))  # the deepest: it frees slots
-        return left
+    def run_ready(self) -> list[Request]:
+        """Runs queues that are full or overdue until none is; returns the requests that exited."""
+        exited: list[Request] = []
+        while ready := [key for key in self._queues if self._full(key) or self._overdue(key)]:
+            exited += self._run(*max(ready))  # the deepest: it frees slots
+        return exited
 
     def step(self) -> list[Request]:
-        """Runs one batch: a full one if there is one, else of the row that has waited longest.
+        """Runs one batch: of a full queue if there is one, else of the one that waits longest.
 
-        For a caller that would idle otherwise. A row that has waited for too long goes before full
-        batches of other lengths. Returns the rows that left.
+        For a caller that would idle otherwise. An overdue request goes before full batches of other
+        lengths. Returns the requests that exited.
         """
         waiting = [key for key, queue in self._queues.items() if queue]
         if not waiting:
             return []
-        oldest = min(waiting, key=lambda key: self._queues[key][0].since)
+        oldest = min(waiting, key=lambda key: self._queues[key][0].queued_at)
         full = [key for key in waiting if self._full(key)]
-        if self._late(oldest):
-            # Deeper rows of that length first: they hold its slots.
+        if self._overdue(oldest):
+            # Deeper requests of that length first: they hold its slots.
             return self._run(*max([key for key in full if key[1] == oldest[1]] + [oldest]))
         return self._run(*(max(full) if full else oldest))
 
-    def finish(self) -> list[Request]:
-        """Runs all that waits, to its end; returns the rows that left."""
-        left = self.advance()
+    def drain(self) -> list[Request]:
+        """Runs every request to its exit; returns them."""
+        exited = self.run_ready()
         while waiting := [key for key, queue in self._queues.items() if queue]:
-            left += self._run(*min(waiting))  # the shallowest: what goes on fills the next
-            left += self.advance()
-        return left
+            exited += self._run(*min(waiting))  # the shallowest: what continues fills the next
+            exited += self.run_ready()
+        return exited
 
-    def _wait_at(self, stage: int, row: Request) -> None:
-        row.since = self._admitted
-        self._queues.setdefault((stage, row.length), deque()).append(row)
+    def _enqueue(self, stage: int, request: Request) -> None:
+        request.queued_at = self._admitted
+        self._queues.setdefault((stage, request.length), deque()).append(request)
 
     def _full(self, key: tuple[int, int]) -> bool:
         return len(self._queues[key]) >= self.batch_size
 
-    def _late(self, key: tuple[int, int]) -> bool:
+    def _overdue(self, key: tuple[int, int]) -> bool:
         queue = self._queues[key]
         if not queue or self.wait is None:
             return False
-        return self._admitted - queue[0].since > self.wait
+        return self._admitted - queue[0].queued_at > self.wait
 
     def _run(self, number: int, length: int) -> list[Request]:
+        """Runs one batch of a queue; returns the requests that exited, the others move on."""
         queue, stage = self._queues[number, length], self.stages[number]
-        rows = [queue.popleft() for _ in range(min(len(queue), self.batch_size))]
+        requests = [queue.popleft() for _ in range(min(len(queue), self.batch_size))]
         self.runs[number] += 1
         free = self._free.setdefault(length, list(range(self.slots)))
-        if stage.embeds and stage.carries:
-            for row in rows:
-                row.slot = free.pop()
-        answers = self._compute(stage, rows, length)
-        classes = self.programs.classes
-        for row, answer in zip(rows, answers, strict=False):
-            row.logits.append(answer[:classes])
-            row.exit_scores += answer[classes:].tolist()
+        if stage.embeds and stage.writes_states:
+            for request in requests:
+                request.slot = free.pop()
+        self._compute(stage, requests, length)
         last = number + 1 == len(self.stages)
-        leaves = np.full(len(rows), True) if last else _leaves(rows)
-        left = []
-        for row, done in zip(rows, leaves.tolist(), strict=True):
+        exits = np.full(len(requests), True) if last else _leaves(requests)
+        exited = []
+        for request, done in zip(requests, exits.tolist(), strict=True):
             if done:
-                row.exit = stage.exit
-                left.append(row)
+                request.exit = stage.exit
+                exited.append(request)
             else:
-                self._wait_at(number + 1, row)
-            if row.slot >= 0 and (done or not stage.carries):
-                free.append(row.slot)
-                row.slot = -1
-        return left
+                self._enqueue(number + 1, request)
+            if request.slot >= 0 and (done or not stage.writes_states):
+                free.append(request.slot)
+                request.slot = -1
+        return exited
 
-    def _compute(self, stage: Stage, rows: list[Request], length: int) -> np.ndarray:
-        """The answers of a stage, on the host: [B, C or C + 1]."""
-        inputs = self._inputs(rows, length, embeds=stage.embeds)
-        pool = None
-        if uses_pool(stage):
+    def _compute(self, stage: Stage, requests: list[Request], length: int) -> None:
+        """Runs a stage and appends the exit's outputs to each request."""
+        batch = self._batch(requests, length, embeds=stage.embeds)
+        states = None
+        if stage.uses_states:
             # Taken out: a call that is interrupted leaves none rather than one that was consumed.
-            pool = self._pools.pop(length, None)
-            pool = self.programs.new_pool(self.slots, length) if pool is None else pool
-        answers, written = self.programs(stage, inputs, length, pool)
-        kept = pool if written is None else written
-        if kept is not None:
-            self._pools[length] = kept
-        return np.asarray(answers)
+            states = self._states.pop(length, None)
+            states = self.engine.new_states(self.slots, length) if states is None else states
+        output = self.engine.run(stage, batch, states)
+        if output.states is not None:
+            self._states[length] = output.states
+        for row, request in enumerate(requests):
+            request.logits.append(output.logits[row])
+            if output.exit_scores is not None:
+                request.exit_scores.append(float(output.exit_scores[row]))
 
-    def _inputs(self, rows: list[Request], length: int, *, embeds: bool) -> Inputs:
-        size = next(size for size in self._sizes if size >= len(rows))
+    def _batch(self, requests: list[Request], length: int, *, embeds: bool) -> StageBatch:
+        size = next(size for size in self._sizes if size >= len(requests))
         none = self.slots
-        places = np.full((2, size), none, np.int32)
-        places[1] = 0
-        places[0, : len(rows)] = [row.slot if row.slot >= 0 else none for row in rows]
-        places[1, : len(rows)] = [len(row.input_ids) for row in rows]
+        rows = np.full((2, size), none, np.int32)
+        rows[1] = 0
+        rows[0, : len(requests)] = [r.slot if r.slot >= 0 else none for r in requests]
+        rows[1, : len(requests)] = [len(r.input_ids) for r in requests]
         if not embeds:
-            return Inputs(places)
+            return StageBatch(length, rows)
         texts = np.zeros((2, size, length), np.int32)
-        texts[0] = self.programs.pad_id
-        for place, row in enumerate(rows):
-            texts[0, place, : len(row.input_ids)] = row.input_ids
-            texts[1, place, : len(row.input_ids)] = row.token_type_ids
-        return Inputs(places, texts)
+        texts[0] = self.engine.pad_id
+        for row, request in enumerate(requests):
+            texts[0, row, : len(request.input_ids)] = request.input_ids
+            texts[1, row, : len(request.input_ids)] = request.token_type_ids
+        return StageBatch(length, rows, texts)
 
 
 def _leaves(rows: Sequence[Request]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The application: what is asked over HTTP, checked, and answered."""
+"""The HTTP application: parses and checks a request, has the worker classify its texts, replies."""
 
 import asyncio
 import contextlib
@@ -18,17 +18,25 @@ from starlette.routing import Route
 
 from sweet_jax.config import UserError
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.predictions import Prediction
-from sweet_jax.inference.scheduler import Request as TextRequest
+from sweet_jax.inference.predictions import ExitPrediction, Prediction, make_exit_predictions
 from sweet_jax.server.worker import QueueFullError, Worker, WorkerStoppedError
 
-_DIALS = ("cost", "accuracy", "threshold", "risk", "agreement", "milliseconds", "level")
+_TARGETS = ("cost", "accuracy", "threshold", "risk", "agreement", "milliseconds", "level")
 _PAGE = Path(__file__).parent / "page.html"
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may be: texts, characters of each, bytes; texts waiting; seconds."""
+    """The largest values that are accepted.
+
+    Attributes:
+      texts: of a request.
+      characters: of a text.
+      body: bytes of a request.
+      waiting: texts waiting or under way.
+      timeout: seconds to read a request, and to answer it.
+
+    """
 
     texts: int = 256
     characters: int = 100_000
@@ -37,33 +45,35 @@ class Limits:
     timeout: float = 30.0
 
 
-class _Refused(Exception):  # noqa: N818 - an answer, not an error
-    """A request that gets no answer: status and the reason."""
+class _Refused(Exception):  # noqa: N818 - a response, not an error
+    """A request that gets no predictions: the status and the reason."""
 
     def __init__(self, status: int, reason: str):
         self.status, self.reason = status, reason
 
 
 class _Metrics:
-    """What /metrics tells."""
+    """The counters that GET /metrics reports."""
 
     def __init__(self, worker: Worker):
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "sweet_jax_requests", "By status", ["status"], registry=self.registry
+            "sweet_jax_requests", "HTTP requests by status", ["status"], registry=self.registry
         )
         self.texts = Counter(
-            "sweet_jax_texts", "Answered, by the layer", ["exit"], registry=self.registry
+            "sweet_jax_texts", "Texts by the layer they exited at", ["exit"], registry=self.registry
         )
         self.seconds = Histogram(
-            "sweet_jax_request_seconds", "Of an answer", registry=self.registry
+            "sweet_jax_request_seconds", "Seconds to answer a request", registry=self.registry
         )
-        waiting = Gauge("sweet_jax_waiting_texts", "Not yet answered", registry=self.registry)
+        waiting = Gauge(
+            "sweet_jax_waiting_texts", "Texts not yet classified", registry=self.registry
+        )
         waiting.set_function(lambda: worker.waiting)
 
 
 def make_app(classifier: AdaptiveClassifier, batch_size: int, limits: Limits) -> Starlette:
-    """The application, answering at the classifier's dial where a request names none."""
+    """Returns the application; a request without a target is answered at the classifier's own."""
     worker = Worker(classifier, batch_size, limits.waiting)
     metrics = _Metrics(worker)
 
@@ -77,19 +87,13 @@ def make_app(classifier: AdaptiveClassifier, batch_size: int, limits: Limits) ->
             return JSONResponse({"status": "ok", "waiting": worker.waiting})
         return JSONResponse({"status": "the worker stopped"}, 503)
 
-    async def tell(_: Request) -> Response:
+    async def metrics_text(_: Request) -> Response:
         return PlainTextResponse(
             generate_latest(metrics.registry), media_type="text/plain; version=0.0.4"
         )
 
     async def page(_: Request) -> Response:
-        about = {
-            "task": classifier.model.about["task"],
-            "layers": list(classifier.layers),
-            "columns": list(classifier.text_columns),
-        }
-        values = json.dumps(about).replace("<", "\\u003c")
-        return HTMLResponse(_PAGE.read_text().replace("__ABOUT__", values))
+        return HTMLResponse(_render_page(classifier))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -100,16 +104,25 @@ def make_app(classifier: AdaptiveClassifier, batch_size: int, limits: Limits) ->
     routes = [
         Route("/predict", predict, methods=["POST"]),
         Route("/healthz", healthz),
-        Route("/metrics", tell),
+        Route("/metrics", metrics_text),
         Route("/", page),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-async def _guarded(answer: Callable[[], Awaitable[Response]], limits: Limits) -> Response:
-    """The answer, or the refusal that an exception stands for."""
+def _render_page(classifier: AdaptiveClassifier) -> str:
+    values = {
+        "task": classifier.model.task,
+        "layers": list(classifier.layers),
+        "columns": list(classifier.text_columns),
+    }
+    return _PAGE.read_text().replace("__ABOUT__", json.dumps(values).replace("<", "\\u003c"))
+
+
+async def _guarded(respond: Callable[[], Awaitable[Response]], limits: Limits) -> Response:
+    """Returns the response, or the refusal that an exception stands for."""
     try:
-        return await answer()
+        return await respond()
     except _Refused as refused:
         # A body that was not read to its end would be taken for the next request.
         close = {"Connection": "close"} if refused.status in (408, 413) else None
@@ -128,26 +141,28 @@ async def _guarded(answer: Callable[[], Awaitable[Response]], limits: Limits) ->
 
 async def _predict(request: Request, worker: Worker, metrics: _Metrics, limits: Limits) -> Response:
     began = time.perf_counter()
-    asked = _parsed(await _body(request, limits))
-    own = await _at(worker, asked)
-    wanted = _texts(asked, limits)
+    values = _parse(await _read_body(request, limits))
+    classifier = await _resolve_target(worker, values)
+    texts = _check_texts(values, limits)
     async with asyncio.timeout(limits.timeout):
-        found = await worker.answer(own, wanted)
-    detail = bool(asked.get("detail"))
-    answers = [_answer(own, *pair, detail) for pair in found]
+        found = await worker.predict(classifier, texts)
+    detail, answers = bool(values.get("detail")), []
+    for prediction, text in found:
+        exits = make_exit_predictions(classifier.model, text) if detail else None
+        answers.append(_as_json(prediction, exits))
     for prediction, _ in found:
         metrics.texts.labels(prediction.exit).inc()
     metrics.seconds.observe(time.perf_counter() - began)
     return JSONResponse({"answers": answers})
 
 
-# Of a body up to so many times too large all is read, and dropped: a connection closed before the
-# client is done sending would take the answer with it.
+# A body up to so many times too large is read to its end, and dropped: a connection closed before
+# the client has sent it would take the response with it.
 _DROPPED = 16
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    """The body, or `_Refused` where it is too large or comes too slowly."""
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    """Reads the body. Raises `_Refused` where it is too large or comes too slowly."""
     too_large = _Refused(413, f"a request may have {limits.body} bytes")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > limits.body:
@@ -170,39 +185,38 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(parts)
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
+def _parse(body: bytes) -> dict[str, Any]:
     try:
-        asked = json.loads(body)
+        values = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise _Refused(400, "the body is not JSON") from error
-    if not isinstance(asked, dict):
+    if not isinstance(values, dict):
         raise _Refused(400, 'the body must be an object: {"texts": [...]}')
-    unknown = sorted(asked.keys() - {"texts", "policy", "detail", *_DIALS})
+    unknown = sorted(values.keys() - {"texts", "policy", "detail", *_TARGETS})
     if unknown:
-        raise _Refused(
-            400, f"unknown key {unknown[0]!r}; known are texts, policy, detail and dials"
-        )
-    if not isinstance(asked.get("detail"), bool | None):
-        raise _Refused(400, f"detail must be true or false; got {asked['detail']!r:.40}")
-    return asked
+        known = ", ".join(("texts", "policy", "detail", *_TARGETS))
+        raise _Refused(400, f"unknown key {unknown[0]!r}: choose from {known}")
+    if not isinstance(values.get("detail"), bool | None):
+        raise _Refused(400, f"detail must be true or false; got {values['detail']!r:.40}")
+    return values
 
 
-async def _at(worker: Worker, asked: Mapping[str, Any]) -> AdaptiveClassifier:
-    policy = asked.get("policy")
-    dial = {name: asked[name] for name in _DIALS if asked.get(name) is not None}
+async def _resolve_target(worker: Worker, values: Mapping[str, Any]) -> AdaptiveClassifier:
+    policy = values.get("policy")
+    target = {name: values[name] for name in _TARGETS if values.get(name) is not None}
     if policy is not None and not isinstance(policy, str):
         raise _Refused(400, "policy must be a name")
-    for name, value in dial.items():
+    for name, value in target.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not abs(value) < 1e6:
             raise _Refused(400, f"{name} must be a number; got {value!r:.40}")
-    if "level" in dial and not {"risk", "agreement"} & dial.keys():
+    if "level" in target and not {"risk", "agreement"} & target.keys():
         raise _Refused(400, "level is of a certificate: give risk or agreement too")
-    return await asyncio.to_thread(worker.at, policy, dial)  # a certificate takes a while
+    return await asyncio.to_thread(worker.at, policy, target)  # a certificate takes a while
 
 
-def _texts(asked: Mapping[str, Any], limits: Limits) -> list:
-    texts = asked.get("texts")
+def _check_texts(values: Mapping[str, Any], limits: Limits) -> list:
+    texts = values.get("texts")
     if not isinstance(texts, list) or not texts:
         raise _Refused(400, "texts must be a list of one text or more")
     if len(texts) > min(limits.texts, limits.waiting):
@@ -214,18 +228,17 @@ def _texts(asked: Mapping[str, Any], limits: Limits) -> list:
     return texts
 
 
-def _answer(
-    classifier: AdaptiveClassifier, found: Prediction, row: TextRequest, detail: bool
-) -> dict[str, Any]:
-    if not math.isfinite(found.probability):
+def _as_json(prediction: Prediction, exits: list[ExitPrediction] | None) -> dict[str, Any]:
+    """Returns an element of "answers"; with `exits`, also every exit that the text reached."""
+    if not math.isfinite(prediction.probability):
         raise _Refused(500, "the model's answer is not a number: its training diverged")
-    answer: dict[str, Any] = {"label": found.label, "probability": found.probability}
-    answer |= {"exit": found.exit, "cost": found.cost}
-    if detail:
+    answer: dict[str, Any] = {"label": prediction.label, "probability": prediction.probability}
+    answer |= {"exit": prediction.exit, "cost": prediction.cost}
+    if exits is not None:
         answer["exits"] = [
-            {"layer": layer, "label": label, "probability": probability}
-            if math.isfinite(probability)
-            else {"layer": layer, "label": None, "probability": None}  # its training diverged
-            for layer, label, probability in classifier.passed(row)
+            exit._asdict()
+            if math.isfinite(exit.probability)
+            else {"layer": exit.layer, "label": None, "probability": None}  # its training diverged
+            for exit in exits
         ]
     return answer

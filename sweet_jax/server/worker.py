@@ -1,4 +1,4 @@
-"""The thread that computes what requests ask for: their texts share batches."""
+"""The thread that runs the scheduler: the texts of all HTTP requests share batches."""
 
 import asyncio
 import dataclasses
@@ -8,15 +8,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.predictions import Prediction, Text
+from sweet_jax.inference.predictions import Prediction, Text, make_prediction
 from sweet_jax.inference.scheduler import Request
 
 log = logging.getLogger(__name__)
-_DIALS_KEPT = 256  # of requests, so that their thresholds are not looked up each time
+_CACHED = 256  # operating points of HTTP requests, so that each is resolved once
 
 
 class QueueFullError(Exception):
-    """More texts wait than may."""
+    """More texts wait than the limit."""
 
 
 class WorkerStoppedError(Exception):
@@ -24,32 +24,44 @@ class WorkerStoppedError(Exception):
 
 
 @dataclasses.dataclass(eq=False)
-class PendingRequest:
-    """Texts that are answered together."""
+class Submission:
+    """The texts of one HTTP request, classified together.
 
-    classifier: AdaptiveClassifier  # at the request's dial
+    Attributes:
+      classifier: at the HTTP request's operating point.
+      texts: to classify.
+      on_done: called by the thread when all are classified, or none will be.
+      requests: of the scheduler, one for each text, once they are encoded.
+      pending: how many of them have not exited.
+      error: why there are no predictions.
+      cancelled: whether nobody waits for it any more.
+
+    """
+
+    classifier: AdaptiveClassifier
     texts: Sequence[Text]
-    done: Callable[["PendingRequest"], None]  # called by the thread when all are answered
-    rows: list[Request] = dataclasses.field(default_factory=list)
-    left: int = 0  # texts not yet answered
+    on_done: Callable[["Submission"], None]
+    requests: list[Request] = dataclasses.field(default_factory=list)
+    pending: int = 0
     error: Exception | None = None
-    dropped: bool = False  # nobody waits for it any more
+    cancelled: bool = False
 
 
 class Worker:
-    """Answers requests in one thread, their texts pooled into batches as throughput mode does.
+    """Classifies submissions in one thread, their texts pooled as in throughput mode.
 
-    It is never idle while a text waits: what is full runs first, else what has waited longest; what
-    has seen 16 batches go by runs before anything else.
+    It is never idle while a text waits: a full batch runs first, else the one that waits longest; a
+    text that 16 batches were admitted after runs before anything else.
 
     Args:
-      classifier: at the dial of requests that name none.
+      classifier: at the operating point of HTTP requests that name none.
       batch_size: texts computed at once, at most.
       limit: texts that may wait or be under way.
 
     Attributes:
-      waiting: texts taken in and not yet answered.
-      alive: whether it answers.
+      scheduler: that the thread runs.
+      waiting: texts submitted and not yet classified.
+      alive: whether it classifies.
 
     """
 
@@ -57,15 +69,16 @@ class Worker:
         self.classifier, self.limit = classifier, limit
         self.waiting = 0
         self.alive = False
-        # Of all exits even if the server's own dial is the full model: a request may have another.
-        self._flow = classifier.flow(batch_size, 16 * batch_size, full=False)
-        # Beyond these, requests stay in the inbox, where they can still be dropped.
-        self._enough = 4 * self._flow.slots
-        self._inbox: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
-        self._dials: dict[tuple, AdaptiveClassifier] = {}
-        self._lock = threading.Lock()  # of what several threads look at
-        self._owners: dict[int, PendingRequest] = {}  # by number of the row
-        self._taken = 0  # rows so far
+        # With all exits even if the server's own operating point is the full model: a request may
+        # have another.
+        self.scheduler = classifier.make_scheduler(batch_size, 16 * batch_size, full=False)
+        # Beyond these, submissions stay in the inbox, where they can still be cancelled.
+        self._enough = 4 * self.scheduler.slots
+        self._inbox: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
+        self._classifiers: dict[tuple, AdaptiveClassifier] = {}  # by policy and target
+        self._lock = threading.Lock()  # of what several threads read and write
+        self._submissions: dict[int, Submission] = {}  # by number of the scheduler's request
+        self._admitted = 0  # the scheduler's requests so far
         self._thread = threading.Thread(target=self._loop, name="sweet_jax.worker", daemon=True)
 
     def start(self) -> None:
@@ -74,32 +87,36 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when all that was taken in is answered."""
+        """Returns when all that was submitted is classified."""
         self._inbox.put(None)
         self._thread.join()
 
-    def at(self, policy: str | None, dial: Mapping[str, float]) -> AdaptiveClassifier:
-        """The classifier at a request's policy and dial. Raises UserError, see its constructor."""
-        if policy is None and not dial:
+    def at(self, policy: str | None, target: Mapping[str, float]) -> AdaptiveClassifier:
+        """Returns the classifier at an HTTP request's policy and target.
+
+        Raises UserError, see `AdaptiveClassifier`.
+        """
+        if policy is None and not target:
             return self.classifier
-        key = (policy, *sorted(dial.items()))
+        key = (policy, *sorted(target.items()))
         with self._lock:
-            found = self._dials.get(key)
+            found = self._classifiers.get(key)
         if found is None:
-            found = self.classifier.at(policy, **dial)  # a certificate takes a while
+            found = self.classifier.at(policy, **target)  # a certificate takes a while
             with self._lock:
-                self._dials[key] = found
-                if len(self._dials) > _DIALS_KEPT:
-                    del self._dials[next(iter(self._dials))]
+                self._classifiers[key] = found
+                if len(self._classifiers) > _CACHED:
+                    del self._classifiers[next(iter(self._classifiers))]
         return found
 
-    async def answer(
+    async def predict(
         self, classifier: AdaptiveClassifier, texts: Sequence[Text]
     ) -> list[tuple[Prediction, Request]]:
-        """The answers to texts, in order, and their rows.
+        """Returns the prediction of each text, in order, with the scheduler's request.
 
-        Raises FullError where too many wait, StoppedError where none will be answered, UserError
-        for what is no text. When it is cancelled before they are begun, they are dropped.
+        Raises QueueFullError where too many wait, WorkerStoppedError where none will be classified,
+        UserError for what is not a text. When it is cancelled before its texts are admitted to the
+        scheduler, they are dropped.
         """
         with self._lock:
             if not self.alive:
@@ -110,76 +127,77 @@ class Worker:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
-        def done(request: PendingRequest) -> None:
+        def on_done(submission: Submission) -> None:
             def settle() -> None:
                 if future.done():
                     return
-                if request.error is not None:
-                    future.set_exception(request.error)
+                if submission.error is not None:
+                    future.set_exception(submission.error)
                 else:
                     future.set_result(None)
 
             loop.call_soon_threadsafe(settle)
 
-        request = PendingRequest(classifier, texts, done)
-        self._inbox.put(request)
+        submission = Submission(classifier, texts, on_done)
+        self._inbox.put(submission)
         try:
             await future
         finally:
-            request.dropped = True
-        return [(classifier.answer(row), row) for row in request.rows]
+            submission.cancelled = True
+        return [(make_prediction(classifier.model, r), r) for r in submission.requests]
 
     def _loop(self) -> None:
         try:
             self._serve()
         except Exception:  # of the device: nothing can be computed any more
             log.exception("the worker stopped")
-            with self._lock:  # after which `answer` refuses
+            with self._lock:  # after which `predict` refuses
                 self.alive = False
-            lost = list({id(r): r for r in self._owners.values()}.values())
+            lost = list({id(s): s for s in self._submissions.values()}.values())
             while not self._inbox.empty():
-                request = self._inbox.get()
-                lost += [request] if request is not None else []
-            for request in lost:
-                request.error = WorkerStoppedError()
-                self._settle(request)
+                submission = self._inbox.get()
+                lost += [submission] if submission is not None else []
+            for submission in lost:
+                submission.error = WorkerStoppedError()
+                self._settle(submission)
 
     def _serve(self) -> None:
         running = True
-        while running or len(self._flow):
+        while running or len(self.scheduler):
             # Blocks only when there is nothing to compute.
-            while running and (not len(self._flow) or not self._inbox.empty()):
-                if len(self._flow) >= self._enough:
+            while running and (not len(self.scheduler) or not self._inbox.empty()):
+                if len(self.scheduler) >= self._enough:
                     break
-                request = self._inbox.get()
-                if request is None:
+                submission = self._inbox.get()
+                if submission is None:
                     running = False
                 else:
-                    self._take(request)
-            for row in self._flow.step():
-                request = self._owners.pop(row.number)
-                request.left -= 1
-                if not request.left:
-                    self._settle(request)
+                    self._admit(submission)
+            for request in self.scheduler.step():
+                submission = self._submissions.pop(request.number)
+                submission.pending -= 1
+                if not submission.pending:
+                    self._settle(submission)
 
-    def _take(self, request: PendingRequest) -> None:
-        if request.dropped:
-            self._settle(request)
+    def _admit(self, submission: Submission) -> None:
+        if submission.cancelled:
+            self._settle(submission)
             return
         try:
-            request.rows = request.classifier.encode(request.texts)
-        except Exception as error:  # one request's texts must not end the others'
-            request.error = error
-            self._settle(request)
+            submission.requests = submission.classifier.encode(submission.texts)
+        except Exception as error:  # one submission's texts must not end the others'
+            submission.error = error
+            self._settle(submission)
             return
-        request.left = len(request.rows)
-        for row in request.rows:
-            row.number += self._taken  # numbered within the request until here, for its errors
-            self._owners[row.number] = request
-            self._flow.admit(row)
-        self._taken += len(request.rows)
+        submission.pending = len(submission.requests)
+        for request in submission.requests:
+            # Numbered within the submission until here, for its errors.
+            request.number += self._admitted
+            self._submissions[request.number] = submission
+            self.scheduler.admit(request)
+        self._admitted += len(submission.requests)
 
-    def _settle(self, request: PendingRequest) -> None:
+    def _settle(self, submission: Submission) -> None:
         with self._lock:
-            self.waiting -= len(request.texts)
-        request.done(request)
+            self.waiting -= len(submission.texts)
+        submission.on_done(submission)

@@ -1,0 +1,211 @@
+"""The seam below the scheduler: what it asks of an inference engine, and the table of engines.
+
+A stage is what is computed between two exits: from the exit before (or the token ids) to an exit.
+The hidden states of requests that continue stay where the engine computes, each in a slot of a
+buffer, so that they need not be copied together: the next stage reads and writes the slots that
+its batch names.
+
+To add an engine, write a module with `load_engine(model, dtype, cache_dir)` that returns an
+`Engine`, and add its line to ENGINES. `plan_stages` cuts a model into stages for any engine; an
+engine that compiles nothing has a `compile` that returns at once. Nothing here imports jax: what
+crosses the seam are NumPy arrays and the engine's own buffers, which the scheduler only hands back.
+
+Shape letters: E exit, B batch (padded to one of `batch_sizes`), L length, H hidden, C classes,
+P slots.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from sweet_jax.config import check_choice
+from sweet_jax.inference.artifact import ModelArtifact
+
+# The module of each engine, imported when it is asked for.
+ENGINES = {"jax": "sweet_jax.inference.engine_jax"}
+
+# An engine's own buffer of hidden states, [P, L, H].
+HiddenStates = Any
+
+# The share of a layer's time that its first token alone takes: 0.2 in batches of 64 and 0.45 in
+# those of one, at MiniLM's shape on 2 CPU cores. A lower exit rate does not make up for it.
+_LOW_EXIT_RATE = 0.3
+
+
+class Stage(NamedTuple):
+    """The part of a network that leads to one exit.
+
+    Attributes:
+      exit: index of the exit among all exits of the model, from 0.
+      network: index of its network: 0, or under Multi-Model the exit's own.
+      start: the first layer to compute, from 1.
+      end: the layer of the exit.
+      writes_states: whether the next stage resumes from the hidden states that this one writes.
+      whole: whether these are those after layer `end`; else those before it.
+
+    """
+
+    exit: int
+    network: int
+    start: int
+    end: int
+    writes_states: bool
+    whole: bool = False
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it begins with token ids: the first stage, or one that resumes at layer 1."""
+        return self.start == 1
+
+    @property
+    def uses_states(self) -> bool:
+        """Whether it reads or writes hidden states that are kept between stages."""
+        return self.writes_states or not self.embeds
+
+
+class StageBatch(NamedTuple):
+    """The requests of one run of a stage; rows of 0 tokens fill the batch up to B.
+
+    Packed into two arrays, since every array is a transfer to the device.
+
+    Attributes:
+      length: L, that the requests are padded to.
+      rows: int32 [2, B]: the slot of each, P for none; its number of tokens.
+      texts: int32 [2, B, L]: input_ids and token_type_ids; None where the stage embeds nothing.
+
+    """
+
+    length: int
+    rows: np.ndarray
+    texts: np.ndarray | None = None
+
+
+class StageOutput(NamedTuple):
+    """The exit's outputs of one batch, on the host, and the hidden states that are kept.
+
+    Attributes:
+      logits: float32 [B, C].
+      exit_scores: float32 [B], learning-to-exit's, from 0 to 1; None where none were learned.
+      states: the buffer to hand to the next run; None where the stage uses none.
+
+    """
+
+    logits: np.ndarray
+    exit_scores: np.ndarray | None
+    states: HiddenStates | None
+
+
+class Engine(Protocol):
+    """Runs the stages of one saved model. One thread at a time calls it."""
+
+    @property
+    def pad_id(self) -> int:
+        """The token id that fills input_ids beyond the tokens of a text."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of token ids."""
+
+    @property
+    def description(self) -> str:
+        """The device, the library with its version, the dtype: what a measured time depends on."""
+
+    @property
+    def compilations(self) -> int:
+        """The number of programs compiled, or read from a cache, so far."""
+
+    def stages(self, *, full: bool = False, exit_rates: Sequence[float] = ()) -> list[Stage]:
+        """Returns the stages in order, see `plan_stages`."""
+
+    def new_states(self, slots: int, length: int) -> HiddenStates:
+        """Returns an empty buffer for the hidden states of P requests of L tokens, [P, L, H]."""
+
+    def run(self, stage: Stage, batch: StageBatch, states: HiddenStates | None) -> StageOutput:
+        """Runs a stage on a batch.
+
+        Args:
+          stage: one of `stages`.
+          batch: the requests.
+          states: from `new_states` or the run before, at this length; it may be consumed, so that
+            the one in the output takes its place. None where the stage uses none.
+
+        """
+
+    def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
+        """Compiles what `run` needs for B, L and P, unless it has been."""
+
+
+def load_engine(
+    name: str, model: ModelArtifact, dtype: str = "float32", cache_dir: str | Path | None = None
+) -> Engine:
+    """Reads a saved model's weights into an engine.
+
+    Args:
+      name: one of ENGINES.
+      model: the saved model.
+      dtype: of parameters and activations.
+      cache_dir: where compiled programs are kept between processes; default the engine's own.
+
+    Raises UserError for an unknown engine, a dtype that it does not have, and weights that are
+    missing or misshapen.
+
+    """
+    check_choice("engine", name, ENGINES)
+    return import_module(ENGINES[name]).load_engine(model, dtype, cache_dir)
+
+
+def plan_stages(
+    networks: Sequence[Sequence[int]],
+    *,
+    first_only: bool,
+    full: bool = False,
+    exit_rates: Sequence[float] = (),
+) -> list[Stage]:
+    """Returns the stages in order; of the full model only the last network, to its last exit.
+
+    An exit's layer is computed at the token that the exit reads, and the rest of it by the next
+    stage, for the requests that continue; at exits with a low exit rate, or that read all tokens,
+    all of it at once, since its weights are then read once.
+
+    Args:
+      networks: the layers of each network's exits, ascending.
+      first_only: whether exits read the first token alone, see `models/pooling.py`.
+      full: whether no request exits before the last exit.
+      exit_rates: of the requests that reach each exit [E], the share that exits there; () where
+        it is not known.
+
+    """
+    stages: list[Stage] = []
+    for number, layers in enumerate(networks):
+        start = 1
+        for end in layers:
+            exit = len(stages)
+            continues = end < layers[-1]
+            rarely = len(exit_rates) > 0 and exit_rates[exit] < _LOW_EXIT_RATE
+            whole = continues and (rarely or not first_only)
+            # What resumes at layer 1 embeds again, which costs next to nothing.
+            writes_states = continues and (whole or end > 1)
+            stages.append(Stage(exit, number, start, end, writes_states, whole))
+            start = end + whole
+    if full:
+        stages = [stages[-1]._replace(start=1)]
+    return stages
+
+
+def batch_sizes(largest: int) -> tuple[int, ...]:
+    """Returns the sizes that batches are padded to, ascending: 1, 2, 4, 8, 12, 16, ..., largest."""
+    sizes = {2**i for i in range(20)} | {3 * 2**i for i in range(2, 20)}
+    return (*sorted(size for size in sizes if size < largest), largest)
+
+
+def padded_lengths(longest: int) -> tuple[int, ...]:
+    """Returns the lengths that requests are padded to, ascending: 16, 24, 32, 40, ..., longest.
+
+    Finer than training's: a single request pays for its own padding.
+    """
+    steps = [*range(16, 48, 8), *range(48, 128, 16), *range(128, 256, 32)]
+    steps += [*range(256, 512, 64), *range(512, 1 << 16, 256)]
+    return (*(length for length in steps if length < longest), longest)

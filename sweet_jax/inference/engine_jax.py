@@ -1,0 +1,182 @@
+"""The JAX engine: one compiled program for each stage, batch size, length and number of slots.
+
+Shape letters: B batch, L length, H hidden, C classes, P slots.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sweet_jax.compilation_cache import enable_compilation_cache
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.engine import Stage, StageBatch, StageOutput, plan_stages
+from sweet_jax.inference.network import Network, load_networks
+from sweet_jax.models.pooling import POOLINGS
+
+
+def load_engine(
+    model: ModelArtifact, dtype: str = "float32", cache_dir: str | Path | None = None
+) -> "JaxEngine":
+    """Reads a saved model's weights. Raises UserError, see `load_networks`.
+
+    Compiled programs are kept in `cache_dir`, see `enable_compilation_cache`.
+    """
+    enable_compilation_cache(cache_dir)
+    return JaxEngine(load_networks(model, dtype), model.tokenizer.pad_token_id)
+
+
+class JaxEngine:
+    """Implements `Engine`; each program is compiled at its first use, or by `compile`.
+
+    Args:
+      networks: of the model, parameters on the host.
+      pad_id: what fills input_ids.
+
+    """
+
+    def __init__(self, networks: Sequence[Network], pad_id: int):
+        self.networks, self.pad_id = tuple(networks), pad_id
+        words = networks[0].params["encoder"]["embeddings"]["word"]["embedding"]  # [vocabulary, H]
+        self.vocabulary_size = len(words)
+        self._dtype = words.dtype
+        self._compiled: dict[tuple[Stage, int, int, int], Any] = {}  # by (stage, B, L, P)
+        self._on_device = [jax.device_put(network.params) for network in networks]
+        self._params: dict[Stage, list[jax.Array]] = {}
+
+    @property
+    def description(self) -> str:
+        """The device, JAX's version and the dtype."""
+        return f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {self._dtype}"
+
+    @property
+    def compilations(self) -> int:
+        """The number of programs compiled, or read from the cache, so far."""
+        return len(self._compiled)
+
+    def stages(self, *, full: bool = False, exit_rates: Sequence[float] = ()) -> list[Stage]:
+        """Returns the stages in order, see `plan_stages`."""
+        return plan_stages(
+            [network.exits for network in self.networks],
+            first_only=POOLINGS[self.networks[0].pooling].first_only,
+            full=full,
+            exit_rates=exit_rates,
+        )
+
+    def new_states(self, slots: int, length: int) -> jax.Array:
+        """Returns zeros for the hidden states of P requests of L tokens, [P, L, H]."""
+        shape = self._states(slots, length)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    def run(self, stage: Stage, batch: StageBatch, states: jax.Array | None) -> StageOutput:
+        """Runs a stage on a batch; one that writes states consumes those it is given."""
+        slots = 0 if states is None else len(states)
+        program = self._program(stage, batch.rows.shape[1], batch.length, slots)
+        outputs, written = program(self._of(stage), batch.rows, batch.texts, states)
+        values = np.asarray(outputs)  # [B, C], or [B, C + 1] with learning-to-exit's score
+        classes = self.networks[stage.network].classes
+        scores = values[:, classes] if values.shape[1] > classes else None  # [B]
+        return StageOutput(values[:, :classes], scores, states if written is None else written)
+
+    def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
+        """Compiles the program of a stage for B, L and P, unless it has been."""
+        self._program(stage, batch_size, length, slots)
+
+    def _program(self, stage: Stage, size: int, length: int, slots: int) -> Callable:
+        slots = slots if stage.uses_states else 0
+        key = (stage, size, length, slots)
+        if key not in self._compiled:
+            rows = np.zeros((2, size), np.int32)
+            texts = np.zeros((2, size, length), np.int32) if stage.embeds else None
+            states = self._states(slots, length) if slots else None
+            donated = (3,) if stage.writes_states else ()
+            traced = jax.jit(self._function(stage, length), donate_argnums=donated)
+            self._compiled[key] = traced.lower(self._of(stage), rows, texts, states).compile()
+        return self._compiled[key]
+
+    def _function(self, stage: Stage, length: int) -> Callable:
+        network = self.networks[stage.network]
+
+        def run(params: list[jax.Array], rows, texts, states: jax.Array | None):
+            slots, tokens = rows
+            batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
+            h = None
+            if texts is not None:
+                batch |= dict(zip(("input_ids", "token_type_ids"), texts, strict=True))
+            elif states is not None:
+                h = states.at[slots].get(mode="clip")  # [B, L, H]
+            h, logits, scores = run_stage(network, stage, params, h, batch)
+            outputs = logits  # and the scores: in one array, which is one transfer to the host
+            if scores is not None:
+                outputs = jnp.concatenate([logits, scores[:, None]], axis=1)  # [B, C + 1]
+            if not stage.writes_states or states is None:
+                return outputs, None
+            return outputs, states.at[slots].set(h, mode="drop")
+
+        return run
+
+    def _of(self, stage: Stage) -> list[jax.Array]:
+        if stage not in self._params:
+            own = stage_parameters(stage, self._on_device[stage.network])
+            self._params[stage] = list(own.values())
+        return self._params[stage]
+
+    def _states(self, slots: int, length: int) -> jax.ShapeDtypeStruct:
+        hidden = self.networks[0].hidden_size
+        return jax.ShapeDtypeStruct((slots, length, hidden), self._dtype)
+
+
+def stage_parameters(stage: Stage, params: Any) -> dict[str, Any]:
+    """Selects the parameters that a stage reads, by path: a call with all would check each."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        "/".join(str(p.key) for p in path): leaf for path, leaf in leaves if _reads(stage, path)
+    }
+
+
+def run_stage(
+    network: Network,
+    stage: Stage,
+    params: list[jax.Array],
+    h: jax.Array | None,
+    batch: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Computes a stage: (hidden states [B, L, H], logits [B, C], learned scores [B] or None).
+
+    Args:
+      network: the stage's.
+      stage: to compute.
+      params: the values of `stage_parameters`, in order.
+      h: the hidden states that the stage before returned; None where this one embeds.
+      batch: see `EarlyExit.forward_from`.
+
+    """
+    model = nnx.merge(network.graphdef, _fill(stage, params, network.params))
+    h, output = model.forward_from(stage.start, stage.end, h, batch, whole=stage.whole)
+    return h, output.logits, output.exit_scores
+
+
+def _reads(stage: Stage, path: tuple[Any, ...]) -> bool:
+    """Returns whether a stage reads the parameter at a path."""
+    match tuple(p.key for p in path):
+        case ("encoder", "embeddings", *_):
+            return stage.embeds
+        case ("encoder", "layers", int(index), *_):
+            return stage.start <= index + 1 <= stage.end
+        case ("heads", layer, *_):
+            return layer == str(stage.end)
+    return True
+
+
+def _fill(stage: Stage, values: list[jax.Array], params: Any) -> Any:
+    """Returns all parameters, zeros for those that `stage_parameters` left out."""
+    rest = iter(values)
+
+    def pick(path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:
+        return next(rest) if _reads(stage, path) else jnp.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map_with_path(pick, params)

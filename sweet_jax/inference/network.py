@@ -1,0 +1,115 @@
+"""The networks of a saved model: encoders with their exits, read for JAX.
+
+Shape letters: H hidden, C classes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sweet_jax.config import UserError
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Network(NamedTuple):
+    """An encoder with its exits: all of the model's, or under Multi-Model one.
+
+    Attributes:
+      exits: layers of its exits, ascending; the last is its depth.
+      graphdef: of an `EarlyExit`.
+      params: pure dict of arrays on the host.
+      pooling: a name of POOLINGS.
+
+    """
+
+    exits: tuple[int, ...]
+    graphdef: nnx.GraphDef
+    params: Any
+    pooling: str = "first"
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return len(self._classifier)
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return self._classifier.shape[1]
+
+    @property
+    def _classifier(self) -> Any:
+        return self.params["heads"][str(self.exits[0])]["classifier"]["kernel"]  # [H, C]
+
+
+def load_networks(model: ModelArtifact, dtype: str = "float32") -> tuple[Network, ...]:
+    """Reads the networks of a saved model: one, or under Multi-Model one for each exit.
+
+    Args:
+      model: the saved model.
+      dtype: of parameters and activations, one of DTYPES.
+
+    Raises UserError for another dtype, and for tensors that are missing or misshapen.
+
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    return tuple(
+        _load_network(open_checkpoint(str(folder)), exits, model, dtype)
+        for folder, exits in model.networks
+    )
+
+
+def _load_network(
+    checkpoint: Checkpoint, exits: tuple[int, ...], model: ModelArtifact, dtype: str
+) -> Network:
+    weights = checkpoint.weights
+    learned = f"exits.{exits[0]}.learning_to_exit.weight" in weights.exits
+
+    def make() -> EarlyExit:
+        key = jax.random.key(0)
+        return EarlyExit(
+            checkpoint.encoder(key, dtype),
+            exits,
+            len(model.classes),
+            key,
+            learning_to_exit="joint" if learned else "",  # or detached: the same forward pass
+            pooling=model.pooling,
+            dtype=dtype,
+        )
+
+    graphdef, shapes = nnx.split(nnx.eval_shape(make))
+    heads = _pick_heads(nnx.to_pure_dict(shapes)["heads"], weights.exits, checkpoint)
+    found = {"encoder": weights.encoder, "heads": heads}
+    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found)
+    return Network(exits, graphdef, params, model.pooling)
+
+
+def _pick_heads(shapes: Any, tensors: Mapping[str, np.ndarray], checkpoint: Checkpoint) -> Any:
+    """Returns the parameters of all heads, as a pure dict of the structure of `shapes`."""
+    absent: list[str] = []
+
+    def pick(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        layer, *module, kind = (p.key for p in path)
+        part = "pooler.dense" if module == ["pooler"] else module[0]
+        name = f"exits.{layer}.{part}.{'weight' if kind == 'kernel' else 'bias'}"
+        value = tensors.get(name, np.empty(0))
+        value = value.T if kind == "kernel" else value
+        if value.shape != leaf.shape:
+            absent.append(name)
+        return np.ascontiguousarray(value)
+
+    heads = jax.tree.map_with_path(pick, shapes)
+    if absent:
+        raise UserError(
+            f"tensors in {str(checkpoint.folder)!r} are missing or misshapen: {', '.join(absent)}"
+        )
+    return heads
