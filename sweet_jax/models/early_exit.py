@@ -244,11 +244,11 @@ class EarlyExit(nnx.Module):
         """Inference from layer `start` to the exit at `end`: (state before that layer, answer).
 
         Where the exit reads the first token only, that is computed alone: the rest of layer `end`
-        is left to the call that goes on from there, with start = end, for the rows that do not
+        is left to the call that resumes there, with start = end, for the rows that do not
         leave. It computes the keys and values of that layer a second time, a sixth of it.
 
         With `whole`, all of layer `end` is computed and its state returned: to be asked for where
-        the exit reads all tokens, unless no call goes on from there.
+        the exit reads all tokens, unless no call resumes there.
 
         Args:
           start: of the layers to compute, from 1.
