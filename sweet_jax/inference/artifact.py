@@ -23,6 +23,7 @@ from sweet_jax.exits.analysis import Analysis, OperatingPoint, cheapest_full_sco
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import write_json, write_text
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pooling import POOLINGS
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint
 from sweet_jax.models.tensor_names import hugging_face_tensors
@@ -232,9 +233,8 @@ def _network(
         key = jax.random.key(0)
         learning = "joint" if learned else ""  # detached or not: one in a forward pass
         encoder = checkpoint.encoder(key, dtype)
-        return EarlyExit(
-            encoder, exits, classes, key, learning_to_exit=learning, pooling=pooling, dtype=dtype
-        )
+        config = ExitConfig(pooling=pooling, learning_to_exit=learning)
+        return EarlyExit(encoder, exits, classes, key, config, dtype)
 
     graphdef, wanted = nnx.split(nnx.eval_shape(make))
     heads = nnx.to_pure_dict(wanted)["heads"]
