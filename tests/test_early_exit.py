@@ -12,6 +12,7 @@ from tiny import TINIES, TINY, write_checkpoint
 from sweet_jax.config import Config
 from sweet_jax.models.early_exit import EarlyExit, isolate
 from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.ownership import SHARED, leaves_by_owner, parameter_owners
 from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.objectives.single_label import SINGLE_LABEL
@@ -36,7 +37,9 @@ def mean_loss(logits):
 
 def build(exits=EXITS, kind="bert", **options):
     """Structure and random parameters, with no bias at its initial zero."""
-    model = EarlyExit(FAMILIES[kind].encoder(TINIES[kind], KEY), exits, 2, KEY, **options)
+    model = EarlyExit(
+        FAMILIES[kind].encoder(TINIES[kind], KEY), exits, 2, KEY, ExitConfig(**options)
+    )
     graphdef, values = nnx.split(model)
     params = nnx.to_pure_dict(values)
     noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)

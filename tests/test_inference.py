@@ -20,6 +20,7 @@ from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.network import Network
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
 
 POLICIES = ("confidence", "entropy", "patience", "voting", "learning_to_exit", "pcee_isotonic")
@@ -119,7 +120,7 @@ def test_every_kind_of_encoder(kind, pooling, sweet, tmp_path):
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / kind, kind)))
     key = jax.random.key(1)
     exits = (1, 2, 3)
-    network = EarlyExit(checkpoint.encoder(key), exits, 2, key, pooling=pooling)
+    network = EarlyExit(checkpoint.encoder(key), exits, 2, key, ExitConfig(pooling))
     graphdef, values = nnx.split(network)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
     model = dataclasses.replace(

@@ -18,6 +18,7 @@ from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import Config, from_mapping
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.objectives.single_label import is_correct
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
@@ -64,7 +65,9 @@ def test_the_gradient_of_the_exit_loss_reaches_its_own_segment_or_its_own_head_o
 
 def test_switching_it_on_leaves_every_other_random_number_as_it_was():
     def made(**options):
-        graphdef, values = nnx.split(EarlyExit(Bert(TINY, KEY), EXITS, 2, KEY, **options))
+        graphdef, values = nnx.split(
+            EarlyExit(Bert(TINY, KEY), EXITS, 2, KEY, ExitConfig(**options))
+        )
         params = nnx.to_pure_dict(values)
         return (
             graphdef,

@@ -12,6 +12,7 @@ from tiny import TINIES, write_checkpoint
 from sweet_jax.config import POOLING_NAMES, UserError, from_mapping
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pooling import POOLINGS, declared_pooling, mean_of_tokens
 from sweet_jax.models.pretrained import hidden_states
 from sweet_jax.preparation import prepare
@@ -53,7 +54,7 @@ def test_exits_classify_the_mean_of_their_layer(kind):
     """Against the hidden states of the encoder alone, at two padded lengths."""
     key = jax.random.key(3)
     encoder = FAMILIES[kind].encoder(TINIES[kind], key)
-    graphdef, values = nnx.split(EarlyExit(encoder, (1, 3), 2, key, pooling="mean"))
+    graphdef, values = nnx.split(EarlyExit(encoder, (1, 3), 2, key, ExitConfig("mean")))
     params = nnx.to_pure_dict(values)
     assert all(set(head) == {"classifier"} for head in params["heads"].values())
     ids = jax.random.randint(key, (4, 6), 5, 40)

@@ -15,6 +15,7 @@ from test_early_exit import BATCH, EXITS, build, untrained
 from sweet_jax.methods import loss_weights
 from sweet_jax.models.bert import Bert, BertConfig
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.layers import derive_key
 from sweet_jax.models.ownership import leaves_by_owner
 from sweet_jax.objectives.single_label import SINGLE_LABEL, single_predicted_class
@@ -293,7 +294,9 @@ def temporaries(
         return init_state(nnx.to_pure_dict(nnx.split(model)[1]), 1e-3, 0)
 
     shapes = jax.eval_shape(state)
-    model = nnx.eval_shape(lambda: EarlyExit(Bert(config, key), exits, 2, key, remat=remat))
+    model = nnx.eval_shape(
+        lambda: EarlyExit(Bert(config, key), exits, 2, key, ExitConfig(remat=remat))
+    )
     chosen = settings(nnx.split(model)[0], exits=exits, isolation=method_isolation, clip_norm=1.0)
     batch = {
         "input_ids": jax.ShapeDtypeStruct((16, 128), jnp.int32),

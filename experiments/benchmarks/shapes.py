@@ -23,6 +23,7 @@ from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.family import EncoderFamily
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.sharding import (
@@ -58,9 +59,8 @@ class Shape(NamedTuple):
         """Returns a model with random parameters, float32; activations in `dtype`."""
         key = jax.random.key(seed)
         encoder = self.family.encoder(self.config, key, dtype)
-        return EarlyExit(
-            encoder, self.exits, CLASSES, key, remat=remat, pooling=pooling, dtype=dtype
-        )
+        exit_config = ExitConfig(pooling=pooling, remat=remat)
+        return EarlyExit(encoder, self.exits, CLASSES, key, exit_config, dtype)
 
 
 _TINY = {

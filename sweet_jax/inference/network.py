@@ -14,6 +14,7 @@ from flax import nnx
 from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 
 DTYPES = ("float32", "bfloat16")
@@ -76,14 +77,10 @@ def _load_network(
 
     def make() -> EarlyExit:
         key = jax.random.key(0)
+        learning = "joint" if learned else ""  # or detached: the same forward pass
+        config = ExitConfig(pooling=model.pooling, learning_to_exit=learning)
         return EarlyExit(
-            checkpoint.encoder(key, dtype),
-            exits,
-            len(model.classes),
-            key,
-            learning_to_exit="joint" if learned else "",  # or detached: the same forward pass
-            pooling=model.pooling,
-            dtype=dtype,
+            checkpoint.encoder(key, dtype), exits, len(model.classes), key, config, dtype
         )
 
     graphdef, shapes = nnx.split(nnx.eval_shape(make))

@@ -1,29 +1,23 @@
 """An encoder with a classifier at several depths.
 
 A segment is the layers after the previous exit up to this one, with this exit's head; the
-embeddings belong to the first segment (owners.py). Between segments the hidden state is isolated:
-SWEET lets no gradient back across, Early-Exit lets all of it.
+embeddings belong to the first segment (ownership.py). Between segments the hidden state is
+isolated: SWEET lets no gradient through, Early-Exit all of it.
 
-Shape letters: E exit, B batch, L length, H hidden, C classes.
+Shape letters: E exit, B batch, L length, H hidden, C classes, S rows of a table of relative
+positions.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.encoder import Encoder, linear
-from sweet_jax.models.layers import (
-    ACTIVATIONS,
-    derive_key,
-    derive_optional_key,
-    dropout,
-    rematerialize,
-)
-from sweet_jax.models.pooling import POOLINGS
+from sweet_jax.models.encoder import Encoder
+from sweet_jax.models.head import ExitConfig, Head, ModelOutput, make_pooler
+from sweet_jax.models.layers import derive_key, derive_optional_key, rematerialize
 
 # Of all boundaries between segments, or of each of the E - 1.
 Isolation = float | jax.Array | tuple[float | jax.Array, ...]
@@ -32,21 +26,12 @@ Isolation = float | jax.Array | tuple[float | jax.Array, ...]
 SegmentState = tuple[jax.Array, jax.Array | None]
 
 
-class ModelOutput(NamedTuple):
-    """What every exit says of a batch; of one exit, arrays without E."""
-
-    logits: jax.Array  # float32 [E, B, C]
-    exit_scores: jax.Array | None = None  # float32 [E, B], learning-to-exit's, from 0 to 1
-    features: jax.Array | None = None  # float32 [E, B, H], what classifiers read, where asked for
-
-
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
-    """The hidden state [B, L, H], or any array, itself, with its gradient times (1 - isolation).
+    """Returns h, an array of any shape, unchanged, with its gradient times (1 - isolation).
 
-    1 is SWEET's stop_gradient, 0 is Early-Exit.
-
-    The two ends are taken literally when isolation is a Python number, so that SWEET's backward
-    pass ends at the boundary and frees what lies below.
+    1 is SWEET's stop_gradient, 0 is Early-Exit. Where isolation is one of these as a Python
+    number, no product is made, so that SWEET's backward pass ends at the boundary and frees what
+    lies below.
     """
     if not isinstance(isolation, jax.Array):
         if isolation == 0:
@@ -54,79 +39,14 @@ def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
         if isolation == 1:
             return jax.lax.stop_gradient(h)
     held = jax.lax.stop_gradient(h)
-    # The second term is zero but for its gradient: the value is h to the last bit at every dial.
+    # The second term is zero but for its gradient: the value is h to the last bit.
     return held + (1 - jnp.asarray(isolation, h.dtype)) * (h - held)
 
 
-class Head(nnx.Module):
-    """Classifier of one exit: pooling, pooler (dense, activation), dropout, dense.
-
-    With a shared pooler, or a pooling that has none, the head holds no pooler. Learning-to-exit
-    (Xin et al. 2021, BERxiT) adds a dense unit with a sigmoid that says how likely this exit's
-    class is right; it reads what the classifier reads, the pooled vector after dropout, or that
-    vector cut off from its gradient.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        classes: int,
-        dtype,
-        key: jax.Array,
-        *,
-        pooler: bool,
-        pooling: str,
-        learning_to_exit: str,
-    ):
-        config = encoder.config
-        self.pooling = pooling
-        rngs = nnx.Rngs(derive_key(key, "learning_to_exit"))
-        on = learning_to_exit != ""
-        self.learning_to_exit = linear(config, config.hidden_size, 1, dtype, rngs) if on else None
-        self.detached = learning_to_exit == "detached"
-        if pooler and POOLINGS[pooling].dense:
-            self.pooler = make_pooler(encoder, dtype, derive_key(key, "pooler"))
-        self.classifier = linear(
-            config, config.hidden_size, classes, dtype, nnx.Rngs(derive_key(key, "classifier"))
-        )
-        self.activation = ACTIVATIONS[config.pooler_act]
-        self.dropout_rate = config.hidden_dropout_prob
-
-    def pooled(self, h: jax.Array, mask: jax.Array, pooler: nnx.Linear | None) -> jax.Array:
-        """Returns what the classifier reads, before dropout: [B, H] of h [B, L, H].
-
-        Of a pooling that reads the first token alone, h may be [B, 1, H].
-        """
-        pooled = POOLINGS[self.pooling].read(h, mask)  # [B, H]
-        if not POOLINGS[self.pooling].dense:
-            return pooled
-        return self.activation((pooler or self.pooler)(pooled))
-
-    def __call__(
-        self,
-        h: jax.Array,
-        mask: jax.Array,
-        pooler: nnx.Linear | None,
-        key,
-        features: bool = False,
-    ) -> ModelOutput:
-        """The answer of this exit (arrays without E); arguments as in `pooled`."""
-        pooled = self.pooled(h, mask, pooler)  # [B, H]
-        pooled = dropout(key, pooled, self.dropout_rate)
-        logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
-        kept = pooled.astype(jnp.float32) if features else None
-        if self.learning_to_exit is None:
-            return ModelOutput(logits, features=kept)
-        if self.detached:
-            pooled = jax.lax.stop_gradient(pooled)
-        unit = self.learning_to_exit(pooled)[:, 0].astype(jnp.float32)  # [B]
-        return ModelOutput(logits, jax.nn.sigmoid(unit), kept)
-
-
 class EarlyExit(nnx.Module):
-    """An encoder and a head at each of `exits` (layer numbers from 1, the last is the depth).
+    """Classifies at each of `exits` (layer numbers from 1, the last is the encoder's depth).
 
-    Random parts of head e are derived from (key, "head", e): what an exit is does not depend on
+    Random parts of head e are derived from (key, "head", e), so that an exit does not depend on
     which others there are.
     """
 
@@ -136,37 +56,25 @@ class EarlyExit(nnx.Module):
         exits: Sequence[int],
         classes: int,
         key: jax.Array,
-        *,
-        shared_pooler: bool = False,
-        shared_relative: bool = False,
-        learning_to_exit: str = "",
-        pooling: str = "first",
-        remat: bool = False,
+        config: ExitConfig | None = None,
         dtype=jnp.float32,
     ):
-        shared_pooler = shared_pooler and POOLINGS[pooling].dense
         self.encoder = encoder
-        self.first_only = POOLINGS[pooling].first_only
-        self.remat = remat
         self.exits = tuple(exits)
-        self.shared_relative = shared_relative
-        self.pooler = (
-            make_pooler(encoder, dtype, derive_key(key, "pooler")) if shared_pooler else None
-        )
+        self.config = config = config or ExitConfig()
+        shared = config.shared_pooler and config.reads.dense
+        self.pooler = make_pooler(encoder, dtype, derive_key(key, "pooler")) if shared else None
         self.heads = nnx.Dict(
             {
-                str(e): Head(
-                    encoder,
-                    classes,
-                    dtype,
-                    derive_key(key, "head", e),
-                    pooler=not shared_pooler,
-                    pooling=pooling,
-                    learning_to_exit=learning_to_exit,
-                )
+                str(e): Head(encoder, classes, config, dtype, derive_key(key, "head", e))
                 for e in self.exits
             }
         )
+
+    @property
+    def shared_relative(self) -> bool:
+        """Whether every exit trains the table of relative positions."""
+        return self.config.shared_relative
 
     def segment(
         self,
@@ -177,19 +85,22 @@ class EarlyExit(nnx.Module):
         key: jax.Array | None = None,
         features: bool = False,
     ) -> tuple[SegmentState | None, ModelOutput]:
-        """One segment: (what it hands on, its exit's answer, without E).
+        """Computes one segment.
 
-        An exit may read its last layer at the first token only (`Pooling.first_only`). That token
-        alone is then computed where no gradient reaches the others: before a closed boundary, and
+        An exit may read its last layer at the first token only (`Pooling.first_only`). Only that
+        token is then computed where no gradient reaches the others: before a closed boundary, and
         at the last exit.
 
         Args:
           index: of the segment, from 0.
-          carried: what the segment before handed on, None for the first.
+          carried: the state that the previous segment returned, None for the first.
           batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L].
-          isolation: of what is handed on, 0 to 1. The last segment hands on nothing.
+          isolation: of the returned state, 0 to 1.
           key: typed key of the dropout masks, None for inference.
-          features: whether the answer has what the classifier reads.
+          features: whether the output holds what the classifier reads.
+
+        Returns:
+          The state for the next segment, None after the last; and the exit's output, without E.
 
         """
         ids, types, mask = batch["input_ids"], batch["token_type_ids"], batch["mask"]
@@ -197,7 +108,7 @@ class EarlyExit(nnx.Module):
             h, relative = self.encoder.embed(ids, types, mask, key), self.encoder.relative_table()
         else:
             h, relative = carried
-            if self.shared_relative:
+            if self.config.shared_relative:
                 relative = self.encoder.relative_table()
         start, end = (0, *self.exits)[index : index + 2]
         for number in range(start + 1, end):
@@ -211,18 +122,18 @@ class EarlyExit(nnx.Module):
             features=features,
         )
         if end == self.exits[-1]:
-            return None, head(layer(count=1 if self.first_only else None))
+            return None, head(layer(count=1 if self.config.reads.first_only else None))
         whole = layer()  # [B, L, H]
         closed = not isinstance(isolation, jax.Array) and isolation == 1
-        answer = head(layer(count=1) if closed and self.first_only else whole)
-        return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), answer
+        output = head(layer(count=1) if closed and self.config.reads.first_only else whole)
+        return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), output
 
     def _layer(
         self, number: int, h: jax.Array, mask: jax.Array, key, relative, count: int | None = None
     ) -> jax.Array:
-        """`Encoder.layer`; with remat, what a backward pass needs of it is computed again there."""
+        """Applies `Encoder.layer`; with remat its activations are recomputed for the gradient."""
         # Without a key no gradient is taken: evaluation is the same program with remat or without.
-        if not self.remat or key is None:
+        if not self.config.remat or key is None:
             return self.encoder.layer(number, h, mask, key, relative, count=count)
         graphdef, params = nnx.split(self.encoder.layers[number - 1])
 
@@ -241,20 +152,23 @@ class EarlyExit(nnx.Module):
         *,
         whole: bool = False,
     ) -> tuple[jax.Array, ModelOutput]:
-        """Inference from layer `start` to the exit at `end`: (state before that layer, answer).
+        """Runs inference from layer `start` to the exit at `end`.
 
-        Where the exit reads the first token only, that is computed alone: the rest of layer `end`
-        is left to the call that resumes there, with start = end, for the rows that do not
-        leave. It computes the keys and values of that layer a second time, a sixth of it.
-
-        With `whole`, all of layer `end` is computed and its state returned: to be asked for where
-        the exit reads all tokens, unless no call resumes there.
+        Where the exit reads the first token only, layer `end` is computed at that token alone. The
+        call that resumes from there, with start = end, for the rows that do not exit, computes the
+        rest; the keys and values of that layer, a sixth of its work, are then computed twice.
 
         Args:
-          start: of the layers to compute, from 1.
+          start: the first layer to compute, from 1.
           end: the layer of the exit.
           h: the hidden state [B, L, H] before layer `start`; None for 1, where it is embedded.
           batch: mask bool [B, L]; where h is None also input_ids, token_type_ids int32 [B, L].
+          whole: computes all of layer `end`; needed where the exit reads all tokens and a call
+            resumes from there.
+
+        Returns:
+          The hidden state [B, L, H] before layer `end` (after it, with `whole`), and the exit's
+          output, without E.
 
         """
         mask, relative = batch["mask"], self.encoder.relative_table()
@@ -262,7 +176,7 @@ class EarlyExit(nnx.Module):
             h = self.encoder.embed(batch["input_ids"], batch["token_type_ids"], mask)
         for number in range(start, end):
             h = self.encoder.layer(number, h, mask, relative=relative)
-        count = 1 if self.first_only and not whole else None
+        count = 1 if self.config.reads.first_only and not whole else None
         last = self.encoder.layer(end, h, mask, relative=relative, count=count)
         return last if whole else h, self.heads[str(end)](last, mask, self.pooler, None)
 
@@ -272,7 +186,7 @@ class EarlyExit(nnx.Module):
         isolation: Isolation = 0.0,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of every exit, float32 [E, B, C]; see `forward`."""
+        """Returns the logits of every exit, float32 [E, B, C]; see `forward`."""
         return self.forward(batch, isolation, key).logits
 
     def forward(
@@ -282,23 +196,17 @@ class EarlyExit(nnx.Module):
         key: jax.Array | None = None,
         features: bool = False,
     ) -> ModelOutput:
-        """What every exit says: all segments in one pass.
+        """Returns the outputs of every exit, of all segments in one pass.
 
-        isolation: of all boundaries, or a tuple with one number for each of the E - 1.
-        features: as in `segment`.
+        isolation: of all boundaries, or a tuple with one number for each of the E - 1; key and
+        features as in `segment`.
         """
         boundaries = isolation if isinstance(isolation, tuple) else (isolation,) * len(self.exits)
         carried, each = None, []
         for index in range(len(self.exits)):
             # The last segment has no boundary above it.
-            carried, answer = self.segment(
+            carried, output = self.segment(
                 index, carried, batch, (*boundaries, 0.0)[index], key, features
             )
-            each.append(answer)
+            each.append(output)
         return jax.tree.map(lambda *x: jnp.stack(x), *each)
-
-
-def make_pooler(encoder: Encoder, dtype, key: jax.Array) -> nnx.Linear:
-    """A dense [H, H] layer with random parameters from `key`."""
-    hidden = encoder.config.hidden_size
-    return linear(encoder.config, hidden, hidden, dtype, nnx.Rngs(key))

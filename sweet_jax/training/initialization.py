@@ -14,6 +14,7 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.methods import METHODS
 from sweet_jax.models.attention import check_attention
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.layers import derive_key
 from sweet_jax.models.ownership import parameter_owners
 from sweet_jax.models.pretrained import Checkpoint
@@ -56,12 +57,14 @@ def make_model(
         exits,
         classes,
         key,
-        shared_pooler=config.pooler == "shared",
-        shared_relative=config.relative == "shared",
-        learning_to_exit=config.learning_to_exit,
-        pooling=config.pooling or "first",  # "": no checkpoint was asked what it declares
-        remat=config.remat,
-        dtype=config.dtype,
+        ExitConfig(
+            pooling=config.pooling or "first",  # "": no checkpoint was asked what it declares
+            shared_pooler=config.pooler == "shared",
+            shared_relative=config.relative == "shared",
+            learning_to_exit=config.learning_to_exit,
+            remat=config.remat,
+        ),
+        config.dtype,
     )
 
 

@@ -1,0 +1,120 @@
+"""The head of an exit: pooling, pooler, dropout and classifier, with learning-to-exit beside it.
+
+Shape letters: E exit, B batch, L length, H hidden, C classes.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sweet_jax.models.encoder import Encoder, linear
+from sweet_jax.models.layers import ACTIVATIONS, derive_key, dropout
+from sweet_jax.models.pooling import POOLINGS, Pooling
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitConfig:
+    """Describes the exits of a model.
+
+    Raises ValueError for a pooling or a mode of learning-to-exit that does not exist.
+
+    Attributes:
+      pooling: how an exit reads its layer, a name in POOLINGS.
+      shared_pooler: whether the exits share one pooler; without effect where a pooling has none.
+      shared_relative: whether every exit trains the table of relative positions.
+      learning_to_exit: "" (none), "joint" or "detached", which leaves what it reads untrained.
+      remat: whether a layer's activations are recomputed in the backward pass.
+
+    """
+
+    pooling: str = "first"
+    shared_pooler: bool = False
+    shared_relative: bool = False
+    learning_to_exit: str = ""
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling {self.pooling!r}; known are {', '.join(POOLINGS)}")
+        if self.learning_to_exit not in ("", "joint", "detached"):
+            raise ValueError(f"learning_to_exit {self.learning_to_exit!r}")
+
+    @property
+    def reads(self) -> Pooling:
+        """The pooling itself."""
+        return POOLINGS[self.pooling]
+
+
+class ModelOutput(NamedTuple):
+    """The outputs of every exit for a batch; those of one exit are arrays without E."""
+
+    logits: jax.Array  # float32 [E, B, C]
+    exit_scores: jax.Array | None = None  # float32 [E, B], learning-to-exit's, from 0 to 1
+    features: jax.Array | None = None  # float32 [E, B, H], what classifiers read, where requested
+
+
+class Head(nnx.Module):
+    """Classifies at one exit: pooling, pooler (dense, activation), dropout, dense.
+
+    With a shared pooler, or a pooling that has none, the head holds no pooler. Learning-to-exit
+    (Xin et al. 2021, BERxiT, section 3.3) adds a dense unit with a sigmoid that estimates how
+    likely this exit's class is right; it reads what the classifier reads, the pooled vector after
+    dropout, or that vector without its gradient.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, config: ExitConfig, dtype, key: jax.Array):
+        hidden = encoder.config.hidden_size
+
+        def dense(name: str, width: int) -> nnx.Linear:
+            return linear(encoder.config, hidden, width, dtype, nnx.Rngs(derive_key(key, name)))
+
+        self.config = config
+        learns = config.learning_to_exit != ""
+        self.learning_to_exit = dense("learning_to_exit", 1) if learns else None
+        if config.reads.dense and not config.shared_pooler:
+            self.pooler = make_pooler(encoder, dtype, derive_key(key, "pooler"))
+        self.classifier = dense("classifier", classes)
+        self.activation = ACTIVATIONS[encoder.config.pooler_act]
+        self.dropout_rate = encoder.config.hidden_dropout_prob
+
+    def pooled(self, h: jax.Array, mask: jax.Array, pooler: nnx.Linear | None) -> jax.Array:
+        """Returns what the classifier reads, before dropout: [B, H] of h [B, L, H].
+
+        mask is bool [B, L]; pooler is the shared one, or None. Where the pooling reads the first
+        token alone, h may be [B, 1, H].
+        """
+        pooled = self.config.reads.read(h, mask)  # [B, H]
+        if not self.config.reads.dense:
+            return pooled
+        return self.activation((pooler or self.pooler)(pooled))
+
+    def __call__(
+        self,
+        h: jax.Array,
+        mask: jax.Array,
+        pooler: nnx.Linear | None,
+        key,
+        features: bool = False,
+    ) -> ModelOutput:
+        """Returns the output of this exit, arrays without E; arguments as in `pooled`.
+
+        key is that of dropout, None for none; features adds what the classifier reads.
+        """
+        pooled = dropout(key, self.pooled(h, mask, pooler), self.dropout_rate)  # [B, H]
+        logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
+        kept = pooled.astype(jnp.float32) if features else None
+        if self.learning_to_exit is None:
+            return ModelOutput(logits, features=kept)
+        if self.config.learning_to_exit == "detached":
+            pooled = jax.lax.stop_gradient(pooled)
+        unit = self.learning_to_exit(pooled)[:, 0].astype(jnp.float32)  # [B]
+        return ModelOutput(logits, jax.nn.sigmoid(unit), kept)
+
+
+def make_pooler(encoder: Encoder, dtype, key: jax.Array) -> nnx.Linear:
+    """Returns a dense [H, H] layer with random parameters from `key`."""
+    hidden = encoder.config.hidden_size
+    return linear(encoder.config, hidden, hidden, dtype, nnx.Rngs(key))
