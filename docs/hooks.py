@@ -46,7 +46,7 @@ def on_files(files, config):
 
 
 def _code(text: str) -> str:
-    return text if text == "empty" else f"`{text}`"
+    return text if text == "none given" else f"`{text}`"
 
 
 def _row(*cells: str) -> str:

@@ -215,5 +215,5 @@ def _choices(name: str) -> str:
 def _shown(value: object) -> str:
     """Returns a value as a command line has it."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "empty"
+        return ",".join(map(str, value)) or "none given"
     return '""' if value == "" else str(value)

@@ -1,6 +1,6 @@
 """Exports a saved model as StableHLO programs, one for each exit, to be run without sweet_jax.
 
-  python -m sweet_jax.export --model=runs/x/model --output=exported --cost=0.5
+  sweet-jax export --model=runs/x/model --output=exported --cost=0.5
 
 The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and TPU),
 parameters.npz, model.json, which describes the chain of stages, and run.py, which runs it and needs

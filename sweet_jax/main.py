@@ -25,6 +25,7 @@ import logging
 import os
 import runpy
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +84,9 @@ def _key_lines() -> Iterator[str]:
     for group, keys in itertools.groupby(describe_keys(), lambda key: key.group):
         yield f"{group}:"
         for key in keys:
-            yield f"  {key.name} = {key.default}\n      {key.meaning}\n      Allowed: {key.allowed}"
+            yield f"  {key.name} = {key.default}"
+            for text in (key.meaning, f"Allowed: {key.allowed}"):
+                yield textwrap.fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _recipe(name: str) -> ConfigDict:

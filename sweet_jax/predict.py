@@ -1,7 +1,7 @@
 """Classifies the texts of a file with a saved model, each at the first exit that is confident.
 
-  python -m sweet_jax.predict --model=runs/x/model --input=new.csv --output=new.jsonl --cost=0.5
-  python -m sweet_jax.predict --model=runs/x/model --measure
+  sweet-jax predict --model=runs/x/model --input=new.csv --output=new.jsonl --cost=0.5
+  sweet-jax predict --model=runs/x/model --measure
 
 The input is a CSV, TSV, JSONL or Parquet file with the text columns that the model was trained on,
 or a .txt file with a text in each line; it may be larger than memory. The output is JSONL, one

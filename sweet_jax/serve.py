@@ -1,7 +1,7 @@
 """Serves a saved model over HTTP; the texts of all requests share batches.
 
   pip install -e ".[serve]"
-  python -m sweet_jax.serve --model=runs/x/model --port=8000 --cost=0.5
+  sweet-jax serve --model=runs/x/model --port=8000 --cost=0.5
   curl localhost:8000/predict -d '{"texts": ["a text", "another"], "accuracy": 0.9}'
 
 POST /predict   {"texts": [...]} and, if not the server's own, policy and one of cost, accuracy,
@@ -49,17 +49,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
     parser.add_target_arguments()
     limits = {
-        "batch_size": (32, "texts computed at once, at most"),
-        "max_texts": (256, "texts of a request, at most"),
-        "max_characters": (100_000, "characters of a text, at most"),
-        "max_body": (1 << 20, "bytes of a request, at most"),
-        "max_waiting": (2048, "texts waiting or under way, at most"),
-        "max_connections": (1024, "connections open at once, at most"),
+        "batch_size": (32, "maximum texts in a batch"),
+        "max_texts": (256, "maximum texts per request"),
+        "max_characters": (100_000, "maximum characters per text"),
+        "max_body": (1 << 20, "maximum bytes per request"),
+        "max_waiting": (2048, "maximum texts waiting or being computed"),
+        "max_connections": (1024, "maximum open connections"),
     }
     for name, (default, text) in limits.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{text} (default {default})"
+        )
     parser.add_argument(
-        "--timeout", type=float, default=30.0, help="seconds to read or answer a request (30)"
+        "--timeout",
+        type=float,
+        default=30.0,
+        help="seconds to read or answer a request (default 30)",
     )
     parser.add_argument(
         "--warm_up", action="store_true", help="compile every program before the first request"

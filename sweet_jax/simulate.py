@@ -1,16 +1,16 @@
 """Chooses an operating point from a run's saved outputs alone: no model, no accelerator.
 
-  python -m sweet_jax.simulate --run=runs/quickstart                  the table of exits
-  python -m sweet_jax.simulate --run=runs/quickstart --cost=0.5       best metric within a mean cost
-  python -m sweet_jax.simulate --run=runs/quickstart --accuracy=0.95  cheapest with such a metric
-  python -m sweet_jax.simulate --run=runs/quickstart --threshold=0.9  what a threshold gives
-  python -m sweet_jax.simulate --run=runs/quickstart --risk=0.02      certified bound of the loss
-  python -m sweet_jax.simulate --run=runs/quickstart --policy=pcee --accuracy=0.9
-  python -m sweet_jax.simulate --run=runs/a --run=runs/b --output=compare.html
+  sweet-jax simulate --run=runs/quickstart                  the table of exits
+  sweet-jax simulate --run=runs/quickstart --cost=0.5       best metric within a mean cost
+  sweet-jax simulate --run=runs/quickstart --accuracy=0.95  cheapest with this metric
+  sweet-jax simulate --run=runs/quickstart --threshold=0.9  what a threshold gives
+  sweet-jax simulate --run=runs/quickstart --risk=0.1       certified bound of the loss
+  sweet-jax simulate --run=runs/quickstart --policy=pcee --accuracy=0.9
+  sweet-jax simulate --run=runs/a --run=runs/b --output=compare.html
 
-Thresholds are chosen on the calibration rows. Printed are the cost and the metric there and on the
-validation rows or, where no threshold meets the target, the best that is reachable. Several --run
-are overlaid in one page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+Thresholds are chosen on the calibration rows. Prints the cost and the metric there and on the
+validation rows; where no threshold meets the target, the best that one can reach. Several --run are
+overlaid in one page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
 
 """
 

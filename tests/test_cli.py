@@ -113,7 +113,7 @@ def test_help_explains_every_key_and_exits_0():
 
 def test_the_default_in_help_is_one_that_the_command_line_takes():
     for key in describe_keys():
-        if key.default in ('""', "empty"):
+        if key.default in ('""', "none given"):
             continue
         argument = f"--config.{key.name}={key.default}"
         config, _, _ = parse(["main", "--config=configs/glue.py", "--workdir=x", argument])
