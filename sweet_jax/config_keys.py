@@ -109,8 +109,8 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "positive",
         ),
         "pooling": (
-            "What an exit reads of its layer: the first token, through the pretrained pooler, or the "
-            'mean of all tokens; "" is the preset\'s, else what the checkpoint declares, else mean.',
+            "What an exit reads: the first token through the pretrained pooler, or the mean "
+            "of all tokens; \"\" is the preset's, else the checkpoint's, else the mean.",
             "",
         ),
         "learning_to_exit": (

@@ -221,7 +221,7 @@ def test_the_process_exits_2_with_one_line(line, tmp_path):
         ("--config.max_length=65", "64 positions: set --config.max_length=64 or less"),
         ("--config.text_columns=txt", "unknown column 'txt': did you mean 'text'?"),
         ("--config.label_column=lable", "unknown column 'lable': did you mean 'label'?"),
-        ("--config.data_files=absent.csv", "data file 'absent.csv' does not exist"),
+        ("--config.data_files=absent.csv", "the data: 'absent.csv' does not exist"),
         ("--config.data_files=pkg://absent_package_x/a.csv", "pip install"),
         ("--config.train_size=3", "3 training rows are too few"),
         ("--config.checkpoint=./absent", "checkpoint './absent' is not a directory"),
