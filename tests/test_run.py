@@ -19,6 +19,7 @@ from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import log_description, prepare
+from sweet_jax.training.metrics import read_metrics
 
 FILES = {
     "config.json",
@@ -242,12 +243,19 @@ def test_a_collapsed_exit_is_reported_with_its_step(options, tmp_path, one_devic
     for row in bad:
         (given,) = set(outputs.predictions[0, row["exit"] - 1].tolist())
         assert row["what"] == f"collapsed to class 'class {given}'"
+        since = None  # the first step since which every batch got that class only
+        for step in reversed(read_metrics(tmp_path)):
+            if step["predicted"][0][row["exit"] - 1] != given:
+                break
+            since = step["step"]
+        assert row["step"] == since
         said = (
             f"collapsed: replica 0 (seed 3, learning rate 1e-09), exit {row['exit']} gives every "
-            f"row the class 'class {given}'"
+            f"row the class 'class {given}'" + ("" if since is None else f", since step {since}")
         )
         assert said in caplog.text
         assert said in html.unescape((tmp_path / "report.html").read_text())
+    assert any(row["step"] is not None for row in bad)
     assert "diverged:" not in caplog.text
 
 

@@ -232,7 +232,7 @@ def test_only_constant_full_isolation_is_trained_segment_by_segment(monkeypatch,
 
 
 def test_a_step_uses_the_isolation_of_its_own_number():
-    """What drives the dial is the step of the state, so that a resumed run goes on with it."""
+    """Isolation follows the step in the state, so that a resumed run continues the schedule."""
     graphdef, params = build()
     moving = settings(graphdef, isolation=(0.0, 1.0), total_steps=5)
     fixed = dataclasses.replace(moving, isolation=(0.25,))

@@ -4,9 +4,9 @@
     python -m experiments.benchmarks.serve_load --model=runs/sst2/model --data_dir=DIR
 
 Starts python -m sweet_jax.serve as a process of its own and sends it, over loopback, for a minute,
-the requests of 200 clients at once: most ask for 1 to 8 real validation texts at one of four dials,
-some send their body slowly, some send rubbish, some 10 MB, some close the connection before the
-answer. Every answer is compared with what this process computes itself. SIGTERM comes while they
+the requests of 200 clients at once: most ask for 1 to 8 real validation texts at one of four
+targets, some send their body slowly, some send rubbish, some 10 MB, some close the connection
+before the answer. Every answer is compared with what this process computes itself. SIGTERM comes while they
 all still ask; whatever the server had read must be answered. Prints requests and texts a second,
 the latencies of good requests, statuses, wrong and lost answers, and the server's memory over time.
 Exit status 1 where an answer was wrong or lost. 2 to 6 minutes on 2 cores, which the clients share
@@ -31,7 +31,7 @@ import pyarrow.parquet
 
 from sweet_jax import AdaptiveClassifier
 
-DIALS = ({}, {"threshold": 0.7}, {"policy": "patience", "threshold": 2}, {"cost": 0.5})
+TARGETS = ({}, {"threshold": 0.7}, {"policy": "patience", "threshold": 2}, {"cost": 0.5})
 # What a client does, and how often.
 KINDS = {"good": 80, "slow": 6, "rubbish": 6, "large": 3, "killed": 5}
 
@@ -51,10 +51,10 @@ class Tally:
 def expected(classifier: AdaptiveClassifier, texts: list[str]) -> list[Any]:
     """Returns the predictions of every text at each target."""
     found = []
-    for dial in DIALS:
-        policy = dial.get("policy")
-        other = {k: v for k, v in dial.items() if k != "policy"}
-        found.append(classifier.at(policy, **other).predict(texts) if dial else None)
+    for target in TARGETS:
+        policy = target.get("policy")
+        other = {k: v for k, v in target.items() if k != "policy"}
+        found.append(classifier.at(policy, **other).predict(texts) if target else None)
     found[0] = classifier.predict(texts)
     return found
 
@@ -101,10 +101,10 @@ async def client(port: int, seed: int, texts: list[str], wanted: list[Any], tall
     while not tally.closing:
         (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
         number, picked = (
-            rng.randrange(len(DIALS)),
+            rng.randrange(len(TARGETS)),
             rng.choices(range(len(texts)), k=rng.randint(1, 8)),
         )
-        asked = {"texts": [texts[p] for p in picked], **DIALS[number]}
+        asked = {"texts": [texts[p] for p in picked], **TARGETS[number]}
         body = json.dumps(asked).encode()
         if kind == "rubbish":
             body = rng.randbytes(rng.randint(1, 2000))

@@ -78,32 +78,13 @@ def build_results(
       more: further keys, which do not follow from the outputs.
 
     """
-    depth = config.exits[-1]
     # The first exit of a model of this depth, and the paper's other costs within reach.
     reach = float(np.asarray(analysis.validation.cost)[-1]) + 1e-12
-    costs = [c for c in (1 / depth, *_COSTS) if c <= reach]
-    replicas = []
-    for r, (seed, rate) in enumerate(analysis.replicas):
-        keep = analysis.operating_point(r)
-        replicas.append(
-            {
-                "seed": seed,
-                "learning_rate": rate,
-                "individual": individual_exits(analysis.validation, r),
-                "temperatures": _finite(analysis.temperatures[r]),
-                "curve": _curve(thin_curve(analysis.curve, r, _CURVE_POINTS)),
-                "grid": _curve(thin_curve(analysis.grid, r, 11)),
-                "at_cost": scores_at_costs(analysis.curve, r, costs),
-                "grid_at_cost": scores_at_costs(
-                    analysis.grid, r, costs
-                ),  # as the SWEET paper reads it
-                "calibration_area": _finite(analysis.area[r]),
-                "full_score": None if keep.threshold is None else keep.as_dict(),
-                "quality": _quality(analysis, r),
-                **_bounds(analysis, r),
-                "diverged": [dict(d) for d in diverged if d["replica"] == r],
-            }
-        )
+    costs = [c for c in (1 / config.exits[-1], *_COSTS) if c <= reach]
+    replicas = [
+        _replica_results(analysis, r, costs, [dict(d) for d in diverged if d["replica"] == r])
+        for r in range(len(analysis.replicas))
+    ]
     mean, ci95 = _over_seeds([replicas[r] for r in analysis.chosen])
     metric = analysis.validation.identity.metric
     return {
@@ -126,6 +107,29 @@ def build_results(
         "ci95": ci95,
         **shortfall_results(analysis.validation, analysis.best, baselines, metric),
         **more,
+    }
+
+
+def _replica_results(
+    analysis: Analysis, replica: int, costs: Sequence[float], diverged: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the entry of `replicas` for one replica."""
+    seed, rate = analysis.replicas[replica]
+    keep = analysis.operating_point(replica)
+    return {
+        "seed": seed,
+        "learning_rate": rate,
+        "individual": individual_exits(analysis.validation, replica),
+        "temperatures": _finite(analysis.temperatures[replica]),
+        "curve": _curve(thin_curve(analysis.curve, replica, _CURVE_POINTS)),
+        "grid": _curve(thin_curve(analysis.grid, replica, 11)),
+        "at_cost": scores_at_costs(analysis.curve, replica, costs),
+        "grid_at_cost": scores_at_costs(analysis.grid, replica, costs),  # as the SWEET paper reads
+        "calibration_area": _finite(analysis.area[replica]),
+        "full_score": None if keep.threshold is None else keep.as_dict(),
+        "quality": _quality(analysis, replica),
+        **_bounds(analysis, replica),
+        "diverged": diverged,
     }
 
 
