@@ -6,11 +6,11 @@
 Starts python -m sweet_jax.serve as a process of its own and sends it, over loopback, for a minute,
 the requests of 200 clients at once: most ask for 1 to 8 real validation texts at one of four
 targets, some send their body slowly, some send rubbish, some 10 MB, some close the connection
-before the answer. Every answer is compared with what this process computes itself. SIGTERM comes while they
-all still ask; whatever the server had read must be answered. Prints requests and texts a second,
-the latencies of good requests, statuses, wrong and lost answers, and the server's memory over time.
-Exit status 1 where an answer was wrong or lost. 2 to 6 minutes on 2 cores, which the clients share
-with the server.
+before the answer. Every answer is compared with what this process computes itself. SIGTERM comes
+while they all still ask; whatever the server had read must be answered. Prints requests and texts a
+second, the latencies of good requests, statuses, wrong and lost answers, and the server's memory
+over time. Exit status 1 where an answer was wrong or lost. 2 to 6 minutes on 2 cores, which the
+clients share with the server.
 """
 
 import argparse
