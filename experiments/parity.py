@@ -113,10 +113,10 @@ def in_torch(folder, dtype, ids, mask, types, cotangent):
         folder, attn_implementation="eager", weights_only=True
     )
     model = model.eval().to(dtype)
-    hidden = model(
-        torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(types),
-        output_hidden_states=True,
-    ).hidden_states  # fmt: skip
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    if getattr(model.config, "type_vocab_size", 0):  # DistilBERT has no token types
+        inputs["token_type_ids"] = torch.from_numpy(types)
+    hidden = model(**inputs, output_hidden_states=True).hidden_states
     (torch.stack(hidden) * torch.from_numpy(cotangent).to(dtype)).sum().backward()
     grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
     return [h.detach().numpy() for h in hidden], grads

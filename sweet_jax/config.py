@@ -268,7 +268,13 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_loss_weights(config: Config) -> None:
+    """Raises UserError unless each exit has a weight, or all have a schedule of that name."""
     weights = config.loss_weights
+    if METHODS[config.method].model_per_exit and weights not in ("", "uniform"):
+        raise UserError(
+            f"loss_weights is {weights!r}, but every model of {config.method} has one exit: leave "
+            "it out"
+        )
     if isinstance(weights, str):
         check_choice("loss_weights", weights, ("", *LOSS_WEIGHTS))
         return

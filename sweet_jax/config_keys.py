@@ -171,7 +171,7 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
     "Run": {
         "checkpoint_every": ("Steps between checkpoints.", "1 or more"),
         "conflict_every": (
-            "Steps between logs of how the exits' gradients agree (early_exit).",
+            "Steps between logs of how the exits' gradients agree, where exits share layers.",
             "0 (never) or more",
         ),
         "max_steps": (

@@ -169,8 +169,12 @@ def test_resolved_isolation_is_the_methods(method, isolation):
 @pytest.mark.parametrize("method", METHODS)
 def test_resolved_loss_weights_are_the_methods_unless_set(method):
     assert Config(method=method).resolved().loss_weights == METHODS[method].loss_weights
-    chosen = from_mapping({"method": method, "loss_weights": [1, 1, 2, 4]})
-    assert chosen.resolved().loss_weights == (1.0, 1.0, 2.0, 4.0)
+    values = {"method": method, "loss_weights": [1, 1, 2, 4]}
+    if METHODS[method].model_per_exit:
+        with pytest.raises(UserError, match="every model of multi_model has one exit"):
+            from_mapping(values)
+    else:
+        assert from_mapping(values).resolved().loss_weights == (1.0, 1.0, 2.0, 4.0)
 
 
 def test_schedules_of_loss_weights():

@@ -356,3 +356,8 @@ def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys):
     (folder / "clock.json").write_text("{}")
     with pytest.raises(UserError, match=r"clock.json' is damaged .*: measure again"):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
+
+
+def test_an_unknown_target_is_refused_before_the_model_is_read():
+    with pytest.raises(UserError, match="unknown target 'treshold': did you mean 'threshold'"):
+        AdaptiveClassifier.from_pretrained("nowhere", treshold=0.5)

@@ -127,7 +127,7 @@ def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path)
     assert not (workdir / "results.json").exists()
     first, second = ended(start_by_slurm(config, workdir))
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert "going on from step" in first[1]
+    assert "resuming at step" in first[1]
     assert "on 4 cpu device(s)" in first[1]
     # The first speaks for both. Threads of Gloo write their own line in pieces, one into the other.
     said = re.sub("|".join(map(re.escape, GLOO)), "", second[1])
@@ -173,7 +173,7 @@ def test_who_loses_the_other_stops_and_any_number_of_devices_goes_on(options, tm
     assert "Traceback" not in errors
     whole, rest = ended([start(config, tmp_path / "alone", 1), start(config, workdir, 2)])
     assert (whole[0], rest[0]) == (0, 0), (whole, rest)
-    assert "going on from step" in rest[1]
+    assert "resuming at step" in rest[1]
     assert_same(workdir, tmp_path / "alone")
 
 

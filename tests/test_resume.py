@@ -101,7 +101,7 @@ def test_killed_then_terminated_then_finished(options, with_dropout, tmp_path, d
     assert status == 1
     assert "stopped by SIGTERM after step" in errors
     assert not (broken / "results.json").exists()
-    assert "going on from step" in finish(config, broken, devices)
+    assert "resuming at step" in finish(config, broken, devices)
     assert numbers(whole) == numbers(broken)
     assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     tensors = [

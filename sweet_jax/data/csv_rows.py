@@ -117,7 +117,8 @@ def _quote_error(lines: _Lines, fields: list[str], width: int, delimiter: str) -
     ):
         return (
             f"looks like several rows: a quote in line {start} is closed only in line {last}, and "
-            f"each line has the fields of a row: {_FIX}"
+            "each line has the fields of a row: close the quote, or, if this is one text, save the "
+            "file as JSONL"
         )
     return None
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.config import UserError, check_choice
 
 # The values that each target may have, and those of the confidence level of a certificate.
 TARGET_RANGES = {
@@ -24,7 +24,7 @@ TARGET_RANGES = {
 
 
 def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
-    """Raises UserError where two targets are set, or one to a value out of its range.
+    """Raises UserError for an unknown target, two that are set, or a value out of its range.
 
     Args:
       values: by name in TARGET_RANGES; None where a target is not set.
@@ -32,6 +32,7 @@ def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
 
     """
     for name, value in values.items():
+        check_choice("target", name, TARGET_RANGES)
         low, high = TARGET_RANGES[name]
         if value is not None and not isinstance(value, numbers.Real):
             raise UserError(f"{prefix}{name} must be a number; got {value!r}")

@@ -14,6 +14,7 @@ from typing import Any, TypedDict, Unpack, cast
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import POLICIES, PolicyFunction
+from sweet_jax.exits.targets import check_targets
 from sweet_jax.inference import artifact
 from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.encoding import RequestEncoder
@@ -141,9 +142,10 @@ class AdaptiveClassifier:
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`.
 
         """
+        given = _given(target)
+        check_targets(given)  # before anything is read
         model = open_model(name)
-        loaded = load_engine(engine, model, dtype, cache_dir)
-        return cls(model, policy, _given(target), loaded)
+        return cls(model, policy, given, load_engine(engine, model, dtype, cache_dir))
 
     def at(
         self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]

@@ -80,7 +80,7 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
     with contextlib.closing(Checkpoints(job.workdir / "checkpoints" / model.name)) as checkpoints:
         start, state = _restore(checkpoints, plan, tracker, state)
         if start:
-            log.info("%s: going on from step %d of %d", model.name, start, stop)
+            log.info("%s: resuming at step %d of %d", model.name, start, stop)
         began = time.perf_counter()
         epoch, check = steps_per_epoch(count, config.batch_size), tracker.interval if tracker else 0
         steps = StepRange(start, stop, epoch, config.checkpoint_every, check)
