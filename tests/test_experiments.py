@@ -237,7 +237,7 @@ def small(tmp_path_factory, arguments) -> list[str]:
         (sizes, ["--sizes=40"], 2),
         (ablation, [], 4),
         (isolation, [], 5),
-        (learning_to_exit, ["--methods=sweet"], 4),
+        (learning_to_exit, ["--methods=sweet"], 3),
     ],
 )
 def test_each_script_runs_its_cells(small, script, more, rows, monkeypatch, capsys):
