@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout, wherever another one is installed
 
-from sweet_jax.config_keys import describe_keys  # noqa: E402
-from sweet_jax.presets import PRESETS  # noqa: E402
+from sweet_jax.config_keys import describe_keys  # noqa: E402 - after the path
+from sweet_jax.presets import PRESETS  # noqa: E402 - after the path
 
 RESULTS = ROOT / "experiments" / "results"
 

@@ -27,7 +27,7 @@ cells, among those that are in no cell significantly below the best of Early-Exi
 Multi-Model as they are.
 
 A second start runs what is missing; a variant of a cell that was stopped resumes from its
-checkpoints. Cost: 8 hours on 2 cores.
+checkpoints. Cost: 12 hours on 2 cores.
 """
 
 import argparse

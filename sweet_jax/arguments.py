@@ -1,4 +1,4 @@
-"""What the commands share: their parser, --help, and how they end."""
+"""The argument parser, --help texts and exit statuses that the commands share."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""What each config key means: read by --help and by the reference page of the documentation."""
+"""Descriptions of the config keys, for --help and the reference page of the documentation."""
 
 import dataclasses
 

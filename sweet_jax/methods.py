@@ -14,7 +14,7 @@ LossWeightSchedule = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What distinguishes a method of training from the others.
+    """Describes a method of training by the values in which it differs from the others.
 
     Attributes:
       name: that of the config key `method`.

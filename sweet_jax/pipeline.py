@@ -53,7 +53,7 @@ FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir", "baselines")
 
 
 class SplitOutputs(NamedTuple):
-    """What one model says of the rows of each split, see `evaluate`."""
+    """Holds one model's outputs on the rows of each split, as `evaluate` returns them."""
 
     calibration: ModelOutput
     validation: ModelOutput
@@ -62,7 +62,7 @@ class SplitOutputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The results of training, evaluation and what goes with them, before the analysis."""
+    """Holds the results of training and evaluation, before the analysis."""
 
     calibration: ExitOutputs
     validation: ExitOutputs
@@ -265,7 +265,7 @@ def _finish(
         figures.write_figures(workdir / "figures", analysis, results, metrics, trained)
         page.write_report(workdir / "report.html", analysis, results, metrics, trained)
         _save_model(job, analysis, best, results, workdir / "model")
-    write_json(workdir / "results.json", results)  # last: it says that the run is whole
+    write_json(workdir / "results.json", results)  # last: its presence means a complete run
     for row in failures:
         log.warning(console.describe_divergence(row))
     if report and (shortfall := shortfalls.shortfall_warning(results)):

@@ -138,7 +138,7 @@ def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
         options.model,
         policy=options.policy,
         dtype=options.dtype,
-        **target,  # type: ignore[arg-type]
+        **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
     )
 
 

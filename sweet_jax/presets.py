@@ -1,4 +1,4 @@
-"""What the presets stand for: where the paper and the authors' release differ."""
+"""Values of the presets: where the paper and the authors' release differ."""
 
 # The decisions a preset stands for. Each can also be set alone, for an ablation.
 #   pooler: a copy per exit | one for all exits, which then gets every exit's gradient

@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> None:
         classifier = AdaptiveClassifier.from_pretrained(
             options.model,
             policy=options.policy,
-            **target,  # type: ignore[arg-type]
+            **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
         )
         if options.warm_up:
             _warm_up(classifier, options.batch_size)

@@ -1,1 +1,1 @@
-"""What every exit said, and what follows from it: policies, calibration, exact curves."""
+"""Outputs of the exits, policies, calibration, exact curves and operating points."""

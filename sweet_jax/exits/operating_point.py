@@ -1,4 +1,4 @@
-"""From a target to an operating point: the one resolver that every command and page uses.
+"""Resolves targets to thresholds: the one resolver that every command and page uses.
 
 Thresholds are chosen on calibration rows; see `targets` for what can be asked for.
 
@@ -66,7 +66,7 @@ class OperatingPoint:
 
 
 class Resolution(NamedTuple):
-    """The threshold for a target."""
+    """Holds the threshold that a target resolved to."""
 
     threshold: float | None  # None where the calibration rows cannot meet the target
     calibrator: Calibrator  # that the policy reads at the threshold

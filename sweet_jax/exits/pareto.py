@@ -21,7 +21,7 @@ def _empty() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParetoFront:
-    """Holds the points worth having: each the cheapest with its metric, and the best at its cost.
+    """Holds the Pareto-optimal points: each the cheapest with its metric, the best at its cost.
 
     Attributes:
       cost: float64 [P], ascending.

@@ -36,7 +36,7 @@ class TrainedModel(NamedTuple):
 
 
 class NetworkFiles(NamedTuple):
-    """Where the weights of one network are, and the layers of its exits."""
+    """Locates the weights of one network, and names the layers of its exits."""
 
     folder: Path
     exits: tuple[int, ...]

@@ -35,7 +35,7 @@ MODES = ("throughput", "latency")
 
 
 class Target(TypedDict, total=False):
-    """What an operating point must keep: at most one of these beside the level.
+    """Names the targets that an operating point can be chosen by: at most one, and the level.
 
     Without any, the operating point is the cheapest threshold that keeps the last exit's metric on
     calibration rows.

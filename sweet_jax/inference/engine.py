@@ -36,7 +36,7 @@ _LOW_EXIT_RATE = 0.3
 
 
 class Stage(NamedTuple):
-    """The part of a network that leads to one exit.
+    """Describes the part of a network that leads to one exit.
 
     Attributes:
       exit: index of the exit among all exits of the model, from 0.
@@ -67,7 +67,7 @@ class Stage(NamedTuple):
 
 
 class StageBatch(NamedTuple):
-    """The requests of one run of a stage; rows of 0 tokens fill the batch up to B.
+    """Holds the requests of one run of a stage; rows of 0 tokens fill the batch up to B.
 
     Packed into two arrays, since every array is a transfer to the device.
 
@@ -84,7 +84,7 @@ class StageBatch(NamedTuple):
 
 
 class StageOutput(NamedTuple):
-    """The exit's outputs of one batch, on the host, and the hidden states that are kept.
+    """Holds the exit's outputs of one batch, on the host, and the hidden states that are kept.
 
     Attributes:
       logits: float32 [B, C].

@@ -16,7 +16,7 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the outputs of an exit mean.
+    """Defines what the outputs of an exit mean: loss, prediction, probabilities, metrics.
 
     Functions of logits float32 [..., B, C] and targets [B, ...] without the axes in front of B, as
     rows of a split have them; `...` may be the exits. They trace under `jax.jit`; `predict` and

@@ -1,1 +1,1 @@
-"""What a run leaves for people: tables, figures, a page, a model."""
+"""Tables, figures, the report page and the model card of a run."""

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Where the time of a training went, in seconds of the wall clock."""
+    """Holds the wall-clock time of a training, in seconds, and the steps of the kept states."""
 
     seconds: float
     examples: int  # rows of all replicas that were trained on

@@ -1,4 +1,4 @@
-"""What training one model takes.
+"""The arguments of training one model.
 
 Shape letters: R replica, N training rows, M tuning rows.
 """
@@ -18,7 +18,7 @@ from sweet_jax.training.probe import LinearClassifiers
 
 
 class TuningRows(NamedTuple):
-    """The rows that choose a step, and what is measured on them."""
+    """Holds the rows that choose a step, and the metric on them."""
 
     rows: np.ndarray  # int [R, M]
     metric: str
@@ -26,7 +26,7 @@ class TuningRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingJob:
-    """The training of one model for all replicas.
+    """Holds what `fit` needs to train one model for all replicas.
 
     Attributes:
       config: resolved.

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class StepRange(NamedTuple):
-    """The steps of one training that are taken now."""
+    """Holds the range of steps that are taken now, and what happens between them."""
 
     start: int
     stop: int

@@ -18,7 +18,7 @@ Weight = float | jax.Array  # of one exit's loss
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLoss:
-    """What the gradient is taken of: the weighted sum of the exits' losses.
+    """Defines the loss that is differentiated: the weighted sum of the exits' losses.
 
     Attributes:
       objective: compares the outputs of an exit with targets.
@@ -32,7 +32,7 @@ class TrainingLoss:
 
 
 class StepMetrics(NamedTuple):
-    """What a step logs, measured before its update and not weighted; of one exit, without E."""
+    """Holds a step's logged values, unweighted and before its update; of one exit, without E."""
 
     loss: jax.Array  # float32 [E], mean over the rows
     statistics: dict[str, jax.Array]  # [E] each, the objective's

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class ExecutionPlan(NamedTuple):
-    """How the steps of a training are spread over the devices.
+    """Holds the compiled step of a training and how its arrays are spread over the devices.
 
     A program may take the state in parts, each on devices of its own; outside of it the state is
     one tree, which is what checkpoints hold whichever way it is trained.
