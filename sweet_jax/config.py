@@ -97,6 +97,9 @@ class Config:
     metric: str = ""
     data_dir: str = ""
     data_files: str = ""
+    dataset: str = ""
+    splits: str = ""
+    skip_invalid: bool = False
     text_columns: str = ""
     label_column: str = "label"
     checkpoint_every: int = 200

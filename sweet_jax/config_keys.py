@@ -36,10 +36,23 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             'a directory; "" is the hub',
         ),
         "data_files": (
-            "Your own rows: CSV, TSV, JSONL, Parquet, or a folder with one sub-folder per label.",
+            "Your own rows: CSV, TSV, JSON, Parquet, Arrow or Excel files, a folder of them, a "
+            "pattern, several joined by +, or a folder with one sub-folder per label.",
             "train[,validation]",
         ),
-        "text_columns": ("Column of the text, or the two columns of a pair.", "a or a,b"),
+        "dataset": (
+            "A data set of the hub, or a folder that datasets' save_to_disk wrote.",
+            "owner/name, owner/name:subset or a folder",
+        ),
+        "splits": (
+            "Splits of that data set for training and validation.",
+            'train[,validation]; "" is train, and the first of validation, valid, val, dev, test',
+        ),
+        "skip_invalid": ("Leave rows without text or label out, and count them.", ""),
+        "text_columns": (
+            "Column of the text, or the two columns of a pair; a name with a comma in quotes.",
+            'a or a,b; "" finds them by their names',
+        ),
         "label_column": ("Column of the label.", "a column name"),
     },
     "Model": {

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError, split_names
-from sweet_jax.data.records import Columns, Record, last_position, read_records
+from sweet_jax.data.records import last_position, read_records
+from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import load_engine

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import Tokens, tokenize
+from sweet_jax.data.batches import Tokens, tokenize, whole_lengths
+from sweet_jax.data.label_checks import describe_classes, label_warnings
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.splits import (
     drop_duplicates,
@@ -138,8 +139,10 @@ def _with_tuning_rows(
 
 
 def log_description(job: PreparedRun) -> None:
-    """Logs what will be trained, on how many rows and devices."""
+    """Logs what will be trained, on how many rows and devices, and what looks wrong in the data."""
     train, calibration = job.rows[0]
+    _log_labels(job)
+    _log_lengths(job)
     if job.config.calibration == "held_out" and len(calibration) < _FEW:
         log.warning(
             "only %d calibration rows: temperatures and thresholds fitted on them say little of "
@@ -170,6 +173,44 @@ def log_description(job: PreparedRun) -> None:
         len(job.rows),
         jax.device_count(),
         jax.default_backend(),
+    )
+
+
+def _log_labels(job: PreparedRun) -> None:
+    """Logs the classes with their rows, and warns of labels that look wrong or are too rare."""
+    splits, names = (job.dataset.train, job.dataset.validation), job.dataset.classes
+    every = np.bincount(np.concatenate([s.labels for s in splits]), minlength=len(names))
+    counts = dict(zip(names, every.tolist(), strict=True))
+    log.info(describe_classes(counts))
+    for warning in label_warnings(counts):
+        log.warning(warning)
+    train, calibration = (np.unique(job.train.labels[rows]) for rows in job.rows[0])
+    if job.config.calibration == "held_out" and len(missing := np.setdiff1d(train, calibration)):
+        listed = ", ".join(repr(names[c]) for c in missing[:5]) + ("…" if len(missing) > 5 else "")
+        log.warning(
+            "no calibration row is of class %s: thresholds say nothing of it; give more such rows",
+            listed,
+        )
+
+
+def _log_lengths(job: PreparedRun) -> None:
+    """Warns of texts that are cut, with the length that would keep 95% of them whole."""
+    limit, positions = job.config.max_length, job.checkpoint.config.positions
+    cut = float((job.train.lengths >= limit).mean())
+    if not cut:
+        return
+    lengths = whole_lengths(job.tokenizer, job.texts, job.train)
+    cut, enough = float((lengths > limit).mean()), int(np.quantile(lengths, 0.95, method="higher"))
+    if not cut:
+        return
+    advice = f"--config.max_length={enough} keeps 95% of them whole" if enough > limit else ""
+    if positions is not None and enough > positions:
+        advice = f"95% of them have up to {enough} tokens, this encoder takes {positions}"
+    log.warning(
+        "%.0f%% of the training texts are longer than max_length, %d tokens, and are cut%s",
+        100 * cut,
+        limit,
+        f"; {advice}" if advice else "",
     )
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.load import load_dataset
-from sweet_jax.data.records import Columns, last_position, read_records
+from sweet_jax.data.records import last_position, read_records
+from sweet_jax.data.tables import Columns
 
 TEXT = Columns(("text",))
 
@@ -177,11 +178,12 @@ def test_what_spreadsheets_put_before_a_header_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"id;text\n1;a\n", "fields must be separated by ',' in a .csv file, not by ';'"),
-        ("b.csv", "text\na\n".encode("utf-16"), "its first line is not UTF-8; save it as UTF-8"),
+        ("a.csv", b"id;title\n1;a\n", "unknown column 'text'"),
+        ("b.csv", b"t\xe9xt\na\n", "its first line is not UTF-8; save it as UTF-8"),
+        ("b.csv.gz", b"text,label\na,b\n", "Not a gzipped file"),
         ("c.csv", b"text,text\na,b\n", "column 'text' occurs more than once"),
-        ("d.json", b'[{"text": "a"}]', "is a JSON array: write one object a line instead"),
-        ("e.jsonl", b'\n [\n{"text": "a"}\n]', "is a JSON array"),
+        ("d.json", b'[{"text": "a"}, {"text"}]', "is a JSON array that is damaged in line 1"),
+        ("e.jsonl", b'\n [\n{"text": "a"}\n', "is a JSON array that is damaged in line 4"),
         ("f.jsonl", b'{"txt": "a"}\n{"txt": "b", "c": 1}\n', "did you mean 'txt'?"),
         ("g.csv", b"\n\n", "no first line with the names of its columns"),
         ("h.csv", b'"text,label\na,x\n', "a quote in line 1 is not closed"),

@@ -15,6 +15,8 @@ from sweet_jax.data.splits import Split
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each length used is compiled for
 
 _AT_ONCE = 4096  # texts tokenised by one call: the tokenizer's own output is large
+_COUNTED = 1000  # texts that may have been cut whose whole length is counted
+_UNLIMITED = 1 << 30  # tokens
 _GROUP = 50  # batches whose rows are sorted by length together
 _SHUFFLE = zlib.crc32(b"groups")  # seed of the order of batches grouped by length
 
@@ -71,6 +73,27 @@ def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
     return Tokens(
         np.concatenate(ids), np.concatenate(types), starts, rows.labels, tokenizer.pad_token_id
     )
+
+
+def whole_lengths(tokenizer, texts: Sequence[tuple[str, ...]], tokens: Tokens) -> np.ndarray:
+    """Returns the number of tokens of rows before they were cut, int64 [N].
+
+    Of many rows that may have been cut, 1,000 drawn by a fixed seed are counted, and stand for all.
+
+    Args:
+      tokenizer: of the rows.
+      texts: of the rows [N].
+      tokens: theirs, cut.
+
+    """
+    lengths = tokens.lengths.astype(np.int64)
+    cut = np.flatnonzero(lengths == lengths.max())
+    counted = np.random.default_rng(0).permutation(cut)[:_COUNTED]
+    ids, _ = encode(tokenizer, [texts[i] for i in counted], _UNLIMITED)
+    whole = np.asarray([len(row) for row in ids])
+    lengths[cut] = np.resize(whole, len(cut))
+    lengths[counted] = whole
+    return lengths
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:

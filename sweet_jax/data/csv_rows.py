@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files, recovered after a stray or unclosed quote.
+"""Tables of CSV and TSV files, whose rows are recovered after a stray or unclosed quote.
 
 The csv module reads a field with an unclosed quote up to the next quote, including whole rows. Here
 a row of several lines must be quoted strictly (RFC 4180: a closing quote is followed by a separator
@@ -8,14 +8,21 @@ their own. Otherwise its first line is an error, and the lines after it are read
 
 import collections
 import csv
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from sweet_jax.config import UserError
+from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
+from sweet_jax.data.text_files import TextFile
+
 _LONGEST = 1 << 24  # characters of a row
 _MOST_LINES = 10_000  # of a row
+_HEADER_LINES = 16  # that are searched for the header
 _MIN_ROWS = 3  # lines with commas as in rows, from which a text is taken for rows
 
+_OTHERS = (",", ";", "\t", "|")  # separators that spreadsheets of other countries write
 _FIX = 'double the quote (""), remove it, or save the file as JSONL'
 
 
@@ -36,9 +43,7 @@ class _Lines:
         self._size = 0  # characters of `taken`
         self.taken: list[str] = []  # lines of the current row
         self.number = 0  # of the last line taken, from 1
-        self.stopped = (
-            False  # whether the current row lacks its end: at the last line, or the limit
-        )
+        self.stopped = False  # whether the current row lacks its end: at the file's, or the limit
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -64,11 +69,59 @@ class _Lines:
         self.number -= len(self.taken) - 1
 
 
+def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
+    """Returns the table of a CSV or TSV file.
+
+    Args:
+      file: of the table.
+      delimiter: the separator of fields that its suffix stands for.
+      wanted: names of columns. Another separator is used where a line "sep=" before the header
+        names it, where the header has these columns only with it, or else more than one.
+
+    Raises UserError for a file without a header.
+
+    """
+    begun = list(itertools.islice(file.lines, _HEADER_LINES))
+    found = _find_delimiter(begun, delimiter, wanted)
+    rows = read_rows(itertools.chain(begun, file.lines), found)
+    header = next(rows, None)
+    wrong = "no first line with the names of its columns" if header is None else header.error
+    if header is not None and re.search("[\ud800-\udfff]", "".join(header.fields)):
+        wrong = "its first line is not UTF-8; save it as UTF-8"
+    if header is None or wrong:
+        raise UserError(f"could not read {str(file.path)!r}: {wrong}")
+
+    def records(columns: Columns) -> Iterator[Record]:
+        places = [find_column(name, header.fields) for name in columns.names]
+        for row, (fields, error, line) in enumerate(rows, start=1):
+            if error is not None:
+                yield Record((), error, file.position(), row, line)
+            else:
+                # An empty field is a missing text; the words "NA" or "null" are texts.
+                values = tuple([fields[place] or None for place in places])
+                yield make_record(values, columns, file.position(), row, line)
+
+    return Table(header.fields, records)
+
+
+def _find_delimiter(lines: Sequence[str], usual: str, wanted: Sequence[str]) -> str:
+    """Returns the separator of the fields of a file that begins with these lines."""
+    header = next((line.strip("\r\n") for line in lines if line.strip()), "")
+    if named := re.fullmatch("sep=(.)", header):
+        return named[1]
+    fields = {d: next(csv.reader([header], delimiter=d), []) for d in (usual, *_OTHERS)}
+    for delimiter, names in fields.items():
+        known = {*names, *(name.strip() for name in names)}
+        if wanted and all(name in known or name.strip() in known for name in wanted):
+            return delimiter
+    return next((delimiter for delimiter, names in fields.items() if len(names) > 1), usual)
+
+
 def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
     """Yields the rows of a file in order, the header first. Empty lines are skipped.
 
-    So is a line "sep=," before the header, which Excel understands. A row whose number of fields is
-    not that of the header is an error.
+    So is a line "sep=" before the header, by which Excel knows the separator. A row whose number of
+    fields is not that of the header is an error.
 
     Args:
       file: lines with their ends, of a file opened with newline="".

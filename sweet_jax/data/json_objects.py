@@ -1,14 +1,19 @@
-"""Objects of a JSON lines file, one in a line or pretty-printed over several lines."""
+"""Tables of JSON files: an object in each line or over several, an array, an object of columns."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.config import UserError
+from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
+from sweet_jax.data.text_files import TextFile
 from sweet_jax.files import one_line
 
-_MOST_LINES = 1000  # of an object
+_MOST_LINES = 1000  # of an object, but the first: it may be the whole file
+_LISTS = ("data", "rows", "records", "examples")  # keys that a list of objects may be under
 _CHECKED = 1000  # objects that are searched for a column before it counts as unknown
 
 
@@ -21,28 +26,114 @@ class JsonObject(NamedTuple):
     position: int  # bytes of the file read so far
 
 
-def read_objects(
-    lines: Iterable[str], name: str, position: Callable[[], int]
-) -> Iterator[JsonObject]:
-    """Yields the objects of a file in order. Blank lines are skipped.
+def json_table(file: TextFile) -> Table:
+    """Returns the table of a JSON file of any of these layouts; its columns are the objects' keys.
+
+    Raises UserError for an array that is damaged: where its next element begins cannot be told.
+    """
+    objects = _read_any(file)
+    ahead = list(itertools.islice(objects, _CHECKED))
+    keys = tuple(dict.fromkeys(key for found in ahead for key in found.values or ()))
+
+    def records(columns: Columns) -> Iterator[Record]:
+        names = list(columns.names)
+        if any(found.values is not None for found in ahead):
+            names = [keys[find_column(name, keys)] for name in names]
+        label_texts = LabelTexts()
+        rows = enumerate(itertools.chain(ahead, objects), start=1)
+        for row, (values, error, line, position) in rows:
+            found = [] if values is None else [values.get(name) for name in names]
+            if values is not None and columns.label is not None:
+                found[-1], wrong = label_texts(found[-1])
+                error = wrong and f"column {columns.label!r} {wrong}"
+            if error is None:
+                yield make_record(tuple(found), columns, position, row, line)
+            else:
+                yield Record((), error, position, row, line)
+
+    return Table(keys, records)
+
+
+def _read_any(file: TextFile) -> Iterator[JsonObject]:
+    """Yields the objects of a file of any layout."""
+    lines = iter(file.lines)
+    begun: list[str] = []  # up to the first line that is not blank
+    for line in lines:
+        begun.append(line)
+        if line.strip():
+            break
+    lines = itertools.chain(begun, lines)
+    if begun and begun[-1].lstrip().startswith("["):
+        yield from read_array(lines, file)
+        return
+    objects = read_objects(lines, file.position)
+    first, second = next(objects, None), next(objects, None)
+    if first is not None and first.values is not None and second is None:
+        for values in _rows_of(first.values):
+            yield first._replace(values=values)
+    else:
+        yield from (found for found in (first, second) if found is not None)
+        yield from objects
+
+
+def _rows_of(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of a file that is one object: a list of them, columns, or it is a row."""
+    for key in _LISTS:
+        if isinstance(found := values.get(key), list) and all(isinstance(v, dict) for v in found):
+            return found
+    # pandas writes columns as {"text": {"0": …}} by default.
+    columns = [list(v.values()) if isinstance(v, Mapping) else v for v in values.values()]
+    if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        return [dict(zip(values, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [values]
+
+
+def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
+    """Yields the elements of a JSON array; one that is not an object is an error.
+
+    Raises UserError where the array is damaged.
+    """
+    decoder, opened, waiting = json.JSONDecoder(), False, 0
+    text, at, number = "", 0, 1  # text[at:] is to be parsed, from line `number`
+    while True:
+        if found := re.compile(r"[\s,]*" if opened else r"\s*\[\s*").match(text, at):
+            opened, number = True, number + text.count("\n", at, found.end())
+            at = found.end()
+        if opened and text.startswith("]", at):
+            return
+        try:
+            values, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            line = next(lines, None) if waiting <= _MOST_LINES else None
+            if line is None or not isinstance(error, json.JSONDecodeError):
+                raise UserError(
+                    f"{str(file.path)!r} is a JSON array that is damaged in line {number}: "
+                    f"{one_line(error)}"
+                ) from error
+            text, at, waiting = text[at:] + line, 0, waiting + 1
+            continue
+        wrong = None if isinstance(values, dict) else f"not an object but {values!a:.40}"
+        yield JsonObject(None if wrong else values, wrong, number, file.position())
+        number, at, waiting = number + text.count("\n", at, end), end, 0
+
+
+def read_objects(lines: Iterable[str], position: Callable[[], int]) -> Iterator[JsonObject]:
+    """Yields the objects of JSON lines in order. Blank lines are skipped.
 
     An object that is incomplete at the end of its line continues in the next lines, up to a line
     that begins with a brace. If these lines are no object together, each of them is an error.
 
     Args:
       lines: of the file.
-      name: of the file, for messages.
       position: returns the number of bytes read so far.
-
-    Raises UserError if the file is a JSON array.
 
     """
     begun: list[str] = []  # lines of an incomplete object
     first, number = True, 0
     for number, line in enumerate(lines, start=1):
-        if begun and (line.startswith("{") or len(begun) >= _MOST_LINES):
+        if begun and (line.startswith("{") or (not first and len(begun) >= _MOST_LINES)):
             yield from _single_lines(begun, number - 1, position())
-            begun = []
+            begun, first = [], False
         if begun:
             begun.append(line)
             if not line.rstrip().endswith("}"):
@@ -54,30 +145,15 @@ def read_objects(
                 yield JsonObject(values, None, number + 1 - len(begun), position())
             else:
                 yield from _single_lines(begun, number, position())
-            begun = []
+            begun, first = [], False
         elif line.strip():
-            if first and line.lstrip().startswith("["):
-                raise UserError(f"{name!r} is a JSON array: write one object a line instead")
-            first = False
             values, error, cut = _parse(line)
             if cut and line.startswith("{"):
                 begun = [line]
             else:
+                first = False
                 yield JsonObject(values, error, number, position())
     yield from _single_lines(begun, number, position())
-
-
-def check_keys(objects: Iterator[JsonObject], names: Sequence[str]) -> Iterator[JsonObject]:
-    """Yields the same objects, after checking that each name is a key of one of the first ones.
-
-    Raises UserError for a name that is none.
-    """
-    ahead = list(itertools.islice(objects, _CHECKED))
-    keys = dict.fromkeys(key for found in ahead for key in found.values or ())
-    if any(found.values is not None for found in ahead):
-        for name in names:
-            check_choice("column", name, keys)
-    yield from itertools.chain(ahead, objects)
 
 
 class LabelTexts:
@@ -100,8 +176,9 @@ class LabelTexts:
         if type(value) is not type(first):
             if {type(value), type(first)} != {int, float}:
                 return None, f"is {value!a:.40}, of another type than the first, {first!a:.40}"
-            if isinstance(first, float) or value == int(value):
-                value = type(first)(value)
+            with contextlib.suppress(OverflowError):  # of an integer that no float holds
+                if isinstance(first, float) or (isinstance(value, float) and value.is_integer()):
+                    value = type(first)(value)
         return str(value), None
 
 

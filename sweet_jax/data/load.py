@@ -10,7 +10,9 @@ import re
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.config import Config, UserError, check_choice
+from sweet_jax.data.column_names import parse_names
+from sweet_jax.data.label_checks import check_label_column
 from sweet_jax.data.sources import SourceRows, naming_source, read_sources, source_names
 from sweet_jax.data.splits import Split, split_off_validation
 from sweet_jax.data.tasks import GLUE, Task
@@ -42,13 +44,13 @@ def load_dataset(config: Config) -> Dataset:
     format, a row without text or label, no rows, a single class, or a validation label that no
     training row has.
     """
-    task = task_of(config)
-    sources = read_sources(config, task)
+    task, sources = read_sources(config, task_of(config))
     places = source_names(len(sources))
     for rows, place in zip(sources, places, strict=True):
         if not rows.labels:
             raise UserError(f"{place} has no rows")
     names = _class_names(sources[0])
+    check_label_column(sources[0].labels, task.label_column)
     splits = []
     for rows, place in zip(sources, places, strict=True):
         with naming_source(place):
@@ -64,20 +66,16 @@ def load_dataset(config: Config) -> Dataset:
 
 
 def task_of(config: Config) -> Task:
-    """Returns the task that a config names, with its columns and metric.
+    """Returns the task that a config names, with its metric and the columns that it names.
 
-    Raises UserError for an unknown task, or for text_columns that are not one or two.
+    Raises UserError for an unknown task.
     """
-    if config.data_files:
+    if config.data_files or config.dataset:
         task = GLUE.get(config.task, Task(config.task, ()))
     else:
         check_choice("task", config.task, GLUE)
         task = GLUE[config.task]
-    columns = split_names(config.text_columns) or task.text_columns
-    if not 1 <= len(columns) <= 2:
-        raise UserError(
-            f"text_columns must name one column, or two for pairs; got {config.text_columns!r}"
-        )
+    columns = parse_names(config.text_columns) or task.text_columns
     metric = config.metric or task.metric
     return dataclasses.replace(
         task, text_columns=columns, label_column=config.label_column, metric=metric
@@ -94,7 +92,10 @@ def _class_names(rows: SourceRows) -> tuple[str, ...]:
 
 def _split(rows: SourceRows, names: tuple[str, ...]) -> Split:
     index = {name: number for number, name in enumerate(names)}
-    labels = [index.get(label, -1) for label in rows.labels]
+    # 1 in one file and 1.0 in another are one label, unless one file has both.
+    whole = {_without_fraction(name): number for name, number in index.items()}
+    whole = whole if len(whole) == len(index) else {}
+    labels = [index.get(name, whole.get(_without_fraction(name), -1)) for name in rows.labels]
     if -1 in labels:
         row = labels.index(-1)
         raise UserError(
@@ -102,6 +103,11 @@ def _split(rows: SourceRows, names: tuple[str, ...]) -> Split:
             f"{', '.join(map(repr, names[:10]))}: correct it, or add such training rows"
         )
     return Split(rows.texts, np.asarray(labels, np.int32))
+
+
+def _without_fraction(label: str) -> str:
+    """Returns a whole number without the zeros after its point, and any other label unchanged."""
+    return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", label)
 
 
 def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task: Task) -> None:

@@ -1,59 +1,72 @@
-"""Labelled rows of a user's files, of a directory of GLUE files or of the hub, in memory."""
+"""Labelled rows of a user's files, of a directory of GLUE files, or of a data set, in memory."""
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet
 
-from sweet_jax.config import Config, UserError, split_names
-from sweet_jax.data.records import Columns, Record, arrow_records, check_schema, read_records
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.arrow_tables import arrow_records, check_schema
+from sweet_jax.data.column_names import choose_columns, parse_names
+from sweet_jax.data.data_set import DataSplit, read_data_set
+from sweet_jax.data.file_lists import expand_files, split_files
+from sweet_jax.data.records import open_table
+from sweet_jax.data.tables import Columns, Record
 from sweet_jax.data.tasks import Task
-from sweet_jax.files import one_line, resolve_path
+from sweet_jax.files import resolve_path
+
+log = logging.getLogger(__name__)
+
+_LISTED = 3  # rows left out that are named
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceRows:
-    """Holds the rows of one file or split, with labels as text."""
+    """Holds the rows of one split, with labels as text."""
 
     texts: list[tuple[str, ...]]
     labels: list[str]
     declared: tuple[str, ...]  # class names of the labels 0, 1, ...; () if not declared
 
 
-def read_sources(config: Config, task: Task) -> list[SourceRows]:
-    """Returns the training rows and, if they are a source of their own, the validation rows."""
-    if config.data_files and config.data_dir:
-        raise UserError(
-            f"data_files is {config.data_files!r} and data_dir {config.data_dir!r}: give one of "
-            "the two"
-        )
-    if not config.data_files and not config.data_dir:
-        return _read_hub(task)
+def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
+    """Reads the training rows and, if they are a source of their own, the validation rows.
+
+    Returns the task, with the columns found where the config names none, and one or two sources.
+    Raises UserError for rows that will not do, unless `skip_invalid` leaves them out.
+    """
+    given = {key: getattr(config, key) for key in ("data_files", "data_dir", "dataset")}
+    given = {key: value for key, value in given.items() if value}
+    if len(given) > 1:
+        named = " and ".join(f"{key} is {value!r}" for key, value in given.items())
+        raise UserError(f"{named}: give one of them")
     if config.data_files:
-        names = split_names(config.data_files)
-        if len(names) > 2:
+        parts = split_files(config.data_files)
+        if len(parts) > 2:
             raise UserError(
-                "data_files takes a training file and at most one validation file; got "
-                f"{config.data_files!r}"
+                "data_files takes the training rows and at most one source of validation rows "
+                f'(join several files of one by "+"); got {config.data_files!r}'
             )
-        paths = [resolve_path(name) for name in names]
-    else:
+        splits = [expand_files(part) for part in parts]
+    elif config.data_dir:
         folder = resolve_path(config.data_dir) / task.name
         validation = folder / f"{task.validation}.parquet"
         if not validation.exists():
             validation = folder / "validation.parquet"
-        paths = [folder / "train.parquet", validation]
+        splits = [[folder / "train.parquet"], [validation]]
+    else:
+        return _from_data_set(config, task)
+    task = _with_columns(config, task, splits[0][0])
     found = []
-    for path, place in zip(paths, source_names(len(paths)), strict=True):
+    for paths, place in zip(splits, source_names(len(splits)), strict=True):
         with naming_source(place):
-            found.append(_read_file(path, task))
-    return found
+            each = [_read_file(path, task, config.skip_invalid) for path in paths]
+            found.append(_join(each))
+    return task, found
 
 
 def source_names(count: int) -> tuple[str, ...]:
@@ -61,75 +74,109 @@ def source_names(count: int) -> tuple[str, ...]:
     return ("the training file", "the validation file") if count > 1 else ("the data",)
 
 
-def _read_file(path: Path, task: Task) -> SourceRows:
+def _with_columns(config: Config, task: Task, path: Path) -> Task:
+    """Returns the task with the text columns of its first file."""
+    names: Sequence[str] = ()
+    if not task.text_columns or "," in config.text_columns:
+        with open_table(path, Columns((), task.label_column)) as table:
+            names = table.names
+    texts = parse_names(config.text_columns, names) or task.text_columns
+    return choose_columns(dataclasses.replace(task, text_columns=texts), names)
+
+
+def _read_file(path: Path, task: Task, skip_invalid: bool) -> SourceRows:
     columns = Columns(task.text_columns, task.label_column)
-    declared: tuple[str, ...] = ()
-    records = read_records(path, columns)
-    first = list(itertools.islice(records, 1))  # raises before the schema is read
-    if path.suffix.lower() == ".parquet" and not path.is_dir():
-        declared = _declared(pa.parquet.read_schema(path), task.label_column)
-    return _collect(itertools.chain(first, records), columns, declared, repr(str(path)))
+    with open_table(path, columns) as table:
+        records = table.records(columns)
+        found = _collect(records, columns, repr(str(path)), skip_invalid)
+        declared = () if table.schema is None else _declared(table.schema, task.label_column)
+    return _with_labels(found, declared)
 
 
-def _read_hub(task: Task) -> list[SourceRows]:
-    try:
-        loaded = datasets.load_dataset("nyu-mll/glue", task.name)
-    except Exception as error:  # the hub client raises many kinds; each means the same to a user
-        raise UserError(
-            f"could not read task {task.name!r} (nyu-mll/glue) from the hub: {one_line(error)}; "
-            "check the network, or give a local copy with --config.data_dir"
-        ) from error
-    columns, found = Columns(task.text_columns, task.label_column), []
-    for name in ("train", task.validation):
-        split = loaded[name]
-        schema = split.features.arrow_schema
-        check_schema(schema, columns)
-        records = arrow_records(split.with_format("arrow")[:].to_batches(), columns)
-        declared = _declared(schema, task.label_column)
-        found.append(_collect(records, columns, declared, f"{task.name!r} of the hub"))
-    return found
+def _from_data_set(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
+    splits = read_data_set(config, task)
+    task = choose_columns(task, splits[0].names, splits[0].class_columns)
+    columns = Columns(task.text_columns, task.label_column)
+    return task, [_read_split(split, columns, config.skip_invalid) for split in splits]
+
+
+def _read_split(split: DataSplit, columns: Columns, skip_invalid: bool) -> SourceRows:
+    check_schema(split.schema, columns)
+    records = arrow_records(split.batches(), columns)
+    found = _collect(records, columns, split.title, skip_invalid)
+    assert columns.label is not None
+    return _with_labels(found, _declared(split.schema, columns.label))
 
 
 def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
     """Returns the class names that a schema declares for a column, or ()."""
-    feature = datasets.Features.from_arrow_schema(
-        pa.schema([schema.field(name)], metadata=schema.metadata)
-    )[name]
+    field = schema.field(name if name in schema.names else name.strip())
+    metadata = schema.metadata
+    feature = datasets.Features.from_arrow_schema(pa.schema([field], metadata=metadata))[field.name]
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
 
-def _collect(
-    records: Iterable[Record], columns: Columns, declared: tuple[str, ...], source: str
-) -> SourceRows:
-    """Returns the rows of a source. Raises UserError for a record with an error or a missing value.
-
-    Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
-    """
-    values = []
-    for record in records:
-        if record.error is not None:
-            line = f" (line {record.line})" if record.line else ""
-            raise UserError(f"could not read {source}: row {record.row}{line}: {record.error}")
-        values.append(record.values)
-    for place, name in enumerate(columns.names):
-        may_be_blank = len(columns.texts) > 1 and name != columns.label
-        empty = [
-            row
-            for row, found in enumerate(values, start=1)
-            if (text := found[place]) is None or not (may_be_blank or text.strip())
-        ]
-        if empty:
-            more = f", and in {len(empty) - 1} more" if len(empty) > 1 else ""
-            raise UserError(
-                f"column {name!r} is empty in row {empty[0]}, the header not counted{more}: fill "
-                "it, or remove such rows"
-            )
-    rows = cast(list[tuple[str, ...]], values)
+def _with_labels(rows: list[tuple[str, ...]], declared: tuple[str, ...]) -> SourceRows:
     labels = [row[-1] for row in rows]
     if declared:
         numbers = {str(number): name for number, name in enumerate(declared)}
         labels = [numbers.get(label, label) for label in labels]
     return SourceRows([row[:-1] for row in rows], labels, declared)
+
+
+def _join(parts: Sequence[SourceRows]) -> SourceRows:
+    """Joins the files of one split; class names are declared where all files declare the same."""
+    declared = {part.declared for part in parts}
+    return SourceRows(
+        [text for part in parts for text in part.texts],
+        [label for part in parts for label in part.labels],
+        declared.pop() if len(declared) == 1 else (),
+    )
+
+
+def _collect(
+    records: Iterable[Record], columns: Columns, source: str, skip_invalid: bool
+) -> list[tuple[str, ...]]:
+    """Returns the values of the records without an error or a missing value.
+
+    Raises UserError for another record, unless they are to be left out.
+    """
+    rows: list[tuple[str, ...]] = []
+    invalid: list[tuple[str, str]] = []  # the row and line of each, and what is wrong
+    for record in records:
+        place = f"row {record.row}" + (f" (line {record.line})" if record.line else "")
+        missing = _missing(record.values, columns)
+        if record.error is not None:
+            if not skip_invalid:
+                raise UserError(f"could not read {source}: {place}: {record.error}")
+            invalid.append((place, record.error))
+        elif missing is not None:
+            invalid.append((place, f"column {missing!r} is empty"))
+        else:
+            rows.append(tuple(value or "" for value in record.values))
+    if invalid and not skip_invalid:
+        place, wrong = invalid[0]
+        more = f", and {len(invalid) - 1} more such rows" if len(invalid) > 1 else ""
+        raise UserError(
+            f"{wrong} in {place} of {source}, the header not counted{more}: fill it, remove such "
+            "rows, or leave them out with --config.skip_invalid=True"
+        )
+    if invalid:
+        listed = "; ".join(f"{place}: {wrong}" for place, wrong in invalid[:_LISTED])
+        log.warning("%d rows of %s are left out: %s …", len(invalid), source, listed)
+    return rows
+
+
+def _missing(values: tuple[str | None, ...], columns: Columns) -> str | None:
+    """Returns the first column without a value, None where all have one.
+
+    Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
+    """
+    for name, value in zip(columns.names, values, strict=False):
+        may_be_blank = len(columns.texts) > 1 and name != columns.label
+        if value is None or not (may_be_blank or value.strip()):
+            return name
+    return None
 
 
 @contextlib.contextmanager

@@ -31,13 +31,16 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits rows 0..N-1 at random, every class in proportion (largest remainders).
 
+    A row at least of every class is kept.
+
     Args:
       labels: int [N].
       fraction: of the rows that are held out.
       rng: draws them.
 
     Returns:
-      (kept, held out) rows, both ascending; round(fraction * N) rows are held out.
+      (kept, held out) rows, both ascending; round(fraction * N) rows are held out, fewer where
+      classes of one row leave no others.
 
     """
     order = rng.permutation(len(labels))
@@ -45,7 +48,9 @@ def stratified_split(
     wanted = counts * fraction
     quota = np.floor(wanted).astype(int)
     missing = round(fraction * len(labels)) - quota.sum()
-    quota[np.argsort(-(wanted - quota), kind="stable")[:missing]] += 1
+    order_of_classes = np.argsort(-(wanted - quota), kind="stable")
+    spare = order_of_classes[quota[order_of_classes] < counts[order_of_classes] - 1]
+    quota[spare[:missing]] += 1
     held = np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(quota)])
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
 
@@ -64,7 +69,8 @@ def split_calibration_rows(
     """Draws the (training, calibration) rows of one seed, as ascending indices.
 
     They depend on the labels int [N], the sizes and the seed, never on the method, so that methods
-    are compared on the same rows. There are no calibration rows unless `calibration` is "held_out".
+    are compared on the same rows: a row of each class, as far as train_size allows, and others at
+    random. There are no calibration rows unless `calibration` is "held_out".
     Raises UserError if the rows are too few to hold some out.
     """
     size = min(config.train_size, len(labels))
@@ -72,11 +78,19 @@ def split_calibration_rows(
     if config.subset == "first":  # as in the paper's code, which discards what it shuffled
         subset = np.arange(size)
     else:
-        subset = np.sort(rng.permutation(len(labels))[:size])
+        order = rng.permutation(len(labels))
+        first = np.sort(np.unique(labels[order], return_index=True)[1])  # place of each class
+        others = np.setdiff1d(np.arange(len(order)), first)
+        subset = np.sort(order[np.concatenate([first, others])[:size]])
     if config.calibration != "held_out":
         return subset, np.empty(0, int)
     kept, held = stratified_split(labels[subset], config.calibration_fraction, rng)
-    if not len(held) or len(np.unique(labels[subset[kept]])) < 2:
+    if len(np.unique(labels[subset])) < 2:
+        raise UserError(
+            f"the {size} training rows drawn are all of one class: raise train_size, or give "
+            "training rows of other classes"
+        )
+    if not len(held):
         raise UserError(
             f"{size} training rows are too few to hold out a fraction of "
             f"{config.calibration_fraction} for calibration: give more rows, or raise train_size "

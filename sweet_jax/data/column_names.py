@@ -1,0 +1,74 @@
+"""The names of columns: parsed from a key or an option, or found among those of a file."""
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+
+from sweet_jax.config import UserError
+from sweet_jax.data.tasks import Task
+
+# What published data sets call their texts, and the two texts of a pair.
+_TEXTS = ("text", "sentence", "content", "review", "comment", "utterance", "message", "document")
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+
+
+def parse_names(text: str, present: Sequence[str] = ()) -> tuple[str, ...]:
+    """Splits a comma-separated list of column names; one that holds a comma stands in quotes.
+
+    A text that is itself the name of one of the columns present is that name.
+    """
+    if text in present or text.strip() in {name.strip() for name in present}:
+        return (text.strip(),) if text.strip() else ()
+    fields = next(csv.reader([text], skipinitialspace=True), [])
+    return tuple(name.strip() for name in fields if name.strip())
+
+
+def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[str] = ()) -> Task:
+    """Returns the task with its columns; those that it does not name are found.
+
+    The text column is then the only one beside the label, or the only one with a usual name, or the
+    two are a usual pair. A label column that is absent is the only one of classes.
+
+    Args:
+      task: whose text columns may be ().
+      present: names of the columns that hold text, and of the label.
+      class_columns: names of those that declare classes.
+
+    Raises:
+      UserError: they cannot be found, or are more than two.
+
+    """
+    label = task.label_column
+    if label not in present and len(class_columns) == 1:
+        label = class_columns[0]
+    texts = task.text_columns
+    if not texts:
+        texts = _find_texts([name.strip() for name in present if name.strip() != label])
+        if not texts:
+            raise UserError(
+                "name the column of the text, or the two of a pair, by --config.text_columns: the "
+                f"columns are {', '.join(map(repr, present)) or 'unknown'}"
+            )
+    if len(texts) > 2:
+        raise UserError(
+            "text_columns must name one column, or two for pairs (a name that holds a comma in "
+            f"double quotes); got {', '.join(map(repr, texts))}"
+        )
+    return dataclasses.replace(task, text_columns=texts, label_column=label)
+
+
+def _find_texts(names: Sequence[str]) -> tuple[str, ...]:
+    if len(names) == 1:
+        return (names[0],)
+    pairs = [pair for pair in _PAIRS if set(pair) <= set(names)]
+    usual = [name for name in names if name.lower() in _TEXTS]
+    if len(pairs) == 1:
+        return pairs[0]
+    return (usual[0],) if len(usual) == 1 else ()

@@ -1,0 +1,90 @@
+"""Data sets of the hub, or saved on disk by the library `datasets`."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.data.arrow_tables import is_text
+from sweet_jax.data.tasks import Task
+from sweet_jax.files import one_line, resolve_path
+
+_GLUE = "nyu-mll/glue"
+_VALIDATION = ("validation", "valid", "val", "dev", "test")  # usual names, the first is taken
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DataSplit:
+    """A split of a data set, and what messages call it."""
+
+    rows: datasets.Dataset
+    title: str
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of its columns, which may declare class names."""
+        return self.rows.features.arrow_schema
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns that hold text, and of those of classes."""
+        texts = [field.name for field in self.schema if is_text(field.type)]
+        return [*texts, *(name for name in self.class_columns if name not in texts)]
+
+    @property
+    def class_columns(self) -> list[str]:
+        """Names of the columns that declare classes."""
+        kinds = self.rows.features.items()
+        return [name for name, kind in kinds if isinstance(kind, datasets.ClassLabel)]
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yields its rows as Arrow batches."""
+        for part in self.rows.with_format("arrow").iter(batch_size=1024):
+            yield from part.to_batches()
+
+
+def read_data_set(config: Config, task: Task) -> list[DataSplit]:
+    """Returns the training split and, if there is one, the validation split of a data set.
+
+    `config.dataset` is a folder that `save_to_disk` wrote, or a name of the hub, "owner/name" or
+    "owner/name:subset"; without it, the task is one of GLUE.
+
+    Raises UserError where it cannot be read, or lacks a split that `config.splits` names.
+    """
+    name = config.dataset or f"{_GLUE}:{task.name}"
+    loaded = _load(name)
+    wanted = split_names(config.splits)
+    if not config.dataset:
+        wanted = ("train", task.validation)
+    if not wanted:
+        check_choice(f"split of {name!r}", "train", loaded)
+        wanted = ("train", *[split for split in _VALIDATION if split in loaded][:1])
+    if len(wanted) > 2:
+        raise UserError(f"splits names one of training, one of validation; got {config.splits!r}")
+    for split in wanted:
+        check_choice(f"split of {name!r}", split, loaded)
+    return [DataSplit(loaded[split], f"{name!r}, {split}") for split in wanted]
+
+
+def _load(name: str) -> Mapping[str, Any]:
+    """Returns the splits of a data set by name."""
+    folder = resolve_path(name)
+    try:
+        if _is_saved(folder):
+            loaded = datasets.load_from_disk(str(folder))
+            return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+        owner, _, subset = name.partition(":")
+        return datasets.load_dataset(owner, subset or None)
+    except Exception as error:  # the client raises many kinds; each means the same to a user
+        raise UserError(
+            f"could not read the data set {name!r} from the hub: {one_line(error)}; check the name "
+            "and the network, or give a local copy with --config.data_dir or --config.data_files"
+        ) from error
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))

@@ -1,0 +1,70 @@
+"""Labels that are probably not what their file's owner means: look-alikes, measurements, ids."""
+
+import collections
+import decimal
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+from sweet_jax.config import UserError
+
+_SHOWN = 10  # of the largest, and of the smallest classes
+_MOST_MEASUREMENTS = 10  # distinct numbers with a fraction that are taken for classes
+_IDS = 20  # rows of which no two have the same label, from which a column is taken for ids
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+def check_label_column(labels: Sequence[str], column: str) -> None:
+    """Raises UserError where each of many rows has a label of its own, as an id column has."""
+    if len(labels) >= _IDS and len(set(labels)) == len(labels):
+        raise UserError(
+            f"each of the {len(labels)} rows has another label in column {column!r}, such as "
+            f"{labels[0]!r}: is it an id? Name the label's column by --config.label_column"
+        )
+
+
+def describe_classes(counts: Mapping[str, int]) -> str:
+    """Describes the classes and their numbers of rows, of many the largest and the smallest."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    shown = [f"{name!r} {count}" for name, count in ordered]
+    if len(shown) > 2 * _SHOWN:
+        shown[_SHOWN:-_SHOWN] = [f"… {len(shown) - 2 * _SHOWN} others …"]
+    return f"{len(counts)} classes (rows of each): {', '.join(shown)}"
+
+
+def label_warnings(counts: Mapping[str, int]) -> list[str]:
+    """Returns warnings of labels that look alike, like measurements, or like ids.
+
+    counts: number of rows by label.
+    """
+    found = []
+    alike = collections.defaultdict(list)
+    for name in counts:
+        alike[_folded(name)].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            listed = ", ".join(f"{name!a} ({counts[name]})" for name in sorted(names))
+            found.append(
+                f"labels that differ only by case, blanks or spelling are classes of their own: "
+                f"{listed}; if they mean the same, write them alike in the file"
+            )
+    rows = sum(counts.values())
+    measured = all(_NUMBER.fullmatch(name) for name in counts)
+    fractions = sum(not float(name).is_integer() for name in counts) if measured else 0
+    if fractions and len(counts) > _MOST_MEASUREMENTS:
+        found.append(
+            f"the labels are {len(counts)} different numbers, such as {next(iter(counts))}: "
+            "they look like measurements, and each of them becomes a class; group them into classes"
+        )
+    elif rows >= _IDS and len(counts) > rows / 2:
+        found.append(
+            f"{rows} rows have {len(counts)} different labels, such as {next(iter(counts))!r}: is "
+            "the label's column an id or a text?"
+        )
+    return found
+
+
+def _folded(name: str) -> str | decimal.Decimal:
+    """Returns what labels that look alike have in common: 1, 1.0 and 01 are the number 1."""
+    text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    return decimal.Decimal(text) if _NUMBER.fullmatch(text) else text

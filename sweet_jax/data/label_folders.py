@@ -1,0 +1,50 @@
+"""Folders of <label>/<name>.txt files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sweet_jax.config import UserError
+from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
+
+_COLUMNS = ("text", "label")
+
+
+def folder_table(path: Path) -> Table:
+    """Returns the table of a folder; raises UserError where it has no such files, or one is empty.
+
+    What editors, file managers and archives leave there is left out: hidden files and folders,
+    and __MACOSX.
+    """
+
+    def records(columns: Columns) -> Iterator[Record]:
+        places = [find_column(name, _COLUMNS) for name in columns.names]
+        files = text_files(path)
+        if not files:
+            raise UserError(f"folder {str(path)!r} has no <label>/<name>.txt files")
+        for row, file in enumerate(files, start=1):
+            found = (_read_text(file), file.parent.name)
+            if not found[0].strip():
+                blank = sum(not _read_text(other).strip() for other in files[row:])
+                more = f", and {blank} more such files" if blank else ""
+                raise UserError(f"{str(file)!r} is empty{more}: fill it, or remove it")
+            yield make_record(tuple(found[place] for place in places), columns, row, row)
+
+    return Table(_COLUMNS, records)
+
+
+def text_files(path: Path) -> list[Path]:
+    """Returns the <label>/<name>.txt files of a folder, in order of their paths."""
+    return [file for file in sorted(path.glob("*/*.txt")) if not _is_hidden(file)]
+
+
+def _is_hidden(file: Path) -> bool:
+    label = file.parent.name
+    return file.name.startswith(".") or label.startswith(".") or label == "__MACOSX"
+
+
+def _read_text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("cp1252", errors="replace")  # what older corpora are written in

@@ -1,0 +1,45 @@
+"""Tables of Excel files: the first sheet, its first row the names of the columns."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from sweet_jax.config import UserError
+from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
+from sweet_jax.files import one_line
+
+
+@contextlib.contextmanager
+def excel_table(path: Path) -> Iterator[Table]:
+    """Opens an Excel file; formulas have the values that Excel saved.
+
+    Raises UserError without the extra `excel`, or for a file that is damaged or has no header.
+    """
+    try:
+        import openpyxl  # an extra
+    except ImportError as error:
+        raise UserError(
+            f'{str(path)!r} is an Excel file: pip install "sweet-jax[excel]" to read it, or save '
+            "it as CSV"
+        ) from error
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except Exception as error:  # a damaged file can break the reader in any way
+        raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
+    with contextlib.closing(book):
+        rows = book.worksheets[0].iter_rows(values_only=True)
+        header = ["" if name is None else str(name) for name in next(rows, ())]
+        if not any(header):
+            raise UserError(f"could not read {str(path)!r}: no first row with column names")
+
+        def records(columns: Columns) -> Iterator[Record]:
+            places = [find_column(name, header) for name in columns.names]
+            for row, cells in enumerate(rows, start=1):
+                if all(cell is None for cell in cells):
+                    continue  # sheets often end in formatted, empty rows
+                found = [cells[place] if place < len(cells) else None for place in places]
+                if columns.label is not None and found[-1] is not None:
+                    found[-1] = str(found[-1])
+                yield make_record(tuple(found), columns, row, row)
+
+        yield Table(header, records)

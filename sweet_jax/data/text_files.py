@@ -1,0 +1,70 @@
+"""Text files: decompressed, and decoded by their byte order mark or else as UTF-8."""
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from sweet_jax.config import UserError
+from sweet_jax.data.tables import Columns, Record, Table, make_record
+
+_OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+
+
+class TextFile(NamedTuple):
+    """An opened text file.
+
+    Attributes:
+      path: of the file.
+      lines: its text; a byte that is not UTF-8 is a lone surrogate, which `make_record` reports.
+      position: returns the number of bytes of the file read so far.
+
+    """
+
+    path: Path
+    lines: io.TextIOWrapper
+    position: Callable[[], int]
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[TextFile]:
+    """Opens a text file; raises OSError, EOFError or UnicodeError, also while it is read."""
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(path.open("rb"))
+        opened = _OPENERS.get(path.suffix.lower())
+        stream = io.BufferedReader(opened(raw)) if opened else raw
+        start = stream.peek(4)[:4]
+        marks = (name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark))
+        encoding = next(marks, "utf-8-sig")
+        errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
+        text = io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline="")
+        # The text's own position is slow, or refused; a decompressed stream's has no end known.
+        yield TextFile(path, stack.enter_context(text), raw.tell)
+
+
+def lines_table(file: TextFile) -> Table:
+    """Returns the table of a file with one text in each line."""
+
+    def records(columns: Columns) -> Iterator[Record]:
+        if len(columns.texts) != 1:
+            raise UserError(
+                "a .txt file has one text in a row, and this model takes pairs: give a CSV"
+            )
+        for row, line in enumerate(file.lines, start=1):
+            yield make_record((line.rstrip("\r\n"),), columns, file.position(), row, row)
+
+    return Table((), records)

@@ -1,0 +1,344 @@
+"""Files as people have them: compressed, of other layouts, in several parts, with odd labels."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import logging
+import lzma
+import random
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.label_checks import describe_classes, label_warnings
+from sweet_jax.data.load import load_dataset
+from sweet_jax.data.records import column_names, read_records
+from sweet_jax.data.splits import split_calibration_rows, stratified_split
+from sweet_jax.data.tables import Columns
+
+TEXTS = [f"text {i}, or so" for i in range(12)]
+LABELS = [("ham", "spam")[i % 2] for i in range(12)]
+ROWS = [{"text": t, "label": c} for t, c in zip(TEXTS, LABELS, strict=True)]
+
+
+def csv_text(delimiter: str = ",") -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ("text", "label"), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return out.getvalue()
+
+
+def table() -> pa.Table:
+    return pa.Table.from_pylist(ROWS)
+
+
+def write_ipc(path, stream: bool) -> None:
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table().schema) as writer:
+        writer.write_table(table(), max_chunksize=5)
+
+
+def write_excel(path) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    book.active.append(["text", "label"])
+    for row in ROWS:
+        book.active.append(list(row.values()))
+    book.save(path)
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+COLUMNS = {"text": TEXTS, "label": LABELS}
+WRITERS = {
+    "rows.csv.gz": lambda path: path.write_bytes(gzip.compress(csv_text().encode())),
+    "rows.tsv.bz2": lambda path: path.write_bytes(bz2.compress(csv_text("\t").encode())),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
+    "rows.jsonl.xz": lambda path: path.write_bytes(lzma.compress(LINES.encode())),
+    "utf16.csv": lambda path: path.write_text(csv_text(), "utf-16", newline=""),
+    "utf16_be.tsv": lambda path: path.write_bytes(b"\xfe\xff" + csv_text("\t").encode("utf-16-be")),
+    "utf16.jsonl": lambda path: path.write_text(LINES, "utf-16", newline=""),
+    "semicolon.csv": lambda path: path.write_text(csv_text(";"), newline=""),
+    "tabs.csv": lambda path: path.write_text(csv_text("\t"), newline=""),
+    "named.csv": lambda path: path.write_text("sep=;\n" + csv_text(";"), newline=""),
+    "array.json": lambda path: path.write_text(json.dumps(ROWS)),
+    "array.jsonl": lambda path: path.write_text(json.dumps(ROWS)),
+    "pretty_array.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
+    "pretty.jsonl": lambda path: path.write_text(
+        "".join(json.dumps(row, indent=1) + "\n" for row in ROWS)
+    ),
+    "lines.json": lambda path: path.write_text(LINES),
+    "columns.json": lambda path: path.write_text(json.dumps(COLUMNS)),
+    "pandas.json": lambda path: path.write_text(
+        json.dumps({name: {str(i): v for i, v in enumerate(c)} for name, c in COLUMNS.items()})
+    ),
+    "data.json": lambda path: path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=2)),
+    "file.arrow": lambda path: write_ipc(path, stream=False),
+    "stream.arrow": lambda path: write_ipc(path, stream=True),
+    "file.feather": lambda path: write_ipc(path, stream=False),
+    "book.xlsx": write_excel,
+}
+
+
+def load(*files, **values):
+    values = {"task": "own", "text_columns": "text", **values}
+    return load_dataset(Config(data_files=",".join(map(str, files)), **values))
+
+
+def read_back(path, label: str | None = "label") -> list:
+    return list(read_records(path, Columns(("text",), label)))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_training_and_prediction_read_the_same_rows_of_every_format(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    labelled, alone = read_back(tmp_path / name), read_back(tmp_path / name, None)
+    assert [r.values for r in labelled] == [tuple(row.values()) for row in ROWS]
+    assert [r.values for r in alone] == [(text,) for text in TEXTS]
+    assert [r.row for r in labelled] == list(range(1, 13))
+    assert load(tmp_path / name).classes == ("ham", "spam")
+    assert set(column_names(tmp_path / name)) >= {"text", "label"}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in WRITERS if name.endswith((".gz", ".bz2", ".xz"))]
+)
+def test_a_compressed_file_that_is_cut_short_is_one_line(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) - 9])
+    with pytest.raises(UserError, match=r"could not read .*rows") as error:
+        read_back(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    rows=st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=8),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_what_the_csv_module_writes_reads_back(tmp_path_factory, rows, quoting):
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=quoting).writerows([("text", "label"), *rows])
+    wanted = [tuple(value or None for value in row) for row in rows]
+    assert [record.values for record in read_back(path)] == wanted
+    assert [record.values for record in read_back(path, None)] == [row[:1] for row in wanted]
+
+
+def test_several_files_are_one_split(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for i in range(3):
+        pq.write_table(table().slice(4 * i, 4), folder / f"part-{i}.parquet")
+    (folder / ".part-9.parquet").write_bytes(b"hidden")
+    (folder / "README").write_text("no table")
+    parts = sorted(folder.glob("part-*"))
+    for name in (folder, folder / "part-*.parquet", "+".join(map(str, parts))):
+        assert load(name).digest() == load(folder).digest()
+    dataset = load(folder, parts[1])
+    assert [t for (t,) in dataset.train.texts] == TEXTS
+    assert [t for (t,) in dataset.validation.texts] == TEXTS[4:8]
+    with pytest.raises(UserError, match=r"no file matches .*part-\*\.csv"):
+        load(folder / "part-*.csv")
+
+
+def test_a_file_may_have_a_comma_in_its_name(tmp_path):
+    (tmp_path / "a,b.csv").write_text(csv_text())
+    assert load(tmp_path / "a,b.csv").classes == ("ham", "spam")
+
+
+def test_an_error_names_its_file_among_several(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text(csv_text() + ("x,\n" if name == "b" else ""))
+    with pytest.raises(UserError, match=r"column 'label' is empty in row 13 .*of .*b\.csv"):
+        load(f"{tmp_path}/a.csv+{tmp_path}/b.csv")
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ('"text, original",label', "text, original"),
+        ('"a, b, c",label', "a, b, c"),
+        ('"say ""text""",label', 'say "text"'),
+        (" text,label", " text"),
+        (" text ,label", "text"),
+        ("text,label", " text "),
+        ("the text,label", "the text"),
+    ],
+)
+def test_a_column_is_found_by_its_whole_name(tmp_path, header, named):
+    (tmp_path / "rows.csv").write_text(header + "\n" + csv_text().split("\n", 1)[1])
+    dataset = load(tmp_path / "rows.csv", text_columns=named)
+    assert len(dataset.task.text_columns) == 1
+    assert len(dataset.train.texts) + len(dataset.validation.texts) == 12
+
+
+def test_names_with_a_comma_stand_in_quotes(tmp_path):
+    (tmp_path / "rows.csv").write_text(
+        '"a, b","c, d",label\n' + "".join(f"x{i},y,{'kl'[i % 2]}\n" for i in range(9))
+    )
+    task = load(tmp_path / "rows.csv", text_columns='"a, b", "c, d"').task
+    assert task.text_columns == ("a, b", "c, d")
+
+
+def test_a_data_set_saved_on_disk(tmp_path):
+    features = datasets.Features(
+        {
+            "id": datasets.Value("int64"),
+            "review": datasets.Value("string"),
+            "stars": datasets.ClassLabel(names=["bad", "good"]),
+        }
+    )
+    rows = {"id": range(12), "review": TEXTS, "stars": [i % 2 for i in range(12)]}
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    whole.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": whole, "test": whole.select(range(4))}).save_to_disk(
+        str(tmp_path / "two")
+    )
+
+    def read(name, **values):
+        return load_dataset(Config(task="own", dataset=str(tmp_path / name), **values))
+
+    one, two = read("one"), read("two")
+    assert one.task.text_columns == ("review",)
+    assert one.task.label_column == "stars"
+    assert one.classes == two.classes == ("bad", "good")
+    assert len(one.train.texts) + len(one.validation.texts) == 12
+    assert (len(two.train.texts), len(two.validation.texts)) == (12, 4)
+    assert (
+        len(read("two", splits="test").train.texts)
+        + len(read("two", splits="test").validation.texts)
+        == 4
+    )
+    with pytest.raises(UserError, match=r"unknown split of .*'tests': did you mean 'test'\?"):
+        read("two", splits="train,tests")
+    with pytest.raises(UserError, match="data_files is 'a' and dataset is 'b': give one of them"):
+        load_dataset(Config(task="own", dataset="b", data_files="a"))
+
+
+def test_invalid_rows_are_left_out_only_when_asked(tmp_path, caplog):
+    content = csv_text() + ",ham\nno label,\nthree,fields,here\n \t,spam\n"
+    (tmp_path / "rows.csv").write_text(content)
+    with pytest.raises(UserError, match=r"row 15 \(line 16\): 3 fields where the header has 2"):
+        load(tmp_path / "rows.csv")
+    with caplog.at_level(logging.WARNING):
+        dataset = load(tmp_path / "rows.csv", skip_invalid=True)
+    assert sorted(dataset.train.texts + dataset.validation.texts) == sorted((t,) for t in TEXTS)
+    (line,) = caplog.messages
+    assert line.startswith("4 rows of ")
+    assert "row 13 (line 14): column 'text' is empty; row 14 (line 15): column 'label'" in line
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "classes"),
+    [
+        (("0.0", "1.0"), ("0", "1"), ("0.0", "1.0")),
+        (("0", "1"), ("0.0", "1.000"), ("0", "1")),
+        (("-1", "1"), ("-1.0", "1"), ("-1", "1")),
+    ],
+)
+def test_a_whole_number_is_one_label_in_both_files(tmp_path, train, validation, classes):
+    for name, labels in (("t", train), ("v", validation)):
+        rows = [f"{name}{i},{labels[i % 2]}\n" for i in range(6)]
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+    dataset = load(tmp_path / "t.csv", tmp_path / "v.csv")
+    assert dataset.classes == classes
+    assert dataset.validation.labels.tolist() == [0, 1] * 3
+
+
+def test_labels_of_one_file_are_classes_as_they_are_written(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "a{0},1\nb{0},1.0\nc{0},01\n" * 3)
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "".join(f"t{i},{('1', '1.0', '01')[i % 3]}\n" for i in range(9))
+    )
+    assert set(load(tmp_path / "rows.csv").classes) == {"1", "1.0", "01"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("neg", "neg "),
+        ("neg", "Neg"),
+        ("e\u0301t\u00e9", "\u00e9t\u00e9"),
+        ("pos", "pos\u00a0"),
+        ("1", "1.0"),
+        ("1", "01"),
+        ("ﬁn", "fin"),
+    ],
+)
+def test_labels_that_look_alike_are_named(names):
+    (warning,) = label_warnings({names[0]: 3, "other": 30, names[1]: 4})
+    assert all(f"{name!a} ({count})" in warning for name, count in zip(names, (3, 4), strict=True))
+    assert not label_warnings({names[0]: 7, "other": 30})
+
+
+def test_large_numbers_are_no_look_alikes():
+    assert not label_warnings({str(2**63): 5, str(2**63 + 1): 5})
+
+
+def test_labels_that_look_like_measurements_or_ids_are_named():
+    measured = {f"{i / 10}": 2 for i in range(51)}
+    (warning,) = label_warnings(measured)
+    assert warning.startswith("the labels are 51 different numbers, such as 0.0")
+    assert not label_warnings({str(i): 2 for i in range(20)})  # numbers of classes
+    assert not label_warnings({"0.0": 10, "0.5": 10, "1.0": 10})  # half stars
+    (warning,) = label_warnings({f"id {i}": 1 for i in range(40)} | {"x": 2})
+    assert "id" in warning
+
+
+def test_an_id_is_no_label(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{i},{i}\n" for i in range(40)))
+    with pytest.raises(UserError, match=r"each of the 40 rows has another label .*--config\.label"):
+        load(tmp_path / "rows.csv")
+
+
+def test_the_classes_are_listed_with_their_rows():
+    assert describe_classes({"a": 2, "b": 9}) == "2 classes (rows of each): 'b' 9, 'a' 2"
+    line = describe_classes({f"c{i}": i for i in range(1, 31)})
+    assert line.startswith("30 classes (rows of each): 'c30' 30, 'c29' 29")
+    assert "… 10 others …" in line
+    assert line.endswith("'c2' 2, 'c1' 1")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_of_one_row_stays_in_training(seed):
+    labels = np.asarray([0] * 30 + [1] * 30 + [2] + [3] * 2)
+    for fraction in (0.1, 0.5, 0.9):
+        kept, held = stratified_split(labels, fraction, np.random.default_rng(seed))
+        assert set(labels[kept]) == {0, 1, 2, 3}
+        assert 2 not in labels[held]
+        assert len(kept) + len(held) == 63
+
+
+def test_the_rows_drawn_have_every_class():
+    labels = np.asarray([0] * 990 + [1] * 5 + [2] * 5)
+    for seed in range(20):
+        config = Config(train_size=20, calibration="held_out")
+        kept, held = split_calibration_rows(labels, config, seed)
+        assert set(labels[kept]) == {0, 1, 2}
+        assert len(kept) + len(held) == 20
+    with pytest.raises(UserError, match="the 1 training rows drawn are all of one class"):
+        split_calibration_rows(labels, Config(train_size=1, calibration="held_out"), 0)
+
+
+def test_rare_classes_do_not_stop_a_run_s_own_split(tmp_path):
+    rng = random.Random(0)
+    names = ["pos", "neg"] * 60 + ["rare a", "rare b", "rare c"]
+    rows = "".join(f"text {rng.random()},{name}\n" for name in names)
+    (tmp_path / "rows.csv").write_text("text,label\n" + rows)
+    dataset = load(tmp_path / "rows.csv")
+    assert set(dataset.classes) == set(names)
+    assert set(dataset.train.labels.tolist()) == set(range(5))
