@@ -13,6 +13,7 @@ from sweet_jax.data.batches import (
     steps_per_epoch,
     tokenize,
     training_batch_indices,
+    whole_lengths,
 )
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.splits import Split, drop_duplicates, split_calibration_rows
@@ -94,6 +95,14 @@ def test_truncation_keeps_max_length_tokens_and_shortens_the_longer_text(tokeniz
     for row in pairs.input_ids.reshape(2, 12):
         assert (row == WORD0 + 1).sum() == 7
         assert {WORD0 + 2, WORD0 + 3} <= set(row.tolist())
+
+
+def test_whole_lengths_are_those_before_rows_are_cut(tokenizer):
+    words = [5, 50, 3, 10, 200]
+    texts = [(" ".join(["word1"] * n),) for n in words]
+    tokens = tokenize(tokenizer, Split(texts, np.zeros(5, np.int32)), max_length=12)
+    assert tokens.lengths.tolist() == [7, 12, 5, 12, 12]
+    assert whole_lengths(tokenizer, texts, tokens).tolist() == [n + 2 for n in words]
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 4), (12, 4), (3, 8)])
@@ -236,8 +245,8 @@ def test_a_train_size_over_the_rows_there_are_takes_them_all():
 
 @pytest.mark.parametrize(
     ("size", "fraction"),
-    [(2, 0.1), (4, 0.1), (3, 0.9)],
-    ids=["nothing held out", "half a row held out", "one class left"],
+    [(2, 0.1), (4, 0.1), (2, 0.9)],
+    ids=["nothing held out", "half a row held out", "one row of each class"],
 )
 def test_too_few_rows_to_hold_any_out_are_refused(size, fraction):
     labels = np.array([0, 1] * 20)

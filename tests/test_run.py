@@ -166,6 +166,25 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
     np.testing.assert_array_equal(outcome.validation.labels[0], outcome.validation.labels[1])
 
 
+def test_what_looks_wrong_in_the_data_is_warned_of(options, tmp_path, caplog):
+    rows = [(f"word1 word2 {i}", ("pos", "neg", "Neg")[i % 3]) for i in range(60)]
+    rows += [("word1 " * 40 + str(i), "pos") for i in range(20)] + [("word3", "rare")]
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    own = {"data_dir": "", "data_files": str(path), "text_columns": "text", "train_size": 1000}
+    with caplog.at_level("INFO"):
+        log_description(prepare(from_mapping(options | own | {"max_length": 16})))
+    assert "4 classes (rows of each): 'pos' 40, 'Neg' 20, 'neg' 20, 'rare' 1" in caplog.messages
+    assert any("'Neg' (20), 'neg' (20)" in line for line in caplog.messages)
+    assert any("no calibration row is of class 'rare'" in line for line in caplog.messages)
+    (cut,) = [line for line in caplog.messages if "are longer than max_length" in line]
+    assert re.fullmatch(
+        r"\d+% of the training texts are longer than max_length, 16 tokens, and are cut; "
+        r"--config.max_length=\d\d keeps 95% of them whole",
+        cut,
+    )
+
+
 def test_few_calibration_rows_are_told(options, caplog):
     for size, preset, said in ((30, "", True), (30, "paper", False)):
         caplog.clear()
@@ -354,5 +373,5 @@ def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):
 
 def test_validation_classes_must_be_among_the_rows_drawn(options, tmp_path):
     rows = write_rows(tmp_path / "rows.csv", 400, classes=20)
-    with pytest.raises(UserError, match="in none of the 36 training rows drawn for seed 0"):
-        prepare(from_mapping(options | {"data_files": str(rows), "train_size": 40}))
+    with pytest.raises(UserError, match="in none of the 9 training rows drawn for seed 0"):
+        prepare(from_mapping(options | {"data_files": str(rows), "train_size": 10}))

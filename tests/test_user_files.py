@@ -10,6 +10,7 @@ import lzma
 import random
 
 import datasets
+import fuzz_inputs
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
@@ -342,3 +343,8 @@ def test_rare_classes_do_not_stop_a_run_s_own_split(tmp_path):
     dataset = load(tmp_path / "rows.csv")
     assert set(dataset.classes) == set(names)
     assert set(dataset.train.labels.tolist()) == set(range(5))
+
+
+@pytest.mark.slow
+def test_damaged_files_are_read_or_refused_in_one_line(capsys):
+    assert fuzz_inputs.main(["--count=400", "--seed=1"]) == 0, capsys.readouterr().out
