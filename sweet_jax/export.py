@@ -49,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.export", __doc__ or "")
-    parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
+    parser.add_model_arguments()
     parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_target_arguments()
     parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
     options = parser.parse_args(argv)
     parse_targets(options)
