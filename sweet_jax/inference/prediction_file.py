@@ -46,10 +46,11 @@ class Tally:
     def summary(self, speed: float) -> str:
         """Formats the totals in one line; `speed` is in rows a second."""
         predicted = max(1, self.rows - self.errors)
-        shares = [f"{n / predicted:.1%} at {layer}" for layer, n in sorted(self.exits.items())]
+        exits = sorted(self.exits.items())
+        shares = [f"{count / predicted:.1%} at layer {layer}" for layer, count in exits]
         return (
             f"{self.rows} rows ({self.errors} with an error), {speed:.1f} rows/s, mean cost "
-            f"{self.cost / predicted:.4f}, left at layer: {', '.join(shares) or 'none'}"
+            f"{self.cost / predicted:.4f}, exits: {', '.join(shares) or 'none'}"
         )
 
 
