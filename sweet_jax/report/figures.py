@@ -1,6 +1,6 @@
 """Draws the report's figures as PNG and SVG with matplotlib.
 
-Shape letters: R replica, E exit, T thresholds.
+Shape letters: E exit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,27 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.files import atomic_write
-from sweet_jax.report.series import (
-    BOUNDS,
-    baseline_series,
+from sweet_jax.report.traces import (
+    LOSS_AXES,
+    RELIABILITY_AXES,
+    Trace,
+    baseline_traces,
+    bound_traces,
     exit_color,
-    loss_series,
-    reliability_series,
+    loss_traces,
+    operating_point_traces,
+    reliability_traces,
 )
 
-# Matplotlib's marker and its size for each plotly symbol of `baseline_series`.
-_MARKS = {
-    "x": ("X", 7),
-    "diamond": ("D", 6),
-    "triangle-up": ("^", 6),
-    "star": ("*", 10),
-    "cross": ("P", 7),
+# Matplotlib's names for plotly's.
+_MARKERS = {
+    "": "",
+    "circle": "o",
+    "square": "s",
+    "x": "X",
+    "diamond": "D",
+    "triangle-up": "^",
+    "star": "*",
+    "cross": "P",
 }
+_DASHES = {"": "", "solid": "-", "dot": ":", "dash": "--", "dashdot": "-."}
 
 
 def write_figures(
@@ -43,8 +52,8 @@ def write_figures(
     figures = {
         "curve": curve_figure(analysis, results),
         "exits": exits_figure(results),
-        "reliability": reliability_figure(reliability_series(analysis, best)),
-        "loss": loss_figure(loss_series(metrics, best, trainings)),
+        "reliability": _line_figure(RELIABILITY_AXES, reliability_traces(analysis, best)),
+        "loss": _line_figure(LOSS_AXES, loss_traces(metrics, best, trainings)),
     }
     for name, figure in figures.items():
         write_figure(folder, name, figure)
@@ -62,33 +71,19 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     the paper's grid, the bounds, and the baselines.
     """
     figure, axes = _figure(f"{results['task']}, {results['method']}")
-    best = results["best_replica"]
-    for r in range(len(analysis.curve.cost)):
+    best, curve = results["best_replica"], analysis.curve
+    for r in range(len(curve.cost)):
         style = {"color": "#21918c", "lw": 2, "zorder": 3} if r == best else {"color": "#bbbbbb"}
-        axes.step(analysis.curve.cost[r], analysis.curve.score[r], where="post", **style)
+        axes.step(curve.cost[r], curve.score[r], where="post", **style)
     axes.plot([], [], color="#21918c", label="every threshold, 95% band over rows")
     rows = analysis.validation.replica(best)
     band = bootstrap_curve(rows, analysis.policy, calibrators=[analysis.calibrators[best]])
     low, high = band.score_interval[0].T
     axes.fill_between(band.cost[0], low, high, color="#21918c", alpha=0.12, lw=0)
-    grid = results["replicas"][best]["grid"]
-    axes.plot(
-        grid["cost"], grid["score"], "o", color="#440154", ms=4, zorder=4, label="11 thresholds"
-    )
-    exits = results["replicas"][best]["individual"]
-    axes.plot(
-        [row["cost"] for row in exits],
-        [row["score"] for row in exits],
-        "s",
-        color="#e8833a",
-        zorder=4,
-        label="one exit for all",
-    )
-    dashes = {"dot": ":", "dash": "--", "dashdot": "-."}
-    for name, bound in results["replicas"][best]["bounds"].items():
-        title, ink, dash = BOUNDS[name]
-        axes.plot(bound["cost"], bound["score"], dashes[dash], color=ink, lw=1, label=title)
-    _plot_baselines(axes, results)
+    baselines = baseline_traces(results)
+    _plot(axes, [*operating_point_traces(results), *bound_traces(results), *baselines])
+    if baselines:
+        axes.set_xlim(left=0)
     axes.set_xlabel("cost (share of the full model's layers)")
     axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
     # Below the axes: inside them it would cover a baseline's mark.
@@ -97,18 +92,34 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _plot_baselines(axes, results: Mapping[str, Any]) -> None:
-    """Draws the baselines as black markers, on an axis that begins at cost 0."""
-    series = baseline_series(results)
-    for entry in series:
-        mark, size = _MARKS[entry["symbol"]]
-        style = {"color": "#222222", "ms": size, "zorder": 5, "clip_on": False}
-        if entry["far"]:
-            axes.plot([], [], mark, label=f"{entry['title']}: {max(entry['score']):.3f}", **style)
-        else:
-            axes.plot(entry["cost"], entry["score"], mark, label=entry["title"], **style)
-    if series:
-        axes.set_xlim(left=0)
+def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
+    """Draws traces, markers above lines; of what is far below the rest, only the name and value."""
+    for trace in traces:
+        points: tuple[Sequence[float], Sequence[float]] = (trace.x, trace.y)
+        label = trace.name
+        if trace.far:
+            points, label = ([], []), f"{trace.name}: {max(trace.y):.3f}"
+        axes.plot(
+            *points,
+            label=label,
+            color=trace.color,
+            linestyle=_DASHES[trace.dash],
+            linewidth=0.75 * trace.width,
+            marker=_MARKERS[trace.symbol],
+            markersize=0.7 * trace.size,
+            zorder=4 if trace.symbol else 2,
+            clip_on=not trace.symbol,  # at cost 0 a marker reaches beyond the axis
+        )
+
+
+def _line_figure(titles: tuple[str, str], traces: Sequence[Trace]) -> Figure:
+    """Draws traces between axes of these titles."""
+    figure, axes = _figure("")
+    _plot(axes, traces)
+    axes.set_xlabel(titles[0])
+    axes.set_ylabel(titles[1])
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def exits_figure(results: Mapping[str, Any]) -> Figure:
@@ -121,37 +132,6 @@ def exits_figure(results: Mapping[str, Any]) -> Figure:
         axes.errorbar([e], [row["score"]], bars, fmt="o", color=exit_color(e), capsize=4)
     axes.set_xticks(range(len(rows)), [f"exit {row['layer']}" for row in rows])
     axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
-    return figure
-
-
-def reliability_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws reliability diagrams (Guo et al. 2017) before and after temperature scaling."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, name in zip(panels, ("before", "after"), strict=True):
-        axes.plot([0, 1], [0, 1], color="#bbbbbb", lw=1)
-        for e, row in enumerate(series):
-            if name in row:
-                bins = row[name]
-                label = f"exit {row['layer']}, ECE {bins['error']:.3f}"
-                axes.plot(
-                    bins["confidence"], bins["correct"], "o-", color=exit_color(e), label=label
-                )
-        axes.set_title(f"{name} temperature scaling")
-        axes.set_xlabel("confidence")
-        axes.legend(frameon=False, fontsize=8)
-    panels[0].set_ylabel("share correct")
-    return figure
-
-
-def loss_figure(series: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the training loss of every exit."""
-    figure, axes = _figure("training loss, mean of 20 steps")
-    for e, row in enumerate(series):
-        axes.plot(row["step"], row["loss"], color=exit_color(e), label=f"exit {row['layer']}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy")
-    axes.legend(frameon=False)
     return figure
 
 
@@ -179,7 +159,7 @@ def conflict_figure(layers: Sequence[int], conflict: np.ndarray) -> Figure:
     return figure
 
 
-def _figure(title: str):
+def _figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     # A data set's name may hold $, which matplotlib would read as mathematics.

@@ -1,108 +1,21 @@
-"""The series that figures and the page show, whichever library draws them.
+"""The curves and tables of targets that the page looks up.
 
-Shape letters: R replica, E exit, N examples, T thresholds or steps.
+Shape letters: T thresholds.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.calibration import probabilities
 from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.reliability import expected_calibration_error, reliability_diagram
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 from sweet_jax.exits.targets import TargetTable
-from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.results import thin_curve
 
-# Viridis from dark to light: exits in order of depth, told apart without colour vision too.
-_COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
-_FAR = 0.15  # of a baseline below the lowest exit
-_SMOOTHED = 20  # steps
 _POINTS, _POINTS_OF_OTHERS = 6000, 400  # of a curve on the page; the saved outputs hold all
-
-
-# What a figure calls each bound of results.json, its colour and plotly's dash, in order.
-BOUNDS = {
-    "floor": ("floor: exits at random", "#7f7f7f", "dot"),
-    "stable": ("stable oracle", "#3b528b", "dash"),
-    "agreement": ("agreement oracle", "#b5a90f", "dash"),
-    "any_correct": ("any-correct oracle (inflated by luck)", "#c0392b", "dash"),
-    "best_thresholds": ("a threshold for each exit, fitted on these rows", "#5ec962", "dashdot"),
-}
-
-# Marks of the baselines, by plotly's names: all probes share one, other names the last.
-_MARKS = {
-    "majority": "x",
-    "tfidf": "diamond",
-    "probe": "triangle-up",
-    "fine_tuned": "star",
-    "": "cross",
-}
-
-
-def baseline_series(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the baselines of results.json as points of metric against cost; [] without any.
-
-    One dict for each entry of the legend: title, symbol (plotly's name), the text, cost and score
-    of its points, and whether it is far below all exits: drawn, it would flatten the curve. The
-    probes of all layers are one entry.
-    """
-    entries: dict[str, dict[str, Any]] = {}
-    for name, row in results.get("baselines", {}).items():
-        group = "probe" if name.startswith("probe_") else name
-        shown = "frozen encoder + probe" if group == "probe" else baseline_title(name)
-        start: dict[str, Any] = {"title": shown, "symbol": _MARKS.get(group, _MARKS[""])}
-        entry = entries.setdefault(group, start | {"text": [], "cost": [], "score": []})
-        for key, value in (
-            ("text", baseline_title(name)),
-            ("cost", row["cost"]),
-            ("score", row["score"]),
-        ):
-            entry[key].append(value)
-    if entries:
-        exits = results["replicas"][results["best_replica"]]["individual"]
-        low = min(row["score"] for row in exits) - _FAR
-        for entry in entries.values():
-            entry["far"] = max(entry["score"]) < low
-    return list(entries.values())
-
-
-def exit_color(exit_index: int) -> str:
-    """Returns the colour of an exit, the same in every figure."""
-    return _COLOURS[exit_index % len(_COLOURS)]
-
-
-def reliability_series(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
-    """Returns the reliability of each exit on validation rows, before and after temperature.
-
-    One dict for each exit: layer, and for "before" and "after" the mean confidence, share correct
-    and count of ten bins (empty ones left out), with the expected calibration error.
-    """
-    logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
-    correct = logits.argmax(axis=-1) == labels  # [E, N]
-    pairs = (("before", np.ones(len(logits))), ("after", analysis.temperatures[replica]))
-    largest = {name: probabilities(logits, t).max(axis=-1) for name, t in pairs}  # [E, N] each
-    series = []
-    for e, layer in enumerate(analysis.validation.layers):
-        row: dict[str, Any] = {"layer": int(layer)}
-        for name, confidences in largest.items():
-            if np.isnan(confidences[e]).any():
-                continue
-            mean, share, count = reliability_diagram(confidences[e], correct[e])
-            used = count > 0
-            row[name] = {
-                "confidence": mean[used].tolist(),
-                "correct": share[used].tolist(),
-                "count": count[used].tolist(),
-                "error": expected_calibration_error(confidences[e], correct[e]),
-            }
-        series.append(row)
-    return series
 
 
 def policy_series(analysis: Analysis, replica: int) -> dict[str, dict[str, Any]]:
@@ -173,30 +86,3 @@ def _certified_series(
         kind: _target_series(table) | _thresholds(table.threshold, exact)
         for kind, table in tables.items()
     }
-
-
-def loss_series(
-    metrics: Sequence[Mapping[str, Any]], replica: int, trainings: Mapping[str, Sequence[int]]
-) -> list[dict[str, Any]]:
-    """Returns the training loss of each exit, a mean over 20 steps: layer, step [T], loss [T].
-
-    trainings gives the layer numbers of the exits of each training in the log.
-    """
-    series: list[dict[str, Any]] = []
-    for name, layers in trainings.items():
-        rows = [row for row in metrics if row["training"] == name]
-        for e, layer in enumerate(layers):
-            values = np.asarray([row["loss"][replica][e] for row in rows], np.float64)
-            total = np.cumsum(np.concatenate([[0.0], values]))
-            width = np.minimum(np.arange(1, len(values) + 1), _SMOOTHED)
-            smooth = (total[1:] - total[np.arange(1, len(values) + 1) - width]) / width
-            finite = np.isfinite(smooth)
-            steps = np.asarray([row["step"] for row in rows])
-            series.append(
-                {
-                    "layer": int(layer),
-                    "step": steps[finite].tolist(),
-                    "loss": smooth[finite].tolist(),
-                }
-            )
-    return series
