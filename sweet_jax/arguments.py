@@ -40,16 +40,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")
 
-    def add_model_arguments(self, engines: Iterable[str] = ()) -> None:
+    def add_model_arguments(self, engines: Iterable[str] = (), default: str = "") -> None:
         """Adds --model, the targets and, given the names of engines, --engine."""
         self.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
         if names := list(engines):
-            self.add_argument(
-                "--engine",
-                choices=names,
-                default=names[0],
-                help=f"what runs the model: {' or '.join(names)} (default {names[0]})",
-            )
+            text = f"what runs the model: {' or '.join(names)} (default {default})"
+            self.add_argument("--engine", choices=names, default=default, help=text)
         self.add_target_arguments()
 
     def add_target_arguments(self, *, clock: bool = True) -> None:

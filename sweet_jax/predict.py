@@ -37,7 +37,7 @@ from sweet_jax.config import UserError, split_names
 from sweet_jax.data.records import Columns, Record, last_position, read_records
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import ENGINES, load_engine
+from sweet_jax.inference.engine import DEFAULT_ENGINE, ENGINES, load_engine
 from sweet_jax.inference.latency import measure_latency, write_latency
 from sweet_jax.inference.prediction_file import (
     check_same_rows,
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.predict", f"{__doc__}{policy_help()}")
-    parser.add_model_arguments(ENGINES)
+    parser.add_model_arguments(ENGINES, DEFAULT_ENGINE)
     parser.add_argument("--input", help="file of texts")
     parser.add_argument("--output", help="JSONL file of the predictions")
     parser.add_argument(

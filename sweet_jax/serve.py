@@ -35,7 +35,7 @@ from tqdm import tqdm
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import ENGINES
+from sweet_jax.inference.engine import DEFAULT_ENGINE, ENGINES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.serve", f"{__doc__}{policy_help()}")
-    parser.add_model_arguments(ENGINES)
+    parser.add_model_arguments(ENGINES, DEFAULT_ENGINE)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
     limits = {

@@ -182,11 +182,11 @@ def test_operating_points_are_kept_by_many_threads_and_not_too_many(classifier):
 def test_warm_up_compiles_what_the_server_runs_whatever_its_target(classifier):
     full = AdaptiveClassifier(classifier.model, target={"threshold": float("inf")})
     full.warm_up(2, [20], full=False)
-    before, worker = full.compilations, Worker(full, 2, 100)
+    before, worker = full.engine.compilations, Worker(full, 2, 100)
     assert (len(worker.scheduler.stages), len(full.make_scheduler(2).stages)) == (3, 1)
     for key in itertools.product(worker.scheduler.stages, (1, 2), (24,)):
         full.engine.compile(*key, worker.scheduler.slots)
-    assert full.compilations == before == 6
+    assert full.engine.compilations == before == 6
 
 
 def test_an_address_that_another_process_took_while_the_model_was_read(

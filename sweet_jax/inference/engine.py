@@ -26,6 +26,7 @@ from sweet_jax.inference.artifact import ModelArtifact
 
 # The module of each engine, imported when it is asked for.
 ENGINES = {"jax": "sweet_jax.inference.engine_jax"}
+DEFAULT_ENGINE = "jax"
 
 # An engine's own buffer of hidden states, [P, L, H].
 HiddenStates = Any

@@ -17,11 +17,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from sweet_jax.config import UserError
+from sweet_jax.exits.targets import TARGET_RANGES
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.predictions import ExitPrediction, Prediction, make_exit_predictions
 from sweet_jax.server.worker import QueueFullError, Worker, WorkerStoppedError
 
-_TARGETS = ("cost", "accuracy", "threshold", "risk", "agreement", "milliseconds", "level")
 _PAGE = Path(__file__).parent / "page.html"
 
 
@@ -192,9 +192,9 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise _Refused(400, "the body is not JSON") from error
     if not isinstance(values, dict):
         raise _Refused(400, 'the body must be an object: {"texts": [...]}')
-    unknown = sorted(values.keys() - {"texts", "policy", "detail", *_TARGETS})
+    unknown = sorted(values.keys() - {"texts", "policy", "detail", *TARGET_RANGES})
     if unknown:
-        known = ", ".join(("texts", "policy", "detail", *_TARGETS))
+        known = ", ".join(("texts", "policy", "detail", *TARGET_RANGES))
         raise _Refused(400, f"unknown key {unknown[0]!r}: choose from {known}")
     if not isinstance(values.get("detail"), bool | None):
         raise _Refused(400, f"detail must be true or false; got {values['detail']!r:.40}")
@@ -203,7 +203,7 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 async def _resolve_target(worker: Worker, values: Mapping[str, Any]) -> AdaptiveClassifier:
     policy = values.get("policy")
-    target = {name: values[name] for name in _TARGETS if values.get(name) is not None}
+    target = {name: values[name] for name in TARGET_RANGES if values.get(name) is not None}
     if policy is not None and not isinstance(policy, str):
         raise _Refused(400, "policy must be a name")
     for name, value in target.items():
