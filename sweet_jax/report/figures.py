@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -132,30 +131,6 @@ def exits_figure(results: Mapping[str, Any]) -> Figure:
         axes.errorbar([e], [row["score"]], bars, fmt="o", color=exit_color(e), capsize=4)
     axes.set_xticks(range(len(rows)), [f"exit {row['layer']}" for row in rows])
     axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
-    return figure
-
-
-def conflict_figure(layers: Sequence[int], conflict: np.ndarray) -> Figure:
-    """Draws heat maps of `training.conflict.gradient_conflict` [E, E, E] (SWEET paper, figure 3).
-
-    A panel for each of the first E - 1 exits' layers: the last exit's has one gradient only.
-    """
-    panels = len(layers) - 1
-    figure = Figure(figsize=(3.2 * panels + 0.8, 3.4), layout="constrained")
-    each = figure.subplots(1, panels, squeeze=False)[0]
-    for i, axes in enumerate(each):
-        cosines, above = conflict[i, i:, i:], layers[i:]
-        image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu")
-        for (row, column), value in np.ndenumerate(cosines):
-            ink = "white" if abs(value) > 0.6 else "black"
-            shown = f"{value:.2f}".replace("-0.00", "0.00")
-            axes.text(column, row, shown, ha="center", va="center", color=ink)
-        axes.set_xticks(range(len(above)), above)
-        axes.set_yticks(range(len(above)), above)
-        axes.set_xlabel("loss of exit")
-        axes.set_title(f"gradients in layer {layers[i]}", fontsize=10)
-    each[0].set_ylabel("loss of exit")
-    figure.colorbar(image, ax=each, label="cosine, mean over rows", shrink=0.8)
     return figure
 
 

@@ -18,9 +18,9 @@ from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.console import describe_divergence, fitted_rows
+from sweet_jax.report.page_tables import certificate_table, policy_series
 from sweet_jax.report.plotly_figures import curve_figure, make_figure, shares_figure
-from sweet_jax.report.results import bound_curve, certificate_table
-from sweet_jax.report.series import policy_series
+from sweet_jax.report.results import bound_curve
 from sweet_jax.report.shortfalls import describe_shortfall, is_refitted, worst_shortfalls
 from sweet_jax.report.traces import (
     BOUNDS,

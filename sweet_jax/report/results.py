@@ -18,10 +18,8 @@ from sweet_jax.exits.bounds import (
     share_of_gap,
     single_exit_hull,
 )
-from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric, mean_interval
-from sweet_jax.exits.operating_point import Resolution
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import exit_confidences
@@ -32,7 +30,6 @@ from sweet_jax.report.shortfalls import shortfall_results
 
 # Where the SWEET paper reads its speed-accuracy curves; Multi-Model's reach beyond the full model.
 _COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0, 1 + 3 / 8, 1 + 3 / 4)
-_LIMITS = (0.01, 0.02, 0.05, 0.1)  # on the share of harmed examples: what the report certifies
 _CURVE_POINTS = 2000  # in results.json; the saved outputs have all thresholds
 
 
@@ -195,26 +192,6 @@ def thin_curve(
             places = np.append(places, np.minimum(at, len(use) - 1))
         use = use[np.unique(places)]
     return {name: array[use] for name, array in arrays.items()}
-
-
-def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
-    """Certifies limits on either kind of harm for one replica, at 95% confidence.
-
-    Returns one dict for each kind and limit: the certificate's values, and the cost and score of
-    its threshold on validation rows (None where the limit cannot be certified). Empty where the run
-    cannot certify anything.
-    """
-    resolver = analysis.resolver(replica)
-    if resolver.half_calibrator is None or not resolver.losses:
-        return []
-    rows = []
-    for kind in CERTIFICATE_KINDS:
-        for limit in _LIMITS:
-            found = resolver.certificate(analysis.policy, kind, limit)
-            resolution = Resolution(found.threshold, resolver.half_calibrator, certificate=found)
-            cost, value = analysis.evaluate(replica, resolution).validation or (None, None)
-            rows.append(found.as_dict() | {"cost": cost, "score": value})
-    return rows
 
 
 def _over_seeds(replicas: Sequence[Mapping[str, Any]]) -> tuple[dict, dict]:

@@ -1,4 +1,4 @@
-"""The curves and tables of targets that the page looks up.
+"""The curves of every policy and the tables of targets that the page looks up.
 
 Shape letters: T thresholds.
 """
@@ -9,12 +9,13 @@ import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.certificates import CERTIFICATE_KINDS
-from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
+from sweet_jax.exits.operating_point import Resolution, ThresholdResolver, deployable_policies
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 from sweet_jax.exits.targets import TargetTable
 from sweet_jax.report.results import thin_curve
 
+_LIMITS = (0.01, 0.02, 0.05, 0.1)  # on the share of harmed examples: what the report certifies
 _POINTS, _POINTS_OF_OTHERS = 6000, 400  # of a curve on the page; the saved outputs hold all
 
 
@@ -86,3 +87,23 @@ def _certified_series(
         kind: _target_series(table) | _thresholds(table.threshold, exact)
         for kind, table in tables.items()
     }
+
+
+def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
+    """Certifies limits on either kind of harm for one replica, at 95% confidence.
+
+    Returns one dict for each kind and limit: the certificate's values, and the cost and score of
+    its threshold on validation rows (None where the limit cannot be certified). Empty where the run
+    cannot certify anything.
+    """
+    resolver = analysis.resolver(replica)
+    if resolver.half_calibrator is None or not resolver.losses:
+        return []
+    rows = []
+    for kind in CERTIFICATE_KINDS:
+        for limit in _LIMITS:
+            found = resolver.certificate(analysis.policy, kind, limit)
+            resolution = Resolution(found.threshold, resolver.half_calibrator, certificate=found)
+            cost, value = analysis.evaluate(replica, resolution).validation or (None, None)
+            rows.append(found.as_dict() | {"cost": cost, "score": value})
+    return rows
