@@ -69,16 +69,10 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int) -> None:
-    """Writes the folder, whole or not at all.
+    """Writes the folder, whole or not at all, with programs of L = `length`.
 
-    Args:
-      classifier: whose policy and threshold run.py follows.
-      engine: the classifier's.
-      folder: to make.
-      length: L of the programs.
-
-    Raises UserError for a policy or threshold that run.py does not know, or a folder that exists.
-
+    run.py follows the classifier's policy and threshold. Raises UserError for those that it does
+    not know, or a folder that exists.
     """
     _check(classifier, folder)
     aside = folder.with_name(f".{folder.name}.part")

@@ -356,7 +356,7 @@ def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):
 def test_checkpoints_that_are_nowhere(tmp_path):
     with pytest.raises(UserError, match="not a directory"):
         open_checkpoint(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="neither a local directory nor to be had from the hub"):
+    with pytest.raises(UserError, match="neither a local directory nor found on the hub"):
         open_checkpoint("nobody/nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no readable config\.json"):

@@ -92,16 +92,8 @@ def save_model(
     model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
     encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
     learning-to-exit, `exits.<layer>.learning_to_exit.*`, all float32. Multi-Model's deepest model
-    is there, each shallower one in a folder depth_<layer>/ of its own.
-
-    Args:
-      folder: to write.
-      checkpoint: that the training began with.
-      tokenizer: the checkpoint's.
-      models: the best replica's, parameters on the host.
-      exits: the rest of exits.json, from `describe_exits`.
-      card: the text of README.md.
-
+    is there, each shallower one in a folder depth_<layer>/ of its own. Parameters are on the host;
+    `exits` is what `describe_exits` returns, `card` the text of README.md.
     """
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -131,10 +123,7 @@ def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) 
 def describe_exits(
     config: Config, dataset: "Dataset", analysis: Analysis, median_tokens: int
 ) -> dict[str, Any]:
-    """Returns the contents of exits.json, but for where the weights are.
-
-    `median_tokens` is the median length of the training texts.
-    """
+    """Returns the contents of exits.json, but for where the weights are."""
     best = analysis.best
     keep = analysis.operating_point(best)
     seed, rate = analysis.replicas[best]

@@ -132,14 +132,9 @@ def check_same_rows(
 ) -> None:
     """Compares the last rows of an output with the same rows computed again.
 
-    The input may have been changed, and a finished output does not record what made it. Raises
-    UserError where they differ.
-
-    Args:
-      path: of the output, for the message.
-      last: its last rows.
-      rows: (row, position in the input), beginning with the first of these; so many are consumed.
-
+    The input may have been changed, and a finished output does not record what made it. `rows`,
+    (row, position in the input) each, begin with the first of the last ones; so many are consumed.
+    Raises UserError where they differ; `path` is for its message.
     """
     for old in last:
         new, _ = next(rows, ({}, 0))

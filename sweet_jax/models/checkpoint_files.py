@@ -30,12 +30,12 @@ class CheckpointFiles:
 
     @property
     def model_type(self) -> str:
-        """The encoder family's name in config.json."""
+        """Returns the encoder family's name in config.json."""
         return str(self.values.get("model_type"))
 
     @property
     def vocab_size(self) -> int | None:
-        """The number of token ids; None where config.json does not say."""
+        """Returns the number of token ids; None where config.json does not say."""
         size = self.values.get("vocab_size")
         return size if isinstance(size, int) else None
 
@@ -71,7 +71,7 @@ def _from_hub(name: str) -> Path:
         return folder if [*folder.glob("*.safetensors")] else fetch([*_FILES, "pytorch_model*"])
     except Exception as error:  # the client raises many kinds; each means the same to a user
         raise UserError(
-            f"checkpoint {name!r} is neither a local directory nor to be had from the hub "
+            f"checkpoint {name!r} is neither a local directory nor found on the hub "
             f"({one_line(error)}): check the name and the network"
         ) from error
 

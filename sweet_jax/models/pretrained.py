@@ -29,17 +29,17 @@ class Checkpoint(CheckpointFiles):
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids, the family's default where config.json does not say."""
+        """Returns the number of token ids, the family's default where config.json does not say."""
         return self.config.vocab_size
 
     @property
     def depth(self) -> int:
-        """Number of encoder layers."""
+        """Returns the number of encoder layers."""
         return self.config.num_hidden_layers
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """The pretrained weights, read at the first use and kept as long as this value is.
+        """Returns the pretrained weights, read at the first use and kept as long as this value is.
 
         Raises UserError: see `read_weights`.
         """

@@ -20,13 +20,7 @@ def model_card(
 ) -> str:
     """Returns the Markdown of README.md, for the best replica in the contents of results.json.
 
-    Args:
-      results: of the run.
-      model_type: the encoder's, as Hugging Face names it.
-      classes: their names.
-      text_columns: one or two.
-      max_length: in tokens.
-
+    `model_type` is Hugging Face's name of the encoder family, `max_length` in tokens.
     """
     layers, checkpoint = [str(layer) for layer in results["exits"]], results["checkpoint"]
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint) and not Path(checkpoint).exists()

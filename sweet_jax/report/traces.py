@@ -14,14 +14,14 @@ from sweet_jax.exits.calibration import probabilities
 from sweet_jax.exits.reliability import expected_calibration_error, reliability_diagram
 from sweet_jax.report.baselines import baseline_title
 
-# Viridis from dark to light: exits in order of depth, told apart without colour vision too.
+# Viridis from dark to light: exits in order of depth, told apart without color vision too.
 _COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
 _FAR = 0.15  # of a baseline below the lowest exit
 _SMOOTHED = 20  # steps
 LOSS_AXES = ("step", "cross-entropy, mean of 20 steps")
 RELIABILITY_AXES = ("confidence", "share correct")
 
-# What a figure calls each bound of results.json, its colour and plotly's dash, in order.
+# What a figure calls each bound of results.json, its color and plotly's dash, in order.
 BOUNDS = {
     "floor": ("floor: exits at random", "#7f7f7f", "dot"),
     "stable": ("stable oracle", "#3b528b", "dash"),
@@ -42,7 +42,7 @@ _SYMBOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A line, or markers, and its entry in the legend.
+    """Describes a line, or markers, and its entry in the legend.
 
     Attributes:
       name: in the legend; "" for no entry there.

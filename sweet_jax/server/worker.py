@@ -18,16 +18,16 @@ _CACHED = 256  # operating points of HTTP requests, so that each is resolved onc
 
 
 class QueueFullError(Exception):
-    """More texts wait than the limit."""
+    """Raised where more texts wait than the limit."""
 
 
 class WorkerStoppedError(Exception):
-    """The thread has ended."""
+    """Raised where the thread has ended."""
 
 
 @dataclasses.dataclass(eq=False)
 class Submission:
-    """The texts of one HTTP request, classified together at its operating point.
+    """Holds the texts of one HTTP request, classified together at its operating point.
 
     Attributes:
       classifier: at that operating point.
