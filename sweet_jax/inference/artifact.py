@@ -45,7 +45,7 @@ class NetworkFiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelArtifact:
-    """Everything in a folder model/ but the weights, which an engine reads.
+    """Holds everything in a folder model/ but the weights, which an engine reads.
 
     Attributes:
       folder: that it was read from.

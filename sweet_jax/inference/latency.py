@@ -24,7 +24,7 @@ _SECONDS = 0.2  # that a stage is run for, at least
 
 @dataclasses.dataclass(frozen=True)
 class LatencyTable:
-    """Measured times.
+    """Holds measured times.
 
     Attributes:
       machine: what they were measured on, from `describe_machine`.

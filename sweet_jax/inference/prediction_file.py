@@ -19,7 +19,7 @@ _CHECKED = 32  # rows of an output that are computed again before it is resumed
 
 @dataclasses.dataclass
 class Tally:
-    """Totals over the rows of an output.
+    """Holds totals over the rows of an output.
 
     Attributes:
       rows: of the output.

@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
 
 
 class ExitPrediction(NamedTuple):
-    """Holds the prediction of one text at one exit: its layer, the label and the label's probability."""
+    """Holds the prediction of one text at one exit, by its layer, with the label's probability."""
 
     layer: int
     label: str

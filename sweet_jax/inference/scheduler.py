@@ -89,7 +89,7 @@ class Request:
 
 
 class Scheduler:
-    """Queues of requests, one for each stage and length, and the batches run from them.
+    """Runs batches from queues of requests, one queue for each stage and length.
 
     Args:
       engine: that runs the stages.
@@ -117,7 +117,7 @@ class Scheduler:
 
     @property
     def slots(self) -> int:
-        """Returns P: enough for a batch of each stage, since deeper queues that are full run first."""
+        """Returns P: a batch for each stage, enough since deeper queues that are full run first."""
         return self.batch_size * len(self.stages)
 
     def __len__(self) -> int:
