@@ -169,7 +169,8 @@ class AdaptiveClassifier:
 
         Args:
           texts: any iterable; for an endless one there is `stream`.
-          batch_size, mode: see `stream`.
+          batch_size: texts computed at once, at most.
+          mode: "throughput" or "latency", see `stream`.
 
         Raises UserError for something that is not a text (or a pair, where the model takes pairs).
 
@@ -209,7 +210,11 @@ class AdaptiveClassifier:
         idle.append(scheduler)
 
     def push_to_hub(self, name: str, *, private: bool = False) -> str:
-        """Uploads the folder it was read from, see `artifact.push_to_hub`; returns its address."""
+        """Uploads the folder it was read from to the Hugging Face hub; returns its address.
+
+        `name` is "owner/name"; the repository is made if there is none. Raises UserError where the
+        hub refuses.
+        """
         return artifact.push_to_hub(self.model.folder, name, private=private)
 
     def make_scheduler(

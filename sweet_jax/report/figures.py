@@ -51,9 +51,14 @@ def write_figures(
     figures = {
         "curve": curve_figure(analysis, results),
         "exits": exits_figure(results),
-        "reliability": _line_figure(RELIABILITY_AXES, reliability_traces(analysis, best)),
-        "loss": _line_figure(LOSS_AXES, loss_traces(metrics, best, trainings)),
     }
+    for name, titles, traces in (
+        ("reliability", RELIABILITY_AXES, reliability_traces(analysis, best)),
+        ("loss", LOSS_AXES, loss_traces(metrics, best, trainings)),
+    ):
+        figures[name], axes = _figure("", *titles)
+        _plot(axes, traces)
+        axes.legend(frameon=False, fontsize=8)
     for name, figure in figures.items():
         write_figure(folder, name, figure)
 
@@ -69,7 +74,11 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     """Draws the metric against cost: every replica's exact curve, the best one's single exits and
     the paper's grid, the bounds, and the baselines.
     """
-    figure, axes = _figure(f"{results['task']}, {results['method']}")
+    figure, axes = _figure(
+        f"{results['task']}, {results['method']}",
+        "cost (share of the full model's layers)",
+        f"{results['metric']} (n = {results['n']['validation']})",
+    )
     best, curve = results["best_replica"], analysis.curve
     for r in range(len(curve.cost)):
         style = {"color": "#21918c", "lw": 2, "zorder": 3} if r == best else {"color": "#bbbbbb"}
@@ -83,8 +92,6 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     _plot(axes, [*operating_point_traces(results), *bound_traces(results), *baselines])
     if baselines:
         axes.set_xlim(left=0)
-    axes.set_xlabel("cost (share of the full model's layers)")
-    axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
     # Below the axes: inside them it would cover a baseline's mark.
     axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.set_size_inches(6.4, 5.4)
@@ -111,33 +118,25 @@ def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
         )
 
 
-def _line_figure(titles: tuple[str, str], traces: Sequence[Trace]) -> Figure:
-    """Draws traces between axes of these titles."""
-    figure, axes = _figure("")
-    _plot(axes, traces)
-    axes.set_xlabel(titles[0])
-    axes.set_ylabel(titles[1])
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
 def exits_figure(results: Mapping[str, Any]) -> Figure:
     """Draws the metric of every exit of the best replica, with its 95% interval over rows."""
-    figure, axes = _figure("each exit alone, 95% interval over rows")
+    metric = f"{results['metric']} (n = {results['n']['validation']})"
+    figure, axes = _figure("each exit alone, 95% interval over rows", "", metric)
     rows = results["replicas"][results["best_replica"]]["individual"]
     for e, row in enumerate(rows):
         low, high = row["interval"]
         bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
         axes.errorbar([e], [row["score"]], bars, fmt="o", color=exit_color(e), capsize=4)
     axes.set_xticks(range(len(rows)), [f"exit {row['layer']}" for row in rows])
-    axes.set_ylabel(f"{results['metric']} (n = {results['n']['validation']})")
     return figure
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
+def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     # A data set's name may hold $, which matplotlib would read as mathematics.
     axes.set_title(title, parse_math=False)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
