@@ -30,7 +30,11 @@ def config_reference() -> str:
 
 
 def on_page_markdown(markdown: str, **_) -> str:
-    """Puts the tables where a page asks for them."""
+    """Puts the tables where a page asks for them, and links to the results as the site has them.
+
+    In the repository the same links lead to the files themselves.
+    """
+    markdown = markdown.replace("../experiments/results/", "results/")
     return markdown.replace("<!-- config keys -->", config_reference())
 
 

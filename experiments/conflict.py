@@ -29,6 +29,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.options import MODELS, encoder_note
 from experiments.records import read_table, write_table
@@ -39,7 +40,6 @@ from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, tr
 from sweet_jax.exits.metrics import mean_interval
 from sweet_jax.models.layers import derive_key
 from sweet_jax.preparation import PreparedRun, prepare
-from sweet_jax.report.figures import conflict_figure
 from sweet_jax.training.conflict import gradient_conflict
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
@@ -214,6 +214,30 @@ def table(exits: Sequence[int], mean: np.ndarray, half: np.ndarray | None) -> li
                 text += f" ± {half[i, j, k]:.3f}"
             rows.append([str(layer), f"{exits[j]} and {exits[k]}", text])
     return rows
+
+
+def conflict_figure(layers: Sequence[int], conflict: np.ndarray) -> Figure:
+    """Draws heat maps of `training.conflict.gradient_conflict` [E, E, E] (SWEET paper, figure 3).
+
+    A panel for each of the first E - 1 exits' layers: the last exit's has one gradient only.
+    """
+    panels = len(layers) - 1
+    figure = Figure(figsize=(3.2 * panels + 0.8, 3.4), layout="constrained")
+    each = figure.subplots(1, panels, squeeze=False)[0]
+    for i, axes in enumerate(each):
+        cosines, above = conflict[i, i:, i:], layers[i:]
+        image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu")
+        for (row, column), value in np.ndenumerate(cosines):
+            ink = "white" if abs(value) > 0.6 else "black"
+            shown = f"{value:.2f}".replace("-0.00", "0.00")
+            axes.text(column, row, shown, ha="center", va="center", color=ink)
+        axes.set_xticks(range(len(above)), above)
+        axes.set_yticks(range(len(above)), above)
+        axes.set_xlabel("loss of exit")
+        axes.set_title(f"gradients in layer {layers[i]}", fontsize=10)
+    each[0].set_ylabel("loss of exit")
+    figure.colorbar(image, ax=each, label="cosine, mean over rows", shrink=0.8)
+    return figure
 
 
 if __name__ == "__main__":

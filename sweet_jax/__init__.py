@@ -3,18 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.simulation import simulate
-
 if TYPE_CHECKING:
+    from sweet_jax.exits.outputs import ExitOutputs
+    from sweet_jax.exits.simulation import simulate
     from sweet_jax.inference.classifier import AdaptiveClassifier
     from sweet_jax.models.pretrained import load_encoder
 
 __version__ = "0.1.0"
 
-# Looked up on first use: what needs no accelerator does not wait for JAX to be imported.
+# Looked up on first use: importing the package imports neither JAX nor SciPy.
 _HOMES = {
     "AdaptiveClassifier": "sweet_jax.inference.classifier",
+    "ExitOutputs": "sweet_jax.exits.outputs",
+    "simulate": "sweet_jax.exits.simulation",
     "load_encoder": "sweet_jax.models.pretrained",
 }
 __all__ = ["AdaptiveClassifier", "ExitOutputs", "load_encoder", "simulate"]

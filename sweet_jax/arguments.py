@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sweet_jax.config import UserError
 from sweet_jax.exits.policies import POLICIES
@@ -39,6 +39,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")
+
+    def add_model_arguments(self, engines: Iterable[str] = (), default: str = "") -> None:
+        """Adds --model, the targets and, given the names of engines, --engine."""
+        self.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
+        if names := list(engines):
+            text = f"what runs the model: {' or '.join(names)} (default {default})"
+            self.add_argument("--engine", choices=names, default=default, help=text)
+        self.add_target_arguments()
 
     def add_target_arguments(self, *, clock: bool = True) -> None:
         """Adds --policy, --level, and the targets, of which one may be set.

@@ -49,9 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.export", __doc__ or "")
-    parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
+    parser.add_model_arguments()
     parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_target_arguments()
     parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
     options = parser.parse_args(argv)
     parse_targets(options)
@@ -70,16 +69,10 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int) -> None:
-    """Writes the folder, whole or not at all.
+    """Writes the folder, whole or not at all, with programs of L = `length`.
 
-    Args:
-      classifier: whose policy and threshold run.py follows.
-      engine: the classifier's.
-      folder: to make.
-      length: L of the programs.
-
-    Raises UserError for a policy or threshold that run.py does not know, or a folder that exists.
-
+    run.py follows the classifier's policy and threshold. Raises UserError for those that it does
+    not know, or a folder that exists.
     """
     _check(classifier, folder)
     aside = folder.with_name(f".{folder.name}.part")

@@ -35,7 +35,7 @@ from sweet_jax.preparation import PreparedRun, log_description, prepare
 from sweet_jax.report import console, figures, page, shortfalls
 from sweet_jax.report.baselines import Baseline, save_baselines
 from sweet_jax.report.model_card import model_card
-from sweet_jax.report.results import build_results
+from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import ModelSpec, model_specs
@@ -280,23 +280,17 @@ def _results(
     job: PreparedRun, outcome: Outcome, analysis: Analysis, failures: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns the contents of results.json."""
-    config = job.config
-    results = build_results(
-        config,
-        analysis,
-        failures,
+    training = TrainingRecord(
         rows=len(job.rows[0][0]),
+        tuning_rows=0 if outcome.tuning is None else outcome.tuning.labels.shape[1],
+        failures=failures,
         baselines=outcome.baselines,
         timing=outcome.timing,
         versions={name: version(name) for name in ("jax", "flax", "optax", "transformers")},
-        pooling=config.pooling,
-        head_init=config.head_init,
-        head_refit=config.head_refit,
         rate_search=outcome.rate_search,
         best_steps=outcome.best_steps,
     )
-    results["n"]["tuning"] = 0 if outcome.tuning is None else outcome.tuning.labels.shape[1]
-    return results
+    return build_results(job.config, analysis, training)
 
 
 def _save_model(

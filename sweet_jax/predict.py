@@ -8,7 +8,7 @@ or a .txt file with a text in each line; it may be larger than memory. The outpu
 object for each row of the input, in its order: label, probability, exit (the layer it exited at)
 and cost (share of the full model's layers), or error for a row without a text. An interrupted
 command, run again, resumes where the output ends. Without a target, the cheapest threshold that
-kept the full model's score on calibration rows. Exit status: 0 done, 2 the input is wrong, 1
+kept the full model's metric on calibration rows. Exit status: 0 done, 2 the input is wrong, 1
 anything else.
 
 """
@@ -38,7 +38,7 @@ from sweet_jax.data.records import last_position, read_records
 from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import load_engine
+from sweet_jax.inference.engine import DEFAULT_ENGINE, ENGINES, load_engine
 from sweet_jax.inference.latency import measure_latency, write_latency
 from sweet_jax.inference.prediction_file import (
     check_same_rows,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.predict", f"{__doc__}{policy_help()}")
-    parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
+    parser.add_model_arguments(ENGINES, DEFAULT_ENGINE)
     parser.add_argument("--input", help="file of texts")
     parser.add_argument("--output", help="JSONL file of the predictions")
     parser.add_argument(
@@ -69,7 +69,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="instead, time every stage on this machine, alone and in batches of --batch_size, and "
         "keep the table in the model's folder: --milliseconds reads it",
     )
-    parser.add_target_arguments()
     parser.add_argument(
         "--text_columns", help="the input's text columns, if not named as in training: a or a,b"
     )
@@ -138,6 +137,7 @@ def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
     return AdaptiveClassifier.from_pretrained(
         options.model,
         policy=options.policy,
+        engine=options.engine,
         dtype=options.dtype,
         **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
     )
@@ -145,7 +145,7 @@ def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
 
 def _measure(options: argparse.Namespace) -> None:
     model = open_model(options.model)
-    engine = load_engine("jax", model, options.dtype)
+    engine = load_engine(options.engine, model, options.dtype)
     with tqdm(unit=" programs", disable=None) as bar:
         table = measure_latency(engine, model.max_length, [options.batch_size], bar.update)
     print("\n".join(table.lines(model.layers)))

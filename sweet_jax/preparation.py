@@ -20,8 +20,9 @@ from sweet_jax.data.splits import (
     split_calibration_rows,
     split_tuning_rows,
 )
+from sweet_jax.models.checkpoint_files import load_tokenizer
 from sweet_jax.models.pooling import declared_pooling
-from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint
+from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.training.growth import base_config
 from sweet_jax.training.initialization import base_checkpoint_folder, with_training_dropout
 from sweet_jax.training.parallel import check_devices

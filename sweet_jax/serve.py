@@ -35,6 +35,7 @@ from tqdm import tqdm
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
 from sweet_jax.inference.classifier import AdaptiveClassifier
+from sweet_jax.inference.engine import DEFAULT_ENGINE, ENGINES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.serve", f"{__doc__}{policy_help()}")
-    parser.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
+    parser.add_model_arguments(ENGINES, DEFAULT_ENGINE)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
-    parser.add_target_arguments()
     limits = {
         "batch_size": (32, "maximum texts in a batch"),
         "max_texts": (256, "maximum texts per request"),
@@ -92,6 +92,7 @@ def _run(options: argparse.Namespace) -> None:
         classifier = AdaptiveClassifier.from_pretrained(
             options.model,
             policy=options.policy,
+            engine=options.engine,
             **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
         )
         if options.warm_up:

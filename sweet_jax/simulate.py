@@ -151,7 +151,7 @@ def _describe_certificate(
     tested, metric = point.certificate, analysis.validation.identity.metric
     assert tested is not None
     risk = tested.kind == "risk"
-    what = "lost against the last exit" if risk else "answered otherwise than by it"
+    what = "lost against the last exit" if risk else "classified otherwise than by it"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
     if point.validation is None:
         return (

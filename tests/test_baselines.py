@@ -26,14 +26,14 @@ from sweet_jax.report.console import exit_table
 from sweet_jax.report.figures import curve_figure as drawn_figure
 from sweet_jax.report.page import write_report
 from sweet_jax.report.plotly_figures import curve_figure
-from sweet_jax.report.results import build_results
-from sweet_jax.report.series import baseline_series
+from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.report.shortfalls import (
     describe_shortfall,
     find_shortfalls,
     shortfall_results,
     shortfall_warning,
 )
+from sweet_jax.report.traces import baseline_traces
 
 NASTY = "<script>document.title='broken'</script>"
 ROWS = 300
@@ -393,7 +393,7 @@ BASELINES = [
 
 
 def test_results_hold_the_baselines(analysis):
-    results = build_results(CONFIG, analysis, [], rows=900, baselines=BASELINES, timing={})
+    results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES))
     results = json.loads(json.dumps(results, allow_nan=False))
     assert results["baselines"].keys() == {b.name for b in BASELINES}
     row = results["baselines"]["tfidf"]
@@ -403,14 +403,14 @@ def test_results_hold_the_baselines(analysis):
     assert all(found.keys() == keys for found in results["below_baseline"])
     pairs = [(found["exit"], found["baseline"]) for found in results["below_baseline"]]
     assert pairs == [(1, NASTY), (1, "tfidf"), (2, NASTY), (2, "tfidf")]
-    none = build_results(CONFIG, analysis, [], rows=900)
+    none = build_results(CONFIG, analysis, TrainingRecord(900))
     assert (none["baselines"], none["below_baseline"]) == ({}, [])
     assert shortfall_warning(none) is None
     assert "baseline" not in exit_table(none)
 
 
 def test_the_terminal_names_the_worst_and_counts_the_others(analysis):
-    results = build_results(CONFIG, analysis, [], rows=900, baselines=BASELINES[:5])
+    results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES[:5]))
     assert shortfall_warning(results).startswith(
         "exit 1 (accuracy 0.600) is below the baseline TF-IDF"
     )
@@ -426,7 +426,7 @@ def test_the_terminal_names_the_worst_and_counts_the_others(analysis):
 
 
 def test_the_figures_draw_the_baselines_from_cost_0_on(analysis):
-    results = build_results(CONFIG, analysis, [], rows=900, baselines=BASELINES)
+    results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES))
     figure = curve_figure(results)
     drawn = {trace.name: trace for trace in figure.data}
     assert tuple(drawn["frozen encoder + probe"].x) == (0.25, 0.5)
@@ -441,7 +441,7 @@ def test_the_figures_draw_the_baselines_from_cost_0_on(analysis):
 
 
 def test_the_page_has_the_table_and_a_red_line_for_each_exit(analysis, tmp_path):
-    results = build_results(CONFIG, analysis, [], rows=900, baselines=BASELINES)
+    results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES))
     write_report(tmp_path / "report.html", analysis, results, [], {})
     page = (tmp_path / "report.html").read_text()
     body = page[page.index("<body>") : page.index('<script id="data"')]
@@ -454,7 +454,7 @@ def test_the_page_has_the_table_and_a_red_line_for_each_exit(analysis, tmp_path)
 
 
 def test_results_of_before_there_were_baselines_still_make_a_page(analysis, tmp_path):
-    results = build_results(CONFIG, analysis, [], rows=900)
+    results = build_results(CONFIG, analysis, TrainingRecord(900))
     del results["baselines"], results["below_baseline"]
     write_report(tmp_path / "report.html", analysis, results, [], {})
     assert "Baselines on the same rows" not in (tmp_path / "report.html").read_text()
@@ -480,7 +480,7 @@ def test_what_is_far_below_all_exits_does_not_flatten_the_curve():
         "replicas": [{"individual": [{"score": 0.85}, {"score": 0.9}]}],
         "best_replica": 0,
     }
-    far = {entry["title"]: entry["far"] for entry in baseline_series(results)}
+    far = {trace.name: trace.far for trace in baseline_traces(results)}
     assert far == {
         "majority class": True,
         "TF-IDF + logistic regression": False,

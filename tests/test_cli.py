@@ -225,7 +225,7 @@ def test_the_process_exits_2_with_one_line(line, tmp_path):
         ("--config.data_files=pkg://absent_package_x/a.csv", "pip install"),
         ("--config.train_size=3", "3 training rows are too few"),
         ("--config.checkpoint=./absent", "checkpoint './absent' is not a directory"),
-        ("--config.checkpoint=absent/absent", "neither a local directory nor to be had from"),
+        ("--config.checkpoint=absent/absent", "neither a local directory nor found on the hub"),
     ],
 )
 def test_a_bad_value_is_refused(refused, argument, words):

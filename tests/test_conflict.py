@@ -15,7 +15,7 @@ from test_early_exit import BATCH, build, mean_loss
 from test_run import logits_of
 from tiny import WORDS
 
-from sweet_jax.report.figures import conflict_figure
+from experiments.conflict import conflict_figure
 from sweet_jax.training.conflict import gradient_conflict
 from sweet_jax.training.metrics import read_metrics
 

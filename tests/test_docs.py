@@ -142,6 +142,18 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert [link for link in local if not (ROOT / link).exists()] == []
 
 
+def test_the_links_of_the_docs_lead_somewhere_in_the_repository_too():
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    links = [
+        (page, link.partition("#")[0])
+        for page in pages
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        if not link.startswith(("http", "#"))
+    ]
+    assert any(link.endswith(".png") for _, link in links)
+    assert [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
 def test_keys_and_modules_that_the_documentation_names_exist():
     keys = {key.name for key in describe_keys()} | {"KEY"}
     pages = [README, *(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))]

@@ -1,12 +1,16 @@
 """The engine seam: a second engine, in NumPy, below the same scheduler; and no JAX above it."""
 
+import importlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy_engine import NumpyEngine
+from numpy_engine import load_engine as load_numpy
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.config import UserError
@@ -14,75 +18,18 @@ from sweet_jax.data.batches import encode
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact
-from sweet_jax.inference.engine import (
-    StageOutput,
-    batch_sizes,
-    load_engine,
-    padded_lengths,
-    plan_stages,
-)
+from sweet_jax.inference.engine import batch_sizes, load_engine, padded_lengths, plan_stages
 from sweet_jax.inference.predictions import InvalidRow
-from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
+from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.pretrained import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
-LAYERS, HIDDEN, CLASSES, VOCABULARY = (1, 3, 4), 8, 3, 50
-
-
-class NumpyEngine:
-    """Layers of a dense tanh; every exit reads the mean over the tokens."""
-
-    pad_id, vocabulary_size, description, compilations = 0, VOCABULARY, "numpy", 0
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        self.embeddings = rng.normal(size=(VOCABULARY, HIDDEN))
-        self.layers = rng.normal(size=(LAYERS[-1], HIDDEN, HIDDEN))
-        self.heads = rng.normal(size=(len(LAYERS), HIDDEN, CLASSES))
-        self.shapes: set[tuple[int, int]] = set()
-
-    def stages(self, *, full=False, exit_rates=()):
-        return plan_stages([LAYERS], first_only=False, full=full, exit_rates=exit_rates)
-
-    def new_states(self, slots, length):
-        return np.full((slots, length, HIDDEN), np.nan)  # to be seen if they are read unwritten
-
-    def run(self, stage, batch, states):
-        slots, tokens = batch.rows
-        self.shapes.add((len(slots), batch.length))
-        kept = tokens > 0
-        h = np.zeros((len(slots), batch.length, HIDDEN))
-        h[kept] = self.embeddings[batch.texts[0][kept]] if stage.embeds else states[slots[kept]]
-        h = self.hidden(h, stage.start, stage.end)
-        if stage.writes_states:
-            states[slots[kept]] = h[kept]
-        return StageOutput(self.logits(stage.exit, h, tokens), None, states)
-
-    def compile(self, stage, batch_size, length, slots):
-        pass
-
-    def hidden(self, h, start, end):
-        for weights in self.layers[start - 1 : end]:
-            h = np.tanh(h @ weights)
-        return h
-
-    def logits(self, exit, h, tokens):
-        mask = np.arange(h.shape[1]) < tokens[:, None]
-        mean = (h * mask[..., None]).sum(axis=1) / np.maximum(tokens, 1)[:, None]
-        return (mean @ self.heads[exit]).astype(np.float32)
-
-    def one_pass(self, ids) -> np.ndarray:
-        """The logits of every exit of one text, [E, C]."""
-        h, found, start = self.embeddings[ids][None], [], 1
-        for exit, layer in enumerate(LAYERS):
-            h = self.hidden(h, start, layer)
-            found.append(self.logits(exit, h, np.asarray([len(ids)]))[0])
-            start = layer + 1
-        return np.stack(found)
+LAYERS, CLASSES, VOCABULARY = (1, 3, 4), 3, 50
 
 
 @pytest.fixture
 def engine() -> NumpyEngine:
-    return NumpyEngine()
+    return NumpyEngine(LAYERS, CLASSES, VOCABULARY)
 
 
 @pytest.fixture
@@ -182,17 +129,82 @@ def test_an_unknown_engine_is_refused(sweet, model):
         AdaptiveClassifier.from_pretrained(sweet.classifier.model.folder, engine="torch")
 
 
-def modules_without_jax() -> list[str]:
-    names = ["scheduler", "engine", "predictions", "prediction_file", "artifact", "classifier"]
-    found = [f"inference.{name}" for name in [*names, "latency", "streaming", "encoding"]]
-    if importlib.util.find_spec("starlette") and importlib.util.find_spec("prometheus_client"):
-        found += ["server.worker", "server.app"]
-    return found
+def run_without_jax(program: str, *arguments: object) -> str:
+    """Runs a program, with the tests' modules at hand, and checks that it imported no JAX."""
+    program = f"import sys\nsys.path.append({str(ROOT / 'tests')!r})\n{program}"
+    program += "\nassert not {'jax', 'flax', 'datasets'} & sys.modules.keys()"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_saved_model_is_opened_and_classifies_without_jax(sweet):
+    program = """
+import sweet_jax
+from numpy_engine import load_engine
+from sweet_jax.inference.artifact import open_model
+model = open_model(sys.argv[1])
+engine = load_engine(model)
+target = {"threshold": 0.6}
+classifier = sweet_jax.AdaptiveClassifier(model, "raw_confidence", target, engine)
+print(*classifier.predict(sys.argv[2:], 4).labels, sep="\\n")
+"""
+    model, texts = sweet.classifier.model, sweet.texts[:9]
+    printed = run_without_jax(program, model.folder, *texts)
+    classifier = AdaptiveClassifier(model, "raw_confidence", {"threshold": 0.6}, load_numpy(model))
+    assert printed.splitlines() == classifier.predict(texts, 4).labels.tolist()
+
+
+@pytest.mark.parametrize("command", ["predict", "serve"])
+def test_a_command_imports_jax_through_its_engine_alone(sweet, tmp_path, command):
+    program = """
+from sweet_jax.inference.engine import ENGINES
+ENGINES["numpy"] = "numpy_engine"
+"""
+    folder = sweet.classifier.model.folder
+    if command == "serve":
+        pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
+        program += """
+import uvicorn
+from sweet_jax import serve
+uvicorn.Server.run = lambda *_, **__: print("running")
+assert serve.main(sys.argv[1:]) == 0
+"""
+        options = ["--port=0", "--policy=raw_confidence", "--warm_up"]
+        printed = run_without_jax(program, f"--model={folder}", "--engine=numpy", *options)
+        assert printed.splitlines()[-1] == "running"
+        return
+    program += "from sweet_jax import predict\nassert predict.main(sys.argv[1:]) == 0"
+    (tmp_path / "in.txt").write_text("\n".join(sweet.texts))
+    files = [f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.jsonl'}"]
+    options = ["--engine=numpy", "--policy=raw_confidence", "--threshold=0.6"]
+    run_without_jax(program, f"--model={folder}", *files, *options)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(sweet.texts)
+    timed = tmp_path / "model"
+    shutil.copytree(folder, timed)
+    printed = run_without_jax(program, f"--model={timed}", "--engine=numpy", "--measure")
+    assert "milliseconds" in printed
+    assert ", numpy" in printed
+
+
+@pytest.mark.parametrize("module", ["predict", "serve"])
+def test_a_command_names_the_engines_there_are(module, capsys):
+    main = importlib.import_module(f"sweet_jax.{module}").main
+    assert main(["--model=x", "--engine=jaxx"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: argument --engine: invalid choice: 'jaxx' (choose from")
+    assert "jax)" in error.replace("'", "")
+    assert error.count("\n") == 1
 
 
 def test_what_lies_above_the_engine_imports_no_jax():
-    program = "import importlib, sys\n"
-    for name in modules_without_jax():
+    names = ["scheduler", "engine", "predictions", "prediction_file", "artifact", "classifier"]
+    names = [f"inference.{name}" for name in [*names, "latency", "streaming", "encoding"]]
+    if importlib.util.find_spec("starlette") and importlib.util.find_spec("prometheus_client"):
+        names += ["server.worker", "server.app"]
+    program = "import importlib\n"
+    for name in [*names, "predict", "serve", "simulate"]:
         program += f"importlib.import_module('sweet_jax.{name}')\n"
         program += f"assert 'jax' not in sys.modules, '{name}'\n"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    run_without_jax(program)

@@ -48,7 +48,9 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
     )
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(f"{len(answers)} rows (0 with an error)")
-    assert f"mean cost {wanted.cost.mean():.4f}" in line
+    assert f"mean cost {wanted.cost.mean():.4f}, exits: " in line
+    share = (wanted.exits == 4).mean()
+    assert f"{share:.1%} at layer 4" in line
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from sweet_jax import load_encoder
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import tokenize
 from sweet_jax.data.splits import Split
-from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
+from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.preparation import prepare
 from sweet_jax.training.initialization import initial_state, model_specs
 
@@ -355,7 +356,7 @@ def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):
 def test_checkpoints_that_are_nowhere(tmp_path):
     with pytest.raises(UserError, match="not a directory"):
         open_checkpoint(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="neither a local directory nor to be had from the hub"):
+    with pytest.raises(UserError, match="neither a local directory nor found on the hub"):
         open_checkpoint("nobody/nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no readable config\.json"):

@@ -19,7 +19,7 @@ from sweet_jax.exits.policies import POLICIES
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.figures import write_figures
 from sweet_jax.report.page import write_comparison, write_report
-from sweet_jax.report.results import build_results
+from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.simulate import main as simulate_command
 
 NASTY = "<script>document.title='broken'</script>$x$"
@@ -59,7 +59,7 @@ def report(analysis, tmp_path_factory):
     metrics = [
         {"training": "t", "step": s, "loss": [[1 / (s + 1), 0.5, None]] * 2} for s in range(30)
     ]
-    results = build_results(config, analysis, bad, rows=900)
+    results = build_results(config, analysis, TrainingRecord(900, failures=bad))
     folder = tmp_path_factory.mktemp("report")
     write_report(folder / "report.html", analysis, results, metrics, {"t": (1, 2, 4)})
     write_figures(folder / "figures", analysis, results, metrics, {"t": (1, 2, 4)})
@@ -390,7 +390,7 @@ def test_a_replica_that_diverged_from_the_first_exit_on_leaves_the_others_their_
     analysis = analyse(*split)
     assert (analysis.chosen, analysis.best) == ([2], 2)
     config = from_mapping({"exits": (1, 2, 4)}).resolved()
-    results = build_results(config, analysis, [], rows=900)
+    results = build_results(config, analysis, TrainingRecord(900))
     assert results["mean"]["seeds"] == [1]
     assert results["mean"]["learning_rate"] == 1e-4
     assert None not in results["mean"]["at_cost"].values()

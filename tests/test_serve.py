@@ -1,25 +1,27 @@
 """The server: right answers under load, a status for whatever is wrong, nothing lost at the end."""
 
+import gc
 import http.client
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from sweet_jax import AdaptiveClassifier
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
 from sweet_jax.data.load import load_dataset
 
 uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
 from sweet_jax import serve  # noqa: E402 - after the packages it needs
-from sweet_jax.inference.scheduler import Scheduler  # noqa: E402 - likewise
 from sweet_jax.server.app import Limits, make_app  # noqa: E402 - likewise
 from sweet_jax.server.worker import Worker  # noqa: E402 - likewise
 
@@ -49,10 +51,48 @@ class Running:
         finally:
             connection.close()
 
+    def wait_for(self, waiting: int) -> None:
+        """Returns once so many texts wait or are computed."""
+        deadline = time.monotonic() + 60
+        while json.loads(self.call("GET", "/healthz")[1])["waiting"] != waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     def predict(self, asked) -> tuple[int, dict]:
         body = asked if isinstance(asked, bytes) else json.dumps(asked)
         status, found = self.call("POST", "/predict", body)
         return status, json.loads(found)
+
+
+class GatedEngine:
+    """The engine of a classifier, except that its runs wait until the gate is set.
+
+    Then they fail, or the first exit's logits are not numbers, where that is asked for.
+    """
+
+    def __init__(self, engine, *, fails=False, diverged=False):
+        self.engine, self.fails, self.diverged = engine, fails, diverged
+        self.entered, self.gate = threading.Event(), threading.Event()
+        self.texts = 0  # that were embedded
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def classify(self, classifier) -> AdaptiveClassifier:
+        """The classifier with this engine."""
+        target = {"threshold": classifier.threshold}
+        return AdaptiveClassifier(classifier.model, classifier.policy, target, self)
+
+    def run(self, stage, batch, states):
+        self.entered.set()
+        assert self.gate.wait(60)
+        if self.fails:
+            raise RuntimeError("out of memory")
+        self.texts += int((batch.rows[1] > 0).sum()) if stage.exit == 0 else 0
+        output = self.engine.run(stage, batch, states)
+        if self.diverged and stage.exit == 0:
+            return output._replace(logits=np.full_like(output.logits, np.nan))
+        return output
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +152,10 @@ def test_detail_shows_every_exit_on_the_way(server, classifier, texts):
     assert answer["exits"][0]["probability"] == pytest.approx(first.probabilities.max(), abs=1e-5)
 
 
-def test_detail_of_an_exit_that_diverged_has_no_prediction(classifier, texts, monkeypatch):
-    run = classifier.engine.run
-
-    def first_is_nan(stage, batch, states):
-        output = run(stage, batch, states)
-        diverged = np.full_like(output.logits, np.nan)
-        return output._replace(logits=diverged) if stage.exit == 0 else output
-
-    monkeypatch.setattr(classifier.engine, "run", first_is_nan)
-    running = Running(classifier)
+def test_detail_of_an_exit_that_diverged_has_no_prediction(classifier, texts):
+    engine = GatedEngine(classifier.engine, diverged=True)
+    engine.gate.set()
+    running = Running(engine.classify(classifier))
     target = {"policy": "confidence", "threshold": 0.0}
     status, found = running.predict({"texts": texts[:1], "detail": True, **target})
     running.stop()
@@ -139,26 +173,38 @@ def test_operating_points_are_kept_by_many_threads_and_not_too_many(classifier):
         found = list(pool.map(lambda t: worker.at(None, {"threshold": t}), asked))
     assert [c.threshold for c in found] == asked
     assert worker.at(None, {"threshold": asked[-1]}) is found[-1]
-    assert len(worker._classifiers) == 256
+    references = [weakref.ref(c) for c in found]
+    del found
+    gc.collect()
+    assert sum(r() is not None for r in references) == 256
 
 
 def test_warm_up_compiles_what_the_server_runs_whatever_its_target(classifier):
     full = AdaptiveClassifier(classifier.model, target={"threshold": float("inf")})
     full.warm_up(2, [20], full=False)
-    before, worker = full.compilations, Worker(full, 2, 100)
+    before, worker = full.engine.compilations, Worker(full, 2, 100)
     assert (len(worker.scheduler.stages), len(full.make_scheduler(2).stages)) == (3, 1)
     for key in itertools.product(worker.scheduler.stages, (1, 2), (24,)):
         full.engine.compile(*key, worker.scheduler.slots)
-    assert full.compilations == before == 6
+    assert full.engine.compilations == before == 6
 
 
-def test_an_address_that_two_processes_bound_is_one_s():
-    with serve._bound("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        with serve._bound("127.0.0.1", port) as second:
-            serve._listen(first)
-            with pytest.raises(UserError, match=f"cannot serve at 127.0.0.1:{port}: Address alrea"):
-                serve._listen(second)
+def test_an_address_that_another_process_took_while_the_model_was_read(
+    classifier, monkeypatch, capsys
+):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+
+        def load(*_, **__):
+            other.listen()
+            return classifier
+
+        monkeypatch.setattr(AdaptiveClassifier, "from_pretrained", load)
+        assert serve.main(["--model=x", f"--port={port}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot serve at 127.0.0.1:{port}: Address already in use")
 
 
 @pytest.mark.parametrize(
@@ -231,67 +277,48 @@ def test_health_and_metrics(server):
     assert "sweet_jax_waiting_texts 0.0" in found
 
 
-def held_up(monkeypatch) -> threading.Event:
-    """Workers take nothing in before the event is set."""
-    go, admit = threading.Event(), Worker._admit
-
-    def wait(self, submission):
-        go.wait(60)
-        admit(self, submission)
-
-    monkeypatch.setattr(Worker, "_admit", wait)
-    return go
-
-
-def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, texts, monkeypatch):
-    go = held_up(monkeypatch)
-    running = Running(classifier, waiting=3)
+def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, texts):
+    engine = GatedEngine(classifier.engine)
+    running = Running(engine.classify(classifier), waiting=3)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(running.predict, {"texts": texts[:2]})
-        while json.loads(running.call("GET", "/healthz")[1])["waiting"] < 2:
-            time.sleep(0.01)
+        running.wait_for(waiting=2)
         status, found = running.predict({"texts": texts[:2]})
         assert (status, found["error"]) == (503, "too many texts wait: try again")
         assert running.predict({"texts": texts[:4]})[0] == 413
         running.server.should_exit = True  # what SIGTERM does
         time.sleep(0.3)
         assert not first.done()
-        go.set()
+        engine.gate.set()
         status, found = first.result()
     running.thread.join()
     assert status == 200
     assert_answers(found, classifier.predict(texts[:2], 2))
 
 
-def test_a_request_nobody_waits_for_any_more_is_dropped(classifier, texts, monkeypatch):
-    workers: list[Worker] = []
-    start = Worker.start
-    monkeypatch.setattr(Worker, "start", lambda self: (workers.append(self), start(self))[1])
-    go = held_up(monkeypatch)
-    running = Running(classifier, timeout=0.2)
-    status, found = running.predict({"texts": texts[:2]})
-    assert (status, found["error"]) == (504, "not answered within 0.2 seconds")
-    go.set()
+def test_a_request_nobody_waits_for_any_more_is_dropped(classifier, texts):
+    engine = GatedEngine(classifier.engine)
+    running = Running(engine.classify(classifier), timeout=0.4)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(running.predict, {"texts": texts[:2]})
+        assert engine.entered.wait(60)
+        status, found = running.predict({"texts": texts[2:5]})  # waits for the engine
+        assert (status, found["error"]) == (504, "not answered within 0.4 seconds")
+        assert first.result()[0] == 504
+    running.wait_for(waiting=5)
+    engine.gate.set()
+    running.wait_for(waiting=0)
     running.stop()
-    (worker,) = workers
-    assert worker.waiting == 0
-    assert sum(worker.scheduler.runs) == 0
+    assert engine.texts == 2
 
 
-def test_every_request_learns_of_a_device_that_fails(classifier, texts, monkeypatch):
-    go = threading.Event()
-
-    def fail(self):
-        go.wait(60)
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(Scheduler, "step", fail)
-    running = Running(classifier)
+def test_every_request_learns_of_a_device_that_fails(classifier, texts):
+    engine = GatedEngine(classifier.engine, fails=True)
+    running = Running(engine.classify(classifier))
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(running.predict, {"texts": texts[i : i + 2]}) for i in range(3)]
-        while json.loads(running.call("GET", "/healthz")[1])["waiting"] < 6:
-            time.sleep(0.01)
-        go.set()
+        running.wait_for(waiting=6)
+        engine.gate.set()
         assert {a.result()[0] for a in asked} == {503}
     assert running.predict({"texts": texts[:1]})[0] == 503
     assert running.call("GET", "/healthz")[0] == 503
@@ -329,7 +356,7 @@ def test_the_page_in_a_browser(server, browser, classifier, texts):
     wanted = classifier.at(threshold=2.0).predict(texts[:1], 2)
     shown = browser.find_element("id", "result").text
     assert shown.startswith(f"{wanted.labels[0]} ({100 * wanted.probabilities.max():.1f}%)")
-    assert "left at layer 4, cost 1.000" in shown
+    assert "exited at layer 4, cost 1.000" in shown
     assert [row.get_attribute("class") for row in rows] == ["", "", "taken"]
     assert [entry for entry in browser.get_log("browser") if "favicon" not in str(entry)] == []
 
@@ -350,8 +377,7 @@ def test_the_command_answers_what_it_took_in_before_it_ends(fine_tuned, texts):
     with ThreadPoolExecutor(4) as pool:
         # The first request compiles, so that these are under way when the signal comes.
         asked = [pool.submit(client.predict, {"texts": texts[i : i + 4]}) for i in range(4)]
-        while json.loads(client.call("GET", "/healthz")[1])["waiting"] < 16:
-            assert not all(a.done() for a in asked)
+        client.wait_for(waiting=16)
         process.send_signal(signal.SIGTERM)
         assert [a.result()[0] for a in asked] == [200] * 4
     assert process.communicate(timeout=60)[1] == ""

@@ -6,6 +6,7 @@ Shape letters: K rows of a table.
 import dataclasses
 import numbers
 from collections.abc import Mapping
+from typing import TypedDict
 
 import numpy as np
 
@@ -21,6 +22,35 @@ TARGET_RANGES = {
     "agreement": (0.0, 1.0),
     "level": (0.5, 0.9999),
 }
+
+
+class Target(TypedDict, total=False):
+    """Names the targets that an operating point can be chosen by: at most one, and the level.
+
+    Without any, the operating point is the cheapest threshold that keeps the last exit's metric on
+    calibration rows.
+
+    Attributes:
+      threshold: exit at the first confidence of at least this; infinity runs the full model alone.
+      cost: largest mean share of the full model's layers.
+      accuracy: least metric on calibration rows, the run's own; under PCEE the accuracy that
+        calibration rows like a text must have had.
+      risk: largest share of texts that the last exit gets right and an earlier one wrong,
+        certified.
+      agreement: least share of texts classified as the last exit would, certified.
+      milliseconds: largest mean time in the stages, without tokenization and the policy, of a text
+        by itself; to be measured on this machine first (python -m sweet_jax.predict --measure).
+      level: confidence of a certificate; default 0.95.
+
+    """
+
+    threshold: float | None
+    cost: float | None
+    accuracy: float | None
+    risk: float | None
+    agreement: float | None
+    milliseconds: float | None
+    level: float | None
 
 
 def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:

@@ -1,6 +1,6 @@
 """The folder model/ of a run: the best replica under Hugging Face names, its tokenizer and exits.
 
-JAX is imported where weights are written, and to find a checkpoint; exits.json needs none.
+JAX is imported where weights are written; opening a model needs none.
 
 Shape letters: E exit, C classes.
 """
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import POOLING_NAMES, Config, UserError
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import one_line, write_json, write_text
+from sweet_jax.models.checkpoint_files import load_tokenizer, locate_checkpoint
 
-if TYPE_CHECKING:  # these import JAX, and datasets
+if TYPE_CHECKING:  # these import datasets, and JAX
     from sweet_jax.data.load import Dataset
     from sweet_jax.models.pretrained import Checkpoint
 
@@ -44,14 +45,14 @@ class NetworkFiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelArtifact:
-    """Everything in a folder model/ but the weights, which an engine reads.
+    """Holds everything in a folder model/ but the weights, which an engine reads.
 
     Attributes:
       folder: that it was read from.
       tokenizer: the checkpoint's own.
       task: name of the task that it was trained on.
       policy: name of the exit policy that the run was made with.
-      pooling: how an exit reads its layer, a name of POOLINGS.
+      pooling: how an exit reads its layer, a name of POOLING_NAMES.
       text_columns: names of the one or two text columns that it was trained on.
       classes: names of the classes [C].
       layers: of the exits [E].
@@ -91,16 +92,8 @@ def save_model(
     model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
     encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
     learning-to-exit, `exits.<layer>.learning_to_exit.*`, all float32. Multi-Model's deepest model
-    is there, each shallower one in a folder depth_<layer>/ of its own.
-
-    Args:
-      folder: to write.
-      checkpoint: that the training began with.
-      tokenizer: the checkpoint's.
-      models: the best replica's, parameters on the host.
-      exits: the rest of exits.json, from `describe_exits`.
-      card: the text of README.md.
-
+    is there, each shallower one in a folder depth_<layer>/ of its own. Parameters are on the host;
+    `exits` is what `describe_exits` returns, `card` the text of README.md.
     """
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -123,18 +116,14 @@ def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) 
     family = checkpoint.family
     tensors = hugging_face_tensors(family.names, model.params, model.exits)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    values = json.loads((checkpoint.folder / "config.json").read_text())
-    values |= {family.depth_key: model.exits[-1], "architectures": [family.architecture]}
-    write_json(folder / "config.json", values)
+    changed = {family.depth_key: model.exits[-1], "architectures": [family.architecture]}
+    write_json(folder / "config.json", {**checkpoint.values, **changed})
 
 
 def describe_exits(
     config: Config, dataset: "Dataset", analysis: Analysis, median_tokens: int
 ) -> dict[str, Any]:
-    """Returns the contents of exits.json, but for where the weights are.
-
-    `median_tokens` is the median length of the training texts.
-    """
+    """Returns the contents of exits.json, but for where the weights are."""
     best = analysis.best
     keep = analysis.operating_point(best)
     seed, rate = analysis.replicas[best]
@@ -168,16 +157,13 @@ def open_model(name: str | Path) -> ModelArtifact:
     Raises UserError where there is none, or its files are damaged or of another version.
 
     """
-    from sweet_jax.models.pooling import POOLINGS  # these import JAX
-    from sweet_jax.models.pretrained import load_tokenizer, open_checkpoint
-
     if (inside := Path(name) / "model" / "exits.json").exists():
         raise UserError(f"{str(name)!r} is the folder of a run: give {str(inside.parent)!r}")
-    checkpoint = open_checkpoint(str(name))
+    checkpoint = locate_checkpoint(str(name))
     values = _read_exits(checkpoint.folder)
     try:
         values.setdefault("pooling", "first")
-        if values["pooling"] not in POOLINGS:
+        if values["pooling"] not in POOLING_NAMES:
             raise ValueError(f"pooling {values['pooling']!r}")
         fields = _parse_exits(checkpoint.folder, values)
     except (KeyError, TypeError, ValueError) as error:

@@ -9,16 +9,16 @@ import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, Unpack, cast
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import POLICIES, PolicyFunction
-from sweet_jax.exits.targets import check_targets
+from sweet_jax.exits.targets import Target, check_targets
 from sweet_jax.inference import artifact
 from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.encoding import RequestEncoder
-from sweet_jax.inference.engine import Engine, batch_sizes, load_engine
+from sweet_jax.inference.engine import DEFAULT_ENGINE, Engine, batch_sizes, load_engine
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.predictions import (
     InvalidRow,
@@ -34,35 +34,6 @@ from sweet_jax.inference.streaming import stream_in_order
 MODES = ("throughput", "latency")
 
 
-class Target(TypedDict, total=False):
-    """Names the targets that an operating point can be chosen by: at most one, and the level.
-
-    Without any, the operating point is the cheapest threshold that keeps the last exit's metric on
-    calibration rows.
-
-    Attributes:
-      threshold: exit at the first confidence of at least this; infinity runs the full model alone.
-      cost: largest mean share of the full model's layers.
-      accuracy: least metric on calibration rows, the run's own; under PCEE the accuracy that
-        calibration rows like a text must have had.
-      risk: largest share of texts that the last exit gets right and an earlier one wrong,
-        certified.
-      agreement: least share of texts classified as the last exit would, certified.
-      milliseconds: largest mean time in the stages, without tokenization and the policy, of a text
-        by itself; to be measured on this machine first (python -m sweet_jax.predict --measure).
-      level: confidence of a certificate; default 0.95.
-
-    """
-
-    threshold: float | None
-    cost: float | None
-    accuracy: float | None
-    risk: float | None
-    agreement: float | None
-    milliseconds: float | None
-    level: float | None
-
-
 class AdaptiveClassifier:
     """Classifies texts with a saved model; easy ones exit early.
 
@@ -74,13 +45,15 @@ class AdaptiveClassifier:
       policy: name of an exit policy, or a function of (outputs, temperatures) such as
         `exits/policies.py` has; of the outputs of the exits so far. Default the run's.
       target: see `Target`.
-      engine: with the model's weights; default the JAX engine in float32.
+      engine: with the model's weights; default DEFAULT_ENGINE in float32.
 
     Attributes:
       classes: names [C], in the order of the probabilities.
       layers: of the exits [E].
+      text_columns: names of the one or two text columns that it was trained on.
       threshold: that the target stands for.
       full: whether it is infinite: then the last exit alone is computed.
+      calibrator: the temperatures and reliability curves that the policy reads.
 
     Raises:
       UserError: an unknown policy, or a target that is out of range or infeasible.
@@ -95,25 +68,31 @@ class AdaptiveClassifier:
         engine: Engine | None = None,
     ):
         self.model, self.classes, self.layers = model, model.classes, model.layers
+        self.text_columns = model.text_columns
         self.policy = model.policy if policy is None else policy
-        self.engine = load_engine("jax", model) if engine is None else engine
+        self.engine = load_engine(DEFAULT_ENGINE, model) if engine is None else engine
         self._exit_rates: list[float] = []
+        self.threshold, self.calibrator = self._resolve(target)
         if isinstance(self.policy, str):
-            check_choice("policy", self.policy, POLICIES)
-            clock = None
-            if "milliseconds" in target and (table := read_latency(model, self.engine)) is not None:
-                clock = table.until_exit(model.median_tokens)
-            self.threshold, fitted = model.resolver.threshold(self.policy, **target, clock=clock)
             self._exit_rates = model.resolver.fronts[self.policy].leaving(self.threshold)
-        elif set(target) - {"level"} == {"threshold"}:
-            self.threshold, fitted = target["threshold"], model.resolver.calibrator
-        else:
-            raise UserError("a policy of your own needs threshold=; the other targets need a name")
-        self._rule = ExitRule(self.policy, self.threshold, fitted, model.layers)
+        self._rule = ExitRule(self.policy, self.threshold, self.calibrator, model.layers)
         self.full = self.threshold == math.inf
         pairs = len(model.text_columns) == 2
         self._encoder = RequestEncoder(model.tokenizer, model.max_length, pairs=pairs)
         self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
+
+    def _resolve(self, target: Mapping[str, float]) -> tuple[float, Calibrator]:
+        """Returns the threshold that a target stands for, and the calibrator it was fitted with."""
+        resolver = self.model.resolver
+        if isinstance(self.policy, str):
+            check_choice("policy", self.policy, POLICIES)
+            clock = None
+            if "milliseconds" in target and (table := read_latency(self.model, self.engine)):
+                clock = table.until_exit(self.model.median_tokens)
+            return resolver.threshold(self.policy, **target, clock=clock)
+        if set(target) - {"level"} != {"threshold"}:
+            raise UserError("a policy of your own needs threshold=; the other targets need a name")
+        return target["threshold"], resolver.calibrator
 
     @classmethod
     def from_pretrained(
@@ -121,7 +100,7 @@ class AdaptiveClassifier:
         name: str | Path,
         *,
         policy: str | PolicyFunction | None = None,
-        engine: str = "jax",
+        engine: str = DEFAULT_ENGINE,
         dtype: str = "float32",
         cache_dir: str | Path | None = None,
         **target: Unpack[Target],
@@ -130,14 +109,13 @@ class AdaptiveClassifier:
 
         Args:
           name: folder model/ of a run, or the hub id it was pushed to.
-          policy: exit policy; default the run's.
+          policy: see the class.
           engine: what runs the model, one of ENGINES.
           dtype: of parameters and activations, "float32" or "bfloat16".
           cache_dir: where compiled programs are kept between processes; default
             ~/.cache/sweet_jax/xla. It is JAX's own cache: a directory that JAX was configured with
             before stays.
-          **target: one of threshold, cost, accuracy, risk, agreement, milliseconds; and level: see
-            `Target`.
+          **target: see `Target`.
 
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`.
 
@@ -155,21 +133,6 @@ class AdaptiveClassifier:
         Raises UserError likewise.
         """
         return AdaptiveClassifier(self.model, policy or self.policy, _given(target), self.engine)
-
-    @property
-    def calibrator(self) -> Calibrator:
-        """The temperatures and reliability curves that the policy reads."""
-        return self._rule.calibrator
-
-    @property
-    def text_columns(self) -> tuple[str, ...]:
-        """Names of the one or two text columns that it was trained on."""
-        return self.model.text_columns
-
-    @property
-    def compilations(self) -> int:
-        """The number of programs compiled, or read from the cache, so far."""
-        return self.engine.compilations
 
     def warm_up(
         self,
@@ -191,13 +154,13 @@ class AdaptiveClassifier:
         padded = self._encoder.lengths
         if lengths is not None:
             padded = tuple(sorted({self._encoder.padded_length(n) for n in lengths}))
-        before, scheduler = self.compilations, self.make_scheduler(batch_size, full=full)
+        before, scheduler = self.engine.compilations, self.make_scheduler(batch_size, full=full)
         for key in itertools.product(scheduler.stages, batch_sizes(batch_size), padded):
             self.engine.compile(*key, scheduler.slots)
             done()
         for length in padded:
             self.engine.new_states(scheduler.slots, length)  # compiled too
-        return self.compilations - before
+        return self.engine.compilations - before
 
     def predict(
         self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
@@ -221,7 +184,7 @@ class AdaptiveClassifier:
         """Yields the predictions in order, as `texts` are read; memory does not grow with them.
 
         Args:
-          texts: any iterable of texts, or of pairs as tuples.
+          texts: any iterable.
           batch_size: texts computed at once, at most.
           mode: "throughput": texts of similar length wait for each other, and those that continue
             for others that do, until a batch is full (or 16 batches more have been read).

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sweet_jax.data.batches import encode
 from sweet_jax.inference.engine import padded_lengths
 from sweet_jax.inference.predictions import InvalidRow, Text, validate_text
 from sweet_jax.inference.scheduler import ExitRule, Request
@@ -38,8 +39,6 @@ class RequestEncoder:
         With `same_length` all are padded to one length. Raises UserError for what is not a text,
         or not a pair where the model takes pairs.
         """
-        from sweet_jax.data.batches import encode  # imports datasets: not for --help
-
         valid = {
             number: validate_text(text, self.pairs, number)
             for number, text in enumerate(texts, start=first)

@@ -26,6 +26,7 @@ from sweet_jax.inference.artifact import ModelArtifact
 
 # The module of each engine, imported when it is asked for.
 ENGINES = {"jax": "sweet_jax.inference.engine_jax"}
+DEFAULT_ENGINE = "jax"
 
 # An engine's own buffer of hidden states, [P, L, H].
 HiddenStates = Any
@@ -103,19 +104,19 @@ class Engine(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """The token id that fills input_ids beyond the tokens of a text."""
+        """Returns the token id that fills input_ids beyond the tokens of a text."""
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of token ids."""
+        """Returns the number of token ids."""
 
     @property
     def description(self) -> str:
-        """The device, the library with its version, the dtype: what a measured time depends on."""
+        """Returns what a measured time depends on: device, library and version, dtype."""
 
     @property
     def compilations(self) -> int:
-        """The number of programs compiled, or read from a cache, so far."""
+        """Returns the number of programs compiled, or read from a cache, so far."""
 
     def stages(self, *, full: bool = False, exit_rates: Sequence[float] = ()) -> list[Stage]:
         """Returns the stages in order, see `plan_stages`."""

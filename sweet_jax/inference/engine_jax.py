@@ -50,12 +50,12 @@ class JaxEngine:
 
     @property
     def description(self) -> str:
-        """The device, JAX's version and the dtype."""
+        """Returns the device, JAX's version and the dtype."""
         return f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {self._dtype}"
 
     @property
     def compilations(self) -> int:
-        """The number of programs compiled, or read from the cache, so far."""
+        """Returns the number of programs compiled, or read from the cache, so far."""
         return len(self._compiled)
 
     def stages(self, *, full: bool = False, exit_rates: Sequence[float] = ()) -> list[Stage]:

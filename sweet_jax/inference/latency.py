@@ -24,7 +24,7 @@ _SECONDS = 0.2  # that a stage is run for, at least
 
 @dataclasses.dataclass(frozen=True)
 class LatencyTable:
-    """Measured times.
+    """Holds measured times.
 
     Attributes:
       machine: what they were measured on, from `describe_machine`.
@@ -59,14 +59,10 @@ class LatencyTable:
 def measure_latency(
     engine: Engine, max_length: int, batch_sizes: Iterable[int], progress: Callable[[], object]
 ) -> LatencyTable:
-    """Times every stage with full batches of texts without padding.
+    """Times every stage with full batches of texts without padding, at these B and at 1.
 
-    Args:
-      engine: that runs the stages.
-      max_length: the longest L; every other padded length up to it is measured.
-      batch_sizes: B to measure; 1 is always among them.
-      progress: called after each stage at each B and L.
-
+    Every other padded length up to `max_length` is measured; `progress` is called after each stage
+    at each B and L.
     """
     sizes = tuple(sorted({1, *batch_sizes}))
     lengths = padded_lengths(max_length)[::-2][::-1]  # the longest is among them
@@ -127,11 +123,8 @@ def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
             tuple(values["lengths"]),
             np.asarray(values["milliseconds"], np.float64),
         )
-        if table.milliseconds.shape != (
-            len(table.batch_sizes),
-            len(table.lengths),
-            len(model.layers),
-        ):
+        sizes = (len(table.batch_sizes), len(table.lengths), len(model.layers))
+        if table.milliseconds.shape != sizes:
             raise ValueError("of another shape")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error!r}): measure again") from error

@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Network(NamedTuple):
-    """An encoder with its exits: all of the model's, or under Multi-Model one.
+    """Holds an encoder with its exits: all of the model's, or under Multi-Model one.
 
     Attributes:
       exits: layers of its exits, ascending; the last is its depth.
@@ -38,12 +38,12 @@ class Network(NamedTuple):
 
     @property
     def hidden_size(self) -> int:
-        """H."""
+        """Returns H."""
         return len(self._classifier)
 
     @property
     def classes(self) -> int:
-        """C."""
+        """Returns C."""
         return self._classifier.shape[1]
 
     @property

@@ -19,7 +19,7 @@ _CHECKED = 32  # rows of an output that are computed again before it is resumed
 
 @dataclasses.dataclass
 class Tally:
-    """Totals over the rows of an output.
+    """Holds totals over the rows of an output.
 
     Attributes:
       rows: of the output.
@@ -46,10 +46,11 @@ class Tally:
     def summary(self, speed: float) -> str:
         """Formats the totals in one line; `speed` is in rows a second."""
         predicted = max(1, self.rows - self.errors)
-        shares = [f"{n / predicted:.1%} at {layer}" for layer, n in sorted(self.exits.items())]
+        exits = sorted(self.exits.items())
+        shares = [f"{count / predicted:.1%} at layer {layer}" for layer, count in exits]
         return (
             f"{self.rows} rows ({self.errors} with an error), {speed:.1f} rows/s, mean cost "
-            f"{self.cost / predicted:.4f}, left at layer: {', '.join(shares) or 'none'}"
+            f"{self.cost / predicted:.4f}, exits: {', '.join(shares) or 'none'}"
         )
 
 
@@ -131,14 +132,9 @@ def check_same_rows(
 ) -> None:
     """Compares the last rows of an output with the same rows computed again.
 
-    The input may have been changed, and a finished output does not record what made it. Raises
-    UserError where they differ.
-
-    Args:
-      path: of the output, for the message.
-      last: its last rows.
-      rows: (row, position in the input), beginning with the first of these; so many are consumed.
-
+    The input may have been changed, and a finished output does not record what made it. `rows`,
+    (row, position in the input) each, begin with the first of the last ones; so many are consumed.
+    Raises UserError where they differ; `path` is for its message.
     """
     for old in last:
         new, _ = next(rows, ({}, 0))

@@ -1,4 +1,4 @@
-"""Predictions, and the texts they are of.
+"""Predictions, and checks of the texts they are made for.
 
 Shape letters: N texts, C classes.
 """
@@ -16,7 +16,7 @@ Text = str | tuple[str, str] | Sequence[str]
 
 
 class Prediction(NamedTuple):
-    """The prediction of one text.
+    """Holds the prediction of one text.
 
     Attributes:
       label: the class with the largest probability.
@@ -33,12 +33,12 @@ class Prediction(NamedTuple):
 
     @property
     def probability(self) -> float:
-        """The label's probability."""
+        """Returns the label's probability."""
         return float(self.probabilities.max())
 
 
 class ExitPrediction(NamedTuple):
-    """The prediction of one text at one exit: its layer, the label and the label's probability."""
+    """Holds the prediction of one text at one exit, by its layer, with the label's probability."""
 
     layer: int
     label: str
@@ -46,13 +46,13 @@ class ExitPrediction(NamedTuple):
 
 
 class InvalidRow(NamedTuple):
-    """A row without a text, and the reason."""
+    """Marks a row without a text, and the reason."""
 
     reason: str
 
 
 class Predictions(NamedTuple):
-    """The predictions of some texts, in their order."""
+    """Holds the predictions of some texts, in their order."""
 
     labels: np.ndarray  # str [N]
     probabilities: np.ndarray  # float64 [N, C]

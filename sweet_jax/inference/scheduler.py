@@ -89,7 +89,7 @@ class Request:
 
 
 class Scheduler:
-    """Queues of requests, one for each stage and length, and the batches run from them.
+    """Runs batches from queues of requests, one queue for each stage and length.
 
     Args:
       engine: that runs the stages.
@@ -117,11 +117,11 @@ class Scheduler:
 
     @property
     def slots(self) -> int:
-        """P: enough for a batch of each stage, since deeper queues that are full run first."""
+        """Returns P: a batch for each stage, enough since deeper queues that are full run first."""
         return self.batch_size * len(self.stages)
 
     def __len__(self) -> int:
-        """The number of requests admitted that have not exited."""
+        """Returns the number of requests admitted that have not exited."""
         return sum(map(len, self._queues.values()))
 
     def admit(self, request: Request) -> None:
@@ -235,10 +235,9 @@ class Scheduler:
 
 
 def _leaves(rows: Sequence[Request]) -> np.ndarray:
-    """Whether each row leaves, each by its own rule: bool [N]."""
+    """Returns whether each row leaves, each by its own rule: bool [N]."""
     found = np.empty(len(rows), bool)
-    of = np.asarray([id(row.rule) for row in rows])
     for rule in {id(row.rule): row.rule for row in rows}.values():
-        own = np.flatnonzero(of == id(rule))
-        found[own] = rule.leaves([rows[place] for place in own.tolist()])
+        own = [place for place, row in enumerate(rows) if row.rule is rule]
+        found[own] = rule.leaves([rows[place] for place in own])
     return found

@@ -137,23 +137,6 @@ class Deberta(Encoder):
         return None if self.relative is None else self.relative()
 
 
-def separate_pairs_once(tokenizer: Any) -> None:
-    """Sets a tokenizer to one [SEP] between the texts of a pair, as DeBERTa was pretrained on.
-
-    transformers 5 puts two there.
-    """
-    from tokenizers import processors  # heavy, and not needed for the arithmetic
-
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[
-            ("[CLS]", tokenizer.cls_token_id),
-            ("[SEP]", tokenizer.sep_token_id),
-        ],
-    )
-
-
 NAMES = TensorNames(
     prefix="deberta",
     encoder={
@@ -190,6 +173,5 @@ DEBERTA = EncoderFamily(
     config=DebertaConfig,
     encoder=Deberta,
     names=NAMES,
-    repair_tokenizer=separate_pairs_once,
     fused_attention_obstacle="DeBERTa's attention scores have terms for relative positions",
 )

@@ -187,5 +187,4 @@ DEBERTA_V2 = dataclasses.replace(
             "attention/pos_query_proj": "attention.self.pos_query_proj",
         },
     ),
-    repair_tokenizer=None,
 )

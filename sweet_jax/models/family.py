@@ -1,11 +1,10 @@
 """An encoder family: all that the rest of the package needs to know of one, as a value.
 
-A new family is one file that ends with such a value, and its line in families.py.
+A new family is one file that ends with such a value, and its line in families.py; where
+transformers' tokenizer is not what it was pretrained with, a line in checkpoint_files.py.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
@@ -28,8 +27,6 @@ class EncoderFamily:
       default_pooling: of exits where neither the run's config nor the checkpoint says. The mean,
         since the first token of a low layer has hardly seen the text
         (experiments/results/recipe).
-      repair_tokenizer: changes a loaded tokenizer, in place, to what the family was pretrained
-        with; None where transformers' own is right.
       fused_attention_obstacle: why fused attention cannot compute the family's layers; "" where it
         can.
 
@@ -41,7 +38,6 @@ class EncoderFamily:
     encoder: type[Encoder]
     names: TensorNames
     default_pooling: str = "mean"
-    repair_tokenizer: Callable[[Any], None] | None = None
     fused_attention_obstacle: str = ""
 
     def __post_init__(self) -> None:

@@ -1,57 +1,45 @@
-"""Hugging Face checkpoints: found by name, their configuration, tokenizer and encoder.
+"""Hugging Face checkpoints of the encoder families: configuration, weights, encoder.
 
 Shape letters: B batch, L length, H hidden.
 """
 
 import dataclasses
 import functools
-import importlib.util
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.config import UserError
-from sweet_jax.files import resolve_path
+from sweet_jax.models.checkpoint_files import CheckpointFiles, locate_checkpoint
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.weights import Weights, read_weights
 
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
-_FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
-_FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
-_FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint(CheckpointFiles):
+    """Describes a checkpoint on disk: its files, encoder family and configuration."""
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """Describes a checkpoint on disk: its folder, encoder family and configuration."""
-
-    folder: Path
     family: EncoderFamily
     config: EncoderConfig
 
     @property
-    def model_type(self) -> str:
-        """The family's name in config.json."""
-        return self.family.model_type
+    def vocab_size(self) -> int:
+        """Returns the number of token ids, the family's default where config.json does not say."""
+        return self.config.vocab_size
 
     @property
     def depth(self) -> int:
-        """Number of encoder layers."""
+        """Returns the number of encoder layers."""
         return self.config.num_hidden_layers
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """The pretrained weights, read at the first use and kept as long as this value is.
+        """Returns the pretrained weights, read at the first use and kept as long as this value is.
 
         Raises UserError: see `read_weights`.
         """
@@ -67,84 +55,22 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Finds a checkpoint by hub id, local directory or `pkg://package/path`; reads its config.
+    """Finds a checkpoint, see `locate_checkpoint`, and reads its family's configuration.
 
     Raises UserError when it is absent, of another architecture, or its config is unreadable.
     """
-    folder = resolve_path(name)
-    if not os.path.isdir(folder):  # also False where permission is lacking
-        if name.startswith(("pkg://", "/", ".", "~")):
-            raise UserError(f"checkpoint {name!r} is not a directory")
-        folder = _from_hub(name)
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {name!r} has no readable config.json: {error}") from error
-    kind = values.get("model_type")
+    files = locate_checkpoint(name)
+    kind = files.values.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise UserError(
             f"checkpoint {name!r} is of model_type {kind!r}; supported are {', '.join(FAMILIES)}"
         )
     try:
-        return Checkpoint(folder, family, family.config.from_values(values))
+        config = family.config.from_values(files.values)
     except UserError as error:
         raise UserError(f"checkpoint {name!r} has {error}") from error
-
-
-def _from_hub(name: str) -> Path:
-    import huggingface_hub  # heavy, and not needed for local files
-
-    def fetch(patterns: list[str]) -> Path:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-
-    try:
-        folder = fetch(_FILES)
-        # Pickles are large, and not wanted beside safetensors.
-        return folder if [*folder.glob("*.safetensors")] else fetch([*_FILES, "pytorch_model*"])
-    except Exception as error:  # the client raises many kinds; each means the same to a user
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"checkpoint {name!r} is neither a local directory nor to be had from the hub "
-            f"({reason}): check the name and the network"
-        ) from error
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Loads the checkpoint's own fast tokenizer. Raises UserError where there is none."""
-    import transformers  # heavy, and not needed for the arithmetic
-
-    # Without files transformers makes an empty tokenizer, in which every word is unknown.
-    found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
-    if not found:
-        raise UserError(f"no {' or '.join(_VOCABULARIES)} in {str(checkpoint.folder)!r}")
-    if found == ["spm.model"] and importlib.util.find_spec("sentencepiece") is None:
-        raise UserError(
-            f"the tokenizer in {str(checkpoint.folder)!r} is a SentencePiece model, spm.model: "
-            'pip install -e ".[sentencepiece]" to read it'
-        )
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no tokenizer in {str(checkpoint.folder)!r}: {reason}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{str(checkpoint.folder)!r} has no fast tokenizer (tokenizer.json)")
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer in {str(checkpoint.folder)!r} has no padding token")
-    if max(tokenizer.get_vocab().values()) >= checkpoint.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {str(checkpoint.folder)!r} has more tokens than the checkpoint's "
-            f"vocab_size, {checkpoint.config.vocab_size}"
-        )
-    if checkpoint.family.repair_tokenizer is not None:
-        checkpoint.family.repair_tokenizer(tokenizer)
-    return tokenizer
+    return Checkpoint(files.folder, files.values, family, config)
 
 
 def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:

@@ -38,7 +38,7 @@ _AT_ONCE = 10_000  # rows that are turned into features to be predicted
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Baseline:
-    """A baseline's predictions on the validation rows, and its cost.
+    """Holds a baseline's predictions on the validation rows, and its cost.
 
     Attributes:
       name: one of the names above; any other name is shown unchanged.

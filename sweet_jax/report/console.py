@@ -41,27 +41,24 @@ def exit_table(results: Mapping[str, Any]) -> str:
 
 def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     """Formats what `individual_exits` returns, under a heading."""
-    lines = [f"{'exit':>5} {'cost':>6} {metric:>9}  95% interval         n"]
-    for row in rows:
-        low, high = row["interval"]
-        lines.append(
-            f"{row['layer']:>5} {row['cost']:>6.3f} {row['score']:>9.4f}  "
-            f"[{low:.4f}, {high:.4f}] {row['n']:>5}"
-        )
-    return lines
+    return _table("exit", [(str(row["layer"]), row) for row in rows], metric, ">")
 
 
 def baseline_lines(rows: Mapping[str, Mapping[str, Any]], metric: str) -> list[str]:
     """Formats `baselines` of results.json, under a heading; no lines where there are none."""
-    if not rows:
-        return []
-    names = {name: baseline_title(name) for name in rows}
-    width = max(len("baseline"), *(len(shown) for shown in names.values()))
-    lines = [f"{'baseline':<{width}} {'cost':>6} {metric:>9}  95% interval         n"]
-    for name, row in rows.items():
+    named = [(baseline_title(name), row) for name, row in rows.items()]
+    return _table("baseline", named, metric, "<") if named else []
+
+
+def _table(
+    title: str, rows: Sequence[tuple[str, Mapping[str, Any]]], metric: str, align: str
+) -> list[str]:
+    width = max(5, len(title), *(len(name) for name, _ in rows))
+    lines = [f"{title:{align}{width}} {'cost':>6} {metric:>9}  95% interval         n"]
+    for name, row in rows:
         low, high = row["interval"]
         lines.append(
-            f"{names[name]:<{width}} {row['cost']:>6.3f} {row['score']:>9.4f}  "
+            f"{name:{align}{width}} {row['cost']:>6.3f} {row['score']:>9.4f}  "
             f"[{low:.4f}, {high:.4f}] {row['n']:>5}"
         )
     return lines

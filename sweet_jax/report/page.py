@@ -3,9 +3,8 @@
 Shape letters: R replica, E exit, T thresholds.
 """
 
-import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,19 @@ from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.console import describe_divergence, fitted_rows
-from sweet_jax.report.plotly_figures import (
-    curve_figure,
-    layout,
-    loss_figure,
-    reliability_figure,
-    shares_figure,
-)
-from sweet_jax.report.results import bound_curve, certificate_table
-from sweet_jax.report.series import (
-    BOUNDS,
-    exit_color,
-    loss_series,
-    policy_series,
-    reliability_series,
-)
+from sweet_jax.report.page_tables import certificate_table, policy_series
+from sweet_jax.report.plotly_figures import curve_figure, make_figure, shares_figure
+from sweet_jax.report.results import bound_curve
 from sweet_jax.report.shortfalls import describe_shortfall, is_refitted, worst_shortfalls
+from sweet_jax.report.traces import (
+    BOUNDS,
+    LOSS_AXES,
+    RELIABILITY_AXES,
+    Trace,
+    exit_color,
+    loss_traces,
+    reliability_traces,
+)
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("sweet_jax", "report"),
@@ -80,8 +76,10 @@ def write_report(
         figures={
             "curve": _json(curve_figure(results)),
             "shares": _json(shares_figure(layers)),
-            "reliability": _json(reliability_figure(reliability_series(analysis, best))),
-            "loss": _json(loss_figure(loss_series(metrics, best, trainings))),
+            "reliability": _json(
+                make_figure(*RELIABILITY_AXES, reliability_traces(analysis, best))
+            ),
+            "loss": _json(make_figure(*LOSS_AXES, loss_traces(metrics, best, trainings))),
         },
     )
     write_text(path, page)
@@ -92,35 +90,36 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
 
     A run's line is the mean over the replicas of its chosen learning rate, read at common costs;
     each replica's own curve is drawn thin beside it, and the mean of its floor and of its stable
-    oracle in the same colour, hidden until their names are clicked.
+    oracle in the same color, hidden until their names are clicked.
     """
-    figure, rows = layout("cost (share of the full model's layers)", "metric"), []
+    traces, rows = [], []
     for number, (name, analysis) in enumerate(runs):
-        cost = np.linspace(analysis.curve.cost.min(), analysis.curve.cost.max(), 200)  # [T]
-        each = np.stack(
-            [
-                np.interp(cost, analysis.curve.cost[r], analysis.curve.score[r])
-                for r in analysis.chosen
-            ]
-        )  # [chosen R, T]
-        _add_run(figure, number, html.escape(name), cost, each)
+        identity, curve = analysis.validation.identity, analysis.curve
+        cost = np.linspace(curve.cost.min(), curve.cost.max(), 200)  # [T]
+        each = _read_at(cost, [(curve.cost[r], curve.score[r]) for r in analysis.chosen])
+        lines = [("", metric, "solid", 0.7) for metric in each if len(each) > 1]
+        lines.append((name, each.mean(axis=0), "solid", 2.5))
         for kind in ("floor", "stable"):
+            title, _, dash = BOUNDS[kind]
             bounds = [bound_curve(analysis, r, kind) for r in analysis.chosen]
-            figure.add_scatter(
-                x=cost,
-                y=np.mean([np.interp(cost, b.cost, b.score) for b in bounds], axis=0),
-                name=f"{html.escape(name)}: {BOUNDS[kind][0]}",
-                mode="lines",
-                line={"color": exit_color(number), "dash": BOUNDS[kind][2], "width": 1},
-                visible="legendonly",
+            mean = _read_at(cost, [(b.cost, b.score) for b in bounds]).mean(axis=0)
+            lines.append((f"{name}: {title}", mean, dash, 1))
+        traces += [
+            Trace(
+                label,
+                exit_color(number),
+                cost.tolist(),
+                values.tolist(),
+                dash=dash,
+                width=width,
+                optional=dash != "solid",
             )
-        identity = analysis.validation.identity
+            for label, values, dash, width in lines
+        ]
         rows.append(
             {
                 "name": name,
-                "task": identity.task,
-                "method": identity.method,
-                "metric": identity.metric,
+                **{key: getattr(identity, key) for key in ("task", "method", "metric")},
                 "seeds": len(each),
                 "n": analysis.validation.labels.shape[1],
                 "area": float(np.mean([curve_area(cost, metric) for metric in each])),
@@ -128,38 +127,16 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
                 "last": float(each[:, -1].mean()),
             }
         )
+    figure = make_figure("cost (share of the full model's layers)", "metric", traces)
     page = _ENVIRONMENT.get_template("comparison.html").render(
         rows=rows, plotly=plotly.offline.get_plotlyjs(), figure=_json(figure)
     )
     write_text(path, page)
 
 
-def _add_run(
-    figure: go.Figure, number: int, shown: str, cost: np.ndarray, each: np.ndarray
-) -> None:
-    """Adds a run's mean line, and the replicas' own where there are several.
-
-    cost [T], each [R, T]: the replicas' metric at these costs. `shown` is escaped.
-    """
-    if len(each) > 1:
-        for metric in each:
-            figure.add_scatter(
-                x=cost,
-                y=metric,
-                line={"color": exit_color(number), "width": 0.7},
-                opacity=0.5,
-                showlegend=False,
-                hoverinfo="skip",
-                mode="lines",
-            )
-    figure.add_scatter(
-        x=cost,
-        y=each.mean(axis=0),
-        name=shown,
-        mode="lines",
-        line={"color": exit_color(number), "width": 2.5},
-        hovertemplate=f"{shown}<br>cost %{{x:.3f}}<br>metric %{{y:.4f}}<extra></extra>",
-    )
+def _read_at(cost: np.ndarray, curves: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns the metric of curves, each (cost, metric), at these costs [T]: [chosen R, T]."""
+    return np.stack([np.interp(cost, *curve) for curve in curves])
 
 
 def _json(figure: go.Figure) -> Any:

@@ -9,11 +9,17 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from sweet_jax.report.series import BOUNDS, baseline_series, exit_color
+from sweet_jax.report.traces import (
+    Trace,
+    baseline_traces,
+    bound_traces,
+    exit_color,
+    operating_point_traces,
+)
 
 
-def layout(x: str, y: str) -> go.Figure:
-    """Returns an empty figure in the page's style with titled axes."""
+def make_figure(x: str, y: str, traces: Sequence[Trace] = ()) -> go.Figure:
+    """Returns a figure of traces in the page's style with titled axes."""
     figure = go.Figure()
     figure.update_layout(
         template="plotly_white",
@@ -23,6 +29,30 @@ def layout(x: str, y: str) -> go.Figure:
         yaxis_title=y,
         font={"family": "system-ui, sans-serif", "size": 14},
     )
+    return _add(figure, traces)
+
+
+def _add(figure: go.Figure, traces: Sequence[Trace]) -> go.Figure:
+    """Adds traces to a figure; returns it. Their names and texts are escaped."""
+    what = (figure.layout.xaxis.title.text or "").partition(" (")[0]
+    for trace in traces:
+        kinds = (("lines", trace.dash), ("markers", trace.symbol))
+        name = html.escape(trace.name)
+        first = "%{text}" if trace.text else name
+        figure.add_scatter(
+            x=trace.x,
+            y=trace.y,
+            name=name,
+            showlegend=bool(name),
+            opacity=1 if name else 0.5,
+            mode="+".join(kind for kind, used in kinds if used),
+            line={"color": trace.color, "dash": trace.dash or None, "width": trace.width},
+            marker={"color": trace.color, "symbol": trace.symbol or None, "size": trace.size},
+            cliponaxis=not trace.symbol,
+            text=[html.escape(text) for text in trace.text] or None,
+            visible="legendonly" if trace.optional or trace.far else True,
+            hovertemplate=f"{first}<br>{what} %{{x:.5~g}}<br>%{{y:.4f}}<extra></extra>",
+        )
     return figure
 
 
@@ -30,10 +60,10 @@ def curve_figure(results: Mapping[str, Any]) -> go.Figure:
     """Returns the figure of the metric against cost.
 
     Its traces are 0 the curve, 1 the paper's grid, 2 single exits, 3 the slider's marker, then the
-    bounds in the order of BOUNDS, which the page fills in; then the baselines, filled in here.
+    bounds in the order of BOUNDS, all of which the page fills in; then the baselines.
     """
     metric = html.escape(results["metric"])
-    figure = layout("cost (share of the full model's layers)", metric)
+    figure = make_figure("cost (share of the full model's layers)", metric)
     hover = "<b>threshold %{customdata[0]:.7f}</b><br>cost %{x:.3f}<br>"
     hover += f"{metric} %{{y:.4f}}"
     for e, layer in enumerate(results["exits"], start=1):
@@ -44,63 +74,28 @@ def curve_figure(results: Mapping[str, Any]) -> go.Figure:
         line={"shape": "hv", "color": "#21918c", "width": 2},
         hovertemplate=hover + "<extra></extra>",
     )
-    figure.add_scatter(
-        name="the paper's 11 thresholds",
-        mode="markers",
-        marker={"color": "#440154", "size": 7},
-        hovertemplate="threshold %{customdata:.3f}<br>cost %{x:.3f}<br>%{y:.4f}<extra></extra>",
-    )
-    figure.add_scatter(
-        name="one exit for all",
-        mode="markers",
-        marker={"symbol": "square", "color": "#e8833a", "size": 9},
-        hovertemplate="%{text}<br>cost %{x:.3f}<br>%{y:.4f}<extra></extra>",
-    )
+    _add(figure, operating_point_traces(results))
     figure.add_scatter(
         name="the slider",
         mode="markers",
         hoverinfo="skip",
         marker={"symbol": "circle-open", "color": "#c0392b", "size": 16, "line": {"width": 3}},
     )
-    for name, (about, ink, dash) in BOUNDS.items():
-        figure.add_scatter(
-            name=about,
-            mode="lines",
-            line={"color": ink, "dash": dash, "width": 1.5},
-            visible=True if name in ("floor", "stable") else "legendonly",
-            hovertemplate=f"{about}<br>cost %{{x:.3f}}<br>%{{y:.4f}}<extra></extra>",
-        )
+    _add(figure, [*bound_traces(results), *(baselines := baseline_traces(results))])
     figure.update_layout(
-        height=600, legend={"orientation": "h", "y": -0.15, "yanchor": "top"}, margin={"t": 10}
+        height=600 + 25 * len(baselines),  # each is a line of the legend
+        legend={"orientation": "h", "y": -0.15, "yanchor": "top"},
+        margin={"t": 10},
     )
-    _add_baselines(figure, results)
-    return figure
-
-
-def _add_baselines(figure: go.Figure, results: Mapping[str, Any]) -> None:
-    """Adds the baselines as black markers, on an axis that begins at cost 0."""
-    series = baseline_series(results)
-    for entry in series:
-        figure.add_scatter(
-            name=html.escape(entry["title"]),
-            mode="markers",
-            x=entry["cost"],
-            y=entry["score"],
-            text=[html.escape(text) for text in entry["text"]],
-            marker={"symbol": entry["symbol"], "color": "#222222", "size": 10},
-            cliponaxis=False,
-            visible="legendonly" if entry["far"] else True,
-            hovertemplate="%{text}<br>cost %{x:.3f}<br>%{y:.4f}<extra></extra>",
-        )
-    if series:
+    if baselines:
         figure.update_xaxes(rangemode="tozero")
         figure.update_yaxes(ticklabelstandoff=10)  # markers at cost 0 overlap the axis
-        figure.update_layout(height=figure.layout.height + 25 * len(series))  # lines of the legend
+    return figure
 
 
 def shares_figure(layers: Sequence[int]) -> go.Figure:
     """Returns the bar chart of the shares that exit at each layer; the page fills it in."""
-    figure = layout("", "share of the examples")
+    figure = make_figure("", "share of the examples")
     figure.add_bar(
         x=[f"exit {layer}" for layer in layers],
         y=[0.0] * len(layers),
@@ -109,45 +104,4 @@ def shares_figure(layers: Sequence[int]) -> go.Figure:
         hoverinfo="skip",
     )
     figure.update_yaxes(range=[0, 1.05], tickformat=".0%")
-    return figure
-
-
-def reliability_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Returns the reliability diagram: dotted before, solid after temperature scaling."""
-    figure = layout("confidence", "share correct")
-    figure.add_scatter(
-        x=[0, 1],
-        y=[0, 1],
-        mode="lines",
-        line={"color": "#bbbbbb"},
-        name="perfect",
-        hoverinfo="skip",
-    )
-    for e, row in enumerate(series):
-        for name, dash in (("before", "dot"), ("after", "solid")):
-            if name in row:
-                bins = row[name]
-                figure.add_scatter(
-                    x=bins["confidence"],
-                    y=bins["correct"],
-                    customdata=bins["count"],
-                    mode="lines+markers",
-                    line={"color": exit_color(e), "dash": dash},
-                    name=f"exit {row['layer']} {name}, ECE {bins['error']:.3f}",
-                    hovertemplate="confidence %{x:.3f}<br>correct %{y:.3f}<br>%{customdata} rows",
-                )
-    return figure
-
-
-def loss_figure(series: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Returns the figure of the training loss of every exit."""
-    figure = layout("step", "cross-entropy, mean of 20 steps")
-    for e, row in enumerate(series):
-        figure.add_scatter(
-            x=row["step"],
-            y=row["loss"],
-            mode="lines",
-            name=f"exit {row['layer']}",
-            line={"color": exit_color(e)},
-        )
     return figure

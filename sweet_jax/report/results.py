@@ -18,10 +18,8 @@ from sweet_jax.exits.bounds import (
     share_of_gap,
     single_exit_hull,
 )
-from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric, mean_interval
-from sweet_jax.exits.operating_point import Resolution
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import exit_confidences
@@ -32,7 +30,6 @@ from sweet_jax.report.shortfalls import shortfall_results
 
 # Where the SWEET paper reads its speed-accuracy curves; Multi-Model's reach beyond the full model.
 _COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0, 1 + 3 / 8, 1 + 3 / 4)
-_LIMITS = (0.01, 0.02, 0.05, 0.1)  # on the share of harmed examples: what the report certifies
 _CURVE_POINTS = 2000  # in results.json; the saved outputs have all thresholds
 
 
@@ -58,46 +55,51 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
     return rows
 
 
-def build_results(
-    config: Config,
-    analysis: Analysis,
-    diverged: Sequence[Mapping[str, Any]],
-    rows: int,
-    *,
-    baselines: Sequence[Baseline] = (),
-    **more: Any,
-) -> dict[str, Any]:
-    """Returns the contents of results.json.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingRecord:
+    """Holds what a report says of a run that does not follow from its outputs.
 
-    Args:
-      config: resolved.
-      analysis: of the run's outputs.
-      diverged: a row for each replica and exit that diverged or collapsed, see `find_failures`.
+    Attributes:
       rows: number of training rows.
+      tuning_rows: number of rows held out for tuning.
+      failures: a row for each replica and exit that diverged or collapsed, see `find_failures`.
       baselines: predictions on the validation rows; those of the best replica are reported.
-      more: further keys, which do not follow from the outputs.
+      timing, versions, rate_search, best_steps: keys of results.json, as they are there.
 
     """
+
+    rows: int
+    tuning_rows: int = 0
+    failures: Sequence[Mapping[str, Any]] = ()
+    baselines: Sequence[Baseline] = ()
+    timing: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rate_search: Mapping[str, Any] | None = None
+    best_steps: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+
+
+def build_results(config: Config, analysis: Analysis, training: TrainingRecord) -> dict[str, Any]:
+    """Returns the contents of results.json; `config` is resolved."""
     # The first exit of a model of this depth, and the paper's other costs within reach.
     reach = float(np.asarray(analysis.validation.cost)[-1]) + 1e-12
     costs = [c for c in (1 / config.exits[-1], *_COSTS) if c <= reach]
     replicas = [
-        _replica_results(analysis, r, costs, [dict(d) for d in diverged if d["replica"] == r])
+        _replica_results(analysis, r, costs)
+        | {"diverged": [dict(row) for row in training.failures if row["replica"] == r]}
         for r in range(len(analysis.replicas))
     ]
     mean, ci95 = _over_seeds([replicas[r] for r in analysis.chosen])
     metric = analysis.validation.identity.metric
     return {
-        "task": config.task,
-        "method": config.method,
-        "checkpoint": config.checkpoint,
+        **{key: getattr(config, key) for key in ("task", "method", "checkpoint")},
         "exits": list(config.exits),
         "preset": config.preset,
         "metric": metric,
         "n": {
             "calibration": analysis.calibration.labels.shape[1],
             "validation": analysis.validation.labels.shape[1],
-            "train": rows,
+            "train": training.rows,
+            "tuning": training.tuning_rows,
         },
         "fitted_on": config.calibration,
         "policy": analysis.validation.identity.policy,
@@ -105,15 +107,15 @@ def build_results(
         "best_replica": analysis.best,
         "mean": mean,
         "ci95": ci95,
-        **shortfall_results(analysis.validation, analysis.best, baselines, metric),
-        **more,
+        **shortfall_results(analysis.validation, analysis.best, training.baselines, metric),
+        **{key: getattr(training, key) for key in ("timing", "versions")},
+        **{key: getattr(config, key) for key in ("pooling", "head_init", "head_refit")},
+        **{key: getattr(training, key) for key in ("rate_search", "best_steps")},
     }
 
 
-def _replica_results(
-    analysis: Analysis, replica: int, costs: Sequence[float], diverged: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Returns the entry of `replicas` for one replica."""
+def _replica_results(analysis: Analysis, replica: int, costs: Sequence[float]) -> dict[str, Any]:
+    """Returns the entry of `replicas` for one replica, without its failures."""
     seed, rate = analysis.replicas[replica]
     keep = analysis.operating_point(replica)
     return {
@@ -129,7 +131,6 @@ def _replica_results(
         "full_score": None if keep.threshold is None else keep.as_dict(),
         "quality": _quality(analysis, replica),
         **_bounds(analysis, replica),
-        "diverged": diverged,
     }
 
 
@@ -155,17 +156,14 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
         bounds["best_thresholds"] = best_thresholds(outputs, replica, scores)
     curve = (analysis.curve.cost[replica], analysis.curve.score[replica])
     end = float(outputs.cost[-1])
-    return {
-        "bounds": {
-            k: {
-                # A bound that ends before the last exit is constant from there on.
-                "cost": [*b.cost.tolist(), *([end] if b.cost[-1] < end else [])],
-                "score": [*b.score.tolist(), *([float(b.score[-1])] if b.cost[-1] < end else [])],
-            }
-            for k, b in bounds.items()
-        },
-        "gap_closed": share_of_gap(*curve, bounds["floor"], bounds["stable"]),
-    }
+    reached = {}
+    for kind, bound in bounds.items():
+        cost, values = bound.cost.tolist(), bound.score.tolist()
+        if cost[-1] < end:  # a bound that ends before the last exit is constant from there on
+            cost, values = [*cost, end], [*values, values[-1]]
+        reached[kind] = {"cost": cost, "score": values}
+    gap = share_of_gap(*curve, bounds["floor"], bounds["stable"])
+    return {"bounds": reached, "gap_closed": gap}
 
 
 def bound_curve(analysis: Analysis, replica: int, kind: str) -> ParetoFront:
@@ -196,48 +194,25 @@ def thin_curve(
     return {name: array[use] for name, array in arrays.items()}
 
 
-def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
-    """Certifies limits on either kind of harm for one replica, at 95% confidence.
-
-    Returns one dict for each kind and limit: the certificate's values, and the cost and score of
-    its threshold on validation rows (None where the limit cannot be certified). Empty where the run
-    cannot certify anything.
-    """
-    resolver = analysis.resolver(replica)
-    if resolver.half_calibrator is None or not resolver.losses:
-        return []
-    rows = []
-    for kind in CERTIFICATE_KINDS:
-        for limit in _LIMITS:
-            found = resolver.certificate(analysis.policy, kind, limit)
-            resolution = Resolution(found.threshold, resolver.half_calibrator, certificate=found)
-            cost, value = analysis.evaluate(replica, resolution).validation or (None, None)
-            rows.append(found.as_dict() | {"cost": cost, "score": value})
-    return rows
-
-
 def _over_seeds(replicas: Sequence[Mapping[str, Any]]) -> tuple[dict, dict]:
     """Returns mean and half width of the 95% interval over seeds, for exits and for set costs."""
-    exits = [[row["score"] for row in replica["individual"]] for replica in replicas]
+    layers = [row["layer"] for row in replicas[0]["individual"]]
     every = [replica["at_cost"] for replica in replicas]
     keys = [k for k in every[0] if all(costs[k] is not None for costs in every)]
-    costs = [[replica["at_cost"][k] for k in keys] for replica in replicas]
+    exits = [[row["score"] for row in replica["individual"]] for replica in replicas]
+    costs = [[costs[k] for k in keys] for costs in every]
     tables = []
-    for which in (0, 1):
-        by_exit = mean_interval(np.asarray(exits))[which]
-        by_cost = mean_interval(np.asarray(costs))[which]
-        layers = [row["layer"] for row in replicas[0]["individual"]]
+    intervals = (mean_interval(np.asarray(values)) for values in (exits, costs))
+    for by_exit, by_cost in zip(*intervals, strict=True):  # the mean, the half width
+        scores = [None] * len(layers) if by_exit is None else by_exit.tolist()
+        at_cost = [None] * len(keys) if by_cost is None else by_cost.tolist()
+        rows = zip(layers, scores, strict=True)
         tables.append(
             {
                 "learning_rate": replicas[0]["learning_rate"],
                 "seeds": [replica["seed"] for replica in replicas],
-                "individual": [
-                    {"layer": layer, "score": None if by_exit is None else float(by_exit[e])}
-                    for e, layer in enumerate(layers)
-                ],
-                "at_cost": {
-                    k: None if by_cost is None else float(by_cost[i]) for i, k in enumerate(keys)
-                },
+                "individual": [{"layer": layer, "score": score} for layer, score in rows],
+                "at_cost": dict(zip(keys, at_cost, strict=True)),
             }
         )
     return tables[0], tables[1]

@@ -26,13 +26,12 @@ _FIX_BELOW_FINE_TUNED = (  # the heads are fitted already
 
 @dataclasses.dataclass(frozen=True)
 class Shortfall:
-    """An exit that is below a baseline.
+    """Describes an exit that is below a baseline.
 
     Attributes:
       exit: its layer number.
-      score: its metric.
+      score, baseline_score: the metric of either.
       baseline: the baseline's name.
-      baseline_score: the baseline's metric.
       difference: score - baseline_score, below zero.
       interval: (low, high), 95% interval of the difference, wholly below zero.
       n: number of validation rows.
@@ -57,18 +56,8 @@ def find_shortfalls(
     own layer, and reported where the 95% interval of the paired difference lies below zero. The
     intervals are not corrected for multiple comparisons: 1 in 40 between equals is reported.
 
-    Args:
-      outputs: of the rows reported.
-      replica: index on the axis R.
-      baselines: of the same rows.
-      metric: "accuracy", "matthews" or "f1".
-
-    Returns:
-      In order of depth, and for each exit the largest shortfall first.
-
-    Raises:
-      ValueError: a baseline of other rows, replicas or classes.
-
+    Returns them in order of depth, and for each exit the largest shortfall first. Raises ValueError
+    for a baseline of other rows, replicas or classes than the outputs'.
     """
     labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
     given = outputs.replica(replica).predictions[0]  # [E, N]

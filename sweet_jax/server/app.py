@@ -12,48 +12,33 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from sweet_jax.config import UserError
+from sweet_jax.exits.targets import TARGET_RANGES
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.predictions import ExitPrediction, Prediction, make_exit_predictions
 from sweet_jax.server.worker import QueueFullError, Worker, WorkerStoppedError
 
-_TARGETS = ("cost", "accuracy", "threshold", "risk", "agreement", "milliseconds", "level")
 _PAGE = Path(__file__).parent / "page.html"
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The largest values that are accepted.
+    """Holds the largest values that are accepted."""
 
-    Attributes:
-      texts: of a request.
-      characters: of a text.
-      body: bytes of a request.
-      waiting: texts waiting or under way.
-      timeout: seconds to read a request, and to answer it.
-
-    """
-
-    texts: int = 256
-    characters: int = 100_000
-    body: int = 1 << 20
-    waiting: int = 2048
-    timeout: float = 30.0
-
-
-class _Refused(Exception):  # noqa: N818 - a response, not an error
-    """A request that gets no predictions: the status and the reason."""
-
-    def __init__(self, status: int, reason: str):
-        self.status, self.reason = status, reason
+    texts: int = 256  # of a request
+    characters: int = 100_000  # of a text
+    body: int = 1 << 20  # bytes of a request
+    waiting: int = 2048  # texts waiting or being computed
+    timeout: float = 30.0  # seconds to read a request, and to answer it
 
 
 class _Metrics:
-    """The counters that GET /metrics reports."""
+    """Holds the counters that GET /metrics reports."""
 
     def __init__(self, worker: Worker):
         self.registry = CollectorRegistry()
@@ -123,10 +108,10 @@ async def _guarded(respond: Callable[[], Awaitable[Response]], limits: Limits) -
     """Returns the response, or the refusal that an exception stands for."""
     try:
         return await respond()
-    except _Refused as refused:
+    except HTTPException as refused:
         # A body that was not read to its end would be taken for the next request.
-        close = {"Connection": "close"} if refused.status in (408, 413) else None
-        return JSONResponse({"error": refused.reason}, refused.status, close)
+        close = {"Connection": "close"} if refused.status_code in (408, 413) else None
+        return JSONResponse({"error": refused.detail}, refused.status_code, close)
     except UserError as error:
         return JSONResponse({"error": str(error)}, 400)
     except QueueFullError:
@@ -162,8 +147,8 @@ _DROPPED = 16
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:
-    """Reads the body. Raises `_Refused` where it is too large or comes too slowly."""
-    too_large = _Refused(413, f"a request may have {limits.body} bytes")
+    """Reads the body. Raises HTTPException where it is too large or comes too slowly."""
+    too_large = HTTPException(413, f"a request may have {limits.body} bytes")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > limits.body:
         if int(length) <= _DROPPED * limits.body:
@@ -181,7 +166,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
                     raise too_large
                 parts.append(part)
     except TimeoutError as error:
-        raise _Refused(408, f"no whole request within {limits.timeout:g} seconds") from error
+        raise HTTPException(408, f"no whole request within {limits.timeout:g} seconds") from error
     return b"".join(parts)
 
 
@@ -189,49 +174,49 @@ def _parse(body: bytes) -> dict[str, Any]:
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise _Refused(400, "the body is not JSON") from error
+        raise HTTPException(400, "the body is not JSON") from error
     if not isinstance(values, dict):
-        raise _Refused(400, 'the body must be an object: {"texts": [...]}')
-    unknown = sorted(values.keys() - {"texts", "policy", "detail", *_TARGETS})
+        raise HTTPException(400, 'the body must be an object: {"texts": [...]}')
+    unknown = sorted(values.keys() - {"texts", "policy", "detail", *TARGET_RANGES})
     if unknown:
-        known = ", ".join(("texts", "policy", "detail", *_TARGETS))
-        raise _Refused(400, f"unknown key {unknown[0]!r}: choose from {known}")
+        known = ", ".join(("texts", "policy", "detail", *TARGET_RANGES))
+        raise HTTPException(400, f"unknown key {unknown[0]!r}: choose from {known}")
     if not isinstance(values.get("detail"), bool | None):
-        raise _Refused(400, f"detail must be true or false; got {values['detail']!r:.40}")
+        raise HTTPException(400, f"detail must be true or false; got {values['detail']!r:.40}")
     return values
 
 
 async def _resolve_target(worker: Worker, values: Mapping[str, Any]) -> AdaptiveClassifier:
     policy = values.get("policy")
-    target = {name: values[name] for name in _TARGETS if values.get(name) is not None}
+    target = {name: values[name] for name in TARGET_RANGES if values.get(name) is not None}
     if policy is not None and not isinstance(policy, str):
-        raise _Refused(400, "policy must be a name")
+        raise HTTPException(400, "policy must be a name")
     for name, value in target.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not abs(value) < 1e6:
-            raise _Refused(400, f"{name} must be a number; got {value!r:.40}")
+            raise HTTPException(400, f"{name} must be a number; got {value!r:.40}")
     if "level" in target and not {"risk", "agreement"} & target.keys():
-        raise _Refused(400, "level is of a certificate: give risk or agreement too")
+        raise HTTPException(400, "level is of a certificate: give risk or agreement too")
     return await asyncio.to_thread(worker.at, policy, target)  # a certificate takes a while
 
 
 def _check_texts(values: Mapping[str, Any], limits: Limits) -> list:
     texts = values.get("texts")
     if not isinstance(texts, list) or not texts:
-        raise _Refused(400, "texts must be a list of one text or more")
+        raise HTTPException(400, "texts must be a list of one text or more")
     if len(texts) > min(limits.texts, limits.waiting):
-        raise _Refused(413, f"a request may have {limits.texts} texts; got {len(texts)}")
+        raise HTTPException(413, f"a request may have {limits.texts} texts; got {len(texts)}")
     for text in texts:
         parts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
         if any(isinstance(p, str) and len(p) > limits.characters for p in parts):
-            raise _Refused(413, f"a text may have {limits.characters} characters")
+            raise HTTPException(413, f"a text may have {limits.characters} characters")
     return texts
 
 
 def _as_json(prediction: Prediction, exits: list[ExitPrediction] | None) -> dict[str, Any]:
     """Returns an element of "answers"; with `exits`, also every exit that the text reached."""
     if not math.isfinite(prediction.probability):
-        raise _Refused(500, "the model's answer is not a number: its training diverged")
+        raise HTTPException(500, "the model's answer is not a number: its training diverged")
     answer: dict[str, Any] = {"label": prediction.label, "probability": prediction.probability}
     answer |= {"exit": prediction.exit, "cost": prediction.cost}
     if exits is not None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.predictions import Prediction, Text, make_prediction
@@ -16,35 +18,31 @@ _CACHED = 256  # operating points of HTTP requests, so that each is resolved onc
 
 
 class QueueFullError(Exception):
-    """More texts wait than the limit."""
+    """Raised where more texts wait than the limit."""
 
 
 class WorkerStoppedError(Exception):
-    """The thread has ended."""
+    """Raised where the thread has ended."""
 
 
 @dataclasses.dataclass(eq=False)
 class Submission:
-    """The texts of one HTTP request, classified together.
+    """Holds the texts of one HTTP request, classified together at its operating point.
 
     Attributes:
-      classifier: at the HTTP request's operating point.
+      classifier: at that operating point.
       texts: to classify.
-      on_done: called by the thread when all are classified, or none will be.
-      requests: of the scheduler, one for each text, once they are encoded.
+      future: of the scheduler's requests, one for each text; cancelled where nobody waits for it.
+      requests: these, once the texts are encoded.
       pending: how many of them have not exited.
-      error: why there are no predictions.
-      cancelled: whether nobody waits for it any more.
 
     """
 
     classifier: AdaptiveClassifier
     texts: Sequence[Text]
-    on_done: Callable[["Submission"], None]
+    future: Future[list[Request]] = dataclasses.field(default_factory=Future)
     requests: list[Request] = dataclasses.field(default_factory=list)
     pending: int = 0
-    error: Exception | None = None
-    cancelled: bool = False
 
 
 class Worker:
@@ -75,7 +73,9 @@ class Worker:
         # Beyond these, submissions stay in the inbox, where they can still be cancelled.
         self._enough = 4 * self.scheduler.slots
         self._inbox: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
-        self._classifiers: dict[tuple, AdaptiveClassifier] = {}  # by policy and target
+        self._at = functools.lru_cache(_CACHED)(
+            lambda policy, target: classifier.at(policy, **dict(target))
+        )
         self._lock = threading.Lock()  # of what several threads read and write
         self._submissions: dict[int, Submission] = {}  # by number of the scheduler's request
         self._admitted = 0  # the scheduler's requests so far
@@ -98,16 +98,7 @@ class Worker:
         """
         if policy is None and not target:
             return self.classifier
-        key = (policy, *sorted(target.items()))
-        with self._lock:
-            found = self._classifiers.get(key)
-        if found is None:
-            found = self.classifier.at(policy, **target)  # a certificate takes a while
-            with self._lock:
-                self._classifiers[key] = found
-                if len(self._classifiers) > _CACHED:
-                    del self._classifiers[next(iter(self._classifiers))]
-        return found
+        return self._at(policy, tuple(sorted(target.items())))  # a certificate takes a while
 
     async def predict(
         self, classifier: AdaptiveClassifier, texts: Sequence[Text]
@@ -124,27 +115,10 @@ class Worker:
             if self.waiting + len(texts) > self.limit:
                 raise QueueFullError
             self.waiting += len(texts)
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-
-        def on_done(submission: Submission) -> None:
-            def settle() -> None:
-                if future.done():
-                    return
-                if submission.error is not None:
-                    future.set_exception(submission.error)
-                else:
-                    future.set_result(None)
-
-            loop.call_soon_threadsafe(settle)
-
-        submission = Submission(classifier, texts, on_done)
-        self._inbox.put(submission)
-        try:
-            await future
-        finally:
-            submission.cancelled = True
-        return [(make_prediction(classifier.model, r), r) for r in submission.requests]
+            submission = Submission(classifier, texts)
+            self._inbox.put(submission)
+        requests = await asyncio.wrap_future(submission.future)
+        return [(make_prediction(classifier.model, r), r) for r in requests]
 
     def _loop(self) -> None:
         try:
@@ -153,13 +127,12 @@ class Worker:
             log.exception("the worker stopped")
             with self._lock:  # after which `predict` refuses
                 self.alive = False
-            lost = list({id(s): s for s in self._submissions.values()}.values())
+            for submission in set(self._submissions.values()):
+                self._settle(submission, WorkerStoppedError())
             while not self._inbox.empty():
-                submission = self._inbox.get()
-                lost += [submission] if submission is not None else []
-            for submission in lost:
-                submission.error = WorkerStoppedError()
-                self._settle(submission)
+                unread = self._inbox.get()
+                if unread is not None and self._claim(unread):
+                    self._settle(unread, WorkerStoppedError())
 
     def _serve(self) -> None:
         running = True
@@ -180,14 +153,12 @@ class Worker:
                     self._settle(submission)
 
     def _admit(self, submission: Submission) -> None:
-        if submission.cancelled:
-            self._settle(submission)
+        if not self._claim(submission):
             return
         try:
             submission.requests = submission.classifier.encode(submission.texts)
         except Exception as error:  # one submission's texts must not end the others'
-            submission.error = error
-            self._settle(submission)
+            self._settle(submission, error)
             return
         submission.pending = len(submission.requests)
         for request in submission.requests:
@@ -197,7 +168,20 @@ class Worker:
             self.scheduler.admit(request)
         self._admitted += len(submission.requests)
 
-    def _settle(self, submission: Submission) -> None:
+    def _claim(self, submission: Submission) -> bool:
+        """Returns whether anybody waits for it, who cannot cancel it any more; else drops it."""
+        wanted = submission.future.set_running_or_notify_cancel()
+        if not wanted:
+            self._forget(submission)
+        return wanted
+
+    def _settle(self, submission: Submission, error: Exception | None = None) -> None:
+        self._forget(submission)
+        if error is not None:
+            submission.future.set_exception(error)
+        else:
+            submission.future.set_result(submission.requests)
+
+    def _forget(self, submission: Submission) -> None:
         with self._lock:
             self.waiting -= len(submission.texts)
-        submission.on_done(submission)

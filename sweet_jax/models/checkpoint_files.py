@@ -1,0 +1,132 @@
+"""The files of a Hugging Face checkpoint: its folder, found by name, config.json and tokenizer.
+
+Imports no JAX, so that a saved model can be opened for an engine without it.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sweet_jax.config import UserError
+from sweet_jax.files import one_line, resolve_path
+
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")
+_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
+_FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
+_FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
+_FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CheckpointFiles:
+    """Locates a checkpoint on disk; `values` are the contents of its config.json."""
+
+    folder: Path
+    values: Mapping[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        """Returns the encoder family's name in config.json."""
+        return str(self.values.get("model_type"))
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Returns the number of token ids; None where config.json does not say."""
+        size = self.values.get("vocab_size")
+        return size if isinstance(size, int) else None
+
+
+def locate_checkpoint(name: str) -> CheckpointFiles:
+    """Finds a checkpoint by hub id, local directory or `pkg://package/path`; reads config.json.
+
+    Raises UserError when it is absent, or its config.json is unreadable.
+    """
+    folder = resolve_path(name)
+    if not os.path.isdir(folder):  # also False where permission is lacking
+        if name.startswith(("pkg://", "/", ".", "~")):
+            raise UserError(f"checkpoint {name!r} is not a directory")
+        folder = _from_hub(name)
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {name!r} has no readable config.json: {error}") from error
+    return CheckpointFiles(folder, values)
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub  # heavy, and not needed for local files
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+
+    try:
+        folder = fetch(_FILES)
+        # Pickles are large, and not wanted beside safetensors.
+        return folder if [*folder.glob("*.safetensors")] else fetch([*_FILES, "pytorch_model*"])
+    except Exception as error:  # the client raises many kinds; each means the same to a user
+        raise UserError(
+            f"checkpoint {name!r} is neither a local directory nor found on the hub "
+            f"({one_line(error)}): check the name and the network"
+        ) from error
+
+
+def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
+    """Loads the checkpoint's own fast tokenizer. Raises UserError where there is none."""
+    import transformers  # heavy, and not needed for the arithmetic
+
+    where = repr(str(checkpoint.folder))
+    # Without files transformers makes an empty tokenizer, in which every word is unknown.
+    found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
+    if not found:
+        raise UserError(f"no {' or '.join(_VOCABULARIES)} in {where}")
+    if found == ["spm.model"] and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"the tokenizer in {where} is a SentencePiece model, spm.model: "
+            'pip install -e ".[sentencepiece]" to read it'
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        raise UserError(f"no tokenizer in {where}: {one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{where} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer in {where} has no padding token")
+    size = checkpoint.vocab_size
+    if size is not None and max(tokenizer.get_vocab().values()) >= size:
+        raise UserError(
+            f"the tokenizer in {where} has more tokens than the checkpoint's vocab_size, {size}"
+        )
+    if (repair := TOKENIZER_REPAIRS.get(checkpoint.model_type)) is not None:
+        repair(tokenizer)
+    return tokenizer
+
+
+def separate_pairs_once(tokenizer: Any) -> None:
+    """Sets a tokenizer to one [SEP] between the texts of a pair, as DeBERTa was pretrained on.
+
+    transformers 5 puts two there.
+    """
+    from tokenizers import processors  # heavy, and not needed for the arithmetic
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[
+            ("[CLS]", tokenizer.cls_token_id),
+            ("[SEP]", tokenizer.sep_token_id),
+        ],
+    )
+
+
+# By model_type: changes a loaded tokenizer, in place, to what the family was pretrained with.
+# At every load: transformers builds these parts anew and does not read them from the files.
+TOKENIZER_REPAIRS: dict[str, Callable[[Any], None]] = {"deberta": separate_pairs_once}

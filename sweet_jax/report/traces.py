@@ -1,0 +1,192 @@
+"""What the report's figures show, whichever library draws them.
+
+Shape letters: E exit, T points.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.exits.analysis import Analysis
+from sweet_jax.exits.calibration import probabilities
+from sweet_jax.exits.reliability import expected_calibration_error, reliability_diagram
+from sweet_jax.report.baselines import baseline_title
+
+# Viridis from dark to light: exits in order of depth, told apart without color vision too.
+_COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
+_FAR = 0.15  # of a baseline below the lowest exit
+_SMOOTHED = 20  # steps
+LOSS_AXES = ("step", "cross-entropy, mean of 20 steps")
+RELIABILITY_AXES = ("confidence", "share correct")
+
+# What a figure calls each bound of results.json, its color and plotly's dash, in order.
+BOUNDS = {
+    "floor": ("floor: exits at random", "#7f7f7f", "dot"),
+    "stable": ("stable oracle", "#3b528b", "dash"),
+    "agreement": ("agreement oracle", "#b5a90f", "dash"),
+    "any_correct": ("any-correct oracle (inflated by luck)", "#c0392b", "dash"),
+    "best_thresholds": ("a threshold for each exit, fitted on these rows", "#5ec962", "dashdot"),
+}
+
+# Markers of the baselines: all probes share one, other names the last.
+_SYMBOLS = {
+    "majority": "x",
+    "tfidf": "diamond",
+    "probe": "triangle-up",
+    "fine_tuned": "star",
+    "": "cross",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Describes a line, or markers, and its entry in the legend.
+
+    Attributes:
+      name: in the legend; "" for no entry there.
+      color: of both.
+      x, y: of the points [T].
+      dash: of the line, by plotly's name; "" for no line.
+      width: of the line, in plotly's pixels.
+      symbol: of the markers, by plotly's name; "" for none.
+      size: of the markers, in plotly's pixels.
+      text: of each point, shown beside the pointer; () for none.
+      optional: whether the page shows it only when its name is clicked.
+      far: whether it is so far below the rest that it would flatten them.
+
+    """
+
+    name: str
+    color: str
+    x: Sequence[float] = ()
+    y: Sequence[float] = ()
+    dash: str = ""
+    width: float = 2
+    symbol: str = ""
+    size: int = 8
+    text: Sequence[str] = ()
+    optional: bool = False
+    far: bool = False
+
+
+def exit_color(exit_index: int) -> str:
+    """Returns the color of an exit, the same in every figure."""
+    return _COLORS[exit_index % len(_COLORS)]
+
+
+def operating_point_traces(results: Mapping[str, Any]) -> list[Trace]:
+    """Returns the best replica's grid of 11 thresholds, and each exit used for all rows."""
+    replica = results["replicas"][results["best_replica"]]
+    grid, exits = replica["grid"], replica["individual"]
+    costs, values = ([row[key] for row in exits] for key in ("cost", "score"))
+    paper = Trace(
+        "the paper's 11 thresholds",
+        "#440154",
+        grid["cost"],
+        grid["score"],
+        symbol="circle",
+        size=7,
+        text=[f"threshold {threshold:.3f}" for threshold in grid["threshold"]],
+    )
+    layers = [f"exit {row['layer']}" for row in exits]
+    alone = Trace("one exit for all", "#e8833a", costs, values, symbol="square", text=layers)
+    return [paper, alone]
+
+
+def bound_traces(results: Mapping[str, Any]) -> list[Trace]:
+    """Returns the best replica's bounds in the order of BOUNDS; without points where it has none.
+
+    The page shows all but the floor and the stable oracle on demand.
+    """
+    bounds = results["replicas"][results["best_replica"]]["bounds"]
+    none: dict[str, list[float]] = {"cost": [], "score": []}
+    return [
+        Trace(
+            title,
+            color,
+            bounds.get(name, none)["cost"],
+            bounds.get(name, none)["score"],
+            dash=dash,
+            width=1.5,
+            optional=name not in ("floor", "stable"),
+        )
+        for name, (title, color, dash) in BOUNDS.items()
+    ]
+
+
+def baseline_traces(results: Mapping[str, Any]) -> list[Trace]:
+    """Returns the baselines of results.json as black markers; [] without any.
+
+    The probes of all layers are one entry of the legend.
+    """
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, row in results.get("baselines", {}).items():
+        group = "probe" if name.startswith("probe_") else name
+        groups.setdefault(group, {})[name] = row
+    exits = results["replicas"][results["best_replica"]]["individual"]
+    low = min(row["score"] for row in exits) - _FAR
+    return [
+        Trace(
+            "frozen encoder + probe" if group == "probe" else baseline_title(group),
+            "#222222",
+            [row["cost"] for row in rows.values()],
+            values := [row["score"] for row in rows.values()],
+            symbol=_SYMBOLS.get(group, _SYMBOLS[""]),
+            size=10,
+            text=[baseline_title(name) for name in rows],
+            far=max(values) < low,
+        )
+        for group, rows in groups.items()
+    ]
+
+
+def reliability_traces(analysis: Analysis, replica: int) -> list[Trace]:
+    """Returns reliability diagrams (Guo et al. 2017) of each exit on validation rows.
+
+    Mean confidence and share correct in ten bins, without the empty ones: dotted before, solid
+    after temperature scaling. Exits that diverged are left out.
+    """
+    logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
+    correct = logits.argmax(axis=-1) == labels  # [E, N]
+    traces = [Trace("perfect", "#bbbbbb", [0, 1], [0, 1], dash="solid")]
+    fitted = analysis.temperatures[replica]
+    for when, dash, scale in (("before", "dot", np.ones(len(fitted))), ("after", "solid", fitted)):
+        confidences = probabilities(logits, scale).max(axis=-1)  # [E, N]
+        for e, layer in enumerate(analysis.validation.layers):
+            if np.isnan(confidences[e]).any():
+                continue
+            mean, share, count = reliability_diagram(confidences[e], correct[e])
+            error = expected_calibration_error(confidences[e], correct[e])
+            name = f"exit {layer} {when}, ECE {error:.3f}"
+            points = mean[count > 0].tolist(), share[count > 0].tolist()
+            rows = [f"{n} rows" for n in count[count > 0].tolist()]
+            color = exit_color(e)
+            traces.append(
+                Trace(name, color, *points, dash=dash, symbol="circle", size=6, text=rows)
+            )
+    return traces
+
+
+def loss_traces(
+    metrics: Sequence[Mapping[str, Any]], replica: int, trainings: Mapping[str, Sequence[int]]
+) -> list[Trace]:
+    """Returns the training loss of each exit, the mean of 20 steps.
+
+    trainings gives the layer numbers of the exits of each training in the log.
+    """
+    traces: list[Trace] = []
+    for name, layers in trainings.items():
+        rows = [row for row in metrics if row["training"] == name]
+        steps = np.asarray([row["step"] for row in rows])
+        for e, layer in enumerate(layers):
+            values = np.asarray([row["loss"][replica][e] for row in rows], np.float64)
+            total = np.cumsum(np.concatenate([[0.0], values]))
+            width = np.minimum(np.arange(1, len(values) + 1), _SMOOTHED)
+            smooth = (total[1:] - total[np.arange(1, len(values) + 1) - width]) / width
+            finite = np.isfinite(smooth)
+            color = exit_color(len(traces))
+            points = steps[finite].tolist(), smooth[finite].tolist()
+            traces.append(Trace(f"exit {layer}", color, *points, dash="solid"))
+    return traces
