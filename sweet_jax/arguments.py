@@ -88,11 +88,10 @@ def policy_help() -> str:
     return head + "\n".join(f"  {name:<26}{rule.about}" for name, rule in POLICIES.items())
 
 
-def run_command(run: Callable[[], None]) -> int:
-    """Runs a command; returns its exit status: 0, or 2 after one line of error on stderr."""
+def run_command(run: Callable[[], int | None]) -> int:
+    """Runs a command; returns its own exit status or 0, or 2 after one line of error on stderr."""
     try:
-        run()
+        return run() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0

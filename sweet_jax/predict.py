@@ -3,19 +3,20 @@
   sweet-jax predict --model=runs/x/model --input=new.csv --output=new.jsonl --cost=0.5
   sweet-jax predict --model=runs/x/model --measure
 
-The input is a CSV, TSV, JSONL or Parquet file with the text columns that the model was trained on,
-or a .txt file with a text in each line; it may be larger than memory. The output is JSONL, one
-object for each row of the input, in its order: label, probability, exit (the layer it exited at)
-and cost (share of the full model's layers), or error for a row without a text. An interrupted
-command, run again, resumes where the output ends. Without a target, the cheapest threshold that
-kept the full model's metric on calibration rows. Exit status: 0 done, 2 the input is wrong, 1
-anything else.
+The input has the text columns that the model was trained on, in any format of training, or is a
+.txt file with a text in each line; it may be larger than memory. The output is JSONL, one object
+for each row of the input, in its order: label, probability, exit (the layer it exited at) and cost
+(share of the full model's layers), or error for a row without a text; a name that ends in .csv or
+.parquet makes such a table of it. An interrupted command, run again, resumes where the output ends.
+Without a target, the cheapest threshold that kept the full model's metric on calibration rows. Exit
+status: 0 done, 2 the input is wrong, 3 no row could be classified, 1 anything else.
 
 """
 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from tqdm import tqdm
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
-from sweet_jax.config import UserError, split_names
-from sweet_jax.data.records import last_position, read_records
+from sweet_jax.config import UserError
+from sweet_jax.data.column_names import parse_names
+from sweet_jax.data.file_lists import expand_files
+from sweet_jax.data.records import column_names, last_position, read_records
 from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import DEFAULT_ENGINE, ENGINES, load_engine
 from sweet_jax.inference.latency import measure_latency, write_latency
-from sweet_jax.inference.prediction_file import (
-    check_same_rows,
-    open_output,
-    read_existing,
-    record_origin,
-)
+from sweet_jax.inference.prediction_file import PREDICTED, OutputFile
 from sweet_jax.inference.predictions import InvalidRow
+
+_ALL_FAILED = 3  # exit status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.predict", f"{__doc__}{policy_help()}")
     parser.add_model_arguments(ENGINES, DEFAULT_ENGINE)
-    parser.add_argument("--input", help="file of texts")
-    parser.add_argument("--output", help="JSONL file of the predictions")
+    parser.add_argument(
+        "--input", help='file of texts; also a folder, a pattern, or several joined by "+"'
+    )
+    parser.add_argument(
+        "--output", help="file of the predictions: .jsonl, .csv or .parquet, or /dev/stdout"
+    )
+    parser.add_argument(
+        "--keep", help="columns of the input to carry along, such as id,text; label is input_label"
+    )
     parser.add_argument(
         "--measure",
         action="store_true",
@@ -91,45 +98,77 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     if options.measure:
         _measure(options)
-        return
-    source, output = Path(options.input), Path(options.output)
-    if not source.is_file():
-        what = "is not a file" if source.exists() else "does not exist"
-        raise UserError(f"input {options.input!r} {what}")
+        return 0
+    sources, output = _input_files(options.input), OutputFile(Path(options.output))
     classifier = _load_classifier(options)
-    columns = split_names(options.text_columns or "") or classifier.text_columns
-    if len(columns) != len(classifier.text_columns):
-        raise UserError(
-            f"this model takes {len(classifier.text_columns)} text column(s), as "
-            f"{','.join(classifier.text_columns)}; got {','.join(columns)}"
-        )
-    identity = {
+    columns = _columns(options, classifier, sources[0])
+    identity: dict[str, Any] = {
         "model": hashlib.sha256((classifier.model.folder / "exits.json").read_bytes()).hexdigest(),
         "policy": classifier.policy,
         "threshold": repr(classifier.threshold),
         "dtype": options.dtype,
-        "columns": list(columns),
-        "input": [str(source.resolve()), source.stat().st_size],
+        "columns": list(columns.texts),
+        "input": [value for p in sources for value in (str(p.resolve()), p.stat().st_size)],
     }
-    with contextlib.closing(read_records(source, Columns(columns))) as rows:
+    if columns.kept:
+        identity["keep"] = list(columns.kept)
+    with contextlib.closing(_read_all(sources, columns)) as rows:
         first = list(itertools.islice(rows, 1))  # an unusable file must be known by now
-        with open_output(output, source) as file, record_origin(output, identity, file):
-            tally, last, end = read_existing(file, output)
+        with output.open(sources) as file, output.recorded(identity, file):
+            tally, last, end = output.read_existing(file)
             rest = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
             predicted = _predict_rows(classifier, rest, columns, options.batch_size)
-            check_same_rows(output, last, predicted)
-            file.truncate(end)
+            output.check_same_rows(last, predicted)
+            output.truncate(file, end)
             began, start = time.perf_counter(), tally.rows
-            with tqdm(total=last_position(source), unit_scale=True, disable=None) as bar:
+            sizes = [last_position(path) for path in sources]
+            total = None if None in sizes else sum(size or 0 for size in sizes)
+            with tqdm(total=total, unit_scale=True, disable=None) as bar:
                 for row, position in predicted:
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     tally.add(row)
                     bar.update(position - bar.n)
             seconds = time.perf_counter() - began
-        print(tally.summary((tally.rows - start) / max(seconds, 1e-9)))
+        output.finish()
+    # Where the predictions go to the terminal or a pipe, the summary must not be among them.
+    summary = tally.summary((tally.rows - start) / max(seconds, 1e-9))
+    print(summary, file=sys.stderr if output.streams else sys.stdout)
+    return _ALL_FAILED if tally.rows and tally.errors == tally.rows else 0
+
+
+def _input_files(name: str) -> list[Path]:
+    """Returns the files of --input. Raises UserError for one that is absent, or no file."""
+    files = expand_files(name)
+    for path in files:
+        if not path.is_file():
+            what = "is not a file of texts" if path.exists() else "does not exist"
+            raise UserError(f"input {str(path)!r} {what}")
+    return files
+
+
+def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source: Path) -> Columns:
+    """Returns the columns to read. Raises UserError for another number of texts."""
+    asked = [text for text in (options.text_columns, options.keep) if text]
+    present = column_names(source) if any("," in text for text in asked) else ()
+    texts = parse_names(options.text_columns or "", present) or tuple(classifier.text_columns)
+    if len(texts) != len(classifier.text_columns):
+        raise UserError(
+            f"this model takes {len(classifier.text_columns)} text column(s), as "
+            f"{','.join(classifier.text_columns)}; got {','.join(texts)}"
+        )
+    return Columns(texts, kept=parse_names(options.keep or "", present))
+
+
+def _read_all(sources: Sequence[Path], columns: Columns) -> Generator[Record]:
+    """Yields the records of several files, with positions that ascend from file to file."""
+    before = 0
+    for path in sources:
+        for record in read_records(path, columns):
+            yield dataclasses.replace(record, position=before + record.position)
+        before += last_position(path) or 0
 
 
 def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
@@ -153,17 +192,19 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _predict_rows(
-    classifier: AdaptiveClassifier, rows: Iterable[Record], columns: Sequence[str], batch_size: int
+    classifier: AdaptiveClassifier, rows: Iterable[Record], columns: Columns, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """Yields (an object of the output, the position in the input) of every row, in order."""
-    positions: collections.deque[int] = collections.deque()  # of rows taken, not yet predicted
+    taken: collections.deque[Record] = collections.deque()  # not yet predicted
+    count = len(columns.texts)
+    kept = [f"input_{name}" if name in PREDICTED else name for name in columns.kept]
 
     def texts() -> Iterator[Any]:
         for row in rows:
-            positions.append(row.position)
-            missing = [n for n, v in zip(columns, row.values, strict=False) if v is None]
+            taken.append(row)
+            missing = [n for n, v in zip(columns.texts, row.values, strict=False) if v is None]
             error = f"column {missing[0]!r} is empty" if missing else row.error
-            yield row.values if error is None else InvalidRow(error)
+            yield row.values[:count] if error is None else InvalidRow(error)
 
     for prediction in classifier.stream_rows(texts(), batch_size):
         if isinstance(prediction, InvalidRow):
@@ -173,7 +214,8 @@ def _predict_rows(
         else:
             found = {"label": prediction.label, "probability": round(prediction.probability, 6)}
             found |= {"exit": prediction.exit, "cost": prediction.cost}
-        yield found, positions.popleft()
+        row = taken.popleft()
+        yield found | dict(zip(kept, row.values[count:], strict=False)), row.position
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import shutil
 
+import datasets
 import jax
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -282,7 +285,7 @@ def test_bfloat16_is_close(sweet):
         ("one text", "must be a list of texts"),
         ([("a", "pair")], "row 1 must be a text; got"),
         (["\ud800"], "row 1 holds half a surrogate pair"),
-        (["a", None], "row 2 must be a text; got None"),
+        (["a", None], "row 2 must be a text; got "),
     ],
 )
 def test_what_is_no_text(sweet, texts, message):
@@ -362,3 +365,43 @@ def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys):
 def test_an_unknown_target_is_refused_before_the_model_is_read():
     with pytest.raises(UserError, match="unknown target 'treshold': did you mean 'threshold'"):
         AdaptiveClassifier.from_pretrained("nowhere", treshold=0.5)
+
+
+def tables_of(texts: list[str]) -> dict:
+    """Texts as the libraries of the field hold them."""
+    return {
+        "DataFrame": pd.DataFrame({"id": range(len(texts)), " text": texts}),
+        "Dataset": datasets.Dataset.from_dict({"n": range(len(texts)), "text": texts}),
+        "Table": pa.table({"text": texts, "n": range(len(texts))}),
+        "Series": pd.Series(texts, index=range(5, 5 + len(texts))),
+        "array": np.asarray(texts),
+        "objects": np.asarray(texts, object),
+        "generator": (text for text in texts),
+    }
+
+
+@pytest.mark.parametrize("kind", tables_of([]))
+def test_tables_and_arrays_of_texts_are_classified_by_their_text_column(sweet, kind):
+    texts = sweet.texts[:4]
+    wanted = sweet.classifier.predict(texts, 3)
+    found = sweet.classifier.predict(tables_of(texts)[kind], 3)
+    np.testing.assert_array_equal(found.labels, wanted.labels)
+    np.testing.assert_array_equal(found.exits, wanted.exits)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"text": ["a"]}, "not a dict"),
+        (b"word1", "not one text"),
+        (pd.DataFrame({"txt": ["a"]}), "unknown column 'text': did you mean 'txt'"),
+        (pd.DataFrame({"text": ["a", None]}), "row 2 must be a text; got "),
+        (pd.Series(["a", float("nan")]), "row 2 must be a text; got nan"),
+        ([b"a"], "row 1 must be a text; got b'a'"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_one_line(sweet, texts, message):
+    with pytest.raises(UserError) as error:
+        sweet.classifier.predict(texts)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,9 +1,12 @@
 """The command answers every row of a file, once, and says what it could not read."""
 
+import csv
 import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sweet_jax import predict
@@ -140,6 +143,100 @@ def test_an_interrupted_command_knows_by_what_it_was_begun(
     assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
 
 
+def call(sweet, *arguments: str) -> int:
+    model = f"--model={sweet.classifier.model.folder}"
+    return predict.main([model, "--threshold=0.8", "--batch_size=1", *arguments])
+
+
+ROWS = [
+    {"id": 7, "text": "word1 word2", "label": "gold", "when": "2020-01-01", "share": 0.5},
+    {"id": 8, "text": None, "label": "gold", "when": "2020-01-02", "share": None},
+    {"id": 9, "text": "word3", "label": "", "when": "x", "share": 2.0},
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_columns_are_carried_along_into_every_format(sweet, tmp_path, suffix):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    output = tmp_path / f"out.{suffix}"
+    keep = "--keep=id,label,when,share"
+    assert call(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", keep) == 0
+    if suffix == "jsonl":
+        found = [json.loads(line) for line in output.read_text().splitlines()]
+    elif suffix == "csv":
+        with output.open(newline="", encoding="utf-8") as file:
+            found = list(csv.DictReader(file))
+    else:
+        found = pq.read_table(output).to_pylist()
+        assert pq.read_schema(output).field("id").type == pa.int64()
+        assert pq.read_schema(output).field("when").type == pa.string()
+    text = str if suffix == "csv" else lambda value: value
+    assert [row["id"] for row in found] == [text(7), text(8), text(9)]
+    assert [row["input_label"] for row in found] == ["gold", "gold", ""]
+    assert [row["when"] for row in found] == ["2020-01-01", "2020-01-02", "x"]
+    assert [bool(row.get("error")) for row in found] == [False, True, False]
+    assert [bool(row.get("label")) for row in found] == [True, False, True]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_an_interrupted_table_is_resumed_and_a_finished_one_is_left_alone(
+    sweet, tmp_path, capsys, monkeypatch, suffix
+):
+    (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in sweet.texts))
+    output, add, count = tmp_path / f"out.{suffix}", prediction_file.Tally.add, 0
+    arguments = [f"--input={tmp_path / 'in.txt'}", f"--output={output}"]
+
+    def interrupt(self, answer) -> None:
+        nonlocal count
+        count += 1
+        if count == 9:
+            raise KeyboardInterrupt
+        add(self, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_file.Tally, "add", interrupt)
+        assert call(sweet, *arguments) == 1
+    assert not output.exists()
+    assert call(sweet, *arguments) == 0
+    whole = output.read_bytes()
+    assert f"{len(sweet.texts)} rows" in capsys.readouterr().out
+    assert call(sweet, *arguments) == 2
+    assert "exists: choose another, or remove it" in capsys.readouterr().err
+    assert output.read_bytes() == whole
+
+
+def test_predictions_go_to_standard_output_and_nowhere(sweet, tmp_path, capfd):
+    (tmp_path / "in.txt").write_text("word1\nword2\n")
+    source = f"--input={tmp_path / 'in.txt'}"
+    assert call(sweet, source, "--output=/dev/stdout") == 0
+    out, err = capfd.readouterr()
+    assert [next(iter(json.loads(line))) for line in out.splitlines()] == ["label", "label"]
+    assert "2 rows (0 with an error)" in err
+    assert call(sweet, source, "--output=/dev/null") == 0
+    assert "2 rows" in capfd.readouterr().err
+
+
+def test_a_file_of_which_no_row_can_be_classified_is_status_3(command):
+    status, found = command("in.jsonl", '{"text": 5}\n{"text": null}\n')
+    assert status == 3
+    assert [list(row) for row in found] == [["error"], ["error"]]
+
+
+def test_several_files_are_one_input(sweet, tmp_path):
+    (tmp_path / "parts").mkdir()
+    for i, text in enumerate(("word1", "word2", "word3")):
+        (tmp_path / "parts" / f"{i}.csv").write_text(f"n,text\n{i},{text}\n")
+    output = tmp_path / "out.jsonl"
+    assert call(sweet, f"--input={tmp_path / 'parts'}", f"--output={output}", "--keep=n") == 0
+    assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == ["0", "1", "2"]
+
+
+def test_what_is_saved_has_the_mode_of_the_umask(sweet):
+    folder = sweet.classifier.model.folder
+    assert len({path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}) == 1
+
+
 @pytest.mark.parametrize("content", ["notes", "notes\n", '"error"\n', '{"a": 1}\n'])
 def test_a_file_that_is_no_output_is_left_alone(sweet, tmp_path, capsys, content):
     (tmp_path / "out.jsonl").write_text(content)
@@ -169,7 +266,7 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.jsonl", '{"txet": "a"}\n', [], "unknown column 'text'"),
         ("in.csv", "text\na\n", ["--text_columns=a,b"], "takes 1 text column(s)"),
         ("in.csv", "", [], "no first line with the names of its columns"),
-        ("in.csv", "text\na\n", ["--input=."], "input '.' is not a file"),
+        ("in.csv", "text\na\n", ["--input=."], "is not a file of texts"),
         ("in.csv", "text\na\n", ["--measure"], "leave --input and --output out"),
         ("in.xls", "text\na\n", [], "must end in one of .csv"),
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),

@@ -373,6 +373,6 @@ def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):
 
 def test_validation_classes_must_be_among_the_rows_drawn(options, tmp_path):
     rows = write_rows(tmp_path / "rows.csv", 400, classes=20)
+    few = {"data_files": str(rows), "train_size": 10, "calibration": "validation"}
     with pytest.raises(UserError, match="in none of the 10 training rows drawn for seed 0"):
-        few = {"data_files": str(rows), "train_size": 10, "calibration": "validation"}
         prepare(from_mapping(options | few))

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -55,7 +56,9 @@ def ipc_table(path: Path) -> Iterator[Table]:
 
 def check_schema(schema: pa.Schema, columns: Columns) -> None:
     """Raises UserError unless a table has each column once, and of a type that can be read."""
-    for name in columns.names:
+    for name in columns.kept:
+        find_column(name, schema.names)
+    for name in columns.checked:
         kind = schema.field(find_column(name, schema.names)).type
         if name == columns.label:
             if pa.types.is_nested(kind):
@@ -69,7 +72,9 @@ def arrow_records(batches: Iterable[pa.RecordBatch], columns: Columns) -> Iterat
     row = 0
     for batch in batches:
         places = [find_column(name, batch.schema.names) for name in columns.names]
-        found = [_values(batch.column(place)) for place in places]
+        count = len(columns.checked)
+        found: list[list[Any]] = [_values(batch.column(place)) for place in places[:count]]
+        found += [batch.column(place).to_pylist() for place in places[count:]]
         for values in zip(*found, strict=True):
             row += 1
             yield make_record(values, columns, row, row)

@@ -44,7 +44,8 @@ def json_table(file: TextFile) -> Table:
         for row, (values, error, line, position) in rows:
             found = [] if values is None else [values.get(name) for name in names]
             if values is not None and columns.label is not None:
-                found[-1], wrong = label_texts(found[-1])
+                place = len(columns.texts)
+                found[place], wrong = label_texts(found[place])
                 error = wrong and f"column {columns.label!r} {wrong}"
             if error is None:
                 yield make_record(tuple(found), columns, position, row, line)

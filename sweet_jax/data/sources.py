@@ -172,7 +172,7 @@ def _missing(values: tuple[str | None, ...], columns: Columns) -> str | None:
 
     Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
     """
-    for name, value in zip(columns.names, values, strict=False):
+    for name, value in zip(columns.checked, values, strict=False):
         may_be_blank = len(columns.texts) > 1 and name != columns.label
         if value is None or not (may_be_blank or value.strip()):
             return name

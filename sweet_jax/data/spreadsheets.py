@@ -38,8 +38,9 @@ def excel_table(path: Path) -> Iterator[Table]:
                 if all(cell is None for cell in cells):
                     continue  # sheets often end in formatted, empty rows
                 found = [cells[place] if place < len(cells) else None for place in places]
-                if columns.label is not None and found[-1] is not None:
-                    found[-1] = str(found[-1])
+                place = len(columns.texts)
+                if columns.label is not None and found[place] is not None:
+                    found[place] = str(found[place])
                 yield make_record(tuple(found), columns, row, row)
 
         yield Table(header, records)

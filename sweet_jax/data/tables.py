@@ -1,19 +1,21 @@
 """Tables: the columns of an opened file, and the records of the wanted ones."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sweet_jax.config import UserError, check_choice
+
+if TYPE_CHECKING:  # names of columns are looked up where there is no PyArrow, too
+    import pyarrow as pa
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """Holds the wanted values of one row of a file, or its error."""
 
-    values: tuple[str | None, ...]  # of the wanted columns, None if missing; () for an error
+    values: tuple[Any, ...]  # of the wanted columns, None if missing; () for an error
     error: str | None
     position: int  # bytes of the file read so far; rows of Parquet, Arrow, Excel; files of a folder
     row: int  # from 1, the header not counted
@@ -22,15 +24,28 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names the columns that are read."""
+    """Names the columns that are read.
+
+    Attributes:
+      texts: must hold text.
+      label: None for texts alone, to predict.
+      kept: carried along as JSON has them: text, numbers, truth values; others as str.
+
+    """
 
     texts: tuple[str, ...]
-    label: str | None = None  # None: texts alone, for prediction
+    label: str | None = None
+    kept: tuple[str, ...] = ()
+
+    @property
+    def checked(self) -> tuple[str, ...]:
+        """The text columns, then the label column: they hold text, or are converted to it."""
+        return self.texts if self.label is None else (*self.texts, self.label)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Returns the text columns, then the label column: the order of `Record.values`."""
-        return self.texts if self.label is None else (*self.texts, self.label)
+        """The columns in the order of `Record.values`."""
+        return (*self.checked, *self.kept)
 
 
 class Table(NamedTuple):
@@ -45,7 +60,7 @@ class Table(NamedTuple):
 
     names: Sequence[str]
     records: Callable[[Columns], Iterator[Record]]
-    schema: pa.Schema | None = None
+    schema: "pa.Schema | None" = None
 
 
 def find_column(name: str, present: Sequence[str]) -> int:
@@ -65,7 +80,7 @@ def make_record(
     values: tuple[Any, ...], columns: Columns, position: int, row: int, line: int = 0
 ) -> Record:
     """Returns a record of the values, or of the error that one is not text or not UTF-8."""
-    for value, name in zip(values, columns.names, strict=True):
+    for value, name in zip(values, columns.checked, strict=False):
         if value is None:
             continue
         if not isinstance(value, str):
@@ -76,4 +91,16 @@ def make_record(
         except UnicodeEncodeError:
             error = f"column {name!r} holds text that is not UTF-8, {value!a:.60}; save it as UTF-8"
             return Record((), error, position, row, line)
+    count = len(columns.checked)
+    if columns.kept:
+        values = (*values[:count], *map(_as_json, values[count:]))
     return Record(values, None, position, row, line)
+
+
+def _as_json(value: Any) -> Any:
+    """Returns a value that JSON can hold: None for NaN, text without half a surrogate pair."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int) else str(value)

@@ -118,6 +118,8 @@ def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) 
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     changed = {family.depth_key: model.exits[-1], "architectures": [family.architecture]}
     write_json(folder / "config.json", {**checkpoint.values, **changed})
+    # safetensors makes a file that its owner alone may read, whatever the umask.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def describe_exits(

@@ -27,6 +27,7 @@ from sweet_jax.inference.predictions import (
     Text,
     collect_predictions,
     make_prediction,
+    rows_of,
 )
 from sweet_jax.inference.scheduler import ExitRule, Request, Scheduler
 from sweet_jax.inference.streaming import stream_in_order
@@ -168,11 +169,13 @@ class AdaptiveClassifier:
         """Returns the predictions of texts, or of pairs of texts as tuples, in their order.
 
         Args:
-          texts: any iterable; for an endless one there is `stream`.
+          texts: any iterable, or a table with the model's text columns: a pandas DataFrame, a
+            `datasets.Dataset`, a PyArrow table; for an endless one there is `stream`.
           batch_size: texts computed at once, at most.
           mode: "throughput" or "latency", see `stream`.
 
-        Raises UserError for something that is not a text (or a pair, where the model takes pairs).
+        Raises UserError for something that is not a text (or a pair, where the model takes pairs),
+        such as a dict or one text by itself.
 
         """
         predictions = list(self.stream(texts, batch_size, mode))
@@ -198,8 +201,7 @@ class AdaptiveClassifier:
     ) -> Iterator[Prediction | InvalidRow]:
         """Yields as `stream` does; an InvalidRow among the texts is yielded in its place."""
         check_choice("mode", mode, MODES)
-        if isinstance(texts, str):
-            raise UserError("texts must be a list of texts, not one text")
+        texts = rows_of(texts, self.model.text_columns)
         latency = mode == "latency"
         wait = None if latency else 16 * batch_size
         idle = self._idle.setdefault((batch_size, wait), [])

@@ -1,4 +1,4 @@
-"""The JSONL file of predictions: held by one process, resumed where it ends."""
+"""The file of predictions: held by one process, resumed where it ends."""
 
 import collections
 import contextlib
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sweet_jax.config import UserError
-from sweet_jax.files import write_json
+from sweet_jax.files import atomic_write, write_json
+from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 
+PREDICTED = ("label", "probability", "exit", "cost", "error")  # keys of a row of the output
 _BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a line of the output
 _CHECKED = 32  # rows of an output that are computed again before it is resumed
 
@@ -54,96 +56,148 @@ class Tally:
         )
 
 
-@contextlib.contextmanager
-def open_output(path: Path, source: Path) -> Iterator[BinaryIO]:
-    """Opens the output to be read and resumed, and locks it for this process.
+class OutputFile:
+    """The file of predictions that a command writes, or resumes where it ends.
 
-    Raises UserError where it cannot be written to, is the input, or is another process's.
+    A table (.csv, .parquet) is made at the end of a JSONL file beside it. Anything that is no
+    regular file, such as /dev/stdout, takes JSONL as it comes, and is not resumed.
+
+    Attributes:
+      path: that was asked for.
+      streams: whether it is no regular file.
+
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # noqa: SIM115 - closed by the with below
-    except OSError as error:
-        raise UserError(
-            f"--output {str(path)!r} cannot be written to ({error.strerror}): choose another"
-        ) from error
-    with file:
-        if os.path.samefile(path, source):
-            raise UserError("--output must be another file than --input")
+
+    def __init__(self, path: Path):
+        self.path = path
+        device = str(path).startswith("/dev/")
+        self.streams = device or (path.exists() and not path.is_file() and not path.is_dir())
+        self._convert = None if self.streams else TABLE_WRITERS.get(path.suffix.lower())
+        aside = path.with_name(f".{path.name}.unfinished.jsonl")
+        self._rows = path if self._convert is None else aside
+        self._note = self._rows.with_name(f".{path.name}.unfinished.json")
+
+    @contextlib.contextmanager
+    def open(self, sources: Sequence[Path]) -> Iterator[BinaryIO]:
+        """Opens the rows to be read and resumed, and locks them for this process.
+
+        Raises UserError where they cannot be written to, are the input, or are another process's,
+        or a table is there already.
+        """
+        if self._convert is not None and self.path.exists():
+            raise UserError(f"--output {str(self.path)!r} exists: choose another, or remove it")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._rows.parent.mkdir(parents=True, exist_ok=True)
+            if self.streams:
+                standard = str(self.path) in ("/dev/stdout", "/dev/fd/1")
+                file: Any = os.fdopen(os.dup(1), "wb") if standard else open(self.path, "wb")  # noqa: SIM115 - closed by the with below
+            else:
+                file = open(self._rows, "a+b")  # noqa: SIM115 - closed by the with below
         except OSError as error:
-            raise UserError(f"--output {str(path)!r} is in use by another process") from error
-        yield file
-
-
-@contextlib.contextmanager
-def record_origin(path: Path, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
-    """Keeps the identity of what makes an output in a file beside it, until it is finished.
-
-    Raises UserError if an unfinished output has another identity.
-    """
-    note = path.with_name(f".{path.name}.unfinished.json")
-    ours = json.loads(json.dumps(identity))
-    empty = not file.seek(0, os.SEEK_END)
-    if empty:
-        write_json(note, ours)
-    elif note.exists():
-        theirs = json.loads(note.read_text())
-        differing = [k for k in ours if theirs.get(k) != ours[k]]
-        if differing:
-            key = differing[0]
             raise UserError(
-                f"--output {str(path)!r} was begun with another {key}, {theirs.get(key)!r}; "
-                f"here it is {ours[key]!r}: choose another, or remove it"
-            )
-    yield
-    note.unlink(missing_ok=True)
-
-
-def read_existing(file: BinaryIO, path: Path) -> tuple[Tally, list[dict[str, Any]], int]:
-    """Reads an output: its tally, its last rows, and where the last whole row ends, in bytes.
-
-    Raises UserError for a line that is not a row of an output.
-    """
-    tally, last, end = Tally(), collections.deque[dict[str, Any]](maxlen=_CHECKED), 0
-    file.seek(0)
-    for number, line in enumerate(file, start=1):
-        whole = line.endswith(b"\n")
-        if not whole and any(key.startswith(line[: len(key)]) for key in _BEGINNINGS):
-            break  # a row cut short
-        try:
-            row = json.loads(line) if whole else None
-            if not isinstance(row, dict):
-                raise TypeError("not an object")
-            tally.add(row)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"--output {str(path)!r} exists, and line {number} is not an output of this "
-                "command: choose another, or remove it"
+                f"--output {str(self.path)!r} cannot be written to ({error.strerror}): choose "
+                "another"
             ) from error
-        last.append(row)
-        end += len(line)
-    return tally, list(last), end
+        with file:
+            if any(os.path.samefile(self._rows, source) for source in sources):
+                raise UserError("--output must be another file than --input")
+            if not self.streams:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise UserError(
+                        f"--output {str(self.path)!r} is in use by another process"
+                    ) from error
+            yield file
+
+    @contextlib.contextmanager
+    def recorded(self, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
+        """Keeps the identity of what makes the rows in a file beside them, until they are finished.
+
+        Raises UserError if unfinished rows have another identity.
+        """
+        if self.streams:
+            yield
+            return
+        ours = json.loads(json.dumps(identity))
+        if not file.seek(0, os.SEEK_END):
+            write_json(self._note, ours)
+        elif self._note.exists():
+            theirs = json.loads(self._note.read_text())
+            differing = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
+            if differing:
+                key = differing[0]
+                raise UserError(
+                    f"--output {str(self.path)!r} was begun with another {key}, "
+                    f"{theirs.get(key)!r}; here it is {ours.get(key)!r}: choose another, or remove "
+                    f"{self._rows.name!r}"
+                )
+        yield
+        self._note.unlink(missing_ok=True)
+
+    def read_existing(self, file: BinaryIO) -> tuple[Tally, list[dict[str, Any]], int]:
+        """Reads the rows there are: their tally, the last ones, and where the last whole one ends.
+
+        Raises UserError for a line that is not a row of an output.
+        """
+        tally, last, end = Tally(), collections.deque[dict[str, Any]](maxlen=_CHECKED), 0
+        if self.streams:
+            return tally, [], 0
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            whole = line.endswith(b"\n")
+            if not whole and any(key.startswith(line[: len(key)]) for key in _BEGINNINGS):
+                break  # a row cut short
+            try:
+                row = json.loads(line) if whole else None
+                if not isinstance(row, dict):
+                    raise TypeError("not an object")
+                tally.add(row)
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"--output {str(self.path)!r} exists, and line {number} is not an output of "
+                    "this command: choose another, or remove it"
+                ) from error
+            last.append(row)
+            end += len(line)
+        return tally, list(last), end
+
+    def check_same_rows(
+        self, last: Sequence[Mapping[str, Any]], rows: Iterator[tuple[dict[str, Any], int]]
+    ) -> None:
+        """Compares the last rows of an output with the same rows computed again.
+
+        The input may have been changed, and a finished output does not record what made it. Raises
+        UserError where they differ.
+
+        Args:
+          last: the last rows.
+          rows: (row, position in the input), beginning with the first of these; as many are
+            consumed.
+
+        """
+        for old in last:
+            new, _ = next(rows, ({}, 0))
+            if not (old.keys() == new.keys() and all(_equal(old[k], v) for k, v in new.items())):
+                raise UserError(
+                    f"--output {str(self.path)!r} exists, and was not made by this model, target "
+                    f"and input: it has {json.dumps(dict(old))} where {json.dumps(new)} belongs; "
+                    "choose another, or remove it"
+                )
+
+    def truncate(self, file: BinaryIO, end: int) -> None:
+        """Drops a row that was cut short."""
+        if not self.streams:
+            file.truncate(end)
+
+    def finish(self) -> None:
+        """Makes the table of the rows, where one was asked for."""
+        if self._convert is not None:
+            with atomic_write(self.path) as aside:
+                self._convert(self._rows, aside)
+            self._rows.unlink()
 
 
-def check_same_rows(
-    path: Path, last: Sequence[Mapping[str, Any]], rows: Iterator[tuple[dict[str, Any], int]]
-) -> None:
-    """Compares the last rows of an output with the same rows computed again.
-
-    The input may have been changed, and a finished output does not record what made it. `rows`,
-    (row, position in the input) each, begin with the first of the last ones; so many are consumed.
-    Raises UserError where they differ; `path` is for its message.
-    """
-    for old in last:
-        new, _ = next(rows, ({}, 0))
-        same = old.keys() == new.keys() and all(
-            abs(old[k] - v) < 1e-3 if isinstance(v, float) else old[k] == v for k, v in new.items()
-        )
-        if not same:
-            raise UserError(
-                f"--output {str(path)!r} exists, and was not made by this model, target and input: "
-                f"it has {json.dumps(dict(old))} where {json.dumps(new)} belongs; choose another, "
-                "or remove it"
-            )
+def _equal(old: Any, new: Any) -> bool:
+    both = isinstance(old, float) and isinstance(new, float)
+    return abs(old - new) < 1e-3 if both else old == new

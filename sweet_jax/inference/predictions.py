@@ -3,12 +3,13 @@
 Shape letters: N texts, C classes.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sweet_jax.config import UserError
+from sweet_jax.data.tables import find_column
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.scheduler import Request
 
@@ -94,12 +95,37 @@ def collect_predictions(predictions: Sequence[Prediction], classes: int) -> Pred
     )
 
 
+def rows_of(texts: Any, columns: Sequence[str]) -> Iterable[Any]:
+    """Returns the texts of a table by the names of its columns, and other texts as they are.
+
+    Args:
+      texts: a pandas DataFrame, a `datasets.Dataset`, a PyArrow table, or any iterable of texts.
+      columns: the text columns of the model.
+
+    Raises UserError for one text, a dict, or a table without these columns.
+
+    """
+    if isinstance(texts, str | bytes | Mapping):
+        what = "one text" if isinstance(texts, str | bytes) else "a dict"
+        raise UserError(f"texts must be a list of texts, or a table, not {what}")
+    names = getattr(texts, "column_names", None)
+    if names is None and hasattr(texts, "iterrows"):
+        names = list(texts.columns)
+    if not isinstance(names, list):
+        return texts
+    found = []
+    for name in columns:
+        column = texts[names[find_column(name, [str(other) for other in names])]]
+        found.append(column.to_pylist() if hasattr(column, "to_pylist") else list(column))
+    return found[0] if len(found) == 1 else zip(*found, strict=True)
+
+
 def validate_text(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
     """Returns a text, or a pair of them, as a tuple of one or two.
 
     Raises UserError for anything else; `number` is the row's, from 0, for the message.
     """
-    several = tuple(text) if isinstance(text, (tuple, list)) else ()
+    several = tuple(text) if isinstance(text, tuple | list | np.ndarray) else ()
     parts = (text,) if isinstance(text, str) else several
     if len(parts) != 1 + pairs or not all(isinstance(part, str) for part in parts):
         wanted = "a pair of texts (a tuple of two)" if pairs else "a text"

@@ -1,0 +1,73 @@
+"""Tables of predictions, CSV and Parquet, made of a finished JSONL file."""
+
+import csv
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+_AT_ONCE = 10_000  # rows of a Parquet file that are held in memory
+_TYPES = {  # of the columns of a prediction
+    "label": pa.string(),
+    "probability": pa.float64(),
+    "exit": pa.int64(),
+    "cost": pa.float64(),
+    "error": pa.string(),
+}
+
+
+def write_csv(rows: Path, table: Path) -> None:
+    """Writes the rows of a JSONL file as CSV; what a row lacks is empty."""
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _schema(rows).names)
+        writer.writeheader()
+        writer.writerows(_read(rows))
+
+
+def write_parquet(rows: Path, table: Path) -> None:
+    """Writes the rows of a JSONL file as Parquet; what a row lacks is null."""
+    schema = _schema(rows)
+    text = [field.name for field in schema if pa.types.is_string(field.type)]
+    found = _read(rows)
+    with pa.parquet.ParquetWriter(table, schema) as writer:
+        while several := list(itertools.islice(found, _AT_ONCE)):
+            for row in several:
+                row |= {name: _as_text(row[name]) for name in text if name in row}
+            writer.write_table(pa.Table.from_pylist(several, schema))
+
+
+TABLE_WRITERS: dict[str, Callable[[Path, Path], None]] = {
+    ".csv": write_csv,
+    ".parquet": write_parquet,
+}
+
+
+def _read(rows: Path) -> Iterator[dict[str, Any]]:
+    with rows.open("rb") as file:
+        yield from map(json.loads, file)
+
+
+def _schema(rows: Path) -> pa.Schema:
+    """Returns the columns of the rows: those of a prediction, then those carried along."""
+    kinds: dict[str, set[type]] = {name: set() for name in _TYPES}
+    for row in _read(rows):
+        for name, value in row.items():
+            kinds.setdefault(name, set()).add(type(value))
+    return pa.schema({name: _TYPES.get(name) or _type(found) for name, found in kinds.items()})
+
+
+def _type(kinds: set[type]) -> pa.DataType:
+    kinds = kinds - {type(None)}
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds == {int}:
+        return pa.int64()
+    return pa.float64() if kinds and kinds <= {int, float} else pa.string()
+
+
+def _as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
