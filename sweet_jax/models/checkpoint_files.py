@@ -101,7 +101,7 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer in {where} has no padding token")
     size = checkpoint.vocab_size
-    if size is not None and max(tokenizer.get_vocab().values()) >= size:
+    if size is not None and max(tokenizer.get_vocab().values(), default=0) >= size:
         raise UserError(
             f"the tokenizer in {where} has more tokens than the checkpoint's vocab_size, {size}"
         )
