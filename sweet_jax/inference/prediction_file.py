@@ -24,9 +24,8 @@ class Tally:
     rows: int = 0
     errors: int = 0  # rows without a prediction
     cost: float = 0.0  # sum over the others, in shares of the full model's layers
-    exits: collections.Counter[int] = dataclasses.field(
-        default_factory=collections.Counter
-    )  # layers
+    # How many exited at each layer.
+    exits: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Counts a row. Raises KeyError or TypeError for one that is not of an output."""
