@@ -14,6 +14,7 @@ Shape letters: E exit, B batch (padded to one of `batch_sizes`), L length, H hid
 P slots.
 """
 
+import functools
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -180,6 +181,7 @@ def batch_sizes(largest: int) -> tuple[int, ...]:
     return (*sorted(size for size in sizes if size < largest), largest)
 
 
+@functools.cache
 def padded_lengths(longest: int) -> tuple[int, ...]:
     """Returns the lengths that requests are padded to, ascending: 16, 24, 32, 40, ..., longest.
 
@@ -188,3 +190,8 @@ def padded_lengths(longest: int) -> tuple[int, ...]:
     steps = [*range(16, 48, 8), *range(48, 128, 16), *range(128, 256, 32)]
     steps += [*range(256, 512, 64), *range(512, 1 << 16, 256)]
     return (*(length for length in steps if length < longest), longest)
+
+
+def padded_length(tokens: int, longest: int) -> int:
+    """Returns the first of `padded_lengths` that holds so many tokens, the longest if none does."""
+    return next((length for length in padded_lengths(longest) if length >= tokens), longest)
