@@ -121,13 +121,12 @@ def _describe(analysis: Analysis, point: OperatingPoint, targets: Mapping[str, f
             f"infeasible: the best reachable is {name} {point.reachable:.4f} on the calibration "
             f"rows (asked for {asked:g})"
         )
-    rows = (analysis.calibration, analysis.validation)
-    sets = zip(
-        ("calibration", "validation"), (point.calibration, point.validation), rows, strict=True
-    )
     parts = [
         f"cost {cost:.4f}, {metric} {value:.4f} on {outputs.labels.shape[1]} {name} rows"
-        for name, (cost, value), outputs in sets
+        for name, (cost, value), outputs in (
+            ("calibration", point.calibration, analysis.calibration),
+            ("validation", point.validation, analysis.validation),
+        )
     ]
     line = f"threshold {point.threshold!r}: " + "; ".join(parts)
     if "accuracy" in targets and metric == "accuracy":

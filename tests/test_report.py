@@ -1,5 +1,6 @@
 """The report in a real browser, the comparison page, the simulate command, and escaping."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -192,6 +193,25 @@ def test_the_page_says_what_can_be_certified(report, browser):
     )
     assert dict(names)["stable oracle"] == 4  # three exits, and on to the full cost
     assert dict(names)["any-correct oracle (inflated by luck)"] == 4
+
+
+@pytest.mark.parametrize(
+    ("closed", "words"),
+    [
+        (0.634, "is 63% of the way from exits chosen at random to the stable oracle;"),
+        (1.02, "is above that of the stable oracle;"),
+        (-0.1, "is below that of exits chosen at random;"),
+        (None, ""),
+    ],
+)
+def test_the_page_says_how_near_the_oracle_a_policy_is(report, analysis, tmp_path, closed, words):
+    results = copy.deepcopy(report[1])
+    results["replicas"][results["best_replica"]]["gap_closed"] = closed
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert words in page
+    assert "102%" not in page
+    assert ("Averaged over cost" in page) == (closed is not None)
 
 
 def test_text_from_data_is_text(report, browser):

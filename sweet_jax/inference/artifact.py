@@ -45,38 +45,21 @@ class NetworkFiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelArtifact:
-    """Holds everything in a folder model/ but the weights, which an engine reads.
+    """Holds everything in a folder model/ but the weights, which an engine reads."""
 
-    Attributes:
-      folder: that it was read from.
-      tokenizer: the checkpoint's own.
-      task: name of the task that it was trained on.
-      policy: name of the exit policy that the run was made with.
-      pooling: how an exit reads its layer, a name of POOLING_NAMES.
-      text_columns: names of the one or two text columns that it was trained on.
-      classes: names of the classes [C].
-      layers: of the exits [E].
-      cost: float64 [E], share of the full model's layers spent when a text takes exit e.
-      max_length: tokens at most.
-      median_tokens: the median length of its training texts, in tokens.
-      resolver: of targets to thresholds, fitted on calibration rows.
-      networks: one, or under Multi-Model one for each exit.
-
-    """
-
-    folder: Path
-    tokenizer: Any
-    task: str
-    policy: str
-    pooling: str
-    text_columns: tuple[str, ...]
-    classes: tuple[str, ...]
-    layers: tuple[int, ...]
-    cost: np.ndarray
-    max_length: int
-    median_tokens: int
-    resolver: ThresholdResolver
-    networks: tuple[NetworkFiles, ...]
+    folder: Path  # that it was read from
+    tokenizer: Any  # the checkpoint's own
+    task: str  # that it was trained on
+    policy: str  # name of the exit policy that the run was made with
+    pooling: str  # how an exit reads its layer, a name of POOLING_NAMES
+    text_columns: tuple[str, ...]  # one or two, that it was trained on
+    classes: tuple[str, ...]  # names [C]
+    layers: tuple[int, ...]  # of the exits [E]
+    cost: np.ndarray  # float64 [E], share of the full model's layers spent when exit e is taken
+    max_length: int  # tokens at most
+    median_tokens: int  # of its training texts
+    resolver: ThresholdResolver  # of targets to thresholds, fitted on calibration rows
+    networks: tuple[NetworkFiles, ...]  # one, or under Multi-Model one for each exit
 
 
 def save_model(

@@ -17,8 +17,15 @@ from sweet_jax.exits.policies import POLICIES, PolicyFunction
 from sweet_jax.exits.targets import Target, check_targets
 from sweet_jax.inference import artifact
 from sweet_jax.inference.artifact import ModelArtifact, open_model
-from sweet_jax.inference.encoding import RequestEncoder
-from sweet_jax.inference.engine import DEFAULT_ENGINE, Engine, batch_sizes, load_engine
+from sweet_jax.inference.encoding import encode_requests
+from sweet_jax.inference.engine import (
+    DEFAULT_ENGINE,
+    Engine,
+    batch_sizes,
+    load_engine,
+    padded_length,
+    padded_lengths,
+)
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.predictions import (
     InvalidRow,
@@ -78,8 +85,6 @@ class AdaptiveClassifier:
             self._exit_rates = model.resolver.fronts[self.policy].leaving(self.threshold)
         self._rule = ExitRule(self.policy, self.threshold, self.calibrator, model.layers)
         self.full = self.threshold == math.inf
-        pairs = len(model.text_columns) == 2
-        self._encoder = RequestEncoder(model.tokenizer, model.max_length, pairs=pairs)
         self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
 
     def _resolve(self, target: Mapping[str, float]) -> tuple[float, Calibrator]:
@@ -152,9 +157,10 @@ class AdaptiveClassifier:
           done: called after each program.
 
         """
-        padded = self._encoder.lengths
+        longest = self.model.max_length
+        padded = padded_lengths(longest)
         if lengths is not None:
-            padded = tuple(sorted({self._encoder.padded_length(n) for n in lengths}))
+            padded = tuple(sorted({padded_length(n, longest) for n in lengths}))
         before, scheduler = self.engine.compilations, self.make_scheduler(batch_size, full=full)
         for key in itertools.product(scheduler.stages, batch_sizes(batch_size), padded):
             self.engine.compile(*key, scheduler.slots)
@@ -235,8 +241,8 @@ class AdaptiveClassifier:
     def encode(
         self, texts: Sequence[Text | InvalidRow], first: int = 0, *, same_length: bool = False
     ) -> list[Request]:
-        """Returns the requests of texts, see `RequestEncoder`."""
-        return self._encoder(texts, self._rule, first, same_length=same_length)
+        """Returns the requests of texts, see `encode_requests`."""
+        return encode_requests(self.model, texts, self._rule, first, same_length=same_length)
 
 
 def _given(target: Target) -> dict[str, Any]:

@@ -14,6 +14,7 @@ Shape letters: E exit, B batch (padded to one of `batch_sizes`), L length, H hid
 P slots.
 """
 
+import functools
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -37,24 +38,14 @@ _LOW_EXIT_RATE = 0.3
 
 
 class Stage(NamedTuple):
-    """Describes the part of a network that leads to one exit.
+    """Describes the part of a network that leads to one exit."""
 
-    Attributes:
-      exit: index of the exit among all exits of the model, from 0.
-      network: index of its network: 0, or under Multi-Model the exit's own.
-      start: the first layer to compute, from 1.
-      end: the layer of the exit.
-      writes_states: whether the next stage resumes from the hidden states that this one writes.
-      whole: whether these are those after layer `end`; else those before it.
-
-    """
-
-    exit: int
-    network: int
-    start: int
-    end: int
-    writes_states: bool
-    whole: bool = False
+    exit: int  # index of the exit among all exits of the model, from 0
+    network: int  # index of its network: 0, or under Multi-Model the exit's own
+    start: int  # the first layer to compute, from 1
+    end: int  # the layer of the exit
+    writes_states: bool  # whether the next stage resumes from the hidden states of this one
+    whole: bool = False  # whether these are those after layer `end`; else those before it
 
     @property
     def embeds(self) -> bool:
@@ -71,32 +62,20 @@ class StageBatch(NamedTuple):
     """Holds the requests of one run of a stage; rows of 0 tokens fill the batch up to B.
 
     Packed into two arrays, since every array is a transfer to the device.
-
-    Attributes:
-      length: L, that the requests are padded to.
-      rows: int32 [2, B]: the slot of each, P for none; its number of tokens.
-      texts: int32 [2, B, L]: input_ids and token_type_ids; None where the stage embeds nothing.
-
     """
 
-    length: int
-    rows: np.ndarray
+    length: int  # L, that the requests are padded to
+    rows: np.ndarray  # int32 [2, B]: the slot of each, P for none; its number of tokens
+    # int32 [2, B, L]: input_ids and token_type_ids; None where the stage embeds nothing.
     texts: np.ndarray | None = None
 
 
 class StageOutput(NamedTuple):
-    """Holds the exit's outputs of one batch, on the host, and the hidden states that are kept.
+    """Holds the exit's outputs of one batch, on the host, and the hidden states that are kept."""
 
-    Attributes:
-      logits: float32 [B, C].
-      exit_scores: float32 [B], learning-to-exit's, from 0 to 1; None where none were learned.
-      states: the buffer to hand to the next run; None where the stage uses none.
-
-    """
-
-    logits: np.ndarray
-    exit_scores: np.ndarray | None
-    states: HiddenStates | None
+    logits: np.ndarray  # float32 [B, C]
+    exit_scores: np.ndarray | None  # float32 [B], learning-to-exit's, 0 to 1; None without
+    states: HiddenStates | None  # the buffer to hand to the next run; None where none is used
 
 
 class Engine(Protocol):
@@ -202,6 +181,7 @@ def batch_sizes(largest: int) -> tuple[int, ...]:
     return (*sorted(size for size in sizes if size < largest), largest)
 
 
+@functools.cache
 def padded_lengths(longest: int) -> tuple[int, ...]:
     """Returns the lengths that requests are padded to, ascending: 16, 24, 32, 40, ..., longest.
 
@@ -210,3 +190,8 @@ def padded_lengths(longest: int) -> tuple[int, ...]:
     steps = [*range(16, 48, 8), *range(48, 128, 16), *range(128, 256, 32)]
     steps += [*range(256, 512, 64), *range(512, 1 << 16, 256)]
     return (*(length for length in steps if length < longest), longest)
+
+
+def padded_length(tokens: int, longest: int) -> int:
+    """Returns the first of `padded_lengths` that holds so many tokens, the longest if none does."""
+    return next((length for length in padded_lengths(longest) if length >= tokens), longest)

@@ -24,20 +24,12 @@ _SECONDS = 0.2  # that a stage is run for, at least
 
 @dataclasses.dataclass(frozen=True)
 class LatencyTable:
-    """Holds measured times.
+    """Holds measured times."""
 
-    Attributes:
-      machine: what they were measured on, from `describe_machine`.
-      batch_sizes: B that were measured, ascending; 1 is the first.
-      lengths: L that were measured, ascending.
-      milliseconds: float64 [number of B, number of L, E], of each stage, for a whole batch.
-
-    """
-
-    machine: str
-    batch_sizes: tuple[int, ...]
-    lengths: tuple[int, ...]
-    milliseconds: np.ndarray
+    machine: str  # that they were measured on, from `describe_machine`
+    batch_sizes: tuple[int, ...]  # B that were measured, ascending; 1 is the first
+    lengths: tuple[int, ...]  # L that were measured, ascending
+    milliseconds: np.ndarray  # float64 [number of B, number of L, E], each stage, a whole batch
 
     def until_exit(self, tokens: int) -> np.ndarray:
         """Returns the milliseconds until each exit of a text by itself, float64 [E]."""

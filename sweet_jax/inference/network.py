@@ -21,20 +21,12 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Network(NamedTuple):
-    """Holds an encoder with its exits: all of the model's, or under Multi-Model one.
+    """Holds an encoder with its exits: all of the model's, or under Multi-Model one."""
 
-    Attributes:
-      exits: layers of its exits, ascending; the last is its depth.
-      graphdef: of an `EarlyExit`.
-      params: pure dict of arrays on the host.
-      pooling: a name of POOLINGS.
-
-    """
-
-    exits: tuple[int, ...]
-    graphdef: nnx.GraphDef
-    params: Any
-    pooling: str = "first"
+    exits: tuple[int, ...]  # layers of its exits, ascending; the last is its depth
+    graphdef: nnx.GraphDef  # of an `EarlyExit`
+    params: Any  # pure dict of arrays on the host
+    pooling: str = "first"  # a name of POOLINGS
 
     @property
     def hidden_size(self) -> int:

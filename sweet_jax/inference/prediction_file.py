@@ -21,19 +21,12 @@ _CHECKED = 32  # rows of an output that are computed again before it is resumed
 
 @dataclasses.dataclass
 class Tally:
-    """Holds totals over the rows of an output.
-
-    Attributes:
-      rows: of the output.
-      errors: those without a prediction.
-      cost: sum over the others, in shares of the full model's layers.
-      exits: how many exited at each layer.
-
-    """
+    """Holds totals over the rows of an output."""
 
     rows: int = 0
-    errors: int = 0
-    cost: float = 0.0
+    errors: int = 0  # rows without a prediction
+    cost: float = 0.0  # sum over the others, in shares of the full model's layers
+    # How many exited at each layer.
     exits: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, row: Mapping[str, Any]) -> None:

@@ -19,21 +19,12 @@ from sweet_jax.inference.engine import Engine, HiddenStates, Stage, StageBatch, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitRule:
-    """Decides which rows leave: those whose exit confidence reaches the threshold.
+    """Decides which rows leave: those whose exit confidence reaches the threshold."""
 
-    Attributes:
-      policy: a name, or a function of (outputs of the exits so far, temperatures), see
-        `UnlabeledOutputs`.
-      threshold: leave at the first exit confidence of at least this.
-      calibrator: of all exits.
-      layers: of all exits [E].
-
-    """
-
-    policy: str | PolicyFunction
+    policy: str | PolicyFunction  # a name, or a function of (`UnlabeledOutputs`, temperatures)
     threshold: float
-    calibrator: Calibrator
-    layers: tuple[int, ...]
+    calibrator: Calibrator  # of all exits
+    layers: tuple[int, ...]  # of all exits [E]
 
     def leaves(self, rows: Sequence["Request"]) -> np.ndarray:
         """Returns whether each of some rows leaves at the exit that all have reached, bool [N]."""
@@ -61,30 +52,18 @@ class ExitRule:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Request:
-    """One text to classify, from its token ids to the exit that it takes.
+    """Holds one text to classify, from its token ids to the exit that it takes."""
 
-    Attributes:
-      number: its place in the order of the input.
-      input_ids, token_type_ids: int32 [tokens].
-      length: L, that it is padded to.
-      rule: when it exits.
-      queued_at: how many requests had been admitted when it joined its queue.
-      slot: that holds its hidden states; -1 where it has none.
-      exit: index of the exit it took; -1 before that.
-      logits: float32 [C] of every exit so far.
-      exit_scores: learning-to-exit's of every exit so far; empty where none were learned.
-
-    """
-
-    number: int
-    input_ids: np.ndarray
-    token_type_ids: np.ndarray
-    length: int
-    rule: ExitRule
-    queued_at: int = 0
-    slot: int = -1
-    exit: int = -1
-    logits: list[np.ndarray] = dataclasses.field(default_factory=list)
+    number: int  # its place in the order of the input
+    input_ids: np.ndarray  # int32 [tokens]
+    token_type_ids: np.ndarray  # int32 [tokens]
+    length: int  # L, that it is padded to
+    rule: ExitRule  # when it exits
+    queued_at: int = 0  # how many requests had been admitted when it joined its queue
+    slot: int = -1  # that holds its hidden states; -1 where it has none
+    exit: int = -1  # index of the exit it took; -1 before that
+    logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
+    # Learning-to-exit's, of every exit so far; empty where none were learned.
     exit_scores: list[float] = dataclasses.field(default_factory=list)
 
 

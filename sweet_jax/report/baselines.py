@@ -120,15 +120,13 @@ def tfidf_predictions(
         return majority_class(train_labels, len(texts), 1)
     features = _features(fitted, [train_texts[i] for i in use])
     iterations = int(np.clip(_WORK // (features.nnz * len(classes) + 1), 20, 1000))
-    strengths: Sequence[float] = (_USUAL_STRENGTH,)
     if tuning is not None and len(tuning[0]):
-        strengths, held = _STRENGTHS, _drawn(tuning[0], seed)
-        tuning_features = _features(fitted, [tuning[0][i] for i in held])
-        tuning_labels = np.asarray(tuning[1])[held]
-    models = [_fit_model(features, labels, strength, iterations) for strength in strengths]
-    model = models[0]
-    if len(models) > 1:
-        model = max(models, key=lambda m: m.score(tuning_features, tuning_labels))
+        held = _drawn(tuning[0], seed)
+        rows = _features(fitted, [tuning[0][i] for i in held]), np.asarray(tuning[1])[held]
+        models = [_fit_model(features, labels, strength, iterations) for strength in _STRENGTHS]
+        model = max(models, key=lambda m: m.score(*rows))  # the first, of equals
+    else:
+        model = _fit_model(features, labels, _USUAL_STRENGTH, iterations)
     parts = [texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE)]
     return np.concatenate([model.predict(_features(fitted, part)) for part in parts])
 

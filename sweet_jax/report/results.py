@@ -59,19 +59,13 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
 class TrainingRecord:
     """Holds what a report says of a run that does not follow from its outputs.
 
-    Attributes:
-      rows: number of training rows.
-      tuning_rows: number of rows held out for tuning.
-      failures: a row for each replica and exit that diverged or collapsed, see `find_failures`.
-      baselines: predictions on the validation rows; those of the best replica are reported.
-      timing, versions, rate_search, best_steps: keys of results.json, as they are there.
-
+    The last four are keys of results.json, as they are there.
     """
 
-    rows: int
+    rows: int  # that it was trained on
     tuning_rows: int = 0
-    failures: Sequence[Mapping[str, Any]] = ()
-    baselines: Sequence[Baseline] = ()
+    failures: Sequence[Mapping[str, Any]] = ()  # see `find_failures`
+    baselines: Sequence[Baseline] = ()  # on the validation rows; the best replica's are reported
     timing: Mapping[str, float] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rate_search: Mapping[str, Any] | None = None

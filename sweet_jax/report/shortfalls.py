@@ -26,25 +26,15 @@ _FIX_BELOW_FINE_TUNED = (  # the heads are fitted already
 
 @dataclasses.dataclass(frozen=True)
 class Shortfall:
-    """Describes an exit that is below a baseline.
+    """Describes an exit that is below a baseline."""
 
-    Attributes:
-      exit: its layer number.
-      score, baseline_score: the metric of either.
-      baseline: the baseline's name.
-      difference: score - baseline_score, below zero.
-      interval: (low, high), 95% interval of the difference, wholly below zero.
-      n: number of validation rows.
-
-    """
-
-    exit: int
-    score: float
-    baseline: str
-    baseline_score: float
-    difference: float
-    interval: Sequence[float]
-    n: int
+    exit: int  # its layer number
+    score: float  # its metric
+    baseline: str  # name
+    baseline_score: float  # its metric
+    difference: float  # score - baseline_score, below zero
+    interval: Sequence[float]  # (low, high), 95% interval of the difference, wholly below zero
+    n: int  # validation rows
 
 
 def find_shortfalls(
@@ -126,10 +116,8 @@ def describe_shortfall(finding: Shortfall, metric: str, *, refitted: bool = Fals
 def worst_shortfalls(results: Mapping[str, Any]) -> list[Shortfall]:
     """Returns the largest shortfall of each exit in results.json; [] for runs without baselines."""
     worst: dict[int, Shortfall] = {}
-    for row in results.get("below_baseline", []):
-        finding = Shortfall(**row)
-        if finding.exit not in worst or finding.difference < worst[finding.exit].difference:
-            worst[finding.exit] = finding
+    for row in results.get("below_baseline", []):  # the largest of an exit comes first
+        worst.setdefault(row["exit"], Shortfall(**row))
     return list(worst.values())
 
 

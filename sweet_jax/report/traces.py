@@ -42,33 +42,19 @@ _SYMBOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Describes a line, or markers, and its entry in the legend.
+    """Describes a line, or markers, and its entry in the legend."""
 
-    Attributes:
-      name: in the legend; "" for no entry there.
-      color: of both.
-      x, y: of the points [T].
-      dash: of the line, by plotly's name; "" for no line.
-      width: of the line, in plotly's pixels.
-      symbol: of the markers, by plotly's name; "" for none.
-      size: of the markers, in plotly's pixels.
-      text: of each point, shown beside the pointer; () for none.
-      optional: whether the page shows it only when its name is clicked.
-      far: whether it is so far below the rest that it would flatten them.
-
-    """
-
-    name: str
+    name: str  # in the legend; "" for no entry there
     color: str
-    x: Sequence[float] = ()
-    y: Sequence[float] = ()
-    dash: str = ""
-    width: float = 2
-    symbol: str = ""
-    size: int = 8
-    text: Sequence[str] = ()
-    optional: bool = False
-    far: bool = False
+    x: Sequence[float] = ()  # [T]
+    y: Sequence[float] = ()  # [T]
+    dash: str = ""  # of the line, by plotly's name; "" for no line
+    width: float = 2  # of the line, in plotly's pixels
+    symbol: str = ""  # of the markers, by plotly's name; "" for none
+    size: int = 8  # of the markers, in plotly's pixels
+    text: Sequence[str] = ()  # of each point, shown beside the pointer
+    optional: bool = False  # whether the page shows it only when its name is clicked
+    far: bool = False  # whether it is so far below the rest that it would flatten them
 
 
 def exit_color(exit_index: int) -> str:

@@ -27,22 +27,14 @@ class WorkerStoppedError(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Submission:
-    """Holds the texts of one HTTP request, classified together at its operating point.
+    """Holds the texts of one HTTP request, classified together at its operating point."""
 
-    Attributes:
-      classifier: at that operating point.
-      texts: to classify.
-      future: of the scheduler's requests, one for each text; cancelled where nobody waits for it.
-      requests: these, once the texts are encoded.
-      pending: how many of them have not exited.
-
-    """
-
-    classifier: AdaptiveClassifier
+    classifier: AdaptiveClassifier  # at that operating point
     texts: Sequence[Text]
+    # Of the scheduler's requests, one for each text; cancelled where nobody waits for them.
     future: Future[list[Request]] = dataclasses.field(default_factory=Future)
-    requests: list[Request] = dataclasses.field(default_factory=list)
-    pending: int = 0
+    requests: list[Request] = dataclasses.field(default_factory=list)  # once they are encoded
+    pending: int = 0  # how many of them have not exited
 
 
 class Worker:
