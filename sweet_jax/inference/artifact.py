@@ -124,7 +124,8 @@ def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) 
     tensors = hugging_face_tensors(family.names, model.params, model.exits)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((checkpoint.folder / "config.json").read_text())
-    values |= {family.depth_key: model.exits[-1], "architectures": [family.architecture]}
+    values = family.config.at_depth(values, model.exits[-1])
+    values |= {"model_type": family.model_type, "architectures": [family.architecture]}
     write_json(folder / "config.json", values)
 
 

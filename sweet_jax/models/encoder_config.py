@@ -66,8 +66,8 @@ class EncoderConfig:
         found = {}
         for field in dataclasses.fields(cls):
             key, kind = cls.key(field.name), type(field.default)
-            if key not in values:
-                continue
+            if key not in values or (values[key] is None and key == "pad_token_id"):
+                continue  # null there means that nothing was set
             if not isinstance(values[key], (int, float) if kind is float else kind):
                 raise UserError(f"{key} {values[key]!r} in its config.json, not of type {kind}")
             found[field.name] = values[key]
@@ -76,6 +76,11 @@ class EncoderConfig:
     def to_values(self) -> dict[str, Any]:
         """Returns the fields by their keys in config.json."""
         return {self.key(field): value for field, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def at_depth(cls, values: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """Returns the contents of a config.json, changed to those of its first layers alone."""
+        return {**values, cls.key("num_hidden_layers"): depth}
 
     @property
     def positions(self) -> int | None:

@@ -32,6 +32,8 @@ class EncoderFamily:
         with; None where transformers' own is right.
       fused_attention_obstacle: why fused attention cannot compute the family's layers; "" where it
         can.
+      isolation_obstacle: why no exit can have layers of its own, worded to follow "whose"; "" where
+        it can.
 
     """
 
@@ -43,12 +45,8 @@ class EncoderFamily:
     default_pooling: str = "mean"
     repair_tokenizer: Callable[[Any], None] | None = None
     fused_attention_obstacle: str = ""
+    isolation_obstacle: str = ""
 
     def __post_init__(self) -> None:
         if self.default_pooling not in POOLINGS:
             raise ValueError(f"default_pooling {self.default_pooling!r} of {self.model_type}")
-
-    @property
-    def depth_key(self) -> str:
-        """The key of config.json that holds the number of layers."""
-        return self.config.key("num_hidden_layers")

@@ -202,4 +202,6 @@ def hidden_states(encoder: Encoder, input_ids, mask, token_type_ids) -> tuple[ja
     relative = encoder.relative_table()
     for number in range(1, encoder.config.num_hidden_layers + 1):
         h.append(encoder.layer(number, h[-1], mask, relative=relative))
+    if encoder.final_norm is not None:
+        h[-1] = encoder.final_norm(h[-1])
     return tuple(h)

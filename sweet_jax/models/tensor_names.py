@@ -8,7 +8,7 @@ Shape letters: H hidden, C classes.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,8 +51,8 @@ class TensorNames:
 
         Raises KeyError for a parameter that the tables do not name.
         """
-        *module, leaf = map(str, path)
-        leaf = _LEAVES.get(leaf, leaf)
+        *module, last = map(str, path)
+        leaf = leaf_name(last)
         place = "/".join(module)
         if place in self.encoder:
             return f"{self.encoder[place]}.{leaf}"
@@ -70,6 +70,11 @@ class TensorNames:
         return any(re.match(pattern, name) for pattern in (*_BESIDE, *self.ignored))
 
 
+def leaf_name(leaf: str | int) -> str:
+    """Returns torch's name of the last key of a path: "weight" or "bias", or the key itself."""
+    return _LEAVES.get(str(leaf), str(leaf))
+
+
 def is_transposed(path: tuple[str | int, ...]) -> bool:
     """Returns whether torch stores the axes of the parameter at a path in reverse order."""
     return path[-1] == "kernel"
@@ -85,22 +90,27 @@ def hugging_face_tensors(
 ) -> dict[str, np.ndarray]:
     """Returns a trained model's parameters by the names of a saved model, in torch's layout.
 
-    The encoder's tensors have Hugging Face's names, its pooler is the last exit's; heads are
-    `exits.<layer>.…`.
+    The encoder's tensors have Hugging Face's names, its pooler and its final norm are the last
+    exit's; heads are `exits.<layer>.…`.
     """
     tensors: dict[str, np.ndarray] = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(params["encoder"]):
-        keys = path_keys(path)
-        value = value.T if is_transposed(keys) else value
-        tensors[names.name(keys)] = np.ascontiguousarray(value)
+
+    def put(tree: Any, name: Callable[[tuple[str | int, ...]], str]) -> None:
+        for path, value in jax.tree_util.tree_leaves_with_path(tree):
+            keys = path_keys(path)
+            value = value.T if is_transposed(keys) else value
+            tensors[name(keys)] = np.ascontiguousarray(value)
+
+    put(params["encoder"], names.name)
     for layer in exits:
         head = params["heads"][str(layer)]
         pooler = head.get("pooler") or params.get("pooler")  # None: a pooling without one
         dense = {"pooler.dense": pooler} if pooler else {}
-        dense |= {k: head[k] for k in ("classifier", "learning_to_exit") if k in head}
+        dense |= {k: head[k] for k in ("classifier", "learning_to_exit", "norm") if k in head}
         for name, part in dense.items():
-            tensors[f"exits.{layer}.{name}.weight"] = np.ascontiguousarray(part["kernel"].T)
-            tensors[f"exits.{layer}.{name}.bias"] = np.ascontiguousarray(part["bias"])
+            put(part, lambda keys, at=f"exits.{layer}.{name}": f"{at}.{leaf_name(keys[-1])}")
+    if "norm" in head:
+        put({"final_norm": head["norm"]}, names.name)
     for leaf in ("weight", "bias"):
         if (name := f"exits.{exits[-1]}.pooler.dense.{leaf}") in tensors:
             tensors[f"{names.pooler}.{leaf}"] = tensors[name]

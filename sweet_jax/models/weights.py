@@ -34,10 +34,17 @@ class Weights:
     pooler: dict[str, np.ndarray] | None
     exits: Mapping[str, np.ndarray]
 
+    @property
+    def final_norm(self) -> dict[str, np.ndarray] | None:
+        """The encoder's final norm, that the head of each exit begins with; None for none."""
+        return self.encoder.get("final_norm")
+
     def first_layers(self, depth: int) -> Any:
-        """Returns the encoder's parameters with `depth` layers."""
-        layers = self.encoder["layers"]
-        return {**self.encoder, "layers": {i: layers[i] for i in range(depth)}}
+        """Returns the encoder's parameters with `depth` layers, without its final norm."""
+        kept = {k: v for k, v in self.encoder.items() if k != "final_norm"}
+        if "layers" in kept:
+            kept["layers"] = {i: kept["layers"][i] for i in range(depth)}
+        return kept
 
 
 def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> Weights:
