@@ -87,7 +87,7 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "",
         ),
         "relative": (
-            "Owner of DeBERTa's relative positions: the first exit, or all; \"\" is the preset's.",
+            'Owner of relative positions (DeBERTa, MPNet): the first exit, all, or "", the preset\'s.',
             "",
         ),
         "clipping": (

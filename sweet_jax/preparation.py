@@ -19,8 +19,9 @@ from sweet_jax.data.splits import (
     split_calibration_rows,
     split_tuning_rows,
 )
-from sweet_jax.models.pooling import declared_pooling
+from sweet_jax.models.pooling import POOLINGS, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, load_tokenizer, open_checkpoint
+from sweet_jax.models.special_tokens import ensure_first_token
 from sweet_jax.training.growth import base_config
 from sweet_jax.training.initialization import base_checkpoint_folder, with_training_dropout
 from sweet_jax.training.parallel import check_devices
@@ -63,6 +64,8 @@ def prepare(config: Config) -> PreparedRun:
         base_checkpoint_folder(config, base)
     check_devices(config)
     tokenizer = load_tokenizer(checkpoint)
+    if POOLINGS[config.pooling].first_only:
+        ensure_first_token(tokenizer, config.checkpoint)
     drawn, tuning = _draw_rows(config, dataset)
     # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
     used = np.unique(np.concatenate([*(rows for pair in drawn for rows in pair), *tuning]))
@@ -175,6 +178,13 @@ def log_description(job: PreparedRun) -> None:
 
 def _check_against(checkpoint: Checkpoint, config: Config) -> None:
     depth, positions = config.depth or checkpoint.depth, checkpoint.config.positions
+    obstacle = checkpoint.family.isolation_obstacle
+    if obstacle and any(config.isolation):
+        raise UserError(
+            f"method {config.method!r} with isolation {config.isolation[-1]:g} gives each exit "
+            f"layers of its own, but {config.checkpoint!r} is of model_type "
+            f"{checkpoint.model_type}, whose {obstacle}: set --config.method=early_exit"
+        )
     if depth > checkpoint.depth:
         raise UserError(
             f"depth is {depth}, but {config.checkpoint!r} has {checkpoint.depth} layers: leave it "

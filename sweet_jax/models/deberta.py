@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sweet_jax.config import UserError
 from sweet_jax.models.disentangled_attention import (
     DisentangledAttention,
     RelativePositionConfig,
@@ -140,10 +141,15 @@ class Deberta(Encoder):
 def separate_pairs_once(tokenizer: Any) -> None:
     """Sets a tokenizer to one [SEP] between the texts of a pair, as DeBERTa was pretrained on.
 
-    transformers 5 puts two there.
+    transformers 5 puts two there. Raises UserError for a tokenizer without these tokens.
     """
     from tokenizers import processors  # heavy, and not needed for the arithmetic
 
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise UserError(
+            f"the tokenizer in {str(tokenizer.name_or_path)!r} has no cls_token or no sep_token, "
+            "which DeBERTa's inputs need: name them in its tokenizer_config.json"
+        )
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

@@ -127,9 +127,7 @@ class Attention(nnx.Module):
         )
         return jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)
 
-    def attend(
-        self, first: jax.Array, x: jax.Array, mask: jax.Array, key, relative
-    ) -> jax.Array:
+    def attend(self, first: jax.Array, x: jax.Array, mask: jax.Array, key, relative) -> jax.Array:
         """Returns what `first` [B*Q, H] gets of x [B*L, H] before the residual, [B*Q, H]."""
         batch = mask.shape[0]  # not len(): an exported program has a batch without a number
 

@@ -33,7 +33,7 @@ class EncoderFamily:
       fused_attention_obstacle: why fused attention cannot compute the family's layers; "" where it
         can.
       isolation_obstacle: why no exit can have layers of its own, worded to follow "whose"; "" where
-        it can.
+        each can.
 
     """
 

@@ -60,10 +60,10 @@ class Head(nnx.Module):
     """Classifies at one exit: pooling, pooler (dense, activation), dropout, dense.
 
     With a shared pooler, or a pooling that has none, the head holds no pooler. Where the encoder's
-    layers do not end with a norm, the head begins with one, initially the encoder's. Learning-to-exit
-    (Xin et al. 2021, BERxiT, section 3.3) adds a dense unit with a sigmoid that estimates how
-    likely this exit's class is right; it reads what the classifier reads, the pooled vector after
-    dropout, or that vector without its gradient.
+    layers do not end with a norm, the head begins with one, initially the encoder's.
+    Learning-to-exit (Xin et al. 2021, BERxiT, section 3.3) adds a dense unit with a sigmoid that
+    estimates how likely this exit's class is right; it reads what the classifier reads, the pooled
+    vector after dropout, or that vector without its gradient.
     """
 
     def __init__(self, encoder: Encoder, classes: int, config: ExitConfig, dtype, key: jax.Array):

@@ -155,7 +155,8 @@ class ModernBertAttention(Attention):
         super().__init__(config, dtype, rngs)
         self.packed = linear(config, hidden, 3 * hidden, dtype, rngs, bias=bias)
         self.output = linear(config, hidden, hidden, dtype, rngs, bias=bias)
-        self.norm = config.norm() if number > 1 else None  # the embeddings end with one
+        # The embeddings end with a norm.
+        self.norm = config.norm() if number > 1 else None  # type: ignore[assignment]
         self.hidden_dropout = config.attention_probs_dropout_prob
         everywhere = config.is_global(number)
         self.reach = None if everywhere else config.local_attention // 2

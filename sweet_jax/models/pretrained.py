@@ -18,17 +18,20 @@ from flax import nnx
 
 from sweet_jax.config import UserError
 from sweet_jax.files import resolve_path
+from sweet_jax.models.checkpoint_files import encoder_folder, guess_model_type
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.weights import Weights, read_weights
 
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")
+_SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *_SENTENCEPIECE)
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
 _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
+_FILES += ["0_Transformer/*", "adapter_config.json"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         if name.startswith(("pkg://", "/", ".", "~")):
             raise UserError(f"checkpoint {name!r} is not a directory")
         folder = _from_hub(name)
+    folder = encoder_folder(folder)
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text())
@@ -83,11 +87,13 @@ def open_checkpoint(name: str) -> Checkpoint:
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint {name!r} has no readable config.json: {error}") from error
-    kind = values.get("model_type")
+    kind = values.get("model_type") or guess_model_type(folder, values, FAMILIES.values())
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
+        shown = name if len(name) <= 40 else f"…{name[-39:]}"
         raise UserError(
-            f"checkpoint {name!r} is of model_type {kind!r}; supported are {', '.join(FAMILIES)}"
+            f"checkpoint {shown!r} is of model_type {repr(kind)[:20]}; supported are "
+            f"{', '.join(FAMILIES)}"
         )
     try:
         return Checkpoint(folder, family, family.config.from_values(values))
@@ -121,9 +127,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
     if not found:
         raise UserError(f"no {' or '.join(_VOCABULARIES)} in {str(checkpoint.folder)!r}")
-    if found == ["spm.model"] and importlib.util.find_spec("sentencepiece") is None:
+    if set(found) <= {*_SENTENCEPIECE} and importlib.util.find_spec("sentencepiece") is None:
         raise UserError(
-            f"the tokenizer in {str(checkpoint.folder)!r} is a SentencePiece model, spm.model: "
+            f"the tokenizer in {str(checkpoint.folder)!r} is a SentencePiece model, {found[0]}: "
             'pip install -e ".[sentencepiece]" to read it'
         )
     try:
