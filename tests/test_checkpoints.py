@@ -155,8 +155,13 @@ def test_a_type_is_guessed_from_the_architecture(kind, architecture, tmp_path, c
     assert f"taken for {kind!r} by architectures" in record.message
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "prefixed"),
+    [
+        *(("bert", True), ("roberta", False), ("electra", False)),
+        *(pytest.param(kind, p, marks=pytest.mark.slow) for kind in KINDS for p in (False, True)),
+    ],
+)
 def test_a_type_is_guessed_from_the_names_of_tensors(kind, prefixed, tmp_path, caplog):
     folder = shutil.copytree(KINDS[kind], tmp_path / "copy")
     change_json(folder / "config.json", model_type=None, architectures=None)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import ENCODERS, TINIES
+from tiny import ENCODERS, TINIES, marked
 
 from sweet_jax import load_encoder
 from sweet_jax.config import UserError
@@ -25,6 +25,7 @@ from sweet_jax.models.tensor_names import is_transposed, path_keys
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+SLOW = ("albert_wide", "camembert_small", "electra_wide", "modernbert_biased", "mpnet_long")
 
 
 def read(name: str):
@@ -36,7 +37,9 @@ def test_every_model_type_has_golden_files():
     assert {read(name)[0].model_type for name in NAMES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NAMES]
+)
 def test_hidden_states_and_gradients_equal_hugging_face(name):
     checkpoint, arrays = read(name)
     graphdef = nnx.split(checkpoint.encoder(jax.random.key(0)))[0]
@@ -103,7 +106,7 @@ def test_padding_further_changes_nothing_at_the_tokens_with_dropout_too(name):
     assert np.abs(arrays["hidden"][-1][1:, :13] - many)[present].max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", marked(ENCODERS))
 @pytest.mark.parametrize("key", [None, jax.random.key(4)], ids=["inference", "dropout"])
 def test_the_first_tokens_alone_are_those_of_the_whole_layer(kind, key):
     encoder = FAMILIES[kind].encoder(TINIES[kind], jax.random.key(0))

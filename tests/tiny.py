@@ -73,6 +73,14 @@ ENCODERS = [kind for kind in TINIES if kind not in ("xlm-roberta", "camembert")]
 ISOLATED = [kind for kind in ENCODERS if not FAMILIES[kind].isolation_obstacle]
 
 
+def marked(kinds: list[str]) -> list:
+    """The kinds as parameters of a test, those slow that add least to the others."""
+    return [
+        pytest.param(kind, marks=pytest.mark.slow if kind in ("electra", "albert") else ())
+        for kind in kinds
+    ]
+
+
 def write_checkpoint(
     folder: Path,
     model_type: str = "bert",

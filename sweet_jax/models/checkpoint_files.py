@@ -55,8 +55,8 @@ def guess_model_type(
 ) -> str | None:
     """Returns the model_type of a config.json that names none, with a warning; None if unknown.
 
-    Guessed from `architectures`, else the first of `families` whose prefix stands before the
-    tensors' names, else the first whose tensors are all there.
+    Guessed from `architectures`, else from the names of tensors: a family whose tensors are all
+    there, and of several the one that has most of them, or whose prefix stands before them.
 
     Raises UserError where the tensors are not readable.
     """
@@ -90,6 +90,8 @@ def _by_tensors(
     folder: Path, values: Mapping[str, Any], families: list[EncoderFamily]
 ) -> str | None:
     found = tensor_names(folder)
+    # BERT and RoBERTa differ in how they count positions, which no tensor tells.
+    counted = values.get("pad_token_id") == 1
     fitting = []
     for family in families:
         try:
@@ -104,12 +106,7 @@ def _by_tensors(
             n for n in present if family.names.is_inside(n) and not family.names.is_ignored(n)
         }
         if inside <= names <= present:
-            fitting.append(family)
-    # BERT and RoBERTa differ in how they count positions, which no tensor tells.
-    counted = values.get("pad_token_id") == 1
-
-    def rank(family: EncoderFamily) -> tuple[bool, bool]:
-        prefixed = any(f"{family.names.prefix}." in name for name in found)
-        return not prefixed, ("roberta" in family.model_type) != counted
-
-    return min(fitting, key=rank).model_type if fitting else None
+            prefixed = any(f"{family.names.prefix}." in name for name in found)
+            rank = (len(names), prefixed, ("roberta" in family.model_type) == counted)
+            fitting.append((rank, family.model_type))
+    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None

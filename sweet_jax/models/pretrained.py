@@ -90,7 +90,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     kind = values.get("model_type") or guess_model_type(folder, values, FAMILIES.values())
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        shown = name if len(name) <= 40 else f"…{name[-39:]}"
+        shown = name if len(name) <= 24 else f"…{name[-23:]}"
         raise UserError(
             f"checkpoint {shown!r} is of model_type {repr(kind)[:20]}; supported are "
             f"{', '.join(FAMILIES)}"
