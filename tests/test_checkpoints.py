@@ -176,6 +176,17 @@ def test_a_type_is_guessed_from_the_names_of_tensors(kind, prefixed, tmp_path, c
     equal(found.weights.encoder, encoder_of(KINDS[kind]))
 
 
+def test_a_vocabulary_alone_is_a_tokenizer_of_the_guessed_type(tmp_path):
+    folder = write_checkpoint(tmp_path / "bert")
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    change_json(folder / "config.json", model_type=None)
+    tokenizer = load_tokenizer(open_checkpoint(str(folder)))
+    assert tokenizer("word1 word2")["input_ids"] == [2, 6, 7, 3]
+
+
 def test_a_type_that_cannot_be_guessed_is_refused_in_one_short_line(folder):
     change_json(folder / "config.json", model_type=None, architectures=["GPT2Model"])
     write_tensors(folder, {"wte.weight": np.zeros((2, 2), np.float32)})

@@ -50,6 +50,17 @@ def _first_module(folder: Path) -> str:
         return ""  # there is none; `declared_pooling` names what is wrong with one
 
 
+def tokenizer_options(folder: Path, model_type: str) -> dict[str, str]:
+    """Returns what AutoTokenizer has to be given where no file names a tokenizer's class."""
+    for file, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
+        try:
+            if json.loads((folder / file).read_text()).get(key):
+                return {}
+        except (OSError, ValueError, AttributeError):
+            continue
+    return {"tokenizer_type": model_type}
+
+
 def guess_model_type(
     folder: Path, values: Mapping[str, Any], families: Iterable[EncoderFamily]
 ) -> str | None:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from sweet_jax.config import UserError
 from sweet_jax.files import resolve_path
-from sweet_jax.models.checkpoint_files import encoder_folder, guess_model_type
+from sweet_jax.models.checkpoint_files import encoder_folder, guess_model_type, tokenizer_options
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES
@@ -134,7 +134,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, local_files_only=True
+            checkpoint.folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            **tokenizer_options(checkpoint.folder, checkpoint.model_type),
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
