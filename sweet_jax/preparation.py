@@ -179,11 +179,14 @@ def log_description(job: PreparedRun) -> None:
 def _check_against(checkpoint: Checkpoint, config: Config) -> None:
     depth, positions = config.depth or checkpoint.depth, checkpoint.config.positions
     obstacle = checkpoint.family.isolation_obstacle
-    if obstacle and any(config.isolation):
+    if obstacle and (any(config.isolation) or config.conflict_every):
+        asked = f"method {config.method!r} with isolation {config.isolation[-1]:g}"
+        mend = "set --config.method=early_exit"
+        if not any(config.isolation):
+            asked, mend = f"conflict_every {config.conflict_every}", "leave it out"
         raise UserError(
-            f"method {config.method!r} with isolation {config.isolation[-1]:g} gives each exit "
-            f"layers of its own, but {config.checkpoint!r} is of model_type "
-            f"{checkpoint.model_type}, whose {obstacle}: set --config.method=early_exit"
+            f"{asked} needs exits with layers of their own, but {config.checkpoint!r} is of "
+            f"model_type {checkpoint.model_type}, whose {obstacle}: {mend}"
         )
     if depth > checkpoint.depth:
         raise UserError(

@@ -117,6 +117,30 @@ def test_heads_that_are_not_known_are_left_out_with_one_warning(folder, heads, p
     assert (" and 4 more" in record.message) == (len(heads) == 9)
 
 
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("xlm-roberta", ["lm_head.layer_norm.weight", "classifier.out_proj.weight"]),
+        ("electra", ["discriminator_predictions.dense.weight", "generator_lm_head.bias"]),
+        ("mpnet", ["lm_head.decoder.weight", "mpnet.embeddings.position_ids"]),
+        ("modernbert", ["head.dense.weight", "decoder.bias", "classifier.weight"]),
+        ("albert", ["predictions.decoder.weight", "sop_classifier.classifier.weight"]),
+    ],
+)
+def test_heads_of_pretraining_are_left_out_without_a_word(kind, heads, tmp_path, caplog):
+    folder = shutil.copytree(KINDS[kind], tmp_path / "copy")
+    wanted = encoder_of(folder)
+    prefix = FAMILIES[kind].names.prefix
+    named = {f"{prefix}.{k}": v for k, v in tensors_of(folder).items()}
+    write_tensors(folder, named | dict.fromkeys(heads, np.zeros(3, np.float32)))
+    equal(encoder_of(folder), wanted)
+    assert not caplog.records
+    first = FAMILIES[kind].names.encoder["embeddings/norm"]
+    write_tensors(folder, {k: v for k, v in named.items() if k != f"{prefix}.{first}.weight"})
+    with pytest.raises(UserError, match=f"missing: {first}.weight$"):
+        encoder_of(folder)
+
+
 def test_a_pooler_of_another_size_is_a_head(folder, caplog):
     tensors = tensors_of(folder)
     write_tensors(folder, tensors | {"pooler.dense.weight": np.zeros((7, 24), np.float32)})
@@ -364,14 +388,21 @@ def test_a_tokenizer_that_has_no_first_token_is_refused(options, tmp_path):
         load_tokenizer(open_checkpoint(str(folder)))
 
 
-@pytest.mark.parametrize("changes", [{}, {"method": "early_exit", "isolation": (0.5,)}])
-def test_exits_of_shared_layers_are_not_isolated(changes, options, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({}, "set --config.method=early_exit"),
+        ({"method": "early_exit", "isolation": (0.5,)}, "set --config.method=early_exit"),
+        ({"method": "early_exit", "conflict_every": 2}, "leave it out"),
+    ],
+)
+def test_exits_of_shared_layers_are_not_isolated(changes, fix, options, tmp_path):
     folder = write_checkpoint(tmp_path / "albert", "albert")
     with pytest.raises(
         UserError, match="albert, whose layers share one set of parameters"
     ) as error:
         prepare(from_mapping(options | {"checkpoint": str(folder)} | changes))
-    assert "set --config.method=early_exit" in str(error.value)
+    assert str(error.value).endswith(fix)
     assert "\n" not in str(error.value)
 
 

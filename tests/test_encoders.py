@@ -83,7 +83,13 @@ def test_load_encoder_gives_every_hidden_state(name):
         np.testing.assert_allclose(found, theirs[present], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["roberta_small", "deberta_base", "deberta_v2_xlarge"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("roberta_small", "deberta_base", "deberta_v2_xlarge"),
+        pytest.param("mpnet_small", marks=pytest.mark.slow),
+    ],
+)
 def test_padding_further_changes_nothing_at_the_tokens_with_dropout_too(name):
     checkpoint, arrays = read(name)
     graphdef = nnx.split(checkpoint.encoder(jax.random.key(0)))[0]

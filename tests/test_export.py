@@ -87,10 +87,12 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, cap
 def test_an_exported_model_of_each_kind_gives_the_same_answers(kind, tmp_path):
     method = "early_exit" if FAMILIES[kind].isolation_obstacle else "sweet"
     checkpoint = write_checkpoint(tmp_path / kind, kind)
-    reference = Reference(*fine_tune(checkpoint, tmp_path, method=method, epochs=1))
+    reference = Reference(*fine_tune(checkpoint, tmp_path, method=method, epochs=2))
     model = reference.classifier.model
     confidence = exit_confidences(reference.outputs, "confidence", [model.resolver.calibrator])
-    threshold = float(np.median(confidence[0, 0])) + 1e-3
+    sure = np.sort(confidence[0, 0])
+    middle = len(sure) // 4 + np.diff(sure)[len(sure) // 4 : -len(sure) // 4].argmax()
+    threshold = float(sure[middle : middle + 2].mean())  # some texts exit at once, others do not
     classifier = reference.classifier.at("confidence", threshold=threshold)
     wanted = classifier.predict(reference.texts, 8, "latency")
     folder = tmp_path / "exported"

@@ -46,6 +46,8 @@ RELATIVE = {
     "relative_attention": True,
     "pos_att_type": ("c2p", "p2c"),
 }
+# Of those that have none by default.
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 TINY = BertConfig(vocab_size=50, **SIZES)
 TINIES: dict[str, EncoderConfig] = {
     "bert": TINY,
@@ -65,8 +67,8 @@ TINIES: dict[str, EncoderConfig] = {
     "camembert": XlmRobertaConfig(vocab_size=60, type_vocab_size=1, **SIZES),
     "electra": ElectraConfig(vocab_size=50, embedding_size=12, **SIZES),
     "mpnet": MPNetConfig(vocab_size=60, **SIZES),
-    "modernbert": ModernBertConfig(vocab_size=50, local_attention=4, **SIZES),
-    "albert": AlbertConfig(vocab_size=60, embedding_size=12, **SIZES),
+    "modernbert": ModernBertConfig(vocab_size=50, local_attention=4, **DROPOUT, **SIZES),
+    "albert": AlbertConfig(vocab_size=60, embedding_size=12, **DROPOUT, **SIZES),
 }
 # Each encoder once: the other model types are RoBERTas.
 ENCODERS = [kind for kind in TINIES if kind not in ("xlm-roberta", "camembert")]

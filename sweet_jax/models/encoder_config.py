@@ -69,7 +69,9 @@ class EncoderConfig:
             if key not in values or (values[key] is None and key == "pad_token_id"):
                 continue  # null there means that nothing was set
             if not isinstance(values[key], (int, float) if kind is float else kind):
-                raise UserError(f"{key} {values[key]!r} in its config.json, not of type {kind}")
+                raise UserError(
+                    f"{key} {values[key]!r} in its config.json, not of type {kind.__name__}"
+                )
             found[field.name] = values[key]
         return cls(**found)
 
