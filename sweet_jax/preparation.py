@@ -181,12 +181,12 @@ def _check_against(checkpoint: Checkpoint, config: Config) -> None:
     obstacle = checkpoint.family.isolation_obstacle
     if obstacle and (any(config.isolation) or config.conflict_every):
         asked = f"method {config.method!r} with isolation {config.isolation[-1]:g}"
-        mend = "set --config.method=early_exit"
+        fix = "set --config.method=early_exit"
         if not any(config.isolation):
-            asked, mend = f"conflict_every {config.conflict_every}", "leave it out"
+            asked, fix = f"conflict_every {config.conflict_every}", "leave it out"
         raise UserError(
             f"{asked} needs exits with layers of their own, but {config.checkpoint!r} is of "
-            f"model_type {checkpoint.model_type}, whose {obstacle}: {mend}"
+            f"model_type {checkpoint.model_type}, whose {obstacle}: {fix}"
         )
     if depth > checkpoint.depth:
         raise UserError(

@@ -418,6 +418,9 @@ def test_exits_of_shared_layers_are_not_isolated(changes, fix, options, tmp_path
         ("modernbert", {"global_attn_every_n_layers": 0}, "which must be 1 or more"),
         ("modernbert", {"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
         ("modernbert", {"rope_parameters": 3}, "rope_parameters 3"),
+        ("modernbert", {"local_attention": 0}, "local_attention 0, which must be 1 or more"),
+        ("modernbert", {"num_attention_heads": 32}, "only an even size of heads"),
+        ("electra", {"embedding_size": 0}, "embedding_size 0, which must be 1 or more"),
         (
             "modernbert",
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},

@@ -22,6 +22,10 @@ class ElectraConfig(bert.BertConfig):
     intermediate_size: int = 1024
     embedding_size: int = 128  # of the tables
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("embedding_size")
+
     @property
     def projects(self) -> bool:
         """Whether the embeddings are projected to H."""

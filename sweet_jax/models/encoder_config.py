@@ -35,10 +35,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         self.check_activation("hidden_act")
-        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            value = getattr(self, field)
-            if value < 1:
-                raise UserError(f"{self.key(field)} {value}, which must be 1 or more")
+        self.check_positive("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, field)
             if not 0 <= value < 1:
@@ -93,6 +90,13 @@ class EncoderConfig:
     def pooler_act(self) -> str:
         """The activation of the pooler that the checkpoint was trained with."""
         return "tanh"
+
+    def check_positive(self, *fields: str) -> None:
+        """Raises UserError for a field that is below 1."""
+        for field in fields:
+            value = getattr(self, field)
+            if value < 1:
+                raise UserError(f"{self.key(field)} {value}, which must be 1 or more")
 
     def check_activation(self, field: str) -> None:
         """Raises UserError unless the value of a field is an activation known here."""

@@ -68,16 +68,20 @@ class ModernBertConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_activation("classifier_activation")
+        self.check_positive(
+            *("local_attention", "global_attn_every_n_layers"),
+            *("global_rope_theta", "local_rope_theta"),
+        )
         kinds = self.layer_types
         if not set(kinds) <= {_GLOBAL, _LOCAL} or 0 < len(kinds) < self.num_hidden_layers:
             raise UserError(
                 f"layer_types {list(kinds)!r}; supported are {_GLOBAL!r} and {_LOCAL!r}, one for "
                 f"each of the {self.num_hidden_layers} layers"
             )
-        if self.global_attn_every_n_layers < 1:
+        if self.hidden_size // self.num_attention_heads % 2:
             raise UserError(
-                f"global_attn_every_n_layers {self.global_attn_every_n_layers}, which must be 1 or "
-                "more"
+                f"hidden_size {self.hidden_size} and num_attention_heads "
+                f"{self.num_attention_heads}; only an even size of heads is supported"
             )
 
     @classmethod
