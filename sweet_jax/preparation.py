@@ -21,8 +21,9 @@ from sweet_jax.data.splits import (
     split_tuning_rows,
 )
 from sweet_jax.models.checkpoint_files import load_tokenizer
-from sweet_jax.models.pooling import declared_pooling
+from sweet_jax.models.pooling import POOLINGS, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
+from sweet_jax.models.special_tokens import ensure_first_token
 from sweet_jax.training.growth import base_config
 from sweet_jax.training.initialization import base_checkpoint_folder, with_training_dropout
 from sweet_jax.training.parallel import check_devices
@@ -65,6 +66,8 @@ def prepare(config: Config) -> PreparedRun:
         base_checkpoint_folder(config, base)
     check_devices(config)
     tokenizer = load_tokenizer(checkpoint)
+    if POOLINGS[config.pooling].first_only:
+        ensure_first_token(tokenizer, config.checkpoint)
     drawn, tuning = _draw_rows(config, dataset)
     # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
     used = np.unique(np.concatenate([*(rows for pair in drawn for rows in pair), *tuning]))
@@ -217,6 +220,16 @@ def _log_lengths(job: PreparedRun) -> None:
 
 def _check_against(checkpoint: Checkpoint, config: Config) -> None:
     depth, positions = config.depth or checkpoint.depth, checkpoint.config.positions
+    obstacle = checkpoint.family.isolation_obstacle
+    if obstacle and (any(config.isolation) or config.conflict_every):
+        asked = f"method {config.method!r} with isolation {config.isolation[-1]:g}"
+        fix = "set --config.method=early_exit"
+        if not any(config.isolation):
+            asked, fix = f"conflict_every {config.conflict_every}", "leave it out"
+        raise UserError(
+            f"{asked} needs exits with layers of their own, but {config.checkpoint!r} is of "
+            f"model_type {checkpoint.model_type}, whose {obstacle}: {fix}"
+        )
     if depth > checkpoint.depth:
         raise UserError(
             f"depth is {depth}, but {config.checkpoint!r} has {checkpoint.depth} layers: leave it "

@@ -2,7 +2,7 @@
 
 # The decisions a preset stands for. Each can also be set alone, for an ablation.
 #   pooler: a copy per exit | one for all exits, which then gets every exit's gradient
-#   relative: DeBERTa's table of relative positions is the first exit's | it is all exits', as above
+#   relative: the table of relative positions (DeBERTa, MPNet) is the first exit's | all exits'
 #   clipping: norm per owner of parameters | one norm over all parameters, coupling the exits
 #   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
 #   calibration: rows held out of the subset | the validation rows | those with dropout left on

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import TINIES
+from tiny import ENCODERS, TINIES, marked
 
 from sweet_jax import load_encoder
 from sweet_jax.config import UserError
@@ -18,12 +18,14 @@ from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta_v2 import log_bucket
 from sweet_jax.models.disentangled_attention import along_diagonals
 from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.mpnet import distance_bucket
 from sweet_jax.models.pretrained import hidden_states, open_checkpoint
 from sweet_jax.models.tensor_names import is_transposed, path_keys
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+SLOW = ("albert_wide", "camembert_small", "electra_wide", "modernbert_biased", "mpnet_long")
 
 
 def read(name: str):
@@ -35,7 +37,9 @@ def test_every_model_type_has_golden_files():
     assert {read(name)[0].model_type for name in NAMES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NAMES]
+)
 def test_hidden_states_and_gradients_equal_hugging_face(name):
     checkpoint, arrays = read(name)
     graphdef = nnx.split(checkpoint.encoder(jax.random.key(0)))[0]
@@ -79,7 +83,13 @@ def test_load_encoder_gives_every_hidden_state(name):
         np.testing.assert_allclose(found, theirs[present], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["roberta_small", "deberta_base", "deberta_v2_xlarge"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("roberta_small", "deberta_base", "deberta_v2_xlarge"),
+        pytest.param("mpnet_small", marks=pytest.mark.slow),
+    ],
+)
 def test_padding_further_changes_nothing_at_the_tokens_with_dropout_too(name):
     checkpoint, arrays = read(name)
     graphdef = nnx.split(checkpoint.encoder(jax.random.key(0)))[0]
@@ -102,7 +112,7 @@ def test_padding_further_changes_nothing_at_the_tokens_with_dropout_too(name):
     assert np.abs(arrays["hidden"][-1][1:, :13] - many)[present].max() > 0.1
 
 
-@pytest.mark.parametrize("kind", TINIES)
+@pytest.mark.parametrize("kind", marked(ENCODERS))
 @pytest.mark.parametrize("key", [None, jax.random.key(4)], ids=["inference", "dropout"])
 def test_the_first_tokens_alone_are_those_of_the_whole_layer(kind, key):
     encoder = FAMILIES[kind].encoder(TINIES[kind], jax.random.key(0))
@@ -222,7 +232,9 @@ def test_the_first_token_alone_takes_little_beside_keys_and_values():
 def test_buckets_equal_hugging_face():
     with np.load(GOLDEN / "buckets.npz") as arrays:
         distances = arrays["distances"]
-        names = [name for name in arrays if name != "distances"]
+        # Of the pair, transformers takes query minus key position for DeBERTa, the other for MPNet.
+        np.testing.assert_array_equal(distance_bucket(distances), arrays["mpnet"])
+        names = [name for name in arrays if name not in ("distances", "mpnet")]
         assert "256_512" in names
         for name in names:
             found = log_bucket(distances, *map(int, name.split("_")))

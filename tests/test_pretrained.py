@@ -322,6 +322,12 @@ def test_without_torch_a_pickle_is_refused_with_the_mend(folder, monkeypatch):
         ("deberta", "[CLS] word 1 [SEP] word 2 [SEP]"),
         ("deberta-v2", "[CLS] ▁word1 [SEP] ▁word2 [SEP]"),
         ("distilbert", "[CLS] word1 [SEP] word2 [SEP]"),
+        ("xlm-roberta", "<s> ▁word1 </s> </s> ▁word2 </s>"),
+        ("camembert", "<s> ▁word1 </s> </s> ▁word2 </s>"),
+        ("electra", "[CLS] word1 [SEP] word2 [SEP]"),
+        ("mpnet", "<s> word1 </s> </s> word2 </s>"),
+        ("modernbert", "[CLS] word1 [SEP] word2 [SEP]"),
+        ("albert", "[CLS] ▁word1 [SEP] ▁word2 [SEP]"),
     ],
 )
 def test_every_kind_s_tokenizer_and_pairs(tmp_path, kind, pair):
@@ -342,7 +348,10 @@ def test_the_longest_input_of_every_kind():
         "deberta": None,
         "deberta-v2": None,
     }
-    assert limits == {"bert": 64, "roberta": 62, "distilbert": 64}
+    counted = dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), 62)  # after padding's
+    assert limits == counted | dict.fromkeys(
+        ("bert", "distilbert", "electra", "modernbert", "albert"), 64
+    )
 
 
 def test_a_sentencepiece_file_needs_its_extra(folder, monkeypatch):

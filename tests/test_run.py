@@ -5,11 +5,12 @@ import json
 import math
 import re
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
-from tiny import write_checkpoint, write_rows
+from tiny import FAMILIES, TINIES, write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
@@ -19,6 +20,8 @@ from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import log_description, prepare
+from sweet_jax.training.checkpoint import read_params
+from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.metrics import read_metrics
 
 FILES = {
@@ -76,6 +79,11 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
         ("deberta", {"preset": "reference"}),
         pytest.param("deberta-v2", {"seeds": (0, 1)}, marks=pytest.mark.slow),
         ("distilbert", {}),
+        pytest.param("mpnet", {"preset": "reference"}, marks=pytest.mark.slow),
+        pytest.param("electra", {}, marks=pytest.mark.slow),
+        pytest.param("xlm-roberta", {}, marks=pytest.mark.slow),
+        ("modernbert", {"learning_to_exit": "joint"}),
+        pytest.param("albert", {"method": "early_exit"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
@@ -94,7 +102,11 @@ def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
     outputs = ExitOutputs.load(tmp_path / "run" / "exit_outputs" / "validation.npz")
     act = ACTIVATIONS[job.checkpoint.config.pooler_act]
     for e in (1, 2, 3):
-        pooled = np.asarray(hidden[e][:, 0]) @ tensors[f"exits.{e}.pooler.dense.weight"].T
+        first = np.asarray(hidden[e][:, 0])
+        if e < 3 and (scale := tensors.get(f"exits.{e}.norm.weight")) is not None:
+            spread = np.sqrt(first.var(axis=1, keepdims=True) + 1e-5)
+            first = scale * (first - first.mean(axis=1, keepdims=True)) / spread
+        pooled = first @ tensors[f"exits.{e}.pooler.dense.weight"].T
         pooled = np.asarray(act(pooled + tensors[f"exits.{e}.pooler.dense.bias"]))
         logits = pooled @ tensors[f"exits.{e}.classifier.weight"].T
         logits += tensors[f"exits.{e}.classifier.bias"]
@@ -111,6 +123,33 @@ def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
     for ours, state in zip(hidden, theirs, strict=True):
         gap = np.abs(np.asarray(ours) - state.numpy())[rows["mask"]]
         assert gap.max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] if k != "mpnet" else []) for k in TINIES]
+)
+def test_each_model_type_trains_on_rows_of_sst_2(kind, options, tmp_path, one_device, glue_dir):
+    folder = write_checkpoint(tmp_path / "checkpoint", kind)
+    names = ("task", "data_files", "text_columns", "train_size", "exits", "batch_size")
+    values = {k: v for k, v in options.items() if k not in names} | {
+        **{"task": "sst2", "data_dir": str(glue_dir), "train_size": 200, "exits": (1, 3)},
+        **{"checkpoint": str(folder), "epochs": 1, "batch_size": 96, "pooling": ""},
+        "method": "early_exit" if FAMILIES[kind].isolation_obstacle else "sweet",
+    }
+    job = prepare(from_mapping(values))
+    assert job.config.pooling == "mean"
+    outputs = train_and_evaluate(job, tmp_path).validation
+    assert outputs.logits.shape == (1, 2, 872, 2)
+    assert np.all(np.isfinite(outputs.logits))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    trained = read_params(path)
+    _, state = initial_state(job.config, job.checkpoint, model_specs(job.config)[0], 2)
+    for part, before in state.params["encoder"].items():
+        after = jax.tree.leaves(trained["encoder"][part])
+        pairs = zip(jax.tree.leaves(before), after, strict=True)
+        assert any(np.any(a[0] != b) for a, b in pairs), part
 
 
 @pytest.mark.slow

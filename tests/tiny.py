@@ -17,14 +17,18 @@ from sweet_jax.config import from_mapping
 from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.models.albert import AlbertConfig
 from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta import DebertaConfig
 from sweet_jax.models.deberta_v2 import DebertaV2Config
 from sweet_jax.models.distilbert import DistilBertConfig
 from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.electra import ElectraConfig
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES
-from sweet_jax.models.roberta import RobertaConfig
+from sweet_jax.models.modernbert import ModernBertConfig
+from sweet_jax.models.mpnet import MPNetConfig
+from sweet_jax.models.roberta import RobertaConfig, XlmRobertaConfig
 from sweet_jax.models.tensor_names import hugging_face_tensors
 from sweet_jax.pipeline import run
 
@@ -42,6 +46,8 @@ RELATIVE = {
     "relative_attention": True,
     "pos_att_type": ("c2p", "p2c"),
 }
+# Of those that have none by default.
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 TINY = BertConfig(vocab_size=50, **SIZES)
 TINIES: dict[str, EncoderConfig] = {
     "bert": TINY,
@@ -57,7 +63,24 @@ TINIES: dict[str, EncoderConfig] = {
         **RELATIVE,
     ),
     "distilbert": DistilBertConfig(vocab_size=50, **SIZES),
+    "xlm-roberta": XlmRobertaConfig(vocab_size=60, type_vocab_size=1, **SIZES),
+    "camembert": XlmRobertaConfig(vocab_size=60, type_vocab_size=1, **SIZES),
+    "electra": ElectraConfig(vocab_size=50, embedding_size=12, **SIZES),
+    "mpnet": MPNetConfig(vocab_size=60, **SIZES),
+    "modernbert": ModernBertConfig(vocab_size=50, local_attention=4, **DROPOUT, **SIZES),
+    "albert": AlbertConfig(vocab_size=60, embedding_size=12, **DROPOUT, **SIZES),
 }
+# Each encoder once: the other model types are RoBERTas.
+ENCODERS = [kind for kind in TINIES if kind not in ("xlm-roberta", "camembert")]
+ISOLATED = [kind for kind in ENCODERS if not FAMILIES[kind].isolation_obstacle]
+
+
+def marked(kinds: list[str]) -> list:
+    """The kinds as parameters of a test, those slow that add least to the others."""
+    return [
+        pytest.param(kind, marks=pytest.mark.slow if kind in ("electra", "albert") else ())
+        for kind in kinds
+    ]
 
 
 def write_checkpoint(
@@ -86,8 +109,8 @@ def write_checkpoint(
     tensors = {k: v for k, v in tensors.items() if not k.startswith("exits.")}
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     values = {"pad_token_id": 0, **config.to_values(), "model_type": model_type}
-    for key in ("embedding_size", "attention_head_size"):
-        if values.get(key) == 0:  # our word for "not given"
+    for key in ("embedding_size", "attention_head_size", "layer_types"):
+        if values.get(key) in (0, ()):  # our words for "not given"
             del values[key]
     (folder / "config.json").write_text(json.dumps(values))
     about = {"model_max_length": 64, **WRITERS[model_type](folder)}
@@ -129,14 +152,23 @@ def write_bytes(folder: Path, tokenizer_class: str, special: list[str]) -> dict:
     return {"tokenizer_class": tokenizer_class}
 
 
-def write_unigrams(folder: Path) -> dict:
+def write_unigrams(folder: Path, tokenizer_class: str, special: str, mask: str = "<mask>") -> dict:
     """tokenizer.json of a unigram model, as transformers makes it of a SentencePiece file."""
     import transformers
 
-    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-    pieces = [*special, *(f"▁{word}" for word in WORDS), "[MASK]"]
-    vocabulary = [(piece, 0.0 if piece in special else -3.0) for piece in pieces]
-    transformers.DebertaV2Tokenizer(vocab=vocabulary).save_pretrained(folder)
+    pieces = [*special.split(), *(f"▁{word}" for word in WORDS), mask]
+    vocabulary = [(piece, 0.0 if piece in special.split() else -3.0) for piece in pieces]
+    getattr(transformers, tokenizer_class)(vocab=vocabulary).save_pretrained(folder)
+    return json.loads((folder / "tokenizer_config.json").read_text())
+
+
+def write_word_pieces(folder: Path) -> dict:
+    """tokenizer.json of MPNet's own tokenizer."""
+    import transformers
+
+    words = ["<s>", "<pad>", "</s>", "[UNK]", *WORDS, "<mask>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    transformers.MPNetTokenizer(vocab=vocabulary).save_pretrained(folder)
     return json.loads((folder / "tokenizer_config.json").read_text())
 
 
@@ -148,8 +180,22 @@ WRITERS = {
     "deberta": lambda folder: write_bytes(
         folder, "DebertaTokenizer", ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     ),
-    "deberta-v2": write_unigrams,
+    "deberta-v2": lambda folder: write_unigrams(
+        folder, "DebertaV2Tokenizer", "[PAD] [CLS] [SEP] [UNK]", "[MASK]"
+    ),
     "distilbert": write_words,
+    "xlm-roberta": lambda folder: write_unigrams(
+        folder, "XLMRobertaTokenizer", "<s> <pad> </s> <unk>"
+    ),
+    "camembert": lambda folder: write_unigrams(
+        folder, "CamembertTokenizer", "<s> <pad> </s> <unk>"
+    ),
+    "electra": write_words,
+    "mpnet": write_word_pieces,
+    "modernbert": write_words,
+    "albert": lambda folder: write_unigrams(
+        folder, "AlbertTokenizer", "<pad> <unk> [CLS] [SEP]", "[MASK]"
+    ),
 }
 
 

@@ -99,8 +99,9 @@ def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) 
     family = checkpoint.family
     tensors = hugging_face_tensors(family.names, model.params, model.exits)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    changed = {family.depth_key: model.exits[-1], "architectures": [family.architecture]}
-    write_json(folder / "config.json", {**checkpoint.values, **changed})
+    values = family.config.at_depth(checkpoint.values, model.exits[-1])
+    values |= {"model_type": family.model_type, "architectures": [family.architecture]}
+    write_json(folder / "config.json", values)
     # safetensors makes a file that its owner alone may read, whatever the umask.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 

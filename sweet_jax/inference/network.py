@@ -77,7 +77,7 @@ def _load_network(
 
     graphdef, shapes = nnx.split(nnx.eval_shape(make))
     heads = _pick_heads(nnx.to_pure_dict(shapes)["heads"], weights.exits, checkpoint)
-    found = {"encoder": weights.encoder, "heads": heads}
+    found = {"encoder": weights.first_layers(checkpoint.depth), "heads": heads}
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found)
     return Network(exits, graphdef, params, model.pooling)
 
@@ -89,7 +89,7 @@ def _pick_heads(shapes: Any, tensors: Mapping[str, np.ndarray], checkpoint: Chec
     def pick(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         layer, *module, kind = (p.key for p in path)
         part = "pooler.dense" if module == ["pooler"] else module[0]
-        name = f"exits.{layer}.{part}.{'weight' if kind == 'kernel' else 'bias'}"
+        name = f"exits.{layer}.{part}.{'bias' if kind == 'bias' else 'weight'}"
         value = tensors.get(name, np.empty(0))
         value = value.T if kind == "kernel" else value
         if value.shape != leaf.shape:

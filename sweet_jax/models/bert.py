@@ -28,14 +28,14 @@ class BertConfig(EncoderConfig):
 
 
 class BertEmbeddings(nnx.Module):
-    """Sums word, position and token-type embeddings, and normalises."""
+    """Sums word, position and token-type embeddings, and normalises; `width` is H if not given."""
 
-    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs):
-        hidden = config.hidden_size
-        self.word = embedding_table(config, config.vocab_size, hidden, dtype, rngs)
-        self.position = embedding_table(config, config.max_position_embeddings, hidden, dtype, rngs)
-        self.token_type = embedding_table(config, config.type_vocab_size, hidden, dtype, rngs)
-        self.norm = LayerNorm(hidden, config.layer_norm_eps)
+    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs, width: int | None = None):
+        width = width or config.hidden_size
+        self.word = embedding_table(config, config.vocab_size, width, dtype, rngs)
+        self.position = embedding_table(config, config.max_position_embeddings, width, dtype, rngs)
+        self.token_type = embedding_table(config, config.type_vocab_size, width, dtype, rngs)
+        self.norm = LayerNorm(width, config.layer_norm_eps)
         self.dropout_rate = config.hidden_dropout_prob
 
     def positions(self, input_ids: jax.Array) -> jax.Array:

@@ -14,11 +14,14 @@ from typing import Any
 from sweet_jax.config import UserError
 from sweet_jax.files import one_line, resolve_path
 
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spm.model")
+_ADAPTER = "adapter_config.json"
+_SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *_SENTENCEPIECE)
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
 _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
+_FILES += ["0_Transformer/*", _ADAPTER]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,13 +46,14 @@ class CheckpointFiles:
 def locate_checkpoint(name: str) -> CheckpointFiles:
     """Finds a checkpoint by hub id, local directory or `pkg://package/path`; reads config.json.
 
-    Raises UserError when it is absent, or its config.json is unreadable.
+    Raises UserError when it is absent, an adapter alone, or its config.json is unreadable.
     """
     folder = resolve_path(name)
     if not os.path.isdir(folder):  # also False where permission is lacking
         if name.startswith(("pkg://", "/", ".", "~")):
             raise UserError(f"checkpoint {name!r} is not a directory")
         folder = _from_hub(name)
+    folder = encoder_folder(folder)
     try:
         values = json.loads((folder / "config.json").read_text())
         if not isinstance(values, dict):
@@ -76,6 +80,45 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+def encoder_folder(folder: Path) -> Path:
+    """Returns where the encoder's files are: the folder, or the first of sentence-transformers'.
+
+    Raises UserError for a LoRA adapter that is not merged into its encoder.
+    """
+    inside = folder / _first_module(folder)
+    if (inside / "config.json").exists() and inside.resolve().is_relative_to(folder.resolve()):
+        folder = inside
+    if (folder / _ADAPTER).exists():
+        try:
+            base = json.loads((folder / _ADAPTER).read_text())["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError):
+            base = "its encoder"
+        raise UserError(
+            f"{str(folder)!r} is a LoRA adapter of {base!r} that is not merged ({_ADAPTER}): merge "
+            "it with peft's merge_and_unload and save that, or remove the adapter's files if it is"
+        )
+    return folder
+
+
+def _first_module(folder: Path) -> str:
+    """Returns the path that modules.json gives the encoder; "" for the folder itself."""
+    try:
+        return str(json.loads((folder / "modules.json").read_text())[0]["path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""  # there is none; `declared_pooling` names what is wrong with one
+
+
+def tokenizer_options(folder: Path, model_type: str) -> dict[str, str]:
+    """Returns what AutoTokenizer has to be given where no file names a tokenizer's class."""
+    for file, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
+        try:
+            if json.loads((folder / file).read_text()).get(key):
+                return {}
+        except (OSError, ValueError, AttributeError):
+            continue
+    return {"tokenizer_type": model_type}
+
+
 def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
     """Loads the checkpoint's own fast tokenizer. Raises UserError where there is none."""
     import transformers  # heavy, and not needed for the arithmetic
@@ -85,16 +128,22 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
     found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
     if not found:
         raise UserError(f"no {' or '.join(_VOCABULARIES)} in {where}")
-    if found == ["spm.model"] and importlib.util.find_spec("sentencepiece") is None:
+    if set(found) <= {*_SENTENCEPIECE} and importlib.util.find_spec("sentencepiece") is None:
         raise UserError(
-            f"the tokenizer in {where} is a SentencePiece model, spm.model: "
+            f"the tokenizer in {where} is a SentencePiece model, {found[0]}: "
             'pip install -e ".[sentencepiece]" to read it'
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=False, local_files_only=True
+            checkpoint.folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            **tokenizer_options(checkpoint.folder, checkpoint.model_type),
         )
-    except Exception as error:
+        tokenizer("a text")  # some damaged files only fail in use
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
         raise UserError(f"no tokenizer in {where}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{where} has no fast tokenizer (tokenizer.json)")
@@ -113,10 +162,15 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
 def separate_pairs_once(tokenizer: Any) -> None:
     """Sets a tokenizer to one [SEP] between the texts of a pair, as DeBERTa was pretrained on.
 
-    transformers 5 puts two there.
+    transformers 5 puts two there. Raises UserError for a tokenizer without these tokens.
     """
     from tokenizers import processors  # heavy, and not needed for the arithmetic
 
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise UserError(
+            f"the tokenizer in {str(tokenizer.name_or_path)!r} has no cls_token or no sep_token, "
+            "which DeBERTa's inputs need: name them in its tokenizer_config.json"
+        )
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

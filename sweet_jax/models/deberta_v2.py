@@ -157,7 +157,7 @@ class DebertaV2(Deberta):
 
     ATTENTION = DebertaV2Attention
 
-    def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> Layer:
+    def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> nnx.Module:
         config = self.config
         assert isinstance(config, DebertaV2Config)
         if number == 1 and config.conv_kernel_size > 0:

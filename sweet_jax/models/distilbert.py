@@ -48,16 +48,19 @@ class DistilBertConfig(EncoderConfig):
 class DistilBertEmbeddings(nnx.Module):
     """Sums word and position embeddings, and normalises."""
 
-    def __init__(self, config: DistilBertConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
         hidden = config.hidden_size
         self.word = embedding_table(config, config.vocab_size, hidden, dtype, rngs)
         self.position = embedding_table(config, config.max_position_embeddings, hidden, dtype, rngs)
         self.norm = LayerNorm(hidden, config.layer_norm_eps)
         self.dropout_rate = config.hidden_dropout_prob
 
+    def positions(self, input_ids: jax.Array) -> jax.Array:
+        """Returns the rows of the position table to add, int32 [B or 1, L]."""
+        return jnp.arange(input_ids.shape[1])[None]
+
     def __call__(self, input_ids: jax.Array, token_type_ids: Any, mask: Any, key) -> jax.Array:
-        positions = jnp.arange(input_ids.shape[1])[None]  # [1, L]
-        h = self.word(input_ids) + self.position(positions)  # [B, L, H]
+        h = self.word(input_ids) + self.position(self.positions(input_ids))  # [B, L, H]
         return dropout(key, self.norm(h), self.dropout_rate, length_axes=(1,))
 
 

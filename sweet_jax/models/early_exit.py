@@ -47,7 +47,7 @@ class EarlyExit(nnx.Module):
     """Classifies at each of `exits` (layer numbers from 1, the last is the encoder's depth).
 
     Random parts of head e are derived from (key, "head", e), so that an exit does not depend on
-    which others there are.
+    which others there are. The encoder is taken over, without its final norm: each head has one.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class EarlyExit(nnx.Module):
         dtype=jnp.float32,
     ):
         self.encoder = encoder
+        encoder.final_norm = None
         self.exits = tuple(exits)
         self.config = config = config or ExitConfig()
         shared = config.shared_pooler and config.reads.dense
@@ -135,7 +136,7 @@ class EarlyExit(nnx.Module):
         # Without a key no gradient is taken: evaluation is the same program with remat or without.
         if not self.config.remat or key is None:
             return self.encoder.layer(number, h, mask, key, relative, count=count)
-        graphdef, params = nnx.split(self.encoder.layers[number - 1])
+        graphdef, params = nnx.split(self.encoder.layer_module(number))
 
         def run(h: jax.Array, params, relative: jax.Array | None) -> jax.Array:
             layer = nnx.merge(graphdef, params)

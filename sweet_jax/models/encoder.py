@@ -10,7 +10,7 @@ their gradients then need no copies.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +58,17 @@ def token_dropout(key, x: jax.Array, rate: float, batch: int) -> jax.Array:
 
 
 class LayerNorm(nnx.Module):
-    """Applies `layer_norm` with its parameters scale and bias, float32 [H]."""
+    """Applies `layer_norm` with its parameters scale and, with `bias`, bias, float32 [H]."""
 
-    def __init__(self, size: int, epsilon: float):
+    def __init__(self, size: int, epsilon: float, *, bias: bool = True):
         self.scale = nnx.Param(jnp.ones(size))
-        self.bias = nnx.Param(jnp.zeros(size))
+        self.bias = nnx.Param(jnp.zeros(size)) if bias else None
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+        scale = self.scale[...]
+        bias = jnp.zeros_like(scale) if self.bias is None else self.bias[...]
+        return layer_norm(x, scale, bias, self.epsilon)
 
 
 class Attention(nnx.Module):
@@ -97,6 +99,10 @@ class Attention(nnx.Module):
         """
         return jnp.einsum("bald,bamd->balm", q, k)
 
+    def visible(self, mask: jax.Array, count: int) -> jax.Array:
+        """Returns which keys each of the first `count` queries may read, bool [B, 1, Q or 1, L]."""
+        return mask[:, None, None, :]
+
     def context(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, key, relative
     ) -> jax.Array:
@@ -111,7 +117,7 @@ class Attention(nnx.Module):
         scores = self.scores(
             q * self.scale, k, relative, derive_optional_key(key, "relative")
         )  # [B, A, Q, L]
-        weights = masked_softmax(scores, mask[:, None, None, :]).astype(v.dtype)
+        weights = masked_softmax(scores, self.visible(mask, q.shape[2])).astype(v.dtype)
         weights = dropout(
             derive_optional_key(key, "weights"),
             weights,
@@ -121,11 +127,9 @@ class Attention(nnx.Module):
         )
         return jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)
 
-    def __call__(
-        self, x: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
-    ) -> jax.Array:
+    def attend(self, first: jax.Array, x: jax.Array, mask: jax.Array, key, relative) -> jax.Array:
+        """Returns what `first` [B*Q, H] gets of x [B*L, H] before the residual, [B*Q, H]."""
         batch = mask.shape[0]  # not len(): an exported program has a batch without a number
-        first = first_tokens(x, batch, count)  # [B*Q, H]
 
         def split(x):
             return x.reshape(batch, -1, self.heads, x.shape[-1] // self.heads)
@@ -133,8 +137,13 @@ class Attention(nnx.Module):
         q, k, v = map(split, self.project(first, x))  # [B, Q or L, A, D]
         context = self.context(q, k, v, mask, key, relative)  # [B, Q, A, D]
         out = self.output(context.reshape(first.shape))  # [B*Q, H]
-        out = token_dropout(derive_optional_key(key, "output"), out, self.hidden_dropout, batch)
-        return self.norm(first + out)
+        return token_dropout(derive_optional_key(key, "output"), out, self.hidden_dropout, batch)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, key, relative=None, count: int | None = None
+    ) -> jax.Array:
+        first = first_tokens(x, mask.shape[0], count)  # [B*Q, H]
+        return self.norm(first + self.attend(first, x, mask, key, relative))
 
 
 class Layer(nnx.Module):
@@ -184,15 +193,27 @@ class Encoder(nnx.Module):
             self.make_layer(number, dtype, nnx.Rngs(derive_key(key, "layer", number)))
             for number in range(1, config.num_hidden_layers + 1)
         )
+        self.final_norm = self.make_final_norm()
 
     def set_attention(self, implementation: str) -> None:
         """Sets the implementation of attention in every layer: see `attention.check_attention`."""
-        for layer in self.layers:
-            layer.attention.implementation = implementation
+        for number in range(1, self.config.num_hidden_layers + 1):
+            self.layer_module(number).attention.implementation = implementation
 
-    def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> Layer:
+    def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> nnx.Module:
         """Returns layer `number`, from 1, with random parameters."""
         return Layer(self.config, self.ATTENTION, dtype, rngs)
+
+    def make_final_norm(self) -> LayerNorm | None:
+        """Returns a new norm of what leaves the encoder; None where its layers end with one.
+
+        Each exit has one of its own, since an exit may leave at any layer (`EarlyExit`).
+        """
+        return None
+
+    def layer_module(self, number: int) -> Any:
+        """Returns the module of layer `number`, from 1."""
+        return self.layers[number - 1]
 
     def embed(
         self, input_ids: jax.Array, token_type_ids: jax.Array, mask: jax.Array, key=None
@@ -222,6 +243,6 @@ class Encoder(nnx.Module):
         `relative_table()`. With `count`, returns the hidden state of that many first tokens
         [B, Q, H]: the same numbers, at little more than the cost of all keys and values.
         """
-        return self.layers[number - 1](
+        return self.layer_module(number)(
             h, mask, derive_optional_key(key, "layer", number), relative, count
         )

@@ -35,10 +35,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         self.check_activation("hidden_act")
-        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            value = getattr(self, field)
-            if value < 1:
-                raise UserError(f"{self.key(field)} {value}, which must be 1 or more")
+        self.check_positive("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, field)
             if not 0 <= value < 1:
@@ -66,16 +63,23 @@ class EncoderConfig:
         found = {}
         for field in dataclasses.fields(cls):
             key, kind = cls.key(field.name), type(field.default)
-            if key not in values:
-                continue
+            if key not in values or (values[key] is None and key == "pad_token_id"):
+                continue  # null there means that nothing was set
             if not isinstance(values[key], (int, float) if kind is float else kind):
-                raise UserError(f"{key} {values[key]!r} in its config.json, not of type {kind}")
+                raise UserError(
+                    f"{key} {values[key]!r} in its config.json, not of type {kind.__name__}"
+                )
             found[field.name] = values[key]
         return cls(**found)
 
     def to_values(self) -> dict[str, Any]:
         """Returns the fields by their keys in config.json."""
         return {self.key(field): value for field, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def at_depth(cls, values: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """Returns the contents of a config.json, changed to those of its first layers alone."""
+        return {**values, cls.key("num_hidden_layers"): depth}
 
     @property
     def positions(self) -> int | None:
@@ -86,6 +90,13 @@ class EncoderConfig:
     def pooler_act(self) -> str:
         """The activation of the pooler that the checkpoint was trained with."""
         return "tanh"
+
+    def check_positive(self, *fields: str) -> None:
+        """Raises UserError for a field that is below 1."""
+        for field in fields:
+            value = getattr(self, field)
+            if value < 1:
+                raise UserError(f"{self.key(field)} {value}, which must be 1 or more")
 
     def check_activation(self, field: str) -> None:
         """Raises UserError unless the value of a field is an activation known here."""

@@ -1,11 +1,15 @@
 """The encoder families of this package. A new one is its own file and a line here."""
 
+from sweet_jax.models.albert import ALBERT
 from sweet_jax.models.bert import BERT
 from sweet_jax.models.deberta import DEBERTA
 from sweet_jax.models.deberta_v2 import DEBERTA_V2
 from sweet_jax.models.distilbert import DISTILBERT
+from sweet_jax.models.electra import ELECTRA
 from sweet_jax.models.family import EncoderFamily
-from sweet_jax.models.roberta import ROBERTA
+from sweet_jax.models.modernbert import MODERNBERT
+from sweet_jax.models.mpnet import MPNET
+from sweet_jax.models.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 
 FAMILIES: dict[str, EncoderFamily] = {  # by model_type
     family.model_type: family
@@ -15,5 +19,11 @@ FAMILIES: dict[str, EncoderFamily] = {  # by model_type
         DEBERTA,
         DEBERTA_V2,
         DISTILBERT,
+        XLM_ROBERTA,
+        CAMEMBERT,
+        ELECTRA,
+        MPNET,
+        MODERNBERT,
+        ALBERT,
     )
 }

@@ -29,6 +29,8 @@ class EncoderFamily:
         (experiments/results/recipe).
       fused_attention_obstacle: why fused attention cannot compute the family's layers; "" where it
         can.
+      isolation_obstacle: why no exit can have layers of its own, worded to follow "whose"; "" where
+        each can.
 
     """
 
@@ -39,12 +41,8 @@ class EncoderFamily:
     names: TensorNames
     default_pooling: str = "mean"
     fused_attention_obstacle: str = ""
+    isolation_obstacle: str = ""
 
     def __post_init__(self) -> None:
         if self.default_pooling not in POOLINGS:
             raise ValueError(f"default_pooling {self.default_pooling!r} of {self.model_type}")
-
-    @property
-    def depth_key(self) -> str:
-        """The key of config.json that holds the number of layers."""
-        return self.config.key("num_hidden_layers")

@@ -59,10 +59,11 @@ class ModelOutput(NamedTuple):
 class Head(nnx.Module):
     """Classifies at one exit: pooling, pooler (dense, activation), dropout, dense.
 
-    With a shared pooler, or a pooling that has none, the head holds no pooler. Learning-to-exit
-    (Xin et al. 2021, BERxiT, section 3.3) adds a dense unit with a sigmoid that estimates how
-    likely this exit's class is right; it reads what the classifier reads, the pooled vector after
-    dropout, or that vector without its gradient.
+    With a shared pooler, or a pooling that has none, the head holds no pooler. Where the encoder's
+    layers do not end with a norm, the head begins with one, initially the encoder's.
+    Learning-to-exit (Xin et al. 2021, BERxiT, section 3.3) adds a dense unit with a sigmoid that
+    estimates how likely this exit's class is right; it reads what the classifier reads, the pooled
+    vector after dropout, or that vector without its gradient.
     """
 
     def __init__(self, encoder: Encoder, classes: int, config: ExitConfig, dtype, key: jax.Array):
@@ -76,6 +77,7 @@ class Head(nnx.Module):
         self.learning_to_exit = dense("learning_to_exit", 1) if learns else None
         if config.reads.dense and not config.shared_pooler:
             self.pooler = make_pooler(encoder, dtype, derive_key(key, "pooler"))
+        self.norm = encoder.make_final_norm()
         self.classifier = dense("classifier", classes)
         self.activation = ACTIVATIONS[encoder.config.pooler_act]
         self.dropout_rate = encoder.config.hidden_dropout_prob
@@ -86,7 +88,8 @@ class Head(nnx.Module):
         mask is bool [B, L]; pooler is the shared one, or None. Where the pooling reads the first
         token alone, h may be [B, 1, H].
         """
-        pooled = self.config.reads.read(h, mask)  # [B, H]
+        normed = h if self.norm is None else self.norm(h)
+        pooled = self.config.reads.read(normed, mask)  # [B, H]
         if not self.config.reads.dense:
             return pooled
         return self.activation((pooler or self.pooler)(pooled))

@@ -77,9 +77,24 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 gelu.defvjp(_gelu_forward, lambda slope, g: (g * slope,))
 
 
+def tanh_gelu(x: jax.Array) -> jax.Array:
+    """Returns GELU with a tanh in place of erf (Hendrycks & Gimpel 2016, section 2)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """Returns GELU with a sigmoid in place of erf (Hendrycks & Gimpel 2016, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# By transformers' names, of which several mean one function.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_python": gelu,
+    "gelu_new": tanh_gelu,
+    "gelu_fast": tanh_gelu,
+    "gelu_pytorch_tanh": tanh_gelu,
+    "quick_gelu": quick_gelu,
     "relu": jax.nn.relu,
     "tanh": jnp.tanh,
 }

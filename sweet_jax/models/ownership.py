@@ -26,6 +26,8 @@ def parameter_owners(params: Any, exits: Sequence[int], *, shared_relative: bool
                 return exits[0]
             case ("encoder", "relative", *_):
                 return SHARED if shared_relative else exits[0]
+            case ("encoder", "shared_layer", *_):  # ALBERT's, which no exit can own
+                return SHARED
             case ("encoder", "layers", int(index), *_):
                 return next(e for e in exits if e > index)
             case ("heads", str(number), *_):

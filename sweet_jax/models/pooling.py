@@ -60,16 +60,19 @@ _DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mea
 def declared_pooling(folder: Path) -> str | None:
     """Returns the pooling that a checkpoint's sentence-transformers files declare.
 
-    None where there are none, or they declare one that is not in POOLINGS. Raises UserError for
-    files that are not readable.
+    They stand in the folder, or around it where it is their 0_Transformer. None where there are
+    none, or they declare one that is not in POOLINGS. Raises UserError for files that are not
+    readable.
     """
+    if folder.name == "0_Transformer" and not (folder / "modules.json").exists():
+        folder = folder.parent
     modules = folder / "modules.json"
     if not modules.exists():
         return None
     path = modules
     try:
         for module in json.loads(modules.read_text()):
-            if str(module["type"]).endswith(".Pooling"):
+            if str(module.get("type") or module["path"]).endswith("Pooling"):
                 path = folder / module["path"] / "config.json"
                 values = json.loads(path.read_text())
                 named = {"cls": "first", "mean": "mean"}.get(values.get("pooling_mode"))

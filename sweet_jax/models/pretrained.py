@@ -17,6 +17,7 @@ from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.family import EncoderFamily
+from sweet_jax.models.model_type import guess_model_type
 from sweet_jax.models.weights import Weights, read_weights
 
 
@@ -26,6 +27,11 @@ class Checkpoint(CheckpointFiles):
 
     family: EncoderFamily
     config: EncoderConfig
+
+    @property
+    def model_type(self) -> str:
+        """Returns the encoder family's name, also where config.json does not say."""
+        return self.family.model_type
 
     @property
     def vocab_size(self) -> int:
@@ -61,10 +67,14 @@ def open_checkpoint(name: str) -> Checkpoint:
     """
     files = locate_checkpoint(name)
     kind = files.values.get("model_type")
+    if not kind:
+        kind = guess_model_type(files.folder, files.values, FAMILIES.values())
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
+        shown = name if len(name) <= 24 else f"…{name[-23:]}"
         raise UserError(
-            f"checkpoint {name!r} is of model_type {kind!r}; supported are {', '.join(FAMILIES)}"
+            f"checkpoint {shown!r} is of model_type {repr(kind)[:20]}; supported are "
+            f"{', '.join(FAMILIES)}"
         )
     try:
         config = family.config.from_values(files.values)
@@ -128,4 +138,6 @@ def hidden_states(encoder: Encoder, input_ids, mask, token_type_ids) -> tuple[ja
     relative = encoder.relative_table()
     for number in range(1, encoder.config.num_hidden_layers + 1):
         h.append(encoder.layer(number, h[-1], mask, relative=relative))
+    if encoder.final_norm is not None:
+        h[-1] = encoder.final_norm(h[-1])
     return tuple(h)

@@ -1,5 +1,8 @@
 """RoBERTa (Liu et al. 2019, arXiv 1907.11692): BERT whose positions count what is not padding.
 
+XLM-RoBERTa (Conneau et al. 2020, arXiv 1911.02116) and CamemBERT (Martin et al. 2020, arXiv
+1911.03894) are RoBERTas with other tokenizers and other pre-training.
+
 Shape letters: B batch, L length, H hidden.
 """
 
@@ -27,6 +30,22 @@ class RobertaConfig(bert.BertConfig):
         return self.max_position_embeddings - self.pad_token_id - 1
 
 
+@dataclasses.dataclass(frozen=True)
+class XlmRobertaConfig(RobertaConfig):
+    """The config.json of model_type "xlm-roberta" or "camembert"."""
+
+    vocab_size: int = 30522
+
+
+def count_positions(input_ids: jax.Array, pad: int) -> jax.Array:
+    """Returns positions counted from pad + 1 over what is not padding, pad there, int32 [B, L].
+
+    By the padding's id and not by mask, as transformers does.
+    """
+    present = (input_ids != pad).astype(jnp.int32)  # [B, L]
+    return pad + jnp.cumsum(present, axis=1) * present
+
+
 class RobertaEmbeddings(bert.BertEmbeddings):
     """BERT's embeddings, with positions counted from the padding's id over what is not padding."""
 
@@ -36,9 +55,7 @@ class RobertaEmbeddings(bert.BertEmbeddings):
         self.one_type = config.type_vocab_size == 1
 
     def positions(self, input_ids: jax.Array) -> jax.Array:
-        # By the padding's id and not by mask, as transformers does.
-        present = (input_ids != self.pad).astype(jnp.int32)
-        return self.pad + jnp.cumsum(present, axis=1) * present  # [B, L]
+        return count_positions(input_ids, self.pad)
 
     def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array, mask, key) -> jax.Array:
         if self.one_type:  # whatever a tokenizer gives for pairs
@@ -60,3 +77,12 @@ ROBERTA = EncoderFamily(
     encoder=Roberta,
     names=dataclasses.replace(bert.NAMES, prefix="roberta"),
 )
+
+XLM_ROBERTA = dataclasses.replace(
+    ROBERTA,
+    model_type="xlm-roberta",
+    architecture="XLMRobertaModel",
+    config=XlmRobertaConfig,
+)
+
+CAMEMBERT = dataclasses.replace(XLM_ROBERTA, model_type="camembert", architecture="CamembertModel")

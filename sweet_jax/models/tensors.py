@@ -7,52 +7,88 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import safetensors.numpy
 
 from sweet_jax.config import UserError
 
-_SAFE, _PICKLE = "model.safetensors", "pytorch_model.bin"
+T = TypeVar("T")
+_SAFE, _PICKLE, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Reads the tensors of a checkpoint by name, from its safetensors or else its torch pickles.
 
-    Raises UserError when there are neither, or a file is damaged or not readable.
+    A whole file is read before shards, as transformers does. Raises UserError when there are
+    neither, or a file is damaged or not readable.
     """
+    tensors: dict[str, np.ndarray] = {}
+    for path in _paths(folder):
+        tensors |= _read(path, _read_pickle if _is_pickle(path) else safetensors.numpy.load_file)
+    return tensors
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Returns the names of a checkpoint's tensors; of safetensors, without reading these.
+
+    Raises UserError as `read_tensors` does.
+    """
+
+    def names(path: Path) -> list[str]:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+
+    return {
+        name
+        for path in _paths(folder)
+        for name in _read(path, _read_pickle if _is_pickle(path) else names)
+    }
+
+
+def _is_pickle(path: Path) -> bool:
+    return path.suffix != ".safetensors"
+
+
+def _paths(folder: Path) -> list[Path]:
+    """Returns the files that hold the tensors: one, or the shards that an index names."""
     try:
-        found = {path.name.removesuffix(".index.json") for path in folder.iterdir()}
+        found = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be listed ({error.strerror})") from error
-    if _PICKLE in found and _SAFE not in found:
-        return _read_files(folder, _PICKLE, _read_pickle)
-    return _read_files(folder, _SAFE, safetensors.numpy.load_file)
+    for name in (_SAFE, _PICKLE):
+        if name in found:
+            return [folder / name]
+        if f"{name}{_INDEX}" in found:
+            return [folder / shard for shard in _read(folder / f"{name}{_INDEX}", _shards)]
+    return [folder / _SAFE]
 
 
-def _read_files(folder: Path, name: str, read: Callable) -> dict[str, np.ndarray]:
-    """Reads the file of that name, or the shards that its index names."""
-    index = folder / f"{name}.index.json"
-    names = [name]
-    tensors: dict[str, np.ndarray] = {}
+def _shards(index: Path) -> list[str]:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not the name of a file beside it")
+    return names
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    """Returns read(path); raises UserError, which names the file, where it is absent or damaged."""
     try:
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for name in names:
-            tensors |= read(folder / name)
+        return read(path)
     except FileNotFoundError as error:
         raise UserError(
-            f"{str(folder)!r} has no {names[0]}; a checkpoint in another format must be saved as "
-            "safetensors first (save_pretrained of transformers does)"
+            f"{str(path.parent)!r} has no {path.name}; a checkpoint in another format must be "
+            "saved as safetensors first (save_pretrained of transformers does)"
+            if path.name == _SAFE
+            else f"{str(path.parent)!r} has no {path.name}, which its index names: download it"
         ) from error
     except UserError:
         raise
     except Exception as error:  # a damaged file can break a reader in any way
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{str(folder / names[0])!r} is damaged: {reason}; download it again"
-        ) from error
-    return tensors
+        raise UserError(f"{str(path)!r} is damaged: {reason}; download it again") from error
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ Shape letters: H hidden.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from flax import nnx
 from sweet_jax.config import UserError
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
-from sweet_jax.models.tensor_names import is_transposed, path_keys
+from sweet_jax.models.tensor_names import TensorNames, is_transposed, path_keys
 from sweet_jax.models.tensors import read_tensors
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,19 +37,27 @@ class Weights:
     pooler: dict[str, np.ndarray] | None
     exits: Mapping[str, np.ndarray]
 
+    @property
+    def final_norm(self) -> dict[str, np.ndarray] | None:
+        """The encoder's final norm, that the head of each exit begins with; None for none."""
+        return self.encoder.get("final_norm")
+
     def first_layers(self, depth: int) -> Any:
-        """Returns the encoder's parameters with `depth` layers."""
-        layers = self.encoder["layers"]
-        return {**self.encoder, "layers": {i: layers[i] for i in range(depth)}}
+        """Returns the encoder's parameters with `depth` layers, without its final norm."""
+        kept = {k: v for k, v in self.encoder.items() if k != "final_norm"}
+        if "layers" in kept:
+            kept["layers"] = {i: kept["layers"][i] for i in range(depth)}
+        return kept
 
 
 def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> Weights:
     """Reads the tensors of a checkpoint's folder.
 
-    Raises UserError that names every missing, unexpected or misshapen tensor, or a damaged file.
+    Tensors of heads that are not known are left out, with a warning. Raises UserError that names
+    missing, unexpected and misshapen tensors, or a damaged file.
     """
     names = family.names
-    tensors = {names.normalize(name): value for name, value in read_tensors(folder).items()}
+    tensors = _renamed(folder, names, read_tensors(folder))
     random = nnx.eval_shape(lambda: family.encoder(config, jax.random.key(0)))
     wanted = nnx.to_pure_dict(nnx.split(random)[1])
     shapes = {}  # in torch's layout
@@ -56,33 +67,69 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
     hidden = config.hidden_size
     weight, bias = f"{names.pooler}.weight", f"{names.pooler}.bias"
     pooler = {weight: (hidden, hidden), bias: (hidden,)}
+    others = [name for name in tensors if name not in shapes and not names.is_ignored(name)]
+    others = [name for name in others if tensors[name].shape != pooler.get(name)]
+    present = {name: tensors[name] for name in shapes if name in tensors}
     found = {
         "missing": [name for name in shapes if name not in tensors],
-        "unexpected": [
-            name for name in tensors if name not in shapes | pooler and not names.is_ignored(name)
-        ],
+        "unexpected": [name for name in others if names.is_inside(name)],
         "misshapen": [
-            f"{name} {tensors[name].shape} instead of {shape}"
-            for name, shape in (shapes | pooler).items()
-            if name in tensors and tensors[name].shape != shape
+            f"{name} {value.shape} instead of {shapes[name]}"
+            for name, value in present.items()
+            if value.shape != shapes[name]
+        ],
+        "not floating-point": [
+            f"{name} {value.dtype}" for name, value in present.items() if value.dtype.kind in "biu"
         ],
     }
     if any(found.values()):
-        listed = "; ".join(f"{kind}: {', '.join(each)}" for kind, each in found.items() if each)
+        listed = "; ".join(f"{kind}: {_listed(each, 10)}" for kind, each in found.items() if each)
         raise UserError(f"tensors in {str(folder)!r} do not fit its config: {listed}")
+    if others:
+        log.warning(
+            "%s holds tensors that are not its encoder's, left out: %s",
+            str(folder),
+            _listed([name if len(name) <= 40 else f"{name[:39]}…" for name in others], 5),
+        )
 
     def pick(path: tuple[Any, ...], _: jax.ShapeDtypeStruct) -> np.ndarray:
         keys = path_keys(path)
         return _parameter(tensors[names.name(keys)], transposed=is_transposed(keys))
 
     dense = None
-    if weight in tensors and bias in tensors:
+    if all(name in tensors and tensors[name].shape == shape for name, shape in pooler.items()):
         dense = {
             "kernel": _parameter(tensors[weight], transposed=True),
             "bias": _parameter(tensors[bias], transposed=False),
         }
     exits = {name: value for name, value in tensors.items() if name.startswith("exits.")}
     return Weights(jax.tree.map_with_path(pick, wanted), dense, exits)
+
+
+def _renamed(
+    folder: Path, names: TensorNames, tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file by their normalized names.
+
+    Raises UserError where there are matrices of LoRA that are not merged, or several encoders.
+    """
+    adapter = next((name for name in tensors if ".lora_" in name), None)
+    if adapter is not None:
+        raise UserError(
+            f"{str(folder)!r} holds a LoRA adapter that is not merged ({adapter}): merge it with "
+            "peft's merge_and_unload, and save that"
+        )
+    try:
+        renamed = names.normalized(tensors)
+    except UserError as error:
+        raise UserError(f"in {str(folder)!r} {error}: save one alone") from error
+    return {renamed[name]: value for name, value in tensors.items()}
+
+
+def _listed(names: list[str], most: int) -> str:
+    """Returns the first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _parameter(tensor: np.ndarray, *, transposed: bool) -> np.ndarray:

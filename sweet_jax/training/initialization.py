@@ -110,6 +110,9 @@ def initial_state(
             for holder in [params, *params["heads"].values()]:
                 if "pooler" in holder:
                     holder["pooler"] = pooler
+        if checkpoint.weights.final_norm is not None:
+            for head in params["heads"].values():
+                head["norm"] = checkpoint.weights.final_norm
         trained = None
         if base is not None:
             params = merge_grown_params(params, trunk)

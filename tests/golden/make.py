@@ -4,9 +4,10 @@
 
 Each folder holds the checkpoint and golden.npz: inputs, every hidden state, and the gradient of
 sum_l <hidden_l, cotangent_l> with respect to every parameter (`grad/<name>`). buckets.npz holds
-DeBERTa v2's buckets of distances, under <position_buckets>_<max_relative_positions>.
+DeBERTa v2's buckets of distances, under <position_buckets>_<max_relative_positions>, and MPNet's.
 """
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -14,12 +15,16 @@ import numpy as np
 import torch
 import transformers
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 HERE = Path(__file__).parent
 # Odd sizes show transposed axes; the long activation range shows the wrong GELU.
 SMALL = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 40}
 RELATIVE = {"relative_attention": True, "position_biased_input": False, "initializer_range": 0.4}
+TOKENS = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1}
+TOKENS |= {"eos_token_id": 2}
 LENGTH = 17  # longer than the relative positions of some
+LENGTHS = {"mpnet_long": 150}
 CONFIGS: dict[str, dict] = {
     "bert_small": {
         "model_type": "bert",
@@ -153,6 +158,115 @@ CONFIGS: dict[str, dict] = {
         "sinusoidal_pos_embds": True,
         "initializer_range": 0.4,
     },
+    "xlm_roberta_small": {
+        "model_type": "xlm-roberta",
+        "vocab_size": 59,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 20,
+        "type_vocab_size": 1,
+        "initializer_range": 0.25,
+        "layer_norm_eps": 1e-5,
+        **SMALL,
+    },
+    "camembert_small": {
+        "model_type": "camembert",
+        "vocab_size": 53,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 21,
+        "type_vocab_size": 1,
+        "initializer_range": 0.25,
+        "layer_norm_eps": 1e-5,
+        **SMALL,
+    },
+    "electra_small": {
+        "model_type": "electra",
+        "vocab_size": 61,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 23,
+        "embedding_size": 15,
+        "initializer_range": 0.25,
+        **SMALL,
+    },
+    "electra_wide": {  # no projection
+        "model_type": "electra",
+        "vocab_size": 47,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 19,
+        "type_vocab_size": 3,
+        "embedding_size": 24,
+        "initializer_range": 0.25,
+        "hidden_act": "gelu_python",
+        **SMALL,
+    },
+    "mpnet_small": {
+        "model_type": "mpnet",
+        "vocab_size": 61,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 20,
+        "initializer_range": 0.25,
+        **SMALL,
+    },
+    "mpnet_long": {  # distances in all buckets
+        "model_type": "mpnet",
+        "vocab_size": 41,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 9,
+        "max_position_embeddings": 152,
+        "initializer_range": 0.25,
+        "hidden_act": "quick_gelu",
+    },
+    "modernbert_small": {  # a global layer, two local, a global
+        "model_type": "modernbert",
+        "vocab_size": 61,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 25,
+        "local_attention": 8,
+        "initializer_range": 0.25,
+        **TOKENS,
+        **SMALL,
+    },
+    "modernbert_biased": {  # layers of any type, other rotations, odd windows
+        "model_type": "modernbert",
+        "vocab_size": 47,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 37,
+        "max_position_embeddings": 25,
+        "local_attention": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        },
+        "hidden_activation": "gelu_pytorch_tanh",
+        "norm_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "initializer_range": 0.25,
+        **TOKENS,
+    },
+    "albert_small": {
+        "model_type": "albert",
+        "vocab_size": 61,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 23,
+        "embedding_size": 15,
+        "initializer_range": 0.25,
+        **SMALL,
+    },
+    "albert_wide": {  # projected all the same
+        "model_type": "albert",
+        "vocab_size": 43,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 19,
+        "embedding_size": 24,
+        "hidden_act": "gelu_fast",
+        "initializer_range": 0.25,
+        **SMALL,
+    },
 }
 
 
@@ -167,14 +281,15 @@ def make(name: str, seed: int) -> None:
         for key, value in model.named_parameters():
             if key.endswith("bias") or "norm" in key.lower():
                 value.add_(0.3 * torch.randn_like(value))
-    ids = rng.integers(config.pad_token_id + 1, config.vocab_size, (4, LENGTH))
-    types = rng.integers(0, max(1, getattr(config, "type_vocab_size", 1)), (4, LENGTH))
-    mask = (np.arange(LENGTH) < np.array([17, 9, 1, 13])[:, None]).astype(np.int64)
+    length = LENGTHS.get(name, LENGTH)
+    ids = rng.integers(config.pad_token_id + 1, config.vocab_size, (4, length))
+    types = rng.integers(0, max(1, getattr(config, "type_vocab_size", 1)), (4, length))
+    mask = (np.arange(length) < np.array([length, 9, 1, 13])[:, None]).astype(np.int64)
     ids = np.where(mask, ids, config.pad_token_id)  # as a tokenizer pads
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-    outputs = model(
-        **{k: torch.from_numpy(v) for k, v in inputs.items()}, output_hidden_states=True
-    )
+    taken = inspect.signature(model.forward).parameters
+    given = {k: torch.from_numpy(v) for k, v in inputs.items() if k in taken or "kwargs" in taken}
+    outputs = model(**given, output_hidden_states=True)
     hidden = torch.stack(outputs.hidden_states)
     # No loss reads padding; and torch holds the padding row of its table fixed, by padding_idx.
     cotangent = rng.standard_normal(tuple(hidden.shape)) * mask[..., None]
@@ -203,6 +318,7 @@ def make_buckets() -> None:
         f"{size}_{reach}": make_log_bucket_position(distances, size, reach).to(torch.int16).numpy()
         for size, reach in ((256, 512), (32, 128), (7, 13), (2, 9))
     }
+    buckets["mpnet"] = MPNetEncoder.relative_position_bucket(distances).to(torch.int16).numpy()
     np.savez_compressed(HERE / "buckets.npz", distances=distances.numpy(), **buckets)
 
 

@@ -1,0 +1,81 @@
+"""The encoder family of a checkpoint whose config.json does not name one.
+
+No arrays are made here.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from sweet_jax.config import UserError
+from sweet_jax.models.family import EncoderFamily
+from sweet_jax.models.tensor_names import path_keys
+from sweet_jax.models.tensors import tensor_names
+
+log = logging.getLogger(__name__)
+
+
+def guess_model_type(
+    folder: Path, values: Mapping[str, Any], families: Iterable[EncoderFamily]
+) -> str | None:
+    """Returns the model_type of a config.json that names none, with a warning; None if unknown.
+
+    Guessed from `architectures`, else from the names of tensors: a family whose tensors are all
+    there, and of several the one that has most of them, or whose prefix stands before them.
+
+    Raises UserError where the tensors are not readable.
+    """
+    families = list(families)
+    named, how = _by_architecture(values, families), "architectures"
+    if named is None:
+        named, how = _by_tensors(folder, values, families), "the names of its tensors"
+    if named is None:
+        return None
+    log.warning(
+        "%s names no model_type; taken for %r by %s: add it to the file if that is wrong",
+        str(folder / "config.json"),
+        named,
+        how,
+    )
+    return named
+
+
+def _by_architecture(values: Mapping[str, Any], families: list[EncoderFamily]) -> str | None:
+    found = values.get("architectures")
+    for architecture in found if isinstance(found, list) else []:
+        for family in families:
+            stem = family.architecture.removesuffix("Model")
+            rest = str(architecture).removeprefix(stem)
+            if rest != architecture and rest.startswith(("Model", "For", "LMHead")):
+                return family.model_type
+    return None
+
+
+def _by_tensors(
+    folder: Path, values: Mapping[str, Any], families: list[EncoderFamily]
+) -> str | None:
+    found = tensor_names(folder)
+    # BERT and RoBERTa differ in how they count positions, which no tensor tells.
+    counted = values.get("pad_token_id") == 1
+    fitting = []
+    for family in families:
+        try:
+            config = family.config.from_values(values)
+            present = set(family.names.normalized(found).values())
+        except UserError:
+            continue
+        wanted = nnx.eval_shape(lambda f=family, c=config: f.encoder(c, jax.random.key(0)))
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(wanted)[1]))
+        names = {family.names.name(path_keys(path)) for path, _ in leaves}
+        inside = {
+            n for n in present if family.names.is_inside(n) and not family.names.is_ignored(n)
+        }
+        if inside <= names <= present:
+            prefixed = any(f"{family.names.prefix}." in name for name in found)
+            rank = (len(names), prefixed, ("roberta" in family.model_type) == counted)
+            fitting.append((rank, family.model_type))
+    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None

@@ -1,0 +1,453 @@
+"""Checkpoints as other programs leave them: wrapped, sharded, with heads, without a type."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+from tiny import FAMILIES, TINIES, write_checkpoint
+
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.layers import ACTIVATIONS
+from sweet_jax.models.pooling import declared_pooling
+from sweet_jax.models.pretrained import open_checkpoint
+from sweet_jax.preparation import prepare
+
+GOLDEN = Path(__file__).parent / "golden"
+KINDS = {  # a golden folder of each model_type
+    json.loads(path.read_text())["model_type"]: path.parent
+    for path in sorted(GOLDEN.glob("*/config.json"), reverse=True)
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return shutil.copytree(GOLDEN / "bert_small", tmp_path / "copy")
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(folder / "model.safetensors")
+
+
+def write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def change_json(path: Path, **values) -> None:
+    """Sets keys of a file; None removes one."""
+    found = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+
+
+def encoder_of(folder: Path):
+    return open_checkpoint(str(folder)).weights.encoder
+
+
+def equal(ours, theirs) -> None:
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "0.auto_model.",
+        "model.",
+        "module.bert.",
+        "_orig_mod.module.",
+        "a.b.",
+    ],
+)
+def test_what_a_wrapper_puts_before_the_names_is_left_out(folder, prefix, caplog):
+    wanted = open_checkpoint(str(folder)).weights
+    named = {f"{prefix}{k}": v for k, v in tensors_of(folder).items()}
+    around = prefix.removesuffix("bert.")
+    write_tensors(folder, named | {f"{around}classifier.weight": np.zeros((2, 24), np.float32)})
+    found = open_checkpoint(str(folder)).weights
+    equal(found.encoder, wanted.encoder)
+    equal(found.pooler, wanted.pooler)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_read_from_within_a_wrapper(kind, tmp_path):
+    folder = shutil.copytree(KINDS[kind], tmp_path / "copy")
+    wanted = encoder_of(folder)
+    prefix = f"module.{FAMILIES[kind].names.prefix}."
+    write_tensors(folder, {f"{prefix}{k}": v for k, v in tensors_of(folder).items()})
+    equal(encoder_of(folder), wanted)
+
+
+def test_of_two_encoders_none_is_chosen(folder):
+    tensors = tensors_of(folder)
+    write_tensors(
+        folder, {f"{at}.{k}": v for k, v in tensors.items() for at in ("query", "passage")}
+    )
+    with pytest.raises(UserError, match=r"several encoders, under passage\., query\.: save one"):
+        encoder_of(folder)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        ["score.weight", "dropout.p", "pre_classifier.weight"],
+        ["linear.weight"],
+        ["fc.weight", "crf.transitions"],
+        ["a_head_of_some_very_long_name_that_fills_a_line.dense.weight"],
+        [f"heads.{number}.weight" for number in range(9)],
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_heads_that_are_not_known_are_left_out_with_one_warning(folder, heads, prefix, caplog):
+    wanted = encoder_of(folder)
+    named = {f"{prefix}{k}": v for k, v in tensors_of(folder).items()}
+    write_tensors(folder, named | dict.fromkeys(heads, np.zeros((2, 24), np.float32)))
+    equal(encoder_of(folder), wanted)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert heads[0][:39] in record.message
+    assert len(record.message) < 300 + len(str(folder))
+    assert (" and 4 more" in record.message) == (len(heads) == 9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("xlm-roberta", ["lm_head.layer_norm.weight", "classifier.out_proj.weight"]),
+        ("electra", ["discriminator_predictions.dense.weight", "generator_lm_head.bias"]),
+        ("mpnet", ["lm_head.decoder.weight", "mpnet.embeddings.position_ids"]),
+        ("modernbert", ["head.dense.weight", "decoder.bias", "classifier.weight"]),
+        ("albert", ["predictions.decoder.weight", "sop_classifier.classifier.weight"]),
+    ],
+)
+def test_heads_of_pretraining_are_left_out_without_a_word(kind, heads, tmp_path, caplog):
+    folder = shutil.copytree(KINDS[kind], tmp_path / "copy")
+    wanted = encoder_of(folder)
+    prefix = FAMILIES[kind].names.prefix
+    named = {f"{prefix}.{k}": v for k, v in tensors_of(folder).items()}
+    write_tensors(folder, named | dict.fromkeys(heads, np.zeros(3, np.float32)))
+    equal(encoder_of(folder), wanted)
+    assert not caplog.records
+    first = FAMILIES[kind].names.encoder["embeddings/norm"]
+    write_tensors(folder, {k: v for k, v in named.items() if k != f"{prefix}.{first}.weight"})
+    with pytest.raises(UserError, match=f"missing: {first}.weight$"):
+        encoder_of(folder)
+
+
+def test_a_pooler_of_another_size_is_a_head(folder, caplog):
+    tensors = tensors_of(folder)
+    write_tensors(folder, tensors | {"pooler.dense.weight": np.zeros((7, 24), np.float32)})
+    assert open_checkpoint(str(folder)).weights.pooler is None
+    assert "pooler.dense.weight" in caplog.text
+
+
+def test_missing_tensors_are_listed_ten_at_most(folder):
+    tensors = tensors_of(folder)
+    write_tensors(folder, {k: v for k, v in tensors.items() if "encoder.layer.1" not in k})
+    with pytest.raises(UserError, match=r"missing: .* and 6 more$") as error:
+        encoder_of(folder)
+    assert str(error.value).count("encoder.layer.1") == 10
+
+
+def test_quantised_tensors_are_refused(folder):
+    tensors = tensors_of(folder)
+    name = "embeddings.word_embeddings.weight"
+    write_tensors(folder, tensors | {name: (100 * tensors[name]).astype(np.int8)})
+    with pytest.raises(UserError, match=f"not floating-point: {name} int8"):
+        encoder_of(folder)
+    write_tensors(folder, {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()})
+    encoder_of(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "architecture", ["{}Model", "{}ForSequenceClassification", "{}ForMaskedLM"]
+)
+def test_a_type_is_guessed_from_the_architecture(kind, architecture, tmp_path, caplog):
+    folder = shutil.copytree(KINDS[kind], tmp_path / "copy")
+    named = architecture.format(FAMILIES[kind].architecture.removesuffix("Model"))
+    change_json(folder / "config.json", model_type=None, architectures=[named])
+    assert open_checkpoint(str(folder)).model_type == kind
+    (record,) = caplog.records
+    assert f"taken for {kind!r} by architectures" in record.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefixed"),
+    [
+        *(("bert", True), ("roberta", False), ("electra", False)),
+        *(pytest.param(kind, p, marks=pytest.mark.slow) for kind in KINDS for p in (False, True)),
+    ],
+)
+def test_a_type_is_guessed_from_the_names_of_tensors(kind, prefixed, tmp_path, caplog):
+    folder = shutil.copytree(KINDS[kind], tmp_path / "copy")
+    change_json(folder / "config.json", model_type=None, architectures=None)
+    if prefixed:
+        prefix = FAMILIES[kind].names.prefix
+        write_tensors(folder, {f"{prefix}.{k}": v for k, v in tensors_of(folder).items()})
+    # RoBERTa's, whose names are the same, have its arithmetic.
+    same = {"xlm-roberta": "roberta", "camembert": "roberta"}
+    found = open_checkpoint(str(folder))
+    assert found.model_type == same.get(kind, kind)
+    assert "by the names of its tensors" in caplog.text
+    equal(found.weights.encoder, encoder_of(KINDS[kind]))
+
+
+def test_a_vocabulary_alone_is_a_tokenizer_of_the_guessed_type(tmp_path):
+    folder = write_checkpoint(tmp_path / "bert")
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    change_json(folder / "config.json", model_type=None)
+    tokenizer = load_tokenizer(open_checkpoint(str(folder)))
+    assert tokenizer("word1 word2")["input_ids"] == [2, 6, 7, 3]
+
+
+def test_a_type_that_cannot_be_guessed_is_refused_in_one_short_line(folder):
+    change_json(folder / "config.json", model_type=None, architectures=["GPT2Model"])
+    write_tensors(folder, {"wte.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(UserError, match="model_type None; supported are bert, roberta") as error:
+        open_checkpoint(str(folder))
+    assert len(str(error.value)) < 200
+    change_json(folder / "config.json", model_type="a-model-type-of-a-very-long-name")
+    with pytest.raises(UserError, match=r"modernbert, albert$") as error:
+        open_checkpoint(str(folder))
+    assert len(str(error.value)) < 200
+    assert "\n" not in str(error.value)
+
+
+def shard(folder: Path, count: int = 4) -> list[Path]:
+    """Splits model.safetensors into files that an index names."""
+    tensors, where, files = tensors_of(folder), {}, []
+    (folder / "model.safetensors").unlink()
+    for number in range(1, count + 1):
+        names = list(tensors)[number - 1 :: count]
+        files.append(folder / f"model-{number:05}-of-{count:05}.safetensors")
+        safetensors.numpy.save_file({name: tensors[name] for name in names}, files[-1])
+        where |= dict.fromkeys(names, files[-1].name)
+    index = {"weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return files
+
+
+def test_a_whole_file_is_read_before_shards(folder):
+    """Also where the index is stale and its shards are gone."""
+    tensors = tensors_of(folder)
+    files = shard(folder)
+    tensors["embeddings.LayerNorm.bias"][:] = 7.0
+    write_tensors(folder, tensors)
+    assert np.all(encoder_of(folder)["embeddings"]["norm"]["bias"] == 7.0)
+    for file in files:
+        file.unlink()
+    assert np.all(encoder_of(folder)["embeddings"]["norm"]["bias"] == 7.0)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_an_error_of_a_shard_names_that_shard(folder, number):
+    bad = shard(folder)[number]
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:50])
+    with pytest.raises(UserError, match=f"{bad.name}' is damaged"):
+        encoder_of(folder)
+    bad.unlink()
+    with pytest.raises(UserError, match=f"has no {bad.name}, which its index names"):
+        encoder_of(folder)
+
+
+@pytest.mark.parametrize("text", ["{", '{"weight_map": 3}', '{"weight_map": {"a": "../x"}}'])
+def test_a_damaged_index_is_named(folder, text):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json' is damaged"):
+        encoder_of(folder)
+
+
+def test_null_in_place_of_a_padding_id_is_the_family_s_own(folder, tmp_path):
+    values = json.loads((folder / "config.json").read_text()) | {"pad_token_id": None}
+    (folder / "config.json").write_text(json.dumps(values))
+    open_checkpoint(str(folder))
+    roberta = shutil.copytree(GOLDEN / "roberta_small", tmp_path / "roberta")
+    values = json.loads((roberta / "config.json").read_text()) | {"pad_token_id": None}
+    (roberta / "config.json").write_text(json.dumps(values))
+    assert open_checkpoint(str(roberta)).config.pad_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("gelu_python", "erf"),
+        ("gelu_fast", "tanh"),
+        ("gelu_new", "tanh"),
+        ("gelu_pytorch_tanh", "tanh"),
+        ("quick_gelu", "sigmoid"),
+    ],
+)
+def test_activations_by_all_names_of_transformers(folder, name, formula):
+    change_json(folder / "config.json", hidden_act=name)
+    assert open_checkpoint(str(folder)).config.hidden_act == name
+    x = np.linspace(-6, 6, 121, dtype=np.float32)
+    wanted = {
+        "erf": 0.5 * x * (1 + np.asarray(jax.lax.erf(x / np.float32(np.sqrt(2))))),
+        "tanh": 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "sigmoid": x / (1 + np.exp(-1.702 * x)),
+    }[formula]
+    np.testing.assert_allclose(ACTIVATIONS[name](x), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_folder_of_sentence_transformers(tmp_path, typed):
+    inside = write_checkpoint(tmp_path / "0_Transformer")
+    kinds = ({"type": "models.Transformer"}, {"type": "models.Pooling"}) if typed else ({}, {})
+    modules = [{"path": "0_Transformer"} | kinds[0], {"path": "1_Pooling"} | kinds[1]]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "config.json").write_text('{"__version__": {"sentence_transformers": "2.0.0"}}')
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    found = open_checkpoint(str(tmp_path))
+    assert found.folder == inside
+    assert declared_pooling(found.folder) == "first"
+    equal(found.weights.encoder, encoder_of(inside))
+    load_tokenizer(found)
+
+
+def test_modules_beside_an_encoder_in_the_folder_itself(folder):
+    (folder / "modules.json").write_text("[]")
+    equal(encoder_of(folder), encoder_of(GOLDEN / "bert_small"))
+    (folder / "modules.json").write_text('[{"path": "../elsewhere"}]')
+    shutil.copytree(GOLDEN / "bert_wide", folder.parent / "elsewhere")
+    equal(encoder_of(folder), encoder_of(GOLDEN / "bert_small"))
+
+
+def test_an_adapter_that_is_not_merged_is_refused_by_name(folder, tmp_path):
+    tensors = tensors_of(folder)
+    write_tensors(
+        folder,
+        tensors | {"encoder.layer.0.attention.self.query.lora_A.weight": np.zeros((2, 24), "f")},
+    )
+    with pytest.raises(UserError, match=r"LoRA adapter that is not merged \(encoder.*lora_A"):
+        encoder_of(folder)
+    (tmp_path / "adapter").mkdir()
+    about = tmp_path / "adapter" / "adapter_config.json"
+    about.write_text('{"base_model_name_or_path": "bert-base-uncased"}')
+    with pytest.raises(UserError, match=r"LoRA adapter of 'bert-base-uncased' .* merge_and_unload"):
+        open_checkpoint(str(tmp_path / "adapter"))  # which has no config.json
+    write_tensors(folder, {f"base_model.model.{k}": v for k, v in tensors.items()})
+    equal(encoder_of(folder), encoder_of(GOLDEN / "bert_small"))  # merged
+
+
+def without_post_processor(folder: Path) -> Path:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "single", "pair"),
+    [
+        ("bert", "[CLS] word1 [SEP]", "[CLS] word1 [SEP] word2 [SEP]"),
+        ("modernbert", "[CLS] word1 [SEP]", "[CLS] word1 [SEP] word2 [SEP]"),
+    ],
+)
+def test_a_tokenizer_without_a_first_token_gets_one(kind, single, pair, options, tmp_path, caplog):
+    folder = without_post_processor(write_checkpoint(tmp_path / kind, kind))
+    values = options | {"checkpoint": str(folder)}
+    tokenizer = prepare(from_mapping(values)).tokenizer
+    (message,) = [r.message for r in caplog.records if "post-processor" in r.message]
+    assert "[CLS]" in message
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for each in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert " ".join(each.convert_ids_to_tokens(each("word1")["input_ids"])) == single
+        found = each("word1", "word2")["input_ids"]
+        assert " ".join(each.convert_ids_to_tokens(found)) == pair
+    caplog.clear()
+    tokenizer = prepare(from_mapping(values | {"pooling": "mean"})).tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("word1")["input_ids"]) == ["word1"]
+    assert "post-processor" not in caplog.text
+
+
+def test_a_tokenizer_that_has_no_first_token_is_refused(options, tmp_path):
+    folder = without_post_processor(write_checkpoint(tmp_path / "bert"))
+    change_json(folder / "tokenizer_config.json", cls_token=None)
+    with pytest.raises(UserError, match=r"has no cls_token: set --config\.pooling=mean"):
+        prepare(from_mapping(options | {"checkpoint": str(folder)}))
+    folder = write_checkpoint(tmp_path / "deberta", "deberta")
+    write_checkpoint(tmp_path / "bert2")
+    shutil.copy(tmp_path / "bert2" / "tokenizer.json", folder / "tokenizer.json")
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="no cls_token or no sep_token, which DeBERTa"):
+        load_tokenizer(open_checkpoint(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({}, "set --config.method=early_exit"),
+        ({"method": "early_exit", "isolation": (0.5,)}, "set --config.method=early_exit"),
+        ({"method": "early_exit", "conflict_every": 2}, "leave it out"),
+    ],
+)
+def test_exits_of_shared_layers_are_not_isolated(changes, fix, options, tmp_path):
+    folder = write_checkpoint(tmp_path / "albert", "albert")
+    with pytest.raises(
+        UserError, match="albert, whose layers share one set of parameters"
+    ) as error:
+        prepare(from_mapping(options | {"checkpoint": str(folder)} | changes))
+    assert str(error.value).endswith(fix)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("albert", {"num_hidden_groups": 2}, "num_hidden_groups 2; only 1 is supported"),
+        ("albert", {"inner_group_num": 2}, "inner_group_num 2; only 1 is supported"),
+        ("mpnet", {"relative_attention_num_buckets": 64}, "_buckets 64; only 32 is supported"),
+        ("electra", {"position_embedding_type": "relative_key"}, "only 'absolute'"),
+        ("modernbert", {"layer_types": ["full_attention"]}, "one for each of the 3 layers"),
+        ("modernbert", {"layer_types": ["chunked"] * 4}, "'full_attention' and 'sliding_"),
+        ("modernbert", {"global_attn_every_n_layers": 0}, "which must be 1 or more"),
+        ("modernbert", {"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ("modernbert", {"rope_parameters": 3}, "rope_parameters 3"),
+        ("modernbert", {"local_attention": 0}, "local_attention 0, which must be 1 or more"),
+        ("modernbert", {"num_attention_heads": 32}, "only an even size of heads"),
+        ("electra", {"embedding_size": 0}, "embedding_size 0, which must be 1 or more"),
+        (
+            "modernbert",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "only rope_type 'default' is known",
+        ),
+    ],
+)
+def test_what_is_not_implemented_is_refused(tmp_path, kind, change, message):
+    values = json.loads((KINDS[kind] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=message) as error:
+        open_checkpoint(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_modernbert_s_config_as_transformers_4_wrote_it(tmp_path):
+    values = json.loads((GOLDEN / "modernbert_small" / "config.json").read_text())
+    wanted = FAMILIES["modernbert"].config.from_values(values)
+    old = {k: v for k, v in values.items() if k not in ("layer_types", "rope_parameters")}
+    old |= {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    found = FAMILIES["modernbert"].config.from_values(old | {"global_attn_every_n_layers": 3})
+    assert [found.is_global(n) for n in range(1, 5)] == [wanted.is_global(n) for n in range(1, 5)]
+    assert [found.is_global(n) for n in range(1, 5)] == [True, False, False, True]
+    assert found.global_rope_theta == wanted.global_rope_theta == 160000
+    assert found.local_rope_theta == wanted.local_rope_theta == 10000
+    cut = type(found).at_depth(values, 2)
+    assert cut["layer_types"] == ["full_attention", "sliding_attention"]
+    assert cut["num_hidden_layers"] == 2
+    assert set(TINIES) == set(KINDS)
