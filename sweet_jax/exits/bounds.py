@@ -13,35 +13,35 @@ from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.pareto import ParetoFront, mean_metric
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.objectives.objective import accuracy_metric
 
 _SLOPES = 25  # weights of cost against accuracy that `best_thresholds` optimises
 
 
-def any_correct(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def any_correct(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the first exit that is right.
 
     Inflated by luck: four independent exits that are right in 60% of the cases reach 97.4% (Hor et
     al. 2024, arXiv 2402.04359).
     """
-    right = given == labels  # [E', N]
-    place = np.where(right.any(axis=0), right.argmax(axis=0), 0)
-    return place, np.take_along_axis(given, place[None], axis=0)[0]
+    place = right.argmax(axis=0)
+    return place, place
 
 
-def stable(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def stable(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the first exit from which on all are right: the metric is the last exit's own."""
-    lasting = np.logical_and.accumulate((given == labels)[::-1])[::-1]  # [E', N]
-    return np.where(lasting.any(axis=0), lasting.argmax(axis=0), 0), given[-1]
+    lasting = np.logical_and.accumulate(right[::-1])[::-1]  # [E', N]
+    return lasting.argmax(axis=0), np.full(right.shape[1], -1)
 
 
-def agreement(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def agreement(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the first exit that predicts what the last one does; it reads no label."""
-    return (given == given[-1]).argmax(axis=0), given[-1]
+    return agrees.argmax(axis=0), np.full(right.shape[1], -1)
 
 
-# From the predictions [E', N] of the first E' exits and labels [N] to where each example leaves
-# (index of the exit) and its predicted class, int [N] each. Where no exit is right, the first: it
-# is the cheapest.
+# From whether each of the first E' exits is right, and predicts what the last of them does, bool
+# [E', N] each, to the exit where each example leaves and the exit that answers, int [N] each. Where
+# no exit is right, the first: it is the cheapest.
 ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "stable": stable,
     "agreement": agreement,
@@ -49,32 +49,35 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarr
 }
 
 
-def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str = "accuracy") -> ParetoFront:
+def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str | None = None) -> ParetoFront:
     """Computes what an oracle would cost and reach, exactly, in O(N E^2).
 
     The upper hull, as far as it rises, of the oracle's points on the first exit alone, the first
     two, and so on: of the model truncated after each exit. Exits that diverged are left out.
-    `kind` is a name in ORACLES.
+    `kind` is a name in ORACLES; `metric` is by default the one in outputs.identity.
     """
     given, labels, cost = _sound(outputs, replica)
+    chosen, agrees = outputs.objective.metric(metric or outputs.metric), outputs.objective.agrees
+    right, rows = agrees(given, labels), np.arange(len(labels))  # [E', N], [N]
     points = []
     for count in range(1, len(given) + 1):
-        place, answers = ORACLES[kind](given[:count], labels)
-        value = compute_metric(metric, answers, labels, outputs.logits.shape[-1])
+        place, answering = ORACLES[kind](right[:count], agrees(given[:count], given[count - 1]))
+        answers = given[:count][answering, rows]
+        value = compute_metric(chosen, answers, labels, outputs.logits.shape[-1])
         points.append((float(cost[place].mean()), value))
     hull = ParetoFront.upper_hull(points)
     best = int(hull.score.argmax()) + 1  # an oracle never continues to worse exits
     return ParetoFront(hull.cost[:best], hull.score[:best])
 
 
-def single_exit_hull(outputs: ExitOutputs, replica: int, metric: str = "accuracy") -> ParetoFront:
+def single_exit_hull(outputs: ExitOutputs, replica: int, metric: str | None = None) -> ParetoFront:
     """Computes the upper hull of the single exits: what sending examples to them at random reaches.
 
-    Exits that diverged are left out.
+    Exits that diverged are left out. `metric` is by default the one in outputs.identity.
     """
     given, labels, cost = _sound(outputs, replica)
-    classes = outputs.logits.shape[-1]
-    values = [compute_metric(metric, p, labels, classes) for p in given]
+    chosen, classes = outputs.objective.metric(metric or outputs.metric), outputs.logits.shape[-1]
+    values = [compute_metric(chosen, p, labels, classes) for p in given]
     return ParetoFront.upper_hull(zip(cost.tolist(), values, strict=True))
 
 
@@ -127,10 +130,12 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
       The front of accuracy, its thresholds float64 [P, E - 1].
 
     """
-    right = (outputs.predictions[replica] == outputs.labels[replica]).astype(np.float64)  # [E, N]
+    objective, labels = outputs.objective, outputs.labels[replica]
+    right = objective.is_correct(outputs.logits[replica], labels).astype(np.float64)  # [E, N]
     orders = np.argsort(-confidences[:-1], axis=1, kind="stable")  # [E - 1, N]
     levels = np.take_along_axis(confidences[:-1], orders, axis=1)
-    curve = simulate(outputs.replica(replica), lambda *_: confidences[None], metric="accuracy")
+    metric = accuracy_metric(objective.agrees)
+    curve = simulate(outputs.replica(replica), lambda *_: confidences[None], metric=metric)
     single, cost, accuracy = (v[0] for v in (curve.threshold, curve.cost, curve.score))  # [T]
     found = {
         (float(c), float(a)): np.full(len(orders), t)

@@ -53,9 +53,10 @@ def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
     """
     given, labels = outputs.predictions[replica], outputs.labels[replica]
     if kind == "risk":
-        return (given[-1] == labels) & (given != labels)
+        right = outputs.objective.agrees(given, labels)
+        return right[-1] & ~right
     if kind == "agreement":
-        return given != given[-1]
+        return ~outputs.objective.agrees(given, given[-1])
     raise ValueError(f"kind must be one of {', '.join(CERTIFICATE_KINDS)}; got {kind!r}")
 
 

@@ -21,11 +21,11 @@ from sweet_jax.exits.bounds import (
 from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric, mean_interval
-from sweet_jax.exits.operating_point import Resolution
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.reliability import confidence_quality
+from sweet_jax.exits.resolver import Resolution
 from sweet_jax.exits.simulation import Curve
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.shortfalls import shortfall_results
@@ -41,7 +41,7 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
 
     Wilson's interval for accuracy, a percentile bootstrap over rows for the other metrics.
     """
-    metric = outputs.identity.metric
+    metric = outputs.metric
     classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
     rows = []
     for e, layer in enumerate(outputs.layers):
@@ -137,7 +137,7 @@ def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     """Measures each exit's confidence on validation rows, before and after temperature scaling."""
     outputs = analysis.validation
     before, after = (
-        confidence_quality(outputs.logits[replica], outputs.labels[replica], t)
+        confidence_quality(outputs.logits[replica], outputs.labels[replica], t, outputs.objective)
         for t in (np.ones(len(outputs.layers)), analysis.temperatures[replica])
     )
     return [

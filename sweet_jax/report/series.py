@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.calibration import probabilities
+from sweet_jax.exits.calibration import outcome_probabilities
 from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.exits.outputs import ExitOutputs
@@ -84,9 +84,13 @@ def reliability_series(analysis: Analysis, replica: int) -> list[dict[str, Any]]
     and count of ten bins (empty ones left out), with the expected calibration error.
     """
     logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
-    correct = logits.argmax(axis=-1) == labels  # [E, N]
+    objective = analysis.validation.objective
+    correct = objective.is_correct(logits, labels)  # [E, N]
     pairs = (("before", np.ones(len(logits))), ("after", analysis.temperatures[replica]))
-    largest = {name: probabilities(logits, t).max(axis=-1) for name, t in pairs}  # [E, N] each
+    largest = {  # [E, N] each
+        name: outcome_probabilities(logits, t, objective).max(axis=-1).mean(axis=-1)
+        for name, t in pairs
+    }
     series = []
     for e, layer in enumerate(analysis.validation.layers):
         row: dict[str, Any] = {"layer": int(layer)}
