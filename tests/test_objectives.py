@@ -291,5 +291,7 @@ def test_a_number_is_predicted_without_probabilities(monkeypatch, tmp_path):
     np.testing.assert_allclose(compute_metric(R2, last, targets, 1), r2_score(targets, last))
     assert deployable_policies(outputs) == ("patience",)
     assert analyse(outputs, outputs).operating_point(0, {"cost": 0.5}).validation[0] <= 0.5
+    area = tuning_area(outputs.logits, outputs.labels, [1, 2, 4], None, "r2", REGRESSION)
+    assert 0.5 < area[0] < 1
     with pytest.raises(UserError, match="of the objective 'regression' are not probabilities"):
         simulate(outputs, "confidence")

@@ -5,7 +5,6 @@ Shape letters: E exit, N examples, T thresholds, P points of a front.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -97,12 +96,8 @@ def share_of_gap(
     """Computes how much of the gap between two bounds a curve closes, by mean metric over cost.
 
     Over the range of cost that all three have: 0 is no better than sending examples to exits at
-    random, 1 the oracle. None where the bounds coincide, or no range is common.
-
-    Args:
-      cost, metric: float64 [T], of the curve, cost ascending.
-      low, high: the bounds.
-
+    random, 1 the oracle. None where the bounds coincide, or no range is common. cost, metric:
+    float64 [T], of the curve, cost ascending.
     """
     start = max(float(cost[0]), float(low.cost[0]), float(high.cost[0]))
     end = float(low.cost[-1])
@@ -121,14 +116,8 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
     the best single threshold of the exact curve. The upper hull of what is found and of that curve:
     no single threshold lies above it. These are local optima, so that the true bound can.
 
-    Args:
-      outputs: of the rows reported.
-      replica: which.
-      confidences: float64 [E, N], of a policy; -inf never leaves early.
-
-    Returns:
-      The front of accuracy, its thresholds float64 [P, E - 1].
-
+    confidences: float64 [E, N], of a policy; -inf never leaves early. Returns the front of
+    accuracy, its thresholds float64 [P, E - 1].
     """
     objective, labels = outputs.objective, outputs.labels[replica]
     right = objective.is_correct(outputs.logits[replica], labels).astype(np.float64)  # [E, N]
@@ -144,35 +133,35 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
     for slope in np.geomspace(1e-3, 3, _SLOPES):
         gains = right - slope * outputs.cost[:, None]  # [E, N]
         start = np.full(len(orders), single[int((accuracy - slope * cost).argmax())])
-        limits = _ascend(_Sorted(confidences, orders, levels), start, gains)
+        limits = _ascend(confidences, orders, levels, start, gains)
         taken = _exits(confidences, limits)
-        reached = np.take_along_axis(right, taken[None], axis=0).mean()
+        reached = right[taken, np.arange(len(taken))].mean()
         found[float(outputs.cost[taken].mean()), float(reached)] = limits
     hull = ParetoFront.upper_hull(found)
     points = zip(hull.cost.tolist(), hull.score.tolist(), strict=True)
     return dataclasses.replace(hull, threshold=np.stack([found[point] for point in points]))
 
 
-class _Sorted(NamedTuple):
-    """Confidences, and those of each exit but the last from the highest to the lowest."""
+def _ascend(
+    confidences: np.ndarray,
+    orders: np.ndarray,
+    levels: np.ndarray,
+    start: np.ndarray,
+    value: np.ndarray,
+) -> np.ndarray:
+    """Finds thresholds [E - 1] where changing any one cannot raise the mean of value [E, N].
 
-    confidences: np.ndarray  # float64 [E, N]
-    orders: np.ndarray  # int [E - 1, N], indices of the examples
-    levels: np.ndarray  # float64 [E - 1, N], the confidences in that order
-
-
-def _ascend(ranked: _Sorted, start: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Finds thresholds [E - 1] where changing any one cannot raise the mean of value [E, N]."""
-    confidences, orders, levels = ranked
-    limits, total = start.copy(), -np.inf
-    while (now := float(_reached(confidences, limits, value).mean())) > total + 1e-12:
+    orders int [E - 1, N] sorts the examples of each exit but the last by falling confidence, levels
+    float64 [E - 1, N] are the confidences in that order.
+    """
+    limits, total, rows = start.copy(), -np.inf, np.arange(value.shape[1])
+    while (now := float(value[_exits(confidences, limits), rows].mean())) > total + 1e-12:
         total = now
         for e in reversed(range(len(limits))):
             arrives = (confidences[:e] < limits[:e, None]).all(axis=0)
             later = np.append(limits[e + 1 :], -np.inf)
             taken = (confidences[e + 1 :] >= later[:, None]).argmax(axis=0)
-            onward = np.take_along_axis(value[e + 1 :], taken[None], axis=0)[0]
-            gain = np.where(arrives, value[e] - onward, 0)[orders[e]]
+            gain = np.where(arrives, value[e] - value[e + 1 :][taken, rows], 0)[orders[e]]
             sums = np.append(0.0, np.cumsum(gain))  # if the first 0, 1, ... examples leave here
             whole = np.append(np.append(True, levels[e][1:] != levels[e][:-1]), True)
             whole[1:] &= np.isfinite(levels[e])  # -inf never leaves
@@ -184,7 +173,3 @@ def _ascend(ranked: _Sorted, start: np.ndarray, value: np.ndarray) -> np.ndarray
 def _exits(confidences: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """Returns the exit of each example, int [N], with thresholds [E - 1] of each but the last."""
     return (confidences >= np.append(limits, -np.inf)[:, None]).argmax(axis=0)
-
-
-def _reached(confidences: np.ndarray, limits: np.ndarray, value: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(value, _exits(confidences, limits)[None], axis=0)[0]

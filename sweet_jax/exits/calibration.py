@@ -26,12 +26,9 @@ BELOW_ONE = float(np.nextafter(1.0, 0.0))  # the largest confidence of what is n
 
 
 def softmax_with_temperature(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """Computes softmax(logits / temperature), float64 [..., C].
+    """Computes softmax(logits [..., C] / temperatures), float64 [..., C].
 
-    Args:
-      logits: float [..., C].
-      temperatures: of a shape that broadcasts against logits.
-
+    Temperatures have a shape that broadcasts against logits.
     """
     with np.errstate(invalid="ignore"):  # logits that diverged give NaN
         return softmax(logits.astype(np.float64) / temperatures)
@@ -40,18 +37,10 @@ def softmax_with_temperature(logits: np.ndarray, temperatures: np.ndarray) -> np
 def outcome_probabilities(
     logits: np.ndarray, temperatures: np.ndarray, objective: Objective = SINGLE_LABEL
 ) -> np.ndarray:
-    """Computes the probabilities of outcomes after temperature, [E, N, V, K].
+    """Computes the probabilities of outcomes by logits [E, N, C] / temperatures [E], [E, N, V, K].
 
-    In the dtype of the temperatures.
-
-    Args:
-      logits: float32 [E, N, C].
-      temperatures: float [E].
-      objective: what the logits mean.
-
-    Raises:
-      UserError: the objective's outputs are not logits of probabilities.
-
+    In the dtype of the temperatures. Raises UserError where the objective's outputs are not logits
+    of probabilities.
     """
     scaled = logits.astype(temperatures.dtype) / temperatures[:, None, None]
     with np.errstate(invalid="ignore"):  # logits that diverged give NaN
@@ -162,42 +151,26 @@ class Calibrator:
         return cls(temperatures, curves)
 
 
-def fit_calibrator(
-    logits: np.ndarray,
-    targets: np.ndarray,
-    kinds: Sequence[str] = CURVES,
-    objective: Objective = SINGLE_LABEL,
-) -> Calibrator:
-    """Fits the temperature and the reliability curves of every exit of one replica.
+def fit_calibrators(
+    calibration: ExitOutputs, kinds: Sequence[str] = CURVES
+) -> tuple[Calibrator, ...]:
+    """Fits the temperature and the reliability curves of every exit, for every replica [R].
 
     Nothing is fitted where the objective's outputs are not logits of probabilities.
 
     Args:
-      logits: float32 [E, N, C].
-      targets: of the objective; labels int64 [N].
+      calibration: outputs of rows that were not trained on.
       kinds: of curves, some of CURVES.
-      objective: what the logits mean.
 
     """
-    if objective.categorical is None:
-        return Calibrator.unfitted(len(logits))
-    temperatures = np.asarray([fit_temperature(z, targets, objective) for z in logits])  # [E]
-    confidences = max_probability(logits, temperatures, objective)  # [E, N]
-    right = objective.is_correct(logits, targets)  # [E, N]
-    low = 1 / objective.categorical.outcome_count(logits.shape[-1])
-    curves = {
-        kind: tuple(
-            fit_reliability_curve(kind, p, r, low) for p, r in zip(confidences, right, strict=True)
-        )
-        for kind in kinds
-    }
-    return Calibrator(temperatures, curves)
-
-
-def fit_calibrators(
-    calibration: ExitOutputs, kinds: Sequence[str] = CURVES
-) -> tuple[Calibrator, ...]:
-    """Fits a calibrator of every replica [R], see `fit_calibrator`."""
-    pairs = zip(calibration.logits, calibration.labels, strict=True)
-    objective = calibration.objective
-    return tuple(fit_calibrator(logits, labels, kinds, objective) for logits, labels in pairs)
+    objective, variables = calibration.objective, calibration.objective.categorical
+    if variables is None:
+        return (Calibrator.unfitted(len(calibration.layers)),) * len(calibration.logits)
+    low, found = 1 / variables.outcome_count(calibration.logits.shape[-1]), []
+    for logits, targets in zip(calibration.logits, calibration.labels, strict=True):
+        temperatures = np.asarray([fit_temperature(z, targets, objective) for z in logits])  # [E]
+        confidences = max_probability(logits, temperatures, objective)  # [E, N]
+        pairs = list(zip(confidences, objective.is_correct(logits, targets), strict=True))
+        curves = {k: tuple(fit_reliability_curve(k, *pair, low) for pair in pairs) for k in kinds}
+        found.append(Calibrator(temperatures, curves))
+    return tuple(found)

@@ -17,7 +17,7 @@ from sweet_jax.objectives import SINGLE_LABEL, Metric
 
 
 def score_interval(
-    metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, outputs: int
+    metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
 ) -> tuple[float, float]:
     """Computes the 95% interval of a metric over rows: (low, high).
 
@@ -26,15 +26,15 @@ def score_interval(
     """
     metric = SINGLE_LABEL.metric(metric)
     if metric.is_share:
-        right = metric.row_statistics(predictions, targets, outputs).sum()
+        right = metric.row_statistics(predictions, targets, classes).sum()
         low, high = wilson_interval(right, len(targets))
     else:
-        low, high = bootstrap_interval(metric, predictions, targets, outputs)
+        low, high = bootstrap_interval(metric, predictions, targets, classes)
     return float(low), float(high)
 
 
 def paired_difference(
-    metric: str | Metric, ours: np.ndarray, theirs: np.ndarray, targets: np.ndarray, outputs: int
+    metric: str | Metric, ours: np.ndarray, theirs: np.ndarray, targets: np.ndarray, classes: int
 ) -> tuple[float, float, float]:
     """Computes the metric of `ours` minus that of `theirs` on one set of rows.
 
@@ -46,15 +46,15 @@ def paired_difference(
     interval of a bootstrap over rows, see `draw_sums`. Arguments as in `compute_metric`.
     """
     metric = SINGLE_LABEL.metric(metric)
-    values = [compute_metric(metric, given, targets, outputs) for given in (ours, theirs)]
+    values = [compute_metric(metric, given, targets, classes) for given in (ours, theirs)]
     if metric.is_share:
-        right = [metric.row_statistics(given, targets, outputs)[:, 0] for given in (ours, theirs)]
+        right = [metric.row_statistics(given, targets, classes)[:, 0] for given in (ours, theirs)]
         low, high = _newcombe(*right)
     else:
         first, counts = distinct_rows(targets, ours, theirs)  # [K]
         drawn = targets[first]
-        pair = [metric.row_statistics(given[first], drawn, outputs) for given in (ours, theirs)]
-        *sums, totals = draw_sums(counts, *pair, metric.target_statistics(drawn, outputs))
+        pair = [metric.row_statistics(given[first], drawn, classes) for given in (ours, theirs)]
+        *sums, totals = draw_sums(counts, *pair, metric.target_statistics(drawn, classes))
         differences = metric.value(sums[0], totals) - metric.value(sums[1], totals)
         low, high = np.quantile(differences, TAILS)
     return values[0] - values[1], float(low), float(high)

@@ -15,16 +15,16 @@ TAILS = (0.5 - _LEVEL / 2, 0.5 + _LEVEL / 2)  # quantiles of a percentile interv
 
 
 def compute_metric(
-    metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, outputs: int
+    metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
 ) -> float:
     """Computes a metric of predictions [N, ...] and targets [N, ...].
 
     A name is one of single-label classification's: "accuracy", "matthews" or "f1", of predictions
-    and labels int [N]. `outputs` is C.
+    and labels int [N]. `classes` is C, the number of outputs.
     """
     metric = SINGLE_LABEL.metric(metric)
-    sums = metric.row_statistics(predictions, targets, outputs).sum(axis=0)  # [S]
-    totals = metric.target_statistics(targets, outputs).sum(axis=0)  # [U]
+    sums = metric.row_statistics(predictions, targets, classes).sum(axis=0)  # [S]
+    totals = metric.target_statistics(targets, classes).sum(axis=0)  # [U]
     return float(metric.value(sums, totals))
 
 
@@ -42,7 +42,7 @@ def wilson_interval(right: np.ndarray, total: int) -> np.ndarray:
 
 
 def bootstrap_interval(
-    metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, outputs: int
+    metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
 ) -> np.ndarray:
     """Computes the 95% percentile interval of a metric over rows drawn anew, float64 [2].
 
@@ -51,12 +51,12 @@ def bootstrap_interval(
     metric = SINGLE_LABEL.metric(metric)
     first, counts = distinct_rows(targets, predictions)  # [K]
     last = np.append(targets[first[-1]], predictions[first[-1]])
-    if (last != outputs - 1).any():
+    if (last != classes - 1).any():
         # The draws are those of a whole confusion matrix, whose last cell may be empty.
         first, counts = np.append(first, first[-1]), np.append(counts, 0)
     predictions, targets = predictions[first], targets[first]
-    rows = metric.row_statistics(predictions, targets, outputs)  # [K, S]
-    sums, totals = draw_sums(counts, rows, metric.target_statistics(targets, outputs))
+    rows = metric.row_statistics(predictions, targets, classes)  # [K, S]
+    sums, totals = draw_sums(counts, rows, metric.target_statistics(targets, classes))
     return np.quantile(metric.value(sums, totals), TAILS)
 
 

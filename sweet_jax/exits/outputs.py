@@ -157,13 +157,8 @@ class ExitOutputs:
 
     def save(self, path: str | Path) -> None:
         """Writes one .npz file, atomically."""
-        arrays: dict[str, Any] = {
-            "logits": self.logits,
-            "labels": self.labels,
-            "layers": self.layers,
-            "cost": self.cost,
-            "identity": np.asarray(json.dumps(dataclasses.asdict(self.identity))),
-        }
+        arrays = {name: getattr(self, name) for name in ("logits", "labels", "layers", "cost")}
+        arrays["identity"] = np.asarray(json.dumps(dataclasses.asdict(self.identity)))
         if self.exit_scores is not None:
             arrays["exit_scores"] = self.exit_scores
         with atomic_write(Path(path)) as aside:

@@ -120,35 +120,26 @@ def _shrunk(hits: np.ndarray, count: np.ndarray, mean: float) -> np.ndarray:
 
 
 def reliability_diagram(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = 10
+    confidence: np.ndarray, correct: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Computes a reliability diagram over equal-width bins of [0, 1].
+    """Computes a reliability diagram over ten bins of [0, 1], of confidences [N] and bool [N].
 
-    Args:
-      confidence: float [N].
-      correct: bool [N].
-      bins: how many.
-
-    Returns:
-      (mean confidence, share correct, count), each [bins]; NaN where a bin is empty.
-
+    Returns (mean confidence, share correct, count), each [10]; NaN where a bin is empty.
     """
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
+    place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    count = np.bincount(place, minlength=_BINS)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.bincount(place, confidence, bins) / count
-        share = np.bincount(place, correct, bins) / count
+        mean = np.bincount(place, confidence, _BINS) / count
+        share = np.bincount(place, correct, _BINS) / count
     return mean, share, count
 
 
-def expected_calibration_error(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = 10
-) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Computes the mean |confidence - accuracy| over bins, weighted by counts (Guo et al., eq. 5).
 
-    Args and bins as in `reliability_diagram`.
+    The bins are those of `reliability_diagram`.
     """
-    mean, share, count = reliability_diagram(confidence, correct, bins)
+    mean, share, count = reliability_diagram(confidence, correct)
     used = count > 0
     return float((np.abs(mean - share)[used] * count[used]).sum() / count.sum())
 

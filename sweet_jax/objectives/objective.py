@@ -94,7 +94,7 @@ class Objective:
       predict: logits → the predictions [..., N] or [..., N, C]; on both kinds of array.
       agrees: (predictions, predictions or targets) → bool [..., N], whether they are the same:
         accuracy, agreement of exits and the target of learning-to-exit; on both kinds.
-      probabilities: logits → probabilities [..., N, C]; on both kinds.
+      probabilities: logits → what an answer shows of each output, [..., N, C]; on both kinds.
       constant_prediction: (logits, row_mask bool [N]) → int32 [...], a number for the one
         prediction that all rows of the mask have, -1 where they differ; on both kinds. It is
         logged with every training step: by it an exit that has collapsed is found.

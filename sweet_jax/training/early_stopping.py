@@ -1,6 +1,6 @@
 """Early stopping: the best state of a training so far, by the area under the curve on tuning rows.
 
-Shape letters: R replica, E exit, M tuning rows, C classes.
+Shape letters: R replica, E exit, M tuning rows, C outputs of an exit (classes).
 """
 
 import functools
@@ -169,8 +169,8 @@ def tuning_area(
 ) -> np.ndarray:
     """Returns the area under each replica's exact curve by confidence, float64 [R].
 
-    Confidences are those of the logits as they are: no temperature is fitted yet. Minus infinity
-    where logits are not finite.
+    Confidences are those of the logits as they are: no temperature is fitted yet. By patience where
+    the objective has no probabilities. Minus infinity where logits are not finite.
 
     Args:
       logits: float32 [R, E, M, C].
@@ -184,6 +184,6 @@ def tuning_area(
     identity = RunIdentity(metric=metric, objective=objective.name)
     finite = np.where(sound[:, None, None, None], logits, 0)
     outputs = ExitOutputs(finite, labels, layers, cost, identity=identity)
-    curve = simulate(outputs, "raw_confidence")
+    curve = simulate(outputs, "raw_confidence" if objective.categorical else "patience")
     areas = [curve_area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
     return np.where(sound, areas, -np.inf)

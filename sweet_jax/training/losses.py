@@ -47,7 +47,8 @@ def compute_step_metrics(
 
     Args:
       output: of the model.
-      batch: labels [B], row_mask bool [B]: which rows are no padding.
+      batch: labels, the targets [B, ...] of the objective, and row_mask bool [B]: which rows are
+        no padding.
       objective: that the model is trained for.
 
     """
