@@ -250,14 +250,7 @@ def _finish(
             outputs.save(workdir / "exit_outputs" / f"{split}.npz")
     metrics = read_metrics(workdir)
     trained = {model.name: model.exits for model in model_specs(job.config)}
-    failures = find_failures(
-        metrics,
-        trained,
-        job.config.replicas(),
-        outcome.validation.logits,
-        job.config.exits,
-        job.dataset.classes,
-    )
+    failures = find_failures(metrics, trained, outcome.validation)
     results = _results(job, outcome, analysis, failures)
     if report:
         if outcome.baselines:

@@ -16,10 +16,11 @@ from tiny import TINY
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import Config, from_mapping
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.models.bert import Bert
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
-from sweet_jax.objectives.single_label import is_correct
+from sweet_jax.objectives.single_label import SINGLE_LABEL
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
 from sweet_jax.simulate import main as simulate_main
@@ -36,9 +37,9 @@ def test_the_loss_is_the_squared_error_of_being_right():
     scores = jnp.array([0.9, 0.2, 0.5, 0.0])
     wanted = ((0.9 - 1) ** 2 + 0.2**2 + 0.5**2) / 3
     np.testing.assert_allclose(
-        mean_exit_loss(is_correct(logits, labels), scores, row_mask), wanted, rtol=1e-6
+        mean_exit_loss(SINGLE_LABEL.is_correct(logits, labels), scores, row_mask), wanted, rtol=1e-6
     )
-    correct = is_correct(jnp.stack([logits, -logits]), labels)
+    correct = SINGLE_LABEL.is_correct(jnp.stack([logits, -logits]), labels)
     both = mean_exit_loss(correct, jnp.stack([scores, scores]), row_mask)
     other = (0.9**2 + (0.2 - 1) ** 2 + (0.5 - 1) ** 2) / 3
     np.testing.assert_allclose(both, [wanted, other], rtol=1e-6)
@@ -143,7 +144,9 @@ def test_an_exit_loss_that_is_not_finite_is_reported():
         for s in range(6)
     ]
     logits = np.eye(2, dtype=np.float32)[None, None, [0, 1]].repeat(2, axis=1)
-    found = find_failures(rows, {"t": (1, 3)}, [(0, 1e-3)], logits, (1, 3), ("no", "yes"))
+    identity = RunIdentity(classes=("no", "yes"), replicas=((0, 1e-3),))
+    outputs = ExitOutputs(logits, [0, 1], [1, 3], identity=identity)
+    found = find_failures(rows, {"t": (1, 3)}, outputs)
     assert [(d["exit"], d["what"], d["step"]) for d in found] == [(3, "loss is not finite", 4)]
 
 

@@ -13,7 +13,7 @@ from test_simulation import brute_force, tables
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import analyse
-from sweet_jax.exits.calibration import Calibrator, fit_calibrators, probabilities
+from sweet_jax.exits.calibration import Calibrator, fit_calibrators, outcome_probabilities
 from sweet_jax.exits.cross_fitting import cross_fitted_confidences
 from sweet_jax.exits.policies import (
     POLICIES,
@@ -168,7 +168,7 @@ def test_the_surest_rows_read_what_the_surest_rows_had(kind):
     logits[0, rows, given] = np.where(sure, 5.0, 0.005)
     outputs = ExitOutputs(logits, labels, np.asarray([1]))
     (fitted,) = fit_calibrators(outputs)
-    found = probabilities(outputs.logits[0], fitted.temperatures)  # [E, N, C]
+    found = outcome_probabilities(outputs.logits[0], fitted.temperatures)  # [E, N, 1, C]
     assert (found[0, sure].max(axis=-1) == 1).all()
     policy = next(name for name, rule in POLICIES.items() if rule.curve == kind)
     assert (exit_confidences(outputs, policy, [fitted])[0, 0, sure] > 0.99).all()
@@ -312,7 +312,7 @@ def test_grids_span_the_scores():
 def test_quality_equals_plain_sums():
     outputs, _ = known_table(80, seed=10)
     temperatures = np.asarray([0.5, 1.0, 2.0])
-    levels = probabilities(outputs.logits[0], temperatures).max(axis=-1)  # [E, N]
+    levels = outcome_probabilities(outputs.logits[0], temperatures).max(axis=(2, 3))  # [E, N]
     quality = confidence_quality(outputs.logits[0], outputs.labels[0], temperatures)
     for e, row in enumerate(quality):
         nll, brier, pairs, n = 0.0, 0.0, [], outputs.labels.shape[1]

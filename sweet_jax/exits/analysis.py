@@ -13,14 +13,10 @@ import numpy as np
 from sweet_jax.config import check_choice
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.cross_fitting import calibration_confidences
-from sweet_jax.exits.operating_point import (
-    OperatingPoint,
-    Resolution,
-    ThresholdResolver,
-    make_resolver,
-)
+from sweet_jax.exits.operating_point import OperatingPoint, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES, exit_confidences, grid_thresholds
+from sweet_jax.exits.resolver import Resolution, ThresholdResolver
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 
 
@@ -147,7 +143,9 @@ def analyse(
     choosing, by = calibration, on_calibration
     if tuning is not None:
         choosing, by = tuning, simulate(tuning, policy, calibrators=calibrators)
-    _, exits, _, classes = validation.logits.shape
+    _, exits, _, outcomes = validation.logits.shape
+    if variables := validation.objective.categorical:
+        outcomes = variables.outcome_count(outcomes)
     return Analysis(
         calibration,
         validation,
@@ -155,7 +153,7 @@ def analyse(
         calibrators,
         on_calibration,
         curve,
-        read_curve(curve, grid_thresholds(policy, classes, exits)),
+        read_curve(curve, grid_thresholds(policy, outcomes, exits)),
         np.asarray(
             [
                 curve_area(cost, metric) if np.isfinite(logits).all() else np.nan

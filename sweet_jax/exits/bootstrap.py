@@ -1,6 +1,6 @@
 """Bootstrap intervals of a curve of cost against metric.
 
-Shape letters: R replica, E exit, N examples, C classes, K thresholds.
+Shape letters: R replica, E exit, N examples, K thresholds, S statistics of a row, U of a target.
 """
 
 import dataclasses
@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sweet_jax.exits.calibration import Calibrator, fit_calibrators
-from sweet_jax.exits.metrics import metric_from_counts
+from sweet_jax.exits.calibration import Calibrator
+from sweet_jax.exits.metrics import TAILS
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, exit_confidences
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
+from sweet_jax.objectives import Metric
 
 _DRAWN_TOGETHER = 100  # bootstrap draws in one matrix product: a bound on memory
 _HELD = 1 << 26  # numbers of a bootstrap that are held in memory at once, about
@@ -24,7 +25,7 @@ class BootstrapBand:
 
     Attributes:
       threshold, cost, score: float64 [R, K], points of the curve; score is the metric.
-      cost_interval, score_interval: float64 [R, K, 2], percentile intervals over the draws.
+      cost_interval, score_interval: float64 [R, K, 2], 95% percentile intervals over the draws.
 
     """
 
@@ -39,37 +40,27 @@ def bootstrap_curve(
     outputs: ExitOutputs,
     policy: str | PolicyFunction = "confidence",
     *,
-    calibration: ExitOutputs | None = None,
     calibrators: Sequence[Calibrator] | None = None,
     metric: str | None = None,
     points: int = 200,
     draws: int = 1000,
-    level: float = 0.95,
 ) -> BootstrapBand:
-    """Computes percentile intervals of a curve over rows drawn with replacement, thresholds fixed.
+    """Computes intervals of a curve over rows drawn with replacement, thresholds fixed.
 
     At `points` thresholds, evenly among the distinct ones. At fixed thresholds an example's part in
-    cost and counts is fixed too, so that all draws are one matrix product [draws, N] x [N, K],
+    cost and statistics is fixed too, so that all draws are one matrix product [draws, N] x [N, K],
     where `scipy.stats.bootstrap` would simulate each draw. The same draws at every call. Other
     arguments and errors as in `simulate`.
     """
-    metric = metric or outputs.identity.metric
-    if calibrators is None and calibration is not None:
-        calibrators = fit_calibrators(calibration)
+    chosen = outputs.objective.metric(metric or outputs.metric)
     confidences = exit_confidences(outputs, policy, calibrators)
-    exact = simulate(outputs, lambda *_: confidences, metric=metric)
+    exact = simulate(outputs, lambda *_: confidences, metric=chosen)
     bands = []
     for r, threshold in enumerate(exact.threshold):
         distinct = np.unique(threshold)
-        at = distinct[np.linspace(0, len(distinct) - 1, points).round().astype(int)]
-        tables = 2 if metric == "accuracy" else 2 + 2 * outputs.logits.shape[-1]
-        size = max(1, _HELD // (tables * outputs.logits.shape[2]))  # thresholds at once
-        parts = [
-            _draw(outputs, r, confidences[r], at[first : first + size], metric, draws)
-            for first in range(0, points, size)
-        ]
-        drawn = np.concatenate(parts, axis=-1)  # [2, draws, K]
-        low_high = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2], axis=1)  # [2, 2, K]
+        at = distinct[np.linspace(0, len(distinct) - 1, points).round().astype(int)]  # [K]
+        drawn = _draw(outputs.replica(r), chosen, confidences[r], at, draws)  # [2, draws, K]
+        low_high = np.quantile(drawn, TAILS, axis=1)  # [2, 2, K]
         point = read_curve(Curve(*(v[r : r + 1] for v in vars(exact).values())), at)
         bands.append((at, point.cost[0], point.score[0], low_high[:, 0].T, low_high[:, 1].T))
     return BootstrapBand(*(np.stack(values) for values in zip(*bands, strict=True)))
@@ -77,33 +68,38 @@ def bootstrap_curve(
 
 def _draw(
     outputs: ExitOutputs,
-    replica: int,
+    metric: Metric,
     confidences: np.ndarray,
     thresholds: np.ndarray,
-    metric: str,
     draws: int,
 ) -> np.ndarray:
-    """Computes (cost, metric) of each draw at each threshold, float64 [2, draws, K]."""
-    labels, classes = outputs.labels[replica], range(outputs.logits.shape[-1])
-    count = len(labels)
+    """Computes (cost, metric) of each draw at each threshold, float64 [2, draws, K].
+
+    Of one replica's outputs and confidences float64 [E, N].
+    """
+    targets, classes = outputs.labels[0], outputs.logits.shape[-1]
+    count = len(targets)
     levels = np.maximum.accumulate(confidences[:-1], axis=0)  # [E - 1, N]
-    place = (levels[None] < thresholds[:, None, None]).sum(axis=1)  # [K, N]
-    answers = np.take_along_axis(outputs.predictions[replica], place, axis=0)  # [K, N]
-    right = answers == labels
-    tables = [outputs.cost[place], right]
-    if metric != "accuracy":
-        tables += [answers == c for c in classes]
-        tables += [right & (answers == c) for c in classes]
-    parts = np.stack(tables).astype(np.float32).reshape(-1, count)  # [tables x K, N]
-    rng, found = np.random.default_rng(0), np.empty((2, draws, len(thresholds)))
-    for first in range(0, draws, _DRAWN_TOGETHER):
-        several = range(first, min(first + _DRAWN_TOGETHER, draws))
-        times = np.stack(
-            [np.bincount(rng.integers(0, count, count), minlength=count) for _ in several]
-        ).astype(np.float32)
-        product = (times @ parts.T).reshape(len(several), len(tables), -1).astype(np.float64)
-        for draw, sums, weights in zip(several, product, times, strict=True):
-            true = np.bincount(labels, weights, len(classes))
-            given, hits = sums[2 : 2 + len(classes)].T, sums[2 + len(classes) :].T
-            found[:, draw] = sums[0] / count, metric_from_counts(metric, sums[1], given, hits, true)
+    statistics = metric.row_statistics(outputs.predictions[0], targets, classes)  # [E, N, S]
+    # Whether a row counts, and how many do, is exact in float32.
+    dtype = np.result_type(np.float32, statistics)
+    cost = np.broadcast_to(outputs.cost[:, None, None], (*statistics.shape[:2], 1))
+    rows = np.concatenate([cost.astype(dtype), statistics.astype(dtype)], axis=-1)  # [E, N, 1 + S]
+    totals = metric.target_statistics(targets, classes).astype(np.float64)  # [N, U]
+    found = np.empty((2, draws, len(thresholds)))
+    size = max(1, _HELD // (rows.shape[-1] * count))  # thresholds at once
+    for low in range(0, len(thresholds), size):
+        at = slice(low, low + size)
+        place = (levels < thresholds[at, None, None]).sum(axis=1)  # [K, N]
+        parts = np.moveaxis(rows[place, np.arange(count)], -1, 0)  # [1 + S, K, N]
+        parts = parts.reshape(-1, count)
+        rng = np.random.default_rng(0)
+        for first in range(0, draws, _DRAWN_TOGETHER):
+            several = slice(first, min(first + _DRAWN_TOGETHER, draws))
+            drawn = rng.integers(0, count, (several.stop - first, count))
+            times = np.stack([np.bincount(d, minlength=count) for d in drawn]).astype(dtype)
+            sums = (times @ parts.T).reshape(len(times), rows.shape[-1], -1).astype(np.float64)
+            found[0, several, at] = sums[:, 0] / count
+            sums = np.moveaxis(sums[:, 1:], 1, -1)  # [draws, K, S]
+            found[1, several, at] = metric.value(sums, (times @ totals)[:, None])
     return found

@@ -5,7 +5,6 @@ Shape letters: E exit, N examples, T thresholds, P points of a front.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,35 +12,35 @@ from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.pareto import ParetoFront, mean_metric
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.objectives.objective import accuracy_metric
 
 _SLOPES = 25  # weights of cost against accuracy that `best_thresholds` optimises
 
 
-def any_correct(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def any_correct(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the first exit that is right.
 
     Inflated by luck: four independent exits that are right in 60% of the cases reach 97.4% (Hor et
     al. 2024, arXiv 2402.04359).
     """
-    right = given == labels  # [E', N]
-    place = np.where(right.any(axis=0), right.argmax(axis=0), 0)
-    return place, np.take_along_axis(given, place[None], axis=0)[0]
+    place = right.argmax(axis=0)
+    return place, place
 
 
-def stable(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def stable(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the first exit from which on all are right: the metric is the last exit's own."""
-    lasting = np.logical_and.accumulate((given == labels)[::-1])[::-1]  # [E', N]
-    return np.where(lasting.any(axis=0), lasting.argmax(axis=0), 0), given[-1]
+    lasting = np.logical_and.accumulate(right[::-1])[::-1]  # [E', N]
+    return lasting.argmax(axis=0), np.full(right.shape[1], -1)
 
 
-def agreement(given: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def agreement(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the first exit that predicts what the last one does; it reads no label."""
-    return (given == given[-1]).argmax(axis=0), given[-1]
+    return agrees.argmax(axis=0), np.full(right.shape[1], -1)
 
 
-# From the predictions [E', N] of the first E' exits and labels [N] to where each example leaves
-# (index of the exit) and its predicted class, int [N] each. Where no exit is right, the first: it
-# is the cheapest.
+# From whether each of the first E' exits is right, and predicts what the last of them does, bool
+# [E', N] each, to the exit where each example leaves and the exit that answers, int [N] each. Where
+# no exit is right, the first: it is the cheapest.
 ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "stable": stable,
     "agreement": agreement,
@@ -49,32 +48,35 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarr
 }
 
 
-def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str = "accuracy") -> ParetoFront:
+def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str | None = None) -> ParetoFront:
     """Computes what an oracle would cost and reach, exactly, in O(N E^2).
 
     The upper hull, as far as it rises, of the oracle's points on the first exit alone, the first
     two, and so on: of the model truncated after each exit. Exits that diverged are left out.
-    `kind` is a name in ORACLES.
+    `kind` is a name in ORACLES; `metric` is by default the one in outputs.identity.
     """
     given, labels, cost = _sound(outputs, replica)
+    chosen, agrees = outputs.objective.metric(metric or outputs.metric), outputs.objective.agrees
+    right, rows = agrees(given, labels), np.arange(len(labels))  # [E', N], [N]
     points = []
     for count in range(1, len(given) + 1):
-        place, answers = ORACLES[kind](given[:count], labels)
-        value = compute_metric(metric, answers, labels, outputs.logits.shape[-1])
+        place, answering = ORACLES[kind](right[:count], agrees(given[:count], given[count - 1]))
+        answers = given[:count][answering, rows]
+        value = compute_metric(chosen, answers, labels, outputs.logits.shape[-1])
         points.append((float(cost[place].mean()), value))
     hull = ParetoFront.upper_hull(points)
     best = int(hull.score.argmax()) + 1  # an oracle never continues to worse exits
     return ParetoFront(hull.cost[:best], hull.score[:best])
 
 
-def single_exit_hull(outputs: ExitOutputs, replica: int, metric: str = "accuracy") -> ParetoFront:
+def single_exit_hull(outputs: ExitOutputs, replica: int, metric: str | None = None) -> ParetoFront:
     """Computes the upper hull of the single exits: what sending examples to them at random reaches.
 
-    Exits that diverged are left out.
+    Exits that diverged are left out. `metric` is by default the one in outputs.identity.
     """
     given, labels, cost = _sound(outputs, replica)
-    classes = outputs.logits.shape[-1]
-    values = [compute_metric(metric, p, labels, classes) for p in given]
+    chosen, classes = outputs.objective.metric(metric or outputs.metric), outputs.logits.shape[-1]
+    values = [compute_metric(chosen, p, labels, classes) for p in given]
     return ParetoFront.upper_hull(zip(cost.tolist(), values, strict=True))
 
 
@@ -94,12 +96,8 @@ def share_of_gap(
     """Computes how much of the gap between two bounds a curve closes, by mean metric over cost.
 
     Over the range of cost that all three have: 0 is no better than sending examples to exits at
-    random, 1 the oracle. None where the bounds coincide, or no range is common.
-
-    Args:
-      cost, metric: float64 [T], of the curve, cost ascending.
-      low, high: the bounds.
-
+    random, 1 the oracle. None where the bounds coincide, or no range is common. cost, metric:
+    float64 [T], of the curve, cost ascending.
     """
     start = max(float(cost[0]), float(low.cost[0]), float(high.cost[0]))
     end = float(low.cost[-1])
@@ -118,19 +116,15 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
     the best single threshold of the exact curve. The upper hull of what is found and of that curve:
     no single threshold lies above it. These are local optima, so that the true bound can.
 
-    Args:
-      outputs: of the rows reported.
-      replica: which.
-      confidences: float64 [E, N], of a policy; -inf never leaves early.
-
-    Returns:
-      The front of accuracy, its thresholds float64 [P, E - 1].
-
+    confidences: float64 [E, N], of a policy; -inf never leaves early. Returns the front of
+    accuracy, its thresholds float64 [P, E - 1].
     """
-    right = (outputs.predictions[replica] == outputs.labels[replica]).astype(np.float64)  # [E, N]
+    objective, labels = outputs.objective, outputs.labels[replica]
+    right = objective.is_correct(outputs.logits[replica], labels).astype(np.float64)  # [E, N]
     orders = np.argsort(-confidences[:-1], axis=1, kind="stable")  # [E - 1, N]
     levels = np.take_along_axis(confidences[:-1], orders, axis=1)
-    curve = simulate(outputs.replica(replica), lambda *_: confidences[None], metric="accuracy")
+    metric = accuracy_metric(objective.agrees)
+    curve = simulate(outputs.replica(replica), lambda *_: confidences[None], metric=metric)
     single, cost, accuracy = (v[0] for v in (curve.threshold, curve.cost, curve.score))  # [T]
     found = {
         (float(c), float(a)): np.full(len(orders), t)
@@ -139,35 +133,35 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
     for slope in np.geomspace(1e-3, 3, _SLOPES):
         gains = right - slope * outputs.cost[:, None]  # [E, N]
         start = np.full(len(orders), single[int((accuracy - slope * cost).argmax())])
-        limits = _ascend(_Sorted(confidences, orders, levels), start, gains)
+        limits = _ascend(confidences, orders, levels, start, gains)
         taken = _exits(confidences, limits)
-        reached = np.take_along_axis(right, taken[None], axis=0).mean()
+        reached = right[taken, np.arange(len(taken))].mean()
         found[float(outputs.cost[taken].mean()), float(reached)] = limits
     hull = ParetoFront.upper_hull(found)
     points = zip(hull.cost.tolist(), hull.score.tolist(), strict=True)
     return dataclasses.replace(hull, threshold=np.stack([found[point] for point in points]))
 
 
-class _Sorted(NamedTuple):
-    """Confidences, and those of each exit but the last from the highest to the lowest."""
+def _ascend(
+    confidences: np.ndarray,
+    orders: np.ndarray,
+    levels: np.ndarray,
+    start: np.ndarray,
+    value: np.ndarray,
+) -> np.ndarray:
+    """Finds thresholds [E - 1] where changing any one cannot raise the mean of value [E, N].
 
-    confidences: np.ndarray  # float64 [E, N]
-    orders: np.ndarray  # int [E - 1, N], indices of the examples
-    levels: np.ndarray  # float64 [E - 1, N], the confidences in that order
-
-
-def _ascend(ranked: _Sorted, start: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Finds thresholds [E - 1] where changing any one cannot raise the mean of value [E, N]."""
-    confidences, orders, levels = ranked
-    limits, total = start.copy(), -np.inf
-    while (now := float(_reached(confidences, limits, value).mean())) > total + 1e-12:
+    orders int [E - 1, N] sorts the examples of each exit but the last by falling confidence, levels
+    float64 [E - 1, N] are the confidences in that order.
+    """
+    limits, total, rows = start.copy(), -np.inf, np.arange(value.shape[1])
+    while (now := float(value[_exits(confidences, limits), rows].mean())) > total + 1e-12:
         total = now
         for e in reversed(range(len(limits))):
             arrives = (confidences[:e] < limits[:e, None]).all(axis=0)
             later = np.append(limits[e + 1 :], -np.inf)
             taken = (confidences[e + 1 :] >= later[:, None]).argmax(axis=0)
-            onward = np.take_along_axis(value[e + 1 :], taken[None], axis=0)[0]
-            gain = np.where(arrives, value[e] - onward, 0)[orders[e]]
+            gain = np.where(arrives, value[e] - value[e + 1 :][taken, rows], 0)[orders[e]]
             sums = np.append(0.0, np.cumsum(gain))  # if the first 0, 1, ... examples leave here
             whole = np.append(np.append(True, levels[e][1:] != levels[e][:-1]), True)
             whole[1:] &= np.isfinite(levels[e])  # -inf never leaves
@@ -179,7 +173,3 @@ def _ascend(ranked: _Sorted, start: np.ndarray, value: np.ndarray) -> np.ndarray
 def _exits(confidences: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """Returns the exit of each example, int [N], with thresholds [E - 1] of each but the last."""
     return (confidences >= np.append(limits, -np.inf)[:, None]).argmax(axis=0)
-
-
-def _reached(confidences: np.ndarray, limits: np.ndarray, value: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(value, _exits(confidences, limits)[None], axis=0)[0]

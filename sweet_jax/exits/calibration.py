@@ -1,6 +1,7 @@
 """Calibrators: the temperatures and reliability curves that calibration rows give each exit.
 
-Shape letters: R replica, E exit, N examples, C classes.
+Shape letters: R replica, E exit, N examples, C outputs of an exit (classes), V categorical
+variables with K outcomes each (for single-label classification one, with C).
 """
 
 import dataclasses
@@ -8,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 from scipy.optimize import brentq
-from scipy.special import softmax
 
+from sweet_jax.config import UserError
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.reliability import CURVES, ReliabilityCurve, fit_reliability_curve
+from sweet_jax.objectives import SINGLE_LABEL, Objective
+from sweet_jax.objectives.objective import CategoricalVariables, softmax
 
 # Where every calibration row is right, the likelihood rises without end as T falls (and where the
 # logits carry no information, as T grows): T stops here.
@@ -22,55 +26,78 @@ BELOW_ONE = float(np.nextafter(1.0, 0.0))  # the largest confidence of what is n
 
 
 def softmax_with_temperature(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """Computes softmax(logits / temperature), float64 [..., C].
+    """Computes softmax(logits [..., C] / temperatures), float64 [..., C].
 
-    Args:
-      logits: float [..., C].
-      temperatures: of a shape that broadcasts against logits.
-
+    Temperatures have a shape that broadcasts against logits.
     """
-    scaled = logits.astype(np.float64) / temperatures
     with np.errstate(invalid="ignore"):  # logits that diverged give NaN
-        exponent = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    return exponent / exponent.sum(axis=-1, keepdims=True)
+        return softmax(logits.astype(np.float64) / temperatures)
 
 
-def probabilities(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """Computes softmax(logits [E, N, C] / temperatures [E]), float64 [E, N, C]."""
-    return softmax_with_temperature(logits, temperatures[:, None, None])
+def outcome_probabilities(
+    logits: np.ndarray, temperatures: np.ndarray, objective: Objective = SINGLE_LABEL
+) -> np.ndarray:
+    """Computes the probabilities of outcomes by logits [E, N, C] / temperatures [E], [E, N, V, K].
+
+    In the dtype of the temperatures. Raises UserError where the objective's outputs are not logits
+    of probabilities.
+    """
+    scaled = logits.astype(temperatures.dtype) / temperatures[:, None, None]
+    with np.errstate(invalid="ignore"):  # logits that diverged give NaN
+        return softmax(categorical_variables(objective).logits(scaled))
 
 
-def max_probability(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """Computes the largest probability of logits [E, N, C], below 1, float64 [E, N].
+def max_probability(
+    logits: np.ndarray, temperatures: np.ndarray, objective: Objective = SINGLE_LABEL
+) -> np.ndarray:
+    """Computes the largest probability, its mean over the variables, below 1, float64 [E, N].
 
     A threshold of 1 then sends every example to the last exit, as the SWEET paper's experimental
-    setup has it: rounded to 1, an example that is certain would leave early all the same.
+    setup has it: rounded to 1, an example that is certain would leave early all the same. Arguments
+    and errors as in `outcome_probabilities`.
     """
-    return np.minimum(probabilities(logits, temperatures).max(axis=-1), BELOW_ONE)
+    found = outcome_probabilities(logits, temperatures, objective)
+    return np.minimum(found.max(axis=-1).mean(axis=-1), BELOW_ONE)
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Finds the T in TEMPERATURE_RANGE that minimises the mean NLL of softmax(logits / T).
+def categorical_variables(objective: Objective) -> CategoricalVariables:
+    """Returns the likelihood of an objective's targets. Raises UserError where there is none."""
+    if objective.categorical is None:
+        raise UserError(
+            f"the outputs of the objective {objective.name!r} are not probabilities: choose a "
+            "policy that reads none, such as 'patience'"
+        )
+    return objective.categorical
+
+
+def fit_temperature(
+    logits: np.ndarray, targets: np.ndarray, objective: Objective = SINGLE_LABEL
+) -> float:
+    """Finds the T in TEMPERATURE_RANGE that minimises the mean NLL of targets by logits / T.
 
     Temperature scaling (Guo et al. 2017, arXiv 1706.04599), exactly: the NLL is convex in 1/T, so
-    its derivative, E_p[z] - z_y on average, has one zero, found by Brent's method. Where every
-    answer is right there is none, the less the more certain: T is 1, since such rows do not show
-    how uncertain to be. NaN where logits are not finite.
+    its derivative, E_p[z] - z_y summed over the variables, on average, has one zero, found by
+    Brent's method. Where every outcome is right there is none, the less the more certain: T is 1,
+    since such rows do not show how uncertain to be. NaN where logits are not finite.
 
     Args:
       logits: float [N, C].
-      labels: int [N].
+      targets: of the objective; labels int [N].
+      objective: what the logits mean.
 
     """
-    z = np.asarray(logits, np.float64)
+    variables = categorical_variables(objective)
+    z = variables.logits(np.asarray(logits, np.float64))  # [N, V, K]
     if not np.isfinite(z).all():
         return float("nan")
-    right = z[np.arange(len(z)), labels]
+    outcomes = variables.outcomes(targets)[..., None]  # [N, V, 1]
+    right = np.take_along_axis(z, outcomes, axis=-1)[..., 0]  # [N, V]
 
     def slope(inverse: float) -> float:
-        return float((np.sum(softmax(inverse * z, axis=-1) * z, axis=-1) - right).mean())
+        expected = np.sum(special.softmax(inverse * z, axis=-1) * z, axis=-1)  # [N, V]
+        return float((expected - right).sum(axis=-1).mean())
 
-    others = np.where(np.arange(z.shape[1]) == labels[:, None], -np.inf, z).max(axis=-1)
+    others = np.where(np.arange(z.shape[-1]) == outcomes, -np.inf, z).max(axis=-1)
     if (right > others).all():
         return 1.0
     low, high = 1 / TEMPERATURE_RANGE[1], 1 / TEMPERATURE_RANGE[0]
@@ -124,33 +151,26 @@ class Calibrator:
         return cls(temperatures, curves)
 
 
-def fit_calibrator(
-    logits: np.ndarray, labels: np.ndarray, kinds: Sequence[str] = CURVES
-) -> Calibrator:
-    """Fits the temperature and the reliability curves of every exit of one replica.
-
-    Args:
-      logits: float32 [E, N, C].
-      labels: int64 [N].
-      kinds: of curves, some of CURVES.
-
-    """
-    temperatures = np.asarray([fit_temperature(z, labels) for z in logits])  # [E]
-    confidences = max_probability(logits, temperatures)  # [E, N]
-    right = logits.argmax(axis=-1) == labels  # [E, N]
-    low = 1 / logits.shape[-1]
-    curves = {
-        kind: tuple(
-            fit_reliability_curve(kind, p, r, low) for p, r in zip(confidences, right, strict=True)
-        )
-        for kind in kinds
-    }
-    return Calibrator(temperatures, curves)
-
-
 def fit_calibrators(
     calibration: ExitOutputs, kinds: Sequence[str] = CURVES
 ) -> tuple[Calibrator, ...]:
-    """Fits a calibrator of every replica [R], see `fit_calibrator`."""
-    pairs = zip(calibration.logits, calibration.labels, strict=True)
-    return tuple(fit_calibrator(logits, labels, kinds) for logits, labels in pairs)
+    """Fits the temperature and the reliability curves of every exit, for every replica [R].
+
+    Nothing is fitted where the objective's outputs are not logits of probabilities.
+
+    Args:
+      calibration: outputs of rows that were not trained on.
+      kinds: of curves, some of CURVES.
+
+    """
+    objective, variables = calibration.objective, calibration.objective.categorical
+    if variables is None:
+        return (Calibrator.unfitted(len(calibration.layers)),) * len(calibration.logits)
+    low, found = 1 / variables.outcome_count(calibration.logits.shape[-1]), []
+    for logits, targets in zip(calibration.logits, calibration.labels, strict=True):
+        temperatures = np.asarray([fit_temperature(z, targets, objective) for z in logits])  # [E]
+        confidences = max_probability(logits, temperatures, objective)  # [E, N]
+        pairs = list(zip(confidences, objective.is_correct(logits, targets), strict=True))
+        curves = {k: tuple(fit_reliability_curve(k, *pair, low) for pair in pairs) for k in kinds}
+        found.append(Calibrator(temperatures, curves))
+    return tuple(found)

@@ -53,20 +53,21 @@ def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
     """
     given, labels = outputs.predictions[replica], outputs.labels[replica]
     if kind == "risk":
-        return (given[-1] == labels) & (given != labels)
+        right = outputs.objective.agrees(given, labels)
+        return right[-1] & ~right
     if kind == "agreement":
-        return given != given[-1]
+        return ~outputs.objective.agrees(given, given[-1])
     raise ValueError(f"kind must be one of {', '.join(CERTIFICATE_KINDS)}; got {kind!r}")
 
 
-def candidate_thresholds(confidences: np.ndarray, count: int = 100) -> np.ndarray:
-    """Chooses thresholds to test, the strictest first, float64 [K]: evenly by how many leave.
+def candidate_thresholds(confidences: np.ndarray) -> np.ndarray:
+    """Chooses thresholds to test, the strictest first, float64 [K]: 101, evenly by how many leave.
 
     confidences: float64 [E, N] of rows that are not those to be tested.
     """
     levels = np.maximum.accumulate(confidences[:-1], axis=0).ravel()
     levels = np.sort(levels[np.isfinite(levels)])[::-1]
-    places = np.linspace(0, len(levels) - 1, count + 1).round().astype(int)
+    places = np.linspace(0, len(levels) - 1, 101).round().astype(int)
     return np.unique(levels[places])[::-1] if len(levels) else levels
 
 
@@ -89,12 +90,8 @@ class LossCounts:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns what exits.json holds; `from_dict` restores it exactly."""
-        return {
-            "kind": self.kind,
-            "thresholds": self.thresholds.tolist(),
-            "harmed": self.harmed.tolist(),
-            "rows": self.rows,
-        }
+        lists = {"thresholds": self.thresholds.tolist(), "harmed": self.harmed.tolist()}
+        return {"kind": self.kind, **lists, "rows": self.rows}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LossCounts":
@@ -107,15 +104,10 @@ class LossCounts:
 def count_losses(
     outputs: ExitOutputs, replica: int, confidences: np.ndarray, thresholds: np.ndarray, kind: str
 ) -> LossCounts:
-    """Counts the examples that each threshold harms.
+    """Counts the examples of one replica that each threshold harms, see `exit_losses`.
 
-    Args:
-      outputs: of the rows tested; neither the policy nor `thresholds` may have been fitted on them.
-      replica: which.
-      confidences: float64 [E, N] of these rows.
-      thresholds: float64 [K], descending.
-      kind: see `exit_losses`.
-
+    confidences float64 [E, N] are of the same rows, on which neither they nor the thresholds
+    float64 [K], descending, may have been fitted.
     """
     harmful = exit_losses(outputs, replica, kind)  # [E, N]
     points = np.maximum.accumulate(confidences[:-1], axis=0)  # [E - 1, N]

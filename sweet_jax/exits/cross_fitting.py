@@ -10,7 +10,7 @@ import numpy as np
 from sweet_jax.config import check_choice
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, PolicyFunction, exit_confidences
+from sweet_jax.exits.policies import POLICIES, exit_confidences
 
 
 def calibration_confidences(
@@ -22,22 +22,17 @@ def calibration_confidences(
     return exit_confidences(calibration, policy, calibrators)
 
 
-def cross_fitted_confidences(
-    calibration: ExitOutputs, policy: str | PolicyFunction, folds: int = 5
-) -> np.ndarray:
-    """Computes the confidences of calibration rows, each by calibrators of the other folds.
+def cross_fitted_confidences(calibration: ExitOutputs, policy: str) -> np.ndarray:
+    """Computes the confidences of calibration rows, each by calibrators of the other four folds.
 
     A threshold chosen on confidences read off a curve that the same rows fitted would promise too
     much. The folds are drawn by a fixed seed; a single row is left to its own fit.
 
-    Returns float64 [R, E, N].
+    Returns float64 [R, E, N]. Raises UserError for an unknown policy.
     """
-    count = calibration.labels.shape[1]
-    kinds: list[str] = []
-    if isinstance(policy, str):
-        check_choice("policy", policy, POLICIES)
-        kinds = [POLICIES[policy].curve] if POLICIES[policy].curve else []
-    part = np.random.default_rng(0).permutation(count) % folds  # [N]
+    check_choice("policy", policy, POLICIES)
+    kinds = [POLICIES[policy].curve] if POLICIES[policy].curve else []
+    part = np.random.default_rng(0).permutation(calibration.labels.shape[1]) % 5  # [N]
     found = np.empty(calibration.logits.shape[:3])
     for fold in np.unique(part):
         own = np.flatnonzero(part == fold)

@@ -1,97 +1,99 @@
-"""Accuracy, Matthews correlation and F1 from counts, and intervals of them.
+"""Metrics of predictions, and intervals of them.
 
-Shape letters: T thresholds (or any list of situations), N examples, C classes.
+Shape letters: N rows, C outputs of an exit (classes), K distinct rows, D draws, S statistics of a
+row.
 """
 
 import numpy as np
 from scipy import stats
 
+from sweet_jax.objectives import SINGLE_LABEL, Metric
 
-def compute_metric(metric: str, predictions: np.ndarray, labels: np.ndarray, classes: int) -> float:
-    """Computes a metric, "accuracy", "matthews" or "f1", of predictions int [N], labels int [N]."""
-    right = np.asarray([(predictions == labels).sum()])
-    given = np.bincount(predictions, minlength=classes)[None]
-    hits = np.bincount(labels[predictions == labels], minlength=classes)[None]
-    return float(
-        metric_from_counts(metric, right, given, hits, np.bincount(labels, minlength=classes))[0]
-    )
+_DRAWS = 1000  # of a bootstrap
+_LEVEL = 0.95  # of confidence, of all intervals
+TAILS = (0.5 - _LEVEL / 2, 0.5 + _LEVEL / 2)  # quantiles of a percentile interval
 
 
-def metric_from_counts(
-    metric: str, right: np.ndarray, given: np.ndarray, hits: np.ndarray, true: np.ndarray
-) -> np.ndarray:
-    """Computes the metric in each of T situations, float64 [T].
+def compute_metric(
+    metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
+) -> float:
+    """Computes a metric of predictions [N, ...] and targets [N, ...].
 
-    Matthews is Gorodkin's (2004, eq. 8) for C classes; F1 is of class 1, of two. Both are 0 where
-    they are not defined.
-
-    Args:
-      metric: "accuracy", "matthews" or "f1".
-      right: examples predicted correctly, [T].
-      given: examples predicted as each class, [T, C]; not read for accuracy.
-      hits: examples correctly predicted as each class, [T, C]; read for F1 only.
-      true: examples of each class, [C].
-
+    A name is one of single-label classification's: "accuracy", "matthews" or "f1", of predictions
+    and labels int [N]. `classes` is C, the number of outputs.
     """
-    total = float(true.sum())
-    if metric == "accuracy":
-        return right / total
-    if metric == "f1":
-        return _ratio(2.0 * hits[:, 1], given[:, 1] + float(true[1]))
-    given, true = given.astype(np.float64), true.astype(np.float64)
-    covariance = right * total - given @ true
-    spread = (total**2 - (given**2).sum(axis=-1)) * (total**2 - (true**2).sum())
-    return _ratio(covariance, np.sqrt(np.maximum(spread, 0)))
+    metric = SINGLE_LABEL.metric(metric)
+    sums = metric.row_statistics(predictions, targets, classes).sum(axis=0)  # [S]
+    totals = metric.target_statistics(targets, classes).sum(axis=0)  # [U]
+    return float(metric.value(sums, totals))
 
 
-def wilson_interval(right: np.ndarray, total: int, level: float = 0.95) -> np.ndarray:
-    """Computes Wilson's (1927) interval of shares of `total`, float64 [..., 2].
+def wilson_interval(right: np.ndarray, total: int) -> np.ndarray:
+    """Computes Wilson's (1927) 95% interval of shares of `total`, float64 [..., 2].
 
     right: int, of any shape.
     """
     counts = np.asarray(right, np.int64)
     each = [
-        stats.binomtest(count, int(total)).proportion_ci(level, "wilson")
+        stats.binomtest(count, int(total)).proportion_ci(_LEVEL, "wilson")
         for count in counts.ravel().tolist()
     ]
     return np.asarray([(ci.low, ci.high) for ci in each]).reshape(*counts.shape, 2)
 
 
 def bootstrap_interval(
-    metric: str,
-    predictions: np.ndarray,
-    labels: np.ndarray,
-    classes: int,
-    level: float = 0.95,
-    draws: int = 1000,
+    metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Computes the percentile interval of a metric over rows drawn with replacement, float64 [2].
+    """Computes the 95% percentile interval of a metric over rows drawn anew, float64 [2].
 
-    The same draws at every call, of the confusion matrix rather than of rows, as
-    `scipy.stats.bootstrap` would.
+    Arguments as in `compute_metric`; see `draw_sums`.
     """
-    table = np.bincount(labels * classes + predictions, minlength=classes**2)
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(labels), table / len(labels), size=draws)
-    confusion = drawn.reshape(draws, classes, classes)
-    hits = np.diagonal(confusion, axis1=1, axis2=2)
-    values = [
-        metric_from_counts(
-            metric, h.sum(keepdims=True), c.sum(axis=0)[None], h[None], c.sum(axis=1)
-        )[0]
-        for h, c in zip(hits, confusion, strict=True)
-    ]
-    return np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
+    metric = SINGLE_LABEL.metric(metric)
+    first, counts = distinct_rows(targets, predictions)  # [K]
+    last = np.append(targets[first[-1]], predictions[first[-1]])
+    if (last != classes - 1).any():
+        # The draws are those of a whole confusion matrix, whose last cell may be empty.
+        first, counts = np.append(first, first[-1]), np.append(counts, 0)
+    predictions, targets = predictions[first], targets[first]
+    rows = metric.row_statistics(predictions, targets, classes)  # [K, S]
+    sums, totals = draw_sums(counts, rows, metric.target_statistics(targets, classes))
+    return np.quantile(metric.value(sums, totals), TAILS)
 
 
-def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray | None]:
-    """Computes (mean, half width of Student's interval) over the first axis; None for one value."""
+def distinct_rows(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the place of each distinct row of columns [N, ...], and its count: int [K] each.
+
+    In the order of their values, the first column's first.
+    """
+    table = np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
+    _, first, counts = np.unique(table, axis=0, return_index=True, return_counts=True)
+    return first, counts
+
+
+def draw_sums(counts: np.ndarray, *statistics: np.ndarray) -> list[np.ndarray]:
+    """Draws as many rows as there are, with replacement, and sums their statistics.
+
+    Rows that are alike are drawn as one, where `scipy.stats.bootstrap` would draw each. The same
+    draws at every call.
+
+    Args:
+      counts: int [K], of distinct rows.
+      statistics: bool or numbers [K, S] each.
+
+    Returns:
+      The sums over each draw, float64 [D, S] each.
+
+    """
+    rng, share = np.random.default_rng(0), counts / counts.sum()
+    table = np.concatenate(statistics, axis=1).astype(np.float64)
+    sums = np.stack([rng.multinomial(counts.sum(), share) @ table for _ in range(_DRAWS)])
+    return np.split(sums, np.cumsum([s.shape[1] for s in statistics])[:-1], axis=1)
+
+
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Computes (mean, half width of Student's 95% interval) over the first axis; None for one."""
     count = len(values)
     if count < 2:
         return values.mean(axis=0), None
-    half = stats.t.ppf(0.5 + level / 2, count - 1) * stats.sem(values, axis=0)
+    half = stats.t.ppf(TAILS[1], count - 1) * stats.sem(values, axis=0)
     return values.mean(axis=0), half
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.where(below > 0, above / np.where(below > 0, below, 1), 0.0)

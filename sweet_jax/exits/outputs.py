@@ -1,6 +1,6 @@
 """ExitOutputs: the logits of every exit on every example, the hub between training and analysis.
 
-Shape letters: R replica, E exit, N examples, C classes.
+Shape letters: R replica, E exit, N examples, C outputs of an exit (classes).
 """
 
 import dataclasses
@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.config import UserError, check_choice
 from sweet_jax.files import atomic_write
 from sweet_jax.methods import METHODS
+from sweet_jax.objectives import OBJECTIVES, Metric, Objective
+
+# What NumPy raises for a file that is not its own, or cut off.
+_UNREADABLE = (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +31,12 @@ class RunIdentity:
       fitted_on: rows that calibration uses: "held_out" of training, or "validation" and
         "validation_dropout", the rows that are reported.
       policy: the run's exit policy.
-      metric: "accuracy", "matthews" or "f1".
+      metric: one of the objective's; by default its first.
       classes: names of the classes [C]; empty where they are not known.
       replicas: (seed, learning rate) of each replica [R]; empty where they are not known.
+      objective: that the model was trained for, a name in OBJECTIVES.
+
+    Raises UserError for an unknown objective, or a metric that it does not have.
 
     """
 
@@ -41,11 +48,16 @@ class RunIdentity:
     fitted_on: str = "held_out"
     policy: str = "confidence"
     learning_to_exit: str = ""
-    metric: str = "accuracy"
+    metric: str = ""
     classes: tuple[str, ...] = ()
     replicas: tuple[tuple[int, float], ...] = ()
+    objective: str = "single_label"
 
     def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
+        objective = OBJECTIVES[self.objective]
+        metric = objective.metric(self.metric or objective.metrics[0])
+        object.__setattr__(self, "metric", metric.name)
         object.__setattr__(self, "classes", tuple(self.classes))
         replicas = tuple((int(seed), float(rate)) for seed, rate in self.replicas)
         object.__setattr__(self, "replicas", replicas)
@@ -63,7 +75,8 @@ class ExitOutputs:
 
     Attributes:
       logits: float32 [R, E, N, C]; [E, N, C] is taken as one replica.
-      labels: int64 [R, N]; [N] is broadcast. Calibration rows differ by seed.
+      labels: the targets. Of single-label classification int64 [R, N]; [N] is broadcast, since
+        calibration rows differ by seed. [R, N, C] where every output has a target of its own.
       layers: int64 [E], the layer number of each exit, ascending.
       cost: float64 [E], share of the full model's layers spent when exit e answers, ascending.
         Default layers / layers[-1]: Early-Exit and SWEET.
@@ -71,8 +84,8 @@ class ExitOutputs:
       identity: of the run; its metric is the one that curves and tables report.
 
     Raises:
-      ValueError: shapes that do not match, labels outside the classes, layers or cost not
-        ascending, or an identity that is not a RunIdentity.
+      ValueError: shapes that do not match, labels that the objective does not allow, layers or
+        cost not ascending, or an identity that is not a RunIdentity.
 
     """
 
@@ -87,17 +100,18 @@ class ExitOutputs:
         def put(name: str, value: np.ndarray) -> None:
             object.__setattr__(self, name, value)
 
+        if not isinstance(self.identity, RunIdentity):
+            raise ValueError(f"identity must be a RunIdentity; got {self.identity!r}")
         logits = np.asarray(self.logits, np.float32)
         put("logits", logits[None] if logits.ndim == 3 else logits)
         if self.logits.ndim != 4 or 0 in self.logits.shape:
             raise ValueError(f"logits must be [R, E, N, C] and not empty; got {logits.shape}")
         r, e, n, c = self.logits.shape
-        labels = np.asarray(self.labels, np.int64)
-        if labels.shape not in ((n,), (1, n), (r, n)):
-            raise ValueError(f"labels must be [N] or [R, N] with N = {n}; got {labels.shape}")
-        put("labels", np.broadcast_to(labels, (r, n)))
-        if self.labels.min() < 0 or self.labels.max() >= c:
-            raise ValueError(f"labels must be from 0 to {c - 1}")
+        row, letters = ((n, c), "N, C") if self.objective.target_per_output else ((n,), "N")
+        shape = np.shape(self.labels)
+        if shape not in (row, (1, *row), (r, *row)):
+            raise ValueError(f"labels must be [{letters}] = {row} or [R, {letters}]; got {shape}")
+        put("labels", np.broadcast_to(self.objective.read_targets(self.labels, c), (r, *row)))
         put("layers", np.asarray(self.layers, np.int64))
         cost = self.layers / self.layers[-1] if self.cost is None else self.cost
         put("cost", np.asarray(cost, np.float64))
@@ -108,43 +122,43 @@ class ExitOutputs:
             put("exit_scores", np.asarray(self.exit_scores, np.float32))
             if self.exit_scores.shape != (r, e, n):
                 raise ValueError(f"exit_scores must be [R, E, N]; got {self.exit_scores.shape}")
-        if not isinstance(self.identity, RunIdentity):
-            raise ValueError(f"identity must be a RunIdentity; got {self.identity!r}")
+
+    @property
+    def objective(self) -> Objective:
+        """Returns what the logits mean, by the identity's name."""
+        return OBJECTIVES[self.identity.objective]
+
+    @property
+    def metric(self) -> Metric:
+        """Returns the metric that curves and tables report, by the identity's name."""
+        return self.objective.metric(self.identity.metric)
 
     @property
     def predictions(self) -> np.ndarray:
-        """Returns the predicted class of each exit, int64 [R, E, N]."""
-        return self.logits.argmax(axis=-1)
+        """Returns the objective's predictions of each exit: of classes int64 [R, E, N]."""
+        return self.objective.predict(self.logits)
 
     def replica(self, index: int) -> "ExitOutputs":
         """Returns one replica alone, R = 1."""
-        scores = self.exit_scores
-        return dataclasses.replace(
-            self,
-            logits=self.logits[index : index + 1],
-            labels=self.labels[index : index + 1],
-            exit_scores=None if scores is None else scores[index : index + 1],
-        )
+        return self._part(slice(index, index + 1), slice(None))
 
     def rows(self, index: np.ndarray) -> "ExitOutputs":
         """Returns some of the examples, the same of every replica: index int [N']."""
+        return self._part(slice(None), index)
+
+    def _part(self, replicas: slice, rows: slice | np.ndarray) -> "ExitOutputs":
         scores = self.exit_scores
         return dataclasses.replace(
             self,
-            logits=self.logits[:, :, index],
-            labels=self.labels[:, index],
-            exit_scores=None if scores is None else scores[:, :, index],
+            logits=self.logits[replicas, :, rows],
+            labels=self.labels[replicas, rows],
+            exit_scores=None if scores is None else scores[replicas, :, rows],
         )
 
     def save(self, path: str | Path) -> None:
         """Writes one .npz file, atomically."""
-        arrays: dict[str, Any] = {
-            "logits": self.logits,
-            "labels": self.labels,
-            "layers": self.layers,
-            "cost": self.cost,
-            "identity": np.asarray(json.dumps(dataclasses.asdict(self.identity))),
-        }
+        arrays = {name: getattr(self, name) for name in ("logits", "labels", "layers", "cost")}
+        arrays["identity"] = np.asarray(json.dumps(dataclasses.asdict(self.identity)))
         if self.exit_scores is not None:
             arrays["exit_scores"] = self.exit_scores
         with atomic_write(Path(path)) as aside:
@@ -160,14 +174,7 @@ class ExitOutputs:
             return cls(**found, identity=identity)
         except FileNotFoundError as error:
             raise UserError(f"there are no exit outputs at {str(path)!r}") from error
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            zipfile.BadZipFile,
-        ) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{str(path)!r} does not hold exit outputs: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """Reliability curves of an exit's confidence, and measures of how good a confidence is.
 
-Shape letters: E exit, N examples, C classes, K knots.
+Shape letters: E exit, N examples, C outputs of an exit (classes), V categorical variables with K
+outcomes each (for single-label classification one, with C); of a curve, K knots.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.special import log_softmax
 from scipy.stats import rankdata
+
+from sweet_jax.objectives import SINGLE_LABEL, Objective
 
 # The four kinds of reliability curve. The PCEE paper does not give its bins and smoothing: ten bins
 # over (1/C, 1), the range of a largest probability, and a Gaussian kernel whose width is half a
@@ -117,35 +120,26 @@ def _shrunk(hits: np.ndarray, count: np.ndarray, mean: float) -> np.ndarray:
 
 
 def reliability_diagram(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = 10
+    confidence: np.ndarray, correct: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Computes a reliability diagram over equal-width bins of [0, 1].
+    """Computes a reliability diagram over ten bins of [0, 1], of confidences [N] and bool [N].
 
-    Args:
-      confidence: float [N].
-      correct: bool [N].
-      bins: how many.
-
-    Returns:
-      (mean confidence, share correct, count), each [bins]; NaN where a bin is empty.
-
+    Returns (mean confidence, share correct, count), each [10]; NaN where a bin is empty.
     """
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
+    place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    count = np.bincount(place, minlength=_BINS)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.bincount(place, confidence, bins) / count
-        share = np.bincount(place, correct, bins) / count
+        mean = np.bincount(place, confidence, _BINS) / count
+        share = np.bincount(place, correct, _BINS) / count
     return mean, share, count
 
 
-def expected_calibration_error(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = 10
-) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Computes the mean |confidence - accuracy| over bins, weighted by counts (Guo et al., eq. 5).
 
-    Args and bins as in `reliability_diagram`.
+    The bins are those of `reliability_diagram`.
     """
-    mean, share, count = reliability_diagram(confidence, correct, bins)
+    mean, share, count = reliability_diagram(confidence, correct)
     used = count > 0
     return float((np.abs(mean - share)[used] * count[used]).sum() / count.sum())
 
@@ -154,40 +148,49 @@ _QUALITIES = ("ece", "nll", "brier", "auroc")
 
 
 def confidence_quality(
-    logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray
+    logits: np.ndarray,
+    targets: np.ndarray,
+    temperatures: np.ndarray,
+    objective: Objective = SINGLE_LABEL,
 ) -> list[dict[str, float | None]]:
     """Measures how good the confidence of each exit of one replica is; None where it diverged.
 
     ece: expected calibration error of the largest probability, ten bins. nll: mean negative log
-    likelihood of the label. brier: mean squared distance of the probabilities from the label's
-    (Brier 1950, summed over classes: 0 to 2). auroc: the chance that a right answer has a larger
-    confidence than a wrong one, ties counted half; None where all are right, or none.
+    likelihood of the target. brier: mean squared distance of the probabilities from the target's
+    (Brier 1950, summed over outcomes: 0 to 2 for classes). auroc: the chance that a right answer
+    has a larger confidence than a wrong one, ties counted half; None where all are right, or none.
 
     Args:
       logits: float32 [E, N, C].
-      labels: int64 [N].
+      targets: of the objective; labels int64 [N].
       temperatures: float [E].
+      objective: what the logits mean; all are None where they are not probabilities'.
 
     """
+    if objective.categorical is None:
+        return [dict.fromkeys(_QUALITIES) for _ in logits]
     scaled = logits.astype(np.float64) / temperatures[:, None, None]
+    outcomes = objective.categorical.outcomes(targets)  # [N, V]
     rows = []
-    for logs in log_softmax(scaled, axis=-1):  # [N, C]
-        sound = bool(np.isfinite(logs).all())
-        rows.append(_quality(logs, labels) if sound else dict.fromkeys(_QUALITIES))
+    logs = log_softmax(objective.categorical.logits(scaled), axis=-1)  # [E, N, V, K]
+    for own, right in zip(logs, objective.is_correct(logits, targets), strict=True):
+        sound = bool(np.isfinite(own).all())
+        rows.append(_quality(own, outcomes, right) if sound else dict.fromkeys(_QUALITIES))
     return rows
 
 
-def _quality(logs: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """Measures log probabilities [N, C] against labels [N]."""
-    p, rows = np.exp(logs), np.arange(len(labels))
-    confidence, right = p.max(axis=-1), logs.argmax(axis=-1) == labels
+def _quality(logs: np.ndarray, outcomes: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
+    """Measures log probabilities [N, V, K] against outcomes [N, V]; right is bool [N]."""
+    p, at = np.exp(logs), outcomes[..., None]  # [N, V, K], [N, V, 1]
+    confidence = p.max(axis=-1).mean(axis=-1)  # [N]
+    log_true, true = (np.take_along_axis(x, at, axis=-1).sum(axis=(1, 2)) for x in (logs, p))  # [N]
     hits, misses = int(right.sum()), int((~right).sum())
     auroc = None
     if hits and misses:  # Mann-Whitney's U
         auroc = float((rankdata(confidence)[right].sum() - hits * (hits + 1) / 2) / (hits * misses))
     return {
         "ece": expected_calibration_error(confidence, right),
-        "nll": float(-logs[rows, labels].mean()),
-        "brier": float((p**2).sum(axis=-1).mean() - 2 * p[rows, labels].mean() + 1),
+        "nll": float(-log_true.mean()),
+        "brier": float((p**2).sum(axis=(1, 2)).mean() - 2 * true.mean() + p.shape[1]),
         "auroc": auroc,
     }

@@ -3,10 +3,10 @@
 With the running maximum m_e of the confidences over exits, an example leaves at the first e whose
 m_e reaches the threshold. So its exit changes only at its own E - 1 breakpoints m_1 <= ... <=
 m_{E-1}: when the threshold falls through m_e it moves from exit e + 1 to exit e. All breakpoints
-sorted once, sums of those moves give cost and confusion counts everywhere.
+sorted once, sums of those moves give cost and the statistics of the metric everywhere.
 
-Shape letters: R replica, E exit, N examples, C classes, T thresholds, M
-moves of an example from one exit to the one before, G groups of equal breakpoints.
+Shape letters: R replica, E exit, N examples, T thresholds, M moves of an example from one exit to
+the one before, G groups of equal breakpoints, S statistics of a row, U of a target.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
-from sweet_jax.exits.metrics import metric_from_counts
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, exit_confidences
+from sweet_jax.objectives import Metric
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ def simulate(
     *,
     calibration: ExitOutputs | None = None,
     calibrators: Sequence[Calibrator] | None = None,
-    metric: str | None = None,
+    metric: str | Metric | None = None,
     thresholds: np.ndarray | None = None,
 ) -> Curve:
     """Computes the cost and metric of every threshold of a policy, exactly, in O(N E log(N E)).
@@ -58,22 +58,20 @@ def simulate(
       calibration: of held-out rows of the same replicas: temperatures are fitted on them, and the
         reliability curves that PCEE reads (its threshold is an accuracy).
       calibrators: of the replicas [R], fitted before, instead; without both, temperatures are 1.
-      metric: "accuracy", "matthews" or "f1"; default the one in outputs.identity.
+      metric: one of the objective's (for single-label classification "accuracy", "matthews" or
+        "f1"); default the one in outputs.identity.
       thresholds: float [T], to read the curve there; default every distinct one.
 
     Raises:
-      UserError: an unknown policy, or one that needs calibration rows or learned scores that are
-        not given.
+      UserError: an unknown policy, or one that needs calibration rows, learned scores or
+        probabilities where there are none; an unknown metric.
 
     """
-    metric = metric or outputs.identity.metric
+    chosen = outputs.objective.metric(metric or outputs.metric)
     if calibrators is None and calibration is not None:
         calibrators = fit_calibrators(calibration)
     confidences = exit_confidences(outputs, policy, calibrators)
-    curves = [
-        _simulate_one(p, given, labels, outputs, metric)
-        for p, given, labels in zip(confidences, outputs.predictions, outputs.labels, strict=True)
-    ]
+    curves = [_simulate_one(outputs.replica(r), p, chosen) for r, p in enumerate(confidences)]
     exact = _stack(curves)
     return exact if thresholds is None else read_curve(exact, np.asarray(thresholds, np.float64))
 
@@ -91,17 +89,8 @@ def read_curve(curve: Curve, thresholds: np.ndarray) -> Curve:
     return _stack([one(*replica) for replica in zip(*fields, strict=True)])
 
 
-def _simulate_one(
-    confidences: np.ndarray,
-    predictions: np.ndarray,
-    labels: np.ndarray,
-    outputs: ExitOutputs,
-    metric: str,
-) -> Curve:
-    """Computes the exact curve of one replica: arrays without R.
-
-    confidences float64 [E, N], predictions int [E, N], labels int [N].
-    """
+def _simulate_one(outputs: ExitOutputs, confidences: np.ndarray, metric: Metric) -> Curve:
+    """Computes the exact curve of one replica, arrays without R; confidences float64 [E, N]."""
     exits, count = confidences.shape
     points = np.maximum.accumulate(confidences[:-1], axis=0)  # [E - 1, N], breakpoints
     move = np.argsort(-points, axis=None, kind="stable")  # highest first, as the threshold falls
@@ -111,64 +100,28 @@ def _simulate_one(
     # One situation after each group of equal breakpoints, and one above them all.
     changes = np.append(level[1:] != level[:-1], True)[: len(level)]
     ends = np.concatenate([[0], np.flatnonzero(changes) + 1])  # [1 + G]
-    shares = _sums(np.eye(exits)[-1] * count, np.eye(exits)[leaving] - np.eye(exits)[leaving + 1])
+
+    def sums(rows: np.ndarray) -> np.ndarray:
+        """Sums rows [E, N, S] over the examples, each at its exit: float64 [1 + G, S]."""
+        found = np.zeros((1 + len(move), rows.shape[-1]))
+        np.subtract(rows[leaving, example], rows[leaving + 1, example], out=found[1:], dtype=float)
+        np.cumsum(found, axis=0, out=found)
+        return rows[-1].sum(axis=0) + found[ends]
+
+    targets, classes = outputs.labels[0], outputs.logits.shape[-1]
+    statistics = metric.row_statistics(outputs.predictions[0], targets, classes)  # [E, N, S]
+    totals = metric.target_statistics(targets, classes).sum(axis=0)  # [U]
+    shares = sums(np.broadcast_to(np.eye(exits)[:, None], (exits, count, exits)))  # counts
     above = np.nextafter(level[:1], np.inf) if len(level) else np.zeros(1)
-    threshold = np.concatenate([above, level[ends[1:] - 1]])
     values = (
-        threshold,
-        shares[ends] @ outputs.cost / count,
-        _metric_after(
-            (predictions[leaving, example], predictions[leaving + 1, example], labels[example]),
-            (predictions[-1], labels, outputs.logits.shape[-1]),
-            ends,
-            metric,
-        ),
-        shares[ends] / count,
+        np.concatenate([above, level[ends[1:] - 1]]),
+        shares @ outputs.cost / count,
+        metric.value(sums(statistics), totals),
+        shares / count,
     )
     # A confidence of +inf always leaves: then no threshold lies above every confidence.
-    first = 1 if np.isposinf(threshold[0]) else 0
+    first = 1 if np.isposinf(values[0][0]) else 0
     return Curve(*(value[first:][::-1] for value in values))
-
-
-def _sums(start: float | np.ndarray, moves: np.ndarray) -> np.ndarray:
-    """Adds up moves [M, ...] from a start: the value before and after each, [1 + M, ...]."""
-    return start + np.concatenate([np.zeros((1, *moves.shape[1:])), np.cumsum(moves, axis=0)])
-
-
-def _metric_after(
-    moves: tuple[np.ndarray, np.ndarray, np.ndarray],
-    start: tuple[np.ndarray, np.ndarray, int],
-    ends: np.ndarray,
-    metric: str,
-) -> np.ndarray:
-    """Computes the metric after some of the moves, float64 [1 + G].
-
-    Args:
-      moves: of one example each: predictions after and before it, and the label, int [M] each.
-      start: predictions of the last exit and labels, int [N] each, and the number of classes.
-      ends: how many moves have been made, int [1 + G].
-      metric: "accuracy", "matthews" or "f1".
-
-    """
-    (into, out_of, label), (last, labels, classes) = moves, start
-    right_in, right_out = into == label, out_of == label
-    true = np.bincount(labels, minlength=classes)
-    right = _sums((last == labels).sum(), right_in.astype(int) - right_out)[ends]
-    given = hits = np.zeros((len(ends), 0))
-    if metric != "accuracy":
-        given = _class_moves(into, out_of, 1, 1, classes)
-        hits = _class_moves(into, out_of, right_in, right_out, classes)
-        given = _sums(np.bincount(last, minlength=classes), given)[ends]
-        hits = _sums(np.bincount(last[last == labels], minlength=classes), hits)[ends]
-    return metric_from_counts(metric, right, given, hits, true)
-
-
-def _class_moves(into, out_of, arriving, departing, classes: int) -> np.ndarray:
-    moves = np.zeros((len(into), classes), np.int32)
-    rows = np.arange(len(into))
-    np.add.at(moves, (rows, into), arriving)
-    np.subtract.at(moves, (rows, out_of), departing)
-    return moves
 
 
 def _stack(curves: list[Curve]) -> Curve:

@@ -1,54 +1,168 @@
-"""The interface of an objective, and means over the rows of a batch that are not padding.
+"""The interface of an objective and of its metrics, and functions that objectives share.
 
-Shape letters: B batch, C outputs of an exit (of single-label classification, the classes).
+Functions of arrays take JAX and NumPy arrays alike and import neither library: what has been
+trained is analysed and served without JAX.
+
+Shape letters: N rows (B in a batch), C outputs of an exit, V categorical variables with K outcomes
+each, S statistics of a row, U statistics of a target.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array | np.ndarray
+from sweet_jax.config import check_choice
+
+Array = Any  # jax.Array or np.ndarray
+
+
+def share_standard_error(value: np.ndarray, rows: int) -> np.ndarray:
+    """Computes the standard error of a share of so many rows, float [...].
+
+    Two rows more of either kind, so that it is not 0 where all rows are right (Agresti and Coull
+    1998).
+    """
+    share = (np.clip(value, 0, 1) * rows + 2) / (rows + 4)
+    return np.sqrt(share * (1 - share) / (rows + 4))
+
+
+def correlation_standard_error(value: np.ndarray, rows: int) -> np.ndarray:
+    """Computes the standard error of a correlation over so many rows, float [...]."""
+    return (1 - np.clip(value, -1, 1) ** 2) / np.sqrt(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """Defines a metric as a function of sums over rows, so that sums alone give a whole curve.
+
+    Larger is better. Targets have no axes in front of N; predictions may have more (the exits).
+
+    Attributes:
+      name: unique among the metrics of its objective.
+      row_statistics: (predictions, targets, C) → bool or numbers [..., N, S].
+      target_statistics: (targets, C) → bool or numbers [N, U]: what predictions do not change.
+      value: (sums of the row statistics [..., S], of the target statistics [..., U]) → float64
+        [...], the metric.
+      is_share: the metric is the share of rows whose one statistic is True: there are closed forms
+        of its intervals.
+      standard_error: (values [...], number of rows) → float [...].
+
+    """
+
+    name: str
+    row_statistics: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+    target_statistics: Callable[[np.ndarray, int], np.ndarray]
+    value: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    is_share: bool = False
+    standard_error: Callable[[np.ndarray, int], np.ndarray] = share_standard_error
+
+
+@dataclasses.dataclass(frozen=True)
+class CategoricalVariables:
+    """Defines the likelihood of targets: outputs are logits of independent categorical variables.
+
+    Temperatures, confidences and the quality of a calibration follow from it. Single-label
+    classification is one variable of C outcomes, multi-label classification C of two.
+
+    Attributes:
+      logits: outputs [..., C] → the logits of V variables [..., V, K].
+      outcomes: targets → the outcome of each variable, int [..., V].
+
+    """
+
+    logits: Callable[[np.ndarray], np.ndarray]
+    outcomes: Callable[[np.ndarray], np.ndarray]
+
+    def outcome_count(self, outputs: int) -> int:
+        """Returns K for so many outputs of an exit."""
+        return self.logits(np.zeros(outputs)).shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """Defines what the outputs of an exit mean: loss, prediction, probabilities, metrics.
 
-    Functions of logits float32 [..., B, C] and targets [B, ...] without the axes in front of B, as
-    rows of a split have them; `...` may be the exits. They trace under `jax.jit`; `predict` and
-    `probabilities` also take NumPy arrays, and return them then.
+    Functions of logits float32 [..., N, C] and targets [N, ...] without the axes in front of N, as
+    rows of a split have them; `...` may be the exits. Those on JAX arrays trace under `jax.jit`.
 
     Attributes:
       name: its key in OBJECTIVES.
-      metrics: names of the metrics that it may be evaluated by, the default first.
-      row_loss: (logits, targets) → float32 [..., B], the loss of each row.
-      is_correct: (logits, targets) → bool [..., B], whether the prediction is right: the target of
-        learning-to-exit.
-      predict: logits → the predictions [..., B].
-      probabilities: logits → float32 [..., B, C].
-      batch_statistics: (logits, row_mask bool [B]) → arrays [...] by name, logged with every
-        training step.
+      metrics: that it may be evaluated by, the default first.
+      row_loss: (logits, targets) → float32 [..., N], the loss of each row; on JAX arrays.
+      predict: logits → the predictions [..., N] or [..., N, C]; on both kinds of array.
+      agrees: (predictions, predictions or targets) → bool [..., N], whether they are the same:
+        accuracy, agreement of exits and the target of learning-to-exit; on both kinds.
+      probabilities: logits → what an answer shows of each output, [..., N, C]; on both kinds.
+      constant_prediction: (logits, row_mask bool [N]) → int32 [...], a number for the one
+        prediction that all rows of the mask have, -1 where they differ; on both kinds. It is
+        logged with every training step: by it an exit that has collapsed is found.
+      describe: (prediction, names of the outputs) → words for it, as in "collapsed to ...".
+      read_targets: (targets, C) → NumPy targets of the dtype that files have. Raises ValueError
+        for impossible ones.
+      target_per_output: a row has C targets, [N, C], rather than one, [N].
+      categorical: the likelihood of targets; None where outputs are not logits of probabilities,
+        and policies that read a probability cannot be used.
 
     """
 
     name: str
-    metrics: tuple[str, ...]
-    row_loss: Callable[[jax.Array, jax.Array], jax.Array]
-    is_correct: Callable[[jax.Array, jax.Array], jax.Array]
-    predict: Callable[[Any], Any]
-    probabilities: Callable[[Any], Any]
-    batch_statistics: Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
+    metrics: tuple[Metric, ...]
+    row_loss: Callable[[Array, Array], Array]
+    predict: Callable[[Array], Array]
+    agrees: Callable[[Array, Array], Array]
+    probabilities: Callable[[Array], Array]
+    constant_prediction: Callable[[Array, Array], Array]
+    describe: Callable[[np.ndarray, tuple[str, ...]], str]
+    read_targets: Callable[[Any, int], np.ndarray]
+    target_per_output: bool = False
+    categorical: CategoricalVariables | None = None
 
-    def mean_loss(self, logits: jax.Array, targets: jax.Array, row_mask: jax.Array) -> jax.Array:
-        """Returns the loss averaged over the rows of row_mask bool [B], float32 [...]."""
+    def mean_loss(self, logits: Array, targets: Array, row_mask: Array) -> Array:
+        """Returns the loss averaged over the rows of row_mask bool [N], float32 [...]."""
         return masked_mean(self.row_loss(logits, targets), row_mask)
 
+    def is_correct(self, logits: Array, targets: Array) -> Array:
+        """Returns whether each row is predicted as its target says, bool [..., N]."""
+        predictions, xp = self.predict(logits), logits.__array_namespace__()
+        return self.agrees(predictions, xp.broadcast_to(targets, predictions.shape))
 
-def masked_mean(values: jax.Array, row_mask: jax.Array) -> jax.Array:
+    def metric(self, metric: str | Metric) -> Metric:
+        """Returns the metric of this name; a Metric as it is. Raises UserError for other names."""
+        if isinstance(metric, Metric):
+            return metric
+        named = {known.name: known for known in self.metrics}
+        check_choice("metric", metric, named)
+        return named[metric]
+
+
+def accuracy_metric(agrees: Callable[[Array, Array], Array]) -> Metric:
+    """Returns the share of rows that `agrees` (see `Objective`) calls right."""
+    return Metric(
+        "accuracy",
+        lambda predictions, targets, outputs: agrees(predictions, targets)[..., None],
+        lambda targets, outputs: np.ones((len(targets), 1), bool),
+        lambda sums, totals: sums[..., 0] / totals[..., 0],
+        is_share=True,
+    )
+
+
+def masked_mean(values: Array, row_mask: Array) -> Array:
     """Returns the mean of values [..., B] over the rows of row_mask bool [B]; 0 of no rows."""
-    present = jnp.broadcast_to(row_mask, values.shape)  # [..., B]
-    return jnp.where(present, values, 0).sum(axis=-1) / jnp.maximum(present.sum(axis=-1), 1)
+    xp = values.__array_namespace__()
+    present = xp.broadcast_to(row_mask, values.shape)  # [..., B]
+    return xp.where(present, values, 0).sum(axis=-1) / xp.maximum(present.sum(axis=-1), 1)
+
+
+def softmax(logits: Array) -> Array:
+    """Returns softmax over the last axis, in the dtype of the logits."""
+    xp = logits.__array_namespace__()
+    exponentials = xp.exp(logits - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Computes numerator / denominator, 0 where the denominator is not positive."""
+    above = denominator > 0
+    return np.where(above, numerator / np.where(above, denominator, 1), 0.0)

@@ -9,8 +9,9 @@ import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.certificates import CERTIFICATE_KINDS
-from sweet_jax.exits.operating_point import Resolution, ThresholdResolver, deployable_policies
+from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.resolver import Resolution
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 from sweet_jax.exits.targets import TargetTable
 from sweet_jax.report.results import thin_curve

@@ -38,7 +38,7 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
 
     Wilson's interval for accuracy, a percentile bootstrap over rows for the other metrics.
     """
-    metric = outputs.identity.metric
+    metric = outputs.metric
     classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
     rows = []
     for e, layer in enumerate(outputs.layers):
@@ -132,7 +132,7 @@ def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
     """Measures each exit's confidence on validation rows, before and after temperature scaling."""
     outputs = analysis.validation
     before, after = (
-        confidence_quality(outputs.logits[replica], outputs.labels[replica], t)
+        confidence_quality(outputs.logits[replica], outputs.labels[replica], t, outputs.objective)
         for t in (np.ones(len(outputs.layers)), analysis.temperatures[replica])
     )
     return [

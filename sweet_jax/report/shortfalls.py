@@ -50,18 +50,18 @@ def find_shortfalls(
     for a baseline of other rows, replicas or classes than the outputs'.
     """
     labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
-    given = outputs.replica(replica).predictions[0]  # [E, N]
+    given, chosen = outputs.replica(replica).predictions[0], outputs.objective.metric(metric)
     findings: list[Shortfall] = []
     for layer, cost, ours in zip(outputs.layers, outputs.cost, given, strict=True):
-        value, found = compute_metric(metric, ours, labels, classes), []
+        value, found = compute_metric(chosen, ours, labels, classes), []
         for baseline in baselines:
             if baseline.cost > cost + _TOLERANCE and baseline.name != f"probe_{layer}":
                 continue
             theirs = _predictions(baseline, outputs, replica)
-            other = compute_metric(metric, theirs, labels, classes)
+            other = compute_metric(chosen, theirs, labels, classes)
             if value >= other:  # no need for a bootstrap
                 continue
-            gap, low, high = paired_difference(metric, ours, theirs, labels, classes)
+            gap, low, high = paired_difference(chosen, ours, theirs, labels, classes)
             if high < 0:
                 row = (int(layer), value, baseline.name, other, gap, (low, high), len(labels))
                 found.append(Shortfall(*row))
@@ -81,15 +81,16 @@ def shortfall_results(
     """
     labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
     rows: dict[str, Any] = {}
+    chosen = outputs.objective.metric(metric)
     for baseline in baselines:
         if baseline.name in rows:
             raise ValueError(f"there are two baselines {baseline.name!r}")
         given = _predictions(baseline, outputs, replica)
         rows[baseline.name] = {
-            "score": compute_metric(metric, given, labels, classes),
+            "score": compute_metric(chosen, given, labels, classes),
             "cost": float(baseline.cost),
             "n": len(labels),
-            "interval": list(score_interval(metric, given, labels, classes)),
+            "interval": list(score_interval(chosen, given, labels, classes)),
         }
     found = find_shortfalls(outputs, replica, baselines, metric)
     each = [dataclasses.asdict(f) | {"interval": list(f.interval)} for f in found]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.calibration import probabilities
+from sweet_jax.exits.calibration import outcome_probabilities
 from sweet_jax.exits.reliability import expected_calibration_error, reliability_diagram
 from sweet_jax.report.baselines import baseline_title
 
@@ -135,11 +135,13 @@ def reliability_traces(analysis: Analysis, replica: int) -> list[Trace]:
     after temperature scaling. Exits that diverged are left out.
     """
     logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
-    correct = logits.argmax(axis=-1) == labels  # [E, N]
+    objective = analysis.validation.objective
+    correct = objective.is_correct(logits, labels)  # [E, N]
     traces = [Trace("perfect", "#bbbbbb", [0, 1], [0, 1], dash="solid")]
     fitted = analysis.temperatures[replica]
     for when, dash, scale in (("before", "dot", np.ones(len(fitted))), ("after", "solid", fitted)):
-        confidences = probabilities(logits, scale).max(axis=-1)  # [E, N]
+        outcomes = outcome_probabilities(logits, scale, objective)  # [E, N, outputs, outcomes]
+        confidences = outcomes.max(axis=-1).mean(axis=-1)  # [E, N]
         for e, layer in enumerate(analysis.validation.layers):
             if np.isnan(confidences[e]).any():
                 continue

@@ -1,6 +1,6 @@
 """Early stopping: the best state of a training so far, by the area under the curve on tuning rows.
 
-Shape letters: R replica, E exit, M tuning rows, C classes.
+Shape letters: R replica, E exit, M tuning rows, C outputs of an exit (classes).
 """
 
 import functools
@@ -13,8 +13,9 @@ from flax import nnx
 
 from sweet_jax.distributed import broadcast_from_primary
 from sweet_jax.exits.analysis import curve_area
-from sweet_jax.exits.outputs import ExitOutputs, layer_cost
+from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.objectives import SINGLE_LABEL, Metric, Objective
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.metrics import MetricsLog
@@ -49,7 +50,7 @@ def initial_best_state(params: Params, learning_rate: Any) -> BestState:
 
 
 def update_best_state(
-    best: BestState, params: Params, area: np.ndarray, step: int, rows: int, metric: str
+    best: BestState, params: Params, area: np.ndarray, step: int, rows: int, metric: str | Metric
 ) -> BestState:
     """Returns the best after an evaluation of `params`; the old best's memory is taken.
 
@@ -82,18 +83,13 @@ def _choose(better: Any, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
 
 
-def standard_error(area: Any, rows: int, metric: str) -> np.ndarray:
-    """Returns the standard error of an area on so many rows, float [...].
+def standard_error(area: Any, rows: int, metric: str | Metric) -> np.ndarray:
+    """Returns the standard error of an area on so many rows, float [...]; 0 for minus infinity.
 
-    As of a share of them (Agresti and Coull 1998: two rows more of either kind, so that it is not 0
-    where all rows are right), or of a correlation under "matthews". 0 for minus infinity.
+    As the metric's own, see `Metric`; a name is one of single-label classification's.
     """
     value = np.where(np.isfinite(area), area, 0.0)
-    if metric == "matthews":
-        found = (1 - np.clip(value, -1, 1) ** 2) / np.sqrt(rows)
-    else:
-        share = (np.clip(value, 0, 1) * rows + 2) / (rows + 4)
-        found = np.sqrt(share * (1 - share) / (rows + 4))
+    found = SINGLE_LABEL.metric(metric).standard_error(value, rows)
     return np.where(np.isfinite(area), found, 0.0)
 
 
@@ -142,7 +138,8 @@ class BestStateTracker:
             self.log.add_tuning(step, area.tolist())
         area = drop_replica_axis(area, len(area))
         count = self._tuning.rows.shape[1]
-        self.best = update_best_state(self.best, params, area, step, count, self._tuning.metric)
+        metric = self._job.objective.metric(self._tuning.metric)
+        self.best = update_best_state(self.best, params, area, step, count, metric)
         return self.has_ended(step)
 
     def has_ended(self, step: int) -> bool:
@@ -158,26 +155,35 @@ class BestStateTracker:
         output = evaluate(config, program, params, tokens, rows)
         exits, labels = self._job.model.exits, tokens.labels[rows]
         cost = layer_cost(exits, config.method)
-        return tuning_area(np.asarray(output.logits), labels, exits, cost, self._tuning.metric)
+        logits, objective = np.asarray(output.logits), self._job.objective
+        return tuning_area(logits, labels, exits, cost, self._tuning.metric, objective)
 
 
 def tuning_area(
-    logits: np.ndarray, labels: np.ndarray, layers: Any, cost: Any, metric: str
+    logits: np.ndarray,
+    labels: np.ndarray,
+    layers: Any,
+    cost: Any,
+    metric: str,
+    objective: Objective = SINGLE_LABEL,
 ) -> np.ndarray:
     """Returns the area under each replica's exact curve by confidence, float64 [R].
 
-    Confidences are those of the logits as they are: no temperature is fitted yet. Minus infinity
-    where logits are not finite.
+    Confidences are those of the logits as they are: no temperature is fitted yet. By patience where
+    the objective has no probabilities. Minus infinity where logits are not finite.
 
     Args:
       logits: float32 [R, E, M, C].
-      labels: int [R, M].
+      labels: the targets [R, M, ...].
       layers, cost: of the exits [E].
-      metric: "accuracy", "matthews" or "f1".
+      metric: name of one of the objective's.
+      objective: what the logits mean.
 
     """
     sound = np.isfinite(logits).all(axis=(1, 2, 3))
-    outputs = ExitOutputs(np.where(sound[:, None, None, None], logits, 0), labels, layers, cost)
-    curve = simulate(outputs, "raw_confidence", metric=metric)
+    identity = RunIdentity(metric=metric, objective=objective.name)
+    finite = np.where(sound[:, None, None, None], logits, 0)
+    outputs = ExitOutputs(finite, labels, layers, cost, identity=identity)
+    curve = simulate(outputs, "raw_confidence" if objective.categorical else "patience")
     areas = [curve_area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
     return np.where(sound, areas, -np.inf)

@@ -1,6 +1,7 @@
 """Evaluation of all replicas: the outputs of every exit for every row, in one pass.
 
-Shape letters: R replica, E exit, B batch, N examples, H hidden, C classes.
+Shape letters: R replica, E exit, B batch, N examples, H hidden, C outputs of an
+exit (classes).
 """
 
 import functools

@@ -67,6 +67,7 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
     if job.probe is not None:
         state = state._replace(params=_with_probe(job, job.probe, state.params))
     settings = step_settings(config, graphdef, model.exits, count, short=job.short)
+    settings = dataclasses.replace(settings, objective=job.objective)
     stop = settings.total_steps
     if config.max_steps and not job.short:
         stop = min(stop, config.max_steps)

@@ -13,6 +13,7 @@ import numpy as np
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens
 from sweet_jax.models.pretrained import Checkpoint
+from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.training.initialization import ModelSpec
 from sweet_jax.training.probe import LinearClassifiers
 
@@ -39,6 +40,7 @@ class TrainingJob:
       tuning: rows of `tokens` by which the best state is kept, with `epochs="auto"`.
       probe: the start of the heads of all exits of the config; None for random ones.
       short: a run of a share of the steps, to its end (`rate_search`).
+      objective: what the outputs of an exit are trained for.
 
     """
 
@@ -52,3 +54,4 @@ class TrainingJob:
     tuning: TuningRows | None = None
     probe: LinearClassifiers | None = None
     short: bool = False
+    objective: Objective = SINGLE_LABEL

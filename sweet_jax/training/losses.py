@@ -35,7 +35,7 @@ class StepMetrics(NamedTuple):
     """Holds a step's logged values, unweighted and before its update; of one exit, without E."""
 
     loss: jax.Array  # float32 [E], mean over the rows
-    statistics: dict[str, jax.Array]  # [E] each, the objective's
+    predicted: jax.Array  # int32 [E], the one prediction of all rows, or -1: see Objective
     exit_loss: jax.Array | None = None  # float32 [E], learning-to-exit's mean squared error
     conflict: jax.Array | None = None  # float32 [E, E, E], where measured: see conflict.py
 
@@ -47,7 +47,8 @@ def compute_step_metrics(
 
     Args:
       output: of the model.
-      batch: labels [B], row_mask bool [B]: which rows are no padding.
+      batch: labels, the targets [B, ...] of the objective, and row_mask bool [B]: which rows are
+        no padding.
       objective: that the model is trained for.
 
     """
@@ -57,7 +58,7 @@ def compute_step_metrics(
     if scores is not None:
         exit_loss = mean_exit_loss(objective.is_correct(logits, labels), scores, row_mask)
     loss = objective.mean_loss(logits, labels, row_mask)
-    return StepMetrics(loss, objective.batch_statistics(logits, row_mask), exit_loss)
+    return StepMetrics(loss, objective.constant_prediction(logits, row_mask), exit_loss)
 
 
 def total_loss(metrics: StepMetrics, weights: tuple[Weight, ...] = ()) -> jax.Array:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import write_text
 from sweet_jax.training.losses import StepMetrics
 
@@ -66,9 +67,7 @@ class MetricsLog:
     def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
         """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
         row = {"training": self._training, "step": step, "epoch": epoch, "length": length}
-        found: dict[str, Any] = {"loss": values.loss, **values.statistics}
-        found |= {"exit_loss": values.exit_loss, "conflict": values.conflict}
-        found = {k: v for k, v in found.items() if v is not None}
+        found = {k: v for k, v in values._asdict().items() if v is not None}
         row |= {name: _finite(array.tolist()) for name, array in found.items()}
         self._file.write(json.dumps(row) + "\n")
         for name in ("loss", "exit_loss"):
@@ -115,47 +114,43 @@ def _finite(values: Any) -> Any:
 def find_failures(
     rows: Iterable[Row],
     trainings: Mapping[str, Sequence[int]],
-    replicas: Sequence[tuple[int, float]],
-    logits: np.ndarray,
-    layers: Sequence[int],
-    classes: Sequence[str],
+    outputs: ExitOutputs,
 ) -> list[Row]:
     """Finds what went wrong in training, one row for each replica and exit that it happened to.
 
     A loss that stopped being finite (the exit diverged) is reported with the first such step; an
-    exit that gives all evaluated rows one class (it collapsed) with that class, and the first step
-    of training since which every batch got that class only.
+    exit that predicts the same for all evaluated rows (it collapsed) with that prediction, and the
+    first step of training since which every batch got that prediction only.
 
     Args:
       rows: of metrics.jsonl.
       trainings: name of each training → the layer numbers of its exits.
-      replicas: (seed, learning rate) of each replica.
-      logits: float [R, E, N, C] of the evaluated rows.
-      layers: the E layer numbers.
-      classes: the C names.
+      outputs: of the evaluated rows; its identity names replicas and classes.
 
     """
     first_bad: dict[tuple[int, int], int] = {}
-    since: dict[tuple[int, int], tuple[int, int]] = {}  # class, first step of the present run of it
+    since: dict[tuple[int, int], tuple[int, int]] = {}  # prediction, first step of its present run
     for row in rows:
-        for r in range(len(replicas)):
+        for r in range(len(outputs.logits)):
             for e, layer in enumerate(trainings[row["training"]]):
                 place, only = (r, layer), row["predicted"][r][e]
                 if any(row[k][r][e] is None for k in ("loss", "exit_loss") if k in row):
                     first_bad.setdefault(place, row["step"])
                 if since.get(place, (-2, 0))[0] != only:
                     since[place] = (only, row["step"])
-    found = []
-    for r, (seed, rate) in enumerate(replicas):
-        for e, layer in enumerate(layers):
+    objective, found = outputs.objective, []
+    for r, (seed, rate) in enumerate(outputs.identity.replicas):
+        for e, layer in enumerate(outputs.layers.tolist()):
             who = {"replica": r, "seed": seed, "learning_rate": rate, "exit": layer}
-            given = logits[r, e].argmax(axis=-1)  # [N]
-            if (r, layer) in first_bad or not np.isfinite(logits[r, e]).all():
+            logits = outputs.logits[r, e]  # [N, C]
+            given = int(objective.constant_prediction(logits, np.ones(len(logits), bool)))
+            if (r, layer) in first_bad or not np.isfinite(logits).all():
                 step = first_bad.get((r, layer))
                 found.append(who | {"what": "loss is not finite", "step": step})
-            elif len(given) > 1 and (given == given[0]).all():
+            elif len(logits) > 1 and given >= 0:
                 only, step = since.get((r, layer), (-1, 0))
-                step = step if only == given[0] else None
-                what = f"collapsed to class {str(classes[given[0]])!r}"
-                found.append(who | {"what": what, "step": step})
+                first = objective.describe(objective.predict(logits)[0], outputs.identity.classes)
+                found.append(
+                    who | {"what": f"collapsed to {first}", "step": step if only == given else None}
+                )
     return found

@@ -50,8 +50,8 @@ def train_step(
     Args:
       settings: constants.
       state: of one replica.
-      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels [B], row_mask bool
-        [B] (False: the row is padding, and left out of the loss).
+      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels, the targets [B, ...]
+        of the objective, row_mask bool [B] (False: the row is padding, and left out of the loss).
 
     Returns:
       The state after the step, and metrics from before it.

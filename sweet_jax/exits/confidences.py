@@ -1,0 +1,218 @@
+"""The named exit policies: functions from the logits of the exits so far to exit confidences.
+
+Shape letters: E' exits so far, N examples, C outputs of an exit (classes), V categorical variables
+with K outcomes each (for single-label classification one, with C).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import log_softmax
+
+from sweet_jax.config import UserError
+from sweet_jax.exits.calibration import (
+    BELOW_ONE,
+    Calibrator,
+    categorical_variables,
+    max_probability,
+    outcome_probabilities,
+)
+from sweet_jax.objectives import SINGLE_LABEL, Objective
+
+
+class PolicyInput(NamedTuple):
+    """Holds what a policy reads of one replica.
+
+    Attributes:
+      logits: float32 [E', N, C].
+      learned: float32 [E', N], learning-to-exit scores, or None.
+      calibrator: of these exits.
+      objective: what the logits mean.
+
+    """
+
+    logits: np.ndarray
+    learned: np.ndarray | None
+    calibrator: Calibrator
+    objective: Objective = SINGLE_LABEL
+
+
+# To exit confidences float64 [E', N]: higher means "answer here"; NaN never leaves early.
+ConfidenceFunction = Callable[[PolicyInput], np.ndarray]
+
+
+def confidence(given: PolicyInput) -> np.ndarray:
+    """Computes the largest probability after temperature scaling, below 1, [E', N]."""
+    return max_probability(given.logits, given.calibrator.temperatures, given.objective)
+
+
+def raw_confidence(given: PolicyInput) -> np.ndarray:
+    """Computes the largest probability without temperature scaling, below 1, [E', N]."""
+    return max_probability(given.logits, np.ones(len(given.logits)), given.objective)
+
+
+def confidence_float32(given: PolicyInput) -> np.ndarray:
+    """Computes the largest probability in float32, as SWEET's release does, [E', N].
+
+    It rounds to 1.0 at a logit gap of about 17, so that examples leave early at a threshold of 1
+    too.
+    """
+    temperatures = given.calibrator.temperatures.astype(np.float32)
+    found = outcome_probabilities(given.logits, temperatures, given.objective)
+    return found.max(axis=-1).mean(axis=-1).astype(np.float64)
+
+
+def entropy(given: PolicyInput) -> np.ndarray:
+    """Computes 1 - entropy / log K, below 1, [E', N]: 0 where all outcomes are equally likely.
+
+    Averaged over the variables. BranchyNet's rule (Teerapittayanon et al. 2016), reversed so that
+    higher means more certain.
+    """
+    scaled = given.logits.astype(np.float64) / given.calibrator.temperatures[:, None, None]
+    logs = log_softmax(categorical_variables(given.objective).logits(scaled), axis=-1)
+    with np.errstate(invalid="ignore"):  # 0 times -inf, of a probability that is 0
+        terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)  # [E', N, V, K]
+    share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))
+    return np.clip(1 + share.mean(axis=-1), 0, BELOW_ONE)
+
+
+def margin(given: PolicyInput) -> np.ndarray:
+    """Computes the largest probability minus the second, its mean over variables, [E', N].
+
+    Below 1.
+    """
+    found = outcome_probabilities(given.logits, given.calibrator.temperatures, given.objective)
+    ordered = np.sort(found, axis=-1)  # [E', N, V, K]
+    second = ordered[..., -2] if ordered.shape[-1] > 1 else 0.0
+    return np.minimum((ordered[..., -1] - second).mean(axis=-1), BELOW_ONE)
+
+
+def patience(given: PolicyInput) -> np.ndarray:
+    """Counts the exits in a row, up to this one, with this exit's prediction, 1 to E', [E', N].
+
+    PABEE (Zhou et al. 2020, arXiv 2006.04152): its patience p is a threshold of p + 1.
+    """
+    predicted, finite = given.objective.predict(given.logits), np.isfinite(given.logits).all(-1)
+    found = np.ones(finite.shape)  # [E', N]
+    for e in range(1, len(predicted)):
+        # An exit that diverged agrees with none: it predicts the first class for every text.
+        agrees = given.objective.agrees(predicted[e], predicted[e - 1]) & finite[e - 1]
+        found[e] += np.where(agrees, found[e - 1], 0)
+    return np.where(finite, found, np.nan)
+
+
+def voting(given: PolicyInput) -> np.ndarray:
+    """Sums the confidences of the exits so far with this exit's prediction, up to E', [E', N].
+
+    Confidence and patience in one number.
+    """
+    predicted = given.objective.predict(given.logits)  # [E', N, ...]
+    agree = given.objective.agrees(predicted[:, None], predicted[None])  # [E', earlier E', N]
+    earlier = np.tri(len(predicted), dtype=bool)[..., None]
+    found = confidence(given)
+    votes = np.where(agree & earlier, np.nan_to_num(found), 0).sum(axis=1)
+    return np.where(np.isnan(found), np.nan, votes)
+
+
+def learning_to_exit(given: PolicyInput) -> np.ndarray:
+    """Returns the score of each exit's learning-to-exit head, below 1, [E', N].
+
+    Temperatures are not read. As with confidence, a threshold of 1 sends every example to the last
+    exit. Raises UserError where there are no such scores.
+    """
+    return np.minimum(_learned_scores(given), BELOW_ONE)
+
+
+def learning_to_exit_min_max(given: PolicyInput) -> np.ndarray:
+    """Normalises learning-to-exit scores of each exit over the N rows, as SWEET's release does.
+
+    NaN (never leaves early) where an exit has one score for all rows. Raises UserError where there
+    are no scores.
+    """
+    scores = _learned_scores(given)
+    low, high = scores.min(axis=-1, keepdims=True), scores.max(axis=-1, keepdims=True)
+    span = np.where(high > low, high - low, np.nan)
+    return (scores - low) / span
+
+
+def _learned_scores(given: PolicyInput) -> np.ndarray:
+    if given.learned is None:
+        raise UserError(
+            "these outputs hold no learning-to-exit scores: train with "
+            "--config.learning_to_exit=joint, or choose the policy 'confidence'"
+        )
+    return given.learned.astype(np.float64)
+
+
+def calibrated_accuracy(given: PolicyInput, *, kind: str) -> np.ndarray:
+    """Reads the accuracy that calibration rows of the same confidence had at this exit, [E', N].
+
+    PCEE (Mofakhami et al. 2024, arXiv 2412.19325): the threshold is an accuracy. `kind` is that of
+    the reliability curve.
+    """
+    pairs = zip(given.calibrator.curves[kind], confidence(given), strict=True)
+    return np.stack([curve(row) for curve, row in pairs])
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Describes a named policy.
+
+    Attributes:
+      confidences: the function.
+      about: one line of help.
+      curve: kind of the reliability curve that it reads, if any; then the threshold is an accuracy.
+      by_exits: whether its largest value is the number of exits rather than 1.
+      low: its smallest value; None = 1 / K.
+      needs_all_rows: whether the confidence of a row depends on the rows beside it, so that it can
+        neither be served nor certified.
+      needs_probabilities: whether it reads probabilities, which not every objective has.
+
+    """
+
+    confidences: ConfidenceFunction
+    about: str
+    curve: str = ""
+    by_exits: bool = False
+    low: float | None = 0.0
+    needs_all_rows: bool = False
+    needs_probabilities: bool = True
+
+
+def _pcee(kind: str, about: str) -> Policy:
+    return Policy(partial(calibrated_accuracy, kind=kind), about, kind)
+
+
+POLICIES: dict[str, Policy] = {
+    "confidence": Policy(confidence, "largest probability, after temperature", low=None),
+    "raw_confidence": Policy(raw_confidence, "largest probability, no temperature", low=None),
+    "confidence_float32": Policy(
+        confidence_float32, "largest probability in float32, as SWEET's release", low=None
+    ),
+    "entropy": Policy(entropy, "1 - entropy / log C, after temperature"),
+    "margin": Policy(margin, "largest probability less the second, after temperature"),
+    "patience": Policy(
+        patience,
+        "exits in a row that agree: 1, 2, ...",
+        by_exits=True,
+        low=1.0,
+        needs_probabilities=False,
+    ),
+    "voting": Policy(voting, "summed confidence of the exits that agree", by_exits=True),
+    "learning_to_exit": Policy(
+        learning_to_exit, "score of the learning-to-exit heads", needs_probabilities=False
+    ),
+    "learning_to_exit_min_max": Policy(
+        learning_to_exit_min_max,
+        "that score over its range on these rows, as SWEET's release",
+        needs_all_rows=True,
+        needs_probabilities=False,
+    ),
+    "pcee": _pcee("equal_width", "accuracy of calibration rows in bins of equal width"),
+    "pcee_equal_mass": _pcee("equal_mass", "accuracy of calibration rows in bins of equal counts"),
+    "pcee_isotonic": _pcee("isotonic", "accuracy of calibration rows, rising with confidence"),
+    "pcee_ws": _pcee("kernel", "accuracy of calibration rows, smoothed (PCEE-WS)"),
+}

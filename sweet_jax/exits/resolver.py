@@ -1,0 +1,224 @@
+"""Resolves targets to thresholds: the one resolver that every command and page uses.
+
+Thresholds are chosen on calibration rows; see `targets` for what can be asked for.
+
+Shape letters: E exit, K rows of a table, P points of a front.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sweet_jax.config import UserError, check_choice
+from sweet_jax.exits.calibration import Calibrator
+from sweet_jax.exits.certificates import (
+    CERTIFICATE_KINDS,
+    NEVER,
+    Certificate,
+    LossCounts,
+    candidate_bounds,
+    certify,
+    sequential_limits,
+)
+from sweet_jax.exits.pareto import ParetoFront
+from sweet_jax.exits.policies import POLICIES
+from sweet_jax.exits.targets import TargetTable, check_targets
+
+_LEVEL = 0.95
+_ROUNDING = 1e-12  # of a cost or a metric
+# Under PCEE an accuracy is the threshold itself: a table holds these.
+_ACCURACIES = np.round(np.arange(200, -1, -1) / 200, 3)
+
+
+class Resolution(NamedTuple):
+    """Holds the threshold that a target resolved to."""
+
+    threshold: float | None  # None where the calibration rows cannot meet the target
+    calibrator: Calibrator  # that the policy reads at the threshold
+    reachable: float = np.nan  # see OperatingPoint
+    certificate: Certificate | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ThresholdResolver:
+    """Resolves targets to thresholds by the calibration rows of one trained model.
+
+    Attributes:
+      calibrator: fitted on all calibration rows.
+      full: the last exit's metric on them.
+      fronts: of each policy, on calibration rows (cross-fitted where the policy reads curves).
+      half_calibrator: fitted on half of the rows, for certificates; None where they may not or
+        cannot be halved.
+      losses: of each policy and kind of certificate, on the other half.
+      compared: how many models these rows had to choose from.
+
+    """
+
+    calibrator: Calibrator
+    full: float
+    fronts: Mapping[str, ParetoFront]
+    half_calibrator: Calibrator | None
+    losses: Mapping[str, Mapping[str, LossCounts]]
+    compared: int = 1
+
+    def threshold(
+        self, policy: str, *, clock: np.ndarray | None = None, **targets: float | None
+    ) -> tuple[float, Calibrator]:
+        """Returns the threshold for a target, and the calibrator that the policy reads at it.
+
+        Raises UserError as `resolve` does, and where the target cannot be met, with the best that
+        can.
+        """
+        found = self.resolve(policy, targets, clock)
+        if found.threshold is not None:
+            return found.threshold, found.calibrator
+        if found.certificate is not None:
+            kind, level = found.certificate.kind, found.certificate.level
+            raise UserError(
+                f"infeasible: the best certified is {kind} {found.reachable:.4f} with confidence "
+                f"{level:g}"
+            )
+        if targets.get("milliseconds") is not None:
+            best = f"{found.reachable:.2f} milliseconds"
+        else:
+            name = "metric" if targets.get("cost") is None else "cost"
+            best = f"{name} {found.reachable:.4f}"
+        raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
+
+    def resolve(
+        self,
+        policy: str,
+        targets: Mapping[str, float | None] | None = None,
+        clock: np.ndarray | None = None,
+    ) -> Resolution:
+        """Chooses the threshold for a target.
+
+        Within a cost or a time the one with the best metric; for an accuracy the cheapest with such
+        a metric, or under PCEE the accuracy itself; for a risk or an agreement the least strict
+        that is certified; without a target, the cheapest that keeps the last exit's metric.
+
+        Args:
+          policy: its name.
+          targets: at most one of TARGET_RANGES, by name, and the level of a certificate.
+          clock: float64 [E], milliseconds until each exit has answered; needed for milliseconds.
+
+        Raises:
+          UserError: an unknown policy, one that was not calibrated, two targets, a value out of its
+            range, milliseconds without a clock, or a certificate where there can be none.
+
+        """
+        values = {k: v for k, v in (targets or {}).items() if v is not None}
+        check_targets(values)
+        check_choice("policy", policy, POLICIES)
+        if policy not in self.fronts:
+            raise UserError(
+                f"this model was not calibrated for the policy {policy!r}: set policy to one of "
+                f"{', '.join(self.fronts)}"
+            )
+        level = values.pop("level", _LEVEL)
+        name, value = next(iter(values.items()), ("", self.full))
+        if name == "threshold":
+            return Resolution(value, self.calibrator)
+        if name == "accuracy" and POLICIES[policy].curve:
+            return Resolution(value, self.calibrator, float(self.fronts[policy].score[-1]))
+        if name in CERTIFICATE_KINDS:
+            certificate = self.certificate(
+                policy, name, value if name == "risk" else 1 - value, level
+            )
+            best = certificate.bound if name == "risk" else 1 - certificate.bound
+            assert self.half_calibrator is not None
+            return Resolution(certificate.threshold, self.half_calibrator, best, certificate)
+        table = self._front_table(policy, name or "accuracy", clock)
+        at = table.choose(value)
+        threshold = None if at is None else float(table.threshold[at])
+        return Resolution(threshold, self.calibrator, float(table.value[0]))
+
+    def table(self, policy: str, target: str, level: float = _LEVEL) -> TargetTable:
+        """Tabulates what `resolve` chooses for every value of "cost", "accuracy" or a certificate.
+
+        Under PCEE, where an accuracy is the threshold itself, in steps of 0.005. Raises UserError
+        where there can be no certificate.
+        """
+        if target in CERTIFICATE_KINDS:
+            counts = self._loss_counts(policy, target)
+            bounds, thresholds = candidate_bounds(counts, level, self.compared), counts.thresholds
+            if not len(bounds):  # nothing leaves early
+                bounds, thresholds = np.zeros(1), np.full(1, NEVER)
+            limits = sequential_limits(bounds)
+            if target == "risk":
+                return TargetTable(limits, thresholds, True, reached=bounds)
+            return TargetTable(1 - limits, thresholds, False, reached=1 - bounds)
+        if target == "accuracy" and POLICIES[policy].curve:
+            return TargetTable(_ACCURACIES, _ACCURACIES, at_most=False)
+        return self._front_table(policy, target)
+
+    def _front_table(
+        self, policy: str, target: str, clock: np.ndarray | None = None
+    ) -> TargetTable:
+        front = self.fronts[policy]
+        if target == "cost":
+            return TargetTable(front.cost, front.threshold, True, _ROUNDING)
+        if target == "accuracy":
+            return TargetTable(front.score[::-1], front.threshold[::-1], False, _ROUNDING)
+        if clock is None:
+            raise UserError(
+                "milliseconds are not known for this model: python -m sweet_jax.predict "
+                "--model=... --measure finds them on this machine"
+            )
+        time = front.shares @ clock  # [P]
+        # A point that takes as long as a later one, whose metric is higher, is never chosen.
+        later = np.append(np.minimum.accumulate(time[::-1])[::-1][1:], np.inf)
+        use = time < later
+        return TargetTable(time[use], front.threshold[use], True)
+
+    def certificate(
+        self, policy: str, kind: str, limit: float, level: float = _LEVEL
+    ) -> Certificate:
+        """Certifies a policy's threshold, see `certify`. Raises UserError where none can be."""
+        return certify(self._loss_counts(policy, kind), limit, level, self.compared)
+
+    def _loss_counts(self, policy: str, kind: str) -> LossCounts:
+        if self.half_calibrator is None:
+            raise UserError(
+                "a certificate needs two calibration rows or more that are held out, and this run "
+                "has none: raise train_size, and set no preset that fits on the validation rows"
+            )
+        if policy not in self.losses:
+            raise UserError(
+                f"the confidence of the policy {policy!r} depends on the other rows: its threshold "
+                "cannot be certified"
+            )
+        return self.losses[policy][kind]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns what exits.json holds; `from_dict` restores it exactly."""
+        losses = {
+            policy: {kind: counts.as_dict() for kind, counts in every.items()}
+            for policy, every in self.losses.items()
+        }
+        half = self.half_calibrator
+        return self.calibrator.as_dict() | {
+            "full": self.full,
+            "compared": self.compared,
+            "trades": {policy: front.as_dict() for policy, front in self.fronts.items()},
+            "certificates": half and {"fitted": half.as_dict(), "trials": losses},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ThresholdResolver":
+        """Restores what `as_dict` returned."""
+        certificates = values["certificates"] or {"fitted": None, "trials": {}}
+        half = certificates["fitted"]
+        return cls(
+            Calibrator.from_dict(values),
+            float(values["full"]),
+            {policy: ParetoFront.from_dict(v) for policy, v in values["trades"].items()},
+            half and Calibrator.from_dict(half),
+            {
+                policy: {kind: LossCounts.from_dict(v) for kind, v in every.items()}
+                for policy, every in certificates["trials"].items()
+            },
+            int(values["compared"]),
+        )
