@@ -144,7 +144,8 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Evaluation": {
         "baselines": (
-            'Baselines: majority class, TF-IDF and probes; "full" fine-tunes a plain model too.',
+            'Baselines: majority class, TF-IDF and probes; "full" fine-tunes a plain model too, at '
+            "the best learning rate for it where rate_search is short.",
             "",
         ),
         "calibration": (

@@ -139,9 +139,9 @@ def test_without_epochs_the_probe_is_the_model(
 def test_of_a_large_file_some_rows_are_fitted_on(options, monkeypatch):
     monkeypatch.setattr("sweet_jax.head_fitting.ROWS", 20)
     job = prepare(from_mapping(options | {"head_init": "probe", "seeds": (0, 1)}))
-    own, held = head_fitting._rows(job)
-    assert own.shape == (2, 20)
-    assert held.shape == (2, 9)  # fewer than that
+    rows, count = head_fitting._rows_to_fit(job)
+    assert count == 20
+    assert rows.shape == (2, 20 + 9)  # tuning rows are fewer than that
     for r in (0, 1):
-        assert set(own[r]) <= set(job.rows[r][0])
-        assert (np.diff(own[r]) > 0).all()
+        assert set(rows[r, :20]) <= set(job.rows.training[r])
+        assert (np.diff(rows[r, :20]) > 0).all()

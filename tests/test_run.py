@@ -159,10 +159,11 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
     job = prepare(from_mapping(options | {"seeds": (0, 1)}))
     outcome = train_and_evaluate(job, tmp_path)
     assert outcome.calibration.logits.shape[2] == 10
-    for r, (trained, held_out) in enumerate(job.rows):
+    rows = zip(job.rows.training, job.rows.calibration, strict=True)
+    for r, (trained, held_out) in enumerate(rows):
         assert not set(trained) & set(held_out)
         np.testing.assert_array_equal(outcome.calibration.labels[r], job.train.labels[held_out])
-    assert set(job.rows[0][1]) != set(job.rows[1][1])
+    assert set(job.rows.calibration[0]) != set(job.rows.calibration[1])
     np.testing.assert_array_equal(outcome.validation.labels[0], outcome.validation.labels[1])
 
 
@@ -177,7 +178,7 @@ def test_only_the_rows_that_are_drawn_are_tokenised(options):
     job = prepare(from_mapping(options | {"seeds": (0, 1), "train_size": 30}))
     assert 30 < len(job.train) <= 60 < len(job.dataset.train.labels)
     whole = tokenize(job.tokenizer, job.dataset.train, 32)
-    for seed, rows in zip((0, 1), job.rows, strict=True):
+    for seed, *rows in zip((0, 1), job.rows.training, job.rows.calibration, strict=True):
         drawn = split_calibration_rows(job.dataset.train.labels, job.config, seed)
         for ours, theirs in zip(rows, drawn, strict=True):
             np.testing.assert_array_equal(job.train.labels[ours], whole.labels[theirs])

@@ -117,9 +117,7 @@ class BestStateTracker:
         state: State,
         interval: int,
     ):
-        assert job.tuning is not None, "epochs=auto needs tuning rows"
-        self._job, self._tuning = job, job.tuning
-        self._graphdef, self._plan = graphdef, plan
+        self._job, self._graphdef, self._plan = job, graphdef, plan
         self.first = initial_best_state(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
         self.shardings = BestState(plan.shardings.params, small, small)
@@ -141,8 +139,8 @@ class BestStateTracker:
         if self.log is not None:
             self.log.add_tuning(step, area.tolist())
         area = drop_replica_axis(area, len(area))
-        count = self._tuning.rows.shape[1]
-        self.best = update_best_state(self.best, params, area, step, count, self._tuning.metric)
+        count = self._job.tuning.shape[1]
+        self.best = update_best_state(self.best, params, area, step, count, self._job.metric)
         return self.has_ended(step)
 
     def has_ended(self, step: int) -> bool:
@@ -152,13 +150,13 @@ class BestStateTracker:
 
     def _area(self, params: Params) -> np.ndarray:
         """Returns the area of parameters on tuning rows, float64 [R]."""
-        config, tokens, rows = self._job.config, self._job.tokens, self._tuning.rows
+        config, tokens, rows = self._job.config, self._job.tokens, self._job.tuning
         params = add_replica_axis(gather_params(config, params), len(rows))
         program = compile_evaluation(config, self._graphdef, mesh_of(params), features=config.tunes)
         output = evaluate(config, program, params, tokens, rows)
         exits, labels = self._job.model.exits, tokens.labels[rows]
         cost = layer_cost(exits, config.method)
-        return tuning_area(np.asarray(output.logits), labels, exits, cost, self._tuning.metric)
+        return tuning_area(np.asarray(output.logits), labels, exits, cost, self._job.metric)
 
 
 def tuning_area(

@@ -23,7 +23,6 @@ from sweet_jax.data.batches import (
 from sweet_jax.methods import loss_weights
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
 from sweet_jax.training.early_stopping import BestStateTracker
-from sweet_jax.training.growth import base_config
 from sweet_jax.training.initialization import initial_state
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.loop import StepRange, open_step_log, run_steps
@@ -33,7 +32,7 @@ from sweet_jax.training.parallel import (
     gather_params,
     segment_parallel_plan,
 )
-from sweet_jax.training.probe import LinearClassifiers, with_classifiers
+from sweet_jax.training.probe import with_classifiers
 from sweet_jax.training.schedule import check_interval, search_steps, training_steps
 from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, reshard, to_host
@@ -63,10 +62,16 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
 
     """
     config, model, count = job.config, job.model, len(job.rows[0])
-    graphdef, state = initial_state(config, job.checkpoint, model, job.classes)
+    graphdef, state = initial_state(config, job.checkpoint, model, job.classes, job.base)
+    grown = job.base.exits if job.base is not None else ()
     if job.probe is not None:
-        state = state._replace(params=_with_probe(job, job.probe, state.params))
-    settings = step_settings(config, graphdef, model.exits, count, short=job.short)
+        exits = [e for e in model.exits if e not in grown]
+        columns = [config.exits.index(e) for e in exits]
+        params = with_classifiers(state.params, exits, job.probe, columns)
+        state = state._replace(params=params)
+    settings = step_settings(
+        config, graphdef, model.exits, count, short=job.short, frozen=len(grown)
+    )
     stop = settings.total_steps
     if config.max_steps and not job.short:
         stop = min(stop, config.max_steps)
@@ -125,13 +130,13 @@ def _train(
 
 def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any, int]]:
     """Returns a function of a step's number: (its batch on the devices, the batch's length)."""
-    config, tokens = job.config, job.tokens
+    config, tokens, training = job.config, job.tokens, list(job.rows)
     seeds = [seed for seed, _ in config.replicas()]
     lengths = bucket_lengths(config.max_length)
     grouped = tokens.lengths if config.group_by_length else None
 
     def batch(number: int) -> tuple[Any, int]:
-        rows = training_batch_indices(job.rows, seeds, number, config.batch_size, grouped)  # [R, B]
+        rows = training_batch_indices(training, seeds, number, config.batch_size, grouped)  # [R, B]
         length = padded_length(tokens, rows, lengths)
         return plan.place(tokens, drop_replica_axis(rows, len(seeds)), lengths), length
 
@@ -156,14 +161,6 @@ def _restore(
     return step, tree["state"]
 
 
-def _with_probe(job: TrainingJob, probe: LinearClassifiers, params: Params) -> Params:
-    """Returns parameters [R, ...] whose heads begin with the probe's; grown exits keep theirs."""
-    base = base_config(job.config)
-    kept = base.exits if base is not None else ()
-    exits = [e for e in job.model.exits if e not in kept]
-    return with_classifiers(params, exits, probe, [job.config.exits.index(e) for e in exits])
-
-
 def step_settings(
     config: Config,
     graphdef: nnx.GraphDef,
@@ -171,12 +168,15 @@ def step_settings(
     rows: int,
     *,
     short: bool = False,
+    frozen: int = 0,
 ) -> StepSettings:
-    """Returns the constants of the training step for `rows` training rows."""
+    """Returns the constants of the training step for `rows` training rows.
+
+    short, frozen: see TrainingJob and StepSettings.
+    """
     total = training_steps(config.epochs, rows, config.batch_size)
     if short:
         total = search_steps(total)
-    base = base_config(config)
     weights = loss_weights(config.loss_weights, config.exits)
     of_exit = dict(zip(config.exits, weights, strict=True))
     return StepSettings(
@@ -193,6 +193,6 @@ def step_settings(
         loss_weights=tuple(of_exit[e] for e in exits),
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
-        frozen=len(base.exits) if base else 0,
+        frozen=frozen,
         head_learning_rate=config.head_learning_rate,
     )

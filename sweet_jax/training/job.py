@@ -4,24 +4,16 @@ Shape letters: R replica, N training rows, M tuning rows.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens
 from sweet_jax.models.pretrained import Checkpoint
+from sweet_jax.training.growth import BaseRun
 from sweet_jax.training.initialization import ModelSpec
 from sweet_jax.training.probe import LinearClassifiers
-
-
-class TuningRows(NamedTuple):
-    """Holds the rows that choose a step, and the metric on them."""
-
-    rows: np.ndarray  # int [R, M]
-    metric: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,12 +23,14 @@ class TrainingJob:
     Attributes:
       config: resolved.
       checkpoint: of the encoder.
-      model: which model.
+      model: which of the method's models.
       classes: number of classes.
-      tokens: of the training rows.
-      rows: for each replica the indices it trains on, int [N] each.
+      tokens: of the training and tuning rows.
+      rows: int [R, N], rows of `tokens` that each replica trains on.
+      tuning: int [R, M], rows by which the best state is kept with `epochs="auto"`.
+      metric: on the tuning rows.
       workdir: where checkpoints and metrics go.
-      tuning: rows of `tokens` by which the best state is kept, with `epochs="auto"`.
+      base: the run that this one grows from.
       probe: the start of the heads of all exits of the config; None for random ones.
       short: a run of a share of the steps, to its end (`rate_search`).
 
@@ -47,8 +41,10 @@ class TrainingJob:
     model: ModelSpec
     classes: int
     tokens: Tokens
-    rows: Sequence[np.ndarray]
+    rows: np.ndarray
+    tuning: np.ndarray
+    metric: str
     workdir: Path
-    tuning: TuningRows | None = None
+    base: BaseRun | None = None
     probe: LinearClassifiers | None = None
     short: bool = False
