@@ -65,7 +65,7 @@ from sweet_jax.config import Config, UserError, check_choice, split_names
 from sweet_jax.distributed import PreemptedError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.files import lock_directory
-from sweet_jax.head_fitting import Probe, fit_probe
+from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun, prepare
@@ -155,36 +155,29 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
     # No probe or baseline depends on a rate: they are of the first rate's replicas.
     replicas = [seed * len(rates) for seed in range(len(config.seeds))]
     first = job.select_replicas(dataclasses.replace(config, learning_rates=rates[:1]), replicas)
-    probe = None
     if config.head_init == "probe":
         probe = fit_probe(first, shared / f"probe-{config.pooling}")  # [S]
+        first = dataclasses.replace(first, probe=probe)
+        seeds = [s for s in range(len(config.seeds)) for _ in rates]
+        job = dataclasses.replace(job, probe=probe.select_replicas(seeds))  # [R]
     about: dict[str, Any] = {}
     if variant == BASELINES:
-        tried = run_baselines(first, probe, rates, shared / variant)
+        tried = run_baselines(first, rates, shared / variant)
         scores = {b.name: _score_baseline(first, b) for b in tried}
     else:
-        scores, about = _train(job, probe, shared / variant)
+        scores, about = _train(job, shared / variant)
     about["seconds"] = round(time.monotonic() - began, 1)
     values = {k: v for k, v in identity(config).items() if k != "data_files"}  # where they lie
     return CellRecord(values, _counts(job), scores, about)
 
 
-def _train(
-    job: PreparedRun, probe: Probe | None, workdir: Path
-) -> tuple[dict[str, Scores], dict[str, Any]]:
-    """Trains a variant; returns its scores, with heads as trained and refitted, and the rate.
-
-    probe: of the first rate's replicas.
-    """
-    if probe is not None:
-        seeds, rates = job.config.seeds, job.config.learning_rates
-        probe = probe.select_replicas([s for s in range(len(seeds)) for _ in rates])  # [R]
-    job, probe, search = search_rate(job, probe, workdir)
+def _train(job: PreparedRun, workdir: Path) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """Trains a variant; returns its scores, with heads as trained and refitted, and its choices."""
+    job, search = search_rate(job, workdir)
     found: dict[str, list[tuple[ModelOutput, ModelOutput]]] = {"trained": [], "refit": []}
     steps: list[list[int]] = []
     for model in model_specs(job.config):
-        classifiers = None if probe is None else probe.classifiers
-        graphdef, params, spent = fit(job.training_job(model, workdir, classifiers))
+        graphdef, params, spent = fit(job.training_job(model, workdir))
         steps.append(list(spent.best_steps))
         for kind, pair in _exit_outputs(job, graphdef, params).items():
             found[kind].append(pair)

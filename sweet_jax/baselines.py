@@ -12,34 +12,32 @@ import numpy as np
 
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.splits import split_tuning_rows
-from sweet_jax.head_fitting import Probe, fit_probe
+from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.preparation import PreparedRun, RunRows
 from sweet_jax.report.baselines import Baseline, majority_class, tfidf_predictions
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.probe import Probe
 from sweet_jax.training.sharding import mesh_of
 
 log = logging.getLogger(__name__)
 
 
-def run_baselines(
-    job: PreparedRun, probe: Probe | None, rates: Sequence[float], workdir: Path
-) -> list[Baseline]:
+def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> list[Baseline]:
     """Returns the baselines that `baselines` asks for, with their predictions of validation rows.
 
     "quick": the majority class, TF-IDF with logistic regression, and a frozen encoder with mean
     pooling and a logistic regression at every exit. "full": also the plain fine-tuned full model.
 
     Args:
-      job: with the rows of every replica.
-      probe: the run's own, None for a run whose heads began at random.
+      job: with the probe that its heads started from.
       rates: the learning rates that the run was to choose from.
       workdir: what they compute is kept in its folder `baselines`.
 
     """
-    config = job.config
+    config, probe = job.config, job.probe
     if config.baselines == "none":
         return []
     folder = workdir / "baselines"
@@ -133,8 +131,8 @@ def _fine_tuned(job: PreparedRun, rates: Sequence[float], folder: Path) -> np.nd
         config = dataclasses.replace(config, learning_rates=tuple(rates))
         replicas = [seed for seed in replicas for _ in rates]
         folder /= "fine_tuned"  # an earlier version trained at the exits' rate in `folder`
-    job = dataclasses.replace(job.select_replicas(config, replicas), base=None)
-    job, _, _ = search_rate(job, None, folder)
+    job = dataclasses.replace(job.select_replicas(config, replicas), base=None, probe=None)
+    job, _ = search_rate(job, folder)
     config, (model,) = job.config, model_specs(job.config)
     graphdef, params, _ = fit(job.training_job(model, folder))
     program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)

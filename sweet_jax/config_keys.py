@@ -4,9 +4,9 @@ import dataclasses
 
 from sweet_jax.config import CHOICES, Config
 
-# By group: key → (its meaning, the allowed values in words). Where the second is empty, the key
-# is a flag or one of `config.CHOICES`.
-MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
+# By group: key → its meaning, or (its meaning, the allowed values in words) where the key is not a
+# flag or one of `config.CHOICES`.
+MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
     "Data": {
         "task": (
             "Name of a GLUE task, or any name for your own data_files.",
@@ -14,7 +14,7 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "train_size": ("Upper limit on training rows, calibration rows included.", "1 or more"),
         "calibration_fraction": (
-            "Share of the training rows held out for temperatures and thresholds.",
+            "Share of training rows held out for temperatures and thresholds.",
             "between 0 and 1",
         ),
         "tuning_fraction": (
@@ -22,15 +22,12 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "between 0 and 1",
         ),
         "validation_fraction": (
-            "Share of the data split off where no validation file is given.",
+            "Share of the data split off without a validation file.",
             "between 0 and 1",
         ),
         "split_seed": ("Random seed of that split, the same for all replicas.", "0 or more"),
         "max_length": ("Tokens of a text; longer texts are cut.", "8 or more"),
-        "subset": (
-            'Training rows are drawn by seed, or the first of the file; "" is the preset\'s.',
-            "",
-        ),
+        "subset": 'Training rows are drawn by seed, or the first; "" is the preset\'s.',
         "data_dir": (
             "Directory of <task>/{train,validation}.parquet.",
             'a directory; "" is the hub',
@@ -55,12 +52,10 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Method": {
         "method": (
-            "What trains a layer: the next exit, all exits above it, or a model for each depth.",
-            "",
+            "What trains a layer: the next exit, all exits above it, or a model for each depth."
         ),
         "preset": (
-            "Protocol that fills in keys left empty: the default, the paper's, or its release's.",
-            "",
+            "Protocol that fills in keys left empty: the default, the paper's, or its release's."
         ),
         "grow_from": (
             "Run directory of a SWEET run that is kept as it is while deeper exits are trained.",
@@ -70,7 +65,7 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "How much of the gradient a boundary between exits stops: 1 is SWEET, 0 Early-Exit.",
             "a number from 0 to 1, or a pair from,to; empty for the method's",
         ),
-        "isolation_schedule": ('How a pair moves over training; "step" changes at half time.', ""),
+        "isolation_schedule": 'How a pair moves over training; "step" changes at half time.',
         "boundary_isolation": (
             "Factor on isolation for each boundary between exits.",
             "a number from 0 to 1 for each boundary; empty for 1",
@@ -82,40 +77,31 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "of one exit alone, and neither Adam nor clipping per owner depends on its scale.",
             "a positive number for each exit, or a schedule; empty for the method's",
         ),
-        "pooler": (
-            'A pretrained pooler for each exit, or one that all share; "" is the preset\'s.',
-            "",
-        ),
+        "pooler": 'A pooler for each exit, or one that all share; "" is the preset\'s.',
         "relative": (
-            "Owner of DeBERTa's relative positions: the first exit, or all; \"\" is the preset's.",
-            "",
+            "Owner of DeBERTa's relative positions: the first exit, or all; \"\" is the preset's."
         ),
         "clipping": (
-            "Clipping by the norm of each exit's own gradients, or of all; \"\" is the preset's.",
-            "",
+            "Clipping by the norm of each exit's own gradients, or of all; \"\" is the preset's."
         ),
     },
     "Heads": {
         "head_init": (
-            "Start of the classifiers: random, or logistic regressions on the frozen encoder.",
-            "",
+            "Start of the classifiers: random, or logistic regressions on the frozen encoder."
         ),
         "head_refit": (
-            "Whether a logistic regression on the trained encoder replaces the classifiers.",
-            "",
+            "Whether a logistic regression on the trained encoder replaces the classifiers."
         ),
         "head_learning_rate": (
             "Learning rate of the heads, a multiple of learning_rates.",
             "positive",
         ),
         "pooling": (
-            "What an exit reads: the first token through the pretrained pooler, or the mean "
-            "of all tokens; \"\" is the preset's, else the checkpoint's, else the mean.",
-            "",
+            "What an exit reads: the first token through the pretrained pooler, or the mean of "
+            "all tokens; \"\" is the preset's, else the checkpoint's, else the mean."
         ),
         "learning_to_exit": (
-            'Heads that learn if their exit is right; "detached" trains all else as without them.',
-            "",
+            'Heads that learn if their exit is right; "detached" trains all else as without them.'
         ),
     },
     "Training": {
@@ -137,37 +123,28 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
         "weight_decay": ("AdamW's weight decay.", "0 or more"),
         "clip_norm": ("Largest norm of a gradient.", "positive; inf switches clipping off"),
         "rate_search": (
-            "Train every learning rate to the end, or choose one by a short run of each.",
-            "",
+            "Train every learning rate to the end, or choose one by a short run of each."
         ),
-        "group_by_length": ("Whether batches hold texts of similar length: less padding.", ""),
+        "group_by_length": "Whether batches hold texts of similar length: less padding.",
     },
     "Evaluation": {
         "baselines": (
-            'Baselines: majority class, TF-IDF and probes; "full" fine-tunes a plain model too, at '
-            "the best learning rate for it where rate_search is short.",
-            "",
+            'Baselines: majority class, TF-IDF and probes; "full" fine-tunes a plain model too, '
+            "at the best learning rate for it where rate_search is short."
         ),
-        "calibration": (
-            'Rows that temperatures and thresholds are fitted on; "" is the preset\'s.',
-            "",
-        ),
-        "confidence": ('Exit policy of the run; "" is the preset\'s.', ""),
-        "exit_score": ('Exit policy of a run with learning_to_exit; "" is the preset\'s.', ""),
-        "metric": ('The reported metric; "" is the task\'s.', ""),
+        "calibration": 'Rows that temperatures are fitted on; "" is the preset\'s.',
+        "confidence": 'Exit policy of the run; "" is the preset\'s.',
+        "exit_score": 'Exit policy of a run with learning_to_exit; "" is the preset\'s.',
+        "metric": 'The reported metric; "" is the task\'s.',
     },
     "Hardware": {
-        "dtype": ("Type of activations; parameters are float32.", ""),
-        "attention": (
-            "einsum is this library's own; the others are jax.nn.dot_product_attention's.",
-            "",
-        ),
-        "attention_dropout": ('Dropout of attention weights: "" is the checkpoint\'s.', ""),
+        "dtype": "Type of activations; parameters are float32.",
+        "attention": "einsum is this library's own; the others are jax.nn.dot_product_attention's.",
+        "attention_dropout": 'Dropout of attention weights: "" is the checkpoint\'s.',
         "remat": (
-            "Whether the backward pass recomputes activations: less memory, a third more work.",
-            "",
+            "Whether the backward pass recomputes activations: less memory, a third more work."
         ),
-        "segment_parallel": ("Whether each group of devices trains its own segments (sweet).", ""),
+        "segment_parallel": "Whether each group of devices trains its own segments (sweet).",
     },
     "Run": {
         "checkpoint_every": ("Steps between checkpoints.", "1 or more"),
@@ -203,11 +180,12 @@ def describe_keys() -> list[Key]:
     described = [name for keys in MEANINGS.values() for name in keys]
     if sorted(described) != sorted(defaults):
         raise ValueError(f"MEANINGS and Config differ in {set(described) ^ set(defaults)}")
-    return [
-        Key(name, group, meaning, allowed or _choices(name), _shown(defaults[name]))
-        for group, keys in MEANINGS.items()
-        for name, (meaning, allowed) in keys.items()
-    ]
+    found = []
+    for group, keys in MEANINGS.items():
+        for name, said in keys.items():
+            meaning, allowed = (said, _choices(name)) if isinstance(said, str) else said
+            found.append(Key(name, group, meaning, allowed, _shown(defaults[name])))
+    return found
 
 
 def _choices(name: str) -> str:

@@ -9,7 +9,6 @@ rows, H hidden.
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -24,6 +23,7 @@ from sweet_jax.training.initialization import ModelSpec, initial_state
 from sweet_jax.training.probe import (
     ROWS,
     LinearClassifiers,
+    Probe,
     fit_classifiers,
     read_classifiers,
     refit_path,
@@ -33,24 +33,6 @@ from sweet_jax.training.sharding import make_mesh, mesh_of, replica_sharding, re
 from sweet_jax.training.step import Params
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Probe:
-    """Logistic regressions on the frozen encoder.
-
-    Attributes:
-      classifiers: of every replica and exit.
-      predictions: of the validation rows, int64 [R, E, N].
-
-    """
-
-    classifiers: LinearClassifiers
-    predictions: np.ndarray
-
-    def select_replicas(self, replicas: Sequence[int]) -> "Probe":
-        """Returns the probe of some replicas."""
-        return Probe(self.classifiers.select_replicas(replicas), self.predictions[list(replicas)])
 
 
 def fit_probe(job: PreparedRun, workdir: Path) -> Probe:

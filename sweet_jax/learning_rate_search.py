@@ -17,7 +17,6 @@ import numpy as np
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json
-from sweet_jax.head_fitting import Probe
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
@@ -29,9 +28,7 @@ from sweet_jax.training.sharding import mesh_of
 log = logging.getLogger(__name__)
 
 
-def search_rate(
-    job: PreparedRun, probe: Probe | None, workdir: Path
-) -> tuple[PreparedRun, Probe | None, dict[str, Any] | None]:
+def search_rate(job: PreparedRun, workdir: Path) -> tuple[PreparedRun, dict[str, Any] | None]:
     """Chooses the learning rate by short runs, of the first seed, of every rate.
 
     Each has its whole schedule over a share of the steps. The first rate of `learning_rates` is
@@ -39,39 +36,35 @@ def search_rate(
     standard error: then the one with the largest.
 
     Returns:
-      The job and the probe of the replicas of that rate, and a record: learning_rates, area of
-      each, steps, seed, learning_rate. (job, probe, None) where there is nothing to choose.
+      The job of the replicas of that rate, and a record: learning_rates, area of each, steps, seed,
+      tuning_rows, learning_rate. (job, None) where there is nothing to choose.
 
     """
     config, rates = job.config, job.config.learning_rates
     if config.epochs == 0:  # the rate does not matter
-        return *_select_rate(job, probe, rates[0]), None
+        return _select_rate(job, rates[0]), None
     if config.rate_search != "short" or len(rates) == 1:
-        return job, probe, None
+        return job, None
     path = workdir / "rate_search.json"
     if broadcast_from_primary(path.exists()):
         found = json.loads(path.read_text())
     else:
-        found = _search(job, probe, workdir / "rate_search")
+        found = _search(job, workdir / "rate_search")
         if is_primary():
             write_json(path, found)
         barrier("rate search")
     if is_primary():
         shutil.rmtree(workdir / "rate_search", ignore_errors=True)
-    return *_select_rate(job, probe, found["learning_rate"]), found
+    return _select_rate(job, found["learning_rate"]), found
 
 
-def _select_rate(
-    job: PreparedRun, probe: Probe | None, rate: float
-) -> tuple[PreparedRun, Probe | None]:
-    """Returns the job and the probe of the replicas of one of the learning rates."""
+def _select_rate(job: PreparedRun, rate: float) -> PreparedRun:
+    """Returns the job of the replicas of one of the learning rates."""
     replicas = [r for r, (_, own) in enumerate(job.config.replicas()) if own == rate]
-    config = dataclasses.replace(job.config, learning_rates=(rate,))
-    kept = None if probe is None else probe.select_replicas(replicas)
-    return job.select_replicas(config, replicas), kept
+    return job.select_replicas(dataclasses.replace(job.config, learning_rates=(rate,)), replicas)
 
 
-def _search(job: PreparedRun, probe: Probe | None, workdir: Path) -> dict[str, Any]:
+def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
     """Returns the record of `search_rate`."""
     config, (training, _, tuning) = job.config, (rows.shape[1] for rows in job.rows)
     rates, size = config.learning_rates, config.batch_size
@@ -90,7 +83,7 @@ def _search(job: PreparedRun, probe: Probe | None, workdir: Path) -> dict[str, A
     alone = jax.default_backend() == "cpu" and len(jax.devices()) == 1
     places = range(len(rates))
     together = [[place] for place in places] if alone else [list(places)]
-    area = np.concatenate([_short_runs(job, probe, chosen, workdir) for chosen in together])
+    area = np.concatenate([_short_runs(job, chosen, workdir) for chosen in together])
     area = broadcast_from_primary(area)
     best = rates[choose_rate(area, tuning, job.dataset.task.metric)]
     found = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True))
@@ -105,9 +98,7 @@ def _search(job: PreparedRun, probe: Probe | None, workdir: Path) -> dict[str, A
     }
 
 
-def _short_runs(
-    job: PreparedRun, probe: Probe | None, places: Sequence[int], workdir: Path
-) -> np.ndarray:
+def _short_runs(job: PreparedRun, places: Sequence[int], workdir: Path) -> np.ndarray:
     """Returns the area on tuning rows, float64 [R], of short runs of the first seed.
 
     places: of their learning rates in the config.
@@ -117,11 +108,10 @@ def _short_runs(
         job.config, seeds=job.config.seeds[:1], learning_rates=rates, conflict_every=0
     )
     job = job.select_replicas(config, places)
-    classifiers = None if probe is None else probe.classifiers.select_replicas(places)
     folder = workdir / "-".join(f"{rate:g}" for rate in rates)
     logits = []
     for model in model_specs(config):
-        graphdef, params, _ = fit(job.training_job(model, folder, classifiers, short=True))
+        graphdef, params, _ = fit(job.training_job(model, folder, short=True))
         program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
         logits.append(evaluate(config, program, params, job.train, job.rows.tuning).logits)
     return tuning_area(

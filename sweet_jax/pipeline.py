@@ -30,7 +30,6 @@ from sweet_jax.run_outputs import Outcome, exit_outputs, write_run
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
-from sweet_jax.training.probe import LinearClassifiers
 from sweet_jax.training.sharding import mesh_of, select_replica
 from sweet_jax.training.step import Params
 
@@ -70,10 +69,11 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
         workdir, identity, lambda: claim_run_directory(workdir, identity, FREE_KEYS, before)
     ):
         log_description(job)
-        probe = fit_probe(job, workdir) if job.config.head_init == "probe" else None
-        job, probe, search = search_rate(job, probe, workdir)
-        outcome = train_and_evaluate(job, workdir, None if probe is None else probe.classifiers)
-        tried = run_baselines(job, probe, config.learning_rates, workdir) if report else []
+        if job.config.head_init == "probe":
+            job = dataclasses.replace(job, probe=fit_probe(job, workdir))
+        job, search = search_rate(job, workdir)
+        outcome = train_and_evaluate(job, workdir)
+        tried = run_baselines(job, config.learning_rates, workdir) if report else []
         outcome = dataclasses.replace(outcome, baselines=tried, rate_search=search)
         analysis = None
         if is_primary():
@@ -99,21 +99,18 @@ def _identity_before_keys(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(usual.resolved()) | {"pooling": "first"}
 
 
-def train_and_evaluate(
-    job: PreparedRun, workdir: Path, probe: LinearClassifiers | None = None
-) -> Outcome:
-    """Trains the method's models one after the other, and evaluates all their exits.
-
-    probe: the start of the heads of all exits, of every replica; None for random ones.
-    """
+def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
+    """Trains the method's models one after the other, and evaluates all their exits."""
     found: list[SplitOutputs] = []
     models: list[TrainedModel] = []
     best_steps: dict[str, list[int]] = {}
     timing = {"train_seconds": 0.0, "train_examples": 0.0, "evaluate_seconds": 0.0}
     for model in model_specs(job.config):
-        graphdef, params, spent = fit(job.training_job(model, workdir, probe))
+        graphdef, params, spent = fit(job.training_job(model, workdir))
         began = time.perf_counter()
-        alone = job.config.epochs == 0 and probe is not None  # it was fitted on this very encoder
+        alone = (
+            job.config.epochs == 0 and job.probe is not None
+        )  # it was fitted on this very encoder
         if job.config.head_refit and not alone:
             params = refit_heads(job, model, graphdef, params, workdir)
             timing["refit_seconds"] = timing.get("refit_seconds", 0) + time.perf_counter() - began

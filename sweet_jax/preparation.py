@@ -33,7 +33,7 @@ from sweet_jax.training.initialization import (
 )
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.parallel import check_devices
-from sweet_jax.training.probe import LinearClassifiers
+from sweet_jax.training.probe import Probe
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class PreparedRun:
     train: Tokens  # U rows
     validation: Tokens
     rows: RunRows
+    probe: Probe | None = None  # that the heads start from, once it is fitted
 
     @property
     def validation_rows(self) -> np.ndarray:
@@ -76,16 +77,10 @@ class PreparedRun:
     def select_replicas(self, config: Config, replicas: Sequence[int]) -> "PreparedRun":
         """Returns the run of some replicas alone, which are those of `config`."""
         rows = RunRows(*(each[list(replicas)] for each in self.rows))
-        return dataclasses.replace(self, config=config, rows=rows)
+        probe = self.probe.select_replicas(replicas) if self.probe else None
+        return dataclasses.replace(self, config=config, rows=rows, probe=probe)
 
-    def training_job(
-        self,
-        model: ModelSpec,
-        workdir: Path,
-        probe: LinearClassifiers | None = None,
-        *,
-        short: bool = False,
-    ) -> TrainingJob:
+    def training_job(self, model: ModelSpec, workdir: Path, *, short: bool = False) -> TrainingJob:
         """Returns the training of one of the method's models; see TrainingJob for the arguments."""
         return TrainingJob(
             config=self.config,
@@ -98,7 +93,7 @@ class PreparedRun:
             metric=self.dataset.task.metric,
             workdir=workdir,
             base=self.base,
-            probe=probe,
+            probe=self.probe.classifiers if self.probe else None,
             short=short,
         )
 

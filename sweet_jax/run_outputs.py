@@ -82,12 +82,8 @@ def write_run(
 ) -> dict[str, Any]:
     """Writes all files of a run that is trained; returns the contents of results.json.
 
-    Args:
-      job, outcome, analysis: of the run.
-      best: its models, of the best replica.
-      workdir: its directory.
-      report: also write report.html, figures/ and model/, and print the table of exits.
-
+    best: its models, of the best replica.
+    report: also write report.html, figures/ and model/, and print the table of exits.
     """
     for split in ("calibration", "validation", "tuning"):
         outputs: ExitOutputs | None = getattr(outcome, split)

@@ -28,18 +28,11 @@ class BestState(NamedTuple):
     """The best parameters so far of every replica; a part of what checkpoints hold.
 
     Of a single replica, arrays without the axis R, as its state is.
-
-    Attributes:
-      params: [R, ...] that are kept, on the devices.
-      area: float32 [R], the largest so far on tuning rows; minus infinity before the first
-        evaluation.
-      step: int32 [R], steps taken by the parameters that are kept.
-
     """
 
-    params: Params
-    area: Any
-    step: Any
+    params: Params  # [R, ...] that are kept, on the devices
+    area: Any  # float32 [R], the largest so far; minus infinity before the first evaluation
+    step: Any  # int32 [R], steps taken by the parameters that are kept
 
 
 def initial_best_state(params: Params, learning_rate: Any) -> BestState:
@@ -60,11 +53,9 @@ def update_best_state(
 
     Args:
       best: so far.
-      params: [R, ...] on the devices of the best's.
-      area: float [R], theirs on tuning rows.
-      step: steps taken.
-      rows: how many tuning rows.
-      metric: that the area is of.
+      params: [R, ...] after so many steps, on the devices of the best's.
+      area, metric: float [R], theirs on `rows` tuning rows, and of which metric.
+      step, rows: numbers of steps and rows.
 
     """
     largest, area = np.asarray(best.area), np.asarray(area, np.float32)
@@ -98,16 +89,7 @@ def standard_error(area: Any, rows: int, metric: str) -> np.ndarray:
 
 
 class BestStateTracker:
-    """Keeps the best state of a training, on the devices and in its checkpoints.
-
-    Attributes:
-      best: so far.
-      first: the best before the first evaluation.
-      shardings: of the best's arrays.
-      interval: steps between two evaluations.
-      log: of the training, None where this process writes none.
-
-    """
+    """Keeps the best state of a training, on the devices and in its checkpoints."""
 
     def __init__(
         self,
@@ -118,12 +100,11 @@ class BestStateTracker:
         interval: int,
     ):
         self._job, self._graphdef, self._plan = job, graphdef, plan
-        self.first = initial_best_state(state.params, state.learning_rate)
+        self.best = initial_best_state(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
         self.shardings = BestState(plan.shardings.params, small, small)
-        self.best: BestState = self.first
-        self.interval = interval
-        self.log: MetricsLog | None = None
+        self.interval = interval  # steps between two evaluations
+        self.log: MetricsLog | None = None  # None where this process writes none
 
     def saved(self, state: State) -> dict[str, Any]:
         """Returns the tree that a checkpoint holds."""
@@ -168,8 +149,7 @@ def tuning_area(
     where logits are not finite.
 
     Args:
-      logits: float32 [R, E, M, C].
-      labels: int [R, M].
+      logits, labels: float32 [R, E, M, C], int [R, M].
       layers, cost: of the exits [E].
       metric: "accuracy", "matthews" or "f1".
 

@@ -61,33 +61,25 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
       PreemptedError: SIGTERM came; the same call resumes where this one stopped.
 
     """
-    config, model, count = job.config, job.model, len(job.rows[0])
-    graphdef, state = initial_state(config, job.checkpoint, model, job.classes, job.base)
-    grown = job.base.exits if job.base is not None else ()
-    if job.probe is not None:
-        exits = [e for e in model.exits if e not in grown]
-        columns = [config.exits.index(e) for e in exits]
-        params = with_classifiers(state.params, exits, job.probe, columns)
-        state = state._replace(params=params)
-    settings = step_settings(
-        config, graphdef, model.exits, count, short=job.short, frozen=len(grown)
-    )
+    config, model, replicas = job.config, job.model, len(job.rows)
+    settings, state = _start(job)
     stop = settings.total_steps
     if config.max_steps and not job.short:
         stop = min(stop, config.max_steps)
-    replicas = len(config.replicas())
     state = drop_replica_axis(state, replicas)
     make_plan = segment_parallel_plan if config.segment_parallel else data_parallel_plan
-    plan = make_plan(config, settings, state, len(bucket_lengths(config.max_length)))
+    plan = make_plan(config, settings, state)
     tracker = None
     if config.epochs == AUTO and not job.short:
-        tracker = BestStateTracker(job, graphdef, plan, state, check_interval(config.epochs, stop))
+        interval = check_interval(config.epochs, stop)
+        tracker = BestStateTracker(job, settings.graphdef, plan, state, interval)
     with contextlib.closing(Checkpoints(job.workdir / "checkpoints" / model.name)) as checkpoints:
         start, state = _restore(checkpoints, plan, tracker, state)
         if start:
             log.info("%s: resuming at step %d of %d", model.name, start, stop)
         began = time.perf_counter()
-        epoch, check = steps_per_epoch(count, config.batch_size), tracker.interval if tracker else 0
+        epoch = steps_per_epoch(job.rows.shape[1], config.batch_size)
+        check = tracker.interval if tracker else 0
         steps = StepRange(start, stop, epoch, config.checkpoint_every, check)
         state = _train(job, plan, tracker, checkpoints, state, steps)
     best = state.params if tracker is None else tracker.best.params
@@ -95,7 +87,22 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
     taken = max(0, int(np.max(to_host(state.step))) - start)
     kept = () if tracker is None else tuple(np.atleast_1d(tracker.best.step).tolist())
     seconds = time.perf_counter() - began
-    return graphdef, params, Timing(seconds, taken * config.batch_size * replicas, kept)
+    timing = Timing(seconds, taken * config.batch_size * replicas, kept)
+    return settings.graphdef, params, timing
+
+
+def _start(job: TrainingJob) -> tuple[StepSettings, State]:
+    """Returns the constants of the step, and the state [R, ...] before the first one."""
+    config, exits = job.config, job.model.exits
+    graphdef, state = initial_state(config, job.checkpoint, job.model, job.classes, job.base)
+    grown = job.base.exits if job.base is not None else ()
+    if job.probe is not None:
+        new = [e for e in exits if e not in grown]
+        columns = [config.exits.index(e) for e in new]
+        params = with_classifiers(state.params, new, job.probe, columns)
+        state = state._replace(params=params)
+    rows, frozen = job.rows.shape[1], len(grown)
+    return step_settings(config, graphdef, exits, rows, short=job.short, frozen=frozen), state
 
 
 def _train(
@@ -113,7 +120,7 @@ def _train(
         whole = plan.from_devices(parts)
         checkpoints.save(step, whole if tracker is None else tracker.saved(whole))
 
-    examples = config.batch_size * len(config.replicas())
+    examples = config.batch_size * len(job.rows)
     with open_step_log(job.workdir, model.name, model.exits, steps, examples) as step_log:
         parts = plan.to_devices(state)
         evaluate = None
@@ -150,12 +157,10 @@ def _restore(
     if tracker is None:
         found = checkpoints.restore(abstract_state(state, plan.shardings))
         return found or (0, reshard(state, plan.shardings))
-    tree = {"state": state, "best": tracker.first}
+    tree = {"state": state, "best": tracker.best}
     shardings = {"state": plan.shardings, "best": tracker.shardings}
-    step, tree = checkpoints.restore(abstract_state(tree, shardings)) or (
-        0,
-        reshard(tree, shardings),
-    )
+    found = checkpoints.restore(abstract_state(tree, shardings))
+    step, tree = found or (0, reshard(tree, shardings))
     best = tree["best"]
     tracker.best = best._replace(area=to_host(best.area), step=to_host(best.step))
     return step, tree["state"]

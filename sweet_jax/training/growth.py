@@ -22,21 +22,14 @@ _SAME = (
 
 @dataclasses.dataclass(frozen=True)
 class BaseRun:
-    """Holds what is read, once, of the finished run that another one grows from.
-
-    Attributes:
-      folder: its directory.
-      config: resolved.
-      replicas: (seed, learning rate) of each replica that it has parameters of; a search for the
-        learning rate leaves fewer than its config names.
-      learning_rate: that it chose.
-
-    """
+    """Holds what is read, once, of the finished run that another one grows from."""
 
     folder: Path
-    config: Config
+    config: Config  # resolved
+    # (seed, learning rate) of each replica that it has parameters of: a search for the learning
+    # rate leaves fewer than its config names.
     replicas: tuple[tuple[int, float], ...]
-    learning_rate: float
+    learning_rate: float  # that it chose
 
     @property
     def exits(self) -> tuple[int, ...]:

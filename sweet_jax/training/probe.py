@@ -43,18 +43,11 @@ def read_classifiers(path: Path) -> "LinearClassifiers | None":
 
 
 class LinearClassifiers(NamedTuple):
-    """The dense layers of logistic regressions, on features as they come.
+    """The dense layers of logistic regressions, on features as they come."""
 
-    Attributes:
-      kernel: float32 [R, E, H, C].
-      bias: float32 [R, E, C].
-      penalty: float64 [R, E], the λ of PENALTIES that tuning rows chose.
-
-    """
-
-    kernel: np.ndarray
-    bias: np.ndarray
-    penalty: np.ndarray
+    kernel: np.ndarray  # float32 [R, E, H, C]
+    bias: np.ndarray  # float32 [R, E, C]
+    penalty: np.ndarray  # float64 [R, E], the λ of PENALTIES that tuning rows chose
 
     def select_replicas(self, replicas: Sequence[int]) -> "LinearClassifiers":
         """Returns the classifiers of some replicas."""
@@ -68,17 +61,23 @@ class LinearClassifiers(NamedTuple):
 
     def predictions(self, features: np.ndarray) -> np.ndarray:
         """Returns the class of every row, int [R, E, N], of features [R or 1, E, N, H]."""
-        return np.stack(
-            [
-                [(x @ k + b).argmax(axis=-1) for x, k, b in zip(rows, kernel, bias, strict=True)]
-                for rows, kernel, bias in zip(
-                    np.broadcast_to(features, (len(self.kernel), *features.shape[1:])),
-                    self.kernel,
-                    self.bias,
-                    strict=True,
-                )
-            ]
-        )
+        features = np.broadcast_to(features, (len(self.kernel), *features.shape[1:]))
+        found = np.empty(features.shape[:-1], np.int64)
+        for place in np.ndindex(features.shape[:2]):  # replica and exit
+            logits = features[place] @ self.kernel[place] + self.bias[place]
+            found[place] = logits.argmax(axis=-1)
+        return found
+
+
+class Probe(NamedTuple):
+    """Logistic regressions on the frozen encoder."""
+
+    classifiers: LinearClassifiers  # of every replica and exit
+    predictions: np.ndarray  # of the validation rows, int64 [R, E, N]
+
+    def select_replicas(self, replicas: Sequence[int]) -> "Probe":
+        """Returns the probe of some replicas."""
+        return Probe(self.classifiers.select_replicas(replicas), self.predictions[list(replicas)])
 
 
 def fit_classifiers(

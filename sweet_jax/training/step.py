@@ -48,8 +48,7 @@ def train_step(
     """Takes one step of AdamW on the sum over exits of their losses (SWEET paper, section 3).
 
     Args:
-      settings: constants.
-      state: of one replica.
+      settings, state: constants, and what one replica has.
       batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels [B], row_mask bool
         [B] (False: the row is padding, and left out of the loss).
 
