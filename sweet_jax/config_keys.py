@@ -3,31 +3,27 @@
 import dataclasses
 
 from sweet_jax.config import CHOICES, Config
+from sweet_jax.config_checks import RANGES
 
-# By group: key → its meaning, or (its meaning, the allowed values in words) where the key is not a
-# flag or one of `config.CHOICES`.
+# By group: key → its meaning, or (its meaning, the allowed values in words) where these are not
+# those of `config.CHOICES` or `config_checks.RANGES`, and the key is no flag.
 MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
     "Data": {
         "task": (
             "Name of a GLUE task, or any name for your own data_files.",
             "sst2, mrpc, rte, cola, mnli, qnli or qqp; with data_files any name",
         ),
-        "train_size": ("Upper limit on training rows, calibration rows included.", "1 or more"),
-        "calibration_fraction": (
-            "Share of training rows held out for temperatures and thresholds.",
-            "between 0 and 1",
-        ),
+        "train_size": "Upper limit on training rows, calibration rows included.",
+        "calibration_fraction": "Share of training rows held out for temperatures and thresholds.",
         "tuning_fraction": (
-            "Share of the training rows held out to choose rates, penalties and the kept state.",
-            "between 0 and 1",
+            "Share of the training rows held out to choose rates, penalties and the kept state."
         ),
-        "validation_fraction": (
-            "Share of the data split off without a validation file.",
-            "between 0 and 1",
+        "validation_fraction": "Share of the data split off without a validation file.",
+        "split_seed": "Random seed of that split, the same for all replicas.",
+        "max_length": "Tokens of a text; longer texts are cut.",
+        "subset": (
+            'Training rows are drawn by seed, or the first of the file; "" is the preset\'s.'
         ),
-        "split_seed": ("Random seed of that split, the same for all replicas.", "0 or more"),
-        "max_length": ("Tokens of a text; longer texts are cut.", "8 or more"),
-        "subset": 'Training rows are drawn by seed, or the first; "" is the preset\'s.',
         "data_dir": (
             "Directory of <task>/{train,validation}.parquet.",
             'a directory; "" is the hub',
@@ -37,7 +33,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             "train[,validation]",
         ),
         "text_columns": ("Column of the text, or the two columns of a pair.", "a or a,b"),
-        "label_column": ("Column of the label.", "a column name"),
+        "label_column": "Column of the label.",
     },
     "Model": {
         "checkpoint": ("The pretrained encoder.", "hub id, local directory, or pkg://package/path"),
@@ -77,7 +73,9 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             "of one exit alone, and neither Adam nor clipping per owner depends on its scale.",
             "a positive number for each exit, or a schedule; empty for the method's",
         ),
-        "pooler": 'A pooler for each exit, or one that all share; "" is the preset\'s.',
+        "pooler": (
+            'A pretrained pooler for each exit, or one that all share; "" is the preset\'s.'
+        ),
         "relative": (
             "Owner of DeBERTa's relative positions: the first exit, or all; \"\" is the preset's."
         ),
@@ -92,10 +90,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "head_refit": (
             "Whether a logistic regression on the trained encoder replaces the classifiers."
         ),
-        "head_learning_rate": (
-            "Learning rate of the heads, a multiple of learning_rates.",
-            "positive",
-        ),
+        "head_learning_rate": "Learning rate of the heads, a multiple of learning_rates.",
         "pooling": (
             "What an exit reads: the first token through the pretrained pooler, or the mean of "
             "all tokens; \"\" is the preset's, else the checkpoint's, else the mean."
@@ -117,11 +112,11 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             'Passes over the training rows; "auto" is 96 sqrt(N) examples, at least one epoch.',
             '1 or more, or "auto"; 0 with head_init=probe or head_refit',
         ),
-        "batch_size": ("Rows in a training step.", "1 or more"),
-        "evaluation_batch_size": ("Rows in an evaluation step.", "1 or more"),
-        "warmup_fraction": ("Share of the steps in which the learning rate rises.", "0 to below 1"),
-        "weight_decay": ("AdamW's weight decay.", "0 or more"),
-        "clip_norm": ("Largest norm of a gradient.", "positive; inf switches clipping off"),
+        "batch_size": "Rows in a training step.",
+        "evaluation_batch_size": "Rows in an evaluation step.",
+        "warmup_fraction": "Share of the steps in which the learning rate rises.",
+        "weight_decay": "AdamW's weight decay.",
+        "clip_norm": "Largest norm of a gradient.",
         "rate_search": (
             "Train every learning rate to the end, or choose one by a short run of each."
         ),
@@ -132,7 +127,9 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             'Baselines: majority class, TF-IDF and probes; "full" fine-tunes a plain model too, '
             "at the best learning rate for it where rate_search is short."
         ),
-        "calibration": 'Rows that temperatures are fitted on; "" is the preset\'s.',
+        "calibration": (
+            'Rows that temperatures and thresholds are fitted on; "" is the preset\'s.'
+        ),
         "confidence": 'Exit policy of the run; "" is the preset\'s.',
         "exit_score": 'Exit policy of a run with learning_to_exit; "" is the preset\'s.',
         "metric": 'The reported metric; "" is the task\'s.',
@@ -147,7 +144,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "segment_parallel": "Whether each group of devices trains its own segments (sweet).",
     },
     "Run": {
-        "checkpoint_every": ("Steps between checkpoints.", "1 or more"),
+        "checkpoint_every": "Steps between checkpoints.",
         "conflict_every": (
             "Steps between logs of how the exits' gradients agree, where exits share layers.",
             "0 (never) or more",
@@ -183,13 +180,14 @@ def describe_keys() -> list[Key]:
     found = []
     for group, keys in MEANINGS.items():
         for name, said in keys.items():
-            meaning, allowed = (said, _choices(name)) if isinstance(said, str) else said
+            meaning, allowed = (said, _allowed(name)) if isinstance(said, str) else said
             found.append(Key(name, group, meaning, allowed, _shown(defaults[name])))
     return found
 
 
-def _choices(name: str) -> str:
-    return ", ".join(_shown(value) for value in CHOICES.get(name, (True, False)))
+def _allowed(name: str) -> str:
+    ranges = {key: wanted for keys, _, wanted in RANGES for key in keys}
+    return ranges.get(name) or ", ".join(_shown(v) for v in CHOICES.get(name, (True, False)))
 
 
 def _shown(value: object) -> str:

@@ -64,7 +64,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     """
     with raise_on_all():
         job = prepare(config)
-    identity, before = _identity(job), _identity_before_keys(config)
+    identity, before = _identity(job), _older_defaults(config)
     with claim_on_primary(
         workdir, identity, lambda: claim_run_directory(workdir, identity, FREE_KEYS, before)
     ):
@@ -93,8 +93,8 @@ def _identity(job: PreparedRun) -> dict[str, Any]:
     return {k: str(v) if v == math.inf else v for k, v in values.items()}
 
 
-def _identity_before_keys(config: Config) -> dict[str, Any]:
-    """Returns what runs did that were made before there was a key: what its default stands for."""
+def _older_defaults(config: Config) -> dict[str, Any]:
+    """Returns the values of keys for runs made before there was the key: what its default does."""
     usual = Config(preset=config.preset, method=config.method)
     return dataclasses.asdict(usual.resolved()) | {"pooling": "first"}
 
@@ -108,10 +108,8 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
     for model in model_specs(job.config):
         graphdef, params, spent = fit(job.training_job(model, workdir))
         began = time.perf_counter()
-        alone = (
-            job.config.epochs == 0 and job.probe is not None
-        )  # it was fitted on this very encoder
-        if job.config.head_refit and not alone:
+        # A probe alone was fitted on this very encoder.
+        if job.config.head_refit and not (job.config.epochs == 0 and job.probe):
             params = refit_heads(job, model, graphdef, params, workdir)
             timing["refit_seconds"] = timing.get("refit_seconds", 0) + time.perf_counter() - began
             began = time.perf_counter()
