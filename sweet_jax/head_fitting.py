@@ -65,14 +65,13 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     def features(tokens: Tokens, picked: np.ndarray) -> np.ndarray:  # [R or 1, E, N, H]
         return np.asarray(evaluate(config, program, params, tokens, picked, features=True).features)
 
-    inputs = features(job.train, rows)
+    inputs, labels = features(job.train, rows), job.train.labels[rows]
     size = (rows.shape[1], len(config.exits), inputs.nbytes / 2**20)
     log.info("probe: features of %d rows at %d exits, %.0f MiB", *size)
-    labels = job.train.labels[rows]
     found = fit_classifiers(inputs, labels, places[:, :count], places[:, count:], classes)
     found = broadcast_from_primary(found)
-    every = job.validation_rows[: len(rows)]
-    probe = Probe(found, found.predictions(features(job.validation, every)))
+    predictions = found.predictions(features(job.validation, job.validation_rows[: len(rows)]))
+    probe = Probe(found, predictions)
     if is_primary():
         found.save(path, predictions=probe.predictions)
     barrier("probe")

@@ -199,18 +199,10 @@ def log_description(job: PreparedRun) -> None:
     log.info(
         "%s with %s: %d training, %d tuning and %d calibration rows of %d (train_size %d), %d "
         "validation rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
-        job.config.task,
-        job.config.method,
-        train,
-        tuning,
-        calibration,
-        len(job.dataset.train.labels),
-        job.config.train_size,
-        len(job.validation),
-        len(job.dataset.classes),
-        len(job.config.replicas()),
-        jax.device_count(),
-        jax.default_backend(),
+        *(job.config.task, job.config.method, train, tuning, calibration),
+        *(len(job.dataset.train.labels), job.config.train_size, len(job.validation)),
+        *(len(job.dataset.classes), len(job.config.replicas())),
+        *(jax.device_count(), jax.default_backend()),
     )
 
 

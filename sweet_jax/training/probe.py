@@ -138,11 +138,7 @@ def fit_classifier(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, scale = _moments(x)
-    for rows in (x, held_x):
-        for start in range(0, len(rows), _CHUNK):
-            rows[start : start + _CHUNK] -= mean
-            rows[start : start + _CHUNK] /= scale
+    mean, scale = _standardise(x, held_x)
     coefficients = x.shape[1] * (classes if classes > 2 else 1)
     solver = "newton-cholesky" if coefficients <= _NEWTON else "lbfgs"
     model = LogisticRegression(solver=solver, max_iter=_ITERATIONS, warm_start=True)
@@ -179,16 +175,23 @@ def with_classifiers(
     return params | {"heads": heads}
 
 
-def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation float32 [H] of x [N, H]; 1 where a feature is constant.
+def _standardise(x: np.ndarray, held_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standardises both in place by the first's moments; returns these, float32 [H] each.
 
-    In two passes over chunks: E[x^2] - E[x]^2 loses digits.
+    The standard deviation is 1 where a feature is constant. In two passes over chunks:
+    E[x^2] - E[x]^2 loses digits.
     """
     chunks = range(0, len(x), _CHUNK)
     mean = sum(x[i : i + _CHUNK].sum(axis=0, dtype=np.float64) for i in chunks) / len(x)
     squares = sum((((x[i : i + _CHUNK] - mean) ** 2).sum(axis=0)) for i in chunks)
     scale = np.sqrt(squares / len(x))
-    return mean.astype(np.float32), np.where(scale > 1e-6, scale, 1).astype(np.float32)
+    scale = np.where(scale > 1e-6, scale, 1).astype(np.float32)
+    mean = mean.astype(np.float32)
+    for rows in (x, held_x):
+        for start in range(0, len(rows), _CHUNK):
+            rows[start : start + _CHUNK] -= mean
+            rows[start : start + _CHUNK] /= scale
+    return mean, scale
 
 
 def _softmax_form(model: "LogisticRegression", classes: int) -> tuple[np.ndarray, np.ndarray]:
