@@ -21,7 +21,7 @@ _DRAWS = 200
 
 
 class Cell(NamedTuple):
-    """A task with a number of rows.
+    """Names a task with a number of rows.
 
     source: "text" or "glue", where --text_dir or --data_dir has it; else what data_files names.
     """
@@ -49,7 +49,7 @@ CELLS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of one variant on the validation rows.
+    """Holds the scores of one variant on the validation rows.
 
     Attributes:
       exits: float64 [S, E], accuracy of every exit alone.
@@ -68,7 +68,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellRecord:
-    """The stored result of a variant of a cell.
+    """Holds the stored result of a variant of a cell.
 
     Attributes:
       config: of the run, as JSON has it.

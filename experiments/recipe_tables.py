@@ -16,7 +16,7 @@ from sweet_jax.files import atomic_write, write_text
 
 
 class Interval(NamedTuple):
-    """A difference and its 95% interval."""
+    """Holds a difference and its 95% interval."""
 
     value: float
     low: float

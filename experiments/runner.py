@@ -33,7 +33,7 @@ Options = argparse.Namespace
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """A table or figure: which cells it needs, and what it makes of them.
+    """Describes a table or figure: which cells it needs, and what it makes of them.
 
     Attributes:
       name: of its module.

@@ -27,7 +27,7 @@ class Method:
 
     @property
     def trains_exits_independently(self) -> bool:
-        """Whether no exit of its one model trains what another exit computes, by default."""
+        """Says whether no exit of its one model trains what another exit computes, by default."""
         return not self.model_per_exit and set(self.isolation) == {1.0}
 
 

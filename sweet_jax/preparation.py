@@ -70,7 +70,7 @@ class PreparedRun:
 
     @property
     def validation_rows(self) -> np.ndarray:
-        """The rows that each replica is reported on: all of `validation`, int [R, V]."""
+        """Returns the rows that each replica is reported on: all of `validation`, int [R, V]."""
         replicas = len(self.rows.training)
         return np.tile(np.arange(len(self.validation)), (replicas, 1))
 

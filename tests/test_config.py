@@ -116,7 +116,7 @@ def parsed(tmp_path):
         ({"label_column": ""}, "label_column must be a column name"),
     ],
 )
-def test_an_impossible_value_is_named_with_its_mend(values, words):
+def test_an_impossible_value_is_named_with_its_fix(values, words):
     with pytest.raises(UserError) as error:
         from_mapping(values)
     assert words in str(error.value)

@@ -25,7 +25,7 @@ from sweet_jax.training.step import Params, State
 
 
 class BestState(NamedTuple):
-    """The best parameters so far of every replica; a part of what checkpoints hold.
+    """Holds the best parameters so far of every replica; checkpoints have it beside the state.
 
     Of a single replica, arrays without the axis R, as its state is.
     """

@@ -20,7 +20,7 @@ _EXIT_LOSS = TrainingLoss()
 
 
 class Segments(NamedTuple):
-    """Consecutive segments of a model that are trained together."""
+    """Selects consecutive segments of a model, which are trained together."""
 
     numbers: tuple[int, ...] | None = None  # from 0, ascending, without a gap; None for all
     carried: SegmentState | None = None  # handed on by the segment before, None for the first

@@ -33,7 +33,7 @@ class BaseRun:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The layers of its exits, which stay as they are."""
+        """Returns the layers of its exits, which stay as they are."""
         return self.config.exits
 
     def replica_of(self, seed: int, rate: float) -> int:

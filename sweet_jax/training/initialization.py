@@ -27,7 +27,7 @@ from sweet_jax.training.step import Params, State, init_state
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """One model to be trained for all replicas, with its name and the layers of its exits."""
+    """Names one model to be trained for all replicas, and the layers of its exits."""
 
     name: str
     exits: tuple[int, ...]

@@ -43,7 +43,7 @@ def read_classifiers(path: Path) -> "LinearClassifiers | None":
 
 
 class LinearClassifiers(NamedTuple):
-    """The dense layers of logistic regressions, on features as they come."""
+    """Holds the dense layers of logistic regressions, on features as they come."""
 
     kernel: np.ndarray  # float32 [R, E, H, C]
     bias: np.ndarray  # float32 [R, E, C]
@@ -70,7 +70,7 @@ class LinearClassifiers(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Logistic regressions on the frozen encoder."""
+    """Holds logistic regressions on the frozen encoder."""
 
     classifiers: LinearClassifiers  # of every replica and exit
     predictions: np.ndarray  # of the validation rows, int64 [R, E, N]

@@ -18,7 +18,7 @@ from sweet_jax.training.losses import TrainingLoss
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """The constants of a compiled training step."""
+    """Holds the constants of a compiled training step."""
 
     graphdef: nnx.GraphDef  # structure of the model
     exits: tuple[int, ...]  # layer numbers, E of them
@@ -42,7 +42,7 @@ class StepSettings:
 
     @property
     def schedule(self) -> "Schedule":
-        """What the step reads of the numbers of steps."""
+        """Returns what the step reads of the numbers of steps."""
         return self.traced or make_schedule(self.total_steps, self.warmup_steps)
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
@@ -74,7 +74,7 @@ class StepSettings:
 
 
 class Schedule(NamedTuple):
-    """The numbers of steps as arguments of a compiled program, so that runs of any length share it.
+    """Holds the numbers of steps as arguments of a compiled program, for runs of any length.
 
     Reciprocals, which is what XLA makes of a division by a constant: a run has the same numbers
     whether these are arguments or constants.

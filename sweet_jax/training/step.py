@@ -19,7 +19,7 @@ from sweet_jax.training.settings import StepSettings
 
 
 class State(NamedTuple):
-    """Everything of one replica that training changes, and in which replicas differ."""
+    """Holds everything of one replica that training changes, or in which replicas differ."""
 
     params: Params
     adam: Any  # optax.ScaleByAdamState
