@@ -43,7 +43,6 @@ from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.training.conflict import gradient_conflict
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
-from sweet_jax.training.job import TrainingJob
 
 HEADER = ("layer", "exits", "cosine")
 COLUMNS = (
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse(argv)
         job = prepare(configuration(options))
-        config, rows = job.config, len(job.rows[0][0])
+        config, rows = job.config, job.rows.training.shape[1]
         total = steps_per_epoch(rows, config.batch_size) * config.epochs
         if not 0 < options.steps <= total:
             raise UserError(
@@ -84,7 +83,7 @@ def write_batches(output: Path, each: np.ndarray, job: PreparedRun, steps: int) 
     """Writes conflict.csv: the cosine of every batch, layer and pair of exits at or above it."""
     config, exits = job.config, job.config.exits
     about = (
-        *(output.name, config.task, config.checkpoint, len(job.rows[0][0])),
+        *(output.name, config.task, config.checkpoint, job.rows.training.shape[1]),
         *(config.learning_rates[0], config.batch_size, steps, config.seeds[0]),
     )
     rows = []
@@ -150,16 +149,12 @@ def configuration(options: argparse.Namespace) -> Config:
 def measure(job: PreparedRun, batches: int) -> np.ndarray:
     """Trains as the job's config says; the conflict on each of the next batches, [.., E, E, E]."""
     config, training = job.config, model_specs(job.config)[0]
-    rows = [trained for trained, _ in job.rows]
     with tempfile.TemporaryDirectory(prefix="conflict_") as workdir:
-        classes = len(job.dataset.classes)
-        graphdef, params, _ = fit(
-            TrainingJob(config, job.checkpoint, training, classes, job.train, rows, Path(workdir))
-        )
+        graphdef, params, _ = fit(job.training_job(training, Path(workdir)))
     params = jax.tree.map(lambda x: x[0], params)  # the only replica's
     measured = jax.jit(lambda params, *inputs: gradient_conflict(graphdef, params, *inputs))
     seed, lengths = config.seeds[0], bucket_lengths(config.max_length)
-    each = []
+    each, rows = [], list(job.rows.training)
     for number in range(config.max_steps, config.max_steps + batches):
         # What training would have read next, under the masks it would have drawn.
         picked = training_batch_indices(rows, [seed], number, config.batch_size)[0]  # [B]

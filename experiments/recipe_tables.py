@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.recipe_results import CELLS, Measured, read_record, record_path
+from experiments.recipe_results import CELLS, Scores, read_record, record_path
 from sweet_jax.exits.metrics import mean_interval
 from sweet_jax.files import atomic_write, write_text
 
 
 class Interval(NamedTuple):
-    """A difference and its 95% interval."""
+    """Holds a difference and its 95% interval."""
 
     value: float
     low: float
@@ -55,19 +55,19 @@ AS_THEY_ARE = (
 DEFAULT = "recipe refit"
 
 
-def load(output: Path, variants: Sequence[str]) -> dict[str, dict[str, Measured]]:
-    """Returns what is measured, by cell and then by "variant kind", or a baseline's name."""
-    found: dict[str, dict[str, Measured]] = {}
+def load(output: Path, variants: Sequence[str]) -> dict[str, dict[str, Scores]]:
+    """Returns the scores, by cell and then by "variant kind", or a baseline's name."""
+    found: dict[str, dict[str, Scores]] = {}
     for name in CELLS:
         rows = found.setdefault(name, {})
         for variant in variants:
             record = read_record(output, name, variant)
-            for kind, measured in record.measured.items() if record else ():
-                rows[kind if variant == "baselines" else f"{variant} {kind}"] = measured
+            for kind, scores in record.scores.items() if record else ():
+                rows[kind if variant == "baselines" else f"{variant} {kind}"] = scores
     return found
 
 
-def areas_table(found: Mapping[str, Mapping[str, Measured]]) -> list[list[str]]:
+def areas_table(found: Mapping[str, Mapping[str, Scores]]) -> list[list[str]]:
     """Returns rows of: variant, mean area, and in how many cells it is significantly below.
 
     The mean is over the cells that all variants with the recipe's exits have; that many are named.
@@ -97,7 +97,7 @@ def areas_table(found: Mapping[str, Mapping[str, Measured]]) -> list[list[str]]:
     return sorted(table, key=lambda row: -float(row[1].split()[0]))
 
 
-def cell_table(rows: Mapping[str, Measured]) -> list[list[str]]:
+def cell_table(rows: Mapping[str, Scores]) -> list[list[str]]:
     """Returns rows of: variant, every exit, area, area less that of the best as they are."""
     usual = [rows[u] for u in AS_THEY_ARE if u in rows]
     best = max(usual, key=lambda m: m.area.mean()) if usual else None
@@ -119,7 +119,7 @@ def cell_table(rows: Mapping[str, Measured]) -> list[list[str]]:
     return table
 
 
-def checks(found: Mapping[str, Mapping[str, Measured]], name: str = DEFAULT) -> list[str]:
+def checks(found: Mapping[str, Mapping[str, Scores]], name: str = DEFAULT) -> list[str]:
     """Returns a line for each thing that the default recipe was asked for."""
     exits = [0, 0]
     words, plain, below = [0, 0], [0, 0], []
@@ -209,7 +209,7 @@ def _write_scores(output: Path, variants: Sequence[str]) -> None:
     for name, cell in CELLS.items():
         for variant in variants:
             record = read_record(output, name, variant)
-            for kind, m in record.measured.items() if record else ():
+            for kind, m in record.scores.items() if record else ():
                 search = record.about.get("search") or {}
                 exits = (
                     record.config["exits"] if m.exits.shape[1] > 1 else [record.config["exits"][-1]]

@@ -33,7 +33,7 @@ Options = argparse.Namespace
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """A table or figure: which cells it needs, and what it makes of them.
+    """Describes a table or figure: which cells it needs, and what it makes of them.
 
     Attributes:
       name: of its module.
@@ -57,32 +57,21 @@ class Script:
 def main(script: Script, argv: Sequence[str] | None = None) -> int:
     """Runs the cells that a script needs and that are missing, and prints its tables.
 
-    Returns the exit status: 0 done, 1 a cell failed or was stopped, 2 the input is wrong.
+    Returns the exit status: see `exit_status`.
+    """
+    return exit_status(lambda: _run_script(script, argv))
+
+
+def exit_status(command: Callable[[], bool]) -> int:
+    """Runs a command, and reports its errors in one line each.
+
+    command: returns whether no cell failed.
+
+    Returns 0 where it is done, 1 where a cell failed or it was stopped, 2 where the input is wrong.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
-    made = parser(script.doc, script.name)
-    for flag, how in script.arguments.items():
-        made.add_argument(flag, **how)
     try:
-        options = made.parse_args(argv)
-        options.output = options.output or default_output(options)
-        # Of an output its own: cells of other options have the same names.
-        options.workdir = options.workdir or Path("runs/experiments") / options.output.name
-        cells = script.cells(options)
-        refuse_twins(cells)
-        if options.list:
-            _print_states(options, cells)
-            return 0
-        load(options.output, script.cells(with_finished_tasks(options)))  # refuses before hours
-        sound = options.render_only or run_cells(cells, options)
-        whole = with_finished_tasks(options)
-        records = load(options.output, script.cells(whole))
-        if script.measurements and not options.render_only:
-            script.measurements(whole, records)
-        sections = signed(script.sections(whole, records), whole, script.name, records)
-        write_figures(options.output, sections)
-        for section in sections:
-            print(markdown(section))
+        sound = command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,6 +79,32 @@ def main(script: Script, argv: Sequence[str] | None = None) -> int:
         print(f"{stop}; run the same command to resume", file=sys.stderr)
         return 1
     return 0 if sound else 1
+
+
+def _run_script(script: Script, argv: Sequence[str] | None) -> bool:
+    made = parser(script.doc, script.name)
+    for flag, how in script.arguments.items():
+        made.add_argument(flag, **how)
+    options = made.parse_args(argv)
+    options.output = options.output or default_output(options)
+    # Of an output its own: cells of other options have the same names.
+    options.workdir = options.workdir or Path("runs/experiments") / options.output.name
+    cells = script.cells(options)
+    refuse_twins(cells)
+    if options.list:
+        _print_states(options, cells)
+        return True
+    load(options.output, script.cells(with_finished_tasks(options)))  # refuses before hours
+    sound = options.render_only or run_cells(cells, options)
+    whole = with_finished_tasks(options)
+    records = load(options.output, script.cells(whole))
+    if script.measurements and not options.render_only:
+        script.measurements(whole, records)
+    sections = signed(script.sections(whole, records), whole, script.name, records)
+    write_figures(options.output, sections)
+    for section in sections:
+        print(markdown(section))
+    return sound
 
 
 def refuse_twins(cells: Iterable[Cell]) -> None:

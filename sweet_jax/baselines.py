@@ -5,37 +5,39 @@ Shape letters: R replica, E exit, N validation rows.
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.splits import split_tuning_rows
-from sweet_jax.head_fitting import Probe, fit_probe
-from sweet_jax.preparation import PreparedRun
+from sweet_jax.head_fitting import fit_probe
+from sweet_jax.learning_rate_search import search_rate
+from sweet_jax.preparation import PreparedRun, RunRows
 from sweet_jax.report.baselines import Baseline, majority_class, tfidf_predictions
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
-from sweet_jax.training.job import TrainingJob, TuningRows
+from sweet_jax.training.probe import Probe
 from sweet_jax.training.sharding import mesh_of
 
 log = logging.getLogger(__name__)
 
 
-def run_baselines(job: PreparedRun, probe: Probe | None, workdir: Path) -> list[Baseline]:
-    """Returns the baselines that `baselines` asks for, with their answers to the validation rows.
+def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> list[Baseline]:
+    """Returns the baselines that `baselines` asks for, with their predictions of validation rows.
 
     "quick": the majority class, TF-IDF with logistic regression, and a frozen encoder with mean
     pooling and a logistic regression at every exit. "full": also the plain fine-tuned full model.
 
     Args:
-      job: with the rows of every replica.
-      probe: the run's own, None for a run whose heads began at random.
+      job: with the probe that its heads started from.
+      rates: the learning rates that the run was to choose from.
       workdir: what they compute is kept in its folder `baselines`.
 
     """
-    config = job.config
+    config, probe = job.config, job.probe
     if config.baselines == "none":
         return []
     folder = workdir / "baselines"
@@ -47,7 +49,7 @@ def run_baselines(job: PreparedRun, probe: Probe | None, workdir: Path) -> list[
             cost = layer / config.exits[-1]
             found.append(Baseline(f"probe_{layer}", probe.predictions[:, e], cost))
     if config.baselines == "full":
-        found.append(Baseline("fine_tuned", _fine_tuned(job, folder), 1.0))
+        found.append(Baseline("fine_tuned", _fine_tuned(job, rates, folder), 1.0))
     return found
 
 
@@ -57,23 +59,19 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
     Nothing of them is calibrated, so that a user would fit them on all rows; their strength is
     chosen on the tuning rows, where there are any.
     """
-    labels, count = job.train.labels, len(job.validation)
+    labels, new = job.train.labels, job.dataset.validation.texts
     by_seed: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    each = []
-    for (seed, _), (own, held), tuning in zip(
-        job.config.replicas(), job.rows, job.tuning, strict=True
-    ):
-        if seed not in by_seed:
-            rows = np.union1d(own, held)
-            texts = [job.texts[i] for i in rows]
-            chosen_on = ([job.texts[i] for i in tuning], labels[tuning]) if len(tuning) else None
-            by_seed[seed] = (
-                majority_class(labels[rows], count, len(job.dataset.classes)),
-                tfidf_predictions(
-                    texts, labels[rows], job.dataset.validation.texts, tuning=chosen_on
-                ),
-            )
-        each.append(by_seed[seed])
+    for (seed, _), own, held, tuning in zip(job.config.replicas(), *job.rows, strict=True):
+        if seed in by_seed:
+            continue
+        rows = np.union1d(own, held)
+        texts = [job.texts[i] for i in rows]
+        chosen_on = ([job.texts[i] for i in tuning], labels[tuning]) if len(tuning) else None
+        by_seed[seed] = (
+            majority_class(labels[rows], len(new), len(job.dataset.classes)),
+            tfidf_predictions(texts, labels[rows], new, tuning=chosen_on),
+        )
+    each = [by_seed[seed] for seed, _ in job.config.replicas()]
     most, words = (np.stack(predictions) for predictions in zip(*each, strict=True))
     return [Baseline("majority", most, 0.0), Baseline("tfidf", words, 0.0)]
 
@@ -81,19 +79,19 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
 def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
     """Returns the probe of a run that has none of its own; None where rows are too few for one."""
     config = dataclasses.replace(job.config, pooling="mean", learning_to_exit="", grow_from="")
-    rows, tuning = job.rows, job.tuning
+    rows = job.rows
     if not config.tunes:
         try:
             split = [
                 split_tuning_rows(job.train.labels, own, config.tuning_fraction, seed)
-                for (seed, _), (own, _) in zip(config.replicas(), job.rows, strict=True)
+                for (seed, _), own in zip(config.replicas(), rows.training, strict=True)
             ]
         except UserError:
             log.warning("too few training rows for the baseline of a frozen encoder: left out")
             return None
-        rows = [(own, held) for (own, _), (_, held) in zip(split, job.rows, strict=True)]
-        tuning = [held for _, held in split]
-    return fit_probe(dataclasses.replace(job, config=config, rows=rows, tuning=tuning), folder)
+        own, tuning = (np.stack(part) for part in zip(*split, strict=True))
+        rows = RunRows(own, rows.calibration, tuning)
+    return fit_probe(dataclasses.replace(job, config=config, base=None, rows=rows), folder)
 
 
 def _plain(config: Config) -> Config:
@@ -119,21 +117,24 @@ def _plain(config: Config) -> Config:
     )
 
 
-def _fine_tuned(job: PreparedRun, folder: Path) -> np.ndarray:
-    """Returns the answers of the plain fine-tuned full model, int64 [R, N].
+def _fine_tuned(job: PreparedRun, rates: Sequence[float], folder: Path) -> np.ndarray:
+    """Returns the predictions of the plain fine-tuned full model, int64 [R, N].
 
-    With the run's own rows, epochs, and the learning rates that the run chose.
+    With the run's own rows and epochs. Where the run searches its learning rate, this one has a
+    search of its own, by the same short runs among the same rates: what suits the exits need not
+    suit it.
     """
-    config = _plain(job.config)
     log.info("baseline: the plain fine-tuned full model")
-    (training,) = model_specs(config)
-    rows = [own for own, _ in job.rows]
-    tuning = TuningRows(np.stack(job.tuning), job.dataset.task.metric)
-    classes = len(job.dataset.classes)
-    graphdef, params, _ = fit(
-        TrainingJob(config, job.checkpoint, training, classes, job.train, rows, folder, tuning)
-    )
-    every = np.tile(np.arange(len(job.validation)), (len(rows), 1))  # [R, N]
+    config = _plain(job.config)
+    replicas = list(range(len(config.replicas())))
+    if config.rate_search == "short":  # the exits' search left one replica of each seed
+        config = dataclasses.replace(config, learning_rates=tuple(rates))
+        replicas = [seed for seed in replicas for _ in rates]
+        folder /= "fine_tuned"  # an earlier version trained at the exits' rate in `folder`
+    job = dataclasses.replace(job.select_replicas(config, replicas), base=None, probe=None)
+    job, _ = search_rate(job, folder)
+    config, (model,) = job.config, model_specs(job.config)
+    graphdef, params, _ = fit(job.training_job(model, folder))
     program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
-    answer = evaluate(config, program, params, job.validation, every)
-    return np.asarray(answer.logits)[:, 0].argmax(axis=-1)
+    output = evaluate(config, program, params, job.validation, job.validation_rows)
+    return np.asarray(output.logits)[:, 0].argmax(axis=-1)

@@ -3,33 +3,26 @@
 import dataclasses
 
 from sweet_jax.config import CHOICES, Config
+from sweet_jax.config_checks import RANGES
 
-# By group: key → (its meaning, the allowed values in words). Where the second is empty, the key
-# is a flag or one of `config.CHOICES`.
-MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
+# By group: key → its meaning, or (its meaning, the allowed values in words) where these are not
+# those of `config.CHOICES` or `config_checks.RANGES`, and the key is no flag.
+MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
     "Data": {
         "task": (
             "Name of a GLUE task, or any name for your own data_files.",
             "sst2, mrpc, rte, cola, mnli, qnli or qqp; with data_files any name",
         ),
-        "train_size": ("Upper limit on training rows, calibration rows included.", "1 or more"),
-        "calibration_fraction": (
-            "Share of the training rows held out for temperatures and thresholds.",
-            "between 0 and 1",
-        ),
+        "train_size": "Upper limit on training rows, calibration rows included.",
+        "calibration_fraction": "Share of training rows held out for temperatures and thresholds.",
         "tuning_fraction": (
-            "Share of the training rows held out to choose rates, penalties and the kept state.",
-            "between 0 and 1",
+            "Share of the training rows held out to choose rates, penalties and the kept state."
         ),
-        "validation_fraction": (
-            "Share of the data split off where no validation file is given.",
-            "between 0 and 1",
-        ),
-        "split_seed": ("Random seed of that split, the same for all replicas.", "0 or more"),
-        "max_length": ("Tokens of a text; longer texts are cut.", "8 or more"),
+        "validation_fraction": "Share of the data split off without a validation file.",
+        "split_seed": "Random seed of that split, the same for all replicas.",
+        "max_length": "Tokens of a text; longer texts are cut.",
         "subset": (
-            'Training rows are drawn by seed, or the first of the file; "" is the preset\'s.',
-            "",
+            'Training rows are drawn by seed, or the first of the file; "" is the preset\'s.'
         ),
         "data_dir": (
             "Directory of <task>/{train,validation}.parquet.",
@@ -48,12 +41,12 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "Splits of that data set for training and validation.",
             'train[,validation]; "" is train, and the first of validation, valid, val, dev, test',
         ),
-        "skip_invalid": ("Leave rows without text or label out, and count them.", ""),
+        "skip_invalid": "Leave rows without text or label out, and count them.",
         "text_columns": (
             "Column of the text, or the two columns of a pair; a name with a comma in quotes.",
             'a or a,b; "" finds them by their names',
         ),
-        "label_column": ("Column of the label.", "a column name"),
+        "label_column": "Column of the label.",
     },
     "Model": {
         "checkpoint": ("The pretrained encoder.", "hub id, local directory, or pkg://package/path"),
@@ -68,12 +61,10 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Method": {
         "method": (
-            "What trains a layer: the next exit, all exits above it, or a model for each depth.",
-            "",
+            "What trains a layer: the next exit, all exits above it, or a model for each depth."
         ),
         "preset": (
-            "Protocol that fills in keys left empty: the default, the paper's, or its release's.",
-            "",
+            "Protocol that fills in keys left empty: the default, the paper's, or its release's."
         ),
         "grow_from": (
             "Run directory of a SWEET run that is kept as it is while deeper exits are trained.",
@@ -83,7 +74,7 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "How much of the gradient a boundary between exits stops: 1 is SWEET, 0 Early-Exit.",
             "a number from 0 to 1, or a pair from,to; empty for the method's",
         ),
-        "isolation_schedule": ('How a pair moves over training; "step" changes at half time.', ""),
+        "isolation_schedule": 'How a pair moves over training; "step" changes at half time.',
         "boundary_isolation": (
             "Factor on isolation for each boundary between exits.",
             "a number from 0 to 1 for each boundary; empty for 1",
@@ -96,39 +87,30 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "a positive number for each exit, or a schedule; empty for the method's",
         ),
         "pooler": (
-            'A pretrained pooler for each exit, or one that all share; "" is the preset\'s.',
-            "",
+            'A pretrained pooler for each exit, or one that all share; "" is the preset\'s.'
         ),
         "relative": (
-            "Owner of relative positions (DeBERTa, MPNet): the first exit, or all exits.",
-            '"" is the preset\'s',
+            'Owner of relative positions (DeBERTa, MPNet): the first exit, or all exits; "" is the '
+            "preset's."
         ),
         "clipping": (
-            "Clipping by the norm of each exit's own gradients, or of all; \"\" is the preset's.",
-            "",
+            "Clipping by the norm of each exit's own gradients, or of all; \"\" is the preset's."
         ),
     },
     "Heads": {
         "head_init": (
-            "Start of the classifiers: random, or logistic regressions on the frozen encoder.",
-            "",
+            "Start of the classifiers: random, or logistic regressions on the frozen encoder."
         ),
         "head_refit": (
-            "Whether a logistic regression on the trained encoder replaces the classifiers.",
-            "",
+            "Whether a logistic regression on the trained encoder replaces the classifiers."
         ),
-        "head_learning_rate": (
-            "Learning rate of the heads, a multiple of learning_rates.",
-            "positive",
-        ),
+        "head_learning_rate": "Learning rate of the heads, a multiple of learning_rates.",
         "pooling": (
-            "What an exit reads: the first token through the pretrained pooler, or the mean "
-            "of all tokens; \"\" is the preset's, else the checkpoint's, else the mean.",
-            "",
+            "What an exit reads: the first token through the pretrained pooler, or the mean of "
+            "all tokens; \"\" is the preset's, else the checkpoint's, else the mean."
         ),
         "learning_to_exit": (
-            'Heads that learn if their exit is right; "detached" trains all else as without them.',
-            "",
+            'Heads that learn if their exit is right; "detached" trains all else as without them.'
         ),
     },
     "Training": {
@@ -144,45 +126,39 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             'Passes over the training rows; "auto" is 96 sqrt(N) examples, at least one epoch.',
             '1 or more, or "auto"; 0 with head_init=probe or head_refit',
         ),
-        "batch_size": ("Rows in a training step.", "1 or more"),
-        "evaluation_batch_size": ("Rows in an evaluation step.", "1 or more"),
-        "warmup_fraction": ("Share of the steps in which the learning rate rises.", "0 to below 1"),
-        "weight_decay": ("AdamW's weight decay.", "0 or more"),
-        "clip_norm": ("Largest norm of a gradient.", "positive; inf switches clipping off"),
+        "batch_size": "Rows in a training step.",
+        "evaluation_batch_size": "Rows in an evaluation step.",
+        "warmup_fraction": "Share of the steps in which the learning rate rises.",
+        "weight_decay": "AdamW's weight decay.",
+        "clip_norm": "Largest norm of a gradient.",
         "rate_search": (
-            "Train every learning rate to the end, or choose one by a short run of each.",
-            "",
+            "Train every learning rate to the end, or choose one by a short run of each."
         ),
-        "group_by_length": ("Whether batches hold texts of similar length: less padding.", ""),
+        "group_by_length": "Whether batches hold texts of similar length: less padding.",
     },
     "Evaluation": {
         "baselines": (
-            'Baselines: majority class, TF-IDF and probes; "full" fine-tunes a plain model too.',
-            "",
+            'Baselines: majority class, TF-IDF and probes; "full" fine-tunes a plain model too, '
+            "at the best learning rate for it where rate_search is short."
         ),
         "calibration": (
-            'Rows that temperatures and thresholds are fitted on; "" is the preset\'s.',
-            "",
+            'Rows that temperatures and thresholds are fitted on; "" is the preset\'s.'
         ),
-        "confidence": ('Exit policy of the run; "" is the preset\'s.', ""),
-        "exit_score": ('Exit policy of a run with learning_to_exit; "" is the preset\'s.', ""),
-        "metric": ('The reported metric; "" is the task\'s.', ""),
+        "confidence": 'Exit policy of the run; "" is the preset\'s.',
+        "exit_score": 'Exit policy of a run with learning_to_exit; "" is the preset\'s.',
+        "metric": 'The reported metric; "" is the task\'s.',
     },
     "Hardware": {
-        "dtype": ("Type of activations; parameters are float32.", ""),
-        "attention": (
-            "einsum is this library's own; the others are jax.nn.dot_product_attention's.",
-            "",
-        ),
-        "attention_dropout": ('Dropout of attention weights: "" is the checkpoint\'s.', ""),
+        "dtype": "Type of activations; parameters are float32.",
+        "attention": "einsum is this library's own; the others are jax.nn.dot_product_attention's.",
+        "attention_dropout": 'Dropout of attention weights: "" is the checkpoint\'s.',
         "remat": (
-            "Whether the backward pass recomputes activations: less memory, a third more work.",
-            "",
+            "Whether the backward pass recomputes activations: less memory, a third more work."
         ),
-        "segment_parallel": ("Whether each group of devices trains its own segments (sweet).", ""),
+        "segment_parallel": "Whether each group of devices trains its own segments (sweet).",
     },
     "Run": {
-        "checkpoint_every": ("Steps between checkpoints.", "1 or more"),
+        "checkpoint_every": "Steps between checkpoints.",
         "conflict_every": (
             "Steps between logs of how the exits' gradients agree, where exits share layers.",
             "0 (never) or more",
@@ -215,15 +191,17 @@ def describe_keys() -> list[Key]:
     described = [name for keys in MEANINGS.values() for name in keys]
     if sorted(described) != sorted(defaults):
         raise ValueError(f"MEANINGS and Config differ in {set(described) ^ set(defaults)}")
-    return [
-        Key(name, group, meaning, allowed or _choices(name), _shown(defaults[name]))
-        for group, keys in MEANINGS.items()
-        for name, (meaning, allowed) in keys.items()
-    ]
+    found = []
+    for group, keys in MEANINGS.items():
+        for name, said in keys.items():
+            meaning, allowed = (said, _allowed(name)) if isinstance(said, str) else said
+            found.append(Key(name, group, meaning, allowed, _shown(defaults[name])))
+    return found
 
 
-def _choices(name: str) -> str:
-    return ", ".join(_shown(value) for value in CHOICES.get(name, (True, False)))
+def _allowed(name: str) -> str:
+    ranges = {key: wanted for keys, _, wanted in RANGES for key in keys}
+    return ranges.get(name) or ", ".join(_shown(v) for v in CHOICES.get(name, (True, False)))
 
 
 def _shown(value: object) -> str:

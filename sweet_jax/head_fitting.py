@@ -2,20 +2,20 @@
 
 Tuning rows, which are neither trained on nor calibrated on, choose their penalties.
 
-Shape letters: R replica, E exit, U rows with features, N rows, M tuning rows, H hidden, C classes.
+Shape letters: R replica, E exit, U rows with features, N training or validation rows, M tuning
+rows, H hidden.
 """
 
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import Config
+from sweet_jax.data.batches import Tokens
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
@@ -23,6 +23,7 @@ from sweet_jax.training.initialization import ModelSpec, initial_state
 from sweet_jax.training.probe import (
     ROWS,
     LinearClassifiers,
+    Probe,
     fit_classifiers,
     read_classifiers,
     refit_path,
@@ -34,34 +35,6 @@ from sweet_jax.training.step import Params
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Probe:
-    """Logistic regressions on the frozen encoder.
-
-    Attributes:
-      classifiers: of every replica and exit.
-      predictions: of the validation rows, int64 [R, E, N].
-
-    """
-
-    classifiers: LinearClassifiers
-    predictions: np.ndarray
-
-    def select_replicas(self, replicas: Sequence[int]) -> "Probe":
-        """Returns the probe of some replicas."""
-        return Probe(self.classifiers.select_replicas(replicas), self.predictions[list(replicas)])
-
-
-def select_replicas(job: PreparedRun, config: Config, replicas: Sequence[int]) -> PreparedRun:
-    """Returns the job of some replicas alone, which are those of `config`."""
-    return dataclasses.replace(
-        job,
-        config=config,
-        rows=[job.rows[r] for r in replicas],
-        tuning=[job.tuning[r] for r in replicas],
-    )
-
-
 def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     """Fits a logistic regression at every exit of the encoder that training starts from.
 
@@ -70,46 +43,35 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     """
     path = workdir / "probe.npz"
     if broadcast_from_primary(path.exists()):
-        known = read_classifiers(path)
-        assert known is not None, f"{path} is the first process's alone: workdirs are shared"
-        with np.load(path, allow_pickle=False) as arrays:
-            return Probe(known, arrays["predictions"])
+        return _read_probe(path)
     began = time.perf_counter()
     config, classes = job.config, len(job.dataset.classes)
-    training = ModelSpec("probe", config.exits)
-    graphdef, state = initial_state(config, job.checkpoint, training, classes)
+    model = ModelSpec("probe", config.exits)
+    graphdef, state = initial_state(config, job.checkpoint, model, classes, job.base)
     params = state.params
-    own, held = _rows(job)
-    rows = np.concatenate([own, held], axis=1)  # [R, U]
+    rows, count = _rows_to_fit(job)
+    places = _columns(rows)
     if _same_features(params):  # of R = 1 always
         config = dataclasses.replace(
             config, seeds=config.seeds[:1], learning_rates=config.learning_rates[:1]
         )
         params = jax.tree.map(lambda x: x[:1], params)
-        rows = np.unique(rows)[None]  # [1, U], ascending
+        used = np.unique(rows)
+        rows, places = used[None], np.searchsorted(used, rows)  # [1, U], [R, N + M]
     mesh = make_mesh(len(rows), config.batch_size)
     params = reshard(params, jax.tree.map(lambda _: replica_sharding(mesh, len(rows)), params))
     program = compile_evaluation(config, graphdef, mesh, features=True)
-    features = evaluate(config, program, params, job.train, rows, features=True).features
-    assert features is not None
-    log.info(
-        "probe: features of %d rows at %d exits, %.0f MiB",
-        rows.shape[1],
-        len(config.exits),
-        features.nbytes / 2**20,
-    )
-    if len(rows) == 1:
-        places = [np.stack([np.searchsorted(rows[0], r) for r in index]) for index in (own, held)]
-    else:
-        whole = np.tile(np.arange(rows.shape[1]), (len(rows), 1))  # [R, U]
-        places = [whole[:, : own.shape[1]], whole[:, own.shape[1] :]]
-    labels = job.train.labels[rows]
-    found = fit_classifiers(np.asarray(features), labels, places[0], places[1], classes)
-    every = np.tile(np.arange(len(job.validation)), (len(rows), 1))  # [R or 1, N]
-    features = evaluate(config, program, params, job.validation, every, features=True).features
-    assert features is not None
+
+    def features(tokens: Tokens, picked: np.ndarray) -> np.ndarray:  # [R or 1, E, N, H]
+        return np.asarray(evaluate(config, program, params, tokens, picked, features=True).features)
+
+    inputs, labels = features(job.train, rows), job.train.labels[rows]
+    size = (rows.shape[1], len(config.exits), inputs.nbytes / 2**20)
+    log.info("probe: features of %d rows at %d exits, %.0f MiB", *size)
+    found = fit_classifiers(inputs, labels, places[:, :count], places[:, count:], classes)
     found = broadcast_from_primary(found)
-    probe = Probe(found, found.predictions(np.asarray(features)))
+    predictions = found.predictions(features(job.validation, job.validation_rows[: len(rows)]))
+    probe = Probe(found, predictions)
     if is_primary():
         found.save(path, predictions=probe.predictions)
     barrier("probe")
@@ -117,16 +79,28 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     return probe
 
 
-def _rows(job: PreparedRun) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows that regressions are fitted on, int [R, N], and tuned on, int [R, M].
+def _read_probe(path: Path) -> Probe:
+    known = read_classifiers(path)
+    assert known is not None, f"{path} is the first process's alone: workdirs are shared"
+    with np.load(path, allow_pickle=False) as arrays:
+        return Probe(known, arrays["predictions"])
+
+
+def _rows_to_fit(job: PreparedRun) -> tuple[np.ndarray, int]:
+    """Returns training and tuning rows, int [R, N + M], and N.
 
     Of a large file as many as are drawn by a fixed seed: more would take hours and say no more.
     """
     found = []
-    for rows in (np.stack([trained for trained, _ in job.rows]), np.stack(job.tuning)):
+    for rows in (job.rows.training, job.rows.tuning):
         use = np.random.default_rng(0).permutation(rows.shape[1])[:ROWS]
         found.append(rows[:, np.sort(use)])
-    return found[0], found[1]
+    return np.concatenate(found, axis=1), found[0].shape[1]
+
+
+def _columns(rows: np.ndarray) -> np.ndarray:
+    """Returns the column number of each of the rows [R, U], int [R, U]."""
+    return np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
 
 
 def _same_features(params: Params) -> bool:
@@ -141,35 +115,31 @@ def _same_features(params: Params) -> bool:
 
 
 def refit_heads(
-    job: PreparedRun, training: ModelSpec, graphdef: nnx.GraphDef, params: Params, workdir: Path
+    job: PreparedRun, model: ModelSpec, graphdef: nnx.GraphDef, params: Params, workdir: Path
 ) -> Params:
     """Returns trained parameters [R, ...] with the classifiers fitted again on the trained encoder.
 
     Exits of a run that this one grows from stay as they are, and so do replicas that diverged. The
     classifiers are kept in `refit/`, for a run that grows from this one.
     """
-    config, base = job.config, job.base
-    kept = base.exits if base is not None else ()
-    own, held = _rows(job)
-    rows = np.concatenate([own, held], axis=1)  # [R, N + M]
+    config, classes = job.config, len(job.dataset.classes)
+    grown = job.base.exits if job.base is not None else ()
+    rows, count = _rows_to_fit(job)
     program = compile_evaluation(config, graphdef, mesh_of(params), features=True)
     output = evaluate(config, program, params, job.train, rows, features=True)
     features = np.asarray(output.features)  # [R, E, N + M, H]
     sound = np.isfinite(features).all(axis=(1, 2, 3))  # [R]
     if not sound.all():
         features[~sound] = 0
-    places = np.tile(np.arange(rows.shape[1]), (len(rows), 1))
-    count = own.shape[1]
-    labels, classes = job.train.labels[rows], len(job.dataset.classes)
+    labels, places = job.train.labels[rows], _columns(rows)
     found = fit_classifiers(features, labels, places[:, :count], places[:, count:], classes)
     found = LinearClassifiers(*(np.array(array) for array in broadcast_from_primary(found)))
-    for e, layer in enumerate(training.exits):
+    for e, layer in enumerate(model.exits):
         dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])
-        own_kept = ~sound | (layer in kept)  # [R]
-        found.kernel[own_kept, e] = dense["kernel"][own_kept]
-        found.bias[own_kept, e] = dense["bias"][own_kept]
+        kept = ~sound | (layer in grown)  # [R]
+        found.kernel[kept, e], found.bias[kept, e] = dense["kernel"][kept], dense["bias"][kept]
     if is_primary():
-        found.save(refit_path(workdir, training.name))
+        found.save(refit_path(workdir, model.name))
     barrier("refit")
-    new = with_classifiers(params, training.exits, found, range(len(training.exits)))
+    new = with_classifiers(params, model.exits, found, range(len(model.exits)))
     return reshard(new, jax.tree.map(lambda x: x.sharding, params))

@@ -103,7 +103,7 @@ def _recipe(name: str) -> ConfigDict:
         raise UserError(
             f"config file {path!r}: {type(error).__name__}: {one_line(error)}"
         ) from error
-    values = dataclasses.asdict(configuration.from_mapping(chosen))
+    values = dataclasses.asdict(Config()) | configuration.convert_values(chosen)
     # A number or a name: as text, so that a flag may change the one into the other.
     weights = values["loss_weights"]
     weights = weights if isinstance(weights, str) else ",".join(map(str, weights))

@@ -14,28 +14,20 @@ LossWeightSchedule = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Describes a method of training by the values in which it differs from the others.
+    """Describes a method of training by the values in which it differs from the others."""
 
-    Attributes:
-      name: that of the config key `method`.
-      model_per_exit: a model of its own is trained for every exit, as deep as that exit; otherwise
-        one model has all exits.
-      isolation: of the boundaries between exits where the config sets none: one number, or from,
-        to. 0 lets all of a gradient through, 1 nothing.
-      loss_weights: where the config sets none, a name in LOSS_WEIGHTS.
-      cost: layers computed until each exit answers, float64 [E], of the layers of the exits [E].
-
-    """
-
-    name: str
+    name: str  # that of the config key `method`
+    # Trains a model of its own for every exit, as deep as that exit; else one model has all exits.
     model_per_exit: bool
+    # Of the boundaries where the config sets none: one number, or from, to. 1 lets nothing through.
     isolation: tuple[float, ...]
-    loss_weights: str
+    loss_weights: str  # where the config sets none, a name in LOSS_WEIGHTS
+    # From the layers of the exits [E] to those computed until each exit answers, float64 [E].
     cost: Callable[[np.ndarray], np.ndarray]
 
     @property
     def trains_exits_independently(self) -> bool:
-        """Whether no exit of its one model trains what another exit computes, by default."""
+        """Says whether no exit of its one model trains what another exit computes, by default."""
         return not self.model_per_exit and set(self.isolation) == {1.0}
 
 
@@ -96,10 +88,7 @@ def loss_weights(
 ) -> tuple[tuple[float, float], ...]:
     """Returns the weight of each exit's loss at the first and at the last step, E pairs.
 
-    Args:
-      chosen: a name in LOSS_WEIGHTS, or one number for each exit.
-      layers: of all exits of the run.
-
+    chosen: a name in LOSS_WEIGHTS, or one number for each exit.
     """
     if isinstance(chosen, str):
         start, end = LOSS_WEIGHTS[chosen](np.asarray(layers, np.float64))

@@ -1,11 +1,14 @@
 """Reads and checks everything that a config names, before anything is written.
 
-Shape letters: R replica, N training rows that are used.
+Shape letters: R replica, U training rows that any replica uses, N training rows, K calibration
+rows, M tuning rows, V validation rows.
 """
 
 import dataclasses
 import logging
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from sweet_jax.data.batches import Tokens, tokenize, whole_lengths
 from sweet_jax.data.label_checks import describe_classes, label_warnings
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.splits import (
+    Split,
     drop_duplicates,
     select_rows,
     split_calibration_rows,
@@ -24,16 +28,30 @@ from sweet_jax.models.checkpoint_files import load_tokenizer
 from sweet_jax.models.pooling import POOLINGS, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.models.special_tokens import ensure_first_token
-from sweet_jax.training.growth import base_config
-from sweet_jax.training.initialization import base_checkpoint_folder, with_training_dropout
+from sweet_jax.training.growth import BaseRun, read_base_run
+from sweet_jax.training.initialization import (
+    ModelSpec,
+    base_checkpoint_folder,
+    with_training_dropout,
+)
+from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.parallel import check_devices
+from sweet_jax.training.probe import Probe
 
 log = logging.getLogger(__name__)
 
 _FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of accuracy
 
 
-@dataclasses.dataclass(frozen=True)
+class RunRows(NamedTuple):
+    """Holds the rows of every replica by what reads them; no row is in two of the three."""
+
+    training: np.ndarray  # int [R, N]
+    calibration: np.ndarray  # int [R, K]; K is 0 unless `calibration` is "held_out"
+    tuning: np.ndarray  # int [R, M]; M is 0 where nothing is tuned
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class PreparedRun:
     """Holds a resolved config and everything it names, read once and checked.
 
@@ -45,13 +63,42 @@ class PreparedRun:
     checkpoint: Checkpoint  # with its weights
     dataset: Dataset
     digest: str  # of the data set
-    base: Config | None  # of the run that this one grows from
+    base: BaseRun | None  # that this one grows from
     tokenizer: Any
-    texts: list[tuple[str, ...]]  # [N]
-    train: Tokens  # N rows
+    texts: list[tuple[str, ...]]  # U of them
+    train: Tokens  # U rows
     validation: Tokens
-    rows: list[tuple[np.ndarray, np.ndarray]]  # (training, calibration) rows of each of R replicas
-    tuning: list[np.ndarray]  # tuning rows of each replica; empty where nothing is tuned
+    rows: RunRows
+    probe: Probe | None = None  # that the heads start from, once it is fitted
+
+    @property
+    def validation_rows(self) -> np.ndarray:
+        """Returns the rows that each replica is reported on: all of `validation`, int [R, V]."""
+        replicas = len(self.rows.training)
+        return np.tile(np.arange(len(self.validation)), (replicas, 1))
+
+    def select_replicas(self, config: Config, replicas: Sequence[int]) -> "PreparedRun":
+        """Returns the run of some replicas alone, which are those of `config`."""
+        rows = RunRows(*(each[list(replicas)] for each in self.rows))
+        probe = self.probe.select_replicas(replicas) if self.probe else None
+        return dataclasses.replace(self, config=config, rows=rows, probe=probe)
+
+    def training_job(self, model: ModelSpec, workdir: Path, *, short: bool = False) -> TrainingJob:
+        """Returns the training of one of the method's models; see TrainingJob for the arguments."""
+        return TrainingJob(
+            config=self.config,
+            checkpoint=self.checkpoint,
+            model=model,
+            classes=len(self.dataset.classes),
+            tokens=self.train,
+            rows=self.rows.training,
+            tuning=self.rows.tuning,
+            metric=self.dataset.task.metric,
+            workdir=workdir,
+            base=self.base,
+            probe=self.probe.classifiers if self.probe else None,
+            short=short,
+        )
 
 
 def prepare(config: Config) -> PreparedRun:
@@ -61,16 +108,16 @@ def prepare(config: Config) -> PreparedRun:
     config, checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
     digest = dataset.digest()
-    base = base_config(config, digest)
+    base = read_base_run(config, digest)
     if base is not None:
-        base_checkpoint_folder(config, base)
+        base_checkpoint_folder(base)
     check_devices(config)
     tokenizer = load_tokenizer(checkpoint)
     if POOLINGS[config.pooling].first_only:
         ensure_first_token(tokenizer, config.checkpoint)
-    drawn, tuning = _draw_rows(config, dataset)
+    drawn = _draw_rows(config, dataset)
     # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
-    used = np.unique(np.concatenate([*(rows for pair in drawn for rows in pair), *tuning]))
+    used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))
     kept = select_rows(dataset.train, used)
     return PreparedRun(
         config=config,
@@ -82,8 +129,7 @@ def prepare(config: Config) -> PreparedRun:
         texts=kept.texts,
         train=tokenize(tokenizer, kept, config.max_length),
         validation=tokenize(tokenizer, dataset.validation, config.max_length),
-        rows=[(np.searchsorted(used, t), np.searchsorted(used, h)) for t, h in drawn],
-        tuning=[np.searchsorted(used, t) for t in tuning],
+        rows=RunRows(*(np.searchsorted(used, rows) for rows in drawn)),
     )
 
 
@@ -99,61 +145,56 @@ def _read_checkpoint(config: Config) -> tuple[Config, Checkpoint]:
     return config, checkpoint
 
 
-def _draw_rows(
-    config: Config, dataset: Dataset
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
-    """Returns the (training, calibration) rows and the tuning rows of each replica.
+def _draw_rows(config: Config, dataset: Dataset) -> RunRows:
+    """Draws the rows of each replica, numbered as in the data set.
 
     Raises UserError where a class of the validation rows is in none of the training rows drawn.
     """
-    labels = dataset.train.labels
-    drawn = [split_calibration_rows(labels, config, seed) for seed, _ in config.replicas()]
-    before = len(drawn[0][0])
-    drawn = drop_duplicates(dataset.train.texts, drawn)
-    if len(drawn[0][0]) < before:
-        repeats = before - len(drawn[0][0])
+    labels, texts = dataset.train.labels, dataset.train.texts
+    seeds = [seed for seed, _ in config.replicas()]
+    split = [split_calibration_rows(labels, config, seed) for seed in seeds]
+    before = len(split[0][0])
+    training, calibration = zip(*drop_duplicates(texts, split), strict=True)
+    if repeats := before - len(training[0]):
         log.info("%d training rows repeat a calibration text: left out", repeats)
-    drawn, tuning = _with_tuning_rows(config, dataset, drawn)
-    for (seed, _), (trained, _) in zip(config.replicas(), drawn, strict=True):
-        unseen = np.setdiff1d(dataset.validation.labels, labels[trained])
+    tuning = [np.empty(0, int)] * len(seeds)
+    if config.tunes:
+        training, tuning = _hold_out_tuning_rows(config, dataset.train, training)
+    for seed, rows in zip(seeds, training, strict=True):
+        unseen = np.setdiff1d(dataset.validation.labels, labels[rows])
         if len(unseen):
             raise UserError(
                 f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
-                f"the {len(trained)} training rows drawn for seed {seed}: raise train_size, or "
+                f"the {len(rows)} training rows drawn for seed {seed}: raise train_size, or "
                 "give more distinct texts"
             )
-    return drawn, tuning
+    return RunRows(np.stack(training), np.stack(calibration), np.stack(tuning))
 
 
-def _with_tuning_rows(
-    config: Config, dataset: Dataset, drawn: list[tuple[np.ndarray, np.ndarray]]
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
-    """Returns the (training, calibration) rows without tuning rows, and the tuning rows."""
-    if not config.tunes:
-        return drawn, [np.empty(0, int)] * len(drawn)
-    labels, texts = dataset.train.labels, dataset.train.texts
+def _hold_out_tuning_rows(
+    config: Config, rows: Split, training: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Splits each replica's training rows into training rows and equally many tuning rows."""
     split = [
-        split_tuning_rows(labels, trained, config.tuning_fraction, seed)
-        for (seed, _), (trained, _) in zip(config.replicas(), drawn, strict=True)
+        split_tuning_rows(rows.labels, own, config.tuning_fraction, seed)
+        for (seed, _), own in zip(config.replicas(), training, strict=True)
     ]
-    split = drop_duplicates(texts, split)
+    split = drop_duplicates(rows.texts, split)
     size = min(len(tuning) for _, tuning in split)
-    rows = [(t, held) for (t, _), (_, held) in zip(split, drawn, strict=True)]
-    return rows, [tuning[:size] for _, tuning in split]
+    return [own for own, _ in split], [tuning[:size] for _, tuning in split]
 
 
 def log_description(job: PreparedRun) -> None:
     """Logs what will be trained, on how many rows and devices, and what looks wrong in the data."""
-    train, calibration = job.rows[0]
+    train, calibration, tuning = (rows.shape[1] for rows in job.rows)
     _log_labels(job)
     _log_lengths(job)
-    if job.config.calibration == "held_out" and len(calibration) < _FEW:
+    if job.config.calibration == "held_out" and calibration < _FEW:
         log.warning(
             "only %d calibration rows: temperatures and thresholds fitted on them say little of "
             "other rows; give more rows, or a larger calibration_fraction",
-            len(calibration),
+            calibration,
         )
-    tuning = len(job.tuning[0])
     if 0 < tuning < _FEW:
         log.warning(
             "only %d tuning rows: the penalties, the learning rate and the state that is kept, "
@@ -165,18 +206,10 @@ def log_description(job: PreparedRun) -> None:
     log.info(
         "%s with %s: %d training, %d tuning and %d calibration rows of %d (train_size %d), %d "
         "validation rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
-        job.config.task,
-        job.config.method,
-        len(train),
-        tuning,
-        len(calibration),
-        len(job.dataset.train.labels),
-        job.config.train_size,
-        len(job.validation),
-        len(job.dataset.classes),
-        len(job.rows),
-        jax.device_count(),
-        jax.default_backend(),
+        *(job.config.task, job.config.method, train, tuning, calibration),
+        *(len(job.dataset.train.labels), job.config.train_size, len(job.validation)),
+        *(len(job.dataset.classes), len(job.config.replicas())),
+        *(jax.device_count(), jax.default_backend()),
     )
 
 

@@ -10,31 +10,22 @@
 #   pooling: how an exit reads its layer; "" = as the checkpoint declares, see models/pooling.py
 #   head_init: classifiers begin random | as logistic regressions on the frozen encoder
 #   exit_score: learning-to-exit's sigmoid | that, min-max normalised over the evaluated rows
+# The SWEET paper's method and experimental setup, but nothing is fitted on the rows reported.
+_DEFAULT = {
+    "pooler": "per_exit",
+    "relative": "first",
+    "clipping": "owner",
+    "subset": "seed",
+    "calibration": "held_out",
+    "confidence": "confidence",
+    "exit_score": "learning_to_exit",
+    "pooling": "",
+    "head_init": "random",
+}
 PRESETS: dict[str, dict[str, str]] = {
-    # The SWEET paper's method and experimental setup, but nothing is fitted on the rows reported.
-    "": {
-        "pooler": "per_exit",
-        "relative": "first",
-        "clipping": "owner",
-        "subset": "seed",
-        "calibration": "held_out",
-        "confidence": "confidence",
-        "exit_score": "learning_to_exit",
-        "pooling": "",
-        "head_init": "random",
-    },
+    "": _DEFAULT,
     # SWEET paper: temperatures are fitted on the evaluation set.
-    "paper": {
-        "pooler": "per_exit",
-        "relative": "first",
-        "clipping": "owner",
-        "subset": "seed",
-        "calibration": "validation",
-        "confidence": "confidence",
-        "exit_score": "learning_to_exit",
-        "pooling": "first",
-        "head_init": "random",
-    },
+    "paper": _DEFAULT | {"calibration": "validation", "pooling": "first"},
     # What the authors' released code does.
     "reference": {
         "pooler": "shared",

@@ -116,7 +116,7 @@ def parsed(tmp_path):
         ({"label_column": ""}, "label_column must be a column name"),
     ],
 )
-def test_an_impossible_value_is_named_with_its_mend(values, words):
+def test_an_impossible_value_is_named_with_its_fix(values, words):
     with pytest.raises(UserError) as error:
         from_mapping(values)
     assert words in str(error.value)
@@ -195,6 +195,21 @@ def test_a_recipe_s_numbers_give_way_to_a_name_of_the_command_line(parsed):
     source = "def get_config(): return {'loss_weights': (1, 2, 3, 4)}"
     assert parsed(source=source).loss_weights == (1.0, 2.0, 3.0, 4.0)
     assert parsed("--config.loss_weights=depth", source=source).loss_weights == "depth"
+
+
+def test_what_goes_together_is_checked_after_the_command_line(parsed):
+    """A recipe's values may fit the exits, or the method, that the command line names."""
+    source = "def get_config(): return {'loss_weights': (1, 2, 4)}"
+    assert parsed("--config.exits=1,2,3", source=source).loss_weights == (1.0, 2.0, 4.0)
+    with pytest.raises(UserError, match="for each of the 4 exits 1,4,6,12"):
+        parsed(source=source)
+    source = "def get_config(): return {'exits': (2, 1), 'conflict_every': 5}"
+    config = parsed("--config.method=early_exit", "--config.exits=1,2", source=source)
+    assert (config.exits, config.conflict_every) == ((1, 2), 5)
+    for value in ("()", "(1, 'x')", "None"):
+        source = f"def get_config(): return {{'loss_weights': {value}}}"
+        with pytest.raises(UserError, match="loss_weights must be one positive number for each"):
+            parsed("--config.loss_weights=depth", source=source)
 
 
 def test_conflict_is_measured_wherever_exits_share_layers():

@@ -177,11 +177,14 @@ def test_the_reference_page_describes_every_key():
 
 # From what is imported to what imports; docs/architecture.md has the same table.
 LEVELS = [
-    {"config", "config_keys", "methods", "presets", "files", "distributed", "compilation_cache"},
+    {
+        *("errors", "config", "config_checks", "config_keys", "methods", "presets"),
+        *("files", "distributed", "compilation_cache"),
+    },
     {"data", "exits", "objectives"},
     {"models", "arguments"},
     {"training", "inference", "report"},
-    {"preparation", "baselines", "head_fitting", "learning_rate_search"},
+    {"preparation", "baselines", "head_fitting", "learning_rate_search", "run_outputs"},
     {"pipeline", "server"},
     {"main", "simulate", "predict", "serve", "export"},
     {"cli"},

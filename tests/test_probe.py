@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
-from sweet_jax import head_fitting
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.head_fitting import fit_probe
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
 from sweet_jax.training import probe
@@ -136,12 +136,12 @@ def test_without_epochs_the_probe_is_the_model(
     assert ("kept in a file under" in caplog.text) == streamed
 
 
-def test_of_a_large_file_some_rows_are_fitted_on(options, monkeypatch):
+def test_of_a_large_file_some_rows_are_fitted_on(
+    options, tmp_path, one_device, monkeypatch, caplog
+):
+    caplog.set_level("INFO", logger="sweet_jax")
     monkeypatch.setattr("sweet_jax.head_fitting.ROWS", 20)
-    job = prepare(from_mapping(options | {"head_init": "probe", "seeds": (0, 1)}))
-    own, held = head_fitting._rows(job)
-    assert own.shape == (2, 20)
-    assert held.shape == (2, 9)  # fewer than that
-    for r in (0, 1):
-        assert set(own[r]) <= set(job.rows[r][0])
-        assert (np.diff(own[r]) > 0).all()
+    job = prepare(from_mapping(options | {"head_init": "probe"}))
+    assert (job.rows.training.shape, job.rows.tuning.shape) == ((1, 81), (1, 9))
+    fit_probe(job, tmp_path)
+    assert "features of 29 rows at 3 exits" in caplog.text  # tuning rows are fewer than 20

@@ -198,10 +198,11 @@ def test_calibration_rows_differ_by_seed_and_validation_rows_do_not(options, tmp
     job = prepare(from_mapping(options | {"seeds": (0, 1)}))
     outcome = train_and_evaluate(job, tmp_path)
     assert outcome.calibration.logits.shape[2] == 10
-    for r, (trained, held_out) in enumerate(job.rows):
+    rows = zip(job.rows.training, job.rows.calibration, strict=True)
+    for r, (trained, held_out) in enumerate(rows):
         assert not set(trained) & set(held_out)
         np.testing.assert_array_equal(outcome.calibration.labels[r], job.train.labels[held_out])
-    assert set(job.rows[0][1]) != set(job.rows[1][1])
+    assert set(job.rows.calibration[0]) != set(job.rows.calibration[1])
     np.testing.assert_array_equal(outcome.validation.labels[0], outcome.validation.labels[1])
 
 
@@ -235,7 +236,7 @@ def test_only_the_rows_that_are_drawn_are_tokenised(options):
     job = prepare(from_mapping(options | {"seeds": (0, 1), "train_size": 30}))
     assert 30 < len(job.train) <= 60 < len(job.dataset.train.labels)
     whole = tokenize(job.tokenizer, job.dataset.train, 32)
-    for seed, rows in zip((0, 1), job.rows, strict=True):
+    for seed, *rows in zip((0, 1), job.rows.training, job.rows.calibration, strict=True):
         drawn = split_calibration_rows(job.dataset.train.labels, job.config, seed)
         for ours, theirs in zip(rows, drawn, strict=True):
             np.testing.assert_array_equal(job.train.labels[ours], whole.labels[theirs])
@@ -262,31 +263,29 @@ def test_presets_that_calibrate_on_validation_rows(
 
 
 def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
-    options, tmp_path, one_device, monkeypatch, caplog
+    options, tmp_path, one_device, caplog
 ):
-    initial = "sweet_jax.training.fit.initial_state"
-    from sweet_jax.training.initialization import initial_state
-
-    def poisoned(*args):
-        graphdef, state = initial_state(*args)
-        state.params["heads"]["2"]["classifier"]["bias"][1] = np.inf
-        return graphdef, state
-
+    """Of two learning rates, one spoils all exits with its first update."""
     options = options | {"exits": (2, 3)}
-    healthy = run(from_mapping(options | {"seeds": (0,)}), tmp_path / "healthy")
-    monkeypatch.setattr(initial, poisoned)
-    results = run(from_mapping(options | {"seeds": (0, 1)}), tmp_path / "poisoned")
+    healthy = run(from_mapping(options), tmp_path / "healthy")
+    rates = {"learning_rates": (3e-3, 1e30)}
+    results = run(from_mapping(options | rates), tmp_path / "diverged")
     bad = [d for replica in results["replicas"] for d in replica["diverged"]]
     bad = [d for d in bad if d["what"] == "loss is not finite"]
-    # Exit 3 stands on exit 2's layers, which the first update spoils.
-    assert [(d["replica"], d["exit"], d["step"]) for d in bad] == [(1, 2, 0), (1, 3, 1)]
-    assert "diverged: replica 1 (seed 1, learning rate 0.003), exit 2: loss is not " in caplog.text
-    assert "exit 2: loss is not finite, since step 0" in caplog.text
+    first = {}  # (replica, exit) → the first step of the log whose loss is not finite
+    for step in read_metrics(tmp_path / "diverged"):
+        for r, losses in enumerate(step["loss"]):
+            for layer, loss in zip((2, 3), losses, strict=True):
+                if loss is None:
+                    first.setdefault((r, layer), step["step"])
+    assert {(d["replica"], d["exit"]): d["step"] for d in bad} == first == {(1, 2): 1, (1, 3): 1}
+    assert "diverged: replica 1 (seed 0, learning rate 1e+30), exit 2: loss is not " in caplog.text
+    assert "exit 2: loss is not finite, since step 1" in caplog.text
     said = re.findall(
-        r"replica 1, exit (\d) of exits_2_3: the loss is not finite at step 0", caplog.text
+        r"replica 1, exit (\d) of exits_2_3: the loss is not finite at step 1", caplog.text
     )
-    assert said == ["2"]
-    assert results["replicas"][1]["temperatures"][0] is None
+    assert said == ["2", "3"]
+    assert results["replicas"][1]["temperatures"] == [None, None]
     assert results["best_replica"] == 0
     ours, theirs = (r["replicas"][0]["individual"] for r in (results, healthy))
     assert [row["score"] for row in ours] == [row["score"] for row in theirs]

@@ -14,7 +14,6 @@ from sweet_jax.config import UserError, from_mapping
 from sweet_jax.preparation import prepare
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
-from sweet_jax.training.job import TrainingJob, TuningRows
 from sweet_jax.training.segment_parallel import assign_segments, make_device_groups, most_layers
 
 
@@ -25,22 +24,17 @@ def deep(tmp_path_factory):
     return {k: write_checkpoint(folder / k, k, layers=4, dropout=0.1) for k in ("bert", "deberta")}
 
 
-def training_job(job, workdir, **more) -> TrainingJob:
-    """The training of the only model of a prepared run of two classes."""
-    (model,), rows = model_specs(job.config), [own for own, _ in job.rows]
-    return TrainingJob(job.config, job.checkpoint, model, 2, job.train, rows, workdir, **more)
-
-
 def trained(options, workdir, devices: int, monkeypatch, **changes):
     """(parameters, lines of metrics) after the steps of a config, on the first so many devices."""
     values = options | {"exits": (1, 2, 3, 4), "learning_rates": (1e-4,), "batch_size": 8}
     config = from_mapping(values | changes)
     job = prepare(config)
+    (model,) = model_specs(config)
     workdir.mkdir(exist_ok=True)
     some = jax.local_devices()[:devices]
     with monkeypatch.context() as patch:
         patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: some)
-        _, params, _ = fit(training_job(job, workdir))
+        _, params, _ = fit(job.training_job(model, workdir))
     return jax.tree.map(np.asarray, params), (workdir / "metrics.jsonl").read_text()
 
 
@@ -146,13 +140,13 @@ def test_groups_keep_the_best_state_as_one_device_does(options, tmp_path, deep, 
     for devices, parallel in ((1, False), (2, True)):
         config = from_mapping(options | recipe | {"segment_parallel": parallel})
         job = prepare(config)
+        (model,) = model_specs(config)
         workdir = tmp_path / str(devices)
         workdir.mkdir()
         some = jax.local_devices()[:devices]
         with monkeypatch.context() as patch:
             patch.setattr("sweet_jax.training.sharding.jax.devices", lambda some=some: some)
-            tuning = TuningRows(np.stack(job.tuning), "accuracy")
-            _, params, timing = fit(training_job(job, workdir, tuning=tuning))
+            _, params, timing = fit(job.training_job(model, workdir))
         found.append((jax.tree.map(np.asarray, params), timing.best_steps))
     assert found[0][1] == found[1][1]
     assert_close(found[0][0], found[1][0])

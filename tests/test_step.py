@@ -205,30 +205,21 @@ def test_isolation_of_each_boundary_is_literal_where_it_is_constant():
 
 
 @pytest.mark.parametrize(
-    ("values", "path"),
+    ("values", "by_segment"),
     [
-        ({"isolation": (1.0,)}, "segment_gradients"),
-        ({"isolation": (1.0, 1.0)}, "segment_gradients"),
-        ({"isolation": (1.0,), "boundary_isolation": (1.0,)}, "segment_gradients"),
-        ({"isolation": (1.0,), "boundary_isolation": (0.5,)}, "whole_gradients"),
-        ({"isolation": (0.5, 1.0)}, "whole_gradients"),
+        ({"isolation": (1.0,)}, True),
+        ({"isolation": (1.0, 1.0)}, True),
+        ({"isolation": (1.0,), "boundary_isolation": (1.0,)}, True),
+        ({"isolation": (1.0,), "boundary_isolation": (0.5,)}, False),
+        ({"isolation": (0.5, 1.0)}, False),
     ],
 )
-def test_only_constant_full_isolation_is_trained_segment_by_segment(monkeypatch, values, path):
-    """The path that holds one segment's activations at a time, and whose zeros are exact."""
-
-    class TakenError(Exception):
-        pass
-
-    def taken(*args):
-        raise TakenError
-
+def test_only_constant_full_isolation_is_trained_segment_by_segment(values, by_segment):
+    """The path that holds one segment's activations at a time: a barrier ends each segment."""
     graphdef, params = build()
-    other = {"segment_gradients", "whole_gradients"} - {path}
-    monkeypatch.setattr(f"sweet_jax.training.step.{path}", taken)
-    monkeypatch.setattr(f"sweet_jax.training.step.{other.pop()}", None)
-    with pytest.raises(TakenError):
-        train_step(settings(graphdef, **values), init_state(params, 1, 0), BATCH)
+    step = functools.partial(train_step, settings(graphdef, **values))
+    program = jax.jit(step).lower(init_state(params, 1, 0), BATCH).as_text()
+    assert program.count("optimization_barrier") == (len(EXITS) if by_segment else 0)
 
 
 def test_a_step_uses_the_isolation_of_its_own_number():

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,8 +18,15 @@ from sweet_jax.head_fitting import refit_heads
 from sweet_jax.learning_rate_search import choose_rate
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare
-from sweet_jax.training import early_stopping, schedule
-from sweet_jax.training.early_stopping import standard_error, tuning_area
+from sweet_jax.training import schedule
+from sweet_jax.training.early_stopping import (
+    initial_best_state,
+    standard_error,
+    tuning_area,
+    update_best_state,
+)
+from sweet_jax.training.fit import fit
+from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.metrics import read_metrics, read_tuning
 
 RECIPE = {"pooling": "mean", "head_init": "probe", "epochs": "auto", "learning_rates": (1e-3,)}
@@ -31,21 +39,21 @@ def recipe(options) -> dict:
 
 def test_no_row_is_read_for_two_things(recipe):
     job = prepare(from_mapping(recipe | {"seeds": (0, 1)}))
-    for (own, held), tuning in zip(job.rows, job.tuning, strict=True):
+    for own, held, tuning in zip(*job.rows, strict=True):
         parts = [own, held, tuning]
         assert sum(map(len, parts)) == len(set(np.concatenate(parts)))
         texts = [{job.texts[i] for i in part} for part in parts]
         assert not texts[0] & (texts[1] | texts[2])
         assert (len(own), len(held), len(tuning)) == (72, 10, 18)
-    assert set(job.tuning[0]) != set(job.tuning[1])
+    assert set(job.rows.tuning[0]) != set(job.rows.tuning[1])
     # Without anything to tune there are none, and the other rows are as they always were.
     usual = prepare(from_mapping(recipe | {"epochs": 2, "head_init": "random"}))
-    assert len(usual.tuning[0]) == 0
-    calibration = [[j.texts[i] for i in j.rows[0][1]] for j in (job, usual)]
+    assert usual.rows.tuning.shape == (1, 0)
+    calibration = [[j.texts[i] for i in j.rows.calibration[0]] for j in (job, usual)]
     assert calibration[0] == calibration[1]
-    same = np.union1d(job.rows[0][0], job.tuning[0])
+    same = np.union1d(job.rows.training[0], job.rows.tuning[0])
     kept = [job.texts[i] for i in same]
-    assert sorted(kept) == sorted(usual.texts[i] for i in usual.rows[0][0])
+    assert sorted(kept) == sorted(usual.texts[i] for i in usual.rows.training[0])
 
 
 def test_tuning_rows_are_drawn_in_proportion_by_the_seed():
@@ -113,72 +121,67 @@ def test_the_area_of_tuning_rows_is_that_of_the_exact_curve():
     assert found[2] == -np.inf
 
 
-def states(config, workdir, monkeypatch, areas):
-    """What a run keeps whose evaluations have these areas, [evaluations, R]."""
-    given = iter(areas)
+def kept_states(areas, interval=5):
+    """(best states, number of the evaluation that ends training) of areas [evaluations, R].
 
-    def next_area(logits, *_):
-        return np.asarray(next(given), float)
+    The parameters of each state are its number. 18 tuning rows: a standard error of 0.1 to 0.12.
+    """
+    replicas = len(areas[0])
+    best = initial_best_state({"w": jnp.zeros((replicas, 2))}, np.zeros(replicas, np.float32))
+    for number, area in enumerate(areas):
+        params = {"w": jnp.full((replicas, 2), float(number))}
+        best = update_best_state(best, params, np.array(area), interval * number, 18, "accuracy")
+        if number and schedule.should_stop(interval * number, int(best.step.max()), interval):
+            break
+    np.testing.assert_array_equal(best.params["w"][:, 0] * interval, best.step)
+    return best, number
 
-    monkeypatch.setattr("sweet_jax.training.early_stopping.tuning_area", next_area)
-    workdir.mkdir()
-    outcome = train_and_evaluate(prepare(from_mapping(config)), workdir)
-    return outcome
+
+def test_the_latest_state_that_rows_cannot_tell_from_the_best_is_kept():
+    # 0.55 cannot be told from 0.6; then three that are clearly worse.
+    best, last = kept_states([[0.1], [0.3], [0.6], [0.55], [0.4], [0.4], [0.2], [0.9]])
+    assert (best.step.tolist(), last) == ([15], 6)
+    assert best.area == np.float32(0.6)
 
 
-def test_the_best_state_is_kept_and_training_ends_without_a_better_one(
-    recipe, tmp_path, one_device, monkeypatch
-):
-    monkeypatch.setattr(schedule, "_EXAMPLES", 40)
-    config = recipe | {"head_init": "random"}
-    monkeypatch.setattr("sweet_jax.training.schedule.CHECKS", 12)
-    # 18 tuning rows: a standard error of 0.1 to 0.12.
-    rising = [[0.1], [0.3], [0.6], [0.55], [0.4], [0.4], [0.2]]
-    outcome = states(config, tmp_path / "auto", monkeypatch, rising)
+def test_each_replica_keeps_its_own_best_state():
+    areas = [[0.1, 0.9], [0.5, 0.7], [0.2, 0.7], [0.2, 0.6], [0.2, 0.6], [0.2, 0.6]]
+    best, last = kept_states(areas)
+    assert (best.step.tolist(), last) == ([5, 0], 4)
+    best, _ = kept_states([[-np.inf, 0.5], [-np.inf, 0.6], [0.1, -np.inf]])
+    assert best.step.tolist() == [10, 5]
+
+
+def test_a_run_keeps_the_parameters_of_the_best_step(recipe, tmp_path, one_device):
+    """Bit for bit; and a replica that diverges at once those that it began with."""
+    config = recipe | {"tuning_fraction": 0.29, "learning_rates": (1e-3, 1e30)}
+    job = prepare(from_mapping(config))
+    assert job.rows.training.shape == (2, 64)  # "auto" is 96 steps, 12 whole epochs
+    outcome = train_and_evaluate(job, tmp_path / "auto")
     log = read_tuning(tmp_path / "auto")
-    interval = log[1]["step"]
-    # The later of two that so few rows cannot tell apart; then three that are clearly worse.
-    assert outcome.best_steps == {"exits_1_2_3": [3 * interval]}
-    assert [row["step"] for row in log] == [interval * i for i in range(7)]
-    assert [row["area"] for row in log] == rising
-    assert len(read_metrics(tmp_path / "auto")) == 6 * interval
-    # The parameters are those of that step, bit for bit.
-    short = config | {"max_steps": 3 * interval}
-    wanted = states(short, tmp_path / "short", monkeypatch, [[v] for v in np.linspace(0, 1, 20)])
-    assert wanted.best_steps == outcome.best_steps  # evaluated after the last step too
-    for a, b in zip(
-        jax.tree.leaves(outcome.models[0].params),
-        jax.tree.leaves(wanted.models[0].params),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    assert [row["step"] for row in log] == list(range(0, 12 * len(log), 12))
+    assert all(row["area"][1] is None for row in log[1:])
+    areas = np.array([row["area"] for row in log], float)  # NaN for None
+    best = np.nanargmax(areas[:, 0])
+    close = areas[:, 0] >= areas[best, 0] - standard_error(areas[best, 0], 26, "accuracy")
+    step = 12 * int(np.flatnonzero(close)[-1])
+    assert outcome.best_steps == {"exits_1_2_3": [step, 0]}
+    fixed = config | {"epochs": 12, "max_steps": step}
+    wanted = train_and_evaluate(prepare(from_mapping(fixed)), tmp_path / "fixed")
+    ours, theirs = (jax.tree.leaves(o.models[0].params) for o in (outcome, wanted))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+    start = train_and_evaluate(prepare(from_mapping(config | {"epochs": 0})), tmp_path / "start")
+    for a, b in zip(ours, jax.tree.leaves(start.models[0].params), strict=True):
+        np.testing.assert_array_equal(a[1], b[1])
 
 
-def test_each_replica_keeps_its_own_best_state(recipe, tmp_path, one_device, monkeypatch):
-    monkeypatch.setattr(schedule, "_EXAMPLES", 20)
-    config = recipe | {"head_init": "random", "seeds": (0, 1)}
-    areas = [[0.1, 0.9], [0.5, 0.7], [0.2, 0.7], [0.2, 0.6], [0.2, 0.6]]
-    outcome = states(config, tmp_path / "run", monkeypatch, areas)
-    interval = read_tuning(tmp_path / "run")[1]["step"]
-    assert outcome.best_steps == {"exits_1_2_3": [interval, 0]}
-    start = states(
-        recipe | {"head_init": "random", "seeds": (1,), "max_steps": 1},
-        tmp_path / "start",
-        monkeypatch,
-        [[0.9], [0.8]],
-    )
-    assert outcome.validation.logits.shape[0] == 2
-    np.testing.assert_allclose(
-        outcome.validation.logits[1], start.validation.logits[0], rtol=1e-5, atol=1e-6
-    )
-
-
-def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device, monkeypatch):
-    monkeypatch.setattr(schedule, "_EXAMPLES", 20)
-    config = recipe | {"head_init": "random"}
-    falling = [[0.5], [0.1], [0.1], [0.1]]
-    first = states(config, tmp_path / "run", monkeypatch, falling)
-    again = train_and_evaluate(prepare(from_mapping(config)), tmp_path / "run")
+def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device):
+    job = prepare(from_mapping(recipe | {"learning_rates": (1e30,)}))
+    first = train_and_evaluate(job, tmp_path)
+    interval = read_tuning(tmp_path)[1]["step"]
+    assert len(read_metrics(tmp_path)) == 3 * interval < 8 * interval
+    again = train_and_evaluate(job, tmp_path)
     np.testing.assert_array_equal(first.validation.logits, again.validation.logits)
     assert again.best_steps == first.best_steps == {"exits_1_2_3": [0]}
     assert again.timing["train_examples"] == 0
@@ -204,37 +207,20 @@ def test_standard_errors():
     np.testing.assert_allclose(standard_error(0.6, 64, "matthews"), (1 - 0.36) / 8)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_the_rate_with_the_largest_area_is_trained(
-    alone, recipe, tmp_path, one_device, monkeypatch
-):
-    monkeypatch.setattr(schedule, "_SHORTEST", 4)
-    found = []
-    given = iter([0.2, 0.7, 0.6])
-
-    def chosen(logits, *_):
-        found.append(logits.shape)
-        return np.asarray([next(given) for _ in logits])
-
-    monkeypatch.setattr("sweet_jax.learning_rate_search.tuning_area", chosen)
-    monkeypatch.setattr(
-        "sweet_jax.learning_rate_search.jax.device_count", lambda: 1 if alone else 4
-    )
-    rates = (1e-4, 1e-3, 3e-3)
-    config = recipe | {
-        "learning_rates": rates,
-        "rate_search": "short",
-        "seeds": (0, 1),
-        "epochs": 1,
-    }
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_rate_with_the_largest_area_is_trained(devices, recipe, tmp_path, request):
+    """One short run after the other on a single CPU device, else all in one program."""
+    if devices == 1:
+        request.getfixturevalue("one_device")
+    config = recipe | {"learning_rates": (1e30, 1e-3, 1e28), "rate_search": "short"}
+    config |= {"seeds": (0, 1), "epochs": 1}
     results = run(from_mapping(config), tmp_path / "run")
-    # Of the first seed, on its tuning rows: one run after the other, or all in one program.
-    assert found == ([(1, 3, 18, 2)] * 3 if alone else [(3, 3, 18, 2)])
     kept = [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
     assert kept == [(0, 1e-3), (1, 1e-3)]
+    # Of the first seed, on its tuning rows; two of the rates diverge.
     search = results["rate_search"]
     assert (search["learning_rate"], search["seed"], search["tuning_rows"]) == (1e-3, 0, 18)
-    assert search["area"] == [0.2, 0.7, 0.6]
+    assert [area is not None for area in search["area"]] == [False, True, False]
     assert json.loads((tmp_path / "run" / "rate_search.json").read_text()) == search
     assert not (tmp_path / "run" / "rate_search").exists()
     exits = json.loads((tmp_path / "run" / "model" / "exits.json").read_text())
@@ -242,8 +228,35 @@ def test_the_rate_with_the_largest_area_is_trained(
     # The same rate alone is the same run; and a second start searches nothing.
     single = run(from_mapping(config | {"learning_rates": (1e-3,)}), tmp_path / "single")
     assert single["replicas"][0]["individual"] == results["replicas"][0]["individual"]
+    written = (tmp_path / "run" / "rate_search.json").stat().st_mtime_ns
     assert run(from_mapping(config), tmp_path / "run")["replicas"] == results["replicas"]
-    assert len(found) == (3 if alone else 1)
+    assert (tmp_path / "run" / "rate_search.json").stat().st_mtime_ns == written
+
+
+def test_the_plain_full_model_has_a_search_of_its_own(recipe, tmp_path, one_device):
+    """Of the rates that the run chooses from, as if it were trained alone with them."""
+    config = recipe | {"learning_rates": (1e-9, 1e30, 1e-2), "rate_search": "short", "epochs": 4}
+    results = run(from_mapping(config | {"baselines": "full"}), tmp_path / "run")
+    record = json.loads((tmp_path / "run/baselines/fine_tuned/rate_search.json").read_text())
+    assert record["learning_rates"] == [1e-9, 1e30, 1e-2]
+    assert (record["seed"], record["tuning_rows"]) == (0, 18)
+    plain = {"method": "early_exit", "exits": (3,), "pooling": "first", "head_init": "random"}
+    alone = run(from_mapping(config | plain), tmp_path / "alone")
+    assert alone["rate_search"] == record
+    score = alone["replicas"][0]["individual"][0]["score"]
+    assert results["baselines"]["fine_tuned"]["score"] == score
+
+
+def test_tuning_rows_are_evaluated_without_dropout(recipe, with_dropout, tmp_path, one_device):
+    """Also under the release's preset, which leaves it on where it fits temperatures."""
+    config = recipe | with_dropout | {"epochs": 1, "preset": "reference", "checkpoint_every": 5}
+    outcome = train_and_evaluate(prepare(from_mapping(config)), tmp_path)
+    job = prepare(from_mapping(config | {"calibration": "validation"}))
+    plain = train_and_evaluate(job, tmp_path)  # from the last checkpoint
+    assert plain.timing["train_examples"] == 0
+    assert not np.array_equal(outcome.calibration.logits, plain.calibration.logits)
+    np.testing.assert_array_equal(outcome.tuning.logits, plain.tuning.logits)
+    np.testing.assert_array_equal(outcome.tuning.labels, plain.tuning.labels)
 
 
 def test_the_saved_replica_is_the_best_of_the_chosen_rate():
@@ -279,17 +292,10 @@ def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
     results = run(from_mapping(config), tmp_path / "refit")
     assert results["head_refit"] is True
     job = prepare(from_mapping(config))
-    from sweet_jax.training.fit import fit
-    from sweet_jax.training.initialization import model_specs
-    from sweet_jax.training.job import TrainingJob
-
     (training,) = model_specs(job.config)
     workdir = tmp_path / "again"
     workdir.mkdir()
-    rows = [own for own, _ in job.rows]
-    graphdef, params, _ = fit(
-        TrainingJob(job.config, job.checkpoint, training, 2, job.train, rows, workdir)
-    )
+    graphdef, params, _ = fit(job.training_job(training, workdir))
     new = refit_heads(job, training, graphdef, params, workdir)
     assert plain.head_refit is False
     changed = {
@@ -325,7 +331,7 @@ def test_a_probe_alone_is_one_replica_whatever_the_rates(recipe, tmp_path, one_d
 
 
 def test_early_stopping_is_named_where_it_is_needed(recipe):
-    assert early_stopping.initial_best_state({"a": np.zeros(2)}, np.float32(1)).area == -np.inf
+    assert initial_best_state({"a": np.zeros(2)}, np.float32(1)).area == -np.inf
     with pytest.raises(UserError, match="epochs must be"):
         from_mapping(recipe | {"epochs": 0, "head_init": "random"})
     with pytest.raises(UserError, match="epochs must be"):

@@ -96,7 +96,7 @@ def in_segments(shape: Shape, size: Size) -> Way:
         states.append(reshard(part, jax.tree.map(lambda _, s=sharding: s, part)))
         batches.append(jax.device_put(rows, batch_sharding(group.mesh, 1)))
         carried = jax.tree.map(lambda x, to=group.mesh: transfer(x, to), carried)
-        program = compile_group(settings, group, 1, 1).lower(states[-1], batches[-1], carried)
+        program = compile_group(settings, group, 1).lower(states[-1], batches[-1], carried)
         programs.append(program.compile())
         states[-1], _, carried = programs[-1](states[-1], batches[-1], carried)
 

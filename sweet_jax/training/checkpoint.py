@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one training, in `folder`."""
+    """Saves and restores the checkpoints of one training, in `folder`."""
 
     def __init__(self, folder: Path):
         self._folder = folder.absolute()

@@ -36,9 +36,7 @@ def gradient_conflict(
 
     Args:
       graphdef, params: a model of early_exit.py.
-      batch: as in `train_step`.
-      key: typed key of the dropout masks, None for none.
-      isolation: as in training; 0 is Early-Exit.
+      batch, key, isolation: as in `whole_gradients`.
       objective: whose losses they are.
 
     """

@@ -26,21 +26,14 @@ from sweet_jax.training.step import Params, State
 
 
 class BestState(NamedTuple):
-    """The best parameters so far of every replica; a part of what checkpoints hold.
+    """Holds the best parameters so far of every replica; checkpoints have it beside the state.
 
     Of a single replica, arrays without the axis R, as its state is.
-
-    Attributes:
-      params: [R, ...] that are kept, on the devices.
-      area: float32 [R], the largest so far on tuning rows; minus infinity before the first
-        evaluation.
-      step: int32 [R], steps taken by the parameters that are kept.
-
     """
 
-    params: Params
-    area: Any
-    step: Any
+    params: Params  # [R, ...] that are kept, on the devices
+    area: Any  # float32 [R], the largest so far; minus infinity before the first evaluation
+    step: Any  # int32 [R], steps taken by the parameters that are kept
 
 
 def initial_best_state(params: Params, learning_rate: Any) -> BestState:
@@ -61,11 +54,9 @@ def update_best_state(
 
     Args:
       best: so far.
-      params: [R, ...] on the devices of the best's.
-      area: float [R], theirs on tuning rows.
-      step: steps taken.
-      rows: how many tuning rows.
-      metric: that the area is of.
+      params: [R, ...] after so many steps, on the devices of the best's.
+      area, metric: float [R], theirs on `rows` tuning rows, and of which metric.
+      step, rows: numbers of steps and rows.
 
     """
     largest, area = np.asarray(best.area), np.asarray(area, np.float32)
@@ -94,16 +85,7 @@ def standard_error(area: Any, rows: int, metric: str | Metric) -> np.ndarray:
 
 
 class BestStateTracker:
-    """Keeps the best state of a training, on the devices and in its checkpoints.
-
-    Attributes:
-      best: so far.
-      first: the best before the first evaluation.
-      shardings: of the best's arrays.
-      interval: steps between two evaluations.
-      log: of the training, None where this process writes none.
-
-    """
+    """Keeps the best state of a training, on the devices and in its checkpoints."""
 
     def __init__(
         self,
@@ -113,15 +95,12 @@ class BestStateTracker:
         state: State,
         interval: int,
     ):
-        assert job.tuning is not None, "epochs=auto needs tuning rows"
-        self._job, self._tuning = job, job.tuning
-        self._graphdef, self._plan = graphdef, plan
-        self.first = initial_best_state(state.params, state.learning_rate)
+        self._job, self._graphdef, self._plan = job, graphdef, plan
+        self.best = initial_best_state(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
         self.shardings = BestState(plan.shardings.params, small, small)
-        self.best: BestState = self.first
-        self.interval = interval
-        self.log: MetricsLog | None = None
+        self.interval = interval  # steps between two evaluations
+        self.log: MetricsLog | None = None  # None where this process writes none
 
     def saved(self, state: State) -> dict[str, Any]:
         """Returns the tree that a checkpoint holds."""
@@ -137,8 +116,7 @@ class BestStateTracker:
         if self.log is not None:
             self.log.add_tuning(step, area.tolist())
         area = drop_replica_axis(area, len(area))
-        count = self._tuning.rows.shape[1]
-        metric = self._job.objective.metric(self._tuning.metric)
+        count, metric = self._job.tuning.shape[1], self._job.objective.metric(self._job.metric)
         self.best = update_best_state(self.best, params, area, step, count, metric)
         return self.has_ended(step)
 
@@ -149,14 +127,14 @@ class BestStateTracker:
 
     def _area(self, params: Params) -> np.ndarray:
         """Returns the area of parameters on tuning rows, float64 [R]."""
-        config, tokens, rows = self._job.config, self._job.tokens, self._tuning.rows
+        config, tokens, rows = self._job.config, self._job.tokens, self._job.tuning
         params = add_replica_axis(gather_params(config, params), len(rows))
         program = compile_evaluation(config, self._graphdef, mesh_of(params), features=config.tunes)
         output = evaluate(config, program, params, tokens, rows)
         exits, labels = self._job.model.exits, tokens.labels[rows]
         cost = layer_cost(exits, config.method)
         logits, objective = np.asarray(output.logits), self._job.objective
-        return tuning_area(logits, labels, exits, cost, self._tuning.metric, objective)
+        return tuning_area(logits, labels, exits, cost, self._job.metric, objective)
 
 
 def tuning_area(
@@ -173,8 +151,7 @@ def tuning_area(
     the objective has no probabilities. Minus infinity where logits are not finite.
 
     Args:
-      logits: float32 [R, E, M, C].
-      labels: the targets [R, M, ...].
+      logits, labels: float32 [R, E, M, C], and the targets [R, M, ...].
       layers, cost: of the exits [E].
       metric: name of one of the objective's.
       objective: what the logits mean.

@@ -23,7 +23,6 @@ from sweet_jax.data.batches import (
 from sweet_jax.methods import loss_weights
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
 from sweet_jax.training.early_stopping import BestStateTracker
-from sweet_jax.training.growth import base_config
 from sweet_jax.training.initialization import initial_state
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.loop import StepRange, open_step_log, run_steps
@@ -33,7 +32,7 @@ from sweet_jax.training.parallel import (
     gather_params,
     segment_parallel_plan,
 )
-from sweet_jax.training.probe import LinearClassifiers, with_classifiers
+from sweet_jax.training.probe import with_classifiers
 from sweet_jax.training.schedule import check_interval, search_steps, training_steps
 from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, reshard, to_host
@@ -62,28 +61,25 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
       PreemptedError: SIGTERM came; the same call resumes where this one stopped.
 
     """
-    config, model, count = job.config, job.model, len(job.rows[0])
-    graphdef, state = initial_state(config, job.checkpoint, model, job.classes)
-    if job.probe is not None:
-        state = state._replace(params=_with_probe(job, job.probe, state.params))
-    settings = step_settings(config, graphdef, model.exits, count, short=job.short)
-    settings = dataclasses.replace(settings, objective=job.objective)
+    config, model, replicas = job.config, job.model, len(job.rows)
+    settings, state = _start(job)
     stop = settings.total_steps
     if config.max_steps and not job.short:
         stop = min(stop, config.max_steps)
-    replicas = len(config.replicas())
     state = drop_replica_axis(state, replicas)
     make_plan = segment_parallel_plan if config.segment_parallel else data_parallel_plan
-    plan = make_plan(config, settings, state, len(bucket_lengths(config.max_length)))
+    plan = make_plan(config, settings, state)
     tracker = None
     if config.epochs == AUTO and not job.short:
-        tracker = BestStateTracker(job, graphdef, plan, state, check_interval(config.epochs, stop))
+        interval = check_interval(config.epochs, stop)
+        tracker = BestStateTracker(job, settings.graphdef, plan, state, interval)
     with contextlib.closing(Checkpoints(job.workdir / "checkpoints" / model.name)) as checkpoints:
         start, state = _restore(checkpoints, plan, tracker, state)
         if start:
             log.info("%s: resuming at step %d of %d", model.name, start, stop)
         began = time.perf_counter()
-        epoch, check = steps_per_epoch(count, config.batch_size), tracker.interval if tracker else 0
+        epoch = steps_per_epoch(job.rows.shape[1], config.batch_size)
+        check = tracker.interval if tracker else 0
         steps = StepRange(start, stop, epoch, config.checkpoint_every, check)
         state = _train(job, plan, tracker, checkpoints, state, steps)
     best = state.params if tracker is None else tracker.best.params
@@ -91,7 +87,22 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
     taken = max(0, int(np.max(to_host(state.step))) - start)
     kept = () if tracker is None else tuple(np.atleast_1d(tracker.best.step).tolist())
     seconds = time.perf_counter() - began
-    return graphdef, params, Timing(seconds, taken * config.batch_size * replicas, kept)
+    timing = Timing(seconds, taken * config.batch_size * replicas, kept)
+    return settings.graphdef, params, timing
+
+
+def _start(job: TrainingJob) -> tuple[StepSettings, State]:
+    """Returns the constants of the step, and the state [R, ...] before the first one."""
+    config, exits = job.config, job.model.exits
+    graphdef, state = initial_state(config, job.checkpoint, job.model, job.classes, job.base)
+    grown = job.base.exits if job.base is not None else ()
+    if job.probe is not None:
+        new = [e for e in exits if e not in grown]
+        columns = [config.exits.index(e) for e in new]
+        params = with_classifiers(state.params, new, job.probe, columns)
+        state = state._replace(params=params)
+    rows, frozen = job.rows.shape[1], len(grown)
+    return step_settings(config, graphdef, exits, rows, short=job.short, frozen=frozen), state
 
 
 def _train(
@@ -109,7 +120,7 @@ def _train(
         whole = plan.from_devices(parts)
         checkpoints.save(step, whole if tracker is None else tracker.saved(whole))
 
-    examples = config.batch_size * len(config.replicas())
+    examples = config.batch_size * len(job.rows)
     with open_step_log(job.workdir, model.name, model.exits, steps, examples) as step_log:
         parts = plan.to_devices(state)
         evaluate = None
@@ -126,13 +137,13 @@ def _train(
 
 def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any, int]]:
     """Returns a function of a step's number: (its batch on the devices, the batch's length)."""
-    config, tokens = job.config, job.tokens
+    config, tokens, training = job.config, job.tokens, list(job.rows)
     seeds = [seed for seed, _ in config.replicas()]
     lengths = bucket_lengths(config.max_length)
     grouped = tokens.lengths if config.group_by_length else None
 
     def batch(number: int) -> tuple[Any, int]:
-        rows = training_batch_indices(job.rows, seeds, number, config.batch_size, grouped)  # [R, B]
+        rows = training_batch_indices(training, seeds, number, config.batch_size, grouped)  # [R, B]
         length = padded_length(tokens, rows, lengths)
         return plan.place(tokens, drop_replica_axis(rows, len(seeds)), lengths), length
 
@@ -146,23 +157,13 @@ def _restore(
     if tracker is None:
         found = checkpoints.restore(abstract_state(state, plan.shardings))
         return found or (0, reshard(state, plan.shardings))
-    tree = {"state": state, "best": tracker.first}
+    tree = {"state": state, "best": tracker.best}
     shardings = {"state": plan.shardings, "best": tracker.shardings}
-    step, tree = checkpoints.restore(abstract_state(tree, shardings)) or (
-        0,
-        reshard(tree, shardings),
-    )
+    found = checkpoints.restore(abstract_state(tree, shardings))
+    step, tree = found or (0, reshard(tree, shardings))
     best = tree["best"]
     tracker.best = best._replace(area=to_host(best.area), step=to_host(best.step))
     return step, tree["state"]
-
-
-def _with_probe(job: TrainingJob, probe: LinearClassifiers, params: Params) -> Params:
-    """Returns parameters [R, ...] whose heads begin with the probe's; grown exits keep theirs."""
-    base = base_config(job.config)
-    kept = base.exits if base is not None else ()
-    exits = [e for e in job.model.exits if e not in kept]
-    return with_classifiers(params, exits, probe, [job.config.exits.index(e) for e in exits])
 
 
 def step_settings(
@@ -172,12 +173,15 @@ def step_settings(
     rows: int,
     *,
     short: bool = False,
+    frozen: int = 0,
 ) -> StepSettings:
-    """Returns the constants of the training step for `rows` training rows."""
+    """Returns the constants of the training step for `rows` training rows.
+
+    short, frozen: see TrainingJob and StepSettings.
+    """
     total = training_steps(config.epochs, rows, config.batch_size)
     if short:
         total = search_steps(total)
-    base = base_config(config)
     weights = loss_weights(config.loss_weights, config.exits)
     of_exit = dict(zip(config.exits, weights, strict=True))
     return StepSettings(
@@ -194,6 +198,6 @@ def step_settings(
         loss_weights=tuple(of_exit[e] for e in exits),
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
-        frozen=len(base.exits) if base else 0,
+        frozen=frozen,
         head_learning_rate=config.head_learning_rate,
     )

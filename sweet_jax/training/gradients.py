@@ -20,18 +20,11 @@ _EXIT_LOSS = TrainingLoss()
 
 
 class Segments(NamedTuple):
-    """Consecutive segments of a model that are trained together.
+    """Selects consecutive segments of a model, which are trained together."""
 
-    Attributes:
-      numbers: of the segments from 0, ascending, without a gap; None for all.
-      carried: the state that the segment before them handed on, None for the first.
-      frozen: so many first segments of the model get no gradient.
-
-    """
-
-    numbers: tuple[int, ...] | None = None
-    carried: SegmentState | None = None
-    frozen: int = 0
+    numbers: tuple[int, ...] | None = None  # from 0, ascending, without a gap; None for all
+    carried: SegmentState | None = None  # handed on by the segment before, None for the first
+    frozen: int = 0  # so many first segments of the model get no gradient
 
 
 def whole_gradients(
@@ -45,15 +38,11 @@ def whole_gradients(
     """Computes the gradient of the weighted sum of the losses in one backward pass.
 
     Args:
-      graphdef, params: a model of early_exit.py.
-      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels [B], row_mask bool
-        [B] (False: the row is padding, and left out).
+      graphdef, params: a model of early_exit.py; gradients are shaped like the parameters.
+      batch: as in `train_step`.
       isolation: of all boundaries, or of each.
       key: typed key of the dropout masks, None for none.
       loss: what the gradient is taken of.
-
-    Returns:
-      Gradients, shaped like the parameters, and metrics.
 
     """
 

@@ -1,10 +1,9 @@
 """Growing a run: its segments stay as they are, and deeper ones are trained on top of them.
 
 Only where the method trains exits independently: no exit has trained a layer of the one before it.
-
-Shape letters: R replica.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,46 +14,47 @@ from sweet_jax.files import expand_user
 
 # Keys that the outputs of the exits, or the rows they are calibrated on, depend on.
 _SAME = (
-    "task",
-    "method",
-    "preset",
-    "checkpoint",
-    "train_size",
-    "calibration_fraction",
-    "tuning_fraction",
-    "validation_fraction",
-    "split_seed",
-    "max_length",
-    "dtype",
-    "attention",
-    "learning_to_exit",
-    "pooling",
-    "pooler",
-    "relative",
-    "subset",
-    "calibration",
-    "metric",
+    *("task", "method", "preset", "checkpoint", "train_size", "calibration_fraction"),
+    *("tuning_fraction", "validation_fraction", "split_seed", "max_length", "dtype", "attention"),
+    *("learning_to_exit", "pooling", "pooler", "relative", "subset", "calibration", "metric"),
 )
 
 
-def base_run_directory(config: Config) -> Path:
-    """Returns the directory of the run that a config grows from; UserError for an unknown ~name."""
-    return expand_user(config.grow_from)
+@dataclasses.dataclass(frozen=True)
+class BaseRun:
+    """Holds what is read, once, of the finished run that another one grows from."""
+
+    folder: Path
+    config: Config  # resolved
+    # (seed, learning rate) of each replica that it has parameters of: a search for the learning
+    # rate leaves fewer than its config names.
+    replicas: tuple[tuple[int, float], ...]
+    learning_rate: float  # that it chose
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Returns the layers of its exits, which stay as they are."""
+        return self.config.exits
+
+    def replica_of(self, seed: int, rate: float) -> int:
+        """Returns the number of the replica that one of this seed and learning rate grows from.
+
+        Where the run has no such rate, that of the rate it chose.
+        """
+        known = (seed, rate) in self.replicas
+        return self.replicas.index((seed, rate if known else self.learning_rate))
 
 
-def base_config(config: Config, data_sha256: str | None = None) -> Config | None:
-    """Reads the resolved config of the run that a resolved config grows from, None for none.
+def read_base_run(config: Config, data_sha256: str) -> BaseRun | None:
+    """Reads the run that a resolved config grows from; None where it grows from none.
 
-    Args:
-      config: of the new run.
-      data_sha256: digest of its data, compared with the run's where it is given.
+    data_sha256: digest of the new run's data.
 
-    Raises UserError where the run is not finished, or the new one is not that run and more.
-
+    Raises UserError where that run is not finished, or the new one is not that run and more.
     """
     if not config.grow_from:
         return None
-    folder, name = base_run_directory(config), f"grow_from {config.grow_from!r}"
+    folder, name = expand_user(config.grow_from), f"grow_from {config.grow_from!r}"
     try:
         values = json.loads((folder / "config.json").read_text())
         digest = values.pop("data_sha256")
@@ -64,58 +64,41 @@ def base_config(config: Config, data_sha256: str | None = None) -> Config | None
         raise UserError(f"{name} is not the directory of a run ({error!r})") from error
     if not (folder / "results.json").exists():
         raise UserError(f"{name} is not finished: run its command again, in its workdir")
+    results = json.loads((folder / "results.json").read_text())
+    replicas = tuple((r["seed"], r["learning_rate"]) for r in results["replicas"])
     base = from_mapping(values).resolved()
+    _check_grows(config, base, name)
+    if digest != data_sha256:
+        raise UserError(f"{name} was trained on other data: give the same files")
+    return BaseRun(folder, base, replicas, results["mean"]["learning_rate"])
+
+
+def _check_grows(config: Config, base: Config, name: str) -> None:
+    """Raises UserError unless a resolved config is that of the run `name`, and deeper exits."""
     count = len(base.exits)
     if config.exits[:count] != base.exits or len(config.exits) == count:
         raise UserError(
             f"{name} has the exits {_list(base.exits)}: exits must be these and deeper ones, such "
             f"as {_list((*base.exits, base.exits[-1] + 1))}; got {_list(config.exits)}"
         )
-    differing = [key for key in _SAME if getattr(base, key) != getattr(config, key)]
-    if differing:
-        key = differing[0]
-        raise UserError(
-            f"{name} has {key} {getattr(base, key)!r}, and the new run {getattr(config, key)!r}: "
-            "its exits would not be the same; give the same value"
-        )
+    for key in _SAME:
+        if getattr(base, key) != getattr(config, key):
+            raise UserError(
+                f"{name} has {key} {getattr(base, key)!r}, and the new run "
+                f"{getattr(config, key)!r}: its exits would not be the same; give the same value"
+            )
     if base.tunes != config.tunes:
         raise UserError(
             f"{name} {'holds' if base.tunes else 'does not hold'} rows out for tuning, and the new "
             f"run {'does' if config.tunes else 'does not'}: rows that one trains on would choose "
             "for the other; give the same epochs, head_init, head_refit and rate_search"
         )
-    if data_sha256 is not None and digest != data_sha256:
-        raise UserError(f"{name} was trained on other data: give the same files")
     absent = sorted(set(config.seeds) - set(base.seeds))
     if absent:
         raise UserError(
             f"{name} has the seeds {_list(base.seeds)}, not {absent[0]}: a replica grows from that "
             "of its own seed"
         )
-    return base
-
-
-def trained_replicas(config: Config) -> list[tuple[int, float]]:
-    """Returns (seed, learning rate) of each replica that the base has parameters of.
-
-    Read from its results: a search for the learning rate leaves fewer than its config names.
-    """
-    results = json.loads((base_run_directory(config) / "results.json").read_text())
-    return [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
-
-
-def base_replicas(config: Config) -> list[int]:
-    """Returns the number of the replica of the base that each replica grows from, R of them.
-
-    The one of its seed and learning rate; where the base has no such rate, of the rate it chose.
-    """
-    results = json.loads((base_run_directory(config) / "results.json").read_text())
-    chosen = results["mean"]["learning_rate"]
-    known = trained_replicas(config)
-    return [
-        known.index((seed, rate if (seed, rate) in known else chosen))
-        for seed, rate in config.replicas()
-    ]
 
 
 def merge_grown_params(params: Any, base: Any) -> Any:

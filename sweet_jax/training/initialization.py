@@ -19,20 +19,15 @@ from sweet_jax.models.layers import derive_key
 from sweet_jax.models.ownership import parameter_owners
 from sweet_jax.models.pretrained import Checkpoint
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
-from sweet_jax.training.growth import (
-    base_config,
-    base_replicas,
-    base_run_directory,
-    merge_grown_params,
-    trained_replicas,
-)
+from sweet_jax.training.growth import BaseRun, merge_grown_params
 from sweet_jax.training.probe import read_classifiers, refit_path, with_classifiers
+from sweet_jax.training.sharding import add_replica_axis
 from sweet_jax.training.step import Params, State, init_state
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """One model to be trained for all replicas, with its name and the layers of its exits."""
+    """Names one model to be trained for all replicas, and the layers of its exits."""
 
     name: str
     exits: tuple[int, ...]
@@ -88,22 +83,23 @@ def with_training_dropout(config: Config, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def initial_state(
-    config: Config, checkpoint: Checkpoint, training: ModelSpec, classes: int
+    config: Config,
+    checkpoint: Checkpoint,
+    model: ModelSpec,
+    classes: int,
+    base: BaseRun | None = None,
 ) -> tuple[nnx.GraphDef, State]:
     """Returns the model's structure and the stacked state [R, ...] on the host.
 
-    Parameters are pretrained where the checkpoint has them, else random by seed, and those of the
-    run that the config grows from, where it does. Raises UserError where that run will not do.
+    Parameters are those of the run `base` where it has them, else pretrained where the checkpoint
+    has them, else random by seed. Raises UserError where the base has lost its checkpoints.
     """
-    encoder = checkpoint.weights.first_layers(training.exits[-1])
+    encoder = checkpoint.weights.first_layers(model.exits[-1])
     pooler = checkpoint.weights.pooler
-    base = base_config(config)
-    trunks = [None] * len(config.replicas())
-    if base is not None:
-        trunks = base_params(config, base)
+    trunks = None if base is None else _base_params(base)  # [R', ...]
 
-    def one(seed: int, rate: float, trunk: Params) -> tuple[nnx.GraphDef, State]:
-        graphdef, values = nnx.split(make_model(config, checkpoint, training.exits, classes, seed))
+    def one(seed: int, rate: float) -> tuple[nnx.GraphDef, State]:
+        graphdef, values = nnx.split(make_model(config, checkpoint, model.exits, classes, seed))
         params = nnx.to_pure_dict(values)
         params["encoder"] = encoder
         if pooler is not None:
@@ -115,47 +111,42 @@ def initial_state(
                 head["norm"] = checkpoint.weights.final_norm
         trained = None
         if base is not None:
-            params = merge_grown_params(params, trunk)
-            owner_of = parameter_owners(params, training.exits)
+            number = base.replica_of(seed, rate)
+            params = merge_grown_params(params, jax.tree.map(lambda x: x[number], trunks))
+            owner_of = parameter_owners(params, model.exits)
             trained = jax.tree.map(lambda o, x: None if o in base.exits else x, owner_of, params)
         return graphdef, jax.tree.map(np.asarray, init_state(params, rate, seed, trained))
 
-    pairs = zip(config.replicas(), trunks, strict=True)
-    stacked = [one(*replica, trunk) for replica, trunk in pairs]
-    return stacked[0][0], jax.tree.map(lambda *x: np.stack(x), *(state for _, state in stacked))
+    graphdefs, states = zip(*(one(*replica) for replica in config.replicas()), strict=True)
+    return graphdefs[0], jax.tree.map(lambda *x: np.stack(x), *states)
 
 
-def base_checkpoint_folder(config: Config, base: Config) -> Path:
-    """Returns the folder of the checkpoints that a config grows from; UserError for none."""
-    (training,) = model_specs(base)
-    folder = base_run_directory(config) / "checkpoints" / training.name
+def base_checkpoint_folder(base: BaseRun) -> Path:
+    """Returns the folder of a base's checkpoints; UserError for none."""
+    (model,) = model_specs(base.config)
+    folder = base.folder / "checkpoints" / model.name
     if not has_checkpoint(folder):
-        raise UserError(_lost(config, folder))
+        raise UserError(_lost(base))
     return folder
 
 
-def base_params(config: Config, base: Config) -> list[Params]:
-    """Reads the trained parameters that each replica grows from, on the host, all keys text.
-
-    Raises UserError where the run that a config grows from has lost its checkpoints.
-    """
-    folder = base_checkpoint_folder(config, base)
-    params = read_params(folder)
+def _base_params(base: BaseRun) -> Params:
+    """Reads a base's trained parameters [R', ...], on the host, all keys text."""
+    params = read_params(base_checkpoint_folder(base))
     if params is None:
-        raise UserError(_lost(config, folder))
-    if len(trained_replicas(config)) == 1:  # without the axis R
-        params = jax.tree.map(lambda x: x[None], params)
-    if base.head_refit:
-        (training,) = model_specs(base)
-        found = read_classifiers(refit_path(base_run_directory(config), training.name))
+        raise UserError(_lost(base))
+    params = add_replica_axis(params, len(base.replicas))
+    if base.config.head_refit:
+        (model,) = model_specs(base.config)
+        found = read_classifiers(refit_path(base.folder, model.name))
         if found is None:
-            raise UserError(_lost(config, folder))
+            raise UserError(_lost(base))
         params = with_classifiers(params, base.exits, found, range(len(base.exits)))
-    return [jax.tree.map(lambda x, r=r: x[r], params) for r in base_replicas(config)]
+    return params
 
 
-def _lost(config: Config, folder: Path) -> str:
+def _lost(base: BaseRun) -> str:
     return (
-        f"grow_from {config.grow_from!r} has no sound checkpoint in {str(folder)!r}: run its "
-        "command again, in its workdir"
+        f"grow_from {str(base.folder)!r} has no sound checkpoint: run its command again, in its "
+        "workdir"
     )

@@ -35,12 +35,9 @@ class StepRange(NamedTuple):
 
 
 class StepLog:
-    """Logs the metrics of steps some steps late, so that no device waits for them.
+    """Logs the metrics of `steps` some steps late, so that no device waits for them.
 
-    Attributes:
-      steps: of the training.
-      metrics: the file that they go to, None where this process writes none.
-
+    To the file `metrics`, which is None where this process writes none.
     """
 
     def __init__(
@@ -79,13 +76,8 @@ class StepLog:
         """Warns once of every replica and exit whose loss [R, E] is not finite."""
         for replica, index in np.argwhere(~np.isfinite(loss)).tolist():
             if (replica, index) not in self._diverged:
-                log.warning(
-                    "replica %d, exit %d of %s: the loss is not finite at step %d",
-                    replica,
-                    self._exits[index],
-                    self._training,
-                    number,
-                )
+                where = (replica, self._exits[index], self._training, number)
+                log.warning("replica %d, exit %d of %s: the loss is not finite at step %d", *where)
             self._diverged.add((replica, index))
 
 
@@ -120,22 +112,17 @@ def run_steps(
     save: Callable[[int, Any], None],
     evaluate: Callable[[int, Any], bool] | None = None,
 ) -> Any:
-    """Takes the steps of a training.
+    """Takes the steps of a training; returns the state after the last one.
 
     Args:
-      plan: what a step is, and where.
-      state: as the plan's step takes it.
+      plan, state: what a step is, and the state as it takes it.
       batch: gives the batch of a step on the devices, and its length.
       step_log: logs metrics, and says which steps.
       save: saves a state as of a step.
       evaluate: evaluates a state as of a step, every `check` steps and after the last one; returns
         whether training ends with it.
 
-    Returns:
-      The state after the last step.
-
-    Raises:
-      PreemptedError: SIGTERM came; the state was saved.
+    Raises PreemptedError where SIGTERM came; the state was saved.
 
     """
     steps = step_log.steps

@@ -18,16 +18,11 @@ Weight = float | jax.Array  # of one exit's loss
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLoss:
-    """Defines the loss that is differentiated: the weighted sum of the exits' losses.
+    """Defines the loss that is differentiated: the weighted sum of the exits' losses."""
 
-    Attributes:
-      objective: compares the outputs of an exit with targets.
-      weights: of the exits' losses, E of them; () for 1 throughout. Python numbers where they are
-        constant: a weight of 1 is then no operation of the program.
-
-    """
-
-    objective: Objective = SINGLE_LABEL
+    objective: Objective = SINGLE_LABEL  # compares the outputs of an exit with targets
+    # E of them; () for 1 throughout. Python numbers where they are constant: a weight of 1 is then
+    # no operation of the program.
     weights: tuple[Weight, ...] = ()
 
 
@@ -45,12 +40,8 @@ def compute_step_metrics(
 ) -> StepMetrics:
     """Returns the metrics of the outputs [E, ...] of a batch (or of one exit's).
 
-    Args:
-      output: of the model.
-      batch: labels, the targets [B, ...] of the objective, and row_mask bool [B]: which rows are
-        no padding.
-      objective: that the model is trained for.
-
+    batch: labels, the targets [B, ...] of the objective, and row_mask bool [B]: which rows are no
+    padding.
     """
     logits, scores = output.logits, output.exit_scores
     labels, row_mask = batch["labels"], batch["row_mask"]

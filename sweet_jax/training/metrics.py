@@ -66,15 +66,13 @@ class MetricsLog:
 
     def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
         """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
-        row = {"training": self._training, "step": step, "epoch": epoch, "length": length}
         found = {k: v for k, v in values._asdict().items() if v is not None}
-        row |= {name: _finite(array.tolist()) for name, array in found.items()}
-        self._file.write(json.dumps(row) + "\n")
+        logged = {name: _finite(array.tolist()) for name, array in found.items()}
+        self._write({"step": step, "epoch": epoch, "length": length, **logged})
         for name in ("loss", "exit_loss"):
             for replica, losses in enumerate(found.get(name, ())):
                 for layer, value in zip(self._exits, losses, strict=True):
                     self._event(f"{name}/exit_{layer}/replica_{replica}", value, step)
-
         for replica, cosines in enumerate(found.get("conflict", ())):
             for i, j, k in itertools.combinations_with_replacement(range(len(self._exits)), 3):
                 if j < k:
@@ -84,10 +82,12 @@ class MetricsLog:
 
     def add_tuning(self, step: int, area: Sequence[float]) -> None:
         """Logs an evaluation on tuning rows after so many steps: its area, of each replica."""
-        row = {"training": self._training, "step": step, "area": _finite(list(area))}
-        self._file.write(json.dumps(row) + "\n")
+        self._write({"step": step, "area": _finite(list(area))})
         for replica, value in enumerate(area):
             self._event(f"tuning_area/replica_{replica}", value, step)
+
+    def _write(self, row: Row) -> None:
+        self._file.write(json.dumps({"training": self._training, **row}) + "\n")
 
     def _event(self, name: str, value: float, step: int) -> None:
         if math.isfinite(value):

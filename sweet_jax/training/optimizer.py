@@ -26,15 +26,10 @@ def apply_gradients(
     rate: jax.Array,
     settings: StepSettings,
 ) -> tuple[Params, optax.ScaleByAdamState]:
-    """Returns parameters and moments after AdamW's step.
+    """Returns one replica's parameters and moments after AdamW's step.
 
-    Args:
-      params: of one replica.
-      grads: like them; parameters with None in the place of a gradient stay as they are.
-      adam: the moments.
-      rate: the learning rate of this step, float32 [].
-      settings: the other constants.
-
+    grads: like params; parameters with None in the place of a gradient stay as they are.
+    rate: the learning rate of this step, float32 [].
     """
     updates, adam = ADAM.update(clip_gradients(grads, settings), adam)
 

@@ -26,7 +26,6 @@ from sweet_jax.training.segment_parallel import (
 from sweet_jax.training.settings import Schedule, StepSettings
 from sweet_jax.training.sharding import (
     batch_sharding,
-    limit_traces,
     make_mesh,
     put_batch,
     replica_sharding,
@@ -75,14 +74,12 @@ def check_devices(config: Config) -> None:
         )
 
 
-def data_parallel_plan(
-    config: Config, settings: StepSettings, state: State, lengths: int
-) -> ExecutionPlan:
+def data_parallel_plan(config: Config, settings: StepSettings, state: State) -> ExecutionPlan:
     """Plans steps that all devices take together: replicas and rows are spread over them."""
     replicas = len(config.replicas())
     mesh = make_mesh(replicas, config.batch_size)
     compiled, schedule = compile_step(settings, replicas, mesh), settings.schedule
-    measured = compile_conflict(settings, replicas, mesh, lengths)
+    measured = compile_conflict(settings, replicas, mesh)
 
     def step(number: int, state: State, inputs: dict) -> tuple[State, list[StepMetrics]]:
         every, conflict = config.conflict_every, None
@@ -100,13 +97,11 @@ def data_parallel_plan(
     )
 
 
-def segment_parallel_plan(
-    config: Config, settings: StepSettings, state: State, lengths: int
-) -> ExecutionPlan:
+def segment_parallel_plan(config: Config, settings: StepSettings, state: State) -> ExecutionPlan:
     """Plans steps where each group of devices trains its own segments, see segment_parallel.py."""
     replicas = len(config.replicas())
     groups = make_device_groups(settings.exits, replicas, config.batch_size)
-    compiled = compile_groups(settings, groups, replicas, lengths)
+    compiled = compile_groups(settings, groups, replicas)
     parts = [
         jax.tree.map(lambda _, g=group: replica_sharding(g.mesh, replicas), part)
         for group, part in zip(groups, split_state(state, groups, settings.exits), strict=True)
@@ -159,7 +154,7 @@ def _compiled_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callabl
     )
 
 
-def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths: int) -> Callable:
+def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
     """Compiles (state, batch) → the conflict of the step's gradients, float32 [R, E, E, E].
 
     The state is left as it is. A program of its own: the training step's does not change by it.
@@ -170,7 +165,7 @@ def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh, lengths:
 
     by_state, by_batch = replica_sharding(mesh, replicas), batch_sharding(mesh, replicas)
     return jax.jit(
-        limit_traces(jax.vmap(one) if replicas > 1 else one, lengths),
+        warn_on_retrace(jax.vmap(one) if replicas > 1 else one),
         in_shardings=(by_state, by_batch),
         out_shardings=replicated_sharding(mesh),
     )

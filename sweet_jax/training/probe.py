@@ -43,18 +43,11 @@ def read_classifiers(path: Path) -> "LinearClassifiers | None":
 
 
 class LinearClassifiers(NamedTuple):
-    """The dense layers of logistic regressions, on features as they come.
+    """Holds the dense layers of logistic regressions, on features as they come."""
 
-    Attributes:
-      kernel: float32 [R, E, H, C].
-      bias: float32 [R, E, C].
-      penalty: float64 [R, E], the λ of PENALTIES that tuning rows chose.
-
-    """
-
-    kernel: np.ndarray
-    bias: np.ndarray
-    penalty: np.ndarray
+    kernel: np.ndarray  # float32 [R, E, H, C]
+    bias: np.ndarray  # float32 [R, E, C]
+    penalty: np.ndarray  # float64 [R, E], the λ of PENALTIES that tuning rows chose
 
     def select_replicas(self, replicas: Sequence[int]) -> "LinearClassifiers":
         """Returns the classifiers of some replicas."""
@@ -68,17 +61,23 @@ class LinearClassifiers(NamedTuple):
 
     def predictions(self, features: np.ndarray) -> np.ndarray:
         """Returns the class of every row, int [R, E, N], of features [R or 1, E, N, H]."""
-        return np.stack(
-            [
-                [(x @ k + b).argmax(axis=-1) for x, k, b in zip(rows, kernel, bias, strict=True)]
-                for rows, kernel, bias in zip(
-                    np.broadcast_to(features, (len(self.kernel), *features.shape[1:])),
-                    self.kernel,
-                    self.bias,
-                    strict=True,
-                )
-            ]
-        )
+        features = np.broadcast_to(features, (len(self.kernel), *features.shape[1:]))
+        found = np.empty(features.shape[:-1], np.int64)
+        for place in np.ndindex(features.shape[:2]):  # replica and exit
+            logits = features[place] @ self.kernel[place] + self.bias[place]
+            found[place] = logits.argmax(axis=-1)
+        return found
+
+
+class Probe(NamedTuple):
+    """Holds logistic regressions on the frozen encoder."""
+
+    classifiers: LinearClassifiers  # of every replica and exit
+    predictions: np.ndarray  # of the validation rows, int64 [R, E, N]
+
+    def select_replicas(self, replicas: Sequence[int]) -> "Probe":
+        """Returns the probe of some replicas."""
+        return Probe(self.classifiers.select_replicas(replicas), self.predictions[list(replicas)])
 
 
 def fit_classifiers(
@@ -139,11 +138,7 @@ def fit_classifier(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    mean, scale = _moments(x)
-    for rows in (x, held_x):
-        for start in range(0, len(rows), _CHUNK):
-            rows[start : start + _CHUNK] -= mean
-            rows[start : start + _CHUNK] /= scale
+    mean, scale = _standardise(x, held_x)
     coefficients = x.shape[1] * (classes if classes > 2 else 1)
     solver = "newton-cholesky" if coefficients <= _NEWTON else "lbfgs"
     model = LogisticRegression(solver=solver, max_iter=_ITERATIONS, warm_start=True)
@@ -180,16 +175,23 @@ def with_classifiers(
     return params | {"heads": heads}
 
 
-def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation float32 [H] of x [N, H]; 1 where a feature is constant.
+def _standardise(x: np.ndarray, held_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standardises both in place by the first's moments; returns these, float32 [H] each.
 
-    In two passes over chunks: E[x^2] - E[x]^2 loses digits.
+    The standard deviation is 1 where a feature is constant. In two passes over chunks:
+    E[x^2] - E[x]^2 loses digits.
     """
     chunks = range(0, len(x), _CHUNK)
     mean = sum(x[i : i + _CHUNK].sum(axis=0, dtype=np.float64) for i in chunks) / len(x)
     squares = sum((((x[i : i + _CHUNK] - mean) ** 2).sum(axis=0)) for i in chunks)
     scale = np.sqrt(squares / len(x))
-    return mean.astype(np.float32), np.where(scale > 1e-6, scale, 1).astype(np.float32)
+    scale = np.where(scale > 1e-6, scale, 1).astype(np.float32)
+    mean = mean.astype(np.float32)
+    for rows in (x, held_x):
+        for start in range(0, len(rows), _CHUNK):
+            rows[start : start + _CHUNK] -= mean
+            rows[start : start + _CHUNK] /= scale
+    return mean, scale
 
 
 def _softmax_form(model: "LogisticRegression", classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,10 +22,10 @@ from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import (
     batch_sharding,
-    limit_traces,
     make_mesh,
     replica_sharding,
     replicated_sharding,
+    warn_on_retrace,
 )
 from sweet_jax.training.step import State, train_step_segments
 
@@ -109,14 +109,14 @@ def join_state(states: Sequence[State]) -> State:
 
 
 def compile_groups(
-    settings: StepSettings, groups: Sequence[DeviceGroup], replicas: int, lengths: int
+    settings: StepSettings, groups: Sequence[DeviceGroup], replicas: int
 ) -> Callable[[list[State], list[dict]], tuple[list[State], list[StepMetrics]]]:
     """Compiles a step of all groups, a program for each; takes the batch on each group's devices.
 
     Nothing is waited for: programs of one group run in order, those of different groups at the same
     time, as soon as what they take is there.
     """
-    programs = [compile_group(settings, group, replicas, lengths) for group in groups]
+    programs = [compile_group(settings, group, replicas) for group in groups]
 
     def step(states: list[State], batches: list[dict]) -> tuple[list[State], list[StepMetrics]]:
         carried, after, metrics = None, [], []
@@ -130,26 +130,18 @@ def compile_groups(
     return step
 
 
-def compile_group(
-    settings: StepSettings, group: DeviceGroup, replicas: int, lengths: int
-) -> Callable:
+def compile_group(settings: StepSettings, group: DeviceGroup, replicas: int) -> Callable:
     """Compiles (state, batch, carried) → (state, metrics, carried) of one group."""
 
     def one(state: State, batch: dict, carried: SegmentState | None) -> tuple:
         return train_step_segments(settings, group.segments, state, batch, carried)
 
-    by_state, by_batch = (
-        replica_sharding(group.mesh, replicas),
-        batch_sharding(group.mesh, replicas),
-    )
-    last = group.segments[-1] == len(settings.exits) - 1
+    mesh, last = group.mesh, group.segments[-1] == len(settings.exits) - 1
+    by_state, by_batch = replica_sharding(mesh, replicas), batch_sharding(mesh, replicas)
+    handed_on = None if last else (by_batch, by_state)
     return jax.jit(
-        limit_traces(jax.vmap(one) if replicas > 1 else one, lengths),
-        out_shardings=(
-            by_state,
-            replicated_sharding(group.mesh),
-            None if last else (by_batch, by_state),
-        ),
+        warn_on_retrace(jax.vmap(one) if replicas > 1 else one),
+        out_shardings=(by_state, replicated_sharding(mesh), handed_on),
         donate_argnums=0,
     )
 

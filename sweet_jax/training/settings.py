@@ -18,49 +18,31 @@ from sweet_jax.training.losses import TrainingLoss
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """The constants of a compiled training step.
+    """Holds the constants of a compiled training step."""
 
-    Attributes:
-      graphdef: structure of the model.
-      exits: layer numbers, E of them.
-      total_steps, warmup_steps: of the whole training.
-      weight_decay: AdamW's, of matrices.
-      clip_norm: largest norm of a gradient, infinity for no clipping.
-      clip_by_owner: one norm for each owner of parameters; otherwise one for all.
-      isolation: of the boundaries: one number, or from, to.
-      isolation_schedule: from, to: "linear" in the steps, or a "step" at half time.
-      boundary_isolation: factors of the E - 1 boundaries; () for 1 throughout.
-      loss_weights: of each exit at the first and at the last step, linear in between; () for 1.
-      objective: what the outputs of an exit are trained for.
-      learning_to_exit: "", "joint" or "detached".
-      shared_relative: the model's.
-      frozen: so many first segments stay as they are: no exit trains them.
-      head_learning_rate: of the heads, a multiple of the learning rate.
-      traced: the numbers of steps as arguments of a compiled program, in place of its constants.
-
-    """
-
-    graphdef: nnx.GraphDef
-    exits: tuple[int, ...]
-    total_steps: int
+    graphdef: nnx.GraphDef  # structure of the model
+    exits: tuple[int, ...]  # layer numbers, E of them
+    total_steps: int  # of the whole training
     warmup_steps: int
-    weight_decay: float
-    clip_norm: float
-    clip_by_owner: bool
-    isolation: tuple[float, ...]
-    isolation_schedule: str = "linear"
-    boundary_isolation: tuple[float, ...] = ()
+    weight_decay: float  # AdamW's, of matrices
+    clip_norm: float  # largest norm of a gradient, infinity for no clipping
+    clip_by_owner: bool  # one norm for each owner of parameters; otherwise one for all
+    isolation: tuple[float, ...]  # of the boundaries: one number, or from, to
+    isolation_schedule: str = "linear"  # in the steps, or "step": at half time
+    boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () for 1
+    # Of each exit at the first and at the last step, linear in between; () for 1.
     loss_weights: tuple[tuple[float, float], ...] = ()
-    objective: Objective = SINGLE_LABEL
-    learning_to_exit: str = ""
-    shared_relative: bool = False
-    frozen: int = 0
-    head_learning_rate: float = 1.0
+    objective: Objective = SINGLE_LABEL  # what the outputs of an exit are trained for
+    learning_to_exit: str = ""  # or "joint", "detached"
+    shared_relative: bool = False  # the model's
+    frozen: int = 0  # so many first segments stay as they are: no exit trains them
+    head_learning_rate: float = 1.0  # of the heads, a multiple of the learning rate
+    # The numbers of steps as arguments of a compiled program, in place of its constants.
     traced: "Schedule | None" = None
 
     @property
     def schedule(self) -> "Schedule":
-        """What the step reads of the numbers of steps."""
+        """Returns what the step reads of the numbers of steps."""
         return self.traced or make_schedule(self.total_steps, self.warmup_steps)
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
@@ -92,7 +74,7 @@ class StepSettings:
 
 
 class Schedule(NamedTuple):
-    """The numbers of steps as arguments of a compiled program, so that runs of any length share it.
+    """Holds the numbers of steps as arguments of a compiled program, for runs of any length.
 
     Reciprocals, which is what XLA makes of a division by a constant: a run has the same numbers
     whether these are arguments or constants.

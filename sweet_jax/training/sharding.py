@@ -158,21 +158,3 @@ def warn_on_retrace(function: Callable) -> Callable:
         return function(*args)
 
     return counted
-
-
-def limit_traces(function: Callable, limit: int) -> Callable:
-    """Returns `function`, with an AssertionError at the trace after `limit`.
-
-    chex.assert_max_traces counts by call stack, so that a second model would start from the count
-    of the first.
-    """
-    count = 0
-
-    @functools.wraps(function)
-    def counted(*args):
-        nonlocal count
-        count += 1
-        assert count <= limit, f"{function.__name__} was traced more than {limit} times"
-        return function(*args)
-
-    return counted

@@ -19,7 +19,7 @@ from sweet_jax.training.settings import StepSettings
 
 
 class State(NamedTuple):
-    """Everything of one replica that training changes, and in which replicas differ."""
+    """Holds everything of one replica that training changes, or in which replicas differ."""
 
     params: Params
     adam: Any  # optax.ScaleByAdamState
@@ -48,8 +48,7 @@ def train_step(
     """Takes one step of AdamW on the sum over exits of their losses (SWEET paper, section 3).
 
     Args:
-      settings: constants.
-      state: of one replica.
+      settings, state: constants, and what one replica has.
       batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels, the targets [B, ...]
         of the objective, row_mask bool [B] (False: the row is padding, and left out of the loss).
 

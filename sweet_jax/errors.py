@@ -1,0 +1,20 @@
+"""Errors of the user, which commands report in one line and exit status 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Raised for wrong input of the user, in one line: what, with the value, and how to fix it."""
+
+
+def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises UserError naming the nearest allowed value unless value is one of them."""
+    allowed = list(allowed)
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = (
+        f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(map(repr, allowed))}"
+    )
+    raise UserError(f"unknown {what} {value!r}: {hint}")
