@@ -168,7 +168,10 @@ def _draw_rows(config: Config, dataset: Dataset) -> RunRows:
                 f"the {len(rows)} training rows drawn for seed {seed}: raise train_size, or "
                 "give more distinct texts"
             )
-    return RunRows(np.stack(training), np.stack(calibration), np.stack(tuning))
+    size = min(map(len, calibration))  # differs where most classes have one row
+    return RunRows(
+        np.stack(training), np.stack([rows[:size] for rows in calibration]), np.stack(tuning)
+    )
 
 
 def _hold_out_tuning_rows(
@@ -221,7 +224,8 @@ def _log_labels(job: PreparedRun) -> None:
     log.info(describe_classes(counts))
     for warning in label_warnings(counts):
         log.warning(warning)
-    train, calibration = (np.unique(job.train.labels[rows]) for rows in job.rows[0])
+    rows = (job.rows.training[0], job.rows.calibration[0])
+    train, calibration = (np.unique(job.train.labels[part]) for part in rows)
     if job.config.calibration == "held_out" and len(missing := np.setdiff1d(train, calibration)):
         listed = ", ".join(repr(names[c]) for c in missing[:5]) + ("…" if len(missing) > 5 else "")
         log.warning(

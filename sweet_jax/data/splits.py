@@ -48,9 +48,11 @@ def stratified_split(
     wanted = counts * fraction
     quota = np.floor(wanted).astype(int)
     missing = round(fraction * len(labels)) - quota.sum()
-    order_of_classes = np.argsort(-(wanted - quota), kind="stable")
-    spare = order_of_classes[quota[order_of_classes] < counts[order_of_classes] - 1]
-    quota[spare[:missing]] += 1
+    by_remainder = np.argsort(-(wanted - quota), kind="stable")
+    while missing > 0 and (quota < counts - 1).any():
+        spare = [c for c in by_remainder if quota[c] < counts[c] - 1][:missing]
+        quota[spare] += 1
+        missing -= len(spare)
     held = np.concatenate([order[labels[order] == c][:n] for c, n in enumerate(quota)])
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
 

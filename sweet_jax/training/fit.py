@@ -102,7 +102,8 @@ def _start(job: TrainingJob) -> tuple[StepSettings, State]:
         params = with_classifiers(state.params, new, job.probe, columns)
         state = state._replace(params=params)
     rows, frozen = job.rows.shape[1], len(grown)
-    return step_settings(config, graphdef, exits, rows, short=job.short, frozen=frozen), state
+    settings = step_settings(config, graphdef, exits, rows, short=job.short, frozen=frozen)
+    return dataclasses.replace(settings, objective=job.objective), state
 
 
 def _train(
