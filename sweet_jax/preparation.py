@@ -19,7 +19,7 @@ from sweet_jax.data.splits import (
     split_calibration_rows,
     split_tuning_rows,
 )
-from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pooling import declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.training.growth import base_config

@@ -19,7 +19,7 @@ from sweet_jax.config import POOLING_NAMES, Config, UserError
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import one_line, write_json, write_text
-from sweet_jax.models.checkpoint_files import load_tokenizer, locate_checkpoint
+from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 
 if TYPE_CHECKING:  # these import datasets, and JAX
     from sweet_jax.data.load import Dataset
