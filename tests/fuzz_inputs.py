@@ -37,7 +37,7 @@ from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.records import read_records
 from sweet_jax.data.tables import Columns
-from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
 
 SECONDS, MEBIBYTES = 20, 2048

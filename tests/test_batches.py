@@ -18,7 +18,7 @@ from sweet_jax.data.batches import (
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.splits import Split, drop_duplicates, split_calibration_rows
 from sweet_jax.methods import METHODS
-from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
 
 CLS, SEP, WORD0 = 2, 3, 5  # ids of the tiny checkpoint's tokenizer

@@ -14,7 +14,7 @@ import transformers
 from tiny import FAMILIES, TINIES, write_checkpoint
 
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.models.pooling import declared_pooling
 from sweet_jax.models.pretrained import open_checkpoint

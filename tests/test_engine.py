@@ -20,7 +20,7 @@ from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import batch_sizes, load_engine, padded_lengths, plan_stages
 from sweet_jax.inference.predictions import InvalidRow
-from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from sweet_jax import load_encoder
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.data.batches import tokenize
 from sweet_jax.data.splits import Split
-from sweet_jax.models.checkpoint_files import load_tokenizer
+from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.preparation import prepare
 from sweet_jax.training.initialization import initial_state, model_specs

@@ -19,7 +19,8 @@ from sweet_jax.config import POOLING_NAMES, Config, UserError
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import one_line, write_json, write_text
-from sweet_jax.models.checkpoint_files import load_tokenizer, locate_checkpoint
+from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
+from sweet_jax.models.special_tokens import ensure_first_token
 
 if TYPE_CHECKING:  # these import datasets, and JAX
     from sweet_jax.data.load import Dataset
@@ -157,7 +158,10 @@ def open_model(name: str | Path) -> ModelArtifact:
             f"{str(checkpoint.folder / 'exits.json')!r} is damaged ({error!r}): run the report of "
             "its run again"
         ) from error
-    return ModelArtifact(tokenizer=load_tokenizer(checkpoint), **fields)
+    tokenizer = load_tokenizer(checkpoint)
+    if fields["pooling"] == "first":
+        ensure_first_token(tokenizer, str(checkpoint.folder))
+    return ModelArtifact(tokenizer=tokenizer, **fields)
 
 
 def _read_exits(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """An encoder family: all that the rest of the package needs to know of one, as a value.
 
 A new family is one file that ends with such a value, and its line in families.py; where
-transformers' tokenizer is not what it was pretrained with, a line in checkpoint_files.py.
+transformers' tokenizer is not what it was pretrained with, a line in checkpoint_folder.py.
 """
 
 import dataclasses
