@@ -46,8 +46,8 @@ def whole_gradients(
 
     Args:
       graphdef, params: a model of early_exit.py.
-      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels [B], row_mask bool
-        [B] (False: the row is padding, and left out).
+      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels, the targets [B, ...],
+        row_mask bool [B] (False: the row is padding, and left out).
       isolation: of all boundaries, or of each.
       key: typed key of the dropout masks, None for none.
       loss: what the gradient is taken of.
