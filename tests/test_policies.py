@@ -17,9 +17,9 @@ from sweet_jax.exits.calibration import Calibrator, fit_calibrators, outcome_pro
 from sweet_jax.exits.cross_fitting import cross_fitted_confidences
 from sweet_jax.exits.policies import (
     POLICIES,
+    UnlabeledOutputs,
     exit_confidences,
     grid_thresholds,
-    policy_confidences,
 )
 from sweet_jax.exits.reliability import (
     CURVES,
@@ -113,13 +113,13 @@ def test_every_policy_equals_a_loop_over_examples(outputs, other, policy):
         ]
         np.testing.assert_allclose(found[i], wanted, rtol=1e-6, atol=1e-9)
         for so_far in range(1, e):  # what is served has seen no later exit
-            served = policy_confidences(
-                policy,
-                outputs.logits[i, :so_far],
-                outputs.exit_scores[i, :so_far],
-                calibrators[i].first_exits(so_far),
+            seen = UnlabeledOutputs(
+                outputs.logits[i : i + 1, :so_far],
+                outputs.layers[:so_far],
+                outputs.exit_scores[i : i + 1, :so_far],
             )
-            np.testing.assert_array_equal(served, found[i, :so_far])
+            served = exit_confidences(seen, policy, [calibrators[i].first_exits(so_far)])
+            np.testing.assert_array_equal(served[0], found[i, :so_far])
     curve = simulate(outputs, policy, calibrators=calibrators)
     for t, threshold in enumerate(curve.threshold[0]):
         cost, score, shares = brute_force(

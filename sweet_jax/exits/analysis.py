@@ -15,7 +15,7 @@ from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.cross_fitting import calibration_confidences
 from sweet_jax.exits.operating_point import OperatingPoint, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, exit_confidences, grid_thresholds
+from sweet_jax.exits.policies import POLICIES, grid_thresholds
 from sweet_jax.exits.resolver import Resolution, ThresholdResolver
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 
@@ -136,10 +136,9 @@ def analyse(
     policy = policy or validation.identity.policy
     check_choice("policy", policy, POLICIES)
     calibrators = fit_calibrators(calibration)
-    confidences = exit_confidences(validation, policy, calibrators)
     held_out = calibration_confidences(calibration, policy, calibrators)
     on_calibration = simulate(calibration, lambda *_: held_out)
-    curve = simulate(validation, lambda *_: confidences)
+    curve = simulate(validation, policy, calibrators=calibrators)
     choosing, by = calibration, on_calibration
     if tuning is not None:
         choosing, by = tuning, simulate(tuning, policy, calibrators=calibrators)

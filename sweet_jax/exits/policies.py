@@ -89,31 +89,15 @@ def exit_confidences(
         temperatures = np.stack([c.temperatures for c in calibrators])  # [R, E]
         found = np.asarray(policy(outputs, temperatures), np.float64)
     else:
+        check_choice("policy", policy, POLICIES)
+        rule, objective = POLICIES[policy], outputs.objective
+        if rule.needs_probabilities:
+            categorical_variables(objective)
+        if rule.curve and any(rule.curve not in c.curves for c in calibrators):
+            raise UserError(f"the policy {policy!r} needs calibration rows: give them too")
         learned = [None] * replicas if outputs.exit_scores is None else outputs.exit_scores
         each = zip(outputs.logits, learned, calibrators, strict=True)
-        objective = outputs.objective
-        found = np.stack([policy_confidences(policy, *replica, objective) for replica in each])
+        found = np.stack([rule.confidences(PolicyInput(*one, objective)) for one in each])
     if found.shape != outputs.logits.shape[:3]:
         raise ValueError(f"a policy must return [R, E, N]; got {found.shape}")
     return np.where(np.isnan(found), -np.inf, found)
-
-
-def policy_confidences(
-    policy: str,
-    logits: np.ndarray,
-    learned: np.ndarray | None,
-    calibrator: Calibrator,
-    objective: Objective = SINGLE_LABEL,
-) -> np.ndarray:
-    """Computes the exit confidences of a named policy for one replica, float64 [E', N].
-
-    `policy` is a name in POLICIES; for the others see `PolicyInput`. Raises UserError as
-    `exit_confidences` does.
-    """
-    check_choice("policy", policy, POLICIES)
-    rule = POLICIES[policy]
-    if rule.needs_probabilities:
-        categorical_variables(objective)
-    if rule.curve and rule.curve not in calibrator.curves:
-        raise UserError(f"the policy {policy!r} needs calibration rows: give them too")
-    return rule.confidences(PolicyInput(logits, learned, calibrator, objective))

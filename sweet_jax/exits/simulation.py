@@ -78,15 +78,12 @@ def simulate(
 
 def read_curve(curve: Curve, thresholds: np.ndarray) -> Curve:
     """Returns the points of an exact curve at any thresholds [T]."""
-
-    def one(threshold, cost, metric, shares):
-        # Between two distinct thresholds examples leave as at the higher one.
-        at = np.searchsorted(threshold, thresholds, side="left")
-        at = np.minimum(at, len(threshold) - 1)
-        return Curve(thresholds, cost[at], metric[at], shares[at])
-
-    fields = (getattr(curve, field.name) for field in dataclasses.fields(Curve))
-    return _stack([one(*replica) for replica in zip(*fields, strict=True)])
+    # Between two distinct thresholds examples leave as at the higher one.
+    at = np.stack([np.searchsorted(own, thresholds) for own in curve.threshold])  # [R, T]
+    at = np.minimum(at, curve.threshold.shape[1] - 1)
+    rows = np.arange(len(at))[:, None]
+    threshold = np.tile(thresholds, (len(at), 1))
+    return Curve(threshold, curve.cost[rows, at], curve.score[rows, at], curve.shares[rows, at])
 
 
 def _simulate_one(outputs: ExitOutputs, confidences: np.ndarray, metric: Metric) -> Curve:
