@@ -25,7 +25,8 @@ from sweet_jax.head_fitting import fit_probe, refit_heads
 from sweet_jax.inference.artifact import TrainedModel
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput
-from sweet_jax.preparation import PreparedRun, log_description, prepare
+from sweet_jax.preparation import PreparedRun, prepare
+from sweet_jax.run_description import log_description
 from sweet_jax.run_outputs import Outcome, exit_outputs, write_run
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit

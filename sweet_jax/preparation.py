@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import Tokens, tokenize, whole_lengths
-from sweet_jax.data.label_checks import describe_classes, label_warnings
+from sweet_jax.data.batches import Tokens, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.splits import (
     Split,
@@ -39,8 +37,6 @@ from sweet_jax.training.parallel import check_devices
 from sweet_jax.training.probe import Probe
 
 log = logging.getLogger(__name__)
-
-_FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of accuracy
 
 
 class RunRows(NamedTuple):
@@ -185,74 +181,6 @@ def _hold_out_tuning_rows(
     split = drop_duplicates(rows.texts, split)
     size = min(len(tuning) for _, tuning in split)
     return [own for own, _ in split], [tuning[:size] for _, tuning in split]
-
-
-def log_description(job: PreparedRun) -> None:
-    """Logs what will be trained, on how many rows and devices, and what looks wrong in the data."""
-    train, calibration, tuning = (rows.shape[1] for rows in job.rows)
-    _log_labels(job)
-    _log_lengths(job)
-    if job.config.calibration == "held_out" and calibration < _FEW:
-        log.warning(
-            "only %d calibration rows: temperatures and thresholds fitted on them say little of "
-            "other rows; give more rows, or a larger calibration_fraction",
-            calibration,
-        )
-    if 0 < tuning < _FEW:
-        log.warning(
-            "only %d tuning rows: the penalties, the learning rate and the state that is kept, "
-            "which they choose, may be chosen by chance; give more rows",
-            tuning,
-        )
-    if job.dataset.left_out:
-        log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
-    log.info(
-        "%s with %s: %d training, %d tuning and %d calibration rows of %d (train_size %d), %d "
-        "validation rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
-        *(job.config.task, job.config.method, train, tuning, calibration),
-        *(len(job.dataset.train.labels), job.config.train_size, len(job.validation)),
-        *(len(job.dataset.classes), len(job.config.replicas())),
-        *(jax.device_count(), jax.default_backend()),
-    )
-
-
-def _log_labels(job: PreparedRun) -> None:
-    """Logs the classes with their rows, and warns of labels that look wrong or are too rare."""
-    splits, names = (job.dataset.train, job.dataset.validation), job.dataset.classes
-    every = np.bincount(np.concatenate([s.labels for s in splits]), minlength=len(names))
-    counts = dict(zip(names, every.tolist(), strict=True))
-    log.info(describe_classes(counts))
-    for warning in label_warnings(counts):
-        log.warning(warning)
-    rows = (job.rows.training[0], job.rows.calibration[0])
-    train, calibration = (np.unique(job.train.labels[part]) for part in rows)
-    if job.config.calibration == "held_out" and len(missing := np.setdiff1d(train, calibration)):
-        listed = ", ".join(repr(names[c]) for c in missing[:5]) + ("…" if len(missing) > 5 else "")
-        log.warning(
-            "no calibration row is of class %s: thresholds say nothing of it; give more such rows",
-            listed,
-        )
-
-
-def _log_lengths(job: PreparedRun) -> None:
-    """Warns of texts that are cut, with the length that would keep 95% of them whole."""
-    limit, positions = job.config.max_length, job.checkpoint.config.positions
-    cut = float((job.train.lengths >= limit).mean())
-    if not cut:
-        return
-    lengths = whole_lengths(job.tokenizer, job.texts, job.train)
-    cut, enough = float((lengths > limit).mean()), int(np.quantile(lengths, 0.95, method="higher"))
-    if not cut:
-        return
-    advice = f"--config.max_length={enough} keeps 95% of them whole" if enough > limit else ""
-    if positions is not None and enough > positions:
-        advice = f"95% of them have up to {enough} tokens, this encoder takes {positions}"
-    log.warning(
-        "%.0f%% of the training texts are longer than max_length, %d tokens, and are cut%s",
-        100 * cut,
-        limit,
-        f"; {advice}" if advice else "",
-    )
 
 
 def _check_against(checkpoint: Checkpoint, config: Config) -> None:

@@ -184,7 +184,10 @@ LEVELS = [
     {"data", "exits", "objectives"},
     {"models", "arguments"},
     {"training", "inference", "report"},
-    {"preparation", "baselines", "head_fitting", "learning_rate_search", "run_outputs"},
+    {
+        *("preparation", "run_description", "baselines", "head_fitting"),
+        *("learning_rate_search", "run_outputs"),
+    },
     {"pipeline", "server"},
     {"main", "simulate", "predict", "serve", "export"},
     {"cli"},

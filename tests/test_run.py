@@ -19,7 +19,8 @@ from sweet_jax.data.splits import split_calibration_rows
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
-from sweet_jax.preparation import log_description, prepare
+from sweet_jax.preparation import prepare
+from sweet_jax.run_description import log_description
 from sweet_jax.training.checkpoint import read_params
 from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.metrics import read_metrics
