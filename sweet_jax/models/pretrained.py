@@ -31,7 +31,7 @@ _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
 _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
-_FILES += ["0_Transformer/*", "adapter_config.json"]
+_FILES += ["adapter_config.json", *(f"0_Transformer/{name}" for name in _FILES)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _from_hub(name: str) -> Path:
     try:
         folder = fetch(_FILES)
         # Pickles are large, and not wanted beside safetensors.
-        return folder if [*folder.glob("*.safetensors")] else fetch([*_FILES, "pytorch_model*"])
+        return folder if [*folder.rglob("*.safetensors")] else fetch([*_FILES, "*pytorch_model*"])
     except Exception as error:  # the client raises many kinds; each means the same to a user
         reason = " ".join(str(error).split())[:200]
         raise UserError(
