@@ -87,8 +87,8 @@ MEANINGS: dict[str, dict[str, tuple[str, str]]] = {
             "",
         ),
         "relative": (
-            "Owner of relative positions (DeBERTa, MPNet): the first exit, or all exits.",
-            '"" is the preset\'s',
+            'Owner of relative positions (DeBERTa, MPNet): first exit or all; "": the preset\'s.',
+            "",
         ),
         "clipping": (
             "Clipping by the norm of each exit's own gradients, or of all; \"\" is the preset's.",
