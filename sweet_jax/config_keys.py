@@ -90,8 +90,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             'A pretrained pooler for each exit, or one that all share; "" is the preset\'s.'
         ),
         "relative": (
-            'Owner of relative positions (DeBERTa, MPNet): the first exit, or all exits; "" is the '
-            "preset's."
+            'Owner of relative positions (DeBERTa, MPNet): first exit or all; "": the preset\'s.'
         ),
         "clipping": (
             "Clipping by the norm of each exit's own gradients, or of all; \"\" is the preset's."

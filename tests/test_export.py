@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import FAMILIES, Reference, fine_tune, write_checkpoint
 
 from sweet_jax import export
 from sweet_jax.config import UserError
@@ -80,35 +79,6 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, cap
     assert export.main([*arguments, "--policy=confidence"]) == 2  # it exists
     assert export.main([*arguments, "--policy=entropy"]) == 2
     assert "only the policies confidence, raw_confidence" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["electra", "mpnet", "modernbert", "albert"])
-def test_an_exported_model_of_each_kind_gives_the_same_answers(kind, tmp_path):
-    method = "early_exit" if FAMILIES[kind].isolation_obstacle else "sweet"
-    checkpoint = write_checkpoint(tmp_path / kind, kind)
-    reference = Reference(*fine_tune(checkpoint, tmp_path, method=method, epochs=2))
-    model = reference.classifier.model
-    confidence = exit_confidences(reference.outputs, "confidence", [model.resolver.calibrator])
-    sure = np.sort(confidence[0, 0])
-    middle = len(sure) // 4 + np.diff(sure)[len(sure) // 4 : -len(sure) // 4].argmax()
-    threshold = float(sure[middle : middle + 2].mean())  # some texts exit at once, others do not
-    classifier = reference.classifier.at("confidence", threshold=threshold)
-    wanted = classifier.predict(reference.texts, 8, "latency")
-    folder = tmp_path / "exported"
-    arguments = [f"--model={model.folder}", f"--output={folder}", f"--threshold={threshold}"]
-    assert export.main([*arguments, "--policy=confidence"]) == 0
-    ids, types = encode(model.tokenizer, [(t,) for t in reference.texts], 32)
-    tokens = np.asarray([len(row) for row in ids], np.int32)
-    padded = np.zeros((2, len(ids), 32), np.int32)
-    for place, (row, kinds) in enumerate(zip(ids, types, strict=True)):
-        padded[0, place] = model.tokenizer.pad_token_id
-        padded[0, place, : len(row)], padded[1, place, : len(row)] = row, kinds
-    given, probability, layer = load_runner(folder).predict(folder, *padded, tokens)
-    assert (layer == wanted.exits).all()
-    assert len(set(layer)) > 1
-    assert (np.asarray(model.classes)[given] == wanted.labels).all()
-    np.testing.assert_allclose(probability, wanted.probabilities.max(axis=1), atol=1e-5)
 
 
 def test_the_model_card_has_the_run_s_numbers(sweet):

@@ -117,6 +117,13 @@ def answered(classifier, texts, batch_size):
         pytest.param("roberta", "mean", marks=pytest.mark.slow),
         pytest.param("deberta", "mean", marks=pytest.mark.slow),
         ("deberta-v2", "mean"),
+        ("modernbert", "first"),
+        pytest.param("modernbert", "mean", marks=pytest.mark.slow),
+        pytest.param("mpnet", "first", marks=pytest.mark.slow),
+        pytest.param("mpnet", "mean", marks=pytest.mark.slow),
+        pytest.param("electra", "first", marks=pytest.mark.slow),
+        pytest.param("albert", "first", marks=pytest.mark.slow),
+        pytest.param("camembert", "mean", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_encoder(kind, pooling, sweet, tmp_path):

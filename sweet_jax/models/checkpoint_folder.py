@@ -21,7 +21,7 @@ _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
 _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
-_FILES += ["0_Transformer/*", _ADAPTER]
+_FILES += [_ADAPTER, *(f"0_Transformer/{name}" for name in _FILES)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from sweet_jax.models.layers import derive_key, derive_optional_key, remateriali
 # Of all boundaries between segments, or of each of the E - 1.
 Isolation = float | jax.Array | tuple[float | jax.Array, ...]
 # What crosses a boundary: the hidden state [B, L, H], and the encoder's table of relative positions
-# [S, H] or None.
+# [S, H] (MPNet: [S, A heads]) or None.
 SegmentState = tuple[jax.Array, jax.Array | None]
 
 

@@ -224,7 +224,7 @@ class Encoder(nnx.Module):
         )
 
     def relative_table(self) -> jax.Array | None:
-        """Returns the embeddings of relative positions [S, H] that `layer` takes, or None."""
+        """Returns the table of relative positions [S, H] or [S, A] that `layer` takes, or None."""
         return None
 
     def layer(

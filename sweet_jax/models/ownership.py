@@ -1,8 +1,8 @@
 """Ownership of parameters: the exit whose loss alone trains a parameter under SWEET.
 
 A segment's layers and head are its exit's; the embeddings belong to the first segment (SWEET paper,
-section 4.1), and so does the table of relative positions, unless it is shared. No array is made
-here: trees have the shape of the parameters.
+section 4.1), and so does the table of relative positions, unless it is shared. ALBERT's one layer
+is every exit's. No array is made here: trees have the shape of the parameters.
 """
 
 from collections.abc import Iterator, Sequence
