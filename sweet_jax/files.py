@@ -62,6 +62,14 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; raises OSError, or ValueError for what is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes strict JSON atomically; raises ValueError for NaN or infinity."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
@@ -146,7 +154,7 @@ def _check_identity(
     ours = json.loads(json.dumps(identity))
     if path.exists():
         try:
-            theirs = json.loads(path.read_text())
+            theirs = read_json(path)
             if not isinstance(theirs, dict):
                 raise ValueError("not an object")
             theirs = {**json.loads(json.dumps(defaults)), **theirs}
@@ -154,15 +162,14 @@ def _check_identity(
             raise UserError(
                 f"{str(path)!r} is not the config of a run ({error}): choose another workdir"
             ) from error
-        differing = [
-            f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-            for key in sorted({*ours, *theirs} - set(free))
-            if theirs.get(key) != ours.get(key)
-        ]
-        if differing:
+        keys = [k for k in sorted({*ours, *theirs} - set(free)) if theirs.get(k) != ours.get(k)]
+        if keys:
+            listed = "; ".join(
+                f"{k} is {theirs.get(k)!r} there and {ours.get(k)!r} here" for k in keys
+            )
             raise UserError(
-                f"workdir {str(workdir)!r} belongs to another configuration: "
-                f"{'; '.join(differing)}. Choose another workdir, or remove this one"
+                f"workdir {str(workdir)!r} belongs to another configuration: {listed}. Give it what "
+                "it has there to resume it, choose another workdir, or remove this one"
             )
     elif workdir.is_dir() and any(
         not p.name.startswith(".")  # .lock, or a temporary file of a run that was killed

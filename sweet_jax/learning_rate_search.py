@@ -4,7 +4,6 @@ Shape letters: R replica, E exit, M tuning rows, C classes.
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import numpy as np
 
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.exits.outputs import layer_cost
-from sweet_jax.files import write_json
+from sweet_jax.files import read_json, write_json
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
@@ -47,7 +46,7 @@ def search_rate(job: PreparedRun, workdir: Path) -> tuple[PreparedRun, dict[str,
         return job, None
     path = workdir / "rate_search.json"
     if broadcast_from_primary(path.exists()):
-        found = json.loads(path.read_text())
+        found = read_json(path)
     else:
         found = _search(job, workdir / "rate_search")
         if is_primary():

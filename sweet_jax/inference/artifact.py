@@ -6,7 +6,6 @@ Shape letters: E exit, C classes.
 """
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import safetensors.numpy
 from sweet_jax.config import POOLING_NAMES, Config, UserError
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
-from sweet_jax.files import one_line, write_json, write_text
+from sweet_jax.files import one_line, read_json, write_json, write_text
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.special_tokens import ensure_first_token
 
@@ -172,7 +171,7 @@ def _read_exits(folder: Path) -> dict[str, Any]:
             "python -m sweet_jax.main (it holds exits.json)"
         )
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         version = values["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{str(path)!r} is not readable ({error!r})") from error

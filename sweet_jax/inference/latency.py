@@ -4,7 +4,6 @@ Shape letters: E exit, B batch size, L length.
 """
 
 import dataclasses
-import json
 import platform
 import statistics
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sweet_jax.config import UserError
-from sweet_jax.files import write_json
+from sweet_jax.files import read_json, write_json
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import Engine, Stage, StageBatch, padded_lengths
 
@@ -108,7 +107,7 @@ def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         table = LatencyTable(
             str(values["machine"]),
             tuple(values["batch_sizes"]),

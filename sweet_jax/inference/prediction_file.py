@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sweet_jax.config import UserError
-from sweet_jax.files import atomic_write, write_json
+from sweet_jax.files import atomic_write, read_json, write_json
 from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 
 PREDICTED = ("label", "probability", "exit", "cost", "error")  # keys of a row of the output
@@ -116,7 +116,7 @@ class OutputFile:
         if not file.seek(0, os.SEEK_END):
             write_json(self._note, ours)
         elif self._note.exists():
-            theirs = json.loads(self._note.read_text())
+            theirs = read_json(self._note)
             differing = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
             if differing:
                 key = differing[0]

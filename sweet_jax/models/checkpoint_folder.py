@@ -5,14 +5,13 @@ Imports no JAX, so that a saved model can be opened for an engine without it.
 
 import dataclasses
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sweet_jax.config import UserError
-from sweet_jax.files import one_line, resolve_path
+from sweet_jax.files import one_line, read_json, resolve_path
 
 _ADAPTER = "adapter_config.json"
 _SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
@@ -55,7 +54,7 @@ def locate_checkpoint(name: str) -> CheckpointFiles:
         folder = _from_hub(name)
     folder = encoder_folder(folder)
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = read_json(folder / "config.json")
         if not isinstance(values, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
@@ -90,7 +89,7 @@ def encoder_folder(folder: Path) -> Path:
         folder = inside
     if (folder / _ADAPTER).exists():
         try:
-            base = json.loads((folder / _ADAPTER).read_text())["base_model_name_or_path"]
+            base = read_json(folder / _ADAPTER)["base_model_name_or_path"]
         except (OSError, ValueError, KeyError, TypeError):
             base = "its encoder"
         raise UserError(
@@ -103,7 +102,7 @@ def encoder_folder(folder: Path) -> Path:
 def _first_module(folder: Path) -> str:
     """Returns the path that modules.json gives the encoder; "" for the folder itself."""
     try:
-        return str(json.loads((folder / "modules.json").read_text())[0]["path"])
+        return str(read_json(folder / "modules.json")[0]["path"])
     except (OSError, ValueError, LookupError, TypeError):
         return ""  # there is none; `declared_pooling` names what is wrong with one
 
@@ -112,7 +111,7 @@ def tokenizer_options(folder: Path, model_type: str) -> dict[str, str]:
     """Returns what AutoTokenizer has to be given where no file names a tokenizer's class."""
     for file, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
         try:
-            if json.loads((folder / file).read_text()).get(key):
+            if read_json(folder / file).get(key):
                 return {}
         except (OSError, ValueError, AttributeError):
             continue

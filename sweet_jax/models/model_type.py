@@ -3,7 +3,9 @@
 No arrays are made here.
 """
 
+import dataclasses
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,11 +70,16 @@ def _by_tensors(
             present = set(family.names.normalized(found).values())
         except UserError:
             continue
-        wanted = nnx.eval_shape(lambda f=family, c=config: f.encoder(c, jax.random.key(0)))
+        # One layer tells: a config that names no type may have a wrong depth, too.
+        shallow = dataclasses.replace(config, num_hidden_layers=1)
+        wanted = nnx.eval_shape(lambda f=family, c=shallow: f.encoder(c, jax.random.key(0)))
         leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(wanted)[1]))
         names = {family.names.name(path_keys(path)) for path, _ in leaves}
+        later = re.compile(rf"{re.escape(family.names.layers)}\.[1-9]")
         inside = {
-            n for n in present if family.names.is_inside(n) and not family.names.is_ignored(n)
+            n
+            for n in present
+            if family.names.is_inside(n) and not family.names.is_ignored(n) and not later.match(n)
         }
         if inside <= names <= present:
             prefixed = any(f"{family.names.prefix}." in name for name in found)

@@ -5,7 +5,6 @@ A new pooling is one function and one line of POOLINGS.
 Shape letters: B batch, L length, H hidden.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sweet_jax.config import UserError
+from sweet_jax.files import read_json
 
 
 def first_token(h: jax.Array, mask: jax.Array) -> jax.Array:
@@ -71,10 +71,10 @@ def declared_pooling(folder: Path) -> str | None:
         return None
     path = modules
     try:
-        for module in json.loads(modules.read_text()):
+        for module in read_json(modules):
             if str(module.get("type") or module["path"]).endswith("Pooling"):
                 path = folder / module["path"] / "config.json"
-                values = json.loads(path.read_text())
+                values = read_json(path)
                 named = {"cls": "first", "mean": "mean"}.get(values.get("pooling_mode"))
                 found = [name for key, name in _DECLARED.items() if values.get(key) is True]
                 others = [k for k, v in values.items() if k.startswith("pooling_mode_") and v]

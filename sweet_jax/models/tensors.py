@@ -3,7 +3,6 @@
 Arrays have the shapes and dtypes of the files.
 """
 
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from sweet_jax.config import UserError
+from sweet_jax.files import read_json
 
 T = TypeVar("T")
 _SAFE, _PICKLE, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
@@ -66,7 +66,7 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(read_json(index)["weight_map"].values()))
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{name!r} is not the name of a file beside it")

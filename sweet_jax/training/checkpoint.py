@@ -5,7 +5,6 @@ died while saving) or differs (the disk lost something) is passed over for the o
 """
 
 import hashlib
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
-from sweet_jax.files import write_json
+from sweet_jax.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +141,7 @@ def _digest_path(folder: Path, step: int) -> Path:
 
 def _is_sound(folder: Path, step: int) -> bool:
     try:
-        wanted = json.loads(_digest_path(folder, step).read_text())
+        wanted = read_json(_digest_path(folder, step))
     except (OSError, ValueError):
         return False
     return wanted == _digest(folder / str(step))
