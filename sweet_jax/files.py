@@ -164,12 +164,10 @@ def _check_identity(
             ) from error
         keys = [k for k in sorted({*ours, *theirs} - set(free)) if theirs.get(k) != ours.get(k)]
         if keys:
-            listed = "; ".join(
-                f"{k} is {theirs.get(k)!r} there and {ours.get(k)!r} here" for k in keys
-            )
+            pairs = [f"{k} is {theirs.get(k)!r} there and {ours.get(k)!r} here" for k in keys]
             raise UserError(
-                f"workdir {str(workdir)!r} belongs to another configuration: {listed}. Give it what "
-                "it has there to resume it, choose another workdir, or remove this one"
+                f"workdir {str(workdir)!r} belongs to another configuration: {'; '.join(pairs)}. "
+                "Give it what it has there to resume it, choose another workdir, or remove this one"
             )
     elif workdir.is_dir() and any(
         not p.name.startswith(".")  # .lock, or a temporary file of a run that was killed
