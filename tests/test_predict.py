@@ -217,6 +217,24 @@ def test_predictions_go_to_standard_output_and_nowhere(sweet, tmp_path, capfd):
     assert "2 rows" in capfd.readouterr().err
 
 
+def test_the_input_is_never_emptied(sweet, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("word1\n")
+    path = tmp_path / "in.txt"
+    assert call(sweet, f"--input={path}", f"--output={path}") == 2
+    assert "--output must be another file than --input" in capsys.readouterr().err
+    assert path.read_text() == "word1\n"
+    assert call(sweet, f"--input={path}", f"--output={tmp_path}") == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_large_numbers_are_carried_into_a_table(sweet, tmp_path):
+    rows = [{"text": "word1", "n": 2**63}, {"text": "word2", "n": 1.5}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out.parquet"
+    assert call(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", "--keep=n") == 0
+    assert [row["n"] for row in pq.read_table(output).to_pylist()] == [str(2**63), "1.5"]
+
+
 def test_a_file_of_which_no_row_can_be_classified_is_status_3(command):
     status, found = command("in.jsonl", '{"text": 5}\n{"text": null}\n')
     assert status == 3

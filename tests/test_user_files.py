@@ -353,3 +353,89 @@ def test_damaged_files_are_read_or_refused_in_one_line():
     command = [sys.executable, str(script), "--count=400", "--seed=1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+RECORDS = '{"text": "a", "label": "x", "more": {"n": 1}}'
+LAYOUTS = {  # each has two records
+    "two arrays": f"[{RECORDS}]\n[{RECORDS}]",
+    "a list of objects without indentation": f'{{"data": [\n{RECORDS},\n{RECORDS}\n]}}',
+    "columns in another order": '{"text": {"0": "a", "1": "b"}, "label": {"1": "y", "0": "x"}}',
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_json_lose_no_record(tmp_path, name):
+    (tmp_path / "rows.json").write_text(LAYOUTS[name])
+    found = read_back(tmp_path / "rows.json")
+    assert len(found) == 2
+    assert found[0].values == ("a", "x")
+    assert found[1].values in (("a", "x"), ("b", "y"))
+
+
+def test_a_row_that_holds_a_list_is_a_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "x", "data": []}\n')
+    assert [record.values for record in read_back(tmp_path / "rows.jsonl")] == [("a", "x")]
+
+
+def test_a_long_list_of_nested_objects_is_read_in_time(tmp_path):
+    rows = [{"text": f"t{i}", "label": "x", "more": {"n": i}} for i in range(3000)]
+    (tmp_path / "rows.json").write_text(json.dumps({"data": rows}, indent=2))
+    assert len(read_back(tmp_path / "rows.json")) == 3000
+
+
+def test_a_quote_across_two_rows_swallows_neither(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('id,text,label\n1,"open,pos\n2,fine,neg\n3,ok",pos\n4,last,neg\n')
+    found = list(read_records(path, Columns(("text",), "label")))
+    assert len(found) == 4
+    assert found[0].error is not None
+    assert found[1].values == ("fine", "neg")
+
+
+def test_a_column_of_one_field_does_not_swallow_a_file(tmp_path):
+    (tmp_path / "rows.csv").write_text('text\n"open\n' + "fine\n" * 3000 + 'end"\n')
+    found = list(read_records(tmp_path / "rows.csv", Columns(("text",))))
+    assert len(found) == 3002
+    assert sum(record.error is None for record in found) >= 3000
+
+
+def test_numbers_are_one_label_in_all_files_of_a_split(tmp_path):
+    for name, labels in (("i", ("0", "1")), ("f", ("0.0", "1.0"))):
+        rows = [f"{name}{i},{labels[i % 2]}\n" for i in range(8)]
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+    assert load(f"{tmp_path}/i.csv+{tmp_path}/f.csv").classes == ("0", "1")
+
+
+def test_a_folder_s_files_may_be_utf_16(tmp_path):
+    for i in range(6):
+        file = tmp_path / "ab"[i % 2] / f"{i}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"text {i}", "utf-16")
+    dataset = load(tmp_path)
+    assert ("text 0",) in dataset.train.texts + dataset.validation.texts
+
+
+@pytest.mark.parametrize("damage", [range(10, 14), range(40, 60)])
+@pytest.mark.parametrize("name", [name for name in WRITERS if name.endswith((".gz", ".xz"))])
+def test_a_damaged_compressed_file_is_one_line(tmp_path, name, damage):
+    WRITERS[name](tmp_path / name)
+    data = bytearray((tmp_path / name).read_bytes())
+    for place in damage:
+        data[place] ^= 0xFF
+    (tmp_path / name).write_bytes(bytes(data))
+    with pytest.raises(UserError) as error:
+        load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_header_with_a_blank_is_found_in_parquet(tmp_path):
+    pq.write_table(table().rename_columns(["text", " label"]), tmp_path / "rows.parquet")
+    assert load(tmp_path / "rows.parquet").classes == ("ham", "spam")
+
+
+def test_a_long_list_of_files_is_no_file_name(tmp_path):
+    for i in range(40):
+        (tmp_path / f"part-{i:03}.csv").write_text(f"text,label\ntext {i},{'xy'[i % 2]}\n")
+    listed = "+".join(str(path) for path in sorted(tmp_path.iterdir()))
+    dataset = load(listed)
+    assert len(dataset.train.texts) + len(dataset.validation.texts) == 40

@@ -89,7 +89,7 @@ def is_text(kind: pa.DataType) -> bool:
         for test in (
             *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
             *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
-            pa.types.is_null,
+            *(pa.types.is_fixed_size_binary, pa.types.is_null),
         )
     )
 

@@ -19,8 +19,9 @@ from sweet_jax.data.text_files import TextFile
 
 _LONGEST = 1 << 24  # characters of a row
 _MOST_LINES = 10_000  # of a row
+_MOST_LINES_ALONE = 100  # of a row of one field, whose lines no separator tells from rows
 _HEADER_LINES = 16  # that are searched for the header
-_MIN_ROWS = 3  # lines with commas as in rows, from which a text is taken for rows
+_MIN_ROWS = 2  # lines with commas as in rows, from which a text is taken for rows
 
 _OTHERS = (",", ";", "\t", "|")  # separators that spreadsheets of other countries write
 _FIX = 'double the quote (""), remove it, or save the file as JSONL'
@@ -149,6 +150,9 @@ def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
         elif not fields or (not width and fields == ["sep=", ""]):
             continue
         elif width and len(fields) != width:
+            if len(lines.taken) > 1:
+                lines.put_back()
+                rows = csv.reader(lines, delimiter=delimiter)
             yield CsvRow([], f"{len(fields)} fields where the header has {width}", start)
         else:
             width = len(fields)
@@ -164,6 +168,8 @@ def _quote_error(lines: _Lines, fields: list[str], width: int, delimiter: str) -
     except csv.Error:
         end = "is not closed" if lines.stopped else f"is not closed properly before line {last}"
         return f"a quote in line {start} {end}: {_FIX}"
+    if width == 1 and len(taken) > _MOST_LINES_ALONE:
+        return f"a quote in line {start} is closed only in line {last}: {_FIX}"
     counted = taken if len(fields) == width else taken[:-1]
     if all(line.count(delimiter) == width - 1 for line in counted) and _are_separate(
         taken[:-1], width, delimiter
@@ -185,4 +191,5 @@ def _are_separate(lines: Sequence[str], width: int, delimiter: str) -> bool:
     if width < 2 or delimiter == "\t":
         return width > 1
     prose = re.compile(re.escape(delimiter) + r"(\s|$)")
-    return sum(not prose.search(line) for line in lines) >= _MIN_ROWS
+    least = _MIN_ROWS + (width == 2)  # one comma in a line says less than several
+    return sum(not prose.search(line) for line in lines) >= least

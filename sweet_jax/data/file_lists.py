@@ -4,14 +4,13 @@ import glob
 from pathlib import Path
 
 from sweet_jax.config import UserError, split_names
-from sweet_jax.data.label_folders import text_files
 from sweet_jax.data.records import format_of
 from sweet_jax.files import resolve_path
 
 
 def split_files(text: str) -> tuple[str, ...]:
     """Splits a comma-separated list of sources, unless the whole text is the name of a file."""
-    return (text,) if resolve_path(text).exists() else split_names(text)
+    return (text,) if _exists(resolve_path(text)) else split_names(text)
 
 
 def expand_files(name: str) -> list[Path]:
@@ -24,11 +23,9 @@ def expand_files(name: str) -> list[Path]:
     """
     path = resolve_path(name)
     if path.is_dir():
-        if text_files(path):
-            return [path]
         found = [p for p in sorted(path.iterdir()) if not p.name.startswith(".") and _is_table(p)]
         return found or [path]
-    if path.exists():
+    if _exists(path):
         return [path]
     if any(sign in name for sign in "*?["):
         found = sorted(Path(match) for match in glob.glob(str(path)) if Path(match).is_file())
@@ -40,6 +37,13 @@ def expand_files(name: str) -> list[Path]:
             file for part in name.split("+") if part.strip() for file in expand_files(part.strip())
         ]
     return [path]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a list of many files is too long to be the name of one
+        return False
 
 
 def _is_table(path: Path) -> bool:

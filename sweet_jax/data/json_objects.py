@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from sweet_jax.config import UserError
@@ -80,10 +80,15 @@ def _read_any(file: TextFile) -> Iterator[JsonObject]:
 def _rows_of(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the rows of a file that is one object: a list of them, columns, or it is a row."""
     for key in _LISTS:
-        if isinstance(found := values.get(key), list) and all(isinstance(v, dict) for v in found):
+        found = values.get(key)
+        if isinstance(found, list) and found and all(isinstance(v, dict) for v in found):
             return found
-    # pandas writes columns as {"text": {"0": …}} by default.
-    columns = [list(v.values()) if isinstance(v, Mapping) else v for v in values.values()]
+    # pandas writes columns as {"text": {"0": …}} by default, not always in one order.
+    first = next(iter(values.values()), None)
+    keys = first.keys() if isinstance(first, dict) else ()
+    if keys and all(isinstance(v, dict) and v.keys() == keys for v in values.values()):
+        return [{name: column[key] for name, column in values.items()} for key in keys]
+    columns = list(values.values())
     if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
         return [dict(zip(values, row, strict=True)) for row in zip(*columns, strict=True)]
     return [values]
@@ -101,7 +106,12 @@ def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
             opened, number = True, number + text.count("\n", at, found.end())
             at = found.end()
         if opened and text.startswith("]", at):
-            return
+            text, at, opened = text[at + 1 :], 0, False
+            while not text.strip():  # another array may follow
+                if (line := next(lines, None)) is None:
+                    return
+                text += line
+            continue
         try:
             values, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
@@ -132,12 +142,18 @@ def read_objects(lines: Iterable[str], position: Callable[[], int]) -> Iterator[
     begun: list[str] = []  # lines of an incomplete object
     first, number = True, 0
     for number, line in enumerate(lines, start=1):
-        if begun and (line.startswith("{") or (not first and len(begun) >= _MOST_LINES)):
+        inside = bool(begun) and begun[0].rstrip().endswith("[")  # of a list of objects
+        if begun and (
+            (line.startswith("{") and not inside) or (not first and len(begun) >= _MOST_LINES)
+        ):
             yield from _single_lines(begun, number - 1, position())
             begun, first = [], False
         if begun:
             begun.append(line)
-            if not line.rstrip().endswith("}"):
+            # A long object is not parsed again at the end of each object within it.
+            if not line.rstrip().endswith("}") or (
+                len(begun) > _MOST_LINES and not line.startswith("}")
+            ):
                 continue
             values, error, cut = _parse("".join(begun))
             if cut:

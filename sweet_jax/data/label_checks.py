@@ -11,7 +11,7 @@ from sweet_jax.config import UserError
 _SHOWN = 10  # of the largest, and of the smallest classes
 _MOST_MEASUREMENTS = 10  # distinct numbers with a fraction that are taken for classes
 _IDS = 20  # rows of which no two have the same label, from which a column is taken for ids
-_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
 
 
 def check_label_column(labels: Sequence[str], column: str) -> None:
@@ -62,6 +62,11 @@ def label_warnings(counts: Mapping[str, int]) -> list[str]:
             "the label's column an id or a text?"
         )
     return found
+
+
+def without_fraction(label: str) -> str:
+    """Returns a whole number without the zeros after its point, and any other label unchanged."""
+    return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", label)
 
 
 def _folded(name: str) -> str | decimal.Decimal:

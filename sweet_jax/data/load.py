@@ -12,7 +12,7 @@ import numpy as np
 
 from sweet_jax.config import Config, UserError, check_choice
 from sweet_jax.data.column_names import parse_names
-from sweet_jax.data.label_checks import check_label_column
+from sweet_jax.data.label_checks import check_label_column, without_fraction
 from sweet_jax.data.sources import SourceRows, naming_source, read_sources, source_names
 from sweet_jax.data.splits import Split, split_off_validation
 from sweet_jax.data.tasks import GLUE, Task
@@ -85,7 +85,7 @@ def task_of(config: Config) -> Task:
 def _class_names(rows: SourceRows) -> tuple[str, ...]:
     """Returns the class names that the file declares, else the training labels in order."""
     found = set(rows.labels)
-    numeric = all(re.fullmatch("-?[0-9]+", name) for name in found)
+    numeric = all(re.fullmatch("-?[0-9]{1,18}", name) for name in found)
     in_order = sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found)
     return rows.declared or tuple(in_order)
 
@@ -93,9 +93,9 @@ def _class_names(rows: SourceRows) -> tuple[str, ...]:
 def _split(rows: SourceRows, names: tuple[str, ...]) -> Split:
     index = {name: number for number, name in enumerate(names)}
     # 1 in one file and 1.0 in another are one label, unless one file has both.
-    whole = {_without_fraction(name): number for name, number in index.items()}
+    whole = {without_fraction(name): number for name, number in index.items()}
     whole = whole if len(whole) == len(index) else {}
-    labels = [index.get(name, whole.get(_without_fraction(name), -1)) for name in rows.labels]
+    labels = [index.get(name, whole.get(without_fraction(name), -1)) for name in rows.labels]
     if -1 in labels:
         row = labels.index(-1)
         raise UserError(
@@ -103,11 +103,6 @@ def _split(rows: SourceRows, names: tuple[str, ...]) -> Split:
             f"{', '.join(map(repr, names[:10]))}: correct it, or add such training rows"
         )
     return Split(rows.texts, np.asarray(labels, np.int32))
-
-
-def _without_fraction(label: str) -> str:
-    """Returns a whole number without the zeros after its point, and any other label unchanged."""
-    return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", label)
 
 
 def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task: Task) -> None:

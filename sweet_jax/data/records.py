@@ -5,8 +5,12 @@ one object. Nothing is unpickled or executed.
 """
 
 import contextlib
+import lzma
+import zipfile
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pyarrow as pa
 
@@ -24,6 +28,10 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON = (".jsonl", ".json", ".ndjson")
 _ROWS = {".parquet": parquet_table, ".arrow": ipc_table, ".feather": ipc_table}
 _COMPRESSED = (".gz", ".bz2", ".xz")
+_DAMAGED = (  # what the readers of these formats raise for a damaged file
+    *(OSError, EOFError, UnicodeError, OverflowError, pa.ArrowException),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, ElementTree.ParseError),
+)
 FORMATS = (*_SEPARATORS, *_JSON, *_ROWS, ".xlsx")  # with one record in a row
 
 
@@ -91,7 +99,7 @@ def open_table(path: Path, columns: Columns) -> Iterator[Table]:
                 yield stack.enter_context(excel_table(path))
             else:
                 yield _text_table(stack.enter_context(open_text(path)), kind, columns)
-    except (OSError, EOFError, UnicodeError, pa.ArrowException) as error:
+    except _DAMAGED as error:
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
 
 

@@ -14,8 +14,9 @@ from sweet_jax.data.arrow_tables import arrow_records, check_schema
 from sweet_jax.data.column_names import choose_columns, parse_names
 from sweet_jax.data.data_set import DataSplit, read_data_set
 from sweet_jax.data.file_lists import expand_files, split_files
+from sweet_jax.data.label_checks import without_fraction
 from sweet_jax.data.records import open_table
-from sweet_jax.data.tables import Columns, Record
+from sweet_jax.data.tables import Columns, Record, find_column
 from sweet_jax.data.tasks import Task
 from sweet_jax.files import resolve_path
 
@@ -110,9 +111,12 @@ def _read_split(split: DataSplit, columns: Columns, skip_invalid: bool) -> Sourc
 
 def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
     """Returns the class names that a schema declares for a column, or ()."""
-    field = schema.field(name if name in schema.names else name.strip())
-    metadata = schema.metadata
-    feature = datasets.Features.from_arrow_schema(pa.schema([field], metadata=metadata))[field.name]
+    field = schema.field(find_column(name, schema.names))
+    try:
+        described = pa.schema([field], metadata=schema.metadata)
+        feature = datasets.Features.from_arrow_schema(described)[field.name]
+    except (KeyError, TypeError, ValueError):  # metadata that another program wrote
+        return ()
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
 
@@ -127,9 +131,17 @@ def _with_labels(rows: list[tuple[str, ...]], declared: tuple[str, ...]) -> Sour
 def _join(parts: Sequence[SourceRows]) -> SourceRows:
     """Joins the files of one split; class names are declared where all files declare the same."""
     declared = {part.declared for part in parts}
+    # 1 in one file and 1.0 in another are one label, written as in the first.
+    first = {without_fraction(label): label for label in dict.fromkeys(parts[0].labels)}
+    known = set(parts[0].labels)
+    labels = parts[0].labels + [
+        label if label in known else first.get(without_fraction(label), label)
+        for part in parts[1:]
+        for label in part.labels
+    ]
     return SourceRows(
         [text for part in parts for text in part.texts],
-        [label for part in parts for label in part.labels],
+        labels,
         declared.pop() if len(declared) == 1 else (),
     )
 

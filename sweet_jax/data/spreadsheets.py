@@ -27,7 +27,9 @@ def excel_table(path: Path) -> Iterator[Table]:
     except Exception as error:  # a damaged file can break the reader in any way
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
     with contextlib.closing(book):
-        rows = book.worksheets[0].iter_rows(values_only=True)
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # those that the file states may be wrong
+        rows = sheet.iter_rows(values_only=True)
         header = ["" if name is None else str(name) for name in next(rows, ())]
         if not any(header):
             raise UserError(f"could not read {str(path)!r}: no first row with column names")

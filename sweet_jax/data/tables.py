@@ -99,6 +99,8 @@ def make_record(
 
 def _as_json(value: Any) -> Any:
     """Returns a value that JSON can hold: None for NaN, text without half a surrogate pair."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, float):

@@ -64,6 +64,8 @@ def lines_table(file: TextFile) -> Table:
             raise UserError(
                 "a .txt file has one text in a row, and this model takes pairs: give a CSV"
             )
+        if columns.kept:
+            raise UserError(f"a .txt file has no column {columns.kept[0]!r}: give a CSV")
         for row, line in enumerate(file.lines, start=1):
             yield make_record((line.rstrip("\r\n"),), columns, file.position(), row, row)
 

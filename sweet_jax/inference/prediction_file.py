@@ -63,8 +63,9 @@ class OutputFile:
 
     def __init__(self, path: Path):
         self.path = path
-        device = str(path).startswith("/dev/")
-        self.streams = device or (path.exists() and not path.is_file() and not path.is_dir())
+        self._standard = str(path) in ("/dev/stdout", "/dev/fd/1")
+        regular = path.is_file() or path.is_dir() or not path.exists()
+        self.streams = self._standard or not regular
         self._convert = None if self.streams else TABLE_WRITERS.get(path.suffix.lower())
         aside = path.with_name(f".{path.name}.unfinished.jsonl")
         self._rows = path if self._convert is None else aside
@@ -79,11 +80,12 @@ class OutputFile:
         """
         if self._convert is not None and self.path.exists():
             raise UserError(f"--output {str(self.path)!r} exists: choose another, or remove it")
+        if any(self._rows.exists() and os.path.samefile(self._rows, s) for s in sources):
+            raise UserError("--output must be another file than --input")
         try:
             self._rows.parent.mkdir(parents=True, exist_ok=True)
             if self.streams:
-                standard = str(self.path) in ("/dev/stdout", "/dev/fd/1")
-                file: Any = os.fdopen(os.dup(1), "wb") if standard else open(self.path, "wb")  # noqa: SIM115 - closed by the with below
+                file: Any = os.fdopen(os.dup(1), "wb") if self._standard else open(self.path, "wb")  # noqa: SIM115 - closed by the with below
             else:
                 file = open(self._rows, "a+b")  # noqa: SIM115 - closed by the with below
         except OSError as error:
@@ -92,8 +94,6 @@ class OutputFile:
                 "another"
             ) from error
         with file:
-            if any(os.path.samefile(self._rows, source) for source in sources):
-                raise UserError("--output must be another file than --input")
             if not self.streams:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

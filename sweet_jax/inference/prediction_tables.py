@@ -56,7 +56,9 @@ def _schema(rows: Path) -> pa.Schema:
     kinds: dict[str, set[type]] = {name: set() for name in _TYPES}
     for row in _read(rows):
         for name, value in row.items():
-            kinds.setdefault(name, set()).add(type(value))
+            # No column of numbers holds an integer of more than 53 bits beside floats.
+            large = type(value) is int and abs(value) >= 1 << 53
+            kinds.setdefault(name, set()).add(str if large else type(value))
     return pa.schema({name: _TYPES.get(name) or _type(found) for name, found in kinds.items()})
 
 
