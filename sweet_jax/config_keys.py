@@ -11,7 +11,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
     "Data": {
         "task": (
             "Name of a GLUE task, or any name for your own data_files.",
-            "sst2, mrpc, rte, cola, mnli, qnli or qqp; with data_files any name",
+            "sst2, mrpc, rte, cola, mnli, qnli or qqp; with data_files or dataset any name",
         ),
         "train_size": "Upper limit on training rows, calibration rows included.",
         "calibration_fraction": "Share of training rows held out for temperatures and thresholds.",

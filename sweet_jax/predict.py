@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command resumes where the output ends", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of --output=/dev/stdout has seen enough
+        return 1
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

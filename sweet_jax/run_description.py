@@ -1,4 +1,4 @@
-"""What a run says of its data before it starts: rows, classes, and what looks wrong.
+"""The log of a run's data before training: rows, classes, and what looks wrong.
 
 Shape letters: N rows.
 """
@@ -78,8 +78,8 @@ def _log_lengths(job: PreparedRun) -> None:
     if positions is not None and enough > positions:
         advice = f"95% of them have up to {enough} tokens, this encoder takes {positions}"
     log.warning(
-        "%.0f%% of the training texts are longer than max_length, %d tokens, and are cut%s",
-        100 * cut,
+        "%s%% of the training texts are longer than max_length, %d tokens, and are cut%s",
+        f"{100 * cut:.0f}" if cut >= 0.01 else f"{100 * cut:.1g}",
         limit,
         f"; {advice}" if advice else "",
     )

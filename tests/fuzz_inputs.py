@@ -63,7 +63,7 @@ class TooSlowError(BaseException):
 
 
 class Outcome(NamedTuple):
-    """What became of one case: "read", "refused" or "failed"; with a failure's description."""
+    """Holds the result of one case: "read", "refused" or "failed", with a failure's description."""
 
     result: str
     seconds: float

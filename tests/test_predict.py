@@ -1,5 +1,6 @@
 """The command answers every row of a file, once, and says what it could not read."""
 
+import contextlib
 import csv
 import json
 import re
@@ -33,6 +34,23 @@ def command(sweet, tmp_path):
         return status, [json.loads(line) for line in lines]
 
     return call
+
+
+@contextlib.contextmanager
+def interrupted_at_row(number: int, monkeypatch):
+    """Interrupts commands, as Ctrl-C does, when they count a row of this number."""
+    add, count = prediction_file.Tally.add, 0
+
+    def interrupt(self, answer) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            raise KeyboardInterrupt
+        add(self, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_file.Tally, "add", interrupt)
+        yield
 
 
 def jsonl(texts) -> str:
@@ -116,17 +134,7 @@ def test_an_interrupted_command_knows_by_what_it_was_begun(
     sweet, command, tmp_path, capsys, monkeypatch
 ):
     content = jsonl(sweet.texts)
-    add, count = prediction_file.Tally.add, 0
-
-    def interrupt(self, answer) -> None:
-        nonlocal count
-        count += 1
-        if count == 9:
-            raise KeyboardInterrupt
-        add(self, answer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prediction_file.Tally, "add", interrupt)
+    with interrupted_at_row(9, monkeypatch):
         status, begun = command("in.jsonl", content, "--threshold=0.8")
     assert status == 1
     assert 0 < len(begun) < len(sweet.texts)
@@ -184,18 +192,9 @@ def test_an_interrupted_table_is_resumed_and_a_finished_one_is_left_alone(
     sweet, tmp_path, capsys, monkeypatch, suffix
 ):
     (tmp_path / "in.txt").write_text("".join(f"{text}\n" for text in sweet.texts))
-    output, add, count = tmp_path / f"out.{suffix}", prediction_file.Tally.add, 0
+    output = tmp_path / f"out.{suffix}"
     arguments = [f"--input={tmp_path / 'in.txt'}", f"--output={output}"]
-
-    def interrupt(self, answer) -> None:
-        nonlocal count
-        count += 1
-        if count == 9:
-            raise KeyboardInterrupt
-        add(self, answer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prediction_file.Tally, "add", interrupt)
+    with interrupted_at_row(9, monkeypatch):
         assert call(sweet, *arguments) == 1
     assert not output.exists()
     assert call(sweet, *arguments) == 0
@@ -255,7 +254,9 @@ def test_what_is_saved_has_the_mode_of_the_umask(sweet):
     assert len({path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}) == 1
 
 
-@pytest.mark.parametrize("content", ["notes", "notes\n", '"error"\n', '{"a": 1}\n'])
+@pytest.mark.parametrize(
+    "content", ["notes", "notes\n", '"error"\n', '{"a": 1}\n', '{"label": "x", "text": "a"}']
+)
 def test_a_file_that_is_no_output_is_left_alone(sweet, tmp_path, capsys, content):
     (tmp_path / "out.jsonl").write_text(content)
     (tmp_path / "in.txt").write_text("word1\n")

@@ -266,7 +266,7 @@ def test_presets_that_calibrate_on_validation_rows(
 def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
     options, tmp_path, one_device, caplog
 ):
-    """Of two learning rates, one spoils all exits with its first update."""
+    """Trains with two learning rates, one of which spoils all exits with its first update."""
     options = options | {"exits": (2, 3)}
     healthy = run(from_mapping(options), tmp_path / "healthy")
     rates = {"learning_rates": (3e-3, 1e30)}

@@ -234,7 +234,7 @@ def test_the_rate_with_the_largest_area_is_trained(devices, recipe, tmp_path, re
 
 
 def test_the_plain_full_model_has_a_search_of_its_own(recipe, tmp_path, one_device):
-    """Of the rates that the run chooses from, as if it were trained alone with them."""
+    """Searches the rates that the run chooses from, as a run of the plain model alone would."""
     config = recipe | {"learning_rates": (1e-9, 1e30, 1e-2), "rate_search": "short", "epochs": 4}
     results = run(from_mapping(config | {"baselines": "full"}), tmp_path / "run")
     record = json.loads((tmp_path / "run/baselines/fine_tuned/rate_search.json").read_text())

@@ -14,6 +14,7 @@ from sweet_jax.files import one_line
 
 _MOST_LINES = 1000  # of an object, but the first: it may be the whole file
 _LISTS = ("data", "rows", "records", "examples")  # keys that a list of objects may be under
+_OPENING, _BETWEEN = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")  # of an array's elements
 _CHECKED = 1000  # objects that are searched for a column before it counts as unknown
 
 
@@ -102,7 +103,7 @@ def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
     decoder, opened, waiting = json.JSONDecoder(), False, 0
     text, at, number = "", 0, 1  # text[at:] is to be parsed, from line `number`
     while True:
-        if found := re.compile(r"[\s,]*" if opened else r"\s*\[\s*").match(text, at):
+        if found := (_BETWEEN if opened else _OPENING).match(text, at):
             opened, number = True, number + text.count("\n", at, found.end())
             at = found.end()
         if opened and text.startswith("]", at):

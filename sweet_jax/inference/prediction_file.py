@@ -139,14 +139,18 @@ class OutputFile:
         file.seek(0)
         for number, line in enumerate(file, start=1):
             whole = line.endswith(b"\n")
-            if not whole and any(key.startswith(line[: len(key)]) for key in _BEGINNINGS):
-                break  # a row cut short
+            begun = any(key.startswith(line[: len(key)]) for key in _BEGINNINGS)
             try:
-                row = json.loads(line) if whole else None
+                row = json.loads(line)
                 if not isinstance(row, dict):
                     raise TypeError("not an object")
-                tally.add(row)
-            except (ValueError, TypeError, KeyError) as error:
+                # Without its end even a row of an output is written again; another file's is not.
+                (tally if whole else Tally()).add(row)
+                if not whole:
+                    break
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                if isinstance(error, ValueError) and begun and not whole:
+                    break  # a row cut short
                 raise UserError(
                     f"--output {str(self.path)!r} exists, and line {number} is not an output of "
                     "this command: choose another, or remove it"

@@ -159,7 +159,7 @@ class ModernBertAttention(Attention):
         super().__init__(config, dtype, rngs)
         self.packed = linear(config, hidden, 3 * hidden, dtype, rngs, bias=bias)
         self.output = linear(config, hidden, hidden, dtype, rngs, bias=bias)
-        # The embeddings end with a norm.
+        # The embeddings end with a norm: the first layer has none, where `Attention` has one.
         self.norm = config.norm() if number > 1 else None  # type: ignore[assignment]
         self.hidden_dropout = config.attention_probs_dropout_prob
         everywhere = config.is_global(number)

@@ -1,4 +1,4 @@
-"""What the report's figures show, whichever library draws them.
+"""Traces of the report's figures, whichever library draws them.
 
 Shape letters: E exit, T points.
 """
