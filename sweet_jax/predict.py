@@ -156,7 +156,8 @@ def _input_files(name: str) -> list[Path]:
 def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source: Path) -> Columns:
     """Returns the columns to read. Raises UserError for another number of texts."""
     asked = [text for text in (options.text_columns, options.keep) if text]
-    present = column_names(source) if any("," in text for text in asked) else ()
+    listed = [text for text in asked if "," in text]  # or one name that holds a comma
+    present = [name for text in listed for name in column_names(source, text)]
     texts = parse_names(options.text_columns or "", present) or tuple(classifier.text_columns)
     if len(texts) != len(classifier.text_columns):
         raise UserError(
@@ -207,7 +208,7 @@ def _predict_rows(
         for row in rows:
             taken.append(row)
             missing = [n for n, v in zip(columns.texts, row.values, strict=False) if v is None]
-            error = f"column {missing[0]!r} is empty" if missing else row.error
+            error = f"column {missing[0]!r} is empty" if missing and not row.error else row.error
             yield row.values[:count] if error is None else InvalidRow(error)
 
     for prediction in classifier.stream_rows(texts(), batch_size):

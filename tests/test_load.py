@@ -170,7 +170,7 @@ def test_an_empty_file_of_a_folder_is_named(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a text" if name == "x/1.txt" else " \n")
     path = str(tmp_path / "x" / "2.txt")
-    assert f"{path!r} is empty, and 1 more such files: fill it" in refusal(tmp_path)
+    assert f"{path!r} is empty: fill it, remove it, or set skip_invalid" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,10 @@ def test_no_rows_are_refused(tmp_path, good):
 def test_a_validation_label_that_training_never_has_is_named(tmp_path, good):
     path = write(tmp_path / "v.csv", {"text": ["a", "b"], "label": ["ham", "eggs"]})
     message = refusal(good, path)
-    assert "label 'eggs' (row 2) is not among the training labels 'ham', 'spam'" in message
+    assert (
+        "label 'eggs' (1 row, the text 'b') is not among the training labels 'ham', 'spam'"
+        in message
+    )
 
 
 def test_a_declared_class_that_training_never_has_is_named(tmp_path):

@@ -240,6 +240,31 @@ def test_a_file_of_which_no_row_can_be_classified_is_status_3(command):
     assert [list(row) for row in found] == [["error"], ["error"]]
 
 
+def test_a_row_whose_text_is_none_keeps_what_is_carried_along(sweet, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "text": 5}\n{"id": 2, "text": "word1"}\n')
+    output = tmp_path / "out.jsonl"
+    assert call(sweet, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", "--keep=id") == 0
+    first, second = [json.loads(line) for line in output.read_text().splitlines()]
+    assert first == {"error": "column 'text' is not text but 5", "id": 1}
+    assert second["id"] == 2
+
+
+def test_a_column_with_a_comma_is_found_in_a_file_with_semicolons(sweet, tmp_path):
+    (tmp_path / "in.csv").write_text('id;"a, or b";n\n7;word1;x\n')
+    output = tmp_path / "out.jsonl"
+    arguments = [f"--input={tmp_path / 'in.csv'}", f"--output={output}", "--text_columns=a, or b"]
+    assert call(sweet, *arguments, "--keep=id,n") == 0
+    assert [json.loads(output.read_text())[key] for key in ("id", "n")] == ["7", "x"]
+
+
+@pytest.mark.parametrize("name", ["out.tsv", "out.xlsx", "out.jsonl.gz"])
+def test_formats_that_are_not_written_are_refused(sweet, tmp_path, capsys, name):
+    (tmp_path / "in.txt").write_text("word1\n")
+    assert call(sweet, f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / name}") == 2
+    assert "predictions are written as .jsonl, .csv or .parquet" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
 def test_several_files_are_one_input(sweet, tmp_path):
     (tmp_path / "parts").mkdir()
     for i, text in enumerate(("word1", "word2", "word3")):

@@ -141,6 +141,33 @@ def test_what_the_csv_module_writes_reads_back(tmp_path_factory, rows, quoting):
     assert [record.values for record in read_back(path, None)] == [row[:1] for row in wanted]
 
 
+def test_an_empty_row_within_a_sheet_is_a_row(tmp_path):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for row in (["text", "label"], ["a", 1], [None, None], [None, None], ["b", 2], [None, None]):
+        book.active.append(row)
+    book.save(tmp_path / "rows.xlsx")
+    found = [(record.row, record.values) for record in read_back(tmp_path / "rows.xlsx")]
+    assert found == [(1, ("a", "1")), (2, (None, None)), (3, (None, None)), (4, ("b", "2"))]
+
+
+def test_a_long_element_of_an_array_is_whole_and_a_damaged_one_is_named(tmp_path):
+    numbers = list(range(5000))
+    rows = [{"text": f"t{i}", "label": "x", "numbers": numbers, "more": {"n": i}} for i in range(3)]
+    content = json.dumps(rows, indent=1)
+    (tmp_path / "rows.json").write_text(content)
+    assert [record.values[0] for record in read_back(tmp_path / "rows.json")] == ["t0", "t1", "t2"]
+    for damaged in (
+        content.replace("4000,", "4000", 1),
+        content[:-2],
+        content.replace('"x"', '"x'),
+    ):
+        (tmp_path / "rows.json").write_text(damaged)
+        with pytest.raises(UserError, match="JSON array that is damaged in line"):
+            read_back(tmp_path / "rows.json")
+
+
 def test_several_files_are_one_split(tmp_path):
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -243,6 +270,36 @@ def test_invalid_rows_are_left_out_only_when_asked(tmp_path, caplog):
     (line,) = caplog.messages
     assert line.startswith("4 rows of ")
     assert "row 13 (line 14): column 'text' is empty; row 14 (line 15): column 'label'" in line
+
+
+def test_empty_files_of_a_folder_are_left_out_when_asked(tmp_path, caplog):
+    for number, (text, label) in enumerate(zip([*TEXTS, " "], [*LABELS, "ham"], strict=True)):
+        (tmp_path / label).mkdir(exist_ok=True)
+        (tmp_path / label / f"{number:02}.txt").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        dataset = load(tmp_path, skip_invalid=True)
+    assert sorted(dataset.train.texts + dataset.validation.texts) == sorted((t,) for t in TEXTS)
+    (line,) = caplog.messages
+    assert line.startswith("1 rows of ")
+    assert "ham/12.txt' is empty" in line
+
+
+def test_a_class_of_one_repeated_text_stays_in_training(tmp_path):
+    rows = csv_text() + "the same,other\n" * 6
+    (tmp_path / "rows.csv").write_text(rows)
+    for seed in range(4):
+        dataset = load(tmp_path / "rows.csv", split_seed=seed, validation_fraction=0.3)
+        other = dataset.classes.index("other")
+        assert dataset.train.labels.tolist().count(other) == 6
+        assert other not in dataset.validation.labels
+        assert len(dataset.validation.labels) > 0
+
+
+def test_a_label_without_training_rows_is_shown_with_its_text(tmp_path):
+    (tmp_path / "t.csv").write_text(csv_text())
+    (tmp_path / "v.csv").write_text(csv_text() + "first of two,Spam\nsecond,Spam\n")
+    with pytest.raises(UserError, match=r"label 'Spam' \(2 rows, the text 'first of two'\)"):
+        load(tmp_path / "t.csv", tmp_path / "v.csv")
 
 
 @pytest.mark.parametrize(

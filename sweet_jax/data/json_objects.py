@@ -13,6 +13,8 @@ from sweet_jax.data.text_files import TextFile
 from sweet_jax.files import one_line
 
 _MOST_LINES = 1000  # of an object, but the first: it may be the whole file
+_MOST_TRIES = 1000  # to parse an element of an array, one each time that an object may end
+_LONGEST = 1 << 22  # characters of an element
 _LISTS = ("data", "rows", "records", "examples")  # keys that a list of objects may be under
 _OPENING, _BETWEEN = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")  # of an array's elements
 _CHECKED = 1000  # objects that are searched for a column before it counts as unknown
@@ -100,7 +102,7 @@ def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
 
     Raises UserError where the array is damaged.
     """
-    decoder, opened, waiting = json.JSONDecoder(), False, 0
+    decoder, opened, tries = json.JSONDecoder(), False, 0
     text, at, number = "", 0, 1  # text[at:] is to be parsed, from line `number`
     while True:
         if found := (_BETWEEN if opened else _OPENING).match(text, at):
@@ -116,17 +118,35 @@ def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
         try:
             values, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            line = next(lines, None) if waiting <= _MOST_LINES else None
-            if line is None or not isinstance(error, json.JSONDecodeError):
+            text, at, tries = text[at:], 0, tries + 1
+            more = _lines_to_a_brace(lines) if _is_cut(text, error) and tries <= _MOST_TRIES else ""
+            if not more or len(text) > _LONGEST:
                 raise UserError(
                     f"{str(file.path)!r} is a JSON array that is damaged in line {number}: "
                     f"{one_line(error)}"
                 ) from error
-            text, at, waiting = text[at:] + line, 0, waiting + 1
+            text += more
             continue
         wrong = None if isinstance(values, dict) else f"not an object but {values!a:.40}"
         yield JsonObject(None if wrong else values, wrong, number, file.position())
-        number, at, waiting = number + text.count("\n", at, end), end, 0
+        number, at, tries = number + text.count("\n", at, end), end, 0
+
+
+def _is_cut(text: str, error: Exception) -> bool:
+    """Returns whether JSON that cannot be parsed is merely incomplete."""
+    return isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
+
+
+def _lines_to_a_brace(lines: Iterator[str]) -> str:
+    """Returns the next lines, up to one that may end an object; "" at the end of the file."""
+    found: list[str] = []
+    size = 0
+    for line in lines:
+        found.append(line)
+        size += len(line)
+        if "}" in line or size > _LONGEST:
+            break
+    return "".join(found)
 
 
 def read_objects(lines: Iterable[str], position: Callable[[], int]) -> Iterator[JsonObject]:

@@ -10,7 +10,7 @@ _COLUMNS = ("text", "label")
 
 
 def folder_table(path: Path) -> Table:
-    """Returns the table of a folder; raises UserError where it has no such files, or one is empty.
+    """Returns the table of a folder; an empty file is an error. Raises UserError without files.
 
     What editors, file managers and archives leave there is left out: hidden files and folders,
     and __MACOSX.
@@ -23,11 +23,11 @@ def folder_table(path: Path) -> Table:
             raise UserError(f"folder {str(path)!r} has no <label>/<name>.txt files")
         for row, file in enumerate(files, start=1):
             found = (_read_text(file), file.parent.name)
-            if not found[0].strip():
-                blank = sum(not _read_text(other).strip() for other in files[row:])
-                more = f", and {blank} more such files" if blank else ""
-                raise UserError(f"{str(file)!r} is empty{more}: fill it, or remove it")
-            yield make_record(tuple(found[place] for place in places), columns, row, row)
+            if found[0].strip():
+                yield make_record(tuple(found[place] for place in places), columns, row, row)
+            else:
+                error = f"{str(file)!r} is empty: fill it, remove it, or set skip_invalid to True"
+                yield Record((), error, row, row, line=0)
 
     return Table(_COLUMNS, records)
 

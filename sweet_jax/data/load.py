@@ -98,8 +98,10 @@ def _split(rows: SourceRows, names: tuple[str, ...]) -> Split:
     labels = [index.get(name, whole.get(without_fraction(name), -1)) for name in rows.labels]
     if -1 in labels:
         row = labels.index(-1)
+        count = rows.labels.count(rows.labels[row])
         raise UserError(
-            f"label {rows.labels[row]!r} (row {row + 1}) is not among the training labels "
+            f"label {rows.labels[row]!r} ({count} row{'s' * (count > 1)}, the text "
+            f"{rows.texts[row][0]!r:.40}) is not among the training labels "
             f"{', '.join(map(repr, names[:10]))}: correct it, or add such training rows"
         )
     return Split(rows.texts, np.asarray(labels, np.int32))

@@ -70,9 +70,12 @@ def read_records(path: Path, columns: Columns) -> Generator[Record]:
         yield from table.records(columns)
 
 
-def column_names(path: Path) -> tuple[str, ...]:
-    """Returns the names of a file's columns. Raises UserError as `read_records` does."""
-    with open_table(path, Columns(())) as table:
+def column_names(path: Path, wanted: str = "") -> tuple[str, ...]:
+    """Returns the names of a file's columns; where one is `wanted`, it tells a CSV's separator.
+
+    Raises UserError as `read_records` does.
+    """
+    with open_table(path, Columns((wanted,) if wanted else ())) as table:
         return tuple(table.names)
 
 

@@ -58,11 +58,23 @@ def stratified_split(
 
 
 def split_off_validation(rows: Split, fraction: float, seed: int) -> list[Split]:
-    """Splits rows into training and validation; drops training rows that repeat a held-out text."""
+    """Splits rows into training and validation; drops training rows that repeat a held-out text.
+
+    A class that would have no training row then, because its rows repeat one text, is not held out.
+    """
     kept, held = stratified_split(rows.labels, fraction, np.random.default_rng(seed))
-    texts = {rows.texts[i] for i in held}
-    distinct = [i for i in kept if rows.texts[i] not in texts]
+    distinct = _without_texts(rows, kept, held)
+    lost = np.setdiff1d(rows.labels[kept], rows.labels[distinct])
+    if len(lost):
+        held = held[~np.isin(rows.labels[held], lost)]
+        distinct = _without_texts(rows, np.setdiff1d(np.arange(len(rows.labels)), held), held)
     return [select_rows(rows, distinct), select_rows(rows, held)]
+
+
+def _without_texts(rows: Split, kept: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Returns those of the kept rows whose texts are not held out."""
+    texts = {rows.texts[i] for i in held}
+    return np.asarray([i for i in kept if rows.texts[i] not in texts], int)
 
 
 def split_calibration_rows(

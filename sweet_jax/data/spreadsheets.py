@@ -36,13 +36,18 @@ def excel_table(path: Path) -> Iterator[Table]:
 
         def records(columns: Columns) -> Iterator[Record]:
             places = [find_column(name, header) for name in columns.names]
+            label = None if columns.label is None else len(columns.texts)
+            empty = 0  # rows just before: sheets often end in formatted, empty ones
             for row, cells in enumerate(rows, start=1):
                 if all(cell is None for cell in cells):
-                    continue  # sheets often end in formatted, empty rows
+                    empty += 1
+                    continue
+                for before in range(row - empty, row):
+                    yield make_record((None,) * len(places), columns, before, before)
+                empty = 0
                 found = [cells[place] if place < len(cells) else None for place in places]
-                place = len(columns.texts)
-                if columns.label is not None and found[place] is not None:
-                    found[place] = str(found[place])
+                if label is not None and found[label] is not None:
+                    found[label] = str(found[label])
                 yield make_record(tuple(found), columns, row, row)
 
         yield Table(header, records)

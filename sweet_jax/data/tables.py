@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # names of columns are looked up where there is no PyArrow, t
 class Record:
     """Holds the wanted values of one row of a file, or its error."""
 
-    values: tuple[Any, ...]  # of the wanted columns, None if missing; () for an error
+    values: tuple[Any, ...]  # of the wanted columns, None if missing; () for a row not parsed
     error: str | None
     position: int  # bytes of the file read so far; rows of Parquet, Arrow, Excel; files of a folder
     row: int  # from 1, the header not counted
@@ -79,22 +79,24 @@ def find_column(name: str, present: Sequence[str]) -> int:
 def make_record(
     values: tuple[Any, ...], columns: Columns, position: int, row: int, line: int = 0
 ) -> Record:
-    """Returns a record of the values, or of the error that one is not text or not UTF-8."""
+    """Returns a record of the values, or of the error that one is not text or not UTF-8.
+
+    A record with an error has the values that are carried along, and None for the others.
+    """
+    count = len(columns.checked)
+    kept = tuple(map(_as_json, values[count:]))
     for value, name in zip(values, columns.checked, strict=False):
         if value is None:
             continue
         if not isinstance(value, str):
             error = f"column {name!r} is not text but {value!a:.40}"
-            return Record((), error, position, row, line)
+            return Record((None,) * count + kept, error, position, row, line)
         try:
             value.encode()
         except UnicodeEncodeError:
             error = f"column {name!r} holds text that is not UTF-8, {value!a:.60}; save it as UTF-8"
-            return Record((), error, position, row, line)
-    count = len(columns.checked)
-    if columns.kept:
-        values = (*values[:count], *map(_as_json, values[count:]))
-    return Record(values, None, position, row, line)
+            return Record((None,) * count + kept, error, position, row, line)
+    return Record((*values[:count], *kept), None, position, row, line)
 
 
 def _as_json(value: Any) -> Any:

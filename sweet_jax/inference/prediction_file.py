@@ -16,6 +16,7 @@ from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 
 PREDICTED = ("label", "probability", "exit", "cost", "error")  # keys of a row of the output
 _BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a line of the output
+_NOT_WRITTEN = (".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz")  # but read
 _CHECKED = 32  # rows of an output that are computed again before it is resumed
 
 
@@ -76,8 +77,13 @@ class OutputFile:
         """Opens the rows to be read and resumed, and locks them for this process.
 
         Raises UserError where they cannot be written to, are the input, or are another process's,
-        or a table is there already.
+        a table is there already, or the name is of a format that is not written.
         """
+        if not self.streams and self.path.suffix.lower() in _NOT_WRITTEN:
+            raise UserError(
+                f"--output {str(self.path)!r} would not be a file of that kind: predictions are "
+                "written as .jsonl, .csv or .parquet"
+            )
         if self._convert is not None and self.path.exists():
             raise UserError(f"--output {str(self.path)!r} exists: choose another, or remove it")
         if any(self._rows.exists() and os.path.samefile(self._rows, s) for s in sources):
