@@ -7,14 +7,8 @@ import pytest
 from jax.extend.random import threefry2x32_p
 from jax.test_util import check_grads
 
-from sweet_jax.models.layers import (
-    derive_key,
-    dropout,
-    gelu,
-    layer_norm,
-    masked_softmax,
-    threefry,
-)
+from sweet_jax.models.dropout import dropout, threefry
+from sweet_jax.models.layers import derive_key, gelu, layer_norm, masked_softmax
 
 KEY = jax.random.key(7)
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Attention, Encoder, LayerNorm, embedding_table, linear
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
-from sweet_jax.models.layers import dropout
 from sweet_jax.models.tensor_names import TensorNames
 
 

@@ -15,6 +15,7 @@ from sweet_jax.models.disentangled_attention import (
     RelativePositionConfig,
     RelativePositions,
 )
+from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import (
     Attention,
     Encoder,
@@ -24,7 +25,7 @@ from sweet_jax.models.encoder import (
 )
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
-from sweet_jax.models.layers import derive_key, dropout
+from sweet_jax.models.layers import derive_key
 from sweet_jax.models.tensor_names import TensorNames
 
 

@@ -13,8 +13,9 @@ from flax import nnx
 from sweet_jax.config import UserError
 from sweet_jax.models.deberta import DEBERTA, NAMES, Deberta, DebertaConfig
 from sweet_jax.models.disentangled_attention import DisentangledAttention
+from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Layer, LayerNorm, linear
-from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key, dropout
+from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key
 
 
 @dataclasses.dataclass(frozen=True)

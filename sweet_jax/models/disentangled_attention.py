@@ -17,9 +17,9 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import UserError
+from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Attention, LayerNorm
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.layers import dropout
 
 
 @dataclasses.dataclass(frozen=True)

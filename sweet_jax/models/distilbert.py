@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.models.bert import BertAttention
+from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Encoder, LayerNorm, embedding_table
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
-from sweet_jax.models.layers import dropout
 from sweet_jax.models.tensor_names import TensorNames
 
 

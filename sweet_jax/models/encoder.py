@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.models.attention import EINSUM, fused_attention, supports_shape
+from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.layers import (
     ACTIVATIONS,
     derive_key,
     derive_optional_key,
-    dropout,
     layer_norm,
     masked_softmax,
 )

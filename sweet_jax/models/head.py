@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Encoder, linear
-from sweet_jax.models.layers import ACTIVATIONS, derive_key, dropout
+from sweet_jax.models.layers import ACTIVATIONS, derive_key
 from sweet_jax.models.pooling import POOLINGS, Pooling
 
 

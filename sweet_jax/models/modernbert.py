@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import UserError
+from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import (
     Attention,
     Encoder,
@@ -28,7 +29,7 @@ from sweet_jax.models.encoder import (
 )
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
-from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key, dropout
+from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key
 from sweet_jax.models.tensor_names import TensorNames
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
