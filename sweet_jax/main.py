@@ -1,10 +1,18 @@
-r"""Trains, evaluates, calibrates, simulates and reports what a config file says.
+r"""Trains, evaluates, calibrates, simulates and reports: a file of labelled texts, or a config.
 
+  sweet-jax train data.csv --text=text --label=label --budget=5ms --output=runs/own
   sweet-jax train --config=configs/quickstart.py --workdir=runs/quickstart
   sweet-jax train --config=configs/glue.py:mrpc --workdir=runs/mrpc \
       --config.method=sweet --config.exits=1,4,6,12 --config.learning_rates=3e-5,5e-5
 
 python -m sweet_jax.main is the same command.
+
+With a file, the recipe is that of configs/own.py; --config.KEY=VALUE overrides its keys. The first
+columns with the usual names are found where --text is left out, and --label is "label".
+  --test=FILE     rows to report on; default a fifth of the file is split off
+  --budget=LIMIT  the mean time of a text, 5ms, or the share of the layers, 0.5: the operating point
+                  that is recommended at the end; default the cheapest as accurate as all layers
+  --output=DIR    the directory of the run (also --workdir); default runs/NAME of the file
 
 A config file is a Python file whose get_config() returns the values that differ from the defaults
 below; what follows a colon is its argument. --config.KEY=VALUE overrides a key; if it is repeated,
@@ -23,12 +31,13 @@ import dataclasses
 import itertools
 import logging
 import os
+import re
 import runpy
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Set before the libraries are imported: an error of the user's must be one line, not ten.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -44,6 +53,7 @@ from sweet_jax.arguments import print_help
 from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
 from sweet_jax.files import expand_user, one_line
+from sweet_jax.recipe import OWN_DATA
 
 
 class Command(NamedTuple):
@@ -52,13 +62,18 @@ class Command(NamedTuple):
     config: Config
     workdir: Path
     processes: tuple[str | None, int | None, int | None]  # see `distributed.initialize`
+    # Of the operating point to recommend; None: none is, as of a config file.
+    target: Mapping[str, float] | None = None
 
 
 def parse(argv: Sequence[str]) -> Command:
     """Parses a command line. Raises UserError for a wrong one; exits on --help."""
     first = flags.FlagValues()
+    first.set_gnu_getopt(True)  # flags may follow the name of a file
     flags.DEFINE_string("config", None, "config file, with its argument after a colon", first)
     flags.DEFINE_string("workdir", None, "directory of the run", first)
+    for name in ("text", "label", "test", "budget", "output"):
+        flags.DEFINE_string(name, None, "of a run on a file", first)
     flags.DEFINE_string("coordinator_address", None, "host:port of the first process", first)
     flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=first)
     flags.DEFINE_integer("process_id", None, "number of this one from 0", flag_values=first)
@@ -70,13 +85,45 @@ def parse(argv: Sequence[str]) -> Command:
     if first.help:
         print_help("\n".join([__doc__, *_key_lines()]))
         raise SystemExit(0)
+    joining = (first.coordinator_address, first.num_processes, first.process_id)
+    if len(argv) > 1 and not argv[1].startswith("-"):
+        return _parse_file(first, rest)._replace(processes=joining)
+    for name in ("text", "label", "test", "budget", "output"):
+        if first[name].value is not None:
+            raise UserError(f"--{name} goes with a file: sweet-jax train FILE --{name}=…")
     if not first.config or not first.workdir:
         unknown = [text for text in rest[1:] if not text.startswith("--config.")]
         what = f"unknown argument {unknown[0]!r}: " if unknown else ""
         raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help lists all options)")
-    joining = (first.coordinator_address, first.num_processes, first.process_id)
     workdir = expand_user(first.workdir)  # which no shell does after --workdir=
     return Command(_overridden(_recipe(first.config), rest), workdir, joining)
+
+
+def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
+    """Parses the command of a run on a file, `arguments` without the flags that are given."""
+    name = arguments[1]
+    if given.workdir and given.output:
+        raise UserError("--output and --workdir are one directory: give one of them")
+    stem = Path(name.partition("+")[0]).name.partition(".")[0]
+    workdir = expand_user(given.output or given.workdir or f"runs/{stem}")
+    recipe = _recipe(given.config) if given.config else _with_defaults(OWN_DATA)
+    recipe.data_files = f"{name},{given.test}" if given.test else name
+    recipe.text_columns = given.text or ""
+    recipe.label_column = given.label or "label"
+    config = _overridden(recipe, [arguments[0], *arguments[2:]])
+    return Command(config, workdir, (None, None, None), parse_budget(given.budget))
+
+
+def parse_budget(text: str | None) -> dict[str, float]:
+    """Returns the target that a budget names, {} for none. Raises UserError for neither."""
+    if text is None:
+        return {}
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms)?\s*", text)
+    if not found or float(found[1]) <= 0:
+        raise UserError(
+            f"--budget must be a time, such as 5ms, or a share of the layers, 0.5; got {text!r}"
+        )
+    return {"milliseconds" if found[2] else "cost": float(found[1])}
 
 
 def _key_lines() -> Iterator[str]:
@@ -103,6 +150,11 @@ def _recipe(name: str) -> ConfigDict:
         raise UserError(
             f"config file {path!r}: {type(error).__name__}: {one_line(error)}"
         ) from error
+    return _with_defaults(chosen)
+
+
+def _with_defaults(chosen: Mapping[str, Any]) -> ConfigDict:
+    """Returns all keys as flags can change them, with the values chosen."""
     values = dataclasses.asdict(Config()) | configuration.convert_values(chosen)
     # A number or a name: as text, so that a flag may change the one into the other.
     weights = values["loss_weights"]
@@ -156,6 +208,10 @@ def _train(command: Command) -> int:
             logging.getLogger("sweet_jax").setLevel(logging.ERROR)
         with distributed.abort_together():
             run(command.config, command.workdir)
+        if command.target is not None and distributed.is_primary():
+            from sweet_jax.recommendation import recommend
+
+            print(recommend(command.workdir, command.target))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -42,7 +42,7 @@ from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import DEFAULT_ENGINE, ENGINES, load_engine
-from sweet_jax.inference.latency import measure_latency, write_latency
+from sweet_jax.inference.latency import measure_latency, usual_lengths, write_latency
 from sweet_jax.inference.prediction_file import PREDICTED, OutputFile
 from sweet_jax.inference.predictions import InvalidRow
 
@@ -191,7 +191,9 @@ def _measure(options: argparse.Namespace) -> None:
     model = open_model(options.model)
     engine = load_engine(options.engine, model, options.dtype)
     with tqdm(unit=" programs", disable=None) as bar:
-        table = measure_latency(engine, model.max_length, [options.batch_size], bar.update)
+        table = measure_latency(
+            engine, usual_lengths(model.max_length), [options.batch_size], bar.update
+        )
     print("\n".join(table.lines(model.layers)))
     print(f"kept in {write_latency(model.folder, table)}")
 

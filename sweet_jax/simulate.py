@@ -23,9 +23,8 @@ from pathlib import Path
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
-from sweet_jax.exits.analysis import Analysis, analyse
+from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
-from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import expand_user
 from sweet_jax.report.console import exit_lines
@@ -52,7 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-    runs = [(name, load(expand_user(name), options.policy)) for name in options.run]
+    runs = [(name, load_analysis(expand_user(name), options.policy)) for name in options.run]
     for name, analysis in runs:
         if len(runs) > 1:
             print(f"{name}:")
@@ -67,19 +66,6 @@ def _run(options: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"--output {str(path)!r}: {error.strerror}") from error
         print(f"curves: {path}")
-
-
-def load(run: Path, policy: str | None = None) -> Analysis:
-    """Analyses a run directory, see `analyse`. Raises UserError for absent or damaged outputs."""
-    folder = run / "exit_outputs"
-    if not (folder / "validation.npz").exists():
-        raise UserError(f"{str(run)!r} is not a finished run: there is no {folder}/validation.npz")
-    calibration, validation = (
-        ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation")
-    )
-    tuning = folder / "tuning.npz"
-    chosen_on = ExitOutputs.load(tuning) if tuning.exists() else None
-    return analyse(calibration, validation, policy, chosen_on)
 
 
 def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:

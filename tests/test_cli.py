@@ -116,7 +116,7 @@ def test_the_default_in_help_is_one_that_the_command_line_takes():
         if key.default in ('""', "none given"):
             continue
         argument = f"--config.{key.name}={key.default}"
-        config, _, _ = parse(["main", "--config=configs/glue.py", "--workdir=x", argument])
+        config, *_ = parse(["main", "--config=configs/glue.py", "--workdir=x", argument])
         assert getattr(config, key.name) == getattr(Config(), key.name)
 
 

@@ -19,7 +19,7 @@ def parsed(tmp_path):
         recipe = tmp_path / "recipe.py"
         recipe.write_text(source)
         line = ["main", f"--config={recipe}{argument}", f"--workdir={tmp_path / 'run'}"]
-        config, workdir, _ = parse([*line, *arguments])
+        config, workdir, *_ = parse([*line, *arguments])
         assert workdir == tmp_path / "run"
         return config
 

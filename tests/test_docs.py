@@ -179,16 +179,16 @@ def test_the_reference_page_describes_every_key():
 LEVELS = [
     {
         *("errors", "config", "config_checks", "config_keys", "methods", "presets"),
-        *("files", "distributed", "compilation_cache"),
+        *("recipe", "files", "distributed", "compilation_cache"),
     },
     {"data", "exits", "objectives"},
     {"models", "arguments"},
     {"training", "inference", "report"},
     {
         *("preparation", "run_description", "baselines", "head_fitting"),
-        *("learning_rate_search", "run_outputs"),
+        *("learning_rate_search", "run_outputs", "recommendation"),
     },
-    {"pipeline", "server"},
+    {"pipeline", "runs", "server"},
     {"main", "simulate", "predict", "serve", "export"},
     {"cli"},
 ]

@@ -7,10 +7,11 @@ Shape letters: R replica, E exit, N examples, T thresholds.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from sweet_jax.config import check_choice
+from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.cross_fitting import calibration_confidences
 from sweet_jax.exits.operating_point import OperatingPoint, make_resolver
@@ -161,6 +162,19 @@ def analyse(
         ),
         tuning is not None,
     )
+
+
+def load_analysis(run: Path, policy: str | None = None) -> Analysis:
+    """Analyses a run directory, see `analyse`. Raises UserError for absent or damaged outputs."""
+    folder = run / "exit_outputs"
+    if not (folder / "validation.npz").exists():
+        raise UserError(f"{str(run)!r} is not a finished run: there is no {folder}/validation.npz")
+    calibration, validation = (
+        ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation")
+    )
+    tuning = folder / "tuning.npz"
+    chosen_on = ExitOutputs.load(tuning) if tuning.exists() else None
+    return analyse(calibration, validation, policy, chosen_on)
 
 
 def _point_at(curve: Curve, replica: int, threshold: float) -> tuple[float, float]:

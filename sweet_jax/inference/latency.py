@@ -48,15 +48,16 @@ class LatencyTable:
 
 
 def measure_latency(
-    engine: Engine, max_length: int, batch_sizes: Iterable[int], progress: Callable[[], object]
+    engine: Engine,
+    lengths: tuple[int, ...],
+    batch_sizes: Iterable[int],
+    progress: Callable[[], object],
 ) -> LatencyTable:
-    """Times every stage with full batches of texts without padding, at these B and at 1.
+    """Times every stage with full batches of texts of these L, ascending, at these B and at 1.
 
-    Every other padded length up to `max_length` is measured; `progress` is called after each stage
-    at each B and L.
+    `progress` is called after each stage at each B and L.
     """
     sizes = tuple(sorted({1, *batch_sizes}))
-    lengths = padded_lengths(max_length)[::-2][::-1]  # the longest is among them
     stages = engine.stages()
     times = np.zeros((len(sizes), len(lengths), len(stages)))  # [number of B, number of L, E]
     for place in np.ndindex(times.shape):
@@ -64,6 +65,11 @@ def measure_latency(
         times[place] = _time_stage(engine, stage, size, length)
         progress()
     return LatencyTable(describe_machine(engine), sizes, lengths, times)
+
+
+def usual_lengths(max_length: int) -> tuple[int, ...]:
+    """Returns every other padded length, ascending; the longest is among them."""
+    return padded_lengths(max_length)[::-2][::-1]
 
 
 def _time_stage(engine: Engine, stage: Stage, size: int, length: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from sweet_jax.distributed import PreemptedError, is_primary, preemption_requested
 from sweet_jax.training.losses import StepMetrics

@@ -1,0 +1,238 @@
+"""Training from Python, and what a finished run holds.
+
+Shape letters: R replica, E exit, N examples, C classes, T thresholds.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import pyarrow as pa
+import pyarrow.ipc
+
+from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.data.tables import find_column
+from sweet_jax.exits.analysis import Analysis, load_analysis
+from sweet_jax.exits.operating_point import OperatingPoint
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.simulation import Curve, simulate
+from sweet_jax.exits.targets import Target
+from sweet_jax.files import RUN_ROWS, atomic_write, expand_user, read_json
+from sweet_jax.recipe import OWN_DATA
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sweet_jax.inference.classifier import AdaptiveClassifier
+
+
+def train(
+    data: Any,
+    *,
+    text: str | Sequence[str] = "",
+    label: str = "label",
+    validation: Any = None,
+    workdir: str | Path,
+    **config: Any,
+) -> "Run":
+    """Trains, evaluates, calibrates and reports on labelled texts, as `sweet-jax train` does.
+
+    The same call in the same workdir resumes an interrupted run, and returns a finished one.
+
+    Args:
+      data: name of a file, in any format of the command; or a pandas DataFrame, a
+        `datasets.Dataset`, a PyArrow table or a dict of columns, whose two or three columns are
+        kept in the workdir.
+      text: name of its text column, or the two names of pairs; default it is found.
+      label: name of its label column.
+      validation: rows to report on, like `data`; default a fifth of `data` is split off.
+      workdir: the directory of the run.
+      **config: keys of `Config`, in place of those of the recipe `OWN_DATA`.
+
+    Raises UserError for data, keys or a workdir that will not do.
+
+    """
+    folder = expand_user(str(workdir))
+    made = run_config(data, folder, text=text, label=label, validation=validation, values=config)
+    from sweet_jax.compilation_cache import enable_compilation_cache
+    from sweet_jax.pipeline import run  # imports JAX
+
+    enable_compilation_cache(least_seconds=1.0)
+    run(made, folder)
+    return Run(folder)
+
+
+def run_config(
+    data: Any,
+    workdir: Path,
+    *,
+    text: str | Sequence[str],
+    label: str,
+    validation: Any,
+    values: Mapping[str, Any],
+) -> Config:
+    """Returns the config of a run on some data; rows in memory are written to the workdir first.
+
+    See `train` for the arguments, and the errors raised.
+    """
+    names = [text] if isinstance(text, str) and text else list(text)
+    kept = [*names, label] if names else []
+    parts = {"train": data} | ({} if validation is None else {"validation": validation})
+    files = [_file_of(part, name, kept, workdir) for name, part in parts.items()]
+    given = {"data_files": ",".join(files), "text_columns": _join(names), "label_column": label}
+    return from_mapping({**OWN_DATA, **given, **values})
+
+
+def _join(names: Sequence[str]) -> str:
+    """Returns names as the config key takes them, those with a comma in quotes."""
+    return names[0] if len(names) == 1 else ",".join(f'"{n}"' if "," in n else n for n in names)
+
+
+def _file_of(data: Any, name: str, columns: Sequence[str], workdir: Path) -> str:
+    """Returns the name of a file of rows; rows in memory are written to one in the workdir.
+
+    Raises UserError where other rows are there already.
+    """
+    if isinstance(data, str | Path):
+        return str(data)
+    table = _table_of(data)
+    if columns:  # the others are nobody's business, and may be large
+        table = table.select([find_column(name, table.column_names) for name in columns])
+    path = workdir.resolve() / RUN_ROWS / f"{name}.arrow"
+    try:
+        if path.exists():
+            with pa.memory_map(str(path)) as source:
+                if pa.ipc.open_file(source).read_all().to_pydict() == table.to_pydict():
+                    return str(path)
+            raise UserError(
+                f"workdir {str(workdir)!r} belongs to a run on other rows: choose another workdir, "
+                "or remove this one"
+            )
+        with atomic_write(path) as aside, pa.ipc.new_file(str(aside), table.schema) as writer:
+            writer.write_table(table)
+    except OSError as error:
+        raise UserError(
+            f"workdir {str(workdir)!r} cannot be used ({error}): choose another"
+        ) from error
+    return str(path)
+
+
+def _table_of(data: Any) -> pa.Table:
+    """Returns rows in memory as a table. Raises UserError for anything that is none."""
+    try:
+        if isinstance(data, pa.Table):
+            return data
+        if isinstance(data, Mapping):
+            return pa.table(dict(data))
+        if hasattr(data, "to_pandas") and hasattr(data, "column_names"):  # a datasets.Dataset
+            return data.with_format("arrow")[:]
+        if hasattr(data, "iterrows"):
+            return pa.Table.from_pandas(data, preserve_index=False)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise UserError(f"data cannot be read as a table: {error}") from error
+    raise UserError(
+        "data must be the name of a file, a DataFrame, a Dataset, or a dict of columns such as "
+        f"{{'text': [...], 'label': [...]}}; got {type(data).__name__}"
+    )
+
+
+class Run:
+    """Reads a finished run.
+
+    Attributes:
+      directory: of the run.
+      record: the contents of results.json.
+
+    Raises UserError for a directory that is no finished run.
+
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = expand_user(str(directory))
+        path = self.directory / "results.json"
+        try:
+            self.record: dict[str, Any] = read_json(path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{str(self.directory)!r} is not a finished run: {path} cannot be read"
+            ) from error
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Run":
+        """Returns the run in a directory. Raises UserError where there is no finished one."""
+        return cls(directory)
+
+    @functools.cached_property
+    def outputs(self) -> ExitOutputs:
+        """The outputs of all exits on the validation rows, logits float32 [R, E, N, C]."""
+        return self._outputs("validation")
+
+    @functools.cached_property
+    def calibration(self) -> ExitOutputs:
+        """The outputs on the rows that temperatures and thresholds were fitted on."""
+        return self._outputs("calibration")
+
+    def _outputs(self, split: str) -> ExitOutputs:
+        return ExitOutputs.load(self.directory / "exit_outputs" / f"{split}.npz")
+
+    def analysis(self, policy: str | None = None) -> Analysis:
+        """Returns the curves and operating points under a policy, by default the run's own."""
+        return load_analysis(self.directory, policy)
+
+    def curve(self, policy: str | None = None) -> Curve:
+        """Returns the cost and metric at every threshold on the validation rows, [R, T] each."""
+        chosen = policy or self.outputs.identity.policy
+        return simulate(self.outputs, chosen, calibration=self.calibration)
+
+    def operating_point(
+        self, policy: str | None = None, **target: Unpack[Target]
+    ) -> OperatingPoint:
+        """Chooses the threshold for a target on calibration rows, for the replica that is saved.
+
+        Raises UserError for milliseconds, which are of a model: see `AdaptiveClassifier`.
+        """
+        analysis = self.analysis(policy)
+        return analysis.operating_point(analysis.best, target)  # type: ignore[arg-type]
+
+    @property
+    def results(self) -> "pd.DataFrame":
+        """A row for each exit of the saved replica, then one for each baseline.
+
+        Columns: exit (a layer, none of a baseline), baseline (its name), cost, the metric by its
+        name, low and high (its 95% interval over rows), n.
+        """
+        import pandas as pd
+
+        metric = self.record["metric"]
+        best = self.record["replicas"][self.record["best_replica"]]
+        rows = [(row["layer"], None, row) for row in best["individual"]]
+        rows += [(None, name, row) for name, row in self.record.get("baselines", {}).items()]
+        return pd.DataFrame(
+            {
+                "exit": pd.array([layer for layer, _, _ in rows], dtype="Int64"),
+                "baseline": [name for _, name, _ in rows],
+                "cost": [row["cost"] for *_, row in rows],
+                metric: [row["score"] for *_, row in rows],
+                "low": [row["interval"][0] for *_, row in rows],
+                "high": [row["interval"][1] for *_, row in rows],
+                "n": [row["n"] for *_, row in rows],
+            }
+        )
+
+    def report(self) -> Path:
+        """Returns the path of the report, one HTML page that needs no network."""
+        return self.directory / "report.html"
+
+    def classifier(self, **options: Any) -> "AdaptiveClassifier":
+        """Reads the saved model; options are those of `AdaptiveClassifier.from_pretrained`."""
+        from sweet_jax.inference.classifier import AdaptiveClassifier
+
+        return AdaptiveClassifier.from_pretrained(self.directory / "model", **options)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r})\n{self.results.to_string(index=False, na_rep='')}"
+
+    def _repr_html_(self) -> str:
+        """Returns the table that a notebook shows."""
+        return self.results.to_html(index=False, na_rep="")

@@ -1,0 +1,127 @@
+"""Training from Python: the same run as the command's, and what it holds afterwards."""
+
+import csv
+import json
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+import sweet_jax
+from sweet_jax import Run
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.exits.simulation import simulate
+from sweet_jax.pipeline import run
+from sweet_jax.recipe import OWN_DATA
+
+
+@pytest.fixture(scope="module")
+def table(rows) -> pd.DataFrame:
+    frame = pd.read_csv(rows)
+    return frame.assign(noise=range(len(frame)))
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_run) -> dict:
+    """Keys of a run that takes seconds, without those of the data."""
+    ours = {k: v for k, v in tiny_run.items() if k not in ("data_files", "text_columns", "task")}
+    recipe = {"method": "sweet", "head_init": "random", "head_refit": False, "epochs": 1}
+    return ours | recipe | {"group_by_length": False, "rate_search": "full"}
+
+
+@pytest.fixture(scope="module")
+def trained(table, quick, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("trained")
+    return sweet_jax.train(table, text="text", label="label", workdir=folder / "run", **quick)
+
+
+def test_a_table_gives_bitwise_the_model_of_the_command(trained, quick, rows, tmp_path):
+    command = {**OWN_DATA, **quick, "data_files": str(rows)}
+    run(from_mapping(command | {"text_columns": "text"}), tmp_path / "command")
+    for name in ("model/model.safetensors", "exit_outputs/validation.npz"):
+        ours, theirs = (d / name for d in (trained.directory, tmp_path / "command"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_finished_run_is_loaded_and_holds_its_results(trained):
+    again = Run.load(trained.directory)
+    found = again.results
+    assert found["exit"].dropna().tolist() == [1, 2, 3]
+    wanted = (again.outputs.predictions[0] == again.outputs.labels[0]).mean(axis=1)
+    np.testing.assert_allclose(found["accuracy"][:3], wanted)
+    assert (found["low"] < found["accuracy"]).all()
+    assert "accuracy" in repr(again)
+    assert "<table" in again._repr_html_()
+    assert again.report().read_text().startswith("<!doctype html>")
+
+
+def test_curves_and_operating_points_are_those_of_the_saved_outputs(trained):
+    curve = trained.curve()
+    wanted = simulate(trained.outputs, "confidence", calibration=trained.calibration)
+    np.testing.assert_array_equal(curve.score, wanted.score)
+    assert not np.array_equal(trained.curve("entropy").threshold, curve.threshold)
+    point = trained.operating_point(cost=0.5)
+    assert point.calibration[0] <= 0.5
+    at = np.searchsorted(curve.threshold[0], point.threshold)
+    assert point.validation == (curve.cost[0, at], curve.score[0, at])
+    with pytest.raises(UserError, match="set one target, not 2"):
+        trained.operating_point(cost=0.5, accuracy=0.9)
+
+
+def test_the_classifier_answers_as_the_run_was_evaluated(trained, rows):
+    with open(rows, newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    found = trained.classifier(threshold=float("inf")).predict(texts)
+    assert set(found.exits.tolist()) == {3}
+    assert len(found.labels) == len(texts)
+
+
+KINDS = {
+    "dict": lambda frame: frame.to_dict("list"),
+    "arrow": lambda frame: pa.Table.from_pandas(frame),
+    "dataset": lambda frame: datasets.Dataset.from_pandas(frame),
+    "index": lambda frame: frame.set_index(frame.index + 7),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_table_is_the_same_run(trained, table, quick, kind):
+    before = (trained.directory / "results.json").stat().st_mtime_ns
+    again = sweet_jax.train(
+        KINDS[kind](table[["text", "label"]]),
+        text="text",
+        label="label",
+        workdir=trained.directory,
+        **quick,
+    )
+    assert json.dumps(again.record["replicas"]) == json.dumps(trained.record["replicas"])
+    assert before  # resumed in the same directory: another kind of table is no other data
+    assert len(list((trained.directory / "rows").iterdir())) == 1
+
+
+def test_other_rows_are_refused_in_the_same_workdir(trained, table, quick):
+    with pytest.raises(UserError, match="belongs to a run on other rows"):
+        sweet_jax.train(
+            table.iloc[:-1], text="text", label="label", workdir=trained.directory, **quick
+        )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (5, "data must be the name of a file, a DataFrame"),
+        ({"text": ["a"], "label": ["x", "y"]}, "data cannot be read as a table"),
+        ({"texts": ["a"], "label": ["x"]}, "unknown column 'text': did you mean 'texts'"),
+    ],
+)
+def test_data_that_is_no_table_is_refused(tmp_path, data, message):
+    with pytest.raises(UserError, match=message):
+        sweet_jax.train(data, text="text", workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a finished run"):
+        Run.load(tmp_path)

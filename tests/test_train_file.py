@@ -1,0 +1,125 @@
+"""sweet-jax train FILE: a run on labelled texts, and the operating point that it recommends."""
+
+import json
+import logging
+import shlex
+
+import pytest
+
+from sweet_jax import cli
+from sweet_jax.main import parse, parse_budget
+from sweet_jax.recipe import OWN_DATA
+from sweet_jax.recommendation import recommend
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """The command sets up logging for its own process."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    yield
+    root.handlers[:] = before
+
+
+@pytest.fixture(scope="module")
+def keys(tiny_run) -> list[str]:
+    """Keys that make the recipe one of seconds, as the command line has them."""
+    taken = ("checkpoint", "exits", "learning_rates", "max_length", "batch_size", "pooling")
+    changes = {k: tiny_run[k] for k in taken} | {"epochs": 1, "head_init": "random"}
+    changes |= {"head_refit": False, "baselines": "none", "evaluation_batch_size": 16}
+    values = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in changes.items()}
+    return [f"--config.{k}={v}" for k, v in values.items()]
+
+
+@pytest.fixture(scope="module")
+def trained(rows, keys, tmp_path_factory):
+    """(directory of a run on a file, what the command printed)."""
+    folder = tmp_path_factory.mktemp("own") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        printed: list[str] = []
+        patch.setattr("builtins.print", lambda *a, **_: printed.append(" ".join(map(str, a))))
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+        status = cli.main(["train", str(rows), f"--output={folder}", "--budget=0.7", *keys])
+    assert status == 0
+    return folder, "\n".join(printed)
+
+
+def test_a_file_is_all_that_has_to_be_named(trained, rows):
+    folder, printed = trained
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data_files"] == str(rows)
+    assert config["text_columns"] == ""  # the only one beside the label
+    assert config["method"] == OWN_DATA["method"]
+    assert (folder / "report.html").exists()
+    assert "recommended operating point: accuracy " in printed
+    assert "through all layers: accuracy " in printed
+
+
+def test_the_next_command_runs(trained, tmp_path):
+    _, printed = trained
+    (line,) = [text for text in printed.splitlines() if text.startswith("next: sweet-jax ")]
+    (tmp_path / "in.txt").write_text("word1 word2\n")
+    line = line.replace("--input=FILE", f"--input={tmp_path / 'in.txt'}")
+    line = line.replace("--output=FILE", f"--output={tmp_path / 'out.jsonl'}")
+    assert line.endswith("--cost=0.7")
+    assert cli.main(shlex.split(line.removeprefix("next: sweet-jax "))) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["label"]
+
+
+def test_what_is_recommended_keeps_within_the_budget(trained):
+    folder, _ = trained
+    for budget in (0.4, 0.7, 1.0):
+        first, *_ = recommend(folder, {"cost": budget}).splitlines()
+        share = int(first.split("% of the layers")[0].rsplit(" ", 1)[1]) / 100
+        assert share <= budget + 0.1  # on validation rows; it was chosen on calibration rows
+    assert (folder / "model" / "clock.json").exists()
+
+
+def test_a_budget_that_cannot_be_met_says_what_can(trained):
+    text = recommend(trained[0], {"milliseconds": 1e-6})
+    assert text.startswith("no operating point keeps within 1e-06 ms: the least is ")
+    assert "recommended operating point" in text
+    assert "--milliseconds" not in text
+
+
+def test_all_of_the_command_reaches_the_run(tmp_path):
+    line = ["train", "a.csv", "--text=title,body", "--label=y", "--test=b.csv", "--budget=5ms"]
+    command = parse([*line, "--config.exits=1,3"])
+    assert command.config.data_files == "a.csv,b.csv"
+    assert command.config.text_columns == "title,body"
+    assert (command.config.label_column, command.config.exits) == ("y", (1, 3))
+    assert str(command.workdir) == "runs/a"
+    assert command.target == {"milliseconds": 5.0}
+    assert parse(["train", "a.csv.gz", f"--workdir={tmp_path}"]).workdir == tmp_path
+    assert str(parse(["train", "data/x+data/y"]).workdir) == "runs/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        (None, {}),
+        ("5ms", {"milliseconds": 5}),
+        (" 2.5 ms", {"milliseconds": 2.5}),
+        (".5", {"cost": 0.5}),
+    ],
+)
+def test_a_budget_is_a_time_or_a_share(text, target):
+    assert parse_budget(text) == target
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a share"),
+        (["a.csv", "--budget=0"], "got '0'"),
+        (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir are one directory"),
+        (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
+        (["--text=a"], "--text goes with a file: sweet-jax train FILE --text="),
+        (["nowhere.csv"], "'nowhere.csv' does not exist"),
+    ],
+)
+def test_a_wrong_command_gets_one_line(arguments, words, capsys):
+    assert cli.main(["train", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert "\n" not in error
