@@ -96,6 +96,7 @@ class Config:
     dataset: str = ""
     splits: str = ""
     skip_invalid: bool = False
+    report_texts: bool = True
     text_columns: str = ""
     label_column: str = "label"
     checkpoint_every: int = 200

@@ -42,6 +42,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             'train[,validation]; "" is train, and the first of validation, valid, val, dev, test',
         ),
         "skip_invalid": "Leave rows without text or label out, and count them.",
+        "report_texts": "List the most confident mistakes in the report, with their texts.",
         "text_columns": (
             "Column of the text, or the two columns of a pair; a name with a comma in quotes.",
             'a or a,b; "" finds them by their names',

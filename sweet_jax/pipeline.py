@@ -36,7 +36,7 @@ from sweet_jax.training.step import Params
 
 # Keys that may differ when a run is resumed: beyond rounding, they change no number. The rows are
 # compared by their digest, wherever they lie.
-FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir", "baselines")
+FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir", "baselines", "report_texts")
 
 
 class SplitOutputs(NamedTuple):

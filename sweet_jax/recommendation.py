@@ -12,7 +12,6 @@ import numpy as np
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric
-from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine import DEFAULT_ENGINE, load_engine, padded_length
 from sweet_jax.inference.latency import LatencyTable, measure_latency, write_latency
@@ -66,10 +65,7 @@ def _describe(analysis: Analysis, threshold: float, table: LatencyTable, clock: 
     """Says what a threshold gives on the validation rows, beside all layers."""
     replica = analysis.best
     rows = analysis.validation.replica(replica)
-    confidences = exit_confidences(rows, analysis.policy, [analysis.calibrators[replica]])[0]
-    leaves = confidences >= threshold  # [E, N]
-    leaves[-1] = True
-    exits = leaves.argmax(axis=0)  # [N]
+    exits = analysis.exits_taken(replica, threshold)  # [N]
     labels, classes, metric = rows.labels[0], rows.logits.shape[-1], rows.metric
     last = np.full_like(exits, len(clock) - 1)
     parts = []

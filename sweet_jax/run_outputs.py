@@ -97,7 +97,8 @@ def write_run(
         if outcome.baselines:
             save_baselines(workdir / "exit_outputs" / "baselines.npz", outcome.baselines)
         figures.write_figures(workdir / "figures", analysis, results, metrics, trained)
-        page.write_report(workdir / "report.html", analysis, results, metrics, trained)
+        texts = job.dataset.validation.texts if config.report_texts else None
+        page.write_report(workdir / "report.html", analysis, results, metrics, trained, texts)
         _save_model(job, analysis, best, results, workdir / "model")
     write_json(workdir / "results.json", results)  # last: its presence means a complete run
     for row in failures:

@@ -16,7 +16,7 @@ from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.cross_fitting import calibration_confidences
 from sweet_jax.exits.operating_point import OperatingPoint, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, grid_thresholds
+from sweet_jax.exits.policies import POLICIES, exit_confidences, grid_thresholds
 from sweet_jax.exits.resolver import Resolution, ThresholdResolver
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 
@@ -82,6 +82,13 @@ class Analysis:
         rows, calibrators = self.validation.replica(replica), (found.calibrator,)
         point = _point_at(simulate(rows, self.policy, calibrators=calibrators), 0, threshold)
         return OperatingPoint(threshold, found.reachable, None, point, certificate)
+
+    def exits_taken(self, replica: int, threshold: float) -> np.ndarray:
+        """Returns the index of the exit that each validation row takes at a threshold, int [N]."""
+        rows, calibrators = self.validation.replica(replica), [self.calibrators[replica]]
+        leaves = exit_confidences(rows, self.policy, calibrators)[0] >= threshold  # [E, N]
+        leaves[-1] = True
+        return leaves.argmax(axis=0)
 
     @property
     def temperatures(self) -> np.ndarray:

@@ -17,6 +17,7 @@ from sweet_jax.exits.analysis import Analysis, curve_area
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
+from sweet_jax.report.classes import class_report
 from sweet_jax.report.console import describe_divergence, fitted_rows
 from sweet_jax.report.page_tables import certificate_table, policy_series
 from sweet_jax.report.plotly_figures import curve_figure, make_figure, shares_figure
@@ -47,8 +48,12 @@ def write_report(
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     trainings: Mapping[str, Sequence[int]],
+    texts: Sequence[tuple[str, ...]] | None = None,
 ) -> None:
-    """Writes the page of one run. Text that comes from the user or the data is escaped."""
+    """Writes the page of one run. Text that comes from the user or the data is escaped.
+
+    texts: of the validation rows; None leaves the list of mistakes out.
+    """
     best, layers = results["best_replica"], results["exits"]
     policies = [policy_series(analysis, r) for r in range(len(results["replicas"]))]
     page = _ENVIRONMENT.get_template("page.html").render(
@@ -65,6 +70,7 @@ def write_report(
         policies={name: POLICIES[name].about for name in policies[best]},
         bounds=list(BOUNDS),
         certificates=certificate_table(analysis, best),
+        report=class_report(analysis, best, texts),
         data={
             "policies": policies,
             "layers": layers,
