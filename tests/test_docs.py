@@ -189,7 +189,7 @@ LEVELS = [
         *("learning_rate_search", "run_outputs", "recommendation"),
     },
     {"pipeline", "runs", "server"},
-    {"main", "simulate", "predict", "serve", "export"},
+    {"main", "simulate", "predict", "serve", "export", "recalibrate"},
     {"cli"},
 ]
 

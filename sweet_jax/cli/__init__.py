@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": ("sweet_jax.predict", "labels the texts of a file, or times the model's stages"),
     "serve": ("sweet_jax.serve", "serves a model over HTTP"),
     "export": ("sweet_jax.export", "writes a model as StableHLO programs"),
+    "recalibrate": ("sweet_jax.recalibrate", "refits a model's thresholds on labelled rows"),
     "version": ("", "prints the version"),
 }
 

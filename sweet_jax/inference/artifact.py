@@ -51,6 +51,7 @@ class ModelArtifact:
     tokenizer: Any  # the checkpoint's own
     task: str  # that it was trained on
     policy: str  # name of the exit policy that the run was made with
+    metric: str  # that it was trained for, a name of METRICS
     pooling: str  # how an exit reads its layer, a name of POOLING_NAMES
     text_columns: tuple[str, ...]  # one or two, that it was trained on
     classes: tuple[str, ...]  # names [C]
@@ -127,6 +128,7 @@ def describe_exits(
         "layers": list(config.exits),
         "cost": np.asarray(analysis.validation.cost).tolist(),
         "policy": config.policy,
+        "metric": dataset.task.metric,
         "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
         "dials": analysis.resolver(best, deployable_policies(analysis.validation)).as_dict()
         | {"full_score": None if keep.threshold is None else keep.as_dict()},
@@ -192,6 +194,7 @@ def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         "folder": folder,
         "task": str(values["task"]),
         "policy": str(values["policy"]),
+        "metric": str(values.get("metric", "accuracy")),  # models of older versions do not say
         "pooling": values["pooling"],
         "text_columns": tuple(values["text_columns"]),
         "classes": tuple(values["classes"]),

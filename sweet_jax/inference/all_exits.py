@@ -1,0 +1,36 @@
+"""The answers of every exit of a saved model, to fit thresholds on.
+
+Shape letters: E exit, N texts, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.encoding import encode_requests
+from sweet_jax.inference.engine import Engine
+from sweet_jax.inference.scheduler import ExitRule, Scheduler
+
+
+def compute_all_exits(
+    model: ModelArtifact, engine: Engine, texts: Sequence[Any], batch_size: int = 32
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Computes every exit for every text, none of which exits early.
+
+    Returns:
+      (logits float32 [E, N, C], learning-to-exit's scores float32 [E, N] or None), in the order of
+      the texts.
+
+    """
+    # No probability is above 1: every text reaches the last exit.
+    rule = ExitRule("raw_confidence", 2.0, model.resolver.calibrator, model.layers)
+    scheduler = Scheduler(engine, engine.stages(), batch_size)
+    requests = encode_requests(model, texts, rule)
+    for request in requests:
+        scheduler.admit(request)
+    scheduler.drain()
+    logits = np.stack([np.stack(request.logits) for request in requests], axis=1)  # [E, N, C]
+    learned = [request.exit_scores for request in requests]
+    return logits, np.asarray(learned, np.float32).T if learned[0] else None

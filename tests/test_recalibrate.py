@@ -1,0 +1,80 @@
+"""Thresholds fitted anew on labelled rows: the weights stay, what reads them changes."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from sweet_jax import AdaptiveClassifier, cli
+from sweet_jax.exits.calibration import fit_calibrators
+from sweet_jax.inference.all_exits import compute_all_exits
+
+
+@pytest.fixture
+def shifted(sweet):
+    """The outputs on the validation rows, every fourth of which has another label now."""
+    labels = sweet.outputs.labels.copy()  # [1, N]
+    labels[:, ::4] = (labels[:, ::4] + 1) % len(sweet.classifier.classes)
+    return dataclasses.replace(sweet.outputs, labels=labels)
+
+
+@pytest.fixture
+def labelled(sweet, shifted, tmp_path):
+    """A file of the rows of `shifted`."""
+    labels, names = shifted.labels[0], sweet.classifier.classes
+    with (tmp_path / "new.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows(
+            (text, names[label]) for text, label in zip(sweet.texts, labels, strict=True)
+        )
+    return tmp_path / "new.csv"
+
+
+def call(sweet, *arguments: str) -> int:
+    return cli.main(["recalibrate", f"--model={sweet.classifier.model.folder}", *arguments])
+
+
+def test_every_exit_answers_as_it_was_evaluated(sweet):
+    model, engine = sweet.classifier.model, sweet.classifier.engine
+    logits, scores = compute_all_exits(model, engine, sweet.texts, 7)
+    np.testing.assert_allclose(logits, sweet.outputs.logits[0], atol=1e-5)
+    np.testing.assert_allclose(scores, sweet.outputs.exit_scores[0], atol=1e-5)
+
+
+def test_a_copy_with_other_thresholds_is_written(sweet, shifted, labelled, tmp_path, capsys):
+    folder, before = tmp_path / "again", sweet.classifier.model.folder
+    assert call(sweet, f"--labelled={labelled}", f"--output={folder}") == 0
+    printed = capsys.readouterr().out
+    assert "now: threshold " in printed
+    assert "before: threshold " in printed
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (before / name).read_bytes()
+    old, new = (json.loads((each / "exits.json").read_text()) for each in (before, folder))
+    assert new["recalibrated_on"] == len(sweet.texts)
+    wanted = fit_calibrators(shifted)[0].temperatures
+    np.testing.assert_allclose(new["temperatures"], wanted, rtol=1e-3)
+    assert {k for k in old if old[k] != new[k]} == {"temperatures", "dials"}
+    found = AdaptiveClassifier.from_pretrained(folder, cost=0.7).predict(sweet.texts)
+    assert found.cost.mean() <= 0.7 + 0.02
+    assert call(sweet, f"--labelled={labelled}", f"--output={folder}") == 2
+    assert "exists: choose another, or remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("text,label\nword1,other\n", "label 'other' is none of the model's"),
+        ("text,label\nword1,\n", "row 1 of"),
+        ("text,label\n" + "word1,{label}\n" * 5, "has 5 labelled rows"),
+        ("words,label\nword1,x\n", "unknown column 'text'"),
+    ],
+)
+def test_rows_that_will_not_do_are_refused(sweet, tmp_path, capsys, content, words):
+    path = tmp_path / "new.csv"
+    path.write_text(content.replace("{label}", sweet.classifier.classes[0]))
+    assert call(sweet, f"--labelled={path}", f"--output={tmp_path / 'again'}") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
