@@ -12,7 +12,7 @@ from sweet_jax.presets import PRESETS
 
 AUTO = "auto"  # of epochs
 POOLING_NAMES = ("first", "mean")  # models/pooling.py has what they do
-METRICS = ("accuracy", "matthews", "f1")
+METRICS = ("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy")
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("einsum", "xla", "cudnn")
 

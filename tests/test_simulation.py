@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import softmax
 
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.config import UserError
+from sweet_jax.config import METRICS, UserError
 from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.outputs import layer_cost
@@ -39,6 +39,16 @@ def plain_score(metric, answers, labels):
         both = np.sum((answers == 1) & (labels == 1))
         given_or_true = np.sum(answers == 1) + np.sum(labels == 1)
         return 2 * both / given_or_true if given_or_true else 0.0
+    if metric in ("macro_f1", "balanced_accuracy"):
+        true, given = set(labels.tolist()), set(answers.tolist())
+        values = []
+        for c in true | given if metric == "macro_f1" else true:
+            both = np.sum((answers == c) & (labels == c))
+            whole = np.sum(labels == c)
+            if metric == "macro_f1":
+                both, whole = 2 * both, whole + np.sum(answers == c)
+            values.append(both / whole)
+        return np.mean(values)
     # Matthews as the correlation of the indicator matrices (Gorodkin 2004, eq. 3 and 4).
     classes = range(max(answers.max(), labels.max()) + 1)
     x = np.asarray([answers == c for c in classes], float)
@@ -60,7 +70,7 @@ def tables(draw):
 
 
 @settings(deadline=None, max_examples=200)
-@given(tables(), st.sampled_from(["accuracy", "matthews", "f1"]))
+@given(tables(), st.sampled_from(METRICS))
 def test_every_threshold_equals_brute_force(outputs, metric):
     if metric == "f1" and outputs.logits.shape[-1] != 2:
         metric = "accuracy"
@@ -188,7 +198,7 @@ def test_temperature_changes_scores_not_answers(policy):
     assert hot.score[0, -1] == cold.score[0, -1]
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "matthews", "f1"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_bootstrap_equals_drawing_rows_and_simulating_anew(metric):
     rng = np.random.default_rng(3)
     outputs = ExitOutputs(rng.normal(size=(2, 3, 40, 2)), rng.integers(0, 2, 40), [1, 2, 3])

@@ -95,9 +95,47 @@ F1 = Metric(
     lambda sums, totals: ratio(2.0 * sums[..., 0], sums[..., 1] + totals[..., 0]),
 )
 
+
+def _right_of_class(given: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Returns whether each row is of each class and predicted so, bool [..., N, C]."""
+    return one_hot(given, classes) & one_hot(labels, classes)
+
+
+def macro_f1(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Computes the mean F1 over the classes that rows have, or are predicted as.
+
+    Args:
+      sums: [..., 2 C]: rows of each class predicted so, then rows predicted as each class.
+      totals: [..., C], rows of each class.
+
+    """
+    right, given = np.split(np.asarray(sums, np.float64), 2, axis=-1)
+    count = given + totals
+    return ratio(ratio(2 * right, count).sum(axis=-1), (count > 0).sum(axis=-1))
+
+
+MACRO_F1 = Metric(
+    "macro_f1",
+    lambda given, labels, classes: np.concatenate(
+        [_right_of_class(given, labels, classes), one_hot(given, classes)], axis=-1
+    ),
+    one_hot,
+    macro_f1,
+)
+
+# The mean recall over the classes that rows have.
+BALANCED_ACCURACY = Metric(
+    "balanced_accuracy",
+    _right_of_class,
+    one_hot,
+    lambda sums, totals: ratio(
+        ratio(sums.astype(np.float64), totals).sum(axis=-1), (np.asarray(totals) > 0).sum(axis=-1)
+    ),
+)
+
 SINGLE_LABEL = Objective(
     "single_label",
-    (accuracy_metric(same_class), MATTHEWS, F1),
+    (accuracy_metric(same_class), MATTHEWS, F1, MACRO_F1, BALANCED_ACCURACY),
     cross_entropy,
     predicted_class,
     same_class,
