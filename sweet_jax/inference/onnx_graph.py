@@ -118,7 +118,8 @@ class GraphBuilder:
         names: dict[str, Any] = {name: _Size(self, value) for name, value in self._sizes.items()}
         two = {"max": "Max", "min": "Min", "floordiv": "Div", "mod": "Mod"}
         names |= {name: _Size(self).function(kind) for name, kind in two.items()}
-        return eval(str(size).replace("^", "**"), {"__builtins__": {}}, names).name  # noqa: S307
+        found = eval(str(size).replace("^", "**"), {"__builtins__": {}}, names)
+        return found.name if isinstance(found, _Size) else self.constant([found])
 
     def shape(self, shape: Sequence[Any]) -> str:
         """Returns sizes of which some may be symbolic, int64 [their number]."""

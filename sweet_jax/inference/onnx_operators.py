@@ -114,16 +114,13 @@ def _pad(writer: GraphWriter, operation: Operation) -> str:
 
 
 def _gather(writer: GraphWriter, operation: Operation) -> str:
-    """Cuts a block out of an array at given places; `take` is for rows by number."""
+    """Cuts a block out of an array; `take` is for rows by number."""
     x, places = operation.inputs
     numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
-    if len(places.shape) != 1 or numbers.operand_batching_dims or places.constant is None:
+    if len(places.shape) != 1 or numbers.operand_batching_dims:
         raise UnsupportedOperation("gather, other than of rows or one block")
-    starts = dict(zip(numbers.start_index_map, places.constant.tolist(), strict=True))
-    axes = [i for i, n in enumerate(sizes) if n != x.shape[i] or starts.get(i)]
-    begin = [starts.get(i, 0) for i in axes]
-    end = [start + sizes[i] for start, i in zip(begin, axes, strict=True)]
-    name = _cut(writer, writer.full(x), begin, end, axes)
+    starts = writer.graph.cast(writer.full(places), np.int64)
+    name = _block(writer, writer.full(x), x.shape, starts, sizes, numbers.start_index_map)
     if collapsed := numbers.collapsed_slice_dims:
         name = writer.graph.op("Squeeze", name, writer.graph.constant(collapsed))
     return name
@@ -131,12 +128,19 @@ def _gather(writer: GraphWriter, operation: Operation) -> str:
 
 def _dynamic_slice(writer: GraphWriter, operation: Operation) -> str:
     (x, *starts), sizes = operation.inputs, operation.params["slice_sizes"]
-    if any(start.constant is None for start in starts):
-        raise UnsupportedOperation("dynamic_slice")
-    begin = [int(start.constant) for start in starts if start.constant is not None]
-    axes = [i for i, n in enumerate(sizes) if n != x.shape[i]]
-    end = [begin[i] + sizes[i] for i in axes]
-    return _cut(writer, writer.full(x), [begin[i] for i in axes], end, axes)
+    graph = writer.graph
+    each = [graph.op("Unsqueeze", writer.name(s), graph.constant([0])) for s in starts]
+    vector = graph.cast(graph.op("Concat", *each, axis=0), np.int64)
+    return _block(writer, writer.full(x), x.shape, vector, sizes, range(len(starts)))
+
+
+def _block(writer: GraphWriter, x: str, shape: Any, starts: str, sizes: Any, axes: Any) -> str:
+    """Cuts a block of some sizes out of x, from `starts` along some axes and 0 along others."""
+    graph, others = writer.graph, [i for i in range(len(sizes)) if i not in axes]
+    ends = graph.op("Add", starts, graph.shape([sizes[i] for i in axes]))
+    name = graph.op("Slice", x, starts, ends, graph.constant(list(axes))) if axes else x
+    cut = [i for i in others if sizes[i] != shape[i]]
+    return _cut(writer, name, [0] * len(cut), [sizes[i] for i in cut], cut)
 
 
 def _take(writer: GraphWriter, operation: Operation) -> str:

@@ -120,7 +120,8 @@ class _Walk:
         """Adds an equation; returns its outputs."""
         kind, params = equation.primitive.name, equation.params
         shapes = [variable.aval for variable in equation.outvars]
-        known = all(value.constant is not None for value in inputs)
+        # A symbolic size is no constant, though it has no inputs.
+        known = kind != "dim_as_value" and all(x.constant is not None for x in inputs)
         if kind in _CALLS:
             inner = params[_CALLS[kind]]
             name = inner.jaxpr.debug_info.func_name
