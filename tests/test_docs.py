@@ -189,7 +189,7 @@ LEVELS = [
         *("learning_rate_search", "run_outputs"),
     },
     {"pipeline", "server"},
-    {"main", "simulate", "predict", "serve", "export"},
+    {"main", "simulate", "predict", "quantize", "serve", "export"},
     {"cli"},
 ]
 

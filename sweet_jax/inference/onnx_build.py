@@ -15,16 +15,34 @@ from flax import nnx
 
 from sweet_jax.config import UserError
 from sweet_jax.files import one_line
-from sweet_jax.inference.network import Network
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.network import Network, load_networks
+from sweet_jax.inference.onnx_files import SavedGraphs
 from sweet_jax.inference.onnx_fusions import Fuser
 from sweet_jax.inference.onnx_graph import Graph, GraphBuilder
 from sweet_jax.inference.onnx_operators import OPERATORS
-from sweet_jax.inference.onnx_segments import Segment
+from sweet_jax.inference.onnx_segments import Segment, plan_segments
 from sweet_jax.inference.onnx_trace import Program, trace
 from sweet_jax.inference.onnx_writer import GraphWriter, UnsupportedOperation
+from sweet_jax.models.pooling import POOLINGS
 
 # What must be known of sizes: there is a token, and the first tokens are among all.
 _SIZES = ("q <= l", "l*q >= q", "l*l >= l")
+
+
+def build_graphs(model: ModelArtifact, precision: str = "float32") -> SavedGraphs:
+    """Returns the graphs of a saved model. Raises UserError, see `load_networks`, `build_segment`."""
+    networks = load_networks(model)
+    first_only = POOLINGS[model.pooling].first_only
+    graphs = [
+        [
+            (segment, build_segment(network, segment, precision))
+            for segment in plan_segments(network.exits, first_only=first_only)
+        ]
+        for network in networks
+    ]
+    words = networks[0].params["encoder"]["embeddings"]["word"]["embedding"]  # [vocabulary, H]
+    return SavedGraphs(graphs, len(words), networks[0].hidden_size)
 
 
 def build_segment(network: Network, segment: Segment, precision: str = "float32") -> Graph:

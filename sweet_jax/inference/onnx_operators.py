@@ -85,7 +85,9 @@ def _cut(writer: GraphWriter, x: str, starts: Any, limits: Any, axes: Any, steps
     if not axes:
         return x
     more = [graph.constant(steps)] if steps else []
-    return graph.op("Slice", x, graph.shape(starts), graph.shape(limits), graph.constant(axes), *more)
+    return graph.op(
+        "Slice", x, graph.shape(starts), graph.shape(limits), graph.constant(axes), *more
+    )
 
 
 def _slice(writer: GraphWriter, operation: Operation) -> str:

@@ -130,13 +130,19 @@ class _Walk:
             kind, params = name, {"jaxpr": inner}
         elif known and all(isinstance(size, int) for aval in shapes for size in aval.shape):
             found = equation.primitive.bind(*[value.constant for value in inputs], **params)
-            return [as_constant(x) for x in (found if equation.primitive.multiple_results else [found])]
+            return [
+                as_constant(x) for x in (found if equation.primitive.multiple_results else [found])
+            ]
         outputs = tuple(Value(aval.shape, np.dtype(aval.dtype)) for aval in shapes)
         return self._simplified(Operation(kind, tuple(inputs), outputs, params))
 
     def _simplified(self, operation: Operation) -> Sequence[Value]:
         """Adds an operation unless it changes nothing; returns its outputs."""
-        kind, (x, *others), (out, *_) = operation.kind, operation.inputs or (None,), operation.outputs
+        kind, (x, *others), (out, *_) = (
+            operation.kind,
+            operation.inputs or (None,),
+            operation.outputs,
+        )
         before = self._made.get(x) if x is not None else None
         same = x is not None and x.shape == out.shape and x.dtype == out.dtype
         if kind in _SAME or (same and kind in ("convert_element_type", "reshape")):
@@ -160,4 +166,9 @@ class _Walk:
 
 
 def _is_scalar(value: Value | None, number: int) -> bool:
-    return value is not None and value.shape == () and value.constant is not None and bool(value.constant == number)
+    return (
+        value is not None
+        and value.shape == ()
+        and value.constant is not None
+        and bool(value.constant == number)
+    )

@@ -92,5 +92,3 @@ class GraphWriter:
         out = self.graph.op("Transpose", source, perm=composed)
         self._transposed[out] = (source, composed)
         return out
-
-

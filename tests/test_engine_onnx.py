@@ -1,0 +1,241 @@
+"""The ONNX Runtime engine: the answers of the one-pass JAX model, without JAX."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import WORDS, Reference, write_checkpoint
+
+from sweet_jax import AdaptiveClassifier, ExitOutputs
+from sweet_jax.config import UserError
+from sweet_jax.data.batches import encode
+from sweet_jax.exits.calibration import softmax_with_temperature
+from sweet_jax.exits.operating_point import make_resolver
+from sweet_jax.inference.artifact import TrainedModel, open_model, save_model
+from sweet_jax.inference.engine import StageBatch, load_engine
+from sweet_jax.inference.latency import measure_latency
+from sweet_jax.models.checkpoint_folder import load_tokenizer
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.head import ExitConfig
+from sweet_jax.models.pretrained import open_checkpoint
+
+pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
+from sweet_jax.inference.engine_onnx import OnnxEngine, physical_cores
+from sweet_jax.inference.onnx_segments import plan_segments
+
+ROOT = Path(__file__).parents[1]
+EXITS, CLASSES, LONGEST = (1, 2, 3), 3, 32
+
+
+class Saved:
+    """A saved model with random weights, and its one-pass logits of some texts."""
+
+    def __init__(self, folder, kind, pooling="first", learned=False, multi=False, exits=EXITS):
+        checkpoint = open_checkpoint(str(write_checkpoint(folder / "checkpoint", kind)))
+        tokenizer = load_tokenizer(checkpoint)
+        rng = np.random.default_rng(2)
+        draw = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 40)))
+        self.texts = [draw() for _ in range(40)]
+        ids, types = encode(tokenizer, [(text,) for text in self.texts], LONGEST)
+        batch = {"input_ids": np.full((40, LONGEST), tokenizer.pad_token_id, np.int32)}
+        batch |= {"token_type_ids": np.zeros_like(batch["input_ids"])}
+        batch |= {"mask": np.arange(LONGEST) < np.asarray([[len(row)] for row in ids])}
+        for row, (own, own_types) in enumerate(zip(ids, types, strict=True)):
+            batch["input_ids"][row, : len(own)] = own
+            batch["token_type_ids"][row, : len(own)] = own_types
+        models, outputs = [], []
+        for part in [(exit,) for exit in exits] if multi else [exits]:
+            key = jax.random.key(len(models))
+            config = ExitConfig(pooling=pooling, learning_to_exit="joint" if learned else "")
+            encoder = checkpoint.encoder(key, depth=part[-1])
+            graphdef, values = nnx.split(EarlyExit(encoder, part, CLASSES, key, config))
+            # Biases and norms that are not zero and one.
+            shift = lambda x: np.asarray(x + 0.2 * rng.normal(size=x.shape), np.float32)
+            params = jax.tree.map(shift, nnx.to_pure_dict(values))
+            forward = jax.jit(lambda p, b, g=graphdef: nnx.merge(g, p).forward(b))
+            outputs.append(forward(params, batch))
+            models.append(TrainedModel(part, params))
+        self.logits = np.concatenate([each.logits for each in outputs])  # [E, N, C]
+        scores = [each.exit_scores for each in outputs]
+        self.scores = np.concatenate(scores) if learned else None  # [E, N]
+        labels = self.logits[-1].argmax(-1)
+        learning = self.scores[None] if learned else None
+        fitted = ExitOutputs(self.logits, labels, np.asarray(exits), exit_scores=learning)
+        policies = ("raw_confidence", *(["learning_to_exit"] if learned else []))
+        about = {"version": 5, "task": "random", "classes": ["a", "b", "c"], "pooling": pooling}
+        about |= {"text_columns": ["text"], "max_length": LONGEST, "layers": list(exits)}
+        about |= {"cost": fitted.cost.tolist(), "policy": "raw_confidence", "median_tokens": 10}
+        about["dials"] = make_resolver(fitted, policies).as_dict()
+        self.folder = folder / "model"
+        save_model(self.folder, checkpoint, tokenizer, models, about, "")
+
+    def answers(self, classifier, confidence) -> tuple[np.ndarray, np.ndarray]:
+        """(exits by index, probabilities) of the one-pass logits, by a threshold."""
+        leaves = confidence >= classifier.threshold
+        leaves[-1] = True
+        exits = leaves.argmax(axis=0)
+        taken = self.logits[exits, np.arange(len(exits))]
+        fitted = classifier.calibrator.temperatures[exits, None]
+        return exits, softmax_with_temperature(taken, fitted)
+
+    def confidence(self) -> np.ndarray:
+        """raw_confidence, [E, N]."""
+        return softmax_with_temperature(self.logits, np.ones((*self.logits.shape[:2], 1))).max(-1)
+
+
+def middle(confidence) -> float:
+    """A threshold that no row is near, at which about half of the rows leave at the first exit."""
+    values = np.sort(confidence[0])[10:-10]
+    place = int(np.diff(values).argmax())
+    threshold = float(values[place : place + 2].mean())
+    assert np.abs(confidence[:-1] - threshold).min() > 1e-5
+    return threshold
+
+
+def check(saved, confidence, sizes=(1, 5), **policy) -> None:
+    """Predictions through the engine are those of the one-pass logits."""
+    threshold = middle(confidence)
+    classifier = AdaptiveClassifier.from_pretrained(
+        saved.folder, engine="onnxruntime", threshold=threshold, **policy
+    )
+    exits, probabilities = saved.answers(classifier, confidence)
+    assert len(set(exits)) > 1
+    for size in sizes:
+        for mode in ("throughput", "latency"):
+            found = classifier.predict(saved.texts, size, mode)
+            assert found.exits.tolist() == np.asarray(classifier.layers)[exits].tolist()
+            np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-4)
+    full = classifier.at(threshold=float("inf"), **policy)
+    exits, probabilities = saved.answers(full, confidence)
+    assert set(exits) == {len(EXITS) - 1}
+    np.testing.assert_allclose(full.predict(saved.texts, 4).probabilities, probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_answers_are_those_of_the_one_pass_model(tmp_path, kind, pooling):
+    saved = Saved(tmp_path, kind, pooling)
+    check(saved, saved.confidence())
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_learning_to_exit_and_multi_model(tmp_path, multi):
+    saved = Saved(tmp_path, "bert", learned=True, multi=multi)
+    check(saved, saved.scores, policy="learning_to_exit")
+    check(saved, saved.confidence(), sizes=(5,))
+
+
+def test_stages_that_compute_their_whole_layer(tmp_path):
+    saved = Saved(tmp_path, "bert", exits=(1, 3))
+    engine = load_engine("onnxruntime", open_model(saved.folder))
+    ids, _ = encode(open_model(saved.folder).tokenizer, [(t,) for t in saved.texts], LONGEST)
+    for rates in ((), (0.0, 1.0)):
+        for row in (0, 1):
+            states = engine.new_states(3, LONGEST)
+            for stage in engine.stages(exit_rates=rates):
+                texts = np.stack([ids[row], np.zeros_like(ids[row])])[:, None]  # [2, 1, L]
+                rows = np.asarray([[2], [len(ids[row])]], np.int32)
+                batch = StageBatch(LONGEST, rows, texts if stage.embeds else None)
+                found = engine.run(stage, batch, states if stage.uses_states else None)
+                np.testing.assert_allclose(
+                    found.logits[0], saved.logits[stage.exit, row], atol=1e-4
+                )
+                assert not states[:2].any(), "the slots of others stay as they were"
+
+
+def test_a_text_that_diverges_leaves_nothing_in_its_slot(tmp_path):
+    saved = Saved(tmp_path, "bert")
+    engine = load_engine("onnxruntime", open_model(saved.folder))
+    states = engine.new_states(1, LONGEST)
+    states[:] = np.nan
+    writes = [stage for stage in engine.stages(exit_rates=(0.0, 0.0, 1.0)) if stage.writes_states]
+    texts = np.full((2, 1, 4), 7, np.int32)
+    texts[1] = 0
+    engine.run(writes[0], StageBatch(LONGEST, np.asarray([[0], [4]], np.int32), texts), states)
+    assert np.isfinite(states).all()
+
+
+def test_no_layer_is_in_two_segments():
+    plan = plan_segments((1, 2, 4, 6), first_only=True)
+    layers = [layer for s in plan for layer in range(s.start, s.end + 1)]
+    assert layers == [1, 2, 3, 4, 5, 6]
+    assert [s.end for s in plan if s.exits] == [1, 2, 4, 6]
+    assert [s.embeds for s in plan] == [True] + [False] * (len(plan) - 1)
+    assert len(plan_segments((1, 2, 4, 6), first_only=False)) == 4
+
+
+def test_what_the_engine_cannot_do_is_refused(sweet):
+    model = sweet.classifier.model
+    with pytest.raises(UserError, match="has float32 and int8, not 'bfloat16': use engine=jax"):
+        load_engine("onnxruntime", model, "bfloat16")
+    with pytest.raises(UserError, match="threads must be at least 1; got 0"):
+        load_engine("onnxruntime", model, threads=0)
+    with pytest.raises(UserError, match="threads"):
+        load_engine("jax", model, threads=2)
+
+
+def test_missing_tensors_are_named(sweet, tmp_path):
+    import safetensors.numpy
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in sweet.classifier.model.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    del tensors["encoder.layer.2.output.dense.bias"]
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"missing or misshapen: encoder\.layer\.2\.output\.dense\.bias$"
+    ):
+        load_engine("onnxruntime", open_model(folder))
+
+
+@pytest.mark.parametrize("run", ["sweet", "multi_model", "mean_pooled"])
+def test_trained_models_answer_as_with_jax(run, request):
+    reference: Reference = request.getfixturevalue(run)
+    classifier = AdaptiveClassifier.from_pretrained(
+        reference.classifier.model.folder, engine="onnxruntime", threads=1
+    )
+    assert isinstance(classifier.engine, OnnxEngine)
+    exits, probabilities, close = reference.answers(classifier)
+    found = classifier.predict(reference.texts, 4)
+    wanted = np.asarray(classifier.layers)[exits]
+    assert (found.exits == wanted)[~close].all()
+    np.testing.assert_allclose(found.probabilities[~close], probabilities[~close], atol=1e-4)
+    assert classifier.warm_up() == 0
+
+
+def test_latency_is_measured_and_names_the_engine(sweet):
+    engine = load_engine("onnxruntime", sweet.classifier.model, threads=1)
+    table = measure_latency(engine, 16, [2], lambda: None)
+    assert (table.milliseconds > 0).all()
+    assert "onnxruntime" in table.machine
+    assert "1 thread" in table.machine
+
+
+def test_threads_are_physical_cores_by_default():
+    assert physical_cores() >= 1
+
+
+def test_no_jax_is_imported(sweet):
+    program = """
+import sys
+from sweet_jax import AdaptiveClassifier
+model = AdaptiveClassifier.from_pretrained(sys.argv[1], engine="onnxruntime", threshold=0.6)
+print(*model.predict(sys.argv[2:]).labels, sep="\\n")
+heavy = {"jax", "flax", "transformers", "datasets", "scipy", "sklearn", "pyarrow", "pandas"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    texts = sweet.texts[:9]
+    command = [sys.executable, "-c", program, str(sweet.classifier.model.folder), *texts]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wanted = sweet.classifier.at(threshold=0.6).predict(texts)
+    assert done.stdout.splitlines() == wanted.labels.tolist()
