@@ -8,9 +8,9 @@ AdaptiveClassifier, whose graphs ONNX Runtime runs: JAX and transformers are the
 keeps the policies and targets of the model, and int8 where sweet-jax quantize fitted it.
 
 With --format=stablehlo (the default) there is one program for each exit, to be run without
-sweet_jax. The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and TPU),
-parameters.npz, model.json, which describes the chain of stages, and run.py, which runs it and needs
-jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
+sweet_jax. The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and
+TPU), parameters.npz, model.json, which describes the chain of stages, and run.py, which runs it and
+needs jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
 ".[export]"). A program's texts are token ids padded to --length. The policy must be confidence or
 raw_confidence. Exit status: 0 done, 2 the input is wrong, 1 anything else.
 
@@ -64,8 +64,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
     options = parser.parse_args(argv)
-    given = parse_targets(options)
-    if options.format == "onnx" and (given or options.policy or options.length is not None):
+    chosen = bool(parse_targets(options).keys() - {"level"}) or bool(options.policy)
+    if options.format == "onnx" and (chosen or options.length is not None):
         raise UserError(
             "with --format=onnx there is no length, and a policy and a target are chosen where the "
             "model is used: leave them out"

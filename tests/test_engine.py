@@ -158,15 +158,14 @@ print(*classifier.predict(sys.argv[2:], 4).labels, sep="\\n")
 
 @pytest.mark.parametrize("engine", ["numpy", "onnxruntime"])
 @pytest.mark.parametrize("command", ["predict", "serve"])
-def test_a_command_imports_jax_through_its_engine_alone(sweet, tmp_path, command, engine):
+def test_a_command_imports_jax_through_its_engine_alone(sweet, request, tmp_path, command, engine):
+    folder = sweet.classifier.model.folder
     if engine == "onnxruntime":
-        for name in ("onnx", "onnxruntime"):
-            pytest.importorskip(name, reason='pip install -e ".[onnx]"')
+        folder = request.getfixturevalue("onnx_model")
     program = """
 from sweet_jax.inference.engine import ENGINES
 ENGINES["numpy"] = "numpy_engine"
 """
-    folder = sweet.classifier.model.folder
     if command == "serve":
         pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
         program += """

@@ -1,6 +1,5 @@
 """The ONNX Runtime engine: the answers of the one-pass JAX model, without JAX."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +26,11 @@ from sweet_jax.models.pretrained import open_checkpoint
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
 pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
+import onnx
+
 from sweet_jax.inference.engine_onnx import OnnxEngine, physical_cores
+from sweet_jax.inference.onnx_build import build_graphs
+from sweet_jax.inference.onnx_operators import OPERATORS
 from sweet_jax.inference.onnx_segments import plan_segments
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +53,7 @@ class Saved:
         for row, (own, own_types) in enumerate(zip(ids, types, strict=True)):
             batch["input_ids"][row, : len(own)] = own
             batch["token_type_ids"][row, : len(own)] = own_types
-        models, outputs = [], []
+        models, outputs, self.forwards = [], [], []
         for part in [(exit,) for exit in exits] if multi else [exits]:
             key = jax.random.key(len(models))
             config = ExitConfig(pooling=pooling, learning_to_exit="joint" if learned else "")
@@ -59,8 +62,9 @@ class Saved:
             # Biases and norms that are not zero and one.
             shift = lambda x: np.asarray(x + 0.2 * rng.normal(size=x.shape), np.float32)
             params = jax.tree.map(shift, nnx.to_pure_dict(values))
-            forward = jax.jit(lambda p, b, g=graphdef: nnx.merge(g, p).forward(b))
-            outputs.append(forward(params, batch))
+            forward = jax.jit(lambda b, g=graphdef, p=params: nnx.merge(g, p).forward(b))
+            self.forwards.append(forward)
+            outputs.append(forward(batch))
             models.append(TrainedModel(part, params))
         self.logits = np.concatenate([each.logits for each in outputs])  # [E, N, C]
         scores = [each.exit_scores for each in outputs]
@@ -118,11 +122,49 @@ def check(saved, confidence, sizes=(1, 5), **policy) -> None:
     np.testing.assert_allclose(full.predict(saved.texts, 4).probabilities, probabilities, atol=1e-4)
 
 
+def check_logits(saved, pad_id, size, length, rates) -> None:
+    """The logits of every exit, where none leaves: several rows, one of them without a token."""
+    rng = np.random.default_rng(size)
+    tokens = rng.integers(1, length + 1, size).astype(np.int32)
+    tokens[:1] = length
+    tokens[2:3] = 0
+    mask = np.arange(length) < tokens[:, None]
+    ids = np.where(mask, rng.integers(5, 44, mask.shape), pad_id).astype(np.int32)
+    types = np.where(mask, rng.integers(0, 2, mask.shape), 0).astype(np.int32)
+    batch = {"input_ids": ids, "token_type_ids": types, "mask": mask}
+    wanted = np.concatenate([forward(batch).logits for forward in saved.forwards])
+    engine = load_engine("onnxruntime", open_model(saved.folder), threads=1)
+    states = engine.new_states(size, length)
+    for stage in engine.stages(exit_rates=rates):
+        texts = np.stack([ids, types]) if stage.embeds else None
+        given = StageBatch(length, np.stack([np.arange(size, dtype=np.int32), tokens]), texts)
+        found = engine.run(stage, given, states if stage.uses_states else None)
+        np.testing.assert_allclose(found.logits, wanted[stage.exit], atol=1e-5)
+
+
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_answers_are_those_of_the_one_pass_model(tmp_path, kind, pooling):
     saved = Saved(tmp_path, kind, pooling)
     check(saved, saved.confidence())
+    pad_id = open_model(saved.folder).tokenizer.pad_token_id
+    for size, length, rates in ((4, 12, ()), (1, 1, ()), (2, 31, (0.0, 1.0, 1.0))):
+        check_logits(saved, pad_id, size, length, rates)
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_each_layer_is_a_few_fused_nodes(tmp_path, kind):
+    saved = Saved(tmp_path, kind)
+    graphs = build_graphs(open_model(saved.folder)).networks[0]
+    nodes = [onnx.load_from_string(graph.model).graph.node for _, graph in graphs]
+    kinds = [node.op_type for each in nodes for node in each]
+    assert kinds.count("MultiHeadAttention") == len(EXITS)
+    assert "Softmax" not in kinds
+    assert "Sqrt" not in kinds, "every norm is one node"
+    if kind != "modernbert":  # its norms stand before the sums
+        assert kinds.count("SkipLayerNormalization") >= 2 * len(EXITS)
+    assert not {"Erf", "Pow"} & set(kinds), "every GELU is one node"
+    assert kinds.count("Tanh") <= len(EXITS) + 1, "those of poolers, and of DeBERTa's convolution"
 
 
 @pytest.mark.parametrize("multi", [False, True])
@@ -181,20 +223,15 @@ def test_what_the_engine_cannot_do_is_refused(sweet):
         load_engine("jax", model, threads=2)
 
 
-def test_missing_tensors_are_named(sweet, tmp_path):
-    import safetensors.numpy
-
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in sweet.classifier.model.folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    del tensors["encoder.layer.2.output.dense.bias"]
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(
-        UserError, match=r"missing or misshapen: encoder\.layer\.2\.output\.dense\.bias$"
-    ):
-        load_engine("onnxruntime", open_model(folder))
+def test_what_has_no_operator_is_named(sweet, monkeypatch):
+    monkeypatch.delitem(OPERATORS, "attention")
+    with pytest.raises(UserError) as refused:
+        load_engine("onnxruntime", sweet.classifier.model)
+    message = str(refused.value)
+    assert message == (
+        "the onnxruntime engine cannot compute what an encoder of model_type 'bert' does "
+        "(attention): use engine=jax"
+    )
 
 
 @pytest.mark.parametrize("run", ["sweet", "multi_model", "mean_pooled"])
@@ -224,17 +261,23 @@ def test_threads_are_physical_cores_by_default():
     assert physical_cores() >= 1
 
 
-def test_no_jax_is_imported(sweet):
+def test_an_exported_model_needs_no_jax(sweet, onnx_model):
+    assert not [*onnx_model.rglob("*.safetensors")]
+    assert len([*onnx_model.glob("onnx/*.bin")]) == 1
+    size = sum(path.stat().st_size for path in onnx_model.glob("onnx/*"))
+    weights = (sweet.classifier.model.folder / "model.safetensors").stat().st_size
+    assert size < 2 * weights, "no weight is there twice"
     program = """
 import sys
 from sweet_jax import AdaptiveClassifier
-model = AdaptiveClassifier.from_pretrained(sys.argv[1], engine="onnxruntime", threshold=0.6)
+model = AdaptiveClassifier.from_pretrained(sys.argv[1], threshold=0.6)
 print(*model.predict(sys.argv[2:]).labels, sep="\\n")
-heavy = {"jax", "flax", "transformers", "datasets", "scipy", "sklearn", "pyarrow", "pandas"}
+heavy = {"jax", "flax", "transformers", "onnx", "safetensors", "datasets", "scipy", "sklearn"}
+heavy |= {"pyarrow", "pandas"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
     texts = sweet.texts[:9]
-    command = [sys.executable, "-c", program, str(sweet.classifier.model.folder), *texts]
+    command = [sys.executable, "-c", program, str(onnx_model), *texts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     wanted = sweet.classifier.at(threshold=0.6).predict(texts)

@@ -23,7 +23,7 @@ from sweet_jax.inference.onnx_graph import Graph, GraphBuilder
 from sweet_jax.inference.onnx_operators import OPERATORS
 from sweet_jax.inference.onnx_segments import Segment, plan_segments
 from sweet_jax.inference.onnx_trace import Program, trace
-from sweet_jax.inference.onnx_writer import GraphWriter, UnsupportedOperation
+from sweet_jax.inference.onnx_writer import GraphWriter, UnsupportedOperationError
 from sweet_jax.models.pooling import POOLINGS
 
 # What must be known of sizes: there is a token, and the first tokens are among all.
@@ -31,7 +31,10 @@ _SIZES = ("q <= l", "l*q >= q", "l*l >= l")
 
 
 def build_graphs(model: ModelArtifact, precision: str = "float32") -> SavedGraphs:
-    """Returns the graphs of a saved model. Raises UserError, see `load_networks`, `build_segment`."""
+    """Returns the graphs of a saved model.
+
+    Raises UserError, see `load_networks` and `build_segment`.
+    """
     networks = load_networks(model)
     first_only = POOLINGS[model.pooling].first_only
     graphs = [
@@ -53,22 +56,23 @@ def build_segment(network: Network, segment: Segment, precision: str = "float32"
     that there are: next_states [B, Q, H], logits [B, C], exit_scores [B]. Raises UserError where
     the segment computes what has no ONNX operator here.
     """
-    b, l, q = jax.export.symbolic_shape("b, l, q", constraints=_SIZES)
-    mask = jax.ShapeDtypeStruct((b, l), np.bool_)
+    size = dict(zip("blq", jax.export.symbolic_shape("b, l, q", constraints=_SIZES), strict=True))
+    tokens = (size["b"], size["l"])
+    mask = jax.ShapeDtypeStruct(tokens, np.bool_)
     if segment.embeds:
-        ids = jax.ShapeDtypeStruct((b, l), np.int32)
+        ids = jax.ShapeDtypeStruct(tokens, np.int32)
         inputs = {"input_ids": ids, "token_type_ids": ids, "mask": mask}
     else:
-        states = jax.ShapeDtypeStruct((b, l, network.hidden_size), np.float32)
+        states = jax.ShapeDtypeStruct((*tokens, network.hidden_size), np.float32)
         inputs = {"states": states, "mask": mask}
-    count = q if segment.counts else None
+    count = size["q"] if segment.counts else None
     names: list[str] = []
     function = segment_function(network, segment, count, names)
     leaves = jax.tree_util.tree_leaves_with_path(network.params)
     try:
         program = trace(function, {_path(path): leaf for path, leaf in leaves}, inputs)
         return _write(program, names, count, precision)
-    except (UnsupportedOperation, jax.errors.ConcretizationTypeError) as error:
+    except (UnsupportedOperationError, jax.errors.ConcretizationTypeError) as error:
         raise UserError(
             f"the onnxruntime engine cannot compute what an encoder of model_type "
             f"{network.model_type!r} does ({one_line(error)}): use engine=jax"
@@ -96,7 +100,7 @@ def segment_function(
         for number in range(segment.start, segment.end + 1):
             only = last if number == segment.end and segment.exits else None
             h = encoder.layer(number, h, mask, relative=relative, count=only)
-        found = {}
+        found: dict[str, Any] = {}
         if segment.returns_states:
             found["next_states"] = h
         if segment.exits:

@@ -7,6 +7,8 @@ from sweet_jax.inference.onnx_writer import GraphWriter, Operator
 
 
 def elementwise(kind: str, **attributes: Any) -> Operator:
+    """Returns the operator of one ONNX node."""
+
     def write(writer: GraphWriter, operation: Operation) -> str:
         out = operation.outputs[0]
         name = writer.graph.op(kind, *map(writer.name, operation.inputs), **attributes)
@@ -25,44 +27,44 @@ def broadcast(writer: GraphWriter, operation: Operation, out: Value, name: str) 
     return writer.give(out, name, sizes)
 
 
-def select(writer: GraphWriter, operation: Operation) -> str:
+def _select(writer: GraphWriter, operation: Operation) -> str:
     which, no, yes = operation.inputs
     name = writer.graph.op("Where", *map(writer.name, (which, yes, no)))
     return broadcast(writer, operation, operation.outputs[0], name)
 
 
-def not_equal(writer: GraphWriter, operation: Operation) -> str:
+def _not_equal(writer: GraphWriter, operation: Operation) -> str:
     equal = writer.graph.op("Equal", *map(writer.name, operation.inputs))
     name = writer.graph.op("Not", equal)
     return broadcast(writer, operation, operation.outputs[0], name)
 
 
-def rsqrt(writer: GraphWriter, operation: Operation) -> str:
+def _rsqrt(writer: GraphWriter, operation: Operation) -> str:
     root = writer.graph.op("Sqrt", writer.name(operation.inputs[0]))
     name = writer.graph.op("Reciprocal", root)
     return broadcast(writer, operation, operation.outputs[0], name)
 
 
-def power(writer: GraphWriter, operation: Operation) -> str:
+def _power(writer: GraphWriter, operation: Operation) -> str:
     x = operation.inputs[0]
     exponent = writer.graph.constant(operation.params["y"], x.dtype)
     name = writer.graph.op("Pow", writer.name(x), exponent)
     return broadcast(writer, operation, operation.outputs[0], name)
 
 
-def square(writer: GraphWriter, operation: Operation) -> str:
+def _square(writer: GraphWriter, operation: Operation) -> str:
     x = writer.name(operation.inputs[0])
     name = writer.graph.op("Mul", x, x)
     return broadcast(writer, operation, operation.outputs[0], name)
 
 
-def clamp(writer: GraphWriter, operation: Operation) -> str:
+def _clamp(writer: GraphWriter, operation: Operation) -> str:
     low, x, high = map(writer.name, operation.inputs)
     name = writer.graph.op("Min", writer.graph.op("Max", x, low), high)
     return broadcast(writer, operation, operation.outputs[0], name)
 
 
-def cast(writer: GraphWriter, operation: Operation) -> str:
+def _cast(writer: GraphWriter, operation: Operation) -> str:
     out = operation.outputs[0]
     name = writer.graph.cast(writer.name(operation.inputs[0]), out.dtype)
     return broadcast(writer, operation, out, name)
@@ -79,11 +81,11 @@ _SIMPLE = {
 ELEMENTWISE: dict[str, Operator] = {
     **{primitive: elementwise(kind) for primitive, kind in _SIMPLE.items()},
     "tanh_gelu": elementwise("Gelu", approximate="tanh"),
-    "select_n": select,
-    "ne": not_equal,
-    "rsqrt": rsqrt,
-    "integer_pow": power,
-    "square": square,
-    "clamp": clamp,
-    "convert_element_type": cast,
+    "select_n": _select,
+    "ne": _not_equal,
+    "rsqrt": _rsqrt,
+    "integer_pow": _power,
+    "square": _square,
+    "clamp": _clamp,
+    "convert_element_type": _cast,
 }

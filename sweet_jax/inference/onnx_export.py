@@ -54,7 +54,7 @@ def _write_tokenizer(model: ModelArtifact, folder: Path) -> None:
 def _write_graphs(
     networks: Sequence[Sequence[tuple[Any, Graph]]], folder: Path, precision: str
 ) -> list[list[dict[str, Any]]]:
-    """Writes a file for each graph and one of all weights; returns what graphs.json says of them."""
+    """Writes a file for each graph and one of all weights; returns what graphs.json says."""
     described: list[list[dict[str, Any]]] = []
     places: dict[str, tuple[int, int]] = {}  # of each weight: its offset and its length
     weights = folder / f"segment_weights.{precision}.bin"

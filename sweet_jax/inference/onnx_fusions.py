@@ -8,10 +8,8 @@ I and O input and output features.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from sweet_jax.inference.onnx_trace import Operation, Program, Value, as_constant, used
 
@@ -119,10 +117,9 @@ def fuse_norm(fuser: Fuser, norm: Operation) -> list[Operation]:
         if vector is not None:
             product = Value(out.shape, out.dtype)
             made = Operation("linear", (below, kernel), (product,), {})
-            inputs = (product, residual, scale, bias, vector)
-            return [made, Operation("skip_layer_norm", inputs, norm.outputs, params)]
-    inputs = (first, second, scale, bias)
-    return [Operation("skip_layer_norm", inputs, norm.outputs, params)]
+            joined = (product, residual, scale, bias, vector)
+            return [made, Operation("skip_layer_norm", joined, norm.outputs, params)]
+    return [Operation("skip_layer_norm", (first, second, scale, bias), norm.outputs, params)]
 
 
 def _epsilon(jaxpr: Any) -> float:
@@ -141,7 +138,8 @@ def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
     scores, mask, _ = fuser.inputs(weights, "masked_softmax", alone=True)
     if scores is None:
         return None
-    terms, products = [], []
+    terms: list[Value] = []
+    products: list[Value] = []
     for term in _leaves(fuser, scores, "add"):
         made = fuser.made.get(term)
         product = made is not None and made.kind == "dot_general" and _dimensions(made) == _SCORES
@@ -195,11 +193,12 @@ def fuse_gather(fuser: Fuser, gather: Operation) -> list[Operation] | None:
     """Finds a look-up of rows, and leaves out what JAX does for numbers below 0."""
     operand, indices = gather.inputs
     numbers = gather.params["dimension_numbers"]
-    (axis, *others), starts = numbers.start_index_map or (None,), numbers.operand_batching_dims
-    sizes = (*operand.shape[:axis], 1, *operand.shape[axis:][1:]) if axis is not None else ()
-    if others or starts or numbers.collapsed_slice_dims != (axis,):
+    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         return None
-    rank = len(indices.shape) - 1
+    if numbers.collapsed_slice_dims != numbers.start_index_map:
+        return None
+    (axis,), rank = numbers.start_index_map, len(indices.shape) - 1
+    sizes = (*operand.shape[:axis], 1, *operand.shape[axis + 1 :])
     offsets = (*range(axis), *range(axis + rank, len(operand.shape) - 1 + rank))
     if numbers.offset_dims != offsets or gather.params["slice_sizes"] != sizes:
         return None

@@ -154,7 +154,8 @@ class GraphBuilder:
 
     def build(self) -> Graph:
         """Returns the graph."""
-        needed, nodes = {value.name for value in self._outputs}, []
+        needed = {value.name for value in self._outputs}
+        nodes: list[onnx.NodeProto] = []
         for node in reversed(self._nodes):
             if not needed.isdisjoint(node.output):
                 nodes.insert(0, node)

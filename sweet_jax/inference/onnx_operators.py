@@ -11,7 +11,7 @@ import numpy as np
 from sweet_jax.inference.onnx_elementwise import ELEMENTWISE
 from sweet_jax.inference.onnx_graph import MICROSOFT
 from sweet_jax.inference.onnx_trace import Operation
-from sweet_jax.inference.onnx_writer import GraphWriter, Operator, UnsupportedOperation
+from sweet_jax.inference.onnx_writer import GraphWriter, Operator, UnsupportedOperationError
 
 _HIDDEN = -1e30  # added to the scores beyond a window: above what hides a padding token
 
@@ -96,8 +96,8 @@ def _slice(writer: GraphWriter, operation: Operation) -> str:
     steps = params["strides"] or (1,) * len(starts)
     whole = [s == 0 and n == size for s, n, size in zip(starts, limits, x.shape, strict=True)]
     axes = [i for i, step in enumerate(steps) if not whole[i] or step != 1]
-    picked = [[each[i] for i in axes] for each in (starts, limits)]
-    return _cut(writer, writer.full(x), *picked, axes, [steps[i] for i in axes])
+    first, last, step = ([each[i] for i in axes] for each in (starts, limits, steps))
+    return _cut(writer, writer.full(x), first, last, axes, step)
 
 
 def _split(writer: GraphWriter, operation: Operation) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def _pad(writer: GraphWriter, operation: Operation) -> str:
     x, value = operation.inputs
     low, high, inner = zip(*operation.params["padding_config"], strict=True)
     if any(inner) or any(isinstance(n, int) and n < 0 for n in (*low, *high)):
-        raise UnsupportedOperation("pad, with gaps or negative")
+        raise UnsupportedOperationError("pad, with gaps or negative")
     sizes = writer.graph.shape((*low, *high))
     return writer.graph.op("Pad", writer.full(x), sizes, writer.name(value))
 
@@ -120,7 +120,7 @@ def _gather(writer: GraphWriter, operation: Operation) -> str:
     x, places = operation.inputs
     numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
     if len(places.shape) != 1 or numbers.operand_batching_dims:
-        raise UnsupportedOperation("gather, other than of rows or one block")
+        raise UnsupportedOperationError("gather, other than of rows or one block")
     starts = writer.graph.cast(writer.full(places), np.int64)
     name = _block(writer, writer.full(x), x.shape, starts, sizes, numbers.start_index_map)
     if collapsed := numbers.collapsed_slice_dims:
@@ -158,6 +158,7 @@ def _take(writer: GraphWriter, operation: Operation) -> str:
 
 def _linear(writer: GraphWriter, operation: Operation) -> str:
     x, kernel, *bias = operation.inputs
+    assert kernel.constant is not None
     exact = not kernel.name.startswith("encoder/")  # the heads
     name = writer.graph.matmul(writer.full(x), kernel.constant, kernel.name, exact=exact)
     return writer.graph.op("Add", name, writer.name(bias[0])) if bias else name
@@ -188,7 +189,7 @@ def _convolution(writer: GraphWriter, operation: Operation) -> str:
     x, kernel = operation.inputs
     params, numbers = operation.params, operation.params["dimension_numbers"]
     if any(step != 1 for step in (*params["lhs_dilation"], *params["window_strides"])):
-        raise UnsupportedOperation("conv_general_dilated, with strides")
+        raise UnsupportedOperationError("conv_general_dilated, with strides")
     padding = [n for side in zip(*params["padding"], strict=True) for n in side]
     name = writer.graph.op(
         "Conv",

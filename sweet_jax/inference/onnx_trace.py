@@ -147,9 +147,9 @@ class _Walk:
         same = x is not None and x.shape == out.shape and x.dtype == out.dtype
         if kind in _SAME or (same and kind in ("convert_element_type", "reshape")):
             return operation.inputs
-        if kind in ("add", "mul") and _is_scalar(x, int(kind == "mul")):  # of jnp.arange
-            if others[0].shape == out.shape:
-                return others
+        plain = kind in ("add", "mul") and others[0].shape == out.shape
+        if plain and _is_scalar(x, int(kind == "mul")):  # of jnp.arange
+            return others
         if kind == "reshape" and before is not None and before.kind == "reshape":
             if before.inputs[0].shape == out.shape:
                 return before.inputs

@@ -16,7 +16,7 @@ Shape = tuple[Any, ...]
 Operator = Callable[["GraphWriter", Operation], Any]
 
 
-class UnsupportedOperation(Exception):
+class UnsupportedOperationError(Exception):
     """Says that a program has an operation that no operator computes; its text names it."""
 
 
@@ -38,10 +38,10 @@ class GraphWriter:
         self._transposed: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def write(self, program: Program) -> None:
-        """Adds the nodes of all operations. Raises UnsupportedOperation."""
+        """Adds the nodes of all operations. Raises UnsupportedOperationError."""
         for operation in program.operations:
             if operation.kind not in self.operators:
-                raise UnsupportedOperation(operation.kind)
+                raise UnsupportedOperationError(operation.kind)
             found = self.operators[operation.kind](self, operation)
             names = [found] if isinstance(found, str) else found
             for value, name in zip(operation.outputs, names, strict=True):

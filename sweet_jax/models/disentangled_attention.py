@@ -140,8 +140,8 @@ class DisentangledAttention(Attention):
 
         def rows(projected: jax.Array, sign: int) -> jax.Array:
             heads = projected.reshape(len(projected), self.heads, -1)  # [W, A, D]
-            row = lambda offset: self.config.rows(sign * offset) - low
-            return heads[rows_by_offset(row, length, reach)]  # [2L, A, D]
+            places = rows_by_offset(lambda o: self.config.rows(sign * o) - low, length, reach)
+            return heads[places]  # [2L, A, D]
 
         if "c2p" in self.kinds:  # row query, column key: the distance is row - column
             keys = rows(self.position_keys(relative), -1)
