@@ -1,5 +1,6 @@
 """The ONNX Runtime engine: the answers of the one-pass JAX model, without JAX."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 from tiny import WORDS, Reference, write_checkpoint
 
-from sweet_jax import AdaptiveClassifier, ExitOutputs
+from sweet_jax import AdaptiveClassifier, ExitOutputs, export
 from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.exits.calibration import softmax_with_temperature
@@ -18,6 +19,7 @@ from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import TrainedModel, open_model, save_model
 from sweet_jax.inference.engine import StageBatch, load_engine
 from sweet_jax.inference.latency import measure_latency
+from sweet_jax.inference.saved_tokenizer import SavedTokenizer
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.families import FAMILIES
@@ -247,6 +249,40 @@ def test_trained_models_answer_as_with_jax(run, request):
     assert (found.exits == wanted)[~close].all()
     np.testing.assert_allclose(found.probabilities[~close], probabilities[~close], atol=1e-4)
     assert classifier.warm_up() == 0
+
+
+def test_what_cannot_be_exported_or_read_is_refused(sweet, onnx_model, tmp_path, capsys):
+    def refusal(model, *options) -> str:
+        assert export.main([f"--model={model}", "--format=onnx", *options]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    model, output = sweet.classifier.model.folder, f"--output={tmp_path / 'out'}"
+    assert "was exported already" in refusal(onnx_model, output)
+    assert "exists: choose another" in refusal(model, f"--output={tmp_path}")
+    assert "leave them out" in refusal(model, output, "--cost=0.5")
+    assert "leave them out" in refusal(model, output, "--length=16")
+    with pytest.raises(UserError, match="exported without int8"):
+        load_engine("onnxruntime", open_model(onnx_model), "int8")
+    shutil.copytree(onnx_model, tmp_path / "model")
+    (tmp_path / "model" / "onnx" / "graphs.json").write_text("{}")
+    with pytest.raises(UserError, match=r"graphs\.json' is not readable .*: export again"):
+        load_engine("onnxruntime", open_model(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v2", "roberta"])
+def test_an_exported_model_keeps_its_tokenizer(tmp_path, kind):
+    saved = Saved(tmp_path, kind)
+    options = [f"--model={saved.folder}", f"--output={tmp_path / 'exported'}", "--format=onnx"]
+    assert export.main(options) == 0
+    models = [open_model(folder) for folder in (saved.folder, tmp_path / "exported")]
+    assert isinstance(models[1].tokenizer, SavedTokenizer)
+    pairs = [(one, two) for one in saved.texts[:5] for two in saved.texts[5:9]]
+    for texts in (pairs, [(text,) for text in saved.texts]):
+        first, second = (encode(model.tokenizer, texts, LONGEST) for model in models)
+        for one, two in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+            assert one.tolist() == two.tolist()
 
 
 def test_latency_is_measured_and_names_the_engine(sweet):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from sweet_jax import AdaptiveClassifier, ExitOutputs, quantize
+from sweet_jax import AdaptiveClassifier, ExitOutputs, export, quantize
 from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine import default_engine, load_engine
@@ -90,9 +90,26 @@ def test_predictions_do_not_depend_on_the_texts_beside(run, sweet):
     assert (found[0].labels == exact.labels).mean() > 0.9
 
 
+def test_an_exported_model_has_both_precisions(run, sweet, tmp_path):
+    options = [f"--model={run / 'model'}", f"--output={tmp_path / 'model'}", "--format=onnx"]
+    assert export.main(options) == 0
+    for precision in ("float32", "int8"):
+        found, wanted = (
+            AdaptiveClassifier.from_pretrained(
+                folder, engine="onnxruntime", precision=precision
+            ).predict(sweet.texts)
+            for folder in (tmp_path / "model", run / "model")
+        )
+        assert found.exits.tolist() == wanted.exits.tolist()
+        np.testing.assert_array_equal(found.probabilities, wanted.probabilities)
+    (tmp_path / "model" / "onnx" / "segment_00_00.int8.onnx").write_bytes(b"junk")
+    with pytest.raises(UserError, match="ONNX Runtime cannot read a graph"):
+        AdaptiveClassifier.from_pretrained(tmp_path / "model", precision="int8")
+
+
 def test_int8_is_refused_where_it_was_not_fitted(sweet, run, tmp_path, capsys):
-    assert default_engine("int8") == "onnxruntime"
     folder = sweet.classifier.model.folder
+    assert default_engine(open_model(folder), "int8") == "onnxruntime"
     with pytest.raises(UserError, match=r"has no thresholds for int8.*run sweet-jax quantize"):
         AdaptiveClassifier.from_pretrained(folder, precision="int8")
     with pytest.raises(UserError, match="dtype must be one of float32, bfloat16; got 'int8'"):

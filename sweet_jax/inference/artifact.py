@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 
 from sweet_jax.config import POOLING_NAMES, Config, UserError
 from sweet_jax.exits.analysis import Analysis
@@ -94,6 +93,8 @@ def save_model(
 
 
 def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) -> None:
+    import safetensors.numpy  # what a model is written with, and not opened
+
     from sweet_jax.models.tensor_names import hugging_face_tensors  # imports JAX
 
     folder.mkdir(parents=True, exist_ok=True)
