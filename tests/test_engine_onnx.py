@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import WORDS, Reference, write_checkpoint
+from tiny import TINIES, WORDS, Reference, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, export
 from sweet_jax.config import UserError
@@ -20,10 +20,14 @@ from sweet_jax.inference.artifact import TrainedModel, open_model, save_model
 from sweet_jax.inference.engine import StageBatch, load_engine
 from sweet_jax.inference.latency import measure_latency
 from sweet_jax.inference.saved_tokenizer import SavedTokenizer
+from sweet_jax.models.bert import BertEmbeddings
 from sweet_jax.models.checkpoint_folder import load_tokenizer
+from sweet_jax.models.deberta_v2 import DebertaV2Config
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.head import ExitConfig
+from sweet_jax.models.mpnet import distance_bucket
+from sweet_jax.models.positions import rows_by_offset
 from sweet_jax.models.pretrained import open_checkpoint
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
@@ -32,7 +36,7 @@ import onnx
 
 from sweet_jax.inference.engine_onnx import OnnxEngine, physical_cores
 from sweet_jax.inference.onnx_build import build_graphs
-from sweet_jax.inference.onnx_operators import OPERATORS
+from sweet_jax.inference.onnx_fusions import FUSIONS
 from sweet_jax.inference.onnx_segments import plan_segments
 
 ROOT = Path(__file__).parents[1]
@@ -226,14 +230,42 @@ def test_what_the_engine_cannot_do_is_refused(sweet):
 
 
 def test_what_has_no_operator_is_named(sweet, monkeypatch):
-    monkeypatch.delitem(OPERATORS, "attention")
-    with pytest.raises(UserError) as refused:
-        load_engine("onnxruntime", sweet.classifier.model)
-    message = str(refused.value)
-    assert message == (
-        "the onnxruntime engine cannot compute what an encoder of model_type 'bert' does "
-        "(attention): use engine=jax"
+    def refusal() -> str:
+        with pytest.raises(UserError) as refused:
+            load_engine("onnxruntime", sweet.classifier.model)
+        return str(refused.value)
+
+    def sort(self, input_ids):
+        return jax.numpy.sort(input_ids, axis=1)
+
+    def fixed(self, input_ids):
+        return np.arange(input_ids.shape[1])[None]
+
+    monkeypatch.setattr(BertEmbeddings, "positions", sort)
+    assert refusal() == (
+        "the onnxruntime engine cannot compute the primitive sort, in an encoder of model_type "
+        "'bert': use engine=jax"
     )
+    monkeypatch.setattr(BertEmbeddings, "positions", fixed)
+    assert "an array whose size must be known beforehand, in an encoder" in refusal()
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "deberta"])
+def test_what_is_not_fused_is_computed_all_the_same(tmp_path, monkeypatch, kind):
+    monkeypatch.delitem(FUSIONS, "dot_general")
+    saved = Saved(tmp_path, kind)
+    check_logits(saved, open_model(saved.folder).tokenizer.pad_token_id, 4, 12, ())
+
+
+def test_rows_of_a_symbolic_length_are_those_of_a_number():
+    buckets = TINIES["deberta-v2"]
+    assert isinstance(buckets, DebertaV2Config)
+    for row, farthest in ((distance_bucket, 128), (buckets.rows, buckets.reach)):
+        for length in (1, 40, 200):
+            wanted = rows_by_offset(row, length, farthest)
+            # What is no Python number takes the other branch.
+            found = rows_by_offset(row, np.int64(length), farthest)
+            assert found.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("run", ["sweet", "multi_model", "mean_pooled"])

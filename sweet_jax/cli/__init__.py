@@ -15,7 +15,7 @@ COMMANDS = {
     "predict": ("sweet_jax.predict", "labels the texts of a file, or times the model's stages"),
     "serve": ("sweet_jax.serve", "serves a model over HTTP"),
     "quantize": ("sweet_jax.quantize", "fits a model's thresholds for int8"),
-    "export": ("sweet_jax.export", "writes a model as StableHLO programs"),
+    "export": ("sweet_jax.export", "writes a model as StableHLO programs or ONNX graphs"),
     "version": ("", "prints the version"),
 }
 

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import UserError
-from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.network import Network, load_networks
 from sweet_jax.inference.onnx_files import SavedGraphs
@@ -28,6 +27,12 @@ from sweet_jax.models.pooling import POOLINGS
 
 # What must be known of sizes: there is a token, and the first tokens are among all.
 _SIZES = ("q <= l", "l*q >= q", "l*l >= l")
+# Raised where a function needs a size that is symbolic: np.arange(length), say.
+_NEEDS_SIZES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.InconclusiveDimensionOperation,
+)
 
 
 def build_graphs(model: ModelArtifact, precision: str = "float32") -> SavedGraphs:
@@ -72,11 +77,17 @@ def build_segment(network: Network, segment: Segment, precision: str = "float32"
     try:
         program = trace(function, {_path(path): leaf for path, leaf in leaves}, inputs)
         return _write(program, names, count, precision)
-    except (UnsupportedOperationError, jax.errors.ConcretizationTypeError) as error:
-        raise UserError(
-            f"the onnxruntime engine cannot compute what an encoder of model_type "
-            f"{network.model_type!r} does ({one_line(error)}): use engine=jax"
-        ) from error
+    except UnsupportedOperationError as error:
+        raise _refusal(network, f"the primitive {error}") from error
+    except _NEEDS_SIZES as error:
+        raise _refusal(network, "an array whose size must be known beforehand") from error
+
+
+def _refusal(network: Network, what: str) -> UserError:
+    return UserError(
+        f"the onnxruntime engine cannot compute {what}, in an encoder of model_type "
+        f"{network.model_type!r}: use engine=jax"
+    )
 
 
 def segment_function(
