@@ -56,12 +56,14 @@ def _attention(writer: GraphWriter, operation: Operation) -> str:
     bias = terms[0] if terms else ""
     for term in terms[1:]:
         bias = graph.op("Add", bias, term)
+    own = operation.params["bias"]
+    added = "" if own is None else writer.name(own)
     lengths = (count, k.shape[2])
     if terms and not any(tuple(shape[2:]) == lengths for shape in shapes):
         bias = graph.op("Expand", bias, graph.shape((1, 1, *lengths)))
     name = graph.op(
         "MultiHeadAttention",
-        *(*sides, "", writer.tokens, bias),
+        *(*sides, added, writer.tokens, bias),
         domain=MICROSOFT,
         num_heads=heads,
         scale=operation.params["scale"],

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from sweet_jax.inference.onnx_trace import Operation, Program, Value, as_constant, used
 
 _SCORES = (([3], [3]), ([0, 1], [0, 1]))  # dot_general of queries and keys [B, A, Q or L, D]
@@ -130,9 +132,10 @@ def _epsilon(jaxpr: Any) -> float:
 
 
 def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
-    """Joins scores, softmax and context: inputs are q, k, v, windows and terms of the scores.
+    """Joins scores, softmax and context.
 
-    Windows are bool, terms floating, both broadcastable to [B, A, Q, L].
+    Its inputs are q, k, v, windows (bool) and terms of the scores, both broadcastable to
+    [B, A, Q, L], and the bias of the three projections, [3H], where they are plain ones.
     """
     weights, v = dot.inputs
     scores, mask, _ = fuser.inputs(weights, "masked_softmax", alone=True)
@@ -153,8 +156,33 @@ def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
     scale = 1.0
     if factor is not None and factor.constant is not None and factor.shape == ():
         q, scale = unscaled, float(factor.constant)
-    params = {"scale": scale, "windows": len(windows)}
-    return [Operation("attention", (q, k, v, *windows, *terms), dot.outputs, params)]
+    params: dict[str, Any] = {"scale": scale, "windows": len(windows), "bias": None}
+    projections = [_without_bias(fuser, each) for each in (q, k, v)]
+    before = [operation for each in projections if each is not None for operation in each[0]]
+    if len(before) == 9:
+        (q, k, v), biases = zip(*[each[1:] for each in projections if each], strict=True)
+        params["bias"] = as_constant(np.concatenate(biases), "attention.bias")
+    else:
+        before = []
+    made_here = Operation("attention", (q, k, v, *windows, *terms), dot.outputs, params)
+    return [*before, made_here]
+
+
+def _without_bias(fuser: Fuser, heads: Value) -> tuple[list[Operation], Value, np.ndarray] | None:
+    """Returns heads [B, A, L, D] of a projection without its bias; how they are made; the bias."""
+    wide, _, _ = fuser.inputs(heads, "transpose", alone=True)
+    flat, _, _ = fuser.inputs(wide, "reshape", alone=True)
+    x, kernel, bias = fuser.inputs(flat, "linear", alone=True)
+    if bias is None:
+        return None
+    values = [Value(each.shape, each.dtype) for each in (flat, wide, heads)]
+    turn = fuser.made[heads]._replace(inputs=(values[1],), outputs=(values[2],))
+    made = [
+        Operation("linear", (x, kernel), (values[0],), {}),
+        Operation("reshape", (values[0],), (values[1],), {}),
+        turn,
+    ]
+    return made, values[2], bias.constant
 
 
 def _leaves(fuser: Fuser, value: Value, kind: str) -> list[Value]:
