@@ -40,12 +40,17 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")
 
-    def add_model_arguments(self, engines: Iterable[str] = (), default: str = "") -> None:
-        """Adds --model, the targets and, given the names of engines, --engine."""
+    def add_model_arguments(self, engines: Iterable[str] = ()) -> None:
+        """Adds --model, the targets and, given the names of engines, the options of these."""
         self.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
         if names := list(engines):
-            text = f"what runs the model: {' or '.join(names)} (default {default})"
-            self.add_argument("--engine", choices=names, default=default, help=text)
+            text = f"what runs the model: {' or '.join(names)} (default jax, where it is installed)"
+            self.add_argument("--engine", choices=names, help=text)
+            text = "threads of the onnxruntime engine (default: all physical cores)"
+            self.add_argument("--threads", type=int, help=text)
+            text = "of the layers: float32 (default); bfloat16 with engine jax; int8 with "
+            text += "onnxruntime, after sweet-jax quantize. --dtype is an older name of it"
+            self.add_argument("--precision", "--dtype", default="float32", help=text)
         self.add_target_arguments()
 
     def add_target_arguments(self, *, clock: bool = True) -> None:

@@ -1,10 +1,16 @@
-"""Exports a saved model as StableHLO programs, one for each exit, to be run without sweet_jax.
+"""Exports a saved model: as StableHLO programs, or as ONNX graphs for the onnxruntime engine.
 
   sweet-jax export --model=runs/x/model --output=exported --cost=0.5
+  sweet-jax export --model=runs/x/model --output=onnx_model --format=onnx
 
-The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and TPU),
-parameters.npz, model.json, which describes the chain of stages, and run.py, which runs it and needs
-jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
+With --format=onnx the output is a model folder like any other, for predict, serve and
+AdaptiveClassifier, whose graphs ONNX Runtime runs: JAX and transformers are then not needed. It
+keeps the policies and targets of the model, and int8 where sweet-jax quantize fitted it.
+
+With --format=stablehlo (the default) there is one program for each exit, to be run without
+sweet_jax. The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and
+TPU), parameters.npz, model.json, which describes the chain of stages, and run.py, which runs it and
+needs jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
 ".[export]"). A program's texts are token ids padded to --length. The policy must be confidence or
 raw_confidence. Exit status: 0 done, 2 the input is wrong, 1 anything else.
 
@@ -32,12 +38,14 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, run_command
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
 from sweet_jax.inference import run_exported
-from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import Stage
 from sweet_jax.inference.engine_jax import JaxEngine, load_engine, run_stage, stage_parameters
 from sweet_jax.inference.network import Network
+from sweet_jax.inference.onnx_files import has_graphs
 
+_FORMATS = ("stablehlo", "onnx")
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _POLICIES = ("confidence", "raw_confidence")
 
@@ -51,14 +59,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.export", __doc__ or "")
     parser.add_model_arguments()
     parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument(
+        "--format", choices=_FORMATS, default=_FORMATS[0], help=f"(default {_FORMATS[0]})"
+    )
     parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
     options = parser.parse_args(argv)
-    parse_targets(options)
+    chosen = bool(parse_targets(options).keys() - {"level"}) or bool(options.policy)
+    if options.format == "onnx" and (chosen or options.length is not None):
+        raise UserError(
+            "with --format=onnx there is no length, and a policy and a target are chosen where the "
+            "model is used: leave them out"
+        )
     return options
 
 
 def _run(options: argparse.Namespace) -> None:
     model = open_model(options.model)
+    if options.format == "onnx":
+        _export_onnx(model, Path(options.output))
+        return
     engine = load_engine(model)
     classifier = AdaptiveClassifier(model, options.policy, parse_targets(options), engine)
     length = model.max_length if options.length is None else options.length
@@ -68,19 +87,41 @@ def _run(options: argparse.Namespace) -> None:
     print(f"exported: {options.output}")
 
 
-def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int) -> None:
-    """Writes the folder, whole or not at all, with programs of L = `length`.
+def _export_onnx(model: ModelArtifact, folder: Path) -> None:
+    """Writes the folder, whole or not at all. Raises UserError, see `write_onnx`."""
+    try:
+        from sweet_jax.inference.onnx_export import write_onnx
+    except ImportError as error:
+        raise UserError(f'--format=onnx needs {error.name}: pip install -e ".[onnx]"') from error
+    if has_graphs(model.folder):
+        raise UserError(f"{str(model.folder)!r} was exported already: give the model of its run")
+    aside = _make_aside(folder)
+    write_onnx(model, aside)
+    aside.rename(folder)
+    print(f"exported: {folder}")
 
-    run.py follows the classifier's policy and threshold. Raises UserError for those that it does
-    not know, or a folder that exists.
-    """
-    _check(classifier, folder)
+
+def _make_aside(folder: Path) -> Path:
+    """Makes an empty folder to be renamed. Raises UserError where `folder` exists or cannot be."""
+    if folder.exists():
+        raise UserError(f"--output {str(folder)!r} exists: choose another, or remove it")
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output {str(folder)!r}: {error.strerror}") from error
+    return aside
+
+
+def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int) -> None:
+    """Writes the folder, whole or not at all, with programs of L = `length`.
+
+    run.py follows the classifier's policy and threshold. Raises UserError for those that it does
+    not know, or a folder that exists.
+    """
+    _check(classifier)
+    aside = _make_aside(folder)
     model, chain = classifier.model, []
     parameters: dict[str, Any] = {}
     for stage in engine.stages():
@@ -102,7 +143,7 @@ def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, leng
     aside.rename(folder)
 
 
-def _check(classifier: AdaptiveClassifier, folder: Path) -> None:
+def _check(classifier: AdaptiveClassifier) -> None:
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError('jax.export needs flatbuffers: pip install -e ".[export]"')
     if classifier.policy not in _POLICIES:
@@ -112,8 +153,6 @@ def _check(classifier: AdaptiveClassifier, folder: Path) -> None:
         )
     if not np.isfinite(classifier.threshold):
         raise UserError("the full model alone has no exits to export: set a finite --threshold")
-    if folder.exists():
-        raise UserError(f"--output {str(folder)!r} exists: choose another, or remove it")
 
 
 def _temperatures(classifier: AdaptiveClassifier, stage: Stage) -> dict[str, float | None]:

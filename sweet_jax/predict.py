@@ -41,7 +41,7 @@ from sweet_jax.data.records import column_names, last_position, read_records
 from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import DEFAULT_ENGINE, ENGINES, load_engine
+from sweet_jax.inference.engine import ENGINES, default_engine, load_engine
 from sweet_jax.inference.latency import measure_latency, usual_lengths, write_latency
 from sweet_jax.inference.prediction_file import PREDICTED, OutputFile
 from sweet_jax.inference.predictions import InvalidRow
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.predict", f"{__doc__}{policy_help()}")
-    parser.add_model_arguments(ENGINES, DEFAULT_ENGINE)
+    parser.add_model_arguments(ENGINES)
     parser.add_argument(
         "--input", help='file of texts; also a folder, a pattern, or several joined by "+"'
     )
@@ -83,11 +83,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch_size", type=int, default=32, help="texts computed at once, at most (default 32)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        help="dtype of parameters and activations: float32 (default) or bfloat16",
     )
     options = parser.parse_args(argv)
     parse_targets(options)
@@ -113,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
         "model": hashlib.sha256((classifier.model.folder / "exits.json").read_bytes()).hexdigest(),
         "policy": classifier.policy,
         "threshold": repr(classifier.threshold),
-        "dtype": options.dtype,
+        "dtype": options.precision,
         "columns": list(columns.texts),
         "input": [value for p in sources for value in (str(p.resolve()), p.stat().st_size)],
     }
@@ -182,14 +177,16 @@ def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
         options.model,
         policy=options.policy,
         engine=options.engine,
-        dtype=options.dtype,
+        precision=options.precision,
+        threads=options.threads,
         **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
     )
 
 
 def _measure(options: argparse.Namespace) -> None:
-    model = open_model(options.model)
-    engine = load_engine(options.engine, model, options.dtype)
+    model = open_model(options.model, options.precision)
+    name = options.engine or default_engine(model, options.precision)
+    engine = load_engine(name, model, options.precision, threads=options.threads)
     with tqdm(unit=" programs", disable=None) as bar:
         table = measure_latency(
             engine, usual_lengths(model.max_length), [options.batch_size], bar.update

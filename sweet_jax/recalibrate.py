@@ -37,9 +37,9 @@ from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import expand_user, read_json, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
-from sweet_jax.inference.artifact import ModelArtifact, open_model
-from sweet_jax.inference.engine import DEFAULT_ENGINE, load_engine
-from sweet_jax.inference.latency import CLOCK_FILE
+from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
+from sweet_jax.inference.engine import default_engine, load_engine
+from sweet_jax.inference.latency import LATENCY_FILE
 
 _FEW = 30  # rows: one of fewer is more than 3 points of accuracy
 
@@ -65,7 +65,7 @@ def _run(options: argparse.Namespace) -> None:
     if output.exists():
         raise UserError(f"--output {str(output)!r} exists: choose another, or remove it")
     texts, labels = read_labelled(options, model)
-    engine = load_engine(DEFAULT_ENGINE, model)
+    engine = load_engine(default_engine(model), model)
     logits, scores = compute_all_exits(model, engine, texts)
     outputs = ExitOutputs(
         logits[None],
@@ -134,7 +134,7 @@ def _write_copy(folder: Path, output: Path, values: Mapping[str, Any]) -> None:
     aside = output.with_name(f".{output.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(CLOCK_FILE))
+        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(LATENCY_FILE, INT8_FILE))
         write_json(aside / "exits.json", values)
         aside.rename(output)
     except OSError as error:

@@ -13,7 +13,7 @@ from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.engine import DEFAULT_ENGINE, load_engine, padded_length
+from sweet_jax.inference.engine import default_engine, load_engine, padded_length
 from sweet_jax.inference.latency import LatencyTable, measure_latency, write_latency
 
 
@@ -29,7 +29,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
 
     """
     model = open_model(run / "model")
-    engine = load_engine(DEFAULT_ENGINE, model)
+    engine = load_engine(default_engine(model), model)
     length = padded_length(model.median_tokens, model.max_length)
     table = measure_latency(engine, (length,), (1,), lambda: None)
     write_latency(model.folder, table)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import DEFAULT_ENGINE, ENGINES
+from sweet_jax.inference.engine import ENGINES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.serve", f"{__doc__}{policy_help()}")
-    parser.add_model_arguments(ENGINES, DEFAULT_ENGINE)
+    parser.add_model_arguments(ENGINES)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
     limits = {
@@ -93,6 +93,8 @@ def _run(options: argparse.Namespace) -> None:
             options.model,
             policy=options.policy,
             engine=options.engine,
+            threads=options.threads,
+            precision=options.precision,
             **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
         )
         if options.warm_up:
@@ -122,11 +124,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _warm_up(classifier: AdaptiveClassifier, batch_size: int) -> None:
-    print("compiling every program; the first time this takes minutes", flush=True)
+    print("compiling every program; the first time this can take minutes", flush=True)
     # With all exits, as the worker: a request may have another target than the server.
     with tqdm(desc="compiling", unit=" programs", disable=None) as bar:
         count = classifier.warm_up(batch_size, full=False, done=bar.update)
-    print(f"compiled {count} programs", flush=True)
+    print(f"compiled {count} programs" if count else "nothing to compile", flush=True)
 
 
 def _bound(host: str, port: int) -> socket.socket:

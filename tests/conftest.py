@@ -63,6 +63,19 @@ def sweet(fine_tuned):
 
 
 @pytest.fixture(scope="session")
+def onnx_model(sweet, tmp_path_factory) -> Path:
+    """The model of `sweet` as ONNX graphs, which JAX and transformers are not needed for."""
+    for name in ("onnx", "onnxruntime"):
+        pytest.importorskip(name, reason='pip install -e ".[onnx]"')
+    from sweet_jax import export
+
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    options = [f"--model={sweet.classifier.model.folder}", f"--output={folder}"]
+    assert export.main([*options, "--format=onnx"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def multi_model(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("multi")
     return Reference(*fine_tune(checkpoint, folder, method="multi_model", exits=(1, 3)))

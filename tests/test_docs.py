@@ -189,7 +189,7 @@ LEVELS = [
         *("learning_rate_search", "run_outputs", "recommendation"),
     },
     {"pipeline", "runs", "server"},
-    {"main", "simulate", "predict", "serve", "export", "recalibrate"},
+    {"main", "simulate", "predict", "quantize", "serve", "export", "recalibrate"},
     {"cli"},
 ]
 

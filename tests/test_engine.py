@@ -156,13 +156,16 @@ print(*classifier.predict(sys.argv[2:], 4).labels, sep="\\n")
     assert printed.splitlines() == classifier.predict(texts, 4).labels.tolist()
 
 
+@pytest.mark.parametrize("engine", ["numpy", "onnxruntime"])
 @pytest.mark.parametrize("command", ["predict", "serve"])
-def test_a_command_imports_jax_through_its_engine_alone(sweet, tmp_path, command):
+def test_a_command_imports_jax_through_its_engine_alone(sweet, request, tmp_path, command, engine):
+    folder = sweet.classifier.model.folder
+    if engine == "onnxruntime":
+        folder = request.getfixturevalue("onnx_model")
     program = """
 from sweet_jax.inference.engine import ENGINES
 ENGINES["numpy"] = "numpy_engine"
 """
-    folder = sweet.classifier.model.folder
     if command == "serve":
         pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
         program += """
@@ -172,20 +175,20 @@ uvicorn.Server.run = lambda *_, **__: print("running")
 assert serve.main(sys.argv[1:]) == 0
 """
         options = ["--port=0", "--policy=raw_confidence", "--warm_up"]
-        printed = run_without_jax(program, f"--model={folder}", "--engine=numpy", *options)
+        printed = run_without_jax(program, f"--model={folder}", f"--engine={engine}", *options)
         assert printed.splitlines()[-1] == "running"
         return
     program += "from sweet_jax import predict\nassert predict.main(sys.argv[1:]) == 0"
     (tmp_path / "in.txt").write_text("\n".join(sweet.texts))
     files = [f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.jsonl'}"]
-    options = ["--engine=numpy", "--policy=raw_confidence", "--threshold=0.6"]
+    options = [f"--engine={engine}", "--policy=raw_confidence", "--threshold=0.6"]
     run_without_jax(program, f"--model={folder}", *files, *options)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(sweet.texts)
     timed = tmp_path / "model"
     shutil.copytree(folder, timed)
-    printed = run_without_jax(program, f"--model={timed}", "--engine=numpy", "--measure")
+    printed = run_without_jax(program, f"--model={timed}", f"--engine={engine}", "--measure")
     assert "milliseconds" in printed
-    assert ", numpy" in printed
+    assert f", {engine}" in printed
 
 
 @pytest.mark.parametrize("module", ["predict", "serve"])
@@ -194,7 +197,7 @@ def test_a_command_names_the_engines_there_are(module, capsys):
     assert main(["--model=x", "--engine=jaxx"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: argument --engine: invalid choice: 'jaxx' (choose from")
-    assert "jax)" in error.replace("'", "")
+    assert "jax, onnxruntime)" in error.replace("'", "")
     assert error.count("\n") == 1
 
 

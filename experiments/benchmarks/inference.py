@@ -47,6 +47,7 @@ from sweet_jax.exits.simulation import simulate
 from sweet_jax.inference.engine_jax import JaxEngine
 from sweet_jax.inference.network import Network
 from sweet_jax.models.bert import Bert
+from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.early_exit import EarlyExit
 
 BATCHES, COSTS = (1, 8, 64), (0.25, 0.5, 0.75)
@@ -132,9 +133,11 @@ def sides_of(every: AdaptiveClassifier, texts: Sequence[Any], batch: int) -> lis
         found.append(Side(f"adaptive at {cost}", here(classifier), counted))
     torch_model, session = others(every)
 
+    tokenizer = load_tokenizer(locate_checkpoint(str(model.folder)))
+
     def encode(part: list[Any], kind: str) -> Any:
         columns = zip(*part, strict=True) if isinstance(part[0], tuple) else [part]
-        return model.tokenizer(
+        return tokenizer(
             *map(list, columns),
             padding=True,
             truncation=True,

@@ -14,7 +14,8 @@ COMMANDS = {
     "simulate": ("sweet_jax.simulate", "chooses operating points from a run's saved outputs"),
     "predict": ("sweet_jax.predict", "labels the texts of a file, or times the model's stages"),
     "serve": ("sweet_jax.serve", "serves a model over HTTP"),
-    "export": ("sweet_jax.export", "writes a model as StableHLO programs"),
+    "quantize": ("sweet_jax.quantize", "fits a model's thresholds for int8"),
+    "export": ("sweet_jax.export", "writes a model as StableHLO programs or ONNX graphs"),
     "recalibrate": ("sweet_jax.recalibrate", "refits a model's thresholds on labelled rows"),
     "version": ("", "prints the version"),
 }

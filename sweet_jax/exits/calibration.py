@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
-from scipy.optimize import brentq
 
 from sweet_jax.config import UserError
 from sweet_jax.exits.outputs import ExitOutputs
@@ -86,6 +84,8 @@ def fit_temperature(
       objective: what the logits mean.
 
     """
+    from scipy.optimize import brentq  # here: a served model needs no SciPy
+
     variables = categorical_variables(objective)
     z = variables.logits(np.asarray(logits, np.float64))  # [N, V, K]
     if not np.isfinite(z).all():
@@ -94,7 +94,7 @@ def fit_temperature(
     right = np.take_along_axis(z, outcomes, axis=-1)[..., 0]  # [N, V]
 
     def slope(inverse: float) -> float:
-        expected = np.sum(special.softmax(inverse * z, axis=-1) * z, axis=-1)  # [N, V]
+        expected = np.sum(softmax(inverse * z) * z, axis=-1)  # [N, V]
         return float((expected - right).sum(axis=-1).mean())
 
     others = np.where(np.arange(z.shape[-1]) == outcomes, -np.inf, z).max(axis=-1)

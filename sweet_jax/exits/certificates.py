@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from sweet_jax.exits.outputs import ExitOutputs
 
@@ -160,6 +159,8 @@ def upper_bound(hits: np.ndarray | int, total: int, level: float) -> np.ndarray:
 
     In closed form: `scipy.stats.binomtest` searches for it.
     """
+    from scipy import stats  # here: a served model needs no SciPy
+
     hits = np.asarray(hits)
     found = stats.beta.ppf(level, hits + 1, np.maximum(total - hits, 1))
     return np.where(hits < total, found, 1.0)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import log_softmax
 
 from sweet_jax.config import UserError
 from sweet_jax.exits.calibration import (
@@ -21,6 +20,7 @@ from sweet_jax.exits.calibration import (
     outcome_probabilities,
 )
 from sweet_jax.objectives import SINGLE_LABEL, Objective
+from sweet_jax.objectives.objective import log_softmax
 
 
 class PolicyInput(NamedTuple):
@@ -72,7 +72,7 @@ def entropy(given: PolicyInput) -> np.ndarray:
     higher means more certain.
     """
     scaled = given.logits.astype(np.float64) / given.calibrator.temperatures[:, None, None]
-    logs = log_softmax(categorical_variables(given.objective).logits(scaled), axis=-1)
+    logs = log_softmax(categorical_variables(given.objective).logits(scaled))
     with np.errstate(invalid="ignore"):  # 0 times -inf, of a probability that is 0
         terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)  # [E', N, V, K]
     share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))

@@ -5,7 +5,6 @@ row.
 """
 
 import numpy as np
-from scipy import stats
 
 from sweet_jax.objectives import SINGLE_LABEL, Metric
 
@@ -33,6 +32,8 @@ def wilson_interval(right: np.ndarray, total: int) -> np.ndarray:
 
     right: int, of any shape.
     """
+    from scipy import stats  # here: a served model needs no SciPy
+
     counts = np.asarray(right, np.int64)
     each = [
         stats.binomtest(count, int(total)).proportion_ci(_LEVEL, "wilson")
@@ -95,5 +96,7 @@ def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     count = len(values)
     if count < 2:
         return values.mean(axis=0), None
+    from scipy import stats  # here: a served model needs no SciPy
+
     half = stats.t.ppf(TAILS[1], count - 1) * stats.sem(values, axis=0)
     return values.mean(axis=0), half

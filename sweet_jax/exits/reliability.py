@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.optimize import isotonic_regression
-from scipy.special import log_softmax
-from scipy.stats import rankdata
 
 from sweet_jax.objectives import SINGLE_LABEL, Objective
+from sweet_jax.objectives.objective import log_softmax
 
 # The four kinds of reliability curve. The PCEE paper does not give its bins and smoothing: ten bins
 # over (1/C, 1), the range of a largest probability, and a Gaussian kernel whose width is half a
@@ -85,6 +83,8 @@ def fit_reliability_curve(
         return ReliabilityCurve(np.zeros(1), np.full(1, np.nan), True)
     if kind == "kernel":
         return _fit_kernel(confidence, right, low)
+    from scipy.optimize import isotonic_regression  # here: a served model needs no SciPy
+
     order = np.argsort(confidence, kind="stable")
     confidence, right = confidence[order], right[order]
     if kind == "equal_width":
@@ -172,7 +172,7 @@ def confidence_quality(
     scaled = logits.astype(np.float64) / temperatures[:, None, None]
     outcomes = objective.categorical.outcomes(targets)  # [N, V]
     rows = []
-    logs = log_softmax(objective.categorical.logits(scaled), axis=-1)  # [E, N, V, K]
+    logs = log_softmax(objective.categorical.logits(scaled))  # [E, N, V, K]
     for own, right in zip(logs, objective.is_correct(logits, targets), strict=True):
         sound = bool(np.isfinite(own).all())
         rows.append(_quality(own, outcomes, right) if sound else dict.fromkeys(_QUALITIES))
@@ -181,6 +181,8 @@ def confidence_quality(
 
 def _quality(logs: np.ndarray, outcomes: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
     """Measures log probabilities [N, V, K] against outcomes [N, V]; right is bool [N]."""
+    from scipy.stats import rankdata  # here: a served model needs no SciPy
+
     p, at = np.exp(logs), outcomes[..., None]  # [N, V, K], [N, V, 1]
     confidence = p.max(axis=-1).mean(axis=-1)  # [N]
     log_true, true = (np.take_along_axis(x, at, axis=-1).sum(axis=(1, 2)) for x in (logs, p))  # [N]

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 
 from sweet_jax.config import POOLING_NAMES, Config, UserError
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import one_line, read_json, write_json, write_text
-from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
-from sweet_jax.models.special_tokens import ensure_first_token
+from sweet_jax.inference.saved_tokenizer import load_saved_tokenizer
+from sweet_jax.models.checkpoint_folder import locate_checkpoint
 
 if TYPE_CHECKING:  # these import datasets, and JAX
     from sweet_jax.data.load import Dataset
     from sweet_jax.models.pretrained import Checkpoint
 
 EXITS_VERSION = 5  # of exits.json
+INT8_FILE, INT8_VERSION = "int8.json", 1  # thresholds of the model's layers in int8
 _READABLE = (4, EXITS_VERSION)  # 4 had no pooling: it was "first"
 
 
@@ -94,6 +94,8 @@ def save_model(
 
 
 def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) -> None:
+    import safetensors.numpy  # what a model is written with, and not opened
+
     from sweet_jax.models.tensor_names import hugging_face_tensors  # imports JAX
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,11 +138,12 @@ def describe_exits(
     }
 
 
-def open_model(name: str | Path) -> ModelArtifact:
+def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
     """Reads a saved model's exits.json and tokenizer; an engine reads the weights.
 
     Args:
       name: a folder model/ of a run, or the id of a repository it was pushed to.
+      precision: that an engine will run it in; "int8" has thresholds of its own, in int8.json.
 
     Raises UserError where there is none, or its files are damaged or of another version.
 
@@ -149,6 +152,8 @@ def open_model(name: str | Path) -> ModelArtifact:
         raise UserError(f"{str(name)!r} is the folder of a run: give {str(inside.parent)!r}")
     checkpoint = locate_checkpoint(str(name))
     values = _read_exits(checkpoint.folder)
+    if precision == "int8":
+        values["dials"] = _read_int8(checkpoint.folder)
     try:
         values.setdefault("pooling", "first")
         if values["pooling"] not in POOLING_NAMES:
@@ -159,9 +164,8 @@ def open_model(name: str | Path) -> ModelArtifact:
             f"{str(checkpoint.folder / 'exits.json')!r} is damaged ({error!r}): run the report of "
             "its run again"
         ) from error
-    tokenizer = load_tokenizer(checkpoint)
-    if fields["pooling"] == "first":
-        ensure_first_token(tokenizer, str(checkpoint.folder))
+    reads_first = fields["pooling"] == "first"
+    tokenizer = load_saved_tokenizer(checkpoint, first_token=reads_first)
     return ModelArtifact(tokenizer=tokenizer, **fields)
 
 
@@ -183,6 +187,25 @@ def _read_exits(folder: Path) -> dict[str, Any]:
             "the command of its run again, in the same workdir, to write it anew"
         )
     return values
+
+
+def _read_int8(folder: Path) -> Any:
+    """Returns the thresholds that were fitted for int8. Raises UserError where none were."""
+    path = folder / INT8_FILE
+    if not path.exists():
+        raise UserError(
+            f"{str(folder)!r} has no thresholds for int8 ({INT8_FILE}): run sweet-jax quantize "
+            "--run=DIR with the directory of its run, or leave precision out"
+        )
+    try:
+        values = read_json(path)
+        if values["version"] != INT8_VERSION:
+            raise ValueError(f"version {values['version']!r}")
+        return values["dials"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{str(path)!r} is not readable ({error!r}): run sweet-jax quantize again"
+        ) from error
 
 
 def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:

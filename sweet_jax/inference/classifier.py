@@ -19,9 +19,9 @@ from sweet_jax.inference import artifact
 from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.encoding import encode_requests
 from sweet_jax.inference.engine import (
-    DEFAULT_ENGINE,
     Engine,
     batch_sizes,
+    default_engine,
     load_engine,
     padded_length,
     padded_lengths,
@@ -53,7 +53,7 @@ class AdaptiveClassifier:
       policy: name of an exit policy, or a function of (outputs, temperatures) such as
         `exits/policies.py` has; of the outputs of the exits so far. Default the run's.
       target: see `Target`.
-      engine: with the model's weights; default DEFAULT_ENGINE in float32.
+      engine: with the model's weights; default `default_engine` in float32.
 
     Attributes:
       classes: names [C], in the order of the probabilities.
@@ -78,7 +78,7 @@ class AdaptiveClassifier:
         self.model, self.classes, self.layers = model, model.classes, model.layers
         self.text_columns = model.text_columns
         self.policy = model.policy if policy is None else policy
-        self.engine = load_engine(DEFAULT_ENGINE, model) if engine is None else engine
+        self.engine = engine or load_engine(default_engine(model), model)
         self._exit_rates: list[float] = []
         self.threshold, self.calibrator = self._resolve(target)
         if isinstance(self.policy, str):
@@ -106,9 +106,11 @@ class AdaptiveClassifier:
         name: str | Path,
         *,
         policy: str | PolicyFunction | None = None,
-        engine: str = DEFAULT_ENGINE,
+        engine: str | None = None,
+        precision: str | None = None,
         dtype: str = "float32",
         cache_dir: str | Path | None = None,
+        threads: int | None = None,
         **target: Unpack[Target],
     ) -> "AdaptiveClassifier":
         """Reads a saved model and resolves a target to a threshold.
@@ -116,11 +118,14 @@ class AdaptiveClassifier:
         Args:
           name: folder model/ of a run, or the hub id it was pushed to.
           policy: see the class.
-          engine: what runs the model, one of ENGINES.
-          dtype: of parameters and activations, "float32" or "bfloat16".
+          engine: what runs the model, one of ENGINES; default `default_engine`.
+          precision: of the layers: "float32" (default); "bfloat16" with engine jax; "int8" with
+            onnxruntime, after `sweet-jax quantize`.
+          dtype: the older name of `precision`.
           cache_dir: where compiled programs are kept between processes; default
             ~/.cache/sweet_jax/xla. It is JAX's own cache: a directory that JAX was configured with
             before stays.
+          threads: that compute a batch, of the onnxruntime engine; default all physical cores.
           **target: see `Target`.
 
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`.
@@ -128,8 +133,10 @@ class AdaptiveClassifier:
         """
         given = _given(target)
         check_targets(given)  # before anything is read
-        model = open_model(name)
-        return cls(model, policy, given, load_engine(engine, model, dtype, cache_dir))
+        dtype = precision or dtype
+        model = open_model(name, dtype)
+        engine = engine or default_engine(model, dtype)
+        return cls(model, policy, given, load_engine(engine, model, dtype, cache_dir, threads))
 
     def at(
         self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]

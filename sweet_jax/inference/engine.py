@@ -15,6 +15,7 @@ P slots.
 """
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -22,12 +23,16 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sweet_jax.config import check_choice
+from sweet_jax.config import UserError, check_choice
 from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.onnx_files import has_graphs
 
 # The module of each engine, imported when it is asked for.
-ENGINES = {"jax": "sweet_jax.inference.engine_jax"}
-DEFAULT_ENGINE = "jax"
+ENGINES = {
+    "jax": "sweet_jax.inference.engine_jax",
+    "onnxruntime": "sweet_jax.inference.engine_onnx",
+}
+_INSTALL = {"jax": "pip install -e .", "onnxruntime": 'pip install -e ".[onnx]"'}
 
 # An engine's own buffer of hidden states, [P, L, H].
 HiddenStates = Any
@@ -68,12 +73,13 @@ class StageBatch(NamedTuple):
     rows: np.ndarray  # int32 [2, B]: the slot of each, P for none; its number of tokens
     # int32 [2, B, L]: input_ids and token_type_ids; None where the stage embeds nothing.
     texts: np.ndarray | None = None
+    requests: int | None = None  # how many of the first rows are no filling; None = all
 
 
 class StageOutput(NamedTuple):
     """Holds the exit's outputs of one batch, on the host, and the hidden states that are kept."""
 
-    logits: np.ndarray  # float32 [B, C]
+    logits: np.ndarray  # float32 [B, C]; rows that fill the batch up may be left out
     exit_scores: np.ndarray | None  # float32 [B], learning-to-exit's, 0 to 1; None without
     states: HiddenStates | None  # the buffer to hand to the next run; None where none is used
 
@@ -118,8 +124,21 @@ class Engine(Protocol):
         """Compiles what `run` needs for B, L and P, unless it has been."""
 
 
+def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
+    """Returns the engine where none is named.
+
+    It is "jax" where JAX is installed, but for int8 and for a model that was exported to ONNX.
+    """
+    absent = importlib.util.find_spec("jax") is None or has_graphs(model.folder)
+    return "onnxruntime" if absent or dtype == "int8" else "jax"
+
+
 def load_engine(
-    name: str, model: ModelArtifact, dtype: str = "float32", cache_dir: str | Path | None = None
+    name: str,
+    model: ModelArtifact,
+    dtype: str = "float32",
+    cache_dir: str | Path | None = None,
+    threads: int | None = None,
 ) -> Engine:
     """Reads a saved model's weights into an engine.
 
@@ -128,13 +147,20 @@ def load_engine(
       model: the saved model.
       dtype: of parameters and activations.
       cache_dir: where compiled programs are kept between processes; default the engine's own.
+      threads: that compute a batch, where the engine has such a number; default its own.
 
-    Raises UserError for an unknown engine, a dtype that it does not have, and weights that are
-    missing or misshapen.
+    Raises UserError for an engine that is unknown or not installed, a dtype or a number of threads
+    that it does not have, and weights that are missing or misshapen.
 
     """
     check_choice("engine", name, ENGINES)
-    return import_module(ENGINES[name]).load_engine(model, dtype, cache_dir)
+    options = {} if threads is None else {"threads": threads}
+    try:
+        module = import_module(ENGINES[name])
+    except ImportError as error:
+        fix = _INSTALL.get(name, "install it")
+        raise UserError(f"the {name} engine needs {error.name}: {fix}") from error
+    return module.load_engine(model, dtype, cache_dir, **options)
 
 
 def plan_stages(
@@ -143,6 +169,7 @@ def plan_stages(
     first_only: bool,
     full: bool = False,
     exit_rates: Sequence[float] = (),
+    low_exit_rate: float = _LOW_EXIT_RATE,
 ) -> list[Stage]:
     """Returns the stages in order; of the full model only the last network, to its last exit.
 
@@ -156,6 +183,7 @@ def plan_stages(
       full: whether no request exits before the last exit.
       exit_rates: of the requests that reach each exit [E], the share that exits there; () where
         it is not known.
+      low_exit_rate: below which a layer is computed whole at once.
 
     """
     stages: list[Stage] = []
@@ -164,7 +192,7 @@ def plan_stages(
         for end in layers:
             exit = len(stages)
             continues = end < layers[-1]
-            rarely = len(exit_rates) > 0 and exit_rates[exit] < _LOW_EXIT_RATE
+            rarely = len(exit_rates) > 0 and exit_rates[exit] < low_exit_rate
             whole = continues and (rarely or not first_only)
             # What resumes at layer 1 embeds again, which costs next to nothing.
             writes_states = continues and (whole or end > 1)

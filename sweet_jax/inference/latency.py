@@ -17,7 +17,7 @@ from sweet_jax.files import read_json, write_json
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import Engine, Stage, StageBatch, padded_lengths
 
-CLOCK_FILE = "clock.json"
+LATENCY_FILE = "clock.json"
 _SECONDS = 0.2  # that a stage is run for, at least
 
 
@@ -96,12 +96,12 @@ def write_latency(folder: Path, table: LatencyTable) -> Path:
     """Writes clock.json into a model's folder; returns its path. Raises UserError if it cannot."""
     values = dataclasses.asdict(table) | {"milliseconds": table.milliseconds.tolist()}
     try:
-        write_json(folder / CLOCK_FILE, values)
+        write_json(folder / LATENCY_FILE, values)
     except OSError as error:
         raise UserError(
             f"{str(folder)!r} cannot be written to ({error.strerror}): copy the model first"
         ) from error
-    return folder / CLOCK_FILE
+    return folder / LATENCY_FILE
 
 
 def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
@@ -109,7 +109,7 @@ def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
 
     Raises UserError where it is damaged, or of another machine, engine or dtype.
     """
-    path = model.folder / CLOCK_FILE
+    path = model.folder / LATENCY_FILE
     if not path.exists():
         return None
     try:

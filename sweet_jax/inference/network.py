@@ -27,6 +27,7 @@ class Network(NamedTuple):
     graphdef: nnx.GraphDef  # of an `EarlyExit`
     params: Any  # pure dict of arrays on the host
     pooling: str = "first"  # a name of POOLINGS
+    model_type: str = ""  # of the encoder's config.json
 
     @property
     def hidden_size(self) -> int:
@@ -79,7 +80,7 @@ def _load_network(
     heads = _pick_heads(nnx.to_pure_dict(shapes)["heads"], weights.exits, checkpoint)
     found = {"encoder": weights.first_layers(checkpoint.depth), "heads": heads}
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found)
-    return Network(exits, graphdef, params, model.pooling)
+    return Network(exits, graphdef, params, model.pooling, checkpoint.family.model_type)
 
 
 def _pick_heads(shapes: Any, tensors: Mapping[str, np.ndarray], checkpoint: Checkpoint) -> Any:

@@ -204,13 +204,13 @@ class Scheduler:
         rows[0, : len(requests)] = [r.slot if r.slot >= 0 else none for r in requests]
         rows[1, : len(requests)] = [len(r.input_ids) for r in requests]
         if not embeds:
-            return StageBatch(length, rows)
+            return StageBatch(length, rows, requests=len(requests))
         texts = np.zeros((2, size, length), np.int32)
         texts[0] = self.engine.pad_id
         for row, request in enumerate(requests):
             texts[0, row, : len(request.input_ids)] = request.input_ids
             texts[1, row, : len(request.input_ids)] = request.token_type_ids
-        return StageBatch(length, rows, texts)
+        return StageBatch(length, rows, texts, len(requests))
 
 
 def _leaves(rows: Sequence[Request]) -> np.ndarray:

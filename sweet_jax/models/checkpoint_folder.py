@@ -18,6 +18,7 @@ _SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *_SENTENCEPIECE)
 _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "merges.txt"]
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
+_FILES += ["int8.json", "onnx/graphs.json", "onnx/segment_*"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
 _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
 _FILES += [_ADAPTER, *(f"0_Transformer/{name}" for name in _FILES)]
@@ -148,14 +149,20 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
         raise UserError(f"{where} has no fast tokenizer (tokenizer.json)")
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer in {where} has no padding token")
-    size = checkpoint.vocab_size
-    if size is not None and max(tokenizer.get_vocab().values(), default=0) >= size:
-        raise UserError(
-            f"the tokenizer in {where} has more tokens than the checkpoint's vocab_size, {size}"
-        )
+    check_vocabulary(tokenizer.get_vocab(), checkpoint)
     if (repair := TOKENIZER_REPAIRS.get(checkpoint.model_type)) is not None:
         repair(tokenizer)
     return tokenizer
+
+
+def check_vocabulary(vocabulary: Mapping[str, int], checkpoint: CheckpointFiles) -> None:
+    """Raises UserError for a tokenizer that has ids without a row in the checkpoint's table."""
+    size = checkpoint.vocab_size
+    if size is not None and max(vocabulary.values(), default=0) >= size:
+        raise UserError(
+            f"the tokenizer in {str(checkpoint.folder)!r} has more tokens than the checkpoint's "
+            f"vocab_size, {size}"
+        )
 
 
 def separate_pairs_once(tokenizer: Any) -> None:

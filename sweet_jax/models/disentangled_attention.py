@@ -20,6 +20,7 @@ from sweet_jax.config import UserError
 from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Attention, LayerNorm
 from sweet_jax.models.encoder_config import EncoderConfig
+from sweet_jax.models.positions import rows_by_offset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,8 @@ def along_diagonals(x: jax.Array) -> jax.Array:
     *batch, count, width = x.shape
     length = width // 2
     flat = x.reshape(*batch, count * width)[..., length - 1 :]
-    missing = count * (width - 1) - flat.shape[-1]
-    flat = jnp.pad(flat, [(0, 0)] * len(batch) + [(0, max(0, missing))])
+    missing = jax.core.max_dim(count * (width - 1) - flat.shape[-1], 0)  # L may be symbolic
+    flat = jnp.pad(flat, [(0, 0)] * len(batch) + [(0, missing)])
     rows = flat[..., : count * (width - 1)].reshape(*batch, count, width - 1)
     return rows[..., :length]
 
@@ -129,22 +130,24 @@ class DisentangledAttention(Attention):
             return total
         count, length = q.shape[2], k.shape[2]
         # Column c of what `along_diagonals` reads stands for (column - row) = c - (L - 1).
-        offset = np.arange(2 * length) - (length - 1)
-        reached = self.config.rows(np.arange(-length, length + 1))
+        reach = self.config.reach
+        longest = length if isinstance(length, int) else reach
+        reached = self.config.rows(np.arange(-longest, longest + 1))
         low, high = reached.min(), reached.max() + 1
         relative = dropout(
             key, relative[low:high], self.hidden_dropout, length_axes=(0,), start=int(low)
         )  # [W, H]
 
-        def rows(projected: jax.Array, distance: np.ndarray) -> jax.Array:
+        def rows(projected: jax.Array, sign: int) -> jax.Array:
             heads = projected.reshape(len(projected), self.heads, -1)  # [W, A, D]
-            return heads[self.config.rows(distance) - low]  # [2L, A, D]
+            places = rows_by_offset(lambda o: self.config.rows(sign * o) - low, length, reach)
+            return heads[places]  # [2L, A, D]
 
         if "c2p" in self.kinds:  # row query, column key: the distance is row - column
-            keys = rows(self.position_keys(relative), -offset)
+            keys = rows(self.position_keys(relative), -1)
             total += along_diagonals(jnp.einsum("bald,rad->balr", q, keys))
         if "p2c" in self.kinds:  # row key, column query
-            queries = rows(self.position_queries(relative) * self.scale, offset)
+            queries = rows(self.position_queries(relative) * self.scale, 1)
             found = along_diagonals(jnp.einsum("bald,rad->balr", k, queries))
             total += found.swapaxes(-1, -2)[..., :count, :]
         return total

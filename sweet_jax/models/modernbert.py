@@ -30,6 +30,7 @@ from sweet_jax.models.encoder import (
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key
+from sweet_jax.models.positions import array_module
 from sweet_jax.models.tensor_names import TensorNames
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
@@ -146,8 +147,9 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
     length, size = x.shape[1], x.shape[-1]
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     frequencies = np.float32(1) / np.float32(theta) ** exponents  # [D / 2]
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies  # [L, D / 2]
-    cos, sin = (f(angles)[None, :, None] for f in (np.cos, np.sin))  # [1, L, 1, D / 2]
+    xp = array_module(length)
+    angles = xp.arange(length, dtype=np.float32)[:, None] * frequencies[None]  # [L, D / 2]
+    cos, sin = (f(angles)[None, :, None] for f in (xp.cos, xp.sin))  # [1, L, 1, D / 2]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -175,8 +177,10 @@ class ModernBertAttention(Attention):
         keys = super().visible(mask, count)  # [B, 1, 1, L]
         if self.reach is None:
             return keys
-        distance = np.arange(count)[:, None] - np.arange(mask.shape[1])  # [Q, L]
-        return keys & (np.abs(distance) <= self.reach)[None, None]  # [B, 1, Q, L]
+        length = mask.shape[1]
+        xp = array_module(count, length)
+        distance = xp.arange(count)[:, None] - xp.arange(length)[None]  # [Q, L]
+        return keys & (xp.abs(distance) <= self.reach)[None, None]  # [B, 1, Q, L]
 
     def context(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, key, relative

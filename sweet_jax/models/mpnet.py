@@ -21,6 +21,7 @@ from sweet_jax.models.encoder import Encoder, embedding_table
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.layers import derive_key
+from sweet_jax.models.positions import rows_by_offset
 from sweet_jax.models.roberta import count_positions
 from sweet_jax.models.tensor_names import TensorNames
 
@@ -73,7 +74,7 @@ class MPNetAttention(BertAttention):
     def scores(self, q: jax.Array, k: jax.Array, relative: jax.Array, key) -> jax.Array:
         count, length = q.shape[2], k.shape[2]
         # Column c of what `along_diagonals` reads stands for (key - query) = c - (L - 1).
-        rows = relative[distance_bucket(np.arange(2 * length) - (length - 1))]  # [2L, A]
+        rows = relative[rows_by_offset(distance_bucket, length, _FARTHEST)]  # [2L, A]
         wide = jnp.broadcast_to(rows.T[:, None], (self.heads, count, 2 * length))
         return super().scores(q, k, relative, key) + along_diagonals(wide)[None]  # [B, A, Q, L]
 

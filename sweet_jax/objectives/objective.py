@@ -162,6 +162,14 @@ def softmax(logits: Array) -> Array:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns log softmax over the last axis, as `scipy.special.log_softmax` does."""
+    largest = logits.max(axis=-1, keepdims=True)
+    shifted = logits - np.where(np.isfinite(largest), largest, 0)
+    with np.errstate(divide="ignore"):
+        return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Computes numerator / denominator, 0 where the denominator is not positive."""
     above = denominator > 0

@@ -1,0 +1,151 @@
+"""The ONNX graphs of a saved model, from the JAX program of each segment of its networks.
+
+No encoder family is named here: what a segment computes is traced (`onnx_trace.py`).
+
+Shape letters: B batch, L length, Q first tokens, H hidden, C classes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from flax import nnx
+
+from sweet_jax.config import UserError
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.network import Network, load_networks
+from sweet_jax.inference.onnx_files import SavedGraphs
+from sweet_jax.inference.onnx_fusions import Fuser
+from sweet_jax.inference.onnx_graph import Graph, GraphBuilder
+from sweet_jax.inference.onnx_operators import OPERATORS
+from sweet_jax.inference.onnx_segments import Segment, plan_segments
+from sweet_jax.inference.onnx_trace import Program, trace
+from sweet_jax.inference.onnx_writer import GraphWriter, UnsupportedOperationError
+from sweet_jax.models.pooling import POOLINGS
+
+# What must be known of sizes: there is a token, and the first tokens are among all.
+_SIZES = ("q <= l", "l*q >= q", "l*l >= l")
+# Raised where a function needs a size that is symbolic: np.arange(length), say.
+_NEEDS_SIZES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.InconclusiveDimensionOperation,
+)
+
+
+def build_graphs(model: ModelArtifact, precision: str = "float32") -> SavedGraphs:
+    """Returns the graphs of a saved model.
+
+    Raises UserError, see `load_networks` and `build_segment`.
+    """
+    networks = load_networks(model)
+    first_only = POOLINGS[model.pooling].first_only
+    graphs = [
+        [
+            (segment, build_segment(network, segment, precision))
+            for segment in plan_segments(network.exits, first_only=first_only)
+        ]
+        for network in networks
+    ]
+    words = networks[0].params["encoder"]["embeddings"]["word"]["embedding"]  # [vocabulary, H]
+    return SavedGraphs(graphs, len(words), networks[0].hidden_size)
+
+
+def build_segment(network: Network, segment: Segment, precision: str = "float32") -> Graph:
+    """Returns a segment's graph; under "int8" all but the heads multiply integers.
+
+    Inputs: input_ids and token_type_ids, int32 [B, L], or states, float32 [B, L, H]; tokens, int32
+    [B], the number of each row; and, of a segment that counts, count, int64 [1]. Outputs, those
+    that there are: next_states [B, Q, H], logits [B, C], exit_scores [B]. Raises UserError where
+    the segment computes what has no ONNX operator here.
+    """
+    size = dict(zip("blq", jax.export.symbolic_shape("b, l, q", constraints=_SIZES), strict=True))
+    tokens = (size["b"], size["l"])
+    mask = jax.ShapeDtypeStruct(tokens, np.bool_)
+    if segment.embeds:
+        ids = jax.ShapeDtypeStruct(tokens, np.int32)
+        inputs = {"input_ids": ids, "token_type_ids": ids, "mask": mask}
+    else:
+        states = jax.ShapeDtypeStruct((*tokens, network.hidden_size), np.float32)
+        inputs = {"states": states, "mask": mask}
+    count = size["q"] if segment.counts else None
+    names: list[str] = []
+    function = segment_function(network, segment, count, names)
+    leaves = jax.tree_util.tree_leaves_with_path(network.params)
+    try:
+        program = trace(function, {_path(path): leaf for path, leaf in leaves}, inputs)
+        return _write(program, names, count, precision)
+    except UnsupportedOperationError as error:
+        raise _refusal(network, f"the primitive {error}") from error
+    except _NEEDS_SIZES as error:
+        raise _refusal(network, "an array whose size must be known beforehand") from error
+
+
+def _refusal(network: Network, what: str) -> UserError:
+    return UserError(
+        f"the onnxruntime engine cannot compute {what}, in an encoder of model_type "
+        f"{network.model_type!r}: use engine=jax"
+    )
+
+
+def segment_function(
+    network: Network, segment: Segment, count: Any, names: list[str]
+) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], list[jax.Array]]:
+    """Returns (parameters by path, inputs by name) → the outputs; their names are added to `names`.
+
+    `count` is how many first tokens the last layer computes, where the segment counts.
+    """
+
+    def run(params: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> list[jax.Array]:
+        tree = jax.tree.map_with_path(lambda path, _: params[_path(path)], network.params)
+        model = nnx.merge(network.graphdef, tree)
+        encoder, mask = model.encoder, inputs["mask"]
+        relative = encoder.relative_table()
+        h = inputs.get("states")
+        if segment.embeds:
+            h = encoder.embed(inputs["input_ids"], inputs["token_type_ids"], mask)
+        first_only = model.config.reads.first_only and not segment.returns_states
+        last = count if segment.counts else 1 if first_only else None
+        for number in range(segment.start, segment.end + 1):
+            only = last if number == segment.end and segment.exits else None
+            h = encoder.layer(number, h, mask, relative=relative, count=only)
+        found: dict[str, Any] = {}
+        if segment.returns_states:
+            found["next_states"] = h
+        if segment.exits:
+            output = model.heads[str(segment.end)](h, mask, model.pooler, None)
+            found["logits"] = output.logits
+            if output.exit_scores is not None:
+                found["exit_scores"] = output.exit_scores
+        names[:] = found
+        return list(found.values())
+
+    return run
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return "/".join(str(part.key) for part in path)
+
+
+def _write(program: Program, names: list[str], count: Any, precision: str) -> Graph:
+    """Returns the graph of a program, whose outputs have some names."""
+    graph, inputs = GraphBuilder(precision), dict(program.inputs)
+    mask = inputs.pop("mask")
+    given = {name: graph.input(name, x.dtype, x.shape) for name, x in inputs.items()}
+    tokens = graph.input("tokens", np.int32, mask.shape[:1])
+    if count is not None:
+        graph.size_input("count", count)
+    writer = GraphWriter(graph, tokens, OPERATORS)
+    for name, value in inputs.items():
+        writer.give(value, given[name])
+    length = graph.op("Squeeze", graph.size(mask.shape[1]))
+    places = graph.op("Range", graph.constant(0), length, graph.constant(1))  # [L]
+    ends = graph.op("Unsqueeze", graph.cast(tokens, np.int64), graph.constant([1]))  # [B, 1]
+    writer.give(mask, graph.op("Less", places, ends))
+    fused = Fuser(program, mask).run()
+    writer.write(fused)
+    for name, value in zip(names, fused.outputs, strict=True):
+        graph.output(name, writer.full(value), value.shape)
+    return graph.build()

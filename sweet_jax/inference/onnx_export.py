@@ -1,0 +1,85 @@
+"""Writes a saved model as a folder that ONNX Runtime runs without JAX, transformers or onnx.
+
+The folder is itself a model folder, see `onnx_files.py`.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sweet_jax.files import read_json, write_json
+from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact
+from sweet_jax.inference.latency import LATENCY_FILE
+from sweet_jax.inference.onnx_build import build_graphs
+from sweet_jax.inference.onnx_files import GRAPHS_VERSION, index_path
+from sweet_jax.inference.onnx_graph import Graph
+
+_ALIGNMENT = 64  # bytes, of a weight in its file
+
+
+def write_onnx(model: ModelArtifact, folder: Path) -> None:
+    """Writes the graphs in float32 and, where it was quantised, in int8; raises as `build_graphs`.
+
+    Args:
+      model: the saved model.
+      folder: an empty one.
+
+    """
+    for path in model.folder.iterdir():
+        if path.is_file() and ".safetensors" not in path.name and path.name != LATENCY_FILE:
+            shutil.copy(path, folder)
+    _write_tokenizer(model, folder)
+    networks = {}
+    index_path(folder).parent.mkdir()
+    for precision in ("float32", *(["int8"] if (model.folder / INT8_FILE).exists() else [])):
+        graphs = build_graphs(model, precision)
+        networks[precision] = _write_graphs(graphs.networks, index_path(folder).parent, precision)
+    values = {"version": GRAPHS_VERSION, "vocabulary": graphs.vocabulary, "hidden": graphs.hidden}
+    write_json(index_path(folder), values | {"networks": networks})
+
+
+def _write_tokenizer(model: ModelArtifact, folder: Path) -> None:
+    """Writes the tokenizer as it is, since transformers may change what its files say."""
+    tokenizer, path = model.tokenizer, folder / "tokenizer_config.json"
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    values = read_json(path) if path.exists() else {}
+    values["pad_token"] = tokenizer.backend_tokenizer.id_to_token(tokenizer.pad_token_id)
+    write_json(path, values | {"truncation_side": tokenizer.truncation_side})
+
+
+def _write_graphs(
+    networks: Sequence[Sequence[tuple[Any, Graph]]], folder: Path, precision: str
+) -> list[list[dict[str, Any]]]:
+    """Writes a file for each graph and one of all weights; returns what graphs.json says."""
+    described: list[list[dict[str, Any]]] = []
+    places: dict[str, tuple[int, int]] = {}  # of each weight: its offset and its length
+    weights = folder / f"segment_weights.{precision}.bin"
+    with weights.open("wb") as file:
+        for number, network in enumerate(networks):
+            described.append([])
+            for place, (segment, graph) in enumerate(network):
+                for name, value in graph.weights.items():
+                    if name not in places:
+                        file.write(bytes(-file.tell() % _ALIGNMENT))
+                        places[name] = (file.tell(), value.nbytes)
+                        file.write(np.ascontiguousarray(value).tobytes())
+                name = f"segment_{number:02d}_{place:02d}.{precision}.onnx"
+                (folder / name).write_bytes(_located(graph, weights.name, places))
+                described[-1].append({"file": name, **segment._asdict()})
+    return described
+
+
+def _located(graph: Graph, file: str, places: Mapping[str, tuple[int, int]]) -> bytes:
+    """Returns a graph that finds its weights in a file beside it."""
+    model = onnx.load_from_string(graph.model)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            offset, length = places[tensor.name]
+            del tensor.external_data[:]
+            for key, value in (("location", file), ("offset", offset), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
+    return bytes(model.SerializeToString())

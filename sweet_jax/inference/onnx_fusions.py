@@ -1,0 +1,249 @@
+"""Groups of operations that ONNX Runtime has one operator for: linear, attention, residual norms.
+
+Each fusion looks at one operation and at what made its inputs, and returns what takes its place, or
+None where the group is another one. What is then no longer used is left out.
+
+Shape letters: B batch, L length, Q first tokens, H hidden, A attention heads, D = H / A head size,
+I and O input and output features.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.inference.onnx_trace import Operation, Program, Value, as_constant, used
+
+_SCORES = (([3], [3]), ([0, 1], [0, 1]))  # dot_general of queries and keys [B, A, Q or L, D]
+_CONTEXT = (([3], [2]), ([0, 1], [0, 1]))  # of weights [B, A, Q, L] and values [B, A, L, D]
+
+
+class Fuser:
+    """Replaces operations of a program, one after the other.
+
+    Args:
+      program: from `onnx_trace.trace`.
+      mask: its input bool [B, L] that says which tokens there are.
+
+    """
+
+    def __init__(self, program: Program, mask: Value):
+        self.program, self.mask = program, mask
+        self.made: dict[Value, Operation] = {}
+        self.uses = Counter(value for each in program.operations for value in each.inputs)
+        self.uses.update(program.outputs)
+
+    def run(self) -> Program:
+        """Returns the program with its groups replaced."""
+        operations: list[Operation] = []
+        for operation in self.program.operations:
+            fuse = FUSIONS.get(operation.kind)
+            found = (fuse(self, operation) if fuse else None) or [operation]
+            operations += found
+            for each in found:
+                self.made |= dict.fromkeys(each.outputs, each)
+        return self.program._replace(operations=used(operations, self.program.outputs))
+
+    def inputs(self, value: Any, *kinds: str, alone: bool = False) -> tuple[Any, Any, Any]:
+        """Returns the inputs of the operation that made a value, three Nones if it is no other.
+
+        Args:
+          value: to look at.
+          *kinds: of the operation.
+          alone: whether nothing else may use the value.
+
+        """
+        made = self.made.get(value)
+        if made is None or made.kind not in kinds or (alone and self.uses[value] > 1):
+            return (None, None, None)
+        first, second, third = (*made.inputs, None, None, None)[:3]
+        return first, second, third
+
+
+def fuse_product(fuser: Fuser, dot: Operation) -> list[Operation] | None:
+    """Finds the product of [..., I] and a constant [I, O], and the end of attention."""
+    x, kernel = dot.inputs
+    dimensions = _dimensions(dot)
+    if dimensions == _CONTEXT:
+        return fuse_attention(fuser, dot)
+    if kernel.constant is None or dimensions != (([len(x.shape) - 1], [0]), ([], [])):
+        return None
+    return [Operation("linear", dot.inputs, dot.outputs, {})] if len(kernel.shape) == 2 else None
+
+
+def _dimensions(dot: Operation) -> Any:
+    return tuple(tuple(list(axes) for axes in pair) for pair in dot.params["dimension_numbers"])
+
+
+def fuse_bias(fuser: Fuser, add: Operation) -> list[Operation] | None:
+    """Joins a linear operation and the sum with its bias [1, ..., O]."""
+    out, bias = add.inputs
+    x, kernel, other = fuser.inputs(out, "linear", alone=True)
+    if x is None or other is not None or bias.constant is None:
+        return None
+    if bias.constant.size != out.shape[-1]:
+        return None
+    vector = as_constant(bias.constant.reshape(-1), bias.name)
+    return [Operation("linear", (x, kernel, vector), add.outputs, {})]
+
+
+def fuse_split(fuser: Fuser, split: Operation) -> list[Operation] | None:
+    """Computes the parts of a linear operation's features by one operation each."""
+    made = fuser.made.get(split.inputs[0])
+    if made is None or made.kind != "linear":
+        return None
+    if split.params["axis"] != len(split.inputs[0].shape) - 1:
+        return None
+    found, start = [], 0
+    for size, out in zip(split.params["sizes"], split.outputs, strict=True):
+        weights = [
+            as_constant(each.constant[..., start : start + size], f"{each.name}[{start}:]")
+            for each in made.inputs[1:]
+            if each.constant is not None
+        ]
+        found.append(Operation("linear", (made.inputs[0], *weights), (out,), {}))
+        start += size
+    return found
+
+
+def fuse_norm(fuser: Fuser, norm: Operation) -> list[Operation]:
+    """Joins a norm, the sum of a residual that it normalises, and the bias of that."""
+    x, scale, bias = norm.inputs
+    params = {"epsilon": _epsilon(norm.params["jaxpr"].jaxpr)}
+    first, second, _ = fuser.inputs(x, "add", alone=True)
+    if first is None or first.shape != x.shape or second.shape != x.shape:
+        return [norm._replace(params=params)]
+    for residual, out in ((first, second), (second, first)):
+        below, kernel, vector = fuser.inputs(out, "linear", alone=True)
+        if vector is not None:
+            product = Value(out.shape, out.dtype)
+            made = Operation("linear", (below, kernel), (product,), {})
+            joined = (product, residual, scale, bias, vector)
+            return [made, Operation("skip_layer_norm", joined, norm.outputs, params)]
+    return [Operation("skip_layer_norm", (first, second, scale, bias), norm.outputs, params)]
+
+
+def _epsilon(jaxpr: Any) -> float:
+    """Returns what `layers.layer_norm` adds to the variance."""
+    rsqrt = next(each for each in jaxpr.eqns if each.primitive.name == "rsqrt")
+    made = next(each for each in jaxpr.eqns if rsqrt.invars[0] in each.outvars)
+    return next(float(atom.val) for atom in made.invars if hasattr(atom, "val"))
+
+
+def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
+    """Joins scores, softmax and context.
+
+    Its inputs are q, k, v, windows (bool) and terms of the scores, both broadcastable to
+    [B, A, Q, L], and the bias of the three projections, [3H], where they are plain ones.
+    """
+    weights, v = dot.inputs
+    scores, mask, _ = fuser.inputs(weights, "masked_softmax", alone=True)
+    if scores is None:
+        return None
+    terms: list[Value] = []
+    products: list[Value] = []
+    for term in _leaves(fuser, scores, "add"):
+        made = fuser.made.get(term)
+        product = made is not None and made.kind == "dot_general" and _dimensions(made) == _SCORES
+        (products if product else terms).append(term)
+    masks = [_unbroadcast(fuser, each) for each in _leaves(fuser, mask, "and")]
+    windows = [each for each in masks if each is not fuser.mask]
+    if len(products) != 1 or len(windows) == len(masks):
+        return None
+    q, k = fuser.made[products[0]].inputs
+    unscaled, factor, _ = fuser.inputs(q, "mul", alone=True)
+    scale = 1.0
+    if factor is not None and factor.constant is not None and factor.shape == ():
+        q, scale = unscaled, float(factor.constant)
+    params: dict[str, Any] = {"scale": scale, "windows": len(windows), "bias": None}
+    projections = [_without_bias(fuser, each) for each in (q, k, v)]
+    before = [operation for each in projections if each is not None for operation in each[0]]
+    if len(before) == 9:
+        (q, k, v), biases = zip(*[each[1:] for each in projections if each], strict=True)
+        params["bias"] = as_constant(np.concatenate(biases), "attention.bias")
+    else:
+        before = []
+    made_here = Operation("attention", (q, k, v, *windows, *terms), dot.outputs, params)
+    return [*before, made_here]
+
+
+def _without_bias(fuser: Fuser, heads: Value) -> tuple[list[Operation], Value, np.ndarray] | None:
+    """Returns heads [B, A, L, D] of a projection without its bias; how they are made; the bias."""
+    wide, _, _ = fuser.inputs(heads, "transpose", alone=True)
+    flat, _, _ = fuser.inputs(wide, "reshape", alone=True)
+    x, kernel, bias = fuser.inputs(flat, "linear", alone=True)
+    if bias is None:
+        return None
+    values = [Value(each.shape, each.dtype) for each in (flat, wide, heads)]
+    turn = fuser.made[heads]._replace(inputs=(values[1],), outputs=(values[2],))
+    made = [
+        Operation("linear", (x, kernel), (values[0],), {}),
+        Operation("reshape", (values[0],), (values[1],), {}),
+        turn,
+    ]
+    return made, values[2], bias.constant
+
+
+def _leaves(fuser: Fuser, value: Value, kind: str) -> list[Value]:
+    """Returns the terms of a sum, or of a conjunction, whose operations are of a kind."""
+    whole = value if kind == "add" else _unbroadcast(fuser, value)
+    first, second, _ = fuser.inputs(whole, kind)
+    if first is None:
+        return [value]
+    return [*_leaves(fuser, first, kind), *_leaves(fuser, second, kind)]
+
+
+def _unbroadcast(fuser: Fuser, value: Value) -> Value:
+    """Returns the mask [B, L] where that was broadcast to [B, 1, Q or 1, L]; else the value."""
+    below, axes = value, list(range(len(value.shape)))
+    while (made := fuser.made.get(below)) and made.kind == "broadcast_in_dim":
+        below, axes = made.inputs[0], [axes[i] for i in made.params["broadcast_dimensions"]]
+    return below if below is fuser.mask and axes == [0, 3] else value
+
+
+def fuse_gelu(fuser: Fuser, product: Operation) -> list[Operation] | None:
+    """Finds `layers.tanh_gelu`, which JAX writes as nine operations."""
+    x, half = product.inputs
+    _, wide, _ = fuser.inputs(half, "mul", alone=True)
+    _, bent, _ = fuser.inputs(wide, "add", alone=True)
+    scaled, _, _ = fuser.inputs(bent, "tanh", alone=True)
+    _, inner, _ = fuser.inputs(scaled, "mul", alone=True)
+    again, cubic, _ = fuser.inputs(inner, "add", alone=True)
+    _, cube, _ = fuser.inputs(cubic, "mul", alone=True)
+    root, _, _ = fuser.inputs(cube, "integer_pow", alone=True)
+    if x is not root or x is not again:
+        return None
+    return [Operation("tanh_gelu", (x,), product.outputs, {})]
+
+
+def fuse_gather(fuser: Fuser, gather: Operation) -> list[Operation] | None:
+    """Finds a look-up of rows, and leaves out what JAX does for numbers below 0."""
+    operand, indices = gather.inputs
+    numbers = gather.params["dimension_numbers"]
+    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    if numbers.collapsed_slice_dims != numbers.start_index_map:
+        return None
+    (axis,), rank = numbers.start_index_map, len(indices.shape) - 1
+    sizes = (*operand.shape[:axis], 1, *operand.shape[axis + 1 :])
+    offsets = (*range(axis), *range(axis + rank, len(operand.shape) - 1 + rank))
+    if numbers.offset_dims != offsets or gather.params["slice_sizes"] != sizes:
+        return None
+    below = fuser.inputs(indices, "broadcast_in_dim", "reshape")[0]
+    numbers_of = indices if below is None or below.shape != indices.shape[:-1] else below
+    negative, plain, _ = fuser.inputs(numbers_of, "select_n")
+    if negative is not None and fuser.inputs(negative, "lt")[0] is plain:
+        numbers_of = plain
+    params = {"axis": axis, "column": numbers_of is indices}
+    return [Operation("take", (operand, numbers_of), gather.outputs, params)]
+
+
+FUSIONS: dict[str, Callable[[Fuser, Operation], list[Operation] | None]] = {
+    "dot_general": fuse_product,
+    "add": fuse_bias,
+    "split": fuse_split,
+    "layer_norm": fuse_norm,
+    "mul": fuse_gelu,
+    "gather": fuse_gather,
+}

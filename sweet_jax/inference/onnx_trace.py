@@ -1,0 +1,174 @@
+"""A JAX function as a flat list of operations, the first half of writing it as an ONNX graph.
+
+A jaxpr is walked with the sizes of batch and length left symbolic: calls are inlined, operations
+on constants (parameters among them) are computed by JAX, and chains of reshapes or transposes
+become one. `onnx_fusions` then replaces some groups of operations by one, and `onnx_operators`
+writes each as nodes of a graph.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core
+import numpy as np
+
+# Functions with a backward pass of their own, `models/layers.py`, that ONNX has operators for: they
+# are kept as one operation of this name.
+KEPT = ("layer_norm", "gelu", "masked_softmax")
+_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+_CALLS |= {"custom_vjp_call": "call_jaxpr"}
+_SAME = ("copy", "copy_p", "stop_gradient", "optimization_barrier")
+_Jaxpr = jax.extend.core.ClosedJaxpr
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """Describes an array: a constant, or what an input or an operation gives.
+
+    Attributes:
+      shape: sizes, of which some are symbolic.
+      dtype: of its elements.
+      constant: the array, where it is known.
+      name: of a constant that is a parameter, its path; else "".
+
+    """
+
+    shape: tuple[Any, ...]
+    dtype: Any
+    constant: np.ndarray | None = None
+    name: str = ""
+
+
+class Operation(NamedTuple):
+    """Holds one operation: a JAX primitive, or a name that `onnx_fusions` gave."""
+
+    kind: str
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    params: Mapping[str, Any]
+
+
+class Program(NamedTuple):
+    """Holds the operations of a function in an order in which they can be computed."""
+
+    inputs: Mapping[str, Value]  # by name
+    operations: list[Operation]
+    outputs: list[Value]
+
+
+def as_constant(array: Any, name: str = "") -> Value:
+    """Returns a constant."""
+    array = np.asarray(array)
+    return Value(array.shape, array.dtype, array, name)
+
+
+def trace(
+    function: Callable[[Any, Any], Sequence[jax.Array]],
+    parameters: Mapping[str, np.ndarray],
+    inputs: Mapping[str, jax.ShapeDtypeStruct],
+) -> Program:
+    """Returns the program of function(parameters, inputs), which returns a list of arrays.
+
+    Args:
+      function: of two dicts of arrays.
+      parameters: by path; constants of the program.
+      inputs: by name, with symbolic sizes.
+
+    """
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in parameters.items()}
+    jaxpr = jax.make_jaxpr(function)(shapes, dict(inputs))
+    given = [as_constant(parameters[name], name) for name in sorted(parameters)]  # as JAX does
+    variables = {name: Value(x.shape, np.dtype(x.dtype)) for name, x in sorted(inputs.items())}
+    walk = _Walk()
+    outputs = walk.inline(jaxpr, [*given, *variables.values()])
+    return Program(variables, used(walk.operations, outputs), outputs)
+
+
+def used(operations: Sequence[Operation], outputs: Sequence[Value]) -> list[Operation]:
+    """Returns the operations that some outputs depend on."""
+    needed, kept = set(outputs), []
+    for operation in reversed(operations):
+        if not needed.isdisjoint(operation.outputs):
+            kept.append(operation)
+            needed.update(operation.inputs)
+    return kept[::-1]
+
+
+class _Walk:
+    """Collects the operations of a jaxpr."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self._made: dict[Value, Operation] = {}
+
+    def inline(self, jaxpr: _Jaxpr, inputs: Sequence[Value]) -> list[Value]:
+        """Adds the operations of a jaxpr; returns its outputs."""
+        values = dict(zip(jaxpr.jaxpr.invars, inputs, strict=True))
+        values |= zip(jaxpr.jaxpr.constvars, map(as_constant, jaxpr.consts), strict=True)
+
+        def read(atom: Any) -> Value:
+            return as_constant(atom.val) if hasattr(atom, "val") else values[atom]
+
+        for equation in jaxpr.jaxpr.eqns:
+            found = self._add(equation, [read(atom) for atom in equation.invars])
+            values |= zip(equation.outvars, found, strict=True)
+        return [read(atom) for atom in jaxpr.jaxpr.outvars]
+
+    def _add(self, equation: Any, inputs: list[Value]) -> Sequence[Value]:
+        """Adds an equation; returns its outputs."""
+        kind, params = equation.primitive.name, equation.params
+        shapes = [variable.aval for variable in equation.outvars]
+        # A symbolic size is no constant, though it has no inputs.
+        known = kind != "dim_as_value" and all(x.constant is not None for x in inputs)
+        if kind in _CALLS:
+            inner = params[_CALLS[kind]]
+            name = inner.jaxpr.debug_info.func_name
+            if known or kind != "custom_vjp_call" or name not in KEPT:
+                return self.inline(inner, inputs)
+            kind, params = name, {"jaxpr": inner}
+        elif known and all(isinstance(size, int) for aval in shapes for size in aval.shape):
+            found = equation.primitive.bind(*[value.constant for value in inputs], **params)
+            return [
+                as_constant(x) for x in (found if equation.primitive.multiple_results else [found])
+            ]
+        outputs = tuple(Value(aval.shape, np.dtype(aval.dtype)) for aval in shapes)
+        return self._simplified(Operation(kind, tuple(inputs), outputs, params))
+
+    def _simplified(self, operation: Operation) -> Sequence[Value]:
+        """Adds an operation unless it changes nothing; returns its outputs."""
+        kind, (x, *others), (out, *_) = (
+            operation.kind,
+            operation.inputs or (None,),
+            operation.outputs,
+        )
+        before = self._made.get(x) if x is not None else None
+        same = x is not None and x.shape == out.shape and x.dtype == out.dtype
+        if kind in _SAME or (same and kind in ("convert_element_type", "reshape")):
+            return operation.inputs
+        plain = kind in ("add", "mul") and others[0].shape == out.shape
+        if plain and _is_scalar(x, int(kind == "mul")):  # of jnp.arange
+            return others
+        if kind == "reshape" and before is not None and before.kind == "reshape":
+            if before.inputs[0].shape == out.shape:
+                return before.inputs
+            operation = operation._replace(inputs=before.inputs)
+        if kind == "transpose" and before is not None and before.kind == "transpose":
+            order = tuple(before.params["permutation"][i] for i in operation.params["permutation"])
+            if order == tuple(range(len(order))):
+                return before.inputs
+            params = {"permutation": order}
+            operation = operation._replace(inputs=before.inputs, params=params)
+        self.operations.append(operation)
+        self._made |= dict.fromkeys(operation.outputs, operation)
+        return operation.outputs
+
+
+def _is_scalar(value: Value | None, number: int) -> bool:
+    return (
+        value is not None
+        and value.shape == ()
+        and value.constant is not None
+        and bool(value.constant == number)
+    )

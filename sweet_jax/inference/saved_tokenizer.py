@@ -1,0 +1,121 @@
+"""The tokenizer of a saved model, read from its tokenizer.json without transformers.
+
+That file holds all that changes ids: the tokenizer as it was when the model was trained.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sweet_jax.config import UserError
+from sweet_jax.files import one_line, read_json
+from sweet_jax.inference.onnx_files import has_graphs
+from sweet_jax.models.checkpoint_folder import (
+    TOKENIZER_REPAIRS,
+    CheckpointFiles,
+    check_vocabulary,
+    load_tokenizer,
+)
+from sweet_jax.models.special_tokens import ensure_first_token
+
+
+class SavedTokenizer:
+    """Tokenizes as the transformers tokenizer that wrote the same files.
+
+    Args:
+      backend: a `tokenizers.Tokenizer`.
+      pad_token_id: the id that fills input_ids.
+      truncation_side: "right" or "left", where a text that is too long is cut.
+
+    """
+
+    def __init__(self, backend: Any, pad_token_id: int, truncation_side: str = "right"):
+        self.backend_tokenizer, self.pad_token_id = backend, pad_token_id
+        self.truncation_side = truncation_side
+        backend.no_padding()
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def begins_texts(self) -> bool:
+        """Returns whether it puts a special token before a text."""
+        return self.backend_tokenizer.encode("a").special_tokens_mask[:1] == [1]
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        truncation: bool = False,
+        max_length: int | None = None,
+        **_: object,
+    ) -> dict[str, list[list[int]]]:
+        """Returns the input_ids and token_type_ids of each text, or of each pair.
+
+        With `truncation` a row has max_length tokens at most; of a pair the longer text is cut
+        first. Other options of transformers' tokenizers are not read.
+        """
+        if truncation and max_length is not None:
+            self.backend_tokenizer.enable_truncation(max_length, direction=self.truncation_side)
+        else:
+            self.backend_tokenizer.no_truncation()
+        rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        found = self.backend_tokenizer.encode_batch(rows)
+        return {
+            "input_ids": [row.ids for row in found],
+            "token_type_ids": [row.type_ids for row in found],
+        }
+
+
+def load_saved_tokenizer(checkpoint: CheckpointFiles, *, first_token: bool = False) -> Any:
+    """Loads the tokenizer of a saved model, by transformers where tokenizer.json is not enough.
+
+    Args:
+      checkpoint: the files of the saved model.
+      first_token: whether a special token must stand before each text, since exits read it.
+
+    Raises UserError where there is none.
+
+    """
+    exported = has_graphs(checkpoint.folder)
+    tokenizer = _read_tokenizer(checkpoint, repaired=exported)
+    if tokenizer is None and exported:
+        raise UserError(f"no tokenizer in {str(checkpoint.folder)!r}: export the model again")
+    if tokenizer is None or (first_token and not exported and not tokenizer.begins_texts()):
+        tokenizer = load_tokenizer(checkpoint)
+        if first_token:
+            ensure_first_token(tokenizer, str(checkpoint.folder))
+    return tokenizer
+
+
+def _read_tokenizer(checkpoint: CheckpointFiles, *, repaired: bool) -> SavedTokenizer | None:
+    """Returns the tokenizer of tokenizer.json, None where that does not say enough.
+
+    `repaired` is whether the file holds what TOKENIZER_REPAIRS changes. Raises UserError for a
+    damaged one.
+    """
+    path = checkpoint.folder / "tokenizer.json"
+    try:
+        about = read_json(checkpoint.folder / "tokenizer_config.json")
+        pad = about["pad_token"]
+        pad = pad["content"] if isinstance(pad, dict) else pad
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    needs_repair = checkpoint.model_type in TOKENIZER_REPAIRS and not repaired
+    if not path.exists() or not pad or needs_repair:
+        return None
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.encode("a text")  # some damaged files only fail in use
+        number = backend.token_to_id(pad)
+        side = (backend.truncation or {}).get("direction", "right")
+        backend.encode_special_tokens = bool(about.get("split_special_tokens", False))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+        raise UserError(f"no tokenizer in {str(checkpoint.folder)!r}: {one_line(error)}") from error
+    if number is None:
+        return None
+    check_vocabulary(backend.get_vocab(with_added_tokens=True), checkpoint)
+    return SavedTokenizer(backend, number, about.get("truncation_side", side))

@@ -1,0 +1,122 @@
+"""int8: the layers multiply integers, and thresholds are fitted on what they answer."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from sweet_jax import AdaptiveClassifier, ExitOutputs, export, quantize
+from sweet_jax.config import UserError
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.engine import default_engine, load_engine
+
+pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
+
+
+@pytest.fixture(scope="module")
+def run(fine_tuned, tmp_path_factory):
+    """A copy of a run whose model has thresholds for int8."""
+    folder = tmp_path_factory.mktemp("quantized") / "run"
+    shutil.copytree(fine_tuned[0], folder)
+    assert quantize.main([f"--run={folder}"]) == 0
+    return folder
+
+
+def test_calibrators_are_fitted_on_what_the_quantized_layers_answer(run, sweet):
+    model = open_model(run / "model", "int8")
+    engine = load_engine("onnxruntime", model, "int8")
+    saved = ExitOutputs.load(run / "exit_outputs" / "validation.npz").replica(0)
+    found = quantize.quantized_outputs(model, engine, [(t,) for t in sweet.texts], saved)
+    assert found.exit_scores is not None
+    difference = np.abs(found.logits - saved.logits)
+    assert 1e-6 < difference.mean() < 0.1 * np.abs(saved.logits).mean()
+    before, after = (open_model(run / "model", p).resolver for p in ("float32", "int8"))
+    assert after.fronts.keys() == before.fronts.keys()
+    policy = "raw_confidence"
+    thresholds = (before.fronts[policy].threshold, after.fronts[policy].threshold)
+    assert list(thresholds[0]) != list(thresholds[1])
+    written = json.loads((run / "model" / "int8.json").read_text())
+    assert len(written["float32"]) == len(written["int8"]) == len(model.layers)
+    right = (found.predictions[0] == saved.labels[0]).mean(axis=-1)
+    np.testing.assert_allclose(written["int8"], right)
+
+
+def test_the_calibration_rows_are_those_of_the_run(run, monkeypatch):
+    """Where the layers answer as in float32, what is fitted is what the run fitted."""
+    asked = []
+
+    def answers(model, engine, texts, like):
+        asked.append(list(texts))
+        return like
+
+    again = run.parent / "again"
+    shutil.copytree(run, again)
+    monkeypatch.setattr(quantize, "quantized_outputs", answers)
+    assert quantize.main([f"--run={again}"]) == 0
+    before, after = (open_model(again / "model", p).resolver for p in ("float32", "int8"))
+    assert after.as_dict() == before.as_dict()
+    # And the texts are the ones whose labels the run saved.
+    labels = ExitOutputs.load(again / "exit_outputs" / "calibration.npz").labels[0]
+    told = [0 if text[0].startswith("word0 ") else 1 for text in asked[0]]
+    classes = open_model(again / "model").classes
+    assert [int(classes[label].removeprefix("class ")) for label in labels] == told
+
+
+def test_an_exit_that_loses_more_than_half_a_point_is_warned_of(run, monkeypatch, capsys):
+    again = run.parent / "warned"
+    shutil.copytree(run, again)
+    opposite = lambda model, engine, texts, like: dataclasses.replace(like, logits=-like.logits)
+    monkeypatch.setattr(quantize, "quantized_outputs", opposite)
+    assert quantize.main([f"--run={again}"]) == 0
+    printed = capsys.readouterr()
+    assert "warning: exit 2 loses 100.0 points in int8" in printed.err
+    assert "float32     int8  accuracy on the validation rows" in printed.out
+
+
+def test_predictions_do_not_depend_on_the_texts_beside(run, sweet):
+    classifier = AdaptiveClassifier.from_pretrained(run / "model", precision="int8")
+    assert classifier.engine.description.endswith("int8")
+    found = [
+        classifier.predict(sweet.texts, size, mode)
+        for size, mode in ((1, "latency"), (5, "latency"), (16, "throughput"))
+    ]
+    for other in found[1:]:
+        assert other.exits.tolist() == found[0].exits.tolist()
+        np.testing.assert_allclose(other.probabilities, found[0].probabilities, atol=1e-4)
+    exact = sweet.classifier.predict(sweet.texts)
+    assert (found[0].labels == exact.labels).mean() > 0.9
+
+
+def test_an_exported_model_has_both_precisions(run, sweet, tmp_path):
+    options = [f"--model={run / 'model'}", f"--output={tmp_path / 'model'}", "--format=onnx"]
+    assert export.main(options) == 0
+    for precision in ("float32", "int8"):
+        found, wanted = (
+            AdaptiveClassifier.from_pretrained(
+                folder, engine="onnxruntime", precision=precision
+            ).predict(sweet.texts)
+            for folder in (tmp_path / "model", run / "model")
+        )
+        assert found.exits.tolist() == wanted.exits.tolist()
+        np.testing.assert_array_equal(found.probabilities, wanted.probabilities)
+    (tmp_path / "model" / "onnx" / "segment_00_00.int8.onnx").write_bytes(b"junk")
+    with pytest.raises(UserError, match="ONNX Runtime cannot read a graph"):
+        AdaptiveClassifier.from_pretrained(tmp_path / "model", precision="int8")
+
+
+def test_int8_is_refused_where_it_was_not_fitted(sweet, run, tmp_path, capsys):
+    folder = sweet.classifier.model.folder
+    assert default_engine(open_model(folder), "int8") == "onnxruntime"
+    with pytest.raises(UserError, match=r"has no thresholds for int8.*run sweet-jax quantize"):
+        AdaptiveClassifier.from_pretrained(folder, precision="int8")
+    with pytest.raises(UserError, match="dtype must be one of float32, bfloat16; got 'int8'"):
+        AdaptiveClassifier.from_pretrained(run / "model", precision="int8", engine="jax")
+    shutil.copytree(run / "model", tmp_path / "model")
+    (tmp_path / "model" / "int8.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not readable .*run sweet-jax quantize again"):
+        AdaptiveClassifier.from_pretrained(tmp_path / "model", precision="int8")
+    assert quantize.main([f"--run={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
