@@ -245,7 +245,7 @@ def test_an_unknown_task_is_refused(refused):
         (
             "a,x\nb,y\n",
             "c,z\n",
-            "the validation file: label 'z' (row 1) is not among the training labels 'x', 'y'",
+            "the validation file: label 'z' (1 row, the text 'c') is not among the training labels",
         ),
         ("a,x\n,y\n", "c,x\n", "the training file: column 'text' is empty in row 2 (line 3) of"),
         ("a,x\n,y\n,y\n", "c,x\n", "the header not counted, and 1 more such rows: fill it"),

@@ -44,6 +44,7 @@ def model(checkpoint) -> ModelArtifact:
         folder=checkpoint,
         tokenizer=load_tokenizer(open_checkpoint(str(checkpoint))),
         task="fake",
+        metric="accuracy",
         policy="raw_confidence",
         pooling="mean",
         text_columns=("text",),

@@ -102,7 +102,7 @@ def test_trained_models_answer_as_with_jax(run, request):
 
 def test_latency_is_measured_and_names_the_engine(sweet):
     engine = load_engine("onnxruntime", sweet.classifier.model, threads=1)
-    table = measure_latency(engine, 16, [2], lambda: None)
+    table = measure_latency(engine, (16,), [2], lambda: None)
     assert (table.milliseconds > 0).all()
     assert "onnxruntime" in table.machine
     assert "1 thread" in table.machine
