@@ -42,6 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:<13}{about}" for name, (_, about) in COMMANDS.items()]
     head = "usage: sweet-jax COMMAND [OPTION ...]\n\nFine-tunes encoders that can exit early."
     return "\n".join([head, "", *lines, "", "sweet-jax COMMAND --help explains its options."])
