@@ -166,11 +166,22 @@ def test_version_is_the_package_s(capsys):
 def test_help_of_the_console_command_names_all_commands(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for name in ("train", "simulate", "predict", "serve", "export", "quantize", "recalibrate", "version"):
+    for name in (
+        "train",
+        "simulate",
+        "predict",
+        "serve",
+        "export",
+        "quantize",
+        "recalibrate",
+        "version",
+    ):
         assert f"\n  {name} " in printed
 
 
-@pytest.mark.parametrize("name", ["simulate", "predict", "serve", "export", "quantize", "recalibrate"])
+@pytest.mark.parametrize(
+    "name", ["simulate", "predict", "serve", "export", "quantize", "recalibrate"]
+)
 def test_each_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])
