@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,23 @@ def resolve_path(name: str) -> Path:
 def one_line(error: BaseException) -> str:
     """Returns the message of an error on one line, of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def discard_native_errors() -> Iterator[None]:
+    """Discards what code outside Python writes to standard error: a panic of Rust code prints one.
+
+    The panic is an exception as well, which says the same.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager

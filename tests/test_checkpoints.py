@@ -14,7 +14,7 @@ import transformers
 from tiny import FAMILIES, TINIES, write_checkpoint
 
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.models.checkpoint_folder import load_tokenizer
+from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.models.pooling import declared_pooling
 from sweet_jax.models.pretrained import open_checkpoint
@@ -451,3 +451,22 @@ def test_modernbert_s_config_as_transformers_4_wrote_it(tmp_path):
     assert cut["layer_types"] == ["full_attention", "sliding_attention"]
     assert cut["num_hidden_layers"] == 2
     assert set(TINIES) == set(KINDS)
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(tmp_path, capfd):
+    folder = write_checkpoint(tmp_path / "c")
+    load_tokenizer(locate_checkpoint(str(folder))).save_pretrained(folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    pieces = [{"SpecialToken": {"id": "[NONE]", "type_id": 0}}, {"Sequence": {"id": "A"}}]
+    pieces[1]["Sequence"]["type_id"] = 0
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"no tokenizer in .*") as error:
+        load_tokenizer(locate_checkpoint(str(folder)))
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""

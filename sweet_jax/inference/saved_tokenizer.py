@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sweet_jax.config import UserError
-from sweet_jax.files import one_line, read_json
+from sweet_jax.files import discard_native_errors, one_line, read_json
 from sweet_jax.inference.onnx_files import has_graphs
 from sweet_jax.models.checkpoint_folder import (
     TOKENIZER_REPAIRS,
@@ -106,8 +106,9 @@ def _read_tokenizer(checkpoint: CheckpointFiles, *, repaired: bool) -> SavedToke
     import tokenizers
 
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.encode("a text")  # some damaged files only fail in use
+        with discard_native_errors():
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend.encode("a text")  # some damaged files only fail in use
         number = backend.token_to_id(pad)
         side = (backend.truncation or {}).get("direction", "right")
         backend.encode_special_tokens = bool(about.get("split_special_tokens", False))

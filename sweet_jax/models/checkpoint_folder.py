@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sweet_jax.config import UserError
-from sweet_jax.files import one_line, read_json, resolve_path
+from sweet_jax.files import discard_native_errors, one_line, read_json, resolve_path
 
 _ADAPTER = "adapter_config.json"
 _SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
@@ -134,13 +134,12 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
             'pip install -e ".[sentencepiece]" to read it'
         )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder,
-            trust_remote_code=False,
-            local_files_only=True,
-            **tokenizer_options(checkpoint.folder, checkpoint.model_type),
-        )
-        tokenizer("a text")  # some damaged files only fail in use
+        options = tokenizer_options(checkpoint.folder, checkpoint.model_type)
+        with discard_native_errors():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                checkpoint.folder, trust_remote_code=False, local_files_only=True, **options
+            )
+            tokenizer("a text")  # some damaged files only fail in use
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
