@@ -470,3 +470,12 @@ def test_a_panic_of_the_tokenizer_is_one_line(tmp_path, capfd):
         load_tokenizer(locate_checkpoint(str(folder)))
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "intermediate_size"])
+def test_a_size_beyond_all_measure_is_refused(tmp_path, key):
+    folder = write_checkpoint(tmp_path / "c")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {key: 4 * 10**400}))
+    with pytest.raises(UserError, match=rf"{key} 40{{19}}… in its config\.json is too large"):
+        open_checkpoint(str(folder))

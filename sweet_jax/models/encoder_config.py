@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self
 from sweet_jax.config import UserError
 from sweet_jax.models.layers import ACTIVATIONS
 
+_TOO_LARGE = 1 << 31  # of a number of rows, columns or layers
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -69,6 +71,8 @@ class EncoderConfig:
                 raise UserError(
                     f"{key} {values[key]!r} in its config.json, not of type {kind.__name__}"
                 )
+            if isinstance(values[key], int) and abs(values[key]) >= _TOO_LARGE:
+                raise UserError(f"{key} {str(values[key])[:20]}… in its config.json is too large")
             found[field.name] = values[key]
         return cls(**found)
 
