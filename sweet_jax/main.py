@@ -108,8 +108,9 @@ def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
     workdir = expand_user(given.output or given.workdir or f"runs/{stem}")
     recipe = _recipe(given.config) if given.config else _with_defaults(OWN_DATA)
     recipe.data_files = f"{name},{given.test}" if given.test else name
-    recipe.text_columns = given.text or ""
-    recipe.label_column = given.label or "label"
+    for key, value in (("text_columns", given.text), ("label_column", given.label)):
+        if value is not None:  # a config file may name them
+            recipe[key] = value
     config = _overridden(recipe, [arguments[0], *arguments[2:]])
     return Command(config, workdir, (None, None, None), parse_budget(given.budget))
 

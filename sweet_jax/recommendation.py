@@ -41,11 +41,12 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     resolver = analysis.resolver(replica)
     found = resolver.resolve(analysis.policy, target, clock)
     lines, option = [], "".join(f" --{name}={value:g}" for name, value in target.items())
-    if found.threshold is None:
+    if found.threshold is None and target:
         lines.append(_refusal(target, found.reachable))
         found, option = resolver.resolve(analysis.policy), ""
-    assert found.threshold is not None  # without a target there always is one
-    lines.append(_describe(analysis, found.threshold, table, clock))
+    # Where no threshold keeps the last exit's metric, all layers do.
+    threshold = np.inf if found.threshold is None else found.threshold
+    lines.append(_describe(analysis, threshold, table, clock))
     folder = shlex.quote(str(model.folder))
     lines.append(f"next: sweet-jax predict --model={folder} --input=FILE --output=FILE{option}")
     return "\n".join(lines)

@@ -193,7 +193,10 @@ class Run:
         Raises UserError for milliseconds, which are of a model: see `AdaptiveClassifier`.
         """
         analysis = self.analysis(policy)
-        return analysis.operating_point(analysis.best, target)  # type: ignore[arg-type]
+        return analysis.operating_point(
+            analysis.best,
+            target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
+        )
 
     @property
     def results(self) -> "pd.DataFrame":

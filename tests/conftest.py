@@ -1,5 +1,6 @@
 """Four CPU devices, and what many tests share: a tiny checkpoint, rows, runs on both, a browser."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -123,6 +124,15 @@ def tiny_run(checkpoint, rows) -> dict:
         "pooling": "first",
         "baselines": "none",
     }
+
+
+@pytest.fixture
+def restored_logging():
+    """The command sets up logging for its own process."""
+    root = logging.getLogger()
+    before = root.handlers[:]
+    yield
+    root.handlers[:] = before
 
 
 @pytest.fixture

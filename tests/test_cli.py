@@ -5,7 +5,6 @@ import errno
 import fcntl
 import importlib
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -25,14 +24,7 @@ from sweet_jax.main import main, parse
 
 ROOT = Path(__file__).parents[1]
 
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    """The command sets up logging for its own process."""
-    root = logging.getLogger()
-    before = root.handlers[:]
-    yield
-    root.handlers[:] = before
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """sweet-jax train FILE: a run on labelled texts, and the operating point that it recommends."""
 
 import json
-import logging
 import shlex
 
 import pytest
@@ -11,14 +10,7 @@ from sweet_jax.main import parse, parse_budget
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.recommendation import recommend
 
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was():
-    """The command sets up logging for its own process."""
-    root = logging.getLogger()
-    before = root.handlers[:]
-    yield
-    root.handlers[:] = before
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +84,14 @@ def test_all_of_the_command_reaches_the_run(tmp_path):
     assert command.target == {"milliseconds": 5.0}
     assert parse(["train", "a.csv.gz", f"--workdir={tmp_path}"]).workdir == tmp_path
     assert str(parse(["train", "data/x+data/y"]).workdir) == "runs/x"
+
+
+def test_columns_that_a_config_names_stay(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text('def get_config(): return {"text_columns": "body", "label_column": "y"}')
+    config = parse(["train", "a.csv", f"--config={recipe}"]).config
+    assert (config.text_columns, config.label_column) == ("body", "y")
+    assert parse(["train", "a.csv", f"--config={recipe}", "--label=z"]).config.label_column == "z"
 
 
 @pytest.mark.parametrize(

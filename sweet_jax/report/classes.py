@@ -1,4 +1,4 @@
-"""What a report says of classes and of single texts: precision and recall, confusions, mistakes.
+"""Classes and single texts in a report: precision and recall, confusions, mistakes.
 
 Shape letters: N validation rows, E exit, C classes.
 """
@@ -11,6 +11,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.calibration import softmax_with_temperature
+from sweet_jax.exits.outputs import ExitOutputs
 
 _SHOWN = 20  # classes that are listed at once, and up to which their confusion matrix is drawn
 _PAIRS = 30  # of classes that are confused most, where there are more
@@ -54,16 +55,31 @@ def class_report(
         "matrix": matrix.tolist() if len(names) <= _SHOWN else None,
         "names": list(names),
         "pairs": _confused_pairs(matrix, names),
-        "mistakes": [],
-        "suspects": [],
         "shown": _SHOWN,
     }
     if texts is None:
-        return found
-    temperatures = analysis.temperatures[replica][exits]  # [N], NaN where an exit diverged
-    chosen = rows.logits[0][exits, np.arange(len(labels))]  # [N, C]
-    temperatures = np.where(np.isfinite(temperatures), temperatures, 1)[:, None]
-    probability = softmax_with_temperature(chosen, temperatures).max(axis=-1)  # [N]
+        return found | {"mistakes": [], "suspects": []}
+    return found | _mistakes(rows, exits, analysis.temperatures[replica], texts)
+
+
+def _mistakes(
+    rows: ExitOutputs, exits: np.ndarray, temperatures: np.ndarray, texts: Sequence[tuple[str, ...]]
+) -> dict[str, Any]:
+    """Returns "mistakes" and "suspects", see `class_report`.
+
+    Args:
+      rows: of one replica.
+      exits: index of the exit that each row takes, int [N].
+      temperatures: of each exit, float64 [E], NaN where it diverged.
+      texts: of the rows [N].
+
+    """
+    names, labels, each = rows.identity.classes, rows.labels[0], rows.predictions[0]
+    everywhere = np.arange(len(labels))
+    given = each[exits, everywhere]  # [N]
+    scales = np.where(np.isfinite(temperatures), temperatures, 1)[exits, None]  # [N, 1]
+    chosen = rows.logits[0][exits, everywhere]  # [N, C]
+    probability = softmax_with_temperature(chosen, scales).max(axis=-1)  # [N]
     wrong = np.flatnonzero((given != labels) & np.isfinite(probability))
     wrong = wrong[np.argsort(-probability[wrong], kind="stable")]
     always = wrong[(each[:, wrong] == given[wrong]).all(axis=0)]
@@ -78,7 +94,7 @@ def class_report(
             "text": text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + "…",
         }
 
-    return found | {
+    return {
         "mistakes": [describe(row) for row in wrong[:_TEXTS]],
         "suspects": [describe(row) for row in always[:_TEXTS]],
     }
