@@ -23,7 +23,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, run_command
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
 from sweet_jax.inference import run_exported
-from sweet_jax.inference.artifact import ModelArtifact, open_model
+from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import Stage
 from sweet_jax.inference.engine_jax import JaxEngine, load_engine, run_stage, stage_parameters
@@ -64,19 +64,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
     options = parser.parse_args(argv)
-    chosen = bool(parse_targets(options).keys() - {"level"}) or bool(options.policy)
-    if options.format == "onnx" and (chosen or options.length is not None):
-        raise UserError(
-            "with --format=onnx there is no length, and a policy and a target are chosen where the "
-            "model is used: leave them out"
-        )
+    if options.format == "onnx":
+        if options.length is not None:
+            raise UserError("with --format=onnx texts have any length: leave out --length")
+        if options.milliseconds is not None:
+            raise UserError(
+                "--milliseconds is measured on this machine, and a folder of --format=onnx runs on "
+                "any: set --cost"
+            )
     return options
 
 
 def _run(options: argparse.Namespace) -> None:
     model = open_model(options.model)
     if options.format == "onnx":
-        _export_onnx(model, Path(options.output))
+        _export_onnx(model, options.policy, parse_targets(options), Path(options.output))
         return
     engine = load_engine(model)
     classifier = AdaptiveClassifier(model, options.policy, parse_targets(options), engine)
@@ -87,16 +89,33 @@ def _run(options: argparse.Namespace) -> None:
     print(f"exported: {options.output}")
 
 
-def _export_onnx(model: ModelArtifact, folder: Path) -> None:
+def _export_onnx(
+    model: ModelArtifact, policy: str | None, target: Mapping[str, float], folder: Path
+) -> None:
     """Writes the folder, whole or not at all. Raises UserError, see `write_onnx`."""
     try:
+        from sweet_jax.inference import onnx_runners
         from sweet_jax.inference.onnx_export import write_onnx
     except ImportError as error:
         raise UserError(f'--format=onnx needs {error.name}: pip install -e ".[onnx]"') from error
     if has_graphs(model.folder):
         raise UserError(f"{str(model.folder)!r} was exported already: give the model of its run")
+    policy, own = policy or model.policy, policy is None
+    if own and policy not in onnx_runners.POLICIES:
+        print(
+            f"note: run.py and run.mjs do not have the policy {policy!r} and follow 'confidence'; "
+            f"--policy can be one of {', '.join(onnx_runners.POLICIES)}",
+            file=sys.stderr,
+        )
+        policy = "confidence"
+    models = {"float32": model}
+    if (model.folder / INT8_FILE).exists():
+        models["int8"] = open_model(model.folder, "int8")
+    for each in models.values():
+        each.resolver.threshold(policy, **target)  # is refused before anything is written
     aside = _make_aside(folder)
-    write_onnx(model, aside)
+    write_onnx(model, aside, tuple(models))
+    onnx_runners.write_runners(models, aside, policy, target)
     aside.rename(folder)
     print(f"exported: {folder}")
 
