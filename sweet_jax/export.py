@@ -5,7 +5,9 @@
 
 With --format=onnx the output is a model folder like any other, for predict, serve and
 AdaptiveClassifier, whose graphs ONNX Runtime runs: JAX and transformers are then not needed. It
-keeps the policies and targets of the model, and int8 where sweet-jax quantize fitted it.
+keeps the policies and targets of the model, and int8 where sweet-jax quantize fitted it. run.py
+(numpy, onnxruntime, tokenizers), run.mjs (Node.js) and the page index.html, which the folder holds
+too, run it without sweet_jax, at the policy and the target that are given here.
 
 With --format=stablehlo (the default) there is one program for each exit, to be run without
 sweet_jax. The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and

@@ -1,9 +1,7 @@
 """Adds to an exported model what runs its graphs without sweet_jax: run.py, run.mjs, index.html.
 
-They read model.json, written here: the texts' tokens, the graphs of each stage and, for each
-precision, the threshold and the temperatures. README.md in `exported/` describes it to users.
-
-Shape letters: L length, C classes.
+They read model.json, written here: how a row of tokens is made and, for each precision, the
+threshold, the temperatures and the graphs of each stage. `exported/README.md` describes it.
 """
 
 import math
