@@ -5,7 +5,9 @@
 
 With --format=onnx the output is a model folder like any other, for predict, serve and
 AdaptiveClassifier, whose graphs ONNX Runtime runs: JAX and transformers are then not needed. It
-keeps the policies and targets of the model, and int8 where sweet-jax quantize fitted it.
+keeps the policies and targets of the model, and int8 where sweet-jax quantize fitted it. run.py
+(numpy, onnxruntime, tokenizers), run.mjs (Node.js) and the page index.html, which the folder holds
+too, run it without sweet_jax, at the policy and the target that are given here.
 
 With --format=stablehlo (the default) there is one program for each exit, to be run without
 sweet_jax. The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and
@@ -23,7 +25,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, run_command
 from sweet_jax.config import UserError
 from sweet_jax.files import write_json
 from sweet_jax.inference import run_exported
-from sweet_jax.inference.artifact import ModelArtifact, open_model
+from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import Stage
 from sweet_jax.inference.engine_jax import JaxEngine, load_engine, run_stage, stage_parameters
@@ -64,19 +66,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
     options = parser.parse_args(argv)
-    chosen = bool(parse_targets(options).keys() - {"level"}) or bool(options.policy)
-    if options.format == "onnx" and (chosen or options.length is not None):
-        raise UserError(
-            "with --format=onnx there is no length, and a policy and a target are chosen where the "
-            "model is used: leave them out"
-        )
+    if options.format == "onnx":
+        if options.length is not None:
+            raise UserError("with --format=onnx texts have any length: leave out --length")
+        if options.milliseconds is not None:
+            raise UserError(
+                "--milliseconds is measured on this machine, and a folder of --format=onnx runs on "
+                "any: set --cost"
+            )
     return options
 
 
 def _run(options: argparse.Namespace) -> None:
     model = open_model(options.model)
     if options.format == "onnx":
-        _export_onnx(model, Path(options.output))
+        _export_onnx(model, options.policy, parse_targets(options), Path(options.output))
         return
     engine = load_engine(model)
     classifier = AdaptiveClassifier(model, options.policy, parse_targets(options), engine)
@@ -87,16 +91,33 @@ def _run(options: argparse.Namespace) -> None:
     print(f"exported: {options.output}")
 
 
-def _export_onnx(model: ModelArtifact, folder: Path) -> None:
+def _export_onnx(
+    model: ModelArtifact, policy: str | None, target: Mapping[str, float], folder: Path
+) -> None:
     """Writes the folder, whole or not at all. Raises UserError, see `write_onnx`."""
     try:
+        from sweet_jax.inference import onnx_runners
         from sweet_jax.inference.onnx_export import write_onnx
     except ImportError as error:
         raise UserError(f'--format=onnx needs {error.name}: pip install -e ".[onnx]"') from error
     if has_graphs(model.folder):
         raise UserError(f"{str(model.folder)!r} was exported already: give the model of its run")
+    policy, own = policy or model.policy, policy is None
+    if own and policy not in onnx_runners.POLICIES:
+        print(
+            f"note: run.py and run.mjs do not have the policy {policy!r} and follow 'confidence'; "
+            f"--policy can be one of {', '.join(onnx_runners.POLICIES)}",
+            file=sys.stderr,
+        )
+        policy = "confidence"
+    models = {"float32": model}
+    if (model.folder / INT8_FILE).exists():
+        models["int8"] = open_model(model.folder, "int8")
+    for each in models.values():
+        each.resolver.threshold(policy, **target)  # is refused before anything is written
     aside = _make_aside(folder)
-    write_onnx(model, aside)
+    write_onnx(model, aside, tuple(models))
+    onnx_runners.write_runners(models, aside, policy, target)
     aside.rename(folder)
     print(f"exported: {folder}")
 

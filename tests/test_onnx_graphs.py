@@ -1,5 +1,6 @@
 """ONNX graphs of saved models: what is fused, what is refused, what is exported."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -8,10 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from saved_models import EXITS, LONGEST, Saved, check, check_logits
+from exported_programs import assert_same, load_python
+from saved_models import EXITS, LONGEST, Saved, check, check_logits, middle
 from tiny import ENCODERS, TINIES
 
-from sweet_jax import export
+from sweet_jax import AdaptiveClassifier, export
 from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.inference.artifact import open_model
@@ -28,6 +30,7 @@ import onnx
 
 from sweet_jax.inference.onnx_build import build_graphs
 from sweet_jax.inference.onnx_fusions import FUSIONS
+from sweet_jax.inference.onnx_runners import write_runners
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,8 +99,10 @@ def test_what_cannot_be_exported_or_read_is_refused(sweet, onnx_model, tmp_path,
     model, output = sweet.classifier.model.folder, f"--output={tmp_path / 'out'}"
     assert "was exported already" in refusal(onnx_model, output)
     assert "exists: choose another" in refusal(model, f"--output={tmp_path}")
-    assert "leave them out" in refusal(model, output, "--cost=0.5")
-    assert "leave them out" in refusal(model, output, "--length=16")
+    assert "leave out --length" in refusal(model, output, "--length=16")
+    assert "set --cost" in refusal(model, output, "--milliseconds=3")
+    assert "infeasible" in refusal(model, output, "--risk=0.0001")
+    assert not [*tmp_path.iterdir()]
     with pytest.raises(UserError, match="exported without int8"):
         load_engine("onnxruntime", open_model(onnx_model), "int8")
     shutil.copytree(onnx_model, tmp_path / "model")
@@ -128,6 +133,15 @@ def test_an_exported_model_answers_as_before(tmp_path, pooling, multi):
     assert export.main(options) == 0
     saved.folder = tmp_path / "exported"
     check(saved, saved.scores, sizes=(5,), policy="learning_to_exit")
+    # And without sweet_jax, by run.py.
+    for threshold in (middle(saved.confidence()), math.inf):
+        target, models = {"threshold": threshold}, {"float32": open_model(saved.folder)}
+        write_runners(models, saved.folder, "raw_confidence", target)
+        runner = load_python(saved.folder).Classifier(saved.folder)
+        wanted = AdaptiveClassifier.from_pretrained(saved.folder, **target).predict(saved.texts)
+        assert (len(set(wanted.exits)) > 1) == (threshold < math.inf)
+        assert_same(runner.predict(saved.texts), wanted)
+    assert len(runner.sessions) == 1 or not multi
 
 
 def test_an_exported_model_needs_no_jax(sweet, onnx_model):

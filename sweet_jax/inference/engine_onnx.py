@@ -21,12 +21,9 @@ from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import Stage, StageBatch, StageOutput, plan_stages
 from sweet_jax.inference.onnx_files import SavedGraphs, has_graphs, read_graphs
-from sweet_jax.inference.onnx_segments import Segment
+from sweet_jax.inference.onnx_segments import LOW_EXIT_RATE, Segment
 
 DTYPES = ("float32", "int8")
-# The share of a layer's time that its first token alone takes: 0.3 in batches of 64, and above 0.5
-# in those of one, whose time is that of reading the weights (experiments/benchmarks/engines.py).
-_LOW_EXIT_RATE = 0.5
 
 
 def load_engine(
@@ -177,7 +174,7 @@ class OnnxEngine:
             first_only=self._first_only,
             full=full,
             exit_rates=exit_rates,
-            low_exit_rate=_LOW_EXIT_RATE,
+            low_exit_rate=LOW_EXIT_RATE,
         )
 
     def new_states(self, slots: int, length: int) -> np.ndarray:

@@ -12,21 +12,22 @@ import numpy as np
 import onnx
 
 from sweet_jax.files import read_json, write_json
-from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact
+from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.latency import LATENCY_FILE
 from sweet_jax.inference.onnx_build import build_graphs
-from sweet_jax.inference.onnx_files import GRAPHS_VERSION, index_path
+from sweet_jax.inference.onnx_files import GRAPHS_VERSION, index_path, weights_name
 from sweet_jax.inference.onnx_graph import Graph
 
 _ALIGNMENT = 64  # bytes, of a weight in its file
 
 
-def write_onnx(model: ModelArtifact, folder: Path) -> None:
-    """Writes the graphs in float32 and, where it was quantised, in int8; raises as `build_graphs`.
+def write_onnx(model: ModelArtifact, folder: Path, precisions: Sequence[str]) -> None:
+    """Writes the graphs in some precisions; raises as `build_graphs` does.
 
     Args:
       model: the saved model.
       folder: an empty one.
+      precisions: "float32" and, where it was quantised, "int8".
 
     """
     for path in model.folder.iterdir():
@@ -35,7 +36,7 @@ def write_onnx(model: ModelArtifact, folder: Path) -> None:
     _write_tokenizer(model, folder)
     networks = {}
     index_path(folder).parent.mkdir()
-    for precision in ("float32", *(["int8"] if (model.folder / INT8_FILE).exists() else [])):
+    for precision in precisions:
         graphs = build_graphs(model, precision)
         networks[precision] = _write_graphs(graphs.networks, index_path(folder).parent, precision)
     values = {"version": GRAPHS_VERSION, "vocabulary": graphs.vocabulary, "hidden": graphs.hidden}
@@ -57,7 +58,7 @@ def _write_graphs(
     """Writes a file for each graph and one of all weights; returns what graphs.json says."""
     described: list[list[dict[str, Any]]] = []
     places: dict[str, tuple[int, int]] = {}  # of each weight: its offset and its length
-    weights = folder / f"segment_weights.{precision}.bin"
+    weights = folder / weights_name(precision)
     with weights.open("wb") as file:
         for number, network in enumerate(networks):
             described.append([])

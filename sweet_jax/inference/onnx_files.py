@@ -34,6 +34,11 @@ def index_path(folder: Path) -> Path:
     return folder / FOLDER / _INDEX
 
 
+def weights_name(precision: str) -> str:
+    """Returns the name of the file that holds the weights of a precision's graphs."""
+    return f"segment_weights.{precision}.bin"
+
+
 def read_graphs(folder: Path, precision: str) -> SavedGraphs:
     """Reads graphs.json of a model's folder.
 

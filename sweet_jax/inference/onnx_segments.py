@@ -10,6 +10,10 @@ Shape letters: B batch, L length, Q first tokens, H hidden, C classes.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# The share of a layer's time that its first token alone takes: 0.3 in batches of 64, and above 0.5
+# in those of one, whose time is that of reading the weights (experiments/benchmarks/engines.py).
+LOW_EXIT_RATE = 0.5
+
 
 class Segment(NamedTuple):
     """Describes one graph: some layers of a network, and the head of an exit."""

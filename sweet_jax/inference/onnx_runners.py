@@ -1,0 +1,122 @@
+"""Adds to an exported model what runs its graphs without sweet_jax: run.py, run.mjs, index.html.
+
+They read model.json, written here: how a row of tokens is made and, for each precision, the
+threshold, the temperatures and the graphs of each stage. `exported/README.md` describes it.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sweet_jax.config import UserError
+from sweet_jax.files import read_json, write_json, write_text
+from sweet_jax.inference import run_onnx
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.engine import Stage, plan_stages
+from sweet_jax.inference.onnx_files import SavedGraphs, read_graphs, weights_name
+from sweet_jax.inference.onnx_segments import LOW_EXIT_RATE
+
+POLICIES = tuple(run_onnx.POLICIES)
+_VERSION = 1  # of model.json
+_ASSETS = Path(__file__).parent / "exported"
+
+
+def write_runners(
+    models: Mapping[str, ModelArtifact], folder: Path, policy: str, target: Mapping[str, float]
+) -> None:
+    """Writes model.json and the programs that read it, and describes them in README.md.
+
+    Args:
+      models: the model by precision, each with the thresholds that were fitted for it.
+      folder: that holds its graphs and its tokenizer.
+      policy: one of POLICIES.
+      target: see `Target`.
+
+    Raises UserError for another policy, and as `ThresholdResolver.threshold` does.
+
+    """
+    if policy not in POLICIES:
+        raise UserError(f"the policy must be one of {', '.join(POLICIES)}; got {policy!r}")
+    precisions = {
+        precision: {"weights": weights_name(precision)}
+        | _describe_stages(model, read_graphs(folder, precision), policy, target)
+        for precision, model in models.items()
+    }
+    (model, *_) = models.values()
+    about = {"format": "onnx", "version": _VERSION, "task": model.task, "policy": policy}
+    about |= {"classes": list(model.classes), "text_columns": list(model.text_columns)}
+    about |= _describe_tokens(model, folder)
+    write_json(folder / "model.json", about | {"precisions": precisions})
+    for asset in _ASSETS.iterdir():
+        if asset.name != "README.md":
+            shutil.copy(asset, folder)
+    shutil.copy(run_onnx.__file__, folder / "run.py")
+    card = folder / "README.md"
+    before = card.read_text(encoding="utf-8") if card.exists() else ""
+    write_text(card, before + (_ASSETS / "README.md").read_text(encoding="utf-8"))
+
+
+def _describe_stages(
+    model: ModelArtifact, saved: SavedGraphs, policy: str, target: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns the threshold of one precision, its graphs, and the stages in order."""
+    threshold, calibrator = model.resolver.threshold(policy, **target)
+    full = threshold == float("inf")
+    networks = saved.networks[-1:] if full else saved.networks
+    segments = [segment for network in networks for segment in network]
+    stages = plan_stages(
+        [network.exits for network in model.networks],
+        first_only=any(segment.counts for segment, _ in segments),
+        full=full,
+        exit_rates=model.resolver.fronts[policy].leaving(threshold),
+        low_exit_rate=LOW_EXIT_RATE,
+    )
+    described = []
+    for stage in stages:
+        temperature = float(calibrator.temperatures[stage.exit])
+        values = {"layer": stage.end, "cost": 1.0 if full else float(model.cost[stage.exit])}
+        # None: the exit diverged.
+        values["temperature"] = temperature if math.isfinite(temperature) else None
+        described.append(values | {"runs": _runs(stage, saved.networks[stage.network], segments)})
+    graphs = [path.name for _, path in segments]
+    return {"threshold": None if full else threshold, "graphs": graphs, "stages": described}
+
+
+def _runs(stage: Stage, network: Sequence[Any], segments: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns the graphs that a stage runs, by number, and which compute the first token alone."""
+    return [
+        {
+            "graph": segments.index((segment, path)),
+            "first_token": segment.counts and segment.end == stage.end and not stage.whole,
+        }
+        for segment, path in network
+        if stage.start <= segment.start and segment.end <= stage.end
+    ]
+
+
+def _describe_tokens(model: ModelArtifact, folder: Path) -> dict[str, Any]:
+    """Returns how a row of token ids is made of a text, or of a pair, for model.json.
+
+    The template lists the tokens in order: {"id": the token, "type": its token type}, or {"text":
+    0 or 1, "type": …} in the place of a text's own tokens.
+    """
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.no_padding()
+    backend.no_truncation()
+    row = backend.encode(*["a"] * len(model.text_columns))
+    template: list[dict[str, int]] = []
+    for text, token, kind in zip(row.sequence_ids, row.ids, row.type_ids, strict=True):
+        part = {"id": token, "type": kind} if text is None else {"text": text, "type": kind}
+        if text is None or part not in template:  # a text may be several tokens
+            template.append(part)
+    about = read_json(folder / "tokenizer_config.json")
+    return {
+        "truncation": {"max_length": model.max_length, "direction": about["truncation_side"]},
+        "pad_id": model.tokenizer.pad_token_id,
+        "split_special_tokens": bool(about.get("split_special_tokens", False)),
+        "template": template,
+    }

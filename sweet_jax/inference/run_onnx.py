@@ -1,0 +1,99 @@
+"""Runs an exported model; needs numpy, onnxruntime and tokenizers alone.
+
+python run.py [float32 | int8] < texts.jsonl
+
+Each line is a text as a JSON string, or a pair of texts as a list of two. Prints a JSON line for
+each: label, probability, exit (a layer), cost (share of all layers), probabilities of all classes.
+
+Shape letters: B texts of a batch, L length, H hidden, C classes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import tokenizers
+
+BELOW_ONE = np.nextafter(1, 0)  # so that a threshold of 1 sends every text to the last exit
+# From the probabilities after temperature [B, C], those without, and the learned scores [B], to
+# exit confidences [B]; NaN never leaves.
+POLICIES = {
+    "confidence": lambda p, raw, learned: p.max(axis=1),
+    "raw_confidence": lambda p, raw, learned: raw.max(axis=1),
+    "entropy": lambda p, raw, learned: 1 + (p * np.log(p + (p == 0))).sum(1) / np.log(p.shape[1]),
+    "margin": lambda p, raw, learned: np.diff(np.sort(p, axis=1))[:, -1],
+    "learning_to_exit": lambda p, raw, learned: learned,
+}
+
+
+def softmax(logits, temperature):
+    """Returns the softmax of logits [B, C] / temperature, float64; NaN for no temperature."""
+    scaled = np.asarray(logits, np.float64) / (temperature or np.nan)
+    exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+class Classifier:
+    """Classifies texts, or pairs of texts as lists of two."""
+
+    def __init__(self, folder=Path(__file__).parent, precision="float32"):
+        self.about = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
+        self.plan = self.about["precisions"].get(precision)
+        if not self.plan:
+            raise ValueError(f"no precision {precision!r}, only {[*self.about['precisions']]}")
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self.tokenizer.encode_special_tokens = self.about["split_special_tokens"]
+        self.tokenizer.enable_truncation(**self.about["truncation"])
+        self.tokenizer.enable_padding(pad_id=self.about["pad_id"])
+        paths = [str(Path(folder, "onnx", name)) for name in self.plan["graphs"]]
+        self.sessions = [onnxruntime.InferenceSession(path) for path in paths]
+
+    def predict(self, rows, batch_size=32):
+        """Returns a dict for each row, in their order."""
+        pair = len(self.about["text_columns"]) == 2
+        if any(isinstance(row, str) == pair for row in rows):
+            raise ValueError(f"each row must be {'a list of two texts' if pair else 'a text'}")
+        starts = range(0, len(rows), batch_size)
+        return [answer for at in starts for answer in self._predict(rows[at : at + batch_size])]
+
+    def _predict(self, rows):
+        encoded, answers = self.tokenizer.encode_batch(rows), [{}] * len(rows)
+        values = {"input_ids": np.asarray([row.ids for row in encoded], np.int32)}  # [B, L]
+        values["token_type_ids"] = np.asarray([row.type_ids for row in encoded], np.int32)
+        values["tokens"] = np.asarray([sum(row.attention_mask) for row in encoded], np.int32)
+        values["place"] = np.arange(len(rows))
+        for stage in self.plan["stages"]:
+            for run in stage["runs"]:
+                session = self.sessions[run["graph"]]
+                count = 1 if run["first_token"] else values["input_ids"].shape[1]
+                given = values | {"count": np.asarray([count])}
+                given = {value.name: given[value.name] for value in session.get_inputs()}
+                names = [value.name for value in session.get_outputs()]
+                outputs = dict(zip(names, session.run(names, given), strict=True))
+                if not run["first_token"] and "next_states" in outputs:
+                    values["states"] = outputs["next_states"]  # [B, L, H]
+            raw, scaled = (softmax(outputs["logits"], t) for t in (1, stage["temperature"]))
+            policy, threshold = POLICIES[self.about["policy"]], self.plan["threshold"]
+            confidence = np.minimum(policy(scaled, raw, outputs.get("exit_scores")), BELOW_ONE)
+            leaves = confidence >= (np.inf if threshold is None else threshold)
+            leaves |= stage is self.plan["stages"][-1]
+            answered = raw if stage["temperature"] is None else scaled
+            taken = {"exit": stage["layer"], "cost": stage["cost"]}
+            for place, p in zip(values["place"][leaves], answered[leaves].tolist(), strict=True):
+                label = {"label": self.about["classes"][np.argmax(p)], "probability": max(p)}
+                answers[place] = label | taken | {"probabilities": p}
+            if leaves.all():
+                return answers
+            values = {name: value[~leaves] for name, value in values.items()}
+
+
+if __name__ == "__main__":
+    try:
+        rows = [json.loads(line) for line in sys.stdin if line.strip()]
+        for answer in Classifier(precision=(*sys.argv[1:], "float32")[0]).predict(rows):
+            print(json.dumps(answer, ensure_ascii=False))
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,242 @@
+"""What runs an exported ONNX folder without sweet_jax, held to AdaptiveClassifier."""
+
+import functools
+import http.server
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exported_programs import UNUSUAL, assert_same, load_python
+from saved_models import Saved, middle
+from tiny import WORDS
+
+from sweet_jax import AdaptiveClassifier, export
+from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.inference.artifact import open_model
+
+pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
+from sweet_jax.inference.onnx_runners import POLICIES, write_runners
+
+
+def draw_texts(count: int) -> list[str]:
+    """The unusual texts, and random ones that no threshold was fitted on."""
+    rng = np.random.default_rng(5)
+    rest = [" ".join(rng.choice(WORDS, rng.integers(1, 40))) for _ in range(count - len(UNUSUAL))]
+    return [*UNUSUAL, *rest]
+
+
+def run_program(*command, given: str):
+    return subprocess.run(command, input=given, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_python_follows_each_policy(sweet, onnx_model, tmp_path, policy):
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_model, folder)
+    fitted = sweet.classifier.model.resolver.calibrator
+    target = {"threshold": middle(exit_confidences(sweet.outputs, policy, [fitted])[0])}
+    write_runners({"float32": open_model(folder)}, folder, policy, target)
+    texts = [*UNUSUAL, *sweet.texts]
+    wanted = AdaptiveClassifier.from_pretrained(folder, policy=policy, **target).predict(texts)
+    assert len(set(wanted.exits)) > 1
+    assert_same(load_python(folder).Classifier(folder).predict(texts, 7), wanted)
+
+
+def test_the_full_model_and_a_threshold_of_1(onnx_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_model, folder)
+    for threshold in (1.0, math.inf):
+        write_runners(
+            {"float32": open_model(folder)}, folder, "confidence", {"threshold": threshold}
+        )
+        classifier = AdaptiveClassifier.from_pretrained(folder, threshold=threshold)
+        found = load_python(folder).Classifier(folder).predict(draw_texts(40))
+        assert_same(found, classifier.predict(draw_texts(40)))
+        assert {answer["exit"] for answer in found} == {classifier.layers[-1]}
+
+
+def test_the_command_of_python(onnx_model):
+    def run(*arguments, given):
+        return run_program(sys.executable, onnx_model / "run.py", *arguments, given=given)
+
+    answer = json.loads(run(given='"word0 word5"\n').stdout)
+    assert answer.keys() == {"label", "probability", "exit", "cost", "probabilities"}
+    for arguments, given, message in (
+        ((), '["a", "b"]', "error: each row must be a text"),
+        (("int8",), '"a"', "error: no precision 'int8', only ['float32']"),
+        ((), "junk", "error: Expecting value"),
+    ):
+        refused = run(*arguments, given=given)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(message)
+        assert refused.stderr.count("\n") == 1
+
+
+def test_a_policy_that_the_programs_lack(sweet, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(sweet.classifier.model.folder, folder)
+    values = json.loads((folder / "exits.json").read_text()) | {"policy": "patience"}
+    (folder / "exits.json").write_text(json.dumps(values))
+    options = [f"--model={folder}", f"--output={tmp_path / 'out'}", "--format=onnx"]
+    assert export.main([*options, "--policy=patience"]) == 2
+    assert "the policy must be one of confidence, " in capsys.readouterr().err
+    assert export.main(options) == 0
+    assert "do not have the policy 'patience' and follow 'confidence'" in capsys.readouterr().err
+    about = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert about["policy"] == "confidence"
+    assert open_model(tmp_path / "out").policy == "patience"
+
+
+@pytest.fixture(scope="module")
+def node_modules() -> Path:
+    """Node's packages, see `.ci/run`."""
+    if not shutil.which("node"):
+        pytest.skip("no Node.js on this machine")
+    folder = Path(os.environ.get("SWEET_NODE_MODULES", "absent"))
+    names = ("onnxruntime-node", "onnxruntime-web", "@huggingface/tokenizers")
+    if absent := [name for name in names if not (folder / name).exists()]:
+        pytest.skip(f"SWEET_NODE_MODULES names no folder with {', '.join(absent)}")
+    return folder.absolute()
+
+
+@pytest.fixture(scope="module", params=[("roberta", "first", True), ("deberta-v2", "mean", False)])
+def exported(request, node_modules, tmp_path_factory):
+    """(folder, 100 rows) of a model in float32 and int8: one of pairs, one of texts."""
+    kind, pooling, pairs = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    saved = Saved(folder, kind, pooling)
+    values = json.loads((saved.folder / "exits.json").read_text())
+    values["text_columns"] = ["premise", "label"] if pairs else ["text"]
+    (saved.folder / "exits.json").write_text(json.dumps(values))
+    int8 = {"version": 1, "dials": values["dials"]}
+    (saved.folder / "int8.json").write_text(json.dumps(int8))
+    options = [f"--model={saved.folder}", f"--output={folder / 'out'}", "--format=onnx"]
+    assert export.main([*options, "--cost=0.6"]) == 0
+    (folder / "out" / "node_modules").symlink_to(node_modules)
+    texts = draw_texts(100)
+    return folder / "out", list(zip(texts, texts[::-1], strict=True)) if pairs else texts
+
+
+@functools.cache
+def wanted_answers(folder: Path, precision: str, rows: tuple):
+    return AdaptiveClassifier.from_pretrained(folder, precision=precision, cost=0.6).predict(rows)
+
+
+@pytest.mark.slow
+def test_node_answers_as_python(exported):
+    folder, rows = exported
+    if isinstance(rows[0], tuple):  # read the first token alone
+        assert '"first_token": true' in (folder / "model.json").read_text()
+    for precision in ("float32", "int8"):
+        wanted = wanted_answers(folder, precision, tuple(rows))
+        assert len(set(wanted.exits)) > 1
+        given = "\n".join(map(json.dumps, rows))
+        found = run_program("node", folder / "run.mjs", precision, given=given)
+        assert found.stderr == ""
+        assert_same(list(map(json.loads, found.stdout.splitlines())), wanted)
+        assert_same(load_python(folder).Classifier(folder, precision).predict(rows), wanted)
+    wrong = "a" if isinstance(rows[0], tuple) else ["a", "b"]
+    for arguments, given, message in (
+        ((), json.dumps(wrong), "error: a row must be "),
+        (("int4",), json.dumps(rows[0]), "error: no precision int4, only float32,int8"),
+        ((), "junk", "error: Unexpected token"),
+    ):
+        refused = run_program("node", folder / "run.mjs", *arguments, given=given)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(message)
+        assert refused.stderr.count("\n") == 1
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address(exported):
+    """Where the exported folder is served."""
+    handler = functools.partial(QuietHandler, directory=exported[0])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+# Submits rows one after the other; answers with what the page shows for each.
+SUBMIT = """
+const [rows, done] = arguments;
+const text = (id) => document.getElementById(id).textContent;
+const shown = [];
+for (const row of rows) {
+  document.querySelectorAll("textarea").forEach((area, k) => { area.value = [row].flat()[k]; });
+  const change = new Promise((resolve) => {
+    new MutationObserver((_, observer) => { observer.disconnect(); resolve(); })
+      .observe(document.getElementById("probabilities"), { childList: true });
+  });
+  document.querySelector("form").requestSubmit();
+  await change;
+  const cells = Array.from(document.querySelectorAll("#probabilities td:last-child"));
+  shown.push([text("label"), text("exit"), cells.map((cell) => parseFloat(cell.textContent))]);
+}
+done(shown);
+"""
+
+
+def wait(browser, condition) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(browser, 60).until(condition)
+
+
+def open_page(browser, address: str) -> None:
+    browser.get(address)
+    status = lambda b: b.find_element("id", "status").text
+    wait(browser, lambda b: not status(b).startswith("Loading"))
+    assert status(browser).startswith("Ready, in ")
+
+
+def check_keyboard_on_a_phone(browser, address: str) -> None:
+    from selenium.webdriver import ActionChains, Keys
+
+    phone = {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        open_page(browser, address)
+        label = browser.find_element("id", "label")
+        for keys in ((Keys.TAB, Keys.ENTER), (Keys.CONTROL, Keys.ENTER)):
+            browser.execute_script("document.getElementById('label').textContent = ''")
+            browser.find_elements("css selector", "textarea")[-1].send_keys("word1")
+            if keys[0] == Keys.TAB:  # to the button
+                ActionChains(browser).send_keys(*keys).perform()
+            else:
+                ActionChains(browser).key_down(keys[0]).send_keys(keys[1]).key_up(keys[0]).perform()
+            wait(browser, lambda _: label.text.endswith("%)"))
+        widths = browser.execute_script("return [document.body.scrollWidth, window.innerWidth]")
+        assert widths[0] <= widths[1] == phone["width"]
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.slow
+def test_the_page_answers_as_python(exported, address, browser):
+    folder, rows = exported
+    for precision, query in (("int8", ""), ("float32", "?precision=float32")):
+        wanted = wanted_answers(folder, precision, tuple(rows))
+        open_page(browser, address + query)
+        shown = browser.execute_async_script(f"(async () => {{{SUBMIT}}})();", rows)
+        for row, (label, exit, percents) in enumerate(shown):
+            assert label.startswith(f"{wanted.labels[row]} (")
+            assert exit.startswith(f"Answered at layer {wanted.exits[row]} of 3, ")
+            assert f"ms ({precision})" in exit
+            np.testing.assert_allclose(percents, 100 * wanted.probabilities[row], atol=0.06)
+        assert len(shown) == len(rows)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    check_keyboard_on_a_phone(browser, address)
