@@ -31,7 +31,10 @@ class Running:
 
     def __init__(self, classifier, **limits):
         app = make_app(classifier, 2, Limits(**limits))
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        self.start(uvicorn.Config(app, port=0, log_level="error"))
+
+    def start(self, settings) -> None:
+        self.server = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:

@@ -75,9 +75,7 @@ def _is_text(value: Any) -> bool:
 def _check_texts(texts: list[list[str]], *, pairs: bool) -> None:
     """Raises RefusedError for a text where the model takes pairs, the reverse, or an empty one."""
     if any(len(text) != 1 + pairs for text in texts):
-        wanted = (
-            "pairs: [text, text]" if pairs else "single texts; a batch is [[text], ...]"
-        )
+        wanted = "pairs: [text, text]" if pairs else "single texts; a batch is [[text], ...]"
         raise RefusedError(400, f"this model takes {wanted}")
     if not all(any(text) for text in texts):
         raise RefusedError(400, "`inputs` cannot be empty", "Empty")
