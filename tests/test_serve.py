@@ -387,6 +387,23 @@ def test_the_command_answers_what_it_took_in_before_it_ends(fine_tuned, texts):
     assert process.returncode == 0
 
 
+def test_the_plain_server_of_the_load_test_answers_as_the_full_model(fine_tuned, classifier, texts):
+    pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+    from experiments.benchmarks import plain_server
+
+    running = Running.__new__(Running)
+    app = plain_server.make_app(str(fine_tuned[0] / "model"), "float32")
+    running.start(uvicorn.Config(app, port=0, log_level="error"))
+    status, found = running.predict({"texts": texts[:5]})
+    assert running.predict(b"rubbish")[0] == 400
+    running.stop()
+    wanted = classifier.at(threshold=2.0).predict(texts[:5], 2)
+    assert status == 200
+    assert [answer["label"] for answer in found["answers"]] == wanted.labels.tolist()
+    probabilities = [answer["probability"] for answer in found["answers"]]
+    np.testing.assert_allclose(probabilities, wanted.probabilities.max(axis=1), atol=1e-4)
+
+
 def test_bad_options(capsys, tmp_path):
     assert serve.main([f"--model={tmp_path}", "--port=0"]) == 2
     assert serve.main(["--model=x", "--timeout=0"]) == 2
