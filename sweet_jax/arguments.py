@@ -23,6 +23,7 @@ _LATENCY = {
     "milliseconds": "largest mean time of one text by itself, in the stages alone (tokenising and "
     "evaluating the policy are not counted); needs predict --measure first",
 }
+_LEVEL = "confidence of a certificate (default 0.95)"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -62,9 +63,12 @@ class ArgumentParser(argparse.ArgumentParser):
         target = self.add_mutually_exclusive_group()
         for name, text in (_TARGETS | (_LATENCY if clock else {})).items():
             target.add_argument(f"--{name}", type=float, help=text)
-        self.add_argument(
-            "--level", type=float, default=0.95, help="confidence of a certificate (default 0.95)"
-        )
+        self.add_argument("--level", type=float, default=0.95, help=_LEVEL)
+
+
+def target_descriptions() -> dict[str, str]:
+    """Returns what --help says of each target, by name in TARGET_RANGES."""
+    return {**_TARGETS, **_LATENCY, "level": _LEVEL}
 
 
 def parse_targets(options: argparse.Namespace) -> dict[str, float]:

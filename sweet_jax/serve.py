@@ -7,15 +7,18 @@
 POST /predict   {"texts": [...]} and, if not the server's own, policy and one of cost, accuracy,
                 threshold, milliseconds, risk, agreement (with level) → {"answers": [{"label",
                 "probability", "exit", "cost"}, ...]}; with "detail": true also every exit that the
-                text reached. A pair of texts is a list of two.
-GET /healthz    200 while texts are classified
+                text reached. A pair of texts is a list of two. {"inputs": ...} is answered as
+                text-embeddings-inference would: [{"score", "label"}, ...]
+POST /v1/predict  the same, {"texts": [...]} alone
+GET /openapi.json  all requests and answers, as an OpenAPI document
+GET /healthz    200 while texts are classified (/health for text-embeddings-inference's clients)
 GET /metrics    in Prometheus' text format
 GET /           a page to try texts on
 
 Statuses: 400 malformed, 408 a body that arrives too slowly, 413 a body or a text that is too large,
 503 more texts than may wait, 504 not answered in time. On SIGTERM the server answers the requests
-it has accepted, and ends. Idle connections are limited in number, not in time: where others can
-reach the server, put a proxy in front of it.
+it has accepted, and ends. A connection without a request is closed after --timeout seconds, and 5
+seconds after an answer.
 
 """
 
@@ -84,6 +87,7 @@ def _run(options: argparse.Namespace) -> None:
         import uvicorn
 
         from sweet_jax.server.app import Limits, make_app
+        from sweet_jax.server.connections import close_silent_connections
     except ImportError as error:
         raise UserError(f'the server needs {error.name}: pip install -e ".[serve]"') from error
 
@@ -113,7 +117,9 @@ def _run(options: argparse.Namespace) -> None:
             limit_concurrency=options.max_connections,
             # A request may be read for one timeout, and answered for another.
             timeout_graceful_shutdown=2 * math.ceil(options.timeout) + 1,
+            ws="none",
         )
+        close_silent_connections(settings, options.timeout)
         _listen(listener)  # from here on a request waits, and is not refused
         host, port = listener.getsockname()[:2]
         print(f"serving {options.model} at http://{host}:{port}", flush=True)

@@ -31,7 +31,10 @@ class Running:
 
     def __init__(self, classifier, **limits):
         app = make_app(classifier, 2, Limits(**limits))
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        self.start(uvicorn.Config(app, port=0, log_level="error"))
+
+    def start(self, settings) -> None:
+        self.server = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:
@@ -382,6 +385,23 @@ def test_the_command_answers_what_it_took_in_before_it_ends(fine_tuned, texts):
         assert [a.result()[0] for a in asked] == [200] * 4
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 0
+
+
+def test_the_plain_server_of_the_load_test_answers_as_the_full_model(fine_tuned, classifier, texts):
+    pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+    from experiments.benchmarks import plain_server
+
+    running = Running.__new__(Running)
+    app = plain_server.make_app(str(fine_tuned[0] / "model"), "float32")
+    running.start(uvicorn.Config(app, port=0, log_level="error"))
+    status, found = running.predict({"texts": texts[:5]})
+    assert running.predict(b"rubbish")[0] == 400
+    running.stop()
+    wanted = classifier.at(threshold=2.0).predict(texts[:5], 2)
+    assert status == 200
+    assert [answer["label"] for answer in found["answers"]] == wanted.labels.tolist()
+    probabilities = [answer["probability"] for answer in found["answers"]]
+    np.testing.assert_allclose(probabilities, wanted.probabilities.max(axis=1), atol=1e-4)
 
 
 def test_bad_options(capsys, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
 
 CERTIFICATE_KINDS = ("risk", "agreement")
@@ -157,9 +158,13 @@ def sequential_limits(bounds: np.ndarray) -> np.ndarray:
 def upper_bound(hits: np.ndarray | int, total: int, level: float) -> np.ndarray:
     """Computes the upper end of Clopper & Pearson's (1934) one-sided interval of hits / total.
 
-    In closed form: `scipy.stats.binomtest` searches for it.
+    In closed form: `scipy.stats.binomtest` searches for it. Raises UserError without SciPy.
     """
-    from scipy import stats  # here: a served model needs no SciPy
+    try:
+        from scipy import stats  # here: a served model needs it for certified targets alone
+    except ImportError as error:
+        message = "certified targets (risk, agreement) need SciPy: pip install scipy"
+        raise UserError(message) from error
 
     hits = np.asarray(hits)
     found = stats.beta.ppf(level, hits + 1, np.maximum(total - hits, 1))

@@ -246,10 +246,17 @@ class AdaptiveClassifier:
         return Scheduler(self.engine, stages, batch_size, wait)
 
     def encode(
-        self, texts: Sequence[Text | InvalidRow], first: int = 0, *, same_length: bool = False
+        self,
+        texts: Sequence[Text | InvalidRow],
+        first: int = 0,
+        *,
+        same_length: bool = False,
+        truncation: str | None = None,
     ) -> list[Request]:
         """Returns the requests of texts, see `encode_requests`."""
-        return encode_requests(self.model, texts, self._rule, first, same_length=same_length)
+        return encode_requests(
+            self.model, texts, self._rule, first, same_length=same_length, truncation=truncation
+        )
 
 
 def _given(target: Target) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Texts as requests: tokenized, and padded to one of few lengths."""
 
+import copy
 from collections.abc import Sequence
 
+from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import padded_length
 from sweet_jax.inference.predictions import InvalidRow, Text, validate_text
 from sweet_jax.inference.scheduler import ExitRule, Request
+
+_UNLIMITED = 1 << 30  # tokens
 
 
 def encode_requests(
@@ -16,11 +20,22 @@ def encode_requests(
     first: int = 0,
     *,
     same_length: bool = False,
+    truncation: str | None = None,
 ) -> list[Request]:
     """Returns the requests of texts, numbered by their place from `first`; none of InvalidRow.
 
-    A text is cut at the model's max_length. With `same_length` all are padded to one length. Raises
-    UserError for what is not a text, or not a pair where the model takes pairs.
+    Args:
+      model: the saved model.
+      texts: to tokenize.
+      rule: when they exit.
+      first: number of the first.
+      same_length: whether all are padded to one length.
+      truncation: the side on which a text is cut at the model's max_length, "left" or "right";
+        "none" where it is refused instead; None for the side of the model's tokenizer.
+
+    Raises UserError for what is not a text, or not a pair where the model takes pairs, and for a
+    text that is too long with truncation "none".
+
     """
     pairs = len(model.text_columns) == 2
     valid = {
@@ -30,8 +45,20 @@ def encode_requests(
     }
     if not valid:
         return []
-    ids, types = encode(model.tokenizer, list(valid.values()), model.max_length)
+    tokenizer, limit = model.tokenizer, model.max_length
+    if truncation == "none":
+        limit = _UNLIMITED
+    elif truncation is not None:
+        tokenizer = copy.copy(tokenizer)  # with the same vocabulary
+        tokenizer.truncation_side = truncation
+    ids, types = encode(tokenizer, list(valid.values()), limit)
     sizes = [len(row) for row in ids]
+    for number, size in zip(valid, sizes, strict=True):
+        if size > model.max_length:
+            raise UserError(
+                f"row {number + 1} has {size} tokens, and this model takes {model.max_length}: "
+                "shorten it, or let it be truncated"
+            )
     if same_length:
         sizes = [max(sizes)] * len(sizes)
     return [

@@ -92,8 +92,9 @@ def start_session(graph: Any, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
-    # Segments run in turn: threads that wait for more work would take cores from the next one.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Threads that wait busily for their next piece of work would take the cores from whatever else
+    # runs on them: the server's other thread, its clients, other sessions.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = str(graph)
     if not isinstance(graph, Path):
         values = [OrtValue.ortvalue_from_numpy(value) for value in graph.weights.values()]

@@ -31,6 +31,7 @@ class Submission:
 
     classifier: AdaptiveClassifier  # at that operating point
     texts: Sequence[Text]
+    truncation: str | None = None  # see `encode_requests`
     # Of the scheduler's requests, one for each text; cancelled where nobody waits for them.
     future: Future[list[Request]] = dataclasses.field(default_factory=Future)
     requests: list[Request] = dataclasses.field(default_factory=list)  # once they are encoded
@@ -93,12 +94,12 @@ class Worker:
         return self._at(policy, tuple(sorted(target.items())))  # a certificate takes a while
 
     async def predict(
-        self, classifier: AdaptiveClassifier, texts: Sequence[Text]
+        self, classifier: AdaptiveClassifier, texts: Sequence[Text], truncation: str | None = None
     ) -> list[tuple[Prediction, Request]]:
         """Returns the prediction of each text, in order, with the scheduler's request.
 
         Raises QueueFullError where too many wait, WorkerStoppedError where none will be classified,
-        UserError for what is not a text. When it is cancelled before its texts are admitted to the
+        UserError see `encode_requests`. When it is cancelled before its texts are admitted to the
         scheduler, they are dropped.
         """
         with self._lock:
@@ -107,7 +108,7 @@ class Worker:
             if self.waiting + len(texts) > self.limit:
                 raise QueueFullError
             self.waiting += len(texts)
-            submission = Submission(classifier, texts)
+            submission = Submission(classifier, texts, truncation)
             self._inbox.put(submission)
         requests = await asyncio.wrap_future(submission.future)
         return [(make_prediction(classifier.model, r), r) for r in requests]
@@ -148,7 +149,9 @@ class Worker:
         if not self._claim(submission):
             return
         try:
-            submission.requests = submission.classifier.encode(submission.texts)
+            submission.requests = submission.classifier.encode(
+                submission.texts, truncation=submission.truncation
+            )
         except Exception as error:  # one submission's texts must not end the others'
             self._settle(submission, error)
             return
