@@ -58,10 +58,11 @@ function chart(element, spec) {
   tip.className = "tip";
   tip.hidden = true;
   element.append(legend, tip);
-  let points = [];  // of what is drawn: [pixel x, pixel y, words]
+  let drawn = null, groups = [], points = [];  // of each trace: what it is drawn in, [pixel x, pixel y, words]
+  let wide = element.clientWidth;  // kept: to ask for it lays the page out anew
 
   function frame() {
-    const width = Math.max(240, element.clientWidth), height = spec.height || (spec.square ? width : 400);
+    const width = Math.max(240, wide), height = spec.height || (spec.square ? width : 400);
     const shown = traces.filter(trace => !trace.hidden && trace.x.length);
     const all = name => shown.flatMap(trace => [...(trace[name] || [])]);
     const x = spec.square ? [0, 1] : bounds(all("x"), spec.zero, 0.02);
@@ -111,30 +112,39 @@ function chart(element, spec) {
   }
 
   function draw() {
-    const f = frame();
+    drawn = frame();
     svg.replaceChildren();
-    svg.setAttribute("viewBox", `0 0 ${f.width} ${f.height}`);
-    axes(f);
-    points = [];
-    for (const trace of f.shown) {
-      const color = paint(trace.color);
-      if (trace.low.length) {
-        const back = {...trace, x: [...trace.x].reverse()};
-        const edge = line(f, back, [...trace.low].reverse()).replace("M", "L");
-        node(svg, "path", {d: `${line(f, trace, trace.y)}${edge}Z`, fill: color, opacity: 0.18});
-        continue;
-      }
-      if (trace.dash) {
-        node(svg, "path", {d: line(f, trace, trace.y), fill: "none", stroke: color,
-          "stroke-width": trace.width, "stroke-dasharray": DASHES[trace.dash], "stroke-linecap": "round"});
-      }
-      trace.x.forEach((x, i) => {
-        const [h, v] = [f.px(x), f.py(trace.y[i])];
-        if (trace.symbol) mark(svg, trace, h, v);
-        const words = trace.text && trace.text[i] || trace.name;
-        points.push([h, v, `${words}: ${spec.x.split(" ")[0]} ${x.toFixed(3)}, ${trace.y[i].toFixed(4)}`]);
-      });
+    svg.setAttribute("viewBox", `0 0 ${drawn.width} ${drawn.height}`);
+    axes(drawn);
+    groups = traces.map(() => node(svg, "g", {}));
+    traces.forEach((_, number) => drawTrace(drawn, number));
+  }
+
+  function drawTrace(f, number) {
+    const trace = traces[number], group = groups[number], color = paint(trace.color);
+    group.replaceChildren();
+    points[number] = [];
+    if (!f.shown.includes(trace)) return;
+    if (trace.low.length) {
+      const back = {...trace, x: [...trace.x].reverse()};
+      const edge = line(f, back, [...trace.low].reverse()).replace("M", "L");
+      node(group, "path", {d: `${line(f, trace, trace.y)}${edge}Z`, fill: color, opacity: 0.18});
+      return;
     }
+    if (trace.dash) {
+      node(group, "path", {d: line(f, trace, trace.y), fill: "none", stroke: color,
+        "stroke-width": trace.width, "stroke-dasharray": DASHES[trace.dash], "stroke-linecap": "round"});
+    }
+    trace.x.forEach((x, i) => {
+      const [h, v] = [f.px(x), f.py(trace.y[i])];
+      if (trace.symbol) mark(group, trace, h, v);
+      points[number].push([h, v, i]);
+    });
+  }
+
+  function describe(trace, i) {
+    const words = trace.text && trace.text[i] || trace.name;
+    return `${words}: ${spec.x.split(" ")[0]} ${trace.x[i].toFixed(3)}, ${trace.y[i].toFixed(4)}`;
   }
 
   function mark(parent, trace, h, v) {
@@ -160,25 +170,32 @@ function chart(element, spec) {
   svg.addEventListener("pointermove", event => {
     const box = svg.getBoundingClientRect(), [h, v] = [event.clientX - box.left, event.clientY - box.top];
     let best = null, least = 30 ** 2;
-    for (const point of points) {
-      const distance = (point[0] - h) ** 2 + (point[1] - v) ** 2;
-      if (distance < least) [best, least] = [point, distance];
-    }
+    points.forEach((own, number) => {
+      for (const point of own) {
+        const distance = (point[0] - h) ** 2 + (point[1] - v) ** 2;
+        if (distance < least) [best, least] = [[...point, traces[number]], distance];
+      }
+    });
     tip.hidden = best === null;
     if (!best) return;
-    tip.textContent = best[2];
+    tip.textContent = describe(best[3], best[2]);
     tip.style.top = `${best[1] + 12}px`;
     tip.style.left = `${Math.min(best[0], Math.max(0, element.clientWidth - tip.offsetWidth))}px`;
   });
   svg.addEventListener("pointerleave", () => { tip.hidden = true; });
   if (spec.legend !== false) legend.append(...traces.filter(trace => trace.name).map(key));
-  new ResizeObserver(draw).observe(element);
+  new ResizeObserver(() => {
+    if (element.clientWidth !== wide) { wide = element.clientWidth; draw(); }
+  }).observe(element);
   draw();
   element.chart = {
     traces,
     update(changes) {  // {number of a trace: {x, y, text}}, drawn once
       for (const [number, values] of Object.entries(changes)) Object.assign(traces[number], values);
-      draw();
+      const f = frame(), same = [...f.x, ...f.y].every((v, i) => v === [...drawn.x, ...drawn.y][i]);
+      if (!same) return draw();
+      drawn = f;
+      for (const number of Object.keys(changes)) drawTrace(f, number);
     },
   };
   return element.chart;

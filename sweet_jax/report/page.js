@@ -5,6 +5,7 @@ const read = id => JSON.parse(element(id).textContent);
 const data = read("data"), specs = read("charts");
 const slider = element("threshold"), chooser = element("replica"), chosen = element("policy");
 let replica = data.best;
+const write = (cell, text) => { if (cell.textContent !== text) cell.textContent = text; };
 const policy = () => data.policies[replica][chosen.value];
 const [CURVE, GRID, SINGLE, RECOMMENDED, SLIDER, BOUNDS] = [0, 1, 2, 3, 4, 5];  // traces of the curve
 
@@ -128,18 +129,18 @@ function classTables(rows) {
     for (const [c, row] of lines) {
       const right = matrix[c * classes + c], precision = share(right, given[c]), recall = share(right, support[c]);
       const f1 = share(2 * right, given[c] + support[c]);
-      [precision, recall, f1].forEach((value, k) => { row[2 + k].textContent = value.toFixed(3); });
+      [precision, recall, f1].forEach((value, k) => write(row[2 + k], value.toFixed(3)));
       for (let e = 0; e < exits; e++) {
-        row[8 + e].textContent = support[c] ? `${(100 * taken[c * exits + e] / support[c]).toFixed(0)}%` : "–";
+        write(row[8 + e], support[c] ? `${(100 * taken[c * exits + e] / support[c]).toFixed(0)}%` : "–");
       }
     }
     cells.forEach((row, i) => row.forEach((cell, j) => {
       const n = matrix[i * classes + j];
-      cell.textContent = n;
+      write(cell, String(n));
       cell.className = i === j ? "right" : n ? "wrong" : "";
       cell.style.setProperty("--share", share(n, support[i]));
     }));
-    for (const [cell, shown] of pairs) shown.textContent = matrix[cell];
+    for (const [cell, shown] of pairs) write(shown, String(matrix[cell]));
   }
   return {show};
 }

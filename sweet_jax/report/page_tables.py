@@ -30,8 +30,8 @@ def policy_series(
     """Returns what the page shows of one replica's policies, the run's own first.
 
     curve: of the validation rows at the positions of the slider: thresholds (as text), cost, score
-    (the metric) and shares; distinct thresholds, of 2,000 or more thinned (the run's own policy) or
-    of 200, and those below. start: the position where the slider starts. targets: a table of each
+    (the metric) and shares; distinct thresholds, 2,000 of those of the run's own policy, 200 of
+    others, and those below. start: the position where the slider starts. targets: a table of each
     kind of target, see `_target_series`.
 
     Args:
@@ -39,7 +39,8 @@ def policy_series(
       replica: its number.
       threshold: that is recommended for the run's own policy; another's slider starts at the
         cheapest that keeps the last exit's metric on calibration rows.
-      every: whether to show every policy that can be deployed, and not the run's own alone.
+      every: whether to show every policy that can be deployed; else the run's own alone, with as
+        few points as the others.
 
     """
     own, validation = analysis.policy, analysis.validation.replica(replica)
@@ -53,7 +54,7 @@ def policy_series(
         if start is None or start > exact.threshold[0, -1]:  # all examples reach the last exit
             start = float(exact.threshold[0, -1])
         chosen = np.concatenate([[start], *(table.threshold for table in tables.values())])
-        at = _positions(exact, chosen, _POINTS if name == own else _POINTS_OF_OTHERS)  # [T]
+        at = _positions(exact, chosen, _POINTS if every and name == own else _POINTS_OF_OTHERS)
         points = row_breakpoints(
             analysis.calibration.replica(replica), validation, name, resolver.calibrator
         )
@@ -95,7 +96,7 @@ def _target_series(table: TargetTable) -> dict[str, Any]:
         "at_most": table.at_most,
         "tolerance": table.tolerance,
         "value": table.value.tolist(),
-        "reached": table.reached.tolist(),
+        "reached": table.reached.round(6).tolist(),
     }
 
 
@@ -121,8 +122,8 @@ def _certified_series(
         curve = read_curve(exact, table.threshold)
         found[kind] = _target_series(table) | {
             "threshold": format_thresholds(table.threshold, points),
-            "cost": curve.cost[0].tolist(),
-            "score": curve.score[0].tolist(),
+            "cost": curve.cost[0].round(6).tolist(),
+            "score": curve.score[0].round(6).tolist(),
         }
     return found
 
