@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sweet_jax.data.batches import longer_than
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.files import write_json
@@ -21,6 +22,7 @@ from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.report import console, figures, page, shortfalls
 from sweet_jax.report.baselines import Baseline, save_baselines
+from sweet_jax.report.details import ReportDetails
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.training.initialization import model_specs
@@ -97,8 +99,8 @@ def write_run(
         if outcome.baselines:
             save_baselines(workdir / "exit_outputs" / "baselines.npz", outcome.baselines)
         figures.write_figures(workdir / "figures", analysis, results, metrics, trained)
-        texts = job.dataset.validation.texts if config.report_texts else None
-        page.write_report(workdir / "report.html", analysis, results, metrics, trained, texts)
+        details = _details(job, outcome)
+        page.write_report(workdir / "report.html", analysis, results, metrics, trained, details)
         _save_model(job, analysis, best, results, workdir / "model")
     write_json(workdir / "results.json", results)  # last: its presence means a complete run
     for row in failures:
@@ -109,6 +111,17 @@ def write_run(
         print(console.exit_table(results))
         print(f"report: {workdir / 'report.html'}")
     return results
+
+
+def _details(job: PreparedRun, outcome: Outcome) -> ReportDetails:
+    """Returns what the report shows beside the outputs; a new model has no times yet."""
+    texts, most = job.dataset.validation.texts, job.config.max_length
+    return ReportDetails(
+        texts=texts if job.config.report_texts else None,
+        baselines=outcome.baselines,
+        cut=longer_than(job.tokenizer, texts, most, job.validation.lengths),
+        max_length=most,
+    )
 
 
 def _results(

@@ -26,6 +26,7 @@ from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.files import expand_user
 from sweet_jax.report.console import exit_lines
 from sweet_jax.report.results import individual_exits
@@ -58,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
         for line in _answers(analysis, options):
             print(line)
     if len(runs) > 1:
-        from sweet_jax.report.page import write_comparison  # plotting takes a second to import
+        from sweet_jax.report.comparison import write_comparison  # imports scikit-learn
 
         path = Path(options.output or "compare.html")
         try:
@@ -83,7 +84,7 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
             lines += exit_lines(individual_exits(analysis.validation, r), metric)
             who += f"full {metric} is kept at "
         point = analysis.operating_point(r, targets)
-        lines.append(who + _describe(analysis, point, targets))
+        lines.append(who + _describe(analysis, r, point, targets))
         if point.certificate is None and point.validation is not None:
             reached.append(point.validation)
     if len(reached) > 1:
@@ -95,12 +96,14 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _describe(analysis: Analysis, point: OperatingPoint, targets: Mapping[str, float]) -> str:
+def _describe(
+    analysis: Analysis, replica: int, point: OperatingPoint, targets: Mapping[str, float]
+) -> str:
     """Says what an operating point does, or what the best is that can be reached."""
     metric = analysis.validation.identity.metric
     if point.certificate is not None:
-        return _describe_certificate(analysis, point, targets)
-    if point.calibration is None or point.validation is None:
+        return _describe_certificate(analysis, replica, point, targets)
+    if point.threshold is None or point.calibration is None or point.validation is None:
         name = "cost" if "cost" in targets else metric
         asked = targets.get("cost", targets.get("accuracy", math.nan))
         return (
@@ -114,7 +117,8 @@ def _describe(analysis: Analysis, point: OperatingPoint, targets: Mapping[str, f
             ("validation", point.validation, analysis.validation),
         )
     ]
-    line = f"threshold {point.threshold!r}: " + "; ".join(parts)
+    shown = format_threshold(point.threshold, analysis.breakpoints(replica))
+    line = f"threshold {shown}: " + "; ".join(parts)
     if "accuracy" in targets and metric == "accuracy":
         line += _describe_gap(point, point.validation[1], targets["accuracy"])
     return line
@@ -130,7 +134,7 @@ def _describe_gap(point: OperatingPoint, found: float, asked: float) -> str:
 
 
 def _describe_certificate(
-    analysis: Analysis, point: OperatingPoint, targets: Mapping[str, float]
+    analysis: Analysis, replica: int, point: OperatingPoint, targets: Mapping[str, float]
 ) -> str:
     """Says what a certificate guarantees, or the best that could be certified."""
     tested, metric = point.certificate, analysis.validation.identity.metric
@@ -144,8 +148,11 @@ def _describe_certificate(
             f"confidence {tested.level:g} ({seen}); asked for {targets[tested.kind]:g}"
         )
     cost, value = point.validation
+    assert tested.threshold is not None
+    fitted = analysis.resolver(replica).half_calibrator
+    shown = format_threshold(tested.threshold, analysis.breakpoints(replica, fitted))
     return (
-        f"threshold {tested.threshold!r} of confidences that half of the rows fitted: at most "
+        f"threshold {shown} of confidences that half of the rows fitted: at most "
         f"{tested.bound:.4f} {what} with confidence {tested.level:g} ({seen}); cost {cost:.4f}, "
         f"{metric} {value:.4f} on {analysis.validation.labels.shape[1]} validation rows"
     )

@@ -22,10 +22,10 @@ from sweet_jax.report.baselines import (
     save_baselines,
     tfidf_predictions,
 )
+from sweet_jax.report.charts import curve_chart
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.figures import curve_figure as drawn_figure
 from sweet_jax.report.page import write_report
-from sweet_jax.report.plotly_figures import curve_figure
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.report.shortfalls import (
     describe_shortfall,
@@ -426,12 +426,11 @@ def test_the_terminal_names_the_worst_and_counts_the_others(analysis):
 
 def test_the_figures_draw_the_baselines_from_cost_0_on(analysis):
     results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES))
-    figure = curve_figure(results)
-    drawn = {trace.name: trace for trace in figure.data}
-    assert tuple(drawn["frozen encoder + probe"].x) == (0.25, 0.5)
-    assert tuple(drawn["TF-IDF + logistic regression"].x) == (0,)
-    assert figure.layout.xaxis.rangemode == "tozero"
-    assert NASTY not in figure.to_json()
+    chart = curve_chart(results, None, None)
+    drawn = {trace["name"]: trace for trace in chart["traces"]}
+    assert drawn["frozen encoder + probe"]["x"] == [0.25, 0.5]
+    assert drawn["TF-IDF + logistic regression"]["x"] == [0]
+    assert chart["zero"]
     (axes,) = drawn_figure(analysis, results).axes
     assert axes.get_xlim()[0] == 0
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -458,7 +457,7 @@ def test_results_of_before_there_were_baselines_still_make_a_page(analysis, tmp_
     write_report(tmp_path / "report.html", analysis, results, [], {})
     assert "Baselines on the same rows" not in (tmp_path / "report.html").read_text()
     assert "baseline" not in exit_table(results)
-    assert curve_figure(results).layout.xaxis.rangemode is None
+    assert not curve_chart(results, None, None)["zero"]
 
 
 def test_a_large_paired_bootstrap_is_small():

@@ -189,7 +189,10 @@ LEVELS = [
         *("learning_rate_search", "run_outputs", "recommendation"),
     },
     {"pipeline", "runs", "server"},
-    {"main", "simulate", "predict", "quantize", "serve", "export", "recalibrate"},
+    {
+        *("main", "report_command", "simulate", "predict", "quantize", "serve", "export"),
+        "recalibrate",
+    },
     {"cli"},
 ]
 

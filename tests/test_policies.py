@@ -27,6 +27,7 @@ from sweet_jax.exits.reliability import (
     confidence_quality,
     fit_reliability_curve,
 )
+from sweet_jax.exits.thresholds import breakpoints, format_threshold
 
 
 def softmax(logits, temperature):
@@ -309,6 +310,20 @@ def test_grids_span_the_scores():
         assert len(grid) == (3 if policy == "patience" else 11)
 
 
+def classwise_error(outputs, e: int, temperature: float) -> float:
+    """The mean over classes of the gaps of ten bins, weighted by their rows, by plain loops."""
+    n, classes, total = outputs.labels.shape[1], outputs.logits.shape[-1], 0.0
+    for c in range(classes):
+        bins = [[0.0, 0] for _ in range(10)]
+        for k in range(n):
+            p = softmax(outputs.logits[0, e, k].astype(float).tolist(), temperature)[c]
+            place = bins[min(int(10 * p), 9)]
+            place[0] += p
+            place[1] += outputs.labels[0, k] == c
+        total += sum(abs(p - right) for p, right in bins) / n
+    return total / classes
+
+
 def test_quality_equals_plain_sums():
     outputs, _ = known_table(80, seed=10)
     temperatures = np.asarray([0.5, 1.0, 2.0])
@@ -330,6 +345,7 @@ def test_quality_equals_plain_sums():
         assert row["brier"] == pytest.approx(brier)
         assert row["auroc"] == pytest.approx(np.mean(pairs))
         assert 0 <= row["ece"] <= 1
+        assert row["classwise_ece"] == pytest.approx(classwise_error(outputs, e, temperatures[e]))
 
 
 def test_entropy_is_never_below_zero():
@@ -347,3 +363,15 @@ def test_what_does_not_fit_the_outputs_is_refused():
             simulate(two, policy, calibration=one)
     with pytest.raises(UserError, match="did you mean 'confidence'"):
         cross_fitted_confidences(one, "confidense")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0, 1))
+def test_a_threshold_in_few_digits_sends_every_row_to_the_same_exit(confidences, anywhere):
+    points = breakpoints(np.asarray(confidences))
+    for threshold in (*points.tolist(), anywhere, np.nextafter(points[-1], np.inf)):
+        text = format_threshold(threshold, points)
+        assert ((points >= float(text)) == (points >= threshold)).all()
+        assert len(text) <= max(8, len(repr(threshold)))
+    assert format_threshold(0.9500615703388785, np.asarray([0.91, 0.9500615703388785])) == "0.95"
+    assert format_threshold(np.inf, points) == "inf"

@@ -9,6 +9,7 @@ from sweet_jax.config import from_mapping
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity
 from sweet_jax.report.classes import class_report
+from sweet_jax.report.details import ReportDetails
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
 
@@ -65,24 +66,29 @@ def test_precision_recall_and_cost_are_those_of_the_operating_point(few):
     exits, given = taken(few)
     labels, cost = few.validation.labels[0], np.array([0.25, 0.5, 1.0])
     assert 0 < exits.mean() < 2
-    found = {row["name"]: row for row in class_report(few, 0, None)["classes"]}
+    report = class_report(few, 0, few.operating_point(0).threshold)
+    found = {row["name"]: row for row in report["classes"]}
     for c in range(3):
         row, right = found[f"<class {c}>"], ((given == c) & (labels == c)).sum()
         assert row["support"] == (labels == c).sum()
         assert row["recall"] == pytest.approx(right / (labels == c).sum())
         assert row["precision"] == pytest.approx(right / (given == c).sum())
-        assert row["cost"] == pytest.approx(cost[exits[labels == c]].mean())
-    matrix = np.asarray(class_report(few, 0, None)["matrix"])
+        assert np.dot(row["shares"], cost) == pytest.approx(cost[exits[labels == c]].mean())
+    matrix, last = np.asarray(report["matrices"])
     np.testing.assert_array_equal(matrix.sum(axis=1), np.bincount(labels))
     np.testing.assert_array_equal(
         np.diag(matrix), [((given == c) & (labels == c)).sum() for c in range(3)]
     )
+    answers = few.validation.predictions[0, -1]
+    assert last[0, 1] == ((labels == 0) & (answers == 1)).sum()
+    recall = ((answers == 2) & (labels == 2)).sum() / (labels == 2).sum()
+    assert found["<class 2>"]["last"]["recall"] == pytest.approx(recall)
 
 
 def test_mistakes_are_the_most_confident_first(few):
     exits, given = taken(few)
     labels, each = few.validation.labels[0], few.validation.predictions[0]
-    found = class_report(few, 0, TEXTS)
+    found = class_report(few, 0, few.operating_point(0).threshold, TEXTS)
     assert len(found["mistakes"]) == min(50, (given != labels).sum())
     probabilities = [row["probability"] for row in found["mistakes"]]
     assert probabilities == sorted(probabilities, reverse=True)
@@ -99,10 +105,72 @@ def test_mistakes_are_the_most_confident_first(few):
     assert len(found["suspects"]) == min(50, len(always))
 
 
+@pytest.mark.parametrize("classes", [3, 77])
+def test_the_tables_of_classes_follow_the_slider(tmp_path, browser, classes):
+    analysis = analysis_of(classes)
+    config = from_mapping({"exits": (1, 2, 4)}).resolved()
+    results = build_results(config, analysis, TrainingRecord(100))
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    assert (tmp_path / "report.html").stat().st_size < 1_500_000
+    browser.get((tmp_path / "report.html").as_uri())
+    labels, each = analysis.validation.labels[0], analysis.validation.predictions[0]
+    for position in (5, 200):
+        threshold = browser.execute_script(
+            "const s = document.getElementById('threshold'); s.value = arguments[0];"
+            "s.dispatchEvent(new Event('input'));"
+            "return document.getElementById('at-threshold').textContent",
+            position,
+        )
+        exits = analysis.exits_taken(0, float(threshold))
+        given = each[exits, np.arange(len(exits))]
+        rows = browser.execute_script(
+            "return [...document.querySelectorAll('tr[data-class]')].map("
+            "r => [r.dataset.class, ...[...r.cells].map(c => c.textContent)])"
+        )
+        assert len(rows) == classes
+        for number, _, support, precision, recall, f1, *rest in rows:
+            own, named = labels == int(number), given == int(number)
+            right = (own & named).sum()
+            assert int(support) == own.sum()
+            values = right / max(1, named.sum()), right / max(1, own.sum())
+            values += (2 * right / max(1, named.sum() + own.sum()),)
+            assert [float(v) for v in (precision, recall, f1)] == pytest.approx(values, abs=6e-4)
+            if own.any():
+                shares = [100 * (exits[own] == e).mean() for e in range(3)]
+                found = [float(text.rstrip("%")) for text in rest[3:]]
+                assert found == pytest.approx(shares, abs=0.51)
+        counts = browser.execute_script(
+            "return [...document.querySelectorAll('#matrix tbody td')].map(c => +c.textContent)"
+        )
+        expected = [((labels == i) & (given == j)).sum() for i in range(3) for j in range(3)]
+        assert counts == (expected if classes == 3 else [])
+        pairs = browser.execute_script(
+            "return [...document.querySelectorAll('#pairs tr[data-cell]')].map("
+            "r => [+r.dataset.cell, +r.cells[2].textContent])"
+        )
+        assert len(pairs) == (0 if classes == 3 else 20)
+        for cell, count in pairs:
+            assert count == ((labels == cell // classes) & (given == cell % classes)).sum()
+
+
+def test_texts_that_were_cut_are_counted_with_their_metric(few, tmp_path):
+    config = from_mapping({"exits": (1, 2, 4)}).resolved()
+    results = build_results(config, few, TrainingRecord(100))
+    cut = np.arange(240) % 4 == 0
+    _, given = taken(few)
+    right = given == few.validation.labels[0]
+    details = ReportDetails(cut=cut, max_length=16)
+    write_report(tmp_path / "report.html", few, results, [], {}, details)
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert "60 of 240 validation texts (25%) are longer than 16 tokens" in page
+    assert f"accuracy is {right[cut].mean():.4f} [" in page
+    assert f"on the 60 cut texts and {right[~cut].mean():.4f} [" in page
+
+
 def test_many_classes_are_listed_by_their_confusions():
     many = analysis_of(77)
-    found = class_report(many, 0, None)
-    assert found["matrix"] is None
+    found = class_report(many, 0, many.operating_point(0).threshold)
+    assert found["matrices"] is None
     assert len(found["classes"]) == 77
     counts = [pair["count"] for pair in found["pairs"]]
     assert counts == sorted(counts, reverse=True)
@@ -117,7 +185,8 @@ def test_the_page_escapes_texts_and_holds_none_where_not_asked(tmp_path, classes
     results = build_results(config, analysis, TrainingRecord(100))
     pages = []
     for texts in (TEXTS, None):
-        write_report(tmp_path / "report.html", analysis, results, [], {}, texts)
+        details = ReportDetails(texts=texts)
+        write_report(tmp_path / "report.html", analysis, results, [], {}, details)
         pages.append((tmp_path / "report.html").read_text())
     assert "&amp; &lt;b&gt;more&lt;/b&gt;" in pages[0]
     assert "<b>more" not in pages[0]
@@ -130,4 +199,4 @@ def test_outputs_without_names_of_classes_have_no_such_part(few):
     bare = dataclasses.replace(
         few.validation, identity=dataclasses.replace(few.validation.identity, classes=())
     )
-    assert class_report(analyse(few.calibration, bare), 0, None) is None
+    assert class_report(analyse(few.calibration, bare), 0, np.inf) is None

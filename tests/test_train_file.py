@@ -58,6 +58,28 @@ def test_the_next_command_runs(trained, tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_text())["label"]
 
 
+def test_the_report_has_the_times_and_is_written_anew_for_a_target(trained, capsys, monkeypatch):
+    folder, _ = trained
+    page = (folder / "report.html").read_text()
+    assert "milliseconds until each exit, a text of " in page  # measured after the run
+    assert "the best accuracy within 0.7 of the layers" in page
+    assert cli.main(["report", str(folder), "--milliseconds=1e9"]) == 0
+    assert "the best accuracy within 1e+09 ms a text" in (folder / "report.html").read_text()
+    monkeypatch.setenv("PATH", "")  # where there is no browser, the picture is drawn
+    assert cli.main(["report", str(folder), "--png"]) == 0
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.endswith(f"first screen: {folder / 'report.png'}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["nowhere"], "is not a finished run"), ([".", "--cost=-1"], "--cost must be from 0")],
+)
+def test_a_report_that_cannot_be_written_gets_one_line(arguments, words, capsys):
+    assert cli.main(["report", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_what_is_recommended_keeps_within_the_budget(trained):
     folder, _ = trained
     for budget in (0.4, 0.7, 1.0):

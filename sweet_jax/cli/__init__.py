@@ -11,6 +11,7 @@ from sweet_jax.config import UserError, check_choice
 # Subcommand → (the module that has its main, what it does).
 COMMANDS = {
     "train": ("sweet_jax.main", "trains on a labelled file or a config, evaluates and reports"),
+    "report": ("sweet_jax.report_command", "writes a run's report anew, for a target, or as a PNG"),
     "simulate": ("sweet_jax.simulate", "chooses operating points from a run's saved outputs"),
     "predict": ("sweet_jax.predict", "labels the texts of a file, or times the model's stages"),
     "serve": ("sweet_jax.serve", "serves a model over HTTP"),

@@ -96,6 +96,21 @@ def whole_lengths(tokenizer, texts: Sequence[tuple[str, ...]], tokens: Tokens) -
     return lengths
 
 
+def longer_than(
+    tokenizer, texts: Sequence[tuple[str, ...]], tokens: int, lengths: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns whether each row has more tokens than these, bool [N].
+
+    lengths: of the rows cut to so many tokens, int [N], where they are known.
+    """
+    found = np.zeros(len(texts), bool)
+    rows = np.arange(len(texts)) if lengths is None else np.flatnonzero(lengths >= tokens)
+    if rows.size:
+        ids, _ = encode(tokenizer, [texts[i] for i in rows.tolist()], tokens + 1)
+        found[rows] = [len(row) > tokens for row in ids]
+    return found
+
+
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
     """Returns the lengths that batches are padded to, ascending; the last is max_length."""
     return (*(length for length in _LENGTHS if length < max_length), max_length)

@@ -2,7 +2,7 @@
 
 Everything is fitted on the calibration rows and applied to the validation rows.
 
-Shape letters: R replica, E exit, N examples, T thresholds.
+Shape letters: R replica, E exit, N examples, T thresholds, B breakpoints.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import POLICIES, exit_confidences, grid_thresholds
 from sweet_jax.exits.resolver import Resolution, ThresholdResolver
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
+from sweet_jax.exits.thresholds import breakpoints
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +90,16 @@ class Analysis:
         leaves = exit_confidences(rows, self.policy, calibrators)[0] >= threshold  # [E, N]
         leaves[-1] = True
         return leaves.argmax(axis=0)
+
+    def breakpoints(self, replica: int, calibrator: Calibrator | None = None) -> np.ndarray:
+        """Returns the confidences that decide for a row of either set, see `row_breakpoints`.
+
+        calibrator: that a certificate's confidences are by; default the replica's own.
+        """
+        pair = self.calibration.replica(replica), self.validation.replica(replica)
+        if calibrator is None:
+            return row_breakpoints(*pair, self.policy, self.calibrators[replica])
+        return row_breakpoints(*pair, self.policy, calibrator, cross_fitted=False)
 
     @property
     def temperatures(self) -> np.ndarray:
@@ -182,6 +193,30 @@ def load_analysis(run: Path, policy: str | None = None) -> Analysis:
     tuning = folder / "tuning.npz"
     chosen_on = ExitOutputs.load(tuning) if tuning.exists() else None
     return analyse(calibration, validation, policy, chosen_on)
+
+
+def row_breakpoints(
+    calibration: ExitOutputs,
+    validation: ExitOutputs,
+    policy: str,
+    calibrator: Calibrator,
+    *,
+    cross_fitted: bool = True,
+) -> np.ndarray:
+    """Returns the numbers where a threshold changes some row's exit, ascending, float64 [B].
+
+    Args:
+      calibration, validation: the rows, of one replica.
+      policy: its name.
+      calibrator: that it reads.
+      cross_fitted: whether a policy that reads reliability curves is cross-fitted on the
+        calibration rows, as it is where thresholds are chosen.
+
+    """
+    fitted = (calibrator,)
+    confidences = calibration_confidences if cross_fitted else exit_confidences
+    every = (confidences(calibration, policy, fitted), exit_confidences(validation, policy, fitted))
+    return breakpoints(*(np.maximum.accumulate(c[0, :-1], axis=0) for c in every))
 
 
 def _point_at(curve: Curve, replica: int, threshold: float) -> tuple[float, float]:

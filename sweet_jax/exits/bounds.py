@@ -95,17 +95,36 @@ def share_of_gap(
 ) -> float | None:
     """Computes how much of the gap between two bounds a curve closes, by mean metric over cost.
 
-    Over the range of cost that all three have: 0 is no better than sending examples to exits at
-    random, 1 the oracle. None where the bounds coincide, or no range is common. cost, metric:
-    float64 [T], of the curve, cost ascending.
+    0 is no better than sending examples to exits at random, 1 the oracle. None where the bounds
+    coincide, or no range of cost is common. Arguments as in `mean_metrics`.
+    """
+    found = mean_metrics(cost, metric, low, high)
+    if found is None:
+        return None
+    bottom, own, top = found
+    return (own - bottom) / (top - bottom) if top > bottom + 1e-12 else None
+
+
+def mean_metrics(
+    cost: np.ndarray, metric: np.ndarray, low: ParetoFront, high: ParetoFront
+) -> tuple[float, float, float] | None:
+    """Computes the mean metric of a lower bound, a curve and an upper bound over cost.
+
+    Over the range of cost that all three have; None where there is none.
+
+    Args:
+      cost: float64 [T], of the curve, ascending.
+      metric: float64 [T].
+      low, high: the bounds.
+
     """
     start = max(float(cost[0]), float(low.cost[0]), float(high.cost[0]))
     end = float(low.cost[-1])
     if start >= end:
         return None
-    bottom, top = (mean_metric(f.cost, f.score, start, end) for f in (low, high))
-    found = mean_metric(cost, metric, start, end)
-    return (found - bottom) / (top - bottom) if top > bottom + 1e-12 else None
+    curves = ((low.cost, low.score), (cost, metric), (high.cost, high.score))
+    bottom, own, top = (mean_metric(*curve, start, end) for curve in curves)
+    return bottom, own, top
 
 
 def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray) -> ParetoFront:

@@ -144,7 +144,27 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> f
     return float((np.abs(mean - share)[used] * count[used]).sum() / count.sum())
 
 
-_QUALITIES = ("ece", "nll", "brier", "auroc")
+def classwise_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) -> float:
+    """Computes the calibration error of the probability of each outcome, averaged over outcomes.
+
+    The class-wise expected calibration error of Kull et al. (2019, arXiv 1910.12656, eq. 3), in ten
+    bins: small only where every class's own probability can be believed, the rare ones' too.
+
+    Args:
+      probabilities: float64 [N, V, K].
+      outcomes: int [N, V].
+
+    """
+    n, variables, count = probabilities.shape
+    place = np.minimum((probabilities * _BINS).astype(int), _BINS - 1)  # [N, V, K]
+    cells = np.arange(variables * count).reshape(variables, count) * _BINS + place
+    true = outcomes[..., None] == np.arange(count)  # [N, V, K]
+    size = variables * count * _BINS
+    gap = np.bincount(cells.ravel(), (probabilities - true).ravel(), size)
+    return float(np.abs(gap).sum() / (n * variables * count))
+
+
+_QUALITIES = ("ece", "classwise_ece", "nll", "brier", "auroc")
 
 
 def confidence_quality(
@@ -155,7 +175,8 @@ def confidence_quality(
 ) -> list[dict[str, float | None]]:
     """Measures how good the confidence of each exit of one replica is; None where it diverged.
 
-    ece: expected calibration error of the largest probability, ten bins. nll: mean negative log
+    ece: expected calibration error of the largest probability, ten bins. classwise_ece: see
+    `classwise_calibration_error`. nll: mean negative log
     likelihood of the target. brier: mean squared distance of the probabilities from the target's
     (Brier 1950, summed over outcomes: 0 to 2 for classes). auroc: the chance that a right answer
     has a larger confidence than a wrong one, ties counted half; None where all are right, or none.
@@ -192,6 +213,7 @@ def _quality(logs: np.ndarray, outcomes: np.ndarray, right: np.ndarray) -> dict[
         auroc = float((rankdata(confidence)[right].sum() - hits * (hits + 1) / 2) / (hits * misses))
     return {
         "ece": expected_calibration_error(confidence, right),
+        "classwise_ece": classwise_calibration_error(p, outcomes),
         "nll": float(-log_true.mean()),
         "brier": float((p**2).sum(axis=(1, 2)).mean() - 2 * true.mean() + p.shape[1]),
         "auroc": auroc,

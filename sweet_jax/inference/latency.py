@@ -109,7 +109,20 @@ def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
 
     Raises UserError where it is damaged, or of another machine, engine or dtype.
     """
-    path = model.folder / LATENCY_FILE
+    path, here = model.folder / LATENCY_FILE, describe_machine(engine)
+    table = read_latency_file(path, len(model.layers))
+    if table is not None and table.machine != here:
+        raise UserError(
+            f"{str(path)!r} was measured on {table.machine}, and this is {here}: measure again"
+        )
+    return table
+
+
+def read_latency_file(path: Path, exits: int) -> LatencyTable | None:
+    """Reads a clock.json, of whichever machine; returns None where there is no file.
+
+    Raises UserError where it is damaged, or not of a model with so many exits.
+    """
     if not path.exists():
         return None
     try:
@@ -120,14 +133,8 @@ def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
             tuple(values["lengths"]),
             np.asarray(values["milliseconds"], np.float64),
         )
-        sizes = (len(table.batch_sizes), len(table.lengths), len(model.layers))
-        if table.milliseconds.shape != sizes:
+        if table.milliseconds.shape != (len(table.batch_sizes), len(table.lengths), exits):
             raise ValueError("of another shape")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error!r}): measure again") from error
-    here = describe_machine(engine)
-    if table.machine != here:
-        raise UserError(
-            f"{str(path)!r} was measured on {table.machine}, and this is {here}: measure again"
-        )
     return table

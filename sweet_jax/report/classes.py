@@ -1,4 +1,4 @@
-"""Classes and single texts in a report: precision and recall, confusions, mistakes.
+"""Classes and single texts in a report: precision, recall, confusions, exits, mistakes.
 
 Shape letters: N validation rows, E exit, C classes.
 """
@@ -13,52 +13,58 @@ from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.outputs import ExitOutputs
 
-_SHOWN = 20  # classes that are listed at once, and up to which their confusion matrix is drawn
-_PAIRS = 30  # of classes that are confused most, where there are more
+_SHOWN = 20  # classes that are listed at once
+_MATRIX = 12  # up to so many classes the confusion matrix is drawn
+_PAIRS = 20  # of classes that are confused most, where there are more
 _TEXTS = 50
 _CHARACTERS = 400  # of a text
 
 
 def class_report(
-    analysis: Analysis, replica: int, texts: Sequence[tuple[str, ...]] | None
+    analysis: Analysis,
+    replica: int,
+    threshold: float,
+    texts: Sequence[tuple[str, ...]] | None = None,
 ) -> dict[str, Any] | None:
-    """Describes each class and the worst mistakes at the replica's operating point.
-
-    The operating point is the cheapest threshold that keeps the last exit's metric on calibration
-    rows; where there is none, the last exit.
+    """Describes each class and the worst mistakes of a replica at a threshold.
 
     Args:
       analysis: of the run.
       replica: its number.
+      threshold: of the run's own policy; infinity for the last exit alone.
       texts: of the validation rows [N]; None leaves the mistakes out.
 
     Returns:
-      None where the outputs are not of classes. Else a dict: "classes" lists name, support,
-      precision, recall, f1, cost (mean share of the layers) and last_f1 (of the last exit), the
-      least f1 first; "matrix", the confusion matrix as lists (row: label), or None for many
-      classes; "pairs" lists label, prediction and count of the most frequent confusions; "mistakes"
-      and "suspects" list label, prediction, probability, layer and text of the most confident
-      mistakes, and of those among them that every exit makes.
+      None where the outputs are not of classes. Else a dict: "classes" lists number, name, support,
+      precision, recall, f1, shares (of the rows that leave at each exit; None without rows), and
+      last, the precision, recall and f1 of the last exit; the least f1 first. "matrices", the
+      confusion matrices at the threshold and of the last exit as lists (row: label), or None for
+      many classes; "pairs" lists cell (its place in a matrix, row by row), label, prediction, count
+      and last (the last exit's count) of the most frequent confusions; "mistakes" and "suspects"
+      list label, prediction, probability, layer and text of the most confident mistakes, and of
+      those among them that every exit makes.
 
     """
     rows = analysis.validation.replica(replica)
     names = rows.identity.classes
     if rows.objective.categorical is None or rows.labels.ndim != 2 or not names:
         return None
-    threshold = analysis.resolver(replica).resolve(analysis.policy).threshold
-    exits = analysis.exits_taken(replica, np.inf if threshold is None else threshold)  # [N]
+    exits = analysis.exits_taken(replica, threshold)  # [N]
     labels, each = rows.labels[0], rows.predictions[0]  # [N], [E, N]
     given = each[exits, np.arange(len(labels))]  # [N]
-    matrix = confusion_matrix(labels, given, labels=np.arange(len(names)))  # [C, C]
+    numbers = np.arange(len(names))
+    matrices = [confusion_matrix(labels, g, labels=numbers) for g in (given, each[-1])]  # [C, C]
     found = {
-        "classes": _class_rows(labels, given, each[-1], np.asarray(rows.cost)[exits], names),
-        "matrix": matrix.tolist() if len(names) <= _SHOWN else None,
+        "classes": _class_rows(labels, (given, each[-1]), exits, len(each), names),
+        "matrices": [m.tolist() for m in matrices] if len(names) <= _MATRIX else None,
         "names": list(names),
-        "pairs": _confused_pairs(matrix, names),
+        "pairs": _confused_pairs(matrices[0], matrices[1], names),
         "shown": _SHOWN,
+        "mistakes": [],
+        "suspects": [],
     }
     if texts is None:
-        return found | {"mistakes": [], "suspects": []}
+        return found
     return found | _mistakes(rows, exits, analysis.temperatures[replica], texts)
 
 
@@ -101,36 +107,55 @@ def _mistakes(
 
 
 def _class_rows(
-    labels: np.ndarray, given: np.ndarray, last: np.ndarray, cost: np.ndarray, names: Sequence[str]
+    labels: np.ndarray,
+    answers: tuple[np.ndarray, np.ndarray],
+    exits: np.ndarray,
+    count: int,
+    names: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Returns a dict for each class, see `class_report`; arrays are [N]."""
+    """Returns a dict for each class, see `class_report`.
+
+    Args:
+      labels: int [N].
+      answers: predictions at the threshold and of the last exit, int [N] each.
+      exits: index of the exit that each row takes, int [N].
+      count: of exits, E.
+      names: of the classes [C].
+
+    """
     numbers = np.arange(len(names))
-    point, whole = (
+    point, last = (
         precision_recall_fscore_support(labels, which, labels=numbers, zero_division=0)
-        for which in (given, last)
+        for which in answers
     )
-    found = [
-        {
-            "name": name,
-            "support": int(point[3][c]),
-            "precision": float(point[0][c]),
-            "recall": float(point[1][c]),
-            "f1": float(point[2][c]),
-            "last_f1": float(whole[2][c]),
-            "cost": float(cost[labels == c].mean()) if (labels == c).any() else None,
-        }
-        for c, name in enumerate(names)
-    ]
+    keys = ("precision", "recall", "f1")
+    found = []
+    for c, name in enumerate(names):
+        taken = np.bincount(exits[labels == c], minlength=count)  # [E]
+        found.append(
+            {"number": c, "name": name, "support": int(point[3][c])}
+            | {key: float(point[k][c]) for k, key in enumerate(keys)}
+            | {"last": {key: float(last[k][c]) for k, key in enumerate(keys)}}
+            | {"shares": (taken / taken.sum()).tolist() if taken.sum() else None}
+        )
     return sorted(found, key=lambda row: row["f1"])
 
 
-def _confused_pairs(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns label, prediction and count of the most frequent confusions of a matrix [C, C]."""
+def _confused_pairs(
+    matrix: np.ndarray, last: np.ndarray, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the most frequent confusions of a matrix [C, C], with those of the last exit's."""
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS]
     cells = zip(*np.unravel_index(order, wrong.shape), strict=True)
     return [
-        {"label": names[i], "prediction": names[j], "count": int(wrong[i, j])}
+        {
+            "cell": int(i * len(names) + j),
+            "label": names[i],
+            "prediction": names[j],
+            "count": int(wrong[i, j]),
+            "last": int(last[i, j]),
+        }
         for i, j in cells
         if wrong[i, j]
     ]

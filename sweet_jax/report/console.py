@@ -24,8 +24,9 @@ def exit_table(results: Mapping[str, Any]) -> str:
     keep = replica["full_score"]
     if keep is not None:
         cost, value = keep["validation"]
+        shown = keep.get("text", keep["threshold"])  # older runs have no text
         lines.append(
-            f"threshold {keep['threshold']!r} kept full {metric} on {results['n']['calibration']} "
+            f"threshold {shown} kept full {metric} on {results['n']['calibration']} "
             f"{fitted_rows(results)}; on {results['n']['validation']} validation rows it gives "
             f"{value:.4f} at cost {cost:.3f} (last exit {replica['individual'][-1]['score']:.4f})"
         )

@@ -23,12 +23,14 @@ from sweet_jax.report.traces import (
     loss_traces,
     operating_point_traces,
     reliability_traces,
+    seed_band,
 )
 
-# Matplotlib's names for plotly's.
+# Matplotlib's names for those of traces.
 _MARKERS = {
     "": "",
     "circle": "o",
+    "ring": "o",
     "square": "s",
     "x": "X",
     "diamond": "D",
@@ -52,13 +54,10 @@ def write_figures(
         "curve": curve_figure(analysis, results),
         "exits": exits_figure(results),
     }
-    for name, titles, traces in (
-        ("reliability", RELIABILITY_AXES, reliability_traces(analysis, best)),
-        ("loss", LOSS_AXES, loss_traces(metrics, best, trainings)),
-    ):
-        figures[name], axes = _figure("", *titles)
-        _plot(axes, traces)
-        axes.legend(frameon=False, fontsize=8)
+    figures["reliability"] = reliability_figure(reliability_traces(analysis, best))
+    figures["loss"], axes = _figure("", *LOSS_AXES)
+    _plot(axes, loss_traces(metrics, best, trainings))
+    axes.legend(frameon=False, fontsize=8)
     for name, figure in figures.items():
         write_figure(folder, name, figure)
 
@@ -71,8 +70,8 @@ def write_figure(folder: Path, name: str, figure: Figure) -> None:
 
 
 def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
-    """Draws the metric against cost: every replica's exact curve, the best one's single exits and
-    the paper's grid, the bounds, and the baselines.
+    """Draws the metric against cost: the best replica's exact curve, its single exits and the
+    paper's grid, the band of several seeds, the bounds, and the baselines.
     """
     figure, axes = _figure(
         f"{results['task']}, {results['method']}",
@@ -80,10 +79,11 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
         f"{results['metric']} (n = {results['n']['validation']})",
     )
     best, curve = results["best_replica"], analysis.curve
-    for r in range(len(curve.cost)):
-        style = {"color": "#21918c", "lw": 2, "zorder": 3} if r == best else {"color": "#bbbbbb"}
-        axes.step(curve.cost[r], curve.score[r], where="post", **style)
-    axes.plot([], [], color="#21918c", label="every threshold, 95% band over rows")
+    (line,) = axes.step(curve.cost[best], curve.score[best], where="post", color="#21918c", lw=2)
+    line.set(zorder=3, label="every threshold, 95% band over rows")
+    if (seeds := seed_band(analysis)) is not None:
+        area = axes.fill_between(seeds.x, seeds.low, seeds.y, color="#bbbbbb", alpha=0.6, lw=0)
+        area.set_label(seeds.name)
     rows = analysis.validation.replica(best)
     band = bootstrap_curve(rows, analysis.policy, calibrators=[analysis.calibrators[best]])
     low, high = band.score_interval[0].T
@@ -114,8 +114,26 @@ def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
             marker=_MARKERS[trace.symbol],
             markersize=0.7 * trace.size,
             zorder=4 if trace.symbol else 2,
+            fillstyle="none" if trace.symbol == "ring" else "full",
             clip_on=not trace.symbol,  # at cost 0 a marker reaches beyond the axis
         )
+
+
+def reliability_figure(diagrams: Mapping[str, Sequence[Trace]]) -> Figure:
+    """Draws the reliability diagram of each exit in axes of its own."""
+    columns = max(1, min(4, len(diagrams)))
+    rows = -(-max(1, len(diagrams)) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(diagrams) :]:
+        axes.set_visible(False)
+    for axes, (title, traces) in zip(grid.flat, diagrams.items(), strict=False):
+        _plot(axes, traces)
+        axes.set_title(title, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(RELIABILITY_AXES[0], fontsize=9)
+    figure.supylabel(f"{RELIABILITY_AXES[1]} (dotted: before scaling)", fontsize=9)
+    return figure
 
 
 def exits_figure(results: Mapping[str, Any]) -> Figure:

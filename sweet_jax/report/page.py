@@ -1,45 +1,53 @@
-"""report.html, a self-contained page with a slider over the threshold; and the comparison page.
+"""report.html, a self-contained page with a slider over the threshold.
 
-Shape letters: R replica, E exit, T thresholds.
+Shape letters: R replica, E exit, N validation rows, T positions of the slider.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
-import plotly.graph_objects as go
-import plotly.offline
 
-from sweet_jax.exits.analysis import Analysis, curve_area
+from sweet_jax.exits.analysis import Analysis
+from sweet_jax.exits.intervals import score_interval
+from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
+from sweet_jax.report.charts import curve_chart, make_chart
 from sweet_jax.report.classes import class_report
 from sweet_jax.report.console import describe_divergence, fitted_rows
-from sweet_jax.report.page_tables import certificate_table, policy_series
-from sweet_jax.report.plotly_figures import curve_figure, make_figure, shares_figure
-from sweet_jax.report.results import bound_curve
+from sweet_jax.report.details import ReportDetails, recommended_threshold
+from sweet_jax.report.page_tables import certificate_table, policy_series, row_series
 from sweet_jax.report.shortfalls import describe_shortfall, is_refitted, worst_shortfalls
 from sweet_jax.report.traces import (
     BOUNDS,
     LOSS_AXES,
     RELIABILITY_AXES,
-    Trace,
     exit_color,
     loss_traces,
     reliability_traces,
+    seed_band,
 )
+from sweet_jax.report.verdict import describe_training, verdict
 
-_ENVIRONMENT = jinja2.Environment(
+ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("sweet_jax", "report"),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+_RAISED = 0.001  # of an ECE that temperature scaling makes worse: smaller differences do not show
+_AT = "Of the run's own policy at the recommended threshold, on {} validation rows."
+
+
+def read_script(name: str) -> markupsafe.Markup:
+    """Returns a script of this folder, to stand in a page as it is."""
+    return markupsafe.Markup((Path(__file__).parent / f"{name}.js").read_text(encoding="utf-8"))
 
 
 def write_report(
@@ -48,102 +56,139 @@ def write_report(
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     trainings: Mapping[str, Sequence[int]],
-    texts: Sequence[tuple[str, ...]] | None = None,
+    details: ReportDetails | None = None,
 ) -> None:
     """Writes the page of one run. Text that comes from the user or the data is escaped.
 
-    texts: of the validation rows; None leaves the list of mistakes out.
+    Args:
+      path: of the page.
+      analysis: of the run.
+      results: the contents of results.json.
+      metrics: rows of metrics.jsonl.
+      trainings: the layer numbers of the exits of each training in them.
+      details: texts, times and what else does not follow from these.
+
     """
-    best, layers = results["best_replica"], results["exits"]
-    policies = [policy_series(analysis, r) for r in range(len(results["replicas"]))]
-    page = _ENVIRONMENT.get_template("page.html").render(
+    details = details or ReportDetails()
+    best = results["best_replica"]
+    threshold = recommended_threshold(analysis, best, details.target, details.times)
+    reliability = reliability_traces(analysis, best)
+    charts = {
+        "curve": curve_chart(results, seed_band(analysis), details.times),
+        "loss": make_chart("training loss", *LOSS_AXES, loss_traces(metrics, best, trainings)),
+    }
+    for number, (title, traces) in enumerate(reliability.items()):
+        made = make_chart(title, *RELIABILITY_AXES, traces)
+        charts[f"reliability-{number}"] = made | {"square": True, "legend": False}
+    policies = [
+        policy_series(
+            analysis,
+            r,
+            threshold if r == best else recommended_threshold(analysis, r, {}, None),
+            every=r == best,
+        )
+        for r in range(len(results["replicas"]))
+    ]
+    page = ENVIRONMENT.get_template("page.html").render(
         results=results,
         best=best,
+        trained=describe_training(results, len(analysis.validation.identity.classes)),
+        verdict=verdict(analysis, results, best, threshold, details),
         fitted=fitted_rows(results),
-        warnings=[describe_divergence(d) for r in results["replicas"] for d in r["diverged"]]
-        + [
-            describe_shortfall(finding, results["metric"], refitted=is_refitted(results))
-            for finding in worst_shortfalls(results)
-        ],
+        asked=_describe_target(details.target, results["metric"]),
+        warnings=_warnings(results),
+        raised=_raised_errors(results),
         baselines={baseline_title(name): row for name, row in results.get("baselines", {}).items()},
-        plotly=plotly.offline.get_plotlyjs(),
         policies={name: POLICIES[name].about for name in policies[best]},
-        bounds=list(BOUNDS),
         certificates=certificate_table(analysis, best),
-        report=class_report(analysis, best, texts),
-        data={
-            "policies": policies,
-            "layers": layers,
-            "best": best,
-            "exits": [r["individual"] for r in results["replicas"]],
-            "grids": [r["grid"] for r in results["replicas"]],
-            "bounds": [r["bounds"] for r in results["replicas"]],
-        },
-        figures={
-            "curve": _json(curve_figure(results)),
-            "shares": _json(shares_figure(layers)),
-            "reliability": _json(
-                make_figure(*RELIABILITY_AXES, reliability_traces(analysis, best))
-            ),
-            "loss": _json(make_figure(*LOSS_AXES, loss_traces(metrics, best, trainings))),
-        },
+        report=class_report(analysis, best, threshold, details.texts),
+        classes_at=_AT.format(results["n"]["validation"]),
+        cut=_describe_cut(analysis, best, threshold, details),
+        times=details.times,
+        colors=[f"var(--c-{c[1:]}, {c})" for c in map(exit_color, range(len(results["exits"])))],
+        reliability=list(reliability),
+        data=_page_data(analysis, results, policies, details),
+        charts=charts,
+        scripts={name: read_script(name) for name in ("charts", "page")},
     )
     write_text(path, page)
 
 
-def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
-    """Writes one page that overlays the curves of several runs, (name, analysis) each.
-
-    A run's line is the mean over the replicas of its chosen learning rate, read at common costs;
-    each replica's own curve is drawn thin beside it, and the mean of its floor and of its stable
-    oracle in the same color, hidden until their names are clicked.
-    """
-    traces, rows = [], []
-    for number, (name, analysis) in enumerate(runs):
-        identity, curve = analysis.validation.identity, analysis.curve
-        cost = np.linspace(curve.cost.min(), curve.cost.max(), 200)  # [T]
-        each = _read_at(cost, [(curve.cost[r], curve.score[r]) for r in analysis.chosen])
-        lines = [("", metric, "solid", 0.7) for metric in each if len(each) > 1]
-        lines.append((name, each.mean(axis=0), "solid", 2.5))
-        for kind in ("floor", "stable"):
-            title, _, dash = BOUNDS[kind]
-            bounds = [bound_curve(analysis, r, kind) for r in analysis.chosen]
-            mean = _read_at(cost, [(b.cost, b.score) for b in bounds]).mean(axis=0)
-            lines.append((f"{name}: {title}", mean, dash, 1))
-        traces += [
-            Trace(
-                label,
-                exit_color(number),
-                cost.tolist(),
-                values.tolist(),
-                dash=dash,
-                width=width,
-                optional=dash != "solid",
-            )
-            for label, values, dash, width in lines
-        ]
-        rows.append(
-            {
-                "name": name,
-                **{key: getattr(identity, key) for key in ("task", "method", "metric")},
-                "seeds": len(each),
-                "n": analysis.validation.labels.shape[1],
-                "area": float(np.mean([curve_area(cost, metric) for metric in each])),
-                "first": float(each[:, 0].mean()),
-                "last": float(each[:, -1].mean()),
-            }
-        )
-    figure = make_figure("cost (share of the full model's layers)", "metric", traces)
-    page = _ENVIRONMENT.get_template("comparison.html").render(
-        rows=rows, plotly=plotly.offline.get_plotlyjs(), figure=_json(figure)
-    )
-    write_text(path, page)
+def _page_data(
+    analysis: Analysis,
+    results: Mapping[str, Any],
+    policies: Sequence[dict[str, dict[str, Any]]],
+    details: ReportDetails,
+) -> dict[str, Any]:
+    """Returns what page.js reads."""
+    best, validation = results["best_replica"], analysis.validation
+    rows = row_series(validation.replica(best), analysis.resolver(best), policies[best])
+    shown = [
+        {name: {k: v for k, v in one.items() if k != "positions"} for name, one in each.items()}
+        for each in policies
+    ]
+    return {
+        "policies": shown,
+        "metric": results["metric"],
+        "milliseconds": details.times and details.times.milliseconds.tolist(),
+        "best": best,
+        "exits": [r["individual"] for r in results["replicas"]],
+        "grids": [r["grid"] for r in results["replicas"]],
+        "bounds": [r["bounds"] for r in results["replicas"]],
+        "bound_names": list(BOUNDS),
+        "classes": len(validation.identity.classes),
+        "classes_at": _AT.format(results["n"]["validation"]),
+        "rows": rows,
+    }
 
 
-def _read_at(cost: np.ndarray, curves: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Returns the metric of curves, each (cost, metric), at these costs [T]: [chosen R, T]."""
-    return np.stack([np.interp(cost, *curve) for curve in curves])
+def _describe_target(target: Mapping[str, float], metric: str) -> str:
+    """Says how the recommended threshold was chosen."""
+    for name, value in target.items():
+        match name:
+            case "cost":
+                return f"the best {metric} within {value:g} of the layers"
+            case "milliseconds":
+                return f"the best {metric} within {value:g} ms a text"
+            case "accuracy":
+                return f"the cheapest with {metric} {value:g}"
+            case "threshold":
+                return "as it was asked for"
+    return f"the cheapest that keeps the last exit's {metric}"
 
 
-def _json(figure: go.Figure) -> Any:
-    return json.loads(figure.to_json())
+def _warnings(results: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each exit that diverged, collapsed, or is below a baseline."""
+    return [describe_divergence(row) for r in results["replicas"] for row in r["diverged"]] + [
+        describe_shortfall(finding, results["metric"], refitted=is_refitted(results))
+        for finding in worst_shortfalls(results)
+    ]
+
+
+def _raised_errors(results: Mapping[str, Any]) -> list[str]:
+    """Describes the exits of the best replica whose ECE temperature scaling raises."""
+    found = []
+    for row in results["replicas"][results["best_replica"]]["quality"]:
+        before, after = row["before"]["ece"], row["after"]["ece"]
+        if before is not None and after is not None and after - before >= _RAISED:
+            found.append(f"exit {row['layer']} from {before:.4f} to {after:.4f}")
+    return found
+
+
+def _describe_cut(
+    analysis: Analysis, replica: int, threshold: float, details: ReportDetails
+) -> dict[str, Any] | None:
+    """Describes the texts that were cut: how many, and the metric on them and on the others."""
+    cut = details.cut
+    if cut is None or not cut.any() or not np.isfinite(analysis.area[replica]):
+        return None
+    rows = analysis.validation.replica(replica)
+    exits, labels = analysis.exits_taken(replica, threshold), rows.labels[0]
+    given = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
+    parts = []
+    for name, use in (("cut texts", cut), ("whole texts", ~cut)):
+        if use.any():
+            arguments = rows.metric, given[use], labels[use], rows.logits.shape[-1]
+            score, interval = compute_metric(*arguments), score_interval(*arguments)
+            parts.append({"name": name, "n": int(use.sum()), "score": score, "interval": interval})
+    return {"rows": int(cut.sum()), "max_length": details.max_length, "parts": parts}

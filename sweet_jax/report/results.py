@@ -14,6 +14,7 @@ from sweet_jax.exits.analysis import Analysis, scores_at_costs
 from sweet_jax.exits.bounds import (
     ORACLES,
     best_thresholds,
+    mean_metrics,
     oracle,
     share_of_gap,
     single_exit_hull,
@@ -25,6 +26,7 @@ from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.reliability import confidence_quality
 from sweet_jax.exits.simulation import Curve
+from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.shortfalls import shortfall_results
 
@@ -111,7 +113,9 @@ def build_results(config: Config, analysis: Analysis, training: TrainingRecord) 
 def _replica_results(analysis: Analysis, replica: int, costs: Sequence[float]) -> dict[str, Any]:
     """Returns the entry of `replicas` for one replica, without its failures."""
     seed, rate = analysis.replicas[replica]
-    keep = analysis.operating_point(replica)
+    keep, shown = analysis.operating_point(replica), {}
+    if keep.threshold is not None:
+        shown = {"text": format_threshold(keep.threshold, analysis.breakpoints(replica))}
     return {
         "seed": seed,
         "learning_rate": rate,
@@ -122,7 +126,7 @@ def _replica_results(analysis: Analysis, replica: int, costs: Sequence[float]) -
         "at_cost": scores_at_costs(analysis.curve, replica, costs),
         "grid_at_cost": scores_at_costs(analysis.grid, replica, costs),  # as the SWEET paper reads
         "calibration_area": _finite(analysis.area[replica]),
-        "full_score": None if keep.threshold is None else keep.as_dict(),
+        "full_score": None if keep.threshold is None else keep.as_dict() | shown,
         "quality": _quality(analysis, replica),
         **_bounds(analysis, replica),
     }
@@ -156,8 +160,10 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
         if cost[-1] < end:  # a bound that ends before the last exit is constant from there on
             cost, values = [*cost, end], [*values, values[-1]]
         reached[kind] = {"cost": cost, "score": values}
-    gap = share_of_gap(*curve, bounds["floor"], bounds["stable"])
-    return {"bounds": reached, "gap_closed": gap}
+    pair = bounds["floor"], bounds["stable"]
+    means = mean_metrics(*curve, *pair)
+    named = means and dict(zip(("floor", "policy", "stable"), means, strict=True))
+    return {"bounds": reached, "gap_closed": share_of_gap(*curve, *pair), "mean_metrics": named}
 
 
 def bound_curve(analysis: Analysis, replica: int, kind: str) -> ParetoFront:

@@ -1,6 +1,6 @@
-"""Traces of the report's figures, whichever library draws them.
+"""Traces of the report's figures, whichever draws them: charts.js in the page, matplotlib in files.
 
-Shape letters: E exit, T points.
+Shape letters: E exit, T points, R' replicas of the chosen learning rate.
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ from sweet_jax.report.baselines import baseline_title
 _COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
 _FAR = 0.15  # of a baseline below the lowest exit
 _SMOOTHED = 20  # steps
+_FEW = 5  # rows of a bin
 LOSS_AXES = ("step", "cross-entropy, mean of 20 steps")
 RELIABILITY_AXES = ("confidence", "share correct")
 
-# What a figure calls each bound of results.json, its color and plotly's dash, in order.
+# What a figure calls each bound of results.json, its color and dash, in order.
 BOUNDS = {
     "floor": ("floor: exits at random", "#7f7f7f", "dot"),
     "stable": ("stable oracle", "#3b528b", "dash"),
@@ -48,11 +49,13 @@ class Trace:
     color: str
     x: Sequence[float] = ()  # [T]
     y: Sequence[float] = ()  # [T]
-    dash: str = ""  # of the line, by plotly's name; "" for no line
-    width: float = 2  # of the line, in plotly's pixels
-    symbol: str = ""  # of the markers, by plotly's name; "" for none
-    size: int = 8  # of the markers, in plotly's pixels
+    low: Sequence[float] = ()  # [T], the lower edge of a band whose upper edge is y
+    dash: str = ""  # of the line, a key of `figures`' dashes; "" for no line
+    width: float = 2  # of the line, in pixels of the page
+    symbol: str = ""  # of the markers, a key of `figures`' markers; "" for none
+    size: int = 8  # of the markers, in pixels of the page
     text: Sequence[str] = ()  # of each point, shown beside the pointer
+    steps: bool = False  # whether y holds until the next x, rather than a line to it
     optional: bool = False  # whether the page shows it only when its name is clicked
     far: bool = False  # whether it is so far below the rest that it would flatten them
 
@@ -74,11 +77,32 @@ def operating_point_traces(results: Mapping[str, Any]) -> list[Trace]:
         grid["score"],
         symbol="circle",
         size=7,
-        text=[f"threshold {threshold:.3f}" for threshold in grid["threshold"]],
+        text=[f"threshold {threshold:.4g}" for threshold in grid["threshold"]],
+        optional=True,
     )
-    layers = [f"exit {row['layer']}" for row in exits]
+    layers = [f"exit {row['layer']} for all" for row in exits]
     alone = Trace("one exit for all", "#e8833a", costs, values, symbol="square", text=layers)
     return [paper, alone]
+
+
+def seed_band(analysis: Analysis, color: str = "#21918c") -> Trace | None:
+    """Returns the band between the lowest and the highest curve of several seeds, else None.
+
+    Of the replicas of the chosen learning rate, read at 200 common costs.
+    """
+    cost, each = common_curves(analysis)
+    if len(each) < 2:
+        return None
+    low, high = each.min(axis=0).tolist(), each.max(axis=0).tolist()
+    return Trace(f"{len(each)} seeds, lowest to highest", color, cost.tolist(), high, low=low)
+
+
+def common_curves(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the curves of the chosen replicas at common costs: cost [T], metric [R', T]."""
+    curve = analysis.curve
+    cost = np.linspace(curve.cost.min(), curve.cost.max(), 200)
+    each = [np.interp(cost, curve.cost[r], curve.score[r]) for r in analysis.chosen]
+    return cost, np.stack(each)
 
 
 def bound_traces(results: Mapping[str, Any]) -> list[Trace]:
@@ -128,33 +152,37 @@ def baseline_traces(results: Mapping[str, Any]) -> list[Trace]:
     ]
 
 
-def reliability_traces(analysis: Analysis, replica: int) -> list[Trace]:
-    """Returns reliability diagrams (Guo et al. 2017) of each exit on validation rows.
+def reliability_traces(analysis: Analysis, replica: int) -> dict[str, list[Trace]]:
+    """Returns the reliability diagram (Guo et al. 2017) of each exit on validation rows, by title.
 
-    Mean confidence and share correct in ten bins, without the empty ones: dotted before, solid
-    after temperature scaling. Exits that diverged are left out.
+    Mean confidence and share correct in ten bins: dotted before, solid after temperature scaling.
+    Bins of few rows (less than 1%, or than 5) are left out: their shares are chance. So are exits
+    that diverged.
     """
     logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
     objective = analysis.validation.objective
     correct = objective.is_correct(logits, labels)  # [E, N]
-    traces = [Trace("perfect", "#bbbbbb", [0, 1], [0, 1], dash="solid")]
     fitted = analysis.temperatures[replica]
-    for when, dash, scale in (("before", "dot", np.ones(len(fitted))), ("after", "solid", fitted)):
-        outcomes = outcome_probabilities(logits, scale, objective)  # [E, N, outputs, outcomes]
-        confidences = outcomes.max(axis=-1).mean(axis=-1)  # [E, N]
-        for e, layer in enumerate(analysis.validation.layers):
-            if np.isnan(confidences[e]).any():
-                continue
-            mean, share, count = reliability_diagram(confidences[e], correct[e])
-            error = expected_calibration_error(confidences[e], correct[e])
-            name = f"exit {layer} {when}, ECE {error:.3f}"
-            points = mean[count > 0].tolist(), share[count > 0].tolist()
-            rows = [f"{n} rows" for n in count[count > 0].tolist()]
+    few, found = max(_FEW, 0.01 * correct.shape[1]), {}
+    for e, layer in enumerate(analysis.validation.layers):
+        traces, errors = [Trace("perfect", "#bbbbbb", [0, 1], [0, 1], dash="solid", width=1)], []
+        for when, dash, scale in (("before", "dot", np.ones(1)), ("after", "solid", fitted[[e]])):
+            outcomes = outcome_probabilities(logits[[e]], scale, objective)[0]  # [N, V, K]
+            confidences = outcomes.max(axis=-1).mean(axis=-1)  # [N]
+            if np.isnan(confidences).any():
+                break
+            mean, share, count = reliability_diagram(confidences, correct[e])
+            errors.append(expected_calibration_error(confidences, correct[e]))
+            use = count >= few
+            points = mean[use].tolist(), share[use].tolist()
+            rows = [f"{n} rows" for n in count[use].tolist()]
             color = exit_color(e)
             traces.append(
-                Trace(name, color, *points, dash=dash, symbol="circle", size=6, text=rows)
+                Trace(when, color, *points, dash=dash, symbol="circle", size=6, text=rows)
             )
-    return traces
+        if len(errors) == 2:
+            found[f"exit {layer}: ECE {errors[0]:.3f}, after {errors[1]:.3f}"] = traces
+    return found
 
 
 def loss_traces(

@@ -1,0 +1,64 @@
+"""Thresholds as text: as many digits as decide which exit each known row takes.
+
+Shape letters: R replica, E exit, N examples, T thresholds, B breakpoints.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from sweet_jax.exits.certificates import NEVER
+
+_SHORT = 8  # characters: a number that a user may have written stays as it is
+
+
+def breakpoints(*confidences: np.ndarray) -> np.ndarray:
+    """Returns the distinct finite numbers of arrays of any shape, ascending, float64 [B].
+
+    Of the confidences of all rows that a threshold is said to be chosen or evaluated on, or of
+    their running maximum over exits: where a row's exit changes.
+    """
+    every = np.unique(np.concatenate([np.ravel(c) for c in confidences]))
+    return every[np.isfinite(every)]
+
+
+def format_threshold(threshold: float, points: np.ndarray) -> str:
+    """Formats one threshold, see `format_thresholds`."""
+    (text,) = format_thresholds([threshold], points)
+    return text
+
+
+def format_thresholds(thresholds: Iterable[float], points: np.ndarray) -> list[str]:
+    """Formats thresholds with the fewest decimals that send the same rows to the same exits.
+
+    A row leaves where its confidence is at least the threshold: any number above the next lower
+    breakpoint and up to the next one does the same. Of those with the fewest decimals, the nearest
+    to the threshold; `float` of the text is such a number. What is short already is not rounded.
+
+    Args:
+      thresholds: T numbers.
+      points: of the rows, see `breakpoints`; float64 [B].
+
+    """
+    values = np.asarray(list(thresholds), np.float64)  # [T]
+    at = np.searchsorted(points, values)  # of the next breakpoint from the threshold on
+    lower = np.append(-np.inf, points)[at]
+    upper = np.append(points, np.inf)[at]
+    triples = zip(values.tolist(), lower.tolist(), upper.tolist(), strict=True)
+    return [_shortest(*triple) for triple in triples]
+
+
+def _shortest(value: float, lower: float, upper: float) -> str:
+    """Returns the shortest decimal in (lower, upper] that is nearest to value."""
+    if value >= NEVER:
+        return "inf"
+    text = repr(value)
+    if len(text) <= _SHORT:
+        return text
+    for decimals in range(2, 17):
+        step = 10.0**-decimals
+        tried = [f"{v:.{decimals}f}" for v in (value, value - step / 2, value + step / 2)]
+        for candidate in tried:
+            if lower < float(candidate) <= upper:
+                return candidate
+    return text

@@ -1,0 +1,75 @@
+"""Charts of the page as JSON, which charts.js draws; the page fills in what its slider changes.
+
+Shape letters: E exit.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.report.details import ExitTimes
+from sweet_jax.report.traces import (
+    Trace,
+    baseline_traces,
+    bound_traces,
+    operating_point_traces,
+)
+
+COST_AXIS = "share of the full model's layers"
+
+
+def make_chart(
+    title: str, x: str, y: str, traces: Sequence[Trace | None], **options: Any
+) -> dict[str, Any]:
+    """Returns a chart: titles, traces without None, and options that charts.js describes."""
+    return {
+        "title": title,
+        "x": x,
+        "y": y,
+        "traces": [_trace(trace) for trace in traces if trace is not None],
+        **options,
+    }
+
+
+def _trace(trace: Trace) -> dict[str, Any]:
+    """Returns the fields of a trace that say something, numbers rounded."""
+    values = {k: v for k, v in dataclasses.asdict(trace).items() if v != () and v is not False}
+    for name in ("x", "y", "low"):
+        values[name] = np.round(values.get(name, ()), 6).tolist()
+    values["hidden"] = bool(values.pop("optional", False) or values.pop("far", False))
+    return values
+
+
+def curve_chart(
+    results: Mapping[str, Any], band: Trace | None, times: ExitTimes | None
+) -> dict[str, Any]:
+    """Returns the chart of the metric against cost.
+
+    Its traces are 0 the curve, 1 the paper's grid, 2 single exits, 3 the recommended point, 4 the
+    slider's, then the bounds in the order of BOUNDS, all of which the page fills in; then the
+    baselines, and the band of several seeds. A second x axis has the milliseconds of each exit at
+    its share of the layers, linear between: what a text takes that goes no further.
+    """
+    exits = results["replicas"][results["best_replica"]]["individual"]
+    curve = Trace("every threshold", "#21918c", dash="solid", steps=True)
+    recommended = Trace("recommended", "#c0392b", symbol="ring", size=14)
+    slider = Trace("the slider", "#c0392b", symbol="circle", size=8)
+    baselines = baseline_traces(results)
+    options: dict[str, Any] = {"zero": bool(baselines)}
+    if times is not None:
+        pairs = zip((row["cost"] for row in exits), times.milliseconds.tolist(), strict=True)
+        title = f"milliseconds until each exit, a text of {times.tokens} tokens"
+        options["top"] = {"title": title, "points": [list(pair) for pair in pairs]}
+    metric = results["metric"].replace("_", " ")
+    return make_chart(
+        f"{metric} against {COST_AXIS}",
+        COST_AXIS,
+        metric,
+        [
+            *(curve, *operating_point_traces(results), recommended, slider),
+            *(*bound_traces(results), *baselines, band),
+        ],
+        **options,
+    )

@@ -1,0 +1,135 @@
+"""The first screen in words: what was trained, and what the recommended operating point is worth.
+
+Shape letters: N validation rows, E exit.
+"""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.exits.analysis import Analysis
+from sweet_jax.exits.intervals import paired_difference, score_interval
+from sweet_jax.exits.metrics import compute_metric
+from sweet_jax.exits.thresholds import format_threshold
+from sweet_jax.methods import METHODS
+from sweet_jax.objectives import Metric
+from sweet_jax.report.baselines import baseline_title
+from sweet_jax.report.details import ReportDetails
+
+
+def describe_training(results: Mapping[str, Any], classes: int) -> str:
+    """Says in one sentence what was trained on what, from the contents of results.json."""
+    layers = [str(layer) for layer in results["exits"]]
+    several = ", ".join(layers[:-1]) + " or " + layers[-1] if len(layers) > 1 else layers[0]
+    name = PurePath(results["checkpoint"].removeprefix("pkg://"))
+    checkpoint = name.parent.name if name.name == "model" and name.parent.name else str(name)
+    method = results["method"].replace("_", "-")
+    kinds = f" of {classes:,} classes" if classes else ""
+    what = f"{checkpoint} with {layers[-1]} layers, fine-tuned ({method})"
+    if METHODS[results["method"]].model_per_exit:
+        what = f"{len(layers)} models from {checkpoint} ({method})"
+    return (
+        f"{what} on {results['n']['train']:,} rows{kinds}. A text gets its answer after layer "
+        f"{several}: at the first where the model is confident enough."
+    )
+
+
+def verdict(
+    analysis: Analysis,
+    results: Mapping[str, Any],
+    replica: int,
+    threshold: float,
+    details: ReportDetails,
+) -> list[str]:
+    """Says in two sentences what a threshold gives against all layers, and against the baselines.
+
+    All on the validation rows, with 95% intervals over rows: of the metric as in `score_interval`,
+    of differences as in `paired_difference`.
+    """
+    if not np.isfinite(analysis.area[replica]):
+        return ["Training diverged: there is no operating point to recommend."]
+    rows = analysis.validation.replica(replica)
+    exits = analysis.exits_taken(replica, threshold)  # [N]
+    each, labels, metric = rows.predictions[0], rows.labels[0], rows.metric
+    given, last = each[exits, np.arange(len(exits))], each[-1]  # [N, ...]
+    classes = rows.logits.shape[-1]
+    found = compute_metric(metric, given, labels, classes)
+    interval = score_interval(metric, given, labels, classes)
+    whole = np.isinf(threshold) or len(rows.layers) == 1
+    lead = "Through all layers"
+    if not whole:
+        shown = format_threshold(threshold, analysis.breakpoints(replica))
+        lead = f"At the recommended threshold {shown}"
+    first = (
+        f"{lead} the model {_reaches(metric, found)} on {len(labels):,} validation rows (95% "
+        f"interval {_number(metric, interval[0])} to {_number(metric, interval[1])}), "
+        f"{_spend(rows.cost, exits, details)}"
+    )
+    if not whole:
+        value = compute_metric(metric, last, labels, classes)
+        gap = paired_difference(metric, given, last, labels, classes)
+        first += f"; all layers give {_number(metric, value)}: {_difference(metric, *gap)}"
+    return [f"{first}.", _against_baselines(results, replica, (metric, given, labels), details)]
+
+
+def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
+    """Says what rows that take these exits [N] spend, in layers and in time."""
+    words = f"for {cost[exits].mean():.0%} of the layers"
+    if details.times is None:
+        return words
+    clock = details.times.milliseconds
+    words += f" and {_milliseconds(clock[exits].mean())} a text"
+    if exits.min() < len(clock) - 1:
+        words += f" instead of {_milliseconds(clock[-1])}"
+    return words
+
+
+def _against_baselines(
+    results: Mapping[str, Any],
+    replica: int,
+    ours: tuple[Metric, np.ndarray, np.ndarray],
+    details: ReportDetails,
+) -> str:
+    """Says how (metric, predictions, labels) compare with the best baseline."""
+    known = results.get("baselines", {})
+    if not known:
+        return "No baseline was tried on these rows."
+    name = max(known, key=lambda key: known[key]["score"])
+    metric, given, labels = ours
+    title = baseline_title(name)
+    title = title if title == name else title[:1].upper() + title[1:]
+    text = f"{title}, the best baseline, {_reaches(metric, known[name]['score'])}"
+    theirs = [b.for_replica(replica) for b in details.baselines if b.name == name]
+    if theirs:
+        classes = int(max(labels.max(), given.max(), theirs[0].max())) + 1
+        gap = paired_difference(metric, given, theirs[0], labels, classes)
+        text += f": {_difference(metric, *gap, 'the model is ')}"
+    return f"{text}."
+
+
+def _reaches(metric: Metric, value: float) -> str:
+    if metric.name == "accuracy":
+        return f"is right {_number(metric, value)} of the time"
+    return f"has {metric.name.replace('_', ' ')} {_number(metric, value)}"
+
+
+def _number(metric: Metric, value: float) -> str:
+    return f"{100 * value:.1f}%" if metric.name == "accuracy" else f"{value:.3f}"
+
+
+def _difference(metric: Metric, gap: float, low: float, high: float, subject: str = "") -> str:
+    """Says how a difference of two metrics is to be read, with its 95% interval."""
+    scale, unit, digits = (100, " points", 1) if metric.name == "accuracy" else (1, "", 3)
+    # A minus that is as wide as the plus; no negative zero.
+    ends = [f"{scale * v + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}") for v in (low, high)]
+    span = f"95% interval of the difference {ends[0]} to {ends[1]}{unit}"
+    if low <= 0 <= high:
+        return f"no difference that these rows can show ({span})"
+    side = "better" if gap > 0 else "worse"
+    return f"{subject}{scale * abs(gap):.{digits}f}{unit} {side} ({span})"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 100 else f"{value:,.0f} ms"

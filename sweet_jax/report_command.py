@@ -1,0 +1,142 @@
+"""Writes the report of a finished run anew, for a target, with the times measured since.
+
+  sweet-jax report runs/quickstart                  report.html, with the recommended threshold
+  sweet-jax report runs/quickstart --cost=0.5       the best metric within half of the layers
+  sweet-jax report runs/quickstart --milliseconds=5 after sweet-jax predict --model=... --measure
+  sweet-jax report runs/quickstart --png            report.png too: a picture of the first screen
+
+Nothing is computed by the model. Single texts need the data files as they were; without them the
+report has none. The picture is taken by Chromium where there is one, and drawn by matplotlib
+elsewhere. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sweet_jax.arguments import ArgumentParser, run_command
+from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.data.batches import longer_than
+from sweet_jax.data.load import load_dataset
+from sweet_jax.exits.analysis import load_analysis
+from sweet_jax.exits.targets import check_targets
+from sweet_jax.files import expand_user, read_json
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.latency import LATENCY_FILE, read_latency_file
+from sweet_jax.report.baselines import load_baselines
+from sweet_jax.report.details import ExitTimes, ReportDetails
+from sweet_jax.report.page import write_report
+
+log = logging.getLogger(__name__)
+
+_TARGETS = {
+    "cost": "largest mean cost, a share of the full model's layers",
+    "accuracy": "smallest metric on calibration rows",
+    "milliseconds": "largest mean time of one text by itself; needs predict --measure first",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(lambda: _run(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser("sweet_jax.report", __doc__ or "")
+    parser.add_argument("run", metavar="DIR", help="directory of a finished run")
+    target = parser.add_mutually_exclusive_group()
+    for name, text in _TARGETS.items():
+        target.add_argument(f"--{name}", type=float, help=text)
+    parser.add_argument("--png", action="store_true", help="also report.png, of the first screen")
+    return parser.parse_args(argv)
+
+
+def _run(options: argparse.Namespace) -> None:
+    values = {name: getattr(options, name) for name in _TARGETS}
+    check_targets(values, "--")
+    run, target = expand_user(options.run), {k: v for k, v in values.items() if v is not None}
+    render_report(run, target, picture=options.png)
+    print(f"report: {run / 'report.html'}")
+    if options.png:
+        print(f"first screen: {run / 'report.png'}")
+
+
+def render_report(run: Path, target: Mapping[str, float], *, picture: bool = False) -> None:
+    """Writes report.html of a finished run anew.
+
+    Args:
+      run: its directory.
+      target: of the operating point that is recommended, see `ReportDetails`.
+      picture: also write report.png, of the first screen.
+
+    Raises UserError where there is no finished run, or a target that cannot be looked up.
+
+    """
+    from sweet_jax.training.initialization import model_specs  # imports JAX
+    from sweet_jax.training.metrics import read_metrics
+
+    analysis = load_analysis(run)
+    try:
+        results, values = (read_json(run / name) for name in ("results.json", "config.json"))
+        digest = values.pop("data_sha256", "")
+        config = from_mapping({k: v for k, v in values.items() if k in Config.__dataclass_fields__})
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{str(run)!r} is not a finished run: {error}") from error
+    details = _read_details(run, config, digest, target)
+    trained = {model.name: model.exits for model in model_specs(config)}
+    page = run / "report.html"
+    write_report(page, analysis, results, read_metrics(run), trained, details)
+    if picture:
+        from sweet_jax.report.first_screen import draw_first_screen, photograph_page
+
+        if not photograph_page(page, page.with_suffix(".png")):
+            draw_first_screen(page.with_suffix(".png"), analysis, results, details)
+
+
+def _read_details(
+    run: Path, config: Config, digest: str, target: Mapping[str, float]
+) -> ReportDetails:
+    """Reads what the report shows beside the outputs, as far as it is there.
+
+    Raises UserError for a damaged file, and for milliseconds where no times are known.
+    """
+    model, baselines = open_model(run / "model"), run / "exit_outputs" / "baselines.npz"
+    times = None
+    table = read_latency_file(model.folder / LATENCY_FILE, len(model.layers))
+    if table is not None:
+        tokens = next((n for n in table.lengths if n >= model.median_tokens), table.lengths[-1])
+        times = ExitTimes(table.until_exit(model.median_tokens), tokens, table.machine)
+    elif "milliseconds" in target:
+        raise UserError(
+            f"--milliseconds needs times: sweet-jax predict --model={model.folder} --measure "
+            "finds them"
+        )
+    texts = _read_texts(config, digest)
+    return ReportDetails(
+        texts=texts if config.report_texts else None,
+        times=times,
+        baselines=load_baselines(baselines) if baselines.exists() else (),
+        cut=None if texts is None else longer_than(model.tokenizer, texts, config.max_length),
+        max_length=config.max_length,
+        target=target,
+    )
+
+
+def _read_texts(config: Config, digest: str) -> Sequence[tuple[str, ...]] | None:
+    """Returns the validation texts; None where the data are not those that the run was made on."""
+    try:
+        dataset = load_dataset(config)
+    except UserError as error:
+        log.warning("the report has no texts: %s", error)
+        return None
+    if dataset.digest() != digest:
+        log.warning("the report has no texts: the data are not those of the run any more")
+        return None
+    return dataset.validation.texts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The pages of reports under axe-core, on a wide and a narrow screen, in light and dark colors."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_report_classes import TEXTS, analysis_of
+
+from sweet_jax.config import from_mapping
+from sweet_jax.report.baselines import Baseline
+from sweet_jax.report.comparison import write_comparison
+from sweet_jax.report.details import ExitTimes, ReportDetails
+from sweet_jax.report.page import write_report
+from sweet_jax.report.results import TrainingRecord, build_results
+
+RUN_AXE = """
+const done = arguments[arguments.length - 1];
+document.querySelectorAll("details").forEach(d => { d.open = true; });
+axe.run().then(found => done([
+  found.passes.length,
+  found.violations.filter(v => ["serious", "critical"].includes(v.impact))
+    .map(v => `${v.id}: ${v.nodes.map(n => n.html).slice(0, 3).join(" ")}`),
+  document.documentElement.scrollWidth,
+]));
+"""
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    folder = os.environ.get("SWEET_NODE_MODULES", "")
+    path = Path(folder) / "axe-core" / "axe.min.js"
+    if not folder or not path.is_file():
+        pytest.skip("no axe-core (npm install axe-core; SWEET_NODE_MODULES=.../node_modules)")
+    return path.read_text()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> list[Path]:
+    """Reports of few and of many classes with all their parts, and a comparison."""
+    folder, found = tmp_path_factory.mktemp("pages"), []
+    for classes in (3, 77):
+        analysis = analysis_of(classes)
+        baselines = [Baseline("tfidf", np.arange(240) % classes, 0.0)]
+        config = from_mapping({"exits": (1, 2, 4)}).resolved()
+        results = build_results(config, analysis, TrainingRecord(100, baselines=baselines))
+        times = ExitTimes(np.asarray([1.0, 2.0, 4.0]), 32, "a machine")
+        details = ReportDetails(TEXTS, times, baselines, np.arange(240) % 2 == 0, 16)
+        found.append(folder / f"{classes}.html")
+        write_report(found[-1], analysis, results, [], {}, details)
+    found.append(folder / "compare.html")
+    write_comparison(found[-1], [("one", analysis), ("two", analysis)])
+    return found
+
+
+@pytest.mark.slow
+def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(pages, browser, axe):
+    screen = {"deviceScaleFactor": 1, "mobile": False, "height": 900}
+    try:
+        for width, scheme in ((1200, "light"), (390, "dark")):
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen | {"width": width})
+            feature = {"name": "prefers-color-scheme", "value": scheme}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            for page in pages:
+                browser.get(page.as_uri())
+                browser.execute_script(axe)
+                passed, faults, wide = browser.execute_async_script(RUN_AXE)
+                assert passed > 15
+                assert faults == [], page.name
+                assert wide <= width, page.name
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
