@@ -87,6 +87,17 @@ class LossCounts:
     harmed: np.ndarray
     rows: int
 
+    def kept_at(self, threshold: float, level: float = 0.95) -> float:
+        """Computes a lower confidence bound of the share not harmed at a threshold.
+
+        By the strictest candidate that is not stricter, so that at least as many left early as at
+        the threshold; by the least strict where all are. 1 where nothing leaves early.
+        """
+        if not len(self.thresholds) or threshold > NEVER:
+            return 1.0
+        at = min(int((self.thresholds > threshold).sum()), len(self.thresholds) - 1)
+        return float(1 - upper_bound(self.harmed[at], self.rows, level))
+
     def as_dict(self) -> dict[str, Any]:
         """Returns what exits.json holds; `from_dict` restores it exactly."""
         lists = {"thresholds": self.thresholds.tolist(), "harmed": self.harmed.tolist()}

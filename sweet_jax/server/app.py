@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -21,6 +22,8 @@ from sweet_jax.config import UserError
 from sweet_jax.exits.targets import TARGET_RANGES
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.predictions import ExitPrediction, Prediction, make_exit_predictions
+from sweet_jax.server.audit import Audit, AuditMiddleware
+from sweet_jax.server.audit_page import AuditCollector, render_page
 from sweet_jax.server.worker import QueueFullError, Worker, WorkerStoppedError
 
 _PAGE = Path(__file__).parent / "page.html"
@@ -57,10 +60,19 @@ class _Metrics:
         waiting.set_function(lambda: worker.waiting)
 
 
-def make_app(classifier: AdaptiveClassifier, batch_size: int, limits: Limits) -> Starlette:
+def make_app(
+    classifier: AdaptiveClassifier, batch_size: int, limits: Limits, audit: Audit | None = None
+) -> Starlette:
     """Returns the application; a request without a target is answered at the classifier's own."""
-    worker = Worker(classifier, batch_size, limits.waiting)
+    worker = Worker(classifier, batch_size, limits.waiting, audit)
     metrics = _Metrics(worker)
+    if audit is not None:
+        metrics.registry.register(AuditCollector(audit))
+
+    async def audit_page(_: Request) -> Response:
+        if audit is None:
+            return JSONResponse({"error": "no audit: start the server with --audit=0.02"}, 404)
+        return HTMLResponse(render_page(audit, classifier.model.task))
 
     async def predict(request: Request) -> Response:
         response = await _guarded(lambda: _predict(request, worker, metrics, limits), limits)
@@ -90,9 +102,11 @@ def make_app(classifier: AdaptiveClassifier, batch_size: int, limits: Limits) ->
         Route("/predict", predict, methods=["POST"]),
         Route("/healthz", healthz),
         Route("/metrics", metrics_text),
+        Route("/audit", audit_page),
         Route("/", page),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    after = [] if audit is None else [Middleware(AuditMiddleware, audit, worker.wake)]
+    return Starlette(routes=routes, lifespan=lifespan, middleware=after)
 
 
 def _render_page(classifier: AdaptiveClassifier) -> str:
