@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "head_init": ("", "random", "probe"),
     "rate_search": ("full", "short"),
     "baselines": ("none", "quick", "full"),
+    "log_to": ("tensorboard", "wandb", "mlflow"),
 }
 
 
@@ -97,6 +98,7 @@ class Config:
     splits: str = ""
     skip_invalid: bool = False
     report_texts: bool = True
+    log_to: str = "tensorboard"
     text_columns: str = ""
     label_column: str = "label"
     checkpoint_every: int = 200

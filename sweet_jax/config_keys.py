@@ -158,6 +158,10 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "segment_parallel": "Whether each group of devices trains its own segments (sweet).",
     },
     "Run": {
+        "log_to": (
+            "Where losses, learning rates and the tuning rows' metrics go beside metrics.jsonl; "
+            "with the report and the model, where that is W&B or MLflow."
+        ),
         "checkpoint_every": "Steps between checkpoints.",
         "conflict_every": (
             "Steps between logs of how the exits' gradients agree, where exits share layers.",

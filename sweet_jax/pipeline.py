@@ -33,10 +33,14 @@ from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.sharding import mesh_of, select_replica
 from sweet_jax.training.step import Params
+from sweet_jax.training.trackers import check_tracker, track_results
 
 # Keys that may differ when a run is resumed: beyond rounding, they change no number. The rows are
 # compared by their digest, wherever they lie.
-FREE_KEYS = ("checkpoint_every", "segment_parallel", "data_dir", "baselines", "report_texts")
+FREE_KEYS = (
+    *("checkpoint_every", "segment_parallel", "data_dir", "baselines", "report_texts"),
+    "log_to",
+)
 
 
 class SplitOutputs(NamedTuple):
@@ -64,6 +68,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
 
     """
     with raise_on_all():
+        check_tracker(config.log_to)
         job = prepare(config)
     identity, before = _identity(job), _older_defaults(config)
     with claim_on_primary(
@@ -85,7 +90,10 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
         with raise_on_all():
             if analysis is None:
                 return {}
-            return write_run(job, outcome, analysis, best, workdir, report=report)
+            results = write_run(job, outcome, analysis, best, workdir, report=report)
+            if report:
+                track_results(config.log_to, workdir, results)
+            return results
 
 
 def _identity(job: PreparedRun) -> dict[str, Any]:

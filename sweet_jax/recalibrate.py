@@ -1,11 +1,15 @@
-"""Refits a saved model's temperatures and thresholds on labelled rows, without touching weights.
+"""Refits a saved model's temperatures and thresholds on new rows, without touching weights.
 
   sweet-jax recalibrate --model=runs/x/model --labelled=new.csv
+  sweet-jax recalibrate --model=runs/x/model --audit_log=audit.jsonl
 
-For a model whose texts have changed since it was trained. Every row is computed by all exits; their
-answers fit temperatures, curves, thresholds and certificates anew, in a copy of the model beside it
-(--output names another place). The rows must not be those that it was trained on. Prints what
-changed. Exit status: 0 done, 2 the model or the rows will not do, 1 anything else.
+For a model whose texts have changed since it was trained. Labelled rows, which must not be those
+that it was trained on, are computed by all exits. The log of sweet-jax serve --audit holds what all
+exits computed, and no labels: exits are held to the predictions of the full model, so that the
+metric, in the new copy, is the agreement with it. Temperatures, curves, thresholds and certificates
+are fitted anew, in a copy of the model beside it (--output names another place). What changed is
+printed, and kept in the copy as recalibration.json. Exit status: 0 done, 2 the model or the rows
+will not do, 1 anything else.
 
 """
 
@@ -29,17 +33,19 @@ from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.label_checks import without_fraction
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns
-from sweet_jax.exits.analysis import analyse
-from sweet_jax.exits.metrics import compute_metric
-from sweet_jax.exits.operating_point import deployable_policies, make_resolver
-from sweet_jax.exits.outputs import ExitOutputs, RunIdentity
-from sweet_jax.exits.resolver import ThresholdResolver
-from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import expand_user, read_json, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
+from sweet_jax.inference.audit_log import read_audit_log
 from sweet_jax.inference.engine import default_engine, load_engine
 from sweet_jax.inference.latency import LATENCY_FILE
+from sweet_jax.inference.recalibration import (
+    change_lines,
+    describe_changes,
+    fit_by_agreement,
+    fit_by_labels,
+    updated_exits,
+)
 
 _FEW = 30  # rows: one of fewer is more than 3 points of accuracy
 
@@ -52,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.recalibrate", __doc__ or "")
     parser.add_argument("--model", required=True, help="folder model/ of a run")
-    parser.add_argument("--labelled", required=True, help="file of labelled rows, as in training")
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--labelled", help="file of labelled rows, as in training")
+    rows.add_argument("--audit_log", help="log of sweet-jax serve --audit, which needs no labels")
     parser.add_argument("--text", help="its text columns, if not named as in training: a or a,b")
     parser.add_argument("--label", default="label", help="its label column (default label)")
     parser.add_argument("--output", help="folder to make (default: MODEL-recalibrated)")
@@ -64,33 +72,35 @@ def _run(options: argparse.Namespace) -> None:
     output = expand_user(options.output or f"{str(model.folder).rstrip('/')}-recalibrated")
     if output.exists():
         raise UserError(f"--output {str(output)!r} exists: choose another, or remove it")
-    texts, labels = read_labelled(options, model)
-    engine = load_engine(default_engine(model), model)
-    logits, scores = compute_all_exits(model, engine, texts)
-    outputs = ExitOutputs(
-        logits[None],
-        labels,
-        np.asarray(model.layers),
-        model.cost,
-        None if scores is None else scores[None],
-        identity=RunIdentity(
-            split="calibration", policy=model.policy, metric=model.metric, classes=model.classes
-        ),
-    )
-    resolver = make_resolver(outputs, deployable_policies(outputs))
-    values = read_json(model.folder / "exits.json")
-    temperatures = resolver.calibrator.temperatures
-    full = analyse(outputs, outputs).operating_point(0)
-    changed = values | {
-        "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
-        "dials": resolver.as_dict()
-        | {"full_score": None if full.threshold is None else full.as_dict()},
-        "recalibrated_on": len(texts),
+    if options.audit_log:
+        found = fit_by_agreement(model, *_read_log(options.audit_log, model))
+    else:
+        texts, labels = read_labelled(options, model)
+        engine = load_engine(default_engine(model), model)
+        found = fit_by_labels(model, *compute_all_exits(model, engine, texts), labels)
+    changes = describe_changes(model, found)
+    files = {
+        "exits.json": updated_exits(read_json(model.folder / "exits.json"), found),
+        "recalibration.json": changes,
     }
-    _write_copy(model.folder, output, changed)
-    for line in _changes(model, outputs, resolver):
+    _write_copy(model.folder, output, files)
+    for line in change_lines(changes):
         print(line)
     print(f"written to {output}")
+
+
+def _read_log(path: str, model: ModelArtifact) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns what all exits computed of audited texts, see `read_audit_log`.
+
+    Raises UserError for too few of them, or a log without scores that the model learned.
+    """
+    logits, scores = read_audit_log(path, model.layers, len(model.classes))
+    if logits.shape[1] < _FEW:
+        raise UserError(
+            f"{path!r} has {logits.shape[1]} audited texts: thresholds fitted on fewer than {_FEW} "
+            "say little of others; let the server run longer, or raise --audit"
+        )
+    return logits, scores
 
 
 def read_labelled(
@@ -129,46 +139,20 @@ def read_labelled(
     return texts, np.asarray(labels, np.int32)
 
 
-def _write_copy(folder: Path, output: Path, values: Mapping[str, Any]) -> None:
-    """Writes a copy of a model's folder with another exits.json, whole or not at all."""
+def _write_copy(folder: Path, output: Path, files: Mapping[str, Any]) -> None:
+    """Writes a copy of a model's folder with other JSON files, whole or not at all."""
     aside = output.with_name(f".{output.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(LATENCY_FILE, INT8_FILE))
-        write_json(aside / "exits.json", values)
+        for name, values in files.items():
+            write_json(aside / name, values)
         aside.rename(output)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"--output {str(output)!r} cannot be written to ({error.strerror}): choose another"
         ) from error
-
-
-def _changes(model: ModelArtifact, outputs: ExitOutputs, now: ThresholdResolver) -> list[str]:
-    """Describes what changed: temperatures, and the threshold that keeps the last exit's metric."""
-    metric, labels = outputs.metric, outputs.labels[0]
-    lines = [f"{'exit':>6} {metric.name:>9}  temperature, on {len(labels)} rows"]
-    rows = zip(model.layers, outputs.predictions[0], strict=True)
-    for e, (layer, given) in enumerate(rows):
-        value = compute_metric(metric, given, labels, len(model.classes))
-        before, after = (r.calibrator.temperatures[e] for r in (model.resolver, now))
-        lines.append(f"{layer:6d} {value:9.4f}  {before:.3f} -> {after:.3f}")
-    for name, resolver in (("before", model.resolver), ("now", now)):
-        threshold = resolver.resolve(model.policy).threshold
-        if threshold is None:
-            lines.append(f"{name}: no threshold keeps the full {metric.name}")
-            continue
-        point = simulate(
-            outputs,
-            model.policy,
-            calibrators=[resolver.calibrator],
-            thresholds=np.asarray([threshold]),
-        )
-        lines.append(
-            f"{name}: threshold {threshold:.4f}, on these rows {metric.name} "
-            f"{point.score[0, 0]:.4f} at cost {point.cost[0, 0]:.3f}"
-        )
-    return lines
 
 
 if __name__ == "__main__":

@@ -14,6 +14,12 @@ GET /openapi.json  all requests and answers, as an OpenAPI document
 GET /healthz    200 while texts are classified (/health for text-embeddings-inference's clients)
 GET /metrics    in Prometheus' text format
 GET /           a page to try texts on
+GET /audit      with --audit, what the audit has found
+
+With --audit=0.02 two texts of a hundred go through all layers too, after their answers were sent
+and while no other text waits. The agreement of the answers with the full model is watched: an alarm
+is raised when it has fallen below --audit_agreement, by default what the calibration rows certify
+at the operating point. The test may be looked at at any time (Waudby-Smith and Ramdas 2024).
 
 Statuses: 400 malformed, 408 a body that arrives too slowly, 413 a body or a text that is too large,
 503 more texts than may wait, 504 not answered in time. On SIGTERM the server answers the requests
@@ -39,6 +45,11 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_
 from sweet_jax.config import UserError
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES
+from sweet_jax.server.audit_arguments import (
+    add_audit_arguments,
+    check_audit_arguments,
+    make_audit,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--warm_up", action="store_true", help="compile every program before the first request"
     )
+    add_audit_arguments(parser)
     options = parser.parse_args(argv)
     parse_targets(options)
     for name in (*limits, "timeout"):
@@ -79,6 +91,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name} must be more than 0; got {getattr(options, name)}")
     if not 0 <= options.port < 1 << 16:
         raise UserError(f"--port must be from 0 (any free one) to 65535; got {options.port}")
+    check_audit_arguments(options)
     return options
 
 
@@ -110,7 +123,8 @@ def _run(options: argparse.Namespace) -> None:
             options.max_waiting,
             options.timeout,
         )
-        app = make_app(classifier, options.batch_size, limits)
+        audit = make_audit(classifier, options) if options.audit else None
+        app = make_app(classifier, options.batch_size, limits, audit)
         settings = uvicorn.Config(
             app,
             log_level="warning",

@@ -176,6 +176,7 @@ uvicorn.Server.run = lambda *_, **__: print("running")
 assert serve.main(sys.argv[1:]) == 0
 """
         options = ["--port=0", "--policy=raw_confidence", "--warm_up"]
+        options += ["--audit=1", "--audit_agreement=0.9"]
         printed = run_without_jax(program, f"--model={folder}", f"--engine={engine}", *options)
         assert printed.splitlines()[-1] == "running"
         return

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from sweet_jax import AdaptiveClassifier, cli
-from sweet_jax.exits.calibration import fit_calibrators
+from sweet_jax.exits.calibration import fit_calibrators, fit_temperature
+from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences
 from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.audit_log import AuditLog, AuditRow
 
 
 @pytest.fixture
@@ -61,6 +64,53 @@ def test_a_copy_with_other_thresholds_is_written(sweet, shifted, labelled, tmp_p
     assert found.cost.mean() <= 0.7 + 0.02
     assert call(sweet, f"--labelled={labelled}", f"--output={folder}") == 2
     assert "exists: choose another, or remove it" in capsys.readouterr().err
+    changes = json.loads((folder / "recalibration.json").read_text())
+    assert (changes["by"], changes["rows"]) == ("labels", len(sweet.texts))
+    assert (
+        f"on these rows accuracy {changes['operating_points'][0]['now']['metric']:.4f}" in printed
+    )
+
+
+def test_an_audit_log_is_enough(sweet, tmp_path, capsys):
+    """Exits are held to what the last one says; of it such rows say nothing."""
+    model, folder = sweet.classifier.model, tmp_path / "again"
+    rng = np.random.default_rng(0)
+    logits = sweet.outputs.logits[0].copy()  # [E, N, C]
+    logits[0] += 3 * rng.normal(size=logits[0].shape)  # the first exit errs on these texts
+    log = AuditLog(
+        str(tmp_path / "audit.jsonl"), {"layers": list(model.layers), "classes": 2}, 1 << 20
+    )
+    given = logits.argmax(-1)
+    for n in range(logits.shape[1]):
+        agrees = given[:, n] == given[-1, n]
+        scores = sweet.outputs.exit_scores[0][:, n]
+        log.add(AuditRow(0.0, 0, agrees, np.zeros(3), logits[:, n], scores), model.layers)
+    log.close()
+    assert call(sweet, f"--audit_log={tmp_path / 'audit.jsonl'}", f"--output={folder}") == 0
+    assert "agreement=0.9:" in capsys.readouterr().out
+    old, new = (json.loads((each / "exits.json").read_text()) for each in (model.folder, folder))
+    assert new["recalibrated_by"] == "agreement"
+    assert new["temperatures"][-1] == old["temperatures"][-1]
+    wanted = [fit_temperature(each, given[-1]) for each in logits[:-1]]
+    np.testing.assert_allclose(new["temperatures"][:-1], wanted, rtol=1e-3)
+    changes = json.loads((folder / "recalibration.json").read_text())
+    np.testing.assert_allclose(
+        [exit["metric"] for exit in changes["exits"]], (given == given[-1]).mean(axis=1)
+    )
+    again = AdaptiveClassifier(open_model(folder), engine=sweet.classifier.engine)
+    assert again.threshold == changes["operating_points"][0]["now"]["threshold"]
+    found = again.at("raw_confidence", cost=0.7)
+    leaves = exit_confidences(UnlabeledOutputs(logits[None], model.layers), "raw_confidence")[0]
+    leaves = leaves >= found.threshold
+    leaves[-1] = True
+    assert model.cost[leaves.argmax(axis=0)].mean() <= 0.7
+
+
+def test_a_log_of_few_texts_is_refused(sweet, tmp_path, capsys):
+    path = tmp_path / "audit.jsonl"
+    AuditLog(str(path), {"layers": [2, 3, 4], "classes": 2}, 1 << 20).close()
+    assert call(sweet, f"--audit_log={path}", f"--output={tmp_path / 'again'}") == 2
+    assert "has no audited text yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

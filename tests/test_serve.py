@@ -29,8 +29,8 @@ from sweet_jax.server.worker import Worker  # noqa: E402 - likewise
 class Running:
     """A server in a thread, at a free port."""
 
-    def __init__(self, classifier, **limits):
-        app = make_app(classifier, 2, Limits(**limits))
+    def __init__(self, classifier, audit=None, **limits):
+        app = make_app(classifier, 2, Limits(**limits), audit)
         self.start(uvicorn.Config(app, port=0, log_level="error"))
 
     def start(self, settings) -> None:

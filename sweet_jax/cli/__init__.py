@@ -17,7 +17,10 @@ COMMANDS = {
     "serve": ("sweet_jax.serve", "serves a model over HTTP"),
     "quantize": ("sweet_jax.quantize", "fits a model's thresholds for int8"),
     "export": ("sweet_jax.export", "writes a model as StableHLO programs or ONNX graphs"),
-    "recalibrate": ("sweet_jax.recalibrate", "refits a model's thresholds on labelled rows"),
+    "recalibrate": (
+        "sweet_jax.recalibrate",
+        "refits a model's thresholds on labelled rows or an audit log",
+    ),
     "version": ("", "prints the version"),
 }
 

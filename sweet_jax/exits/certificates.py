@@ -88,6 +88,28 @@ class LossCounts:
     harmed: np.ndarray
     rows: int
 
+    def kept_at(self, threshold: float, level: float = 0.95) -> float:
+        """Computes a lower confidence bound of the share not harmed at a threshold.
+
+        At the candidate of `share_kept`; 1 where nothing leaves early.
+        """
+        at = self._candidate(threshold)
+        return 1.0 if at is None else float(1 - upper_bound(self.harmed[at], self.rows, level))
+
+    def share_kept(self, threshold: float) -> float:
+        """Returns the share not harmed at the strictest candidate that is no stricter.
+
+        At least as many left early there as at the threshold. At the least strict candidate where
+        all are stricter; 1 where nothing leaves early.
+        """
+        at = self._candidate(threshold)
+        return 1.0 if at is None else float(1 - self.harmed[at] / self.rows)
+
+    def _candidate(self, threshold: float) -> int | None:
+        if not len(self.thresholds) or threshold > NEVER:
+            return None
+        return min(int((self.thresholds > threshold).sum()), len(self.thresholds) - 1)
+
     def as_dict(self) -> dict[str, Any]:
         """Returns what exits.json holds; `from_dict` restores it exactly."""
         lists = {"thresholds": self.thresholds.tolist(), "harmed": self.harmed.tolist()}

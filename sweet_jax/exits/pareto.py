@@ -76,11 +76,18 @@ class ParetoFront:
     def leaving(self, threshold: float) -> list[float]:
         """Returns the share that leaves at each exit of the examples that reach it: E numbers.
 
-        Read at the nearest of the levels that is not below the threshold.
+        See `shares_at`.
         """
-        shares = self.left[min(int(np.searchsorted(self.levels, threshold)), len(self.left) - 1)]
+        shares = self.shares_at(threshold)
         arriving = 1 - np.append(0, np.cumsum(shares)[:-1])
         return (shares / np.maximum(arriving, 1e-12)).tolist()
+
+    def shares_at(self, threshold: float) -> np.ndarray:
+        """Returns the shares of all examples that leave at each exit, float64 [E].
+
+        Read at the nearest of the levels that is not below the threshold.
+        """
+        return self.left[min(int(np.searchsorted(self.levels, threshold)), len(self.left) - 1)]
 
     def as_dict(self) -> dict[str, list]:
         """Returns what exits.json holds; `from_dict` restores it exactly."""

@@ -62,6 +62,7 @@ class AdaptiveClassifier:
       threshold: that the target stands for.
       full: whether it is infinite: then the last exit alone is computed.
       calibrator: the temperatures and reliability curves that the policy reads.
+      rule: by which a text leaves: policy, threshold and calibrator.
 
     Raises:
       UserError: an unknown policy, or a target that is out of range or infeasible.
@@ -83,7 +84,7 @@ class AdaptiveClassifier:
         self.threshold, self.calibrator = self._resolve(target)
         if isinstance(self.policy, str):
             self._exit_rates = model.resolver.fronts[self.policy].leaving(self.threshold)
-        self._rule = ExitRule(self.policy, self.threshold, self.calibrator, model.layers)
+        self.rule = ExitRule(self.policy, self.threshold, self.calibrator, model.layers)
         self.full = self.threshold == math.inf
         self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
 
@@ -99,6 +100,13 @@ class AdaptiveClassifier:
         if set(target) - {"level"} != {"threshold"}:
             raise UserError("a policy of your own needs threshold=; the other targets need a name")
         return target["threshold"], resolver.calibrator
+
+    @property
+    def policy_name(self) -> str:
+        """Returns the policy's name; of a function of the user's own, its module and name."""
+        if isinstance(self.policy, str):
+            return self.policy
+        return f"{self.policy.__module__}:{self.policy.__qualname__}"
 
     @classmethod
     def from_pretrained(
@@ -255,7 +263,7 @@ class AdaptiveClassifier:
     ) -> list[Request]:
         """Returns the requests of texts, see `encode_requests`."""
         return encode_requests(
-            self.model, texts, self._rule, first, same_length=same_length, truncation=truncation
+            self.model, texts, self.rule, first, same_length=same_length, truncation=truncation
         )
 
 

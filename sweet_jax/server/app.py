@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from sweet_jax.inference.classifier import AdaptiveClassifier
+from sweet_jax.server.audit import Audit, AuditMiddleware
+from sweet_jax.server.audit_page import AuditCollector, render_page
 from sweet_jax.server.formats import NATIVE, Format
 from sweet_jax.server.openapi import describe_api
 from sweet_jax.server.refusals import make_refusal
@@ -55,12 +58,17 @@ class _Service(NamedTuple):
     worker: Worker
     metrics: _Metrics
     limits: Limits
+    audit: Audit | None
 
 
-def make_app(classifier: AdaptiveClassifier, batch_size: int, limits: Limits) -> Starlette:
+def make_app(
+    classifier: AdaptiveClassifier, batch_size: int, limits: Limits, audit: Audit | None = None
+) -> Starlette:
     """Returns the application; a request without a target is answered at the classifier's own."""
-    worker = Worker(classifier, batch_size, limits.waiting)
-    service = _Service(worker, _Metrics(worker), limits)
+    worker = Worker(classifier, batch_size, limits.waiting, audit)
+    service = _Service(worker, _Metrics(worker), limits, audit)
+    if audit is not None:
+        service.metrics.registry.register(AuditCollector(audit))
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -68,7 +76,8 @@ def make_app(classifier: AdaptiveClassifier, batch_size: int, limits: Limits) ->
         yield
         await asyncio.to_thread(worker.stop)
 
-    return Starlette(routes=_make_routes(service), lifespan=lifespan)
+    after = [] if audit is None else [Middleware(AuditMiddleware, audit, worker.wake)]
+    return Starlette(routes=_make_routes(service), lifespan=lifespan, middleware=after)
 
 
 def _make_routes(service: _Service) -> list[Route]:
@@ -100,6 +109,11 @@ def _make_routes(service: _Service) -> list[Route]:
     async def page(_: Request) -> Response:
         return HTMLResponse(_render_page(classifier))
 
+    async def audit_page(_: Request) -> Response:
+        if service.audit is None:
+            return JSONResponse({"error": "no audit: start the server with --audit=0.02"}, 404)
+        return HTMLResponse(render_page(service.audit, classifier.model.task))
+
     async def openapi(_: Request) -> Response:
         return JSONResponse(document)
 
@@ -107,6 +121,7 @@ def _make_routes(service: _Service) -> list[Route]:
         Route("/predict", predicts(NATIVE, TEI), methods=["POST"]),
         Route("/v1/predict", predicts(NATIVE), methods=["POST"]),
         Route("/", predicts(TEI), methods=["POST"]),
+        Route("/audit", audit_page),
         Route("/", page),
         Route("/healthz", healthz),
         Route("/health", health),

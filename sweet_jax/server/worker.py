@@ -12,9 +12,11 @@ from concurrent.futures import Future
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.predictions import Prediction, Text, make_prediction
 from sweet_jax.inference.scheduler import Request
+from sweet_jax.server.audit import Audit, note_answered
 
 log = logging.getLogger(__name__)
 _CACHED = 256  # operating points of HTTP requests, so that each is resolved once
+_WAKE = object()
 
 
 class QueueFullError(Exception):
@@ -48,6 +50,7 @@ class Worker:
       classifier: at the operating point of HTTP requests that name none.
       batch_size: texts computed at once, at most.
       limit: texts that may wait or be under way.
+      audit: computes a share of the texts by all exits, while no text waits; None for none.
 
     Attributes:
       scheduler: that the thread runs.
@@ -56,8 +59,14 @@ class Worker:
 
     """
 
-    def __init__(self, classifier: AdaptiveClassifier, batch_size: int, limit: int):
-        self.classifier, self.limit = classifier, limit
+    def __init__(
+        self,
+        classifier: AdaptiveClassifier,
+        batch_size: int,
+        limit: int,
+        audit: Audit | None = None,
+    ):
+        self.classifier, self.limit, self.audit = classifier, limit, audit
         self.waiting = 0
         self.alive = False
         # With all exits even if the server's own operating point is the full model: a request may
@@ -65,7 +74,8 @@ class Worker:
         self.scheduler = classifier.make_scheduler(batch_size, 16 * batch_size, full=False)
         # Beyond these, submissions stay in the inbox, where they can still be cancelled.
         self._enough = 4 * self.scheduler.slots
-        self._inbox: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
+        # None ends the thread, _WAKE has it look at the audit.
+        self._inbox: queue.SimpleQueue[Submission | object | None] = queue.SimpleQueue()
         self._at = functools.lru_cache(_CACHED)(
             lambda policy, target: classifier.at(policy, **dict(target))
         )
@@ -83,6 +93,10 @@ class Worker:
         """Returns when all that was submitted is classified."""
         self._inbox.put(None)
         self._thread.join()
+
+    def wake(self) -> None:
+        """Has the thread, which may wait for texts, look at the audit."""
+        self._inbox.put(_WAKE)
 
     def at(self, policy: str | None, target: Mapping[str, float]) -> AdaptiveClassifier:
         """Returns the classifier at an HTTP request's policy and target.
@@ -111,6 +125,8 @@ class Worker:
             submission = Submission(classifier, texts, truncation)
             self._inbox.put(submission)
         requests = await asyncio.wrap_future(submission.future)
+        if self.audit is not None and classifier is self.classifier:
+            note_answered(zip(requests, texts, strict=True))
         return [(make_prediction(classifier.model, r), r) for r in requests]
 
     def _loop(self) -> None:
@@ -124,7 +140,7 @@ class Worker:
                 self._settle(submission, WorkerStoppedError())
             while not self._inbox.empty():
                 unread = self._inbox.get()
-                if unread is not None and self._claim(unread):
+                if isinstance(unread, Submission) and self._claim(unread):
                     self._settle(unread, WorkerStoppedError())
 
     def _serve(self) -> None:
@@ -134,11 +150,14 @@ class Worker:
             while running and (not len(self.scheduler) or not self._inbox.empty()):
                 if len(self.scheduler) >= self._enough:
                     break
+                if self.audit is not None and self.audit.waiting and self._inbox.empty():
+                    self.audit.step()
+                    continue
                 submission = self._inbox.get()
-                if submission is None:
-                    running = False
-                else:
+                if isinstance(submission, Submission):
                     self._admit(submission)
+                elif submission is None:
+                    running = False
             for request in self.scheduler.step():
                 submission = self._submissions.pop(request.number)
                 submission.pending -= 1

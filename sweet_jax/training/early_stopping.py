@@ -13,6 +13,7 @@ from flax import nnx
 
 from sweet_jax.distributed import broadcast_from_primary
 from sweet_jax.exits.analysis import curve_area
+from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.objectives import SINGLE_LABEL, Metric, Objective
@@ -112,9 +113,10 @@ class BestStateTracker:
         parts: the state as the plan's step takes it.
         """
         params = self._plan.from_devices(parts).params
-        area = broadcast_from_primary(self._area(params))  # [R]
+        area, by_exit = self._evaluate(params)
+        area = broadcast_from_primary(area)
         if self.log is not None:
-            self.log.add_tuning(step, area.tolist())
+            self.log.add_tuning(step, area, by_exit)
         area = drop_replica_axis(area, len(area))
         count, metric = self._job.tuning.shape[1], self._job.objective.metric(self._job.metric)
         self.best = update_best_state(self.best, params, area, step, count, metric)
@@ -125,8 +127,11 @@ class BestStateTracker:
         newest = int(np.max(self.best.step))
         return step > 0 and step % self.interval == 0 and should_stop(step, newest, self.interval)
 
-    def _area(self, params: Params) -> np.ndarray:
-        """Returns the area of parameters on tuning rows, float64 [R]."""
+    def _evaluate(self, params: Params) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the area of parameters on tuning rows, float64 [R], and each exit's metric.
+
+        That is [R, E].
+        """
         config, tokens, rows = self._job.config, self._job.tokens, self._job.tuning
         params = add_replica_axis(gather_params(config, params), len(rows))
         program = compile_evaluation(config, self._graphdef, mesh_of(params), features=config.tunes)
@@ -134,7 +139,8 @@ class BestStateTracker:
         exits, labels = self._job.model.exits, tokens.labels[rows]
         cost = layer_cost(exits, config.method)
         logits, objective = np.asarray(output.logits), self._job.objective
-        return tuning_area(logits, labels, exits, cost, self._job.metric, objective)
+        area = tuning_area(logits, labels, exits, cost, self._job.metric, objective)
+        return area, tuning_metrics(logits, labels, self._job.metric, objective)
 
 
 def tuning_area(
@@ -164,3 +170,16 @@ def tuning_area(
     curve = simulate(outputs, "raw_confidence" if objective.categorical else "patience")
     areas = [curve_area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
     return np.where(sound, areas, -np.inf)
+
+
+def tuning_metrics(
+    logits: np.ndarray, labels: np.ndarray, metric: str, objective: Objective = SINGLE_LABEL
+) -> np.ndarray:
+    """Returns the metric of every exit by itself, float64 [R, E]; arguments as in `tuning_area`."""
+    chosen, outputs = objective.metric(metric), logits.shape[-1]
+    return np.asarray(
+        [
+            [compute_metric(chosen, objective.predict(exit), own, outputs) for exit in replica]
+            for replica, own in zip(logits, labels, strict=True)
+        ]
+    )

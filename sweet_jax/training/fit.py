@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -26,6 +27,7 @@ from sweet_jax.training.early_stopping import BestStateTracker
 from sweet_jax.training.initialization import initial_state
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.loop import StepRange, open_step_log, run_steps
+from sweet_jax.training.optimizer import learning_rate_share
 from sweet_jax.training.parallel import (
     ExecutionPlan,
     data_parallel_plan,
@@ -80,7 +82,8 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
         began = time.perf_counter()
         epoch = steps_per_epoch(job.rows.shape[1], config.batch_size)
         check = tracker.interval if tracker else 0
-        steps = StepRange(start, stop, epoch, config.checkpoint_every, check)
+        rates = _learning_rates(config, settings)
+        steps = StepRange(start, stop, epoch, config.checkpoint_every, check, rates)
         state = _train(job, plan, tracker, checkpoints, state, steps)
     best = state.params if tracker is None else tracker.best.params
     params = add_replica_axis(gather_params(config, best), replicas)
@@ -106,6 +109,12 @@ def _start(job: TrainingJob) -> tuple[StepSettings, State]:
     return dataclasses.replace(settings, objective=job.objective), state
 
 
+def _learning_rates(config: Config, settings: StepSettings) -> np.ndarray:
+    """Returns the learning rate of every step, float32 [steps, R]."""
+    shares = np.asarray(learning_rate_share(jnp.arange(settings.total_steps), settings))
+    return np.outer(shares, np.asarray([rate for _, rate in config.replicas()], np.float32))
+
+
 def _train(
     job: TrainingJob,
     plan: ExecutionPlan,
@@ -115,14 +124,12 @@ def _train(
     steps: StepRange,
 ) -> State:
     """Returns the state after the last step, which is saved and, with a tracker, evaluated."""
-    config, model = job.config, job.model
 
     def save(step: int, parts: Any) -> None:
         whole = plan.from_devices(parts)
         checkpoints.save(step, whole if tracker is None else tracker.saved(whole))
 
-    examples = config.batch_size * len(job.rows)
-    with open_step_log(job.workdir, model.name, model.exits, steps, examples) as step_log:
+    with open_step_log(job, steps) as step_log:
         parts = plan.to_devices(state)
         evaluate = None
         if tracker is not None:

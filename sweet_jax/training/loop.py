@@ -9,7 +9,6 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +16,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sweet_jax.distributed import PreemptedError, is_primary, preemption_requested
+from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.parallel import ExecutionPlan
+from sweet_jax.training.trackers import open_tracker
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class StepRange(NamedTuple):
     epoch: int  # steps in one
     every: int  # steps from checkpoint to checkpoint
     check: int = 0  # steps between two evaluations on tuning rows; 0 for none
+    rates: np.ndarray | None = None  # learning rates, float32 [steps of the whole training, R]
 
 
 class StepLog:
@@ -71,6 +73,8 @@ class StepLog:
                 values = jax.tree.map(lambda x: x[None], values)
             self._warn_of_divergence(number, values.loss)
             self.metrics.add(number, number // self.steps.epoch, length, values)
+            if self.steps.rates is not None:
+                self.metrics.add_rates(number, self.steps.rates[number].tolist())
 
     def _warn_of_divergence(self, number: int, loss: np.ndarray) -> None:
         """Warns once of every replica and exit whose loss [R, E] is not finite."""
@@ -82,17 +86,17 @@ class StepLog:
 
 
 @contextlib.contextmanager
-def open_step_log(
-    workdir: Path, training: str, exits: Sequence[int], steps: StepRange, examples: int
-) -> Iterator[StepLog]:
-    """Opens the log and the progress bar of a training; only the first process writes them.
-
-    examples: rows of a step, of all replicas.
-    """
+def open_step_log(job: TrainingJob, steps: StepRange) -> Iterator[StepLog]:
+    """Opens the log and the progress bar of a training; only the first process writes them."""
+    training, exits = job.model.name, job.model.exits
+    examples = job.config.batch_size * len(job.rows)  # of a step, of all replicas
     with contextlib.ExitStack() as stack:
         metrics = None
         if is_primary():
-            file = MetricsLog(workdir, training, steps.start, exits)
+            # A search for a rate is nobody's result, and its folder is removed.
+            name = "tensorboard" if job.short else job.config.log_to
+            tracker = open_tracker(name, job.workdir, training, steps.start)
+            file = MetricsLog(job.workdir, training, steps.start, exits, tracker)
             metrics = stack.enter_context(contextlib.closing(file))
         bar = tqdm(
             desc=training,

@@ -1,4 +1,4 @@
-"""The training log: metrics.jsonl, TensorBoard events, and the failures found in it.
+"""The training log: metrics.jsonl, a tracker, and the failures found in it.
 
 Shape letters: R replica, E exit, N examples, C classes.
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import write_text
 from sweet_jax.training.losses import StepMetrics
+from sweet_jax.training.trackers import Tracker
 
 Row = dict[str, Any]
 
@@ -28,7 +28,8 @@ def read_metrics(workdir: Path) -> list[Row]:
 def read_tuning(workdir: Path) -> list[Row]:
     """Returns the evaluations on tuning rows in metrics.jsonl, in order.
 
-    training: its name; step: steps taken; area: of each replica [R].
+    training: its name; step: steps taken; area: of each replica [R]; metric: of each replica and
+    exit [R, E].
     """
     return [row for row in _read(workdir) if "area" in row]
 
@@ -46,9 +47,20 @@ def _read(workdir: Path) -> list[Row]:
 
 
 class MetricsLog:
-    """Appends the steps of one training; drops steps after `step`, which a killed run left."""
+    """Appends the steps of one training; drops steps after `step`, which a killed run left.
 
-    def __init__(self, workdir: Path, training: str, step: int, exits: Sequence[int]):
+    Args:
+      workdir: of metrics.jsonl.
+      training: its name.
+      step: that it begins with.
+      exits: layer numbers [E].
+      tracker: that gets all numbers too.
+
+    """
+
+    def __init__(
+        self, workdir: Path, training: str, step: int, exits: Sequence[int], tracker: Tracker
+    ):
         kept = [
             row
             for row in _read(workdir)
@@ -60,9 +72,12 @@ class MetricsLog:
         self._file = (workdir / "metrics.jsonl").open("a")
         self._training = training
         self._exits = exits
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard" / training), purge_step=step, write_to_disk=True
-        )
+        self._tracker = tracker
+
+    def add_rates(self, step: int, rates: Sequence[float]) -> None:
+        """Hands the learning rates [R] of a step to the tracker; metrics.jsonl has none."""
+        for replica, rate in enumerate(rates):
+            self._event(f"learning_rate/replica_{replica}", rate, step)
 
     def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
         """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
@@ -80,28 +95,31 @@ class MetricsLog:
                     name = f"conflict/layer_{layer}/exits_{pair[0]}_{pair[1]}/replica_{replica}"
                     self._event(name, cosines[i, j, k], step)
 
-    def add_tuning(self, step: int, area: Sequence[float]) -> None:
-        """Logs an evaluation on tuning rows after so many steps: its area, of each replica."""
-        self._write({"step": step, "area": _finite(list(area))})
-        for replica, value in enumerate(area):
+    def add_tuning(self, step: int, area: np.ndarray, metric: np.ndarray) -> None:
+        """Logs an evaluation on tuning rows after so many steps: area [R], metric [R, E]."""
+        logged = {"area": _finite(area.tolist()), "metric": _finite(metric.tolist())}
+        self._write({"step": step, **logged})
+        for replica, (value, each) in enumerate(zip(area, metric, strict=True)):
             self._event(f"tuning_area/replica_{replica}", value, step)
+            for layer, of_exit in zip(self._exits, each, strict=True):
+                self._event(f"tuning_metric/exit_{layer}/replica_{replica}", of_exit, step)
 
     def _write(self, row: Row) -> None:
         self._file.write(json.dumps({"training": self._training, **row}) + "\n")
 
     def _event(self, name: str, value: float, step: int) -> None:
         if math.isfinite(value):
-            self._events.add_scalar(name, float(value), step)
+            self._tracker.add(name, float(value), step)
 
     def flush(self) -> None:
-        """Flushes both files, before each checkpoint."""
+        """Flushes the file and the tracker, before each checkpoint."""
         self._file.flush()
-        self._events.flush()
+        self._tracker.flush()
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes both."""
         self._file.close()
-        self._events.close()
+        self._tracker.close()
 
 
 def _finite(values: Any) -> Any:

@@ -1,0 +1,161 @@
+"""Anytime-valid inference on a mean by betting: a confidence sequence, and a test with restarts.
+
+Values are from 0 to 1 and come one at a time. However often the results are looked at, and whenever
+one stops, the chance of an error stays at most 1 - level: the capital of a bettor against a true
+mean is a nonnegative supermartingale, which exceeds 1 / (1 - level) with at most that probability
+(Ville's inequality).
+
+Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", JRSS B
+86(1), doi 10.1093/jrsssb/qkad009, sections 4 (capital processes, theorem 3) and B.3 (bets).
+
+Shape letters: M candidate means, K starts of the test.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+_CANDIDATES = np.arange(1, 1000) / 1000  # [M]
+_BOUNDED = 0.5  # the share of its capital that a bet may lose, the paper's c
+
+
+def _zeros() -> np.ndarray:
+    return np.zeros(len(_CANDIDATES))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConfidenceSequence:
+    """Holds the capital of bets against each candidate mean, which bound the mean at any time.
+
+    The hedged capital process with predictable plug-in bets (section 4, theorem 3): half of the
+    capital bets that the mean is above a candidate, half that it is below; a candidate is ruled out
+    where either half reaches 2 / (1 - level).
+
+    Attributes:
+      level: of confidence.
+      count, total: of the values so far, and their sum.
+      spread: sum of squared distances from the running mean.
+      above, below: float64 [M], the logarithm of the capital of either half.
+
+    """
+
+    level: float = 0.95
+    count: int = 0
+    total: float = 0.0
+    spread: float = 0.25
+    above: np.ndarray = dataclasses.field(default_factory=_zeros)
+    below: np.ndarray = dataclasses.field(default_factory=_zeros)
+
+    def observe(self, value: float) -> "ConfidenceSequence":
+        """Returns the state after one more value, 0 to 1."""
+        t = self.count + 1
+        variance = self.spread / t
+        bet = math.sqrt(2 * math.log(2 / (1 - self.level)) / (variance * t * math.log1p(t)))
+        gain = value - _CANDIDATES  # [M]
+        up = np.minimum(bet, _BOUNDED / _CANDIDATES)
+        down = np.minimum(bet, _BOUNDED / (1 - _CANDIDATES))
+        mean = (0.5 + self.total + value) / (t + 1)
+        return dataclasses.replace(
+            self,
+            count=t,
+            total=self.total + value,
+            spread=self.spread + (value - mean) ** 2,
+            above=self.above + np.log1p(up * gain),
+            below=self.below + np.log1p(-down * gain),
+        )
+
+    @property
+    def mean(self) -> float:
+        """Returns the mean of the values so far, NaN of none."""
+        return self.total / self.count if self.count else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Returns the bounds of the mean, rounded outwards to the next candidate."""
+        limit = math.log(2 / (1 - self.level))
+        kept = np.flatnonzero(np.maximum(self.above, self.below) < limit)
+        if not len(kept):  # the mean has moved, and none explains all values
+            return self.mean, self.mean
+        grid = np.concatenate([[0.0], _CANDIDATES, [1.0]])
+        return float(grid[kept[0]]), float(grid[kept[-1] + 2])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MeanTest:
+    """Holds a test of whether a mean is still at least `null`, to be looked at after every value.
+
+    Each bettor bets that the mean is below, in proportion to what it has seen (approximate GRAPA,
+    section B.3), and nothing while that is not below. So that a late change is found soon, one more
+    bettor starts after every `every` values, with 1 / ((k + 1)(k + 2)) of the capital for start k:
+    the sum over all starts is one, and a mixture of supermartingales is one itself. What is given
+    to later starts waits. All but the first and the last 64 starts are given up, with their
+    capital, so that the state stays small.
+
+    Attributes:
+      null: the mean that is to be kept.
+      level: the chance that the test never rejects while the mean is at least `null`.
+      every: values between two starts.
+      seen: values so far.
+      start: int64 [K], the number of each start, from 0.
+      count, total, spread: float64 [K], of the values since, their sum, and the sum of their
+        squared distances from the running mean, with one value of mean `null` before them.
+      log_capital: float64 [K], of a unit given to each.
+      largest: the largest capital so far.
+
+    """
+
+    null: float
+    level: float = 0.95
+    every: int = 25
+    seen: int = 0
+    start: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    count: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    total: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    spread: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    log_capital: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    largest: float = 1.0
+
+    @property
+    def rejected(self) -> bool:
+        """Returns whether the mean was found to have been below `null`."""
+        return self.largest >= 1 / (1 - self.level)
+
+    def observe(self, value: float) -> "MeanTest":
+        """Returns the state after one more value, 0 to 1."""
+        test = self._with_start() if self.seen % self.every == 0 else self
+        null, count = test.null, test.count + 1
+        estimate = test.total / count  # [K], before this value
+        below = np.maximum(null - estimate, 0)
+        bet = below / (test.spread / count + below**2 + 1e-12)
+        bet = np.minimum(bet, _BOUNDED / max(1 - null, 1e-12))
+        log_capital = test.log_capital + np.log1p(bet * (null - value))
+        total = test.total + value
+        weights = 1 / ((test.start + 1.0) * (test.start + 2.0))  # [K]
+        waiting = 1 / (test.start[-1] + 2.0)
+        capital = float(weights @ np.exp(np.minimum(log_capital, 600))) + waiting
+        return dataclasses.replace(
+            test,
+            seen=test.seen + 1,
+            count=count,
+            total=total,
+            spread=test.spread + (value - total / (count + 1)) ** 2,
+            log_capital=log_capital,
+            largest=max(test.largest, capital),
+        )
+
+    def _with_start(self) -> "MeanTest":
+        number = int(self.start[-1]) + 1 if len(self.start) else 0
+        first: dict[str, float] = {
+            "start": number,
+            "count": 0.0,
+            "total": self.null,
+            "spread": self.null * (1 - self.null),
+            "log_capital": 0.0,
+        }
+        keep = np.arange(len(self.start)) if len(self.start) < 65 else np.r_[0, 2:65]
+        fields: dict[str, Any] = {
+            k: np.append(getattr(self, k)[keep], [v]) for k, v in first.items()
+        }
+        return dataclasses.replace(self, **fields)

@@ -1,0 +1,159 @@
+"""The audit log: texts that were served early and computed by all exits too, as JSON lines.
+
+Shape letters: E exit, N texts, C classes.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sweet_jax.config import UserError
+from sweet_jax.files import expand_user
+
+_VERSION = 1
+
+
+class AuditRow(NamedTuple):
+    """Holds one audited text: the answer it got, and the outputs of all exits.
+
+    Attributes:
+      time: of the audit, in seconds since 1970.
+      exit: index of the exit that answered.
+      agrees: bool [E], whether each exit's prediction is the last exit's.
+      confidence: float64 [E], exit confidences under the server's policy.
+      logits: float32 [E, C].
+      exit_scores: float32 [E], learning-to-exit's, or None.
+      text: the text or pair, None unless it is to be kept.
+
+    """
+
+    time: float
+    exit: int
+    agrees: np.ndarray
+    confidence: np.ndarray
+    logits: np.ndarray
+    exit_scores: np.ndarray | None = None
+    text: Any = None
+
+
+class AuditLog:
+    """Appends audited texts to a file of bounded size; every file begins with a line on the model.
+
+    At half of the bound the file is renamed to NAME.old, in place of the one before, so that at
+    least half of the bound is kept, and never more than all of it.
+
+    Args:
+      path: of the file; one that is there is continued.
+      model: what the first line says of the model and its operating point.
+      size: bound in bytes of both files together.
+
+    Raises UserError where it cannot be written.
+
+    """
+
+    def __init__(self, path: str, model: Mapping[str, Any], size: int):
+        self.path, self._half = expand_user(path), size // 2
+        self._first = json.dumps({"version": _VERSION, **model}) + "\n"
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"the audit log {path!r} cannot be written ({error.strerror}): choose another"
+            ) from error
+        self._written = self.path.stat().st_size
+        self._write(self._first)  # also in a file that is continued, which another model may have
+
+    def add(self, row: AuditRow, layers: Sequence[int]) -> None:
+        """Appends a row, and hands it to the operating system."""
+        values: dict[str, Any] = {"time": round(row.time, 3), "exit": layers[row.exit]}
+        values |= {"agrees": row.agrees.tolist(), "confidence": _short(row.confidence)}
+        values["logits"] = [_short(exit) for exit in row.logits]
+        if row.exit_scores is not None:
+            values["exit_scores"] = _short(row.exit_scores)
+        if row.text is not None:
+            values["text"] = row.text
+        line = json.dumps(values) + "\n"
+        if self._written + len(line) > self._half:
+            self._file.close()
+            self.path.replace(_older(self.path))
+            self._file = self.path.open("w", encoding="utf-8")
+            self._written = 0
+            self._write(self._first)
+        self._write(line)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+        self._written += len(line)
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def _short(values: np.ndarray) -> list[float | None]:
+    """Returns numbers with six digits, None for those that are not finite."""
+    return [float(f"{v:.6g}") if np.isfinite(v) else None for v in values]
+
+
+def read_audit_log(
+    path: str, layers: Sequence[int], classes: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads all audited texts of a log and of its older half.
+
+    Args:
+      path: that the log was written to.
+      layers: of the exits of the model that it must be of.
+      classes: C of that model.
+
+    Returns:
+      (logits float32 [E, N, C], learning-to-exit's scores float32 [E, N] or None), in order; NaN
+      where an exit diverged.
+
+    Raises UserError where there is no such log, a line is damaged, or it is of another model.
+
+    """
+    file = expand_user(path)
+    files = [each for each in (_older(file), file) if each.exists()]
+    if not file.exists():
+        raise UserError(f"there is no audit log at {path!r}: serve with --audit_log writes one")
+    rows = [row for each in files for row in _read(each, list(layers), classes)]
+    if not rows:
+        raise UserError(f"the audit log {path!r} has no audited text yet")
+    logits = np.asarray([row["logits"] for row in rows], np.float32).swapaxes(0, 1)
+    learned = [row.get("exit_scores") for row in rows]
+    return logits, None if None in learned else np.asarray(learned, np.float32).T
+
+
+def _read(path: Path, layers: list[int], classes: int) -> Iterator[dict[str, Any]]:
+    """Yields the rows of one file, as they stand there."""
+    shape = (len(layers), classes)
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):  # the server was killed while it wrote it
+                return
+            try:
+                values = json.loads(line)
+                if "version" in values:
+                    ours = values["layers"] == layers and values["classes"] == classes
+                    if values["version"] != _VERSION or not ours:
+                        raise UserError(
+                            f"line {number} of {str(path)!r} is of another model: exits at layers "
+                            f"{values['layers']} and {values['classes']} classes; this one has "
+                            f"{layers} and {classes}"
+                        )
+                    continue
+                if np.shape(values["logits"]) != shape:
+                    raise ValueError(f"logits of shape {np.shape(values['logits'])}")
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"line {number} of {str(path)!r} is damaged ({error!r}): remove it"
+                ) from error
+            yield values

@@ -1,0 +1,183 @@
+"""What an audit finds: agreement with the full model, the shift of confidences, exits and cost.
+
+Shape letters: E exit, N texts, C classes.
+"""
+
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences
+from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest
+from sweet_jax.exits.shift import (
+    calibration_histograms,
+    population_stability_index,
+    two_sample_p_value,
+)
+from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.audit_log import AuditRow
+from sweet_jax.inference.scheduler import ExitRule
+
+_WINDOW = 1000  # audited texts that shares and shifts are of: the newest
+
+
+class ExitAudit(NamedTuple):
+    """Holds what an audit has found of one exit.
+
+    Attributes:
+      layer: of the exit.
+      agreement: share of all audited texts with the last exit's prediction.
+      share, expected_share: of the newest audited texts, and of the calibration rows, that leave
+        here; NaN where not known.
+      stability, p_value: of the newest against the calibration rows, see `exits/shift.py`; NaN of
+        the last exit, which takes what is left.
+
+    """
+
+    layer: int
+    agreement: float
+    share: float
+    expected_share: float
+    stability: float
+    p_value: float
+
+
+class AuditSummary(NamedTuple):
+    """Holds what an audit has found so far.
+
+    Attributes:
+      audited: texts computed by all exits.
+      exits: of each exit.
+      agreement: share of the audited answers that were the full model's; NaN of none.
+      low, high: its confidence sequence.
+      cost, expected_cost: mean share of the layers, of the newest and of the calibration rows.
+      target: the agreement to be kept, None for none.
+      level: of the confidence sequence and of the alarm.
+      capital: the largest so far of the test against the target; 1 / (1 - level) is an alarm.
+      alarm: when it was raised, in seconds since 1970; None where it was not.
+
+    """
+
+    audited: int
+    exits: list[ExitAudit]
+    agreement: float
+    low: float
+    high: float
+    cost: float
+    expected_cost: float
+    target: float | None
+    level: float
+    capital: float
+    alarm: float | None
+
+
+class AuditStatistics:
+    """Adds up audited texts that were answered by one rule.
+
+    Args:
+      model: that answered.
+      rule: by which it did.
+      target: share of the answers that are to be the full model's; None: no alarm.
+      level: 1 - the chance of a false alarm, ever.
+
+    Attributes:
+      alarm: when the target was found to be missed, in seconds since 1970; None before.
+
+    """
+
+    def __init__(self, model: ModelArtifact, rule: ExitRule, target: float | None, level: float):
+        self._model, self._rule, self._target, self._level = model, rule, target, level
+        name = rule.policy if isinstance(rule.policy, str) else ""
+        self._front = model.resolver.fronts.get(name)
+        self._histograms = calibration_histograms(self._front) if self._front else []
+        losses = model.resolver.losses.get(name)
+        # Half of the calibration rows fitted what the counts are of.
+        self._calibration_rows = 2 * losses["agreement"].rows if losses else 0
+        self._agreeing = np.zeros(len(model.layers))  # [E], of all audited texts
+        self._newest: deque[AuditRow] = deque(maxlen=_WINDOW)
+        self._sequence = ConfidenceSequence(level)
+        self._test = None if target is None else MeanTest(target, level)
+        self.alarm: float | None = None
+
+    def row(
+        self, logits: np.ndarray, scores: np.ndarray | None, exit: int, text: Any = None
+    ) -> AuditRow:
+        """Returns the row of a text that was answered at an exit, by its index.
+
+        logits, scores: of all exits, float32 [E, C] and [E], see `AuditRow`.
+        """
+        outputs = UnlabeledOutputs(
+            logits[None, :, None],
+            np.asarray(self._rule.layers),
+            None if scores is None else scores[None, :, None],
+        )
+        found = exit_confidences(outputs, self._rule.policy, [self._rule.calibrator])
+        given = outputs.predictions[0]  # [E, 1]
+        agrees = outputs.objective.agrees(given, given[-1])[:, 0]
+        return AuditRow(time.time(), exit, agrees, found[0, :, 0], logits, scores, text)
+
+    def add(self, row: AuditRow) -> bool:
+        """Adds a row; returns whether the alarm is raised by it."""
+        self._agreeing += row.agrees
+        self._newest.append(row)
+        value = float(row.agrees[row.exit])
+        self._sequence = self._sequence.observe(value)
+        if self._test is None:
+            return False
+        self._test = self._test.observe(value)
+        raised = self._test.rejected and self.alarm is None
+        if raised:
+            self.alarm = row.time
+        return raised
+
+    def summary(self) -> AuditSummary:
+        """Returns what was found so far."""
+        cost, audited = self._model.cost, self._sequence.count
+        taken = np.bincount([row.exit for row in self._newest], minlength=len(cost))
+        shares = taken / len(self._newest) if audited else np.full(len(cost), np.nan)
+        expected = np.full(len(cost), np.nan)
+        if self._front is not None:
+            expected = self._front.shares_at(self._rule.threshold)
+        return AuditSummary(
+            audited,
+            self._exits(shares, expected),
+            self._sequence.mean,
+            *self._sequence.interval,
+            float(shares @ cost),
+            float(expected @ cost),
+            self._target,
+            self._level,
+            1.0 if self._test is None else self._test.largest,
+            self.alarm,
+        )
+
+    def _exits(self, shares: np.ndarray, expected: np.ndarray) -> list[ExitAudit]:
+        """Returns what was found of each exit; shares and expected are float64 [E]."""
+        layers, found = self._rule.layers, []
+        rows = [row.confidence for row in self._newest]
+        reached = np.maximum.accumulate(np.asarray(rows).reshape(-1, len(layers)), axis=1)  # [N, E]
+        agreement = self._agreeing / self._sequence.count if rows else np.full(len(layers), np.nan)
+        for e, layer in enumerate(layers):
+            stability = p_value = np.nan
+            if e < len(self._histograms):
+                histogram = self._histograms[e]
+                counts = histogram.count_in_bins(reached[:, e])
+                stability = population_stability_index(histogram.shares, counts)
+                p_value = two_sample_p_value(histogram.shares, self._calibration_rows, counts)
+            one = (agreement[e], shares[e], expected[e], stability, p_value)
+            found.append(ExitAudit(layer, *map(float, one)))
+        return found
+
+
+def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> float | None:
+    """Returns a lower confidence bound of the agreement with the full model at a rule's threshold.
+
+    By the calibration rows that certificates are tested on; None where there are none. Raises
+    ImportError without SciPy.
+    """
+    losses = model.resolver.losses.get(rule.policy) if isinstance(rule.policy, str) else None
+    if not losses:
+        return None
+    return losses["agreement"].kept_at(rule.threshold, level)

@@ -1,0 +1,192 @@
+"""Temperatures, curves and operating points of a saved model fitted anew, and what that changes.
+
+On rows with labels, or on an audit log without any: the full model's predictions are the labels
+then, and what is called the metric is the agreement with it.
+
+Shape letters: E exit, N texts, C classes.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sweet_jax.config import UserError
+from sweet_jax.exits.calibration import Calibrator, fit_calibrators
+from sweet_jax.exits.metrics import compute_metric
+from sweet_jax.exits.operating_point import OperatingPoint, deployable_policies, make_resolver
+from sweet_jax.exits.outputs import ExitOutputs, RunIdentity
+from sweet_jax.exits.resolver import ThresholdResolver
+from sweet_jax.exits.simulation import simulate
+from sweet_jax.inference.artifact import ModelArtifact
+
+# Operating points that are compared: the model's default first.
+_TARGETS: tuple[dict[str, float], ...] = (
+    {},
+    *({"cost": share} for share in (0.25, 0.5, 0.75)),
+    *({"agreement": share} for share in (0.9, 0.95, 0.99)),
+)
+
+
+class Recalibration(NamedTuple):
+    """Holds what rows gave a model: by "labels" or by "agreement" with its last exit."""
+
+    by: str
+    outputs: ExitOutputs  # R = 1
+    resolver: ThresholdResolver
+
+
+def fit_by_labels(
+    model: ModelArtifact, logits: np.ndarray, scores: np.ndarray | None, labels: np.ndarray
+) -> Recalibration:
+    """Fits the resolver of all deployable policies on labelled rows.
+
+    Args:
+      model: whose exits gave the outputs.
+      logits, scores: float32 [E, N, C] and, with learning to exit, [E, N].
+      labels: int32 [N].
+
+    """
+    outputs = _outputs(model, logits, scores, labels, model.metric)
+    return Recalibration("labels", outputs, make_resolver(outputs, deployable_policies(outputs)))
+
+
+def fit_by_agreement(
+    model: ModelArtifact, logits: np.ndarray, scores: np.ndarray | None
+) -> Recalibration:
+    """Fits the resolver on rows without labels: an exit is right where it predicts as the last.
+
+    The last exit, of which such rows say nothing, keeps its temperature. The operating point
+    without a target, which keeps the last exit's metric, keeps the agreement that it had on the
+    calibration rows before: all of it would be more than was ever asked for.
+    """
+    outputs = _outputs(model, logits, scores, logits[-1].argmax(axis=-1), "accuracy")
+    (fitted,) = fit_calibrators(outputs)
+    temperatures = fitted.temperatures.copy()
+    temperatures[-1] = model.resolver.calibrator.temperatures[-1]
+    calibrator = Calibrator(temperatures, fitted.curves)
+    resolver = make_resolver(outputs, deployable_policies(outputs), calibrator=calibrator)
+    return Recalibration(
+        "agreement", outputs, dataclasses.replace(resolver, full=_agreement_before(model))
+    )
+
+
+def _outputs(
+    model: ModelArtifact,
+    logits: np.ndarray,
+    scores: np.ndarray | None,
+    labels: np.ndarray,
+    metric: str,
+) -> ExitOutputs:
+    return ExitOutputs(
+        logits[None],
+        labels,
+        np.asarray(model.layers),
+        model.cost,
+        None if scores is None else scores[None],
+        identity=RunIdentity(
+            split="calibration", policy=model.policy, metric=metric, classes=model.classes
+        ),
+    )
+
+
+def _agreement_before(model: ModelArtifact) -> float:
+    """Returns the share of calibration rows answered as the last exit does, without a target."""
+    threshold = model.resolver.resolve(model.policy).threshold
+    losses = model.resolver.losses.get(model.policy)
+    return losses["agreement"].share_kept(threshold) if losses and threshold is not None else 1.0
+
+
+def updated_exits(values: Mapping[str, Any], found: Recalibration) -> dict[str, Any]:
+    """Returns the contents of exits.json, `values`, with what was fitted anew."""
+    temperatures = found.resolver.calibrator.temperatures.tolist()
+    policy = found.outputs.identity.policy
+    threshold = found.resolver.resolve(policy).threshold
+    point = None
+    if threshold is not None:
+        pair = _read(found.outputs, policy, found.resolver.calibrator, threshold)
+        point = OperatingPoint(threshold, calibration=pair, validation=pair).as_dict()
+    return {
+        **values,
+        "temperatures": [t if np.isfinite(t) else None for t in temperatures],
+        "dials": found.resolver.as_dict() | {"full_score": point},
+        "recalibrated_on": found.outputs.labels.shape[1],
+        "recalibrated_by": found.by,
+    }
+
+
+def describe_changes(model: ModelArtifact, found: Recalibration) -> dict[str, Any]:
+    """Returns what changed, as recalibration.json holds it.
+
+    Each operating point, before and now, with the cost and the metric that it has on these rows;
+    None where the target cannot be met.
+    """
+    outputs, labels = found.outputs, found.outputs.labels[0]
+    before, now = (r.calibrator.temperatures.tolist() for r in (model.resolver, found.resolver))
+    exits = [
+        {
+            "layer": layer,
+            "metric": compute_metric(outputs.metric, given, labels, len(model.classes)),
+            "temperature": [t if np.isfinite(t) else None for t in (before[e], now[e])],
+        }
+        for e, (layer, given) in enumerate(zip(model.layers, outputs.predictions[0], strict=True))
+    ]
+    return {
+        "model": str(model.folder),
+        "by": found.by,
+        "metric": outputs.metric.name if found.by == "labels" else "agreement",
+        "rows": len(labels),
+        "policy": model.policy,
+        "exits": exits,
+        "operating_points": [
+            {
+                "target": target,
+                "before": _point(outputs, model.policy, model.resolver, target),
+                "now": _point(outputs, model.policy, found.resolver, target),
+            }
+            for target in _TARGETS
+        ],
+    }
+
+
+def _point(
+    outputs: ExitOutputs, policy: str, resolver: ThresholdResolver, target: Mapping[str, float]
+) -> dict[str, float] | None:
+    """Returns the threshold that a resolver gives a target, and what it does on these rows."""
+    try:
+        chosen = resolver.resolve(policy, target)
+    except UserError:  # no certificate, since it had no rows to test on
+        return None
+    if chosen.threshold is None:
+        return None
+    cost, metric = _read(outputs, policy, chosen.calibrator, chosen.threshold)
+    return {"threshold": chosen.threshold, "cost": cost, "metric": metric}
+
+
+def _read(
+    outputs: ExitOutputs, policy: str, calibrator: Calibrator, threshold: float
+) -> tuple[float, float]:
+    """Returns the cost and the metric at a threshold."""
+    at = simulate(outputs, policy, calibrators=[calibrator], thresholds=np.asarray([threshold]))
+    return float(at.cost[0, 0]), float(at.score[0, 0])
+
+
+def change_lines(changes: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the lines of what `describe_changes` found."""
+    metric = changes["metric"]
+    yield f"{'exit':>6} {metric:>9}  temperature, on {changes['rows']} rows"
+    for exit in changes["exits"]:
+        before, now = ("none" if t is None else f"{t:.3f}" for t in exit["temperature"])
+        yield f"{exit['layer']:6d} {exit['metric']:9.4f}  {before} -> {now}"
+    for point in changes["operating_points"]:
+        asked = ", ".join(f"{name}={value:g}" for name, value in point["target"].items())
+        yield f"{asked or 'without a target'}:"
+        for when in ("before", "now"):
+            found = point[when]
+            yield f"  {when:>6}: " + (
+                "no threshold meets it"
+                if found is None
+                else f"threshold {found['threshold']:.4f}, on these rows {metric} "
+                f"{found['metric']:.4f} at cost {found['cost']:.3f}"
+            )

@@ -1,0 +1,101 @@
+"""What an audit has found, as a page and as Prometheus gauges."""
+
+import datetime
+import html
+import math
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from sweet_jax.inference.audit_statistics import AuditSummary, ExitAudit
+from sweet_jax.server.audit import Audit
+
+_PAGE = Path(__file__).parent / "audit.html"
+
+
+def render_page(audit: Audit, task: str) -> str:
+    """Returns the HTML page of an audit; numbers may be unknown."""
+    found, counts = audit.summary(), audit.counts()
+    state, kind = _state(audit, found)
+    agreement = f"{_number(found.agreement)}, {found.level:.0%} confidence sequence "
+    agreement += f"{_number(found.low)} to {_number(found.high)}"
+    if found.target is not None:
+        agreement += f"; at least {_number(found.target)} is to be kept"
+    values = {
+        "title": f"{task}: audit",
+        "state": state,
+        "class": kind,
+        "agreement": agreement,
+        "cost": f"{_number(found.cost)} of the layers; {_number(found.expected_cost)} on "
+        "calibration rows",
+        "texts": f"{counts.answered:,} answered at the server's own operating point, "
+        f"{found.audited:,} audited, {counts.waiting:,} waiting, {counts.dropped:,} left out",
+    }
+    escaped = {name: html.escape(value) for name, value in values.items()}
+    escaped["rows"] = "\n".join(map(_row, found.exits))
+    return string.Template(_PAGE.read_text(encoding="utf-8")).substitute(escaped)
+
+
+def _state(audit: Audit, found: AuditSummary) -> tuple[str, str]:
+    """Returns one sentence on the audit, and whether it is good or bad news."""
+    if not audit.running:
+        return "The audit has ended with an error, see the log of the server.", "bad"
+    if found.alarm is not None:
+        when = datetime.datetime.fromtimestamp(found.alarm, datetime.UTC)
+        return f"Alarm since {when:%Y-%m-%d %H:%M:%S} UTC: agreement is below its target.", "bad"
+    if found.target is None:
+        return "No agreement was asked for: there is no alarm.", ""
+    return "No alarm.", "good"
+
+
+def _row(exit: ExitAudit) -> str:
+    cells = "".join(f"<td>{_number(value)}</td>" for value in exit[1:])
+    return f'<tr><th scope="row">layer {exit.layer}</th>{cells}</tr>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "unknown"
+
+
+class AuditCollector:
+    """Reads an audit whenever Prometheus asks; register it in a `CollectorRegistry`."""
+
+    def __init__(self, audit: Audit):
+        self._audit = audit
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the metrics; those that are not known are NaN."""
+        found, counts = self._audit.summary(), self._audit.counts()
+        for name, text, count in (
+            ("texts", "Texts computed by all exits", found.audited),
+            ("dropped_texts", "Texts drawn and left out, too many waited", counts.dropped),
+        ):
+            yield CounterMetricFamily(f"sweet_jax_audit_{name}", text, count)
+        gauges: tuple[tuple[str, str, float | None], ...] = (
+            ("answer_agreement", "Share of answers that are the full model's", found.agreement),
+            ("answer_agreement_low", "Lower end of its confidence sequence", found.low),
+            ("answer_agreement_high", "Upper end of its confidence sequence", found.high),
+            ("agreement_target", "Agreement to be kept", found.target),
+            ("capital", "Largest capital of the test against the target", found.capital),
+            ("alarm", "1 once agreement was found below its target", found.alarm is not None),
+            ("running", "0 once an error has ended the audit", self._audit.running),
+            ("cost", "Mean share of the layers, newest texts", found.cost),
+            ("expected_cost", "Mean share of the layers, calibration rows", found.expected_cost),
+        )
+        for name, text, number in gauges:
+            value = math.nan if number is None else float(number)
+            yield GaugeMetricFamily(f"sweet_jax_audit_{name}", text, value)
+        for name, text, field in (
+            ("exit_agreement", "Agreement of an exit with the full model", "agreement"),
+            ("exit_share", "Share that leaves at an exit, newest texts", "share"),
+            ("expected_exit_share", "The same on calibration rows", "expected_share"),
+            ("stability_index", "Population stability index of confidences", "stability"),
+            ("shift_p_value", "P-value of one look at the shift", "p_value"),
+        ):
+            family = GaugeMetricFamily(f"sweet_jax_audit_{name}", text, labels=["exit"])
+            for exit in found.exits:
+                family.add_metric([str(exit.layer)], getattr(exit, field))
+            yield family

@@ -1,0 +1,201 @@
+"""Where the numbers of a training go beside metrics.jsonl: TensorBoard, W&B or MLflow.
+
+W&B and MLflow are extras, imported when they are asked for. Each run directory is one run of
+theirs, whose id is kept in trackers.json, so that a run which is resumed goes on in it.
+"""
+
+import importlib.util
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tensorboardX import SummaryWriter
+
+from sweet_jax.config import UserError
+from sweet_jax.files import read_json, write_json
+
+_PROJECT = "sweet_jax"
+# What is attached where a tracker holds files.
+_REPORT = ("report.html", "results.json", "figures")
+_MODEL = "model"
+
+
+class Tracker(Protocol):
+    """Takes numbers by name and step, and at the end of a run its files."""
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Takes one finite number."""
+
+    def attach(self, workdir: Path) -> None:
+        """Takes the report and the model of a finished run."""
+
+    def flush(self) -> None:
+        """Hands on what was taken."""
+
+    def close(self) -> None:
+        """Flushes; the last call on it."""
+
+
+class _TensorBoard:
+    """Writes event files in the workdir; what a run that was killed wrote later is purged."""
+
+    def __init__(self, workdir: Path, training: str, step: int):
+        folder = str(workdir / "tensorboard" / training)
+        self._events = SummaryWriter(folder, purge_step=step, write_to_disk=True)
+
+    def add(self, name: str, value: float, step: int) -> None:
+        self._events.add_scalar(name, value, step)
+
+    def attach(self, workdir: Path) -> None:
+        """Does nothing: event files hold no files."""
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class _Wandb:
+    """Logs to a run of W&B; each training has a step of its own."""
+
+    def __init__(self, workdir: Path, training: str, step: int):
+        import wandb
+
+        self._training, self._pending, self._step = training, {}, step  # type: ignore[var-annotated]
+        number = _run_id(workdir, "wandb", lambda: uuid.uuid4().hex[:12])
+        run = wandb.run
+        if run is None or run.id != number:
+            config = read_json(path) if (path := workdir / "config.json").exists() else {}
+            about = {"name": workdir.resolve().name, "config": config}
+            where = {"project": os.environ.get("WANDB_PROJECT", _PROJECT), "dir": str(workdir)}
+            run = wandb.init(id=number, resume="allow", **where, **about)
+        self._run = run
+        run.define_metric(f"{training}/step", hidden=True)
+        run.define_metric(f"{training}/*", step_metric=f"{training}/step")
+
+    def add(self, name: str, value: float, step: int) -> None:
+        if step != self._step:
+            self.flush()
+        self._step = step
+        self._pending[f"{self._training}/{name}"] = value
+
+    def attach(self, workdir: Path) -> None:
+        import wandb
+
+        for name, files in (("report", _REPORT), ("model", (_MODEL,))):
+            artifact = wandb.Artifact(f"{workdir.resolve().name}-{name}", name)
+            for path in (workdir / file for file in files):
+                if path.is_dir():
+                    artifact.add_dir(str(path), path.name)
+                elif path.exists():
+                    artifact.add_file(str(path))
+            self._run.log_artifact(artifact)
+        self._run.finish()
+
+    def flush(self) -> None:
+        if self._pending:
+            self._run.log(self._pending | {f"{self._training}/step": self._step})
+        self._pending = {}
+
+    def close(self) -> None:
+        self.flush()
+
+
+class _MLflow:
+    """Logs to a run of MLflow: at MLFLOW_TRACKING_URI, else in the workdir's folder mlruns."""
+
+    def __init__(self, workdir: Path, training: str, step: int):
+        import mlflow.entities
+        from mlflow import MlflowClient
+
+        address = os.environ.get("MLFLOW_TRACKING_URI")
+        if not address:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            address = (workdir.resolve() / "mlruns").as_uri()
+        self._client, self._training = MlflowClient(tracking_uri=address), training
+        self._metric, self._pending = mlflow.entities.Metric, []  # type: ignore[var-annotated]
+        self._number = _run_id(workdir, "mlflow", lambda: self._new_run(workdir))
+
+    def _new_run(self, workdir: Path) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        known = self._client.get_experiment_by_name(name)
+        number = known.experiment_id if known else self._client.create_experiment(name)
+        run = self._client.create_run(number, run_name=workdir.resolve().name)
+        config = read_json(path) if (path := workdir / "config.json").exists() else {}
+        for key, value in config.items():
+            self._client.log_param(run.info.run_id, key, value)
+        return run.info.run_id
+
+    def add(self, name: str, value: float, step: int) -> None:
+        now = int(1000 * time.time())
+        self._pending.append(self._metric(f"{self._training}/{name}", value, now, step))
+        if len(self._pending) >= 500:  # of the 1,000 that a request may have
+            self.flush()
+
+    def attach(self, workdir: Path) -> None:
+        for name in (*_REPORT, _MODEL):
+            if (path := workdir / name).is_dir():
+                self._client.log_artifacts(self._number, str(path), name)
+            elif path.exists():
+                self._client.log_artifact(self._number, str(path))
+        self._client.set_terminated(self._number)
+
+    def flush(self) -> None:
+        if self._pending:
+            self._client.log_batch(self._number, metrics=self._pending)
+        self._pending = []
+
+    def close(self) -> None:
+        self.flush()
+
+
+TRACKERS: Mapping[str, Callable[[Path, str, int], Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+}
+
+
+def check_tracker(name: str) -> None:
+    """Raises UserError where a tracker's package is not installed."""
+    if name != "tensorboard" and importlib.util.find_spec(name) is None:
+        raise UserError(f'log_to={name} needs the package {name}: pip install -e ".[{name}]"')
+
+
+def open_tracker(name: str, workdir: Path, training: str, step: int) -> Tracker:
+    """Opens a tracker.
+
+    Args:
+      name: one of TRACKERS.
+      workdir: directory of the run.
+      training: name that its numbers stand under.
+      step: that they begin with.
+
+    """
+    return TRACKERS[name](workdir, training, step)
+
+
+def track_results(name: str, workdir: Path, results: Mapping[str, Any]) -> None:
+    """Hands a finished run to a tracker: metrics on the validation rows, the report, the model."""
+    tracker = open_tracker(name, workdir, "validation", 0)
+    for number, replica in enumerate(results["replicas"]):
+        for exit in replica["individual"]:
+            place = f"{results['metric']}/exit_{exit['layer']}/replica_{number}"
+            tracker.add(place, exit["score"], 0)
+    tracker.flush()
+    tracker.attach(workdir)
+    tracker.close()
+
+
+def _run_id(workdir: Path, tracker: str, new: Callable[[], str]) -> str:
+    """Returns the id of a run directory's run, which is made if there is none."""
+    path = workdir / "trackers.json"
+    known = read_json(path) if path.exists() else {}
+    if tracker not in known:
+        known |= {tracker: new()}
+        write_json(path, known)
+    return known[tracker]

@@ -1,0 +1,286 @@
+"""The audit of a server: its statistics, its log, and that it watches without being noticed."""
+
+import http.server
+import json
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+from numpy_engine import load_engine
+from scipy import stats
+
+from sweet_jax import AdaptiveClassifier
+from sweet_jax.config import UserError
+from sweet_jax.exits.certificates import LossCounts
+from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest
+from sweet_jax.exits.shift import (
+    calibration_histograms,
+    population_stability_index,
+    two_sample_p_value,
+)
+from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.inference.audit_log import AuditLog, AuditRow, read_audit_log
+from sweet_jax.inference.audit_statistics import certified_agreement
+
+
+def draws(share: float, count: int, seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).random(count) < share).astype(float)
+
+
+def test_the_capital_of_a_test_is_that_of_its_bets():
+    """By the products of the paper, over one start and no more."""
+    values = draws(0.7, 24, 0)
+    test = MeanTest(0.9)
+    capital = 1.0
+    for t, value in enumerate(values):
+        before = values[:t]
+        mean = (0.9 + before.sum()) / (t + 1)
+        means = (0.9 + np.cumsum(before)) / np.arange(2, t + 2)
+        variance = (0.9 * 0.1 + ((before - means) ** 2).sum()) / (t + 1)
+        below = max(0.9 - mean, 0)
+        bet = min(below / (variance + below**2), 0.5 / 0.1)
+        capital *= 1 - bet * (value - 0.9)
+        test = test.observe(value)
+        # Half of the capital was given to the first start, the rest waits for others.
+        assert np.exp(test.log_capital[0]) == pytest.approx(capital, rel=1e-6)
+    assert test.largest >= (capital + 1) / 2 * (1 - 1e-9)
+
+
+def test_looking_after_every_value_raises_few_false_alarms():
+    """At the worst mean that is allowed; the test may fail in one of twenty, and does in fewer."""
+    rejected = missed = 0
+    for seed in range(25):
+        test, sequence = MeanTest(0.9), ConfidenceSequence()
+        outside = False
+        for value in draws(0.9, 250, seed):
+            test, sequence = test.observe(value), sequence.observe(value)
+            if sequence.count % 10 == 0:
+                low, high = sequence.interval
+                outside |= not low <= 0.9 <= high
+        rejected += test.rejected
+        missed += outside
+        assert high - low < 0.2
+    assert max(rejected, missed) <= 2
+
+
+@pytest.mark.parametrize("before", [0, 2000])
+def test_a_change_is_found_whenever_it_comes(before):
+    test = MeanTest(0.95)
+    for value in draws(0.98, before, 1):
+        test = test.observe(value)
+    assert not test.rejected
+    for value in draws(0.8, 200, 2):
+        test = test.observe(value)
+    assert test.rejected
+    assert len(test.start) <= 65
+
+
+def test_the_two_sample_test_is_scipys():
+    shares, counts = np.asarray([0.1, 0.2, 0.3, 0.4]), np.asarray([13, 20, 40, 7])
+    table = np.stack([120 * shares, counts])
+    wanted = stats.chi2_contingency(table, correction=False).pvalue
+    assert two_sample_p_value(shares, 120, counts) == pytest.approx(wanted, rel=1e-9)
+    assert two_sample_p_value(shares, 120, (1000 * shares).astype(int)) > 0.999
+    even = stats.chi2_contingency(table[:, :3], correction=False)
+    known = two_sample_p_value(shares[:3] / 0.6, 72, counts[:3])
+    assert known == pytest.approx(even.pvalue, rel=1e-9)
+    assert population_stability_index(shares, (1000 * shares).astype(int)) < 0.001
+    assert population_stability_index(shares, np.asarray([400, 300, 200, 100])) > 0.5
+
+
+def test_the_histograms_of_calibration_rows_follow_from_a_saved_model(sweet):
+    front = sweet.classifier.model.resolver.fronts["confidence"]
+    for e, histogram in enumerate(calibration_histograms(front)):
+        assert histogram.shares.sum() == pytest.approx(1)
+        assert (histogram.shares > 0).all()
+        assert (np.diff(histogram.edges) > 0).all()
+        for edge, above in zip(histogram.edges, 1 - np.cumsum(histogram.shares), strict=False):
+            assert front.shares_at(edge)[: e + 1].sum() == pytest.approx(above)
+
+
+def row(number: int, text: str | None = None) -> AuditRow:
+    logits = np.asarray([[number, 1.5], [0.25, np.nan]], np.float32)
+    return AuditRow(
+        1e9 + number, 0, np.ones(2, bool), np.asarray([0.5, -np.inf]), logits, None, text
+    )
+
+
+def test_a_log_is_bounded_and_read_back(tmp_path):
+    path = str(tmp_path / "audit.jsonl")
+    log = AuditLog(path, {"layers": [1, 2], "classes": 2}, 4000)
+    for number in range(100):
+        log.add(row(number, "a secret" if number % 2 else None), [1, 2])
+    log.close()
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 4000
+    logits, scores = read_audit_log(path, [1, 2], 2)
+    assert scores is None
+    assert logits.shape[0] == 2
+    assert logits[0, :, 0].tolist() == list(range(100 - logits.shape[1], 100))  # the newest
+    assert np.isnan(logits[1, :, 1]).all()
+    with open(path, "a") as file:
+        file.write('{"time": 1')  # of a server that was killed
+    assert read_audit_log(path, [1, 2], 2)[0].shape == logits.shape
+    with pytest.raises(UserError, match=r"is of another model: exits at layers \[1, 2\] and 2 cl"):
+        read_audit_log(path, [1, 2], 3)
+    with open(path, "a") as file:
+        file.write("}\n")
+    with pytest.raises(UserError, match=r"is damaged .*: remove it"):
+        read_audit_log(path, [1, 2], 2)
+    with pytest.raises(UserError, match="there is no audit log"):
+        read_audit_log(str(tmp_path / "none"), [1, 2], 2)
+    with pytest.raises(UserError, match="cannot be written"):
+        AuditLog(str(tmp_path / "no" / "folder"), {}, 4000)
+
+
+@pytest.fixture(scope="module")
+def classifier(sweet):
+    """By an engine that compiles nothing, whose weights are random: its exits disagree."""
+    model = sweet.classifier.model
+    return AdaptiveClassifier(model, "raw_confidence", {"threshold": 0.8}, load_engine(model))
+
+
+@pytest.fixture
+def serve_audited(classifier, tmp_path):
+    """Starts a server with an audit; returns it, with the audit and the path of its log."""
+    pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
+    from test_serve import Running
+
+    from sweet_jax.server.audit import Audit, AuditSettings
+
+    running = []
+
+    def start(classifier=classifier, **settings):
+        path = tmp_path / "audit.jsonl"
+        audit = Audit(classifier, AuditSettings(1.0, log=str(path), **settings))
+        running.append(Running(classifier, audit=audit))
+        return running[-1], audit, path
+
+    yield start
+    for each in running:
+        each.stop()
+
+
+def settle(audit, count: int) -> None:
+    """Returns once so many texts were audited."""
+    deadline = time.monotonic() + 60
+    while audit.summary().audited < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_answers_are_as_without_and_all_exits_are_known(serve_audited, classifier, sweet):
+    running, audit, path = serve_audited(agreement=0.5)
+    texts = sorted(sweet.texts, key=len)[:12]
+    wanted = classifier.predict(texts, 2)
+    _, found = running.predict({"texts": texts})
+    assert [a["exit"] for a in found["answers"]] == wanted.exits.tolist()
+    running.predict({"texts": texts[:3], "threshold": 0.1})  # not the server's own: not audited
+    settle(audit, 12)
+    outputs, _ = compute_all_exits(classifier.model, classifier.engine, texts)
+    given = outputs.argmax(axis=-1)  # [E, N]
+    agrees = given == given[-1]
+    exits = np.searchsorted(classifier.layers, wanted.exits)
+    summary = audit.summary()
+    assert summary.audited == 12
+    assert [e.agreement for e in summary.exits] == pytest.approx(agrees.mean(axis=1).tolist())
+    assert summary.agreement == pytest.approx(agrees[exits, np.arange(12)].mean())
+    assert summary.low <= summary.agreement <= summary.high
+    assert summary.cost == pytest.approx(wanted.cost.mean())
+    logits, _ = read_audit_log(str(path), list(classifier.layers), 2)
+    np.testing.assert_allclose(logits, outputs, rtol=1e-5, atol=1e-5)
+    assert "word" not in path.read_text()
+    page = running.call("GET", "/audit")[1].decode()
+    assert "No alarm." in page
+    assert page.count('<th scope="row">layer') == 3
+    metrics = running.call("GET", "/metrics")[1].decode()
+    assert "sweet_jax_audit_texts_total 12.0" in metrics
+    assert "sweet_jax_audit_alarm 0.0" in metrics
+    assert f'sweet_jax_audit_exit_agreement{{exit="2"}} {summary.exits[0].agreement}' in metrics
+
+
+def test_the_alarm_is_logged_shown_and_posted_once(serve_audited, classifier, sweet, caplog):
+    posted = []
+
+    class Hook(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    hook = http.server.HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=hook.serve_forever, daemon=True).start()
+    outputs, _ = compute_all_exits(classifier.model, classifier.engine, sweet.texts)
+    given = outputs.argmax(axis=-1)  # [E, N]
+    texts = [sweet.texts[i] for i in np.flatnonzero(given[0] != given[-1])][:10]
+    first = classifier.at(threshold=0.0)
+    url = f"http://127.0.0.1:{hook.server_port}/alarm"
+    running, audit, path = serve_audited(first, agreement=0.9, webhook=url, texts=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            running.predict({"texts": texts})
+        settle(audit, 3 * len(texts))
+        while not posted:  # by a thread of its own
+            time.sleep(0.01)
+    hook.shutdown()
+    hook.server_close()
+    assert sum("AUDIT ALARM" in r.getMessage() for r in caplog.records) == 1
+    assert [(p["alarm"], p["target"]) for p in posted] == [("agreement", 0.9)]
+    assert "Alarm since" in running.call("GET", "/audit")[1].decode()
+    assert "sweet_jax_audit_alarm 1.0" in running.call("GET", "/metrics")[1].decode()
+    assert json.dumps(texts[0]) in path.read_text()
+
+
+def test_an_audit_that_fails_ends_alone(serve_audited, sweet, caplog, monkeypatch):
+    running, audit, _ = serve_audited()
+    monkeypatch.setattr(audit, "_record", lambda *_: 1 / 0)
+    with caplog.at_level(logging.ERROR):
+        assert running.predict({"texts": sweet.texts[:2]})[0] == 200
+        deadline = time.monotonic() + 60
+        while audit.running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert running.predict({"texts": sweet.texts[:2]})[0] == 200
+    assert "The audit has ended with an error" in running.call("GET", "/audit")[1].decode()
+
+
+def test_the_share_is_drawn_by_seed_and_number_alone():
+    from sweet_jax.server.audit import is_drawn
+
+    drawn = [is_drawn(3, number, 0.1) for number in range(3000)]
+    assert 230 < sum(drawn) < 370
+    assert drawn[2000:] == [is_drawn(3, number, 0.1) for number in range(2000, 3000)]
+    assert drawn != [is_drawn(4, number, 0.1) for number in range(3000)]
+
+
+def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sweet):
+    counts = LossCounts("agreement", np.asarray([0.9, 0.8, 0.6]), np.asarray([0, 3, 30]), 100)
+    bounds = [1 - stats.beta.ppf(0.95, k + 1, 100 - k) for k in (0, 3, 30)]
+    at = {0.95: 0, 0.9: 0, 0.85: 1, 0.7: 2, 0.6: 2, 0.1: 2}
+    for threshold, place in at.items():
+        assert counts.kept_at(threshold) == pytest.approx(bounds[place])
+    assert counts.kept_at(float("inf")) == 1
+    rule = sweet.classifier.at(threshold=float("inf")).rule
+    assert certified_agreement(sweet.classifier.model, rule, 0.95) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--audit=2"], "--audit must be a share from 0 to 1; got 2"),
+        (["--audit_log=x"], "--audit_log needs --audit=SHARE"),
+        (["--audit=1", "--audit_agreement=1.5"], "--audit_agreement must be between 0 and 1"),
+        (["--audit=1", "--audit_webhook=http://example.com/x"], "must be an address of this mach"),
+        (["--audit=1", "--audit_webhook=ftp://127.0.0.1/x"], "must be an address of this machine"),
+    ],
+)
+def test_options_that_will_not_do(capsys, arguments, message):
+    pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
+    from sweet_jax import serve
+
+    assert serve.main(["--model=x", *arguments]) == 2
+    assert message in capsys.readouterr().err
