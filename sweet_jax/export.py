@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _export_onnx(
-    model: ModelArtifact, policy: str | None, target: Mapping[str, float], folder: Path
+    model: ModelArtifact, policy: str | None, target: Mapping[str, Any], folder: Path
 ) -> None:
     """Writes the folder, whole or not at all. Raises UserError, see `write_onnx`."""
     try:
@@ -102,14 +102,7 @@ def _export_onnx(
         raise UserError(f'--format=onnx needs {error.name}: pip install -e ".[onnx]"') from error
     if has_graphs(model.folder):
         raise UserError(f"{str(model.folder)!r} was exported already: give the model of its run")
-    policy, own = policy or model.policy, policy is None
-    if own and policy not in onnx_runners.POLICIES:
-        print(
-            f"note: run.py and run.mjs do not have the policy {policy!r} and follow 'confidence'; "
-            f"--policy can be one of {', '.join(onnx_runners.POLICIES)}",
-            file=sys.stderr,
-        )
-        policy = "confidence"
+    policy = _runner_policy(policy, model.policy, onnx_runners.POLICIES)
     models = {"float32": model}
     if (model.folder / INT8_FILE).exists():
         models["int8"] = open_model(model.folder, "int8")
@@ -120,6 +113,30 @@ def _export_onnx(
     onnx_runners.write_runners(models, aside, policy, target)
     aside.rename(folder)
     print(f"exported: {folder}")
+
+
+def _runner_policy(policy: str | None, own: str, known: Sequence[str]) -> str:
+    """Returns the policy that run.py and the others follow: the one that is set, or the run's own.
+
+    Args:
+      policy: that is set.
+      own: the run's own; where it is not known "confidence" takes its place, with a note.
+      known: those that they have.
+
+    Raises UserError where the one that is set is not known.
+
+    """
+    names = ", ".join(known)
+    if policy is None and own not in known:
+        print(
+            f"note: run.py, run.mjs and index.html do not have the policy {own!r} and follow "
+            f"'confidence'; --policy can be one of {names}",
+            file=sys.stderr,
+        )
+        return "confidence"
+    if (policy or own) not in known:
+        raise UserError(f"with --format=onnx --policy is one of {names}; got {policy!r}")
+    return policy or own
 
 
 def _make_aside(folder: Path) -> Path:

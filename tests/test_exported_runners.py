@@ -87,7 +87,7 @@ def test_a_policy_that_the_programs_lack(sweet, tmp_path, capsys):
     (folder / "exits.json").write_text(json.dumps(values))
     options = [f"--model={folder}", f"--output={tmp_path / 'out'}", "--format=onnx"]
     assert export.main([*options, "--policy=patience"]) == 2
-    assert "the policy must be one of confidence, " in capsys.readouterr().err
+    assert "--policy is one of confidence, raw_confidence, " in capsys.readouterr().err
     assert export.main(options) == 0
     assert "do not have the policy 'patience' and follow 'confidence'" in capsys.readouterr().err
     about = json.loads((tmp_path / "out" / "model.json").read_text())

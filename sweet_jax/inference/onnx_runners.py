@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweet_jax.config import UserError
 from sweet_jax.files import read_json, write_json, write_text
 from sweet_jax.inference import run_onnx
 from sweet_jax.inference.artifact import ModelArtifact
@@ -20,11 +19,12 @@ from sweet_jax.inference.onnx_segments import LOW_EXIT_RATE
 
 POLICIES = tuple(run_onnx.POLICIES)
 _VERSION = 1  # of model.json
-_ASSETS = Path(__file__).parent / "exported"
+_SOURCE = Path(__file__).parent / "exported"
+_PROGRAMS = ("classifier.mjs", "index.html", "package.json", "run.mjs", "tokenizer.mjs")
 
 
 def write_runners(
-    models: Mapping[str, ModelArtifact], folder: Path, policy: str, target: Mapping[str, float]
+    models: Mapping[str, ModelArtifact], folder: Path, policy: str, target: Mapping[str, Any]
 ) -> None:
     """Writes model.json and the programs that read it, and describes them in README.md.
 
@@ -34,11 +34,9 @@ def write_runners(
       policy: one of POLICIES.
       target: see `Target`.
 
-    Raises UserError for another policy, and as `ThresholdResolver.threshold` does.
+    Raises UserError as `ThresholdResolver.threshold` does.
 
     """
-    if policy not in POLICIES:
-        raise UserError(f"the policy must be one of {', '.join(POLICIES)}; got {policy!r}")
     precisions = {
         precision: {"weights": weights_name(precision)}
         | _describe_stages(model, read_graphs(folder, precision), policy, target)
@@ -49,21 +47,20 @@ def write_runners(
     about |= {"classes": list(model.classes), "text_columns": list(model.text_columns)}
     about |= _describe_tokens(model, folder)
     write_json(folder / "model.json", about | {"precisions": precisions})
-    for asset in _ASSETS.iterdir():
-        if asset.name != "README.md":
-            shutil.copy(asset, folder)
+    for name in _PROGRAMS:
+        shutil.copy(_SOURCE / name, folder)
     shutil.copy(run_onnx.__file__, folder / "run.py")
     card = folder / "README.md"
     before = card.read_text(encoding="utf-8") if card.exists() else ""
-    write_text(card, before + (_ASSETS / "README.md").read_text(encoding="utf-8"))
+    write_text(card, before + (_SOURCE / "README.md").read_text(encoding="utf-8"))
 
 
 def _describe_stages(
-    model: ModelArtifact, saved: SavedGraphs, policy: str, target: Mapping[str, float]
+    model: ModelArtifact, saved: SavedGraphs, policy: str, target: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the threshold of one precision, its graphs, and the stages in order."""
     threshold, calibrator = model.resolver.threshold(policy, **target)
-    full = threshold == float("inf")
+    full = threshold == math.inf
     networks = saved.networks[-1:] if full else saved.networks
     segments = [segment for network in networks for segment in network]
     stages = plan_stages(
@@ -76,10 +73,14 @@ def _describe_stages(
     described = []
     for stage in stages:
         temperature = float(calibrator.temperatures[stage.exit])
-        values = {"layer": stage.end, "cost": 1.0 if full else float(model.cost[stage.exit])}
-        # None: the exit diverged.
-        values["temperature"] = temperature if math.isfinite(temperature) else None
-        described.append(values | {"runs": _runs(stage, saved.networks[stage.network], segments)})
+        described.append(
+            {
+                "layer": stage.end,
+                "cost": 1.0 if full else float(model.cost[stage.exit]),
+                "temperature": temperature if math.isfinite(temperature) else None,  # diverged
+                "runs": _runs(stage, saved.networks[stage.network], segments),
+            }
+        )
     graphs = [path.name for _, path in segments]
     return {"threshold": None if full else threshold, "graphs": graphs, "stages": described}
 
@@ -107,7 +108,7 @@ def _describe_tokens(model: ModelArtifact, folder: Path) -> dict[str, Any]:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.no_padding()
     backend.no_truncation()
-    row = backend.encode(*["a"] * len(model.text_columns))
+    row = backend.encode("a", "a" if len(model.text_columns) == 2 else None)
     template: list[dict[str, int]] = []
     for text, token, kind in zip(row.sequence_ids, row.ids, row.type_ids, strict=True):
         part = {"id": token, "type": kind} if text is None else {"text": text, "type": kind}

@@ -1,9 +1,8 @@
 """Runs an exported model; needs numpy, onnxruntime and tokenizers alone.
 
-python run.py [float32 | int8] < texts.jsonl
-
-Each line is a text as a JSON string, or a pair of texts as a list of two. Prints a JSON line for
-each: label, probability, exit (a layer), cost (share of all layers), probabilities of all classes.
+python run.py [float32 | int8] < texts.jsonl: each line is a text as a JSON string, or a pair of
+texts as a list of two. Prints a JSON line for each: label, probability, exit (a layer), cost (share
+of all layers), probabilities of all classes.
 
 Shape letters: B texts of a batch, L length, H hidden, C classes.
 """
@@ -59,16 +58,16 @@ class Classifier:
         return [answer for at in starts for answer in self._predict(rows[at : at + batch_size])]
 
     def _predict(self, rows):
-        encoded, answers = self.tokenizer.encode_batch(rows), [{}] * len(rows)
+        encoded, answers = self.tokenizer.encode_batch(rows), dict.fromkeys(range(len(rows)))
         values = {"input_ids": np.asarray([row.ids for row in encoded], np.int32)}  # [B, L]
         values["token_type_ids"] = np.asarray([row.type_ids for row in encoded], np.int32)
         values["tokens"] = np.asarray([sum(row.attention_mask) for row in encoded], np.int32)
-        values["place"] = np.arange(len(rows))
+        values["place"] = np.arange(len(rows), dtype=np.int32)
+        every, first = (np.asarray([n]) for n in (values["input_ids"].shape[1], 1))
         for stage in self.plan["stages"]:
             for run in stage["runs"]:
                 session = self.sessions[run["graph"]]
-                count = 1 if run["first_token"] else values["input_ids"].shape[1]
-                given = values | {"count": np.asarray([count])}
+                given = values | {"count": first if run["first_token"] else every}
                 given = {value.name: given[value.name] for value in session.get_inputs()}
                 names = [value.name for value in session.get_outputs()]
                 outputs = dict(zip(names, session.run(names, given), strict=True))
@@ -76,7 +75,7 @@ class Classifier:
                     values["states"] = outputs["next_states"]  # [B, L, H]
             raw, scaled = (softmax(outputs["logits"], t) for t in (1, stage["temperature"]))
             policy, threshold = POLICIES[self.about["policy"]], self.plan["threshold"]
-            confidence = np.minimum(policy(scaled, raw, outputs.get("exit_scores")), BELOW_ONE)
+            confidence = np.clip(policy(scaled, raw, outputs.get("exit_scores")), 0, BELOW_ONE)
             leaves = confidence >= (np.inf if threshold is None else threshold)
             leaves |= stage is self.plan["stages"][-1]
             answered = raw if stage["temperature"] is None else scaled
@@ -85,14 +84,15 @@ class Classifier:
                 label = {"label": self.about["classes"][np.argmax(p)], "probability": max(p)}
                 answers[place] = label | taken | {"probabilities": p}
             if leaves.all():
-                return answers
+                break
             values = {name: value[~leaves] for name, value in values.items()}
+        return [*answers.values()]
 
 
 if __name__ == "__main__":
     try:
         rows = [json.loads(line) for line in sys.stdin if line.strip()]
-        for answer in Classifier(precision=(*sys.argv[1:], "float32")[0]).predict(rows):
+        for answer in Classifier(precision=[*sys.argv[1:], "float32"][0]).predict(rows):
             print(json.dumps(answer, ensure_ascii=False))
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-// Turns texts into tokens as tokenizer.json and model.json say, like the Python library `tokenizers`.
+// Turns texts into tokens as tokenizer.json and model.json say, as the Python library does.
 import { Tokenizer } from "@huggingface/tokenizers";
 
 // \w of Rust's regular expressions, which JavaScript's \w, of ASCII alone, is not.
