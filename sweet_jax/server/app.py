@@ -160,9 +160,9 @@ async def _predict(request: Request, formats: Sequence[Format], service: _Servic
 
 async def _classify(question: Question, worker: Worker, limits: Limits) -> Answered:
     """Returns the predictions of a question: those of every request, in any format."""
-    classifier = worker.classifier
-    if question.policy is not None or question.target:
-        # A certificate takes a while.
-        classifier = await asyncio.to_thread(worker.at, question.policy, question.target)
+    point = question.policy, question.target
+    classifier = worker.known(*point)
+    if classifier is None:
+        classifier = await asyncio.to_thread(worker.at, *point)  # a certificate takes a while
     async with asyncio.timeout(limits.timeout):
         return await worker.predict(classifier, question.texts, question.truncation)

@@ -2,13 +2,14 @@
 
 import asyncio
 import dataclasses
-import functools
 import logging
 import queue
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from typing import Any, cast
 
+from sweet_jax.exits.targets import Target
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.predictions import Prediction, Text, make_prediction
 from sweet_jax.inference.scheduler import Request
@@ -76,9 +77,7 @@ class Worker:
         self._enough = 4 * self.scheduler.slots
         # None ends the thread, _WAKE has it look at the audit.
         self._inbox: queue.SimpleQueue[Submission | object | None] = queue.SimpleQueue()
-        self._at = functools.lru_cache(_CACHED)(
-            lambda policy, target: classifier.at(policy, **dict(target))
-        )
+        self._points: dict[Any, AdaptiveClassifier] = {}  # by policy and target, the newest last
         self._lock = threading.Lock()  # of what several threads read and write
         self._submissions: dict[int, Submission] = {}  # by number of the scheduler's request
         self._admitted = 0  # the scheduler's requests so far
@@ -98,14 +97,29 @@ class Worker:
         """Has the thread, which may wait for texts, look at the audit."""
         self._inbox.put(_WAKE)
 
+    def known(self, policy: str | None, target: Mapping[str, float]) -> AdaptiveClassifier | None:
+        """Returns the classifier at a policy and target that was asked for lately, else None."""
+        if policy is None and not target:
+            return self.classifier
+        key = (policy, *sorted(target.items()))
+        with self._lock:
+            found = self._points.pop(key, None)
+            if found is not None:
+                self._points[key] = found
+        return found
+
     def at(self, policy: str | None, target: Mapping[str, float]) -> AdaptiveClassifier:
         """Returns the classifier at an HTTP request's policy and target.
 
         Raises UserError, see `AdaptiveClassifier`.
         """
-        if policy is None and not target:
-            return self.classifier
-        return self._at(policy, tuple(sorted(target.items())))  # a certificate takes a while
+        if (found := self.known(policy, target)) is None:
+            found = self.classifier.at(policy, **cast("Target", target))
+            with self._lock:
+                self._points[policy, *sorted(target.items())] = found
+                while len(self._points) > _CACHED:
+                    del self._points[next(iter(self._points))]
+        return found
 
     async def predict(
         self, classifier: AdaptiveClassifier, texts: Sequence[Text], truncation: str | None = None
