@@ -36,6 +36,7 @@ def load_engine(
     dtype: str = "float32",
     cache_dir: str | Path | None = None,
     threads: int | None = None,
+    float32_layers: Sequence[int] | None = None,
 ) -> "OnnxEngine":
     """Starts a session of ONNX Runtime for each segment of a saved model.
 
@@ -44,6 +45,8 @@ def load_engine(
       dtype: "float32", or "int8" for matrix products of integers.
       cache_dir: not used, since nothing is compiled.
       threads: that compute one batch; default the physical cores that this process may use.
+      float32_layers: that stay in float32 under int8, from 1; default those of int8.json. Of an
+        exported model they are those that it was exported with.
 
     Raises UserError for another dtype, fewer than 1 thread, a model that is not exported where JAX
     or onnx is not installed, and see `onnx_files.read_graphs` and `onnx_build.build_graphs`.
@@ -56,7 +59,10 @@ def load_engine(
     threads = physical_cores() if threads is None else threads
     if threads < 1:
         raise UserError(f"threads must be at least 1; got {threads}")
-    graphs = read_graphs(model.folder, dtype) if has_graphs(model.folder) else _trace(model, dtype)
+    if has_graphs(model.folder):
+        graphs = read_graphs(model.folder, dtype)
+    else:
+        graphs = _trace(model, dtype, float32_layers)
     networks = [
         [SegmentSession(segment, graph, threads) for segment, graph in network]
         for network in graphs.networks
@@ -64,7 +70,7 @@ def load_engine(
     return OnnxEngine(model, networks, Sizes(graphs.vocabulary, graphs.hidden, threads, dtype))
 
 
-def _trace(model: ModelArtifact, dtype: str) -> SavedGraphs:
+def _trace(model: ModelArtifact, dtype: str, float32_layers: Sequence[int] | None) -> SavedGraphs:
     """Returns the graphs of a model that is not exported."""
     try:
         from sweet_jax.inference.onnx_build import build_graphs  # imports JAX and onnx
@@ -74,7 +80,7 @@ def _trace(model: ModelArtifact, dtype: str) -> SavedGraphs:
             f'{error.name}: pip install -e ".[onnx]", or run sweet-jax export --format=onnx where '
             "JAX is installed"
         ) from error
-    return build_graphs(model, dtype)
+    return build_graphs(model, dtype, float32_layers)
 
 
 def physical_cores() -> int:

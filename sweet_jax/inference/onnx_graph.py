@@ -38,11 +38,12 @@ class GraphBuilder:
       precision: "float32", or "int8" for matrix products of integers: kernels are quantised here,
         with a scale for each output feature, and what they multiply when it is computed, with a
         scale for each token, so that no text changes the answer of another one.
+      exact: how the names of kernels begin that are multiplied in float32 all the same.
 
     """
 
-    def __init__(self, precision: str = "float32"):
-        self._precision = precision
+    def __init__(self, precision: str = "float32", exact: Sequence[str] = ()):
+        self._precision, self._exact = precision, tuple(exact)
         self._nodes: list[onnx.NodeProto] = []
         self._named: dict[tuple[Any, ...], tuple[str, ...]] = {}  # outputs of nodes there are
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -129,7 +130,7 @@ class GraphBuilder:
 
     def matmul(self, x: str, kernel: np.ndarray, name: str = "", *, exact: bool = False) -> str:
         """Multiplies x [..., I] by a kernel [I, O]; in float32 with `exact`."""
-        if exact or self._precision == "float32":
+        if exact or self._precision == "float32" or name.startswith(self._exact):
             return self.op("MatMul", x, self.weight(kernel, name))
         own = np.maximum(np.abs(kernel).max(axis=0), _SMALLEST) / _LARGEST  # [O]
         integers, scales = self._quantize(x, len(kernel))
