@@ -7,20 +7,26 @@ The layers of the model multiply int8 (engine=onnxruntime); what an exit then an
 calibration rows fits its temperatures, curves, thresholds and certificates anew, in
 model/int8.json. The rows are not in the model: they are read as the run's own config names them,
 on the kind of processor that will serve the model, since processors round int8 products
-differently. Prints the metric of every exit on the validation rows before and after. Exit status: 0
-done, 2 the run or its data will not do, 1 anything else.
+differently. Where an exit loses more than 0.5 points on these rows, the layers that cost it most
+stay in float32: those are found by trying each, and said. Prints the metric of every exit on the
+validation rows before and after, and how many predictions changed. Exit status: 0 done, 2 the run
+or its data will not do, 1 anything else.
 
+Shape letters: E exit, N rows.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -35,7 +41,7 @@ from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, INT8_VERSION, ModelArtifact, open_model
 from sweet_jax.inference.engine import Engine, load_engine
 
-_LOSS = 0.005  # of an exit's metric, that is warned of
+_LOSS = 0.005  # of an exit's metric, above which layers stay in float32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +60,8 @@ def _run(options: argparse.Namespace) -> None:
     folder = Path(options.run)
     config, digest = _read_config(folder, options.data_dir)
     model = open_model(folder / "model")
-    engine = load_engine("onnxruntime", model, "int8")
+    engine = functools.partial(load_engine, "onnxruntime", model, "int8")
+    every = engine(float32_layers=())  # before the data is read: it may not be installed
     from sweet_jax.preparation import prepare  # imports JAX
 
     job = prepare(config)
@@ -70,15 +77,20 @@ def _run(options: argparse.Namespace) -> None:
     saved = {name: _read_outputs(folder, name) for name in ("calibration", "validation")}
     replica = saved["validation"].identity.replicas.index((seed, rate))
     compared = 1 if job.config.tunes else len(saved["calibration"].logits)
-    fitted = quantized_outputs(model, engine, texts, saved["calibration"].replica(replica))
+    exact = saved["calibration"].replica(replica)
+    layers, fitted = select_float32_layers(
+        exact,
+        lambda layers: quantized_outputs(
+            model, engine(float32_layers=layers) if layers else every, texts, exact
+        ),
+    )
+    chosen = engine(float32_layers=layers) if layers else every
     resolver = make_resolver(fitted, deployable_policies(fitted), compared)
     before = saved["validation"].replica(replica)
-    metrics = [_metrics(each) for each in (before, quantized_outputs(model, engine, shown, before))]
-    values = {"version": INT8_VERSION, "dials": resolver.as_dict()}
-    write_json(
-        model.folder / INT8_FILE, values | dict(zip(("float32", "int8"), metrics, strict=True))
-    )
-    _print_table(model, before.metric.name, *metrics)
+    paired = compare_exits(before, quantized_outputs(model, chosen, shown, before))
+    values = {"version": INT8_VERSION, "dials": resolver.as_dict(), "float32_layers": layers}
+    write_json(model.folder / INT8_FILE, values | paired)
+    _print_table(before, paired)
     print(f"written to {model.folder / INT8_FILE}")
 
 
@@ -109,24 +121,85 @@ def quantized_outputs(
     return dataclasses.replace(like, logits=logits[None], exit_scores=learned)
 
 
-def _metrics(outputs: ExitOutputs) -> list[float]:
+def select_float32_layers(
+    exact: ExitOutputs, quantize: Callable[[Sequence[int]], ExitOutputs]
+) -> tuple[list[int], ExitOutputs]:
+    """Selects layers to keep in float32 so that no exit loses more than _LOSS on some rows.
+
+    Each layer up to the deepest exit that loses is tried alone, and ranked by the squared error
+    that it leaves in the logits of the exits that lose: the metric itself moves by single rows.
+    Then the first of the ranking are kept together, one more at a time. Prints what was found.
+
+    Args:
+      exact: the outputs in float32.
+      quantize: the layers that stay in float32 → the outputs on the same rows in int8.
+
+    Returns:
+      (the layers, ascending; their outputs). No layer where that is enough, or where nothing is.
+
+    """
+    first = quantize(())
+    losing = _losing(exact, first)
+    if not losing:
+        return [], first
+    layers = range(1, int(exact.layers[losing[-1]]) + 1)
+
+    def error(outputs: ExitOutputs) -> float:
+        return float(np.nanmean((outputs.logits - exact.logits)[:, losing] ** 2))
+
+    ranked = sorted(layers, key=lambda layer: error(quantize([layer])))
+    named = ", ".join(str(exact.layers[exit]) for exit in losing)
+    told = f"exit {named} would lose more than {100 * _LOSS} points in int8"
+    for count in range(1, len(ranked) + 1):
+        kept = sorted(ranked[:count])
+        found = quantize(kept)
+        if not _losing(exact, found):
+            print(f"{told}: layer {', '.join(map(str, kept))} of {exact.layers[-1]} in float32")
+            return kept, found
+    print(f"{told}, whichever layers are in float32")
+    return [], first
+
+
+def _losing(exact: ExitOutputs, found: ExitOutputs) -> list[int]:
+    """Returns the indices of the exits that lose more than _LOSS, ascending."""
+    pairs = zip(exit_metrics(exact), exit_metrics(found), strict=True)
+    return [exit for exit, (before, after) in enumerate(pairs) if before - after > _LOSS]
+
+
+def exit_metrics(outputs: ExitOutputs) -> list[float]:
     """Returns the metric of each exit."""
     classes = outputs.logits.shape[-1]
     targets = outputs.labels[0]
     return [compute_metric(outputs.metric, p, targets, classes) for p in outputs.predictions[0]]
 
 
-def _print_table(
-    model: ModelArtifact, metric: str, before: Sequence[float], after: Sequence[float]
-) -> None:
-    """Prints each exit's metric in float32 and int8, with a warning where it falls by _LOSS."""
-    print(f"{'exit':>6}{'float32':>9}{'int8':>9}  {metric} on the validation rows")
-    for layer, old, new in zip(model.layers, before, after, strict=True):
-        print(f"{layer:6d}{old:9.4f}{new:9.4f}")
+def compare_exits(before: ExitOutputs, after: ExitOutputs) -> dict[str, list[Any]]:
+    """Compares the exits in float32 and in int8 on the same rows: a list [E] for each key.
+
+    "float32" and "int8" are metrics; the others count rows: "changed" those with another
+    prediction, "lost" those that were right before alone, "gained" those that are right now alone.
+    """
+    agrees, targets = before.objective.agrees, before.labels[0]
+    counts: dict[str, list[Any]] = {"changed": [], "lost": [], "gained": []}
+    for old, new in zip(before.predictions[0], after.predictions[0], strict=True):
+        was, is_now = agrees(old, targets), agrees(new, targets)  # [N] each
+        counts["changed"].append(int((~agrees(old, new)).sum()))
+        counts["lost"].append(int((was & ~is_now).sum()))
+        counts["gained"].append(int((~was & is_now).sum()))
+    return {"float32": exit_metrics(before), "int8": exit_metrics(after), **counts}
+
+
+def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:
+    """Prints what `compare_exits` found, with a warning where the metric falls by _LOSS."""
+    rows = before.labels.shape[1]
+    heads = "".join(f"{name:>9}" for name in paired)
+    print(f"{'exit':>6}{heads}  {before.metric.name} and rows, of {rows} validation rows")
+    for layer, old, new, *counts in zip(before.layers, *paired.values(), strict=True):
+        print(f"{layer:6d}{old:9.4f}{new:9.4f}" + "".join(f"{count:9d}" for count in counts))
         if old - new > _LOSS:
             print(
-                f"warning: exit {layer} loses {100 * (old - new):.1f} points in int8: serve this "
-                "model in float32",
+                f"warning: exit {layer} loses {100 * (old - new):.1f} points in int8 on the "
+                "validation rows: serve this model in float32",
                 file=sys.stderr,
             )
 

@@ -10,7 +10,7 @@ import pytest
 from sweet_jax import AdaptiveClassifier, ExitOutputs, export, quantize
 from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.engine import default_engine, load_engine
+from sweet_jax.inference.engine import StageBatch, default_engine, load_engine
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
 pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
@@ -70,10 +70,59 @@ def test_an_exit_that_loses_more_than_half_a_point_is_warned_of(run, monkeypatch
     shutil.copytree(run, again)
     opposite = lambda model, engine, texts, like: dataclasses.replace(like, logits=-like.logits)
     monkeypatch.setattr(quantize, "quantized_outputs", opposite)
+    monkeypatch.setattr(quantize, "load_engine", lambda *_, **__: None)
     assert quantize.main([f"--run={again}"]) == 0
     printed = capsys.readouterr()
-    assert "warning: exit 2 loses 100.0 points in int8" in printed.err
-    assert "float32     int8  accuracy on the validation rows" in printed.out
+    assert "points in int8, whichever layers are in float32" in printed.out
+    assert "warning: exit 2 loses 100.0 points in int8 on the validation rows" in printed.err
+    rows = len(ExitOutputs.load(again / "exit_outputs" / "validation.npz").labels[0])
+    lines = [line.split() for line in printed.out.splitlines()]
+    heads = ["exit", "float32", "int8", "changed", "lost", "gained", "accuracy", "and"]
+    assert any(line[:8] == heads for line in lines)
+    # Of two classes every prediction changes, and every row that was right is lost.
+    assert any(line[:1] == ["2"] and line[3:6] == [str(rows), str(rows), "0"] for line in lines)
+
+
+def test_the_layers_that_cost_an_exit_most_stay_in_float32(capsys):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 1000)
+    right = np.where(labels[:, None] == np.arange(2), 1.0, -1.0)  # [N, C]
+    exact = ExitOutputs(np.stack([right, right]), labels, np.asarray([2, 3]))
+    share = {1: 0.004, 2: 0.02, 3: 0.5}  # of the rows that a layer in int8 spoils at exit 2
+
+    def outputs(kept):
+        spoiled = sum(share[layer] for layer in (1, 2) if layer not in kept)
+        logits = exact.logits[0].copy()
+        logits[0, : round(1000 * spoiled)] *= -1
+        return dataclasses.replace(exact, logits=logits)
+
+    layers, found = quantize.select_float32_layers(exact, outputs)
+    assert layers == [2], "layer 3 is above the exit that loses"
+    assert quantize.exit_metrics(found) == [0.996, 1.0]
+    told = "exit 2 would lose more than 0.5 points in int8: layer 2 of 3 in float32\n"
+    assert capsys.readouterr().out == told
+    assert quantize.select_float32_layers(exact, lambda kept: exact) == ([], exact)
+
+
+def test_layers_in_float32_are_those_of_the_file(run, tmp_path):
+    shutil.copytree(run / "model", tmp_path / "model")
+    path = tmp_path / "model" / "int8.json"
+    written = json.loads(path.read_text())
+    assert written["float32_layers"] == []
+    model = open_model(run / "model", "int8")
+    texts = np.full((2, 2, 5), 7, np.int32)
+    texts[1] = 0
+    batch = StageBatch(5, np.asarray([[0, 1], [5, 5]], np.int32), texts)
+
+    def logits(folder, precision):
+        engine = load_engine("onnxruntime", open_model(folder), precision, threads=1)
+        return engine.run(engine.stages(full=True)[0], batch, None).logits
+
+    exact, quantized = (logits(run / "model", name) for name in ("float32", "int8"))
+    assert np.abs(quantized - exact).max() > 1e-5
+    every = list(range(1, model.layers[-1] + 1))
+    path.write_text(json.dumps(written | {"float32_layers": every}))
+    np.testing.assert_allclose(logits(tmp_path / "model", "int8"), exact, atol=1e-6)
 
 
 def test_predictions_do_not_depend_on_the_texts_beside(run, sweet):

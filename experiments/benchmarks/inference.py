@@ -1,303 +1,286 @@
-"""Milliseconds per text: the full model and adaptive inference here, torch and ONNX Runtime.
+"""Milliseconds per text, from string to answer: adaptive in each engine, and plain full models.
 
-    pip install -e ".[torch]" onnx onnxruntime onnxscript
+    pip install -e ".[onnx]"               # and ".[torch]": compares with torch and its graph
     python -m experiments.benchmarks.inference --model=runs/sst2/model --model=runs/mrpc/model \
-        --data_dir=DIR                        # <task>/validation.parquet, as for training
-    python -m experiments.benchmarks.inference --model=runs/sst2/model --data_dir=DIR \
-        --shape=bert-base --rows=64           # the same texts, a random encoder of that shape
-    python -m experiments.benchmarks.inference --model=runs/sst2/model --data_dir=DIR \
-        --stream=100000                       # instead: memory while so many rows come
+        --data_dir=DIR                     # <task>/validation.parquet, as for training
+    python -m experiments.benchmarks.inference … --shape=mpnet-base --rows=64
+    python -m experiments.benchmarks.inference … --batch=1 --task=sst2 --engine=onnxruntime
+    python -m experiments.benchmarks.inference … --stream=100000   # instead: memory of a stream
 
-Real validation texts in their order, from strings to probabilities, tokenisation included. Every
-side runs the same batches in turn, several rounds, of which the median counts; torch (transformers,
-SDPA attention) and ONNX Runtime run the full model, padded to the longest text of a batch.
-Thresholds are set so that the mean counted cost over these rows is as near as can be to 0.25, 0.5,
-0.75. p50 and p95 are of a batch's time; the clock's cost is the share of the full model's
-milliseconds here. In the rows "pooled" the texts share batches (throughput mode). On 2 cores the
-first line takes some 15 minutes, the second 10.
+Real validation texts in their order, tokenized here by every side alike. "own" is the saved model,
+another shape a random encoder of that shape with the tokenizer and the texts of the saved model.
+Sides: the engines jax, onnxruntime and onnxruntime/int8, each with its full model and at the
+thresholds whose mean counted cost over these texts is nearest to 0.25, 0.5 and 0.75 (found from
+that engine's own outputs); and what `plain_inference.py` has, which computes every layer of every
+text.
+
+Every side answers the same batch before the next batch is taken, in an order that is turned round
+each time, and of a batch the least time of all rounds counts: what else runs on the machine
+disturbs all alike, and seldom every round. "counted" is the mean cost in layers, "clock" the share of the
+time of the same engine's full model. In rows "shared" the texts share batches (throughput mode).
+The aims are read off the table at the end. All cores that the process may use compute: put
+`taskset -c 0` before the command for one. On one core MiniLM with SST-2 and MRPC takes about 10
+minutes, mpnet-base with --rows=32 about 15.
 """
 
 import argparse
 import dataclasses
 import itertools
 import math
-import platform
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import onnxruntime
 import pyarrow.parquet
-import torch
-import transformers
 from flax import nnx
 
-from experiments.benchmarks.shapes import SHAPES
+from experiments.benchmarks.plain_inference import Answer, plain_answers
+from experiments.benchmarks.shapes import SHAPES, head_line, parser, row, table_head
 from sweet_jax import AdaptiveClassifier, ExitOutputs
-from sweet_jax.exits.calibration import Calibrator
-from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
-from sweet_jax.exits.pareto import ParetoFront
+from sweet_jax.data.batches import encode
+from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.inference.engine_jax import JaxEngine
-from sweet_jax.inference.network import Network
-from sweet_jax.models.bert import Bert
+from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.inference.artifact import ModelArtifact, TrainedModel, open_model, save_model
+from sweet_jax.inference.engine import Engine, load_engine
+from sweet_jax.inference.engine_onnx import physical_cores
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
-from sweet_jax.models.early_exit import EarlyExit
 
 BATCHES, COSTS = (1, 8, 64), (0.25, 0.5, 0.75)
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+ENGINES = ("jax", "onnxruntime", "onnxruntime/int8")
+PLAIN = {"onnxruntime": "plain onnxruntime", "onnxruntime/int8": "plain onnxruntime/int8"}
 
 
 class Side(NamedTuple):
-    """One way to answer a batch of texts."""
+    """Describes one way to answer a batch of texts."""
 
-    name: str
-    answer: Callable[[list[Any]], Any]
+    engine: str
+    cost: float | None  # the operating point; None = the full model
     counted: float  # mean cost in layers
+    answer: Callable[[list[Any]], object]
 
 
 class Measured(NamedTuple):
-    """Of one side: milliseconds per text, and the median and 95th percentile of a batch's."""
+    """Holds milliseconds of one side: per text, and the quantiles of those of a batch."""
 
     mean: float
     p50: float
     p95: float
 
 
-def random_classifier(
-    like: AdaptiveClassifier, shape: str, texts: Sequence[Any]
-) -> AdaptiveClassifier:
-    """Returns a saved model's tokenizer and classes with a random encoder of another shape.
-
-    Its thresholds are fitted on the texts, with the predictions of the last exit as their labels.
-    """
+def random_model(like: ModelArtifact, shape: str, folder: Path) -> ModelArtifact:
+    """Writes a saved model of another shape, random, with the tokenizer and classes of one."""
     config, exits = SHAPES[shape]
-    key = jax.random.key(0)
-    graphdef, values = nnx.split(EarlyExit(Bert(config, key), exits, len(like.classes), key))
-    params = jax.tree.map(np.asarray, nnx.to_pure_dict(values))
-    front = ParetoFront(*np.zeros((3, 1)), np.eye(1, len(exits)), np.ones(1), np.eye(1, len(exits)))
-    resolver = ThresholdResolver(
-        Calibrator.unfitted(len(exits)), 0.0, {"confidence": front}, None, {}
-    )
+    family = SHAPES[shape].family
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(SHAPES[shape].model())[1]))
+    rng, layers = np.random.default_rng(0), np.asarray(exits)
+    rows = ExitOutputs(rng.normal(size=(len(exits), 50, 2)), rng.integers(0, 2, 50), layers)
+    about = {"version": 5, "task": like.task, "classes": ["a", "b"], "pooling": "first"}
+    about |= {"text_columns": list(like.text_columns), "max_length": like.max_length}
+    about |= {"layers": list(exits), "cost": rows.cost.tolist(), "policy": "confidence"}
+    about |= {"median_tokens": 24, "dials": make_resolver(rows, ("confidence",)).as_dict()}
+    checkpoint: Any = SimpleNamespace(family=family, values=dataclasses.asdict(config))
+    tokenizer = load_tokenizer(locate_checkpoint(str(like.folder)))
+    save_model(folder, checkpoint, tokenizer, [TrainedModel(exits, params)], about, "")
+    return open_model(folder)
+
+
+def adaptive_sides(
+    model: ModelArtifact, name: str, texts: Sequence[Any], engine: Engine, batch: int
+) -> list[Side]:
+    """Returns an engine's sides: the full model, and the thresholds nearest to COSTS.
+
+    What the texts' own outputs say of how many exit where plans the stages, as after training.
+    """
+    logits, _ = compute_all_exits(model, engine, texts)  # [E, N, C]
+    outputs = ExitOutputs(logits, logits[-1].argmax(-1), np.asarray(model.layers), model.cost)
     model = dataclasses.replace(
-        like.model,
-        policy="confidence",
-        layers=exits,
-        cost=np.asarray(exits) / exits[-1],
-        resolver=resolver,
+        model, policy="confidence", resolver=make_resolver(outputs, ("confidence",))
     )
-    engine = JaxEngine([Network(exits, graphdef, params)], model.tokenizer.pad_token_id)
-    made = AdaptiveClassifier(model, target={"threshold": 2.0}, engine=engine)
-    own = make_resolver(outputs_of(made, texts), ("confidence",))
-    return AdaptiveClassifier(dataclasses.replace(model, resolver=own), engine=engine)
+    every = AdaptiveClassifier(model, target={"threshold": math.inf}, engine=engine)
+    confidences = exit_confidences(outputs, "confidence", [every.calibrator])
+    curve = simulate(outputs, lambda *_: confidences)
 
+    def side(cost: float | None, threshold: float) -> Side:
+        classifier = every.at(threshold=threshold)
+        counted = float(classifier.predict(texts, batch, "latency").cost.mean())
+        return Side(name, cost, counted, lambda part: classifier.predict(part, batch, "latency"))
 
-def outputs_of(classifier: AdaptiveClassifier, texts: Sequence[Any]) -> ExitOutputs:
-    """Returns the outputs of every exit; the texts' labels are the last one's predictions."""
-    every = classifier.at(threshold=2.0)  # none exits early
-    scheduler = every.make_scheduler(32, None)
-    requests = every.encode(texts)
-    for request in requests:
-        scheduler.admit(request)
-    scheduler.drain()
-    logits = np.stack([request.logits for request in requests], axis=1)  # [E, N, C]
-    model = classifier.model
-    return ExitOutputs(logits, logits[-1].argmax(-1), np.asarray(model.layers), model.cost)
-
-
-def at_costs(every: AdaptiveClassifier, texts: Sequence[Any]) -> dict[float, AdaptiveClassifier]:
-    """The model at the thresholds whose mean cost over these texts is nearest to each of COSTS."""
-    outputs = outputs_of(every, texts)
-    scores = exit_confidences(outputs, every.policy, [every.calibrator])
-    curve = simulate(outputs, lambda *_: scores)
-    nearest = {c: int(np.abs(curve.cost[0] - c).argmin()) for c in COSTS}
-    return {c: every.at(threshold=float(curve.threshold[0, place])) for c, place in nearest.items()}
-
-
-def sides_of(every: AdaptiveClassifier, texts: Sequence[Any], batch: int) -> list[Side]:
-    """All sides for one batch size."""
-    model, full = every.model, every.at(threshold=math.inf)
-
-    def here(classifier: AdaptiveClassifier) -> Callable[[list[Any]], Any]:
-        return lambda part: classifier.predict(part, batch, "latency")
-
-    found = [Side("full, here", here(full), 1.0)]
-    for cost, classifier in at_costs(every, texts).items():
-        counted = float(classifier.predict(texts, batch).cost.mean())
-        found.append(Side(f"adaptive at {cost}", here(classifier), counted))
-    torch_model, session = others(every)
-
-    tokenizer = load_tokenizer(locate_checkpoint(str(model.folder)))
-
-    def encode(part: list[Any], kind: str) -> Any:
-        columns = zip(*part, strict=True) if isinstance(part[0], tuple) else [part]
-        return tokenizer(
-            *map(list, columns),
-            padding=True,
-            truncation=True,
-            max_length=model.max_length,
-            return_tensors=kind,
+    places = [int(np.abs(curve.cost[0] - cost).argmin()) for cost in COSTS]
+    thresholds = [float(curve.threshold[0, place]) for place in places]
+    points = [side(cost, each) for cost, each in zip(COSTS, thresholds, strict=True)]
+    shared = every.at(threshold=thresholds[1])
+    if batch > 1:  # all texts at once, see `measure`
+        points.append(
+            Side(f"{name}, shared", COSTS[1], points[1].counted, lambda t: shared.predict(t, batch))
         )
-
-    def in_torch(part: list[Any]) -> np.ndarray:
-        with torch.inference_mode():
-            return torch_model(**encode(part, "pt")).logits.softmax(-1).numpy()
-
-    def in_onnx(part: list[Any]) -> np.ndarray:
-        encoded = encode(part, "np")
-        return session.run(None, {name: encoded[name] for name in INPUTS})[0]
-
-    return [*found, Side("full, torch", in_torch, 1.0), Side("full, ONNX Runtime", in_onnx, 1.0)]
+    return [side(None, math.inf), *points]
 
 
-def others(classifier: AdaptiveClassifier) -> tuple[Any, onnxruntime.InferenceSession]:
-    """The full model in torch, and the same exported to ONNX Runtime; weights do not matter."""
-    settings = transformers.BertConfig(
-        **_sizes(classifier), num_labels=len(classifier.classes), attn_implementation="sdpa"
-    )
-    network = transformers.BertForSequenceClassification(settings).eval()
+def plain_side(model: ModelArtifact, name: str, answer: Answer) -> Side:
+    """Returns the side of a full model."""
 
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = network
+    def run(part: list[Any]) -> object:
+        rows = [text if isinstance(text, tuple) else (text,) for text in part]
+        ids, types = encode(model.tokenizer, rows, model.max_length)
+        sizes = [len(each) for each in ids]
+        texts = np.full((2, len(ids), max(sizes)), model.tokenizer.pad_token_id, np.int32)
+        texts[1] = 0
+        for place, (own, kind) in enumerate(zip(ids, types, strict=True)):
+            texts[:, place, : len(own)] = own, kind
+        mask = np.arange(max(sizes)) < np.asarray(sizes)[:, None]  # [B, L]
+        return answer(texts, mask.astype(np.int64))
 
-        def forward(self, input_ids, attention_mask, token_type_ids):
-            return self.network(input_ids, attention_mask, token_type_ids).logits
-
-    rows = torch.ones(2, 8, dtype=torch.int64)
-    dynamic = {0: torch.export.Dim("b"), 1: torch.export.Dim("l")}
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "model.onnx")
-        torch.onnx.export(
-            Logits().eval(),
-            (rows, rows, torch.zeros_like(rows)),
-            path,
-            input_names=INPUTS,
-            output_names=["logits"],
-            dynamic_shapes=[dynamic] * 3,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        return network, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-
-def _sizes(classifier: AdaptiveClassifier) -> dict[str, Any]:
-    assert isinstance(classifier.engine, JaxEngine)
-    encoder = classifier.engine.networks[-1].params["encoder"]
-    layer = encoder["layers"][0]
-    hidden, inner = layer["intermediate"]["kernel"].shape
-    return {
-        "vocab_size": len(encoder["embeddings"]["word"]["embedding"]),
-        "hidden_size": hidden,
-        "num_hidden_layers": len(encoder["layers"]),
-        "num_attention_heads": 12,  # of both shapes
-        "intermediate_size": inner,
-    }
+    return Side(name, None, 1.0, run)
 
 
 def measure(sides: Sequence[Side], texts: Sequence[Any], batch: int, rounds: int) -> list[Measured]:
-    """All sides in turn over the same batches, after a round that is not counted."""
-    times: list[list[float]] = [[] for _ in sides]
-    parts = [list(texts[i : i + batch]) for i in range(0, len(texts) - batch + 1, batch)]
-    for count in range(rounds + 1):
-        for side, seconds in zip(sides, times, strict=True):
-            for part in parts:
-                began = time.perf_counter()
-                side.answer(part)
-                if count:
-                    seconds.append(1e3 * (time.perf_counter() - began))
-    measured = []
-    for t in times:
-        # Of each part the median of the rounds: a neighbour on the machine disturbs one of them.
-        mean = float(np.median(np.reshape(t, (rounds, -1)), axis=0).mean()) / batch
-        measured.append(Measured(mean, *np.quantile(t, [0.5, 0.95]).tolist()))
-    return measured
-
-
-def pooled(every: AdaptiveClassifier, texts: Sequence[Any], batch: int, rounds: int) -> list[float]:
-    """Milliseconds per text at cost 0.5 in latency and in throughput mode, taking turns."""
-    classifier = at_costs(every, texts)[0.5]
-    times: dict[str, list[float]] = {"latency": [], "throughput": []}
-    for count in range(rounds + 1):
-        for mode, seconds in times.items():
+    """Times all sides in turn over the same batches; not the first round, which compiles."""
+    last = max(len(texts) - batch + 1, 1)  # only whole batches, but for one that is all there is
+    parts = [list(texts[i : i + batch]) for i in range(0, last, batch)]
+    whole = [text for part in parts for text in part]
+    shared = [side.engine.endswith("shared") for side in sides]
+    times = np.full((rounds, len(sides), len(parts)), np.inf)
+    for count, place in itertools.product(range(-1, rounds), range(len(parts))):
+        order = range(len(sides)) if (count + place) % 2 else range(len(sides))[::-1]
+        for number in order:
+            if shared[number] and place:
+                continue
             began = time.perf_counter()
-            classifier.predict(texts, batch, mode)
-            if count:
-                seconds.append(1e3 * (time.perf_counter() - began) / len(texts))
-    return [float(np.median(seconds)) for seconds in times.values()]
+            sides[number].answer(whole if shared[number] else parts[place])
+            if count >= 0:
+                times[count, number, place] = 1e3 * (time.perf_counter() - began)
+    found = []
+    for number in range(len(sides)):
+        each = times[:, number, :1] if shared[number] else times[:, number]  # [rounds, batches]
+        size = len(whole) if shared[number] else len(parts[0])
+        quantiles = np.quantile(each, [0.5, 0.95]).tolist()
+        found.append(Measured(float(each.min(axis=0).mean()) / size, *quantiles))
+    return found
+
+
+def print_rows(head: str, sides: Sequence[Side], found: Sequence[Measured]) -> None:
+    """Prints the table of one case."""
+    full = {side.engine: m.mean for side, m in zip(sides, found, strict=True) if side.cost is None}
+    for side, m in zip(sides, found, strict=True):
+        clock = m.mean / full[side.engine.removesuffix(", shared")]
+        name = "full" if side.cost is None else f"{side.cost:.2f}"
+        numbers = [f"{value:.2f}" for value in m] + [f"{side.counted:.3f}", f"{clock:.3f}"]
+        print(row(head, side.engine, name, *numbers), flush=True)
+
+
+def check_aims(head: str, batch: int, sides: Sequence[Side], found: Sequence[Measured]) -> None:
+    """Prints whether each aim holds in one case: clock and counted cost, and plain full models."""
+    times = {(side.engine, side.cost): m.mean for side, m in zip(sides, found, strict=True)}
+    counted = {(side.engine, side.cost): side.counted for side in sides}
+
+    def say(what: str, value: float, aim: float, *, most: bool) -> None:
+        holds = value <= aim if most else value >= aim
+        print(f"{'holds' if holds else 'FAILS'}: {head}: {what} {value:.2f}, aim {aim:.2f}")
+
+    for engine, plain in PLAIN.items():
+        if (engine, None) not in times:
+            continue
+        for cost in COSTS:
+            clock = times[engine, cost] / times[engine, None]
+            say(
+                f"{engine} at {cost}, clock at most",
+                clock,
+                counted[engine, cost] + 0.05,
+                most=True,
+            )
+        say(f"{engine} full to {plain}", times[engine, None] / times[plain, None], 1.05, most=True)
+        if batch != 8:
+            faster = times[plain, None] / times[engine, 0.5]
+            say(f"{engine} at 0.5, times {plain}", faster, 1.8 if batch == 1 else 1.7, most=False)
+        if batch == 1 and engine.endswith("int8"):
+            faster = times[PLAIN["onnxruntime"], None] / times[engine, 0.5]
+            say(f"{engine} at 0.5, times plain float32", faster, 3.5, most=False)
 
 
 def stream(every: AdaptiveClassifier, texts: Sequence[Any], rows: int, batch: int) -> None:
-    """Prints this process's memory while `rows` rows come from an iterator, at cost 0.5."""
-    classifier = at_costs(every, texts)[0.5]
-    classifier.predict(texts, batch)
+    """Prints this process's memory while `rows` rows come from an iterator."""
+    every.predict(texts, batch)
     endless = itertools.islice(itertools.cycle(texts), rows)
     began = time.perf_counter()
-    for number, _ in enumerate(classifier.stream(endless, batch), start=1):
+    for number, _ in enumerate(every.stream(endless, batch), start=1):
         if number % (rows // 10) == 0:
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             speed = number / (time.perf_counter() - began)
             print(f"{number} rows: at most {used:.0f} MiB, {speed:.0f} rows/s", flush=True)
 
 
+def run_case(model: ModelArtifact, texts: Sequence[Any], name: str, options: Any) -> list[str]:
+    """Measures one model and its texts at every batch size; returns the calls of the aims."""
+    aims: list[Any] = []
+    engines = {}
+    for each in options.engine or ENGINES:
+        engine, _, dtype = each.partition("/")
+        engines[each] = load_engine(engine, model, dtype or "float32")
+    with tempfile.TemporaryDirectory() as folder:
+        plain = plain_answers(model, physical_cores(), Path(folder))
+        for batch in options.batch or BATCHES:
+            sides = [plain_side(model, *each) for each in plain.items()]
+            for each, engine in engines.items():
+                sides += adaptive_sides(model, each, texts, engine, batch)
+            found = measure(sides, texts, batch, options.rounds)
+            print_rows(f"{name} | {batch}", sides, found)
+            aims.append((f"{name.replace(' | ', ', ')}, batch {batch}", batch, sides, found))
+    return aims
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", action="append", required=True, help="model/ of a run; repeats")
-    parser.add_argument("--data_dir", required=True, help="<task>/validation.parquet")
-    parser.add_argument(
-        "--shape", choices=("tiny", "minilm", "bert-base"), help="instead of the model's own"
-    )
-    parser.add_argument("--rows", type=int, default=256, help="texts at most")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--stream", type=int, help="instead: memory over so many rows")
-    parser.add_argument("--batch", type=int, action="append", help="default 1, 8, 64")
-    options = parser.parse_args()
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads; jax {jax.__version__}, torch "
-        f"{torch.__version__}, onnxruntime {onnxruntime.__version__}, Python "
-        f"{platform.python_version()}"
-    )
-    print("| model | task | batch | side | ms per text | p50 | p95 | counted | clock |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name in options.model:
-        every = AdaptiveClassifier.from_pretrained(name)
-        model, task = every.model, every.model.task
-        table = pyarrow.parquet.read_table(Path(options.data_dir) / task / "validation.parquet")
+    line = parser(__doc__)
+    line.add_argument("--model", action="append", required=True, help="model/ of a run; repeats")
+    line.add_argument("--data_dir", default=os.environ.get("SWEET_GLUE_DIR"), help="of the texts")
+    line.add_argument("--shape", action="append", help='"own" (default), or of shapes.py; repeats')
+    line.add_argument("--task", action="append", help="of the models, these alone; repeats")
+    line.add_argument("--engine", action="append", choices=ENGINES, help="default all; repeats")
+    line.add_argument("--batch", type=int, action="append", help="default 1, 8, 64; repeats")
+    line.add_argument("--rows", type=int, default=128, help="texts at most")
+    line.add_argument("--rounds", type=int, default=4)
+    line.add_argument("--stream", type=int, help="instead: memory over so many rows, at cost 0.5")
+    options = line.parse_args()
+    if options.data_dir is None:
+        line.error("give --data_dir, or set SWEET_GLUE_DIR")
+    measure_all(options)
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Runs the cases that the options name."""
+    threads = f"{physical_cores()} threads, onnxruntime {onnxruntime.__version__}"
+    print(f"{head_line('numpy')}; {threads}")
+    heads = ("model", "task", "batch", "side", "at", "ms per text", "p50", "p95")
+    print(table_head(*heads, "counted", "clock"))
+    aims = []
+    for name, shape in itertools.product(options.model, options.shape or ("own",)):
+        model = open_model(name)
+        if options.task and model.task not in options.task:
+            continue
+        table = pyarrow.parquet.read_table(
+            Path(options.data_dir) / model.task / "validation.parquet"
+        )
         columns = [table[column].to_pylist()[: options.rows] for column in model.text_columns]
         texts = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
-        if options.shape:
-            every = random_classifier(every, options.shape, texts)
-        if options.stream:
-            stream(every, texts, options.stream, 32)
-            continue
-        shape = options.shape or "minilm"
-        for batch in options.batch or BATCHES:
-            sides = sides_of(every, texts, batch)
-            found = measure(sides, texts, batch, options.rounds)
-            for side, m in zip(sides, found, strict=True):
-                clock = m.mean / found[0].mean
-                print(
-                    f"| {shape} | {task} | {batch} | {side.name} | {m.mean:.2f} | {m.p50:.2f} | "
-                    f"{m.p95:.2f} | {side.counted:.3f} | {clock:.3f} |",
-                    flush=True,
-                )
-            if batch > 1:
-                each, together = pooled(every, texts, batch, options.rounds)
-                print(
-                    f"| {shape} | {task} | {batch} | pooled at 0.5 | {together:.2f} | | | 0.5 | "
-                    f"{together / found[0].mean:.3f}; {each / together:.2f} x latency mode |",
-                    flush=True,
-                )
+        with tempfile.TemporaryDirectory() as folder:
+            if shape != "own":
+                model = random_model(model, shape, Path(folder) / "model")
+            if options.stream:
+                stream(AdaptiveClassifier(model, target={"cost": 0.5}), texts, options.stream, 32)
+            else:
+                aims += run_case(model, texts, f"{shape} | {model.task}", options)
+    print()
+    for aim in aims:
+        check_aims(*aim)
 
 
 if __name__ == "__main__":

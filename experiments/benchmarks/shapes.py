@@ -24,6 +24,7 @@ from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.head import ExitConfig
+from sweet_jax.models.mpnet import MPNetConfig
 from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.sharding import (
@@ -89,6 +90,7 @@ SHAPES = {
     "bert-base": Shape(BertConfig(), (1, 4, 6, 12)),
     "bert-large": Shape(BertConfig(**_LARGE), (1, 6, 12, 24)),
     "deberta-base": Shape(DebertaConfig(**_DEBERTA), (1, 4, 6, 12)),
+    "mpnet-base": Shape(MPNetConfig(max_position_embeddings=514), (1, 4, 6, 12)),
 }
 
 

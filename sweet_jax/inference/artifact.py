@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # these import datasets, and JAX
     from sweet_jax.models.pretrained import Checkpoint
 
 EXITS_VERSION = 5  # of exits.json
-INT8_FILE, INT8_VERSION = "int8.json", 1  # thresholds of the model's layers in int8
+INT8_FILE, INT8_VERSION = "int8.json", 2  # thresholds of the model's layers in int8
+_INT8_READABLE = (1, INT8_VERSION)  # 1 had no float32_layers: all were in int8
 _READABLE = (4, EXITS_VERSION)  # 4 had no pooling: it was "first"
 
 
@@ -153,7 +154,7 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
     checkpoint = locate_checkpoint(str(name))
     values = _read_exits(checkpoint.folder)
     if precision == "int8":
-        values["dials"] = _read_int8(checkpoint.folder)
+        values["dials"] = _read_int8(checkpoint.folder)["dials"]
     try:
         values.setdefault("pooling", "first")
         if values["pooling"] not in POOLING_NAMES:
@@ -189,8 +190,18 @@ def _read_exits(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _read_int8(folder: Path) -> Any:
-    """Returns the thresholds that were fitted for int8. Raises UserError where none were."""
+def read_float32_layers(folder: Path) -> tuple[int, ...]:
+    """Returns the layers, from 1, that stay in float32 where a saved model runs in int8.
+
+    Raises UserError where int8.json is damaged.
+    """
+    if not (folder / INT8_FILE).exists():
+        return ()
+    return tuple(_read_int8(folder)["float32_layers"])
+
+
+def _read_int8(folder: Path) -> dict[str, Any]:
+    """Returns what int8.json says. Raises UserError where there is none, or it is damaged."""
     path = folder / INT8_FILE
     if not path.exists():
         raise UserError(
@@ -199,9 +210,10 @@ def _read_int8(folder: Path) -> Any:
         )
     try:
         values = read_json(path)
-        if values["version"] != INT8_VERSION:
+        if values["version"] not in _INT8_READABLE:
             raise ValueError(f"version {values['version']!r}")
-        return values["dials"]
+        layers = [int(layer) for layer in values.get("float32_layers", ())]
+        return {"dials": values["dials"], "float32_layers": layers}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{str(path)!r} is not readable ({error!r}): run sweet-jax quantize again"

@@ -139,6 +139,7 @@ def load_engine(
     dtype: str = "float32",
     cache_dir: str | Path | None = None,
     threads: int | None = None,
+    float32_layers: Sequence[int] | None = None,
 ) -> Engine:
     """Reads a saved model's weights into an engine.
 
@@ -148,13 +149,15 @@ def load_engine(
       dtype: of parameters and activations.
       cache_dir: where compiled programs are kept between processes; default the engine's own.
       threads: that compute a batch, where the engine has such a number; default its own.
+      float32_layers: that stay in float32 under int8, from 1; default those of int8.json.
 
     Raises UserError for an engine that is unknown or not installed, a dtype or a number of threads
     that it does not have, and weights that are missing or misshapen.
 
     """
     check_choice("engine", name, ENGINES)
-    options = {} if threads is None else {"threads": threads}
+    given = {"threads": threads, "float32_layers": float32_layers}
+    options = {name: value for name, value in given.items() if value is not None}
     try:
         module = import_module(ENGINES[name])
     except ImportError as error:

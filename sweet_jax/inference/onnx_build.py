@@ -5,7 +5,7 @@ No encoder family is named here: what a segment computes is traced (`onnx_trace.
 Shape letters: B batch, L length, Q first tokens, H hidden, C classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import UserError
-from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.artifact import ModelArtifact, read_float32_layers
 from sweet_jax.inference.network import Network, load_networks
 from sweet_jax.inference.onnx_files import SavedGraphs
 from sweet_jax.inference.onnx_fusions import Fuser
@@ -35,16 +35,27 @@ _NEEDS_SIZES = (
 )
 
 
-def build_graphs(model: ModelArtifact, precision: str = "float32") -> SavedGraphs:
+def build_graphs(
+    model: ModelArtifact, precision: str = "float32", float32_layers: Sequence[int] | None = None
+) -> SavedGraphs:
     """Returns the graphs of a saved model.
 
+    Args:
+      model: the saved model.
+      precision: "float32" or "int8".
+      float32_layers: that stay in float32 under "int8", from 1; default those of its int8.json.
+
     Raises UserError, see `load_networks` and `build_segment`.
+
     """
+    if float32_layers is None:
+        float32_layers = read_float32_layers(model.folder) if precision == "int8" else ()
+    exact = tuple(f"encoder/layers/{layer - 1}/" for layer in float32_layers)
     networks = load_networks(model)
     first_only = POOLINGS[model.pooling].first_only
     graphs = [
         [
-            (segment, build_segment(network, segment, precision))
+            (segment, build_segment(network, segment, precision, exact))
             for segment in plan_segments(network.exits, first_only=first_only)
         ]
         for network in networks
@@ -53,8 +64,12 @@ def build_graphs(model: ModelArtifact, precision: str = "float32") -> SavedGraph
     return SavedGraphs(graphs, len(words), networks[0].hidden_size)
 
 
-def build_segment(network: Network, segment: Segment, precision: str = "float32") -> Graph:
-    """Returns a segment's graph; under "int8" all but the heads multiply integers.
+def build_segment(
+    network: Network, segment: Segment, precision: str = "float32", exact: Sequence[str] = ()
+) -> Graph:
+    """Returns a segment's graph; under "int8" all but the heads and `exact` multiply integers.
+
+    `exact` is how the paths of the other kernels begin that stay in float32.
 
     Inputs: input_ids and token_type_ids, int32 [B, L], or states, float32 [B, L, H]; tokens, int32
     [B], the number of each row; and, of a segment that counts, count, int64 [1]. Outputs, those
@@ -76,7 +91,7 @@ def build_segment(network: Network, segment: Segment, precision: str = "float32"
     leaves = jax.tree_util.tree_leaves_with_path(network.params)
     try:
         program = trace(function, {_path(path): leaf for path, leaf in leaves}, inputs)
-        return _write(program, names, count, precision)
+        return _write(program, names, count, GraphBuilder(precision, exact))
     except UnsupportedOperationError as error:
         raise _refusal(network, f"the primitive {error}") from error
     except _NEEDS_SIZES as error:
@@ -129,9 +144,9 @@ def _path(path: tuple[Any, ...]) -> str:
     return "/".join(str(part.key) for part in path)
 
 
-def _write(program: Program, names: list[str], count: Any, precision: str) -> Graph:
+def _write(program: Program, names: list[str], count: Any, graph: GraphBuilder) -> Graph:
     """Returns the graph of a program, whose outputs have some names."""
-    graph, inputs = GraphBuilder(precision), dict(program.inputs)
+    inputs = dict(program.inputs)
     mask = inputs.pop("mask")
     given = {name: graph.input(name, x.dtype, x.shape) for name, x in inputs.items()}
     tokens = graph.input("tokens", np.int32, mask.shape[:1])

@@ -34,11 +34,6 @@ def _layer_norm(writer: GraphWriter, operation: Operation) -> str:
     return writer.graph.op("LayerNormalization", *names, epsilon=epsilon)
 
 
-def _skip_layer_norm(writer: GraphWriter, operation: Operation) -> str:
-    names, epsilon = map(writer.full, operation.inputs), operation.params["epsilon"]
-    return writer.graph.op("SkipLayerNormalization", *names, domain=MICROSOFT, epsilon=epsilon)
-
-
 def _attention(writer: GraphWriter, operation: Operation) -> str:
     """Adds MultiHeadAttention, which takes and gives all heads side by side, [B, L, H]."""
     (q, k, v, *others), out = operation.inputs, operation.outputs[0]
@@ -77,6 +72,5 @@ FUSED: dict[str, Operator] = {
     "linear": _linear,
     "masked_softmax": _softmax,
     "layer_norm": _layer_norm,
-    "skip_layer_norm": _skip_layer_norm,
     "attention": _attention,
 }

@@ -39,9 +39,10 @@ def plan_segments(layers: Sequence[int], *, first_only: bool) -> list[Segment]:
     for layer in layers:
         embeds, last = start == 1, layer == layers[-1]
         if first_only and not last:
-            if embeds or start < layer:
+            alone = start == layer  # what resumes at layer 1 embeds again
+            if not alone:
                 segments.append(Segment(start, layer - 1, embeds))
-            segments.append(Segment(layer, layer, exits=True, counts=True))
+            segments.append(Segment(layer, layer, embeds and alone, exits=True, counts=True))
         else:
             segments.append(Segment(start, layer, embeds, exits=True, returns_states=not last))
         start = layer + 1
