@@ -289,8 +289,8 @@ def test_connections_without_a_request_are_closed_and_others_are_not(classifier)
         assert closes_within(connections[name], 0.1), name
     while connections["half of another"].recv(1000):
         pass  # its answer, and then the end
-    slow.close()
-    asks.close()
+    for connection in (slow, asks, *connections.values()):
+        connection.close()
     running.stop()
 
 
