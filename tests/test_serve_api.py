@@ -7,7 +7,10 @@ import collections
 import dataclasses
 import http.client
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 from numpy_engine import NumpyEngine
 
+from experiments.launch import check_dockerfile
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact
@@ -25,6 +29,7 @@ from sweet_jax.models.pretrained import open_checkpoint
 uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
 from test_serve import GatedEngine, Running  # noqa: E402 - after the packages it needs
 
+from sweet_jax import serve  # noqa: E402 - likewise
 from sweet_jax.server.app import make_app  # noqa: E402 - likewise
 from sweet_jax.server.connections import close_silent_connections  # noqa: E402 - likewise
 from sweet_jax.server.requests import Limits  # noqa: E402 - likewise
@@ -289,9 +294,39 @@ def test_connections_without_a_request_are_closed_and_others_are_not(classifier)
         assert closes_within(connections[name], 0.1), name
     while connections["half of another"].recv(1000):
         pass  # its answer, and then the end
-    slow.close()
-    asks.close()
+    for connection in (slow, asks, *connections.values()):
+        connection.close()
     running.stop()
+
+
+def test_the_dockerfile_installs_the_extras_and_starts_the_server_of_this_checkout(server):
+    steps = check_dockerfile.read_steps(check_dockerfile.DOCKERFILE)
+    sources = [name for s in steps if s.instruction == "COPY" for name in s.text.split()[:-1]]
+    there = [name for name in sources if (check_dockerfile.ROOT / name).exists()]
+    assert [name for name in sources if name not in there] == ["--from=build", "/opt/venv"]
+    assert int(check_dockerfile.last(steps, "USER").split(":")[0]) > 0
+    (wanted,) = [s.text for s in steps if "optional-dependencies" in s.text]
+    program = wanted.partition(" -c ")[2].rpartition(" > ")[0].strip('"')
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=check_dockerfile.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = {re.split("[>=]", line)[0] for line in printed.split()}
+    assert {"onnxruntime", "tokenizers", "numpy", "starlette", "uvicorn"} <= names
+    assert not {"jax", "flax", "transformers", "datasets"} & names
+    command = check_dockerfile.command_of(check_dockerfile.last(steps, "ENTRYPOINT"))
+    assert command[:2] == ["sweet-jax", "serve"]
+    assert serve._parse(command[2:]).port == 8000
+    probe = check_dockerfile.command_of(check_dockerfile.last(steps, "HEALTHCHECK"))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        for port, healthy in ((server.port, True), (silent.getsockname()[1], False)):
+            program = probe[-1].replace("8000", str(port))
+            done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+            assert (done.returncode == 0) == healthy
 
 
 @pytest.fixture
