@@ -71,7 +71,7 @@ def write_report(
     """
     details = details or ReportDetails()
     best = results["best_replica"]
-    threshold = recommended_threshold(analysis, best, details.target, details.times)
+    threshold, met = recommended_threshold(analysis, best, details)
     reliability = reliability_traces(analysis, best)
     charts = {
         "curve": curve_chart(results, seed_band(analysis), details.times),
@@ -84,18 +84,20 @@ def write_report(
         policy_series(
             analysis,
             r,
-            threshold if r == best else recommended_threshold(analysis, r, {}, None),
+            threshold if r == best else recommended_threshold(analysis, r, details)[0],
             every=r == best,
         )
         for r in range(len(results["replicas"]))
     ]
     page = ENVIRONMENT.get_template("page.html").render(
         results=results,
+        title=details.title or results["task"],
         best=best,
         trained=describe_training(results, len(analysis.validation.identity.classes)),
         verdict=verdict(analysis, results, best, threshold, details),
         fitted=fitted_rows(results),
-        asked=_describe_target(details.target, results["metric"]),
+        asked=_describe_target(details.target if met else {}, results["metric"]),
+        unmet=None if met else _describe_target(details.target, results["metric"]),
         warnings=_warnings(results),
         raised=_raised_errors(results),
         baselines={baseline_title(name): row for name, row in results.get("baselines", {}).items()},
