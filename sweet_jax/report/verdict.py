@@ -20,6 +20,9 @@ from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.details import ReportDetails
 
 
+_ERROR = "neg_"  # begins the name of a metric that is an error with its sign changed
+
+
 def describe_training(results: Mapping[str, Any], classes: int) -> str:
     """Says in one sentence what was trained on what, from the contents of results.json."""
     layers = [str(layer) for layer in results["exits"]]
@@ -119,10 +122,12 @@ def _against_baselines(
 def _reaches(metric: Metric, value: float) -> str:
     if metric.name == "accuracy":
         return f"is right {_number(metric, value)} of the time"
-    return f"has {metric.name.replace('_', ' ')} {_number(metric, value)}"
+    return f"has {metric.name.removeprefix(_ERROR).replace('_', ' ')} {_number(metric, value)}"
 
 
 def _number(metric: Metric, value: float) -> str:
+    if metric.name.startswith(_ERROR):
+        value = -value
     return f"{100 * value:.1f}%" if metric.name == "accuracy" else f"{value:.3f}"
 
 
