@@ -19,7 +19,6 @@ from sweet_jax.objectives import Metric
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.details import ReportDetails
 
-
 _ERROR = "neg_"  # begins the name of a metric that is an error with its sign changed
 
 
