@@ -60,6 +60,8 @@ def verdict(
     classes = rows.logits.shape[-1]
     found = compute_metric(metric, given, labels, classes)
     interval = score_interval(metric, given, labels, classes)
+    if metric.name.startswith(_ERROR):
+        interval = interval[::-1]
     whole = np.isinf(threshold) or len(rows.layers) == 1
     lead = "Through all layers"
     if not whole:
