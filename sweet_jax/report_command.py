@@ -27,7 +27,7 @@ from sweet_jax.files import expand_user, read_json
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.latency import LATENCY_FILE, read_latency_file
 from sweet_jax.report.baselines import load_baselines
-from sweet_jax.report.details import ExitTimes, ReportDetails
+from sweet_jax.report.details import ExitTimes, ReportDetails, report_title
 from sweet_jax.report.page import write_report
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ def _read_details(
         )
     texts = _read_texts(config, digest)
     return ReportDetails(
+        title=report_title(config),
         texts=texts if config.report_texts else None,
         times=times,
         baselines=load_baselines(baselines) if baselines.exists() else (),

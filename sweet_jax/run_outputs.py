@@ -22,7 +22,7 @@ from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.report import console, figures, page, shortfalls
 from sweet_jax.report.baselines import Baseline, save_baselines
-from sweet_jax.report.details import ReportDetails
+from sweet_jax.report.details import ReportDetails, report_title
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.training.initialization import model_specs
@@ -117,6 +117,7 @@ def _details(job: PreparedRun, outcome: Outcome) -> ReportDetails:
     """Returns what the report shows beside the outputs; a new model has no times yet."""
     texts, most = job.dataset.validation.texts, job.config.max_length
     return ReportDetails(
+        title=report_title(job.config),
         texts=texts if job.config.report_texts else None,
         baselines=outcome.baselines,
         cut=longer_than(job.tokenizer, texts, most, job.validation.lengths),

@@ -45,7 +45,7 @@ def pages(tmp_path_factory) -> list[Path]:
         config = from_mapping({"exits": (1, 2, 4)}).resolved()
         results = build_results(config, analysis, TrainingRecord(100, baselines=baselines))
         times = ExitTimes(np.asarray([1.0, 2.0, 4.0]), 32, "a machine")
-        details = ReportDetails(TEXTS, times, baselines, np.arange(240) % 2 == 0, 16)
+        details = ReportDetails("title", TEXTS, times, baselines, np.arange(240) % 2 == 0, 16)
         found.append(folder / f"{classes}.html")
         write_report(found[-1], analysis, results, [], {}, details)
     found.append(folder / "compare.html")

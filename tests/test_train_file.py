@@ -63,10 +63,11 @@ def test_the_report_has_the_times_and_is_written_anew_for_a_target(trained, caps
     page = (folder / "report.html").read_text()
     assert "milliseconds until each exit, a text of " in page  # measured after the run
     assert "the best accuracy within 0.7 of the layers" in page
-    assert cli.main(["report", str(folder), "--milliseconds=1e9"]) == 0
-    assert "the best accuracy within 1e+09 ms a text" in (folder / "report.html").read_text()
     monkeypatch.setenv("PATH", "")  # where there is no browser, the picture is drawn
-    assert cli.main(["report", str(folder), "--png"]) == 0
+    assert cli.main(["report", str(folder), "--milliseconds=1e-6", "--png"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "No threshold gives the best accuracy within 1e-06 ms a text: what is" in page
+    assert "<h1>rows.csv " in page
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith(f"first screen: {folder / 'report.png'}\n")
 

@@ -5,10 +5,14 @@ Shape letters: N validation rows, E exit.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 
 import numpy as np
 
+from sweet_jax.config import Config
 from sweet_jax.exits.analysis import Analysis
+from sweet_jax.files import RUN_ROWS
+from sweet_jax.recipe import OWN_DATA
 from sweet_jax.report.baselines import Baseline
 
 
@@ -33,6 +37,7 @@ class ReportDetails:
     """Holds what a report shows that does not follow from its outputs.
 
     Attributes:
+      title: of the page; empty for the task's name.
       texts: of the validation rows [N]; None leaves single texts out.
       times: None where none were measured.
       baselines: with their predictions on the validation rows.
@@ -43,6 +48,7 @@ class ReportDetails:
 
     """
 
+    title: str = ""
     texts: Sequence[tuple[str, ...]] | None = None
     times: ExitTimes | None = None
     baselines: Sequence[Baseline] = ()
@@ -51,13 +57,31 @@ class ReportDetails:
     target: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-def recommended_threshold(
-    analysis: Analysis, replica: int, target: Mapping[str, float], times: ExitTimes | None
-) -> float:
-    """Returns the threshold that a report recommends: infinity, all layers, where none will do.
+def report_title(config: Config) -> str:
+    """Returns the name of the file of a run on one's own data, which says more than its task.
 
-    Raises UserError for a target out of its range, or milliseconds without times.
+    With its folder where it is called like any other.
     """
-    clock = times.milliseconds if times else None
-    found = analysis.resolver(replica).resolve(analysis.policy, target, clock).threshold
-    return np.inf if found is None else found
+    path = PurePath(config.data_files.partition(",")[0].partition("+")[0])
+    if config.task != OWN_DATA["task"] or path.parent.name == RUN_ROWS:
+        return ""
+    common = path.name.partition(".")[0] in ("data", "train", "training")
+    return "/".join(path.parts[-2:]) if common else path.name
+
+
+def recommended_threshold(
+    analysis: Analysis, replica: int, details: ReportDetails
+) -> tuple[float, bool]:
+    """Returns the threshold that a report recommends, and whether it meets the target.
+
+    Where the target cannot be met, the one that there would be without; where there is none either,
+    infinity: all layers. Raises UserError for a target out of its range, or milliseconds without
+    times.
+    """
+    clock = None if details.times is None else details.times.milliseconds
+    resolver = analysis.resolver(replica)
+    found = resolver.resolve(analysis.policy, details.target, clock).threshold
+    if found is not None:
+        return found, True
+    found = resolver.resolve(analysis.policy).threshold
+    return np.inf if found is None else found, not details.target

@@ -53,7 +53,7 @@ def draw_first_screen(
 ) -> None:
     """Draws what the first screen says, and the curve, as a PNG."""
     best = results["best_replica"]
-    threshold = recommended_threshold(analysis, best, details.target, details.times)
+    threshold, _ = recommended_threshold(analysis, best, details)
     words = [
         describe_training(results, len(analysis.validation.identity.classes)),
         " ".join(verdict(analysis, results, best, threshold, details)),

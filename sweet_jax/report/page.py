@@ -70,8 +70,8 @@ def write_report(
 
     """
     details = details or ReportDetails()
-    best = results["best_replica"]
-    threshold = recommended_threshold(analysis, best, details.target, details.times)
+    best, metric = results["best_replica"], results["metric"]
+    threshold, met = recommended_threshold(analysis, best, details)
     reliability = reliability_traces(analysis, best)
     charts = {
         "curve": curve_chart(results, seed_band(analysis), details.times),
@@ -80,22 +80,16 @@ def write_report(
     for number, (title, traces) in enumerate(reliability.items()):
         made = make_chart(title, *RELIABILITY_AXES, traces)
         charts[f"reliability-{number}"] = made | {"square": True, "legend": False}
-    policies = [
-        policy_series(
-            analysis,
-            r,
-            threshold if r == best else recommended_threshold(analysis, r, {}, None),
-            every=r == best,
-        )
-        for r in range(len(results["replicas"]))
-    ]
+    policies = _policies(analysis, best, details)
     page = ENVIRONMENT.get_template("page.html").render(
         results=results,
+        title=details.title or results["task"],
         best=best,
         trained=describe_training(results, len(analysis.validation.identity.classes)),
         verdict=verdict(analysis, results, best, threshold, details),
         fitted=fitted_rows(results),
-        asked=_describe_target(details.target, results["metric"]),
+        asked=_describe_target(details.target if met else {}, metric),
+        unmet=None if met else _describe_target(details.target, metric),
         warnings=_warnings(results),
         raised=_raised_errors(results),
         baselines={baseline_title(name): row for name, row in results.get("baselines", {}).items()},
@@ -112,6 +106,17 @@ def write_report(
         scripts={name: read_script(name) for name in ("charts", "page")},
     )
     write_text(path, page)
+
+
+def _policies(
+    analysis: Analysis, best: int, details: ReportDetails
+) -> list[dict[str, dict[str, Any]]]:
+    """Returns `policy_series` of each replica: of the best with all policies."""
+    found = []
+    for replica in range(len(analysis.replicas)):
+        threshold, _ = recommended_threshold(analysis, replica, details)
+        found.append(policy_series(analysis, replica, threshold, every=replica == best))
+    return found
 
 
 def _page_data(

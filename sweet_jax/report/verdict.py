@@ -12,11 +12,14 @@ import numpy as np
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.intervals import paired_difference, score_interval
 from sweet_jax.exits.metrics import compute_metric
+from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.methods import METHODS
 from sweet_jax.objectives import Metric
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.details import ReportDetails
+
+_ERROR = "neg_"  # begins the name of a metric that is an error with its sign changed
 
 
 def describe_training(results: Mapping[str, Any], classes: int) -> str:
@@ -57,6 +60,8 @@ def verdict(
     classes = rows.logits.shape[-1]
     found = compute_metric(metric, given, labels, classes)
     interval = score_interval(metric, given, labels, classes)
+    if metric.name.startswith(_ERROR):
+        interval = interval[::-1]
     whole = np.isinf(threshold) or len(rows.layers) == 1
     lead = "Through all layers"
     if not whole:
@@ -71,7 +76,8 @@ def verdict(
         value = compute_metric(metric, last, labels, classes)
         gap = paired_difference(metric, given, last, labels, classes)
         first += f"; all layers give {_number(metric, value)}: {_difference(metric, *gap)}"
-    return [f"{first}.", _against_baselines(results, replica, (metric, given, labels), details)]
+    theirs = {b.name: b.for_replica(replica) for b in details.baselines}
+    return [f"{first}.", _against_baselines(rows, results, given, theirs)]
 
 
 def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
@@ -87,35 +93,42 @@ def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
 
 
 def _against_baselines(
+    rows: ExitOutputs,
     results: Mapping[str, Any],
-    replica: int,
-    ours: tuple[Metric, np.ndarray, np.ndarray],
-    details: ReportDetails,
+    given: np.ndarray,
+    baselines: Mapping[str, np.ndarray],
 ) -> str:
-    """Says how (metric, predictions, labels) compare with the best baseline."""
-    known = results.get("baselines", {})
+    """Says how predictions [N, ...] compare with the best of results.json's baselines.
+
+    Args:
+      rows: of the replica.
+      results: the contents of results.json.
+      given: the predictions.
+      baselines: predictions of each baseline, as far as they are there.
+
+    """
+    known, metric = results.get("baselines", {}), rows.metric
     if not known:
         return "No baseline was tried on these rows."
     name = max(known, key=lambda key: known[key]["score"])
-    metric, given, labels = ours
     title = baseline_title(name)
     title = title if title == name else title[:1].upper() + title[1:]
     text = f"{title}, the best baseline, {_reaches(metric, known[name]['score'])}"
-    theirs = [b.for_replica(replica) for b in details.baselines if b.name == name]
-    if theirs:
-        classes = int(max(labels.max(), given.max(), theirs[0].max())) + 1
-        gap = paired_difference(metric, given, theirs[0], labels, classes)
-        text += f": {_difference(metric, *gap, 'the model is ')}"
+    if name in baselines:
+        arguments = given, baselines[name], rows.labels[0], rows.logits.shape[-1]
+        text += f": {_difference(metric, *paired_difference(metric, *arguments), 'the model is ')}"
     return f"{text}."
 
 
 def _reaches(metric: Metric, value: float) -> str:
     if metric.name == "accuracy":
         return f"is right {_number(metric, value)} of the time"
-    return f"has {metric.name.replace('_', ' ')} {_number(metric, value)}"
+    return f"has {metric.name.removeprefix(_ERROR).replace('_', ' ')} {_number(metric, value)}"
 
 
 def _number(metric: Metric, value: float) -> str:
+    if metric.name.startswith(_ERROR):
+        value = -value
     return f"{100 * value:.1f}%" if metric.name == "accuracy" else f"{value:.3f}"
 
 
