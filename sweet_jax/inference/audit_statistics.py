@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences
+from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences, policy_name
 from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest
 from sweet_jax.exits.shift import (
     calibration_histograms,
@@ -89,7 +89,7 @@ class AuditStatistics:
 
     def __init__(self, model: ModelArtifact, rule: ExitRule, target: float | None, level: float):
         self._model, self._rule, self._target, self._level = model, rule, target, level
-        name = rule.policy if isinstance(rule.policy, str) else ""
+        name = policy_name(rule.policy)
         self._front = model.resolver.fronts.get(name)
         self._histograms = calibration_histograms(self._front) if self._front else []
         losses = model.resolver.losses.get(name)
@@ -177,7 +177,7 @@ def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> f
     By the calibration rows that certificates are tested on; None where there are none. Raises
     ImportError without SciPy.
     """
-    losses = model.resolver.losses.get(rule.policy) if isinstance(rule.policy, str) else None
+    losses = model.resolver.losses.get(policy_name(rule.policy))
     if not losses:
         return None
     return losses["agreement"].kept_at(rule.threshold, level)

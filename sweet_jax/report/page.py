@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import plotly.offline
 
 from sweet_jax.exits.analysis import Analysis, curve_area
-from sweet_jax.exits.policies import POLICIES
+from sweet_jax.exits.policies import policy_rule
 from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.classes import class_report
@@ -67,7 +67,7 @@ def write_report(
         ],
         baselines={baseline_title(name): row for name, row in results.get("baselines", {}).items()},
         plotly=plotly.offline.get_plotlyjs(),
-        policies={name: POLICIES[name].about for name in policies[best]},
+        policies={name: policy_rule(name).about for name in policies[best]},
         bounds=list(BOUNDS),
         certificates=certificate_table(analysis, best),
         report=class_report(analysis, best, texts),
