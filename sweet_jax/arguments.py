@@ -59,7 +59,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
         Without `clock` there is no --milliseconds: times are known of a model, not of its outputs.
         """
-        self.add_argument("--policy", help="name of an exit policy (default: the run's own)")
+        text = "name of an exit policy, or module:function, your own (default: the run's)"
+        self.add_argument("--policy", help=text)
         target = self.add_mutually_exclusive_group()
         for name, text in (_TARGETS | (_LATENCY if clock else {})).items():
             target.add_argument(f"--{name}", type=float, help=text)

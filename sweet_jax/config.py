@@ -110,7 +110,8 @@ class Config:
         for field in dataclasses.fields(self):
             check_type(field.name, getattr(self, field.name), field.default)
         for name, allowed in CHOICES.items():
-            check_choice(name, getattr(self, name), allowed)
+            if name != "confidence" or ":" not in self.confidence:  # module:function
+                check_choice(name, getattr(self, name), allowed)
         check_values(self)
 
     def resolved(self) -> "Config":

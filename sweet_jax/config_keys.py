@@ -144,7 +144,10 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "calibration": (
             'Rows that temperatures and thresholds are fitted on; "" is the preset\'s.'
         ),
-        "confidence": 'Exit policy of the run; "" is the preset\'s.',
+        "confidence": (
+            'Exit policy of the run; "" is the preset\'s.',
+            "confidence, confidence_float32, or module:function, a policy of your own",
+        ),
         "exit_score": 'Exit policy of a run with learning_to_exit; "" is the preset\'s.',
         "metric": 'The reported metric; "" is the task\'s.',
     },

@@ -82,7 +82,12 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
     alone = jax.default_backend() == "cpu" and len(jax.devices()) == 1
     places = range(len(rates))
     together = [[place] for place in places] if alone else [list(places)]
-    area = np.concatenate([_short_runs(job, chosen, workdir) for chosen in together])
+    depths = [model.exits[-1] for model in model_specs(config)]
+    work = sum(depths) * (steps * len(rates) + total * len(config.seeds))
+    # Said once: for this search and the training after it.
+    following = [float(work - depths[0] * steps * len(together[0])), *[None] * len(rates)]
+    each = zip(together, following, strict=False)
+    area = np.concatenate([_short_runs(job, chosen, workdir, left) for chosen, left in each])
     area = broadcast_from_primary(area)
     best = rates[choose_rate(area, tuning, job.dataset.task.metric)]
     found = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True))
@@ -97,10 +102,13 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
     }
 
 
-def _short_runs(job: PreparedRun, places: Sequence[int], workdir: Path) -> np.ndarray:
+def _short_runs(
+    job: PreparedRun, places: Sequence[int], workdir: Path, following: float | None
+) -> np.ndarray:
     """Returns the area on tuning rows, float64 [R], of short runs of the first seed.
 
     places: of their learning rates in the config.
+    following: of the first of them, see `TrainingJob`.
     """
     rates = tuple(job.config.learning_rates[place] for place in places)
     config = dataclasses.replace(
@@ -110,7 +118,9 @@ def _short_runs(job: PreparedRun, places: Sequence[int], workdir: Path) -> np.nd
     folder = workdir / "-".join(f"{rate:g}" for rate in rates)
     logits = []
     for model in model_specs(config):
-        graphdef, params, _ = fit(job.training_job(model, folder, short=True))
+        training = job.training_job(model, folder, short=True)
+        graphdef, params, _ = fit(dataclasses.replace(training, following=following))
+        following = None
         program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
         logits.append(evaluate(config, program, params, job.train, job.rows.tuning).logits)
     return tuning_area(

@@ -31,6 +31,7 @@ from sweet_jax.run_outputs import Outcome, exit_outputs, write_run
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.schedule import training_steps
 from sweet_jax.training.sharding import mesh_of, select_replica
 from sweet_jax.training.step import Params
 from sweet_jax.training.trackers import check_tracker, track_results
@@ -110,12 +111,18 @@ def _older_defaults(config: Config) -> dict[str, Any]:
 
 def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
     """Trains the method's models one after the other, and evaluates all their exits."""
+    config = job.config
     found: list[SplitOutputs] = []
     models: list[TrainedModel] = []
     best_steps: dict[str, list[int]] = {}
     timing = {"train_seconds": 0.0, "train_examples": 0.0, "evaluate_seconds": 0.0}
-    for model in model_specs(job.config):
-        graphdef, params, spent = fit(job.training_job(model, workdir))
+    specs = model_specs(job.config)
+    total = training_steps(config.epochs, job.rows.training.shape[1], config.batch_size)
+    for number, model in enumerate(specs):
+        training = job.training_job(model, workdir)
+        layers = sum(later.exits[-1] for later in specs[number + 1 :])
+        following = float(total * layers * len(config.replicas()))
+        graphdef, params, spent = fit(dataclasses.replace(training, following=following))
         began = time.perf_counter()
         # A probe alone was fitted on this very encoder.
         if job.config.head_refit and not (job.config.epochs == 0 and job.probe):

@@ -22,6 +22,7 @@ from sweet_jax.data.splits import (
     split_calibration_rows,
     split_tuning_rows,
 )
+from sweet_jax.exits.policies import policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pooling import POOLINGS, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
@@ -101,6 +102,7 @@ def prepare(config: Config) -> PreparedRun:
     """Reads and checks all that a config names; raises UserError, and writes nothing."""
     config = config.resolved()
     task_of(config)  # a misspelt name is an error before the hub is asked for anything
+    policy_rule(config.policy)  # likewise one of the user's own
     config, checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
     digest = dataset.digest()

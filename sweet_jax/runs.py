@@ -16,6 +16,7 @@ from sweet_jax.data.tables import find_column
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import PolicyFunction, policy_reference
 from sweet_jax.exits.simulation import Curve, simulate
 from sweet_jax.exits.targets import Target
 from sweet_jax.files import RUN_ROWS, atomic_write, expand_user, read_json
@@ -48,7 +49,8 @@ def train(
       label: name of its label column.
       validation: rows to report on, like `data`; default a fifth of `data` is split off.
       workdir: the directory of the run.
-      **config: keys of `Config`, in place of those of the recipe `OWN_DATA`.
+      **config: keys of `Config`, in place of those of the recipe `OWN_DATA`; `confidence` may be a
+        function of your own, which is saved by its module and name.
 
     Raises UserError for data, keys or a workdir that will not do.
 
@@ -81,6 +83,9 @@ def run_config(
     parts = {"train": data} | ({} if validation is None else {"validation": validation})
     files = [_file_of(part, name, kept, workdir) for name, part in parts.items()]
     given = {"data_files": ",".join(files), "text_columns": _join(names), "label_column": label}
+    if callable(own := values.get("confidence")):
+        given["confidence"], values = policy_reference(own), {**values}
+        del values["confidence"]
     return from_mapping({**OWN_DATA, **given, **values})
 
 
@@ -176,17 +181,17 @@ class Run:
     def _outputs(self, split: str) -> ExitOutputs:
         return ExitOutputs.load(self.directory / "exit_outputs" / f"{split}.npz")
 
-    def analysis(self, policy: str | None = None) -> Analysis:
+    def analysis(self, policy: str | PolicyFunction | None = None) -> Analysis:
         """Returns the curves and operating points under a policy, by default the run's own."""
         return load_analysis(self.directory, policy)
 
-    def curve(self, policy: str | None = None) -> Curve:
+    def curve(self, policy: str | PolicyFunction | None = None) -> Curve:
         """Returns the cost and metric at every threshold on the validation rows, [R, T] each."""
         chosen = policy or self.outputs.identity.policy
         return simulate(self.outputs, chosen, calibration=self.calibration)
 
     def operating_point(
-        self, policy: str | None = None, **target: Unpack[Target]
+        self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]
     ) -> OperatingPoint:
         """Chooses the threshold for a target on calibration rows, for the replica that is saved.
 

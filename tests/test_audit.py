@@ -14,7 +14,7 @@ from scipy import stats
 from sweet_jax import AdaptiveClassifier
 from sweet_jax.config import UserError
 from sweet_jax.exits.certificates import LossCounts
-from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest
+from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest, ShiftTest
 from sweet_jax.exits.shift import (
     calibration_histograms,
     population_stability_index,
@@ -75,6 +75,20 @@ def test_a_change_is_found_whenever_it_comes(before):
         test = test.observe(value)
     assert test.rejected
     assert len(test.start) <= 65
+
+
+def test_a_shift_is_found_and_none_where_there_is_none():
+    rejected = 0
+    for seed in range(20):
+        rng, test = np.random.default_rng(seed), ShiftTest()
+        # With ties, and values beyond 1, of which the ranks alone matter.
+        for value in np.round(3 * rng.beta(5, 2, 400), 1):
+            test = test.observe(value, rng.random())
+        rejected += test.rejected
+    assert rejected <= 2
+    for value in rng.beta(2, 2, 150):
+        test = test.observe(value, rng.random())
+    assert test.rejected
 
 
 def test_the_two_sample_test_is_scipys():
@@ -230,6 +244,7 @@ def test_the_alarm_is_logged_shown_and_posted_once(serve_audited, classifier, sw
     hook.server_close()
     assert sum("AUDIT ALARM" in r.getMessage() for r in caplog.records) == 1
     assert [(p["alarm"], p["target"]) for p in posted] == [("agreement", 0.9)]
+    assert "audited answers are the full model's, where 0.9000 are to be" in posted[0]["text"]
     assert "Alarm since" in running.call("GET", "/audit")[1].decode()
     assert "sweet_jax_audit_alarm 1.0" in running.call("GET", "/metrics")[1].decode()
     assert json.dumps(texts[0]) in path.read_text()
@@ -249,12 +264,12 @@ def test_an_audit_that_fails_ends_alone(serve_audited, sweet, caplog, monkeypatc
 
 
 def test_the_share_is_drawn_by_seed_and_number_alone():
-    from sweet_jax.server.audit import is_drawn
+    from sweet_jax.server.audit import uniform_draws
 
-    drawn = [is_drawn(3, number, 0.1) for number in range(3000)]
-    assert 230 < sum(drawn) < 370
-    assert drawn[2000:] == [is_drawn(3, number, 0.1) for number in range(2000, 3000)]
-    assert drawn != [is_drawn(4, number, 0.1) for number in range(3000)]
+    drawn = [uniform_draws(3, number) for number in range(2000)]
+    assert stats.kstest(np.ravel(drawn), "uniform").pvalue > 0.01
+    assert drawn[1500:] == [uniform_draws(3, number) for number in range(1500, 2000)]
+    assert not set(drawn) & {uniform_draws(4, number) for number in range(2000)}
 
 
 def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sweet):

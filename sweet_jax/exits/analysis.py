@@ -11,12 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.config import UserError
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.cross_fitting import calibration_confidences
 from sweet_jax.exits.operating_point import OperatingPoint, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, exit_confidences, grid_thresholds
+from sweet_jax.exits.policies import (
+    PolicyFunction,
+    exit_confidences,
+    grid_thresholds,
+    policy_name,
+    policy_rule,
+)
 from sweet_jax.exits.resolver import Resolution, ThresholdResolver
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 from sweet_jax.exits.thresholds import breakpoints
@@ -28,7 +34,7 @@ class Analysis:
 
     Attributes:
       calibration, validation: outputs of the rows fitted on and of the rows reported.
-      policy: whose confidences the curves are of.
+      policy: name of that whose confidences the curves are of.
       calibrators: of the replicas [R], fitted on the calibration rows.
       calibration_curve, curve: exact curves on either. A policy that reads reliability curves is
         cross-fitted on the calibration rows.
@@ -37,6 +43,7 @@ class Analysis:
         which choose between replicas; on the calibration rows where there are none. NaN where a
         replica diverged.
       tuned: whether there are tuning rows.
+      function: the policy itself, where it is a function of the user's own.
 
     """
 
@@ -49,11 +56,14 @@ class Analysis:
     grid: Curve
     area: np.ndarray
     tuned: bool = False
+    function: PolicyFunction | None = None
     _resolvers: dict = dataclasses.field(default_factory=dict, repr=False)
 
-    def resolver(self, replica: int, policies: tuple[str, ...] | None = None) -> ThresholdResolver:
+    def resolver(
+        self, replica: int, policies: tuple[str | PolicyFunction, ...] | None = None
+    ) -> ThresholdResolver:
         """Returns the resolver of one replica, by default of this policy only; made once."""
-        wanted = policies or (self.policy,)
+        wanted = policies or (self.function or self.policy,)
         if (replica, wanted) not in self._resolvers:
             rows = self.calibration.replica(replica)
             compared = 1 if self.tuned else len(self.calibration.logits)
@@ -81,13 +91,15 @@ class Analysis:
             return OperatingPoint(threshold, found.reachable, calibration, validation)
         # Confidences by a calibrator that half of the rows fitted are on another curve.
         rows, calibrators = self.validation.replica(replica), (found.calibrator,)
-        point = _point_at(simulate(rows, self.policy, calibrators=calibrators), 0, threshold)
+        curve = simulate(rows, self.function or self.policy, calibrators=calibrators)
+        point = _point_at(curve, 0, threshold)
         return OperatingPoint(threshold, found.reachable, None, point, certificate)
 
     def exits_taken(self, replica: int, threshold: float) -> np.ndarray:
         """Returns the index of the exit that each validation row takes at a threshold, int [N]."""
         rows, calibrators = self.validation.replica(replica), [self.calibrators[replica]]
-        leaves = exit_confidences(rows, self.policy, calibrators)[0] >= threshold  # [E, N]
+        found = exit_confidences(rows, self.function or self.policy, calibrators)[0]  # [E, N]
+        leaves = found >= threshold
         leaves[-1] = True
         return leaves.argmax(axis=0)
 
@@ -139,21 +151,21 @@ class Analysis:
 def analyse(
     calibration: ExitOutputs,
     validation: ExitOutputs,
-    policy: str | None = None,
+    policy: str | PolicyFunction | None = None,
     tuning: ExitOutputs | None = None,
 ) -> Analysis:
     """Fits calibrators to a run's calibration rows and computes its curves.
 
     Args:
       calibration, validation: outputs of the rows to fit on and to report.
-      policy: name of an exit policy; default the one in the outputs' identity.
+      policy: an exit policy; default the one in the outputs' identity.
       tuning: rows to choose between replicas on; default the calibration rows.
 
     Raises UserError for an unknown policy, or one that needs scores which the outputs lack.
 
     """
     policy = policy or validation.identity.policy
-    check_choice("policy", policy, POLICIES)
+    policy_rule(policy)
     calibrators = fit_calibrators(calibration)
     held_out = calibration_confidences(calibration, policy, calibrators)
     on_calibration = simulate(calibration, lambda *_: held_out)
@@ -167,7 +179,7 @@ def analyse(
     return Analysis(
         calibration,
         validation,
-        policy,
+        policy_name(policy),
         calibrators,
         on_calibration,
         curve,
@@ -179,10 +191,11 @@ def analyse(
             ]
         ),
         tuning is not None,
+        None if isinstance(policy, str) else policy,
     )
 
 
-def load_analysis(run: Path, policy: str | None = None) -> Analysis:
+def load_analysis(run: Path, policy: str | PolicyFunction | None = None) -> Analysis:
     """Analyses a run directory, see `analyse`. Raises UserError for absent or damaged outputs."""
     folder = run / "exit_outputs"
     if not (folder / "validation.npz").exists():

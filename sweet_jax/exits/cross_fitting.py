@@ -7,22 +7,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sweet_jax.config import check_choice
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import POLICIES, exit_confidences
+from sweet_jax.exits.policies import PolicyFunction, exit_confidences, policy_rule
 
 
 def calibration_confidences(
-    calibration: ExitOutputs, policy: str, calibrators: Sequence[Calibrator]
+    calibration: ExitOutputs, policy: str | PolicyFunction, calibrators: Sequence[Calibrator]
 ) -> np.ndarray:
     """Computes confidences [R, E, N] of calibration rows, cross-fitted where curves are read."""
-    if POLICIES[policy].curve:
+    if policy_rule(policy).curve:
         return cross_fitted_confidences(calibration, policy)
     return exit_confidences(calibration, policy, calibrators)
 
 
-def cross_fitted_confidences(calibration: ExitOutputs, policy: str) -> np.ndarray:
+def cross_fitted_confidences(calibration: ExitOutputs, policy: str | PolicyFunction) -> np.ndarray:
     """Computes the confidences of calibration rows, each by calibrators of the other four folds.
 
     A threshold chosen on confidences read off a curve that the same rows fitted would promise too
@@ -30,8 +29,8 @@ def cross_fitted_confidences(calibration: ExitOutputs, policy: str) -> np.ndarra
 
     Returns float64 [R, E, N]. Raises UserError for an unknown policy.
     """
-    check_choice("policy", policy, POLICIES)
-    kinds = [POLICIES[policy].curve] if POLICIES[policy].curve else []
+    curve = policy_rule(policy).curve
+    kinds = [curve] if curve else []
     part = np.random.default_rng(0).permutation(calibration.labels.shape[1]) % 5  # [N]
     found = np.empty(calibration.logits.shape[:3])
     for fold in np.unique(part):

@@ -20,7 +20,13 @@ from sweet_jax.exits.cross_fitting import calibration_confidences
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.pareto import ParetoFront
-from sweet_jax.exits.policies import POLICIES, exit_confidences
+from sweet_jax.exits.policies import (
+    POLICIES,
+    PolicyFunction,
+    exit_confidences,
+    policy_name,
+    policy_rule,
+)
 from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.exits.simulation import simulate
 
@@ -54,7 +60,7 @@ class OperatingPoint:
 
 def make_resolver(
     calibration: ExitOutputs,
-    policies: tuple[str, ...] | None = None,
+    policies: tuple[str | PolicyFunction, ...] | None = None,
     compared: int = 1,
     calibrator: Calibrator | None = None,
 ) -> ThresholdResolver:
@@ -62,7 +68,7 @@ def make_resolver(
 
     Args:
       calibration: R = 1.
-      policies: names; default those that can be deployed.
+      policies: names or functions of the user's own; default those that can be deployed.
       compared: how many replicas the rows had to choose from.
       calibrator: fitted on the rows; default it is fitted here.
 
@@ -75,17 +81,21 @@ def make_resolver(
     halves = _halves(calibration)
     if halves is not None:
         (half,) = fit_calibrators(halves[0])
-    for name in policies or deployable_policies(calibration):
-        found = calibration_confidences(calibration, name, (calibrator,))
+    for policy in policies or deployable_policies(calibration):
+        name = policy_name(policy)
+        found = calibration_confidences(calibration, policy, (calibrator,))
         curve = simulate(calibration, lambda *_, found=found: found)
         fronts[name] = ParetoFront.from_curve(curve, 0)
-        if halves is not None and half is not None and is_deployable(name, calibration):
-            losses[name] = _count_losses(name, half, *halves)
+        if halves is not None and half is not None and is_deployable(policy, calibration):
+            losses[name] = _count_losses(policy, half, *halves)
     return ThresholdResolver(calibrator, full, fronts, half, losses, compared)
 
 
 def _count_losses(
-    policy: str, calibrator: Calibrator, fitting: ExitOutputs, tested: ExitOutputs
+    policy: str | PolicyFunction,
+    calibrator: Calibrator,
+    fitting: ExitOutputs,
+    tested: ExitOutputs,
 ) -> dict[str, LossCounts]:
     """Counts the losses of either kind on rows that fitted neither calibrator nor candidates."""
     pair = [exit_confidences(rows, policy, (calibrator,))[0] for rows in (fitting, tested)]
@@ -94,13 +104,15 @@ def _count_losses(
 
 
 def deployable_policies(outputs: ExitOutputs) -> tuple[str, ...]:
-    """Returns the names of the policies that are `is_deployable`."""
-    return tuple(name for name in POLICIES if is_deployable(name, outputs))
+    """Returns the names of the policies that are `is_deployable`, and the run's own policy's."""
+    names = tuple(name for name in POLICIES if is_deployable(name, outputs))
+    own = outputs.identity.policy
+    return (*names, own) if ":" in own else names
 
 
-def is_deployable(policy: str, outputs: ExitOutputs) -> bool:
+def is_deployable(policy: str | PolicyFunction, outputs: ExitOutputs) -> bool:
     """Returns whether a policy can answer one example at a time, given outputs like these."""
-    rule = POLICIES[policy]
+    rule = policy_rule(policy)
     learned = outputs.exit_scores is not None
     readable = outputs.objective.categorical is not None or not rule.needs_probabilities
     return readable and not rule.needs_all_rows and (learned or policy != "learning_to_exit")

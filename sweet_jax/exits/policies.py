@@ -1,20 +1,26 @@
 """Applies exit policies: the confidences of outputs, for evaluation and serving alike.
 
 An example leaves at the first exit whose confidence reaches the threshold; the last exit takes the
-rest. `confidences` has the policies.
+rest. `confidences` has the named policies; a policy of the user's own is a function, or the name
+"module:function" of one, by which it is saved.
 
 Shape letters: R replica, E exit, E' exits so far, N examples, C outputs of an exit (classes).
 """
 
+import functools
+import os
+import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator, categorical_variables
-from sweet_jax.exits.confidences import POLICIES, PolicyInput
+from sweet_jax.exits.confidences import POLICIES, Policy, PolicyInput
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.files import one_line
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 
 # A user's own policy: from outputs and temperatures [R, E'] to exit confidences [R, E', N].
@@ -43,13 +49,73 @@ class UnlabeledOutputs(NamedTuple):
         return self.objective.predict(self.logits)
 
 
-def grid_thresholds(policy: str, outcomes: int, exits: int) -> np.ndarray:
+def policy_name(policy: str | PolicyFunction) -> str:
+    """Returns a policy's name; of a function "module:function"."""
+    if isinstance(policy, str):
+        return policy
+    return f"{policy.__module__}:{getattr(policy, '__qualname__', type(policy).__qualname__)}"
+
+
+def policy_reference(function: PolicyFunction) -> str:
+    """Returns the name that a function is saved by. Raises UserError where it does not lead back.
+
+    As of a function within a function, or of a notebook.
+    """
+    name = policy_name(function)
+    if function.__module__ == "__main__" or load_policy(name) is not function:
+        raise UserError(
+            f"the policy {name!r} cannot be saved by its name: define it at the top of a module"
+        )
+    return name
+
+
+@functools.cache
+def load_policy(name: str) -> PolicyFunction:
+    """Imports the function "module:function"; modules of the working directory are found too.
+
+    Raises UserError where there is none.
+    """
+    module, _, place = name.partition(":")
+    if os.getcwd() not in sys.path:  # not there in an installed command
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = functools.reduce(getattr, place.split("."), import_module(module))
+        if not callable(found):
+            raise TypeError(f"{place} is no function")
+    except Exception as error:  # whatever the module does when it is imported
+        raise UserError(
+            f"policy {name!r}: {type(error).__name__}: {one_line(error)}; give module:function, "
+            "importable from here"
+        ) from error
+    return found
+
+
+def policy_rule(policy: str | PolicyFunction) -> Policy:
+    """Returns what is known of a policy; a user's own may have any confidence, and reads no curve.
+
+    Raises UserError for an unknown name.
+    """
+    if isinstance(policy, str) and ":" not in policy:
+        check_choice("policy", policy, POLICIES)
+        return POLICIES[policy]
+    if isinstance(policy, str):
+        load_policy(policy)
+    about = f"a policy of your own, {policy_name(policy)}"
+    return Policy(_read_outputs, about, needs_probabilities=False)
+
+
+def _read_outputs(given: PolicyInput) -> np.ndarray:
+    """Stands for a user's own function, which reads whole outputs: see `exit_confidences`."""
+    raise TypeError("a policy of the user's own is a function of outputs and temperatures")
+
+
+def grid_thresholds(policy: str | PolicyFunction, outcomes: int, exits: int) -> np.ndarray:
     """Returns 11 thresholds evenly spaced over the range of a policy's confidences, float64 [11].
 
     That is (1/K, 1) for a largest probability of K outcomes (classes), as in the SWEET paper's
     experimental setup, (0, 1) for most others; patience counts, and has one for each exit.
     """
-    rule = POLICIES[policy]
+    rule = policy_rule(policy)
     if policy == "patience":
         return np.arange(1.0, exits + 1)
     low = 1 / outcomes if rule.low is None else rule.low
@@ -68,13 +134,14 @@ def exit_confidences(
 
     Args:
       outputs: of any rows.
-      policy: a name in POLICIES, or the user's own function.
+      policy: a name in POLICIES, or the user's own function or its name "module:function".
       calibrators: of the replicas [R]; without, temperatures are 1.
 
     Raises:
       UserError: an unknown name, or a policy that reads curves, learned scores or probabilities
         where there are none.
-      ValueError: calibrators of other replicas or exits, or a function that returns another shape.
+      ValueError: calibrators of other replicas or exits, or (a UserError) a function that returns
+        another shape.
 
     """
     replicas, exits = outputs.logits.shape[:2]
@@ -85,12 +152,12 @@ def exit_confidences(
             f"outputs of {replicas} replicas with {exits} exits need calibrators of as many "
             f"replicas and exits; got {[c.temperatures.shape for c in calibrators]}"
         )
-    if callable(policy):
+    if not isinstance(policy, str) or ":" in policy:
+        function = load_policy(policy) if isinstance(policy, str) else policy
         temperatures = np.stack([c.temperatures for c in calibrators])  # [R, E]
-        found = np.asarray(policy(outputs, temperatures), np.float64)
+        found = np.asarray(function(outputs, temperatures), np.float64)
     else:
-        check_choice("policy", policy, POLICIES)
-        rule, objective = POLICIES[policy], outputs.objective
+        rule, objective = policy_rule(policy), outputs.objective
         if rule.needs_probabilities:
             categorical_variables(objective)
         if rule.curve and any(rule.curve not in c.curves for c in calibrators):
@@ -99,5 +166,8 @@ def exit_confidences(
         each = zip(outputs.logits, learned, calibrators, strict=True)
         found = np.stack([rule.confidences(PolicyInput(*one, objective)) for one in each])
     if found.shape != outputs.logits.shape[:3]:
-        raise ValueError(f"a policy must return [R, E, N]; got {found.shape}")
+        raise UserError(
+            f"the policy {policy_name(policy)!r} must return confidences [R, E, N] = "
+            f"{outputs.logits.shape[:3]}; got {found.shape}"
+        )
     return np.where(np.isnan(found), -np.inf, found)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.config import UserError
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.certificates import (
     CERTIFICATE_KINDS,
@@ -23,13 +23,18 @@ from sweet_jax.exits.certificates import (
     sequential_limits,
 )
 from sweet_jax.exits.pareto import ParetoFront
-from sweet_jax.exits.policies import POLICIES
+from sweet_jax.exits.policies import POLICIES, policy_rule
 from sweet_jax.exits.targets import TargetTable, check_targets
 
 _LEVEL = 0.95
 _ROUNDING = 1e-12  # of a cost or a metric
 # Under PCEE an accuracy is the threshold itself: a table holds these.
 _ACCURACIES = np.round(np.arange(200, -1, -1) / 200, 3)
+
+
+def reads_curve(policy: str) -> bool:
+    """Returns whether a threshold of the policy is an accuracy: a user's own is never one."""
+    return policy in POLICIES and bool(POLICIES[policy].curve)
 
 
 class Resolution(NamedTuple):
@@ -111,8 +116,8 @@ class ThresholdResolver:
         """
         values = {k: v for k, v in (targets or {}).items() if v is not None}
         check_targets(values)
-        check_choice("policy", policy, POLICIES)
         if policy not in self.fronts:
+            policy_rule(policy)  # an unknown name is another mistake
             raise UserError(
                 f"this model was not calibrated for the policy {policy!r}: set policy to one of "
                 f"{', '.join(self.fronts)}"
@@ -121,7 +126,7 @@ class ThresholdResolver:
         name, value = next(iter(values.items()), ("", self.full))
         if name == "threshold":
             return Resolution(value, self.calibrator)
-        if name == "accuracy" and POLICIES[policy].curve:
+        if name == "accuracy" and reads_curve(policy):
             return Resolution(value, self.calibrator, float(self.fronts[policy].score[-1]))
         if name in CERTIFICATE_KINDS:
             certificate = self.certificate(
@@ -150,7 +155,7 @@ class ThresholdResolver:
             if target == "risk":
                 return TargetTable(limits, thresholds, True, reached=bounds)
             return TargetTable(1 - limits, thresholds, False, reached=1 - bounds)
-        if target == "accuracy" and POLICIES[policy].curve:
+        if target == "accuracy" and reads_curve(policy):
             return TargetTable(_ACCURACIES, _ACCURACIES, at_most=False)
         return self._front_table(policy, target)
 

@@ -1,14 +1,14 @@
-"""Anytime-valid inference on a mean by betting: a confidence sequence, and a test with restarts.
+"""Anytime-valid tests by betting: of a mean, with its confidence sequence, and of a shift.
 
-Values are from 0 to 1 and come one at a time. However often the results are looked at, and whenever
-one stops, the chance of an error stays at most 1 - level: the capital of a bettor against a true
-mean is a nonnegative supermartingale, which exceeds 1 / (1 - level) with at most that probability
-(Ville's inequality).
+Values come one at a time. However often the results are looked at, and whenever one stops, the
+chance of an error stays at most 1 - level: the capital of a bettor against what is true is a
+nonnegative supermartingale, which exceeds 1 / (1 - level) with at most that probability (Ville's
+inequality).
 
 Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", JRSS B
 86(1), doi 10.1093/jrsssb/qkad009, sections 4 (capital processes, theorem 3) and B.3 (bets).
 
-Shape letters: M candidate means, K starts of the test.
+Shape letters: M candidate means, K starts of the test, B bins.
 """
 
 import dataclasses
@@ -159,3 +159,61 @@ class MeanTest:
             k: np.append(getattr(self, k)[keep], [v]) for k, v in first.items()
         }
         return dataclasses.replace(self, **fields)
+
+
+_BINS, _JUMP = 1000, 0.01
+_SLOPES = np.asarray([-1.0, 0.0, 1.0])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShiftTest:
+    """Holds a test of whether values come in any order, to be looked at after every value.
+
+    A conformal test martingale: the rank of a value among all so far, ties broken at random, is
+    uniform and independent of the others as long as the order of the values means nothing (Vovk,
+    Nouretdinov and Gammerman 2003, "Testing exchangeability on-line"). Bets that ranks are low,
+    or high, for a while: the simple jumper (Vovk et al. 2021, "Retrain or not retrain: conformal
+    test martingales for change-point detection", PMLR 152, algorithm 1).
+
+    Attributes:
+      level: 1 - the chance of a rejection, ever, where the values do not shift.
+      counts: int64 [B], of the values so far.
+      capital: float64 [3], of each bet.
+      largest: the largest capital so far.
+
+    """
+
+    level: float = 0.95
+    counts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(_BINS, np.int64))
+    capital: np.ndarray = dataclasses.field(default_factory=lambda: np.full(3, 1 / 3))
+    largest: float = 1.0
+
+    @property
+    def rejected(self) -> bool:
+        """Returns whether the values were found to have shifted."""
+        return self.largest >= 1 / (1 - self.level)
+
+    def observe(self, value: float, draw: float) -> "ShiftTest":
+        """Returns the state after one more value, any number, and a uniform draw for its ties."""
+        place, counts = _bin(value), self.counts.copy()
+        counts[place] += 1
+        rank = (counts[place + 1 :].sum() + draw * counts[place]) / counts.sum()
+        capital = (1 - _JUMP) * self.capital + _JUMP / 3 * self.capital.sum()
+        capital = capital * (1 + _SLOPES * (rank - 0.5))
+        # Beyond any level there is nothing to learn.
+        capital = capital / max(1.0, capital.sum() / 1e12)
+        largest = max(self.largest, float(capital.sum()))
+        return dataclasses.replace(self, counts=counts, capital=capital, largest=largest)
+
+
+def _bin(value: float) -> int:
+    """Returns the bin of a value, 0 to B - 1, rising with it: fine close to 1, as confidences are.
+
+    Equal bins of -log(1 - value) below 1, an eighth of all for what is larger.
+    """
+    if math.isnan(value) or value <= 0:
+        return 0
+    fine = _BINS * 7 // 8
+    if value < 1:
+        return min(int(fine * -math.log(1 - value) / 16), fine - 1)
+    return fine + min(int((_BINS - fine) * (1 - 1 / value)), _BINS - fine - 1)

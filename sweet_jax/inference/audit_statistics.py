@@ -5,12 +5,13 @@ Shape letters: E exit, N texts, C classes.
 
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences
-from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest
+from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences, policy_name
+from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest, ShiftTest
 from sweet_jax.exits.shift import (
     calibration_histograms,
     population_stability_index,
@@ -18,7 +19,7 @@ from sweet_jax.exits.shift import (
 )
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.audit_log import AuditRow
-from sweet_jax.inference.scheduler import ExitRule
+from sweet_jax.inference.scheduler import ExitRule, Request
 
 _WINDOW = 1000  # audited texts that shares and shifts are of: the newest
 
@@ -57,6 +58,7 @@ class AuditSummary(NamedTuple):
       level: of the confidence sequence and of the alarm.
       capital: the largest so far of the test against the target; 1 / (1 - level) is an alarm.
       alarm: when it was raised, in seconds since 1970; None where it was not.
+      shift_capital, shift_alarm: likewise, of the test that the answered texts do not change.
 
     """
 
@@ -71,6 +73,8 @@ class AuditSummary(NamedTuple):
     level: float
     capital: float
     alarm: float | None
+    shift_capital: float
+    shift_alarm: float | None
 
 
 class AuditStatistics:
@@ -83,13 +87,14 @@ class AuditStatistics:
       level: 1 - the chance of a false alarm, ever.
 
     Attributes:
-      alarm: when the target was found to be missed, in seconds since 1970; None before.
+      alarm, shift_alarm: when the target was found to be missed, and the texts to have changed, in
+        seconds since 1970; None before.
 
     """
 
     def __init__(self, model: ModelArtifact, rule: ExitRule, target: float | None, level: float):
         self._model, self._rule, self._target, self._level = model, rule, target, level
-        name = rule.policy if isinstance(rule.policy, str) else ""
+        name = policy_name(rule.policy)
         self._front = model.resolver.fronts.get(name)
         self._histograms = calibration_histograms(self._front) if self._front else []
         losses = model.resolver.losses.get(name)
@@ -99,7 +104,30 @@ class AuditStatistics:
         self._newest: deque[AuditRow] = deque(maxlen=_WINDOW)
         self._sequence = ConfidenceSequence(level)
         self._test = None if target is None else MeanTest(target, level)
+        self._shift = ShiftTest(level)
         self.alarm: float | None = None
+        self.shift_alarm: float | None = None
+
+    def first_confidences(self, requests: Sequence[Request]) -> np.ndarray:
+        """Returns the exit confidence of answered texts at the first exit computed, float64 [N]."""
+        logits = np.stack([request.logits[0] for request in requests])  # [N, C]
+        learned = [request.exit_scores[:1] for request in requests]
+        scores = np.asarray(learned, np.float32).T[None] if learned[0] else None
+        outputs = UnlabeledOutputs(logits[None, None], np.asarray(self._rule.layers[:1]), scores)
+        calibrator = self._rule.calibrator.first_exits(1)
+        return exit_confidences(outputs, self._rule.policy, [calibrator])[0, 0]
+
+    def add_answered(self, confidences: Iterable[float], draws: Iterable[float]) -> bool:
+        """Adds first confidences of answered texts, each with a uniform draw.
+
+        Returns whether the alarm that texts have changed is raised by them.
+        """
+        for confidence, draw in zip(confidences, draws, strict=True):
+            self._shift = self._shift.observe(confidence, draw)
+        raised = self._shift.rejected and self.shift_alarm is None
+        if raised:
+            self.shift_alarm = time.time()
+        return raised
 
     def row(
         self, logits: np.ndarray, scores: np.ndarray | None, exit: int, text: Any = None
@@ -151,6 +179,8 @@ class AuditStatistics:
             self._level,
             1.0 if self._test is None else self._test.largest,
             self.alarm,
+            self._shift.largest,
+            self.shift_alarm,
         )
 
     def _exits(self, shares: np.ndarray, expected: np.ndarray) -> list[ExitAudit]:
@@ -177,7 +207,7 @@ def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> f
     By the calibration rows that certificates are tested on; None where there are none. Raises
     ImportError without SciPy.
     """
-    losses = model.resolver.losses.get(rule.policy) if isinstance(rule.policy, str) else None
+    losses = model.resolver.losses.get(policy_name(rule.policy))
     if not losses:
         return None
     return losses["agreement"].kept_at(rule.threshold, level)

@@ -13,7 +13,7 @@ from typing import Any, Unpack, cast
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator
-from sweet_jax.exits.policies import POLICIES, PolicyFunction
+from sweet_jax.exits.policies import PolicyFunction, policy_name, policy_rule
 from sweet_jax.exits.targets import Target, check_targets
 from sweet_jax.inference import artifact
 from sweet_jax.inference.artifact import ModelArtifact, open_model
@@ -27,6 +27,7 @@ from sweet_jax.inference.engine import (
     padded_lengths,
 )
 from sweet_jax.inference.latency import read_latency
+from sweet_jax.inference.own_policy import calibrate_policy
 from sweet_jax.inference.predictions import (
     InvalidRow,
     Prediction,
@@ -50,8 +51,9 @@ class AdaptiveClassifier:
 
     Args:
       model: from `open_model`.
-      policy: name of an exit policy, or a function of (outputs, temperatures) such as
-        `exits/policies.py` has; of the outputs of the exits so far. Default the run's.
+      policy: name of an exit policy; or a function of (outputs, temperatures), of the outputs of
+        the exits so far, or its name "module:function": any target is resolved for it too, by the
+        run's calibration rows beside the model. Default the run's.
       target: see `Target`.
       engine: with the model's weights; default `default_engine` in float32.
 
@@ -79,34 +81,32 @@ class AdaptiveClassifier:
         self.model, self.classes, self.layers = model, model.classes, model.layers
         self.text_columns = model.text_columns
         self.policy = model.policy if policy is None else policy
+        policy_rule(self.policy)  # an unknown name is an error before weights are read
         self.engine = engine or load_engine(default_engine(model), model)
         self._exit_rates: list[float] = []
         self.threshold, self.calibrator = self._resolve(target)
-        if isinstance(self.policy, str):
-            self._exit_rates = model.resolver.fronts[self.policy].leaving(self.threshold)
+        if front := self.model.resolver.fronts.get(self.policy_name):
+            self._exit_rates = front.leaving(self.threshold)
         self.rule = ExitRule(self.policy, self.threshold, self.calibrator, model.layers)
         self.full = self.threshold == math.inf
         self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
 
     def _resolve(self, target: Mapping[str, float]) -> tuple[float, Calibrator]:
         """Returns the threshold that a target stands for, and the calibrator it was fitted with."""
-        resolver = self.model.resolver
-        if isinstance(self.policy, str):
-            check_choice("policy", self.policy, POLICIES)
-            clock = None
-            if "milliseconds" in target and (table := read_latency(self.model, self.engine)):
-                clock = table.until_exit(self.model.median_tokens)
-            return resolver.threshold(self.policy, **target, clock=clock)
-        if set(target) - {"level"} != {"threshold"}:
-            raise UserError("a policy of your own needs threshold=; the other targets need a name")
-        return target["threshold"], resolver.calibrator
+        name = self.policy_name
+        if ":" in name and name not in self.model.resolver.fronts:
+            if "threshold" in target:
+                return target["threshold"], self.model.resolver.calibrator
+            self.model = calibrate_policy(self.model, self.policy)
+        clock = None
+        if "milliseconds" in target and (table := read_latency(self.model, self.engine)):
+            clock = table.until_exit(self.model.median_tokens)
+        return self.model.resolver.threshold(name, **target, clock=clock)
 
     @property
     def policy_name(self) -> str:
-        """Returns the policy's name; of a function of the user's own, its module and name."""
-        if isinstance(self.policy, str):
-            return self.policy
-        return f"{self.policy.__module__}:{self.policy.__qualname__}"
+        """Returns the policy's name; of a function of the user's own "module:function"."""
+        return policy_name(self.policy)
 
     @classmethod
     def from_pretrained(

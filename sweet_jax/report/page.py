@@ -14,7 +14,7 @@ import numpy as np
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric
-from sweet_jax.exits.policies import POLICIES
+from sweet_jax.exits.policies import policy_rule
 from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.charts import curve_chart, make_chart
@@ -93,7 +93,7 @@ def write_report(
         warnings=_warnings(results),
         raised=_raised_errors(results),
         baselines={baseline_title(name): row for name, row in results.get("baselines", {}).items()},
-        policies={name: POLICIES[name].about for name in policies[best]},
+        policies={name: policy_rule(name).about for name in policies[best]},
         certificates=certificate_table(analysis, best),
         report=class_report(analysis, best, threshold, details.texts),
         classes_at=_AT.format(results["n"]["validation"]),

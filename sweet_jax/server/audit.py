@@ -74,10 +74,13 @@ class AuditCounts(NamedTuple):
     waiting: int
 
 
-def is_drawn(seed: int, number: int, share: float) -> bool:
-    """Returns whether text `number` is audited: a draw that depends on the seed and it alone."""
-    generator = np.random.Philox(key=seed, counter=number)
-    return int(generator.random_raw()) < share * 2.0**64
+def uniform_draws(seed: int, number: int) -> tuple[float, float]:
+    """Returns two uniform draws for text `number`, which depend on the seed and it alone.
+
+    By the first it is audited or not, by the second ties of the shift test are broken.
+    """
+    first, second = np.random.Philox(key=seed, counter=number).random_raw(2) / 2.0**64
+    return float(first), float(second)
 
 
 class Audit:
@@ -130,15 +133,27 @@ class Audit:
 
     def offer(self, answered: Iterable[Answered]) -> None:
         """Takes texts whose answers were sent, and keeps the share of them that is drawn."""
+        texts = list(answered)
+        confidences = self._statistics.first_confidences([request for request, _ in texts])
+        ties = []
         with self._lock:
-            for each in answered:
+            for each in texts:
                 self._answered += 1
-                if not is_drawn(self.settings.seed, self._answered, self.settings.share):
+                draw, tie = uniform_draws(self.settings.seed, self._answered)
+                ties.append(tie)
+                if draw >= self.settings.share:
                     continue
                 if self.waiting < _WAITING:
                     self._chosen.append(each)
                 else:
                     self._dropped += 1
+            raised = self._statistics.add_answered(confidences, ties)
+        if raised:
+            self._warn(
+                "shift",
+                f"the confidences of {self._answered} texts show that the texts have changed since "
+                "the server was started",
+            )
 
     def step(self) -> None:
         """Computes one batch of one stage, for texts that were chosen. An error ends the audit."""
@@ -166,19 +181,23 @@ class Audit:
         if self._log is not None:
             self._log.add(row, self._rule.layers)
         if raised:
-            self._warn()
+            found = self.summary()
+            self._warn(
+                "agreement",
+                f"{found.agreement:.4f} of {found.audited} audited answers are the full model's, "
+                f"where {found.target:.4f} are to be",
+            )
 
-    def _warn(self) -> None:
-        """Says in the log, and at the webhook, that the alarm was raised."""
+    def _warn(self, kind: str, text: str) -> None:
+        """Says in the log, and at the webhook, that an alarm was raised."""
         found = self.summary()
-        log.warning(
-            "AUDIT ALARM: %.4f of %d audited answers are the full model's, where %.4f are to be; "
-            "the chance that this alarm is false is at most %.3g",
-            *(found.agreement, found.audited, found.target, 1 - found.level),
-        )
+        chance = 1 - found.level
+        log.warning("AUDIT ALARM: %s; the chance of such a false alarm is %.3g", text, chance)
         if self.settings.webhook:
-            body = {"alarm": "agreement", "agreement": found.agreement, "target": found.target}
-            body |= {"audited": found.audited, "level": found.level, "time": found.alarm}
+            body = {"alarm": kind, "text": text, "audited": found.audited, "level": found.level}
+            body |= {"agreement": found.agreement, "target": found.target}
+            # JSON has no NaN: nothing may have been audited yet.
+            body = {k: None if v != v else v for k, v in body.items()}
             arguments = (self.settings.webhook, body)
             threading.Thread(target=_post, args=arguments, name="audit", daemon=True).start()
 

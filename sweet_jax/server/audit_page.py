@@ -43,11 +43,20 @@ def _state(audit: Audit, found: AuditSummary) -> tuple[str, str]:
     """Returns one sentence on the audit, and whether it is good or bad news."""
     if not audit.running:
         return "The audit has ended with an error, see the log of the server.", "bad"
-    if found.alarm is not None:
-        when = datetime.datetime.fromtimestamp(found.alarm, datetime.UTC)
-        return f"Alarm since {when:%Y-%m-%d %H:%M:%S} UTC: agreement is below its target.", "bad"
+    alarms = [
+        (found.alarm, "agreement is below its target"),
+        (found.shift_alarm, "the texts have changed"),
+    ]
+    said = [
+        f"Alarm since {datetime.datetime.fromtimestamp(when, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC: "
+        f"{what}."
+        for when, what in alarms
+        if when is not None
+    ]
+    if said:
+        return " ".join(said), "bad"
     if found.target is None:
-        return "No agreement was asked for: there is no alarm.", ""
+        return "No alarm; no agreement was asked for, only a change of the texts raises one.", ""
     return "No alarm.", "good"
 
 
@@ -81,6 +90,8 @@ class AuditCollector:
             ("agreement_target", "Agreement to be kept", found.target),
             ("capital", "Largest capital of the test against the target", found.capital),
             ("alarm", "1 once agreement was found below its target", found.alarm is not None),
+            ("shift_capital", "Largest capital of the test of a shift", found.shift_capital),
+            ("shift_alarm", "1 once texts were found to change", found.shift_alarm is not None),
             ("running", "0 once an error has ended the audit", self._audit.running),
             ("cost", "Mean share of the layers, newest texts", found.cost),
             ("expected_cost", "Mean share of the layers, calibration rows", found.expected_cost),

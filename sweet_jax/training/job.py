@@ -34,3 +34,11 @@ class TrainingJob:
     probe: LinearClassifiers | None = None  # the start of the heads of all exits of the config
     short: bool = False  # a run of a share of the steps, to its end (`rate_search`)
     objective: Objective = SINGLE_LABEL  # what the outputs of an exit are trained for
+    # The trainings of the run that follow, in steps times layers times replicas, for the expected
+    # time; None where that has been said before.
+    following: float | None = 0.0
+
+    @property
+    def step_work(self) -> int:
+        """Returns the work of a step, in layers times replicas."""
+        return self.model.exits[-1] * len(self.rows)

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sweet_jax.distributed import PreemptedError, is_primary, preemption_requested
+from sweet_jax.training.expected_time import ExpectedTime
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.metrics import MetricsLog
@@ -43,9 +45,15 @@ class StepLog:
     """
 
     def __init__(
-        self, training: str, exits: Sequence[int], steps: StepRange, metrics: MetricsLog | None, bar
+        self,
+        training: str,
+        exits: Sequence[int],
+        steps: StepRange,
+        metrics: MetricsLog | None,
+        bar: tqdm,
+        expected: ExpectedTime,
     ):
-        self.steps, self.metrics = steps, metrics
+        self.steps, self.metrics, self._expected = steps, metrics, expected
         self._training, self._exits, self._bar = training, exits, bar
         self._late: collections.deque[tuple[int, int, list[StepMetrics]]] = collections.deque()
         self._diverged: set[tuple[int, int]] = set()
@@ -53,6 +61,7 @@ class StepLog:
     def add(self, number: int, length: int, parts: list[StepMetrics], lag: int) -> None:
         """Takes the metrics of a step, and logs those of steps at least `lag` steps before."""
         self._late.append((number, length, parts))
+        self._expected.dispatched(length, lag)
         self._write(left=lag)
 
     def flush(self) -> None:
@@ -65,6 +74,9 @@ class StepLog:
         while len(self._late) > left:
             number, length, parts = self._late.popleft()
             each = jax.device_get(parts)
+            if said := self._expected.done(length):
+                with self._bar.external_write_mode(sys.stdout):  # beside the bar, not within it
+                    log.info(said)
             self._bar.update(self._bar.total // self.steps.stop)
             if self.metrics is None:
                 continue
@@ -105,7 +117,9 @@ def open_step_log(job: TrainingJob, steps: StepRange) -> Iterator[StepLog]:
             unit=" examples",
             disable=not is_primary(),
         )
-        yield StepLog(training, exits, steps, metrics, stack.enter_context(bar))
+        following = None if job.following is None else job.following / job.step_work
+        expected = ExpectedTime(steps.stop - steps.start, following)
+        yield StepLog(training, exits, steps, metrics, stack.enter_context(bar), expected)
 
 
 def run_steps(

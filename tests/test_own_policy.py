@@ -1,0 +1,117 @@
+"""A policy of the user's own: every target, by function and by name, and saved by its name."""
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from numpy_engine import load_engine
+
+from sweet_jax import AdaptiveClassifier, ExitOutputs, Run, simulate
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.policies import exit_confidences, load_policy, policy_reference
+from sweet_jax.inference.artifact import describe_exits, open_model
+from sweet_jax.objectives.objective import softmax
+from sweet_jax.simulate import main as simulate_main
+
+NAME = "test_own_policy:largest"
+TARGETS = ({"cost": 0.6}, {"accuracy": 0.7}, {"agreement": 0.7}, {"risk": 0.3}, {})
+
+
+def largest(outputs, temperatures):
+    """What the policy raw_confidence computes."""
+    found = softmax(outputs.logits.astype(np.float64)).max(axis=-1)
+    return np.minimum(found, np.nextafter(1.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def run(fine_tuned) -> Run:
+    return Run.load(fine_tuned[0])
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("policy", [NAME, largest], ids=["name", "function"])
+def test_every_target_is_that_of_the_same_policy_by_its_name(run, sweet, policy, target):
+    wanted = run.operating_point("raw_confidence", **target)
+    found = run.operating_point(policy, **target)
+    assert found.as_dict() == wanted.as_dict()
+    model = sweet.classifier.model
+    engine = load_engine(model)
+    served = AdaptiveClassifier(model, policy, target, engine)
+    named = AdaptiveClassifier(model, "raw_confidence", target, engine)
+    assert served.threshold == named.threshold == found.threshold
+    texts = sweet.texts[:8]
+    assert served.predict(texts).exits.tolist() == named.predict(texts).exits.tolist()
+    assert served.at(cost=0.7).threshold == named.at(cost=0.7).threshold
+
+
+def test_milliseconds_too(sweet, monkeypatch):
+    clock = SimpleNamespace(until_exit=lambda tokens: np.asarray([1.0, 2.0, 4.0]))
+    monkeypatch.setattr("sweet_jax.inference.classifier.read_latency", lambda *_: clock)
+    model = sweet.classifier.model
+    engine, target = load_engine(model), {"milliseconds": 2.5}
+    found, wanted = (
+        AdaptiveClassifier(model, p, target, engine) for p in (largest, "raw_confidence")
+    )
+    assert found.threshold == wanted.threshold
+
+
+def test_the_command_takes_its_name(run, capsys):
+    assert simulate_main([f"--run={run.directory}", f"--policy={NAME}", "--cost=0.6"]) == 0
+    own = capsys.readouterr().out
+    assert simulate_main([f"--run={run.directory}", "--policy=raw_confidence", "--cost=0.6"]) == 0
+    assert own == capsys.readouterr().out
+    assert simulate_main([f"--run={run.directory}", "--policy=nowhere:f", "--cost=0.6"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: policy 'nowhere:f': ModuleNotFoundError: No module named")
+    assert error.count("\n") == 1
+
+
+def test_a_model_is_saved_with_its_name(sweet, fine_tuned, tmp_path):
+    folder, values = fine_tuned
+    shutil.copytree(folder / "model", tmp_path / "model")  # without the run's calibration rows
+    config = from_mapping(values | {"confidence": NAME, "learning_to_exit": ""}).resolved()
+    assert config.policy == NAME
+    splits = [
+        ExitOutputs.load(folder / f"exit_outputs/{s}.npz") for s in ("calibration", "validation")
+    ]
+    identity = dataclasses.replace(splits[0].identity, policy=NAME)
+    analysis = analyse(*(dataclasses.replace(each, identity=identity) for each in splits))
+    task = SimpleNamespace(text_columns=("text",), metric="accuracy")
+    dataset = SimpleNamespace(classes=sweet.classifier.classes, task=task)
+    path = tmp_path / "model" / "exits.json"
+    written = json.loads(path.read_text()) | describe_exits(config, dataset, analysis, 10)
+    path.write_text(json.dumps(written))
+    model = open_model(tmp_path / "model")
+    assert model.policy == NAME
+    found = AdaptiveClassifier(model, target={"cost": 0.6}, engine=load_engine(model))
+    assert found.policy_name == NAME
+    assert found.threshold == Run.load(folder).operating_point(largest, cost=0.6).threshold
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path):
+    assert policy_reference(largest) == NAME
+    with pytest.raises(UserError, match="AttributeError"):
+        policy_reference(lambda outputs, temperatures: None)
+    with pytest.raises(UserError, match="NAME is no function"):
+        load_policy("test_own_policy:NAME")
+    with pytest.raises(UserError, match="unknown policy 'largest'"):
+        exit_confidences(sweet.outputs, "largest")
+    with pytest.raises(UserError, match=r"must return confidences \[R, E, N\] = .*got \(1,\)"):
+        simulate(sweet.outputs, lambda outputs, temperatures: np.ones(1))
+    shutil.copytree(fine_tuned[0] / "model", tmp_path / "model")
+    model = open_model(tmp_path / "model")
+    engine = load_engine(model)
+    with pytest.raises(UserError, match=r"calibration\.npz' is not there to do it now: give thr"):
+        AdaptiveClassifier(model, largest, {"cost": 0.5}, engine)
+    assert AdaptiveClassifier(model, largest, {"threshold": 0.5}, engine).threshold == 0.5
+    changed = dataclasses.replace(
+        sweet.classifier.model.resolver.calibrator, temperatures=np.full(3, 7.0)
+    )
+    resolver = dataclasses.replace(sweet.classifier.model.resolver, calibrator=changed)
+    other = dataclasses.replace(sweet.classifier.model, resolver=resolver)
+    with pytest.raises(UserError, match="are not those of this model, which was recalibrated"):
+        AdaptiveClassifier(other, largest, {"cost": 0.5}, engine)
