@@ -12,7 +12,17 @@ from sweet_jax.presets import PRESETS
 
 AUTO = "auto"  # of epochs
 POOLING_NAMES = ("first", "mean")  # models/pooling.py has what they do
-METRICS = ("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy")
+METRICS = (
+    *("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy"),
+    *("micro_f1", "subset_accuracy", "neg_hamming_loss"),
+    *("neg_mean_absolute_error", "pearson"),
+)
+# objectives/ has what they are; here, the exit policy of each where the config names none.
+OBJECTIVE_POLICIES = {
+    "single_label": "",  # the preset's
+    "multi_label": "min_confidence",
+    "regression": "stability",
+}
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("einsum", "xla", "cudnn")
 
@@ -28,8 +38,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "relative": ("", "first", "shared"),
     "clipping": ("", "owner", "global"),
     "subset": ("", "seed", "first"),
+    "objective": tuple(OBJECTIVE_POLICIES),
+    "decision_thresholds": ("", "half", "f1"),
     "calibration": ("", "held_out", "validation", "validation_dropout"),
-    "confidence": ("", "confidence", "confidence_float32"),
+    "confidence": ("", "confidence", "confidence_float32", "min_confidence", "stability"),
     "exit_score": ("", "learning_to_exit", "learning_to_exit_min_max"),
     "learning_to_exit": ("", "joint", "detached"),
     "pooling": ("", *POOLING_NAMES),
@@ -47,6 +59,7 @@ class Config:
     """
 
     task: str = "sst2"
+    objective: str = "single_label"
     method: str = "sweet"
     preset: str = ""
     checkpoint: str = "bert-base-uncased"
@@ -79,6 +92,9 @@ class Config:
     group_by_length: bool = False
     head_init: str = ""
     head_refit: bool = False
+    class_weights: str = ""
+    focal_gamma: float = 0.0
+    decision_thresholds: str = ""
     head_learning_rate: float = 1.0
     pooling: str = ""
     baselines: str = "quick"
@@ -116,6 +132,8 @@ class Config:
         choices: dict[str, Any] = {
             k: v for k, v in PRESETS[self.preset].items() if not getattr(self, k)
         }
+        if not self.confidence and OBJECTIVE_POLICIES[self.objective]:
+            choices["confidence"] = OBJECTIVE_POLICIES[self.objective]
         method = METHODS[self.method]
         choices["isolation"] = self.isolation or method.isolation
         choices["loss_weights"] = self.loss_weights or method.loss_weights

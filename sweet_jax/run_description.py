@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from sweet_jax.data.batches import whole_lengths
-from sweet_jax.data.label_checks import describe_classes, label_warnings
 from sweet_jax.preparation import PreparedRun
 
 log = logging.getLogger(__name__)
@@ -47,15 +46,15 @@ def log_description(job: PreparedRun) -> None:
 
 
 def _log_labels(job: PreparedRun) -> None:
-    """Logs the classes with their rows, and warns of labels that look wrong or are too rare."""
+    """Logs the labels with their rows, and warns of those that look wrong or are too rare."""
     splits, names = (job.dataset.train, job.dataset.validation), job.dataset.classes
-    every = np.bincount(np.concatenate([s.labels for s in splits]), minlength=len(names))
-    counts = dict(zip(names, every.tolist(), strict=True))
-    log.info(describe_classes(counts))
-    for warning in label_warnings(counts):
+    column = job.objective.column
+    said, warnings = column.describe(np.concatenate([s.labels for s in splits]), names)
+    log.info(said)
+    for warning in warnings:
         log.warning(warning)
     rows = (job.rows.training[0], job.rows.calibration[0])
-    train, calibration = (np.unique(job.train.labels[part]) for part in rows)
+    train, calibration = (column.present(job.train.labels[part]) for part in rows)
     if job.config.calibration == "held_out" and len(missing := np.setdiff1d(train, calibration)):
         listed = ", ".join(repr(names[c]) for c in missing[:5]) + ("…" if len(missing) > 5 else "")
         log.warning(

@@ -102,7 +102,7 @@ def _describe(analysis: Analysis, point: OperatingPoint, targets: Mapping[str, f
         return _describe_certificate(analysis, point, targets)
     if point.calibration is None or point.validation is None:
         name = "cost" if "cost" in targets else metric
-        asked = targets.get("cost", targets.get("accuracy", math.nan))
+        asked = targets.get("cost", targets.get("accuracy", -targets.get("error", math.nan)))
         return (
             f"infeasible: the best reachable is {name} {point.reachable:.4f} on the calibration "
             f"rows (asked for {asked:g})"

@@ -21,7 +21,7 @@ from sweet_jax.report.classes import class_report
 from sweet_jax.report.console import describe_divergence, fitted_rows
 from sweet_jax.report.page_tables import certificate_table, policy_series
 from sweet_jax.report.plotly_figures import curve_figure, make_figure, shares_figure
-from sweet_jax.report.results import bound_curve
+from sweet_jax.report.results import bound_curve, bound_kinds
 from sweet_jax.report.shortfalls import describe_shortfall, is_refitted, worst_shortfalls
 from sweet_jax.report.traces import (
     BOUNDS,
@@ -105,7 +105,9 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
         each = _read_at(cost, [(curve.cost[r], curve.score[r]) for r in analysis.chosen])
         lines = [("", metric, "solid", 0.7) for metric in each if len(each) > 1]
         lines.append((name, each.mean(axis=0), "solid", 2.5))
-        for kind in ("floor", "stable"):
+        for kind in bound_kinds(analysis.validation):
+            if kind not in ("floor", "stable"):
+                continue
             title, _, dash = BOUNDS[kind]
             bounds = [bound_curve(analysis, r, kind) for r in analysis.chosen]
             mean = _read_at(cost, [(b.cost, b.score) for b in bounds]).mean(axis=0)

@@ -11,14 +11,18 @@ import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.calibration import outcome_probabilities
-from sweet_jax.exits.reliability import expected_calibration_error, reliability_diagram
+from sweet_jax.exits.reliability import (
+    expected_calibration_error,
+    reliability_diagram,
+    shares_right,
+)
 from sweet_jax.report.baselines import baseline_title
 
 # Viridis from dark to light: exits in order of depth, told apart without color vision too.
 _COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
 _FAR = 0.15  # of a baseline below the lowest exit
 _SMOOTHED = 20  # steps
-LOSS_AXES = ("step", "cross-entropy, mean of 20 steps")
+LOSS_AXES = ("step", "training loss, mean of 20 steps")
 RELIABILITY_AXES = ("confidence", "share correct")
 
 # What a figure calls each bound of results.json, its color and plotly's dash, in order.
@@ -34,6 +38,9 @@ BOUNDS = {
 _SYMBOLS = {
     "majority": "x",
     "tfidf": "diamond",
+    "constant": "x",
+    "tfidf_one_vs_rest": "diamond",
+    "tfidf_ridge": "diamond",
     "probe": "triangle-up",
     "fine_tuned": "star",
     "": "cross",
@@ -132,11 +139,13 @@ def reliability_traces(analysis: Analysis, replica: int) -> list[Trace]:
     """Returns reliability diagrams (Guo et al. 2017) of each exit on validation rows.
 
     Mean confidence and share correct in ten bins, without the empty ones: dotted before, solid
-    after temperature scaling. Exits that diverged are left out.
+    after temperature scaling. Exits that diverged are left out; [] without probabilities.
     """
     logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
     objective = analysis.validation.objective
-    correct = objective.is_correct(logits, labels)  # [E, N]
+    if objective.categorical is None:
+        return []
+    correct = shares_right(logits, labels, objective)  # [E, N]
     traces = [Trace("perfect", "#bbbbbb", [0, 1], [0, 1], dash="solid")]
     fitted = analysis.temperatures[replica]
     for when, dash, scale in (("before", "dot", np.ones(len(fitted))), ("after", "solid", fitted)):

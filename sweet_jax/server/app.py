@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,12 @@ from starlette.routing import Route
 from sweet_jax.config import UserError
 from sweet_jax.exits.targets import TARGET_RANGES
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.predictions import ExitPrediction, Prediction, make_exit_predictions
+from sweet_jax.inference.predictions import (
+    ExitPrediction,
+    Prediction,
+    is_finite,
+    make_exit_predictions,
+)
 from sweet_jax.server.worker import QueueFullError, Worker, WorkerStoppedError
 
 _PAGE = Path(__file__).parent / "page.html"
@@ -215,14 +219,16 @@ def _check_texts(values: Mapping[str, Any], limits: Limits) -> list:
 
 def _as_json(prediction: Prediction, exits: list[ExitPrediction] | None) -> dict[str, Any]:
     """Returns an element of "answers"; with `exits`, also every exit that the text reached."""
-    if not math.isfinite(prediction.probability):
+    if not prediction.is_finite:
         raise HTTPException(500, "the model's answer is not a number: its training diverged")
-    answer: dict[str, Any] = {"label": prediction.label, "probability": prediction.probability}
+    answer: dict[str, Any] = {"label": prediction.label}
+    if prediction.probability is not None:  # a regression has none
+        answer["probability"] = prediction.probability
     answer |= {"exit": prediction.exit, "cost": prediction.cost}
     if exits is not None:
         answer["exits"] = [
             exit._asdict()
-            if math.isfinite(exit.probability)
+            if is_finite(exit.label, exit.probability)
             else {"layer": exit.layer, "label": None, "probability": None}  # its training diverged
             for exit in exits
         ]
