@@ -1,6 +1,7 @@
 """The configuration of a run: one frozen, validated dataclass."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,14 @@ from sweet_jax.presets import PRESETS
 
 AUTO = "auto"  # of epochs
 POOLING_NAMES = ("first", "mean")  # models/pooling.py has what they do
-METRICS = (
-    *("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy"),
-    *("micro_f1", "subset_accuracy", "neg_hamming_loss"),
-    *("neg_mean_absolute_error", "pearson"),
-)
-# objectives/ has what they are; here, the exit policy of each where the config names none.
+METRICS = ("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy")
+# objectives/ has what these are.
+OBJECTIVE_METRICS = {
+    "single_label": METRICS,
+    "multi_label": ("micro_f1", "macro_f1", "subset_accuracy", "neg_hamming_loss"),
+    "regression": ("neg_mean_absolute_error", "pearson"),
+}
+# The exit policy of each where the config names none.
 OBJECTIVE_POLICIES = {
     "single_label": "",  # the preset's
     "multi_label": "min_confidence",
@@ -32,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
     "attention": ATTENTIONS,
     "attention_dropout": ("", "off"),
-    "metric": ("", *METRICS),
+    "metric": ("", *dict.fromkeys(itertools.chain(*OBJECTIVE_METRICS.values()))),
     "preset": tuple(PRESETS),
     "pooler": ("", "per_exit", "shared"),
     "relative": ("", "first", "shared"),

@@ -63,8 +63,8 @@ class Baseline:
 
     def __post_init__(self) -> None:
         given = np.asarray(self.predictions)
-        given = given[None] if given.ndim == 1 else given
         kind = given.dtype.kind
+        given = given[None] if given.ndim == 1 and kind in "iu" else given
         sound = given.ndim == (3 if kind == "b" else 2) and 0 not in given.shape
         if not sound or kind not in "iubf" or (kind in "iu" and given.min() < 0):
             raise ValueError(

@@ -10,7 +10,6 @@ import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.outputs import ExitOutputs
 
 _SHOWN = 20  # classes that are listed at once, and up to which their confusion matrix is drawn
@@ -33,30 +32,33 @@ def class_report(
       texts: of the validation rows [N]; None leaves the mistakes out.
 
     Returns:
-      None where the outputs are not of classes. Else a dict: "classes" lists name, support,
-      precision, recall, f1, cost (mean share of the layers) and last_f1 (of the last exit), the
-      least f1 first; "matrix", the confusion matrix as lists (row: label), or None for many
-      classes; "pairs" lists label, prediction and count of the most frequent confusions; "mistakes"
-      and "suspects" list label, prediction, probability, layer and text of the most confident
-      mistakes, and of those among them that every exit makes.
+      None where the outputs are not of classes or labels. Else a dict: "classes" lists name,
+      support, precision, recall, f1, cost (mean share of the layers) and last_f1 (of the last
+      exit), the least f1 first; "matrix", the confusion matrix as lists (row: label), or None for
+      many classes and where rows have several labels; "pairs" lists label, prediction and count of
+      the most frequent confusions; "mistakes" and "suspects" list label, prediction, probability,
+      layer and text of the most confident mistakes, and of those among them that every exit makes.
 
     """
     rows = analysis.validation.replica(replica)
     names = rows.identity.classes
-    if rows.objective.categorical is None or rows.labels.ndim != 2 or not names:
+    if rows.objective.categorical is None or not names:
         return None
     threshold = analysis.resolver(replica).resolve(analysis.policy).threshold
     exits = analysis.exits_taken(replica, np.inf if threshold is None else threshold)  # [N]
-    labels, each = rows.labels[0], rows.predictions[0]  # [N], [E, N]
-    given = each[exits, np.arange(len(labels))]  # [N]
-    matrix = confusion_matrix(labels, given, labels=np.arange(len(names)))  # [C, C]
+    labels, each = rows.labels[0], rows.predictions[0]  # [N, ...], [E, N, ...]
+    given = each[exits, np.arange(len(labels))]  # [N, ...]
     found = {
         "classes": _class_rows(labels, given, each[-1], np.asarray(rows.cost)[exits], names),
-        "matrix": matrix.tolist() if len(names) <= _SHOWN else None,
+        "matrix": None,
         "names": list(names),
-        "pairs": _confused_pairs(matrix, names),
+        "pairs": [],
         "shown": _SHOWN,
     }
+    if labels.ndim == 1:
+        matrix = confusion_matrix(labels, given, labels=np.arange(len(names)))  # [C, C]
+        found["matrix"] = matrix.tolist() if len(names) <= _SHOWN else None
+        found["pairs"] = _confused_pairs(matrix, names)
     if texts is None:
         return found | {"mistakes": [], "suspects": []}
     return found | _mistakes(rows, exits, analysis.temperatures[replica], texts)
@@ -76,19 +78,24 @@ def _mistakes(
     """
     names, labels, each = rows.identity.classes, rows.labels[0], rows.predictions[0]
     everywhere = np.arange(len(labels))
-    given = each[exits, everywhere]  # [N]
+    given, same = each[exits, everywhere], rows.objective.same  # [N, ...]
     scales = np.where(np.isfinite(temperatures), temperatures, 1)[exits, None]  # [N, 1]
     chosen = rows.logits[0][exits, everywhere]  # [N, C]
-    probability = softmax_with_temperature(chosen, scales).max(axis=-1)  # [N]
-    wrong = np.flatnonzero((given != labels) & np.isfinite(probability))
+    probability = _probabilities(chosen.astype(np.float64) / scales, rows)  # [N]
+    wrong = np.flatnonzero(~same(given, labels) & np.isfinite(probability))
     wrong = wrong[np.argsort(-probability[wrong], kind="stable")]
-    always = wrong[(each[:, wrong] == given[wrong]).all(axis=0)]
+    always = wrong[same(each[:, wrong], given[wrong]).all(axis=0)]
+
+    def named(value: np.ndarray) -> str:
+        if value.ndim == 0:
+            return names[value]
+        return ", ".join(np.asarray(names)[value].tolist()) or "no label"
 
     def describe(row: int) -> dict[str, Any]:
         text = " / ".join(texts[row])
         return {
-            "label": names[labels[row]],
-            "prediction": names[given[row]],
+            "label": named(labels[row]),
+            "prediction": named(given[row]),
             "probability": float(probability[row]),
             "layer": int(rows.layers[exits[row]]),
             "text": text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + "…",
@@ -100,10 +107,19 @@ def _mistakes(
     }
 
 
+def _probabilities(logits: np.ndarray, rows: ExitOutputs) -> np.ndarray:
+    """Returns the probability of each row's answer, float64 [N], by calibrated logits [N, C]."""
+    with np.errstate(invalid="ignore"):  # logits that diverged give NaN
+        found = rows.objective.probabilities(logits)  # [N, C]
+    if rows.labels.ndim == 2:
+        return found.max(axis=-1)
+    return np.maximum(found, 1 - found).min(axis=-1)
+
+
 def _class_rows(
     labels: np.ndarray, given: np.ndarray, last: np.ndarray, cost: np.ndarray, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Returns a dict for each class, see `class_report`; arrays are [N]."""
+    """Returns a dict for each class, see `class_report`; arrays are [N], or [N, C] of labels."""
     numbers = np.arange(len(names))
     point, whole = (
         precision_recall_fscore_support(labels, which, labels=numbers, zero_division=0)
@@ -117,9 +133,10 @@ def _class_rows(
             "recall": float(point[1][c]),
             "f1": float(point[2][c]),
             "last_f1": float(whole[2][c]),
-            "cost": float(cost[labels == c].mean()) if (labels == c).any() else None,
+            "cost": float(cost[has].mean()) if has.any() else None,
         }
         for c, name in enumerate(names)
+        for has in [labels == c if labels.ndim == 1 else labels[:, c]]
     ]
     return sorted(found, key=lambda row: row["f1"])
 

@@ -56,6 +56,8 @@ def write_figures(
         ("reliability", RELIABILITY_AXES, reliability_traces(analysis, best)),
         ("loss", LOSS_AXES, loss_traces(metrics, best, trainings)),
     ):
+        if not traces:  # a regression has no confidences
+            continue
         figures[name], axes = _figure("", *titles)
         _plot(axes, traces)
         axes.legend(frameon=False, fontsize=8)

@@ -18,7 +18,7 @@ from sweet_jax.exits.policies import POLICIES
 from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.classes import class_report
-from sweet_jax.report.console import describe_divergence, fitted_rows
+from sweet_jax.report.console import describe_divergence, fitted_rows, other_measures
 from sweet_jax.report.page_tables import certificate_table, policy_series
 from sweet_jax.report.plotly_figures import curve_figure, make_figure, shares_figure
 from sweet_jax.report.results import bound_curve, bound_kinds
@@ -60,6 +60,8 @@ def write_report(
         results=results,
         best=best,
         fitted=fitted_rows(results),
+        measures=other_measures(results["replicas"][best]["individual"][0], results["metric"]),
+        temperatures=analysis.validation.objective.categorical is not None,
         warnings=[describe_divergence(d) for r in results["replicas"] for d in r["diverged"]]
         + [
             describe_shortfall(finding, results["metric"], refitted=is_refitted(results))
