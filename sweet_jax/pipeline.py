@@ -21,6 +21,7 @@ from sweet_jax.distributed import (
     raise_on_all,
 )
 from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.operating_point import calibration_halves
 from sweet_jax.files import claim_run_directory
 from sweet_jax.head_fitting import fit_probe, refit_heads, transform_outputs
 from sweet_jax.inference.artifact import TrainedModel
@@ -159,14 +160,16 @@ def _with_decisions(
 ) -> tuple[Params, SplitOutputs]:
     """Returns parameters and outputs whose logits are 0 at each label's decision threshold.
 
-    The thresholds are fitted on calibration rows, for each replica, exit and label, and subtracted
-    from the bias of the classifiers, so that all that reads the model decides at 0.
+    The thresholds are fitted for each replica, exit and label, and subtracted from the bias of the
+    classifiers, so that all that reads the model decides at 0. Of the calibration rows those fit
+    them on which no certificate is tested.
     """
     fit_shifts = job.objective.decision_shifts
     assert fit_shifts is not None
-    logits = np.asarray(outputs.calibration.logits)  # [R, E, K, C]
-    targets = _calibration_targets(job)
+    logits, targets = np.asarray(outputs.calibration.logits), _calibration_targets(job)
     targets = np.broadcast_to(targets, (len(logits), *targets.shape[-2:]))  # [R, K, C]
+    rows, _ = calibration_halves(targets.shape[1])
+    logits, targets = logits[:, :, rows], targets[:, rows]
     shifts = np.stack(
         [[fit_shifts(z, t) for z in each] for each, t in zip(logits, targets, strict=True)]
     )  # [R, E, C]

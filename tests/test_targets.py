@@ -155,6 +155,17 @@ def test_a_whole_run(objective, checkpoint, tmp_path, capsys):
     else:
         np.testing.assert_allclose(found.labels, answers, rtol=1e-4)
 
+    server = pytest.importorskip("test_serve").Running(classifier)
+    try:
+        status, served = server.predict({"texts": texts[:2], "detail": True})
+    finally:
+        server.stop()
+    assert status == 200, served
+    for answer, label in zip(served["answers"], found.labels[:2].tolist(), strict=True):
+        assert answer["label"] == (label if several else pytest.approx(label, rel=1e-4))
+        assert answer["exits"][-1]["label"] == answer["label"]
+        assert ("probability" in answer) == several
+
     # Files of predictions, thresholds fitted anew, and programs.
     model, given = folder / "model", "--cost=0.8"
     for name in ("out.jsonl", "out.csv"):

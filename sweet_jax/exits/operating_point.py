@@ -118,5 +118,11 @@ def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:
         return None
     if calibration.objective.agrees is None:
         return None
+    fitting, tested = calibration_halves(count)
+    return calibration.rows(fitting), calibration.rows(tested)
+
+
+def calibration_halves(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the calibration rows that certificates are fitted and tested on, int [N / 2] each."""
     rows = np.random.default_rng(0).permutation(count)
-    return calibration.rows(rows[: count // 2]), calibration.rows(rows[count // 2 :])
+    return rows[: count // 2], rows[count // 2 :]

@@ -128,12 +128,13 @@ class ThresholdResolver:
         name, value = next(iter(values.items()), ("", self.full))
         if name == "threshold":
             return Resolution(value, self.calibrator)
+        if name in ("accuracy", "error") and POLICIES[policy].curve:
+            value = value if name == "accuracy" else 1 - value
+            return Resolution(value, self.calibrator, float(self.fronts[policy].score[-1]))
         if name in ("accuracy", "error"):
             self._check_metric(name, value)
         if name == "error":
             name, value = "accuracy", -value
-        elif name == "accuracy" and POLICIES[policy].curve:
-            return Resolution(value, self.calibrator, float(self.fronts[policy].score[-1]))
         if name in CERTIFICATE_KINDS:
             certificate = self.certificate(
                 policy, name, value if name == "risk" else 1 - value, level

@@ -22,7 +22,7 @@ from sweet_jax.objectives.objective import (
 )
 
 _STRATA = 10  # of rows with targets of similar size, by which rows are split
-_CONSTANT = 1e-4  # relative: predictions that differ by less are one
+_CONSTANT = 1e-6  # relative: predictions that differ by less are one
 
 
 def squared_error(logits: Array, targets: Array) -> Array:
