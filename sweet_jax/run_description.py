@@ -13,6 +13,7 @@ from sweet_jax.preparation import PreparedRun
 
 log = logging.getLogger(__name__)
 
+_OUTPUTS = {"single_label": "classes", "multi_label": "labels", "regression": "output"}
 _FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of accuracy
 
 
@@ -37,10 +38,10 @@ def log_description(job: PreparedRun) -> None:
         log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
     log.info(
         "%s with %s: %d training, %d tuning and %d calibration rows of %d (train_size %d), %d "
-        "validation rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
+        "validation rows, %d %s, %d replicas (seeds x learning rates), on %d %s device(s)",
         *(job.config.task, job.config.method, train, tuning, calibration),
         *(len(job.dataset.train.labels), job.config.train_size, len(job.validation)),
-        *(len(job.dataset.classes), len(job.config.replicas())),
+        *(len(job.dataset.classes), _OUTPUTS[job.objective.name], len(job.config.replicas())),
         *(jax.device_count(), jax.default_backend()),
     )
 
