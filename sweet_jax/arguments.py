@@ -14,6 +14,8 @@ _TARGETS = {
     "cost": "largest mean cost, a share of the full model's layers",
     "accuracy": "smallest metric over all calibration rows, in the run's own metric; under PCEE "
     "the accuracy that calibration rows like an example had at the exit where it leaves",
+    "error": "largest error over all calibration rows, where the run's metric is one: the mean "
+    "absolute error of a regression, the Hamming loss of labels",
     "threshold": "leave at the first exit whose confidence is at least this",
     "risk": "largest share of examples that the last exit gets right and an earlier one wrong, "
     "which bounds the loss of accuracy; certified on calibration rows, or refused",

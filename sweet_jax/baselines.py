@@ -15,7 +15,7 @@ from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.preparation import PreparedRun, RunRows
-from sweet_jax.report.baselines import Baseline, majority_class, tfidf_predictions
+from sweet_jax.report.baselines import Baseline, constant_predictions, tfidf_predictions
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
@@ -59,7 +59,7 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
     Nothing of them is calibrated, so that a user would fit them on all rows; their strength is
     chosen on the tuning rows, where there are any.
     """
-    labels, new = job.train.labels, job.dataset.validation.texts
+    labels, new, objective = job.labels, job.dataset.validation.texts, job.objective
     by_seed: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for (seed, _), own, held, tuning in zip(job.config.replicas(), *job.rows, strict=True):
         if seed in by_seed:
@@ -68,12 +68,13 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
         texts = [job.texts[i] for i in rows]
         chosen_on = ([job.texts[i] for i in tuning], labels[tuning]) if len(tuning) else None
         by_seed[seed] = (
-            majority_class(labels[rows], len(new), len(job.dataset.classes)),
-            tfidf_predictions(texts, labels[rows], new, tuning=chosen_on),
+            constant_predictions(labels[rows], len(new), len(job.dataset.classes), objective),
+            tfidf_predictions(texts, labels[rows], new, tuning=chosen_on, objective=objective),
         )
     each = [by_seed[seed] for seed, _ in job.config.replicas()]
     most, words = (np.stack(predictions) for predictions in zip(*each, strict=True))
-    return [Baseline("majority", most, 0.0), Baseline("tfidf", words, 0.0)]
+    names = objective.linear.baselines
+    return [Baseline(name, given, 0.0) for name, given in zip(names, (most, words), strict=True)]
 
 
 def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
@@ -81,9 +82,10 @@ def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
     config = dataclasses.replace(job.config, pooling="mean", learning_to_exit="", grow_from="")
     rows = job.rows
     if not config.tunes:
+        strata = job.objective.column.strata(job.train.labels)
         try:
             split = [
-                split_tuning_rows(job.train.labels, own, config.tuning_fraction, seed)
+                split_tuning_rows(strata, own, config.tuning_fraction, seed)
                 for (seed, _), own in zip(config.replicas(), rows.training, strict=True)
             ]
         except UserError:
@@ -118,7 +120,7 @@ def _plain(config: Config) -> Config:
 
 
 def _fine_tuned(job: PreparedRun, rates: Sequence[float], folder: Path) -> np.ndarray:
-    """Returns the predictions of the plain fine-tuned full model, int64 [R, N].
+    """Returns the predictions of the plain fine-tuned full model, of classes int64 [R, N].
 
     With the run's own rows and epochs. Where the run searches its learning rate, this one has a
     search of its own, by the same short runs among the same rates: what suits the exits need not
@@ -137,4 +139,5 @@ def _fine_tuned(job: PreparedRun, rates: Sequence[float], folder: Path) -> np.nd
     graphdef, params, _ = fit(job.training_job(model, folder))
     program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
     output = evaluate(config, program, params, job.validation, job.validation_rows)
-    return np.asarray(output.logits)[:, 0].argmax(axis=-1)
+    found = job.objective.predict(np.asarray(output.logits)[:, 0])
+    return found * job.units[1] + job.units[0] if job.units else found

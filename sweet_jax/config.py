@@ -1,6 +1,7 @@
 """The configuration of a run: one frozen, validated dataclass."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,18 @@ from sweet_jax.presets import PRESETS
 AUTO = "auto"  # of epochs
 POOLING_NAMES = ("first", "mean")  # models/pooling.py has what they do
 METRICS = ("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy")
+# objectives/ has what these are.
+OBJECTIVE_METRICS = {
+    "single_label": METRICS,
+    "multi_label": ("micro_f1", "macro_f1", "subset_accuracy", "neg_hamming_loss"),
+    "regression": ("neg_mean_absolute_error", "pearson"),
+}
+# The exit policy of each where the config names none.
+OBJECTIVE_POLICIES = {
+    "single_label": "",  # the preset's
+    "multi_label": "min_confidence",
+    "regression": "stability",
+}
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("einsum", "xla", "cudnn")
 
@@ -22,14 +35,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": DTYPES,
     "attention": ATTENTIONS,
     "attention_dropout": ("", "off"),
-    "metric": ("", *METRICS),
+    "metric": ("", *dict.fromkeys(itertools.chain(*OBJECTIVE_METRICS.values()))),
     "preset": tuple(PRESETS),
     "pooler": ("", "per_exit", "shared"),
     "relative": ("", "first", "shared"),
     "clipping": ("", "owner", "global"),
     "subset": ("", "seed", "first"),
+    "objective": tuple(OBJECTIVE_POLICIES),
+    "decision_thresholds": ("", "half", "f1"),
     "calibration": ("", "held_out", "validation", "validation_dropout"),
-    "confidence": ("", "confidence", "confidence_float32"),
+    "confidence": ("", "confidence", "confidence_float32", "min_confidence", "stability"),
     "exit_score": ("", "learning_to_exit", "learning_to_exit_min_max"),
     "learning_to_exit": ("", "joint", "detached"),
     "pooling": ("", *POOLING_NAMES),
@@ -48,6 +63,7 @@ class Config:
     """
 
     task: str = "sst2"
+    objective: str = "single_label"
     method: str = "sweet"
     preset: str = ""
     checkpoint: str = "bert-base-uncased"
@@ -80,6 +96,9 @@ class Config:
     group_by_length: bool = False
     head_init: str = ""
     head_refit: bool = False
+    class_weights: str = ""
+    focal_gamma: float = 0.0
+    decision_thresholds: str = ""
     head_learning_rate: float = 1.0
     pooling: str = ""
     baselines: str = "quick"
@@ -119,6 +138,8 @@ class Config:
         choices: dict[str, Any] = {
             k: v for k, v in PRESETS[self.preset].items() if not getattr(self, k)
         }
+        if not self.confidence and OBJECTIVE_POLICIES[self.objective]:
+            choices["confidence"] = OBJECTIVE_POLICIES[self.objective]
         method = METHODS[self.method]
         choices["isolation"] = self.isolation or method.isolation
         choices["loss_weights"] = self.loss_weights or method.loss_weights

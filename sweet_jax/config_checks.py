@@ -43,6 +43,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("warmup_fraction",), lambda v: 0 <= v < 1, "from 0 to below 1"),
     (("weight_decay",), lambda v: 0 <= v < math.inf, "0 or more"),
     (("clip_norm",), lambda v: v > 0, "positive (inf switches clipping off)"),
+    (("focal_gamma",), lambda v: 0 <= v < math.inf, "0 or more"),
     (("head_learning_rate",), lambda v: 0 < v < math.inf, "positive and finite"),
     (("task",), bool, "a name"),
     (("label_column",), bool, "a column name"),
@@ -91,6 +92,53 @@ def check_values(config: "Config") -> None:
     _check_conflict(config)
     _check_independent(config)
     _check_learning_to_exit(config)
+    _check_objective(config)
+
+
+def _check_objective(config: "Config") -> None:
+    """Raises UserError for keys that are of another objective."""
+    objective = config.objective
+    for key, value, needed in (
+        ("class_weights", config.class_weights, "single_label"),
+        ("focal_gamma", config.focal_gamma, "single_label"),
+        ("decision_thresholds", config.decision_thresholds, "multi_label"),
+    ):
+        if value and objective != needed:
+            raise UserError(
+                f"{key} is {value!r}, but is of objective {needed}, and this one is {objective}: "
+                "leave it out"
+            )
+    if config.class_weights not in ("", "balanced"):
+        weights = _as_numbers(config.class_weights)
+        if not weights or not all(0 < w < math.inf for w in weights):
+            raise UserError(
+                'class_weights must be "balanced" or one positive number for each class, in their '
+                f"order, such as 1,5; got {config.class_weights!r}"
+            )
+    if config.focal_gamma and config.head_refit:
+        raise UserError(
+            f"focal_gamma is {config.focal_gamma:g}, but head_refit replaces the classifiers by "
+            "logistic regressions, which are fitted by the cross-entropy: set "
+            "--config.head_refit=False"
+        )
+    if objective == "single_label" and config.confidence in ("min_confidence", "stability"):
+        raise UserError(
+            f"confidence is {config.confidence!r}, which is not of objective single_label: leave "
+            "it out"
+        )
+    if objective == "regression" and config.confidence not in ("", "stability"):
+        raise UserError(
+            f"confidence is {config.confidence!r}, a probability, which objective regression has "
+            "none of: leave it out"
+        )
+
+
+def _as_numbers(text: str) -> tuple[float, ...]:
+    """Returns numbers separated by commas, () where one is none."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        return ()
 
 
 def _check_isolation(config: "Config") -> None:

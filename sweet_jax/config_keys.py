@@ -13,6 +13,9 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             "Name of a GLUE task, or any name for your own data_files.",
             "sst2, mrpc, rte, cola, mnli, qnli or qqp; with data_files or dataset any name",
         ),
+        "objective": (
+            "What a row's label is: one class, any number of labels (lists, or a|b), or a number."
+        ),
         "train_size": "Upper limit on training rows, calibration rows included.",
         "calibration_fraction": "Share of training rows held out for temperatures and thresholds.",
         "tuning_fraction": (
@@ -104,6 +107,15 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "head_refit": (
             "Whether a logistic regression on the trained encoder replaces the classifiers."
         ),
+        "class_weights": (
+            "Weights of the classes in the loss, for rare ones (single_label).",
+            'balanced, or one positive number for each class in their order; "" is 1',
+        ),
+        "focal_gamma": "Exponent of the focal loss, for rare classes; 0 is the cross-entropy.",
+        "decision_thresholds": (
+            "Probability from which on a label is given (multi_label): one half, or that with "
+            'the best F1 on calibration rows; "" is "f1" where the metric is an F1, else "half".'
+        ),
         "head_learning_rate": "Learning rate of the heads, a multiple of learning_rates.",
         "pooling": (
             "What an exit reads: the first token through the pretrained pooler, or the mean of "
@@ -149,7 +161,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             "confidence, confidence_float32, or module:function, a policy of your own",
         ),
         "exit_score": 'Exit policy of a run with learning_to_exit; "" is the preset\'s.',
-        "metric": 'The reported metric; "" is the task\'s.',
+        "metric": "The reported metric, one of the objective's; \"\" is the task's.",
     },
     "Hardware": {
         "dtype": "Type of activations; parameters are float32.",

@@ -14,7 +14,8 @@ sweet_jax. The output folder holds stage_<layer>.bin (jax.export; any batch size
 TPU), parameters.npz, model.json, which describes the chain of stages, and run.py, which runs it and
 needs jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
 ".[export]"). A program's texts are token ids padded to --length. The policy must be confidence or
-raw_confidence. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+raw_confidence (of several labels also min_confidence; of a regression stability). Exit status: 0
+done, 2 the input is wrong, 1 anything else.
 
 Shape letters: B batch, L length, H hidden, C classes.
 
@@ -49,7 +50,11 @@ from sweet_jax.inference.onnx_files import has_graphs
 
 _FORMATS = ("stablehlo", "onnx")
 _PLATFORMS = ("cpu", "cuda", "tpu")
-_POLICIES = ("confidence", "raw_confidence")
+_POLICIES = {  # that run.py knows, by objective
+    "single_label": ("confidence", "raw_confidence"),
+    "multi_label": ("confidence", "raw_confidence", "min_confidence"),
+    "regression": ("stability",),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,6 +181,8 @@ def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, leng
     np.savez(aside / "parameters.npz", **parameters)
     about = {"format": 1, "classes": list(model.classes), "length": length}
     about |= {"threshold": classifier.threshold, "pad_id": engine.pad_id}
+    if model.objective.name != "single_label":
+        about |= {"objective": model.objective.name, "policy": classifier.policy}
     write_json(aside / "model.json", about | {"stages": chain})
     shutil.copy(run_exported.__file__, aside / "run.py")
     aside.rename(folder)
@@ -184,10 +191,12 @@ def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, leng
 def _check(classifier: AdaptiveClassifier) -> None:
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError('jax.export needs flatbuffers: pip install -e ".[export]"')
-    if classifier.policy not in _POLICIES:
+    known = _POLICIES[classifier.model.objective.name]
+    if classifier.policy not in known:
+        several = "policies" if len(known) > 1 else "policy"
         raise UserError(
-            f"only the policies {', '.join(_POLICIES)} are exported; got {classifier.policy!r}: "
-            "set --policy"
+            f"only the {several} {', '.join(known)} {'are' if len(known) > 1 else 'is'} exported; "
+            f"got {classifier.policy!r}: set --policy"
         )
     if not np.isfinite(classifier.threshold):
         raise UserError("the full model alone has no exits to export: set a finite --threshold")
@@ -197,7 +206,7 @@ def _temperatures(classifier: AdaptiveClassifier, stage: Stage) -> dict[str, flo
     """Returns the temperatures of an exit's probabilities and of its confidence, for model.json."""
     fitted = classifier.calibrator.temperatures[stage.exit]
     temperature = float(fitted) if np.isfinite(fitted) else None  # None: no text exits there
-    confidence = temperature if classifier.policy == "confidence" else 1.0
+    confidence = 1.0 if classifier.policy == "raw_confidence" else temperature
     return {"temperature": temperature, "score_temperature": confidence}
 
 

@@ -1,14 +1,15 @@
-"""Logistic regressions of a run: the probe before training, the refit of its heads afterwards.
+"""Linear models of a run: the probe before training, the refit of its heads afterwards.
 
 Tuning rows, which are neither trained on nor calibrated on, choose their penalties.
 
 Shape letters: R replica, E exit, U rows with features, N training or validation rows, M tuning
-rows, H hidden.
+rows, H hidden, C outputs of an exit.
 """
 
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
-    """Fits a logistic regression at every exit of the encoder that training starts from.
+    """Fits a linear model at every exit of the encoder that training starts from.
 
     One pass of the frozen encoder over training, tuning and validation rows. The result is
     kept in probe.npz, from which a resumed run reads it.
@@ -68,9 +69,13 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     inputs, labels = features(job.train, rows), job.train.labels[rows]
     size = (rows.shape[1], len(config.exits), inputs.nbytes / 2**20)
     log.info("probe: features of %d rows at %d exits, %.0f MiB", *size)
-    found = fit_classifiers(inputs, labels, places[:, :count], places[:, count:], classes)
+    objective, parts = job.objective, (places[:, :count], places[:, count:])
+    found = fit_classifiers(inputs, labels, *parts, classes, objective.linear)
     found = broadcast_from_primary(found)
-    predictions = found.predictions(features(job.validation, job.validation_rows[: len(rows)]))
+    shown = features(job.validation, job.validation_rows[: len(rows)])
+    predictions = found.predictions(shown, objective)
+    if job.units:
+        predictions = predictions * job.units[1] + job.units[0]
     probe = Probe(found, predictions)
     if is_primary():
         found.save(path, predictions=probe.predictions)
@@ -132,7 +137,8 @@ def refit_heads(
     if not sound.all():
         features[~sound] = 0
     labels, places = job.train.labels[rows], _columns(rows)
-    found = fit_classifiers(features, labels, places[:, :count], places[:, count:], classes)
+    parts = places[:, :count], places[:, count:]
+    found = fit_classifiers(features, labels, *parts, classes, job.objective.linear)
     found = LinearClassifiers(*(np.array(array) for array in broadcast_from_primary(found)))
     for e, layer in enumerate(model.exits):
         dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])
@@ -142,4 +148,22 @@ def refit_heads(
         found.save(refit_path(workdir, model.name))
     barrier("refit")
     new = with_classifiers(params, model.exits, found, range(len(model.exits)))
+    return reshard(new, jax.tree.map(lambda x: x.sharding, params))
+
+
+def transform_outputs(
+    params: Params, exits: Sequence[int], factor: float, shift: np.ndarray | float
+) -> Params:
+    """Returns parameters [R, ...] whose exits' outputs are multiplied by a factor, and shifted.
+
+    exits: layer numbers of the heads [E]; shift: float [R, E, C], or one number.
+    """
+    heads = {}
+    for e, layer in enumerate(exits):
+        dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])
+        added = shift if isinstance(shift, float) else shift[:, e]  # [R, C]
+        kernel, bias = dense["kernel"] * factor, dense["bias"] * factor + added
+        dense = {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+        heads[str(layer)] = params["heads"][str(layer)] | {"classifier": dense}
+    new = params | {"heads": params["heads"] | heads}
     return reshard(new, jax.tree.map(lambda x: x.sharding, params))

@@ -16,6 +16,7 @@ import numpy as np
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import read_json, write_json
+from sweet_jax.objectives import Metric
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
@@ -89,7 +90,8 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
     each = zip(together, following, strict=False)
     area = np.concatenate([_short_runs(job, chosen, workdir, left) for chosen, left in each])
     area = broadcast_from_primary(area)
-    best = rates[choose_rate(area, tuning, job.dataset.task.metric)]
+    metric = job.objective.metric(job.dataset.task.metric)
+    best = rates[choose_rate(area, tuning, metric)]
     found = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True))
     log.info("areas on %d tuning rows: %s; chosen: %g", tuning, found, best)
     return {
@@ -129,10 +131,11 @@ def _short_runs(
         config.exits,
         layer_cost(config.exits, config.method),
         job.dataset.task.metric,
+        job.objective,
     )
 
 
-def choose_rate(area: np.ndarray, rows: int, metric: str) -> int:
+def choose_rate(area: np.ndarray, rows: int, metric: str | Metric) -> int:
     """Returns the place of the rate with the largest area; 0 where it does not clearly beat that.
 
     Clearly is by more than a standard error on so many rows.

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from sweet_jax.baselines import run_baselines
@@ -20,8 +21,9 @@ from sweet_jax.distributed import (
     raise_on_all,
 )
 from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.operating_point import calibration_halves
 from sweet_jax.files import claim_run_directory
-from sweet_jax.head_fitting import fit_probe, refit_heads
+from sweet_jax.head_fitting import fit_probe, refit_heads, transform_outputs
 from sweet_jax.inference.artifact import TrainedModel
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput
@@ -131,15 +133,20 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
             began = time.perf_counter()
         if spent.best_steps:
             best_steps[model.name] = list(spent.best_steps)
-        found.append(_evaluate_splits(job, graphdef, params))
+        if job.units:  # outputs from here on are in the targets' own units
+            mean, deviation = job.units
+            params = transform_outputs(params, model.exits, deviation, mean)
+        outputs = _evaluate_splits(job, graphdef, params)
+        if _fits_decisions(job):
+            params, outputs = _with_decisions(job, model.exits, params, outputs)
+        found.append(outputs)
         models.append(TrainedModel(model.exits, params))
         timing["train_seconds"] += spent.seconds
         timing["train_examples"] += spent.examples
         timing["evaluate_seconds"] += time.perf_counter() - began
     calibration, validation, tuning = zip(*found, strict=True)
-    labels, shown, rows = job.train.labels, job.validation.labels, job.rows
-    fitted = labels[rows.calibration] if job.config.calibration == "held_out" else shown
-    tunes = job.config.tunes
+    labels, shown, rows = job.labels, job.validation.labels, job.rows
+    fitted, tunes = _calibration_targets(job), job.config.tunes
     return Outcome(
         calibration=exit_outputs(job, "calibration", calibration, fitted),
         validation=exit_outputs(job, "validation", validation, shown),
@@ -148,6 +155,48 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
         timing=timing,
         best_steps=best_steps,
     )
+
+
+def _calibration_targets(job: PreparedRun) -> np.ndarray:
+    """Returns the targets of the calibration rows, [R, K, ...] or [K, ...]."""
+    held_out = job.config.calibration == "held_out"
+    return job.labels[job.rows.calibration] if held_out else job.validation.labels
+
+
+def _fits_decisions(job: PreparedRun) -> bool:
+    """Returns whether each label's threshold is fitted on calibration rows."""
+    metric, chosen = job.dataset.task.metric, job.config.decision_thresholds
+    wanted = chosen == "f1" or (not chosen and metric.endswith("_f1"))
+    return job.objective.decision_shifts is not None and wanted
+
+
+def _with_decisions(
+    job: PreparedRun, exits: tuple[int, ...], params: Params, outputs: SplitOutputs
+) -> tuple[Params, SplitOutputs]:
+    """Returns parameters and outputs whose logits are 0 at each label's decision threshold.
+
+    The thresholds are fitted for each replica, exit and label, and subtracted from the bias of the
+    classifiers, so that all that reads the model decides at 0. Of the calibration rows those fit
+    them on which no certificate is tested.
+    """
+    fit_shifts = job.objective.decision_shifts
+    assert fit_shifts is not None
+    logits, targets = np.asarray(outputs.calibration.logits), _calibration_targets(job)
+    targets = np.broadcast_to(targets, (len(logits), *targets.shape[-2:]))  # [R, K, C]
+    rows, _ = calibration_halves(targets.shape[1])
+    logits, targets = logits[:, :, rows], targets[:, rows]
+    shifts = np.stack(
+        [[fit_shifts(z, t) for z in each] for each, t in zip(logits, targets, strict=True)]
+    )  # [R, E, C]
+    shifts = broadcast_from_primary(shifts.astype(np.float32))
+
+    def moved(output: ModelOutput) -> ModelOutput:
+        return output._replace(logits=np.asarray(output.logits) - shifts[:, :, None])
+
+    params = transform_outputs(params, exits, 1.0, -shifts)
+    calibration, validation, tuning = outputs
+    tuning = moved(tuning) if tuning else None
+    return params, SplitOutputs(moved(calibration), moved(validation), tuning)
 
 
 def _evaluate_splits(job: PreparedRun, graphdef: nnx.GraphDef, params: Params) -> SplitOutputs:

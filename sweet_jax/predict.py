@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -213,10 +212,12 @@ def _predict_rows(
     for prediction in classifier.stream_rows(texts(), batch_size):
         if isinstance(prediction, InvalidRow):
             found: dict[str, Any] = {"error": prediction.reason}
-        elif not math.isfinite(prediction.probability):
+        elif not prediction.is_finite:
             found = {"error": "the model's answer is not a number: its training diverged"}
         else:
-            found = {"label": prediction.label, "probability": round(prediction.probability, 6)}
+            found = {"label": prediction.label}
+            if prediction.probability is not None:
+                found["probability"] = round(prediction.probability, 6)
             found |= {"exit": prediction.exit, "cost": prediction.cost}
         row = taken.popleft()
         yield found | dict(zip(kept, row.values[count:], strict=False)), row.position

@@ -16,7 +16,6 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import Tokens, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.splits import (
-    Split,
     drop_duplicates,
     select_rows,
     split_calibration_rows,
@@ -27,6 +26,8 @@ from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pooling import POOLINGS, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.models.special_tokens import ensure_first_token
+from sweet_jax.objectives import SINGLE_LABEL, Objective
+from sweet_jax.objectives.single_label import balanced_weights, reweighted
 from sweet_jax.training.growth import BaseRun, read_base_run
 from sweet_jax.training.initialization import (
     ModelSpec,
@@ -66,7 +67,15 @@ class PreparedRun:
     train: Tokens  # U rows
     validation: Tokens
     rows: RunRows
+    objective: Objective = SINGLE_LABEL  # with the weights that the config trains it by
+    targets: np.ndarray | None = None  # of `texts` in their own units; None: those of `train`
+    units: tuple[float, float] | None = None  # mean and deviation that `train` has them without
     probe: Probe | None = None  # that the heads start from, once it is fitted
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Returns the targets of the training rows in their own units, [U, ...]."""
+        return self.train.labels if self.targets is None else self.targets
 
     @property
     def validation_rows(self) -> np.ndarray:
@@ -91,6 +100,7 @@ class PreparedRun:
             rows=self.rows.training,
             tuning=self.rows.tuning,
             metric=self.dataset.task.metric,
+            objective=self.objective,
             workdir=workdir,
             base=self.base,
             probe=self.probe.classifiers if self.probe else None,
@@ -117,6 +127,10 @@ def prepare(config: Config) -> PreparedRun:
     # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
     used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))
     kept = select_rows(dataset.train, used)
+    train, units = tokenize(tokenizer, kept, config.max_length), None
+    if dataset.objective.units is not None:
+        mean, deviation = units = dataset.objective.units(dataset.train.labels)
+        train = dataclasses.replace(train, labels=(kept.labels - mean) / deviation)
     return PreparedRun(
         config=config,
         checkpoint=checkpoint,
@@ -125,10 +139,34 @@ def prepare(config: Config) -> PreparedRun:
         base=base,
         tokenizer=tokenizer,
         texts=kept.texts,
-        train=tokenize(tokenizer, kept, config.max_length),
+        train=train,
         validation=tokenize(tokenizer, dataset.validation, config.max_length),
         rows=RunRows(*(np.searchsorted(used, rows) for rows in drawn)),
+        objective=_training_objective(config, dataset),
+        targets=kept.labels if units else None,
+        units=units,
     )
+
+
+def _training_objective(config: Config, dataset: Dataset) -> Objective:
+    """Returns the data's objective, with the weights of the config's loss.
+
+    Raises UserError for weights of another number of classes.
+    """
+    if not (config.class_weights or config.focal_gamma):
+        return dataset.objective
+    classes = len(dataset.classes)
+    weights: tuple[float, ...] = ()
+    if config.class_weights == "balanced":
+        weights = balanced_weights(dataset.train.labels, classes)
+    elif config.class_weights:
+        weights = tuple(map(float, config.class_weights.split(",")))
+        if len(weights) != classes:
+            raise UserError(
+                f"class_weights has {len(weights)} numbers, but there are {classes} classes: "
+                f"{', '.join(map(repr, dataset.classes[:10]))}"
+            )
+    return reweighted(dataset.objective, weights, config.focal_gamma)
 
 
 def _read_checkpoint(config: Config) -> tuple[Config, Checkpoint]:
@@ -148,18 +186,19 @@ def _draw_rows(config: Config, dataset: Dataset) -> RunRows:
 
     Raises UserError where a class of the validation rows is in none of the training rows drawn.
     """
-    labels, texts = dataset.train.labels, dataset.train.texts
+    labels, texts, strata = dataset.train.labels, dataset.train.texts, dataset.strata
     seeds = [seed for seed, _ in config.replicas()]
-    split = [split_calibration_rows(labels, config, seed) for seed in seeds]
+    split = [split_calibration_rows(strata, config, seed) for seed in seeds]
     before = len(split[0][0])
     training, calibration = zip(*drop_duplicates(texts, split), strict=True)
     if repeats := before - len(training[0]):
         log.info("%d training rows repeat a calibration text: left out", repeats)
     tuning = [np.empty(0, int)] * len(seeds)
     if config.tunes:
-        training, tuning = _hold_out_tuning_rows(config, dataset.train, training)
+        training, tuning = _hold_out_tuning_rows(config, strata, texts, training)
     for seed, rows in zip(seeds, training, strict=True):
-        unseen = np.setdiff1d(dataset.validation.labels, labels[rows])
+        present = dataset.objective.column.present
+        unseen = np.setdiff1d(present(dataset.validation.labels), present(labels[rows]))
         if len(unseen):
             raise UserError(
                 f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
@@ -173,14 +212,17 @@ def _draw_rows(config: Config, dataset: Dataset) -> RunRows:
 
 
 def _hold_out_tuning_rows(
-    config: Config, rows: Split, training: Sequence[np.ndarray]
+    config: Config,
+    strata: np.ndarray,
+    texts: Sequence[tuple[str, ...]],
+    training: Sequence[np.ndarray],
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Splits each replica's training rows into training rows and equally many tuning rows."""
     split = [
-        split_tuning_rows(rows.labels, own, config.tuning_fraction, seed)
+        split_tuning_rows(strata, own, config.tuning_fraction, seed)
         for (seed, _), own in zip(config.replicas(), training, strict=True)
     ]
-    split = drop_duplicates(rows.texts, split)
+    split = drop_duplicates(texts, split)
     size = min(len(tuning) for _, tuning in split)
     return [own for own, _ in split], [tuning[:size] for _, tuning in split]
 

@@ -176,17 +176,21 @@ def exit_metrics(outputs: ExitOutputs) -> list[float]:
 def compare_exits(before: ExitOutputs, after: ExitOutputs) -> dict[str, list[Any]]:
     """Compares the exits in float32 and in int8 on the same rows: a list [E] for each key.
 
-    "float32" and "int8" are metrics; the others count rows: "changed" those with another
-    prediction, "lost" those that were right before alone, "gained" those that are right now alone.
+    "float32" and "int8" are metrics; the others count rows, where predictions are right or wrong:
+    "changed" those with another prediction, "lost" those that were right before alone, "gained"
+    those that are right now alone.
     """
     agrees, targets = before.objective.agrees, before.labels[0]
+    metrics: dict[str, list[Any]] = {"float32": exit_metrics(before), "int8": exit_metrics(after)}
+    if agrees is None:
+        return metrics
     counts: dict[str, list[Any]] = {"changed": [], "lost": [], "gained": []}
     for old, new in zip(before.predictions[0], after.predictions[0], strict=True):
         was, is_now = agrees(old, targets), agrees(new, targets)  # [N] each
         counts["changed"].append(int((~agrees(old, new)).sum()))
         counts["lost"].append(int((was & ~is_now).sum()))
         counts["gained"].append(int((~was & is_now).sum()))
-    return {"float32": exit_metrics(before), "int8": exit_metrics(after), **counts}
+    return metrics | counts
 
 
 def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:

@@ -30,7 +30,6 @@ from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
-from sweet_jax.data.label_checks import without_fraction
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns
 from sweet_jax.files import expand_user, read_json, write_json
@@ -106,37 +105,42 @@ def _read_log(path: str, model: ModelArtifact) -> tuple[np.ndarray, np.ndarray |
 def read_labelled(
     options: argparse.Namespace, model: ModelArtifact
 ) -> tuple[list[Any], np.ndarray]:
-    """Returns the texts of the labelled rows, and their classes, int32 [N].
+    """Returns the texts of the labelled rows, and their targets, of classes int32 [N].
 
     Raises UserError for a row without text or label, a label that the model does not have, and too
     few rows.
     """
     files = expand_files(options.labelled)
     present = column_names(files[0], options.text) if "," in (options.text or "") else ()
-    columns = Columns(parse_names(options.text or "", present) or model.text_columns, options.label)
-    # As in training, 1 and 1.0 are one label.
-    index = {without_fraction(name): c for c, name in enumerate(model.classes)}
-    index |= {name: c for c, name in enumerate(model.classes)}
+    column = model.objective.column
+    names = parse_names(options.text or "", present) or model.text_columns
+    columns = Columns(names, options.label, several_labels=column.several)
     texts: list[Any] = []
-    labels: list[int] = []
+    labels: list[str] = []
     for path in files:
         for record in read_records(path, columns):
             where = f"row {record.row} of {str(path)!r}"
-            if record.error is not None or None in record.values:
+            *parts, label = record.values or (None,)
+            label = "" if label is None and column.several else label  # none at all
+            if record.error is not None or None in (*parts, label):
                 raise UserError(f"{where}: {record.error or 'a text or the label is empty'}")
-            *parts, label = record.values
-            number = index.get(label, index.get(without_fraction(label)))
-            if number is None:
+            try:
+                column.read([label], model.classes, [tuple(parts)])
+            except UserError as error:
+                if model.objective.agrees is None:
+                    raise UserError(f"{where}: {error}") from error
                 known = ", ".join(map(repr, model.classes[:10]))
-                raise UserError(f"{where}: label {label!r} is none of the model's: {known}")
+                raise UserError(
+                    f"{where}: label {label!r} is none of the model's: {known}"
+                ) from error
             texts.append(parts[0] if len(parts) == 1 else tuple(parts))
-            labels.append(number)
+            labels.append(label)
     if len(texts) < _FEW:
         raise UserError(
             f"{options.labelled!r} has {len(texts)} labelled rows: thresholds fitted on fewer than "
             f"{_FEW} say little of others; label more"
         )
-    return texts, np.asarray(labels, np.int32)
+    return texts, column.read(labels, model.classes, [(str(text),) for text in texts])
 
 
 def _write_copy(folder: Path, output: Path, files: Mapping[str, Any]) -> None:

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from sweet_jax.data.batches import whole_lengths
-from sweet_jax.data.label_checks import describe_classes, label_warnings
 from sweet_jax.preparation import PreparedRun
 
 log = logging.getLogger(__name__)
 
+_OUTPUTS = {"single_label": "classes", "multi_label": "labels", "regression": "output"}
 _FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of accuracy
 
 
@@ -38,24 +38,24 @@ def log_description(job: PreparedRun) -> None:
         log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
     log.info(
         "%s with %s: %d training, %d tuning and %d calibration rows of %d (train_size %d), %d "
-        "validation rows, %d classes, %d replicas (seeds x learning rates), on %d %s device(s)",
+        "validation rows, %d %s, %d replicas (seeds x learning rates), on %d %s device(s)",
         *(job.config.task, job.config.method, train, tuning, calibration),
         *(len(job.dataset.train.labels), job.config.train_size, len(job.validation)),
-        *(len(job.dataset.classes), len(job.config.replicas())),
+        *(len(job.dataset.classes), _OUTPUTS[job.objective.name], len(job.config.replicas())),
         *(jax.device_count(), jax.default_backend()),
     )
 
 
 def _log_labels(job: PreparedRun) -> None:
-    """Logs the classes with their rows, and warns of labels that look wrong or are too rare."""
+    """Logs the labels with their rows, and warns of those that look wrong or are too rare."""
     splits, names = (job.dataset.train, job.dataset.validation), job.dataset.classes
-    every = np.bincount(np.concatenate([s.labels for s in splits]), minlength=len(names))
-    counts = dict(zip(names, every.tolist(), strict=True))
-    log.info(describe_classes(counts))
-    for warning in label_warnings(counts):
+    column = job.objective.column
+    said, warnings = column.describe(np.concatenate([s.labels for s in splits]), names)
+    log.info(said)
+    for warning in warnings:
         log.warning(warning)
     rows = (job.rows.training[0], job.rows.calibration[0])
-    train, calibration = (np.unique(job.train.labels[part]) for part in rows)
+    train, calibration = (column.present(job.train.labels[part]) for part in rows)
     if job.config.calibration == "held_out" and len(missing := np.setdiff1d(train, calibration)):
         listed = ", ".join(repr(names[c]) for c in missing[:5]) + ("…" if len(missing) > 5 else "")
         log.warning(

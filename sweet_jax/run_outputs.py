@@ -68,6 +68,7 @@ def exit_outputs(
             learning_to_exit=config.learning_to_exit,
             metric=job.dataset.task.metric,
             classes=tuple(job.dataset.classes),
+            objective=job.objective.name,
             replicas=tuple(config.replicas()),
         ),
     )

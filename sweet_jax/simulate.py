@@ -105,10 +105,12 @@ def _describe(
         return _describe_certificate(analysis, replica, point, targets)
     if point.threshold is None or point.calibration is None or point.validation is None:
         name = "cost" if "cost" in targets else metric
-        asked = targets.get("cost", targets.get("accuracy", math.nan))
+        asked, reachable = targets.get("cost", targets.get("accuracy", math.nan)), point.reachable
+        if "error" in targets:
+            name, asked, reachable = "error", targets["error"], -reachable
         return (
-            f"infeasible: the best reachable is {name} {point.reachable:.4f} on the calibration "
-            f"rows (asked for {asked:g})"
+            f"infeasible: the best reachable is {name} {reachable:.4f} on the calibration rows "
+            f"(asked for {asked:g})"
         )
     parts = [
         f"cost {cost:.4f}, {metric} {value:.4f} on {outputs.labels.shape[1]} {name} rows"

@@ -17,8 +17,8 @@ from sweet_jax.report import baselines as module
 from sweet_jax.report.baselines import (
     Baseline,
     baseline_title,
+    constant_predictions,
     load_baselines,
-    majority_class,
     save_baselines,
     tfidf_predictions,
 )
@@ -77,8 +77,8 @@ def sentences(rows: int, seed: int = 0) -> tuple[list[tuple[str, ...]], np.ndarr
 
 
 def test_majority_is_the_most_frequent_class():
-    assert majority_class(np.asarray([2, 1, 2, 0]), 3, 4).tolist() == [2, 2, 2]
-    assert majority_class(np.asarray([1, 0]), 2, 2).tolist() == [0, 0]
+    assert constant_predictions(np.asarray([2, 1, 2, 0]), 3, 4).tolist() == [2, 2, 2]
+    assert constant_predictions(np.asarray([1, 0]), 2, 2).tolist() == [0, 0]
 
 
 def test_tfidf_finds_the_word_that_tells_the_class():
@@ -110,7 +110,7 @@ def test_tfidf_leaves_out_a_column_without_words():
 
 
 @pytest.mark.parametrize("rows", [10, 1000])  # the second drops words of one row, at first
-def test_tfidf_without_a_word_answers_the_majority_class(rows):
+def test_tfidf_without_a_word_answers_the_constant_predictions(rows):
     labels = np.where(np.arange(rows) % 5 < 3, 1, 0)
     texts = [("a ! 7",)] * rows
     assert tfidf_predictions(texts, labels, [("a real text",), ("",)]).tolist() == [1, 1]

@@ -323,7 +323,10 @@ def test_a_resolver_is_saved_read_back_and_chooses_the_same():
     calibration = known_table(400, seed=15)[0]
     resolver = make_resolver(calibration)
     again = ThresholdResolver.from_dict(json.loads(json.dumps(resolver.as_dict())))
-    assert {*resolver.fronts} == {p for p in POLICIES if not p.startswith("learning")}
+    others = {"stability", "min_confidence"}  # of numbers, of several labels
+    assert {*resolver.fronts} == {
+        p for p in POLICIES if not p.startswith("learning") and p not in others
+    }
     rows = known_table(50, seed=16)[0]
     asked = ({"cost": 0.7}, {"accuracy": 0.6}, {}, {"risk": 0.5}, {"agreement": 0.3, "level": 0.9})
     for policy in resolver.fronts:

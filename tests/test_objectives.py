@@ -1,27 +1,38 @@
-"""Objectives: single-label classification, and two others that only their entry in a table adds."""
+"""Objectives: single-label and multi-label classification, and regression."""
+
+import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from scipy import stats
 from scipy.special import expit, log_softmax, softmax
-from sklearn.metrics import f1_score, r2_score
+from sklearn import metrics as sklearn_metrics
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import f1_score
 from test_early_exit import BATCH, EXITS, build
 from test_step import settings
 
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.config import METRICS, UserError
+from sweet_jax.config import OBJECTIVE_METRICS, UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.exits.calibration import fit_calibrators
+from sweet_jax.exits.certificates import LossCounts, candidate_bounds, exit_losses
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.operating_point import deployable_policies, make_resolver
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.policies import exit_confidences
-from sweet_jax.objectives import OBJECTIVES, Metric, Objective
-from sweet_jax.objectives.objective import CategoricalVariables, accuracy_metric, ratio
+from sweet_jax.exits.resolver import ThresholdResolver
+from sweet_jax.models.early_exit import ModelOutput
+from sweet_jax.objectives import OBJECTIVES
+from sweet_jax.objectives.multi_label import MULTI_LABEL, best_f1_shifts, binary_cross_entropy
+from sweet_jax.objectives.regression import REGRESSION, squared_error
+from sweet_jax.objectives.single_label import SINGLE_LABEL, balanced_weights, reweighted
 from sweet_jax.training.early_stopping import tuning_area
+from sweet_jax.training.losses import compute_step_metrics
 from sweet_jax.training.metrics import find_failures
 from sweet_jax.training.step import init_state, train_step
 
@@ -37,7 +48,8 @@ def test_single_label_predicts_and_gives_probabilities_of_either_kind_of_array(m
     assert isinstance(found, type(logits))
     np.testing.assert_allclose(found, softmax(LOGITS, axis=-1), rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(objective.predict(logits), LOGITS.argmax(axis=-1))
-    assert tuple(metric.name for metric in objective.metrics) == METRICS
+    for name, each in OBJECTIVES.items():
+        assert tuple(metric.name for metric in each.metrics) == OBJECTIVE_METRICS[name]
 
 
 def test_the_loss_is_the_mean_over_rows_that_are_no_padding():
@@ -52,59 +64,50 @@ def test_the_loss_is_the_mean_over_rows_that_are_no_padding():
     np.testing.assert_array_equal(objective.is_correct(logits, labels), right)
 
 
-# What one file in objectives/ would hold for rows with any number of labels.
+def test_weights_and_the_focal_factor_multiply_the_cross_entropy():
+    rows = -log_softmax(LOGITS.astype(np.float64) / 20, axis=-1)[:, np.arange(5), LABELS]  # [E, B]
+    logits, labels = jnp.asarray(LOGITS / 20), jnp.asarray(LABELS)
+    weights = balanced_weights(LABELS, 3)
+    assert weights == (5 / 6, 5 / 6, 5 / 3)
+    by_class = np.asarray(weights)[LABELS]
+    found = reweighted(SINGLE_LABEL, weights).row_loss(logits, labels)
+    np.testing.assert_allclose(found, by_class * rows, rtol=1e-5)
+    found = reweighted(SINGLE_LABEL, weights, 2.0).row_loss(logits, labels)
+    np.testing.assert_allclose(found, by_class * (1 - np.exp(-rows)) ** 2 * rows, rtol=1e-4)
+    # Certain rows have no gradient that is not a number.
+    certain = jax.grad(lambda z: reweighted(SINGLE_LABEL, (), 0.5).row_loss(z, labels).sum())
+    assert np.isfinite(certain(jnp.asarray(LOGITS * 10))).all()
 
 
-def same_labels(given, others):
-    return (given == others).all(axis=-1)
+def test_linear_models_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 5)).astype(np.float32)
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    y = x @ rng.normal(size=(5, 3)) + rng.normal(size=(80, 3))
+    labels, penalty = y > 0.3, 0.01
+    weights = reweighted(SINGLE_LABEL, (1.0, 3.0)).linear.solver(5, 2)
+    plain = LogisticRegression(C=1 / (penalty * 80), tol=1e-8, class_weight={0: 1, 1: 3})
+    kernel, bias = weights(x, labels[:, 0].astype(int), penalty)
+    plain.fit(x, labels[:, 0])
+    np.testing.assert_allclose(kernel[:, 1] - kernel[:, 0], plain.coef_[0], atol=1e-3)
+    solve = MULTI_LABEL.linear.solver(5, 3)
+    solve(x, labels, 1.0)  # from whose result the next one starts
+    kernel, bias = solve(x, labels, penalty)
+    for c in range(3):
+        plain = LogisticRegression(C=1 / (penalty * 80), tol=1e-8).fit(x, labels[:, c])
+        np.testing.assert_allclose(kernel[:, c], plain.coef_[0], atol=5e-3)
+        np.testing.assert_allclose(bias[c], plain.intercept_[0], atol=5e-3)
+    kernel, bias = REGRESSION.linear.solver(5, 1)(x, y[:, 0].astype(np.float32), penalty)
+    plain = Ridge(alpha=penalty * 80).fit(x, y[:, 0])
+    np.testing.assert_allclose(kernel[:, 0], plain.coef_, atol=1e-5)
+    np.testing.assert_allclose(bias[0], plain.intercept_, atol=1e-5)
 
 
-def binary_cross_entropy(logits, targets):
-    targets = jnp.broadcast_to(targets, logits.shape).astype(logits.dtype)
-    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
-
-
-def sigmoid(logits):
-    return 1 / (1 + logits.__array_namespace__().exp(-logits))
-
-
-def constant_labels(logits, row_mask):
-    """The labels as binary digits."""
-    xp = logits.__array_namespace__()
-    present = xp.broadcast_to(row_mask[:, None], logits.shape)
-    every = ((logits > 0) | ~present).all(axis=-2)
-    none = ((logits <= 0) | ~present).all(axis=-2)
-    digits = xp.broadcast_to(2 ** xp.arange(logits.shape[-1]), every.shape)
-    return xp.where((every | none).all(axis=-1), (every * digits).sum(axis=-1), -1).astype("int32")
-
-
-MICRO_F1 = Metric(
-    "micro_f1",
-    lambda given, targets, outputs: np.stack([(given & targets).sum(-1), given.sum(-1)], axis=-1),
-    lambda targets, outputs: targets.sum(axis=-1, keepdims=True),
-    lambda sums, totals: ratio(2.0 * sums[..., 0], sums[..., 1] + totals[..., 0]),
-)
-MULTI_LABEL = Objective(
-    name="multi_label",
-    metrics=(MICRO_F1, accuracy_metric(same_labels)),
-    row_loss=binary_cross_entropy,
-    predict=lambda logits: logits > 0,
-    agrees=same_labels,
-    probabilities=sigmoid,
-    constant_prediction=constant_labels,
-    describe=lambda given, names: " and ".join(np.asarray(names)[given]) or "no label",
-    read_targets=lambda targets, outputs: np.asarray(targets, bool),
-    target_per_output=True,
-    categorical=CategoricalVariables(
-        logits=lambda logits: np.stack([np.zeros_like(logits), logits], axis=-1),
-        outcomes=lambda targets: targets.astype(int),
-    ),
-)
+# Rows with any number of labels.
 
 
 @pytest.fixture
-def multi_label(monkeypatch) -> RunIdentity:
-    monkeypatch.setitem(OBJECTIVES, "multi_label", MULTI_LABEL)
+def multi_label() -> RunIdentity:
     names = ("red", "green", "blue")
     return RunIdentity(objective="multi_label", classes=names, replicas=((0, 1e-3),))
 
@@ -157,6 +160,17 @@ def test_a_temperature_of_several_labels_minimises_the_objective_s_loss(multi_la
     np.testing.assert_allclose(found, np.abs(2 * p - 1).mean(axis=-1), atol=1e-12)
 
 
+def test_the_least_certain_label_decides(multi_label):
+    outputs = labelled(multi_label, 30, seed=3)
+    (calibrator,) = fit_calibrators(outputs)
+    scaled = outputs.logits[0].astype(np.float64) / calibrator.temperatures[:, None, None]
+    found = exit_confidences(outputs, "min_confidence", [calibrator])[0]
+    np.testing.assert_allclose(found, expit(np.abs(scaled)).min(axis=-1), rtol=1e-12)
+    assert "min_confidence" in deployable_policies(outputs)
+    single = ExitOutputs(outputs.logits, np.zeros(30, int), [1, 2, 4])
+    assert "min_confidence" not in deployable_policies(single)
+
+
 @pytest.mark.parametrize("policy", ["confidence", "patience", "voting", "pcee_isotonic"])
 def test_a_curve_of_several_labels_equals_a_loop(multi_label, policy):
     calibration, outputs = (labelled(multi_label, rows, seed=rows) for rows in (80, 60))
@@ -168,7 +182,7 @@ def test_a_curve_of_several_labels_equals_a_loop(multi_label, policy):
         wanted = loop(outputs, confidences, threshold, micro_f1)
         np.testing.assert_allclose((cost, metric), wanted, atol=1e-12)
     assert len(np.unique(curve.cost)) >= 3
-    exact = simulate(outputs, policy, calibration=calibration, metric="accuracy")
+    exact = simulate(outputs, policy, calibration=calibration, metric="subset_accuracy")
     whole = (outputs.predictions[0, -1] == outputs.labels[0]).all(axis=-1).mean()
     assert exact.score[0, -1] == whole
     with pytest.raises(UserError, match="unknown metric 'matthews'"):
@@ -196,6 +210,68 @@ def test_an_operating_point_of_several_labels_is_the_best_within_its_cost(multi_
     assert 0.5 < area[0] < 1
 
 
+def test_metrics_of_several_labels_are_scikit_learn_s(multi_label):
+    outputs = labelled(multi_label, 70, seed=2)
+    targets, given = outputs.labels[0], outputs.predictions[0, 0]
+    wanted = {
+        "micro_f1": micro_f1(targets, given),
+        "macro_f1": f1_score(targets, given, average="macro", zero_division=0.0),
+        "subset_accuracy": sklearn_metrics.accuracy_score(targets, given),
+        "hamming_loss": sklearn_metrics.hamming_loss(targets, given),
+    }
+    measured = {name: measure(given, targets) for name, measure in MULTI_LABEL.measures}
+    assert measured == pytest.approx(wanted, abs=1e-12)
+    for metric in MULTI_LABEL.metrics:
+        sign = -1 if metric.is_error else 1
+        value = sign * compute_metric(metric, given, targets, 3)
+        assert value == pytest.approx(wanted[metric.name.removeprefix("neg_")], abs=1e-12)
+
+
+def test_certificates_are_of_what_the_metric_calls_right(multi_label):
+    outputs = labelled(multi_label, 200, seed=4)
+    given, targets = outputs.predictions[0], outputs.labels[0]
+    whole = (given == targets).all(axis=-1)
+    np.testing.assert_array_equal(exit_losses(outputs, 0, "risk"), whole[-1] & ~whole)
+    by_label = dataclasses.replace(multi_label, metric="neg_hamming_loss")
+    partial = ExitOutputs(outputs.logits, targets, [1, 2, 4], identity=by_label)
+    right = (given == targets).mean(axis=-1)
+    wanted = np.maximum(right[-1] - right, 0)
+    np.testing.assert_allclose(exit_losses(partial, 0, "risk"), wanted)
+    wanted = (given != given[-1]).mean(axis=-1)
+    np.testing.assert_allclose(exit_losses(partial, 0, "agreement"), wanted)
+    counts = LossCounts("risk", np.asarray([0.9, 0.6]), np.asarray([0.0, 7.25]), 100)
+    bounds = candidate_bounds(counts, 0.95)
+    # e times the chance of so small a sum is 5%, if each row were harmed wholly or not at all.
+    chance = stats.binom.cdf([0, 8], 100, bounds)
+    np.testing.assert_allclose(np.e * chance, 0.05, rtol=1e-6)
+    assert LossCounts.from_dict(counts.as_dict()).harmed.tolist() == [0.0, 7.25]
+    resolver = make_resolver(partial, ("confidence",))
+    assert resolver.certificate("confidence", "risk", 0.5).threshold is not None
+    restored = ThresholdResolver.from_dict(json.loads(json.dumps(resolver.as_dict())))
+    assert restored.resolve("confidence", {"error": 0.2}) is not None
+    with pytest.raises(UserError, match="metric of this run is neg_hamming_loss: set error"):
+        restored.resolve("confidence", {"accuracy": 0.9})
+
+
+def test_a_decision_threshold_has_the_best_f1_of_its_label():
+    rng = np.random.default_rng(0)
+    targets = rng.random((300, 2)) < [0.15, 0.5]
+    logits = np.where(targets, -0.5, -2.5) + rng.normal(size=(300, 2))  # too low by 1
+    shifts = best_f1_shifts(logits, targets)
+    assert (shifts < -0.2).all()
+    for own, true, shift in zip(logits.T, targets.T, shifts, strict=True):
+        hits, given = (
+            np.asarray([part(t) for t in (shift, *own)])
+            for part in (
+                lambda t, own=own, true=true: (true & (own > t)).sum(),
+                lambda t, own=own: (own > t).sum(),
+            )
+        )
+        f1 = 2 * hits / (given + true.sum())
+        assert f1[0] > f1.max() - 0.01
+    assert best_f1_shifts(logits, np.zeros_like(targets)).tolist() == [0, 0]
+
+
 def test_a_bootstrap_of_several_labels_equals_drawing_rows(multi_label):
     outputs = labelled(multi_label, 50, seed=5)
     band = bootstrap_curve(outputs, points=4, draws=20)
@@ -212,7 +288,7 @@ def test_outputs_of_several_labels_are_saved_and_checked(multi_label, tmp_path):
     outputs.save(tmp_path / "x.npz")
     again = ExitOutputs.load(tmp_path / "x.npz")
     assert again.objective is MULTI_LABEL
-    assert again.metric is MICRO_F1
+    assert again.metric.name == "micro_f1"
     assert again.labels.dtype == bool
     np.testing.assert_array_equal(again.labels, outputs.labels)
     with pytest.raises(ValueError, match=r"labels must be \[N, C\] = \(20, 3\)"):
@@ -232,7 +308,7 @@ def test_an_exit_that_gives_all_rows_the_same_labels_has_collapsed(multi_label):
         for step, code in enumerate(codes)
     ]
     (found,) = find_failures(rows, {"t": (1, 2, 4)}, outputs)
-    assert (found["exit"], found["what"], found["step"]) == (2, "collapsed to red and blue", 4)
+    assert (found["exit"], found["what"], found["step"]) == (2, "collapsed to 'red' and 'blue'", 4)
 
 
 def test_a_step_of_training_lowers_the_loss_of_several_labels():
@@ -250,48 +326,79 @@ def test_a_step_of_training_lowers_the_loss_of_several_labels():
     assert (last.loss < first.loss).all()
 
 
-# And for rows with a number.
-
-R2 = Metric(
-    "r2",
-    lambda given, targets, outputs: ((given - targets) ** 2)[..., None].astype(float),
-    lambda targets, outputs: np.stack([targets, targets**2, targets**0], axis=-1).astype(float),
-    lambda sums, totals: 1 - sums[..., 0] / (totals[..., 1] - totals[..., 0] ** 2 / totals[..., 2]),
-)
-REGRESSION = Objective(
-    name="regression",
-    metrics=(R2,),
-    row_loss=lambda logits, targets: (logits[..., 0] - targets) ** 2,
-    predict=lambda logits: logits[..., 0],
-    agrees=lambda given, others: abs(given - others) < 0.5,
-    probabilities=lambda logits: logits,
-    constant_prediction=lambda logits, row_mask: np.where(np.ptp(logits) == 0, 0, -1),
-    describe=lambda given, names: f"{given:g}",
-    read_targets=lambda targets, outputs: np.asarray(targets, np.float32),
-)
+# Rows with a number.
 
 
-def test_a_number_is_predicted_without_probabilities(monkeypatch, tmp_path):
-    monkeypatch.setitem(OBJECTIVES, "regression", REGRESSION)
-    identity = RunIdentity(objective="regression", policy="patience")
+@pytest.fixture
+def numbers() -> ExitOutputs:
+    identity = RunIdentity(objective="regression", policy="stability")
     rng = np.random.default_rng(0)
-    targets = rng.normal(size=70).astype(np.float32)
+    targets = (3 + rng.normal(size=70)).astype(np.float32)
     noise = rng.normal(size=(3, 70)) * np.asarray([1.0, 0.5, 0.2])[:, None]
-    outputs = ExitOutputs((targets + noise)[..., None], targets, [1, 2, 4], identity=identity)
-    outputs.save(tmp_path / "x.npz")
-    assert ExitOutputs.load(tmp_path / "x.npz").labels.dtype == np.float32
-    curve = simulate(outputs, "patience")
-    confidences = exit_confidences(outputs, "patience")[0]
-    for threshold, cost, metric in zip(
+    return ExitOutputs((targets + noise)[..., None], targets, [1, 2, 4], identity=identity)
+
+
+def negative_error(targets, given):
+    return -sklearn_metrics.mean_absolute_error(targets, given)
+
+
+@pytest.mark.parametrize(
+    ("metric", "oracle"),
+    [
+        ("neg_mean_absolute_error", negative_error),
+        ("pearson", lambda targets, given: stats.pearsonr(targets, given).statistic),
+    ],
+)
+def test_a_curve_of_numbers_equals_a_loop(numbers, metric, oracle):
+    curve = simulate(numbers, "stability", metric=metric)
+    values = numbers.predictions[0].astype(np.float64)
+    confidences = exit_confidences(numbers, "stability")[0]
+    assert np.isneginf(confidences[0]).all()
+    np.testing.assert_allclose(confidences[1:], 1 / (1 + abs(np.diff(values, axis=0))))
+    for threshold, cost, value in zip(
         curve.threshold[0], curve.cost[0], curve.score[0], strict=True
     ):
-        wanted = loop(outputs, confidences, threshold, r2_score)
-        np.testing.assert_allclose((cost, metric), wanted, rtol=1e-5)
-    last = outputs.predictions[0, -1]
-    np.testing.assert_allclose(compute_metric(R2, last, targets, 1), r2_score(targets, last))
-    assert deployable_policies(outputs) == ("patience",)
-    assert analyse(outputs, outputs).operating_point(0, {"cost": 0.5}).validation[0] <= 0.5
-    area = tuning_area(outputs.logits, outputs.labels, [1, 2, 4], None, "r2", REGRESSION)
+        wanted = loop(numbers, confidences, threshold, oracle)
+        np.testing.assert_allclose((cost, value), wanted, rtol=1e-5)
+
+
+def test_numbers_have_operating_points_and_no_certificates(numbers, tmp_path):
+    numbers.save(tmp_path / "x.npz")
+    assert ExitOutputs.load(tmp_path / "x.npz").labels.dtype == np.float32
+    assert deployable_policies(numbers) == ("stability",)
+    analysis = analyse(numbers, numbers)
+    assert analysis.operating_point(0, {"cost": 0.9}).validation[0] <= 0.9
+    point = analysis.operating_point(0, {"error": 0.25})
+    assert -0.25 <= point.calibration[1] < -0.15
+    area = tuning_area(
+        numbers.logits, numbers.labels, [1, 2, 4], None, "pearson", numbers.objective
+    )
     assert 0.5 < area[0] < 1
+    for target, refusal in (("risk", "cannot be certified of a regression"), ("accuracy", "error")):
+        with pytest.raises(UserError, match=refusal):
+            analysis.operating_point(0, {target: 0.1})
     with pytest.raises(UserError, match="of the objective 'regression' are not probabilities"):
-        simulate(outputs, "confidence")
+        simulate(numbers, "confidence")
+    with pytest.raises(UserError, match="'patience' is not for the objective 'regression'"):
+        simulate(numbers, "patience")
+    targets, given = numbers.labels[0], numbers.predictions[0, 1]
+    measured = {name: measure(given, targets) for name, measure in REGRESSION.measures}
+    assert measured == pytest.approx(
+        {
+            "mean_absolute_error": -negative_error(targets, given),
+            "pearson": stats.pearsonr(targets, given).statistic,
+            "spearman": stats.spearmanr(targets, given).statistic,
+        },
+        rel=1e-5,
+    )
+
+
+def test_a_learned_error_head_estimates_the_closeness_of_its_exit():
+    logits = jnp.asarray([[[0.5], [2.0]], [[1.0], [-1.0]]])  # [E, B, 1]
+    targets, scores = jnp.asarray([1.0, -1.0]), jnp.asarray([[0.3, 0.9], [1.0, 1.0]])
+    batch = {"labels": targets, "row_mask": jnp.ones(2, bool)}
+    found = compute_step_metrics(ModelOutput(logits, scores), batch, REGRESSION)
+    wanted = (scores - (1 - np.tanh([[0.5, 3.0], [0.0, 0.0]]))) ** 2
+    np.testing.assert_allclose(found.exit_loss, wanted.mean(axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(found.loss, squared_error(logits, targets).mean(axis=-1), rtol=1e-6)
+    assert found.predicted.tolist() == [-1, -1]

@@ -7,6 +7,7 @@ from scipy.special import log_softmax, softmax
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.head_fitting import fit_probe
+from sweet_jax.objectives import single_label
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
 from sweet_jax.training import probe
@@ -26,7 +27,7 @@ def problem(classes=3, rows=400, noise=1.0, seed=0, size=12):
 @pytest.mark.parametrize("newton", [True, False])
 def test_the_penalised_likelihood_is_at_its_minimum(classes, newton, monkeypatch):
     """The gradient of mean cross-entropy + λ/2 |W|^2 on standardised features is zero."""
-    monkeypatch.setattr(probe, "_NEWTON", 10**6 if newton else 0)
+    monkeypatch.setattr(single_label, "_NEWTON", 10**6 if newton else 0)
     x, y = problem(classes)
     raw, held = x.astype(np.float64), x[:100].copy()
     kernel, bias, penalty = fit_classifier(x, y, held, y[:100], classes)

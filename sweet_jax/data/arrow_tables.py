@@ -61,8 +61,12 @@ def check_schema(schema: pa.Schema, columns: Columns) -> None:
     for name in columns.checked:
         kind = schema.field(find_column(name, schema.names)).type
         if name == columns.label:
-            if pa.types.is_nested(kind):
-                raise UserError(f"column {name!r} holds values of type {kind}, not single ones")
+            lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            if pa.types.is_nested(kind) and not (columns.several_labels and lists):
+                more = "; lists of labels need --config.objective=multi_label" if lists else ""
+                raise UserError(
+                    f"column {name!r} holds values of type {kind}, not single ones{more}"
+                )
         elif not is_text(kind):
             raise UserError(f"column {name!r} holds values of type {kind}, not text")
 
@@ -94,8 +98,8 @@ def is_text(kind: pa.DataType) -> bool:
     )
 
 
-def _values(column: pa.Array) -> list[str | None]:
-    """Returns the values of a column as text, None for null and NaN."""
+def _values(column: pa.Array) -> list[Any]:
+    """Returns the values of a column as text, lists as they are, None for null and NaN."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
@@ -104,4 +108,6 @@ def _values(column: pa.Array) -> list[str | None]:
         found = column.cast(pa.large_binary()).to_pylist()
     if is_text(column.type):
         return [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in found]
+    if pa.types.is_nested(column.type):  # lists of labels, which `make_record` joins
+        return found
     return [None if v is None or v != v else str(v) for v in found]

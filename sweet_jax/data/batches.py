@@ -30,7 +30,7 @@ class Tokens:
     input_ids: np.ndarray  # int32 [total]
     token_type_ids: np.ndarray  # int32 [total]
     starts: np.ndarray  # int64 [N + 1], row n is starts[n]:starts[n + 1]
-    labels: np.ndarray  # int32 [N]
+    labels: np.ndarray  # the objective's targets [N, ...], as they are trained on
     pad_id: int
 
     def __len__(self) -> int:
@@ -216,19 +216,22 @@ def padded_length(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) ->
 def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batch:
     """Pads rows [..., B] to the smallest of `lengths` that fits them all.
 
-    Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L], labels int32
-    [..., B] and row_mask bool [..., B]: False for a row of -1, which is padding.
+    Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L], labels [..., B, ...]
+    of their dtype, 0 where there is no row, and row_mask bool [..., B]: False for a row of -1,
+    which is padding.
     """
     sizes = np.where(rows < 0, 0, tokens.lengths[rows])
     length = padded_length(tokens, rows, lengths)
     position = np.arange(length)
     mask = position < sizes[..., None]  # [..., B, L]
+    labels = tokens.labels[rows]  # [..., B, ...]
+    absent = np.reshape(rows < 0, rows.shape + (1,) * (labels.ndim - rows.ndim))
     source = np.where(mask, tokens.starts[rows][..., None] + position, 0)
     return {
         "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
         "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),
         "mask": mask,
-        "labels": np.where(rows < 0, 0, tokens.labels[rows]).astype(np.int32),
+        "labels": np.where(absent, 0, labels).astype(tokens.labels.dtype),
         "row_mask": rows >= 0,
     }
 

@@ -47,8 +47,9 @@ def json_table(file: TextFile) -> Table:
         for row, (values, error, line, position) in rows:
             found = [] if values is None else [values.get(name) for name in names]
             if values is not None and columns.label is not None:
-                place = len(columns.texts)
-                found[place], wrong = label_texts(found[place])
+                place, wrong = len(columns.texts), None
+                if not (columns.several_labels and isinstance(found[place], list)):
+                    found[place], wrong = label_texts(found[place])
                 error = wrong and f"column {columns.label!r} {wrong}"
             if error is None:
                 yield make_record(tuple(found), columns, position, row, line)
@@ -209,7 +210,10 @@ class LabelTexts:
         if value is None or value != value:  # NaN
             return None, None
         if not isinstance(value, str | bool | int | float):
-            return None, f"is not a single value but {value!a:.40}"
+            more = ""
+            if isinstance(value, list):
+                more = "; lists of labels need --config.objective=multi_label"
+            return None, f"is not a single value but {value!a:.40}{more}"
         first = self._first = value if self._first is None else self._first
         if type(value) is not type(first):
             if {type(value), type(first)} != {int, float}:

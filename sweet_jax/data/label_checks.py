@@ -54,12 +54,19 @@ def label_warnings(counts: Mapping[str, int]) -> list[str]:
     if fractions and len(counts) > _MOST_MEASUREMENTS:
         found.append(
             f"the labels are {len(counts)} different numbers, such as {next(iter(counts))}: "
-            "they look like measurements, and each of them becomes a class; group them into classes"
+            "they look like measurements, and each of them becomes a class; group them into "
+            "classes, or predict the numbers with --config.objective=regression"
         )
     elif rows >= _IDS and len(counts) > rows / 2:
         found.append(
             f"{rows} rows have {len(counts)} different labels, such as {next(iter(counts))!r}: is "
             "the label's column an id or a text?"
+        )
+    barred = next((name for name in counts if "|" in name), None)
+    if barred is not None:
+        found.append(
+            f"labels such as {barred!r} are one class each: if they name several labels of a row, "
+            "set --config.objective=multi_label"
         )
     return found
 

@@ -6,16 +6,15 @@ Shape letters: N examples.
 import dataclasses
 import hashlib
 import json
-import re
 
 import numpy as np
 
 from sweet_jax.config import Config, UserError, check_choice
 from sweet_jax.data.column_names import parse_names
-from sweet_jax.data.label_checks import check_label_column, without_fraction
-from sweet_jax.data.sources import SourceRows, naming_source, read_sources, source_names
+from sweet_jax.data.sources import naming_source, read_sources, source_names
 from sweet_jax.data.splits import Split, split_off_validation
 from sweet_jax.data.tasks import GLUE, Task
+from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +26,16 @@ class Dataset:
     train: Split
     validation: Split
     left_out: int = 0  # training rows that repeat a text of the validation rows split off
+
+    @property
+    def objective(self) -> Objective:
+        """What its labels mean."""
+        return OBJECTIVES[self.task.objective]
+
+    @property
+    def strata(self) -> np.ndarray:
+        """By what training rows are split in proportion, int [N]."""
+        return self.objective.column.strata(self.train.labels)
 
     def digest(self) -> str:
         """Returns the SHA-256 of all texts and labels: equal for two runs on the same data."""
@@ -49,14 +58,15 @@ def load_dataset(config: Config) -> Dataset:
     for rows, place in zip(sources, places, strict=True):
         if not rows.labels:
             raise UserError(f"{place} has no rows")
-    names = _class_names(sources[0])
-    check_label_column(sources[0].labels, task.label_column)
+    column, first = OBJECTIVES[task.objective].column, sources[0]
+    names = column.read_names(first.labels, first.declared, task.label_column)
     splits = []
     for rows, place in zip(sources, places, strict=True):
         with naming_source(place):
-            splits.append(_split(rows, names))
+            splits.append(Split(rows.texts, column.read(rows.labels, names, rows.texts)))
     if len(splits) == 1:
-        splits = split_off_validation(splits[0], config.validation_fraction, config.split_seed)
+        strata, fraction = column.strata(splits[0].labels), config.validation_fraction
+        splits = split_off_validation(splits[0], strata, fraction, config.split_seed)
     train, validation = splits
     _check_labels(train, validation, names, task)
     left_out = 0
@@ -76,35 +86,15 @@ def task_of(config: Config) -> Task:
         check_choice("task", config.task, GLUE)
         task = GLUE[config.task]
     columns = parse_names(config.text_columns) or task.text_columns
-    metric = config.metric or task.metric
+    objective = OBJECTIVES[config.objective]
+    usual = task.metric if objective is SINGLE_LABEL else objective.metrics[0].name
     return dataclasses.replace(
-        task, text_columns=columns, label_column=config.label_column, metric=metric
+        task,
+        text_columns=columns,
+        label_column=config.label_column,
+        metric=objective.metric(config.metric or usual).name,
+        objective=config.objective,
     )
-
-
-def _class_names(rows: SourceRows) -> tuple[str, ...]:
-    """Returns the class names that the file declares, else the training labels in order."""
-    found = set(rows.labels)
-    numeric = all(re.fullmatch("-?[0-9]{1,18}", name) for name in found)
-    in_order = sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found)
-    return rows.declared or tuple(in_order)
-
-
-def _split(rows: SourceRows, names: tuple[str, ...]) -> Split:
-    index = {name: number for number, name in enumerate(names)}
-    # 1 in one file and 1.0 in another are one label, unless one file has both.
-    whole = {without_fraction(name): number for name, number in index.items()}
-    whole = whole if len(whole) == len(index) else {}
-    labels = [index.get(name, whole.get(without_fraction(name), -1)) for name in rows.labels]
-    if -1 in labels:
-        row = labels.index(-1)
-        count = rows.labels.count(rows.labels[row])
-        raise UserError(
-            f"label {rows.labels[row]!r} ({count} row{'s' * (count > 1)}, the text "
-            f"{rows.texts[row][0]!r:.40}) is not among the training labels "
-            f"{', '.join(map(repr, names[:10]))}: correct it, or add such training rows"
-        )
-    return Split(rows.texts, np.asarray(labels, np.int32))
 
 
 def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task: Task) -> None:
@@ -113,17 +103,7 @@ def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task:
             raise UserError(
                 f"the data has too few distinct texts to split: no {what} rows are left"
             )
-    present = set(train.labels.tolist())
-    if len(present) < 2:
-        raise UserError(
-            f"all training rows have the label {names[train.labels[0]]!r} (column "
-            f"{task.label_column!r}): a classifier needs two classes or more"
-        )
-    unseen = sorted(set(validation.labels.tolist()) - present)
-    if unseen:
-        raise UserError(
-            f"label {names[unseen[0]]!r} occurs in validation rows but in no training row: "
-            "give training rows of it, or remove it"
-        )
+    column = OBJECTIVES[task.objective].column
+    column.check(train.labels, validation.labels, names, task.label_column)
     if task.metric == "f1" and len(names) != 2:
         raise UserError(f"metric 'f1' is for two classes; this task has {len(names)}")

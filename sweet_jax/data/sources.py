@@ -19,6 +19,8 @@ from sweet_jax.data.records import open_table
 from sweet_jax.data.tables import Columns, Record, find_column
 from sweet_jax.data.tasks import Task
 from sweet_jax.files import resolve_path
+from sweet_jax.objectives import OBJECTIVES
+from sweet_jax.objectives.label_column import SEPARATOR, split_labels
 
 log = logging.getLogger(__name__)
 
@@ -86,18 +88,18 @@ def _with_columns(config: Config, task: Task, path: Path) -> Task:
 
 
 def _read_file(path: Path, task: Task, skip_invalid: bool) -> SourceRows:
-    columns = Columns(task.text_columns, task.label_column)
+    columns = label_columns(task)
     with open_table(path, columns) as table:
         records = table.records(columns)
         found = _collect(records, columns, repr(str(path)), skip_invalid)
         declared = () if table.schema is None else _declared(table.schema, task.label_column)
-    return _with_labels(found, declared)
+    return _with_labels(found, declared, columns.several_labels)
 
 
 def _from_data_set(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
     splits = read_data_set(config, task)
     task = choose_columns(task, splits[0].names, splits[0].class_columns)
-    columns = Columns(task.text_columns, task.label_column)
+    columns = label_columns(task)
     return task, [_read_split(split, columns, config.skip_invalid) for split in splits]
 
 
@@ -106,7 +108,7 @@ def _read_split(split: DataSplit, columns: Columns, skip_invalid: bool) -> Sourc
     records = arrow_records(split.batches(), columns)
     found = _collect(records, columns, split.title, skip_invalid)
     assert columns.label is not None
-    return _with_labels(found, _declared(split.schema, columns.label))
+    return _with_labels(found, _declared(split.schema, columns.label), columns.several_labels)
 
 
 def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
@@ -117,14 +119,29 @@ def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
         feature = datasets.Features.from_arrow_schema(described)[field.name]
     except (KeyError, TypeError, ValueError):  # metadata that another program wrote
         return ()
+    feature = getattr(feature, "feature", feature)  # of the elements of a list
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
 
-def _with_labels(rows: list[tuple[str, ...]], declared: tuple[str, ...]) -> SourceRows:
+def label_columns(task: Task) -> Columns:
+    """Returns the columns of a task's texts and label."""
+    several = OBJECTIVES[task.objective].column.several
+    return Columns(task.text_columns, task.label_column, several_labels=several)
+
+
+def _with_labels(
+    rows: list[tuple[str, ...]], declared: tuple[str, ...], several: bool
+) -> SourceRows:
     labels = [row[-1] for row in rows]
     if declared:
         numbers = {str(number): name for number, name in enumerate(declared)}
-        labels = [numbers.get(label, label) for label in labels]
+
+        def named(label: str) -> str:
+            if several:
+                return SEPARATOR.join(numbers.get(part, part) for part in split_labels(label))
+            return numbers.get(label, label)
+
+        labels = [named(label) for label in labels]
     return SourceRows([row[:-1] for row in rows], labels, declared)
 
 
@@ -186,6 +203,8 @@ def _missing(values: tuple[str | None, ...], columns: Columns) -> str | None:
     """
     for name, value in zip(columns.checked, values, strict=False):
         may_be_blank = len(columns.texts) > 1 and name != columns.label
+        if columns.several_labels and name == columns.label:
+            continue  # no label at all
         if value is None or not (may_be_blank or value.strip()):
             return name
     return None

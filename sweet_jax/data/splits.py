@@ -17,7 +17,7 @@ class Split:
     """Holds the rows of one split, in file order."""
 
     texts: list[tuple[str, ...]]  # [N] of one text, or of two for pairs
-    labels: np.ndarray  # int32 [N], indices into Dataset.classes
+    labels: np.ndarray  # the objective's targets [N, ...]: of classes int32 [N], their indices
 
 
 def select_rows(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
@@ -57,16 +57,19 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(labels)), held), np.sort(held)
 
 
-def split_off_validation(rows: Split, fraction: float, seed: int) -> list[Split]:
+def split_off_validation(
+    rows: Split, strata: np.ndarray, fraction: float, seed: int
+) -> list[Split]:
     """Splits rows into training and validation; drops training rows that repeat a held-out text.
 
     A class that would have no training row then, because its rows repeat one text, is not held out.
+    strata: the classes int [N] of the rows, or what stands for them.
     """
-    kept, held = stratified_split(rows.labels, fraction, np.random.default_rng(seed))
+    kept, held = stratified_split(strata, fraction, np.random.default_rng(seed))
     distinct = _without_texts(rows, kept, held)
-    lost = np.setdiff1d(rows.labels[kept], rows.labels[distinct])
+    lost = np.setdiff1d(strata[kept], strata[distinct])
     if len(lost):
-        held = held[~np.isin(rows.labels[held], lost)]
+        held = held[~np.isin(strata[held], lost)]
         distinct = _without_texts(rows, np.setdiff1d(np.arange(len(rows.labels)), held), held)
     return [select_rows(rows, distinct), select_rows(rows, held)]
 
@@ -84,7 +87,8 @@ def split_calibration_rows(
 
     They depend on the labels int [N], the sizes and the seed, never on the method, so that methods
     are compared on the same rows: a row of each class, as far as train_size allows, and others at
-    random. There are no calibration rows unless `calibration` is "held_out".
+    random. There are no calibration rows unless `calibration` is "held_out". The labels are the
+    strata of an objective without classes.
     Raises UserError if the rows are too few to hold some out.
     """
     size = min(config.train_size, len(labels))
@@ -122,7 +126,7 @@ def split_tuning_rows(
     at; they never fit temperatures, thresholds or certificates.
 
     Args:
-      labels: of all rows, int [N].
+      labels: of all rows, int [N], or their strata.
       rows: the training rows, ascending.
       fraction: of `rows`, every class in proportion.
       seed: of the replica.

@@ -30,12 +30,14 @@ class Columns:
       texts: must hold text.
       label: None for texts alone, to predict.
       kept: carried along as JSON has them: text, numbers, truth values; others as str.
+      several_labels: whether a label may be a list of labels, or empty; a list is read as a|b.
 
     """
 
     texts: tuple[str, ...]
     label: str | None = None
     kept: tuple[str, ...] = ()
+    several_labels: bool = False
 
     @property
     def checked(self) -> tuple[str, ...]:
@@ -85,6 +87,12 @@ def make_record(
     """
     count = len(columns.checked)
     kept = tuple(map(_as_json, values[count:]))
+    if columns.several_labels and isinstance(values[count - 1], list):
+        text, wrong = _join_labels(values[count - 1])
+        if wrong is not None:
+            error = f"column {columns.label!r} {wrong}"
+            return Record((None,) * count + kept, error, position, row, line)
+        values = (*values[: count - 1], text, *values[count:])
     for value, name in zip(values, columns.checked, strict=False):
         if value is None:
             continue
@@ -97,6 +105,16 @@ def make_record(
             error = f"column {name!r} holds text that is not UTF-8, {value!a:.60}; save it as UTF-8"
             return Record((None,) * count + kept, error, position, row, line)
     return Record((*values[:count], *kept), None, position, row, line)
+
+
+def _join_labels(labels: list[Any]) -> tuple[str, str | None]:
+    """Returns (the labels of a row as a|b, None), or ("", what is wrong with them)."""
+    for label in labels:
+        if not isinstance(label, str | int | float):
+            return "", f"is a list with {label!a:.40} in it, which is no label"
+        if "|" in str(label):
+            return "", f"is a list with {label!a:.40} in it: | separates labels, rename it"
+    return "|".join(map(str, labels)), None
 
 
 def _as_json(value: Any) -> Any:

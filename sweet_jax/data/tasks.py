@@ -5,13 +5,14 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Names the columns, the metric and the reported split of a classification task."""
+    """Names the columns, the objective, the metric and the reported split of a task."""
 
     name: str
     text_columns: tuple[str, ...]  # one, or two for pairs
     label_column: str = "label"
     metric: str = "accuracy"
     validation: str = "validation"  # name of the split that is reported
+    objective: str = "single_label"  # a name in OBJECTIVES
 
 
 # The seven tasks of the SWEET paper's experimental setup, and its metrics.

@@ -53,10 +53,11 @@ def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str | None = N
 
     The upper hull, as far as it rises, of the oracle's points on the first exit alone, the first
     two, and so on: of the model truncated after each exit. Exits that diverged are left out.
+    Raises UserError where predictions are numbers, which are not right or wrong.
     `kind` is a name in ORACLES; `metric` is by default the one in outputs.identity.
     """
     given, labels, cost = _sound(outputs, replica)
-    chosen, agrees = outputs.objective.metric(metric or outputs.metric), outputs.objective.agrees
+    chosen, agrees = outputs.objective.metric(metric or outputs.metric), outputs.objective.same
     right, rows = agrees(given, labels), np.arange(len(labels))  # [E', N], [N]
     points = []
     for count in range(1, len(given) + 1):
@@ -142,7 +143,7 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
     right = objective.is_correct(outputs.logits[replica], labels).astype(np.float64)  # [E, N]
     orders = np.argsort(-confidences[:-1], axis=1, kind="stable")  # [E - 1, N]
     levels = np.take_along_axis(confidences[:-1], orders, axis=1)
-    metric = accuracy_metric(objective.agrees)
+    metric = accuracy_metric(objective.same)
     curve = simulate(outputs.replica(replica), lambda *_: confidences[None], metric=metric)
     single, cost, accuracy = (v[0] for v in (curve.threshold, curve.cost, curve.score))  # [T]
     found = {

@@ -63,7 +63,7 @@ def categorical_variables(objective: Objective) -> CategoricalVariables:
     if objective.categorical is None:
         raise UserError(
             f"the outputs of the objective {objective.name!r} are not probabilities: choose a "
-            "policy that reads none, such as 'patience'"
+            "policy that reads none, such as 'stability'"
         )
     return objective.categorical
 
@@ -114,8 +114,9 @@ class Calibrator:
 
     Attributes:
       temperatures: float64 [E], 1 where nothing was fitted, NaN where an exit diverged.
-      curves: by kind (see CURVES), for every exit [E]: the share of right answers as a function of
-        the largest probability, after temperature. Empty where nothing was fitted.
+      curves: by kind (see CURVES), for every exit [E]: the share of right answers (the mean credit,
+        where the metric gives credit) as a function of the largest probability, after temperature.
+        Empty where nothing was fitted.
 
     """
 
@@ -170,7 +171,8 @@ def fit_calibrators(
     for logits, targets in zip(calibration.logits, calibration.labels, strict=True):
         temperatures = np.asarray([fit_temperature(z, targets, objective) for z in logits])  # [E]
         confidences = max_probability(logits, temperatures, objective)  # [E, N]
-        pairs = list(zip(confidences, objective.is_correct(logits, targets), strict=True))
+        credit = calibration.credit(objective.predict(logits), targets)  # [E, N]
+        pairs = list(zip(confidences, credit, strict=True))
         curves = {k: tuple(fit_reliability_curve(k, *pair, low) for pair in pairs) for k in kinds}
         found.append(Calibrator(temperatures, curves))
     return tuple(found)

@@ -27,7 +27,8 @@ class Certificate:
       threshold: None where no candidate was certified.
       bound: upper confidence bound of the share of harmed examples at the threshold; where none was
         certified, at the strictest candidate: the best that could have been certified.
-      harmed, rows: examples harmed, of those tested.
+      harmed, rows: examples harmed, of those tested; the sum of what they are harmed, where that is
+        from 0 to 1 for each.
 
     """
 
@@ -36,7 +37,7 @@ class Certificate:
     level: float
     threshold: float | None
     bound: float
-    harmed: int
+    harmed: float
     rows: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,14 +50,18 @@ def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
 
     "risk": the last exit is right and this one is not. Their share bounds the accuracy lost against
     the full model from above: what early exits correct is not counted. "agreement": the prediction
-    is not the last exit's; no label is read. Raises ValueError for another kind.
+    is not the last exit's; no label is read. Where the metric gives credit to a row, how much it is
+    harmed, float from 0 to 1: the credit lost against the last exit, or the part of the prediction
+    that is not the last exit's. Raises ValueError for another kind.
     """
     given, labels = outputs.predictions[replica], outputs.labels[replica]
     if kind == "risk":
-        right = outputs.objective.agrees(given, labels)
-        return right[-1] & ~right
+        right = outputs.credit(given, labels)
+        partial = right.dtype != bool
+        return np.maximum(right[-1] - right, 0) if partial else right[-1] & ~right
     if kind == "agreement":
-        return ~outputs.objective.agrees(given, given[-1])
+        same = outputs.credit(given, given[-1])
+        return ~same if same.dtype == bool else 1 - same
     raise ValueError(f"kind must be one of {', '.join(CERTIFICATE_KINDS)}; got {kind!r}")
 
 
@@ -78,7 +83,7 @@ class LossCounts:
     Attributes:
       kind: "risk" or "agreement"; see `exit_losses`.
       thresholds: float64 [K], the candidates, the strictest first.
-      harmed: int64 [K], examples harmed at each.
+      harmed: int64 [K], examples harmed at each; float64, sums of what each is harmed.
       rows: examples tested.
 
     """
@@ -119,7 +124,8 @@ class LossCounts:
     def from_dict(cls, values: Mapping[str, Any]) -> "LossCounts":
         """Restores what `as_dict` returned."""
         thresholds = np.asarray(values["thresholds"], np.float64)
-        harmed = np.asarray(values["harmed"], np.int64)
+        harmed = np.asarray(values["harmed"])
+        harmed = harmed.astype(np.float64 if harmed.dtype.kind == "f" else np.int64)
         return cls(str(values["kind"]), thresholds, harmed, int(values["rows"]))
 
 
@@ -137,7 +143,8 @@ def count_losses(
         np.take_along_axis(harmful, (points < t).sum(axis=0)[None], axis=0).sum()
         for t in thresholds
     ]
-    return LossCounts(kind, thresholds, np.asarray(harmed, np.int64), confidences.shape[1])
+    dtype = np.int64 if harmful.dtype == bool else np.float64
+    return LossCounts(kind, thresholds, np.asarray(harmed, dtype), confidences.shape[1])
 
 
 def certify(
@@ -157,7 +164,7 @@ def certify(
     passed = int(np.searchsorted(sequential_limits(bounds), limit, side="right"))
     at = max(passed - 1, 0)
     threshold = float(counts.thresholds[at]) if passed else None
-    return Certificate(*about, threshold, float(bounds[at]), int(counts.harmed[at]), counts.rows)
+    return Certificate(*about, threshold, float(bounds[at]), counts.harmed[at].item(), counts.rows)
 
 
 def candidate_bounds(counts: LossCounts, level: float = 0.95, compared: int = 1) -> np.ndarray:
@@ -165,8 +172,16 @@ def candidate_bounds(counts: LossCounts, level: float = 0.95, compared: int = 1)
 
     The exact binomial one, see `upper_bound`. A model chosen out of several by these rows is tested
     at alpha / compared (Bonferroni): chosen for its luck, it would exceed its limit more often.
+
+    Where rows are harmed in part, Bentkus' inequality (2004), by which e times the binomial
+    probability bounds the tail of any sum of such parts (as Bates et al. 2021, arXiv 2101.02703,
+    use it): the bound is the binomial one at alpha / e, of the sum rounded up.
     """
-    return upper_bound(counts.harmed, counts.rows, 1 - (1 - level) / compared)
+    alpha = (1 - level) / compared
+    if counts.harmed.dtype.kind == "f":
+        sums = np.ceil(counts.harmed - 1e-9).astype(np.int64)  # their rounding
+        return upper_bound(sums, counts.rows, 1 - alpha / np.e)
+    return upper_bound(counts.harmed, counts.rows, 1 - alpha)
 
 
 def sequential_limits(bounds: np.ndarray) -> np.ndarray:

@@ -79,6 +79,29 @@ def entropy(given: PolicyInput) -> np.ndarray:
     return np.clip(1 + share.mean(axis=-1), 0, BELOW_ONE)
 
 
+def min_confidence(given: PolicyInput) -> np.ndarray:
+    """Computes the largest probability of the least certain variable, below 1, [E', N].
+
+    After temperature scaling; of one variable the same as `confidence`.
+    """
+    found = outcome_probabilities(given.logits, given.calibrator.temperatures, given.objective)
+    return np.minimum(found.max(axis=-1).min(axis=-1), BELOW_ONE)
+
+
+def stability(given: PolicyInput) -> np.ndarray:
+    """Computes 1 / (1 + |change|) of the number since the exit before, below 1, [E', N].
+
+    In the targets' units: a threshold t lets a text leave where two exits in a row differ by at
+    most 1 / t - 1. The first exit has none before it and never leaves early. The difference of
+    successive exits is PABEE's rule for regression (Zhou et al. 2020, section 3.3), with a patience
+    of one.
+    """
+    values = given.objective.predict(given.logits).astype(np.float64)  # [E', N]
+    change = np.abs(np.diff(values, axis=0))
+    first = np.full_like(values[:1], np.nan)
+    return np.concatenate([first, np.minimum(1 / (1 + change), BELOW_ONE)])
+
+
 def margin(given: PolicyInput) -> np.ndarray:
     """Computes the largest probability minus the second, its mean over variables, [E', N].
 
@@ -99,7 +122,7 @@ def patience(given: PolicyInput) -> np.ndarray:
     found = np.ones(finite.shape)  # [E', N]
     for e in range(1, len(predicted)):
         # An exit that diverged agrees with none: it predicts the first class for every text.
-        agrees = given.objective.agrees(predicted[e], predicted[e - 1]) & finite[e - 1]
+        agrees = given.objective.same(predicted[e], predicted[e - 1]) & finite[e - 1]
         found[e] += np.where(agrees, found[e - 1], 0)
     return np.where(finite, found, np.nan)
 
@@ -110,7 +133,7 @@ def voting(given: PolicyInput) -> np.ndarray:
     Confidence and patience in one number.
     """
     predicted = given.objective.predict(given.logits)  # [E', N, ...]
-    agree = given.objective.agrees(predicted[:, None], predicted[None])  # [E', earlier E', N]
+    agree = given.objective.same(predicted[:, None], predicted[None])  # [E', earlier E', N]
     earlier = np.tri(len(predicted), dtype=bool)[..., None]
     found = confidence(given)
     votes = np.where(agree & earlier, np.nan_to_num(found), 0).sum(axis=1)
@@ -170,6 +193,9 @@ class Policy:
       needs_all_rows: whether the confidence of a row depends on the rows beside it, so that it can
         neither be served nor certified.
       needs_probabilities: whether it reads probabilities, which not every objective has.
+      needs_agreement: whether it asks if two predictions are the same, which numbers never are.
+      needs_numbers: whether it reads predictions as numbers.
+      of_several: whether it differs from another policy only where a row has several labels.
 
     """
 
@@ -180,6 +206,16 @@ class Policy:
     low: float | None = 0.0
     needs_all_rows: bool = False
     needs_probabilities: bool = True
+    needs_agreement: bool = False
+    needs_numbers: bool = False
+    of_several: bool = False
+
+    def suits(self, objective: Objective) -> bool:
+        """Returns whether it can be computed of outputs of an objective."""
+        if self.needs_probabilities and objective.categorical is None:
+            return False
+        numbers = objective.agrees is None
+        return not (self.needs_agreement and numbers) and (numbers or not self.needs_numbers)
 
 
 def _pcee(kind: str, about: str) -> Policy:
@@ -200,6 +236,7 @@ POLICIES: dict[str, Policy] = {
         by_exits=True,
         low=1.0,
         needs_probabilities=False,
+        needs_agreement=True,
     ),
     "voting": Policy(voting, "summed confidence of the exits that agree", by_exits=True),
     "learning_to_exit": Policy(
@@ -215,4 +252,16 @@ POLICIES: dict[str, Policy] = {
     "pcee_equal_mass": _pcee("equal_mass", "accuracy of calibration rows in bins of equal counts"),
     "pcee_isotonic": _pcee("isotonic", "accuracy of calibration rows, rising with confidence"),
     "pcee_ws": _pcee("kernel", "accuracy of calibration rows, smoothed (PCEE-WS)"),
+    "min_confidence": Policy(
+        min_confidence,
+        "certainty of the least certain label, after temperature (multi_label)",
+        low=None,
+        of_several=True,
+    ),
+    "stability": Policy(
+        stability,
+        "1 / (1 + change since the exit before) (regression)",
+        needs_probabilities=False,
+        needs_numbers=True,
+    ),
 }

@@ -88,7 +88,8 @@ def make_resolver(
         fronts[name] = ParetoFront.from_curve(curve, 0)
         if halves is not None and half is not None and is_deployable(policy, calibration):
             losses[name] = _count_losses(policy, half, *halves)
-    return ThresholdResolver(calibrator, full, fronts, half, losses, compared)
+    about = calibration.identity.objective, calibration.metric.name
+    return ThresholdResolver(calibrator, full, fronts, half, losses, compared, *about)
 
 
 def _count_losses(
@@ -114,14 +115,26 @@ def is_deployable(policy: str | PolicyFunction, outputs: ExitOutputs) -> bool:
     """Returns whether a policy can answer one example at a time, given outputs like these."""
     rule = policy_rule(policy)
     learned = outputs.exit_scores is not None
-    readable = outputs.objective.categorical is not None or not rule.needs_probabilities
+    readable = rule.suits(outputs.objective)
+    readable = readable and (outputs.objective.target_per_output or not rule.of_several)
     return readable and not rule.needs_all_rows and (learned or policy != "learning_to_exit")
 
 
 def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:
-    """Splits rows into those to fit on and to test, by a fixed seed; None where it may not."""
+    """Splits rows into those to fit on and to test, by a fixed seed; None where it may not.
+
+    Nothing is certified of numbers.
+    """
     count = calibration.labels.shape[1]
     if calibration.identity.fitted_on != "held_out" or count < 2:
         return None
+    if calibration.objective.agrees is None:
+        return None
+    fitting, tested = calibration_halves(count)
+    return calibration.rows(fitting), calibration.rows(tested)
+
+
+def calibration_halves(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the calibration rows that certificates are fitted and tested on, int [N / 2] each."""
     rows = np.random.default_rng(0).permutation(count)
-    return calibration.rows(rows[: count // 2]), calibration.rows(rows[count // 2 :])
+    return rows[: count // 2], rows[count // 2 :]

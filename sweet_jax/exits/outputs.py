@@ -138,6 +138,15 @@ class ExitOutputs:
         """Returns the objective's predictions of each exit: of classes int64 [R, E, N]."""
         return self.objective.predict(self.logits)
 
+    def credit(self, given: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Returns how right predictions are, by others or by targets: [..., N].
+
+        Whether they are the same, bool; float from 0 to 1 where the metric says how right each is.
+        Raises UserError where predictions are numbers.
+        """
+        measure = self.metric.credit or self.objective.same
+        return measure(given, others)
+
     def replica(self, index: int) -> "ExitOutputs":
         """Returns one replica alone, R = 1."""
         return self._part(slice(index, index + 1), slice(None))

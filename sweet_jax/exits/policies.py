@@ -160,6 +160,11 @@ def exit_confidences(
         rule, objective = policy_rule(policy), outputs.objective
         if rule.needs_probabilities:
             categorical_variables(objective)
+        if not rule.suits(objective):
+            raise UserError(
+                f"the policy {policy!r} is not for the objective {objective.name!r}: choose "
+                f"{', '.join(name for name, other in POLICIES.items() if other.suits(objective))}"
+            )
         if rule.curve and any(rule.curve not in c.curves for c in calibrators):
             raise UserError(f"the policy {policy!r} needs calibration rows: give them too")
         learned = [None] * replicas if outputs.exit_scores is None else outputs.exit_scores

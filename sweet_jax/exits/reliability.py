@@ -75,7 +75,7 @@ def fit_reliability_curve(
       kind: "equal_width", "equal_mass" (bins), "isotonic" (the rising curve of least squares,
         Zadrozny & Elkan 2002), or "kernel" (Nadaraya-Watson, linear between knots).
       confidence: float [N], from `low` to 1.
-      right: bool [N].
+      right: bool [N], or how right each is, float from 0 to 1.
       low: the smallest confidence there can be.
 
     """
@@ -164,6 +164,16 @@ def classwise_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray)
     return float(np.abs(gap).sum() / (n * variables * count))
 
 
+def shares_right(logits: np.ndarray, targets: np.ndarray, objective: Objective) -> np.ndarray:
+    """Returns whether rows are right, bool [E, N]; of several labels the share that is, float.
+
+    That is what the mean confidence over the labels is to be compared with. Of logits [E, N, C].
+    """
+    if not objective.target_per_output:
+        return objective.is_correct(logits, targets)
+    return (objective.predict(logits) == targets).mean(axis=-1)
+
+
 _QUALITIES = ("ece", "classwise_ece", "nll", "brier", "auroc")
 
 
@@ -180,6 +190,7 @@ def confidence_quality(
     likelihood of the target. brier: mean squared distance of the probabilities from the target's
     (Brier 1950, summed over outcomes: 0 to 2 for classes). auroc: the chance that a right answer
     has a larger confidence than a wrong one, ties counted half; None where all are right, or none.
+    Of several labels, the ece is of their mean confidence and of the share of them that is right.
 
     Args:
       logits: float32 [E, N, C].
@@ -194,23 +205,24 @@ def confidence_quality(
     outcomes = objective.categorical.outcomes(targets)  # [N, V]
     rows = []
     logs = log_softmax(objective.categorical.logits(scaled))  # [E, N, V, K]
-    for own, right in zip(logs, objective.is_correct(logits, targets), strict=True):
+    for own, right in zip(logs, shares_right(logits, targets, objective), strict=True):
         sound = bool(np.isfinite(own).all())
         rows.append(_quality(own, outcomes, right) if sound else dict.fromkeys(_QUALITIES))
     return rows
 
 
 def _quality(logs: np.ndarray, outcomes: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
-    """Measures log probabilities [N, V, K] against outcomes [N, V]; right is bool [N]."""
+    """Measures log probabilities [N, V, K] against outcomes [N, V]; right: see `shares_right`."""
     from scipy.stats import rankdata  # here: a served model needs no SciPy
 
     p, at = np.exp(logs), outcomes[..., None]  # [N, V, K], [N, V, 1]
     confidence = p.max(axis=-1).mean(axis=-1)  # [N]
     log_true, true = (np.take_along_axis(x, at, axis=-1).sum(axis=(1, 2)) for x in (logs, p))  # [N]
-    hits, misses = int(right.sum()), int((~right).sum())
+    whole = right == 1
+    hits, misses = int(whole.sum()), int((~whole).sum())
     auroc = None
     if hits and misses:  # Mann-Whitney's U
-        auroc = float((rankdata(confidence)[right].sum() - hits * (hits + 1) / 2) / (hits * misses))
+        auroc = float((rankdata(confidence)[whole].sum() - hits * (hits + 1) / 2) / (hits * misses))
     return {
         "ece": expected_calibration_error(confidence, right),
         "classwise_ece": classwise_calibration_error(p, outcomes),

@@ -25,6 +25,7 @@ from sweet_jax.exits.certificates import (
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import POLICIES, policy_rule
 from sweet_jax.exits.targets import TargetTable, check_targets
+from sweet_jax.objectives import OBJECTIVES
 
 _LEVEL = 0.95
 _ROUNDING = 1e-12  # of a cost or a metric
@@ -58,6 +59,7 @@ class ThresholdResolver:
         cannot be halved.
       losses: of each policy and kind of certificate, on the other half.
       compared: how many models these rows had to choose from.
+      objective, metric: of the outputs; `as_dict` has them unless it is single-label.
 
     """
 
@@ -67,6 +69,8 @@ class ThresholdResolver:
     half_calibrator: Calibrator | None
     losses: Mapping[str, Mapping[str, LossCounts]]
     compared: int = 1
+    objective: str = "single_label"
+    metric: str = ""
 
     def threshold(
         self, policy: str, *, clock: np.ndarray | None = None, **targets: float | None
@@ -90,6 +94,8 @@ class ThresholdResolver:
         else:
             name = "metric" if targets.get("cost") is None else "cost"
             best = f"{name} {found.reachable:.4f}"
+            if targets.get("error") is not None:
+                best = f"error {-found.reachable:.4g}"
         raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
 
     def resolve(
@@ -111,7 +117,8 @@ class ThresholdResolver:
 
         Raises:
           UserError: an unknown policy, one that was not calibrated, two targets, a value out of its
-            range, milliseconds without a clock, or a certificate where there can be none.
+            range, an error where the metric is none (an accuracy where it is one), milliseconds
+            without a clock, or a certificate where there can be none.
 
         """
         values = {k: v for k, v in (targets or {}).items() if v is not None}
@@ -126,8 +133,13 @@ class ThresholdResolver:
         name, value = next(iter(values.items()), ("", self.full))
         if name == "threshold":
             return Resolution(value, self.calibrator)
-        if name == "accuracy" and reads_curve(policy):
+        if name in ("accuracy", "error") and reads_curve(policy):
+            value = value if name == "accuracy" else 1 - value
             return Resolution(value, self.calibrator, float(self.fronts[policy].score[-1]))
+        if name in ("accuracy", "error"):
+            self._check_metric(name, value)
+        if name == "error":
+            name, value = "accuracy", -value
         if name in CERTIFICATE_KINDS:
             certificate = self.certificate(
                 policy, name, value if name == "risk" else 1 - value, level
@@ -139,6 +151,22 @@ class ThresholdResolver:
         at = table.choose(value)
         threshold = None if at is None else float(table.threshold[at])
         return Resolution(threshold, self.calibrator, float(table.value[0]))
+
+    def _check_metric(self, target: str, value: float) -> None:
+        """Raises UserError for an error where the metric is none, or the other way round."""
+        objective = OBJECTIVES[self.objective]
+        is_error = bool(self.metric) and objective.metric(self.metric).is_error
+        if target == "error" and not is_error:
+            errors = [metric.name for metric in objective.metrics if metric.is_error]
+            advice = f"train with --config.metric={errors[0]}" if errors else "set accuracy"
+            raise UserError(
+                f"error is {value:g}, but the metric of this run is not an error: {advice}"
+            )
+        if target == "accuracy" and is_error:
+            raise UserError(
+                f"accuracy is {value:g}, but the metric of this run is {self.metric}: set error, "
+                "the largest that it may be"
+            )
 
     def table(self, policy: str, target: str, level: float = _LEVEL) -> TargetTable:
         """Tabulates what `resolve` chooses for every value of "cost", "accuracy" or a certificate.
@@ -185,6 +213,11 @@ class ThresholdResolver:
         return certify(self._loss_counts(policy, kind), limit, level, self.compared)
 
     def _loss_counts(self, policy: str, kind: str) -> LossCounts:
+        if OBJECTIVES[self.objective].agrees is None:
+            raise UserError(
+                f"{kind} cannot be certified of a regression, whose numbers are not right or "
+                "wrong: set error or cost"
+            )
         if self.half_calibrator is None:
             raise UserError(
                 "a certificate needs two calibration rows or more that are held out, and this run "
@@ -203,13 +236,19 @@ class ThresholdResolver:
             policy: {kind: counts.as_dict() for kind, counts in every.items()}
             for policy, every in self.losses.items()
         }
-        half = self.half_calibrator
-        return self.calibrator.as_dict() | {
-            "full": self.full,
-            "compared": self.compared,
-            "trades": {policy: front.as_dict() for policy, front in self.fronts.items()},
-            "certificates": half and {"fitted": half.as_dict(), "trials": losses},
-        }
+        half, about = self.half_calibrator, {}
+        if self.objective != "single_label":
+            about = {"objective": self.objective, "metric": self.metric}
+        return (
+            self.calibrator.as_dict()
+            | {
+                "full": self.full,
+                "compared": self.compared,
+                "trades": {policy: front.as_dict() for policy, front in self.fronts.items()},
+                "certificates": half and {"fitted": half.as_dict(), "trials": losses},
+            }
+            | about
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ThresholdResolver":
@@ -226,4 +265,6 @@ class ThresholdResolver:
                 for policy, every in certificates["trials"].items()
             },
             int(values["compared"]),
+            values.get("objective", "single_label"),
+            values.get("metric", ""),
         )

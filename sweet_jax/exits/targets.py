@@ -18,6 +18,7 @@ TARGET_RANGES = {
     "cost": (0.0, np.inf),
     "milliseconds": (0.0, np.inf),
     "accuracy": (0.0, 1.0),
+    "error": (0.0, np.inf),
     "risk": (0.0, 1.0),
     "agreement": (0.0, 1.0),
     "level": (0.5, 0.9999),
@@ -35,6 +36,8 @@ class Target(TypedDict, total=False):
       cost: largest mean share of the full model's layers.
       accuracy: least metric on calibration rows, the run's own; under PCEE the accuracy that
         calibration rows like a text must have had.
+      error: largest error on calibration rows, where the run's metric is one: the mean absolute
+        error of a regression, the Hamming loss of labels.
       risk: largest share of texts that the last exit gets right and an earlier one wrong,
         certified.
       agreement: least share of texts classified as the last exit would, certified.
@@ -47,6 +50,7 @@ class Target(TypedDict, total=False):
     threshold: float | None
     cost: float | None
     accuracy: float | None
+    error: float | None
     risk: float | None
     agreement: float | None
     milliseconds: float | None

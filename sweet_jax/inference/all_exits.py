@@ -24,8 +24,10 @@ def compute_all_exits(
       the texts.
 
     """
-    # No probability is above 1: every text reaches the last exit.
-    rule = ExitRule("raw_confidence", 2.0, model.resolver.calibrator, model.layers)
+    # No confidence of these is above 1: every text reaches the last exit.
+    objective = model.objective
+    about = (2.0, model.resolver.calibrator, model.layers, objective)
+    rule = ExitRule(objective.tuning_policy, *about)
     scheduler = Scheduler(engine, engine.stages(), batch_size)
     requests = encode_requests(model, texts, rule)
     for request in requests:

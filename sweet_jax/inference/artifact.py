@@ -19,15 +19,19 @@ from sweet_jax.exits.operating_point import ThresholdResolver, deployable_polici
 from sweet_jax.files import one_line, read_json, write_json, write_text
 from sweet_jax.inference.saved_tokenizer import load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import locate_checkpoint
+from sweet_jax.objectives import OBJECTIVES, Objective
 
 if TYPE_CHECKING:  # these import datasets, and JAX
     from sweet_jax.data.load import Dataset
     from sweet_jax.models.pretrained import Checkpoint
 
 EXITS_VERSION = 5  # of exits.json
+# Of a model of another objective than single-label: older versions would take its outputs for
+# logits of classes.
+OBJECTIVES_VERSION = 6
 INT8_FILE, INT8_VERSION = "int8.json", 2  # thresholds of the model's layers in int8
 _INT8_READABLE = (1, INT8_VERSION)  # 1 had no float32_layers: all were in int8
-_READABLE = (4, EXITS_VERSION)  # 4 had no pooling: it was "first"
+_READABLE = (4, EXITS_VERSION, OBJECTIVES_VERSION)  # 4 had no pooling: it was "first"
 
 
 class TrainedModel(NamedTuple):
@@ -51,11 +55,12 @@ class ModelArtifact:
     folder: Path  # that it was read from
     tokenizer: Any  # the checkpoint's own
     task: str  # that it was trained on
+    objective: Objective  # what its outputs mean
     policy: str  # name of the exit policy that the run was made with
     metric: str  # that it was trained for, a name of METRICS
     pooling: str  # how an exit reads its layer, a name of POOLING_NAMES
     text_columns: tuple[str, ...]  # one or two, that it was trained on
-    classes: tuple[str, ...]  # names [C]
+    classes: tuple[str, ...]  # names of the outputs [C]
     layers: tuple[int, ...]  # of the exits [E]
     cost: np.ndarray  # float64 [E], share of the full model's layers spent when exit e is taken
     max_length: int  # tokens at most
@@ -118,8 +123,10 @@ def describe_exits(
     keep = analysis.operating_point(best)
     seed, rate = analysis.replicas[best]
     temperatures = analysis.temperatures[best]
-    return {
-        "version": EXITS_VERSION,
+    single = config.objective == "single_label"
+    about = {} if single else {"objective": config.objective}
+    return about | {
+        "version": EXITS_VERSION if single else OBJECTIVES_VERSION,
         "task": config.task,
         "method": config.method,
         "seed": seed,
@@ -228,6 +235,7 @@ def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "folder": folder,
         "task": str(values["task"]),
+        "objective": OBJECTIVES[values.get("objective", "single_label")],
         "policy": str(values["policy"]),
         "metric": str(values.get("metric", "accuracy")),  # models of older versions do not say
         "pooling": values["pooling"],

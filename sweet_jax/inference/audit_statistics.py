@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sweet_jax.config import UserError
 from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences, policy_name
 from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest, ShiftTest
 from sweet_jax.exits.shift import (
@@ -86,6 +87,8 @@ class AuditStatistics:
       target: share of the answers that are to be the full model's; None: no alarm.
       level: 1 - the chance of a false alarm, ever.
 
+    Raises UserError for a regression.
+
     Attributes:
       alarm, shift_alarm: when the target was found to be missed, and the texts to have changed, in
         seconds since 1970; None before.
@@ -93,6 +96,11 @@ class AuditStatistics:
     """
 
     def __init__(self, model: ModelArtifact, rule: ExitRule, target: float | None, level: float):
+        if model.objective.agrees is None:
+            raise UserError(
+                f"an audit counts how often an exit agrees with the last one: {model.task} is a "
+                "regression, whose numbers hardly ever do; leave --audit out"
+            )
         self._model, self._rule, self._target, self._level = model, rule, target, level
         name = policy_name(rule.policy)
         self._front = model.resolver.fronts.get(name)
@@ -143,7 +151,9 @@ class AuditStatistics:
         )
         found = exit_confidences(outputs, self._rule.policy, [self._rule.calibrator])
         given = outputs.predictions[0]  # [E, 1]
-        agrees = outputs.objective.agrees(given, given[-1])[:, 0]
+        same = outputs.objective.agrees
+        assert same is not None  # see the constructor
+        agrees = same(given, given[-1])[:, 0]
         return AuditRow(time.time(), exit, agrees, found[0, :, 0], logits, scores, text)
 
     def add(self, row: AuditRow) -> bool:

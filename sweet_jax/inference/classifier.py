@@ -58,7 +58,7 @@ class AdaptiveClassifier:
       engine: with the model's weights; default `default_engine` in float32.
 
     Attributes:
-      classes: names [C], in the order of the probabilities.
+      classes: names [C] of the classes or labels, in the order of the probabilities.
       layers: of the exits [E].
       text_columns: names of the one or two text columns that it was trained on.
       threshold: that the target stands for.
@@ -87,7 +87,8 @@ class AdaptiveClassifier:
         self.threshold, self.calibrator = self._resolve(target)
         if front := self.model.resolver.fronts.get(self.policy_name):
             self._exit_rates = front.leaving(self.threshold)
-        self.rule = ExitRule(self.policy, self.threshold, self.calibrator, model.layers)
+        about = (self.threshold, self.calibrator, model.layers, model.objective)
+        self.rule = ExitRule(self.policy, *about)
         self.full = self.threshold == math.inf
         self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
 
@@ -200,7 +201,7 @@ class AdaptiveClassifier:
 
         """
         predictions = list(self.stream(texts, batch_size, mode))
-        return collect_predictions(predictions, len(self.classes))
+        return collect_predictions(predictions, self.model)
 
     def stream(
         self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"

@@ -10,8 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from sweet_jax.objectives.label_column import SEPARATOR
+
 _AT_ONCE = 10_000  # rows of a Parquet file that are held in memory
-_TYPES = {  # of the columns of a prediction
+_TYPES = {  # of the columns of a prediction; `_schema` has those of labels that are no text
     "label": pa.string(),
     "probability": pa.float64(),
     "exit": pa.int64(),
@@ -25,7 +27,10 @@ def write_csv(rows: Path, table: Path) -> None:
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _schema(rows).names)
         writer.writeheader()
-        writer.writerows(_read(rows))
+        for row in _read(rows):
+            if isinstance(row.get("label"), list):
+                row["label"] = SEPARATOR.join(row["label"])
+            writer.writerow(row)
 
 
 def write_parquet(rows: Path, table: Path) -> None:
@@ -59,7 +64,13 @@ def _schema(rows: Path) -> pa.Schema:
             # No column of numbers holds an integer of more than 53 bits beside floats.
             large = type(value) is int and abs(value) >= 1 << 53
             kinds.setdefault(name, set()).add(str if large else type(value))
-    return pa.schema({name: _TYPES.get(name) or _type(found) for name, found in kinds.items()})
+    types = dict(_TYPES)
+    if list in kinds["label"]:  # of several labels
+        types["label"] = pa.list_(pa.string())
+    elif float in kinds["label"]:  # numbers, which have no probability
+        types["label"] = pa.float64()
+        del types["probability"], kinds["probability"]
+    return pa.schema({name: types.get(name) or _type(found) for name, found in kinds.items()})
 
 
 def _type(kinds: set[type]) -> pa.DataType:

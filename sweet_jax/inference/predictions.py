@@ -3,6 +3,7 @@
 Shape letters: N texts, C classes.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from sweet_jax.data.tables import find_column
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.scheduler import Request
 
+Label = str | list[str] | float  # of one text
 Text = str | tuple[str, str] | Sequence[str]
 
 
@@ -20,30 +22,41 @@ class Prediction(NamedTuple):
     """Holds the prediction of one text.
 
     Attributes:
-      label: the class with the largest probability.
-      probabilities: float64 [C], after temperature, in the order of the model's classes.
+      label: in the terms of the label column: the class with the largest probability; a list of
+        the labels of a multi-label model; the number of a regression.
+      probabilities: float64 [C], after temperature, in the order of the model's classes; [0] of a
+        regression.
       exit: the layer it exited at.
       cost: share of the full model's layers.
+      probability: of the class; of several labels the certainty of the least certain, given or not;
+        None of a regression.
 
     """
 
-    label: str
+    label: Label
     probabilities: np.ndarray
     exit: int
     cost: float
+    probability: float | None
 
     @property
-    def probability(self) -> float:
-        """Returns the label's probability."""
-        return float(self.probabilities.max())
+    def is_finite(self) -> bool:
+        """Returns whether it is a prediction at all: an exit that diverged has none."""
+        return is_finite(self.label, self.probability)
 
 
 class ExitPrediction(NamedTuple):
-    """Holds the prediction of one text at one exit, by its layer, with the label's probability."""
+    """Holds the prediction of one text at one exit, by its layer; see `Prediction`."""
 
     layer: int
-    label: str
-    probability: float
+    label: Label
+    probability: float | None
+
+
+def is_finite(label: Label, probability: float | None) -> bool:
+    """Returns whether a prediction and its probability are of finite logits."""
+    number = label if probability is None else probability
+    return isinstance(number, float) and math.isfinite(number)
 
 
 class InvalidRow(NamedTuple):
@@ -55,8 +68,8 @@ class InvalidRow(NamedTuple):
 class Predictions(NamedTuple):
     """Holds the predictions of some texts, in their order."""
 
-    labels: np.ndarray  # str [N]
-    probabilities: np.ndarray  # float64 [N, C]
+    labels: np.ndarray  # str [N]; lists of str, object [N], of several labels; float64 [N]
+    probabilities: np.ndarray  # float64 [N, C]; [N, 0] of a regression
     exits: np.ndarray  # int64 [N], layer numbers
     cost: np.ndarray  # float64 [N]
 
@@ -65,11 +78,12 @@ def make_prediction(model: ModelArtifact, request: Request) -> Prediction:
     """Returns the prediction of a request that has exited."""
     exits = np.asarray([request.exit])
     (probabilities,) = request.rule.probabilities(request.logits[-1][None], exits)  # [C]
-    label = model.classes[int(probabilities.argmax())]
+    logits = request.logits[-1]
+    label, probability = model.objective.answer(logits, probabilities, model.classes)
     # The full model alone does not pay for Multi-Model's shallower ones.
     alone = len(request.logits) == 1 and request.exit > 0
     cost = 1.0 if alone else float(model.cost[request.exit])
-    return Prediction(label, probabilities, model.layers[request.exit], cost)
+    return Prediction(label, probabilities, model.layers[request.exit], cost, probability)
 
 
 def make_exit_predictions(model: ModelArtifact, request: Request) -> list[ExitPrediction]:
@@ -78,18 +92,26 @@ def make_exit_predictions(model: ModelArtifact, request: Request) -> list[ExitPr
     exits = np.arange(first, request.exit + 1)
     probabilities = request.rule.probabilities(np.stack(request.logits), exits)  # [exits, C]
     return [
-        ExitPrediction(model.layers[e], model.classes[int(p.argmax())], float(p.max()))
-        for e, p in zip(exits, probabilities, strict=True)
+        ExitPrediction(model.layers[e], *model.objective.answer(logits, p, model.classes))
+        for e, logits, p in zip(exits, request.logits, probabilities, strict=True)
     ]
 
 
-def collect_predictions(predictions: Sequence[Prediction], classes: int) -> Predictions:
-    """Collects predictions into arrays; `classes` is C, for none."""
-    columns = zip(*predictions, strict=True) if predictions else ((),) * 4
-    labels, probabilities, exits, cost = columns
+def collect_predictions(predictions: Sequence[Prediction], model: ModelArtifact) -> Predictions:
+    """Collects predictions of a model into arrays."""
+    columns = zip(*predictions, strict=True) if predictions else ((),) * 5
+    labels, probabilities, exits, cost, _ = columns
+    several, outputs = model.objective.target_per_output, len(model.classes)
+    if model.objective.categorical is None:
+        outputs = 0
+    found = np.empty(len(labels), object) if several else np.asarray(labels)
+    if several:
+        found[:] = labels
+    elif model.objective.agrees is not None:
+        found = found.astype(np.str_)
     return Predictions(
-        np.asarray(labels, np.str_),
-        np.asarray(probabilities, np.float64).reshape(len(predictions), classes),
+        found,
+        np.asarray(probabilities, np.float64).reshape(len(predictions), outputs),
         np.asarray(exits, np.int64),
         np.asarray(cost, np.float64),
     )

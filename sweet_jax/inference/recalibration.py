@@ -86,7 +86,11 @@ def _outputs(
         model.cost,
         None if scores is None else scores[None],
         identity=RunIdentity(
-            split="calibration", policy=model.policy, metric=metric, classes=model.classes
+            split="calibration",
+            policy=model.policy,
+            metric=metric,
+            classes=model.classes,
+            objective=model.objective.name,
         ),
     )
 

@@ -1,7 +1,8 @@
 """Runs an exported model; needs jax (and flatbuffers, which jax.export reads with) and numpy.
 
 python run.py tokens.npz: input_ids and token_type_ids int [N, L], tokens int [N] (how many of L),
-ids padded with the pad_id in model.json. Prints a label, a probability and a layer for each text.
+ids padded with the pad_id in model.json. Prints a label, a probability and a layer for each text;
+of several labels a|b and the certainty of the least certain, of a regression the number and nan.
 
 Shape letters: N texts, L length, H hidden, C classes.
 """
@@ -21,26 +22,56 @@ def softmax(logits, temperature):
     return exponents / exponents.sum(axis=1, keepdims=True)
 
 
+def read_outputs(about, stage, logits, before):
+    """Returns (answers, probability [N], exit confidence [N]) of the logits [N, C] of a stage.
+
+    Answers are classes int [N], labels bool [N, C] or numbers [N]; before, those of the exit before
+    this one, or None.
+    """
+    objective = about.get("objective", "single_label")
+    if objective == "single_label":
+        probabilities = softmax(logits, stage["temperature"] or 1)  # [N, C]
+        answers, probability = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        return answers, probability, softmax(logits, stage["score_temperature"]).max(axis=1)
+    logits = np.asarray(logits, np.float64)
+    if objective == "regression":
+        values = logits[:, 0]
+        change = np.inf if before is None else np.abs(values - before)
+        return values, np.full(len(values), np.nan), np.full(len(values), 1.0) / (1 + change)
+    margins = np.abs(logits)  # of each label, for or against
+    probability = 1 / (1 + np.exp(-margins.min(axis=1) / (stage["temperature"] or 1)))
+    sure = 1 / (1 + np.exp(-margins / (stage["score_temperature"] or np.nan)))
+    least = about["policy"] == "min_confidence"
+    return logits > 0, probability, sure.min(axis=1) if least else sure.mean(axis=1)
+
+
 def predict(folder, input_ids, token_type_ids, tokens):
-    """Returns (class int [N], probability float [N], layer int [N]) of the exit each text takes."""
+    """Returns (answer, probability float [N], layer int [N]) of the exit that each text takes.
+
+    Answers are classes int [N], of several labels bool [N, C], of a regression float [N].
+    """
     about = json.loads((Path(folder) / "model.json").read_text())
     values = np.load(Path(folder) / "parameters.npz", allow_pickle=False)
-    rows, h = np.arange(len(tokens)), None  # the texts that have not exited; h [rows, L, H]
-    found = [np.zeros(len(tokens), int), np.zeros(len(tokens)), np.zeros(len(tokens), int)]
+    rows, h, before = np.arange(len(tokens)), None, None  # texts not exited; h [rows, L, H]
+    empty = {
+        "multi_label": np.zeros((len(tokens), len(about["classes"])), bool),
+        "regression": np.zeros(len(tokens)),
+    }
+    answers = empty.get(about.get("objective"), np.zeros(len(tokens), int))
+    found = [answers, np.zeros(len(tokens)), np.zeros(len(tokens), int)]
     for stage in about["stages"]:
         program = jax.export.deserialize((Path(folder) / stage["program"]).read_bytes())
         params = [values[name] for name in stage["parameters"]]
         inputs = (input_ids[rows], token_type_ids[rows]) if stage["embeds"] else (h,)
         h, logits = program.call(params, tokens[rows], *inputs)
-        probabilities = softmax(logits, stage["temperature"] or 1)  # [rows, C]
+        given, probability, confidence = read_outputs(about, stage, logits, before)
         # Below 1, so that a threshold of 1 sends every text to the last exit.
-        confidence = softmax(logits, stage["score_temperature"]).max(axis=1)
         confidence = np.minimum(confidence, np.nextafter(1, 0))
         exits = (confidence >= about["threshold"]) | (stage is about["stages"][-1])
-        found[0][rows[exits]] = probabilities.argmax(axis=1)[exits]
-        found[1][rows[exits]] = probabilities.max(axis=1)[exits]
+        found[0][rows[exits]] = given[exits]
+        found[1][rows[exits]] = probability[exits]
         found[2][rows[exits]] = stage["layer"]
-        rows, h = rows[~exits], h[~exits]
+        rows, h, before = rows[~exits], h[~exits], given[~exits]
         if not len(rows):
             break
     return found
@@ -74,5 +105,10 @@ if __name__ == "__main__":
     except Exception as error:  # a file that is no .npz can break its reader in any way
         print(f"error: {sys.argv[1]}: {error}", file=sys.stderr)
         sys.exit(2)
-    for label, probability, layer in zip(*predict(here, *arrays), strict=True):
-        print(about["classes"][label], f"{probability:.4f}", layer)
+    names = np.asarray(about["classes"])
+    for given, probability, layer in zip(*predict(here, *arrays), strict=True):
+        if given.dtype == float:
+            label = f"{given:g}"
+        else:
+            label = "|".join(names[given]) if given.ndim else about["classes"][given]
+        print(label, f"{probability:.4f}", layer)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sweet_jax.exits.calibration import Calibrator, softmax_with_temperature
+from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import PolicyFunction, UnlabeledOutputs, exit_confidences
 from sweet_jax.inference.engine import Engine, HiddenStates, Stage, StageBatch, batch_sizes
+from sweet_jax.objectives import SINGLE_LABEL, Objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class ExitRule:
     threshold: float
     calibrator: Calibrator  # of all exits
     layers: tuple[int, ...]  # of all exits [E]
+    objective: Objective = SINGLE_LABEL  # of the model
 
     def leaves(self, rows: Sequence["Request"]) -> np.ndarray:
         """Returns whether each of some rows leaves at the exit that all have reached, bool [N]."""
@@ -34,12 +36,15 @@ class ExitRule:
         if rows[0].exit_scores:
             scores = [row.exit_scores for row in rows]
             learned = np.asarray(scores, np.float32).T[None]  # [1, E', N]
-        outputs = UnlabeledOutputs(logits, np.asarray(self.layers[:count]), learned)
+        layers = np.asarray(self.layers[:count])
+        outputs = UnlabeledOutputs(logits, layers, learned, self.objective)
         calibrators = [self.calibrator.first_exits(count)]
         return exit_confidences(outputs, self.policy, calibrators)[0, -1] >= self.threshold
 
     def probabilities(self, logits: np.ndarray, exits: np.ndarray) -> np.ndarray:
-        """Computes the softmax after the temperature of each row's exit, float64 [N, C].
+        """Computes the objective's probabilities after the temperature of each row's exit.
+
+        Float64 [N, C], or [N, 0] where its outputs are not logits of probabilities.
 
         Args:
           logits: [N, C].
@@ -47,7 +52,9 @@ class ExitRule:
 
         """
         found = self.calibrator.temperatures[exits]  # [N], NaN where an exit diverged
-        return softmax_with_temperature(logits, np.where(np.isfinite(found), found, 1)[:, None])
+        scales = np.where(np.isfinite(found), found, 1)[:, None]
+        with np.errstate(invalid="ignore"):  # logits that diverged give NaN
+            return self.objective.probabilities(logits.astype(np.float64) / scales)
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import check_choice
+from sweet_jax.config import UserError, check_choice
+from sweet_jax.objectives.label_column import LabelColumn
+from sweet_jax.objectives.linear_model import LinearModel
 
 Array = Any  # jax.Array or np.ndarray
 
@@ -48,6 +50,9 @@ class Metric:
       is_share: the metric is the share of rows whose one statistic is True: there are closed forms
         of its intervals.
       standard_error: (values [...], number of rows) → float [...].
+      is_error: the metric is the negative of an error, which the target `error` bounds.
+      credit: (predictions, predictions or targets) → float [..., N], from 0 to 1: how right each
+        row is, where that is more than right or wrong. PCEE and certificates are then of it.
 
     """
 
@@ -57,6 +62,8 @@ class Metric:
     value: Callable[[np.ndarray, np.ndarray], np.ndarray]
     is_share: bool = False
     standard_error: Callable[[np.ndarray, int], np.ndarray] = share_standard_error
+    is_error: bool = False
+    credit: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +97,17 @@ class Objective:
     Attributes:
       name: its key in OBJECTIVES.
       metrics: that it may be evaluated by, the default first.
+      column: how its targets are read from a column of labels.
+      linear: the linear models of its heads and baselines.
       row_loss: (logits, targets) → float32 [..., N], the loss of each row; on JAX arrays.
       predict: logits → the predictions [..., N] or [..., N, C]; on both kinds of array.
       agrees: (predictions, predictions or targets) → bool [..., N], whether they are the same:
-        accuracy, agreement of exits and the target of learning-to-exit; on both kinds.
+        accuracy, agreement of exits and the target of learning-to-exit; on both kinds. None where
+        predictions are numbers: there is no patience, oracle or certificate then.
       probabilities: logits → what an answer shows of each output, [..., N, C]; on both kinds.
+        Without outputs, [..., N, 0], where they are no probabilities.
+      answer: (logits [C], probabilities [C], names of the outputs) → (the prediction of one row in
+        the terms of its labels, its probability or None), as answers and files have them.
       constant_prediction: (logits, row_mask bool [N]) → int32 [...], a number for the one
         prediction that all rows of the mask have, -1 where they differ; on both kinds. It is
         logged with every training step: by it an exit that has collapsed is found.
@@ -104,29 +117,59 @@ class Objective:
       target_per_output: a row has C targets, [N, C], rather than one, [N].
       categorical: the likelihood of targets; None where outputs are not logits of probabilities,
         and policies that read a probability cannot be used.
+      tuning_policy: name of the exit policy that compares states and rates on tuning rows.
+      exit_target: (logits, targets) → float [..., N] from 0 to 1, what learning-to-exit estimates;
+        None: whether the prediction is right.
+      measures: (name, function of predictions [N, ...] and targets [N, ...] → float), reported of
+        each exit beside the metric.
+      units: targets → (mean, standard deviation), by which they are standardised for training;
+        None where they are trained on as they are. Saved models and outputs are in the targets'
+        own units.
+      decision_shifts: (logits float32 [N, C], targets) → float [C], what is subtracted from the
+        logits so that predictions have the best metric on these rows; None where nothing is.
 
     """
 
     name: str
     metrics: tuple[Metric, ...]
+    column: LabelColumn
+    linear: LinearModel
     row_loss: Callable[[Array, Array], Array]
     predict: Callable[[Array], Array]
-    agrees: Callable[[Array, Array], Array]
+    agrees: Callable[[Array, Array], Array] | None
     probabilities: Callable[[Array], Array]
+    answer: Callable[[np.ndarray, np.ndarray, tuple[str, ...]], tuple[Any, float | None]]
     constant_prediction: Callable[[Array, Array], Array]
     describe: Callable[[np.ndarray, tuple[str, ...]], str]
     read_targets: Callable[[Any, int], np.ndarray]
     target_per_output: bool = False
     categorical: CategoricalVariables | None = None
+    tuning_policy: str = "raw_confidence"
+    exit_target: Callable[[Array, Array], Array] | None = None
+    measures: tuple[tuple[str, Callable[[np.ndarray, np.ndarray], float]], ...] = ()
+    units: Callable[[np.ndarray], tuple[float, float]] | None = None
+    decision_shifts: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def mean_loss(self, logits: Array, targets: Array, row_mask: Array) -> Array:
         """Returns the loss averaged over the rows of row_mask bool [N], float32 [...]."""
         return masked_mean(self.row_loss(logits, targets), row_mask)
 
     def is_correct(self, logits: Array, targets: Array) -> Array:
-        """Returns whether each row is predicted as its target says, bool [..., N]."""
+        """Returns whether each row is predicted as its target says, bool [..., N].
+
+        Raises UserError where predictions are numbers, which are not right or wrong.
+        """
         predictions, xp = self.predict(logits), logits.__array_namespace__()
-        return self.agrees(predictions, xp.broadcast_to(targets, predictions.shape))
+        return self.same(predictions, xp.broadcast_to(targets, predictions.shape))
+
+    def same(self, predictions: Array, others: Array) -> Array:
+        """Returns what `agrees` does. Raises UserError where it is None."""
+        if self.agrees is None:
+            raise UserError(
+                f"predictions of the objective {self.name!r} are numbers, which are not right or "
+                "wrong: patience, oracles and certificates are of classes and labels"
+            )
+        return self.agrees(predictions, others)
 
     def metric(self, metric: str | Metric) -> Metric:
         """Returns the metric of this name; a Metric as it is. Raises UserError for other names."""
@@ -137,10 +180,10 @@ class Objective:
         return named[metric]
 
 
-def accuracy_metric(agrees: Callable[[Array, Array], Array]) -> Metric:
+def accuracy_metric(agrees: Callable[[Array, Array], Array], name: str = "accuracy") -> Metric:
     """Returns the share of rows that `agrees` (see `Objective`) calls right."""
     return Metric(
-        "accuracy",
+        name,
         lambda predictions, targets, outputs: agrees(predictions, targets)[..., None],
         lambda targets, outputs: np.ones((len(targets), 1), bool),
         lambda sums, totals: sums[..., 0] / totals[..., 0],

@@ -3,10 +3,22 @@
 Shape letters: N rows (B in a batch), C classes.
 """
 
-from typing import Any
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sweet_jax.config import UserError
+from sweet_jax.data.label_checks import (
+    check_label_column,
+    describe_classes,
+    label_warnings,
+    without_fraction,
+)
+from sweet_jax.objectives.label_column import LabelColumn, ordered_names
+from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import (
     Array,
     CategoricalVariables,
@@ -17,6 +29,12 @@ from sweet_jax.objectives.objective import (
     ratio,
     softmax,
 )
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+_ITERATIONS = 1000  # at most, of L-BFGS; 10 to 300 are usual
+_NEWTON = 1024  # coefficients, at most, of a Hessian that is factorised: a few exact steps
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -133,16 +151,204 @@ BALANCED_ACCURACY = Metric(
     ),
 )
 
+
+def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) -> tuple[str, ...]:
+    """Returns the class names that the file declares, else the labels in order.
+
+    Raises UserError for a column of ids.
+    """
+    check_label_column(labels, column)
+    return declared or ordered_names(set(labels))
+
+
+def read_classes(
+    labels: Sequence[str], names: tuple[str, ...], texts: Sequence[tuple[str, ...]]
+) -> np.ndarray:
+    """Returns the numbers of labels, int32 [N]. Raises UserError for a label without a number."""
+    index = {name: number for number, name in enumerate(names)}
+    # 1 in one file and 1.0 in another are one label, unless one file has both.
+    whole = {without_fraction(name): number for name, number in index.items()}
+    whole = whole if len(whole) == len(index) else {}
+    found = [index.get(name, whole.get(without_fraction(name), -1)) for name in labels]
+    if -1 in found:
+        row = found.index(-1)
+        count = labels.count(labels[row])
+        raise UserError(
+            f"label {labels[row]!r} ({count} row{'s' * (count > 1)}, the text "
+            f"{texts[row][0]!r:.40}) is not among the training labels "
+            f"{', '.join(map(repr, names[:10]))}: correct it, or add such training rows"
+        )
+    return np.asarray(found, np.int32)
+
+
+def check_classes(
+    train: np.ndarray, validation: np.ndarray, names: tuple[str, ...], column: str
+) -> None:
+    """Raises UserError unless training rows int [N] are of two classes, and of all validated."""
+    present = set(train.tolist())
+    if len(present) < 2:
+        raise UserError(
+            f"all training rows have the label {names[train[0]]!r} (column {column!r}): a "
+            "classifier needs two classes or more"
+        )
+    unseen = sorted(set(validation.tolist()) - present)
+    if unseen:
+        raise UserError(
+            f"label {names[unseen[0]]!r} occurs in validation rows but in no training row: "
+            "give training rows of it, or remove it"
+        )
+
+
+def describe_labels(classes: np.ndarray, names: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Returns the classes with their numbers of rows, and warnings of labels that look wrong."""
+    each = np.bincount(classes, minlength=len(names))
+    counts = dict(zip(names, each.tolist(), strict=True))
+    return describe_classes(counts), label_warnings(counts)
+
+
+def multinomial_logistic(
+    features: int, classes: int, class_weight: dict[int, float] | None = None
+) -> Solve:
+    """Returns the solver of multinomial logistic regression, see `LinearModel`.
+
+    Labels int [N] are of two classes or more; a class that they lack gets the smallest logit.
+    """
+    # Here: it takes a second to import, and runs without a probe do without.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    coefficients = features * (classes if classes > 2 else 1)
+    solver = "newton-cholesky" if coefficients <= _NEWTON else "lbfgs"
+    model = LogisticRegression(
+        solver=solver, max_iter=_ITERATIONS, warm_start=True, class_weight=class_weight
+    )
+
+    def solve(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        model.C = 1 / (penalty * len(y))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # good enough after _ITERATIONS
+            model.fit(x, y)
+        return _softmax_form(model, classes)
+
+    return solve
+
+
+def _softmax_form(model: "LogisticRegression", classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns kernel [H, C] and bias [C], float64, of a fitted model.
+
+    Of two classes scikit-learn keeps the difference of the logits alone.
+    """
+    weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
+    if len(weight) == 1:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    kernel = np.zeros((weight.shape[1], classes))
+    # What was never seen loses to all others by a wide, finite margin.
+    full = np.full(classes, bias.min() - 20.0)
+    kernel[:, model.classes_], full[model.classes_] = weight.T, bias
+    return kernel, full
+
+
+def mean_cross_entropy(
+    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> float:
+    """Returns the mean cross-entropy of labels int [N], each by the weight of its class [C]."""
+    top = logits.max(axis=1)
+    total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
+    losses = total - logits[np.arange(len(labels)), labels]
+    return float((losses if weights is None else weights[labels] * losses).mean())
+
+
+def most_frequent(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Returns the most frequent class of labels int [N], the first of equals, int64 []."""
+    return np.asarray(np.bincount(np.asarray(labels, np.int64), minlength=classes).argmax())
+
+
+def logistic_regression(strength: float, iterations: int) -> Any:
+    """Returns scikit-learn's logistic regression, see `LinearModel.text_model`."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=strength, max_iter=iterations)
+
+
+def balanced_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:
+    """Returns the weight N / (C N_c) of each class, as scikit-learn's "balanced".
+
+    The mean weight of the rows is then 1. 0 for a class that labels int [N] lack.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = int((counts > 0).sum())
+    return tuple((len(labels) / (present * np.maximum(counts, 1)) * (counts > 0)).tolist())
+
+
+def reweighted(
+    objective: Objective, weights: tuple[float, ...] = (), focal_gamma: float = 0.0
+) -> Objective:
+    """Returns single-label classification trained by another loss; all else stays as it is.
+
+    Each row's cross-entropy is multiplied by the weight of its class, and by (1 - p)^gamma, where p
+    is the probability of its label (focal loss, Lin et al. 2017, arXiv 1708.02002, eq. 4). The
+    linear models of the heads are weighted too.
+
+    Args:
+      objective: SINGLE_LABEL.
+      weights: of the classes [C]; () for 1.
+      focal_gamma: 0 for the cross-entropy itself.
+
+    """
+
+    def row_loss(logits: Array, labels: Array) -> Array:
+        import jax.numpy as jnp
+
+        losses = cross_entropy(logits, labels)
+        labels = jnp.broadcast_to(labels, losses.shape)
+        if focal_gamma:
+            # Away from 0, where the power has no gradient for gamma below 1.
+            losses = losses * jnp.maximum(-jnp.expm1(-losses), 1e-7) ** focal_gamma
+        return losses * jnp.asarray(weights, jnp.float32)[labels] if weights else losses
+
+    linear = objective.linear
+    if weights:
+        by_class, array = dict(enumerate(weights)), np.asarray(weights)
+        linear = dataclasses.replace(
+            linear,
+            solver=lambda features, classes: multinomial_logistic(features, classes, by_class),
+            loss=lambda logits, labels: mean_cross_entropy(logits, labels, array),
+        )
+    return dataclasses.replace(objective, row_loss=row_loss, linear=linear)
+
+
+def answer(
+    logits: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]
+) -> tuple[str, float]:
+    """Returns the name of the class with the largest probability, and that."""
+    return names[int(probabilities.argmax())], float(probabilities.max())
+
+
 SINGLE_LABEL = Objective(
-    "single_label",
-    (accuracy_metric(same_class), MATTHEWS, F1, MACRO_F1, BALANCED_ACCURACY),
-    cross_entropy,
-    predicted_class,
-    same_class,
-    softmax,
-    single_predicted_class,
-    lambda predicted, classes: f"class {str(classes[int(predicted)])!r}",
-    read_labels,
+    name="single_label",
+    metrics=(accuracy_metric(same_class), MATTHEWS, F1, MACRO_F1, BALANCED_ACCURACY),
+    column=LabelColumn(
+        read_names=read_names,
+        read=read_classes,
+        check=check_classes,
+        strata=lambda labels: labels,
+        present=np.unique,
+        describe=describe_labels,
+    ),
+    linear=LinearModel(
+        solver=multinomial_logistic,
+        loss=mean_cross_entropy,
+        constant=most_frequent,
+        text_model=logistic_regression,
+    ),
+    row_loss=cross_entropy,
+    predict=predicted_class,
+    agrees=same_class,
+    probabilities=softmax,
+    answer=answer,
+    constant_prediction=single_predicted_class,
+    describe=lambda predicted, classes: f"class {str(classes[int(predicted)])!r}",
+    read_targets=read_labels,
     categorical=CategoricalVariables(
         logits=lambda logits: logits[..., None, :],
         outcomes=lambda labels: labels[..., None],

@@ -1,7 +1,8 @@
 """Baselines: what a user would try first, on the validation rows of the report.
 
 Names: "majority", "tfidf", "probe_<layer>" (the frozen encoder with a logistic-regression probe at
-that layer) and "fine_tuned" (the plain fine-tuned full model).
+that layer) and "fine_tuned" (the plain fine-tuned full model). Of several labels and of numbers
+"constant" and "tfidf_one_vs_rest" or "tfidf_ridge" stand in place of the first two.
 
 Shape letters: R replica, N examples, M training examples, K baselines.
 """
@@ -17,11 +18,16 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError
+from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.files import atomic_write
+from sweet_jax.objectives import SINGLE_LABEL, Objective
 
 _TITLES = {
     "majority": "majority class",
     "tfidf": "TF-IDF + logistic regression",
+    "constant": "one answer for all rows",
+    "tfidf_one_vs_rest": "TF-IDF + logistic regression of each label",
+    "tfidf_ridge": "TF-IDF + ridge regression",
     "fine_tuned": "plain fine-tuned full model",
 }
 _STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression: the inverse of its penalty
@@ -42,7 +48,8 @@ class Baseline:
 
     Attributes:
       name: one of the names above; any other name is shown unchanged.
-      predictions: class indices, int64 [R, N]; [N] stands for [1, N], the same for all replicas.
+      predictions: of the objective: class indices, int64 [R, N], where [N] stands for [1, N], the
+        same for all replicas; labels, bool [R, N, C]; numbers, float32 [R, N].
       cost: share of the full model's layers; 0 without an encoder.
 
     Raises:
@@ -56,15 +63,21 @@ class Baseline:
 
     def __post_init__(self) -> None:
         given = np.asarray(self.predictions)
-        given = given[None] if given.ndim == 1 else given
-        if given.ndim != 2 or 0 in given.shape or given.dtype.kind not in "iu" or given.min() < 0:
-            raise ValueError(f"predictions of {self.name!r} must be class indices [R, N] or [N]")
+        kind = given.dtype.kind
+        given = given[None] if given.ndim == 1 and kind in "iu" else given
+        sound = given.ndim == (3 if kind == "b" else 2) and 0 not in given.shape
+        if not sound or kind not in "iubf" or (kind in "iu" and given.min() < 0):
+            raise ValueError(
+                f"predictions of {self.name!r} must be class indices [R, N] or [N], labels bool "
+                "[R, N, C] or numbers [R, N]"
+            )
         if not (np.isfinite(self.cost) and self.cost >= 0):
             raise ValueError(f"the cost of {self.name!r} must be at least 0; got {self.cost}")
-        object.__setattr__(self, "predictions", given.astype(np.int64))
+        dtype = np.int64 if kind in "iu" else np.float32 if kind == "f" else bool
+        object.__setattr__(self, "predictions", given.astype(dtype))
 
     def for_replica(self, replica: int) -> np.ndarray:
-        """Returns the predictions of one replica, int64 [N]."""
+        """Returns the predictions of one replica, of classes int64 [N]."""
         return self.predictions[replica if len(self.predictions) > 1 else 0]
 
 
@@ -74,10 +87,15 @@ def baseline_title(name: str) -> str:
     return f"frozen encoder + probe at layer {probe[1]}" if probe else _TITLES.get(name, name)
 
 
-def majority_class(labels_train: np.ndarray, n: int, classes: int) -> np.ndarray:
-    """Returns the most frequent class of labels int [M], the first of equals, as int64 [n]."""
-    counts = np.bincount(np.asarray(labels_train, np.int64), minlength=classes)
-    return np.full(n, counts.argmax())
+def constant_predictions(
+    targets: np.ndarray, n: int, classes: int, objective: Objective = SINGLE_LABEL
+) -> np.ndarray:
+    """Returns the best prediction without features for targets [M, ...], n times: [n, ...].
+
+    Of classes the most frequent, the first of equals, int64.
+    """
+    one = np.asarray(objective.linear.constant(targets, classes))
+    return np.broadcast_to(one, (n, *one.shape)).copy()
 
 
 def tfidf_predictions(
@@ -87,13 +105,17 @@ def tfidf_predictions(
     *,
     tuning: tuple[Sequence[tuple[str, ...]], np.ndarray] | None = None,
     seed: int = 0,
+    objective: Objective = SINGLE_LABEL,
 ) -> np.ndarray:
     """Predicts the classes of texts by logistic regression on TF-IDF features, int64 [N].
 
+    Of another objective its targets [N, ...], by its own linear model (`LinearModel.text_model`).
+
     Words and pairs of neighbouring words, with sublinear frequencies. The two texts of a pair have
     features of their own: a word of the hypothesis says something else than in the premise, and no
-    pair of words reaches over the border. C is the one of 1, 10 and 100 with the best accuracy on
-    the tuning rows, the smallest of equals; 10 without such rows.
+    pair of words reaches over the border. C is the one of 1, 10 and 100 with the best accuracy (of
+    other objectives: their first metric) on the tuning rows, the smallest of equals; 10 without
+    such rows.
 
     Bounded for data of any size: fitted on at most 50,000 rows, drawn with a fixed seed, and on
     20 million characters; 5,000 characters of a text are read; at most 200,000 features, fewer with
@@ -106,29 +128,47 @@ def tfidf_predictions(
 
     Args:
       train_texts: M tuples of one text, or of two for pairs.
-      train_labels: int [M].
+      train_labels: targets of the objective, of classes int [M].
       texts: N tuples, as many texts each as in the training rows.
       tuning: (texts, labels int) of rows to choose C on, not trained on and not reported.
       seed: of the draw of training rows.
+      objective: of the targets.
 
     """
     use = _drawn(train_texts, seed)
-    labels = np.asarray(train_labels, np.int64)[use]  # [M], at most 50,000
-    classes = np.unique(labels)
-    fitted = _fit_features([train_texts[i] for i in use], len(classes))
-    if len(classes) == 1 or all(vectorizer is None for vectorizer in fitted):
-        return majority_class(train_labels, len(texts), 1)
+    labels = np.asarray(train_labels)[use]  # [M, ...], at most 50,000
+    labels = labels.astype(np.int64) if labels.dtype.kind in "biu" else labels
+    outputs = labels.shape[1] if objective.target_per_output else len(np.unique(labels))
+    classes = 1 if objective.agrees is None else outputs  # weights of a feature
+    fitted = _fit_features([train_texts[i] for i in use], classes)
+    if outputs == 1 or all(vectorizer is None for vectorizer in fitted):
+        return constant_predictions(train_labels, len(texts), 1, objective)
     features = _features(fitted, [train_texts[i] for i in use])
-    iterations = int(np.clip(_WORK // (features.nnz * len(classes) + 1), 20, 1000))
+    iterations = int(np.clip(_WORK // (features.nnz * classes + 1), 20, 1000))
+
+    def fit(strength: float) -> Any:
+        with warnings.catch_warnings():
+            # Close to the optimum the predictions are the same; users cannot act on the warning,
+            # nor on that of a label that all rows lack.
+            warnings.simplefilter("ignore", UserWarning)
+            model = objective.linear.text_model(strength, iterations)
+            return model.fit(features, labels)
+
+    def predict(model: Any, rows: Any) -> np.ndarray:
+        found = model.predict(rows)
+        return found.astype(bool) if labels.ndim > 1 else found
+
     if tuning is not None and len(tuning[0]):
         held = _drawn(tuning[0], seed)
-        rows = _features(fitted, [tuning[0][i] for i in held]), np.asarray(tuning[1])[held]
-        models = [_fit_model(features, labels, strength, iterations) for strength in _STRENGTHS]
-        model = max(models, key=lambda m: m.score(*rows))  # the first, of equals
+        rows, truth = _features(fitted, [tuning[0][i] for i in held]), np.asarray(tuning[1])[held]
+        metric = objective.metrics[0]
+        models = [fit(strength) for strength in _STRENGTHS]
+        # The first, of equals.
+        model = max(models, key=lambda m: compute_metric(metric, predict(m, rows), truth, outputs))
     else:
-        model = _fit_model(features, labels, _USUAL_STRENGTH, iterations)
+        model = fit(_USUAL_STRENGTH)
     parts = [texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE)]
-    return np.concatenate([model.predict(_features(fitted, part)) for part in parts])
+    return np.concatenate([predict(model, _features(fitted, part)) for part in parts])
 
 
 def _drawn(texts: Sequence[tuple[str, ...]], seed: int) -> np.ndarray:
@@ -174,27 +214,17 @@ def _features(fitted: Sequence[Any], texts: Sequence[tuple[str, ...]]) -> Any:
     return scipy.sparse.hstack([v.transform(c) for v, c in pairs if v is not None], format="csr")
 
 
-def _fit_model(features: Any, labels: np.ndarray, strength: float, iterations: int) -> Any:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    with warnings.catch_warnings():
-        # Close to the optimum the predictions are the same; users cannot act on the warning.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, max_iter=iterations).fit(features, labels)
-
-
 def save_baselines(path: str | Path, baselines: Sequence[Baseline]) -> None:
     """Writes baselines of the same rows as one .npz, whole or not at all.
 
-    Names [K], cost float64 [K] and predictions int32 [K, R, N]. Raises ValueError for none, or
-    where their shapes do not fit each other.
+    Names [K], cost float64 [K] and predictions [K, R, N, ...], of classes int32. Raises ValueError
+    for none, or where their shapes do not fit each other.
     """
     given = np.stack(np.broadcast_arrays(*(b.predictions for b in baselines)))  # [K, R, N]
     arrays: dict[str, Any] = {
         "names": np.asarray([b.name for b in baselines]),
         "cost": np.asarray([b.cost for b in baselines], np.float64),
-        "predictions": given.astype(np.int32),
+        "predictions": given.astype(np.int32) if given.dtype.kind == "i" else given,
     }
     with atomic_write(Path(path)) as aside:
         np.savez_compressed(aside, **arrays)

@@ -10,7 +10,6 @@ import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.outputs import ExitOutputs
 
 _SHOWN = 20  # classes that are listed at once
@@ -35,34 +34,38 @@ def class_report(
       texts: of the validation rows [N]; None leaves the mistakes out.
 
     Returns:
-      None where the outputs are not of classes. Else a dict: "classes" lists number, name, support,
-      precision, recall, f1, shares (of the rows that leave at each exit; None without rows), and
-      last, the precision, recall and f1 of the last exit; the least f1 first. "matrices", the
-      confusion matrices at the threshold and of the last exit as lists (row: label), or None for
-      many classes; "pairs" lists cell (its place in a matrix, row by row), label, prediction, count
-      and last (the last exit's count) of the most frequent confusions; "mistakes" and "suspects"
-      list label, prediction, probability, layer and text of the most confident mistakes, and of
-      those among them that every exit makes.
+      None where the outputs are not of classes or labels. Else a dict: "classes" lists number,
+      name, support, precision, recall, f1, shares (of the rows that leave at each exit; None
+      without rows), and last, the precision, recall and f1 of the last exit; the least f1 first.
+      "matrices", the confusion matrices at the threshold and of the last exit as lists (row:
+      label), or None for many classes and where rows have several labels; "pairs" lists cell (its
+      place in a matrix, row by row), label, prediction, count and last (the last exit's count) of
+      the most frequent confusions; "mistakes" and "suspects" list label, prediction, probability,
+      layer and text of the most confident mistakes, and of those among them that every exit makes.
 
     """
     rows = analysis.validation.replica(replica)
     names = rows.identity.classes
-    if rows.objective.categorical is None or rows.labels.ndim != 2 or not names:
+    if rows.objective.categorical is None or not names:
         return None
     exits = analysis.exits_taken(replica, threshold)  # [N]
-    labels, each = rows.labels[0], rows.predictions[0]  # [N], [E, N]
-    given = each[exits, np.arange(len(labels))]  # [N]
-    numbers = np.arange(len(names))
-    matrices = [confusion_matrix(labels, g, labels=numbers) for g in (given, each[-1])]  # [C, C]
+    labels, each = rows.labels[0], rows.predictions[0]  # [N, ...], [E, N, ...]
+    given = each[exits, np.arange(len(labels))]  # [N, ...]
     found = {
         "classes": _class_rows(labels, (given, each[-1]), exits, len(each), names),
-        "matrices": [m.tolist() for m in matrices] if len(names) <= _MATRIX else None,
+        "matrices": None,
         "names": list(names),
-        "pairs": _confused_pairs(matrices[0], matrices[1], names),
+        "pairs": [],
         "shown": _SHOWN,
         "mistakes": [],
         "suspects": [],
     }
+    if labels.ndim == 1:
+        numbers = np.arange(len(names))
+        answers = given, each[-1]
+        matrices = [confusion_matrix(labels, g, labels=numbers) for g in answers]  # [C, C] each
+        found["matrices"] = [m.tolist() for m in matrices] if len(names) <= _MATRIX else None
+        found["pairs"] = _confused_pairs(matrices[0], matrices[1], names)
     if texts is None:
         return found
     return found | _mistakes(rows, exits, analysis.temperatures[replica], texts)
@@ -82,19 +85,24 @@ def _mistakes(
     """
     names, labels, each = rows.identity.classes, rows.labels[0], rows.predictions[0]
     everywhere = np.arange(len(labels))
-    given = each[exits, everywhere]  # [N]
+    given, same = each[exits, everywhere], rows.objective.same  # [N, ...]
     scales = np.where(np.isfinite(temperatures), temperatures, 1)[exits, None]  # [N, 1]
     chosen = rows.logits[0][exits, everywhere]  # [N, C]
-    probability = softmax_with_temperature(chosen, scales).max(axis=-1)  # [N]
-    wrong = np.flatnonzero((given != labels) & np.isfinite(probability))
+    probability = _probabilities(chosen.astype(np.float64) / scales, rows)  # [N]
+    wrong = np.flatnonzero(~same(given, labels) & np.isfinite(probability))
     wrong = wrong[np.argsort(-probability[wrong], kind="stable")]
-    always = wrong[(each[:, wrong] == given[wrong]).all(axis=0)]
+    always = wrong[same(each[:, wrong], given[wrong]).all(axis=0)]
+
+    def named(value: np.ndarray) -> str:
+        if value.ndim == 0:
+            return names[value]
+        return ", ".join(np.asarray(names)[value].tolist()) or "no label"
 
     def describe(row: int) -> dict[str, Any]:
         text = " / ".join(texts[row])
         return {
-            "label": names[labels[row]],
-            "prediction": names[given[row]],
+            "label": named(labels[row]),
+            "prediction": named(given[row]),
             "probability": float(probability[row]),
             "layer": int(rows.layers[exits[row]]),
             "text": text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + "…",
@@ -104,6 +112,15 @@ def _mistakes(
         "mistakes": [describe(row) for row in wrong[:_TEXTS]],
         "suspects": [describe(row) for row in always[:_TEXTS]],
     }
+
+
+def _probabilities(logits: np.ndarray, rows: ExitOutputs) -> np.ndarray:
+    """Returns the probability of each row's answer, float64 [N], by calibrated logits [N, C]."""
+    with np.errstate(invalid="ignore"):  # logits that diverged give NaN
+        found = rows.objective.probabilities(logits)  # [N, C]
+    if rows.labels.ndim == 2:
+        return found.max(axis=-1)
+    return np.maximum(found, 1 - found).min(axis=-1)
 
 
 def _class_rows(
@@ -116,8 +133,8 @@ def _class_rows(
     """Returns a dict for each class, see `class_report`.
 
     Args:
-      labels: int [N].
-      answers: predictions at the threshold and of the last exit, int [N] each.
+      labels: int [N]; of several labels bool [N, C].
+      answers: predictions at the threshold and of the last exit, likewise.
       exits: index of the exit that each row takes, int [N].
       count: of exits, E.
       names: of the classes [C].
@@ -131,7 +148,8 @@ def _class_rows(
     keys = ("precision", "recall", "f1")
     found = []
     for c, name in enumerate(names):
-        taken = np.bincount(exits[labels == c], minlength=count)  # [E]
+        has = labels == c if labels.ndim == 1 else labels[:, c]
+        taken = np.bincount(exits[has], minlength=count)  # [E]
         found.append(
             {"number": c, "name": name, "support": int(point[3][c])}
             | {key: float(point[k][c]) for k, key in enumerate(keys)}

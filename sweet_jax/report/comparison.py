@@ -12,7 +12,7 @@ from sweet_jax.exits.analysis import Analysis, curve_area
 from sweet_jax.files import write_text
 from sweet_jax.report.charts import COST_AXIS, make_chart
 from sweet_jax.report.page import ENVIRONMENT, read_script
-from sweet_jax.report.results import bound_curve
+from sweet_jax.report.results import bound_curve, bound_kinds
 from sweet_jax.report.traces import BOUNDS, Trace, common_curves, exit_color, seed_band
 
 
@@ -59,6 +59,8 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
 def _bounds(name: str, analysis: Analysis, color: str, cost: np.ndarray) -> Iterable[Trace]:
     """Yields the mean floor and the mean stable oracle of a run at costs [T]."""
     for kind in ("floor", "stable"):
+        if kind not in bound_kinds(analysis.validation):
+            continue
         title, _, dash = BOUNDS[kind]
         bounds = [bound_curve(analysis, r, kind) for r in analysis.chosen]
         mean = np.mean([np.interp(cost, b.cost, b.score) for b in bounds], axis=0)

@@ -55,14 +55,27 @@ def _table(
     title: str, rows: Sequence[tuple[str, Mapping[str, Any]]], metric: str, align: str
 ) -> list[str]:
     width = max(5, len(title), *(len(name) for name, _ in rows))
-    lines = [f"{title:{align}{width}} {'cost':>6} {metric:>9}  95% interval         n"]
-    for name, row in rows:
-        low, high = row["interval"]
+    wide = max(9, len(metric))
+    intervals = ["[{:.4f}, {:.4f}]".format(*row["interval"]) for _, row in rows]
+    ends = max(16, *map(len, intervals))
+    others = other_measures(rows[0][1], metric)
+    lines = [
+        f"{title:{align}{width}} {'cost':>6} {metric:>{wide}}  {'95% interval':<{ends}} {'n':>5}"
+        + "".join(f"  {name}" for name in others)
+    ]
+    for (name, row), interval in zip(rows, intervals, strict=True):
         lines.append(
-            f"{name:{align}{width}} {row['cost']:>6.3f} {row['score']:>9.4f}  "
-            f"[{low:.4f}, {high:.4f}] {row['n']:>5}"
+            f"{name:{align}{width}} {row['cost']:>6.3f} {row['score']:>{wide}.4f}  "
+            f"{interval:<{ends}} {row['n']:>5}"
+            + "".join(f"  {row['measures'][other]:>{len(other)}.4f}" for other in others)
         )
     return lines
+
+
+def other_measures(row: Mapping[str, Any], metric: str) -> list[str]:
+    """Returns the names of a row's `measures` but the metric's own; [] where it has none."""
+    same = metric.removeprefix("neg_")
+    return [name for name in row.get("measures", {}) if name != same]
 
 
 def fitted_rows(results: Mapping[str, Any]) -> str:
@@ -78,7 +91,8 @@ def describe_divergence(row: Mapping[str, Any]) -> str:
         f"replica {row['replica']} (seed {row['seed']}, learning rate {row['learning_rate']:g}), "
         f"exit {row['exit']}"
     )
-    what, _, name = row["what"].partition(" to class ")
+    what, _, name = row["what"].partition(" to ")
     if what == "collapsed":
-        return f"collapsed: {who} gives every row the class {name}{since}"
+        given = name.replace("class ", "the class ", 1)
+        return f"collapsed: {who} gives every row {given}{since}"
     return f"diverged: {who}: {row['what']}{since}"

@@ -54,7 +54,8 @@ def write_figures(
         "curve": curve_figure(analysis, results),
         "exits": exits_figure(results),
     }
-    figures["reliability"] = reliability_figure(reliability_traces(analysis, best))
+    if traces := reliability_traces(analysis, best):  # a regression has no confidences
+        figures["reliability"] = reliability_figure(traces)
     figures["loss"], axes = _figure("", *LOSS_AXES)
     _plot(axes, loss_traces(metrics, best, trainings))
     axes.legend(frameon=False, fontsize=8)

@@ -19,7 +19,7 @@ from sweet_jax.files import write_text
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.charts import curve_chart, make_chart
 from sweet_jax.report.classes import class_report
-from sweet_jax.report.console import describe_divergence, fitted_rows
+from sweet_jax.report.console import describe_divergence, fitted_rows, other_measures
 from sweet_jax.report.details import ReportDetails, recommended_threshold
 from sweet_jax.report.page_tables import certificate_table, policy_series, row_series
 from sweet_jax.report.shortfalls import describe_shortfall, is_refitted, worst_shortfalls
@@ -92,6 +92,8 @@ def write_report(
         unmet=None if met else _describe_target(details.target, metric),
         warnings=_warnings(results),
         raised=_raised_errors(results),
+        measures=other_measures(results["replicas"][best]["individual"][0], metric),
+        temperatures=analysis.validation.objective.categorical is not None,
         baselines={baseline_title(name): row for name, row in results.get("baselines", {}).items()},
         policies={name: policy_rule(name).about for name in policies[best]},
         certificates=certificate_table(analysis, best),

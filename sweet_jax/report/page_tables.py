@@ -147,7 +147,12 @@ def row_series(
     """
     exits, count = validation.predictions.shape[1:3]
     size = (exits - 1) * count
-    if validation.labels.ndim != 2 or not validation.identity.classes or size > _ENTRIES:
+    if (
+        validation.objective.categorical is None
+        or validation.labels.ndim != 2
+        or not validation.identity.classes
+        or size > _ENTRIES
+    ):
         return None
     names = list(policies)[: max(1, _ENTRIES // max(1, size))]
     leaves = {}

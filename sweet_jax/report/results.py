@@ -38,7 +38,8 @@ _CURVE_POINTS = 2000  # in results.json; the saved outputs have all thresholds
 def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]:
     """Evaluates every exit alone: layer, cost, score (the metric), n and 95% interval over rows.
 
-    Wilson's interval for accuracy, a percentile bootstrap over rows for the other metrics.
+    Wilson's interval for accuracy, a percentile bootstrap over rows for the other metrics. Where
+    the objective has them, its `measures` by name.
     """
     metric = outputs.metric
     classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
@@ -54,6 +55,8 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
                 "interval": list(score_interval(metric, given, labels, classes)),
             }
         )
+        if measures := outputs.objective.measures:
+            rows[-1]["measures"] = {name: measure(given, labels) for name, measure in measures}
     return rows
 
 
@@ -91,6 +94,7 @@ def build_results(config: Config, analysis: Analysis, training: TrainingRecord) 
         "exits": list(config.exits),
         "preset": config.preset,
         "metric": metric,
+        "objective": analysis.validation.identity.objective,
         "n": {
             "calibration": analysis.calibration.labels.shape[1],
             "validation": analysis.validation.labels.shape[1],
@@ -149,7 +153,7 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
     """Returns the hull of single exits, the oracles, and the share of the gap the policy closes."""
     outputs, metric = analysis.validation, analysis.validation.identity.metric
     scores = exit_confidences(outputs, analysis.policy, analysis.calibrators)[replica]  # [E, N]
-    bounds = {kind: bound_curve(analysis, replica, kind) for kind in ("floor", *ORACLES)}
+    bounds = {kind: bound_curve(analysis, replica, kind) for kind in bound_kinds(outputs)}
     if metric == "accuracy":
         bounds["best_thresholds"] = best_thresholds(outputs, replica, scores)
     curve = (analysis.curve.cost[replica], analysis.curve.score[replica])
@@ -160,10 +164,17 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
         if cost[-1] < end:  # a bound that ends before the last exit is constant from there on
             cost, values = [*cost, end], [*values, values[-1]]
         reached[kind] = {"cost": cost, "score": values}
-    pair = bounds["floor"], bounds["stable"]
-    means = mean_metrics(*curve, *pair)
-    named = means and dict(zip(("floor", "policy", "stable"), means, strict=True))
-    return {"bounds": reached, "gap_closed": share_of_gap(*curve, *pair), "mean_metrics": named}
+    gap = named = None
+    if "stable" in bounds:
+        pair = bounds["floor"], bounds["stable"]
+        gap, means = share_of_gap(*curve, *pair), mean_metrics(*curve, *pair)
+        named = means and dict(zip(("floor", "policy", "stable"), means, strict=True))
+    return {"bounds": reached, "gap_closed": gap, "mean_metrics": named}
+
+
+def bound_kinds(outputs: ExitOutputs) -> tuple[str, ...]:
+    """Returns the kinds of `bound_curve`; of numbers, which are not right or wrong, the floor."""
+    return ("floor",) if outputs.objective.agrees is None else ("floor", *ORACLES)
 
 
 def bound_curve(analysis: Analysis, replica: int, kind: str) -> ParetoFront:

@@ -105,7 +105,7 @@ def describe_shortfall(finding: Shortfall, metric: str, *, refitted: bool = Fals
     low, high = finding.interval
     fix = _FIX_BELOW_FINE_TUNED if finding.baseline == "fine_tuned" else _FIX
     if refitted:
-        fix = _FIX_BELOW_TFIDF if finding.baseline == "tfidf" else _FIX_BELOW_FINE_TUNED
+        fix = _FIX_BELOW_TFIDF if finding.baseline.startswith("tfidf") else _FIX_BELOW_FINE_TUNED
     return (
         f"exit {finding.exit} ({metric} {finding.score:.3f}) is below the baseline "
         f"{baseline_title(finding.baseline)} ({finding.baseline_score:.3f}) on the same "
@@ -144,14 +144,14 @@ def shortfall_warning(results: Mapping[str, Any]) -> str | None:
 
 
 def _predictions(baseline: Baseline, outputs: ExitOutputs, replica: int) -> np.ndarray:
-    """Returns the baseline's predictions on the rows of outputs, int64 [N]."""
+    """Returns the baseline's predictions on the rows of outputs, of classes int64 [N]."""
     replicas, _, rows, classes = outputs.logits.shape
-    if baseline.predictions.shape not in ((1, rows), (replicas, rows)):
+    if baseline.predictions.shape[:2] not in ((1, rows), (replicas, rows)):
         raise ValueError(
             f"baseline {baseline.name!r} has predictions {baseline.predictions.shape}, the outputs "
             f"[R, N] = {(replicas, rows)}"
         )
     given = baseline.for_replica(replica)
-    if given.max() >= classes:
+    if given.dtype.kind == "i" and given.max() >= classes:
         raise ValueError(f"baseline {baseline.name!r} answers classes from {classes} on")
     return given

@@ -11,7 +11,11 @@ import numpy as np
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.calibration import outcome_probabilities
-from sweet_jax.exits.reliability import expected_calibration_error, reliability_diagram
+from sweet_jax.exits.reliability import (
+    expected_calibration_error,
+    reliability_diagram,
+    shares_right,
+)
 from sweet_jax.report.baselines import baseline_title
 
 # Viridis from dark to light: exits in order of depth, told apart without color vision too.
@@ -19,7 +23,7 @@ _COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c
 _FAR = 0.15  # of a baseline below the lowest exit
 _SMOOTHED = 20  # steps
 _FEW = 5  # rows of a bin
-LOSS_AXES = ("step", "cross-entropy, mean of 20 steps")
+LOSS_AXES = ("step", "training loss, mean of 20 steps")
 RELIABILITY_AXES = ("confidence", "share correct")
 
 # What a figure calls each bound of results.json, its color and dash, in order.
@@ -35,6 +39,9 @@ BOUNDS = {
 _SYMBOLS = {
     "majority": "x",
     "tfidf": "diamond",
+    "constant": "x",
+    "tfidf_one_vs_rest": "diamond",
+    "tfidf_ridge": "diamond",
     "probe": "triangle-up",
     "fine_tuned": "star",
     "": "cross",
@@ -157,11 +164,13 @@ def reliability_traces(analysis: Analysis, replica: int) -> dict[str, list[Trace
 
     Mean confidence and share correct in ten bins: dotted before, solid after temperature scaling.
     Bins of few rows (less than 1%, or than 5) are left out: their shares are chance. So are exits
-    that diverged.
+    that diverged; {} without probabilities.
     """
     logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
     objective = analysis.validation.objective
-    correct = objective.is_correct(logits, labels)  # [E, N]
+    if objective.categorical is None:
+        return {}
+    correct = shares_right(logits, labels, objective)  # [E, N]
     fitted = analysis.temperatures[replica]
     few, found = max(_FEW, 0.01 * correct.shape[1]), {}
     for e, layer in enumerate(analysis.validation.layers):

@@ -1,14 +1,18 @@
 """The formats of requests and answers: sweet_jax's own, and what a format consists of."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from starlette.responses import JSONResponse, Response
 
 from sweet_jax.inference.artifact import ModelArtifact
-from sweet_jax.inference.predictions import ExitPrediction, Prediction, make_exit_predictions
+from sweet_jax.inference.predictions import (
+    ExitPrediction,
+    Prediction,
+    is_finite,
+    make_exit_predictions,
+)
 from sweet_jax.server.refusals import Refusal, RefusedError
 from sweet_jax.server.requests import (
     TARGET_KEYS,
@@ -62,12 +66,14 @@ def _answer(model: ModelArtifact, found: Answered, *, detail: bool) -> dict[str,
 def _as_json(prediction: Prediction, exits: list[ExitPrediction] | None) -> dict[str, Any]:
     """Returns an element of "answers"; with `exits`, also every exit that the text reached."""
     check_finite(prediction)
-    answer: dict[str, Any] = {"label": prediction.label, "probability": prediction.probability}
+    answer: dict[str, Any] = {"label": prediction.label}
+    if prediction.probability is not None:  # a regression has none
+        answer["probability"] = prediction.probability
     answer |= {"exit": prediction.exit, "cost": prediction.cost}
     if exits is not None:
         answer["exits"] = [
             exit._asdict()
-            if math.isfinite(exit.probability)
+            if is_finite(exit.label, exit.probability)
             else {"layer": exit.layer, "label": None, "probability": None}  # its training diverged
             for exit in exits
         ]
@@ -76,7 +82,7 @@ def _as_json(prediction: Prediction, exits: list[ExitPrediction] | None) -> dict
 
 def check_finite(prediction: Prediction) -> None:
     """Raises RefusedError for the prediction of a model that diverged."""
-    if not math.isfinite(prediction.probability):
+    if not prediction.is_finite:
         message = "the model's answer is not a number: its training diverged"
         raise RefusedError(500, message, "Backend")
 

@@ -135,7 +135,7 @@ def _native_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
         text = {"type": "array", "items": text, "minItems": 2, "maxItems": 2}
     texts = {"type": "array", "items": text, "minItems": 1}
     texts["maxItems"] = min(limits.texts, limits.waiting)
-    label, layer = {"enum": list(model.classes)}, {"enum": list(model.layers)}
+    label, layer = _label_schema(model), {"enum": list(model.layers)}
     nothing = {"type": "null"}  # of an exit whose training diverged
     exits = _object(
         {
@@ -144,10 +144,10 @@ def _native_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
             "probability": {"anyOf": [_PROBABILITY, nothing]},
         }
     )
-    prediction = _object(
-        {"label": label, "probability": _PROBABILITY, "exit": layer, "cost": {"type": "number"}},
-        {"exits": {"type": "array", "items": exits}},
-    )
+    found = {"label": label, "exit": layer, "cost": {"type": "number"}}
+    if model.objective.categorical is not None:
+        found["probability"] = _PROBABILITY
+    prediction = _object(found, {"exits": {"type": "array", "items": exits}})
     options = {"detail": _FLAG | {"description": "Show every exit on the way"}}
     request = _object({"texts": texts}, options | _target_schemas(model))
     return {
@@ -156,6 +156,14 @@ def _native_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
         "Error": _object({"error": _STRING}),
         "Health": _object({"status": _STRING}, {"waiting": {"type": "integer"}}),
     }
+
+
+def _label_schema(model: ModelArtifact) -> dict[str, Any]:
+    """Returns the schema of what a text is given: a class, a list of labels, or a number."""
+    if model.objective.categorical is None:
+        return {"type": "number"}
+    name = {"enum": list(model.classes)}
+    return {"type": "array", "items": name} if model.objective.column.several else name
 
 
 def _tei_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:

@@ -86,6 +86,8 @@ def _answer(model: ModelArtifact, found: Answered, *, raw_scores: bool, batch: b
     for prediction, request in found:
         check_finite(prediction)
         scores = request.logits[-1] if raw_scores else prediction.probabilities  # [C]
+        if not len(scores):  # a regression has a number in place of probabilities
+            scores = np.asarray([prediction.label], np.float64)
         order = np.argsort(-scores, kind="stable")
         answers.append([{"score": float(scores[c]), "label": model.classes[c]} for c in order])
     return answers if batch else answers[0]

@@ -153,8 +153,8 @@ def tuning_area(
 ) -> np.ndarray:
     """Returns the area under each replica's exact curve by confidence, float64 [R].
 
-    Confidences are those of the logits as they are: no temperature is fitted yet. By patience where
-    the objective has no probabilities. Minus infinity where logits are not finite.
+    Confidences are those of the logits as they are, by the objective's `tuning_policy`: no
+    temperature is fitted yet. Minus infinity where logits are not finite.
 
     Args:
       logits, labels: float32 [R, E, M, C], and the targets [R, M, ...].
@@ -167,7 +167,7 @@ def tuning_area(
     identity = RunIdentity(metric=metric, objective=objective.name)
     finite = np.where(sound[:, None, None, None], logits, 0)
     outputs = ExitOutputs(finite, labels, layers, cost, identity=identity)
-    curve = simulate(outputs, "raw_confidence" if objective.categorical else "patience")
+    curve = simulate(outputs, objective.tuning_policy)
     areas = [curve_area(c, s) for c, s in zip(curve.cost, curve.score, strict=True)]
     return np.where(sound, areas, -np.inf)
 

@@ -16,6 +16,7 @@ _SAME = (
     *("task", "method", "preset", "checkpoint", "train_size", "calibration_fraction"),
     *("tuning_fraction", "validation_fraction", "split_seed", "max_length", "dtype", "attention"),
     *("learning_to_exit", "pooling", "pooler", "relative", "subset", "calibration", "metric"),
+    *("objective", "class_weights", "focal_gamma", "decision_thresholds"),
 )
 
 

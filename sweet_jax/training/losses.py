@@ -47,7 +47,8 @@ def compute_step_metrics(
     labels, row_mask = batch["labels"], batch["row_mask"]
     exit_loss = None
     if scores is not None:
-        exit_loss = mean_exit_loss(objective.is_correct(logits, labels), scores, row_mask)
+        judge = objective.exit_target or objective.is_correct
+        exit_loss = mean_exit_loss(judge(logits, labels), scores, row_mask)
     loss = objective.mean_loss(logits, labels, row_mask)
     return StepMetrics(loss, objective.constant_prediction(logits, row_mask), exit_loss)
 
@@ -71,6 +72,7 @@ def mean_exit_loss(correct: jax.Array, scores: jax.Array, row_mask: jax.Array) -
     """Returns the squared error of scores [..., B] against 1 where the exit is right, else 0.
 
     Averaged over the rows of row_mask bool [B] (learning to exit, Xin et al. 2021). No gradient
-    goes through `correct`, bool [..., B], which follows from the exit's own logits.
+    goes through `correct`, bool [..., B] (of regression float, see `Objective.exit_target`), which
+    follows from the exit's own logits.
     """
     return masked_mean((scores - jax.lax.stop_gradient(correct)) ** 2, row_mask)

@@ -1,4 +1,6 @@
-"""Logistic regressions on the features of every exit: a start for the heads, and their refit.
+"""Linear models on the features of every exit: a start for the heads, and their refit.
+
+Logistic regressions, or what an objective has in their place (`LinearModel`).
 
 Linear probing, then fine-tuning: Kumar et al. 2022 (arXiv 2202.10054). Refitting the last layer on
 a trained encoder: Kirichenko et al. 2022 (arXiv 2204.02937).
@@ -7,24 +9,20 @@ Shape letters: R replica, E exit, U rows with features, N training rows, M tunin
 C classes.
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sweet_jax.files import atomic_write
+from sweet_jax.objectives import SINGLE_LABEL, Objective
+from sweet_jax.objectives.linear_model import LinearModel
 from sweet_jax.training.step import Params
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
 
 # λ in mean cross-entropy + λ/2 |W|^2, W on standardised features, from the strongest down: each
 # fit starts from the one before.
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4)
-_ITERATIONS = 1000  # at most, of L-BFGS; 10 to 300 are usual
-_NEWTON = 1024  # coefficients, at most, of a Hessian that is factorised: a few exact steps
 ROWS = 50_000  # fitted on, at most, and as many that choose the penalty
 _CHUNK = 8192  # rows that are standardised at a time
 
@@ -59,21 +57,22 @@ class LinearClassifiers(NamedTuple):
         with atomic_write(path) as aside:
             np.savez(aside, **arrays)
 
-    def predictions(self, features: np.ndarray) -> np.ndarray:
-        """Returns the class of every row, int [R, E, N], of features [R or 1, E, N, H]."""
+    def predictions(self, features: np.ndarray, objective: Objective = SINGLE_LABEL) -> np.ndarray:
+        """Returns the prediction of every row, [R, E, N, ...], of features [R or 1, E, N, H]."""
         features = np.broadcast_to(features, (len(self.kernel), *features.shape[1:]))
-        found = np.empty(features.shape[:-1], np.int64)
-        for place in np.ndindex(features.shape[:2]):  # replica and exit
-            logits = features[place] @ self.kernel[place] + self.bias[place]
-            found[place] = logits.argmax(axis=-1)
-        return found
+        replicas, exits = features.shape[:2]
+
+        def predict(r: int, e: int) -> np.ndarray:
+            return objective.predict(features[r, e] @ self.kernel[r, e] + self.bias[r, e])
+
+        return np.stack([[predict(r, e) for e in range(exits)] for r in range(replicas)])
 
 
 class Probe(NamedTuple):
     """Holds logistic regressions on the frozen encoder."""
 
     classifiers: LinearClassifiers  # of every replica and exit
-    predictions: np.ndarray  # of the validation rows, int64 [R, E, N]
+    predictions: np.ndarray  # of the validation rows, of classes int64 [R, E, N]
 
     def select_replicas(self, replicas: Sequence[int]) -> "Probe":
         """Returns the probe of some replicas."""
@@ -86,17 +85,19 @@ def fit_classifiers(
     rows: np.ndarray,
     tuning_rows: np.ndarray,
     classes: int,
+    linear: LinearModel = SINGLE_LABEL.linear,
 ) -> LinearClassifiers:
-    """Fits one logistic regression for every replica and exit, see `fit_classifier`.
+    """Fits one linear model for every replica and exit, see `fit_classifier`.
 
     One exit's features of one replica are copied at a time.
 
     Args:
       features: float32 [R or 1, E, U, H]; 1 where all replicas have the same.
-      labels: int [R or 1, U], of the same rows.
+      labels: targets of the same rows, of classes int [R or 1, U].
       rows: int [R, N], places on the axis U of the training rows.
       tuning_rows: int [R, M], of the rows that choose the penalty.
       classes: C.
+      linear: the models of the objective.
 
     """
     found: list[list[tuple[np.ndarray, np.ndarray, float]]] = []
@@ -109,7 +110,8 @@ def fit_classifiers(
             found[twin]  # another learning rate on the same rows
             if twin is not None
             else [
-                fit_classifier(x[own], y[own], x[held], y[held], classes) for x in features[source]
+                fit_classifier(x[own], y[own], x[held], y[held], classes, linear)
+                for x in features[source]
             ]
         )
     kernel, bias, penalty = (np.asarray([[e[i] for e in r] for r in found]) for i in range(3))
@@ -117,40 +119,36 @@ def fit_classifiers(
 
 
 def fit_classifier(
-    x: np.ndarray, y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray, classes: int
+    x: np.ndarray,
+    y: np.ndarray,
+    held_x: np.ndarray,
+    held_y: np.ndarray,
+    classes: int,
+    linear: LinearModel = SINGLE_LABEL.linear,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Fits multinomial logistic regression with an L2 penalty that held-out rows choose.
+    """Fits a linear model with an L2 penalty that held-out rows choose.
 
     Features are standardised for the fit, in place and in chunks, so that they may be a memory map;
     the standardisation is folded into what is returned. The penalties are tried from the strongest
-    down, until the held-out cross-entropy has risen twice.
+    down, until the held-out loss has risen twice.
 
     Args:
-      x: float32 [N, H]; y: int [N], of two classes or more.
-      held_x: float32 [M, H]; held_y: int [M].
+      x: float32 [N, H]; y: targets [N, ...]; labels int [N] are of two classes or more.
+      held_x: float32 [M, H]; held_y: targets [M, ...].
       classes: C; a class that y lacks gets the smallest logit of all.
+      linear: the models of the objective; by default multinomial logistic regression.
 
     Returns:
       (kernel [H, C], bias [C], penalty).
 
     """
-    # Here: it takes a second to import, and runs without a probe do without.
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     mean, scale = _standardise(x, held_x)
-    coefficients = x.shape[1] * (classes if classes > 2 else 1)
-    solver = "newton-cholesky" if coefficients <= _NEWTON else "lbfgs"
-    model = LogisticRegression(solver=solver, max_iter=_ITERATIONS, warm_start=True)
+    solve = linear.solver(x.shape[1], classes)
     best: tuple[float, np.ndarray, np.ndarray, float] | None = None
     rises = 0
     for penalty in PENALTIES:
-        model.C = 1 / (penalty * len(y))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # good enough after _ITERATIONS
-            model.fit(x, y)
-        kernel, bias = _softmax_form(model, classes)
-        loss = _cross_entropy(held_x @ kernel + bias, held_y)
+        kernel, bias = solve(x, y, penalty)
+        loss = linear.loss(held_x @ kernel + bias, held_y)
         if best is None or loss < best[0]:
             best, rises = (loss, kernel, bias, penalty), 0
         elif (rises := rises + 1) == 2:
@@ -192,24 +190,3 @@ def _standardise(x: np.ndarray, held_x: np.ndarray) -> tuple[np.ndarray, np.ndar
             rows[start : start + _CHUNK] -= mean
             rows[start : start + _CHUNK] /= scale
     return mean, scale
-
-
-def _softmax_form(model: "LogisticRegression", classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns kernel [H, C] and bias [C], float64, of a fitted model.
-
-    Of two classes scikit-learn keeps the difference of the logits alone.
-    """
-    weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
-    if len(weight) == 1:
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    kernel = np.zeros((weight.shape[1], classes))
-    # What was never seen loses to all others by a wide, finite margin.
-    full = np.full(classes, bias.min() - 20.0)
-    kernel[:, model.classes_], full[model.classes_] = weight.T, bias
-    return kernel, full
-
-
-def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-    top = logits.max(axis=1)
-    total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
-    return float((total - logits[np.arange(len(labels)), labels]).mean())

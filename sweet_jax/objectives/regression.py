@@ -1,0 +1,261 @@
+"""Regression: every row has one number, which the one output of an exit predicts.
+
+Training sees standardised targets; what is saved is in the targets' own units.
+
+Shape letters: N rows (B in a batch), H features.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sweet_jax.config import UserError
+from sweet_jax.objectives.label_column import LabelColumn
+from sweet_jax.objectives.linear_model import LinearModel, Solve
+from sweet_jax.objectives.objective import (
+    Array,
+    Metric,
+    Objective,
+    correlation_standard_error,
+)
+
+_STRATA = 10  # of rows with targets of similar size, by which rows are split
+_CONSTANT = 1e-6  # relative: predictions that differ by less are one
+
+
+def squared_error(logits: Array, targets: Array) -> Array:
+    """Returns the squared error of each row, float32 [..., B], of targets float32 [B]."""
+    return _errors(logits, targets) ** 2
+
+
+def _errors(logits: Array, targets: Array) -> Array:
+    """Returns predictions less targets [B], [..., B]."""
+    values = logits[..., 0]
+    return values - logits.__array_namespace__().broadcast_to(targets, values.shape)
+
+
+def predicted_value(logits: Array) -> Array:
+    """Returns the prediction, in the dtype of the logits, [..., B]."""
+    return logits[..., 0]
+
+
+def error_head_target(logits: Array, targets: Array) -> Array:
+    """Returns 1 - tanh |error|, float32 [..., B]: what a learned error head estimates.
+
+    BERxiT's learning-to-exit for regression (Xin et al. 2021, section 3.3), of the error in
+    standard deviations of the targets.
+    """
+    xp = logits.__array_namespace__()
+    return 1 - xp.tanh(abs(_errors(logits, targets)))
+
+
+def constant_value(logits: Array, row_mask: Array) -> Array:
+    """Returns 0 where all rows of row_mask bool [B] get nearly one number, else -1; int32 [...]."""
+    xp = logits.__array_namespace__()
+    values = logits[..., 0]
+    present = xp.broadcast_to(row_mask, values.shape)
+    low = xp.where(present, values, xp.inf).min(axis=-1)
+    high = xp.where(present, values, -xp.inf).max(axis=-1)
+    close = high - low <= _CONSTANT * (xp.abs(high) + xp.abs(low))
+    return xp.where(close, 0, -1).astype("int32")
+
+
+def answer(
+    logits: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]
+) -> tuple[float, None]:
+    """Returns the number; there is no probability of it."""
+    return float(logits[0]), None
+
+
+def read_targets(targets: Any, outputs: int) -> np.ndarray:
+    """Returns targets as float32. Raises ValueError for one that is not finite."""
+    found = np.asarray(targets, np.float32)
+    if not np.isfinite(found).all():
+        raise ValueError("targets must be finite")
+    return found
+
+
+def read_numbers(
+    labels: Sequence[str], names: tuple[str, ...], texts: Sequence[tuple[str, ...]]
+) -> np.ndarray:
+    """Returns labels as numbers, float32 [N]. Raises UserError for one that is no number."""
+    found = np.empty(len(labels), np.float32)
+    for row, label in enumerate(labels):
+        try:
+            found[row] = float(label)
+        except ValueError:
+            found[row] = np.nan
+        if not math.isfinite(found[row]):
+            raise UserError(
+                f"label {label!r} (the text {texts[row][0]!r:.40}) is not a finite number, which "
+                "objective regression needs: correct it, or leave objective out"
+            )
+    return found
+
+
+def check_numbers(
+    train: np.ndarray, validation: np.ndarray, names: tuple[str, ...], column: str
+) -> None:
+    """Raises UserError where all training rows float [N] have one number."""
+    if (train == train[0]).all():
+        raise UserError(
+            f"all training rows have the number {train[0]:g} (column {column!r}): there is nothing "
+            "to learn"
+        )
+
+
+def quantile_strata(targets: np.ndarray) -> np.ndarray:
+    """Returns the tenth of the rows, by target, that each row is in: int [N] from 0 to 9."""
+    inner = np.arange(1, _STRATA) / _STRATA
+    return np.searchsorted(np.quantile(targets, inner, method="lower"), targets, side="right")
+
+
+def describe_numbers(targets: np.ndarray, names: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Returns the range of targets float [N], and a warning where they look like classes."""
+    values = np.unique(targets)
+    mean, spread = targets.mean(dtype=np.float64), targets.std(dtype=np.float64)
+    said = (
+        f"targets from {values[0]:g} to {values[-1]:g}, mean {mean:.4g}, standard deviation "
+        f"{spread:.4g}, {len(values)} different numbers"
+    )
+    if len(values) > 2:
+        return said, []
+    return said, ["the targets are two numbers only: objective single_label may suit them better"]
+
+
+def ridge(features: int, outputs: int) -> Solve:
+    """Returns the solver of ridge regression in closed form, see `LinearModel`."""
+
+    def solve(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        mean = y.mean(dtype=np.float64)
+        # Standardised features have the mean 0. Half the mean squared error + penalty / 2 |w|^2.
+        gram = (x.T @ x).astype(np.float64) / len(x)
+        moment = (x.T @ (y - mean).astype(np.float32)).astype(np.float64) / len(x)
+        kernel = np.linalg.solve(gram + penalty * np.eye(features), moment)
+        return kernel[:, None], np.asarray([mean])
+
+    return solve
+
+
+def mean_squared_error(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Returns the mean squared error of logits [N, 1] for targets [N]."""
+    return float(((logits[:, 0] - targets) ** 2).mean(dtype=np.float64))
+
+
+def ridge_estimator(strength: float, iterations: int) -> Any:
+    """Returns scikit-learn's ridge regression, see `LinearModel.text_model`."""
+    from sklearn.linear_model import Ridge
+
+    return Ridge(alpha=10 / strength, solver="sparse_cg")
+
+
+def units(targets: np.ndarray) -> tuple[float, float]:
+    """Returns the mean and the standard deviation of targets float [N]."""
+    return float(targets.mean(dtype=np.float64)), float(targets.std(dtype=np.float64))
+
+
+def absolute_error(given: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Returns the absolute errors, float64 [..., N]."""
+    return np.abs(np.asarray(given, np.float64) - targets)
+
+
+def mean_absolute_error(given: np.ndarray, targets: np.ndarray) -> float:
+    """Returns the mean absolute error of predictions for targets [N]."""
+    return float(absolute_error(given, targets).mean())
+
+
+# Larger is better: as scikit-learn, which calls it so, the negative error. Of normally distributed
+# errors the standard deviation of |error| is sqrt(pi / 2 - 1) times its mean.
+NEG_MEAN_ABSOLUTE_ERROR = Metric(
+    "neg_mean_absolute_error",
+    lambda given, targets, outputs: absolute_error(given, targets)[..., None],
+    lambda targets, outputs: np.ones((len(targets), 1), bool),
+    lambda sums, totals: -sums[..., 0] / totals[..., 0],
+    standard_error=lambda value, rows: math.sqrt((math.pi / 2 - 1) / rows) * np.abs(value),
+    is_error=True,
+)
+
+
+def _products(given: np.ndarray, targets: np.ndarray, outputs: int) -> np.ndarray:
+    given = np.asarray(given, np.float64)
+    return np.stack([given, given**2, given * targets], axis=-1)  # [..., N, 3]
+
+
+def _moments(targets: np.ndarray, outputs: int) -> np.ndarray:
+    targets = np.asarray(targets, np.float64)
+    return np.stack([np.ones_like(targets), targets, targets**2], axis=-1)  # [N, 3]
+
+
+def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Computes Pearson's correlation, 0 where predictions or targets are constant.
+
+    Args:
+      sums: [..., 3]: sums of the predictions, their squares, and their products with the targets.
+      totals: [..., 3]: the number of rows, sums of the targets and of their squares.
+
+    """
+    count = totals[..., 0]
+    means, centre = sums[..., 0] / count, totals[..., 1] / count
+    covariance = sums[..., 2] / count - means * centre
+    squares = sums[..., 1] / count, totals[..., 2] / count
+    spreads = [np.maximum(s - m**2, 0) for s, m in zip(squares, (means, centre), strict=True)]
+    # Below the rounding of the sums there is no spread.
+    sound = [s > 1e-12 * np.maximum(q, 1e-300) for s, q in zip(spreads, squares, strict=True)]
+    product = np.sqrt(np.where(sound[0] & sound[1], spreads[0] * spreads[1], 1.0))
+    return np.where(sound[0] & sound[1], np.clip(covariance / product, -1, 1), 0.0)
+
+
+PEARSON = Metric(
+    "pearson", _products, _moments, correlation, standard_error=correlation_standard_error
+)
+
+
+def pearson(given: np.ndarray, targets: np.ndarray) -> float:
+    """Returns Pearson's correlation of predictions and targets [N], 0 where one is constant."""
+    return float(correlation(_products(given, targets, 1).sum(0), _moments(targets, 1).sum(0)))
+
+
+def spearman(given: np.ndarray, targets: np.ndarray) -> float:
+    """Returns Spearman's correlation: Pearson's of the ranks, ties with their mean rank."""
+    from scipy.stats import rankdata  # here: a served model needs no SciPy
+
+    return pearson(rankdata(given), rankdata(targets))
+
+
+REGRESSION = Objective(
+    name="regression",
+    metrics=(NEG_MEAN_ABSOLUTE_ERROR, PEARSON),
+    column=LabelColumn(
+        read_names=lambda labels, declared, column: (column,),
+        read=read_numbers,
+        check=check_numbers,
+        strata=quantile_strata,
+        present=lambda targets: np.zeros(0, int),
+        describe=describe_numbers,
+    ),
+    linear=LinearModel(
+        solver=ridge,
+        loss=mean_squared_error,
+        constant=lambda targets, outputs: np.median(targets),
+        text_model=ridge_estimator,
+        baselines=("constant", "tfidf_ridge"),
+    ),
+    row_loss=squared_error,
+    predict=predicted_value,
+    agrees=None,
+    probabilities=lambda logits: logits[..., :0],
+    answer=answer,
+    constant_prediction=constant_value,
+    describe=lambda given, names: f"{given:g}",
+    read_targets=read_targets,
+    tuning_policy="stability",
+    exit_target=error_head_target,
+    measures=(
+        ("mean_absolute_error", mean_absolute_error),
+        ("pearson", pearson),
+        ("spearman", spearman),
+    ),
+    units=units,
+)

@@ -1,0 +1,205 @@
+"""Labels of files as targets: lists, a|b, numbers; and whole runs on them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_export import load_runner
+from tiny import WORDS, fine_tune
+
+from sweet_jax import AdaptiveClassifier, ExitOutputs, cli
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.data.batches import encode, pad_rows
+from sweet_jax.data.load import load_dataset
+from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.inference import run_exported
+from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.objectives.regression import quantile_strata
+from sweet_jax.preparation import prepare
+from sweet_jax.runs import Run
+
+TEXTS = [f"text {i}" for i in range(40)]
+SETS = [["b", "a"], ["a"], [], ["c"]] * 10
+
+
+def load(path, **changes):
+    values = {"task": "own", "data_files": str(path), "text_columns": "text"}
+    return load_dataset(from_mapping(values | {"objective": "multi_label"} | changes))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
+    path = tmp_path / f"rows.{suffix}"
+    frame = pd.DataFrame({"text": TEXTS, "label": SETS})
+    if suffix == "csv":
+        frame["label"] = [" | ".join(labels) for labels in SETS]
+        frame.to_csv(path, index=False)
+    elif suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    dataset = load(path)
+    assert dataset.classes == ("a", "b", "c")
+    known = dict(zip(TEXTS, SETS, strict=True))
+    for split, rows in ((dataset.train, 32), (dataset.validation, 8)):
+        assert split.labels.shape == (rows, 3)
+        for (text,), own in zip(split.texts, split.labels, strict=True):
+            assert {"abc"[c] for c in np.flatnonzero(own)} == set(known[text])
+        # Each set of labels in proportion.
+        assert split.labels.sum(axis=0).tolist() == [rows // 2, rows // 4, rows // 4]
+    if suffix != "csv":
+        with pytest.raises(UserError, match=r"need --config\.objective=multi_label"):
+            load(path, objective="single_label")
+
+
+@pytest.mark.parametrize(
+    ("labels", "changes", "refusal"),
+    [
+        ([["a|b"]] * 40, {}, "separates labels, rename it"),
+        ([""] * 40, {}, "no row has a label in column 'label'"),
+        (["a|b"] * 40, {}, "all training rows have the same labels"),
+        (["1", "x"] * 20, {"objective": "regression"}, "label 'x' .* is not a finite number"),
+        (["2.5"] * 40, {"objective": "regression"}, "all training rows have the number 2.5"),
+        (["a", "b"] * 20, {"metric": "accuracy"}, "unknown metric 'accuracy'"),
+        (["a", "b"] * 20, {"class_weights": "balanced"}, "is of objective single_label"),
+        (
+            ["1", "2"] * 20,
+            {"objective": "regression", "confidence": "confidence"},
+            "a probability, which objective regression has none of",
+        ),
+    ],
+)
+def test_targets_that_will_not_do_are_refused(labels, changes, refusal, tmp_path):
+    rows = [{"text": t, "label": label} for t, label in zip(TEXTS, labels, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=refusal):
+        load(tmp_path / "rows.jsonl", **changes)
+
+
+def test_numbers_are_standardised_for_training_alone(options, tmp_path):
+    numbers = np.random.default_rng(0).normal(50, 20, 40).round(2)
+    pd.DataFrame({"text": TEXTS, "label": numbers}).to_csv(tmp_path / "rows.csv", index=False)
+    changes = {"data_files": str(tmp_path / "rows.csv"), "objective": "regression"}
+    job = prepare(from_mapping(options | changes))
+    mean, deviation = job.units
+    train = job.dataset.train.labels
+    np.testing.assert_allclose([mean, deviation], [train.mean(), train.std()], rtol=1e-5)
+    np.testing.assert_allclose(job.train.labels, (job.labels - mean) / deviation, atol=1e-6)
+    batch = pad_rows(job.train, np.asarray([[2, -1]]), (32,))
+    assert batch["labels"].tolist() == [[job.train.labels[2], 0]]
+    # The validation rows are of different tenths of the targets.
+    tenths = dict(zip(numbers.astype(np.float32), quantile_strata(numbers), strict=True))
+    assert np.bincount(list(tenths.values())).min() >= 3
+    assert len({tenths[number] for number in job.dataset.validation.labels}) == 8
+
+
+def write_targets(path, objective):
+    """Texts whose first words tell their labels, or a number that is their sum."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(240):
+        present = np.flatnonzero(rng.random(3) < [0.6, 0.4, 0.2])
+        words = [*(WORDS[c] for c in present), *rng.choice(WORDS[3:], rng.integers(1, 8))]
+        label = [f"label {c}" for c in present]
+        if objective == "regression":
+            label = 100.0 + 10 * float((present + 1).sum())
+        rows.append({"text": " ".join(words), "label": label})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["multi_label", "regression"])
+def test_a_whole_run(objective, checkpoint, tmp_path, capsys):
+    several = objective == "multi_label"
+    rows = write_targets(tmp_path / "rows.jsonl", objective)
+    changes = {"objective": objective, "data_files": str(rows), "pooling": "mean", "epochs": 8}
+    if several:
+        refit = {"head_init": "probe", "head_refit": True, "baselines": "quick"}
+        changes |= {"exits": (1, 2), "depth": 2, **refit}
+    else:
+        changes |= {"learning_to_exit": "joint", "exits": (1, 3)}
+    folder, values = fine_tune(checkpoint, tmp_path, **changes)
+    dataset = load_dataset(from_mapping(values))
+    results = Run.load(folder).results
+    if several:
+        found = results.set_index("baseline")["micro_f1"]
+        assert found.iloc[:2].max() > found["constant"] + 0.2
+    else:
+        numbers = dataset.validation.labels
+        spread = np.abs(numbers - np.median(numbers)).mean()
+        assert results["neg_mean_absolute_error"].max() > 2 - spread
+    page = (folder / "report.html").read_text()
+    measure = "hamming loss" if several else "spearman"
+    assert measure in page
+    assert measure.replace(" ", "_") in capsys.readouterr().out
+
+    # The saved model gives the outputs that were evaluated, in the targets' own units.
+    outputs = ExitOutputs.load(folder / "exit_outputs" / "validation.npz")
+    texts = [text for (text,) in dataset.validation.texts]
+    np.testing.assert_array_equal(outputs.labels[0], dataset.validation.labels)
+    classifier = AdaptiveClassifier.from_pretrained(folder / "model", cost=0.8)
+    logits, _ = compute_all_exits(classifier.model, classifier.engine, texts)
+    np.testing.assert_allclose(logits, outputs.logits[0], rtol=1e-4, atol=1e-4)
+    policy = "min_confidence" if several else "learning_to_exit"
+    assert classifier.policy == policy
+    confidences = exit_confidences(outputs, policy, [classifier.calibrator])[0]
+    confidences[-1] = np.inf
+    exits = (confidences >= classifier.threshold).argmax(axis=0)
+    found = classifier.predict(texts, 16)
+    assert found.exits.tolist() == [classifier.layers[e] for e in exits]
+    answers = outputs.predictions[0][exits, np.arange(len(texts))]
+    if several:
+        names = np.asarray(dataset.classes)
+        assert found.labels.tolist() == [names[given].tolist() for given in answers]
+    else:
+        np.testing.assert_allclose(found.labels, answers, rtol=1e-4)
+
+    server = pytest.importorskip("test_serve").Running(classifier)
+    try:
+        status, served = server.predict({"texts": texts[:2], "detail": True})
+    finally:
+        server.stop()
+    assert status == 200, served
+    for answer, label in zip(served["answers"], found.labels[:2].tolist(), strict=True):
+        assert answer["label"] == (label if several else pytest.approx(label, rel=1e-4))
+        assert answer["exits"][-1]["label"] == answer["label"]
+        assert ("probability" in answer) == several
+
+    # Files of predictions, thresholds fitted anew, and programs.
+    model, given = folder / "model", "--cost=0.8"
+    for name in ("out.jsonl", "out.csv"):
+        line = ["predict", f"--model={model}", f"--input={rows}", given]
+        assert cli.main([*line, f"--output={tmp_path / name}"]) == 0
+    first = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert isinstance(first["label"], list if several else float)
+    assert ("probability" in first) == several
+    table = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+    assert table["label"][0] == ("|".join(first["label"]) if several else first["label"])
+    assert cli.main(["recalibrate", f"--model={model}", f"--labelled={rows}"]) == 0
+    if not several:
+        return  # compiling its programs takes seconds; the test below has what is done with them
+    line = ["export", f"--model={model}", f"--output={tmp_path / 'exported'}"]
+    assert cli.main([*line, f"--threshold={classifier.threshold!r}"]) == 0
+    ids, _ = encode(classifier.model.tokenizer, [(text,) for text in texts], 32)
+    tokens = np.asarray([len(row) for row in ids], np.int32)
+    padded = np.zeros((2, len(ids), 32), np.int32)
+    for place, row in enumerate(ids):
+        padded[0, place, : len(row)] = row
+    runner = load_runner(tmp_path / "exported")
+    answers, probability, layers = runner.predict(tmp_path / "exported", *padded, tokens)
+    assert layers.tolist() == found.exits.tolist()
+    assert [names[given].tolist() for given in answers] == found.labels.tolist()
+    sure = np.maximum(found.probabilities, 1 - found.probabilities).min(axis=1)
+    np.testing.assert_allclose(probability, sure, atol=1e-5)
+
+
+def test_an_exported_regression_leaves_where_its_exits_are_close():
+    about, stage = {"objective": "regression", "policy": "stability"}, {"temperature": None}
+    first, second = np.asarray([[1.0], [2.0]]), np.asarray([[1.5], [-2.0]])
+    given, _, confidence = run_exported.read_outputs(about, stage, first, None)
+    assert confidence.tolist() == [0, 0]
+    given, probability, confidence = run_exported.read_outputs(about, stage, second, given)
+    assert given.tolist() == [1.5, -2]
+    assert np.isnan(probability).all()
+    np.testing.assert_allclose(confidence, [1 / 1.5, 1 / 5])
