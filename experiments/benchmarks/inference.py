@@ -17,7 +17,7 @@ text.
 Every side answers the same batch before the next batch is taken, in an order that is turned round
 each time, and of a batch the least time of all rounds counts: what else runs on the machine
 disturbs all alike, and seldom every round. "counted" is the mean cost in layers, "clock" the share
-of the time of the same engine's full model. In rows "shared" the texts share batches (throughput mode).
+of the time of the same engine's full model. In rows "shared" the texts share batches.
 The aims are read off the table at the end. All cores that the process may use compute: put
 `taskset -c 0` before the command for one. On one core MiniLM with SST-2 and MRPC takes about 10
 minutes, mpnet-base with --rows=32 about 15.
