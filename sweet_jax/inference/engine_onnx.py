@@ -95,9 +95,9 @@ def start_session(graph: Any, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
-    # Threads that wait busily for their next piece of work take the cores from whatever else runs on
-    # them: the server's other thread, its clients, other sessions. By default they do for tens of
-    # milliseconds; 20 microseconds are enough to pass from one operation to the next.
+    # Threads that wait busily for their next piece of work take the cores from whatever else runs
+    # on them: the server's other thread, its clients, other sessions. By default they wait so for
+    # tens of milliseconds; 20 microseconds are enough to pass from one operation to the next.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between runs
     source = str(graph)
