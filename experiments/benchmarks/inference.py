@@ -19,8 +19,8 @@ each time, and of a batch the least time of all rounds counts: what else runs on
 disturbs all alike, and seldom every round. "counted" is the mean cost in layers, "clock" the share
 of the time of the same engine's full model. In rows "shared" the texts share batches (throughput
 mode). The aims are read off the table at the end. All cores that the process may use compute; with
-`taskset -c 0` before the command one does, and times are those of the processor. On one core MiniLM with SST-2 and MRPC takes about 10
-minutes, mpnet-base with --rows=32 about 15.
+`taskset -c 0` before the command one does, and times are those of the processor. On one core MiniLM
+with SST-2 and MRPC takes about 10 minutes, mpnet-base with --rows=32 about 15.
 """
 
 import argparse
