@@ -58,7 +58,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> None:
     folder = Path(options.run)
-    config, digest = _read_config(folder, options.data_dir)
+    config, digest = read_run_config(folder, options.data_dir)
     model = open_model(folder / "model")
     engine = functools.partial(load_engine, "onnxruntime", model, "int8")
     every = engine(float32_layers=())  # before the data is read: it may not be installed
@@ -98,7 +98,7 @@ def _read_outputs(folder: Path, split: str) -> ExitOutputs:
     return ExitOutputs.load(folder / "exit_outputs" / f"{split}.npz")
 
 
-def _read_config(folder: Path, data_dir: str | None) -> tuple[Config, str]:
+def read_run_config(folder: Path, data_dir: str | None) -> tuple[Config, str]:
     """Returns a run's config and the digest of its data. Raises UserError where there is none."""
     try:
         values = json.loads((folder / "config.json").read_text())

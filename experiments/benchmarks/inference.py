@@ -17,10 +17,10 @@ text.
 Every side answers the same batch before the next batch is taken, in an order that is turned round
 each time, and of a batch the least time of all rounds counts: what else runs on the machine
 disturbs all alike, and seldom every round. "counted" is the mean cost in layers, "clock" the share
-of the time of the same engine's full model. In rows "shared" the texts share batches.
-The aims are read off the table at the end. All cores that the process may use compute: put
-`taskset -c 0` before the command for one. On one core MiniLM with SST-2 and MRPC takes about 10
-minutes, mpnet-base with --rows=32 about 15.
+of the time of the same engine's full model. In rows "shared" the texts share batches (throughput
+mode). The aims are read off the table at the end. All cores that the process may use compute; with
+`taskset -c 0` before the command one does, and times are those of the processor. On one core MiniLM
+with SST-2 and MRPC takes about 10 minutes, mpnet-base with --rows=32 about 15.
 """
 
 import argparse
@@ -149,16 +149,18 @@ def measure(sides: Sequence[Side], texts: Sequence[Any], batch: int, rounds: int
     parts = [list(texts[i : i + batch]) for i in range(0, last, batch)]
     whole = [text for part in parts for text in part]
     shared = [side.engine.endswith("shared") for side in sides]
+    # On one core the time of the processor, which other programs disturb less.
+    clock = time.process_time if len(os.sched_getaffinity(0)) == 1 else time.perf_counter
     times = np.full((rounds, len(sides), len(parts)), np.inf)
     for count, place in itertools.product(range(-1, rounds), range(len(parts))):
         order = range(len(sides)) if (count + place) % 2 else range(len(sides))[::-1]
         for number in order:
             if shared[number] and place:
                 continue
-            began = time.perf_counter()
+            began = clock()
             sides[number].answer(whole if shared[number] else parts[place])
             if count >= 0:
-                times[count, number, place] = 1e3 * (time.perf_counter() - began)
+                times[count, number, place] = 1e3 * (clock() - began)
     found = []
     for number in range(len(sides)):
         each = times[:, number, :1] if shared[number] else times[:, number]  # [rounds, batches]
