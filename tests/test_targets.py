@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,6 +93,18 @@ def test_numbers_are_standardised_for_training_alone(options, tmp_path):
     tenths = dict(zip(numbers.astype(np.float32), quantile_strata(numbers), strict=True))
     assert np.bincount(list(tenths.values())).min() >= 3
     assert len({tenths[number] for number in job.dataset.validation.labels}) == 8
+
+
+def test_the_loss_is_weighted_by_the_classes_of_the_training_rows(options):
+    job = prepare(from_mapping(options | {"class_weights": "balanced"}))
+    counts = np.bincount(job.dataset.train.labels)
+    logits, labels = np.zeros((2, 2), np.float32), np.arange(2)
+    found = job.objective.row_loss(jnp.asarray(logits), jnp.asarray(labels))
+    np.testing.assert_allclose(found, np.log(2) * counts.sum() / (2 * counts), rtol=1e-5)
+    with pytest.raises(UserError, match="class_weights has 3 numbers, but there are 2 classes"):
+        prepare(from_mapping(options | {"class_weights": "1,2,3"}))
+    with pytest.raises(UserError, match="focal_gamma is 2, but head_refit replaces"):
+        from_mapping(options | {"focal_gamma": 2.0, "head_refit": True})
 
 
 def write_targets(path, objective):
