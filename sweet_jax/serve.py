@@ -19,7 +19,8 @@ GET /audit      with --audit, what the audit has found
 With --audit=0.02 two texts of a hundred go through all layers too, after their answers were sent
 and while no other text waits. The agreement of the answers with the full model is watched: an alarm
 is raised when it has fallen below --audit_agreement, by default what the calibration rows certify
-at the operating point. The test may be looked at at any time (Waudby-Smith and Ramdas 2024).
+at the operating point; another one when the texts are no longer what they were. They may be looked
+at at any time (Waudby-Smith and Ramdas 2024; Vovk et al. 2021).
 
 Statuses: 400 malformed, 408 a body that arrives too slowly, 413 a body or a text that is too large,
 503 more texts than may wait, 504 not answered in time. On SIGTERM the server answers the requests

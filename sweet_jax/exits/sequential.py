@@ -162,6 +162,7 @@ class MeanTest:
 
 
 _BINS, _JUMP = 1000, 0.01
+_COMPARED = 100  # values that others are compared with before anything is bet
 _SLOPES = np.asarray([-1.0, 0.0, 1.0])
 
 
@@ -198,6 +199,8 @@ class ShiftTest:
         place, counts = _bin(value), self.counts.copy()
         counts[place] += 1
         rank = (counts[place + 1 :].sum() + draw * counts[place]) / counts.sum()
+        if counts.sum() <= _COMPARED:
+            return dataclasses.replace(self, counts=counts)
         capital = (1 - _JUMP) * self.capital + _JUMP / 3 * self.capital.sum()
         capital = capital * (1 + _SLOPES * (rank - 0.5))
         # Beyond any level there is nothing to learn.

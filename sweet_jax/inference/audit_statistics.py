@@ -56,8 +56,8 @@ class AuditSummary(NamedTuple):
       low, high: its confidence sequence.
       cost, expected_cost: mean share of the layers, of the newest and of the calibration rows.
       target: the agreement to be kept, None for none.
-      level: of the confidence sequence and of the alarm.
-      capital: the largest so far of the test against the target; 1 / (1 - level) is an alarm.
+      level: of the confidence sequence, and of both alarms together.
+      capital: the largest so far of the test against the target; 2 / (1 - level) is an alarm.
       alarm: when it was raised, in seconds since 1970; None where it was not.
       shift_capital, shift_alarm: likewise, of the test that the answered texts do not change.
 
@@ -85,7 +85,7 @@ class AuditStatistics:
       model: that answered.
       rule: by which it did.
       target: share of the answers that are to be the full model's; None: no alarm.
-      level: 1 - the chance of a false alarm, ever.
+      level: 1 - the chance of a false alarm of either kind, ever.
 
     Raises UserError for a regression.
 
@@ -111,8 +111,9 @@ class AuditStatistics:
         self._agreeing = np.zeros(len(model.layers))  # [E], of all audited texts
         self._newest: deque[AuditRow] = deque(maxlen=_WINDOW)
         self._sequence = ConfidenceSequence(level)
-        self._test = None if target is None else MeanTest(target, level)
-        self._shift = ShiftTest(level)
+        each = 1 - (1 - level) / 2  # of two tests, so that both together err at most at the level
+        self._test = None if target is None else MeanTest(target, each)
+        self._shift = ShiftTest(each)
         self.alarm: float | None = None
         self.shift_alarm: float | None = None
 

@@ -41,7 +41,7 @@ class AuditSettings:
       share: of the texts that are answered, 0 to 1, drawn at random.
       seed: of the draws.
       agreement: the share of answers that are to be those of the full model; None: no alarm.
-      level: 1 - the chance of a false alarm, ever.
+      level: 1 - the chance of a false alarm of either kind, ever.
       webhook: URL that an alarm is posted to, "" for none.
       log: name of the file that rows are written to, "" for none.
       log_size: its bound, in bytes.
@@ -191,8 +191,9 @@ class Audit:
     def _warn(self, kind: str, text: str) -> None:
         """Says in the log, and at the webhook, that an alarm was raised."""
         found = self.summary()
-        chance = 1 - found.level
-        log.warning("AUDIT ALARM: %s; the chance of such a false alarm is %.3g", text, chance)
+        log.warning(
+            "AUDIT ALARM: %s; a false alarm has at most a chance of %.3g", text, 1 - found.level
+        )
         if self.settings.webhook:
             body = {"alarm": kind, "text": text, "audited": found.audited, "level": found.level}
             body |= {"agreement": found.agreement, "target": found.target}
