@@ -35,9 +35,7 @@ class Splitting(NamedTuple):
         """Returns that of a JAX platform: "cpu", or an accelerator's name."""
         if platform != "cpu":
             return cls(float("inf"), 0.0)
-        usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-        cores = (os.cpu_count() or 1) if usable is None else len(usable)
-        return cls(max(_LEAST_TOKENS, _TOKENS_PER_CORE * cores), 0.6)
+        return cls(max(_LEAST_TOKENS, _TOKENS_PER_CORE * usable_cores()), 0.6)
 
     def sizes(self, largest: int, length: int) -> tuple[int, ...]:
         """Returns the sizes of parts, ascending, of batches of up to `largest` texts of L tokens.
@@ -64,3 +62,9 @@ class Splitting(NamedTuple):
             parts.append(size)
             count -= size
         return parts
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return (os.cpu_count() or 1) if usable is None else len(usable)

@@ -7,9 +7,10 @@ and the confidence itself it would round to 1 at a logit gap of 17.
 Shape letters: B batch, C classes, K plain policies.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sweet_jax.exits.calibration import BELOW_ONE
 from sweet_jax.inference.engine import PLAIN_POLICIES
@@ -27,36 +28,25 @@ def plain_complements(logits: jax.Array, temperatures: jax.Array) -> jax.Array:
 
     """
     gaps = logits.max(axis=1, keepdims=True) - logits  # [B, C], 0 at the prediction
+    predicted = jnp.arange(gaps.shape[1])[None] == gaps.argmin(axis=1)[:, None]  # [B, C]
     scaled = gaps / temperatures[:, None]
+    weights = jnp.exp(-scaled)  # [B, C], relative to the prediction's
+    others = _sum_others(weights, scaled, predicted)  # [B]
+    others_raw = _sum_others(jnp.exp(-gaps), gaps, predicted)
+    # 0 times infinity, of a probability that is 0, counts as 0.
+    terms = jnp.where(weights == 0, 0, weights * scaled).sum(axis=1)
+    entropy = (jnp.log1p(others) + terms / (1 + others)) / math.log(max(2, gaps.shape[1]))
+    second = jnp.where(predicted, 0, weights).max(axis=1)
     found = {
-        "confidence": _max_probability(scaled),
-        "raw_confidence": _max_probability(gaps),
-        "entropy": _entropy(scaled),
-        "margin": _margin(scaled),
+        "confidence": others / (1 + others),
+        "raw_confidence": others_raw / (1 + others_raw),
+        "entropy": entropy,
+        "margin": (others + second) / (1 + others),
     }
     # An entropy may round to more than 1; and no confidence is 1, see BELOW_ONE.
     return jnp.clip(jnp.stack([found[name] for name in PLAIN_POLICIES], axis=1), 1 - BELOW_ONE, 1)
 
 
-def _others(gaps: jax.Array) -> jax.Array:
-    """Sums exp(-d) over the classes but the predicted one, [B]."""
-    first = jnp.arange(gaps.shape[1])[None] == gaps.argmin(axis=1)[:, None]  # [B, C]
-    return jnp.where(first, gaps - gaps, jnp.exp(-gaps)).sum(axis=1)
-
-
-def _max_probability(gaps: jax.Array) -> jax.Array:
-    others = _others(gaps)
-    return others / (1 + others)
-
-
-def _entropy(gaps: jax.Array) -> jax.Array:
-    others, weights = _others(gaps), jnp.exp(-gaps)
-    # 0 times infinity, of a probability that is 0, counts as 0.
-    terms = jnp.where(weights == 0, 0, weights * gaps).sum(axis=1)
-    return (jnp.log1p(others) + terms / (1 + others)) / np.log(max(2, gaps.shape[1]))
-
-
-def _margin(gaps: jax.Array) -> jax.Array:
-    others = _others(gaps)
-    second = jnp.exp(-jnp.sort(gaps, axis=1)[:, 1]) if gaps.shape[1] > 1 else jnp.zeros_like(others)
-    return (others + second) / (1 + others)
+def _sum_others(weights: jax.Array, gaps: jax.Array, predicted: jax.Array) -> jax.Array:
+    """Sums the weights of the classes but the predicted one [B], NaN where its gap is no number."""
+    return jnp.where(predicted, gaps - gaps, weights).sum(axis=1)

@@ -18,7 +18,7 @@ from flax import nnx
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import ModelArtifact
-from sweet_jax.inference.batch_split import Splitting
+from sweet_jax.inference.batch_split import Splitting, usable_cores
 from sweet_jax.inference.confidence_jax import plain_complements
 from sweet_jax.inference.engine import (
     PLAIN_POLICIES,
@@ -77,6 +77,11 @@ class JaxEngine:
         self._params: dict[Stage, list[jax.Array]] = {}
         self._splitting = Splitting.on(jax.default_backend())
         self._plans: dict[tuple[Stage, int, int, int, int], _Plan] = {}  # and by B and largest B
+
+    @property
+    def threads(self) -> int:
+        """Returns the cores that this process may use, on an accelerator 1."""
+        return usable_cores() if jax.default_backend() == "cpu" else 1
 
     @property
     def description(self) -> str:

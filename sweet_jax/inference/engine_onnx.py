@@ -164,6 +164,11 @@ class OnnxEngine:
         self._one = _to_runtime(np.ones(1, np.int64))
 
     @property
+    def threads(self) -> int:
+        """Returns how many threads compute a batch."""
+        return self._sizes.threads
+
+    @property
     def description(self) -> str:
         """Returns the device, ONNX Runtime's version, the number of threads and the dtype."""
         version = onnxruntime.__version__

@@ -207,9 +207,7 @@ class Scheduler:
             return list(self._queues.pop((number, length)))
         return [queue.popleft() for _ in range(self.batch_size)]
 
-    def _compute(
-        self, stage: Stage, requests: list[Request], length: int
-    ) -> np.ndarray | None:
+    def _compute(self, stage: Stage, requests: list[Request], length: int) -> np.ndarray | None:
         """Runs a stage, appends the exit's outputs to each request; returns the complements."""
         batch = self._batch(stage, requests, length)
         states = None
