@@ -41,7 +41,8 @@ from sweet_jax.data.records import column_names, last_position, read_records
 from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import ENGINES, available_engines, load_engine
+from sweet_jax.inference.engine import ENGINES, load_engine
+from sweet_jax.inference.engine_choice import available_engines
 from sweet_jax.inference.latency import measure_latency, usual_lengths
 from sweet_jax.inference.latency_table import write_tables
 from sweet_jax.inference.prediction_file import PREDICTED, OutputFile

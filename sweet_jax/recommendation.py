@@ -13,7 +13,8 @@ from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.engine import EngineChoice, default_engine, load_engine, padded_length
+from sweet_jax.inference.engine import load_engine, padded_length
+from sweet_jax.inference.engine_choice import EngineChoice, default_engine
 from sweet_jax.inference.latency import measure_latency
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
 

@@ -9,7 +9,8 @@ from sweet_jax import AdaptiveClassifier
 from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.engine import EngineChoice, StageBatch, load_engine
+from sweet_jax.inference.engine import StageBatch, load_engine
+from sweet_jax.inference.engine_choice import EngineChoice
 from sweet_jax.inference.latency import measure_latency
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')

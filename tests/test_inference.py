@@ -19,7 +19,7 @@ from sweet_jax import AdaptiveClassifier, export, predict
 from sweet_jax.config import UserError
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.policies import exit_confidences
-from sweet_jax.inference.engine import default_engine
+from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.network import Network

@@ -20,11 +20,11 @@ from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.encoding import encode_requests
 from sweet_jax.inference.engine import (
     Engine,
-    default_engine,
     load_engine,
     padded_length,
     padded_lengths,
 )
+from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.predictions import (
     InvalidRow,

@@ -14,11 +14,11 @@ from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import (
     Engine,
-    EngineChoice,
     Stage,
     StageBatch,
     padded_lengths,
 )
+from sweet_jax.inference.engine_choice import EngineChoice
 from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 
 _SECONDS = 0.2  # that a stage is run for, at least
