@@ -25,7 +25,7 @@ from sweet_jax.exits.analysis import load_analysis
 from sweet_jax.exits.targets import check_targets
 from sweet_jax.files import expand_user, read_json
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.latency import LATENCY_FILE, read_latency_file
+from sweet_jax.inference.latency_table import read_tables
 from sweet_jax.report.baselines import load_baselines
 from sweet_jax.report.details import ExitTimes, ReportDetails, report_title
 from sweet_jax.report.page import write_report
@@ -105,8 +105,9 @@ def _read_details(
     """
     model, baselines = open_model(run / "model"), run / "exit_outputs" / "baselines.npz"
     times = None
-    table = read_latency_file(model.folder / LATENCY_FILE, len(model.layers))
-    if table is not None:
+    tables = [table for table in read_tables(model.folder) if table.precision == "float32"]
+    if tables:  # of the faster engine
+        table = min(tables, key=lambda table: table.until_exit(model.median_tokens)[-1])
         tokens = next((n for n in table.lengths if n >= model.median_tokens), table.lengths[-1])
         times = ExitTimes(table.until_exit(model.median_tokens), tokens, table.machine)
     elif "milliseconds" in target:

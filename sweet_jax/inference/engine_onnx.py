@@ -190,6 +190,11 @@ class OnnxEngine:
         self._first_only = any(run.segment.counts for network in networks for run in network)
 
     @property
+    def threads(self) -> int:
+        """Returns how many threads compute a batch."""
+        return self._sizes.threads
+
+    @property
     def description(self) -> str:
         """Returns the device, ONNX Runtime's version, the number of threads and the dtype."""
         version = onnxruntime.__version__
