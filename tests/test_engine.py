@@ -22,6 +22,7 @@ from sweet_jax.inference.engine import load_engine, padded_lengths, plan_stages
 from sweet_jax.inference.predictions import InvalidRow
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
+from sweet_jax.objectives import SINGLE_LABEL
 
 ROOT = Path(__file__).parents[1]
 LAYERS, CLASSES, VOCABULARY = (1, 3, 4), 3, 50
@@ -55,6 +56,7 @@ def model(checkpoint) -> ModelArtifact:
         median_tokens=10,
         resolver=make_resolver(calibration, ("raw_confidence",)),
         networks=(),
+        objective=SINGLE_LABEL,
     )
 
 

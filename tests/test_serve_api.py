@@ -240,6 +240,7 @@ def test_the_document_lists_the_routes_that_there_are(server, classifier):
         ("/v1/predict", {"texts": [5]}, 400),
         ("/v1/predict", {"texts": ["word1"], "accuracy": 1.5}, 400),
         ("/v1/predict", {"texts": ["word1"], "policy": "sure"}, 400),
+        ("/v1/predict", {"texts": ["word1"], "policy": "os:system"}, 400),
         ("/v1/predict", {"texts": ["word1"] * 5}, 413),
         ("/v1/predict", {"texts": ["a" * 301]}, 413),
         ("/predict", {"texts": ["word1"]}, 200),

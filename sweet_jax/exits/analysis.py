@@ -109,9 +109,10 @@ class Analysis:
         calibrator: that a certificate's confidences are by; default the replica's own.
         """
         pair = self.calibration.replica(replica), self.validation.replica(replica)
+        policy = self.function or self.policy
         if calibrator is None:
-            return row_breakpoints(*pair, self.policy, self.calibrators[replica])
-        return row_breakpoints(*pair, self.policy, calibrator, cross_fitted=False)
+            return row_breakpoints(*pair, policy, self.calibrators[replica])
+        return row_breakpoints(*pair, policy, calibrator, cross_fitted=False)
 
     @property
     def temperatures(self) -> np.ndarray:
@@ -211,7 +212,7 @@ def load_analysis(run: Path, policy: str | PolicyFunction | None = None) -> Anal
 def row_breakpoints(
     calibration: ExitOutputs,
     validation: ExitOutputs,
-    policy: str,
+    policy: str | PolicyFunction,
     calibrator: Calibrator,
     *,
     cross_fitted: bool = True,

@@ -69,8 +69,15 @@ def _describe_paths() -> dict[str, Any]:
         "/healthz": {"get": _get("Whether texts are classified", _content(health), health)},
         "/health": {"get": _get("Like text-embeddings-inference", {}, unhealthy)},
         "/metrics": {"get": _get("For Prometheus", _content(_STRING, "text/plain"))},
+        "/audit": {"get": _audit_page()},
         "/openapi.json": {"get": _get("This document", _content({"type": "object"}))},
     }
+
+
+def _audit_page() -> dict[str, Any]:
+    found = _get("What the audit has found", _content(_STRING, "text/html"))
+    found["responses"]["404"] = {"description": "No audit"} | _content(_reference("Error"))
+    return found
 
 
 def _names(prefix: str) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ from typing import Any
 
 from starlette.requests import Request
 
+from sweet_jax.config import check_choice
+from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import TARGET_RANGES
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.predictions import Prediction, Text
@@ -102,11 +104,16 @@ def check_flags(values: Mapping[str, Any], *names: str) -> list[bool | None]:
 
 
 def read_target(values: Mapping[str, Any]) -> tuple[str | None, dict[str, float]]:
-    """Returns the policy and the target that a request names. Raises RefusedError."""
+    """Returns the policy and the target that a request names.
+
+    Raises RefusedError, and UserError for a policy that there is not.
+    """
     policy = values.get("policy")
     target = {name: values[name] for name in TARGET_RANGES if values.get(name) is not None}
     if policy is not None and not isinstance(policy, str):
         raise RefusedError(400, "policy must be a name")
+    if policy is not None:
+        check_choice("policy", policy, POLICIES)  # and no name that Python would import
     for name, value in target.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not abs(value) < LARGEST_NUMBER:
