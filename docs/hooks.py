@@ -1,11 +1,15 @@
 """Makes, while MkDocs builds, the pages and files that follow from the code and the results."""
 
+import json
 import sys
 from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # this checkout, wherever another one is installed
+# This checkout, wherever another one is installed, and what stands beside this file.
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import notebook  # noqa: E402 - beside this file
 
 from sweet_jax.config_keys import describe_keys  # noqa: E402 - after the path
 from sweet_jax.presets import PRESETS  # noqa: E402 - after the path
@@ -39,13 +43,17 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 
 def on_files(files, config):
-    """Adds the tables and figures of the results, so that pages can show them without a copy."""
+    """Adds the tables and figures of the results, and notebooks as pages, without a copy."""
     from mkdocs.structure.files import File  # the tests read this file without MkDocs
 
     paths = (path for kind in ("*.md", "*.png") for path in RESULTS.rglob(kind))
     for path in sorted(paths):
         name = "results/" + path.relative_to(RESULTS).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
+    for path in sorted((ROOT / "docs").rglob("*.ipynb")):  # the notebook itself is there too
+        name = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
+        page = notebook.to_markdown(json.loads(path.read_text()))
+        files.append(File.generated(config, name, content=page))
     return files
 
 
