@@ -44,13 +44,16 @@ class ArgumentParser(argparse.ArgumentParser):
         """Adds --model, the targets and, given the names of engines, the options of these."""
         self.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
         if names := list(engines):
-            text = f"what runs the model: {' or '.join(names)} (default jax, where it is installed)"
+            text = f"what runs the model: {' or '.join(names)} (default: the faster "
+            text += (
+                "one by the times of predict --measure, without them jax, where it is installed)"
+            )
             self.add_argument("--engine", choices=names, help=text)
             text = "threads of the onnxruntime engine (default: all physical cores)"
             self.add_argument("--threads", type=int, help=text)
             text = "of the layers: float32 (default); bfloat16 with engine jax; int8 with "
             text += "onnxruntime, after sweet-jax quantize. --dtype is an older name of it"
-            self.add_argument("--precision", "--dtype", default="float32", help=text)
+            self.add_argument("--precision", "--dtype", help=text)
         self.add_target_arguments()
 
     def add_target_arguments(self, *, clock: bool = True) -> None:

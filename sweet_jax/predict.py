@@ -41,10 +41,13 @@ from sweet_jax.data.records import column_names, last_position, read_records
 from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import ENGINES, default_engine, load_engine
-from sweet_jax.inference.latency import measure_latency, usual_lengths, write_latency
+from sweet_jax.inference.engine import ENGINES, load_engine
+from sweet_jax.inference.engine_choice import available_engines
+from sweet_jax.inference.latency import measure_latency, usual_lengths
+from sweet_jax.inference.latency_table import write_tables
 from sweet_jax.inference.prediction_file import PREDICTED, OutputFile
 from sweet_jax.inference.predictions import InvalidRow
+from sweet_jax.inference.warm_up import warm_up
 
 _ALL_FAILED = 3  # exit status
 
@@ -75,8 +78,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="instead, time every stage on this machine, alone and in batches of --batch_size, and "
-        "keep the table in the model's folder: --milliseconds reads it",
+        help="instead, time every stage on this machine, alone and in batches of --batch_size, in "
+        "each engine and precision there is or the one that is named, and keep the tables in the "
+        "model's folder: --milliseconds and the choice of the engine read them",
+    )
+    parser.add_argument(
+        "--warm_up", action="store_true", help="compile every program before the first text"
     )
     parser.add_argument(
         "--text_columns", help="the input's text columns, if not named as in training: a or a,b"
@@ -108,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
         "model": hashlib.sha256((classifier.model.folder / "exits.json").read_bytes()).hexdigest(),
         "policy": classifier.policy,
         "threshold": repr(classifier.threshold),
-        "dtype": options.precision,
+        "dtype": options.precision or "float32",
         "columns": list(columns.texts),
         "input": [value for p in sources for value in (str(p.resolve()), p.stat().st_size)],
     }
@@ -122,6 +129,8 @@ def _run(options: argparse.Namespace) -> int:
             predicted = _predict_rows(classifier, rest, columns, options.batch_size)
             output.check_same_rows(last, predicted)
             output.truncate(file, end)
+            if options.warm_up:
+                warm_up(classifier, options.batch_size)
             began, start = time.perf_counter(), tally.rows
             sizes = [last_position(path) for path in sources]
             total = None if None in sizes else sum(size or 0 for size in sizes)
@@ -184,15 +193,28 @@ def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    model = open_model(options.model, options.precision)
-    name = options.engine or default_engine(model, options.precision)
-    engine = load_engine(name, model, options.precision, threads=options.threads)
-    with tqdm(unit=" programs", disable=None) as bar:
-        table = measure_latency(
-            engine, usual_lengths(model.max_length), [options.batch_size], bar.update
-        )
-    print("\n".join(table.lines(model.layers)))
-    print(f"kept in {write_latency(model.folder, table)}")
+    """Times the engines that there are, in each precision, or what the options name alone.
+
+    Raises UserError where none of them runs.
+    """
+    model, tables, refused = open_model(options.model), [], []
+    for choice in available_engines(model, options.engine, options.precision):
+        threads = options.threads if choice.engine == "onnxruntime" or options.engine else None
+        try:
+            engine = load_engine(choice.engine, model, choice.precision, threads=threads)
+        except UserError as error:
+            refused.append(f"{choice.engine}, {choice.precision}: {error}")
+            continue
+        lengths, name = usual_lengths(model.max_length), " ".join(choice)
+        with tqdm(desc=name, unit=" programs", disable=None) as bar:
+            table = measure_latency(engine, choice, lengths, [options.batch_size], bar.update)
+        print("\n".join(table.lines(model.layers)))
+        tables.append(table)
+    if not tables:
+        raise UserError("; ".join(refused) or f"no engine has precision {options.precision!r}")
+    for reason in refused:
+        print(f"not measured: {reason}")
+    print(f"kept in {write_tables(model.folder, tables)}")
 
 
 def _predict_rows(

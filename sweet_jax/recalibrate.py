@@ -38,7 +38,8 @@ from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import expand_user, read_json, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
-from sweet_jax.inference.engine import default_engine, load_engine
+from sweet_jax.inference.engine import load_engine
+from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.latency import LATENCY_FILE
 
 _FEW = 30  # rows: one of fewer is more than 3 points of accuracy

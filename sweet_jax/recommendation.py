@@ -13,8 +13,10 @@ from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.engine import default_engine, load_engine, padded_length
-from sweet_jax.inference.latency import LatencyTable, measure_latency, write_latency
+from sweet_jax.inference.engine import load_engine, padded_length
+from sweet_jax.inference.engine_choice import EngineChoice, default_engine
+from sweet_jax.inference.latency import measure_latency
+from sweet_jax.inference.latency_table import LatencyTable, write_tables
 
 
 def recommend(run: Path, target: Mapping[str, float]) -> str:
@@ -29,10 +31,11 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
 
     """
     model = open_model(run / "model")
-    engine = load_engine(default_engine(model), model)
+    choice = EngineChoice(default_engine(model), "float32")
+    engine = load_engine(choice.engine, model)
     length = padded_length(model.median_tokens, model.max_length)
-    table = measure_latency(engine, (length,), (1,), lambda: None)
-    write_latency(model.folder, table)
+    table = measure_latency(engine, choice, (length,), (1,), lambda: None)
+    write_tables(model.folder, [table])
     analysis = load_analysis(run)
     replica = analysis.best
     if not np.isfinite(analysis.area[replica]):

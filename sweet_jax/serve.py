@@ -30,12 +30,11 @@ from collections.abc import Sequence
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tqdm import tqdm
-
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES
+from sweet_jax.inference.warm_up import warm_up
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +97,8 @@ def _run(options: argparse.Namespace) -> None:
             **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
         )
         if options.warm_up:
-            _warm_up(classifier, options.batch_size)
+            # With all exits, as the worker: a request may have another target than the server.
+            warm_up(classifier, options.batch_size, full=False)
         limits = Limits(
             options.max_texts,
             options.max_characters,
@@ -121,14 +121,6 @@ def _run(options: argparse.Namespace) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         uvicorn.Server(settings).run(sockets=[listener])
-
-
-def _warm_up(classifier: AdaptiveClassifier, batch_size: int) -> None:
-    print("compiling every program; the first time this can take minutes", flush=True)
-    # With all exits, as the worker: a request may have another target than the server.
-    with tqdm(desc="compiling", unit=" programs", disable=None) as bar:
-        count = classifier.warm_up(batch_size, full=False, done=bar.update)
-    print(f"compiled {count} programs" if count else "nothing to compile", flush=True)
 
 
 def _bound(host: str, port: int) -> socket.socket:

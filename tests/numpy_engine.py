@@ -13,7 +13,7 @@ def load_engine(model, dtype="float32", cache_dir=None):
 
 
 class NumpyEngine:
-    pad_id, description, compilations = 0, "numpy", 0
+    pad_id, description, compilations, threads = 0, "numpy", 0, 1
 
     def __init__(self, layers, classes, vocabulary):
         rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine import StageBatch, load_engine
+from sweet_jax.inference.engine_choice import EngineChoice
 from sweet_jax.inference.latency import measure_latency
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
@@ -104,7 +105,8 @@ def test_trained_models_answer_as_with_jax(run, request):
 
 def test_latency_is_measured_and_names_the_engine(sweet):
     engine = load_engine("onnxruntime", sweet.classifier.model, threads=1)
-    table = measure_latency(engine, (16,), [2], lambda: None)
+    choice = EngineChoice("onnxruntime", "float32")
+    table = measure_latency(engine, choice, (16,), [2], lambda: None)
     assert (table.milliseconds > 0).all()
     assert "onnxruntime" in table.machine
     assert "1 thread" in table.machine

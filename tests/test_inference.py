@@ -19,6 +19,7 @@ from sweet_jax import AdaptiveClassifier, export, predict
 from sweet_jax.config import UserError
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.network import Network
@@ -341,11 +342,13 @@ def test_pairs(sweet):
         classifier.predict(["one text"])
 
 
-def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys):
+def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)
     with pytest.raises(UserError, match="milliseconds are not known for this model"):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
+    monkeypatch.setattr("sweet_jax.inference.latency._SECONDS", 0.0)
+    monkeypatch.setattr("sweet_jax.predict.usual_lengths", lambda longest: (longest,))
     assert predict.main([f"--model={folder}", "--measure", "--batch_size=1"]) == 0
     assert "to 2     to 3     to 4" in capsys.readouterr().out
     model = dataclasses.replace(sweet.classifier.model, folder=folder)
@@ -354,8 +357,17 @@ def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys):
     assert (table.milliseconds > 0).all()
     # Times of this machine are not to be asserted: put known ones in their place.
     values = json.loads((folder / "clock.json").read_text())
-    values["milliseconds"] = np.full(table.milliseconds.shape, 2.0).tolist()
+    measured = [(row["engine"], row["precision"]) for row in values["rows"]]
+    assert measured[:2] == [("jax", "float32"), ("jax", "bfloat16")]
+    for row in values["rows"]:
+        row["milliseconds"] = np.full(table.milliseconds.shape, 2.0).tolist()
     (folder / "clock.json").write_text(json.dumps(values))
+    if ("onnxruntime", "float32") in measured:
+        assert default_engine(model) == "jax"  # the first of equals
+        values["rows"][0]["milliseconds"] = np.full(table.milliseconds.shape, 3.0).tolist()
+        (folder / "clock.json").write_text(json.dumps(values))
+        assert default_engine(model) == "onnxruntime"
+        assert default_engine(model, "bfloat16") == "jax"
     for limit in (2.0, 3.5, 6.0):
         classifier = AdaptiveClassifier.from_pretrained(folder, milliseconds=limit)
         trade = classifier.model.resolver.fronts[classifier.policy]

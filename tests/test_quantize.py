@@ -10,7 +10,8 @@ import pytest
 from sweet_jax import AdaptiveClassifier, ExitOutputs, export, quantize
 from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.engine import StageBatch, default_engine, load_engine
+from sweet_jax.inference.engine import StageBatch, load_engine
+from sweet_jax.inference.engine_choice import default_engine
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
 pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')

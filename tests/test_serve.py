@@ -91,7 +91,7 @@ class GatedEngine:
         self.texts += int((batch.rows[1] > 0).sum()) if stage.exit == 0 else 0
         output = self.engine.run(stage, batch, states)
         if self.diverged and stage.exit == 0:
-            return output._replace(logits=np.full_like(output.logits, np.nan))
+            return output._replace(logits=np.full_like(output.logits, np.nan), complements=None)
         return output
 
 

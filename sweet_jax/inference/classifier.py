@@ -20,12 +20,11 @@ from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.encoding import encode_requests
 from sweet_jax.inference.engine import (
     Engine,
-    batch_sizes,
-    default_engine,
     load_engine,
     padded_length,
     padded_lengths,
 )
+from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.predictions import (
     InvalidRow,
@@ -153,7 +152,7 @@ class AdaptiveClassifier:
         lengths: Iterable[int] | None = None,
         *,
         full: bool | None = None,
-        done: Callable[[], object] = lambda: None,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> int:
         """Compiles all that `predict` with this batch size can need; returns how many programs.
 
@@ -161,7 +160,7 @@ class AdaptiveClassifier:
           batch_size: of the calls to come.
           lengths: in tokens, of the texts to come; default all up to the model's longest.
           full: whether for the last exit alone; default: for an infinite threshold.
-          done: called after each program.
+          progress: shows how far it is: given a list, yields its items, as `tqdm.tqdm` does.
 
         """
         longest = self.model.max_length
@@ -169,9 +168,8 @@ class AdaptiveClassifier:
         if lengths is not None:
             padded = tuple(sorted({padded_length(n, longest) for n in lengths}))
         before, scheduler = self.engine.compilations, self.make_scheduler(batch_size, full=full)
-        for key in itertools.product(scheduler.stages, batch_sizes(batch_size), padded):
-            self.engine.compile(*key, scheduler.slots)
-            done()
+        for stage, length in progress(list(itertools.product(scheduler.stages, padded))):
+            self.engine.compile(stage, batch_size, length, scheduler.slots)
         for length in padded:
             self.engine.new_states(scheduler.slots, length)  # compiled too
         return self.engine.compilations - before

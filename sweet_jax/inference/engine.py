@@ -10,12 +10,10 @@ To add an engine, write a module with `load_engine(model, dtype, cache_dir)` tha
 engine that compiles nothing has a `compile` that returns at once. Nothing here imports jax: what
 crosses the seam are NumPy arrays and the engine's own buffers, which the scheduler only hands back.
 
-Shape letters: E exit, B batch (padded to one of `batch_sizes`), L length, H hidden, C classes,
-P slots.
+Shape letters: E exit, B batch, L length, H hidden, C classes, K plain policies, P slots.
 """
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +23,6 @@ import numpy as np
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.inference.artifact import ModelArtifact
-from sweet_jax.inference.onnx_files import has_graphs
 
 # The module of each engine, imported when it is asked for.
 ENGINES = {
@@ -33,6 +30,10 @@ ENGINES = {
     "onnxruntime": "sweet_jax.inference.engine_onnx",
 }
 _INSTALL = {"jax": "pip install -e .", "onnxruntime": 'pip install -e ".[onnx]"'}
+
+# The policies that read nothing but the logits of one exit, whose confidences an engine may compute
+# itself, in the order of `StageOutput.complements`.
+PLAIN_POLICIES = ("confidence", "raw_confidence", "entropy", "margin")
 
 # An engine's own buffer of hidden states, [P, L, H].
 HiddenStates = Any
@@ -64,9 +65,9 @@ class Stage(NamedTuple):
 
 
 class StageBatch(NamedTuple):
-    """Holds the requests of one run of a stage; rows of 0 tokens fill the batch up to B.
+    """Holds the requests of one run of a stage.
 
-    Packed into two arrays, since every array is a transfer to the device.
+    Packed into few arrays, since every array is a transfer to the device.
     """
 
     length: int  # L, that the requests are padded to
@@ -74,6 +75,8 @@ class StageBatch(NamedTuple):
     # int32 [2, B, L]: input_ids and token_type_ids; None where the stage embeds nothing.
     texts: np.ndarray | None = None
     requests: int | None = None  # how many of the first rows are no filling; None = all
+    temperatures: np.ndarray | None = None  # float32 [B], of the exit; None = 1
+    largest: int = 0  # B of the largest batch to come, for engines that compile; 0 = this one's
 
 
 class StageOutput(NamedTuple):
@@ -82,6 +85,8 @@ class StageOutput(NamedTuple):
     logits: np.ndarray  # float32 [B, C]; rows that fill the batch up may be left out
     exit_scores: np.ndarray | None  # float32 [B], learning-to-exit's, 0 to 1; None without
     states: HiddenStates | None  # the buffer to hand to the next run; None where none is used
+    # float32 [B, K], 1 minus the exit confidences of PLAIN_POLICIES; None where none are computed.
+    complements: np.ndarray | None = None
 
 
 class Engine(Protocol):
@@ -94,6 +99,10 @@ class Engine(Protocol):
     @property
     def vocabulary_size(self) -> int:
         """Returns the number of token ids."""
+
+    @property
+    def threads(self) -> int:
+        """Returns how many threads compute a batch."""
 
     @property
     def description(self) -> str:
@@ -121,16 +130,7 @@ class Engine(Protocol):
         """
 
     def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
-        """Compiles what `run` needs for B, L and P, unless it has been."""
-
-
-def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
-    """Returns the engine where none is named.
-
-    It is "jax" where JAX is installed, but for int8 and for a model that was exported to ONNX.
-    """
-    absent = importlib.util.find_spec("jax") is None or has_graphs(model.folder)
-    return "onnxruntime" if absent or dtype == "int8" else "jax"
+        """Compiles what `run` needs for batches of up to B, of L and P, unless it has been."""
 
 
 def load_engine(
@@ -204,12 +204,6 @@ def plan_stages(
     if full:
         stages = [stages[-1]._replace(start=1)]
     return stages
-
-
-def batch_sizes(largest: int) -> tuple[int, ...]:
-    """Returns the sizes that batches are padded to, ascending: 1, 2, 4, 8, 12, 16, ..., largest."""
-    sizes = {2**i for i in range(20)} | {3 * 2**i for i in range(2, 20)}
-    return (*sorted(size for size in sizes if size < largest), largest)
 
 
 @functools.cache

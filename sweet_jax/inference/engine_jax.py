@@ -1,11 +1,14 @@
 """The JAX engine: one compiled program for each stage, batch size, length and number of slots.
 
-Shape letters: B batch, L length, H hidden, C classes, P slots.
+A program computes the layers of a stage, the head of its exit and the confidences of the plain
+policies. Batches are split into parts of few sizes, see `batch_split.py`.
+
+Shape letters: B batch, L length, H hidden, C classes, K plain policies, P slots.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +18,16 @@ from flax import nnx
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import ModelArtifact
-from sweet_jax.inference.engine import Stage, StageBatch, StageOutput, plan_stages
+from sweet_jax.inference.batch_split import Splitting, usable_cores
+from sweet_jax.inference.engine import (
+    PLAIN_POLICIES,
+    Stage,
+    StageBatch,
+    StageOutput,
+    plan_stages,
+)
 from sweet_jax.inference.network import Network, load_networks
+from sweet_jax.inference.plain_confidences import plain_complements
 from sweet_jax.models.pooling import POOLINGS
 
 
@@ -39,6 +50,14 @@ def load_engine(
     return JaxEngine(load_networks(model, dtype), model.tokenizer.pad_token_id)
 
 
+class _Plan(NamedTuple):
+    """Says how a batch of one size is run."""
+
+    parts: list[tuple[int, Callable]]  # size and program of each
+    params: list[jax.Array]  # that the stage reads
+    classes: int  # C
+
+
 class JaxEngine:
     """Implements `Engine`; each program is compiled at its first use, or by `compile`.
 
@@ -56,6 +75,13 @@ class JaxEngine:
         self._compiled: dict[tuple[Stage, int, int, int], Any] = {}  # by (stage, B, L, P)
         self._on_device = [jax.device_put(network.params) for network in networks]
         self._params: dict[Stage, list[jax.Array]] = {}
+        self._splitting = Splitting.on(jax.default_backend())
+        self._plans: dict[tuple[Stage, int, int, int, int], _Plan] = {}  # and by B and largest B
+
+    @property
+    def threads(self) -> int:
+        """Returns the cores that this process may use, on an accelerator 1."""
+        return usable_cores() if jax.default_backend() == "cpu" else 1
 
     @property
     def description(self) -> str:
@@ -82,35 +108,51 @@ class JaxEngine:
         return jnp.zeros(shape.shape, shape.dtype)
 
     def run(self, stage: Stage, batch: StageBatch, states: jax.Array | None) -> StageOutput:
-        """Runs a stage on a batch; one that writes states consumes those it is given."""
-        slots = 0 if states is None else len(states)
-        program = self._program(stage, batch.rows.shape[1], batch.length, slots)
-        outputs, written = program(self._of(stage), batch.rows, batch.texts, states)
-        values = np.asarray(outputs)  # [B, C], or [B, C + 1] with learning-to-exit's score
-        classes = self.networks[stage.network].classes
-        scores = values[:, classes] if values.shape[1] > classes else None  # [B]
-        return StageOutput(values[:, :classes], scores, states if written is None else written)
+        """Runs a stage on a batch, in parts; one that writes states consumes those it is given."""
+        slots, count = 0 if states is None else states.shape[0], batch.rows.shape[1]
+        key = (stage, count, batch.largest or count, batch.length, slots)
+        if key not in self._plans:
+            self._plans[key] = self._plan(*key)
+        plan, outputs, first = self._plans[key], [], 0
+        for size, program in plan.parts:
+            found, written = program(plan.params, *_part(batch, first, size, slots), states)
+            states = states if written is None else written
+            outputs.append(found)
+            first += size
+        values = np.asarray(outputs[0])  # [B, C + K], or [B, C + K + 1] with learning-to-exit's
+        if first > count or len(outputs) > 1:
+            values = np.concatenate([np.asarray(found) for found in outputs])[:count]
+        last = plan.classes + len(PLAIN_POLICIES)
+        scores = values[:, last] if values.shape[1] > last else None  # [B]
+        complements = values[:, plan.classes : last]
+        return StageOutput(values[:, : plan.classes], scores, states, complements)
+
+    def _plan(self, stage: Stage, count: int, largest: int, length: int, slots: int) -> "_Plan":
+        sizes = self._splitting.sizes(largest, length)
+        split = self._splitting.split(count, sizes)
+        parts = [(size, self._program(stage, size, length, slots)) for size in split]
+        return _Plan(parts, self._of(stage), self.networks[stage.network].classes)
 
     def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
-        """Compiles the program of a stage for B, L and P, unless it has been."""
-        self._program(stage, batch_size, length, slots)
+        """Compiles the programs of a stage for batches of up to B, of L and P."""
+        for size in self._splitting.sizes(batch_size, length):
+            self._program(stage, size, length, slots)
 
     def _program(self, stage: Stage, size: int, length: int, slots: int) -> Callable:
         slots = slots if stage.uses_states else 0
         key = (stage, size, length, slots)
         if key not in self._compiled:
-            rows = np.zeros((2, size), np.int32)
-            texts = np.zeros((2, size, length), np.int32) if stage.embeds else None
+            batch = _part(_empty_batch(stage, length), 0, size, slots)
             states = self._states(slots, length) if slots else None
-            donated = (3,) if stage.writes_states else ()
+            donated = (4,) if stage.writes_states else ()
             traced = jax.jit(self._function(stage, length), donate_argnums=donated)
-            self._compiled[key] = traced.lower(self._of(stage), rows, texts, states).compile()
+            self._compiled[key] = traced.lower(self._of(stage), *batch, states).compile()
         return self._compiled[key]
 
     def _function(self, stage: Stage, length: int) -> Callable:
         network = self.networks[stage.network]
 
-        def run(params: list[jax.Array], rows, texts, states: jax.Array | None):
+        def run(params: list[jax.Array], rows, temperatures, texts, states: jax.Array | None):
             slots, tokens = rows
             batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
             h = None
@@ -119,12 +161,14 @@ class JaxEngine:
             elif states is not None:
                 h = states.at[slots].get(mode="clip")  # [B, L, H]
             h, logits, scores = run_stage(network, stage, params, h, batch)
-            outputs = logits  # and the scores: in one array, which is one transfer to the host
+            # In one array, which is one transfer to the host.
+            outputs = [logits, plain_complements(logits, temperatures)]
             if scores is not None:
-                outputs = jnp.concatenate([logits, scores[:, None]], axis=1)  # [B, C + 1]
+                outputs.append(scores[:, None])
+            values = jnp.concatenate(outputs, axis=1)  # [B, C + K] or [B, C + K + 1]
             if not stage.writes_states or states is None:
-                return outputs, None
-            return outputs, states.at[slots].set(h, mode="drop")
+                return values, None
+            return values, states.at[slots].set(h, mode="drop")
 
         return run
 
@@ -137,6 +181,32 @@ class JaxEngine:
     def _states(self, slots: int, length: int) -> jax.ShapeDtypeStruct:
         hidden = self.networks[0].hidden_size
         return jax.ShapeDtypeStruct((slots, length, hidden), self._dtype)
+
+
+def _part(
+    batch: StageBatch, first: int, size: int, slots: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns rows, temperatures and texts of a part, filled up with rows of 0 tokens."""
+    rows, texts, fitted = batch.rows, batch.texts, batch.temperatures
+    if fitted is None:
+        fitted = np.ones(rows.shape[1], np.float32)
+    missing = first + size - rows.shape[1]
+    if first or missing < 0:
+        part = slice(first, first + size)
+        rows, fitted = rows[:, part], fitted[part]
+        texts = None if texts is None else texts[:, part]
+    if missing > 0:
+        filling = np.repeat(np.asarray([[slots], [0]], np.int32), missing, axis=1)
+        rows = np.concatenate([rows, filling], axis=1)
+        fitted = np.concatenate([fitted, np.ones(missing, np.float32)])
+        if texts is not None:
+            texts = np.pad(texts, ((0, 0), (0, missing), (0, 0)))
+    return rows, fitted, texts
+
+
+def _empty_batch(stage: Stage, length: int) -> StageBatch:
+    texts = np.zeros((2, 0, length), np.int32) if stage.embeds else None
+    return StageBatch(length, np.zeros((2, 0), np.int32), texts)
 
 
 def stage_parameters(stage: Stage, params: Any) -> dict[str, Any]:

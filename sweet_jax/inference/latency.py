@@ -1,61 +1,45 @@
-"""Measured latency: what each stage takes on this machine, in clock.json beside a saved model.
+"""Measures what each stage of a saved model takes on this machine, by engine and precision.
 
 Shape letters: E exit, B batch size, L length.
 """
 
-import dataclasses
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 
 from sweet_jax.config import UserError
-from sweet_jax.files import read_json, write_json
 from sweet_jax.inference.artifact import ModelArtifact
-from sweet_jax.inference.engine import Engine, Stage, StageBatch, padded_lengths
+from sweet_jax.inference.engine import (
+    Engine,
+    Stage,
+    StageBatch,
+    padded_lengths,
+)
+from sweet_jax.inference.engine_choice import EngineChoice
+from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 
-LATENCY_FILE = "clock.json"
 _SECONDS = 0.2  # that a stage is run for, at least
-
-
-@dataclasses.dataclass(frozen=True)
-class LatencyTable:
-    """Holds measured times."""
-
-    machine: str  # that they were measured on, from `describe_machine`
-    batch_sizes: tuple[int, ...]  # B that were measured, ascending; 1 is the first
-    lengths: tuple[int, ...]  # L that were measured, ascending
-    milliseconds: np.ndarray  # float64 [number of B, number of L, E], each stage, a whole batch
-
-    def until_exit(self, tokens: int) -> np.ndarray:
-        """Returns the milliseconds until each exit of a text by itself, float64 [E]."""
-        long_enough = [i for i, length in enumerate(self.lengths) if length >= tokens]
-        place = long_enough[0] if long_enough else -1
-        return np.cumsum(self.milliseconds[0, place])
-
-    def lines(self, layers: Iterable[int]) -> list[str]:
-        """Formats the milliseconds of each stage as a table; `layers` are the exits'."""
-        heads = "".join(f"{'to ' + str(layer):>9}" for layer in layers)
-        table = [f"{'batch':>6}{'length':>8}{heads}{'all':>9}  milliseconds, {self.machine}"]
-        for size, by_length in zip(self.batch_sizes, self.milliseconds, strict=True):
-            for length, stages in zip(self.lengths, by_length, strict=True):
-                each = "".join(f"{value:9.2f}" for value in stages)
-                table.append(f"{size:6d}{length:8d}{each}{stages.sum():9.2f}")
-        return table
 
 
 def measure_latency(
     engine: Engine,
+    choice: EngineChoice,
     lengths: tuple[int, ...],
     batch_sizes: Iterable[int],
     progress: Callable[[], object],
 ) -> LatencyTable:
     """Times every stage with full batches of texts of these L, ascending, at these B and at 1.
 
-    `progress` is called after each stage at each B and L.
+    Args:
+      engine: to time.
+      choice: its name and precision, for the table.
+      lengths: L.
+      batch_sizes: B.
+      progress: called after each stage at each B and L.
+
     """
     sizes = tuple(sorted({1, *batch_sizes}))
     stages = engine.stages()
@@ -64,7 +48,7 @@ def measure_latency(
         size, length, stage = sizes[place[0]], lengths[place[1]], stages[place[2]]
         times[place] = _time_stage(engine, stage, size, length)
         progress()
-    return LatencyTable(describe_machine(engine), sizes, lengths, times)
+    return LatencyTable(*choice, engine.threads, describe_machine(engine), sizes, lengths, times)
 
 
 def usual_lengths(max_length: int) -> tuple[int, ...]:
@@ -92,42 +76,19 @@ def describe_machine(engine: Engine) -> str:
     return f"{platform.node()}, {engine.description}"
 
 
-def write_latency(folder: Path, table: LatencyTable) -> Path:
-    """Writes clock.json into a model's folder; returns its path. Raises UserError if it cannot."""
-    values = dataclasses.asdict(table) | {"milliseconds": table.milliseconds.tolist()}
-    try:
-        write_json(folder / LATENCY_FILE, values)
-    except OSError as error:
-        raise UserError(
-            f"{str(folder)!r} cannot be written to ({error.strerror}): copy the model first"
-        ) from error
-    return folder / LATENCY_FILE
-
-
 def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
-    """Reads what `write_latency` wrote; returns None where there is no file.
+    """Reads the table of an engine, in its precision; returns None where nothing was measured.
 
-    Raises UserError where it is damaged, or of another machine, engine or dtype.
+    Raises UserError where the file is damaged, or has no table of this machine and engine.
     """
-    path = model.folder / LATENCY_FILE
-    if not path.exists():
+    tables, here = read_tables(model.folder), describe_machine(engine)
+    if not tables:
         return None
-    try:
-        values = read_json(path)
-        table = LatencyTable(
-            str(values["machine"]),
-            tuple(values["batch_sizes"]),
-            tuple(values["lengths"]),
-            np.asarray(values["milliseconds"], np.float64),
-        )
-        sizes = (len(table.batch_sizes), len(table.lengths), len(model.layers))
-        if table.milliseconds.shape != sizes:
-            raise ValueError("of another shape")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{str(path)!r} is damaged ({error!r}): measure again") from error
-    here = describe_machine(engine)
-    if table.machine != here:
-        raise UserError(
-            f"{str(path)!r} was measured on {table.machine}, and this is {here}: measure again"
-        )
-    return table
+    found = [table for table in tables if table.machine == here]
+    path = str(model.folder / LATENCY_FILE)
+    if not found:
+        measured = "; ".join(table.machine for table in tables)
+        raise UserError(f"{path!r} was measured on {measured}, and this is {here}: measure again")
+    if found[-1].milliseconds.shape[-1] != len(model.layers):
+        raise UserError(f"{path!r} is damaged (another number of exits): measure again")
+    return found[-1]

@@ -63,8 +63,8 @@ class Predictions(NamedTuple):
 
 def make_prediction(model: ModelArtifact, request: Request) -> Prediction:
     """Returns the prediction of a request that has exited."""
-    exits = np.asarray([request.exit])
-    (probabilities,) = request.rule.probabilities(request.logits[-1][None], exits)  # [C]
+    logits = request.logits[-1][None]
+    (probabilities,) = request.rule.probabilities(logits, [request.exit])  # [C]
     label = model.classes[int(probabilities.argmax())]
     # The full model alone does not pay for Multi-Model's shallower ones.
     alone = len(request.logits) == 1 and request.exit > 0
@@ -75,7 +75,7 @@ def make_prediction(model: ModelArtifact, request: Request) -> Prediction:
 def make_exit_predictions(model: ModelArtifact, request: Request) -> list[ExitPrediction]:
     """Returns the predictions at every exit that a request reached, the one it took last."""
     first = request.exit + 1 - len(request.logits)  # of the full model alone, the last
-    exits = np.arange(first, request.exit + 1)
+    exits = range(first, request.exit + 1)
     probabilities = request.rule.probabilities(np.stack(request.logits), exits)  # [exits, C]
     return [
         ExitPrediction(model.layers[e], model.classes[int(p.argmax())], float(p.max()))

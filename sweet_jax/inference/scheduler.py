@@ -7,6 +7,8 @@ Shape letters: E exit, B batch, L length, C classes, N requests, P slots.
 """
 
 import dataclasses
+import functools
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -14,7 +16,13 @@ import numpy as np
 
 from sweet_jax.exits.calibration import Calibrator, softmax_with_temperature
 from sweet_jax.exits.policies import PolicyFunction, UnlabeledOutputs, exit_confidences
-from sweet_jax.inference.engine import Engine, HiddenStates, Stage, StageBatch, batch_sizes
+from sweet_jax.inference.engine import (
+    PLAIN_POLICIES,
+    Engine,
+    HiddenStates,
+    Stage,
+    StageBatch,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,8 +34,22 @@ class ExitRule:
     calibrator: Calibrator  # of all exits
     layers: tuple[int, ...]  # of all exits [E]
 
+    @functools.cached_property
+    def plain(self) -> int | None:
+        """Returns the index of the policy in PLAIN_POLICIES, None of another."""
+        named = isinstance(self.policy, str) and self.policy in PLAIN_POLICIES
+        return PLAIN_POLICIES.index(self.policy) if named else None
+
+    @functools.cached_property
+    def temperatures(self) -> list[float]:
+        """Returns those of all exits [E]."""
+        return self.calibrator.temperatures.tolist()
+
     def leaves(self, rows: Sequence["Request"]) -> np.ndarray:
-        """Returns whether each of some rows leaves at the exit that all have reached, bool [N]."""
+        """Returns whether each of some rows leaves at the exit that all have reached, bool [N].
+
+        Computed from the logits, whatever the policy.
+        """
         count = len(rows[0].logits)
         logits = np.stack([row.logits for row in rows], axis=1)[None]  # [1, E', N, C]
         learned = None
@@ -38,16 +60,17 @@ class ExitRule:
         calibrators = [self.calibrator.first_exits(count)]
         return exit_confidences(outputs, self.policy, calibrators)[0, -1] >= self.threshold
 
-    def probabilities(self, logits: np.ndarray, exits: np.ndarray) -> np.ndarray:
+    def probabilities(self, logits: np.ndarray, exits: Sequence[int]) -> np.ndarray:
         """Computes the softmax after the temperature of each row's exit, float64 [N, C].
 
         Args:
           logits: [N, C].
-          exits: index of each row's, int [N].
+          exits: index of each row's [N].
 
         """
-        found = self.calibrator.temperatures[exits]  # [N], NaN where an exit diverged
-        return softmax_with_temperature(logits, np.where(np.isfinite(found), found, 1)[:, None])
+        found = [self.temperatures[exit] for exit in exits]  # [N], NaN where an exit diverged
+        fitted = np.asarray([t if math.isfinite(t) else 1.0 for t in found])
+        return softmax_with_temperature(logits, fitted[:, None])
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -88,8 +111,8 @@ class Scheduler:
         self.engine, self.stages = engine, stages
         self.batch_size, self.wait = batch_size, wait
         self.runs = [0] * len(stages)
-        self._sizes = batch_sizes(batch_size)
-        self._queues: dict[tuple[int, int], deque[Request]] = {}  # by (stage, length)
+        # By (stage, length); none of them is empty.
+        self._queues: dict[tuple[int, int], deque[Request]] = {}
         self._states: dict[int, HiddenStates] = {}  # by length
         self._free: dict[int, list[int]] = {}  # slots by length
         self._admitted = 0
@@ -125,11 +148,10 @@ class Scheduler:
         For a caller that would idle otherwise. An overdue request goes before full batches of other
         lengths. Returns the requests that exited.
         """
-        waiting = [key for key, queue in self._queues.items() if queue]
-        if not waiting:
+        if not self._queues:
             return []
-        oldest = min(waiting, key=lambda key: self._queues[key][0].queued_at)
-        full = [key for key in waiting if self._full(key)]
+        oldest = min(self._queues, key=lambda key: self._queues[key][0].queued_at)
+        full = [key for key in self._queues if self._full(key)]
         if self._overdue(oldest):
             # Deeper requests of that length first: they hold its slots.
             return self._run(*max([key for key in full if key[1] == oldest[1]] + [oldest]))
@@ -138,8 +160,8 @@ class Scheduler:
     def drain(self) -> list[Request]:
         """Runs every request to its exit; returns them."""
         exited = self.run_ready()
-        while waiting := [key for key, queue in self._queues.items() if queue]:
-            exited += self._run(*min(waiting))  # the shallowest: what continues fills the next
+        while self._queues:
+            exited += self._run(*min(self._queues))  # the shallowest: what continues fills the next
             exited += self.run_ready()
         return exited
 
@@ -151,25 +173,23 @@ class Scheduler:
         return len(self._queues[key]) >= self.batch_size
 
     def _overdue(self, key: tuple[int, int]) -> bool:
-        queue = self._queues[key]
-        if not queue or self.wait is None:
+        if self.wait is None:
             return False
-        return self._admitted - queue[0].queued_at > self.wait
+        return self._admitted - self._queues[key][0].queued_at > self.wait
 
     def _run(self, number: int, length: int) -> list[Request]:
         """Runs one batch of a queue; returns the requests that exited, the others move on."""
-        queue, stage = self._queues[number, length], self.stages[number]
-        requests = [queue.popleft() for _ in range(min(len(queue), self.batch_size))]
+        stage, requests = self.stages[number], self._take(number, length)
         self.runs[number] += 1
         free = self._free.setdefault(length, list(range(self.slots)))
         if stage.embeds and stage.writes_states:
             for request in requests:
                 request.slot = free.pop()
-        self._compute(stage, requests, length)
+        complements = self._compute(stage, requests, length)
         last = number + 1 == len(self.stages)
-        exits = np.full(len(requests), True) if last else _leaves(requests)
+        exits = [True] * len(requests) if last else _leaves(requests, complements)
         exited = []
-        for request, done in zip(requests, exits.tolist(), strict=True):
+        for request, done in zip(requests, exits, strict=True):
             if done:
                 request.exit = stage.exit
                 exited.append(request)
@@ -180,9 +200,16 @@ class Scheduler:
                 request.slot = -1
         return exited
 
-    def _compute(self, stage: Stage, requests: list[Request], length: int) -> None:
-        """Runs a stage and appends the exit's outputs to each request."""
-        batch = self._batch(requests, length, embeds=stage.embeds)
+    def _take(self, number: int, length: int) -> list[Request]:
+        """Returns the requests of the next batch of a queue, which they leave."""
+        queue = self._queues[number, length]
+        if len(queue) <= self.batch_size:
+            return list(self._queues.pop((number, length)))
+        return [queue.popleft() for _ in range(self.batch_size)]
+
+    def _compute(self, stage: Stage, requests: list[Request], length: int) -> np.ndarray | None:
+        """Runs a stage, appends the exit's outputs to each request; returns the complements."""
+        batch = self._batch(stage, requests, length)
         states = None
         if stage.uses_states:
             # Taken out: a call that is interrupted leaves none rather than one that was consumed.
@@ -195,28 +222,39 @@ class Scheduler:
             request.logits.append(output.logits[row])
             if output.exit_scores is not None:
                 request.exit_scores.append(float(output.exit_scores[row]))
+        return output.complements
 
-    def _batch(self, requests: list[Request], length: int, *, embeds: bool) -> StageBatch:
-        size = next(size for size in self._sizes if size >= len(requests))
-        none = self.slots
-        rows = np.full((2, size), none, np.int32)
-        rows[1] = 0
-        rows[0, : len(requests)] = [r.slot if r.slot >= 0 else none for r in requests]
-        rows[1, : len(requests)] = [len(r.input_ids) for r in requests]
-        if not embeds:
-            return StageBatch(length, rows, requests=len(requests))
-        texts = np.zeros((2, size, length), np.int32)
-        texts[0] = self.engine.pad_id
-        for row, request in enumerate(requests):
-            texts[0, row, : len(request.input_ids)] = request.input_ids
-            texts[1, row, : len(request.input_ids)] = request.token_type_ids
-        return StageBatch(length, rows, texts, len(requests))
+    def _batch(self, stage: Stage, requests: list[Request], length: int) -> StageBatch:
+        slots = [r.slot if r.slot >= 0 else self.slots for r in requests]
+        rows = np.asarray([slots, [len(r.input_ids) for r in requests]], np.int32)  # [2, B]
+        fitted = np.asarray([r.rule.temperatures[stage.exit] for r in requests], np.float32)  # [B]
+        texts = None
+        if stage.embeds:
+            texts = np.zeros((2, len(requests), length), np.int32)
+            texts[0] = self.engine.pad_id
+            for row, request in enumerate(requests):
+                texts[0, row, : len(request.input_ids)] = request.input_ids
+                texts[1, row, : len(request.input_ids)] = request.token_type_ids
+        return StageBatch(length, rows, texts, temperatures=fitted, largest=self.batch_size)
 
 
-def _leaves(rows: Sequence[Request]) -> np.ndarray:
-    """Returns whether each row leaves, each by its own rule: bool [N]."""
-    found = np.empty(len(rows), bool)
+def _leaves(rows: Sequence[Request], complements: np.ndarray | None) -> list[bool]:
+    """Returns whether each row leaves, each by its own rule [N].
+
+    Args:
+      rows: of one batch.
+      complements: of `StageOutput`.
+
+    """
+    found = [False] * len(rows)
     for rule in {id(row.rule): row.rule for row in rows}.values():
         own = [place for place, row in enumerate(rows) if row.rule is rule]
-        found[own] = rule.leaves([rows[place] for place in own])
+        if complements is not None and rule.plain is not None:
+            # In Python's floats, which are float64: for few rows NumPy takes longer.
+            values = complements[:, rule.plain].tolist()
+            leaves = [1 - values[place] >= rule.threshold for place in own]
+        else:
+            leaves = rule.leaves([rows[place] for place in own]).tolist()
+        for place, leaf in zip(own, leaves, strict=True):
+            found[place] = leaf
     return found

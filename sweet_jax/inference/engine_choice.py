@@ -1,0 +1,94 @@
+"""The engines and precisions that can run a saved model, and the one that does where none is named.
+
+Whether an engine is installed is found without importing it.
+"""
+
+import functools
+import importlib.util
+import logging
+import platform
+from typing import NamedTuple
+
+from sweet_jax.config import UserError
+from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact
+from sweet_jax.inference.latency_table import LATENCY_FILE, read_tables
+from sweet_jax.inference.onnx_files import has_graphs
+
+log = logging.getLogger(__name__)
+
+# The precisions of an engine; of others than these, float32.
+PRECISIONS = {"jax": ("float32", "bfloat16"), "onnxruntime": ("float32", "int8")}
+
+
+class EngineChoice(NamedTuple):
+    """Names an engine and the precision it runs a model in."""
+
+    engine: str  # a name of ENGINES
+    precision: str
+
+
+def available_engines(
+    model: ModelArtifact, engine: str | None = None, precision: str | None = None
+) -> list[EngineChoice]:
+    """Returns the engines that can run a model here, in each precision, the default one first.
+
+    Args:
+      model: the saved model.
+      engine: this one alone, whether it is installed or not.
+      precision: in this one alone, whether the model has it or not.
+
+    """
+    installed = importlib.util.find_spec
+    exported = has_graphs(model.folder)
+    names = []
+    if installed("jax") and not exported:  # an exported model has no weights that JAX reads
+        names.append("jax")
+    if installed("onnxruntime") and (exported or (installed("jax") and installed("onnx"))):
+        names.append("onnxruntime")
+    quantized = (model.folder / INT8_FILE).exists()
+    found = []
+    for name in names if engine is None else [engine]:
+        for each in PRECISIONS.get(name, ("float32",)):
+            if each == precision or (precision is None and (each != "int8" or quantized)):
+                found.append(EngineChoice(name, each))
+    return found
+
+
+def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
+    """Returns the engine where none is named.
+
+    That of int8 is onnxruntime, as of a model that was exported to ONNX, and that of bfloat16 jax.
+    Of float32 it is the faster one by the times that `predict --measure` kept on this machine, for
+    a text of the median length by itself; without such times jax, where it is installed.
+    """
+    names = [choice.engine for choice in available_engines(model, precision=dtype)]
+    if not names:
+        return "onnxruntime" if dtype == "int8" or has_graphs(model.folder) else "jax"
+    if len(names) < 2:
+        return names[0]
+    times = _median_times(model, dtype)
+    if not times.keys() >= set(names):
+        _log_once("several engines are installed: predict --measure finds the faster one")
+        return names[0]
+    name = min(names, key=times.__getitem__)
+    each = ", ".join(f"{other} {times[other]:.2f} ms" for other in names)
+    _log_once(f"the engine is {name}, the faster one in {model.folder / LATENCY_FILE}: {each}")
+    return name
+
+
+def _median_times(model: ModelArtifact, precision: str) -> dict[str, float]:
+    """Returns the milliseconds through all exits that were measured here, by engine."""
+    try:
+        tables = read_tables(model.folder)
+    except UserError:  # only a target in milliseconds cannot do without
+        return {}
+    return {
+        table.engine: float(table.until_exit(model.median_tokens)[-1])
+        for table in tables
+        if table.precision == precision and table.machine.startswith(f"{platform.node()}, ")
+    }
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.info(message)
