@@ -4,14 +4,14 @@
     python -m experiments.engine_agreement --run=runs/sst2 --run=runs/quickstart [--data_dir=DIR]
 
 Of each run: (1) jax and onnxruntime in float32 on the validation texts and as many training texts
-as make 2,000: the largest difference of a probability at any exit, and the exits taken at the
-run's policy and the costs 0.25, 0.5 and 0.75, where texts that exit elsewhere are listed with how
-far the confidence is from the threshold; (2) the metric of every exit in int8 beside float32 on the
-validation rows, with the rows that changed; (3) the certified risk with the answers of int8: the
-validation rows stand for all texts there are, calibration rows are drawn from them with
-replacement 1,000 times, a threshold is fitted and certified on each draw as after training, and the
-share of draws is counted whose threshold harms more of the validation rows than its limit. A draw
-that certifies nothing breaks no promise.
+as make 2,000: the largest difference of a probability at any exit, and the exits taken by the
+run's policy at the thresholds whose mean cost over these texts is nearest to 0.25, 0.5 and 0.75,
+where texts that exit elsewhere are listed with how far the confidence is from the threshold; (2)
+the metric of every exit in int8 beside float32 on the validation rows, with the rows that changed;
+(3) the certified risk with the answers of int8: the validation rows stand for all texts there are,
+calibration rows are drawn from them with replacement 1,000 times, a threshold is fitted and
+certified on each draw as after training, and the share of draws is counted whose threshold harms
+more of the validation rows than its limit. A draw that certifies nothing breaks no promise.
 
 Expected: differences at most 1e-4, other exits only where a confidence is within 1e-4 of the
 threshold, no exit more than 0.5 points lower in int8, and a share of broken promises of at most
@@ -33,6 +33,7 @@ from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import fit_calibrators, softmax_with_temperature
 from sweet_jax.exits.certificates import candidate_thresholds, certify, count_losses, exit_losses
 from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import read_json, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, open_model
@@ -50,7 +51,8 @@ def compare_float32(folder: Path, texts: list[Any]) -> dict[str, Any]:
     model = open_model(folder)
     temperatures = model.resolver.calibrator.temperatures
     scale = np.where(np.isfinite(temperatures), temperatures, 1)[:, None, None]
-    found = {}
+    found: dict[str, Any] = {}
+    thresholds: list[float] = []
     for name in ("jax", "onnxruntime"):
         every = AdaptiveClassifier(model, engine=load_engine(name, model))
         logits, scores = compute_all_exits(model, every.engine, texts)  # [E, N, C]
@@ -58,12 +60,12 @@ def compare_float32(folder: Path, texts: list[Any]) -> dict[str, Any]:
         labels = np.zeros(len(texts), int)  # not read
         outputs = ExitOutputs(logits[None], labels, model.layers, model.cost, learned)
         confidences = exit_confidences(outputs, model.policy, [every.calibrator])[0]  # [E, N]
-        taken = {cost: _take(every.at(cost=cost), texts) for cost in COSTS}
+        thresholds = thresholds or _thresholds(outputs, confidences)
+        taken = [every.at(threshold=each).predict(texts).exits for each in thresholds]  # [N] each
         found[name] = (softmax_with_temperature(logits, scale), confidences, taken)
     (first, near, ours), (second, _, theirs) = found["jax"], found["onnxruntime"]
     others, ties = [], 0
-    for cost in COSTS:
-        (exits, threshold), (other, _) = ours[cost], theirs[cost]
+    for cost, threshold, exits, other in zip(COSTS, thresholds, ours, theirs, strict=True):
         for row in np.flatnonzero(exits != other).tolist():
             at = model.layers.index(min(int(exits[row]), int(other[row])))
             distance = abs(float(near[at, row]) - threshold)
@@ -73,14 +75,17 @@ def compare_float32(folder: Path, texts: list[Any]) -> dict[str, Any]:
     return {
         "texts": len(texts),
         "largest_difference": float(np.abs(first - second).max()),
+        "exits": [[int((each == layer).sum()) for layer in model.layers] for each in ours],
         "other_exits": others,
         "ties": ties,
     }
 
 
-def _take(classifier: AdaptiveClassifier, texts: list[Any]) -> tuple[np.ndarray, float]:
-    """Returns the layers at which texts exit, int [N], and the threshold."""
-    return classifier.predict(texts).exits, classifier.threshold
+def _thresholds(outputs: ExitOutputs, confidences: np.ndarray) -> list[float]:
+    """Returns the thresholds whose mean costs are nearest to COSTS; each is a text's confidence."""
+    curve = simulate(outputs, lambda *_: confidences[None])
+    places = [int(np.abs(curve.cost[0] - cost).argmin()) for cost in COSTS]
+    return [float(curve.threshold[0, place]) for place in places]
 
 
 def count_broken(outputs: ExitOutputs, policy: str, draws: int, size: int) -> list[dict[str, Any]]:
@@ -149,6 +154,7 @@ def report(name: str, found: dict[str, Any]) -> bool:
     print(f"{name}: float32 on {float32['texts']} texts: probabilities differ by {largest:.1e}")
     print(f"  other exits: {len(others)} of {len(COSTS)} x {float32['texts']}, ties", end=" ")
     print(f"within {TOLERANCE}: {float32['ties']}")
+    print(f"  that exit at each layer: {', '.join(map(str, float32['exits']))}")
     for other in others:
         print(f"    {other}")
     for key, values in int8.items():

@@ -9,21 +9,22 @@ from hypothesis import strategies as st
 from sweet_jax.exits.calibration import BELOW_ONE, Calibrator
 from sweet_jax.exits.confidences import POLICIES, PolicyInput
 from sweet_jax.inference.batch_split import Splitting
-from sweet_jax.inference.confidence_jax import plain_complements
 from sweet_jax.inference.engine import PLAIN_POLICIES, padded_lengths
+from sweet_jax.inference.plain_confidences import plain_complements
 
 
+@pytest.mark.parametrize("compute", [jax.jit(plain_complements), plain_complements])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_confidences_of_the_device_are_those_of_the_policies(classes):
+def test_confidences_of_an_engine_are_those_of_the_policies(classes, compute):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(200, classes)) * 10.0 ** rng.uniform(-3, 2, (200, 1))
     logits = logits.astype(np.float32)
     logits[0], logits[1, 0], logits[2, 0] = np.nan, np.inf, -np.inf
     logits[3], logits[4, 0] = 0, np.nan
-    compute = jax.jit(plain_complements)
     for temperature in (0.5, 1.0, 7.0, np.nan):
         fitted = np.full(len(logits), temperature, np.float32)
-        found = np.asarray(compute(logits, fitted))
+        with np.errstate(all="ignore"):
+            found = np.asarray(compute(logits, fitted))
         given = PolicyInput(logits[None], None, Calibrator(np.asarray([temperature])))
         for column, name in enumerate(PLAIN_POLICIES):
             with np.errstate(invalid="ignore"):

@@ -19,7 +19,6 @@ from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.batch_split import Splitting, usable_cores
-from sweet_jax.inference.confidence_jax import plain_complements
 from sweet_jax.inference.engine import (
     PLAIN_POLICIES,
     Stage,
@@ -28,6 +27,7 @@ from sweet_jax.inference.engine import (
     plan_stages,
 )
 from sweet_jax.inference.network import Network, load_networks
+from sweet_jax.inference.plain_confidences import plain_complements
 from sweet_jax.models.pooling import POOLINGS
 
 
