@@ -1,5 +1,6 @@
 """Labels of files as targets: lists, a|b, numbers; and whole runs on them."""
 
+import asyncio
 import json
 
 import jax.numpy as jnp
@@ -7,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from test_export import load_runner
-from test_serve import Running
 from tiny import WORDS, fine_tune
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, cli
@@ -122,6 +122,27 @@ def write_targets(path, objective):
     return path
 
 
+def ask_server(classifier, body) -> dict:
+    """The response of the HTTP application, called without a server."""
+    served = pytest.importorskip("sweet_jax.server.app", reason='pip install -e ".[serve]"')
+    app, sent = served.make_app(classifier, 2, served.Limits()), []
+
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def send(message):
+        sent.append(message)
+
+    async def call():
+        scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+
+    asyncio.run(call())
+    assert sent[0]["status"] == 200, sent
+    return json.loads(sent[1]["body"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["multi_label", "regression"])
 def test_a_whole_run(objective, checkpoint, tmp_path):
@@ -166,12 +187,7 @@ def test_a_whole_run(objective, checkpoint, tmp_path):
     else:
         np.testing.assert_allclose(found.labels, answers, rtol=1e-4)
 
-    server = Running(classifier)
-    try:
-        status, served = server.predict({"texts": texts[:2], "detail": True})
-    finally:
-        server.stop()
-    assert status == 200, served
+    served = ask_server(classifier, {"texts": texts[:2], "detail": True})
     for answer, label in zip(served["answers"], found.labels[:2].tolist(), strict=True):
         assert answer["label"] == (label if several else pytest.approx(label, rel=1e-4))
         assert answer["exits"][-1]["label"] == answer["label"]
