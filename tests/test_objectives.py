@@ -268,7 +268,7 @@ def test_a_decision_threshold_has_the_best_f1_of_its_label():
             )
         )
         f1 = 2 * hits / (given + true.sum())
-        assert f1[0] > f1.max() - 0.01
+        assert f1[0] > f1.max() - 0.02
     assert best_f1_shifts(logits, np.zeros_like(targets)).tolist() == [0, 0]
 
 

@@ -19,7 +19,7 @@ from sweet_jax.exits.operating_point import ThresholdResolver, deployable_polici
 from sweet_jax.files import one_line, read_json, write_json, write_text
 from sweet_jax.inference.saved_tokenizer import load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import locate_checkpoint
-from sweet_jax.objectives import OBJECTIVES, Objective
+from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
 
 if TYPE_CHECKING:  # these import datasets, and JAX
     from sweet_jax.data.load import Dataset
@@ -55,7 +55,6 @@ class ModelArtifact:
     folder: Path  # that it was read from
     tokenizer: Any  # the checkpoint's own
     task: str  # that it was trained on
-    objective: Objective  # what its outputs mean
     policy: str  # name of the exit policy that the run was made with
     metric: str  # that it was trained for, a name of METRICS
     pooling: str  # how an exit reads its layer, a name of POOLING_NAMES
@@ -67,6 +66,7 @@ class ModelArtifact:
     median_tokens: int  # of its training texts
     resolver: ThresholdResolver  # of targets to thresholds, fitted on calibration rows
     networks: tuple[NetworkFiles, ...]  # one, or under Multi-Model one for each exit
+    objective: Objective = SINGLE_LABEL  # what its outputs mean
 
 
 def save_model(

@@ -23,6 +23,8 @@ from sweet_jax.objectives.objective import (
 from sweet_jax.objectives.single_label import macro_f1
 
 _ITERATIONS = 500  # at most, of L-BFGS
+_DRAWS = 30  # of the rows that decisions are fitted on
+_PRIOR_ROWS = 4.0  # wrong ones, in the F1 of a label's decision
 _LARGEST_SHIFT = 4.0  # of a decision: of logits, a probability from 0.018 to 0.982
 _DIGITS = 20  # labels that a number for a prediction tells apart, see `constant_labels`
 
@@ -190,26 +192,34 @@ def one_vs_rest_estimator(strength: float, iterations: int) -> Any:
 def best_f1_shifts(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Returns the logit of each label from which on it is given for the best F1, float [C].
 
-    Of logits float [N, C] and targets bool [N, C]. The F1 of a label is that of all rows whose
-    logit is at least so large; it is shrunk as if by four more rows on which the decision at a
-    logit of 0 was wrong, so that a label of few rows stays there. At most 4 from 0.
+    Of logits float [N, C] and targets bool [N, C]: the mean over rows drawn anew (bagging, Breiman
+    1996), since the best of a few rows alone varies much. The same draws at every call.
     """
-    shifts = np.zeros(logits.shape[1])
-    for c, (own, true) in enumerate(zip(logits.T.astype(np.float64), targets.T, strict=True)):
-        order = np.argsort(-own, kind="stable")
-        levels = own[order]
-        last = np.append(levels[1:] < levels[:-1], False)  # no threshold above or below all rows
-        places = np.flatnonzero(last)
-        middles = (levels[places] + levels[places + 1]) / 2
-        given = np.append(places + 1, (own > 0).sum())
-        hits = np.append(np.cumsum(true[order])[places], true[own > 0].sum())
-        value = ratio(2.0 * hits, given + true.sum() + 4.0)
-        candidates = np.append(middles, 0.0)
-        allowed = np.abs(candidates) <= _LARGEST_SHIFT
-        value = np.where(allowed, value, -1)
-        best = int(value.argmax())
-        shifts[c] = candidates[best] if value[best] > value[-1] else 0.0
-    return shifts
+    rng, count = np.random.default_rng(0), len(logits)
+    draws = [rng.integers(0, count, count) for _ in range(_DRAWS)]
+    each = [
+        [_best_f1_shift(own[rows], true[rows]) for rows in draws]
+        for own, true in zip(logits.T.astype(np.float64), targets.T, strict=True)
+    ]
+    return np.mean(each, axis=1)
+
+
+def _best_f1_shift(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Returns the logit from which on a label has the best F1, of logits [N] and bool [N].
+
+    The F1 is shrunk as if by four more rows that are wrong, so that a label of few rows stays at 0;
+    so does one that no other logit is better for. At most 4 from 0.
+    """
+    order = np.argsort(-logits, kind="stable")
+    levels = logits[order]
+    places = np.flatnonzero(levels[1:] < levels[:-1])  # between two rows
+    middles = (levels[places] + levels[places + 1]) / 2
+    allowed = np.abs(middles) <= _LARGEST_SHIFT
+    places, middles = places[allowed], middles[allowed]
+    given = np.append((logits > 0).sum(), places + 1)
+    hits = np.append(targets[logits > 0].sum(), np.cumsum(targets[order])[places])
+    best = int((2 * hits / (given + targets.sum() + _PRIOR_ROWS)).argmax())
+    return 0.0 if best == 0 else float(middles[best - 1])
 
 
 MICRO_F1 = Metric(
