@@ -58,14 +58,18 @@ class ExitRule:
         Computed from the logits, whatever the policy.
         """
         count = len(rows[0].logits)
-        logits = np.stack([row.logits for row in rows], axis=1)[None]  # [1, E', N, C]
+        first = 0 if self.plain is None else count - 1  # a plain policy reads this exit alone
+        logits = np.stack([row.logits[first:] for row in rows], axis=1)[None]  # [1, E', N, C]
         learned = None
         if rows[0].exit_scores:
-            scores = [row.exit_scores for row in rows]
+            scores = [row.exit_scores[first:] for row in rows]
             learned = np.asarray(scores, np.float32).T[None]  # [1, E', N]
-        layers = np.asarray(self.layers[:count])
+        layers = np.asarray(self.layers[first:count])
         outputs = UnlabeledOutputs(logits, layers, learned, self.objective)
-        calibrators = [self.calibrator.first_exits(count)]
+        if self.plain is None:
+            calibrators = [self.calibrator.first_exits(count)]
+        else:
+            calibrators = [Calibrator(self.calibrator.temperatures[first:count])]
         return exit_confidences(outputs, self.policy, calibrators)[0, -1] >= self.threshold
 
     def probabilities(self, logits: np.ndarray, exits: Sequence[int]) -> np.ndarray:
