@@ -22,7 +22,8 @@ from sweet_jax.exits.shift import (
 )
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.audit_log import AuditLog, AuditRow, read_audit_log
-from sweet_jax.inference.audit_statistics import certified_agreement
+from sweet_jax.inference.audit_statistics import AuditStatistics, certified_agreement
+from sweet_jax.objectives.objective import softmax
 
 
 def draws(share: float, count: int, seed: int) -> np.ndarray:
@@ -202,6 +203,15 @@ def test_answers_are_as_without_and_all_exits_are_known(serve_audited, classifie
     assert summary.agreement == pytest.approx(agrees[exits, np.arange(12)].mean())
     assert summary.low <= summary.agreement <= summary.high
     assert summary.cost == pytest.approx(wanted.cost.mean())
+    requests, scheduler = classifier.encode(texts), classifier.make_scheduler(4)
+    for request in requests:
+        scheduler.admit(request)
+    scheduler.drain()
+    statistics = AuditStatistics(classifier.model, classifier.rule, None, 0.95)
+    raw = softmax(outputs.astype(np.float64)).max(axis=-1)  # [E, N]
+    np.testing.assert_allclose(
+        statistics.answer_confidences(requests), raw[exits, np.arange(12)], atol=1e-6
+    )
     logits, _ = read_audit_log(str(path), list(classifier.layers), 2)
     np.testing.assert_allclose(logits, outputs, rtol=1e-5, atol=1e-5)
     assert "word" not in path.read_text()

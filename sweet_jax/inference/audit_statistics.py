@@ -117,17 +117,23 @@ class AuditStatistics:
         self.alarm: float | None = None
         self.shift_alarm: float | None = None
 
-    def first_confidences(self, requests: Sequence[Request]) -> np.ndarray:
-        """Returns the exit confidence of answered texts at the first exit computed, float64 [N]."""
-        logits = np.stack([request.logits[0] for request in requests])  # [N, C]
-        learned = [request.exit_scores[:1] for request in requests]
-        scores = np.asarray(learned, np.float32).T[None] if learned[0] else None
-        outputs = UnlabeledOutputs(logits[None, None], np.asarray(self._rule.layers[:1]), scores)
-        calibrator = self._rule.calibrator.first_exits(1)
-        return exit_confidences(outputs, self._rule.policy, [calibrator])[0, 0]
+    def answer_confidences(self, requests: Sequence[Request]) -> np.ndarray:
+        """Returns the exit confidence of answered texts at the exit that answered, float64 [N]."""
+        found = np.empty(len(requests))
+        counts = np.asarray([len(request.logits) for request in requests])
+        for count in set(counts.tolist()):
+            places = np.flatnonzero(counts == count).tolist()
+            own = [requests[place] for place in places]
+            logits = np.stack([request.logits for request in own], axis=1)[None]  # [1, E', N, C]
+            learned = [request.exit_scores for request in own]
+            scores = np.asarray(learned, np.float32).T[None] if learned[0] else None
+            outputs = UnlabeledOutputs(logits, np.asarray(self._rule.layers[:count]), scores)
+            calibrator = self._rule.calibrator.first_exits(count)
+            found[places] = exit_confidences(outputs, self._rule.policy, [calibrator])[0, -1]
+        return found
 
     def add_answered(self, confidences: Iterable[float], draws: Iterable[float]) -> bool:
-        """Adds first confidences of answered texts, each with a uniform draw.
+        """Adds the `answer_confidences` of texts, each with a uniform draw.
 
         Returns whether the alarm that texts have changed is raised by them.
         """

@@ -134,7 +134,7 @@ class Audit:
     def offer(self, answered: Iterable[Answered]) -> None:
         """Takes texts whose answers were sent, and keeps the share of them that is drawn."""
         texts = list(answered)
-        confidences = self._statistics.first_confidences([request for request, _ in texts])
+        confidences = self._statistics.answer_confidences([request for request, _ in texts])
         ties = []
         with self._lock:
             for each in texts:
