@@ -195,8 +195,8 @@ def test_a_policy_of_ones_own(sweet):
 
     classifier = sweet.classifier.at(sure, threshold=1.0)
     assert_same(sweet, classifier, np.arange(len(sweet.texts)), 3, "latency")
-    with pytest.raises(UserError, match="needs threshold="):
-        sweet.classifier.at(sure, cost=0.5)
+    cheap, dear = (sweet.classifier.at(sure, cost=cost) for cost in (0.5, 0.9))
+    assert cheap.threshold <= dear.threshold
 
 
 def test_nothing_is_compiled_after_warm_up(sweet):

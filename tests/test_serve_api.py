@@ -25,6 +25,7 @@ from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
+from sweet_jax.objectives import SINGLE_LABEL
 
 uvicorn = pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
 from test_serve import GatedEngine, Running  # noqa: E402 - after the packages it needs
@@ -58,6 +59,7 @@ def model(checkpoint) -> ModelArtifact:
         median_tokens=10,
         resolver=make_resolver(calibration, ("raw_confidence", "patience")),
         networks=(),
+        objective=SINGLE_LABEL,
     )
 
 
