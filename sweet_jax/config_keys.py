@@ -158,7 +158,8 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         ),
         "confidence": (
             'Exit policy of the run; "" is the preset\'s.',
-            '"", confidence, confidence_float32, module:function (a policy of your own)',
+            '"", confidence, confidence_float32, min_confidence, stability, '
+            "module:function (a policy of your own)",
         ),
         "exit_score": 'Exit policy of a run with learning_to_exit; "" is the preset\'s.',
         "metric": "The reported metric, one of the objective's; \"\" is the task's.",
