@@ -1,4 +1,4 @@
-"""What the JAX engine takes beside its programs: milliseconds an exit, one text at a time.
+"""Measures the JAX engine beside its programs: milliseconds an exit, one text at a time.
 
     python -m experiments.benchmarks.overhead
     python -m experiments.benchmarks.overhead --beside=DIR    # another checkout, taking turns
@@ -86,6 +86,7 @@ def measure_sizes(folder: str) -> None:
     from sweet_jax.inference.engine import StageBatch
 
     engine = AdaptiveClassifier.from_pretrained(folder, engine="jax").engine
+    # Unsplit, which no option asks for: what is measured here decides where to split.
     engine._splitting = Splitting(float("inf"), 0.0)  # type: ignore[attr-defined]
     stage = engine.stages(exit_rates=[0.0] * EXITS)[2]
     sizes = (1, 2, 4, 8, 16, 32)

@@ -49,7 +49,7 @@ KINDS = {"good": 80, "slow": 6, "rubbish": 6, "large": 3, "killed": 5}
 
 @dataclasses.dataclass
 class Tally:
-    """What all clients saw."""
+    """Counts what all clients received."""
 
     statuses: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     seconds: list[float] = dataclasses.field(default_factory=list)

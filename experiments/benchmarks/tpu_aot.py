@@ -1,4 +1,4 @@
-"""What XLA compiles a training step to for TPUs that are not there: memory, work, communication.
+"""Compiles training steps for TPUs that are not there: their memory, work and communication.
 
     pip install -e ".[tpu-aot]"                                        # libtpu, beside JAX
     python -m experiments.benchmarks.tpu_aot --shape=minilm            # 2 cores: 5 minutes
@@ -61,7 +61,7 @@ METHODS = ("sweet", "early_exit")
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a program, of each chip."""
+    """Holds the compiler's estimates of a program, for each chip."""
 
     seconds: float  # of a core, for tracing and compiling
     arguments: int  # bytes

@@ -29,7 +29,7 @@ class Dataset:
 
     @property
     def objective(self) -> Objective:
-        """What its labels mean."""
+        """Returns the objective, by which labels are read and predicted."""
         return OBJECTIVES[self.task.objective]
 
     @property

@@ -1,4 +1,4 @@
-"""What an audit finds: agreement with the full model, the shift of confidences, exits and cost.
+"""Statistics of an audit: agreement with the full model, the shift of confidences, exits and cost.
 
 Shape letters: E exit, N texts, C classes.
 """

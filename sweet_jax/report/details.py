@@ -1,4 +1,4 @@
-"""What a report shows beside the saved outputs: texts, times, baselines, and the point asked for.
+"""Details that a report shows beside saved outputs: texts, times, baselines, the point asked for.
 
 Shape letters: N validation rows, E exit.
 """

@@ -1,4 +1,4 @@
-"""What an audit has found, as a page and as Prometheus gauges."""
+"""Shows the statistics of an audit, as a page and as Prometheus gauges."""
 
 import datetime
 import html

@@ -1,4 +1,4 @@
-"""What a request asks: its body, texts and target, read and checked."""
+"""Reads and checks requests: their body, texts and target."""
 
 import asyncio
 import contextlib
