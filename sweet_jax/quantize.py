@@ -7,9 +7,10 @@ The layers of the model multiply int8 (engine=onnxruntime); what an exit then an
 calibration rows fits its temperatures, curves, thresholds and certificates anew, in
 model/int8.json. The rows are not in the model: they are read as the run's own config names them,
 on the kind of processor that will serve the model, since processors round int8 products
-differently. Where an exit loses more than 0.5 points on these rows, the layers that cost it most
-stay in float32: those are found by trying each, and said. Prints the metric of every exit on the
-validation rows before and after, and how many predictions changed. Exit status: 0 done, 2 the run
+differently. Where an exit loses more than 0.5 points on these rows, and more rows than chance
+explains, the layers that cost it most stay in float32: those are found by trying each, and said.
+--float32_layers names them instead. Prints the metric of every exit on the validation rows before
+and after, and how many predictions changed. Exit status: 0 done, 2 the run
 or its data will not do, 1 anything else.
 
 Shape letters: E exit, N rows.
@@ -42,6 +43,9 @@ from sweet_jax.inference.artifact import INT8_FILE, INT8_VERSION, ModelArtifact,
 from sweet_jax.inference.engine import Engine, load_engine
 
 _LOSS = 0.005  # of an exit's metric, above which layers stay in float32
+# Rounding turns predictions of uncertain rows both ways. A loss that this probability leaves to
+# chance does not pay for a layer in float32, which takes three times as long as one in int8.
+_CHANCE = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +57,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.quantize", __doc__ or "")
     parser.add_argument("--run", required=True, help="directory of a run that is complete")
     parser.add_argument("--data_dir", help="where its data set lies now, if it was moved")
+    parser.add_argument(
+        "--float32_layers",
+        help="comma-separated layers that stay in float32, from 1, or none; default: those needed",
+    )
     return parser.parse_args(argv)
 
 
@@ -61,7 +69,8 @@ def _run(options: argparse.Namespace) -> None:
     config, digest = read_run_config(folder, options.data_dir)
     model = open_model(folder / "model")
     engine = functools.partial(load_engine, "onnxruntime", model, "int8")
-    every = engine(float32_layers=())  # before the data is read: it may not be installed
+    asked = _read_layers(options.float32_layers, model.layers[-1])
+    every = engine(float32_layers=asked or ())  # before the data is read: it may not be installed
     from sweet_jax.preparation import prepare  # imports JAX
 
     job = prepare(config)
@@ -78,13 +87,17 @@ def _run(options: argparse.Namespace) -> None:
     replica = saved["validation"].identity.replicas.index((seed, rate))
     compared = 1 if job.config.tunes else len(saved["calibration"].logits)
     exact = saved["calibration"].replica(replica)
-    layers, fitted = select_float32_layers(
-        exact,
-        lambda layers: quantized_outputs(
-            model, engine(float32_layers=layers) if layers else every, texts, exact
-        ),
-    )
-    chosen = engine(float32_layers=layers) if layers else every
+    chosen = every
+    if asked is None:
+        layers, fitted = select_float32_layers(
+            exact,
+            lambda layers: quantized_outputs(
+                model, engine(float32_layers=layers) if layers else every, texts, exact
+            ),
+        )
+        chosen = engine(float32_layers=layers) if layers else every
+    else:
+        layers, fitted = asked, quantized_outputs(model, every, texts, exact)
     resolver = make_resolver(fitted, deployable_policies(fitted), compared)
     before = saved["validation"].replica(replica)
     paired = compare_exits(before, quantized_outputs(model, chosen, shown, before))
@@ -92,6 +105,23 @@ def _run(options: argparse.Namespace) -> None:
     write_json(model.folder / INT8_FILE, values | paired)
     _print_table(before, paired)
     print(f"written to {model.folder / INT8_FILE}")
+
+
+def _read_layers(given: str | None, last: int) -> list[int] | None:
+    """Returns the layers of --float32_layers, ascending; None where it is not given.
+
+    Raises UserError for what is not the number of a layer of the model.
+    """
+    if given is None:
+        return None
+    names = [] if given.strip() == "none" else given.split(",")
+    wrong = [n for n in names if not (n.strip().isdecimal() and 1 <= int(n) <= last)]
+    if wrong:
+        raise UserError(
+            f"--float32_layers must be layers from 1 to {last}, comma-separated, or none; got "
+            f"{wrong[0]!r}"
+        )
+    return sorted({int(name) for name in names})
 
 
 def _read_outputs(folder: Path, split: str) -> ExitOutputs:
@@ -124,7 +154,7 @@ def quantized_outputs(
 def select_float32_layers(
     exact: ExitOutputs, quantize: Callable[[Sequence[int]], ExitOutputs]
 ) -> tuple[list[int], ExitOutputs]:
-    """Selects layers to keep in float32 so that no exit loses more than _LOSS on some rows.
+    """Selects layers to keep in float32 so that no exit loses, see `_find_losses`, on some rows.
 
     Each layer up to the deepest exit that loses is tried alone, and ranked by the squared error
     that it leaves in the logits of the exits that lose: the metric itself moves by single rows.
@@ -139,7 +169,7 @@ def select_float32_layers(
 
     """
     first = quantize(())
-    losing = _losing(exact, first)
+    losing = _find_losses(exact, first, tell=True)
     if not losing:
         return [], first
     layers = range(1, int(exact.layers[losing[-1]]) + 1)
@@ -153,17 +183,51 @@ def select_float32_layers(
     for count in range(1, len(ranked) + 1):
         kept = sorted(ranked[:count])
         found = quantize(kept)
-        if not _losing(exact, found):
+        if not _find_losses(exact, found):
             print(f"{told}: layer {', '.join(map(str, kept))} of {exact.layers[-1]} in float32")
             return kept, found
     print(f"{told}, whichever layers are in float32")
     return [], first
 
 
-def _losing(exact: ExitOutputs, found: ExitOutputs) -> list[int]:
-    """Returns the indices of the exits that lose more than _LOSS, ascending."""
-    pairs = zip(exit_metrics(exact), exit_metrics(found), strict=True)
-    return [exit for exit, (before, after) in enumerate(pairs) if before - after > _LOSS]
+def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) -> list[int]:
+    """Returns the indices of the exits that lose more than _LOSS, and more than chance explains.
+
+    Args:
+      exact: the outputs in float32.
+      found: those in int8, on the same rows.
+      tell: whether a loss that chance explains is printed.
+
+    """
+    paired = compare_exits(exact, found)
+    losing = []
+    for exit, (before, after) in enumerate(zip(paired["float32"], paired["int8"], strict=True)):
+        if not before - after > _LOSS:
+            continue
+        if "lost" not in paired:  # no prediction is right or wrong
+            losing.append(exit)
+            continue
+        lost, gained = paired["lost"][exit], paired["gained"][exit]
+        probability = sign_test(lost, gained)
+        if probability <= _CHANCE:
+            losing.append(exit)
+        elif tell:
+            print(
+                f"exit {exact.layers[exit]} loses {100 * (before - after):.1f} points in int8 on "
+                f"{exact.labels.shape[1]} calibration rows ({lost} lost, {gained} gained), which "
+                f"chance explains (p = {probability:.2f}): no layer stays in float32 for it; "
+                "--float32_layers=1,2 would keep those"
+            )
+    return losing
+
+
+def sign_test(lost: int, gained: int) -> float:
+    """Returns the probability of at least `lost` losses among as many changes, by chance alone.
+
+    The exact one-sided test of McNemar (1947): each change is a loss with probability one half.
+    """
+    changes = lost + gained
+    return sum(math.comb(changes, count) for count in range(lost, changes + 1)) / 2**changes
 
 
 def exit_metrics(outputs: ExitOutputs) -> list[float]:
@@ -201,9 +265,11 @@ def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:
     for layer, old, new, *counts in zip(before.layers, *paired.values(), strict=True):
         print(f"{layer:6d}{old:9.4f}{new:9.4f}" + "".join(f"{count:9d}" for count in counts))
         if old - new > _LOSS:
+            chance = f" (p = {sign_test(*counts[1:]):.2f} by chance)" if counts else ""
             print(
                 f"warning: exit {layer} loses {100 * (old - new):.1f} points in int8 on the "
-                "validation rows: serve this model in float32",
+                f"validation rows{chance}: keep its layers in float32 (--float32_layers=1,2 keeps "
+                "those), or serve this model in float32",
                 file=sys.stderr,
             )
 

@@ -10,10 +10,15 @@ from sweet_jax.exits.calibration import BELOW_ONE, Calibrator
 from sweet_jax.exits.confidences import POLICIES, PolicyInput
 from sweet_jax.inference.batch_split import Splitting
 from sweet_jax.inference.engine import PLAIN_POLICIES, padded_lengths
-from sweet_jax.inference.plain_confidences import plain_complements
+from sweet_jax.inference.plain_confidences import plain_complement, plain_complements
 
 
-@pytest.mark.parametrize("compute", [jax.jit(plain_complements), plain_complements])
+def row_by_row(logits, temperatures):
+    pairs = list(zip(logits.tolist(), temperatures.tolist(), strict=True))
+    return np.asarray([[plain_complement(p, *pair) for p in PLAIN_POLICIES] for pair in pairs])
+
+
+@pytest.mark.parametrize("compute", [jax.jit(plain_complements), plain_complements, row_by_row])
 @pytest.mark.parametrize("classes", [2, 5])
 def test_confidences_of_an_engine_are_those_of_the_policies(classes, compute):
     rng = np.random.default_rng(0)

@@ -24,7 +24,6 @@ from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import Stage, StageBatch, StageOutput, plan_stages
 from sweet_jax.inference.onnx_files import SavedGraphs, has_graphs, read_graphs
 from sweet_jax.inference.onnx_segments import LOW_EXIT_RATE, Segment
-from sweet_jax.inference.plain_confidences import plain_complements
 
 DTYPES = ("float32", "int8")
 
@@ -239,12 +238,7 @@ class OnnxEngine:
         if stage.writes_states and states is not None:
             states[slots, :length] = values["next_states" if stage.whole else "states"]
             states[slots, length:] = 0  # what another text left there might not be finite
-        fitted = batch.temperatures
-        logits, complements = values["logits"], None  # [N, C]
-        if fitted is not None:
-            with np.errstate(all="ignore"):  # of logits that are no numbers
-                complements = plain_complements(logits, fitted[: batch.requests])  # [N, K]
-        return StageOutput(logits, values.get("exit_scores"), states, complements)
+        return StageOutput(values["logits"], values.get("exit_scores"), states)
 
     def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
         """Does nothing: a session computes any batch size and length."""

@@ -23,6 +23,7 @@ from sweet_jax.inference.engine import (
     Stage,
     StageBatch,
 )
+from sweet_jax.inference.plain_confidences import plain_complement
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 
 
@@ -202,7 +203,7 @@ class Scheduler:
                 request.slot = free.pop()
         complements = self._compute(stage, requests, length)
         last = number + 1 == len(self.stages)
-        exits = [True] * len(requests) if last else _leaves(requests, complements)
+        exits = [True] * len(requests) if last else _leaves(requests, stage.exit, complements)
         exited = []
         for request, done in zip(requests, exits, strict=True):
             if done:
@@ -253,23 +254,29 @@ class Scheduler:
         return StageBatch(length, rows, texts, temperatures=fitted, largest=self.batch_size)
 
 
-def _leaves(rows: Sequence[Request], complements: np.ndarray | None) -> list[bool]:
+def _leaves(rows: Sequence[Request], exit: int, complements: np.ndarray | None) -> list[bool]:
     """Returns whether each row leaves, each by its own rule [N].
 
     Args:
       rows: of one batch.
+      exit: index of the exit that they have reached.
       complements: of `StageOutput`.
 
     """
     found = [False] * len(rows)
     for rule in {id(row.rule): row.rule for row in rows}.values():
         own = [place for place, row in enumerate(rows) if row.rule is rule]
-        if complements is not None and rule.plain is not None:
-            # In Python's floats, which are float64: for few rows NumPy takes longer.
-            values = complements[:, rule.plain].tolist()
-            leaves = [1 - values[place] >= rule.threshold for place in own]
-        else:
+        if rule.plain is None:
             leaves = rule.leaves([rows[place] for place in own]).tolist()
+        else:
+            # In Python's floats, which are float64: for few rows NumPy takes longer.
+            if complements is None:
+                policy, fitted = PLAIN_POLICIES[rule.plain], rule.temperatures[exit]
+                logits = [rows[place].logits[-1].tolist() for place in own]
+                values = [plain_complement(policy, each, fitted) for each in logits]
+            else:
+                values = complements[own, rule.plain].tolist()
+            leaves = [1 - value >= rule.threshold for value in values]
         for place, leaf in zip(own, leaves, strict=True):
             found[place] = leaf
     return found
