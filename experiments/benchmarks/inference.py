@@ -16,11 +16,13 @@ text.
 
 Every side answers the same batch before the next batch is taken, in an order that is turned round
 each time, and of a batch the least time of all rounds counts: what else runs on the machine
-disturbs all alike, and seldom every round. "counted" is the mean cost in layers, "clock" the share
-of the time of the same engine's full model. In rows "shared" the texts share batches (throughput
-mode). The aims are read off the table at the end. All cores that the process may use compute; with
-`taskset -c 0` before the command one does, and times are those of the processor. On one core MiniLM
-with SST-2 and MRPC takes about 10 minutes, mpnet-base with --rows=32 about 15.
+disturbs all alike, and seldom every round. "counted" is the mean cost in layers, "by tokens" that
+mean weighted by the tokens of each text (a text that continues may be longer than one that exits),
+"clock" the share of the time of the same engine's full model. In rows "shared" the texts share
+batches (throughput mode). The aims are read off the table at the end. All cores that the process
+may use compute; with `taskset -c 0` before the command one does, and times are those of the
+processor. On one core MiniLM with SST-2 and MRPC takes about 10 minutes, mpnet-base with --rows=32
+about 15.
 """
 
 import argparse
@@ -66,6 +68,7 @@ class Side(NamedTuple):
     engine: str
     cost: float | None  # the operating point; None = the full model
     counted: float  # mean cost in layers
+    by_tokens: float  # the same, weighted by the tokens of each text
     answer: Callable[[list[Any]], object]
 
 
@@ -110,10 +113,16 @@ def adaptive_sides(
     confidences = exit_confidences(outputs, "confidence", [every.calibrator])
     curve = simulate(outputs, lambda *_: confidences)
 
+    rows = [text if isinstance(text, tuple) else (text,) for text in texts]
+    tokens = [len(ids) for ids in encode(model.tokenizer, rows, model.max_length)[0]]
+
     def side(cost: float | None, threshold: float) -> Side:
         classifier = every.at(threshold=threshold)
-        counted = float(classifier.predict(texts, batch, "latency").cost.mean())
-        return Side(name, cost, counted, lambda part: classifier.predict(part, batch, "latency"))
+        found = classifier.predict(texts, batch, "latency").cost  # [N]
+        counted, by_tokens = float(found.mean()), float(np.average(found, weights=tokens))
+        return Side(
+            name, cost, counted, by_tokens, lambda part: classifier.predict(part, batch, "latency")
+        )
 
     places = [int(np.abs(curve.cost[0] - cost).argmin()) for cost in COSTS]
     thresholds = [float(curve.threshold[0, place]) for place in places]
@@ -121,7 +130,9 @@ def adaptive_sides(
     shared = every.at(threshold=thresholds[1])
     if batch > 1:  # all texts at once, see `measure`
         points.append(
-            Side(f"{name}, shared", COSTS[1], points[1].counted, lambda t: shared.predict(t, batch))
+            points[1]._replace(
+                engine=f"{name}, shared", answer=lambda texts: shared.predict(texts, batch)
+            )
         )
     return [side(None, math.inf), *points]
 
@@ -140,7 +151,7 @@ def plain_side(model: ModelArtifact, name: str, answer: Answer) -> Side:
         mask = np.arange(max(sizes)) < np.asarray(sizes)[:, None]  # [B, L]
         return answer(texts, mask.astype(np.int64))
 
-    return Side(name, None, 1.0, run)
+    return Side(name, None, 1.0, 1.0, run)
 
 
 def measure(sides: Sequence[Side], texts: Sequence[Any], batch: int, rounds: int) -> list[Measured]:
@@ -176,7 +187,8 @@ def print_rows(head: str, sides: Sequence[Side], found: Sequence[Measured]) -> N
     for side, m in zip(sides, found, strict=True):
         clock = m.mean / full[side.engine.removesuffix(", shared")]
         name = "full" if side.cost is None else f"{side.cost:.2f}"
-        numbers = [f"{value:.2f}" for value in m] + [f"{side.counted:.3f}", f"{clock:.3f}"]
+        numbers = [f"{value:.2f}" for value in m]
+        numbers += [f"{share:.3f}" for share in (side.counted, side.by_tokens, clock)]
         print(row(head, side.engine, name, *numbers), flush=True)
 
 
@@ -262,7 +274,7 @@ def measure_all(options: argparse.Namespace) -> None:
     threads = f"{physical_cores()} threads, onnxruntime {onnxruntime.__version__}"
     print(f"{head_line('numpy')}; {threads}")
     heads = ("model", "task", "batch", "side", "at", "ms per text", "p50", "p95")
-    print(table_head(*heads, "counted", "clock"))
+    print(table_head(*heads, "counted", "by tokens", "clock"))
     aims = []
     for name, shape in itertools.product(options.model, options.shape or ("own",)):
         model = open_model(name)
