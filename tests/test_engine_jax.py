@@ -1,5 +1,7 @@
 """What the JAX engine computes beside logits, and the parts that it splits batches into."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from sweet_jax.exits.calibration import BELOW_ONE, Calibrator
 from sweet_jax.exits.confidences import POLICIES, PolicyInput
-from sweet_jax.inference.batch_split import Splitting
+from sweet_jax.inference.batch_split import Splitting, split_by_length
 from sweet_jax.inference.engine import PLAIN_POLICIES, padded_lengths
 from sweet_jax.inference.plain_confidences import plain_complement, plain_complements
 
@@ -70,3 +72,15 @@ def test_warm_up_compiles_a_third_of_the_programs_there_were():
     splitting = Splitting(512, 0.6)
     pairs = [size for length in padded_lengths(128) for size in splitting.sizes(32, length)]
     assert 4 * len(pairs) <= 320 / 3
+
+
+@given(tokens=st.lists(st.integers(1, 60), min_size=1, max_size=40), most=st.integers(1, 200))
+def test_parts_by_length_hold_every_text_once_and_fit(tokens, most):
+    lengths = np.asarray(tokens)
+    parts = split_by_length(lengths, most)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(tokens)))
+    assert all(len(part) * lengths[part].max() <= most or len(part) == 1 for part in parts)
+    # Shorter texts are in earlier parts, and no two neighbors would have been one part.
+    for one, following in itertools.pairwise(parts):
+        assert lengths[one].max() <= lengths[following].min()
+        assert (len(one) + 1) * lengths[following].min() > most

@@ -15,6 +15,7 @@ from sweet_jax.inference.latency import measure_latency
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
 pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
+from sweet_jax.inference import engine_onnx
 from sweet_jax.inference.engine_onnx import OnnxEngine, physical_cores
 from sweet_jax.inference.onnx_segments import plan_segments
 
@@ -30,6 +31,14 @@ def test_answers_are_those_of_the_one_pass_model(tmp_path, kind, pooling):
     pad_id = open_model(saved.folder).tokenizer.pad_token_id
     for size, length, rates in ((4, 12, ()), (1, 1, ()), (2, 31, (0.0, 1.0, 1.0))):
         check_logits(saved, pad_id, size, length, rates)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_the_parts_of_a_batch_answer_as_the_whole(tmp_path, monkeypatch, pooling):
+    saved = Saved(tmp_path, "bert", pooling, learned=True)
+    monkeypatch.setattr(engine_onnx, "tokens_of_part", lambda threads: 20)
+    check(saved, saved.scores, policy="learning_to_exit", sizes=(8,))
+    check(saved, saved.confidence(), sizes=(8,))
 
 
 @pytest.mark.parametrize("multi", [False, True])

@@ -2,9 +2,10 @@
 
 Each segment of a network (`onnx_segments.py`) is one session of ONNX Runtime. Its graph is a file
 of an exported model; else it is traced here, for which JAX is imported and then no longer used. A
-batch is run without the rows that fill it up and at the length of its longest text.
+batch is run without the rows that fill it up, in parts of texts of similar length that stay in the
+cache, each at the length of its longest text.
 
-Shape letters: B batch, L length, Q first tokens, H hidden, C classes, P slots.
+Shape letters: B batch, N requests, L length, Q first tokens, H hidden, C classes, P slots.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from onnxruntime import OrtValue
 from sweet_jax.config import UserError
 from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.batch_split import split_by_length, tokens_of_part
 from sweet_jax.inference.engine import Stage, StageBatch, StageOutput, plan_stages
 from sweet_jax.inference.onnx_files import SavedGraphs, has_graphs, read_graphs
 from sweet_jax.inference.onnx_segments import LOW_EXIT_RATE, Segment
@@ -216,12 +218,39 @@ class OnnxEngine:
         return np.zeros((slots, length, self._sizes.hidden), np.float32)
 
     def run(self, stage: Stage, batch: StageBatch, states: np.ndarray | None) -> StageOutput:
-        """Runs a stage on a batch; one that writes states changes those it is given."""
-        slots, tokens = batch.rows[:, : batch.requests]  # [N] each, without the rows that fill up
+        """Runs a stage on a batch, in parts; one that writes states changes those it is given."""
+        rows = batch.rows[:, : batch.requests]  # [2, N], without the rows that fill up
+        parts = split_by_length(rows[1], tokens_of_part(self._sizes.threads))
+        if len(parts) == 1:
+            values = self._run_part(stage, rows, batch.texts, states)
+            return StageOutput(values["logits"], values.get("exit_scores"), states)
+        found: dict[str, np.ndarray] = {}
+        for part in parts:
+            texts = None if batch.texts is None else batch.texts[:, part]
+            values = self._run_part(stage, rows[:, part], texts, states)
+            for name in ("logits", "exit_scores"):
+                if name in values:
+                    new = np.zeros((rows.shape[1], *values[name].shape[1:]), np.float32)
+                    found.setdefault(name, new)[part] = values[name]
+        return StageOutput(found["logits"], found.get("exit_scores"), states)
+
+    def _run_part(
+        self, stage: Stage, rows: np.ndarray, texts: np.ndarray | None, states: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """Runs a stage on some requests at the length of the longest; returns values by name.
+
+        Args:
+          stage: to run.
+          rows: slots and tokens, int32 [2, N].
+          texts: int32 [2, at least N, L], where the stage embeds.
+          states: all hidden states, changed where the stage writes them.
+
+        """
+        slots, tokens = rows  # [N] each
         length = max(int(tokens.max()), 1)
-        values = {"tokens": tokens}
-        if batch.texts is not None:
-            texts = batch.texts[:, : batch.requests, :length]
+        values: dict[str, np.ndarray] = {"tokens": tokens}
+        if texts is not None:
+            texts = texts[:, : len(tokens), :length]
             values |= dict(zip(("input_ids", "token_type_ids"), texts, strict=True))
         elif states is not None:
             # Rows are copied together, and back: 1% of the time of a layer, in batches of 64 too.
@@ -238,7 +267,7 @@ class OnnxEngine:
         if stage.writes_states and states is not None:
             states[slots, :length] = values["next_states" if stage.whole else "states"]
             states[slots, length:] = 0  # what another text left there might not be finite
-        return StageOutput(values["logits"], values.get("exit_scores"), states)
+        return values
 
     def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
         """Does nothing: a session computes any batch size and length."""
