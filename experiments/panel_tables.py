@@ -1,0 +1,7 @@
+"""The tables of experiments.panel."""
+
+from pathlib import Path
+
+
+def render(output: Path) -> None:
+    """Writes the tables of what is done."""
