@@ -3,6 +3,7 @@
 Shape letters: S seed, E exit, D bootstrap draws, P draws of rows and seeds, H hypotheses.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ class Comparison(NamedTuple):
     p: float
 
 
+@functools.cache  # tables ask for the same ones again
 def compare(one: Scores, other: Scores) -> Comparison:
     """Compares the areas of two variants of a cell, paired by seed and by drawn rows.
 
@@ -116,7 +118,7 @@ def reference_best_readout(found: Found) -> dict[str, str]:
         done = {n: sum(n in rows for rows in found.values()) for n in names}
         most = [n for n in names if done[n] == max(done.values())]
         cells = shared_cells(found, most)
-        if cells:
+        if most and cells:
             best[method] = max(most, key=lambda n: mean_area(found, n, cells))
     return best
 
