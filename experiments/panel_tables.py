@@ -45,6 +45,8 @@ _READOUTS = tuple(
     for kind in ("trained", "refit")
 )
 
+SHOWN_READOUTS = _READOUTS[:4]
+
 ABOUT = """Made by `python -m experiments.panel`: its docstring has the cells, the variants and
 what is searched. MiniLM is sentence-transformers' all-MiniLM-L6-v2. Per cent of 1,000 validation
 rows at most: accuracy, of CoLA Matthews correlation. Area is the mean between a sixth of the full
