@@ -81,7 +81,7 @@ from sweet_jax.config import UserError, check_choice, split_names
 from sweet_jax.data.batches import tokenize
 from sweet_jax.data.splits import select_rows
 from sweet_jax.distributed import PreemptedError
-from sweet_jax.files import lock_directory, write_text
+from sweet_jax.files import lock_directory, resolve_path, write_text
 from sweet_jax.preparation import PreparedRun, prepare
 
 Unit = tuple[str, str]  # cell, variant
@@ -155,7 +155,7 @@ def _run_one(name: str, variant: str, options: argparse.Namespace) -> None:
     """Runs a variant of a cell and writes its record, or why it failed."""
     try:
         record = run_variant(name, variant, options)
-    except (UserError, PreemptedError):
+    except PreemptedError:
         raise
     except Exception:  # one that fails must not stop the others
         traceback.print_exc()
@@ -167,6 +167,14 @@ def _run_one(name: str, variant: str, options: argparse.Namespace) -> None:
     for kind, scores in record.scores.items():
         exits = " ".join(f"{100 * v:.1f}" for v in scores.exits.mean(axis=0))
         print(f"  {kind}: {exits}, area {100 * scores.area.mean():.2f}", flush=True)
+
+
+def _check_folders(options: argparse.Namespace) -> None:
+    """Raises UserError where the data or the encoder are not there, which would fail every unit."""
+    for name in ("data_dir", "text_dir"):
+        if not getattr(options, name).is_dir():
+            raise UserError(f"--{name} {str(getattr(options, name))!r} is not a directory")
+    resolve_path(config_of("sst2-500", "recipe", options).checkpoint)
 
 
 @contextlib.contextmanager
@@ -244,6 +252,7 @@ def _run(argv: Sequence[str] | None) -> bool:
     if not options.render_only:
         if options.data_dir is None or options.text_dir is None:
             raise UserError("give --data_dir and --text_dir, or --list or --render_only")
+        _check_folders(options)
         enable_compilation_cache(least_seconds=1.0)
         sound = run_missing(wanted, options)
     render(options.output)

@@ -159,7 +159,7 @@ def test_all_variants_of_a_cell_train_on_the_same_rows():
 def start(tmp_path: Path, *more: str) -> list[str]:
     """Returns arguments that run two units of one cell."""
     folders = [f"--{name}={tmp_path / name}" for name in ("workdir", "output")]
-    return [*folders, "--data_dir=a", "--text_dir=b", "--cells=rte-100", *more]
+    return [*folders, f"--data_dir={tmp_path}", f"--text_dir={tmp_path}", "--cells=rte-100", *more]
 
 
 def test_what_failed_is_left_until_retry_and_what_is_done_is_not_run_again(
@@ -174,6 +174,7 @@ def test_what_failed_is_left_until_retry_and_what_is_done_is_not_run_again(
         return record(0.7, seeds=3)
 
     monkeypatch.setattr(panel, "run_variant", run_variant)
+    monkeypatch.setattr(panel, "resolve_path", Path)  # the encoder may not be installed
     arguments = start(tmp_path, "--variants=recipe,plain,frozen")
     assert panel.main(arguments) == 1
     assert panel.main(arguments) == 1
@@ -187,6 +188,7 @@ def test_what_failed_is_left_until_retry_and_what_is_done_is_not_run_again(
 def test_a_cell_that_another_process_is_in_is_left_to_it(tmp_path, monkeypatch):
     """The other process writes the record while this one waits."""
     monkeypatch.setattr(panel, "run_variant", lambda *_: pytest.fail("two in one cell"))
+    monkeypatch.setattr(panel, "resolve_path", Path)
     with contextlib.ExitStack() as held:
         held.enter_context(lock_directory(tmp_path / "workdir" / "rte-100"))
 
@@ -203,6 +205,7 @@ def test_a_cell_that_another_process_is_in_is_left_to_it(tmp_path, monkeypatch):
     [
         (["--cells=sst2-50"], "unknown cell 'sst2-50': did you mean 'sst2-500'?"),
         (["--variants=recip"], "unknown variant 'recip': did you mean 'recipe'?"),
+        (["--data_dir=nowhere", "--text_dir=."], "--data_dir 'nowhere' is not a directory"),
         ([], "give --data_dir and --text_dir, or --list or --render_only"),
     ],
 )
