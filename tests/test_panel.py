@@ -21,6 +21,7 @@ from experiments.panel_records import (
 )
 from experiments.panel_statistics import aims, choose_default, compare, holm, load
 from experiments.panel_variants import CELLS, CORE, VARIANTS, config_of, units
+from sweet_jax.config import from_mapping
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.exits.policies import exit_confidences
@@ -198,6 +199,40 @@ def test_a_cell_that_another_process_is_in_is_left_to_it(tmp_path, monkeypatch):
 
         monkeypatch.setattr(panel.time, "sleep", finish)
         assert panel.main(start(tmp_path, "--variants=recipe")) == 0
+
+
+@pytest.mark.slow
+def test_a_variant_is_trained_and_scored_on_the_same_validation_rows_as_the_baselines(
+    checkpoint, rows, tmp_path, monkeypatch
+):
+    values = {
+        "task": "tiny",
+        "checkpoint": str(checkpoint),
+        "exits": (1, 3),
+        "data_files": str(rows),
+        "text_columns": "text",
+        "seeds": (0, 1),
+        "max_length": 16,
+        "train_size": 100,
+        "head_refit": True,
+        "pooling": "mean",
+        "head_init": "probe",
+        "method": "sweet",
+        "epochs": 1,
+    }
+    monkeypatch.setattr(panel, "config_of", lambda *_: from_mapping(values))
+    monkeypatch.setattr(panel, "VALIDATION_ROWS", 20)
+    options = argparse.Namespace(workdir=tmp_path)
+    trained = panel.run_variant("rte-100", "sweet-mean-probe", options)
+    assert trained.n["validation"] == 20
+    for scores in trained.scores.values():
+        assert scores.exits.shape == (2, 2)
+        assert scores.drawn_area.shape == (300, 2)
+    values["epochs"] = 0
+    frozen = panel.run_variant("rte-100", "frozen", options)
+    baselines = panel.run_variant("rte-100", "baselines", options)
+    probes = [baselines.scores[f"probe_{layer}"].exits[:, 0] for layer in (1, 3)]
+    np.testing.assert_allclose(frozen.scores["trained"].exits, np.stack(probes, axis=1))
 
 
 @pytest.mark.parametrize(
