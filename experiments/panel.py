@@ -39,7 +39,6 @@ a core:
 
 import argparse
 import contextlib
-import dataclasses
 import shutil
 import sys
 import time
@@ -73,20 +72,24 @@ from experiments.panel_variants import (
     work,
 )
 from experiments.runner import exit_status
-from experiments.variant_runs import row_counts, train_variant, with_probe
+from experiments.variant_runs import (
+    row_counts,
+    train_variant,
+    with_fewer_validation_rows,
+    with_probe,
+)
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice, split_names
-from sweet_jax.data.batches import tokenize
-from sweet_jax.data.splits import select_rows
 from sweet_jax.distributed import PreemptedError
 from sweet_jax.files import lock_directory, resolve_path, write_text
-from sweet_jax.preparation import PreparedRun, prepare
+from sweet_jax.preparation import prepare
 
 Unit = tuple[str, str]  # cell, variant
 _WAIT = 20.0  # seconds until cells that other processes are in are looked at again
 _SECONDS = 7e-5  # of one core, for a layer of a token: before any record says
+_OVERHEAD = 20.0  # seconds of one core to read a checkpoint, compile and so on
 
 
 def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
@@ -114,20 +117,6 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
     about |= {"metric": metric, "cpu_seconds": round(time.process_time() - began)}
     values = {k: v for k, v in identity(job.config).items() if k != "data_files"}
     return Record(values, row_counts(job), scores, about)
-
-
-def with_fewer_validation_rows(job: PreparedRun, most: int) -> PreparedRun:
-    """Returns the run with `most` validation rows, drawn by a fixed seed, where it has more."""
-    rows = job.dataset.validation
-    if len(rows.labels) <= most:
-        return job
-    drawn = np.random.default_rng(0).permutation(len(rows.labels))[:most]
-    rows = select_rows(rows, np.sort(drawn))
-    return dataclasses.replace(
-        job,
-        dataset=dataclasses.replace(job.dataset, validation=rows),
-        validation=tokenize(job.tokenizer, rows, job.config.max_length),
-    )
 
 
 def run_missing(wanted: Sequence[Unit], options: argparse.Namespace) -> bool:
@@ -201,13 +190,14 @@ def _state(options: argparse.Namespace, unit: Unit) -> str:
 
 def print_states(wanted: Sequence[Unit], options: argparse.Namespace) -> None:
     """Prints the state of every unit, and how many hours of one core are left by estimate."""
-    spent = worked = 0.0
+    spent = trained = worked = 0.0
     for unit in units():
         if (record := read_record(options.output, *unit)) is not None:
-            spent += record.about["cpu_seconds"]
-            worked += work(*unit)
-    scale = spent / worked if worked else _SECONDS
-    hours = {unit: work(*unit) * scale / 3600 for unit in wanted}
+            spent += (own := record.about["cpu_seconds"])
+            trained += own - _OVERHEAD if unit[1] != BASELINES else 0
+            worked += work(*unit) if unit[1] != BASELINES else 0
+    scale = trained / worked if worked else _SECONDS
+    hours = {unit: (_OVERHEAD + work(*unit) * scale) / 3600 for unit in wanted}
     for unit in wanted:
         print(f"{_state(options, unit):>8}  {hours[unit]:5.2f} h  {' '.join(unit)}")
     left = [u for u in wanted if _state(options, u) != "done"]

@@ -11,8 +11,16 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.panel_records import Record, Scores, read_record
-from experiments.panel_variants import AS_THEY_ARE, BASELINES, CELLS, METHODS, VARIANTS
+from experiments.panel_variants import (
+    AS_THEY_ARE,
+    BASELINES,
+    CELLS,
+    METHODS,
+    READOUTS,
+    VARIANTS,
+)
 
+_KINDS = ("trained", "refit")
 _SEED_DRAWS = 20  # of each draw of rows
 LEVEL = 0.05  # of significance, of a whole table
 NEAR = 0.005  # what "less half a point" allows
@@ -86,7 +94,7 @@ def load(output: Path) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, st
 def with_exits(found: Found) -> list[str]:
     """Returns the names of all that have a curve, in the order of the variants."""
     names = {n for rows in found.values() for n, s in rows.items() if s.drawn_area is not None}
-    order = [f"{variant} {kind}" for variant in VARIANTS for kind in ("trained", "refit")]
+    order = [f"{variant} {kind}" for variant in VARIANTS for kind in _KINDS]
     return [name for name in order if name in names]
 
 
@@ -114,7 +122,8 @@ def reference_best_readout(found: Found) -> dict[str, str]:
     """
     best = {}
     for method in METHODS:
-        names = [n for n in with_exits(found) if n.startswith(f"{method}-")]
+        own = {f"{method}-{readout} {kind}" for readout in READOUTS for kind in _KINDS}
+        names = [n for n in with_exits(found) if n in own]
         done = {n: sum(n in rows for rows in found.values()) for n in names}
         most = [n for n in names if done[n] == max(done.values())]
         cells = shared_cells(found, most)

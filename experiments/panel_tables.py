@@ -26,7 +26,7 @@ from experiments.panel_statistics import (
     standing,
     with_exits,
 )
-from experiments.panel_variants import CELLS, TASKS, units
+from experiments.panel_variants import CELLS, READOUTS, TASKS, units
 from experiments.rendering import table_lines
 from sweet_jax.files import write_text
 
@@ -34,17 +34,7 @@ Table = tuple[Sequence[str], list[list[str]]]  # header, rows
 DEFAULT = "recipe refit"
 _PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "multi_model"))
 _STAGES = {100: "100", 500: "500 to 1,000", 1000: "500 to 1,000", 2000: "2,000", 6000: "6,000"}
-_READOUTS = tuple(
-    f"{pooling}-{start} {kind}"
-    for pooling, start in (
-        ("first", "random"),
-        ("mean", "probe"),
-        ("mean", "random"),
-        ("first", "probe"),
-    )
-    for kind in ("trained", "refit")
-)
-
+_READOUTS = tuple(f"{readout} {kind}" for readout in READOUTS for kind in ("trained", "refit"))
 SHOWN_READOUTS = _READOUTS[:4]
 
 ABOUT = """Made by `python -m experiments.panel`: its docstring has the cells, the variants and

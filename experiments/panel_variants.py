@@ -58,13 +58,10 @@ def _method(name: str, pooling: str, start: str) -> dict[str, Any]:
     }
 
 
+READOUTS = ("first-random", "mean-probe", "mean-random", "first-probe")  # pooling, start
 AS_THEY_ARE = tuple(f"{method}-first-random" for method in METHODS)
 MEAN_PROBE = tuple(f"{method}-mean-probe" for method in METHODS)
-_OTHERS = tuple(
-    f"{method}-{pooling}-{start}"
-    for pooling, start in (("mean", "random"), ("first", "probe"))
-    for method in METHODS
-)
+_OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[2:] for method in METHODS)
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | {"learning_rates": RATES},
     "plain": RECIPE
@@ -81,7 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE)
 _SMALL = (500, 1000)
 _STAGED = {*_FIRST, *MEAN_PROBE}
-_REST = ("frozen", *(v for v in VARIANTS if v not in _STAGED and v != "frozen"))
+_REST = tuple(v for v in VARIANTS if v not in _STAGED)  # whatever else is there
 # (rows, variants), in the order in which they are run; each stage has all tasks.
 STAGES: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
     (_SMALL, _FIRST),

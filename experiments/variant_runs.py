@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sweet_jax.data.batches import tokenize
+from sweet_jax.data.splits import select_rows
 from sweet_jax.exits.analysis import Analysis, analyse
 from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
@@ -26,6 +28,20 @@ from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.probe import fit_classifiers
 from sweet_jax.training.sharding import mesh_of
 from sweet_jax.training.step import Params
+
+
+def with_fewer_validation_rows(job: PreparedRun, most: int) -> PreparedRun:
+    """Returns the run with `most` validation rows, drawn by a fixed seed, where it has more."""
+    rows = job.dataset.validation
+    if len(rows.labels) <= most:
+        return job
+    drawn = np.random.default_rng(0).permutation(len(rows.labels))[:most]
+    rows = select_rows(rows, np.sort(drawn))
+    return dataclasses.replace(
+        job,
+        dataset=dataclasses.replace(job.dataset, validation=rows),
+        validation=tokenize(job.tokenizer, rows, job.config.max_length),
+    )
 
 
 def with_probe(job: PreparedRun, folder: Path) -> tuple[PreparedRun, PreparedRun]:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -220,6 +221,8 @@ def test_a_variant_is_trained_and_scored_on_the_same_validation_rows_as_the_base
         "method": "sweet",
         "epochs": 1,
     }
+    first = jax.devices()[:1]  # compiled for one device, which is quicker than for four
+    monkeypatch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
     monkeypatch.setattr(panel, "config_of", lambda *_: from_mapping(values))
     monkeypatch.setattr(panel, "VALIDATION_ROWS", 20)
     options = argparse.Namespace(workdir=tmp_path)
