@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shutil
 from pathlib import Path
 
 import jax
@@ -28,6 +29,8 @@ from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import lock_directory
+
+RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "panel"
 
 
 def outputs(metric: str, method: str = "early_exit", rows: int = 60) -> ExitOutputs:
@@ -140,6 +143,12 @@ def test_the_page_has_every_table_and_names_what_was_not_run(tmp_path):
     assert "Differences between the methods, by read-out" in page
     assert "- frozen: every cell" in page
     assert "+10.0; 2 above, 0 below of 2" in page  # SWEET - Early-Exit as they are
+
+
+def test_the_page_is_rendered_from_the_committed_records(tmp_path):
+    shutil.copytree(RESULTS / "cells", tmp_path / "cells")
+    assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
+    assert (tmp_path / "README.md").read_bytes() == (RESULTS / "README.md").read_bytes()
 
 
 def test_stages_have_all_units_once_and_the_core_first():
