@@ -33,7 +33,6 @@ with one thread each (XLA_FLAGS=--xla_cpu_multi_thread_eigen=false), takes two t
 """
 
 import argparse
-import dataclasses
 import shutil
 import sys
 import time
@@ -42,10 +41,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from experiments.cells import identity
 from experiments.recipe_results import (
@@ -60,25 +56,15 @@ from experiments.recipe_results import (
 from experiments.recipe_tables import render
 from experiments.recipe_variants import BASELINES, VARIANTS, config_of
 from experiments.runner import exit_status
+from experiments.variant_runs import row_counts, train_variant, with_probe
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice, split_names
 from sweet_jax.distributed import PreemptedError
-from sweet_jax.exits.analysis import analyse
 from sweet_jax.files import lock_directory
-from sweet_jax.head_fitting import fit_probe
-from sweet_jax.learning_rate_search import search_rate
-from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.report.baselines import Baseline
-from sweet_jax.run_outputs import exit_outputs
-from sweet_jax.training.evaluation import compile_evaluation, evaluate
-from sweet_jax.training.fit import fit
-from sweet_jax.training.initialization import model_specs
-from sweet_jax.training.probe import fit_classifiers
-from sweet_jax.training.sharding import mesh_of
-from sweet_jax.training.step import Params
 
 
 def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRecord:
@@ -86,79 +72,17 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> CellRec
     began = time.monotonic()
     job = prepare(config_of(name, variant, options))
     config, shared = job.config, options.workdir / name
-    rates = config.learning_rates
-    # No probe or baseline depends on a rate: they are of the first rate's replicas.
-    replicas = [seed * len(rates) for seed in range(len(config.seeds))]
-    first = job.select_replicas(dataclasses.replace(config, learning_rates=rates[:1]), replicas)
-    if config.head_init == "probe":
-        probe = fit_probe(first, shared / f"probe-{config.pooling}")  # [S]
-        first = dataclasses.replace(first, probe=probe)
-        seeds = [s for s in range(len(config.seeds)) for _ in rates]
-        job = dataclasses.replace(job, probe=probe.select_replicas(seeds))  # [R]
+    job, first = with_probe(job, shared)
     about: dict[str, Any] = {}
     if variant == BASELINES:
-        tried = run_baselines(first, rates, shared / variant)
+        tried = run_baselines(first, config.learning_rates, shared / variant)
         scores = {b.name: _score_baseline(first, b) for b in tried}
     else:
-        scores, about = _train(job, shared / variant)
+        analyses, about = train_variant(job, shared / variant)
+        scores = {kind: score_run(analysis) for kind, analysis in analyses.items()}
     about["seconds"] = round(time.monotonic() - began, 1)
     values = {k: v for k, v in identity(config).items() if k != "data_files"}  # where they lie
-    return CellRecord(values, _counts(job), scores, about)
-
-
-def _train(job: PreparedRun, workdir: Path) -> tuple[dict[str, Scores], dict[str, Any]]:
-    """Trains a variant; returns its scores, with heads as trained and refitted, and its choices."""
-    job, search = search_rate(job, workdir)
-    found: dict[str, list[tuple[ModelOutput, ModelOutput]]] = {"trained": [], "refit": []}
-    steps: list[list[int]] = []
-    for model in model_specs(job.config):
-        graphdef, params, spent = fit(job.training_job(model, workdir))
-        steps.append(list(spent.best_steps))
-        for kind, pair in _exit_outputs(job, graphdef, params).items():
-            found[kind].append(pair)
-    labels = job.train.labels[job.rows.calibration]
-    scores = {}
-    for kind, outputs in found.items():
-        calibration, validation = zip(*outputs, strict=True)
-        fitted = exit_outputs(job, "calibration", calibration, labels)
-        shown = exit_outputs(job, "validation", validation, job.validation.labels)
-        scores[kind] = score_run(analyse(fitted, shown))
-    return scores, {"search": search, "best_steps": steps}
-
-
-def _exit_outputs(
-    job: PreparedRun, graphdef: nnx.GraphDef, params: Params
-) -> dict[str, tuple[ModelOutput, ModelOutput]]:
-    """Returns the exit logits of calibration and validation rows, as trained and refitted.
-
-    In one pass over all rows: both kinds have the same trunk, and the refit its features.
-    """
-    program = compile_evaluation(job.config, graphdef, mesh_of(params), features=True)
-    parts = (job.rows.training, job.rows.tuning, job.rows.calibration)
-    rows = np.concatenate(parts, axis=1)  # [R, U]
-    train = evaluate(job.config, program, params, job.train, rows, features=True)
-    validation = evaluate(
-        job.config, program, params, job.validation, job.validation_rows, features=True
-    )
-    places = np.tile(np.arange(rows.shape[1]), (len(rows), 1))
-    fitted, held = np.cumsum([part.shape[1] for part in parts])[:2]
-    refitted = fit_classifiers(
-        np.asarray(train.features),
-        job.train.labels[rows],
-        places[:, :fitted],
-        places[:, fitted:held],
-        len(job.dataset.classes),
-    )
-
-    def by_refit(output: ModelOutput) -> ModelOutput:
-        logits = np.asarray(output.features) @ refitted.kernel  # [R, E, N, C]
-        return ModelOutput(jnp.asarray(logits + refitted.bias[:, :, None]))
-
-    calibration = jax.tree.map(lambda x: x[:, :, held:], train)
-    return {
-        "trained": (calibration._replace(features=None), validation._replace(features=None)),
-        "refit": (by_refit(calibration), by_refit(validation)),
-    }
+    return CellRecord(values, row_counts(job), scores, about)
 
 
 def _score_baseline(job: PreparedRun, baseline: Baseline) -> Scores:
@@ -166,17 +90,6 @@ def _score_baseline(job: PreparedRun, baseline: Baseline) -> Scores:
     seeds = range(len(job.config.seeds))
     correct = [baseline.for_replica(s) == job.validation.labels for s in seeds]  # [S][N]
     return score_predictions(np.stack(correct)[:, None])
-
-
-def _counts(job: PreparedRun) -> dict[str, int]:
-    training, calibration, tuning = (rows.shape[1] for rows in job.rows)
-    return {
-        "train": training,
-        "tuning": tuning,
-        "calibration": calibration,
-        "validation": len(job.validation),
-        "classes": len(job.dataset.classes),
-    }
 
 
 def run_missing(options: argparse.Namespace) -> bool:

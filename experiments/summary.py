@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import isolation, paper, pcee_control, sizes
+from experiments import isolation, panel_tables, paper, pcee_control, sizes
 from experiments.comparison import (
     Record,
     areas,
@@ -31,6 +31,7 @@ from experiments.comparison import (
     texts,
 )
 from experiments.options import cell, parser
+from experiments.panel_statistics import Found, load
 from experiments.records import exact_costs, read_study
 from experiments.rendering import table_lines
 from sweet_jax.config import UserError
@@ -214,6 +215,10 @@ def pcee_sst2(studies: Studies) -> Table:
     return ["SST-2, points", *columns], rows
 
 
+def _panel(studies: Studies) -> Found:
+    return load(studies.folder / "panel")[0]
+
+
 TABLES: dict[str, Callable[[Studies], Table]] = {
     "sst2": both_sizes,
     "sst2-2000": lambda s: ([_SMALL, *_exits()], methods(s, "minilm-l6")),
@@ -235,6 +240,9 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
         s, _BOTH, {"cola": "CoLA, ", "mrpc": "MRPC, "}, "CoLA and MRPC, 1e-4"
     ),
     "pcee-sst2": pcee_sst2,
+    "panel-areas": lambda s: panel_tables.areas_table(_panel(s), most=8),
+    "panel-aims": lambda s: panel_tables.aims_table(_panel(s), panel_tables.DEFAULT),
+    "panel-gaps": lambda s: panel_tables.gaps_table(_panel(s), panel_tables.SHOWN_READOUTS),
 }
 
 

