@@ -68,7 +68,7 @@ def check_step(found: tpu_programs.Compiled, shape: shapes.Shape, replicas: int,
     # Replicas share nothing but the step's metrics, which every host reads.
     assert all(count <= replicas * len(shape.exits) for count in found.exchanged)
     narrow = narrow_products(found.text)
-    assert narrow > 0.9 if dtype == "bfloat16" else narrow == 0
+    assert narrow > 0.9 if dtype == "bfloat16" else narrow < 0.1
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
