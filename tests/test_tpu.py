@@ -139,17 +139,3 @@ def test_every_stage_of_serving(topology):
         # The hidden states of a stage are written in place.
         states = 2 * slots * SIZE.length * shape.config.hidden_size
         assert (memory.alias_size_in_bytes >= states) == stage.writes_states
-
-
-def test_groups_of_devices_are_read_from_the_compiler_s_text():
-    line = (
-        "%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {"
-    )
-    (rows,) = tpu_programs.collectives(line + "'axis_1'}, x")
-    assert rows == ({frozenset({0, 1}), frozenset({2, 3})}, [6, 1])
-    (across,) = tpu_programs.collectives(line + "'axis_0'}, x")
-    assert across[0] == {frozenset({0, 2}), frozenset({1, 3})}
-    (pairs,) = tpu_programs.collectives(
-        "%a = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}"
-    )
-    assert pairs[0] == {frozenset({-1})}  # no group of a mesh

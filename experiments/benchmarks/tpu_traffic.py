@@ -43,6 +43,7 @@ def operations(text: str, package: str = "/sweet_jax/") -> Iterator[Operation]:
     sources, trips, shown = _sources(text, package), _trip_counts(text), ""
     results: dict[str, int] = {}  # bytes that each read of a result moves
     copied: dict[str, int] = {}  # bytes that were moved into fast memory, for the next operation
+    origins: dict[str, str] = {}  # the sources of results
     for line in text.splitlines():
         if head := re.match(r"^(ENTRY )?%(\S+) \(", line):
             shown = head[2] if head[1] or head[2] in trips else ""
@@ -51,21 +52,28 @@ def operations(text: str, package: str = "/sweet_jax/") -> Iterator[Operation]:
             continue
         name, result, opcode, rest = parts.groups()
         operands = re.findall(r"%([\w.-]+)", _operands(rest))
-        if opcode == "copy-done":
-            copied[name], results[name] = copied.pop(operands[0], 0), _bytes(result)
+        if opcode in ("copy-done", "slice-done") or "ConcatBitcast" in rest:
+            copied[name] = sum(copied.pop(o, 0) for o in operands)
+            results[name] = _bytes(result)
             continue
         read = sum(results.get(o, 0) + copied.pop(o, 0) for o in operands)
-        if opcode == "copy-start":
-            # Of the copy; beside it stands what is copied.
-            result = next(_ARRAY.finditer(result))[0]
+        if opcode in ("copy-start", "slice-start"):
+            # The copy, and what is copied: the other way round where it is a slice.
+            arrays = [array[0] for array in _ARRAY.finditer(result)]
+            result = arrays[opcode == "slice-start"]
             if not _bytes(result):
-                copied[name] = read
+                copied[name] = min(read, _bytes(result, everywhere=True))
                 continue
+        if re.search("gather|dynamic-slice", f"{name} {opcode}"):  # a part of an operand
+            read = min(read, _bytes(result, everywhere=True))
         results[name] = _bytes(result)
-        if opcode in _FREE:
-            continue
         frame = re.search(r"stack_frame_id=(\d+)", rest)
         source = sources.get(int(frame[1]), "") if frame else ""
+        if not source and operands:
+            source = origins.get(operands[0], "")
+        origins[name] = source
+        if opcode in _FREE:
+            continue
         backward = "transpose(" in (re.search(r'op_name="([^"]*)"', rest) or [""])[0]
         yield Operation(name, opcode, source, backward, _bytes(result), read, trips.get(shown, 1))
 
@@ -80,11 +88,11 @@ def _operands(rest: str) -> str:
     return rest
 
 
-def _bytes(result: str) -> int:
+def _bytes(result: str, *, everywhere: bool = False) -> int:
     """Returns the bytes of a result, an array or a tuple of arrays, that are in main memory."""
     total = 0
     for kind, sizes, layout in _ARRAY.findall(result):
-        if "S(" not in layout:
+        if everywhere or "S(" not in layout:
             digits = re.search(r"\d+", kind)
             bits = _BITS.get(kind, int(digits[0]) if digits else 0)
             total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
