@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import WORDS, write_checkpoint
 
-from experiments.benchmarks import evaluate, paper_cell, recipe, shapes, sweep
+from experiments.benchmarks import evaluate, paper_cell, recipe, shapes, sweep, tpu_programs
+from experiments.benchmarks.tpu_traffic import operations, traffic
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason='torch is not installed (".[torch]")'
@@ -265,3 +266,66 @@ def test_the_recipe_s_parts_are_timed(capsys):
     assert "| sweet |" in printed
     assert "| early_exit |" in printed
     assert "probe or refit of 40 rows of 8 tokens, 2 classes" in printed
+
+
+def test_groups_of_devices_are_read_from_the_compiler_s_text():
+    line = (
+        "%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {"
+    )
+    (rows,) = tpu_programs.collectives(line + "'axis_1'}, x")
+    assert rows == ({frozenset({0, 1}), frozenset({2, 3})}, [6, 1])
+    (across,) = tpu_programs.collectives(line + "'axis_0'}, x")
+    assert across[0] == {frozenset({0, 2}), frozenset({1, 3})}
+    (pairs,) = tpu_programs.collectives(
+        "%a = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}"
+    )
+    assert pairs[0] == {frozenset({-1})}  # no group of a mesh
+
+
+COMPILED = """HloModule jit_one
+
+FileNames
+1 "/home/user/sweet_jax/training/step.py"
+2 "/lib/optax/transform.py"
+
+FunctionNames
+1 "update"
+2 "scale"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=1}
+2 {file_name_id=2 function_name_id=2 line=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+
+%body.1 (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%p), metadata={op_name="x" stack_frame_id=2}
+}
+
+ENTRY %main (a: f32[100]) -> f32[8] {
+  %a = f32[100]{0} parameter(0)
+  %table = bf16[1000,10]{1,0} parameter(1)
+  %copy-start = (f32[100]{0:S(1)}, f32[100]{0}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done = f32[100]{0:S(1)} copy-done(%copy-start)
+  %fast = f32[100]{0:S(1)} fusion(%copy-done), metadata={op_name="transpose(x)" stack_frame_id=2}
+  %rows = bf16[3,10]{1,0:S(1)} gather(%table, %fast), metadata={op_name="y" stack_frame_id=1}
+  %out-start = (f32[100]{0}, f32[100]{0:S(1)}, u32[]{:S(2)}) copy-start(%fast)
+  %while = f32[8]{0} while(%a), body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+
+
+def test_bytes_of_main_memory_are_read_from_the_compiler_s_text():
+    found = {each.name: each for each in operations(COMPILED)}
+    assert set(found) == {"n", "fast", "rows", "out-start"}
+    # What is copied into fast memory is read for the operation that uses it, and nothing else.
+    assert (found["fast"].read, found["fast"].written) == (400, 0)
+    assert found["rows"].read == 60  # three rows of the table
+    assert found["out-start"].written == 400
+    assert (found["n"].read, found["n"].written, found["n"].times) == (32, 32, 5)
+    # All come from the innermost function of the package, through those of libraries.
+    assert traffic(COMPILED) == {("update", True): 400, ("update", False): 60 + 400 + 5 * 64}

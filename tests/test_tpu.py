@@ -1,58 +1,141 @@
-"""Training steps compiled by the TPU's own compiler, for machines that are not there."""
+"""Programs compiled by the TPU's own compiler, for machines that are not there."""
 
 import dataclasses
 import re
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
+from tiny import ENCODERS, ISOLATED, TINIES
 
 from experiments.benchmarks import shapes
 
 pytest.importorskip("libtpu", reason='libtpu is not installed (".[tpu-aot]")')
 
-from experiments.benchmarks import tpu_aot
+from experiments.benchmarks import tpu_programs
+from sweet_jax.inference.engine_jax import JaxEngine
+from sweet_jax.inference.network import Network
 
 pytestmark = pytest.mark.slow
+TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
+SIZE = shapes.Size(16, 32)
+_DEVICES = 4
 _NONE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("topology", "method", "replicas", "dtype"),
-    [("v5e:2x2", "sweet", 2, "bfloat16"), ("v6e:2x2", "early_exit", 1, "float32")],
-)
-def test_a_step_for_four_chips(topology, method, replicas, dtype):
-    tiny = shapes.SHAPES["tiny"]  # without dropout, whose generator is a third of compiling
-    shape = tiny._replace(config=dataclasses.replace(tiny.config, **_NONE))
-    devices = tpu_aot.devices_of(topology)
-    size = shapes.Size(8, 16)
-    found = tpu_aot.compile_training_step(shape, method, size, dtype, devices, replicas)
-    numbers = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: _params(shape))))
-    # Parameters and the two moments of AdamW; tables are laid out in tiles, a few rows too wide.
-    assert 12 * numbers <= found.arguments <= 1.3 * 12 * numbers * (128 / 32)
-    assert found.temporaries < found.arguments
-    assert found.reductions >= 1  # of the gradients, over the rows of a batch
+def shape_of(kind: str, exits=(1, 2)) -> shapes.Shape:
+    """A tiny encoder without dropout, whose generator is a third of compiling."""
+    sizes = {"num_hidden_layers": exits[-1], "max_position_embeddings": SIZE.length + 2}
+    return shapes.Shape(dataclasses.replace(TINIES[kind], **sizes, **_NONE), exits)
+
+
+def parameters(shape: shapes.Shape):
+    return nnx.to_pure_dict(nnx.split(shape.model())[1])
+
+
+def sizes(shape: shapes.Shape) -> list[int]:
+    """Of every parameter; of a table of positions those that are read."""
+    return [x.size for x in jax.tree.leaves(jax.eval_shape(lambda: parameters(shape)))]
+
+
+def check_reduced(counts: list[int], shape: shapes.Shape) -> None:
+    """Asserts that what is summed over the rows of a batch are gradients, and a step's metrics."""
+    hidden = shape.config.hidden_size
+    width = getattr(shape.config, "embedding_size", 0) or hidden
+    # Of a table of positions the rows that are read; DeBERTa's distances go through a projection.
+    known = {*sizes(shape), SIZE.length * width, 2 * SIZE.length * hidden}
+    assert {count for count in counts if count > len(shape.exits)} <= known
+    # A parameter that two products read, as ModernBERT's of the first token, has two gradients.
+    assert 0.8 * sum(sizes(shape)) <= sum(counts) <= 1.6 * sum(sizes(shape))
+
+
+def narrow_products(text: str) -> float:
+    """The share of the matrix products whose result is bfloat16."""
+    products = re.findall(r"= (\w+)\[[^=]*? (?:convolution|dot)\(", text)
+    return products.count("bf16") / len(products)
+
+
+def check_step(found: tpu_programs.Compiled, shape: shapes.Shape, replicas: int, dtype) -> None:
+    held = sum(sizes(shape))
+    # Parameters and the two moments of AdamW; tables are laid out in tiles, up to 8 times as wide.
+    assert 12 * held <= found.arguments <= 8 * 12 * held
+    assert found.temporaries < 16 * 2**20
+    if replicas < _DEVICES:
+        check_reduced(found.reduced, shape)
+    else:
+        assert found.reduced == []
     # Replicas share nothing but the step's metrics, which every host reads.
     assert all(count <= replicas * len(shape.exits) for count in found.exchanged)
-    products = re.findall(r"= (\w+)\[[^=]*? (?:convolution|dot)\(", found.text)
-    narrow = products.count("bf16") / len(products)
+    narrow = narrow_products(found.text)
     assert narrow > 0.9 if dtype == "bfloat16" else narrow < 0.1
 
 
-def test_groups_of_devices_are_read_from_the_compiler_s_text():
-    line = (
-        "%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {"
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("method", "replicas", "dtype"),
+    [("sweet", 2, "bfloat16"), ("early_exit", 1, "float32"), ("multi_model", 4, "bfloat16")],
+)
+def test_a_step_of_each_method(topology, method, replicas, dtype):
+    shape = shape_of("bert", (2,) if method == "multi_model" else (1, 2))
+    devices = tpu_programs.devices_of(topology)
+    found = tpu_programs.compile_training_step(shape, method, SIZE, dtype, devices, replicas)
+    check_step(found, shape, replicas, dtype)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
+def test_a_step_of_every_family(kind):
+    shape = shape_of(kind)
+    devices = tpu_programs.devices_of(TOPOLOGIES[ENCODERS.index(kind) % 2])
+    method = "sweet" if kind in ISOLATED else "early_exit"
+    found = tpu_programs.compile_training_step(shape, method, SIZE, "bfloat16", devices)
+    check_step(found, shape, 1, "bfloat16")
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_groups_of_segment_parallel_training(topology):
+    shape = shape_of("bert")
+    devices = tpu_programs.devices_of(topology)
+    found = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
+    assert len(found) == 2
+    # Each group sums its own gradients; together they are all of the model's.
+    check_reduced([count for each in found for count in each.reduced], shape)
+    for each in found:
+        assert each.exchanged == []
+        assert narrow_products(each.text) > 0.9
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_evaluation_and_the_probe_s_features(topology, features):
+    shape = shape_of("bert")
+    devices = tpu_programs.devices_of(topology)
+    found = tpu_programs.compile_evaluation_step(
+        shape, SIZE, "bfloat16", devices, features=features
     )
-    (rows,) = tpu_aot.collectives(line + "'axis_1'}, x")
-    assert rows == ({frozenset({0, 1}), frozenset({2, 3})}, 6)
-    (across,) = tpu_aot.collectives(line + "'axis_0'}, x")
-    assert across[0] == {frozenset({0, 2}), frozenset({1, 3})}
-    (pairs,) = tpu_aot.collectives(
-        "%a = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}"
-    )
-    assert pairs[0] == {frozenset({-1})}  # no group of a mesh
+    # What every host reads of all rows: logits, and the vectors that the classifiers read.
+    each = len(shape.exits) * SIZE.batch
+    outputs = each * shapes.CLASSES + (each * shape.config.hidden_size if features else 0)
+    assert 0 < sum(found.reduced) <= outputs
+    assert found.exchanged == []
+    assert found.temporaries < 2**20
+    assert narrow_products(found.text) > 0.9
 
 
-def _params(shape):
-    from flax import nnx
-
-    return nnx.to_pure_dict(nnx.split(shape.model())[1])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_stage_of_serving(topology):
+    shape = shape_of("bert", (1, 2, 3))
+    params = jax.tree.map(lambda x: np.asarray(x, jax.numpy.bfloat16), parameters(shape))
+    graphdef = nnx.split(nnx.eval_shape(lambda: shape.model(0, "bfloat16")))[0]
+    engine = JaxEngine([Network(shape.exits, graphdef, params)], 0)
+    device, slots = tpu_programs.devices_of(topology)[0], 8
+    for stage in engine.stages():
+        used = slots if stage.uses_states else 0
+        program = engine.lower(stage, 4, SIZE.length, used, device).compile()
+        text, memory = program.as_text(), program.memory_analysis()
+        assert not list(tpu_programs.collectives(text))
+        assert narrow_products(text) > 0.9
+        assert memory.temp_size_in_bytes < 4 * 2**20
+        # The hidden states of a stage are written in place.
+        states = 2 * slots * SIZE.length * shape.config.hidden_size
+        assert (memory.alias_size_in_bytes >= states) == stage.writes_states

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError
@@ -142,12 +143,27 @@ class JaxEngine:
         slots = slots if stage.uses_states else 0
         key = (stage, size, length, slots)
         if key not in self._compiled:
-            batch = _part(_empty_batch(stage, length), 0, size, slots)
-            states = self._states(slots, length) if slots else None
-            donated = (4,) if stage.writes_states else ()
-            traced = jax.jit(self._function(stage, length), donate_argnums=donated)
-            self._compiled[key] = traced.lower(self._of(stage), *batch, states).compile()
+            self._compiled[key] = self.lower(stage, size, length, slots).compile()
         return self._compiled[key]
+
+    def lower(
+        self, stage: Stage, size: int, length: int, slots: int, device: jax.Device | None = None
+    ) -> jax.stages.Lowered:
+        """Returns the program of a stage, to be compiled, for batches of exactly B, of L and P.
+
+        device: that it is for, which need not exist, see `experiments/benchmarks/tpu_aot.py`;
+        None for JAX's own.
+        """
+        batch = _part(_empty_batch(stage, length), 0, size, slots)
+        states = self._states(slots, length) if slots else None
+        arguments = (self._of(stage), *batch, states)
+        if device is not None:
+            there = SingleDeviceSharding(device)
+            arguments = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), arguments
+            )
+        donated = (4,) if stage.writes_states else ()
+        return jax.jit(self._function(stage, length), donate_argnums=donated).lower(*arguments)
 
     def _function(self, stage: Stage, length: int) -> Callable:
         network = self.networks[stage.network]

@@ -1,0 +1,198 @@
+"""The programs of this package, compiled for TPUs that are not there, and what the compiler says.
+
+The compiler is the TPU's own (libtpu, extra tpu-aot), ahead of time, for a described topology
+(jax.experimental.topologies); nothing runs. Importing this module sets what libtpu reads of the
+environment, so it comes before anything else that may load libtpu.
+
+Shape letters: R replica, B batch, L length, H hidden.
+"""
+
+import os
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no cloud machine to ask
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to be shared
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from experiments.benchmarks.shapes import RATE, Shape, Size
+from sweet_jax.config import Config
+from sweet_jax.training.evaluation import compile_evaluation
+from sweet_jax.training.fit import step_settings
+from sweet_jax.training.parallel import compile_step
+from sweet_jax.training.segment_parallel import DeviceGroup, compile_group, split_state
+from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.sharding import batch_sharding, make_mesh, replica_sharding
+from sweet_jax.training.step import State, init_state
+
+_ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
+
+
+class Compiled(NamedTuple):
+    """Holds the compiler's estimates of a program, for each chip."""
+
+    seconds: float  # of a core, for tracing and compiling
+    arguments: int  # bytes
+    temporaries: int  # bytes
+    flops: float
+    bytes_accessed: float
+    collectives: int  # over the rows of a batch
+    reduced: list[int]  # numbers in each array of these
+    exchanged: list[int]  # numbers in each array of a collective that joins replicas
+    text: str
+
+
+def devices_of(topology: str) -> list[Any]:
+    """Returns the devices of a described topology such as "v5e:2x2"."""
+    generation = topology.partition(":")[0]
+    os.environ["TPU_ACCELERATOR_TYPE"] = _ACCELERATORS[generation]
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+class Plan(NamedTuple):
+    """Holds a model and the settings of its training, all without arrays."""
+
+    config: Config
+    settings: StepSettings
+    state: State  # of one replica, shapes
+    size: Size
+
+
+def plan_training(shape: Shape, method: str, size: Size, dtype: str, replicas: int = 1) -> Plan:
+    """Returns the plan of a run on batches of `size` rows and tokens."""
+    graphdef, values = nnx.split(nnx.eval_shape(lambda: shape.model(0, dtype)))
+    config = Config(
+        method=method,
+        exits=shape.exits,
+        batch_size=size.batch,
+        epochs=1000,
+        dtype=dtype,
+        seeds=tuple(range(replicas)),
+    ).resolved()
+    state = jax.eval_shape(lambda p: init_state(p, RATE, 0), nnx.to_pure_dict(values))
+    return Plan(config, step_settings(config, graphdef, shape.exits, rows=1000), state, size)
+
+
+def compile_training_step(
+    shape: Shape, method: str, size: Size, dtype: str, devices: Sequence[Any], replicas: int = 1
+) -> Compiled:
+    """Compiles a training step of `size` rows and tokens for devices that need not exist."""
+    plan = plan_training(shape, method, size, dtype, replicas)
+    mesh = make_mesh(replicas, size.batch, devices)
+    state = _abstract(plan.state, replica_sharding(mesh, replicas), replicas)
+    batch = _abstract(_batch(size), batch_sharding(mesh, replicas), replicas)
+    program = compile_step(plan.settings, replicas, mesh)
+    return compile_program(program, mesh.devices, state, batch, plan.settings.schedule)
+
+
+def compile_evaluation_step(
+    shape: Shape, size: Size, dtype: str, devices: Sequence[Any], *, features: bool = False
+) -> Compiled:
+    """Compiles the evaluation of one replica; with `features`, that of the probe."""
+    plan = plan_training(shape, "sweet", size, dtype)
+    mesh = make_mesh(1, size.batch, devices)
+    program = compile_evaluation(plan.config, plan.settings.graphdef, mesh, features=features)
+    params = _abstract(plan.state.params, replica_sharding(mesh), 1, axis=True)
+    batch = _abstract(_batch(size), batch_sharding(mesh), 1, axis=True)
+    return compile_program(program, mesh.devices, params, batch, np.zeros(1, np.int32))
+
+
+def compile_segment_groups(
+    shape: Shape, size: Size, dtype: str, devices: Sequence[Any]
+) -> list[Compiled]:
+    """Compiles the programs of segment-parallel training: one group for each exit."""
+    plan, count = plan_training(shape, "sweet", size, dtype), len(devices) // len(shape.exits)
+    groups = [
+        DeviceGroup((index,), make_mesh(1, size.batch, devices[index * count :][:count]))
+        for index in range(len(shape.exits))
+    ]
+    found, carried = [], None
+    for group, part in zip(groups, split_state(plan.state, groups, shape.exits), strict=True):
+        mesh = group.mesh
+        by_state, by_batch = replica_sharding(mesh, 1), batch_sharding(mesh, 1)
+        state, batch = _abstract(part, by_state), _abstract(_batch(size), by_batch)
+        if carried is not None:
+            carried = (_abstract(carried[0], by_batch), _abstract(carried[1], by_state))
+        program = compile_group(plan.settings, group, 1)
+        found.append(compile_program(program, mesh.devices, state, batch, carried))
+        carried = jax.eval_shape(program, state, batch, carried)[2]
+    return found
+
+
+def compile_program(program: Any, devices: np.ndarray, *arguments: Any) -> Compiled:
+    """Compiles a jitted function for arguments on a mesh of devices [replica, data]."""
+    began = time.process_time()
+    compiled = program.lower(*arguments).compile()
+    return describe(compiled, time.process_time() - began, devices)
+
+
+def describe(program: Any, seconds: float, devices: np.ndarray) -> Compiled:
+    """Reads what the compiler says of a program on a mesh of devices [replica, data]."""
+    memory, cost, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
+    rows = set(map(frozenset, np.arange(devices.size).reshape(devices.shape).tolist()))
+    found = list(collectives(text))
+    return Compiled(
+        seconds,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        cost["flops"],
+        cost["bytes accessed"],
+        sum(groups <= rows for groups, _ in found),
+        [count for groups, counts in found if groups <= rows for count in counts],
+        [count for groups, counts in found if not groups <= rows for count in counts],
+        text,
+    )
+
+
+_COLLECTIVE = re.compile(
+    r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r"(?:-start)?\(.*?(?:replica_groups=mesh\[(.*?)\] \{(.*?)\}|(?:groups|pairs)=(\S+))"
+)
+
+
+def collectives(text: str) -> Iterator[tuple[set[frozenset[int]], list[int]]]:
+    """Yields of each collective the groups of devices it joins, and the sizes of its arrays.
+
+    Devices are numbered along the mesh; groups that are not written as axes of it are one group.
+    """
+    for shapes, axes, joined, _ in _COLLECTIVE.findall(text):
+        arrays = re.findall(r"\w\[([\d,]*)\]", shapes)
+        sizes = [math.prod(int(size) for size in array.split(",") if size) for array in arrays]
+        numbers: Any = [[-1]]
+        if axes:
+            extents = [int(number) for number in re.findall(r"=(\d+)", axes)]
+            last = [int(number) for number in re.findall(r"axis_(\d+)", joined)]
+            order = [axis for axis in range(len(extents)) if axis not in last] + last
+            numbers = np.arange(math.prod(extents)).reshape(extents).transpose(order)
+            numbers = numbers.reshape(-1, math.prod(extents[axis] for axis in last)).tolist()
+        yield set(map(frozenset, numbers)), sizes
+
+
+def _batch(size: Size) -> dict[str, jax.ShapeDtypeStruct]:
+    ids = jax.ShapeDtypeStruct(tuple(size), np.int32)
+    return {
+        "input_ids": ids,
+        "token_type_ids": ids,
+        "mask": jax.ShapeDtypeStruct(tuple(size), bool),
+        "labels": jax.ShapeDtypeStruct((size.batch,), np.int32),
+        "row_mask": jax.ShapeDtypeStruct((size.batch,), bool),
+    }
+
+
+def _abstract(tree: Any, sharding: NamedSharding, replicas: int = 1, *, axis: bool = False) -> Any:
+    """Returns the shapes of a tree on devices, with the axis R of several replicas."""
+    leading = (replicas,) if axis or replicas > 1 else ()
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(leading + x.shape, x.dtype, sharding=sharding), tree
+    )
