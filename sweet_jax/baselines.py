@@ -106,6 +106,10 @@ def _plain(config: Config) -> Config:
         isolation_schedule="linear",
         boundary_isolation=(),
         loss_weights="uniform",
+        last_exit_first=0.0,
+        distillation_weight=0.0,
+        distillation_temperature=1.0,
+        unlabeled_files="",
         pooling="first",
         pooler="per_exit",
         head_init="random",
@@ -133,7 +137,8 @@ def _fine_tuned(job: PreparedRun, rates: Sequence[float], folder: Path) -> np.nd
         config = dataclasses.replace(config, learning_rates=tuple(rates))
         replicas = [seed for seed in replicas for _ in rates]
         folder /= "fine_tuned"  # an earlier version trained at the exits' rate in `folder`
-    job = dataclasses.replace(job.select_replicas(config, replicas), base=None, probe=None)
+    job = job.select_replicas(config, replicas)
+    job = dataclasses.replace(job, base=None, probe=None, unlabeled=None)
     job, _ = search_rate(job, folder)
     config, (model,) = job.config, model_specs(job.config)
     graphdef, params, _ = fit(job.training_job(model, folder))

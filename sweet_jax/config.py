@@ -92,6 +92,9 @@ class Config:
     isolation_schedule: str = "linear"
     boundary_isolation: tuple[float, ...] = ()
     loss_weights: str | tuple[float, ...] = ""
+    last_exit_first: float = 0.0
+    distillation_weight: float = 0.0
+    distillation_temperature: float = 1.0
     rate_search: str = "full"
     group_by_length: bool = False
     head_init: str = ""
@@ -113,6 +116,7 @@ class Config:
     metric: str = ""
     data_dir: str = ""
     data_files: str = ""
+    unlabeled_files: str = ""
     dataset: str = ""
     splits: str = ""
     skip_invalid: bool = False

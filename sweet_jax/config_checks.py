@@ -43,8 +43,13 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("warmup_fraction",), lambda v: 0 <= v < 1, "from 0 to below 1"),
     (("weight_decay",), lambda v: 0 <= v < math.inf, "0 or more"),
     (("clip_norm",), lambda v: v > 0, "positive (inf switches clipping off)"),
-    (("focal_gamma",), lambda v: 0 <= v < math.inf, "0 or more"),
-    (("head_learning_rate",), lambda v: 0 < v < math.inf, "positive and finite"),
+    (("focal_gamma", "distillation_weight"), lambda v: 0 <= v < math.inf, "0 or more"),
+    (("last_exit_first",), lambda v: 0 <= v < 1, "from 0 to below 1"),
+    (
+        ("head_learning_rate", "distillation_temperature"),
+        lambda v: 0 < v < math.inf,
+        "positive and finite",
+    ),
     (("task",), bool, "a name"),
     (("label_column",), bool, "a column name"),
 )
@@ -89,6 +94,7 @@ def check_values(config: "Config") -> None:
         )
     _check_isolation(config)
     _check_loss_weights(config)
+    _check_last_exit(config)
     _check_conflict(config)
     _check_independent(config)
     _check_learning_to_exit(config)
@@ -186,6 +192,28 @@ def _check_loss_weights(config: "Config") -> None:
         )
 
 
+def _check_last_exit(config: "Config") -> None:
+    """Raises UserError where exits are to follow the last one that they have no part in."""
+    several = len(config.exits) > 1 and not METHODS[config.method].model_per_exit
+    for key in ("last_exit_first", "distillation_weight"):
+        value = getattr(config, key)
+        if value and not several:
+            what = "the model has" if len(config.exits) == 1 else f"a {config.method} model has"
+            raise UserError(f"{key} is {value:g}, but {what} one exit: leave it out")
+    for key, default in (("unlabeled_files", ""), ("distillation_temperature", 1.0)):
+        value = getattr(config, key)
+        if value != default and not config.distillation_weight:
+            raise UserError(
+                f"{key} is {value!r}, but is of distillation, which is off: set "
+                "--config.distillation_weight=1 with it"
+            )
+    if config.distillation_temperature != 1 and config.objective == "regression":
+        raise UserError(
+            f"distillation_temperature is {config.distillation_temperature:g}, but is of "
+            "probabilities, which objective regression has none of: leave it out"
+        )
+
+
 def _check_conflict(config: "Config") -> None:
     """Raises UserError where gradients are to be compared that no two exits have in common."""
     method = METHODS[config.method]
@@ -217,6 +245,8 @@ def _check_independent(config: "Config") -> None:
         ("relative", config.relative in ("", "first")),
         ("clipping", config.clipping in ("", "owner")),
         ("boundary_isolation", set(config.boundary_isolation) <= {1.0}),
+        ("last_exit_first", not config.last_exit_first),
+        ("distillation_weight", not config.distillation_weight),
     ):
         if not sound:
             raise UserError(

@@ -36,6 +36,11 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             "pattern, several joined by +, or a folder with one sub-folder per label.",
             "train[,validation]",
         ),
+        "unlabeled_files": (
+            "Rows without labels, of the same text columns: every step also distils on as many of "
+            "them as it has rows with labels (needs distillation_weight).",
+            'a file, a folder, a pattern, or several joined by +; "" is none',
+        ),
         "dataset": (
             "A data set of the hub, or a folder that datasets' save_to_disk wrote.",
             "owner/name, owner/name:subset or a folder",
@@ -90,6 +95,14 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             "of one exit alone, and neither Adam nor clipping per owner depends on its scale.",
             "a positive number for each exit, or a schedule; empty for the method's",
         ),
+        "last_exit_first": (
+            "Share of the steps in which only the last exit's loss is minimised, all boundaries "
+            "open; then all as usual."
+        ),
+        "distillation_weight": (
+            "Weight, in each exit's loss, of its divergence from the last exit's answer; 0 is off."
+        ),
+        "distillation_temperature": "Temperature of both answers in that divergence.",
         "pooler": (
             'A pretrained pooler for each exit, or one that all share; "" is the preset\'s.'
         ),

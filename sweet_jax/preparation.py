@@ -16,6 +16,7 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import Tokens, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.splits import (
+    Split,
     drop_duplicates,
     select_rows,
     split_calibration_rows,
@@ -67,6 +68,7 @@ class PreparedRun:
     train: Tokens  # U rows
     validation: Tokens
     rows: RunRows
+    unlabeled: Tokens | None = None  # of rows without labels, whose texts are in no other
     objective: Objective = SINGLE_LABEL  # with the weights that the config trains it by
     targets: np.ndarray | None = None  # of `texts` in their own units; None: those of `train`
     units: tuple[float, float] | None = None  # mean and deviation that `train` has them without
@@ -103,6 +105,7 @@ class PreparedRun:
             objective=self.objective,
             workdir=workdir,
             base=self.base,
+            unlabeled=self.unlabeled,
             probe=self.probe.classifiers if self.probe else None,
             short=short,
         )
@@ -142,10 +145,42 @@ def prepare(config: Config) -> PreparedRun:
         train=train,
         validation=tokenize(tokenizer, dataset.validation, config.max_length),
         rows=RunRows(*(np.searchsorted(used, rows) for rows in drawn)),
+        unlabeled=_tokenize_unlabeled(config, dataset, kept.texts, tokenizer, train.labels),
         objective=_training_objective(config, dataset),
         targets=kept.labels if units else None,
         units=units,
     )
+
+
+def _tokenize_unlabeled(
+    config: Config,
+    dataset: Dataset,
+    drawn: Sequence[tuple[str, ...]],
+    tokenizer: Any,
+    targets: np.ndarray,
+) -> Tokens | None:
+    """Returns the tokens of the rows without labels; None where the config names none.
+
+    Each text once, and none that any replica trains, tunes or calibrates on (`drawn`), or that is a
+    validation text: what a run is chosen and reported by has then no part in its training. Their
+    labels are zeros of the shape and dtype of `targets`, and never read.
+    Raises UserError where no text is left.
+    """
+    if not config.unlabeled_files:
+        return None
+    known = {*drawn, *dataset.validation.texts}
+    texts = [text for text in dict.fromkeys(dataset.unlabeled) if text not in known]
+    if not texts:
+        raise UserError(
+            f"unlabeled_files {config.unlabeled_files!r} has no text that is not among the "
+            "training or validation rows: give other rows, or leave it out"
+        )
+    log.info(
+        "%d rows without labels; %d more repeat another text of the run: left out",
+        *(len(texts), len(dataset.unlabeled) - len(texts)),
+    )
+    labels = np.zeros((len(texts), *targets.shape[1:]), targets.dtype)
+    return tokenize(tokenizer, Split(texts, labels), config.max_length)
 
 
 def _training_objective(config: Config, dataset: Dataset) -> Objective:

@@ -86,6 +86,34 @@ def parsed(tmp_path):
         ({"loss_weights": (1, 1, 1, float("inf"))}, "loss_weights must be one positive number"),
         ({"loss_weights": (1, 1, 1, "x")}, "loss_weights must be one positive number"),
         ({"loss_weights": "1,2,3,x"}, "unknown loss_weights '1,2,3,x'"),
+        ({"last_exit_first": 1.0}, "last_exit_first must be from 0 to below 1; got 1.0"),
+        (
+            {"last_exit_first": 0.5, "exits": (12,)},
+            "last_exit_first is 0.5, but the model has one exit: leave it out",
+        ),
+        (
+            {"distillation_weight": 1.0, "method": "multi_model"},
+            "distillation_weight is 1, but a multi_model model has one exit: leave it out",
+        ),
+        ({"distillation_weight": -1.0}, "distillation_weight must be 0 or more; got -1.0"),
+        (
+            {"distillation_weight": 1.0, "distillation_temperature": 0.0},
+            "distillation_temperature must be positive and finite; got 0.0",
+        ),
+        (
+            {"distillation_temperature": 2.0},
+            "distillation_temperature is 2.0, but is of distillation, which is off: set "
+            "--config.distillation_weight=1 with it",
+        ),
+        ({"unlabeled_files": "more.csv"}, "unlabeled_files is 'more.csv', but is of distillation"),
+        (
+            {
+                "objective": "regression",
+                "distillation_weight": 1.0,
+                "distillation_temperature": 2.0,
+            },
+            "distillation_temperature is 2, but is of probabilities, which objective regression",
+        ),
         ({"isolation_schedule": "stop"}, "unknown isolation_schedule 'stop': did you mean 'step'?"),
         ({"isolation_schedule": "step"}, "needs a pair, such as --config.isolation=0,1"),
         ({"isolation_schedule": "step", "isolation": 0.5}, "isolation is (0.5,)"),

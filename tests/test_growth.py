@@ -135,13 +135,23 @@ def test_what_cannot_grow_is_refused(base, changes, message):
         prepare(more(base, **changes))
 
 
-def test_a_base_whose_exits_share_a_pooler_is_refused(base, tmp_path):
-    shared = tmp_path / "shared"
-    shutil.copytree(base[0], shared)
-    values = json.loads((shared / "config.json").read_text())
-    (shared / "config.json").write_text(json.dumps(values | {"pooler": "shared"}))
-    with pytest.raises(UserError, match="has pooler 'shared', and the new run 'per_exit'"):
-        prepare(more((shared, base[1])))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooler": "shared"}, "has pooler 'shared', and the new run 'per_exit'"),
+        (
+            {"unlabeled_files": "more.csv", "distillation_weight": 1.0},
+            "was trained with unlabeled_files 'more.csv': such a run cannot grow",
+        ),
+    ],
+)
+def test_a_base_that_was_trained_otherwise_is_refused(base, tmp_path, changes, message):
+    other = tmp_path / "other"
+    shutil.copytree(base[0], other)
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(UserError, match=message):
+        prepare(more((other, base[1])))
 
 
 def test_unfinished_and_damaged_runs_are_refused(base, tmp_path):

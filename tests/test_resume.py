@@ -70,6 +70,7 @@ def numbers(workdir: Path) -> dict:
                 "group_by_length": True,
                 "learning_rates": (1e-3, 3e-3),
                 "rate_search": "short",
+                "distillation_weight": 1.0,
                 "tuning_fraction": 0.2,
                 "baselines": "quick",
             },
@@ -82,12 +83,17 @@ def numbers(workdir: Path) -> dict:
                 "isolation": (0.0, 0.5),
                 "boundary_isolation": (1.0, 0.5),
                 "learning_to_exit": "joint",
+                "last_exit_first": 0.25,
+                "distillation_weight": 0.5,
+                "distillation_temperature": 2.0,
                 "conflict_every": 4,
             },
         ),
     ],
 )
 def test_killed_then_terminated_then_finished(options, with_dropout, tmp_path, devices, changes):
+    if "distillation_weight" in changes:  # of the rows that are not drawn
+        changes = changes | {"unlabeled_files": options["data_files"]}
     config = recipe(tmp_path, options | with_dropout | changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(config, whole, devices)

@@ -124,6 +124,8 @@ def test_the_benchmark_prints_all_sides(capsys):
         ({"boundary_isolation": (1.0, 0.5)}, "boundary_isolation"),
         ({"preset": "reference"}, "pooler"),
         ({"clipping": "global"}, "clipping"),
+        ({"last_exit_first": 0.5}, "last_exit_first"),
+        ({"distillation_weight": 1.0}, "distillation_weight"),
     ],
 )
 def test_exits_that_are_coupled_are_refused(changes, named, options):

@@ -32,6 +32,7 @@ class Tokens:
     starts: np.ndarray  # int64 [N + 1], row n is starts[n]:starts[n + 1]
     labels: np.ndarray  # the objective's targets [N, ...], as they are trained on
     pad_id: int
+    labeled: np.ndarray | None = None  # bool [N], where some rows have no label
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,6 +73,19 @@ def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
     return Tokens(
         np.concatenate(ids), np.concatenate(types), starts, rows.labels, tokenizer.pad_token_id
+    )
+
+
+def append_unlabeled(tokens: Tokens, others: Tokens) -> Tokens:
+    """Returns the rows of `tokens`, then others, which count as rows without labels."""
+    starts = np.concatenate([tokens.starts, tokens.starts[-1] + others.starts[1:]])
+    return Tokens(
+        np.concatenate([tokens.input_ids, others.input_ids]),
+        np.concatenate([tokens.token_type_ids, others.token_type_ids]),
+        starts,
+        np.concatenate([tokens.labels, others.labels]),
+        tokens.pad_id,
+        np.arange(len(starts) - 1) < len(tokens),
     )
 
 
@@ -218,7 +232,7 @@ def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batc
 
     Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L], labels [..., B, ...]
     of their dtype, 0 where there is no row, and row_mask bool [..., B]: False for a row of -1,
-    which is padding.
+    which is padding. Where some rows of the split have no label, also labeled bool [..., B].
     """
     sizes = np.where(rows < 0, 0, tokens.lengths[rows])
     length = padded_length(tokens, rows, lengths)
@@ -227,7 +241,8 @@ def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batc
     labels = tokens.labels[rows]  # [..., B, ...]
     absent = np.reshape(rows < 0, rows.shape + (1,) * (labels.ndim - rows.ndim))
     source = np.where(mask, tokens.starts[rows][..., None] + position, 0)
-    return {
+    known = {} if tokens.labeled is None else {"labeled": (rows >= 0) & tokens.labeled[rows]}
+    return known | {
         "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
         "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),
         "mask": mask,

@@ -6,12 +6,13 @@ Shape letters: N examples.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
 from sweet_jax.config import Config, UserError, check_choice
 from sweet_jax.data.column_names import parse_names
-from sweet_jax.data.sources import naming_source, read_sources, source_names
+from sweet_jax.data.sources import naming_source, read_sources, read_unlabeled, source_names
 from sweet_jax.data.splits import Split, split_off_validation
 from sweet_jax.data.tasks import GLUE, Task
 from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
@@ -26,6 +27,7 @@ class Dataset:
     train: Split
     validation: Split
     left_out: int = 0  # training rows that repeat a text of the validation rows split off
+    unlabeled: Sequence[tuple[str, ...]] = ()  # texts of rows without labels, as in their files
 
     @property
     def objective(self) -> Objective:
@@ -43,6 +45,8 @@ class Dataset:
         for split in (self.train, self.validation):
             sha.update(json.dumps(split.texts).encode())
             sha.update(split.labels.tobytes())
+        if self.unlabeled:
+            sha.update(json.dumps(self.unlabeled).encode())
         return sha.hexdigest()
 
 
@@ -72,7 +76,8 @@ def load_dataset(config: Config) -> Dataset:
     left_out = 0
     if len(sources) == 1:
         left_out = len(sources[0].labels) - len(train.labels) - len(validation.labels)
-    return Dataset(task, names, train, validation, left_out)
+    unlabeled = read_unlabeled(config, task) if config.unlabeled_files else ()
+    return Dataset(task, names, train, validation, left_out, unlabeled)
 
 
 def task_of(config: Config) -> Task:

@@ -72,6 +72,20 @@ def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
     return task, found
 
 
+def read_unlabeled(config: Config, task: Task) -> list[tuple[str, ...]]:
+    """Reads the texts of `unlabeled_files`, of the task's text columns; a label is not asked for.
+
+    Raises UserError for rows that will not do, unless `skip_invalid` leaves them out.
+    """
+    columns, texts = Columns(task.text_columns), []
+    with naming_source("unlabeled_files"):
+        for path in expand_files(config.unlabeled_files):
+            with open_table(path, columns) as table:
+                records = table.records(columns)
+                texts += _collect(records, columns, repr(str(path)), config.skip_invalid)
+    return texts
+
+
 def source_names(count: int) -> tuple[str, ...]:
     """Returns what messages call each of one or two sources."""
     return ("the training file", "the validation file") if count > 1 else ("the data",)

@@ -41,6 +41,12 @@ def binary_cross_entropy(logits: Array, targets: Array) -> Array:
     return optax.sigmoid_binary_cross_entropy(logits, targets).mean(axis=-1)
 
 
+def two_outcomes(logits: Array) -> Array:
+    """Returns the logits of each label's absence, 0, and presence, [..., C, 2]."""
+    xp = logits.__array_namespace__()
+    return xp.stack([xp.zeros_like(logits), logits], axis=-1)
+
+
 def sigmoid(logits: Array) -> Array:
     """Returns the sigmoid, in the dtype of the logits."""
     xp = logits.__array_namespace__()
@@ -296,7 +302,7 @@ MULTI_LABEL = Objective(
     read_targets=lambda targets, labels: np.asarray(targets, bool),
     target_per_output=True,
     categorical=CategoricalVariables(
-        logits=lambda logits: np.stack([np.zeros_like(logits), logits], axis=-1),
+        logits=two_outcomes,
         outcomes=lambda targets: targets.astype(int),
     ),
     measures=(

@@ -74,12 +74,12 @@ class CategoricalVariables:
     classification is one variable of C outcomes, multi-label classification C of two.
 
     Attributes:
-      logits: outputs [..., C] → the logits of V variables [..., V, K].
+      logits: outputs [..., C] → the logits of V variables [..., V, K]; on both kinds of array.
       outcomes: targets → the outcome of each variable, int [..., V].
 
     """
 
-    logits: Callable[[np.ndarray], np.ndarray]
+    logits: Callable[[Array], Array]
     outcomes: Callable[[np.ndarray], np.ndarray]
 
     def outcome_count(self, outputs: int) -> int:

@@ -12,6 +12,7 @@ from flax import nnx
 from sweet_jax.models.early_exit import Isolation
 from sweet_jax.objectives.objective import Objective
 from sweet_jax.objectives.single_label import SINGLE_LABEL
+from sweet_jax.training.losses import labeled_rows
 from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.step import Params, State, dropout_key
 
@@ -44,7 +45,7 @@ def gradient_conflict(
 
     def losses(matrices: list[jax.Array]) -> jax.Array:
         logits = nnx.merge(graphdef, _put(params, exits, matrices))(batch, isolation, key)
-        return objective.mean_loss(logits, batch["labels"], batch["row_mask"])  # [E]
+        return objective.mean_loss(logits, batch["labels"], labeled_rows(batch))  # [E]
 
     layers = params["encoder"]["layers"]
     _, backward = jax.vjp(losses, [layers[e - 1]["output"]["kernel"] for e in exits])
@@ -59,7 +60,10 @@ def gradient_conflict(
 
 
 def conflict_step(settings: StepSettings, state: State, batch: dict) -> jax.Array:
-    """Measures the conflict of the gradients that `train_step` takes of the same, [E, E, E]."""
+    """Measures the conflict of the gradients that `train_step` takes of the same, [E, E, E].
+
+    Those of the losses on labels: distillation is left out.
+    """
     isolation, key = settings.isolation_at(state.step), dropout_key(state)
     graphdef, objective = settings.graphdef, settings.objective
     return gradient_conflict(graphdef, state.params, batch, key, isolation, objective)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from flax import nnx
 
 from sweet_jax.config import AUTO, Config
 from sweet_jax.data.batches import (
+    append_unlabeled,
     bucket_lengths,
     padded_length,
     steps_per_epoch,
@@ -27,6 +29,7 @@ from sweet_jax.training.early_stopping import BestStateTracker
 from sweet_jax.training.initialization import initial_state
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.loop import StepRange, open_step_log, run_steps
+from sweet_jax.training.losses import Distillation
 from sweet_jax.training.optimizer import learning_rate_share
 from sweet_jax.training.parallel import (
     ExecutionPlan,
@@ -41,6 +44,8 @@ from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, res
 from sweet_jax.training.step import Params, State
 
 log = logging.getLogger(__name__)
+
+_UNLABELED = zlib.crc32(b"unlabeled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +149,27 @@ def _train(
 
 
 def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any, int]]:
-    """Returns a function of a step's number: (its batch on the devices, the batch's length)."""
-    config, tokens, training = job.config, job.tokens, list(job.rows)
+    """Returns a function of a step's number: (its batch on the devices, the batch's length).
+
+    Of as many rows without labels as with, where the job has such rows.
+    """
+    config, tokens = job.config, job.tokens
     seeds = [seed for seed, _ in config.replicas()]
     lengths = bucket_lengths(config.max_length)
+    sources = [(list(job.rows), seeds)]
+    if job.unlabeled is not None:
+        others = len(tokens) + np.arange(len(job.unlabeled))
+        tokens = append_unlabeled(tokens, job.unlabeled)
+        # Another order than that of the rows with labels, should there be as many.
+        sources.append(([others] * len(seeds), [seed ^ _UNLABELED for seed in seeds]))
     grouped = tokens.lengths if config.group_by_length else None
 
     def batch(number: int) -> tuple[Any, int]:
-        rows = training_batch_indices(training, seeds, number, config.batch_size, grouped)  # [R, B]
+        each = [
+            training_batch_indices(rows, orders, number, config.batch_size, grouped)
+            for rows, orders in sources
+        ]
+        rows = np.concatenate(each, axis=1)  # [R, B], or twice as many
         length = padded_length(tokens, rows, lengths)
         return plan.place(tokens, drop_replica_axis(rows, len(seeds)), lengths), length
 
@@ -192,6 +210,9 @@ def step_settings(
         total = search_steps(total)
     weights = loss_weights(config.loss_weights, config.exits)
     of_exit = dict(zip(config.exits, weights, strict=True))
+    distillation = None
+    if config.distillation_weight:
+        distillation = Distillation(config.distillation_weight, config.distillation_temperature)
     return StepSettings(
         graphdef=graphdef,
         exits=exits,
@@ -204,6 +225,8 @@ def step_settings(
         isolation_schedule=config.isolation_schedule,
         boundary_isolation=config.boundary_isolation,
         loss_weights=tuple(of_exit[e] for e in exits),
+        last_exit_first=config.last_exit_first,
+        distillation=distillation,
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
         frozen=frozen,

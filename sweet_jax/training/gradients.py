@@ -3,6 +3,7 @@
 Shape letters: E exit, B batch, L length.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +14,13 @@ from flax import nnx
 
 from sweet_jax.models.early_exit import Isolation, SegmentState
 from sweet_jax.models.ownership import SHARED, parameter_owners
-from sweet_jax.training.losses import StepMetrics, TrainingLoss, compute_step_metrics, total_loss
+from sweet_jax.training.losses import (
+    StepMetrics,
+    TrainingLoss,
+    compute_step_metrics,
+    distillation_loss,
+    total_loss,
+)
 
 Params = Any  # pure dict of float32 arrays; of a part of the model, None for all other arrays
 _EXIT_LOSS = TrainingLoss()
@@ -49,7 +56,11 @@ def whole_gradients(
     def total(params: Params) -> tuple[jax.Array, StepMetrics]:
         output = nnx.merge(graphdef, params).forward(batch, isolation, key)
         metrics = compute_step_metrics(output, batch, loss.objective)
-        return total_loss(metrics, loss.weights), metrics
+        if loss.distillation is not None:
+            students, teacher = output.logits[:-1], output.logits[-1]
+            found = distillation_loss(loss, students, teacher, batch["row_mask"])  # [E - 1]
+            metrics = metrics._replace(distillation=jnp.append(found, 0.0))
+        return total_loss(metrics, loss), metrics
 
     return jax.grad(total, has_aux=True)(params)
 
@@ -66,11 +77,12 @@ def segment_gradients(
 
     Forward and backward through a segment before the next one begins: only one segment's
     activations are alive. The barrier tells the compiler so, which else orders all forward passes
-    first and needs as much memory as Early-Exit.
+    first and needs as much memory as Early-Exit. Exits that learn from the last one's answer have
+    it from a forward pass of its own, under the same dropout masks.
 
     Args:
       graphdef, params: a model of early_exit.py; of the parameters, those of `segments` at least.
-      batch, key, loss: as in `whole_gradients`.
+      batch, key, loss: as in `whole_gradients`; with distillation `segments` are all.
       segments: which of them.
 
     Returns:
@@ -82,8 +94,14 @@ def segment_gradients(
     exits, carried = model.exits, segments.carried
     owner_of = parameter_owners(params, exits, shared_relative=model.shared_relative)
     parts, found = [], []
+    if loss.distillation is not None:
+        teacher = model.forward(batch, 1.0, key).logits[-1]
+        # Nothing of that pass is kept for the segments' own: these begin after it.
+        params, teacher = jax.lax.optimization_barrier((params, teacher))
+        batch = batch | {"teacher": teacher}
     for index in range(len(exits)) if segments.numbers is None else segments.numbers:
-        segment_loss = _segment_loss(graphdef, batch, key, loss, index)
+        last = index == len(exits) - 1
+        segment_loss = _segment_loss(graphdef, batch, key, loss, index, last=last)
         if index < segments.frozen:
             _, (carried, metrics) = segment_loss(jax.lax.stop_gradient(params), carried)
             own = jax.tree.map(lambda _: None, owner_of)
@@ -106,15 +124,22 @@ def _segment_loss(
     key: jax.Array | None,
     loss: TrainingLoss,
     index: int,
+    *,
+    last: bool,
 ) -> Callable:
     """Returns (params, carried) → the segment's loss, and (carried on, metrics) beside it."""
-    weights = loss.weights[index : index + 1]
+    own = dataclasses.replace(loss, weights=loss.weights[index : index + 1])
 
     def segment_loss(params: Params, carried: SegmentState | None):
         model = nnx.merge(graphdef, fill_missing(params))
         carried, output = model.segment(index, carried, batch, 1.0, key)
         metrics = compute_step_metrics(output, batch, loss.objective)
-        return total_loss(metrics, weights), (carried, metrics)
+        if loss.distillation is not None:
+            rows, found = batch["row_mask"], jnp.zeros(())
+            if not last:
+                found = distillation_loss(loss, output.logits, batch["teacher"], rows)
+            metrics = metrics._replace(distillation=found)
+        return total_loss(metrics, own), (carried, metrics)
 
     return segment_loss
 

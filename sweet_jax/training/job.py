@@ -32,6 +32,7 @@ class TrainingJob:
     workdir: Path  # of checkpoints and metrics
     base: BaseRun | None = None  # that this run grows from
     probe: LinearClassifiers | None = None  # the start of the heads of all exits of the config
+    unlabeled: Tokens | None = None  # of rows that are distilled on alone
     short: bool = False  # a run of a share of the steps, to its end (`rate_search`)
     objective: Objective = SINGLE_LABEL  # what the outputs of an exit are trained for
     # The trainings of the run that follow, in steps times layers times replicas, for the expected

@@ -1,9 +1,12 @@
 """The loss that training minimises, and the metrics of a step: pure functions of one replica.
 
-Shape letters: E exit, B batch.
+Shape letters: E exit, B batch, C outputs of an exit (classes), V categorical variables with K
+outcomes each.
 """
 
 import dataclasses
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -17,6 +20,14 @@ Weight = float | jax.Array  # of one exit's loss
 
 
 @dataclasses.dataclass(frozen=True)
+class Distillation:
+    """Defines what every exit but the last learns from the last exit's answer."""
+
+    weight: float  # of the divergence in the loss of its exit
+    temperature: float = 1.0  # of both answers
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingLoss:
     """Defines the loss that is differentiated: the weighted sum of the exits' losses."""
 
@@ -24,6 +35,7 @@ class TrainingLoss:
     # E of them; () for 1 throughout. Python numbers where they are constant: a weight of 1 is then
     # no operation of the program.
     weights: tuple[Weight, ...] = ()
+    distillation: Distillation | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -33,6 +45,7 @@ class StepMetrics(NamedTuple):
     predicted: jax.Array  # int32 [E], the one prediction of all rows, or -1: see Objective
     exit_loss: jax.Array | None = None  # float32 [E], learning-to-exit's mean squared error
     conflict: jax.Array | None = None  # float32 [E, E, E], where measured: see conflict.py
+    distillation: jax.Array | None = None  # float32 [E], the divergence from the last exit's answer
 
 
 def compute_step_metrics(
@@ -40,11 +53,10 @@ def compute_step_metrics(
 ) -> StepMetrics:
     """Returns the metrics of the outputs [E, ...] of a batch (or of one exit's).
 
-    batch: labels, the targets [B, ...] of the objective, and row_mask bool [B]: which rows are no
-    padding.
+    batch: labels, the targets [B, ...] of the objective, and which rows count: see `labeled_rows`.
     """
     logits, scores = output.logits, output.exit_scores
-    labels, row_mask = batch["labels"], batch["row_mask"]
+    labels, row_mask = batch["labels"], labeled_rows(batch)
     exit_loss = None
     if scores is not None:
         judge = objective.exit_target or objective.is_correct
@@ -53,19 +65,63 @@ def compute_step_metrics(
     return StepMetrics(loss, objective.constant_prediction(logits, row_mask), exit_loss)
 
 
-def total_loss(metrics: StepMetrics, weights: tuple[Weight, ...] = ()) -> jax.Array:
+def labeled_rows(batch: dict[str, jax.Array]) -> jax.Array:
+    """Returns the rows of a batch that have labels, bool [B]: all but padding where none lacks one.
+
+    batch: row_mask bool [B], which rows are no padding; labeled bool [B] where some have no label.
+    """
+    return batch.get("labeled", batch["row_mask"])
+
+
+def distillation_loss(
+    loss: TrainingLoss, logits: jax.Array, teacher: jax.Array, row_mask: jax.Array
+) -> jax.Array:
+    """Computes how far exits are from the last exit's answer, float32 [...], the mean over rows.
+
+    T^2 KL(softmax(teacher / T) || softmax(logits / T)) at the temperature T (Phuong and Lampert
+    2019, ICCV, whose cross-entropy has the same gradient), averaged over the categorical variables
+    of the objective: C of two outcomes where a row has several labels. Where outputs are numbers,
+    the objective's loss against the last exit's prediction. No gradient reaches the teacher.
+
+    Args:
+      loss: with a distillation.
+      logits, teacher: of exits [..., B, C], and of the last exit [B, C].
+      row_mask: bool [B], which rows are no padding; they need no labels.
+
+    """
+    assert loss.distillation is not None
+    objective, temperature = loss.objective, loss.distillation.temperature
+    teacher = jax.lax.stop_gradient(teacher)
+    if objective.categorical is None:
+        rows = objective.row_loss(logits, objective.predict(teacher))
+    else:
+        variables = objective.categorical.logits
+        teacher = jnp.broadcast_to(teacher, logits.shape)
+        wanted, own = (
+            jax.nn.log_softmax(variables(x / temperature)) for x in (teacher, logits)
+        )  # [..., B, V, K]
+        divergence = (jnp.exp(wanted) * (wanted - own)).sum(axis=-1)  # [..., B, V]
+        rows = temperature**2 * divergence.mean(axis=-1)
+    return masked_mean(rows, row_mask)
+
+
+def total_loss(metrics: StepMetrics, loss: TrainingLoss) -> jax.Array:
     """Returns what training minimises, float32 []: the weighted sum over exits of their losses.
 
     Learning-to-exit's squared error is a part of its exit's loss, with a weight of 1 in it (Xin et
-    al. 2021). Of metrics of one exit, without the axis E, weights has one number.
+    al. 2021), and so is distillation, with its own. Of metrics of one exit, without the axis E,
+    loss.weights has one number.
     """
-    loss, exit_loss = metrics.loss, metrics.exit_loss
-    if not all(isinstance(w, float) and w == 1 for w in weights):
-        factors = jnp.stack([jnp.asarray(w, jnp.float32) for w in weights])  # [E]
-        factors = factors.reshape(loss.shape)
-        loss = factors * loss
-        exit_loss = None if exit_loss is None else factors * exit_loss
-    return loss.sum() if exit_loss is None else loss.sum() + exit_loss.sum()
+    terms = [metrics.loss]
+    if metrics.exit_loss is not None:
+        terms.append(metrics.exit_loss)
+    if loss.distillation is not None and metrics.distillation is not None:
+        terms.append(loss.distillation.weight * metrics.distillation)
+    if not all(isinstance(w, float) and w == 1 for w in loss.weights):
+        factors = jnp.stack([jnp.asarray(w, jnp.float32) for w in loss.weights])  # [E]
+        factors = factors.reshape(metrics.loss.shape)
+        terms = [factors * term for term in terms]
+    return functools.reduce(operator.add, [term.sum() for term in terms])
 
 
 def mean_exit_loss(correct: jax.Array, scores: jax.Array, row_mask: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ class MetricsLog:
         found = {k: v for k, v in values._asdict().items() if v is not None}
         logged = {name: _finite(array.tolist()) for name, array in found.items()}
         self._write({"step": step, "epoch": epoch, "length": length, **logged})
-        for name in ("loss", "exit_loss"):
+        for name in ("loss", "exit_loss", "distillation"):
             for replica, losses in enumerate(found.get(name, ())):
                 for layer, value in zip(self._exits, losses, strict=True):
                     self._event(f"{name}/exit_{layer}/replica_{replica}", value, step)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from sweet_jax.objectives.objective import Objective
 from sweet_jax.objectives.single_label import SINGLE_LABEL
-from sweet_jax.training.losses import TrainingLoss
+from sweet_jax.training.losses import Distillation, TrainingLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,9 @@ class StepSettings:
     boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () for 1
     # Of each exit at the first and at the last step, linear in between; () for 1.
     loss_weights: tuple[tuple[float, float], ...] = ()
+    # Of the steps, the share in which the last exit alone is trained, all boundaries open.
+    last_exit_first: float = 0.0
+    distillation: Distillation | None = None  # what the exits learn from the last one
     objective: Objective = SINGLE_LABEL  # what the outputs of an exit are trained for
     learning_to_exit: str = ""  # or "joint", "detached"
     shared_relative: bool = False  # the model's
@@ -51,6 +54,19 @@ class StepSettings:
         A Python number where it is constant: `isolate` takes 0 and 1 literally then, so that a
         boundary that is closed throughout lets exactly nothing through.
         """
+        values = self._scheduled_isolation(step)
+        if not self.last_exit_first:
+            return values
+        alone = self._last_exit_alone(step)
+        # A boundary that is open throughout stays a Python number.
+        moving = [isinstance(value, jax.Array) or value > 0 for value in values]
+        return tuple(
+            jnp.where(alone, 0.0, value) if moves else 0.0
+            for value, moves in zip(values, moving, strict=True)
+        )
+
+    def _scheduled_isolation(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
+        """Returns the isolation of each boundary as `isolation` and its schedule say."""
         factors = self.boundary_isolation or (1.0,) * (len(self.exits) - 1)
         start, end = self.isolation[0], self.isolation[-1]
         if start == end:
@@ -67,7 +83,15 @@ class StepSettings:
             start if start == end else self._linear(start, end, step)
             for start, end in self.loss_weights
         )
-        return TrainingLoss(self.objective, weights)
+        if self.last_exit_first:
+            alone = self._last_exit_alone(step)
+            *others, last = weights or (1.0,) * len(self.exits)
+            weights = (*(jnp.where(alone, 0.0, weight) for weight in others), last)
+        return TrainingLoss(self.objective, weights, self.distillation)
+
+    def _last_exit_alone(self, step: jax.Array) -> jax.Array:
+        """Returns whether the last exit alone is trained at a step (int32 []), bool []."""
+        return step < self.last_exit_first * self.schedule.total
 
     def _linear(self, start: float, end: float, step: jax.Array) -> jax.Array:
         return start + (end - start) * step * self.schedule.per_step

@@ -50,7 +50,8 @@ def train_step(
     Args:
       settings, state: constants, and what one replica has.
       batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels, the targets [B, ...]
-        of the objective, row_mask bool [B] (False: the row is padding, and left out of the loss).
+        of the objective, row_mask bool [B] (False: the row is padding, and left out of the loss);
+        where some rows have no labels, labeled bool [B]: others count in distillation alone.
 
     Returns:
       The state after the step, and metrics from before it.
