@@ -348,9 +348,12 @@ def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys, monkey
     with pytest.raises(UserError, match="milliseconds are not known for this model"):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
     monkeypatch.setattr("sweet_jax.inference.latency._SECONDS", 0.0)
-    monkeypatch.setattr("sweet_jax.predict.usual_lengths", lambda longest: (longest,))
+    monkeypatch.setattr("sweet_jax.predict.measured_lengths", lambda model: (model.max_length,))
     assert predict.main([f"--model={folder}", "--measure", "--batch_size=1"]) == 0
-    assert "to 2     to 3     to 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "to 2     to 3     to 4" in printed
+    assert " (the median of the training texts) through all layers: " in printed
+    assert "without --engine and --precision, predict and serve use engine: " in printed
     model = dataclasses.replace(sweet.classifier.model, folder=folder)
     table = read_latency(model, sweet.classifier.engine)
     assert table.batch_sizes == (1,)
