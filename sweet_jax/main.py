@@ -139,6 +139,7 @@ def _recipe_lines() -> Iterator[str]:
         if value != defaults[key]
     }
     yield "Of a run on a file, where they differ from the defaults of the keys below:"
+    values["train_size"] += " (all rows)"
     text = ", ".join(f"{key}={value}" for key, value in values.items())
     yield textwrap.fill(text, 100, initial_indent=" " * 2, subsequent_indent=" " * 2)
 

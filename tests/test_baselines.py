@@ -484,7 +484,9 @@ def test_the_page_has_the_table_and_a_line_for_each_exit(analysis, tmp_path):
     assert "100% of the texts leave there at the recommended threshold" in red[0]
     page = body({"threshold": 2.0})  # all texts reach the last exit, whose accuracy is 0.9
     assert '<p class="warning">' not in page
-    assert "2 exits alone below a baseline; the recommended operating point is not" in page
+    assert (
+        "2 exits by themselves are below a baseline; the recommended operating point is not" in page
+    )
     grey = page.split(start)[1]
     assert "0% of the texts leave there at the recommended threshold" in grey
     assert '<td class="name">frozen encoder + probe at layer 2</td><td>0.500</td>' in page

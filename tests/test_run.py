@@ -218,6 +218,9 @@ def test_what_looks_wrong_in_the_data_is_warned_of(options, tmp_path, caplog):
     assert "4 classes (rows of each): 'pos' 40, 'Neg' 20, 'neg' 20, 'rare' 1" in caplog.messages
     assert any("'Neg' (20), 'neg' (20)" in line for line in caplog.messages)
     assert any("no calibration row is of class 'rare'" in line for line in caplog.messages)
+    (rows_line,) = [line for line in caplog.messages if line.startswith("rows: ")]
+    assert "train_size" not in rows_line  # which leaves none out
+    assert "validation: 20% of the file, drawn at random, each class in proportion" in rows_line
     (cut,) = [line for line in caplog.messages if "are longer than max_length" in line]
     assert re.fullmatch(
         r"\d+% of the training texts are longer than max_length, 16 tokens, and are cut; "
@@ -231,6 +234,7 @@ def test_few_calibration_rows_are_told(options, caplog):
         caplog.clear()
         log_description(prepare(from_mapping(options | {"train_size": size, "preset": preset})))
         assert ("only 3 calibration rows" in caplog.text) is said
+        assert "(train_size 30 of " in caplog.text
 
 
 def test_only_the_rows_that_are_drawn_are_tokenised(options):
