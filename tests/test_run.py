@@ -20,7 +20,7 @@ from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare
-from sweet_jax.run_description import log_description
+from sweet_jax.run_description import describe_rows, log_description
 from sweet_jax.training.checkpoint import read_params
 from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.metrics import read_metrics
@@ -232,9 +232,10 @@ def test_what_looks_wrong_in_the_data_is_warned_of(options, tmp_path, caplog):
 def test_few_calibration_rows_are_told(options, caplog):
     for size, preset, said in ((30, "", True), (30, "paper", False)):
         caplog.clear()
-        log_description(prepare(from_mapping(options | {"train_size": size, "preset": preset})))
+        job = prepare(from_mapping(options | {"train_size": size, "preset": preset}))
+        log_description(job)
+        assert " (train_size 30 of " in describe_rows(job)
         assert ("only 3 calibration rows" in caplog.text) is said
-        assert "(train_size 30 of " in caplog.text
 
 
 def test_only_the_rows_that_are_drawn_are_tokenised(options):
