@@ -22,8 +22,9 @@ _TARGETS = {
     "agreement": "smallest share of examples predicted as the last exit would; certified likewise",
 }
 _LATENCY = {
-    "milliseconds": "largest mean time of one text by itself, in the stages alone (tokenising and "
-    "evaluating the policy are not counted); needs predict --measure first",
+    "milliseconds": "largest mean time of one text by itself, of the median length, in the model "
+    "alone (tokenizing, evaluating the policy and HTTP are not counted), by the times that "
+    "predict --measure or sweet-jax train FILE kept on this machine",
 }
 _LEVEL = "confidence of a certificate (default 0.95)"
 

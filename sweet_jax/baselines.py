@@ -43,6 +43,7 @@ def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> li
     folder = workdir / "baselines"
     if probe is None or config.pooling != "mean" or config.grow_from:
         probe = _frozen_probe(job, folder)
+    log.info("baselines: TF-IDF with a linear model")
     found = _without_encoder(job)
     if probe is not None:
         for e, layer in enumerate(config.exits):

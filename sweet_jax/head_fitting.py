@@ -9,19 +9,23 @@ rows, H hidden, C outputs of an exit.
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from tqdm.auto import tqdm
 
 from sweet_jax.data.batches import Tokens
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
+from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.initialization import ModelSpec, initial_state
 from sweet_jax.training.probe import (
+    PENALTIES,
     ROWS,
     LinearClassifiers,
     Probe,
@@ -51,6 +55,11 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     graphdef, state = initial_state(config, job.checkpoint, model, classes, job.base)
     params = state.params
     rows, count = _rows_to_fit(job)
+    log.info(
+        "probe: a linear model on the frozen encoder at %d exits, where the heads begin and which "
+        "is a baseline of the report",
+        len(config.exits),
+    )
     places = _columns(rows)
     if _same_features(params):  # of R = 1 always
         config = dataclasses.replace(
@@ -64,13 +73,20 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     program = compile_evaluation(config, graphdef, mesh, features=True)
 
     def features(tokens: Tokens, picked: np.ndarray) -> np.ndarray:  # [R or 1, E, N, H]
-        return np.asarray(evaluate(config, program, params, tokens, picked, features=True).features)
+        batches = -(-picked.shape[1] // config.evaluation_batch_size)
+        with _progress("probe, encoding", batches, "batches") as bar:
+            counted = _counted(program, bar)
+            found = evaluate(config, counted, params, tokens, picked, features=True)
+        return np.asarray(found.features)
 
     inputs, labels = features(job.train, rows), job.train.labels[rows]
     size = (rows.shape[1], len(config.exits), inputs.nbytes / 2**20)
     log.info("probe: features of %d rows at %d exits, %.0f MiB", *size)
     objective, parts = job.objective, (places[:, :count], places[:, count:])
-    found = fit_classifiers(inputs, labels, *parts, classes, objective.linear)
+    fits = len(np.unique(parts[0], axis=0)) * len(config.exits) * len(PENALTIES)
+    with _progress("probe, fitting", fits, "fits") as bar:
+        linear = _counted_solver(objective.linear, bar)
+        found = fit_classifiers(inputs, labels, *parts, classes, linear)
     found = broadcast_from_primary(found)
     shown = features(job.validation, job.validation_rows[: len(rows)])
     predictions = found.predictions(shown, objective)
@@ -82,6 +98,35 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     barrier("probe")
     log.info("probe: %.0f seconds", time.perf_counter() - began)
     return probe
+
+
+def _progress(title: str, total: int, unit: str) -> tqdm:
+    """Returns a progress bar of the first process; those of the others show nothing."""
+    return tqdm(desc=title, total=total, unit=f" {unit}", disable=not is_primary(), leave=False)
+
+
+def _counted(program: Callable, bar: tqdm) -> Callable:
+    """Returns a program that moves a bar by one each time it is called."""
+
+    def run(*arguments: Any) -> Any:
+        found = program(*arguments)
+        bar.update()
+        return found
+
+    return run
+
+
+def _counted_solver(linear: LinearModel, bar: tqdm) -> LinearModel:
+    """Returns a linear model whose solver moves a bar by one for each penalty.
+
+    Of an exit that needs fewer of them the rest is counted when the next exit begins.
+    """
+
+    def solver(features: int, outputs: int) -> Solve:
+        bar.update(-bar.n % len(PENALTIES))
+        return _counted(linear.solver(features, outputs), bar)
+
+    return dataclasses.replace(linear, solver=solver)
 
 
 def _read_probe(path: Path) -> Probe:
@@ -138,7 +183,10 @@ def refit_heads(
         features[~sound] = 0
     labels, places = job.train.labels[rows], _columns(rows)
     parts = places[:, :count], places[:, count:]
-    found = fit_classifiers(features, labels, *parts, classes, job.objective.linear)
+    fits = len(rows) * len(model.exits) * len(PENALTIES)
+    with _progress("fitting the heads", fits, "fits") as bar:
+        linear = _counted_solver(job.objective.linear, bar)
+        found = fit_classifiers(features, labels, *parts, classes, linear)
     found = LinearClassifiers(*(np.array(array) for array in broadcast_from_primary(found)))
     for e, layer in enumerate(model.exits):
         dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])

@@ -71,8 +71,8 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
     total = training_steps(config.epochs, training, size)
     steps = search_steps(total)
     log.info(
-        "choosing the learning rate of %s by %d steps each: %d examples, where training takes %d "
-        "for each seed",
+        "choosing the learning rate of %s by %d steps each: %d rows in all, where training takes "
+        "up to %d for each seed",
         ", ".join(f"{rate:g}" for rate in rates),
         steps,
         steps * len(rates) * size,
@@ -92,8 +92,7 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
     area = broadcast_from_primary(area)
     metric = job.objective.metric(job.dataset.task.metric)
     best = rates[choose_rate(area, tuning, metric)]
-    found = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True))
-    log.info("areas on %d tuning rows: %s; chosen: %g", tuning, found, best)
+    log.info(_describe_choice(rates, area, tuning, metric))
     return {
         "learning_rates": list(rates),
         "area": [float(a) if np.isfinite(a) else None for a in area],
@@ -102,6 +101,20 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
         "tuning_rows": tuning,
         "learning_rate": best,
     }
+
+
+def _describe_choice(rates: Sequence[float], area: np.ndarray, rows: int, metric: Metric) -> str:
+    """Says what each rate's area [R] is on tuning rows, and by which rule one was chosen."""
+    each = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True))
+    place = choose_rate(area, rows, metric)
+    error = float(standard_error(area.max(), rows, metric))
+    kept = f"kept {rates[0]:g}, the first: no other is better by more than a standard error"
+    chosen = f"chosen {rates[place]:g}: better than the first by more than a standard error"
+    name = metric.name.replace("_", " ")
+    return (
+        f"area (mean {name} over the costs) on {rows} tuning rows: {each}; "
+        f"{chosen if place else kept} ({error:.4f})"
+    )
 
 
 def _short_runs(

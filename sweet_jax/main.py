@@ -7,11 +7,14 @@ r"""Trains, evaluates, calibrates, simulates and reports: a file of labelled tex
 
 python -m sweet_jax.main is the same command.
 
-With a file, the recipe is that of configs/own.py; --config.KEY=VALUE overrides its keys. The first
-columns with the usual names are found where --text is left out, and --label is "label".
+With a file, the recipe is that of configs/own.py, whose values stand below before the keys;
+--config.KEY=VALUE overrides them. The first columns with the usual names are found where --text is
+left out, and --label is "label".
   --test=FILE     rows to report on; default a fifth of the file is split off
-  --budget=LIMIT  the mean time of a text, 5ms, or the share of the layers, 0.5: the operating point
-                  that is recommended at the end; default the cheapest as accurate as all layers
+  --budget=LIMIT  the mean time of a text in the model on this machine, 5ms (at the median length;
+                  tokenizing and HTTP are not counted, and single texts may take longer), or the
+                  mean share of the layers, 0.5: the operating point that is recommended at the end
+                  keeps within it; default the cheapest as accurate as all layers
   --output=DIR    the directory of the run (also --workdir); default runs/NAME of the file
 
 A config file is a Python file whose get_config() returns the values that differ from the defaults
@@ -83,7 +86,7 @@ def parse(argv: Sequence[str]) -> Command:
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
     if first.help:
-        print_help("\n".join([__doc__, *_key_lines()]))
+        print_help("\n".join([__doc__, *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
     joining = (first.coordinator_address, first.num_processes, first.process_id)
     if len(argv) > 1 and not argv[1].startswith("-"):
@@ -125,6 +128,20 @@ def parse_budget(text: str | None) -> dict[str, float]:
             f"--budget must be a time, such as 5ms, or a share of the layers, 0.5; got {text!r}"
         )
     return {"milliseconds" if found[2] else "cost": float(found[1])}
+
+
+def _recipe_lines() -> Iterator[str]:
+    """Yields what --help says of the values that a run on a file has instead of the defaults."""
+    defaults = dataclasses.asdict(Config())
+    values = {
+        key: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for key, value in OWN_DATA.items()
+        if value != defaults[key]
+    }
+    yield "Of a run on a file, where they differ from the defaults of the keys below:"
+    values["train_size"] += " (all rows)"
+    text = ", ".join(f"{key}={value}" for key, value in values.items())
+    yield textwrap.fill(text, 100, initial_indent=" " * 2, subsequent_indent=" " * 2)
 
 
 def _key_lines() -> Iterator[str]:

@@ -41,9 +41,14 @@ from sweet_jax.data.tables import Columns, Record
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES, load_engine
-from sweet_jax.inference.engine_choice import available_engines
-from sweet_jax.inference.latency import measure_latency, usual_lengths
-from sweet_jax.inference.latency_table import write_tables
+from sweet_jax.inference.engine_choice import available_engines, describe_default
+from sweet_jax.inference.latency import (
+    TABLE_NOTE,
+    describe_fastest,
+    measure_latency,
+    measured_lengths,
+)
+from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.inference.prediction_file import PREDICTED, OutputFile
 from sweet_jax.inference.predictions import InvalidRow
 from sweet_jax.inference.warm_up import warm_up
@@ -181,7 +186,7 @@ def _read_all(sources: Sequence[Path], columns: Columns) -> Generator[Record]:
 
 def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
     target = parse_targets(options)
-    return AdaptiveClassifier.from_pretrained(
+    classifier = AdaptiveClassifier.from_pretrained(
         options.model,
         policy=options.policy,
         engine=options.engine,
@@ -189,6 +194,10 @@ def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
         threads=options.threads,
         **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
     )
+    if options.engine is None:
+        precision = options.precision or "float32"
+        print(describe_default(classifier.model, precision), file=sys.stderr, flush=True)
+    return classifier
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -196,7 +205,8 @@ def _measure(options: argparse.Namespace) -> None:
 
     Raises UserError where none of them runs.
     """
-    model, tables, refused = open_model(options.model), [], []
+    model, refused = open_model(options.model), []
+    tables: list[LatencyTable] = []
     for choice in available_engines(model, options.engine, options.precision):
         threads = options.threads if choice.engine == "onnxruntime" or options.engine else None
         try:
@@ -204,16 +214,20 @@ def _measure(options: argparse.Namespace) -> None:
         except UserError as error:
             refused.append(f"{choice.engine}, {choice.precision}: {error}")
             continue
-        lengths, name = usual_lengths(model.max_length), " ".join(choice)
+        lengths, name = measured_lengths(model), " ".join(choice)
         with tqdm(desc=name, unit=" programs", disable=None) as bar:
             table = measure_latency(engine, choice, lengths, [options.batch_size], bar.update)
+        if not tables:
+            print(TABLE_NOTE)
         print("\n".join(table.lines(model.layers)))
         tables.append(table)
     if not tables:
         raise UserError("; ".join(refused) or f"no engine has precision {options.precision!r}")
     for reason in refused:
         print(f"not measured: {reason}")
+    print("\n".join(describe_fastest(model, tables)))
     print(f"kept in {write_tables(model.folder, tables)}")
+    print(f"without --engine and --precision, predict and serve use {describe_default(model)}")
 
 
 def _predict_rows(

@@ -3,27 +3,42 @@
 Shape letters: E exit, N examples.
 """
 
+import importlib.util
+import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.data.batches import encode
+from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric
-from sweet_jax.inference.artifact import open_model
+from sweet_jax.exits.resolver import Resolution
+from sweet_jax.exits.thresholds import format_threshold
+from sweet_jax.files import read_json
+from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.engine import load_engine, padded_length
-from sweet_jax.inference.engine_choice import EngineChoice, default_engine
+from sweet_jax.inference.engine_choice import available_engines
 from sweet_jax.inference.latency import measure_latency
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
+from sweet_jax.report.console import fitted_rows
+from sweet_jax.report.shortfalls import describe_effects, worst_shortfalls
+from sweet_jax.report.verdict import describe_spread
+
+log = logging.getLogger(__name__)
 
 
 def recommend(run: Path, target: Mapping[str, float]) -> str:
     """Chooses the operating point for a budget, and says in a few lines what it does.
 
-    Times the stages on one text of the median length, and keeps the times beside the model, where
-    the target milliseconds reads them.
+    Times the stages of each installed engine in float32, on one text of the median length and on
+    one that 95% of the training texts do not exceed. The times are kept beside the model, where
+    the target milliseconds and the choice of the engine read them.
 
     Args:
       run: directory of a finished run.
@@ -31,11 +46,8 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
 
     """
     model = open_model(run / "model")
-    choice = EngineChoice(default_engine(model), "float32")
-    engine = load_engine(choice.engine, model)
-    length = padded_length(model.median_tokens, model.max_length)
-    table = measure_latency(engine, choice, (length,), (1,), lambda: None)
-    write_tables(model.folder, [table])
+    tables = _measure(model)
+    table = min(tables, key=lambda table: table.until_exit(model.median_tokens)[-1])
     analysis = load_analysis(run)
     replica = analysis.best
     if not np.isfinite(analysis.area[replica]):
@@ -46,13 +58,63 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     lines, option = [], "".join(f" --{name}={value:g}" for name, value in target.items())
     if found.threshold is None and target:
         lines.append(_refusal(target, found.reachable))
-        found, option = resolver.resolve(analysis.policy), ""
+        target, found, option = {}, resolver.resolve(analysis.policy), ""
     # Where no threshold keeps the last exit's metric, all layers do.
     threshold = np.inf if found.threshold is None else found.threshold
-    lines.append(_describe(analysis, threshold, table, clock))
+    lines.append(_describe(analysis, threshold, clock))
+    lines.append(_describe_choice(analysis, found, target))
+    lines += _describe_effects(run, analysis, threshold)
+    spread = None
+    if (lengths := _validation_lengths(run, model)) is not None:
+        exits = analysis.exits_taken(replica, threshold)
+        spread = describe_spread(table.until_exit_of(lengths), exits, target)
+    lines.append(_describe_times(model, table, spread))
+    lines += _describe_engines(run, model, tables, target)
     folder = shlex.quote(str(model.folder))
+    missing = importlib.util.find_spec("uvicorn") is None
+    install = '  (after pip install -e ".[serve]")' if missing else ""
+    lines.append(f"next: sweet-jax serve --model={folder}{option} --port=8000{install}")
     lines.append(f"next: sweet-jax predict --model={folder} --input=FILE --output=FILE{option}")
     return "\n".join(lines)
+
+
+def _measure(model: ModelArtifact) -> list[LatencyTable]:
+    """Times every engine on single texts of the two lengths, and keeps the tables."""
+    each = (model.median_tokens, max(model.long_tokens, model.median_tokens))
+    lengths = sorted({padded_length(tokens, model.max_length) for tokens in each})
+    choices = available_engines(model, precision="float32")
+    log.info("measuring the time of a text: %s", ", ".join(choice.engine for choice in choices))
+    tables = []
+    for choice in choices:
+        try:
+            engine = load_engine(choice.engine, model)
+        except UserError as error:
+            if len(choices) == 1:
+                raise
+            log.warning("%s is not measured: %s", choice.engine, error)
+            continue
+        tables.append(measure_latency(engine, choice, tuple(lengths), (1,), lambda: None))
+    write_tables(model.folder, tables)
+    return tables
+
+
+def padded_token_counts(model: ModelArtifact, texts: Sequence[tuple[str, ...]]) -> np.ndarray:
+    """Returns the length that each text is padded to when it is alone, in tokens, int [N]."""
+    ids, _ = encode(model.tokenizer, texts, model.max_length)
+    return np.asarray([padded_length(len(row), model.max_length) for row in ids])
+
+
+def _validation_lengths(run: Path, model: ModelArtifact) -> np.ndarray | None:
+    """Returns `padded_token_counts` of the validation texts; None where they cannot be read."""
+    values = read_json(run / "config.json")
+    config = from_mapping({k: v for k, v in values.items() if k in Config.__dataclass_fields__})
+    try:
+        dataset = load_dataset(config)
+    except UserError:
+        return None
+    if dataset.digest() != values.get("data_sha256"):
+        return None
+    return padded_token_counts(model, dataset.validation.texts)
 
 
 def _refusal(target: Mapping[str, float], least: float) -> str:
@@ -65,8 +127,11 @@ def _refusal(target: Mapping[str, float], least: float) -> str:
     )
 
 
-def _describe(analysis: Analysis, threshold: float, table: LatencyTable, clock: np.ndarray) -> str:
-    """Says what a threshold gives on the validation rows, beside all layers."""
+def _describe(analysis: Analysis, threshold: float, clock: np.ndarray) -> str:
+    """Says what a threshold gives on the validation rows, beside all layers.
+
+    clock: milliseconds until each exit, float64 [E].
+    """
     replica = analysis.best
     rows = analysis.validation.replica(replica)
     exits = analysis.exits_taken(replica, threshold)  # [N]
@@ -79,11 +144,85 @@ def _describe(analysis: Analysis, threshold: float, table: LatencyTable, clock: 
         value = compute_metric(metric, given, labels, classes)
         parts.append(
             f"{metric.name} {value:.4f} [{low:.4f}, {high:.4f}], {rows.cost[taken].mean():.0%} of "
-            f"the layers, {clock[taken].mean():.2f} ms"
+            f"the layers, {clock[taken].mean():.2f} ms a text on average"
         )
     return (
         f"recommended operating point: {parts[0]}\n"
         f"           through all layers: {parts[1]}\n"
-        f"on {len(labels)} validation rows; time in the stages, one text of {table.lengths[0]} "
-        f"tokens at a time, on {table.machine}"
+        f"  on {len(labels)} validation rows, with their 95% intervals"
     )
+
+
+def _describe_choice(analysis: Analysis, found: Resolution, target: Mapping[str, float]) -> str:
+    """Says by which rule, and on which rows, the threshold was chosen."""
+    replica, metric = analysis.best, analysis.validation.metric.name
+    rows = (
+        f"{analysis.calibration.labels.shape[1]} "
+        f"{fitted_rows({'fitted_on': analysis.calibration.identity.fitted_on})}"
+    )
+    full = analysis.resolver(replica).full
+    if found.threshold is None:
+        return f"  no threshold keeps the {metric} of all layers on {rows}: all layers it is"
+    point = analysis.evaluate(replica, found).calibration
+    assert point is not None  # of a target that is not certified
+    shown = format_threshold(found.threshold, analysis.breakpoints(replica))
+    rule = f"the cheapest that keeps the {metric} of all layers"
+    if target:
+        (name, limit), *_ = target.items()
+        unit = " ms on average" if name == "milliseconds" else " of the layers"
+        rule = f"the best {metric} within {limit:g}{unit}, of equals the cheapest"
+    return (
+        f"  threshold {shown}, chosen on {rows}: {rule} ({point[1]:.4f} there; all layers "
+        f"{full:.4f})"
+    )
+
+
+def _describe_effects(run: Path, analysis: Analysis, threshold: float) -> list[str]:
+    """Says what the exits that are below a baseline are to the operating point; [] of none."""
+    results: Mapping[str, Any] = read_json(run / "results.json")
+    exits = analysis.exits_taken(analysis.best, threshold)
+    effects = describe_effects(
+        worst_shortfalls(results), analysis.validation.replica(analysis.best), exits
+    )
+    return [f"  exit {exit}: {effect.text}" for exit, effect in effects.items()]
+
+
+def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | None) -> str:
+    """Says what the milliseconds are, and what the slow texts take."""
+    tokens, longest = table.lengths[0], table.lengths[-1]
+    median = table.until_exit(model.median_tokens)[-1]
+    slow = f"a text that goes through all layers takes {median:.2f} ms"
+    if longest > tokens:
+        slow += (
+            f", one of {longest} tokens (95% of the texts are no longer) "
+            f"{table.until_exit(longest)[-1]:.2f} ms"
+        )
+    lines = [
+        f"  milliseconds: the mean over texts, each by itself, at the median length ({tokens} "
+        "tokens), in the model alone; tokenizing, some 0.1 ms, and HTTP come on top",
+        f"  {slow}",
+        *([f"  {spread}"] if spread else []),
+        f"  measured on {table.machine}",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_engines(
+    run: Path, model: ModelArtifact, tables: Sequence[LatencyTable], target: Mapping[str, float]
+) -> list[str]:
+    """Says which engine is faster where there are several, and of int8 where a budget is tight."""
+    times = {table.engine: float(table.until_exit(model.median_tokens)[-1]) for table in tables}
+    lines = []
+    if len(times) > 1:
+        each = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
+        fastest = min(times, key=times.__getitem__)
+        lines.append(f"  engines, all layers: {each}; without --engine it is {fastest}")
+    limit = target.get("milliseconds", np.inf)
+    if any(table.until_exit(model.long_tokens)[-1] > limit for table in tables):
+        folder = shlex.quote(str(run))
+        needs = "" if "onnxruntime" in times else ' (needs pip install -e ".[onnx]")'
+        lines.append(
+            f"  int8 is faster on many CPUs: sweet-jax quantize --run={folder}{needs}, then "
+            f"sweet-jax predict --model={shlex.quote(str(model.folder))} --measure"
+        )
+    return lines

@@ -2,7 +2,7 @@
 
   sweet-jax report runs/quickstart                  report.html, with the recommended threshold
   sweet-jax report runs/quickstart --cost=0.5       the best metric within half of the layers
-  sweet-jax report runs/quickstart --milliseconds=5 after sweet-jax predict --model=... --measure
+  sweet-jax report runs/quickstart --milliseconds=5 by the times that predict --measure found
   sweet-jax report runs/quickstart --png            report.png too: a picture of the first screen
 
 Nothing is computed by the model. Single texts need the data files as they were; without them the
@@ -24,10 +24,11 @@ from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.analysis import load_analysis
 from sweet_jax.exits.targets import check_targets
 from sweet_jax.files import expand_user, read_json
-from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.latency_table import read_tables
+from sweet_jax.inference.artifact import ModelArtifact, open_model
+from sweet_jax.inference.latency_table import LatencyTable, read_tables
+from sweet_jax.recommendation import padded_token_counts
 from sweet_jax.report.baselines import load_baselines
-from sweet_jax.report.details import ExitTimes, ReportDetails, report_title
+from sweet_jax.report.details import ExitTimes, ReportDetails, describe_split, report_title
 from sweet_jax.report.page import write_report
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,9 @@ log = logging.getLogger(__name__)
 _TARGETS = {
     "cost": "largest mean cost, a share of the full model's layers",
     "accuracy": "smallest metric on calibration rows",
-    "milliseconds": "largest mean time of one text by itself; needs predict --measure first",
+    "error": "largest error on calibration rows, where the run's metric is one",
+    "milliseconds": "largest mean time of one text by itself, in the model alone, by the times "
+    "that predict --measure or train FILE kept",
 }
 
 
@@ -104,18 +107,16 @@ def _read_details(
     Raises UserError for a damaged file, and for milliseconds where no times are known.
     """
     model, baselines = open_model(run / "model"), run / "exit_outputs" / "baselines.npz"
-    times = None
+    times, texts = None, _read_texts(config, digest)
     tables = [table for table in read_tables(model.folder) if table.precision == "float32"]
     if tables:  # of the faster engine
         table = min(tables, key=lambda table: table.until_exit(model.median_tokens)[-1])
-        tokens = next((n for n in table.lengths if n >= model.median_tokens), table.lengths[-1])
-        times = ExitTimes(table.until_exit(model.median_tokens), tokens, table.machine)
+        times = _exit_times(model, table, texts)
     elif "milliseconds" in target:
         raise UserError(
             f"--milliseconds needs times: sweet-jax predict --model={model.folder} --measure "
             "finds them"
         )
-    texts = _read_texts(config, digest)
     return ReportDetails(
         title=report_title(config),
         texts=texts if config.report_texts else None,
@@ -124,7 +125,23 @@ def _read_details(
         cut=None if texts is None else longer_than(model.tokenizer, texts, config.max_length),
         max_length=config.max_length,
         target=target,
+        split=describe_split(config),
     )
+
+
+def _exit_times(
+    model: ModelArtifact, table: LatencyTable, texts: Sequence[tuple[str, ...]] | None
+) -> ExitTimes:
+    """Returns the times of a text of the median length, of a long one, and of each one there is."""
+    tokens = next((n for n in table.lengths if n >= model.median_tokens), table.lengths[-1])
+    slow = None
+    if tokens < model.long_tokens <= table.lengths[-1]:
+        slow = float(table.until_exit(model.long_tokens)[-1])
+    times = table.until_exit(model.median_tokens)
+    each = None
+    if texts is not None:
+        each = table.until_exit_of(padded_token_counts(model, texts))
+    return ExitTimes(times, tokens, table.machine, slow, model.long_tokens, each)
 
 
 def _read_texts(config: Config, digest: str) -> Sequence[tuple[str, ...]] | None:

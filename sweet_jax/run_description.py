@@ -8,18 +8,21 @@ import logging
 import jax
 import numpy as np
 
+from sweet_jax.config import Config
 from sweet_jax.data.batches import whole_lengths
 from sweet_jax.preparation import PreparedRun
+from sweet_jax.report.details import describe_split
 
 log = logging.getLogger(__name__)
 
 _OUTPUTS = {"single_label": "classes", "multi_label": "labels", "regression": "output"}
+_TASKS = {"own": "your own rows"}
 _FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of accuracy
 
 
 def log_description(job: PreparedRun) -> None:
     """Logs what will be trained, on how many rows and devices, and what looks wrong in the data."""
-    train, calibration, tuning = (rows.shape[1] for rows in job.rows)
+    _, calibration, tuning = (rows.shape[1] for rows in job.rows)
     _log_labels(job)
     _log_lengths(job)
     if job.config.calibration == "held_out" and calibration < _FEW:
@@ -36,14 +39,38 @@ def log_description(job: PreparedRun) -> None:
         )
     if job.dataset.left_out:
         log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
+    log.info(describe_rows(job))
     log.info(
-        "%s with %s: %d training, %d tuning and %d calibration rows of %d (train_size %d), %d "
-        "validation rows, %d %s, %d replicas (seeds x learning rates), on %d %s device(s)",
-        *(job.config.task, job.config.method, train, tuning, calibration),
-        *(len(job.dataset.train.labels), job.config.train_size, len(job.validation)),
-        *(len(job.dataset.classes), _OUTPUTS[job.objective.name], len(job.config.replicas())),
+        "%s: method %s, an exit after layers %s of %s, %d %s; %s, on %d %s device(s)",
+        *(_TASKS.get(job.config.task, job.config.task), job.config.method),
+        *(", ".join(map(str, job.config.exits)), job.config.checkpoint),
+        *(len(job.dataset.classes), _OUTPUTS[job.objective.name], describe_models(job.config)),
         *(jax.device_count(), jax.default_backend()),
     )
+
+
+def describe_rows(job: PreparedRun) -> str:
+    """Says how many rows there are of each use, and of train_size where it leaves rows out."""
+    train, calibration, tuning = (rows.shape[1] for rows in job.rows)
+    known, limit = len(job.dataset.train.labels), job.config.train_size
+    drawn = describe_split(job.config)
+    limited = f" (train_size {limit} of {known})" if limit < known else ""
+    return (
+        f"rows: {train} training, {tuning} tuning and {calibration} calibration{limited}, "
+        f"{len(job.validation)} validation{f': {drawn}' if drawn else ''}"
+    )
+
+
+def describe_models(config: Config) -> str:
+    """Says how many models a config trains: of each seed and learning rate one, or the best."""
+    seeds, rates = len(config.seeds), len(config.learning_rates)
+    of_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
+    of_rates = f"{rates} learning rate{'s' * (rates > 1)}"
+    if rates > 1 and config.rate_search == "short":
+        return f"{of_seeds}, {of_rates}: each is tried briefly, and one is trained to the end"
+    if seeds * rates == 1:
+        return f"{of_seeds}, {of_rates}"
+    return f"{of_seeds} x {of_rates} = {seeds * rates} models (replicas)"
 
 
 def _log_labels(job: PreparedRun) -> None:

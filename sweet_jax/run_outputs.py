@@ -22,7 +22,7 @@ from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.report import console, figures, page, shortfalls
 from sweet_jax.report.baselines import Baseline, save_baselines
-from sweet_jax.report.details import ReportDetails, report_title
+from sweet_jax.report.details import ReportDetails, describe_split, report_title
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.training.initialization import model_specs
@@ -123,6 +123,7 @@ def _details(job: PreparedRun, outcome: Outcome) -> ReportDetails:
         baselines=outcome.baselines,
         cut=longer_than(job.tokenizer, texts, most, job.validation.lengths),
         max_length=most,
+        split=describe_split(job.config),
     )
 
 
@@ -156,7 +157,7 @@ def _save_model(
         job.checkpoint,
         job.tokenizer,
         best,
-        describe_exits(job.config, job.dataset, analysis, int(np.median(job.train.lengths))),
+        describe_exits(job.config, job.dataset, analysis, job.train.lengths),
         card=model_card(
             results,
             model_type=job.checkpoint.model_type,

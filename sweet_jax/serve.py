@@ -44,6 +44,7 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_
 from sweet_jax.config import UserError
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES
+from sweet_jax.inference.engine_choice import describe_default
 from sweet_jax.inference.warm_up import warm_up
 from sweet_jax.server.audit_arguments import (
     add_audit_arguments,
@@ -114,6 +115,9 @@ def _run(options: argparse.Namespace) -> None:
             precision=options.precision,
             **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
         )
+        if options.engine is None:
+            precision = options.precision or "float32"
+            print(describe_default(classifier.model, precision), file=sys.stderr, flush=True)
         if options.warm_up:
             # With all exits, as the worker: a request may have another target than the server.
             warm_up(classifier, options.batch_size, full=False)

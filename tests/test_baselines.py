@@ -24,10 +24,12 @@ from sweet_jax.report.baselines import (
 )
 from sweet_jax.report.charts import curve_chart
 from sweet_jax.report.console import exit_table
+from sweet_jax.report.details import ReportDetails
 from sweet_jax.report.figures import curve_figure as drawn_figure
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.report.shortfalls import (
+    Shortfall,
     describe_shortfall,
     find_shortfalls,
     shortfall_results,
@@ -362,17 +364,43 @@ def test_a_finding_is_one_line():
     finding = find_shortfalls(
         outputs((0.6, 0.8, 0.9)), 0, [baseline("tfidf", 0.75, 0)], "accuracy"
     )[0]
-    refitted = describe_shortfall(finding, "accuracy", refitted=True)
-    assert "head_init" not in refitted
-    line = describe_shortfall(finding, "accuracy")
+    line = describe_shortfall(finding, RECORD)
     assert line.startswith(
-        "exit 1 (accuracy 0.600) is below the baseline TF-IDF + logistic regression (0.750) on "
-        "the same 300 rows: difference -0.150, 95% interval -0.19"
+        "exit 1 alone (accuracy 0.600) is below the baseline TF-IDF + logistic regression (0.750) "
+        "on the same 300 rows: difference -0.150, 95% interval -0.19"
     )
-    assert line.endswith("or use head_init=probe and head_refit")
     assert "\n" not in line
     assert baseline_title("probe_12") == "frozen encoder + probe at layer 12"
     assert baseline_title("majority") == "majority class"
+
+
+RECORD = {"metric": "accuracy", "method": "sweet", "exits": [1, 2, 4], "best_replica": 0}
+FITTED = {"head_init": "probe", "head_refit": True}
+SEARCHED = {"best_steps": {"exits_1_2_4": [39]}, "rate_search": {"steps": 40}}
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "advice"),
+    [
+        ({}, "tfidf", "train longer (epochs=auto), search the learning rate, use head_init=probe "),
+        (FITTED, "tfidf", "the words may be enough here"),
+        (FITTED, "probe_1", "train longer (epochs=auto), search the learning rate, or lower iso"),
+        (SEARCHED, "fine_tuned", "lower isolation"),
+        (
+            FITTED | SEARCHED | {"method": "early_exit"},
+            "probe_1",
+            "more labelled rows or a larger checkpoint may help, or leave the exit out (exits)",
+        ),
+        (
+            FITTED | SEARCHED | {"best_steps": {"exits_1_2_4": [0]}},
+            "probe_1",
+            "training changed nothing that was kept",
+        ),
+    ],
+)
+def test_a_run_is_advised_what_it_has_not(given, name, advice):
+    finding = Shortfall(1, 0.6, name, 0.75, -0.15, (-0.2, -0.1), 300)
+    assert f"; {advice}" in describe_shortfall(finding, RECORD | given)
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +439,7 @@ def test_results_hold_the_baselines(analysis):
 def test_the_terminal_names_the_worst_and_counts_the_others(analysis):
     results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES[:5]))
     assert shortfall_warning(results).startswith(
-        "exit 1 (accuracy 0.600) is below the baseline TF-IDF"
+        "exit 1 alone (accuracy 0.600) is below the baseline TF-IDF"
     )
     assert shortfall_warning(results).endswith("(1 other exit is below a baseline too)")
     results["below_baseline"] = results["below_baseline"][:1]
@@ -438,17 +466,31 @@ def test_the_figures_draw_the_baselines_from_cost_0_on(analysis):
     assert "majority class" in legend
 
 
-def test_the_page_has_the_table_and_a_red_line_for_each_exit(analysis, tmp_path):
+def test_the_page_has_the_table_and_a_line_for_each_exit(analysis, tmp_path):
+    """Red where the recommended operating point is below that baseline too."""
     results = build_results(CONFIG, analysis, TrainingRecord(900, baselines=BASELINES))
-    write_report(tmp_path / "report.html", analysis, results, [], {})
-    page = (tmp_path / "report.html").read_text()
-    body = page[page.index("<body>") : page.index('<script id="data"')]
-    red = body.split('<p class="warning">')[1:]
-    assert len(red) == 2
+
+    def body(target: dict[str, float]) -> str:
+        details = ReportDetails(target=target)
+        write_report(tmp_path / "report.html", analysis, results, [], {}, details)
+        page = (tmp_path / "report.html").read_text()
+        return page[page.index("<body>") : page.index('<script id="data"')]
+
     shown = "&lt;script&gt;document.title=&#39;broken&#39;&lt;/script&gt;"
-    assert red[0].startswith(f"exit 1 (accuracy 0.600) is below the baseline {shown}")
-    assert '<td class="name">frozen encoder + probe at layer 2</td><td>0.500</td>' in body
-    assert NASTY not in page
+    start = f"exit 1 alone (accuracy 0.600) is below the baseline {shown}"
+    red = body({"cost": 0.25}).split('<p class="warning">')[1:]
+    assert len(red) == 2
+    assert red[0].startswith(start)
+    assert "100% of the texts leave there at the recommended threshold" in red[0]
+    page = body({"threshold": 2.0})  # all texts reach the last exit, whose accuracy is 0.9
+    assert '<p class="warning">' not in page
+    assert (
+        "2 exits by themselves are below a baseline; the recommended operating point is not" in page
+    )
+    grey = page.split(start)[1]
+    assert "0% of the texts leave there at the recommended threshold" in grey
+    assert '<td class="name">frozen encoder + probe at layer 2</td><td>0.500</td>' in page
+    assert NASTY not in (tmp_path / "report.html").read_text()
 
 
 def test_results_of_before_there_were_baselines_still_make_a_page(analysis, tmp_path):

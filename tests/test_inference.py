@@ -22,6 +22,7 @@ from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
 from sweet_jax.inference.latency import read_latency
+from sweet_jax.inference.latency_table import LatencyTable
 from sweet_jax.inference.network import Network
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.early_exit import EarlyExit
@@ -348,9 +349,12 @@ def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys, monkey
     with pytest.raises(UserError, match="milliseconds are not known for this model"):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
     monkeypatch.setattr("sweet_jax.inference.latency._SECONDS", 0.0)
-    monkeypatch.setattr("sweet_jax.predict.usual_lengths", lambda longest: (longest,))
+    monkeypatch.setattr("sweet_jax.predict.measured_lengths", lambda model: (model.max_length,))
     assert predict.main([f"--model={folder}", "--measure", "--batch_size=1"]) == 0
-    assert "to 2     to 3     to 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "to 2     to 3     to 4" in printed
+    assert " (the median of the training texts) through all layers: " in printed
+    assert "without --engine and --precision, predict and serve use engine: " in printed
     model = dataclasses.replace(sweet.classifier.model, folder=folder)
     table = read_latency(model, sweet.classifier.engine)
     assert table.batch_sizes == (1,)
@@ -380,6 +384,15 @@ def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys, monkey
     (folder / "clock.json").write_text("{}")
     with pytest.raises(UserError, match=r"clock.json' is damaged .*: measure again"):
         AdaptiveClassifier.from_pretrained(folder, milliseconds=5)
+
+
+def test_times_of_other_lengths_lie_on_lines_between_those_measured():
+    times = np.array([[[1.0, 1.0], [3.0, 2.0]]])  # [B, L, E]
+    table = LatencyTable("jax", "float32", 1, "here", (1,), (16, 32), times)
+    found = table.until_exit_of(np.array([16, 24, 32, 48]))
+    np.testing.assert_allclose(found, [[1, 2], [2, 3.5], [3, 5], [5, 8]])
+    one = LatencyTable("jax", "float32", 1, "here", (1,), (16,), times[:, :1])
+    np.testing.assert_allclose(one.until_exit_of(np.array([16, 64])), [[1, 2], [1, 2]])
 
 
 def test_an_unknown_target_is_refused_before_the_model_is_read():

@@ -1,18 +1,26 @@
-"""The pages of reports under axe-core, on a wide and a narrow screen, in light and dark colors."""
+"""The pages of reports and of the server's audit under axe-core.
 
+On a wide and a narrow screen, in light and dark colors.
+"""
+
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from test_report_classes import TEXTS, analysis_of
 
 from sweet_jax.config import from_mapping
+from sweet_jax.inference.audit_statistics import AuditSummary, ExitAudit
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.comparison import write_comparison
 from sweet_jax.report.details import ExitTimes, ReportDetails
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
+from sweet_jax.server.audit import AuditCounts
+from sweet_jax.server.audit_page import render_page
 
 RUN_AXE = """
 const done = arguments[arguments.length - 1];
@@ -50,6 +58,18 @@ def pages(tmp_path_factory) -> list[Path]:
         write_report(found[-1], analysis, results, [], {}, details)
     found.append(folder / "compare.html")
     write_comparison(found[-1], [("one", analysis), ("two", analysis)])
+    for alarm in (None, 1.0):
+        found.append(folder / f"audit-{alarm}.html")
+        exits = [
+            ExitAudit(1, 0.9, 0.5, 0.4, 0.3, 0.01),
+            ExitAudit(4, 1.0, 0.5, 0.6, *[math.nan] * 2),
+        ]
+        numbers = (0.95, 0.9, 0.98, 0.5, 0.6, 0.97, 0.95, 41.0)
+        summary = AuditSummary(200, exits, *numbers, alarm, 2.0, alarm)
+        audit = SimpleNamespace(
+            running=True, summary=lambda s=summary: s, counts=lambda: AuditCounts(9000, 0, 3)
+        )
+        found[-1].write_text(render_page(audit, "own"))
     return found
 
 

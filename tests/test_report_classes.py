@@ -43,6 +43,7 @@ def few():
     return analysis_of(3)
 
 
+CONFIG = from_mapping({"exits": (1, 2, 4)}).resolved()
 TEXTS = [(f"text {i} & <b>more</b>",) for i in range(240)]
 
 
@@ -60,6 +61,24 @@ def taken(analysis) -> tuple[np.ndarray, np.ndarray]:
                 given.append(int(p.argmax()))
                 break
     return np.asarray(exits), np.asarray(given)
+
+
+def test_the_calibration_of_a_class_is_that_of_its_own_probability(few):
+    scaled = few.validation.logits[0, -1].astype(float) / few.temperatures[0, -1]
+    p = np.exp(scaled) / np.exp(scaled).sum(axis=-1, keepdims=True)  # [N, C]
+    found = class_report(few, 0, 0.5)["calibration"]
+    assert [row["error"] for row in found] == sorted((r["error"] for r in found), reverse=True)
+    for row in found:
+        c = few.validation.identity.classes.index(row["name"])
+        has = few.validation.labels[0] == c
+        bins = np.minimum((10 * p[:, c]).astype(int), 9)
+        gaps = [abs((p[bins == b, c] - has[bins == b]).sum()) for b in range(10)]
+        assert row["error"] == pytest.approx(sum(gaps) / len(has))
+        assert (row["support"], row["share"]) == (has.sum(), has.mean())
+        assert row["probability"] == pytest.approx(p[:, c].mean())
+    quality = build_results(CONFIG, few, TrainingRecord(100))["replicas"][0]["quality"][-1]
+    mean = np.mean([row["error"] for row in found])
+    assert quality["after"]["classwise_ece"] == pytest.approx(mean)
 
 
 def test_precision_recall_and_cost_are_those_of_the_operating_point(few):

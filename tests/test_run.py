@@ -20,7 +20,7 @@ from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare
-from sweet_jax.run_description import log_description
+from sweet_jax.run_description import describe_rows, log_description
 from sweet_jax.training.checkpoint import read_params
 from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.metrics import read_metrics
@@ -218,6 +218,9 @@ def test_what_looks_wrong_in_the_data_is_warned_of(options, tmp_path, caplog):
     assert "4 classes (rows of each): 'pos' 40, 'Neg' 20, 'neg' 20, 'rare' 1" in caplog.messages
     assert any("'Neg' (20), 'neg' (20)" in line for line in caplog.messages)
     assert any("no calibration row is of class 'rare'" in line for line in caplog.messages)
+    (rows_line,) = [line for line in caplog.messages if line.startswith("rows: ")]
+    assert "train_size" not in rows_line  # which leaves none out
+    assert "validation: 20% of the file, drawn at random, each class in proportion" in rows_line
     (cut,) = [line for line in caplog.messages if "are longer than max_length" in line]
     assert re.fullmatch(
         r"\d+% of the training texts are longer than max_length, 16 tokens, and are cut; "
@@ -229,7 +232,9 @@ def test_what_looks_wrong_in_the_data_is_warned_of(options, tmp_path, caplog):
 def test_few_calibration_rows_are_told(options, caplog):
     for size, preset, said in ((30, "", True), (30, "paper", False)):
         caplog.clear()
-        log_description(prepare(from_mapping(options | {"train_size": size, "preset": preset})))
+        job = prepare(from_mapping(options | {"train_size": size, "preset": preset}))
+        log_description(job)
+        assert " (train_size 30 of " in describe_rows(job)
         assert ("only 3 calibration rows" in caplog.text) is said
 
 

@@ -176,10 +176,15 @@ def test_a_run_keeps_the_parameters_of_the_best_step(recipe, tmp_path, one_devic
         np.testing.assert_array_equal(a[1], b[1])
 
 
-def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device):
+def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device, caplog):
     job = prepare(from_mapping(recipe | {"learning_rates": (1e30,)}))
-    first = train_and_evaluate(job, tmp_path)
+    with caplog.at_level("INFO"):
+        first = train_and_evaluate(job, tmp_path)
     interval = read_tuning(tmp_path)[1]["step"]
+    (line,) = [text for text in caplog.messages if text.startswith("training stopped early, ")]
+    assert f"after {3 * interval} of " in line
+    assert " steps: the last 3 evaluations on the tuning rows were below the best by " in line
+    assert line.endswith("step 0 is kept, the encoder as it was before training")
     assert len(read_metrics(tmp_path)) == 3 * interval < 8 * interval
     again = train_and_evaluate(job, tmp_path)
     np.testing.assert_array_equal(first.validation.logits, again.validation.logits)
@@ -208,13 +213,16 @@ def test_standard_errors():
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_rate_with_the_largest_area_is_trained(devices, recipe, tmp_path, request):
+def test_the_rate_with_the_largest_area_is_trained(devices, recipe, tmp_path, request, caplog):
     """One short run after the other on a single CPU device, else all in one program."""
     if devices == 1:
         request.getfixturevalue("one_device")
     config = recipe | {"learning_rates": (1e30, 1e-3, 1e28), "rate_search": "short"}
     config |= {"seeds": (0, 1), "epochs": 1}
-    results = run(from_mapping(config), tmp_path / "run")
+    with caplog.at_level("INFO"):
+        results = run(from_mapping(config), tmp_path / "run")
+    assert "2 seeds, 3 learning rates: each is tried briefly, and one is trained" in caplog.text
+    assert "chosen 0.001: better than the first by more than a standard error" in caplog.text
     kept = [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
     assert kept == [(0, 1e-3), (1, 1e-3)]
     # Of the first seed, on its tuning rows; two of the rates diverge.

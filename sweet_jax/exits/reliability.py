@@ -155,13 +155,29 @@ def classwise_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray)
       outcomes: int [N, V].
 
     """
-    n, variables, count = probabilities.shape
+    return float(_outcome_gaps(probabilities, outcomes).sum() / probabilities.size)
+
+
+def calibration_error_by_outcome(probabilities: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
+    """Computes the calibration error of the probability of each outcome, float64 [V, K].
+
+    What `classwise_calibration_error`, whose arguments these are, is the mean of.
+    """
+    return _outcome_gaps(probabilities, outcomes).sum(axis=-1) / len(probabilities)
+
+
+def _outcome_gaps(probabilities: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
+    """Returns |sum of probabilities - number of rows that have the outcome|, of each bin.
+
+    Of outcomes [V, K] in ten bins of their probability, float64 [V, K, bins].
+    """
+    _, variables, count = probabilities.shape
     place = np.minimum((probabilities * _BINS).astype(int), _BINS - 1)  # [N, V, K]
     cells = np.arange(variables * count).reshape(variables, count) * _BINS + place
     true = outcomes[..., None] == np.arange(count)  # [N, V, K]
     size = variables * count * _BINS
     gap = np.bincount(cells.ravel(), (probabilities - true).ravel(), size)
-    return float(np.abs(gap).sum() / (n * variables * count))
+    return np.abs(gap).reshape(variables, count, _BINS)
 
 
 def shares_right(logits: np.ndarray, targets: np.ndarray, objective: Objective) -> np.ndarray:

@@ -42,7 +42,8 @@ class Target(TypedDict, total=False):
         certified.
       agreement: least share of texts classified as the last exit would, certified.
       milliseconds: largest mean time in the stages, without tokenization and the policy, of a text
-        by itself; to be measured on this machine first (python -m sweet_jax.predict --measure).
+        by itself and of the median length, by what `predict --measure` or `sweet-jax train FILE`
+        measured on this machine.
       level: confidence of a certificate; default 0.95.
 
     """

@@ -67,6 +67,7 @@ class ModelArtifact:
     resolver: ThresholdResolver  # of targets to thresholds, fitted on calibration rows
     networks: tuple[NetworkFiles, ...]  # one, or under Multi-Model one for each exit
     objective: Objective = SINGLE_LABEL  # what its outputs mean
+    long_tokens: int = 0  # that 95% of its training texts do not exceed; 0 where it is not known
 
 
 def save_model(
@@ -116,9 +117,12 @@ def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) 
 
 
 def describe_exits(
-    config: Config, dataset: "Dataset", analysis: Analysis, median_tokens: int
+    config: Config, dataset: "Dataset", analysis: Analysis, lengths: np.ndarray
 ) -> dict[str, Any]:
-    """Returns the contents of exits.json, but for where the weights are."""
+    """Returns the contents of exits.json, but for where the weights are.
+
+    lengths: of the training texts in tokens, int [N].
+    """
     best = analysis.best
     keep = analysis.operating_point(best)
     seed, rate = analysis.replicas[best]
@@ -142,7 +146,8 @@ def describe_exits(
         "temperatures": [t if np.isfinite(t) else None for t in temperatures.tolist()],
         "dials": analysis.resolver(best, deployable_policies(analysis.validation)).as_dict()
         | {"full_score": None if keep.threshold is None else keep.as_dict()},
-        "median_tokens": median_tokens,
+        "median_tokens": int(np.median(lengths)),
+        "long_tokens": int(np.quantile(lengths, 0.95, method="higher")),
     }
 
 
@@ -245,6 +250,7 @@ def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         "cost": np.asarray(values["cost"], np.float64),  # [E]
         "max_length": int(values["max_length"]),
         "median_tokens": int(values["median_tokens"]),
+        "long_tokens": int(values.get("long_tokens", 0)),  # models of older versions do not say
         "resolver": ThresholdResolver.from_dict(values["dials"]),
         "networks": tuple(
             NetworkFiles(folder / m["folder"], tuple(m["exits"])) for m in values["models"]

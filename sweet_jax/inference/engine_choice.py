@@ -61,19 +61,32 @@ def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
     Of float32 it is the faster one by the times that `predict --measure` kept on this machine, for
     a text of the median length by itself; without such times jax, where it is installed.
     """
+    name, reason = _choose(model, dtype)
+    if reason:
+        _log_once(f"the engine is {name}: {reason}")
+    return name
+
+
+def describe_default(model: ModelArtifact, dtype: str = "float32") -> str:
+    """Says in one line which engine runs a model where none is named, and why."""
+    name, reason = _choose(model, dtype)
+    return f"engine: {name}, {dtype}" + (f" ({reason})" if reason else "")
+
+
+def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
+    """Returns the default engine, and why it is that one; "" where there is no other."""
     names = [choice.engine for choice in available_engines(model, precision=dtype)]
     if not names:
-        return "onnxruntime" if dtype == "int8" or has_graphs(model.folder) else "jax"
+        return "onnxruntime" if dtype == "int8" or has_graphs(model.folder) else "jax", ""
     if len(names) < 2:
-        return names[0]
+        return names[0], ""
     times = _median_times(model, dtype)
     if not times.keys() >= set(names):
-        _log_once("several engines are installed: predict --measure finds the faster one")
-        return names[0]
+        others = ", ".join(names[1:])
+        return names[0], f"{others} is installed too: predict --measure finds the faster one"
     name = min(names, key=times.__getitem__)
     each = ", ".join(f"{other} {times[other]:.2f} ms" for other in names)
-    _log_once(f"the engine is {name}, the faster one in {model.folder / LATENCY_FILE}: {each}")
-    return name
+    return name, f"the faster one in {model.folder / LATENCY_FILE}: {each}"
 
 
 def _median_times(model: ModelArtifact, precision: str) -> dict[str, float]:

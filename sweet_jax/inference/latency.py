@@ -6,7 +6,7 @@ Shape letters: E exit, B batch size, L length.
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -16,11 +16,16 @@ from sweet_jax.inference.engine import (
     Engine,
     Stage,
     StageBatch,
+    padded_length,
     padded_lengths,
 )
 from sweet_jax.inference.engine_choice import EngineChoice
 from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 
+TABLE_NOTE = (
+    '"to 4" is the stage from the exit before to exit 4, "all" the sum: a text that leaves nowhere '
+    "early; a batch is computed at once, and its texts have the same length, in tokens"
+)
 _SECONDS = 0.2  # that a stage is run for, at least
 
 
@@ -56,6 +61,28 @@ def usual_lengths(max_length: int) -> tuple[int, ...]:
     return padded_lengths(max_length)[::-2][::-1]
 
 
+def measured_lengths(model: ModelArtifact) -> tuple[int, ...]:
+    """Returns the lengths that are measured: the usual ones, the median and that of long texts."""
+    own = {
+        padded_length(n, model.max_length) for n in (model.median_tokens, model.long_tokens) if n
+    }
+    return tuple(sorted({*usual_lengths(model.max_length), *own}))
+
+
+def describe_fastest(model: ModelArtifact, tables: Sequence[LatencyTable]) -> list[str]:
+    """Says which engine and precision is fastest for single texts of the usual lengths."""
+    lines = []
+    about = {model.median_tokens: "the median of the training texts"}
+    if model.long_tokens > model.median_tokens:
+        about[model.long_tokens] = "95% of them have no more"
+    for tokens, what in about.items():
+        times = [(float(table.until_exit(tokens)[-1]), table) for table in tables]
+        times.sort(key=lambda pair: pair[0])
+        each = ", ".join(f"{t.engine} {t.precision} {value:.2f} ms" for value, t in times)
+        lines.append(f"one text of {tokens} tokens ({what}) through all layers: {each}")
+    return lines
+
+
 def _time_stage(engine: Engine, stage: Stage, size: int, length: int) -> float:
     """Returns the median milliseconds of a run; the first two, which compile, are not counted."""
     rows = np.stack([np.arange(size), np.full(size, length)]).astype(np.int32)  # [2, B]
@@ -88,7 +115,11 @@ def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
     path = str(model.folder / LATENCY_FILE)
     if not found:
         measured = "; ".join(table.machine for table in tables)
-        raise UserError(f"{path!r} was measured on {measured}, and this is {here}: measure again")
+        raise UserError(
+            f"{path!r} was measured on {measured}, and this is {here}: measure again, with "
+            f"sweet-jax predict --model={model.folder} --measure and the same --engine, "
+            "--precision and --threads"
+        )
     if found[-1].milliseconds.shape[-1] != len(model.layers):
         raise UserError(f"{path!r} is damaged (another number of exits): measure again")
     return found[-1]

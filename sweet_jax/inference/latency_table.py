@@ -1,6 +1,6 @@
 """Measured latencies beside a saved model: clock.json, a table for each engine and precision.
 
-Shape letters: E exit, B batch size, L length.
+Shape letters: E exit, B batch size, L length, N texts.
 """
 
 import dataclasses
@@ -33,6 +33,21 @@ class LatencyTable:
         long_enough = [i for i, length in enumerate(self.lengths) if length >= tokens]
         place = long_enough[0] if long_enough else -1
         return np.cumsum(self.milliseconds[0, place])
+
+    def until_exit_of(self, lengths: np.ndarray) -> np.ndarray:
+        """Predicts the milliseconds until each exit of texts by themselves, float64 [N, E].
+
+        Linear in the length between the lengths that were measured, and beyond them.
+
+        lengths: of the texts, padded, int [N].
+        """
+        known, each = np.asarray(self.lengths), np.cumsum(self.milliseconds[0], axis=-1)  # [L, E]
+        if len(known) == 1:
+            return np.repeat(each, len(lengths), axis=0)
+        place = np.clip(np.searchsorted(known, lengths) - 1, 0, len(known) - 2)  # [N]
+        share = (lengths - known[place]) / (known[place + 1] - known[place])  # [N]
+        found = each[place] + share[:, None] * (each[place + 1] - each[place])
+        return np.maximum(found, 0.0)
 
     def lines(self, layers: Iterable[int]) -> list[str]:
         """Formats the milliseconds of each stage as a table; `layers` are the exits'."""

@@ -1,6 +1,6 @@
 """Classes and single texts in a report: precision, recall, confusions, exits, mistakes.
 
-Shape letters: N validation rows, E exit, C classes.
+Shape letters: N validation rows, E exit, C classes, V categorical variables with K outcomes each.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.reliability import calibration_error_by_outcome
+from sweet_jax.objectives.objective import log_softmax
 
 _SHOWN = 20  # classes that are listed at once
 _MATRIX = 12  # up to so many classes the confusion matrix is drawn
@@ -41,7 +43,10 @@ def class_report(
       label), or None for many classes and where rows have several labels; "pairs" lists cell (its
       place in a matrix, row by row), label, prediction, count and last (the last exit's count) of
       the most frequent confusions; "mistakes" and "suspects" list label, prediction, probability,
-      layer and text of the most confident mistakes, and of those among them that every exit makes.
+      layer and text of the most confident mistakes, and of those among them that every exit makes;
+      "calibration" lists name, support, probability (the mean over rows), share (of the rows that
+      have it) and error of each class by the last exit's calibrated probabilities, the largest
+      calibration error first.
 
     """
     rows = analysis.validation.replica(replica)
@@ -59,6 +64,7 @@ def class_report(
         "shown": _SHOWN,
         "mistakes": [],
         "suspects": [],
+        "calibration": _calibration_rows(rows, analysis.temperatures[replica, -1]),
     }
     if labels.ndim == 1:
         numbers = np.arange(len(names))
@@ -157,6 +163,37 @@ def _class_rows(
             | {"shares": (taken / taken.sum()).tolist() if taken.sum() else None}
         )
     return sorted(found, key=lambda row: row["f1"])
+
+
+def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, Any]]:
+    """Returns "calibration", see `class_report`; [] where the last exit diverged.
+
+    Args:
+      rows: of one replica.
+      temperature: of the last exit.
+
+    """
+    variables, logits = rows.objective.categorical, rows.logits[0, -1].astype(np.float64)
+    if variables is None or not np.isfinite(logits).all() or not np.isfinite(temperature):
+        return []
+    each = np.exp(log_softmax(variables.logits(logits / temperature)))  # [N, V, K]
+    outcomes = variables.outcomes(rows.labels[0])  # [N, V]
+    several = rows.labels[0].ndim == 2  # a class is a variable of its own: its outcome is 1
+    place = np.s_[:, 1] if several else np.s_[0]
+    errors = calibration_error_by_outcome(each, outcomes)[place]  # [C]
+    mean = each.mean(axis=0)[place]  # [C]
+    has = outcomes if several else outcomes == np.arange(len(mean))  # [N, C]
+    found = [
+        {
+            "name": name,
+            "support": int(has[:, c].sum()),
+            "probability": float(mean[c]),
+            "share": float(has[:, c].mean()),
+            "error": float(errors[c]),
+        }
+        for c, name in enumerate(rows.identity.classes)
+    ]
+    return sorted(found, key=lambda row: -row["error"])
 
 
 def _confused_pairs(

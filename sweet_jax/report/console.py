@@ -26,9 +26,10 @@ def exit_table(results: Mapping[str, Any]) -> str:
         cost, value = keep["validation"]
         shown = keep.get("text", keep["threshold"])  # older runs have no text
         lines.append(
-            f"threshold {shown} kept full {metric} on {results['n']['calibration']} "
-            f"{fitted_rows(results)}; on {results['n']['validation']} validation rows it gives "
-            f"{value:.4f} at cost {cost:.3f} (last exit {replica['individual'][-1]['score']:.4f})"
+            f"threshold {shown}, the cheapest that kept full {metric} on "
+            f"{results['n']['calibration']} {fitted_rows(results)}: {value:.4f} at cost "
+            f"{cost:.3f} on {results['n']['validation']} validation rows (last exit "
+            f"{replica['individual'][-1]['score']:.4f})"
         )
     if len(mean["seeds"]) > 1:
         pairs = zip(mean["individual"], results["ci95"]["individual"], strict=True)

@@ -24,12 +24,19 @@ class ExitTimes:
       milliseconds: float64 [E], until each exit has answered.
       tokens: of the text, padded.
       machine: that it was measured on, with the engine.
+      slow: milliseconds of a long text through all layers; None where its length was not measured.
+      slow_tokens: of that text: 95% of the texts have no more.
+      by_text: float64 [N, E], predicted for each validation text at its own length; None where
+        the texts are not there.
 
     """
 
     milliseconds: np.ndarray
     tokens: int
     machine: str
+    slow: float | None = None
+    slow_tokens: int = 0
+    by_text: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +52,7 @@ class ReportDetails:
       max_length: tokens that it reads.
       target: of the operating point that is recommended: cost, accuracy, milliseconds (with times)
         or threshold; empty for the cheapest that keeps the last exit's metric on calibration rows.
+      split: where the validation rows are from; "" where they were given.
 
     """
 
@@ -55,6 +63,17 @@ class ReportDetails:
     cut: np.ndarray | None = None
     max_length: int = 0
     target: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    split: str = ""
+
+
+def describe_split(config: Config) -> str:
+    """Says how the validation rows were drawn from a file of one's own; "" where it was another."""
+    if not config.data_files or "," in config.data_files:
+        return ""
+    return (
+        f"{config.validation_fraction:.0%} of the file, drawn at random, each class in proportion "
+        f"(validation_fraction; split_seed {config.split_seed})"
+    )
 
 
 def report_title(config: Config) -> str:

@@ -22,7 +22,12 @@ from sweet_jax.report.classes import class_report
 from sweet_jax.report.console import describe_divergence, fitted_rows, other_measures
 from sweet_jax.report.details import ReportDetails, recommended_threshold
 from sweet_jax.report.page_tables import certificate_table, policy_series, row_series
-from sweet_jax.report.shortfalls import describe_shortfall, is_refitted, worst_shortfalls
+from sweet_jax.report.shortfalls import (
+    Effect,
+    describe_effects,
+    describe_shortfall,
+    worst_shortfalls,
+)
 from sweet_jax.report.traces import (
     BOUNDS,
     LOSS_AXES,
@@ -32,7 +37,7 @@ from sweet_jax.report.traces import (
     reliability_traces,
     seed_band,
 )
-from sweet_jax.report.verdict import describe_training, verdict
+from sweet_jax.report.verdict import describe_spread, describe_training, verdict
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("sweet_jax", "report"),
@@ -90,7 +95,7 @@ def write_report(
         fitted=fitted_rows(results),
         asked=_describe_target(details.target if met else {}, metric),
         unmet=None if met else _describe_target(details.target, metric),
-        warnings=_warnings(results),
+        **_warnings(analysis, results, threshold),
         raised=_raised_errors(results),
         measures=other_measures(results["replicas"][best]["individual"][0], metric),
         temperatures=analysis.validation.objective.categorical is not None,
@@ -101,6 +106,8 @@ def write_report(
         classes_at=_AT.format(results["n"]["validation"]),
         cut=_describe_cut(analysis, best, threshold, details),
         times=details.times,
+        split=details.split,
+        spread=_spread(analysis, best, threshold, details),
         colors=[f"var(--c-{c[1:]}, {c})" for c in map(exit_color, range(len(results["exits"])))],
         reliability=list(reliability),
         data=_page_data(analysis, results, policies, details),
@@ -156,20 +163,46 @@ def _describe_target(target: Mapping[str, float], metric: str) -> str:
             case "cost":
                 return f"the best {metric} within {value:g} of the layers"
             case "milliseconds":
-                return f"the best {metric} within {value:g} ms a text"
+                return f"the best {metric} within {value:g} ms a text on average"
             case "accuracy":
                 return f"the cheapest with {metric} {value:g}"
+            case "error":
+                return f"the cheapest with an error ({metric}) of at most {value:g}"
             case "threshold":
                 return "as it was asked for"
     return f"the cheapest that keeps the last exit's {metric}"
 
 
-def _warnings(results: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each exit that diverged, collapsed, or is below a baseline."""
-    return [describe_divergence(row) for r in results["replicas"] for row in r["diverged"]] + [
-        describe_shortfall(finding, results["metric"], refitted=is_refitted(results))
-        for finding in worst_shortfalls(results)
-    ]
+def _warnings(
+    analysis: Analysis, results: Mapping[str, Any], threshold: float
+) -> dict[str, list[str]]:
+    """Returns a line for each exit that diverged, collapsed, or is below a baseline.
+
+    Under "warnings"; under "remarks" those of exits below a baseline that the recommended operating
+    point is not below.
+    """
+    lines = [describe_divergence(row) for r in results["replicas"] for row in r["diverged"]]
+    best, findings = results["best_replica"], worst_shortfalls(results)
+    effects: dict[int, Effect] = {}
+    remarks: list[str] = []
+    if np.isfinite(analysis.area[best]):
+        exits = analysis.exits_taken(best, threshold)
+        effects = describe_effects(findings, analysis.validation.replica(best), exits)
+    for finding in findings:
+        line, effect = describe_shortfall(finding, results), effects.get(finding.exit)
+        if effect is not None:
+            line += f". {effect.text[:1].upper()}{effect.text[1:]}"
+        (remarks if effect is not None and effect.harmless else lines).append(f"{line}.")
+    return {"warnings": lines, "remarks": remarks}
+
+
+def _spread(analysis: Analysis, replica: int, threshold: float, details: ReportDetails) -> str:
+    """Says what the slow texts take at a threshold; "" where that is not known."""
+    each = None if details.times is None else details.times.by_text
+    if each is None or not np.isfinite(analysis.area[replica]):
+        return ""
+    words = describe_spread(each, analysis.exits_taken(replica, threshold), details.target)
+    return f"{words[:1].upper()}{words[1:]}"
 
 
 def _raised_errors(results: Mapping[str, Any]) -> list[str]:

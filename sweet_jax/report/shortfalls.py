@@ -5,7 +5,7 @@ Shape letters: R replica, E exit, N examples.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,12 +15,8 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.report.baselines import Baseline, baseline_title
 
 _TOLERANCE = 1e-9  # of costs that differ by rounding: 2 / 12 and 1 / 6
-_FIX = "train longer (epochs=auto), search the learning rate, or use head_init=probe and head_refit"
 _FIX_BELOW_TFIDF = (
     "the words may be enough here: raise max_length if texts are cut, or try a larger checkpoint"
-)
-_FIX_BELOW_FINE_TUNED = (  # the heads are fitted already
-    "train longer (epochs=auto), search the learning rate, or lower isolation"
 )
 
 
@@ -97,21 +93,82 @@ def shortfall_results(
     return {"baselines": rows, "below_baseline": each}
 
 
-def describe_shortfall(finding: Shortfall, metric: str, *, refitted: bool = False) -> str:
-    """Says in one line which exit is below which baseline, by how much, and what to change.
-
-    refitted: whether the run started from a probe and refitted its heads.
-    """
+def describe_shortfall(finding: Shortfall, results: Mapping[str, Any]) -> str:
+    """Says in one line which exit is below which baseline, by how much, and what to change."""
     low, high = finding.interval
-    fix = _FIX_BELOW_FINE_TUNED if finding.baseline == "fine_tuned" else _FIX
-    if refitted:
-        fix = _FIX_BELOW_TFIDF if finding.baseline.startswith("tfidf") else _FIX_BELOW_FINE_TUNED
     return (
-        f"exit {finding.exit} ({metric} {finding.score:.3f}) is below the baseline "
-        f"{baseline_title(finding.baseline)} ({finding.baseline_score:.3f}) on the same "
+        f"exit {finding.exit} alone ({results['metric']} {finding.score:.3f}) is below the "
+        f"baseline {baseline_title(finding.baseline)} ({finding.baseline_score:.3f}) on the same "
         f"{finding.n:,} rows: difference {finding.difference:.3f}, 95% interval {low:.3f} to "
-        f"{high:.3f}; {fix}"
+        f"{high:.3f}; {_advice(finding, results)}"
     )
+
+
+def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:
+    """Returns what helps: of the keys of a recipe those that the run of results.json lacks."""
+    if keeps_encoder(results):
+        return "training changed nothing that was kept: only the fit of the heads differs"
+    fitted = results.get("head_init") == "probe" and bool(results.get("head_refit"))
+    if fitted and finding.baseline.startswith("tfidf"):
+        return _FIX_BELOW_TFIDF
+    found = []
+    if not results.get("best_steps"):
+        found.append("train longer (epochs=auto)")
+    if not results.get("rate_search"):
+        found.append("search the learning rate")
+    if not fitted and finding.baseline != "fine_tuned":
+        found.append("use head_init=probe and head_refit")
+    if results["method"] == "sweet":
+        found.append("lower isolation")
+    if not found:
+        found.append("more labelled rows or a larger checkpoint may help")
+        if finding.exit != results["exits"][-1]:
+            found.append("leave the exit out (exits)")
+    return ", or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+def keeps_encoder(results: Mapping[str, Any]) -> bool:
+    """Returns whether the best replica's encoder is the pretrained one: no step's state was kept.
+
+    That is where the tuning rows found every later state worse (`epochs="auto"`).
+    """
+    steps = list((results.get("best_steps") or {}).values())
+    return bool(steps) and not any(each[results["best_replica"]] for each in steps)
+
+
+class Effect(NamedTuple):
+    """Says what an exit that is below a baseline is to an operating point."""
+
+    text: str
+    harmless: bool  # the operating point is not below that baseline
+
+
+def describe_effects(
+    findings: Sequence[Shortfall], rows: ExitOutputs, exits: np.ndarray
+) -> dict[int, Effect]:
+    """Says of each finding what it is to the operating point where rows take these exits.
+
+    Args:
+      findings: at most one of each exit.
+      rows: validation rows, of one replica.
+      exits: index of the exit that each row takes, int [N].
+
+    Returns them by the exit's layer number.
+
+    """
+    given = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
+    value = compute_metric(rows.metric, given, rows.labels[0], rows.logits.shape[-1])
+    layers, found = np.asarray(rows.layers), {}
+    for finding in findings:
+        share = float((layers[exits] == finding.exit).mean())
+        harmless = value >= finding.baseline_score
+        found[finding.exit] = Effect(
+            f"{share:.0%} of the texts leave there at the recommended threshold, where "
+            f"{rows.metric.name} is {value:.3f} in all: {'not ' if harmless else ''}below that "
+            f"baseline ({finding.baseline_score:.3f})",
+            harmless,
+        )
+    return found
 
 
 def worst_shortfalls(results: Mapping[str, Any]) -> list[Shortfall]:
@@ -120,11 +177,6 @@ def worst_shortfalls(results: Mapping[str, Any]) -> list[Shortfall]:
     for row in results.get("below_baseline", []):  # the largest of an exit comes first
         worst.setdefault(row["exit"], Shortfall(**row))
     return list(worst.values())
-
-
-def is_refitted(results: Mapping[str, Any]) -> bool:
-    """Returns whether the run of results.json started from a probe and refitted its heads."""
-    return results.get("head_init") == "probe" and bool(results.get("head_refit"))
 
 
 def shortfall_warning(results: Mapping[str, Any]) -> str | None:
@@ -136,7 +188,7 @@ def shortfall_warning(results: Mapping[str, Any]) -> str | None:
     if not found:
         return None
     worst = min(found, key=lambda f: f.difference)
-    line = describe_shortfall(worst, results["metric"], refitted=is_refitted(results))
+    line = describe_shortfall(worst, results)
     others = len(found) - 1
     if not others:
         return line

@@ -18,6 +18,7 @@ from sweet_jax.methods import METHODS
 from sweet_jax.objectives import Metric
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.details import ReportDetails
+from sweet_jax.report.shortfalls import keeps_encoder
 
 _ERROR = "neg_"  # begins the name of a metric that is an error with its sign changed
 
@@ -31,6 +32,11 @@ def describe_training(results: Mapping[str, Any], classes: int) -> str:
     method = results["method"].replace("_", "-")
     kinds = f" of {classes:,} classes" if classes else ""
     what = f"{checkpoint} with {layers[-1]} layers, fine-tuned ({method})"
+    if keeps_encoder(results):
+        what = (
+            f"{checkpoint} with {layers[-1]} layers, its weights as they were (no step of "
+            "fine-tuning was better on the tuning rows), and heads fitted"
+        )
     if METHODS[results["method"]].model_per_exit:
         what = f"{len(layers)} models from {checkpoint} ({method})"
     return (
@@ -77,7 +83,28 @@ def verdict(
         gap = paired_difference(metric, given, last, labels, classes)
         first += f"; all layers give {_number(metric, value)}: {_difference(metric, *gap)}"
     theirs = {b.name: b.for_replica(replica) for b in details.baselines}
-    return [f"{first}.", _against_baselines(rows, results, given, theirs)]
+    spent = float(rows.cost[exits].mean())
+    return [f"{first}.", _against_baselines(rows, results, (given, spent), theirs)]
+
+
+def describe_spread(times: np.ndarray, exits: np.ndarray, target: Mapping[str, float]) -> str:
+    """Says what the slow ones of the validation texts take, and how many are above a budget.
+
+    Args:
+      times: milliseconds until each exit of each text by itself, float64 [N, E].
+      exits: index of the exit that each row takes, int [N].
+      target: of the operating point; the budget is its milliseconds, if any.
+
+    """
+    taken = times[np.arange(len(exits)), exits]
+    words = (
+        f"by the length and the exit of each of the {len(exits):,} validation texts, 95% take at "
+        f"most {_milliseconds(float(np.quantile(taken, 0.95)))} in the model"
+    )
+    limit = target.get("milliseconds")
+    if limit is not None:
+        words += f", and {(taken > limit).mean():.0%} more than {limit:g} ms"
+    return words
 
 
 def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
@@ -86,7 +113,7 @@ def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
     if details.times is None:
         return words
     clock = details.times.milliseconds
-    words += f" and {_milliseconds(clock[exits].mean())} a text"
+    words += f" and on average {_milliseconds(clock[exits].mean())} a text"
     if exits.min() < len(clock) - 1:
         words += f" instead of {_milliseconds(clock[-1])}"
     return words
@@ -95,7 +122,7 @@ def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
 def _against_baselines(
     rows: ExitOutputs,
     results: Mapping[str, Any],
-    given: np.ndarray,
+    point: tuple[np.ndarray, float],
     baselines: Mapping[str, np.ndarray],
 ) -> str:
     """Says how predictions [N, ...] compare with the best of results.json's baselines.
@@ -103,7 +130,7 @@ def _against_baselines(
     Args:
       rows: of the replica.
       results: the contents of results.json.
-      given: the predictions.
+      point: the predictions, and their mean cost.
       baselines: predictions of each baseline, as far as they are there.
 
     """
@@ -115,9 +142,23 @@ def _against_baselines(
     title = title if title == name else title[:1].upper() + title[1:]
     text = f"{title}, the best baseline, {_reaches(metric, known[name]['score'])}"
     if name in baselines:
-        arguments = given, baselines[name], rows.labels[0], rows.logits.shape[-1]
-        text += f": {_difference(metric, *paired_difference(metric, *arguments), 'the model is ')}"
+        arguments = point[0], baselines[name], rows.labels[0], rows.logits.shape[-1]
+        gap, low, high = paired_difference(metric, *arguments)
+        text += f": {_difference(metric, gap, low, high, 'the model is ')}"
+        if low <= 0 <= high:
+            if name.startswith("probe_"):
+                text += ". Fine-tuning has gained no accuracy that these rows can show"
+            text += f". {_decide(point[1], known[name]['cost'])}"
     return f"{text}."
+
+
+def _decide(cost: float, baseline: float) -> str:
+    """Says what it means that a baseline is as good as the model, given the costs of both."""
+    if baseline == 0:
+        return "It needs no encoder: on texts like these it is the cheaper choice"
+    if cost < baseline:
+        return f"What the exits gain is time: the same at {cost / baseline:.0%} of its layers"
+    return "It costs no more: it is the simpler choice"
 
 
 def _reaches(metric: Metric, value: float) -> str:

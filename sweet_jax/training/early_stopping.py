@@ -21,7 +21,7 @@ from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.parallel import ExecutionPlan, gather_params
-from sweet_jax.training.schedule import should_stop
+from sweet_jax.training.schedule import PATIENCE, should_stop
 from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, mesh_of, reshard
 from sweet_jax.training.step import Params, State
 
@@ -126,6 +126,19 @@ class BestStateTracker:
         """Returns whether no replica's state was kept for long enough before `step`."""
         newest = int(np.max(self.best.step))
         return step > 0 and step % self.interval == 0 and should_stop(step, newest, self.interval)
+
+    def describe_end(self, step: int, stop: int) -> str:
+        """Says why training ended after `step` of `stop` steps, and which state is kept."""
+        steps = np.atleast_1d(self.best.step)
+        which = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
+        kept = f"the model of {which} is kept"
+        if not steps.any():
+            kept += ", the encoder as it was before training"
+        return (
+            f"training stopped early, after {step} of {stop} steps: the last {PATIENCE} "
+            "evaluations on the tuning rows were below the best by more than a standard error; "
+            f"{kept}"
+        )
 
     def _evaluate(self, params: Params) -> tuple[np.ndarray, np.ndarray]:
         """Returns the area of parameters on tuning rows, float64 [R], and each exit's metric.

@@ -90,9 +90,12 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
         rates = _learning_rates(config, settings)
         steps = StepRange(start, stop, epoch, config.checkpoint_every, check, rates)
         state = _train(job, plan, tracker, checkpoints, state, steps)
+    end = int(np.max(to_host(state.step)))
+    if tracker is not None and end < stop:
+        log.info(tracker.describe_end(end, stop))
     best = state.params if tracker is None else tracker.best.params
     params = add_replica_axis(gather_params(config, best), replicas)
-    taken = max(0, int(np.max(to_host(state.step))) - start)
+    taken = max(0, end - start)
     kept = () if tracker is None else tuple(np.atleast_1d(tracker.best.step).tolist())
     seconds = time.perf_counter() - began
     timing = Timing(seconds, taken * config.batch_size * replicas, kept)

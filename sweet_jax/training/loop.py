@@ -111,15 +111,24 @@ def open_step_log(job: TrainingJob, steps: StepRange) -> Iterator[StepLog]:
             file = MetricsLog(job.workdir, training, steps.start, exits, tracker)
             metrics = stack.enter_context(contextlib.closing(file))
         bar = tqdm(
-            desc=training,
+            desc=_bar_title(job),
             total=steps.stop * examples,
             initial=steps.start * examples,
-            unit=" examples",
+            unit=" rows",
             disable=not is_primary(),
         )
         following = None if job.following is None else job.following / job.step_work
         expected = ExpectedTime(steps.stop - steps.start, following)
         yield StepLog(training, exits, steps, metrics, stack.enter_context(bar), expected)
+
+
+def _bar_title(job: TrainingJob) -> str:
+    """Returns what a progress bar calls a training."""
+    if job.short:
+        rates = ", ".join(f"{rate:g}" for rate in job.config.learning_rates)
+        return f"learning rate{'s' * (len(job.config.learning_rates) > 1)} {rates}"
+    exits = job.model.exits
+    return f"training, exit{'s' * (len(exits) > 1)} {', '.join(map(str, exits))}"
 
 
 def run_steps(
