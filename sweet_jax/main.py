@@ -52,7 +52,7 @@ from sweet_jax import config as configuration
 from sweet_jax.arguments import print_help
 from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
-from sweet_jax.files import expand_user, one_line
+from sweet_jax.files import expand_user, one_line, storage_failure
 from sweet_jax.recipe import OWN_DATA
 
 
@@ -223,6 +223,12 @@ def _train(command: Command) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 1
+    except Exception as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
         return 1
     return 0
 
