@@ -157,7 +157,7 @@ def test_killed_runs_are_counted_and_have_no_differing_bit(tmp_path):
     assert bits > 100_000
     record = {"mode": "single", "round": 0, "cold": False, "kills": [killed]}
     record |= {"bits": bits, "differing": 0, "names": [], "left": []}
-    (tmp_path / "single.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "single.0.jsonl").write_text(json.dumps(record) + "\n")
     summary.report(tmp_path, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "kills.json").read_text())
     assert found["total"] == {"kills": 1, "runs": 1, "bits_compared": bits, "differing_bits": 0}

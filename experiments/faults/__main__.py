@@ -11,7 +11,8 @@ two and four processes of this machine; ray; two-sigterm and four-sigterm, where
 SIGTERM. Four tenths of the moments are any time of a run, the others lie in the phase that was hit
 least so far.
 One of several processes is killed, and the others must end by themselves; in a quarter of the kills
-all are. Counts are kept in WORKDIR/MODE.jsonl: the same command resumes until there are --kills.
+all are. Counts are kept in WORKDIR/MODE.SEED.jsonl: the same command resumes until there are
+--kills of this seed. Seeds may run side by side, in one work directory.
 stalls: one of four processes is stopped (SIGSTOP); the others must end.
 storage: a workdir on a disk that becomes full, or read-only (as root, on Linux).
 elastic: from 4 to 2 to 1 processes.
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int | None:
     add = made.add_argument
     add("what", choices=("kills", "stalls", "storage", "elastic", "report"))
     add("--mode", default="single", choices=(*MODES, "ray"), help="of kills, and of storage")
-    add("--kills", type=int, default=50, help="in all, with those counted before")
+    add("--kills", type=int, default=50, help="of this seed, with those counted before")
     add("--seed", type=int, default=0)
     add("--workdir", type=Path, default=Path("runs/faults"))
     add("--output", type=Path, default=Path("experiments/results/faults"))

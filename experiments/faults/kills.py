@@ -208,9 +208,9 @@ def run_round(mode: str, number: int, folder: Path, seed: int, hit: Counter) -> 
     """
     setup, how = setup_of(mode, folder.parent), MODES[mode][1]
     known = undisturbed(mode, setup, folder.parent)
-    run, rng = folder / f"round-{number}", random.Random(f"{seed}/{mode}/{number}")
+    run, rng = folder / f"run-{seed}-{number}", random.Random(f"{seed}/{mode}/{number}")
     if cold := rng.random() < _COLD:  # compiled programs that were half written are killed too
-        setup = dataclasses.replace(setup, cache=folder / f"round-{number}-cache")
+        setup = dataclasses.replace(setup, cache=folder / f"{run.name}-cache")
     record: dict[str, Any] = {"mode": mode, "round": number, "cold": cold, "kills": []}
     while True:
         with started(setup, run) as attempt:
@@ -231,15 +231,14 @@ def run_round(mode: str, number: int, folder: Path, seed: int, hit: Counter) -> 
     record |= {"bits": bits, "differing": count_bits(names), "names": names[:20], "left": left}
     print(f"{mode} {number}: {record['differing']} of {bits} bits differ {names[:5]}", flush=True)
     if not names:
-        for path in folder.glob(f"round-{number}*"):
+        for path in folder.glob(f"{run.name}*"):
             shutil.rmtree(path)
     return record
 
 
-def read_rounds(path: Path, mode: str) -> list[dict[str, Any]]:
-    """Returns the records of the rounds of a mode, as far as they were written."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [record for record in map(json.loads, lines) if record["mode"] == mode]
+def read_rounds(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of the rounds in a file, as far as they were written."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def count_kills(rounds: Iterable[dict[str, Any]]) -> int:
@@ -248,13 +247,13 @@ def count_kills(rounds: Iterable[dict[str, Any]]) -> int:
 
 
 def run_kills(mode: str, kills: int, folder: Path, seed: int, run_one=run_round) -> None:
-    """Runs rounds of a mode until as many kills are recorded in FOLDER/MODE.jsonl."""
-    path = folder / f"{mode}.jsonl"
+    """Runs rounds of a mode until as many kills are recorded in FOLDER/MODE.SEED.jsonl."""
+    path = folder / f"{mode}.{seed}.jsonl"
     (folder / mode).mkdir(parents=True, exist_ok=True)
-    while count_kills(rounds := read_rounds(path, mode)) < kills:
+    while count_kills(rounds := read_rounds(path)) < kills:
         hit = Counter(kill["phase"] for record in rounds for kill in record["kills"])
         number = len(rounds)
-        for rest in (folder / mode).glob(f"round-{number}*"):  # of a script that was stopped
+        for rest in (folder / mode).glob(f"run-{seed}-{number}*"):  # of a script that was stopped
             shutil.rmtree(rest)
         record = run_one(mode, number, folder / mode, seed, hit)
         with path.open("a") as file:

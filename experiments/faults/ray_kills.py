@@ -172,7 +172,7 @@ def run_round(where: Cluster, mode: str, number: int, folder: Path, seed: int, h
     write_rows(inputs)
     known = kills.undisturbed("single", kills.setup_of("single", folder.parent), folder.parent)
     undisturbed(where, inputs, folder)
-    run, rng = folder / f"round-{number}", random.Random(f"{seed}/{mode}/{number}")
+    run, rng = folder / f"run-{seed}-{number}", random.Random(f"{seed}/{mode}/{number}")
     if cold := rng.random() < 0.3:
         shutil.rmtree(where.cache, ignore_errors=True)
     ends: list[dict[str, Any]] = []

@@ -50,12 +50,12 @@ def _who(victims: list) -> str:
 
 def read_all(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns the counts of every mode that has a round in a work directory."""
-    found = {}
+    rounds: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        rounds = [json.loads(line) for line in path.read_text().splitlines()]
-        if rounds:
-            found[path.stem] = summarize(rounds)
-    return found
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            rounds.setdefault(record["mode"], []).append(record)
+    return {mode: summarize(records) for mode, records in rounds.items()}
 
 
 def report(folder: Path, output: Path) -> None:
