@@ -11,10 +11,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from experiments.cells import Cell
 from experiments.faults import kills, launch, summary
 from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
+from sweet_jax.config import Config
 from sweet_jax.files import claim_run_directory, storage_failure, write_json
 from sweet_jax.main import main
 
@@ -132,6 +134,12 @@ def test_plans_prefer_the_phases_that_were_hit_least():
     aimed = Counter(plan.phase for plan in plans)
     assert set(aimed) == {"start-up", "report"}  # start-up: at any time of the run
     assert all(plan.delay <= {"report": 1.0, "start-up": 10.0}[plan.phase] for plan in plans)
+
+
+def test_the_work_of_a_cell_that_ends_by_itself_is_estimated():
+    """The grid of the kills on Ray has such cells."""
+    config = Config(exits=(1, 2), train_size=400, epochs="auto", batch_size=16)
+    assert Cell("sst2-sweet", config).work == pytest.approx(4.8 * 400 * 40 * 2, rel=0.01)
 
 
 @pytest.mark.slow
