@@ -25,7 +25,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sweet_jax.config import UserError
-from sweet_jax.files import storage_failure, write_text
+from sweet_jax.files import write_text
+from sweet_jax.storage_errors import storage_failure
 
 _HEARTBEAT_SECONDS = 30  # without one, a process or its host counts as lost
 _SHUTDOWN_SECONDS = 300  # in which the other processes end too

@@ -1,24 +1,16 @@
 """Paths, atomic writes of files, and directories locked for one process."""
 
 import contextlib
-import errno
 import fcntl
 import importlib.util
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sweet_jax.config import UserError
-
-# What writing to a disk that is full, read-only or broken fails with.
-_STORAGE_ERRORS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
-)
-_NATIVE_ERROR = re.compile(r"\bos error:? (\d+)", re.IGNORECASE)  # of tensorstore, and of Rust
 
 RUN_ROWS = "rows"  # folder of a run directory: rows that were in memory, kept before it begins
 
@@ -52,28 +44,6 @@ def resolve_path(name: str) -> Path:
 def one_line(error: BaseException) -> str:
     """Returns the message of an error on one line, of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def storage_failure(error: BaseException) -> str | None:
-    """Returns a sentence on an error of a disk that takes no more writes; None for other errors.
-
-    Libraries in other languages raise errors of their own, whose text
-    has the number of the operating system's.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        number = cause.errno if isinstance(cause, OSError) else None
-        if number is None and (found := _NATIVE_ERROR.search(str(cause))):
-            number = int(found[1])
-        if number in _STORAGE_ERRORS:
-            name = getattr(cause, "filename", None)
-            what = os.strerror(number) + (f", {str(name)!r}" if name else "")
-            return (
-                f"files cannot be written ({what}): free space on the disk, or make it writable; "
-                "the same command resumes from the last checkpoint"
-            )
-        cause = cause.__cause__ or cause.__context__
-    return None
 
 
 @contextlib.contextmanager

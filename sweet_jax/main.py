@@ -52,8 +52,9 @@ from sweet_jax import config as configuration
 from sweet_jax.arguments import print_help
 from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
-from sweet_jax.files import expand_user, one_line, storage_failure
+from sweet_jax.files import expand_user, one_line
 from sweet_jax.recipe import OWN_DATA
+from sweet_jax.storage_errors import discard_errors_at_exit, storage_failure
 
 
 class Command(NamedTuple):
@@ -229,6 +230,7 @@ def _train(command: Command) -> int:
         if failure is None:
             raise
         print(f"error: {failure}", file=sys.stderr)
+        discard_errors_at_exit()
         return 1
     return 0
 

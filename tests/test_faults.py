@@ -17,8 +17,9 @@ from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
 from sweet_jax.config import Config
-from sweet_jax.files import claim_run_directory, storage_failure, write_json
+from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.main import main
+from sweet_jax.storage_errors import storage_failure
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,10 @@ from sweet_jax.main import main
     [
         (OSError(errno.ENOSPC, "", "/run/a.npz"), "(No space left on device, '/run/a.npz')"),
         (OSError(errno.EROFS, ""), "(Read-only file system)"),
-        (ValueError("Error writing 'x' [OS error 28: ENOSPC No space]"), "(No space left on dev"),
+        (
+            ValueError("Error writing local file \"/a/b\": no space [os_error_code='28']"),
+            "(No space left on device, '/a/b')",
+        ),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "(No space left on dev"),
     ],
 )
