@@ -26,7 +26,9 @@ MODES = {
     "four-sigterm": (4, signal.SIGTERM),
 }
 _TOGETHER = 90.0  # seconds within which the processes that are left must have ended
+LAST = 900.0  # seconds that a run may take which nobody kills
 _ALL = 0.25  # share of the kills that end all processes, as a power cut does, not one of them
+MOST = 8  # kills of one run, which may end then
 _COLD = 0.15  # share of the runs that begin with an empty compilation cache
 
 
@@ -211,29 +213,52 @@ def run_round(mode: str, number: int, folder: Path, seed: int, hit: Counter) -> 
     run, rng = folder / f"run-{seed}-{number}", random.Random(f"{seed}/{mode}/{number}")
     if cold := rng.random() < _COLD:  # compiled programs that were half written are killed too
         setup = dataclasses.replace(setup, cache=folder / f"{run.name}-cache")
-    record: dict[str, Any] = {"mode": mode, "round": number, "cold": cold, "kills": []}
+    kills = KillLog(folder / f"{run.name}-kills.jsonl")
     while True:
         with started(setup, run) as attempt:
             watch = Watch(run, attempt.began, attempt.errors[0], known.last_step, known.total)
-            plan = plan_kill(rng, phases_ahead(run, known.last_step), hit, known)
-            killed = end_at(rng, plan, watch, attempt, how)
+            killed = None
+            if len(kills.read()) < MOST:
+                ahead = phases_ahead(run, known.last_step)
+                plan = plan_kill(rng, ahead, hit + kills.phases(), known)
+                killed = end_at(rng, plan, watch, attempt, how)
             if killed is None:
-                attempt.wait(300.0)
+                attempt.wait(LAST)
                 break
-        record["kills"].append(killed)
-        hit[killed["phase"]] += 1
+        kills.add(killed)
         print(f"{mode} {number}: killed {killed}", flush=True)
     if any(process.returncode for process in attempt.processes):
         texts = "\n".join(attempt.said(n)[-2000:] for n in range(len(attempt.processes)))
         raise RuntimeError(f"{run} did not resume:\n{texts}")
     bits, names = differing_bits(folder / "whole", run)
     left = [str(p.relative_to(run)) for p in run.rglob("*") if ".part" in p.name]
-    record |= {"bits": bits, "differing": count_bits(names), "names": names[:20], "left": left}
+    record = {"mode": mode, "round": number, "cold": cold, "kills": kills.read(), "bits": bits}
+    record |= {"differing": count_bits(names), "names": names[:20], "left": left}
     print(f"{mode} {number}: {record['differing']} of {bits} bits differ {names[:5]}", flush=True)
     if not names:
         for path in folder.glob(f"{run.name}*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return record
+
+
+class KillLog:
+    """Keeps the kills of a run that has not ended, for a script that is stopped and resumed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns the records so far."""
+        return read_rounds(self.path)
+
+    def phases(self) -> Counter:
+        """Returns how often each phase was hit."""
+        return Counter(kill["phase"] for kill in self.read())
+
+    def add(self, kill: dict[str, Any]) -> None:
+        """Appends a record."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(kill) + "\n")
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:
@@ -253,8 +278,6 @@ def run_kills(mode: str, kills: int, folder: Path, seed: int, run_one=run_round)
     while count_kills(rounds := read_rounds(path)) < kills:
         hit = Counter(kill["phase"] for record in rounds for kill in record["kills"])
         number = len(rounds)
-        for rest in (folder / mode).glob(f"run-{seed}-{number}*"):  # of a script that was stopped
-            shutil.rmtree(rest)
         record = run_one(mode, number, folder / mode, seed, hit)
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -175,26 +175,29 @@ def run_round(where: Cluster, mode: str, number: int, folder: Path, seed: int, h
     run, rng = folder / f"run-{seed}-{number}", random.Random(f"{seed}/{mode}/{number}")
     if cold := rng.random() < 0.3:
         shutil.rmtree(where.cache, ignore_errors=True)
-    ends: list[dict[str, Any]] = []
+    log = kills.KillLog(folder / f"{run.name}-kills.jsonl")
     while True:
         with driver(where, inputs, run) as process:
-            while (killed := _next_kill(rng, where, run, process, known, hit)) is not None:
-                ends.append(killed)
-                hit[killed["phase"]] += 1
-                print(f"{mode} {number}: killed {killed}", flush=True)
-                if killed["victims"] == ["driver"]:
-                    break
-            else:
-                process.wait(300)
+            killed: dict[str, Any] | None = {"victims": []}
+            while killed is not None and killed["victims"] != ["driver"]:
+                killed = None
+                if len(log.read()) < kills.MOST:
+                    killed = _next_kill(rng, where, run, process, known, hit + log.phases())
+                if killed is not None:
+                    log.add(killed)
+                    print(f"{mode} {number}: killed {killed}", flush=True)
+            if killed is None:
+                process.wait(kills.LAST)
                 break
     if process.returncode:
         raise RuntimeError(f"{run} did not resume: {(run / 'driver.err').read_text()[-2000:]}")
     bits, names = _differing(folder / "whole", run)
-    record = {"mode": mode, "round": number, "cold": cold, "kills": ends, "bits": bits}
+    record = {"mode": mode, "round": number, "cold": cold, "kills": log.read(), "bits": bits}
     record |= {"differing": count_bits(names), "names": names[:20], "left": []}
     print(f"{mode} {number}: {record['differing']} of {bits} bits differ {names[:5]}", flush=True)
     if not names:
         shutil.rmtree(run)
+        log.path.unlink(missing_ok=True)
     return record
 
 
