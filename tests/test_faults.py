@@ -136,8 +136,8 @@ def test_plans_prefer_the_phases_that_were_hit_least():
     rng, hit = random.Random(0), Counter({"probe": 3, "report": 0})
     plans = [kills.plan_kill(rng, ["probe", "report"], hit, known) for _ in range(50)]
     aimed = Counter(plan.phase for plan in plans)
-    assert set(aimed) == {"start-up", "report"}  # start-up: at any time of the run
-    assert all(plan.delay <= {"report": 1.0, "start-up": 10.0}[plan.phase] for plan in plans)
+    assert aimed["report"] > aimed["probe"] > 0  # the rest: at any time of the run
+    assert all(plan.delay <= {"report": 1.0, "probe": 2.0}[plan.phase] for plan in plans)
 
 
 def test_the_work_of_a_cell_that_ends_by_itself_is_estimated():

@@ -28,7 +28,7 @@ MODES = {
 _TOGETHER = 90.0  # seconds within which the processes that are left must have ended
 LAST = 900.0  # seconds that a run may take which nobody kills
 _ALL = 0.25  # share of the kills that end all processes, as a power cut does, not one of them
-MOST = 8  # kills of one run, which may end then
+MOST = 5  # kills of one run, which may end then
 _COLD = 0.15  # share of the runs that begin with an empty compilation cache
 
 
@@ -118,11 +118,16 @@ def phases_of(seen: Iterable[tuple[float, str]]) -> dict[str, tuple[float, float
 
 
 def plan_kill(rng: random.Random, ahead: list[str], hit: Counter, known: Reference) -> Plan:
-    """Chooses when to kill: at any time, or in the phase that was hit least of those ahead."""
-    if rng.random() < 0.4:
-        return Plan("start-up", rng.uniform(0, known.seconds))
+    """Chooses when to kill: at any time, or in the phase that was hit least of those ahead.
+
+    A time is that of an undisturbed run: a phase, as often as it is long, and a moment in it.
+    """
+    stays = [known.phases.get(phase, (0.2, 0.0))[0] for phase in ahead]
     least = min(hit[phase] for phase in ahead)
-    phase = rng.choice([phase for phase in ahead if hit[phase] == least])
+    if rng.random() < 0.4:
+        phase = rng.choices(ahead, stays)[0]
+    else:
+        phase = rng.choice([phase for phase in ahead if hit[phase] == least])
     stay, last = known.phases.get(phase, (0.2, 0.0))
     # Checkpoints are written from the search on: not always the first of an attempt.
     not_before = rng.uniform(0, 0.7 * last) if phase == "checkpoint" else 0.0
