@@ -19,6 +19,7 @@ from sweet_jax.distributed import PreemptedError
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import write_json
 from sweet_jax.pipeline import run
+from sweet_jax.training.schedule import training_steps
 
 # Training rows and mean tokens of a batch's longest text, to guess which cell takes longest.
 _SIZES = {
@@ -50,8 +51,11 @@ class Cell:
         """Estimates the layers times tokens that training goes through."""
         rows, tokens = _SIZES.get(self.config.task, (self.config.train_size, 64))
         depths = layer_cost(self.config.exits, self.config.method)[-1] * self.config.exits[-1]
-        rows = min(rows, self.config.train_size) * self.config.epochs
-        return float(rows * tokens * depths * len(self.config.replicas()))
+        steps = training_steps(
+            self.config.epochs, min(rows, self.config.train_size), self.config.batch_size
+        )
+        examples = steps * self.config.batch_size
+        return float(examples * tokens * depths * len(self.config.replicas()))
 
 
 def outputs_folder(workdir: Path, name: str) -> Path:

@@ -7,6 +7,9 @@ import platform
 from pathlib import Path
 
 import jax
+from jax._src import lru_cache
+
+from sweet_jax.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,7 @@ def enable_compilation_cache(
       least_seconds: programs that take less time to compile are not cached.
 
     """
+    _write_whole_entries()
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
     try:
@@ -38,6 +42,25 @@ def enable_compilation_cache(
     jax.config.update("jax_compilation_cache_dir", str(where))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _write_whole_entries() -> None:
+    """Has JAX write each entry beside its place, and rename it.
+
+    JAX writes it in place: where the process is killed, or the disk is full, half an entry stays,
+    which no later process replaces; each would warn of it and compile anew.
+    """
+    put = lru_cache.LRUCache.put
+
+    def put_whole(self: lru_cache.LRUCache, key: str, value: bytes) -> None:
+        path = Path(self.path) / f"{key}{lru_cache._CACHE_SUFFIX}"
+        if self.eviction_enabled or "://" in str(self.path) or path.exists():
+            return put(self, key, value)
+        with atomic_write(path) as aside:
+            aside.write_bytes(value)
+
+    if put.__name__ != put_whole.__name__:
+        lru_cache.LRUCache.put = put_whole
 
 
 def default_folder() -> Path:

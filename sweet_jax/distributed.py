@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from sweet_jax.config import UserError
 from sweet_jax.files import write_text
+from sweet_jax.storage_errors import storage_failure
 
 _HEARTBEAT_SECONDS = 30  # without one, a process or its host counts as lost
 _SHUTDOWN_SECONDS = 300  # in which the other processes end too
@@ -221,6 +222,8 @@ def abort_together() -> Iterator[None]:
                 "of them resumes from the last checkpoint",
                 file=sys.stderr,
             )
+        elif failure := storage_failure(error):
+            print(f"{which}: {failure}", file=sys.stderr)
         else:
             if not isinstance(error, KeyboardInterrupt):
                 traceback.print_exc()

@@ -126,6 +126,9 @@ def claim_run_directory(
         ) from error
     with lock_directory(workdir):
         _check_identity(workdir, identity, free, defaults)
+        for path in workdir.rglob(".*.part*"):  # of `atomic_write`, in a process that was killed
+            if path.is_file():
+                path.unlink(missing_ok=True)
         write_json(workdir / "config.json", identity)
         yield
 

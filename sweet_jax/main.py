@@ -57,6 +57,7 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
 from sweet_jax.files import expand_user, one_line
 from sweet_jax.recipe import OWN_DATA
+from sweet_jax.storage_errors import discard_errors_at_exit, storage_failure
 
 
 class Command(NamedTuple):
@@ -240,6 +241,13 @@ def _train(command: Command) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 1
+    except Exception as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
+        discard_errors_at_exit()
         return 1
     return 0
 

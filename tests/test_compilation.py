@@ -1,13 +1,15 @@
 """What one process compiled, the next reads; and where that cannot be, it compiles."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from jax._src.lru_cache import LRUCache
 
-from sweet_jax.compilation_cache import processor_name
+from sweet_jax.compilation_cache import enable_compilation_cache, processor_name
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -68,3 +70,19 @@ def test_jax_s_own_switches_hold(tmp_path):
     hits_and_misses(XDG_CACHE_HOME=str(here), **told)
     assert files(there)
     assert not files(here)
+
+
+def test_of_an_entry_that_cannot_be_written_nothing_is_kept(tmp_path):
+    """Half an entry would be read, warned of and never replaced by every later process."""
+    enable_compilation_cache()
+    cache = LRUCache(str(tmp_path), max_size=-1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            cache.put("program", bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    cache.put("program", bytes(5000))
+    assert cache.get("program") == bytes(5000)

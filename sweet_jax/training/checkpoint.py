@@ -17,6 +17,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.files import read_json, write_json
+from sweet_jax.storage_errors import discard_after_storage_failure
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,12 @@ class Checkpoints:
         """Saves a pytree of arrays as of `step`, unless that is saved already."""
         if step in self._manager.all_steps():
             return
-        if not self._manager.save(step, args=ocp.args.StandardSave(state)):
-            raise RuntimeError(
-                f"step {step} was not saved in {self._folder}: is there a later one?"
-            )
-        self._manager.wait_until_finished()
+        with discard_after_storage_failure():
+            if not self._manager.save(step, args=ocp.args.StandardSave(state)):
+                raise RuntimeError(
+                    f"step {step} was not saved in {self._folder}: is there a later one?"
+                )
+            self._manager.wait_until_finished()
         barrier("saved")
         if is_primary():
             write_json(_digest_path(self._folder, step), _digest(self._folder / str(step)))

@@ -1,0 +1,71 @@
+"""Errors of a disk that is full, read-only or broken: what they are called, and what they print."""
+
+import atexit
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+
+# What writing to a disk that is full, read-only or broken fails with.
+_STORAGE_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
+)
+# Of Rust, "(os error 28)"; of tensorstore, "[os_error_code='28']", after the file in quotes.
+_NATIVE_ERROR = re.compile(r"\bos[ _]error(?:_code)?[ :='\"]+(\d+)", re.IGNORECASE)
+_NATIVE_FILE = re.compile(r'file "([^"]+)"')
+
+_STRAGGLERS = 0.5  # seconds in which threads that failed too have printed so
+
+
+def storage_failure(error: BaseException) -> str | None:
+    """Returns a sentence on an error of a disk that takes no more writes; None for other errors.
+
+    Libraries in other languages raise errors of their own, whose text has the number of the
+    operating system's.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None and (found := _NATIVE_ERROR.search(str(cause))):
+            number = int(found[1])
+        if number in _STORAGE_ERRORS:
+            native = _NATIVE_FILE.search(str(cause))
+            name = getattr(cause, "filename", None) or (native and native[1])
+            what = os.strerror(number) + (f", {str(name)!r}" if name else "")
+            return (
+                f"files cannot be written ({what}): free space on the disk, or make it writable; "
+                "the same command resumes from the last checkpoint"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+@contextlib.contextmanager
+def discard_after_storage_failure() -> Iterator[None]:
+    """Discards what libraries print about an error of the disk that the block raises.
+
+    Of a checkpoint that cannot be written, tensorstore's threads print a traceback for each array.
+    """
+    outside, printed = sys.stderr, io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        try:
+            yield
+        except Exception as error:
+            if storage_failure(error):
+                time.sleep(_STRAGGLERS)
+                printed.truncate(0)
+            raise
+        finally:
+            outside.write(printed.getvalue())
+
+
+def discard_errors_at_exit() -> None:
+    """Discards what is written to standard error once the interpreter has begun to end.
+
+    After an error of the disk, coroutines that nobody awaits are each reported there.
+    """
+    atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))

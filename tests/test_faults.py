@@ -1,0 +1,175 @@
+"""Disks that take no more writes, what killed runs leave, and the script that kills runs."""
+
+import errno
+import json
+import os
+import random
+import resource
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from experiments.cells import Cell
+from experiments.faults import kills, launch, summary
+from experiments.faults.compare import count_bits, differing_bits
+from experiments.faults.inputs import write_inputs
+from experiments.faults.phases import Watch
+from sweet_jax.config import Config
+from sweet_jax.files import claim_run_directory, write_json
+from sweet_jax.main import main
+from sweet_jax.storage_errors import storage_failure
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "", "/run/a.npz"), "(No space left on device, '/run/a.npz')"),
+        (OSError(errno.EROFS, ""), "(Read-only file system)"),
+        (
+            ValueError("Error writing local file \"/a/b\": no space [os_error_code='28']"),
+            "(No space left on device, '/a/b')",
+        ),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "(No space left on dev"),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_said_in_a_sentence(error, said):
+    assert said in storage_failure(error)
+    later = KeyError("on the way out")
+    later.__context__ = error
+    assert said in storage_failure(later)
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "x"), ValueError("loss error 28"), KeyError("a")]
+)
+def test_other_errors_are_not_taken_for_the_disk_s(error):
+    assert storage_failure(error) is None
+
+
+def test_a_disk_without_space_is_one_line_and_the_command_works_later(options, tmp_path, capsys):
+    """Files may have no byte here, as on a disk that is full."""
+    config = tmp_path / "recipe.py"
+    config.write_text(f"def get_config():\n    return {options!r}\n")
+    line = ["main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        status = main(line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert status == 1
+    assert len(errors) == 1
+    assert "files cannot be written (File too large" in errors[0]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_parts_of_files_that_a_killed_run_left_are_removed(tmp_path):
+    for name in ("figures/.curve.123.part.png", ".results.123.part.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    write_json(tmp_path / "config.json", {"task": "a"})
+    (tmp_path / "figures" / "curve.png").write_text("whole")
+    with claim_run_directory(tmp_path, {"task": "a"}, (), {}):
+        pass
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {".lock", "config.json", "curve.png"}
+
+
+def test_bits_that_differ_are_counted_and_times_are_not(tmp_path):
+    for name, value, seconds in (("one", 0, 1.5), ("other", 5, 2.5)):
+        run = tmp_path / name
+        run.mkdir()
+        np.savez(run / "probe.npz", kernel=np.zeros(3, np.int8), bias=np.int8([1, value]))
+        write_json(run / "results.json", {"score": 0.5, "timing": {"train_seconds": seconds}})
+    (tmp_path / "one" / "metrics.jsonl").write_text("ab")
+    bits, names = differing_bits(tmp_path / "one", tmp_path / "other")
+    assert names == ["metrics.jsonl: 16", "probe.npz/bias: 2"]
+    assert count_bits(names) == 18
+    assert bits == 8 * (2 + 3 + 2 + len(json.dumps({"score": 0.5})))
+    assert differing_bits(tmp_path / "one", tmp_path / "one") == (bits, [])
+
+
+def test_phases_are_told_by_the_files_of_this_attempt(tmp_path):
+    run, errors = tmp_path / "run", tmp_path / "0.err"
+    errors.write_text("")
+    trained = run / "checkpoints" / "exits_1_2_3"
+    for name in ("config.json", "exit_outputs/validation.npz", "results.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("of an older attempt")
+        os.utime(run / name, (1, 1))
+    os.utime(run / "exit_outputs", (1, 1))
+    seen = []
+
+    def step(name: str, text: str = "") -> None:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(text)
+        seen.append(watch.phase())
+
+    watch = Watch(run, time.time() - 1, errors, last_step=20, total=160)
+    seen.append(watch.phase())
+    step("config.json")
+    step("probe.npz")
+    step("rate_search.json")
+    errors.write_text(
+        "exits_1_2_3:   0%|   | 0/160 [00:00<?]\rexits_1_2_3:   5%|   | 8/160 [00:01]"
+    )
+    seen.append(watch.phase())
+    (trained / "20.orbax-checkpoint-tmp-1").mkdir(parents=True)
+    seen.append(watch.phase())
+    (trained / "20.orbax-checkpoint-tmp-1").rename(trained / "20")
+    seen.append(watch.phase())
+    step("checkpoints/exits_1_2_3/20.digest.json")
+    step("refit/exits_1_2_3.npz")
+    step("exit_outputs/calibration.npz")
+    step("results.json")
+    assert seen == [
+        *("start-up", "probe", "rate search", "compile", "training", "checkpoint", "checkpoint"),
+        *("refit", "evaluation", "report", "ended"),
+    ]
+
+
+def test_plans_prefer_the_phases_that_were_hit_least():
+    known = kills.Reference(10.0, {"probe": (2.0, 5.0), "report": (1.0, 9.0)}, 20, 160)
+    rng, hit = random.Random(0), Counter({"probe": 3, "report": 0})
+    plans = [kills.plan_kill(rng, ["probe", "report"], hit, known) for _ in range(50)]
+    aimed = Counter(plan.phase for plan in plans)
+    assert aimed["report"] > aimed["probe"] > 0  # the rest: at any time of the run
+    assert all(plan.delay <= {"report": 1.0, "probe": 2.0}[plan.phase] for plan in plans)
+
+
+def test_the_work_of_a_cell_that_ends_by_itself_is_estimated():
+    """The grid of the kills on Ray has such cells."""
+    config = Config(exits=(1, 2), train_size=400, epochs="auto", batch_size=16)
+    assert Cell("sst2-sweet", config).work == pytest.approx(4.8 * 400 * 40 * 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_killed_runs_are_counted_and_have_no_differing_bit(tmp_path):
+    """One run of few steps; the script's own undisturbed runs are longer."""
+    changes = {"head_init": "random", "head_refit": False, "rate_search": "full", "epochs": 1}
+    changes |= {"learning_rates": (1e-3,), "baselines": "none", "checkpoint_every": 4}
+    config = write_inputs(tmp_path / "inputs", **changes)
+    whole, cache = tmp_path / "single" / "whole", tmp_path / "single" / "cache"
+    launch.finish(launch.Setup(config, cache), whole)
+    assert not (whole / "probe.npz").exists()
+    known = {"seconds": 4.0, "phases": {}, "last_step": 12, "total": 96}
+    write_json(tmp_path / "reference.json", known)
+    setup, run = launch.Setup(config, cache), tmp_path / "run"
+    with launch.started(setup, run) as attempt:
+        watch = Watch(run, attempt.began, attempt.errors[0], 12, 96)
+        plan = kills.Plan("probe", 0.0)  # there is no probe: from the claim to the outputs
+        killed = kills.end_at(random.Random(0), plan, watch, attempt, kills.MODES["single"][1])
+    assert killed == {"phase": "probe", "victims": [0], "aimed": "probe"}
+    launch.finish(setup, run)
+    bits, names = differing_bits(whole, run)
+    assert names == []
+    assert bits > 100_000
+    record = {"mode": "single", "round": 0, "cold": False, "kills": [killed]}
+    record |= {"bits": bits, "differing": 0, "names": [], "left": []}
+    (tmp_path / "single.0.jsonl").write_text(json.dumps(record) + "\n")
+    summary.report(tmp_path, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "kills.json").read_text())
+    assert found["total"] == {"kills": 1, "runs": 1, "bits_compared": bits, "differing_bits": 0}
