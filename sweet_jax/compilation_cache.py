@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 
 import jax
-from jax._src import lru_cache
 
 from sweet_jax.files import atomic_write
 
@@ -48,19 +47,25 @@ def _write_whole_entries() -> None:
     """Has JAX write each entry beside its place, and rename it.
 
     JAX writes it in place: where the process is killed, or the disk is full, half an entry stays,
-    which no later process replaces; each would warn of it and compile anew.
+    which no later process replaces; each would warn of it and compile anew. The class is private:
+    under a version of JAX that has another, entries are written as that version does.
     """
-    put = lru_cache.LRUCache.put
+    try:
+        from jax._src import lru_cache
+
+        put, suffix = lru_cache.LRUCache.put, lru_cache._CACHE_SUFFIX
+    except (ImportError, AttributeError):
+        return
 
     def put_whole(self: lru_cache.LRUCache, key: str, value: bytes) -> None:
-        path = Path(self.path) / f"{key}{lru_cache._CACHE_SUFFIX}"
+        path = Path(self.path) / f"{key}{suffix}"
         if self.eviction_enabled or "://" in str(self.path) or path.exists():
             return put(self, key, value)
         with atomic_write(path) as aside:
             aside.write_bytes(value)
 
     if put.__name__ != put_whole.__name__:
-        lru_cache.LRUCache.put = put_whole
+        lru_cache.LRUCache.put = put_whole  # type: ignore[method-assign]
 
 
 def default_folder() -> Path:
