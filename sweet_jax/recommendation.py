@@ -65,7 +65,8 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     lines.append(_describe_choice(analysis, found, target))
     lines += _describe_effects(run, analysis, threshold)
     spread = None
-    if (lengths := _validation_lengths(run, model)) is not None:
+    lengths = _validation_lengths(run, model) if model.long_tokens else None
+    if lengths is not None:
         exits = analysis.exits_taken(replica, threshold)
         spread = describe_spread(table.until_exit_of(lengths), exits, target)
     lines.append(_describe_times(model, table, spread))

@@ -139,7 +139,7 @@ def _exit_times(
         slow = float(table.until_exit(model.long_tokens)[-1])
     times = table.until_exit(model.median_tokens)
     each = None
-    if texts is not None:
+    if texts is not None and (model.long_tokens or len(table.lengths) > 1):
         each = table.until_exit_of(padded_token_counts(model, texts))
     return ExitTimes(times, tokens, table.machine, slow, model.long_tokens, each)
 

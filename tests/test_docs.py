@@ -99,6 +99,8 @@ def test_every_command_of_the_readme_runs(place):
             continue
         assert language in ("bash", "python"), "a block's language says how to run it"
         source = source.replace("8000", port)
+        # A busy machine may need longer than a budget of 5 ms.
+        source = source.replace("=5ms", "=500ms").replace("milliseconds=5 ", "milliseconds=500 ")
         if language == "bash":
             lines = [line for line in source.splitlines() if line not in installs(source)]
             if "curl" in source and not shutil.which("curl"):

@@ -86,7 +86,11 @@ def test_the_report_has_the_times_and_is_written_anew_for_a_target(trained, caps
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["nowhere"], "is not a finished run"), ([".", "--cost=-1"], "--cost must be from 0")],
+    [
+        (["nowhere"], "is not a finished run"),
+        ([".", "--cost=-1"], "--cost must be from 0"),
+        ([".", "--error=-1"], "--error must be from 0"),
+    ],
 )
 def test_a_report_that_cannot_be_written_gets_one_line(arguments, words, capsys):
     assert cli.main(["report", *arguments]) == 2
