@@ -46,7 +46,7 @@ def bound(found: Compiled, generation: str) -> tuple[float, float]:
 def cells(found: Compiled, generation: str, chips: int) -> list[str]:
     """Returns the numbers of a row."""
     least = bound(found, generation)
-    hours = GRID_STEPS * max(least) / chips / 3600
+    minutes = GRID_STEPS * max(least) / chips / 60
     return [
         f"{found.seconds:.0f}",
         f"{found.arguments / 2**20:.0f}",
@@ -55,7 +55,7 @@ def cells(found: Compiled, generation: str, chips: int) -> list[str]:
         f"{found.bytes_accessed / 1e9:.1f}",
         f"{traffic(found.text).total() / 1e9:.1f}",
         ", ".join(f"{1e3 * seconds:.1f}" for seconds in least),
-        f"{hours:.2f}",
+        f"{minutes:.1f}",
         str(found.collectives),
     ]
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{head_line('libtpu')}\n")
     columns = ("topology", "shape", "method", "dtype", "batch", "compile, core s")
     columns += ("arguments MiB", "temporaries MiB", "GFLOP", "GB accessed", "GB of main memory")
-    columns += ("bound of a step, ms: arithmetic, memory", "bound of the grid, h", "all-reduces")
+    columns += ("bound of a step, ms: arithmetic, memory", "bound of the grid, min", "all-reduces")
     print(table_head(*columns), flush=True)
     choices = (
         options.topology or ["v5e:2x2"],
