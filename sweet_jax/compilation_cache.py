@@ -60,7 +60,7 @@ def _write_whole_entries() -> None:
             aside.write_bytes(value)
 
     if put.__name__ != put_whole.__name__:
-        lru_cache.LRUCache.put = put_whole
+        setattr(lru_cache.LRUCache, put.__name__, put_whole)  # mypy: methods are not assigned
 
 
 def default_folder() -> Path:
