@@ -18,16 +18,38 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 # their time. What XLA itself does to a program (fusion, scheduling, memory) stays as it is, and so
 # do the generators of its kernels: xla_cpu_use_fusion_emitters=false would save another fifth, but
 # its programs round otherwise than those that users run.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# A program of this size is not worth dividing among LLVM's threads either: as one part it is the
+# same code, for a tenth less.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
 
 import jax
 import pytest
 from tiny import Reference, fine_tune, write_checkpoint, write_rows
 
+from sweet_jax.report import figures
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GLUE_DIR = Path(os.environ.get("SWEET_GLUE_DIR", "../shared/data/glue"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_figures():
+    """Runs draw no figures, which take longer than all the rest of a run that is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = figures.write_figures
+        patch.setattr(figures, "write_figures", lambda *_: None)
+        yield drawn
+
+
+@pytest.fixture
+def with_figures(without_figures, monkeypatch):
+    """The runs of a test draw their figures, as those of users do."""
+    monkeypatch.setattr(figures, "write_figures", without_figures)
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +168,15 @@ def one_device(monkeypatch):
     """The program sees one device of the four."""
     first = jax.devices()[:1]
     monkeypatch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+
+
+@pytest.fixture(scope="module")
+def one_device_in_module():
+    """The same for the fixtures and tests of a module, which compile more quickly for it."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
+        yield
 
 
 @pytest.fixture(scope="session")

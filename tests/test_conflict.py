@@ -15,6 +15,7 @@ from test_early_exit import BATCH, build, mean_loss
 from test_run import logits_of
 from tiny import WORDS
 
+from experiments import conflict
 from experiments.conflict import conflict_figure
 from sweet_jax.training.conflict import gradient_conflict
 from sweet_jax.training.metrics import read_metrics
@@ -89,8 +90,8 @@ def test_the_figure_has_a_panel_for_each_layer_that_exits_share():
 
 
 @pytest.fixture
-def experiment(checkpoint, tmp_path):
-    """A function from more arguments to the finished process of the experiment, made tiny."""
+def line(checkpoint, tmp_path) -> list[str]:
+    """Arguments of the experiment, made tiny."""
     folder = tmp_path / "glue" / "sst2"
     folder.mkdir(parents=True)
     for split, count in (("train", 40), ("validation", 8)):
@@ -98,23 +99,20 @@ def experiment(checkpoint, tmp_path):
         table = {"sentence": texts, "label": [i % 2 for i in range(count)]}
         pq.write_table(pa.table(table), folder / f"{split}.parquet")
 
-    def experiment(*more: str) -> subprocess.CompletedProcess:
-        line = ["--task=sst2", f"--data_dir={tmp_path / 'glue'}", f"--checkpoint={checkpoint}"]
-        line += ["--exits=1,2,3", "--batch_size=8", "--max_length=16", "--learning_rate=1e-3"]
-        return subprocess.run(
-            [sys.executable, "-m", "experiments.conflict", *line, *more],
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return experiment
+    line = ["--task=sst2", f"--data_dir={tmp_path / 'glue'}", f"--checkpoint={checkpoint}"]
+    return [*line, "--exits=1,2,3", "--batch_size=8", "--max_length=16", "--learning_rate=1e-3"]
 
 
 @pytest.mark.slow
-def test_the_experiment_writes_its_numbers_and_its_figure(experiment, tmp_path):
-    done = experiment("--steps=6", "--batches=3", f"--output={tmp_path / 'out'}")
+def test_the_experiment_writes_its_numbers_and_its_figure(line, tmp_path):
+    line += ["--steps=6", "--batches=3", f"--output={tmp_path / 'out'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.conflict", *line],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "conflict.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -131,8 +129,8 @@ def test_the_experiment_writes_its_numbers_and_its_figure(experiment, tmp_path):
     assert (tmp_path / "out" / "figures" / "conflict.png").stat().st_size
 
 
-def test_the_experiment_refuses_more_steps_than_there_are(experiment, tmp_path):
-    done = experiment("--steps=11", f"--output={tmp_path / 'out'}")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --steps must be from 1 to 10")
+def test_the_experiment_refuses_more_steps_than_there_are(line, tmp_path, capsys):
+    assert conflict.main([*line, "--steps=11", f"--output={tmp_path / 'out'}"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("error: --steps must be from 1 to 10")
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,9 @@ def load_runner(folder: Path):
     return module
 
 
-@pytest.mark.parametrize("method", ["sweet", "multi_model", "mean_pooled"])
+@pytest.mark.parametrize(
+    "method", ["sweet", "multi_model", pytest.param("mean_pooled", marks=pytest.mark.slow)]
+)
 def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, capsys):
     reference = request.getfixturevalue(method)
     model = reference.classifier.model

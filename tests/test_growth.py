@@ -171,17 +171,17 @@ def test_unfinished_and_damaged_runs_are_refused(base, tmp_path):
         prepare(more((broken, base[1])))
 
 
-def test_what_a_search_a_probe_and_a_refit_left_grows_too(base, tmp_path):
+def test_what_a_search_a_probe_and_a_refit_left_grows_too(base, checkpoint, tmp_path, one_device):
     """The base has one replica of two seeds' and rates' four, its best state and refitted heads."""
     recipe = {
         **{"pooling": "mean", "head_init": "probe", "head_refit": True, "epochs": "auto"},
         **{"rate_search": "short", "learning_rates": (1e-3, 3e-3), "tuning_fraction": 0.2},
-        "seeds": (1,),
+        **{"seeds": (1,), "checkpoint": str(checkpoint)},
     }
     values = base[1] | recipe
     run(from_mapping(values), tmp_path / "base")
     folder = (tmp_path / "base", values)
-    run(more(folder), tmp_path / "grown")
+    run(more(folder, exits=(1, 2, 3)), tmp_path / "grown")
     for split in (*SPLITS, "tuning"):
         ours, theirs = (
             ExitOutputs.load(tmp_path / name / "exit_outputs" / f"{split}.npz")
@@ -189,5 +189,6 @@ def test_what_a_search_a_probe_and_a_refit_left_grows_too(base, tmp_path):
         )
         np.testing.assert_array_equal(ours.logits[:, :2], theirs.logits)
     usual = {"epochs": 2, "head_init": "random", "head_refit": False, "rate_search": "full"}
+    usual["exits"] = (1, 2, 3)
     with pytest.raises(UserError, match="holds rows out for tuning, and the new run does not"):
         prepare(more(folder, **usual))

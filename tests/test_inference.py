@@ -113,8 +113,8 @@ def answered(classifier, texts, batch_size):
 @pytest.mark.parametrize(
     ("kind", "pooling"),
     [
-        ("roberta", "first"),
-        ("deberta", "first"),
+        pytest.param("roberta", "first", marks=pytest.mark.slow),
+        pytest.param("deberta", "first", marks=pytest.mark.slow),
         ("deberta-v2", "first"),
         pytest.param("roberta", "mean", marks=pytest.mark.slow),
         pytest.param("deberta", "mean", marks=pytest.mark.slow),

@@ -67,7 +67,8 @@ def test_exits_classify_the_mean_of_their_layer(kind):
         }
         run = jax.jit(lambda p, b: nnx.merge(graphdef, p).forward(b, 1.0, features=True))
         answers[length] = run(params, batch)
-        states = hidden_states(nnx.merge(graphdef, params).encoder, *batch_of(batch))
+        alone = jax.jit(lambda p, *b: hidden_states(nnx.merge(graphdef, p).encoder, *b))
+        states = alone(params, *batch_of(batch))
         for e, layer in enumerate((1, 3)):
             pooled = mean_of_tokens(states[layer], batch["mask"])
             dense = jax.tree.map(np.asarray, params["heads"][str(layer)]["classifier"])

@@ -58,7 +58,7 @@ def jsonl(texts) -> str:
 
 
 def test_the_command_answers_every_row_in_order(sweet, command, capsys):
-    wanted = sweet.classifier.at(threshold=0.8).predict(sweet.texts, 3)
+    wanted = sweet.classifier.at(threshold=0.8).predict(sweet.texts, 1)
     status, answers = command("in.jsonl", jsonl(sweet.texts), "--threshold=0.8")
     assert status == 0
     assert [a["label"] for a in answers] == wanted.labels.tolist()

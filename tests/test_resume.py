@@ -57,7 +57,6 @@ def numbers(workdir: Path) -> dict:
 @pytest.mark.parametrize(
     ("devices", "changes"),
     [
-        (1, {"seeds": (0,)}),
         (
             1,
             {

@@ -51,8 +51,10 @@ def logits_of(options, workdir, **changes) -> ExitOutputs:
     return train_and_evaluate(job, workdir).validation
 
 
-@pytest.mark.parametrize("method", ["sweet", "early_exit", "multi_model"])
-def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
+@pytest.mark.parametrize(
+    "method", ["sweet", pytest.param("early_exit", marks=pytest.mark.slow), "multi_model"]
+)
+def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys, with_figures):
     results = run(from_mapping(options | {"method": method}), tmp_path)
     written = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert written >= FILES
@@ -79,7 +81,7 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys):
         pytest.param("roberta", {"method": "early_exit"}, marks=pytest.mark.slow),
         ("deberta", {"preset": "reference"}),
         pytest.param("deberta-v2", {"seeds": (0, 1)}, marks=pytest.mark.slow),
-        ("distilbert", {}),
+        pytest.param("distilbert", {}, marks=pytest.mark.slow),
         pytest.param("mpnet", {"preset": "reference"}, marks=pytest.mark.slow),
         pytest.param("electra", {}, marks=pytest.mark.slow),
         pytest.param("xlm-roberta", {}, marks=pytest.mark.slow),
@@ -172,7 +174,7 @@ def test_sweet_s_first_exit_is_the_same_model_whatever_follows(options, tmp_path
 
 
 def test_each_replica_equals_its_solo_run(options, with_dropout, tmp_path, one_device):
-    options = options | with_dropout
+    options = options | with_dropout | {"depth": 2, "exits": (1, 2)}
     grid = {"seeds": (0, 5), "learning_rates": (1e-3, 3e-3)}
     stack = logits_of(options, tmp_path / "stack", **grid)
     assert stack.logits.shape[0] == 4
@@ -188,7 +190,7 @@ def test_each_replica_equals_its_solo_run(options, with_dropout, tmp_path, one_d
     [{}, pytest.param({"seeds": (0, 1), "method": "early_exit"}, marks=pytest.mark.slow)],
 )
 def test_several_devices_agree_with_one(options, with_dropout, tmp_path, request, changes):
-    options = options | with_dropout
+    options = options | with_dropout | {"depth": 2, "exits": (1, 2)}
     many = logits_of(options, tmp_path / "many", **changes)
     request.getfixturevalue("one_device")
     one = logits_of(options, tmp_path / "one", **changes)
@@ -269,7 +271,7 @@ def test_presets_that_calibrate_on_validation_rows(
 
 
 def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
-    options, tmp_path, one_device, caplog
+    options, tmp_path, one_device, caplog, with_figures
 ):
     """Trains with two learning rates, one of which spoils all exits with its first update."""
     options = options | {"exits": (2, 3)}

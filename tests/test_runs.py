@@ -16,6 +16,8 @@ from sweet_jax.exits.simulation import simulate
 from sweet_jax.pipeline import run
 from sweet_jax.recipe import OWN_DATA
 
+pytestmark = pytest.mark.usefixtures("one_device_in_module")
+
 
 @pytest.fixture(scope="module")
 def table(rows) -> pd.DataFrame:

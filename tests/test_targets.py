@@ -145,7 +145,7 @@ def ask_server(classifier, body) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["multi_label", "regression"])
-def test_a_whole_run(objective, checkpoint, tmp_path):
+def test_a_whole_run(objective, checkpoint, tmp_path, with_figures):
     several = objective == "multi_label"
     rows = write_targets(tmp_path / "rows.jsonl", objective)
     changes = {"objective": objective, "data_files": str(rows), "pooling": "mean", "epochs": 8}

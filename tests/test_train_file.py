@@ -11,7 +11,7 @@ from sweet_jax.main import parse, parse_budget
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.recommendation import recommend
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
+pytestmark = pytest.mark.usefixtures("restored_logging", "one_device_in_module")
 
 
 @pytest.fixture(scope="module", autouse=True)

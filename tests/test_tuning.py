@@ -328,7 +328,9 @@ def test_a_replica_that_diverged_keeps_its_heads_and_spoils_no_other(recipe, tmp
     assert sound["individual"] == alone["replicas"][0]["individual"]
 
 
-def test_a_probe_alone_is_one_replica_whatever_the_rates(recipe, tmp_path, one_device):
+def test_a_probe_alone_is_one_replica_whatever_the_rates(
+    recipe, tmp_path, one_device, with_figures
+):
     changes = {"epochs": 0, "head_refit": True, "learning_rates": (1e-3, 3e-3), "seeds": (0, 1)}
     results = run(from_mapping(recipe | changes), tmp_path)
     assert [(r["seed"], r["learning_rate"]) for r in results["replicas"]] == [(0, 1e-3), (1, 1e-3)]
