@@ -165,12 +165,27 @@ def _same_features(params: Params) -> bool:
 
 
 def refit_heads(
-    job: PreparedRun, model: ModelSpec, graphdef: nnx.GraphDef, params: Params, workdir: Path
+    job: PreparedRun,
+    model: ModelSpec,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    workdir: Path,
+    best_steps: Sequence[int] = (),
 ) -> Params:
     """Returns trained parameters [R, ...] with the classifiers fitted again on the trained encoder.
 
-    Exits of a run that this one grows from stay as they are, and so do replicas that diverged. The
-    classifiers are kept in `refit/`, for a run that grows from this one.
+    Exits of a run that this one grows from stay as they are, and so do replicas that diverged, and
+    those that are as a probe began them: its classifiers were fitted on this encoder and these
+    rows, and another fit would differ from the baseline by rounding. The classifiers are kept in
+    `refit/`, for a run that grows from this one.
+
+    Args:
+      job: the run's.
+      model: that was trained.
+      graphdef, params: of it.
+      workdir: of the run.
+      best_steps: the step that each replica was kept at [R]; () where that is the last.
+
     """
     config, classes = job.config, len(job.dataset.classes)
     grown = job.base.exits if job.base is not None else ()
@@ -181,6 +196,9 @@ def refit_heads(
     sound = np.isfinite(features).all(axis=(1, 2, 3))  # [R]
     if not sound.all():
         features[~sound] = 0
+    begun = np.zeros(len(rows), bool)  # [R]
+    if job.probe is not None and best_steps:
+        begun = np.asarray(best_steps) == 0
     labels, places = job.train.labels[rows], _columns(rows)
     parts = places[:, :count], places[:, count:]
     fits = len(rows) * len(model.exits) * len(PENALTIES)
@@ -190,7 +208,7 @@ def refit_heads(
     found = LinearClassifiers(*(np.array(array) for array in broadcast_from_primary(found)))
     for e, layer in enumerate(model.exits):
         dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])
-        kept = ~sound | (layer in grown)  # [R]
+        kept = ~sound | begun | (layer in grown)  # [R]
         found.kernel[kept, e], found.bias[kept, e] = dense["kernel"][kept], dense["bias"][kept]
     if is_primary():
         found.save(refit_path(workdir, model.name))

@@ -128,7 +128,7 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
         began = time.perf_counter()
         # A probe alone was fitted on this very encoder.
         if job.config.head_refit and not (job.config.epochs == 0 and job.probe):
-            params = refit_heads(job, model, graphdef, params, workdir)
+            params = refit_heads(job, model, graphdef, params, workdir, spent.best_steps)
             timing["refit_seconds"] = timing.get("refit_seconds", 0) + time.perf_counter() - began
             began = time.perf_counter()
         if spent.best_steps:
