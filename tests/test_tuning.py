@@ -1,5 +1,6 @@
 """Tuning rows: who reads them, the best state, the search for a learning rate, the refit."""
 
+import dataclasses
 import json
 
 import jax
@@ -28,6 +29,7 @@ from sweet_jax.training.early_stopping import (
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.metrics import read_metrics, read_tuning
+from sweet_jax.training.probe import LinearClassifiers, Probe
 
 RECIPE = {"pooling": "mean", "head_init": "probe", "epochs": "auto", "learning_rates": (1e-3,)}
 
@@ -315,6 +317,14 @@ def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
     }
     wanted = {("heads", str(e), "classifier", k) for e in (1, 2, 3) for k in ("kernel", "bias")}
     assert changed == wanted
+    # Where no step was better than the probe that training began with, the heads stay the probe's.
+    begun = dataclasses.replace(
+        job, probe=Probe(LinearClassifiers(*[np.zeros(0)] * 3), np.zeros(0))
+    )
+    for steps, same in (((0,), True), ((8,), False)):
+        kept = refit_heads(begun, training, graphdef, params, workdir, steps)
+        pairs = zip(jax.tree.leaves(kept), jax.tree.leaves(params), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs) == same
 
 
 def test_a_replica_that_diverged_keeps_its_heads_and_spoils_no_other(recipe, tmp_path, one_device):
