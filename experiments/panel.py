@@ -30,9 +30,9 @@ of the default, written before the panel ran; the tables have their statistics.
 A second start runs what is missing, in stages of which each has all tasks. What was stopped or
 killed resumes from its checkpoints; what failed is left until --retry. Several processes, on hosts
 that share --workdir and --output, share the work: each locks the cell that it is in. Cost: --list
-has the estimate; the core (--core: baselines, recipe, plain, and the methods as they are and with
-mean and probe, on all tasks with 500 to 2,000 rows) takes about 12 hours on 2 cores, with a process
-a core:
+has the estimate, which learns from what is done. Before any variant was timed it was 46 hours of
+one core for the core (--core: baselines, recipe, plain, and the methods as they are and with mean
+and probe, on all tasks with 500 to 2,000 rows) and 143 for all, with a process a core:
 
   XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 python -m experiments.panel ...
 """

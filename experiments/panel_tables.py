@@ -26,7 +26,7 @@ from experiments.panel_statistics import (
     standing,
     with_exits,
 )
-from experiments.panel_variants import CELLS, READOUTS, TASKS, units
+from experiments.panel_variants import BASELINES, CELLS, READOUTS, TASKS, VARIANTS, units
 from experiments.rendering import table_lines
 from sweet_jax.files import write_text
 
@@ -131,6 +131,19 @@ def criterion_table(found: Found) -> Table:
 
 def _below(found: Found, name: str, references: Sequence[Mapping[str, str]]) -> list[str]:
     return list(dict.fromkeys(c for r in references for c in standing(found, name, r).below))
+
+
+def progress_table(records: Mapping[tuple[str, str], Record]) -> Table:
+    """Returns in how many cells each variant is done, by rows."""
+    stages = list(dict.fromkeys(_STAGES.values()))
+    rows = []
+    for variant in (BASELINES, *VARIANTS):
+        texts = []
+        for rows_of in stages:
+            cells = [c for c in CELLS if _STAGES[CELLS[c].rows] == rows_of]
+            texts.append(f"{sum((c, variant) in records for c in cells)} of {len(cells)}")
+        rows.append([variant, *texts])
+    return ("cells done", *(f"{rows_of} rows" for rows_of in stages)), rows
 
 
 def aims_table(found: Found, name: str) -> Table:

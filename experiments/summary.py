@@ -240,6 +240,7 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
         s, _BOTH, {"cola": "CoLA, ", "mrpc": "MRPC, "}, "CoLA and MRPC, 1e-4"
     ),
     "pcee-sst2": pcee_sst2,
+    "panel-done": lambda s: panel_tables.progress_table(load(s.folder / "panel")[1]),
     "panel-areas": lambda s: panel_tables.areas_table(_panel(s), most=8),
     "panel-aims": lambda s: panel_tables.aims_table(_panel(s), panel_tables.DEFAULT),
     "panel-gaps": lambda s: panel_tables.gaps_table(_panel(s), panel_tables.SHOWN_READOUTS),
