@@ -61,7 +61,7 @@ def _write_whole_entries() -> None:
         path = Path(self.path) / f"{key}{suffix}"
         if self.eviction_enabled or "://" in str(self.path) or path.exists():
             return put(self, key, value)
-        with atomic_write(path) as aside:
+        with atomic_write(path, durable=False) as aside:
             aside.write_bytes(value)
 
     if put.__name__ != put_whole.__name__:

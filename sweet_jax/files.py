@@ -66,13 +66,20 @@ def discard_native_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and renames it to `path` if the block succeeds."""
+def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and renames it to `path` if the block succeeds.
+
+    durable: what was written is on the disk before the name is: else the file may be empty after
+    a loss of power, or an error of the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers choose a format by it.
     aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield aside
+        if durable:
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -78,6 +78,25 @@ def test_parts_of_files_that_a_killed_run_left_are_removed(tmp_path):
     assert left == {".lock", "config.json", "curve.png"}
 
 
+def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    """Otherwise an error of the disk leaves an empty config.json, which no command accepts."""
+    path, order = tmp_path / "config.json", []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        order.append(("synced", os.fstat(descriptor).st_size, path.exists()))
+        fsync(descriptor)
+
+    def renamed(one, other) -> None:
+        order.append("renamed")
+        replace(one, other)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_json(path, {"task": "a"})
+    assert order == [("synced", path.stat().st_size, False), "renamed"]
+
+
 def test_bits_that_differ_are_counted_and_times_are_not(tmp_path):
     for name, value, seconds in (("one", 0, 1.5), ("other", 5, 2.5)):
         run = tmp_path / name
