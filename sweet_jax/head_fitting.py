@@ -190,15 +190,20 @@ def refit_heads(
     config, classes = job.config, len(job.dataset.classes)
     grown = job.base.exits if job.base is not None else ()
     rows, count = _rows_to_fit(job)
+    begun = np.zeros(len(rows), bool)  # [R]
+    if job.probe is not None and best_steps:
+        begun = np.asarray(best_steps) == 0
+        if begun.all() and not grown:
+            _save_refit(
+                job.probe.classifiers.select_exits(config.exits, model.exits), model, workdir
+            )
+            return params
     program = compile_evaluation(config, graphdef, mesh_of(params), features=True)
     output = evaluate(config, program, params, job.train, rows, features=True)
     features = np.asarray(output.features)  # [R, E, N + M, H]
     sound = np.isfinite(features).all(axis=(1, 2, 3))  # [R]
     if not sound.all():
         features[~sound] = 0
-    begun = np.zeros(len(rows), bool)  # [R]
-    if job.probe is not None and best_steps:
-        begun = np.asarray(best_steps) == 0
     labels, places = job.train.labels[rows], _columns(rows)
     parts = places[:, :count], places[:, count:]
     fits = len(rows) * len(model.exits) * len(PENALTIES)
@@ -210,9 +215,7 @@ def refit_heads(
         dense = jax.tree.map(to_host, params["heads"][str(layer)]["classifier"])
         kept = ~sound | begun | (layer in grown)  # [R]
         found.kernel[kept, e], found.bias[kept, e] = dense["kernel"][kept], dense["bias"][kept]
-    if is_primary():
-        found.save(refit_path(workdir, model.name))
-    barrier("refit")
+    _save_refit(found, model, workdir)
     new = with_classifiers(params, model.exits, found, range(len(model.exits)))
     return reshard(new, jax.tree.map(lambda x: x.sharding, params))
 
@@ -233,3 +236,10 @@ def transform_outputs(
         heads[str(layer)] = params["heads"][str(layer)] | {"classifier": dense}
     new = params | {"heads": params["heads"] | heads}
     return reshard(new, jax.tree.map(lambda x: x.sharding, params))
+
+
+def _save_refit(found: LinearClassifiers, model: ModelSpec, workdir: Path) -> None:
+    """Keeps the classifiers of a training, for a run that grows from this one."""
+    if is_primary():
+        found.save(refit_path(workdir, model.name))
+    barrier("refit")

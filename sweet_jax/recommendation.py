@@ -23,7 +23,7 @@ from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.files import read_json
 from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.engine import load_engine, padded_length
-from sweet_jax.inference.engine_choice import available_engines
+from sweet_jax.inference.engine_choice import available_engines, typical_milliseconds
 from sweet_jax.inference.latency import measure_latency
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.report.console import fitted_rows
@@ -47,7 +47,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     """
     model = open_model(run / "model")
     tables = _measure(model)
-    table = min(tables, key=lambda table: table.until_exit(model.median_tokens)[-1])
+    table = min(tables, key=lambda table: typical_milliseconds(table, model))
     analysis = load_analysis(run)
     replica = analysis.best
     if not np.isfinite(analysis.area[replica]):
@@ -61,20 +61,22 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
         target, found, option = {}, resolver.resolve(analysis.policy), ""
     # Where no threshold keeps the last exit's metric, all layers do.
     threshold = np.inf if found.threshold is None else found.threshold
-    lines.append(_describe(analysis, threshold, clock))
+    lengths = _validation_lengths(run, model) if model.long_tokens else None
+    exits = analysis.exits_taken(replica, threshold)
+    times = np.broadcast_to(clock, (len(exits), len(clock)))  # [N, E]
+    if lengths is not None:
+        times = table.until_exit_of(lengths)
+    lines.append(_describe(analysis, threshold, times))
     lines.append(_describe_choice(analysis, found, target))
     lines += _describe_effects(run, analysis, threshold)
-    spread = None
-    lengths = _validation_lengths(run, model) if model.long_tokens else None
-    if lengths is not None:
-        exits = analysis.exits_taken(replica, threshold)
-        spread = describe_spread(table.until_exit_of(lengths), exits, target)
+    spread = None if lengths is None else describe_spread(times, exits, target)
     lines.append(_describe_times(model, table, spread))
     lines += _describe_engines(run, model, tables, target)
     folder = shlex.quote(str(model.folder))
     missing = importlib.util.find_spec("uvicorn") is None
     install = '  (after pip install -e ".[serve]")' if missing else ""
-    lines.append(f"next: sweet-jax serve --model={folder}{option} --port=8000{install}")
+    warm = " --warm_up" if table.engine == "jax" else ""  # which compiles
+    lines.append(f"next: sweet-jax serve --model={folder}{option} --port=8000{warm}{install}")
     lines.append(f"next: sweet-jax predict --model={folder} --input=FILE --output=FILE{option}")
     return "\n".join(lines)
 
@@ -128,16 +130,16 @@ def _refusal(target: Mapping[str, float], least: float) -> str:
     )
 
 
-def _describe(analysis: Analysis, threshold: float, clock: np.ndarray) -> str:
+def _describe(analysis: Analysis, threshold: float, times: np.ndarray) -> str:
     """Says what a threshold gives on the validation rows, beside all layers.
 
-    clock: milliseconds until each exit, float64 [E].
+    times: milliseconds of each row until each exit, float64 [N, E].
     """
     replica = analysis.best
     rows = analysis.validation.replica(replica)
     exits = analysis.exits_taken(replica, threshold)  # [N]
     labels, classes, metric = rows.labels[0], rows.logits.shape[-1], rows.metric
-    last = np.full_like(exits, len(clock) - 1)
+    last = np.full_like(exits, times.shape[1] - 1)
     parts = []
     for taken in (exits, last):
         given = rows.predictions[0][taken, np.arange(len(taken))]  # [N]
@@ -145,7 +147,7 @@ def _describe(analysis: Analysis, threshold: float, clock: np.ndarray) -> str:
         value = compute_metric(metric, given, labels, classes)
         parts.append(
             f"{metric.name} {value:.4f} [{low:.4f}, {high:.4f}], {rows.cost[taken].mean():.0%} of "
-            f"the layers, {clock[taken].mean():.2f} ms a text on average"
+            f"the layers, {times[np.arange(len(taken)), taken].mean():.2f} ms a text on average"
         )
     return (
         f"recommended operating point: {parts[0]}\n"
@@ -191,19 +193,20 @@ def _describe_effects(run: Path, analysis: Analysis, threshold: float) -> list[s
 def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | None) -> str:
     """Says what the milliseconds are, and what the slow texts take."""
     tokens, longest = table.lengths[0], table.lengths[-1]
-    median = table.until_exit(model.median_tokens)[-1]
-    slow = f"a text that goes through all layers takes {median:.2f} ms"
+    where = f"at the median length, {tokens} tokens"
+    if spread:
+        where = "at the length of each validation text"
+    slow = (
+        f"through all layers {table.until_exit(tokens)[-1]:.2f} ms at {tokens} tokens, the median"
+    )
     if longest > tokens:
         slow += (
-            f", one of {longest} tokens (95% of the texts are no longer) "
-            f"{table.until_exit(longest)[-1]:.2f} ms"
+            f", and {table.until_exit(longest)[-1]:.2f} ms at {longest}, which 95% do not exceed"
         )
     lines = [
-        f"  milliseconds: the mean over texts, each by itself, at the median length ({tokens} "
-        "tokens), in the model alone; tokenizing, some 0.1 ms, and HTTP come on top",
-        f"  {slow}",
         *([f"  {spread}"] if spread else []),
-        f"  measured on {table.machine}",
+        f"  milliseconds are those of a text by itself, {where}, in the model alone on "
+        f"{table.machine} ({slow}); tokenizing, some 0.1 ms, and HTTP come on top",
     ]
     return "\n".join(lines)
 
@@ -212,12 +215,15 @@ def _describe_engines(
     run: Path, model: ModelArtifact, tables: Sequence[LatencyTable], target: Mapping[str, float]
 ) -> list[str]:
     """Says which engine is faster where there are several, and of int8 where a budget is tight."""
-    times = {table.engine: float(table.until_exit(model.median_tokens)[-1]) for table in tables}
+    times = {table.engine: typical_milliseconds(table, model) for table in tables}
     lines = []
     if len(times) > 1:
         each = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
         fastest = min(times, key=times.__getitem__)
-        lines.append(f"  engines, all layers: {each}; without --engine it is {fastest}")
+        lines.append(
+            f"  engines, all layers, mean of texts of the two lengths: {each}; without --engine it "
+            f"is {fastest}"
+        )
     limit = target.get("milliseconds", np.inf)
     if any(table.until_exit(model.long_tokens)[-1] > limit for table in tables):
         folder = shlex.quote(str(run))

@@ -113,7 +113,8 @@ def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trai
     )
     assert "by the length and the exit of each of the " in printed
     text = recommend(folder, {"milliseconds": 1e6})
-    assert re.search(r"validation texts, 95% take at most .* ms in the model, and 0% more th", text)
+    assert re.search(r"ms on average in the model, and 95% of them at most .* ms: the budget", text)
+    assert "the budget of 1e+06 ms on average is kept (0% of the texts take more)" in text
     page = (folder / "report.html").read_text()
     assert "Milliseconds are a mean. By the length and the exit of each of " in page
 

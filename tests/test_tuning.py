@@ -186,7 +186,9 @@ def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device, 
     (line,) = [text for text in caplog.messages if text.startswith("training stopped early, ")]
     assert f"after {3 * interval} of " in line
     assert " steps: the last 3 evaluations on the tuning rows were below the best by " in line
-    assert line.endswith("step 0 is kept, the encoder as it was before training")
+    assert line.endswith(
+        "fine-tuning was no gain there, so that the encoder is kept as it was (step 0)"
+    )
     assert len(read_metrics(tmp_path)) == 3 * interval < 8 * interval
     again = train_and_evaluate(job, tmp_path)
     np.testing.assert_array_equal(first.validation.logits, again.validation.logits)
@@ -319,7 +321,7 @@ def test_a_refit_replaces_the_classifiers_alone_and_fits_the_trained_features(
     assert changed == wanted
     # Where no step was better than the probe that training began with, the heads stay the probe's.
     begun = dataclasses.replace(
-        job, probe=Probe(LinearClassifiers(*[np.zeros(0)] * 3), np.zeros(0))
+        job, probe=Probe(LinearClassifiers(*[np.zeros((1, 3))] * 3), np.zeros(0))
     )
     for steps, same in (((0,), True), ((8,), False)):
         kept = refit_heads(begun, training, graphdef, params, workdir, steps)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact
-from sweet_jax.inference.latency_table import LATENCY_FILE, read_tables
+from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 from sweet_jax.inference.onnx_files import has_graphs
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
     """Returns the engine where none is named.
 
     That of int8 is onnxruntime, as of a model that was exported to ONNX, and that of bfloat16 jax.
-    Of float32 it is the faster one by the times that `predict --measure` kept on this machine, for
-    a text of the median length by itself; without such times jax, where it is installed.
+    Of float32 it is the faster one by the times that `sweet-jax train FILE` or `predict --measure`
+    kept on this machine, see `typical_milliseconds`; without such times jax, where it is installed.
     """
     name, reason = _choose(model, dtype)
     if reason:
@@ -80,7 +80,7 @@ def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
         return "onnxruntime" if dtype == "int8" or has_graphs(model.folder) else "jax", ""
     if len(names) < 2:
         return names[0], ""
-    times = _median_times(model, dtype)
+    times = _measured_times(model, dtype)
     if not times.keys() >= set(names):
         others = ", ".join(names[1:])
         return names[0], f"{others} is installed too: predict --measure finds the faster one"
@@ -89,14 +89,24 @@ def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
     return name, f"the faster one in {model.folder / LATENCY_FILE}: {each}"
 
 
-def _median_times(model: ModelArtifact, precision: str) -> dict[str, float]:
-    """Returns the milliseconds through all exits that were measured here, by engine."""
+def typical_milliseconds(table: LatencyTable, model: ModelArtifact) -> float:
+    """Returns the milliseconds through all exits, for single texts of two lengths: their mean.
+
+    The lengths are the median, and the one that 95% of the training texts do not exceed: engines
+    that tie on short texts may differ much on long ones.
+    """
+    lengths = (model.median_tokens, max(model.median_tokens, model.long_tokens))
+    return sum(float(table.until_exit(tokens)[-1]) for tokens in lengths) / len(lengths)
+
+
+def _measured_times(model: ModelArtifact, precision: str) -> dict[str, float]:
+    """Returns the `typical_milliseconds` that were measured here, by engine."""
     try:
         tables = read_tables(model.folder)
     except UserError:  # only a target in milliseconds cannot do without
         return {}
     return {
-        table.engine: float(table.until_exit(model.median_tokens)[-1])
+        table.engine: typical_milliseconds(table, model)
         for table in tables
         if table.precision == precision and table.machine.startswith(f"{platform.node()}, ")
     }

@@ -98,12 +98,17 @@ def describe_spread(times: np.ndarray, exits: np.ndarray, target: Mapping[str, f
     """
     taken = times[np.arange(len(exits)), exits]
     words = (
-        f"by the length and the exit of each of the {len(exits):,} validation texts, 95% take at "
-        f"most {_milliseconds(float(np.quantile(taken, 0.95)))} in the model"
+        f"by the length and the exit of each of the {len(exits):,} validation texts they take "
+        f"{_milliseconds(float(taken.mean()))} on average in the model, and 95% of them at most "
+        f"{_milliseconds(float(np.quantile(taken, 0.95)))}"
     )
     limit = target.get("milliseconds")
     if limit is not None:
-        words += f", and {(taken > limit).mean():.0%} more than {limit:g} ms"
+        kept = "kept" if taken.mean() <= limit else "NOT kept"
+        words += (
+            f": the budget of {limit:g} ms on average is {kept} ({(taken > limit).mean():.0%} of "
+            "the texts take more)"
+        )
     return words
 
 
@@ -157,8 +162,8 @@ def _decide(cost: float, baseline: float) -> str:
     if baseline == 0:
         return "It needs no encoder: on texts like these it is the cheaper choice"
     if cost < baseline:
-        return f"What the exits gain is time: the same at {cost / baseline:.0%} of its layers"
-    return "It costs no more: it is the simpler choice"
+        return f"What the exits gain is time: {cost / baseline:.0%} of that baseline's layers"
+    return "That baseline costs no more, and is the simpler choice"
 
 
 def _reaches(metric: Metric, value: float) -> str:

@@ -133,7 +133,7 @@ class BestStateTracker:
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
         kept = f"the model of {which} is kept"
         if not steps.any():
-            kept += ", the encoder as it was before training"
+            kept = "fine-tuning was no gain there, so that the encoder is kept as it was (step 0)"
         return (
             f"training stopped early, after {step} of {stop} steps: the last {PATIENCE} "
             "evaluations on the tuning rows were below the best by more than a standard error; "

@@ -51,6 +51,11 @@ class LinearClassifiers(NamedTuple):
         """Returns the classifiers of some replicas."""
         return LinearClassifiers(*(array[list(replicas)] for array in self))
 
+    def select_exits(self, exits: Sequence[int], chosen: Sequence[int]) -> "LinearClassifiers":
+        """Returns the classifiers of some of the exits, both by their layers."""
+        places = [list(exits).index(layer) for layer in chosen]
+        return LinearClassifiers(*(array[:, places] for array in self))
+
     def save(self, path: Path, **more: np.ndarray) -> None:
         """Writes them, and further arrays, to one .npz, whole or not at all."""
         arrays: dict[str, Any] = self._asdict() | more
