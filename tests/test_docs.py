@@ -84,7 +84,7 @@ def place(tmp_path_factory):
 
 def installs(source: str) -> list[str]:
     """The lines of a block that make or fill an environment."""
-    return [line for line in source.splitlines() if re.match(r"(python -m venv|pip) ", line)]
+    return [line for line in source.splitlines() if re.match(r"(python3? -m venv|pip) ", line)]
 
 
 @pytest.mark.slow
