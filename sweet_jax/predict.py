@@ -133,6 +133,9 @@ def _run(options: argparse.Namespace) -> int:
             predicted = _predict_rows(classifier, rest, columns, options.batch_size)
             output.check_same_rows(last, predicted)
             output.truncate(file, end)
+            if options.engine is None:  # said once nothing can be wrong with the input any more
+                precision = options.precision or "float32"
+                print(describe_default(classifier.model, precision), file=sys.stderr, flush=True)
             if options.warm_up:
                 warm_up(classifier, options.batch_size)
             began, start = time.perf_counter(), tally.rows
@@ -186,7 +189,7 @@ def _read_all(sources: Sequence[Path], columns: Columns) -> Generator[Record]:
 
 def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
     target = parse_targets(options)
-    classifier = AdaptiveClassifier.from_pretrained(
+    return AdaptiveClassifier.from_pretrained(
         options.model,
         policy=options.policy,
         engine=options.engine,
@@ -194,10 +197,6 @@ def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
         threads=options.threads,
         **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
     )
-    if options.engine is None:
-        precision = options.precision or "float32"
-        print(describe_default(classifier.model, precision), file=sys.stderr, flush=True)
-    return classifier
 
 
 def _measure(options: argparse.Namespace) -> None:

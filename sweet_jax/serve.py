@@ -115,9 +115,6 @@ def _run(options: argparse.Namespace) -> None:
             precision=options.precision,
             **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
         )
-        if options.engine is None:
-            precision = options.precision or "float32"
-            print(describe_default(classifier.model, precision), file=sys.stderr, flush=True)
         if options.warm_up:
             # With all exits, as the worker: a request may have another target than the server.
             warm_up(classifier, options.batch_size, full=False)
@@ -140,6 +137,9 @@ def _run(options: argparse.Namespace) -> None:
         )
         close_silent_connections(settings, options.timeout)
         _listen(listener)  # from here on a request waits, and is not refused
+        if options.engine is None:
+            precision = options.precision or "float32"
+            print(describe_default(classifier.model, precision), file=sys.stderr, flush=True)
         host, port = listener.getsockname()[:2]
         print(f"serving {options.model} at http://{host}:{port}", flush=True)
         # uvicorn answers what it has accepted, and then raises the signal again: all is done then.
