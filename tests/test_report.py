@@ -456,7 +456,10 @@ def test_the_verdict_and_the_second_axis_are_in_milliseconds(report, analysis, t
         for p in (given, analysis.validation.predictions[best, -1])
     )
     assert f"the model is right {right:.1f}% of the time on 300 validation rows" in words
-    assert f" and on average {clock[exits].mean():.3g} ms a text instead of 5 ms" in words
+    assert (
+        f" and on average {clock[exits].mean():.3g} ms a text of the median length, instead of 5 ms"
+        in words
+    )
     assert f"; all layers give {last:.1f}%: " in words
     theirs = 100 * (analysis.validation.labels[best] == 0).mean()
     text = (

@@ -118,9 +118,9 @@ def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
     if details.times is None:
         return words
     clock = details.times.milliseconds
-    words += f" and on average {_milliseconds(clock[exits].mean())} a text"
+    words += f" and on average {_milliseconds(clock[exits].mean())} a text of the median length"
     if exits.min() < len(clock) - 1:
-        words += f" instead of {_milliseconds(clock[-1])}"
+        words += f", instead of {_milliseconds(clock[-1])}"
     return words
 
 
