@@ -72,6 +72,11 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     spread = None if lengths is None else describe_spread(times, exits, target)
     lines.append(_describe_times(model, table, spread))
     lines += _describe_engines(run, model, tables, target)
+    if times[:, -1].mean() <= target.get("milliseconds", 0):
+        lines.append(
+            "  all layers keep within the budget too: a larger encoder may be more accurate "
+            "(--config.checkpoint, with its own --config.exits)"
+        )
     folder = shlex.quote(str(model.folder))
     missing = importlib.util.find_spec("uvicorn") is None
     install = '  (after pip install -e ".[serve]")' if missing else ""
@@ -193,20 +198,14 @@ def _describe_effects(run: Path, analysis: Analysis, threshold: float) -> list[s
 def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | None) -> str:
     """Says what the milliseconds are, and what the slow texts take."""
     tokens, longest = table.lengths[0], table.lengths[-1]
-    where = f"at the median length, {tokens} tokens"
-    if spread:
-        where = "at the length of each validation text"
-    slow = (
-        f"through all layers {table.until_exit(tokens)[-1]:.2f} ms at {tokens} tokens, the median"
-    )
+    where = "at each text's own length" if spread else f"at the median length, {tokens} tokens"
+    slow = f"all layers take {table.until_exit(tokens)[-1]:.2f} ms at {tokens} tokens, the median"
     if longest > tokens:
-        slow += (
-            f", and {table.until_exit(longest)[-1]:.2f} ms at {longest}, which 95% do not exceed"
-        )
+        slow += f", {table.until_exit(longest)[-1]:.2f} ms at {longest}, which 95% do not exceed"
     lines = [
         *([f"  {spread}"] if spread else []),
-        f"  milliseconds are those of a text by itself, {where}, in the model alone on "
-        f"{table.machine} ({slow}); tokenizing, some 0.1 ms, and HTTP come on top",
+        f"  ({where}, in the model alone, on {table.machine}: tokenizing, some 0.1 ms, and HTTP "
+        f"come on top; {slow})",
     ]
     return "\n".join(lines)
 
