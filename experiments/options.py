@@ -76,6 +76,18 @@ def parser(doc: str | None = None, script: str = "grid") -> ArgumentParser:
     return made
 
 
+def record_parser(script: str, doc: str | None) -> ArgumentParser:
+    """Returns a parser of what the scripts share that keep a record for each variant of a cell."""
+    made = ArgumentParser(f"experiments.{script}", doc or "")
+    add = made.add_argument
+    add("--data_dir", type=Path, help="GLUE: <task>/{train,validation}.parquet")
+    add("--text_dir", type=Path, help="of ag_news and banking77, laid out alike")
+    add("--workdir", type=Path, default=Path("runs") / script)
+    add("--output", type=Path, default=Path("experiments/results") / script)
+    add("--render_only", action="store_true", help="run nothing, use the records that there are")
+    return made
+
+
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Returns config values of the model named in the options, with what they override."""
     values = dict(MODELS[options.model]) | {"seeds": SEEDS}

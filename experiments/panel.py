@@ -51,6 +51,7 @@ import jax
 import numpy as np
 
 from experiments.cells import identity
+from experiments.options import record_parser
 from experiments.panel_records import (
     Record,
     read_record,
@@ -78,7 +79,6 @@ from experiments.variant_runs import (
     with_fewer_validation_rows,
     with_probe,
 )
-from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice, split_names
@@ -213,17 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = ArgumentParser("experiments.panel", __doc__ or "")
-    parser.add_argument("--data_dir", type=Path, help="GLUE: <task>/{train,validation}.parquet")
-    parser.add_argument("--text_dir", type=Path, help="of ag_news and banking77, laid out alike")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/panel"))
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/panel"))
+    parser = record_parser("panel", __doc__)
     parser.add_argument("--cells", default="", help="comma-separated; default: all")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
     parser.add_argument("--core", action="store_true", help="the first stages only")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--list", action="store_true", help="print what is done, and the rest")
-    parser.add_argument("--render_only", action="store_true")
     options = parser.parse_args(argv)
     cells, variants = split_names(options.cells), split_names(options.variants)
     for name in cells:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.recipe_results import Cell
-from experiments.recipe_variants import BASELINES, PLAIN_RATES, RATES, RECIPE, cell_values
+from experiments.recipe_variants import BASELINES, PLAIN, PLAIN_RATES, RATES, RECIPE, cell_values
 from sweet_jax.config import Config
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.training.schedule import search_steps, training_steps
@@ -64,13 +64,7 @@ MEAN_PROBE = tuple(f"{method}-mean-probe" for method in METHODS)
 _OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[2:] for method in METHODS)
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | {"learning_rates": RATES},
-    "plain": RECIPE
-    | {
-        "exits": (6,),
-        "pooling": "first",
-        "head_init": "random",
-        "learning_rates": PLAIN_RATES,
-    },
+    "plain": PLAIN,
     # The frozen probe as a model with exits: its curve, and its area.
     "frozen": RECIPE | {"epochs": 0, "learning_rates": RATES[:1]},
     **{name: _method(*name.split("-")) for name in (*AS_THEY_ARE, *MEAN_PROBE, *_OTHERS)},

@@ -1,4 +1,4 @@
-r"""How good is each layer of a frozen encoder? A probe at every layer, on ten tasks.
+r"""Scores every layer of a frozen encoder by a probe, on ten tasks.
 
   python -m experiments.probes --model=mpnet-base --data_dir=GLUE --text_dir=TEXT
   python -m experiments.probes --render_only
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cells import identity
-from experiments.options import MODELS
+from experiments.options import MODELS, record_parser
 from experiments.recipe_results import (
     Cell,
     CellRecord,
@@ -41,7 +41,6 @@ from experiments.recipe_variants import cell_values
 from experiments.rendering import table_lines
 from experiments.runner import exit_status
 from experiments.variant_runs import with_fewer_validation_rows
-from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import Config, UserError, check_choice, split_names
@@ -146,15 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = ArgumentParser("experiments.probes", __doc__ or "")
+    parser = record_parser("probes", __doc__)
     parser.add_argument("--model", default="minilm-l6", choices=LAYERS)
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
-    parser.add_argument("--data_dir", type=Path, help="GLUE: <task>/{train,validation}.parquet")
-    parser.add_argument("--text_dir", type=Path, help="of ag_news and banking77, laid out alike")
     parser.add_argument("--checkpoint", help="instead of the model's")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/probes"))
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/probes"))
-    parser.add_argument("--render_only", action="store_true")
     options = parser.parse_args(argv)
     tasks = split_names(options.tasks)
     for task in tasks:

@@ -38,12 +38,12 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.cells import identity
+from experiments.options import record_parser
 from experiments.recipe_results import (
     CELLS,
     CellRecord,
@@ -57,7 +57,6 @@ from experiments.recipe_tables import render
 from experiments.recipe_variants import BASELINES, VARIANTS, config_of
 from experiments.runner import exit_status
 from experiments.variant_runs import row_counts, train_variant, with_probe
-from sweet_jax.arguments import ArgumentParser
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice, split_names
@@ -123,14 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = ArgumentParser("experiments.recipe", __doc__ or "")
-    parser.add_argument("--data_dir", type=Path, help="GLUE: <task>/{train,validation}.parquet")
-    parser.add_argument("--text_dir", type=Path, help="of ag_news and banking77, laid out alike")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/recipe"))
-    parser.add_argument("--output", type=Path, default=Path("experiments/results/recipe"))
+    parser = record_parser("recipe", __doc__)
     parser.add_argument("--cells", default="", help="comma-separated; default: all")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
-    parser.add_argument("--render_only", action="store_true")
     options = parser.parse_args(argv)
     options.cells, options.variants = split_names(options.cells), split_names(options.variants)
     for name in options.cells:

@@ -20,6 +20,12 @@ RECIPE = {
     "warmup_fraction": 0.1,
     "group_by_length": True,
 }
+PLAIN = RECIPE | {  # the full model fine-tuned alone, with the recipe's steps
+    "exits": (6,),
+    "pooling": "first",
+    "head_init": "random",
+    "learning_rates": PLAIN_RATES,
+}
 _COMBINATIONS = (  # the methods as they are first, so that the others have what to be held against
     *itertools.product(("early_exit", "sweet", "multi_model"), ("first",), ("random",)),
     *itertools.product(("early_exit", "sweet", "multi_model"), ("mean",), ("probe",)),
@@ -28,13 +34,7 @@ _COMBINATIONS = (  # the methods as they are first, so that the others have what
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | {"learning_rates": RATES},
-    "plain": RECIPE
-    | {
-        "exits": (6,),
-        "pooling": "first",
-        "head_init": "random",
-        "learning_rates": PLAIN_RATES,
-    },
+    "plain": PLAIN,
     **{
         f"{method}-{pooling}-{start}": {
             "method": method,

@@ -216,7 +216,7 @@ def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) 
                 f"exit {exact.layers[exit]} loses {100 * (before - after):.1f} points in int8 on "
                 f"{exact.labels.shape[1]} calibration rows ({lost} lost, {gained} gained), which "
                 f"chance explains (p = {probability:.2f}): no layer stays in float32 for it; "
-                "--float32_layers=1,2 would keep those"
+                "--float32_layers names layers that are to"
             )
     return losing
 
@@ -268,8 +268,8 @@ def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:
             chance = f" (p = {sign_test(*counts[1:]):.2f} by chance)" if counts else ""
             print(
                 f"warning: exit {layer} loses {100 * (old - new):.1f} points in int8 on the "
-                f"validation rows{chance}: keep its layers in float32 (--float32_layers=1,2 keeps "
-                "those), or serve this model in float32",
+                f"validation rows{chance}: keep layers in float32 (--float32_layers names "
+                "them), or serve this model in float32",
                 file=sys.stderr,
             )
 

@@ -165,14 +165,14 @@ def options(tiny_run) -> dict:
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """The program sees one device of the four."""
+    """Shows the program one device of the four."""
     first = jax.devices()[:1]
     monkeypatch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
 
 
 @pytest.fixture(scope="module")
 def one_device_in_module():
-    """The same for the fixtures and tests of a module, which compile more quickly for it."""
+    """Shows one device to the fixtures and tests of a module, which then compile more quickly."""
     first = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)

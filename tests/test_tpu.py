@@ -35,7 +35,7 @@ def parameters(shape: shapes.Shape):
 
 
 def sizes(shape: shapes.Shape) -> list[int]:
-    """Of every parameter; of a table of positions those that are read."""
+    """Returns the elements of all parameters; of a table of positions those that are read."""
     return [x.size for x in jax.tree.leaves(jax.eval_shape(lambda: parameters(shape)))]
 
 

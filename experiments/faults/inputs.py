@@ -1,4 +1,4 @@
-"""What the fault tests train: a tiny random BERT, learnable rows, a recipe with all phases."""
+"""Makes what the fault tests train on: a tiny random BERT, learnable rows, every phase of a run."""
 
 import csv
 import json

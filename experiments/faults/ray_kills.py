@@ -1,4 +1,4 @@
-"""The same kills under a grid on Ray: of the worker that runs a cell, or of the driver."""
+"""Kills processes of a grid on Ray: the worker that runs a cell, or the driver."""
 
 import contextlib
 import dataclasses

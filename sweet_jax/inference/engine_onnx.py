@@ -224,15 +224,16 @@ class OnnxEngine:
         if len(parts) == 1:
             values = self._run_part(stage, rows, batch.texts, states)
             return StageOutput(values["logits"], values.get("exit_scores"), states)
-        found: dict[str, np.ndarray] = {}
+        found = []
         for part in parts:
             texts = None if batch.texts is None else batch.texts[:, part]
-            values = self._run_part(stage, rows[:, part], texts, states)
-            for name in ("logits", "exit_scores"):
-                if name in values:
-                    new = np.zeros((rows.shape[1], *values[name].shape[1:]), np.float32)
-                    found.setdefault(name, new)[part] = values[name]
-        return StageOutput(found["logits"], found.get("exit_scores"), states)
+            found.append(self._run_part(stage, rows[:, part], texts, states))
+        back = np.argsort(np.concatenate(parts))  # [N], to the order of the batch
+        logits = np.concatenate([values["logits"] for values in found])[back]  # [N, C]
+        scores = None
+        if "exit_scores" in found[0]:
+            scores = np.concatenate([values["exit_scores"] for values in found])[back]  # [N]
+        return StageOutput(logits, scores, states)
 
     def _run_part(
         self, stage: Stage, rows: np.ndarray, texts: np.ndarray | None, states: np.ndarray | None

@@ -68,7 +68,7 @@ def plain_complement(policy: str, logits: Sequence[float], temperature: float) -
 
     """
     if not math.isfinite(sum(logits)) or math.isnan(temperature):
-        return _complement_of_numbers_or_not(policy, logits, temperature)
+        return _complement_by_numpy(policy, logits, temperature)
     largest = max(logits)
     scale = 1.0 if policy == "raw_confidence" else temperature
     gaps = [(largest - logit) / scale for logit in logits]  # [C], 0 at the prediction
@@ -85,9 +85,7 @@ def plain_complement(policy: str, logits: Sequence[float], temperature: float) -
     return min(max(found, 1 - BELOW_ONE), 1.0)
 
 
-def _complement_of_numbers_or_not(
-    policy: str, logits: Sequence[float], temperature: float
-) -> float:
+def _complement_by_numpy(policy: str, logits: Sequence[float], temperature: float) -> float:
     """Computes what `plain_complement` returns where a logit is no number, or infinite."""
     values, fitted = np.asarray([logits], np.float64), np.asarray([temperature])
     with np.errstate(all="ignore"):
