@@ -105,6 +105,7 @@ def test_the_two_sample_test_is_scipys():
     assert population_stability_index(shares, np.asarray([400, 300, 200, 100])) > 0.5
 
 
+@pytest.mark.slow
 def test_the_histograms_of_calibration_rows_follow_from_a_saved_model(sweet):
     front = sweet.classifier.model.resolver.fronts["confidence"]
     for e, histogram in enumerate(calibration_histograms(front)):

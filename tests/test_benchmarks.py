@@ -259,6 +259,7 @@ def test_each_allocator_s_step_is_timed_against_the_system_s(capsys):
         assert float(cell[5]) > 50  # MiB: jax alone is more
 
 
+@pytest.mark.slow
 def test_the_recipe_s_parts_are_timed(capsys):
     arguments = ["--shape=tiny", "--size=2x8", "--rows=40", "--rounds=1"]
     recipe.main(arguments)

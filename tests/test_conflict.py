@@ -59,6 +59,7 @@ def test_where_no_gradient_comes_through_it_is_not_defined():
     np.testing.assert_array_equal(np.isfinite(measured), wanted)
 
 
+@pytest.mark.slow
 def test_a_run_logs_it_and_is_trained_as_if_it_did_not(options, tmp_path, one_device):
     changes = {"method": "early_exit", "max_steps": 12}
     plain = logits_of(options, tmp_path / "plain", **changes)

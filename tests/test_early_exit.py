@@ -126,7 +126,7 @@ def test_a_shared_pooler_gets_every_exit_s_gradient():
     np.testing.assert_allclose(total, each[0] + each[1], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["deberta-v2", "mpnet"])
+@pytest.mark.parametrize("kind", ["deberta-v2", pytest.param("mpnet", marks=pytest.mark.slow)])
 def test_a_shared_table_of_relative_positions_gets_every_exit_s_gradient(kind):
     graphdef, params = build(kind=kind, shared_relative=True)
     each = [exit_gradient(graphdef, params, i, 1.0)["encoder"] for i in range(2)]
@@ -168,6 +168,7 @@ def test_under_reference_exits_share_the_pooler_and_the_relative_table_only(kind
     assert shared == ({"pooler", "relative"} if tables else {"pooler"})
 
 
+@pytest.mark.slow
 def test_isolation_scales_the_table_s_gradient_at_every_boundary():
     exits = (1, 2, 3)
     graphdef, params = build(exits, "deberta")

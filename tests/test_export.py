@@ -29,7 +29,8 @@ def load_runner(folder: Path):
 
 
 @pytest.mark.parametrize(
-    "method", ["sweet", "multi_model", pytest.param("mean_pooled", marks=pytest.mark.slow)]
+    "method",
+    ["sweet", *(pytest.param(m, marks=pytest.mark.slow) for m in ("multi_model", "mean_pooled"))],
 )
 def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, capsys):
     reference = request.getfixturevalue(method)

@@ -171,6 +171,7 @@ def test_unfinished_and_damaged_runs_are_refused(base, tmp_path):
         prepare(more((broken, base[1])))
 
 
+@pytest.mark.slow
 def test_what_a_search_a_probe_and_a_refit_left_grows_too(base, checkpoint, tmp_path, one_device):
     """The base has one replica of two seeds' and rates' four, its best state and refitted heads."""
     recipe = {

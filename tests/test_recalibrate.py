@@ -40,6 +40,7 @@ def call(sweet, *arguments: str) -> int:
     return cli.main(["recalibrate", f"--model={sweet.classifier.model.folder}", *arguments])
 
 
+@pytest.mark.slow
 def test_every_exit_answers_as_it_was_evaluated(sweet):
     model, engine = sweet.classifier.model, sweet.classifier.engine
     logits, scores = compute_all_exits(model, engine, sweet.texts, 7)

@@ -52,7 +52,8 @@ def logits_of(options, workdir, **changes) -> ExitOutputs:
 
 
 @pytest.mark.parametrize(
-    "method", ["sweet", pytest.param("early_exit", marks=pytest.mark.slow), "multi_model"]
+    "method",
+    ["sweet", *(pytest.param(m, marks=pytest.mark.slow) for m in ("early_exit", "multi_model"))],
 )
 def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys, with_figures):
     results = run(from_mapping(options | {"method": method}), tmp_path)
@@ -85,7 +86,7 @@ def test_a_run_of_each_method(method, options, tmp_path, one_device, capsys, wit
         pytest.param("mpnet", {"preset": "reference"}, marks=pytest.mark.slow),
         pytest.param("electra", {}, marks=pytest.mark.slow),
         pytest.param("xlm-roberta", {}, marks=pytest.mark.slow),
-        ("modernbert", {"learning_to_exit": "joint"}),
+        pytest.param("modernbert", {"learning_to_exit": "joint"}, marks=pytest.mark.slow),
         pytest.param("albert", {"method": "early_exit"}, marks=pytest.mark.slow),
     ],
 )
@@ -128,9 +129,8 @@ def test_a_run_of_each_model_type(kind, changes, options, tmp_path, one_device):
         assert gap.max() <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.slow] if k != "mpnet" else []) for k in TINIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINIES)
 def test_each_model_type_trains_on_rows_of_sst_2(kind, options, tmp_path, one_device, glue_dir):
     folder = write_checkpoint(tmp_path / "checkpoint", kind)
     names = ("task", "data_files", "text_columns", "train_size", "exits", "batch_size")
@@ -163,6 +163,7 @@ def test_all_methods_learn_a_learnable_task(options, tmp_path, one_device):
         assert np.all(right > 0.8), (method, right)
 
 
+@pytest.mark.slow
 def test_sweet_s_first_exit_is_the_same_model_whatever_follows(options, tmp_path, one_device):
     wide = logits_of(options, tmp_path / "a", exits=(1, 2, 3))
     narrow = logits_of(options, tmp_path / "b", exits=(1, 3))
@@ -173,6 +174,7 @@ def test_sweet_s_first_exit_is_the_same_model_whatever_follows(options, tmp_path
     assert np.abs(wide.logits[:, 0] - together.logits[:, 0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_each_replica_equals_its_solo_run(options, with_dropout, tmp_path, one_device):
     options = options | with_dropout | {"depth": 2, "exits": (1, 2)}
     grid = {"seeds": (0, 5), "learning_rates": (1e-3, 3e-3)}
@@ -185,6 +187,7 @@ def test_each_replica_equals_its_solo_run(options, with_dropout, tmp_path, one_d
         np.testing.assert_allclose(stack.logits[r], solo.logits[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, pytest.param({"seeds": (0, 1), "method": "early_exit"}, marks=pytest.mark.slow)],
@@ -270,6 +273,7 @@ def test_presets_that_calibrate_on_validation_rows(
     assert "the preset's choice" in page
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
     options, tmp_path, one_device, caplog, with_figures
 ):

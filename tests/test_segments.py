@@ -50,6 +50,7 @@ def assert_close(ours, theirs):
     jax.tree.map_with_path(close, ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "devices", "changes"),
     [

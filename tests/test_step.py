@@ -129,7 +129,7 @@ def test_metrics_name_the_only_class_of_a_batch():
     assert single_predicted_class(right, jnp.array([True, False, True])).tolist() == [1, 1, 2]
 
 
-@pytest.mark.parametrize("by_segment", [False, True])
+@pytest.mark.parametrize("by_segment", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_the_weighted_losses(by_segment):
     """With learning-to-exit, whose squared error is a part of its exit's loss."""
     graphdef, params = build(learning_to_exit="joint")
@@ -228,6 +228,7 @@ def test_only_constant_full_isolation_is_trained_segment_by_segment(values, by_s
     assert program.count("optimization_barrier") == (len(EXITS) if by_segment else 0)
 
 
+@pytest.mark.slow
 def test_a_step_uses_the_isolation_of_its_own_number():
     """Isolation follows the step in the state, so that a resumed run continues the schedule."""
     graphdef, params = build()

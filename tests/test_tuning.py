@@ -245,6 +245,7 @@ def test_the_rate_with_the_largest_area_is_trained(devices, recipe, tmp_path, re
     assert (tmp_path / "run" / "rate_search.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_the_plain_full_model_has_a_search_of_its_own(recipe, tmp_path, one_device):
     """Searches the rates that the run chooses from, as a run of the plain model alone would."""
     config = recipe | {"learning_rates": (1e-9, 1e30, 1e-2), "rate_search": "short", "epochs": 4}
@@ -259,6 +260,7 @@ def test_the_plain_full_model_has_a_search_of_its_own(recipe, tmp_path, one_devi
     assert results["baselines"]["fine_tuned"]["score"] == score
 
 
+@pytest.mark.slow
 def test_tuning_rows_are_evaluated_without_dropout(recipe, with_dropout, tmp_path, one_device):
     """Also under the release's preset, which leaves it on where it fits temperatures."""
     config = recipe | with_dropout | {"epochs": 1, "preset": "reference", "checkpoint_every": 5}

@@ -78,7 +78,9 @@ ISOLATED = [kind for kind in ENCODERS if not FAMILIES[kind].isolation_obstacle]
 def marked(kinds: list[str]) -> list:
     """The kinds as parameters of a test, those slow that add least to the others."""
     return [
-        pytest.param(kind, marks=pytest.mark.slow if kind in ("electra", "albert") else ())
+        pytest.param(
+            kind, marks=() if kind in ("bert", "deberta-v2", "modernbert") else pytest.mark.slow
+        )
         for kind in kinds
     ]
 
