@@ -6,18 +6,14 @@ Shape letters: S seed, E exit.
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from experiments import paper
+from experiments.panel_differences import Table, changes_table, gaps_table
 from experiments.panel_records import Record, Scores
 from experiments.panel_statistics import (
     LEVEL,
-    Comparison,
     Found,
     aims,
     choose_default,
-    compare,
-    holm,
     load,
     mean_area,
     reference_as_they_are,
@@ -26,16 +22,11 @@ from experiments.panel_statistics import (
     standing,
     with_exits,
 )
-from experiments.panel_variants import BASELINES, CELLS, READOUTS, TASKS, VARIANTS, units
+from experiments.panel_variants import BASELINES, CELLS, ROW_GROUPS, TASKS, VARIANTS, units
 from experiments.rendering import table_lines
 from sweet_jax.files import write_text
 
-Table = tuple[Sequence[str], list[list[str]]]  # header, rows
 DEFAULT = "recipe refit"
-_PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "multi_model"))
-_STAGES = {100: "100", 500: "500 to 1,000", 1000: "500 to 1,000", 2000: "2,000", 6000: "6,000"}
-_READOUTS = tuple(f"{readout} {kind}" for readout in READOUTS for kind in ("trained", "refit"))
-SHOWN_READOUTS = _READOUTS[:4]
 
 ABOUT = """Made by `python -m experiments.panel`: its docstring has the cells, the variants and
 what is searched. MiniLM is sentence-transformers' all-MiniLM-L6-v2. Per cent of 1,000 validation
@@ -71,15 +62,16 @@ def _sections(found: Found) -> dict[str, Table]:
     if other != DEFAULT:
         sections[f"The aims: {other}"] = aims_table(found, other)
     sections["Differences between the methods, by read-out"] = gaps_table(found)
+    sections["What a change adds to mean pooling and a probe"] = changes_table(found)
     for title, references in (
         ("the methods as they are", reference_as_they_are()),
         ("the methods with their own best read-out", reference_best_readout(found)),
     ):
         sections[f"{DEFAULT} less the best of {title}"] = standing_table(found, references)
     for rows in (100, 500, 2000, 6000):
-        own = {c: s for c, s in found.items() if _STAGES[CELLS[c].rows] == _STAGES[rows]}
-        sections[f"Areas, {_STAGES[rows]} rows"] = matrix(own, _area)
-        sections[f"Exits 1, 2, 4 and 6, {_STAGES[rows]} rows"] = matrix(own, _exits)
+        own = {c: s for c, s in found.items() if ROW_GROUPS[CELLS[c].rows] == ROW_GROUPS[rows]}
+        sections[f"Areas, {ROW_GROUPS[rows]} rows"] = matrix(own, _area)
+        sections[f"Exits 1, 2, 4 and 6, {ROW_GROUPS[rows]} rows"] = matrix(own, _exits)
     return sections
 
 
@@ -135,12 +127,12 @@ def _below(found: Found, name: str, references: Sequence[Mapping[str, str]]) -> 
 
 def progress_table(records: Mapping[tuple[str, str], Record]) -> Table:
     """Returns in how many cells each variant is done, by rows."""
-    stages = list(dict.fromkeys(_STAGES.values()))
+    stages = list(dict.fromkeys(ROW_GROUPS.values()))
     rows = []
     for variant in (BASELINES, *VARIANTS):
         texts = []
         for rows_of in stages:
-            cells = [c for c in CELLS if _STAGES[CELLS[c].rows] == rows_of]
+            cells = [c for c in CELLS if ROW_GROUPS[CELLS[c].rows] == rows_of]
             texts.append(f"{sum((c, variant) in records for c in cells)} of {len(cells)}")
         rows.append([variant, *texts])
     return ("cells done", *(f"{rows_of} rows" for rows_of in stages)), rows
@@ -160,34 +152,6 @@ def aims_table(found: Found, name: str) -> Table:
         if count.cells
     ]
     return ("in cells", "holds in", "share", "aim", "met"), rows
-
-
-def gaps_table(found: Found, readouts: Sequence[str] = _READOUTS) -> Table:
-    """Returns the mean differences of area between the methods, by rows and read-out.
-
-    With the number of cells that are significantly above and below; corrected for all comparisons
-    of the table.
-    """
-    compared: dict[tuple[str, str, tuple[str, str]], list[Comparison]] = {}
-    for sizes in dict.fromkeys(_STAGES.values()):
-        cells = {c: s for c, s in found.items() if _STAGES[CELLS[c].rows] == sizes}
-        for readout in readouts:
-            for one, other in _PAIRS:
-                pair = f"{one}-{readout}", f"{other}-{readout}"
-                both = [cells[c] for c in shared_cells(cells, pair)]
-                gaps = [compare(scores[pair[0]], scores[pair[1]]) for scores in both]
-                compared[sizes, readout, (one, other)] = gaps
-    adjusted = iter(holm([gap.p for gaps in compared.values() for gap in gaps]))
-    texts: dict[tuple[str, str], list[str]] = {}
-    for (sizes, readout, _), gaps in compared.items():
-        sure = [np.sign(gap.value) * (next(adjusted) < LEVEL) for gap in gaps]
-        text = ""
-        if gaps:
-            mean = 100 * np.mean([gap.value for gap in gaps])
-            text = f"{mean:+.1f}; {sure.count(1)} above, {sure.count(-1)} below of {len(gaps)}"
-        texts.setdefault((sizes, readout), []).append(text)
-    header = ("rows", "read-out", *(f"{paper.NAMES[a]} - {paper.NAMES[b]}" for a, b in _PAIRS))
-    return header, [[*key, *row] for key, row in texts.items() if any(row)]
 
 
 def standing_table(found: Found, references: Mapping[str, str]) -> Table:

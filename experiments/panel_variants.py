@@ -17,6 +17,10 @@ VALIDATION_ROWS = 1000  # reported on, at most: the same of all variants and see
 METHODS = ("early_exit", "sweet", "multi_model")
 
 
+# Tables put cells together by their rows.
+ROW_GROUPS = {100: "100", 500: "500 to 1,000", 1000: "500 to 1,000", 2000: "2,000", 6000: "6,000"}
+
+
 class Task(NamedTuple):
     """Holds a data set, and what its cells need to know of it."""
 
@@ -62,16 +66,28 @@ READOUTS = ("first-random", "mean-probe", "mean-random", "first-probe")  # pooli
 AS_THEY_ARE = tuple(f"{method}-first-random" for method in METHODS)
 MEAN_PROBE = tuple(f"{method}-mean-probe" for method in METHODS)
 _OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[2:] for method in METHODS)
+# What else one can change in training, each alone: docs/guides/methods.md defines and cites them.
+_DISTILLED = {"distillation_weight": 1.0, "distillation_temperature": 2.0}
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the variant that it changes, and how
+    "early_exit-distilled": ("early_exit-mean-probe", _DISTILLED),
+    "early_exit-last-first": ("early_exit-mean-probe", {"last_exit_first": 0.3}),
+    "early_exit-by-depth": ("early_exit-mean-probe", {"loss_weights": "depth"}),
+    "sweet-distilled": ("sweet-mean-probe", _DISTILLED),
+    "sweet-last-first": ("sweet-mean-probe", {"last_exit_first": 0.3}),
+    "sweet-opening": ("sweet-mean-probe", {"isolation": (1.0, 0.0)}),
+    "sweet-closing": ("sweet-mean-probe", {"isolation": (0.0, 1.0)}),
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | {"learning_rates": RATES},
     "plain": PLAIN,
     # The frozen probe as a model with exits: its curve, and its area.
     "frozen": RECIPE | {"epochs": 0, "learning_rates": RATES[:1]},
     **{name: _method(*name.split("-")) for name in (*AS_THEY_ARE, *MEAN_PROBE, *_OTHERS)},
+    **{name: _method(*base.split("-")) | more for name, (base, more) in CHANGES.items()},
 }
 _FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE)
 _SMALL = (500, 1000)
-_STAGED = {*_FIRST, *MEAN_PROBE}
+_STAGED = {*_FIRST, *MEAN_PROBE, *CHANGES}
 _REST = tuple(v for v in VARIANTS if v not in _STAGED)  # whatever else is there
 # (rows, variants), in the order in which they are run; each stage has all tasks.
 STAGES: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
@@ -79,10 +95,10 @@ STAGES: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
     (_SMALL, MEAN_PROBE),
     ((2000,), (*_FIRST, *MEAN_PROBE)),
     ((100,), (*_FIRST, *MEAN_PROBE)),
-    (_SMALL, _REST),
-    ((2000,), _REST),
-    ((100,), _REST),
-    ((6000,), (*_FIRST, *MEAN_PROBE, *_REST)),
+    (_SMALL, (*_REST, *CHANGES)),
+    ((2000,), (*_REST, *CHANGES)),
+    ((100,), (*_REST, *CHANGES)),
+    ((6000,), (*_FIRST, *MEAN_PROBE, *_REST, *CHANGES)),
 )
 CORE = STAGES[:3]
 

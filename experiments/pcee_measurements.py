@@ -8,6 +8,7 @@ Shape letters: T target.
 import argparse
 import operator
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ ROWS = 400  # calibration rows of a certificate
 _CELL = ("study", "task", "method", "learning_rate", "seed")
 CONTROL = (*_CELL, "rule", "splits", "asked", "achieved", "error", "cost")
 CERTIFICATES = (*_CELL, "limit", "level", "rows", "draws", "certified", "broken", "cost")
-_LEAST_GAIN = 0.01  # of the last exit on the first: below, no target is worth asking for
+LEAST_GAIN = 0.01  # of the last exit on the first: below, no target is worth asking for
 
 
 def pooled(folder: Path, replica: int) -> ExitOutputs:
@@ -51,16 +52,35 @@ def pooled(folder: Path, replica: int) -> ExitOutputs:
         raise UserError(
             f"{str(folder)!r} holds no rows out: its preset fits on the validation rows"
         )
+    return join_outputs(*parts)
+
+
+def join_outputs(one: ExitOutputs, other: ExitOutputs) -> ExitOutputs:
+    """Returns the rows of two outputs of one replica, one after the other."""
     logits, labels = (
-        np.concatenate([getattr(p, name) for p in parts], axis=axis)
+        np.concatenate([getattr(p, name) for p in (one, other)], axis=axis)
         for name, axis in (("logits", 2), ("labels", 1))
     )
-    return ExitOutputs(logits, labels, parts[0].layers, parts[0].cost)
+    return ExitOutputs(logits, labels, one.layers, one.cost)
 
 
-def control(rows: ExitOutputs, targets: np.ndarray, splits: int, seed: int = 0) -> np.ndarray:
-    """Returns (achieved accuracy, cost) on untouched rows, float64 [rules, T, splits, 2]."""
-    count, found = rows.labels.shape[1], np.empty((len(RULES), len(targets), splits, 2))
+def control(
+    rows: ExitOutputs,
+    targets: np.ndarray,
+    splits: int,
+    seed: int = 0,
+    more: Sequence[np.ndarray] = (),
+    *,
+    oracle: bool = False,
+) -> np.ndarray:
+    """Returns (achieved accuracy, cost) on untouched rows, float64 [rules, T, splits, 2].
+
+    more: confidences [E, N] of further rules, whose threshold is the target.
+    oracle: as the last rule, the threshold of confidence whose accuracy on the untouched rows is
+      nearest to the target.
+    """
+    count, rules = rows.labels.shape[1], len(RULES) + len(more) + oracle
+    found = np.empty((rules, len(targets), splits, 2))
     for split in range(splits):
         order = np.random.default_rng([seed, split]).permutation(count)
         fitting, untouched = rows.rows(order[: count // 2]), rows.rows(order[count // 2 :])
@@ -76,6 +96,14 @@ def control(rows: ExitOutputs, targets: np.ndarray, splits: int, seed: int = 0) 
                 untouched, policy, calibrators=[resolver.calibrator], thresholds=thresholds
             )
             found[number, :, split] = np.stack([point.score[0], point.cost[0]], axis=-1)
+        for number, confidences in enumerate(more, len(RULES)):
+            own = confidences[None, :, order[count // 2 :]]
+            point = simulate(untouched, lambda *_, own=own: own, thresholds=targets)
+            found[number, :, split] = np.stack([point.score[0], point.cost[0]], axis=-1)
+        if oracle:
+            curve = simulate(untouched, "confidence", calibrators=[resolver.calibrator])
+            nearest = np.abs(curve.score[0] - targets[:, None]).argmin(axis=1)  # [T]
+            found[-1, :, split] = np.stack([curve.score[0], curve.cost[0]], axis=-1)[nearest]
     return found
 
 
@@ -130,7 +158,7 @@ def measurements(options: argparse.Namespace, records: Records) -> None:
                 values = (limit, LEVEL, ROWS, options.splits, *drawn)
                 certified.append(cell | dict(zip(CERTIFICATES[5:], values, strict=True)))
             right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)
-            if right[-1] - right[0] >= _LEAST_GAIN:
+            if right[-1] - right[0] >= LEAST_GAIN:
                 targets = right[0] + TARGETS * (right[-1] - right[0])
                 points = control(rows, targets, options.splits, seed)
                 found += _control_rows(cell, points, targets, options.splits)

@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import (
     ablation,
@@ -21,14 +22,17 @@ from experiments import (
     curves,
     individual,
     isolation,
+    laplace_control,
     large_at_small_cost,
     learning_to_exit,
     panel,
     pcee_control,
+    probes,
     rates,
     recipe,
     sizes,
     summary,
+    two_sizes,
 )
 from experiments.options import parser
 from experiments.records import read_study
@@ -101,7 +105,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         if not given:
             for path in summary.update(documents(), RESULTS):
                 print(path)
-            others = {"recipe": recipe, "panel": panel}
+            others: dict[str, Any] = {"recipe": recipe, "panel": panel, "probes": probes}
+            others |= {"two_sizes": two_sizes, "laplace_control": laplace_control}
             there = [study for name, study in others.items() if (RESULTS / name).is_dir()]
             return max((study.main(["--render_only"]) for study in there), default=0)
     except UserError as error:

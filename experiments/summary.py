@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import isolation, panel_tables, paper, pcee_control, sizes
+from experiments import isolation, panel_differences, panel_tables, paper, pcee_control, sizes
 from experiments.comparison import (
     Record,
     areas,
@@ -243,7 +243,10 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
     "panel-done": lambda s: panel_tables.progress_table(load(s.folder / "panel")[1]),
     "panel-areas": lambda s: panel_tables.areas_table(_panel(s), most=8),
     "panel-aims": lambda s: panel_tables.aims_table(_panel(s), panel_tables.DEFAULT),
-    "panel-gaps": lambda s: panel_tables.gaps_table(_panel(s), panel_tables.SHOWN_READOUTS),
+    "panel-gaps": lambda s: panel_differences.gaps_table(
+        _panel(s), panel_differences.SHOWN_READOUTS
+    ),
+    "panel-changes": lambda s: panel_differences.changes_table(_panel(s)),
 }
 
 

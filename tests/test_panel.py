@@ -22,7 +22,7 @@ from experiments.panel_records import (
     write_record,
 )
 from experiments.panel_statistics import aims, choose_default, compare, holm, load
-from experiments.panel_variants import CELLS, CORE, VARIANTS, config_of, units
+from experiments.panel_variants import CELLS, CHANGES, CORE, VARIANTS, config_of, units
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
@@ -143,6 +143,10 @@ def test_the_page_has_every_table_and_names_what_was_not_run(tmp_path):
     assert "Differences between the methods, by read-out" in page
     assert "- frozen: every cell" in page
     assert "+10.0; 2 above, 0 below of 2" in page  # SWEET - Early-Exit as they are
+    write_record(tmp_path, "sst2-500", "early_exit-distilled", record(0.68))
+    assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert "| early_exit-distilled | +3.0; 1 above, 0 below of 1 | +3.0;" in page
 
 
 def test_the_page_is_rendered_from_the_committed_records(tmp_path):
@@ -155,6 +159,13 @@ def test_stages_have_all_units_once_and_the_core_first():
     every = units()
     assert len(set(every)) == len(every) == len(CELLS) * (len(VARIANTS) + 1)
     assert every[: len(units(CORE))] == units(CORE)
+
+
+def test_a_change_differs_from_the_variant_that_it_changes_in_what_it_says():
+    options = argparse.Namespace(data_dir=Path("glue"), text_dir=Path("text"))
+    for name, (base, change) in CHANGES.items():
+        assert VARIANTS[name] == VARIANTS[base] | change
+        assert config_of("sst2-500", name, options) != config_of("sst2-500", base, options)
 
 
 def test_all_variants_of_a_cell_train_on_the_same_rows():

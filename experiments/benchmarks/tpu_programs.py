@@ -139,15 +139,16 @@ def compile_program(program: Any, devices: np.ndarray, *arguments: Any) -> Compi
 
 def describe(program: Any, seconds: float, devices: np.ndarray) -> Compiled:
     """Reads what the compiler says of a program on a mesh of devices [replica, data]."""
-    memory, cost, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
+    memory, text = program.memory_analysis(), program.as_text()
+    cost = program.cost_analysis() or {}  # XLA for GPUs gives none
     rows = set(map(frozenset, np.arange(devices.size).reshape(devices.shape).tolist()))
     found = list(collectives(text))
     return Compiled(
         seconds,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        cost["flops"],
-        cost["bytes accessed"],
+        cost.get("flops", math.nan),
+        cost.get("bytes accessed", math.nan),
         sum(groups <= rows for groups, _ in found),
         [count for groups, counts in found if groups <= rows for count in counts],
         [count for groups, counts in found if not groups <= rows for count in counts],

@@ -1,0 +1,241 @@
+r"""A large encoder with exits against a small full one, at the small one's cost, on ten tasks.
+
+  python -m experiments.two_sizes --checkpoint=MPNET --data_dir=GLUE --text_dir=TEXT --workdir=DIR
+  python -m experiments.two_sizes --render_only
+
+PCEE's second claim (Mofakhami et al. 2024) with two real sizes: MPNet-base (12 layers of 768) that
+leaves after 1, 2, 4, 6 or 12 of them, against MiniLM (6 layers of 384), run whole. Both are frozen,
+with logistic regression at each exit on the same 1,000 rows: the features are those of
+experiments.probes, of either model, computed where --workdir (that of experiments.probes) lacks
+them. So it says nothing of fine-tuned encoders. Threshold: the confidence, after temperature, that
+costs at most as much as MiniLM on 100 calibration rows; accuracy is of validation rows.
+
+Costs: FLOPs of the layers' products, 24 H^2 + 4 L H for a token of a text of L tokens; and the
+clock, ONNX Runtime on one core at batch 1, float32 and int8, from the medians of one run of
+experiments.benchmarks.inference on SST-2 (experiments/results/benchmarks/cpu.md), a layer taken as
+a twelfth of MPNet's. Expected, if the claim carries over: the difference above zero.
+
+Cost: with the features at hand about 20 minutes of one core, most of them for the 77 classes of
+Banking77. Writes OUTPUT/rows/TASK.npz (which rows were right) and README.md.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import probes
+from experiments.frozen_features import compute_features, fit_probes, probe_outputs, select_exits
+from experiments.options import record_parser
+from experiments.panel_statistics import LEVEL, holm
+from experiments.rendering import table_lines
+from experiments.runner import exit_status
+from experiments.variant_runs import with_fewer_validation_rows
+from sweet_jax.compilation_cache import enable_compilation_cache
+from sweet_jax.config import UserError
+from sweet_jax.exits.analysis import analyse
+from sweet_jax.files import atomic_write, write_text
+from sweet_jax.preparation import PreparedRun, prepare
+
+LARGE, SMALL = "mpnet-base", "minilm-l6"
+EXITS = (1, 2, 4, 6, 12)
+_HIDDEN = {LARGE: 768, SMALL: 384}
+# Milliseconds of a whole model, a text at a time: MPNet-base, MiniLM.
+CLOCK = {"float32": (34.64, 5.00), "int8": (11.92, 1.87)}
+BUDGETS = ("FLOPs", *(f"clock, {name}" for name in CLOCK))
+_DRAWS = 2000
+
+
+class Rows(NamedTuple):
+    """Holds whether each validation row was right, and what it cost.
+
+    small, first, full, and one for each budget: bool [S, V]; cost: float64 [budgets, S], the mean
+    cost there in units of the small model's; share: float64 [budgets], the small model's cost as a
+    share of the large one's.
+    """
+
+    small: np.ndarray
+    first: np.ndarray
+    full: np.ndarray
+    adaptive: np.ndarray  # bool [budgets, S, V]
+    cost: np.ndarray
+    share: np.ndarray
+
+
+def layer_flops(lengths: np.ndarray, hidden: int) -> float:
+    """Returns the floating-point operations of a layer, for a token in the mean.
+
+    Of the products alone: queries, keys, values, output and a feed-forward layer four times as wide
+    (24 H^2), scores and their use (4 L H).
+    """
+    lengths = lengths.astype(np.float64)
+    return float(24 * hidden**2 + 4 * hidden * (lengths**2).sum() / lengths.sum())
+
+
+def small_share(lengths: np.ndarray) -> np.ndarray:
+    """Returns the cost of the small model as a share of the large one's, by budget, float64."""
+    small = probes.LAYERS[SMALL] * layer_flops(lengths, _HIDDEN[SMALL])
+    large = probes.LAYERS[LARGE] * layer_flops(lengths, _HIDDEN[LARGE])
+    return np.asarray([small / large, *(s / b for b, s in CLOCK.values())])
+
+
+def _job(model: str, task: str, options: argparse.Namespace) -> PreparedRun:
+    checkpoint = options.checkpoint if model == LARGE else None
+    values = argparse.Namespace(**vars(options) | {"checkpoint": checkpoint})
+    job = prepare(probes.config_of(model, task, values))
+    return with_fewer_validation_rows(job, probes.VALIDATION)
+
+
+def measure(task: str, options: argparse.Namespace) -> Rows:
+    """Fits the probes of both encoders, and chooses and applies the thresholds."""
+    right: dict[str, np.ndarray] = {}
+    for model, exits in ((SMALL, (6,)), (LARGE, EXITS)):
+        job = _job(model, task, options)
+        features = compute_features(job, options.workdir / model / task / "features.npz")
+        features = select_exits(features, job.config.exits, exits)
+        job = dataclasses.replace(job, config=dataclasses.replace(job.config, exits=exits))
+        classifiers = fit_probes(features, len(job.dataset.classes))
+        pair = probe_outputs(job, features, classifiers)
+        right[model] = pair[1].predictions == pair[1].labels[:, None]  # [S, E, V]
+    analysis = analyse(*pair)  # of the large model
+    share = small_share(job.validation.lengths)
+    taken = np.zeros((len(share), *right[LARGE].shape[::2]), int)  # [budgets, S, V]
+    for b, s in np.ndindex(*taken.shape[:2]):
+        point = analysis.operating_point(s, {"cost": float(share[b])})
+        assert point.threshold is not None, "exit 1 costs less than the small model"
+        taken[b, s] = analysis.exits_taken(s, point.threshold)
+    exits_right = right[LARGE].swapaxes(0, 1)  # [E, S, V]
+    adaptive = np.take_along_axis(exits_right[None], taken[:, None], axis=1)[:, 0]
+    cost = (np.asarray(EXITS) / EXITS[-1])[taken].mean(axis=-1) / share[:, None]
+    return Rows(right[SMALL][:, 0], exits_right[0], exits_right[-1], adaptive, cost, share)
+
+
+def read_rows(output: Path, task: str) -> Rows | None:
+    """Returns what `measure` found, None where it is not done."""
+    path = output / "rows" / f"{task}.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as kept:
+        shape = kept["shape"]
+        bits = np.unpackbits(kept["right"], count=int(shape.prod())).astype(bool).reshape(shape)
+        return Rows(*bits[:3], bits[3:], kept["cost"], kept["share"])
+
+
+def write_rows(output: Path, task: str, rows: Rows) -> None:
+    """Writes what `read_rows` reads: a bit for each row."""
+    bits = np.stack([rows.small, rows.first, rows.full, *rows.adaptive])
+    with atomic_write(output / "rows" / f"{task}.npz") as aside:
+        np.savez(
+            aside,
+            right=np.packbits(bits),
+            shape=np.asarray(bits.shape),
+            cost=rows.cost,
+            share=rows.share,
+        )
+
+
+class Gap(NamedTuple):
+    """Holds a difference of accuracy, and the same on drawn rows and seeds, float64 [draws]."""
+
+    value: float
+    drawn: np.ndarray
+
+    def p(self) -> float:
+        """Returns the p-value of no difference, two-sided, of a normal distribution."""
+        from scipy import stats
+
+        spread = self.drawn.std()
+        return float(2 * stats.norm.sf(abs(self.value) / spread)) if spread else 1.0
+
+    def __str__(self) -> str:
+        low, high = np.quantile(self.drawn, [0.025, 0.975])
+        return f"{100 * self.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def compare(one: np.ndarray, other: np.ndarray, seed: int) -> Gap:
+    """Compares rows that were right, bool [S, V] each, paired by seed and row.
+
+    By a bootstrap over rows, the same for both and all seeds, and over seeds.
+    """
+    gaps = one.astype(np.float64) - other
+    rng = np.random.default_rng(seed)
+    seeds, count = gaps.shape
+    weights = rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count  # [draws, V]
+    by_seed = weights @ gaps.T  # [draws, S]
+    picked = rng.integers(0, seeds, by_seed.shape)
+    return Gap(gaps.mean(), np.take_along_axis(by_seed, picked, axis=1).mean(axis=1))
+
+
+def render(output: Path) -> None:
+    """Writes README.md of what is done."""
+    found = {t: rows for t in probes.TASKS if (rows := read_rows(output, t)) is not None}
+    if not found:
+        return
+    gaps = [
+        [compare(rows, r.small, seed) for rows in r.adaptive]
+        for seed, r in enumerate(found.values())
+    ]
+    p = holm([gap.p() for of_task in gaps for gap in of_task]).reshape(len(gaps), -1)
+    table = []
+    for number, (task, r) in enumerate(found.items()):
+        name = f"{task}*" if task in probes.SEEN else task
+        texts = [name, str(r.small.shape[1]), _percent(r.small), _percent(r.first)]
+        for b, gap in enumerate(gaps[number]):
+            bold = "**" if p[number, b] < LEVEL else ""
+            texts.append(f"{_percent(r.adaptive[b])}, {bold}{gap}{bold} ({r.cost[b].mean():.2f})")
+        table.append([*texts, _percent(r.full)])
+    means = [
+        Gap(float(np.mean([g.value for g in column])), np.mean([g.drawn for g in column], axis=0))
+        for column in zip(*gaps, strict=True)
+    ]
+    table.append([f"mean of {len(found)}", "", "", "", *map(str, means), ""])
+    heading = ("task", "n", "MiniLM", "MPNet, exit 1", *(f"at MiniLM's {b}" for b in BUDGETS))
+    absent = [t for t in probes.TASKS if t not in found]
+    lines = ["# A large encoder with exits at a small one's cost", "", _ABOUT, ""]
+    lines += [*table_lines((*heading, "MPNet, all layers"), table), ""]
+    lines += [f"Not run: {', '.join(absent)}." if absent else "All ten tasks.", ""]
+    write_text(output / "README.md", "\n".join(lines))
+
+
+def _percent(right: np.ndarray) -> str:
+    return f"{100 * right.mean():.1f}"
+
+
+_ABOUT = f"""Made by `python -m experiments.two_sizes` (its docstring says more). Accuracy in per
+cent of frozen encoders with logistic regression on {probes.TRAIN:,} rows, mean of
+{len(probes.SEEDS)} seeds: MiniLM whole; MPNet-base's exit 1; MPNet-base with exits
+{", ".join(map(str, EXITS))} at MiniLM's cost, the difference with its 95% bootstrap interval over
+seeds and rows, in bold where it leaves out zero after Holm's correction over the table, and in
+brackets the cost on validation rows in units of MiniLM's; all of MPNet-base, at 6.4 (int8) to 8
+(FLOPs) times that cost. A star: the encoders' own training saw pairs of this task."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures what is missing, and renders; returns the exit status, see runner.exit_status."""
+    return exit_status(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> bool:
+    parser = record_parser("two_sizes", __doc__)
+    parser.add_argument("--checkpoint", help="MPNet-base")
+    options = parser.parse_args(argv)
+    if not options.render_only:
+        if options.data_dir is None or options.text_dir is None or options.checkpoint is None:
+            raise UserError("give --data_dir, --text_dir and --checkpoint, or --render_only")
+        enable_compilation_cache(least_seconds=1.0)
+        for task in probes.TASKS:
+            if read_rows(options.output, task) is None:
+                rows = measure(task, options)
+                write_rows(options.output, task, rows)
+                gaps = [f"{100 * (a.mean() - rows.small.mean()):+.1f}" for a in rows.adaptive]
+                print(task, *gaps, flush=True)
+    render(options.output)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

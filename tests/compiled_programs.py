@@ -1,0 +1,68 @@
+"""What programs that were compiled for absent TPUs and GPUs must hold."""
+
+import dataclasses
+import re
+
+import jax
+from flax import nnx
+from tiny import TINIES
+
+from experiments.benchmarks import shapes
+from experiments.benchmarks.tpu_programs import Compiled
+
+SIZE = shapes.Size(16, 32)
+_DEVICES = 4
+_NONE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def shape_of(kind: str, exits=(1, 2)) -> shapes.Shape:
+    """A tiny encoder without dropout, whose generator is a third of compiling."""
+    sizes = {"num_hidden_layers": exits[-1], "max_position_embeddings": SIZE.length + 2}
+    return shapes.Shape(dataclasses.replace(TINIES[kind], **sizes, **_NONE), exits)
+
+
+def parameters(shape: shapes.Shape):
+    return nnx.to_pure_dict(nnx.split(shape.model())[1])
+
+
+def sizes(shape: shapes.Shape) -> list[int]:
+    """Returns the elements of all parameters; of a table of positions those that are read."""
+    return [x.size for x in jax.tree.leaves(jax.eval_shape(lambda: parameters(shape)))]
+
+
+def check_reduced(counts: list[int], shape: shapes.Shape, *, joined: bool = False) -> None:
+    """Asserts that what is summed over the rows of a batch are gradients, and a step's metrics.
+
+    joined: XLA for GPUs puts several arrays into one, so that only their sum is known.
+    """
+    hidden = shape.config.hidden_size
+    width = getattr(shape.config, "embedding_size", 0) or hidden
+    # Of a table of positions the rows that are read; DeBERTa's distances go through a projection.
+    known = {*sizes(shape), SIZE.length * width, 2 * SIZE.length * hidden}
+    assert joined or {count for count in counts if count > len(shape.exits)} <= known
+    # A parameter that two products read, as ModernBERT's of the first token, has two gradients.
+    assert 0.8 * sum(sizes(shape)) <= sum(counts) <= 1.6 * sum(sizes(shape))
+
+
+def narrow_products(text: str) -> float:
+    """The share of the matrix products whose result is bfloat16."""
+    products = re.findall(r"= (\w+)\[[^=]*? (?:convolution|dot)\(", text)
+    return products.count("bf16") / len(products)
+
+
+def check_step(
+    found: Compiled, shape: shapes.Shape, replicas: int, dtype: str, *, joined: bool = False
+) -> None:
+    """Asserts what a training step exchanges, how much memory it takes, and its products' type."""
+    held = sum(sizes(shape))
+    # Parameters and the two moments of AdamW; tables are laid out in tiles, up to 8 times as wide.
+    assert 12 * held <= found.arguments <= 8 * 12 * held
+    assert found.temporaries < 16 * 2**20
+    if replicas < _DEVICES:
+        check_reduced(found.reduced, shape, joined=joined)
+    else:
+        assert found.reduced == []
+    # Replicas share nothing but the step's metrics, which every host reads.
+    assert all(count <= replicas * len(shape.exits) for count in found.exchanged)
+    narrow = narrow_products(found.text)
+    assert narrow > 0.9 if dtype == "bfloat16" else narrow < 0.1
