@@ -1,10 +1,14 @@
 """Four CPU devices, and what many tests share: a tiny checkpoint, rows, runs on both, a browser."""
 
+import fcntl
 import logging
 import os
+import pickle
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before jax is imported: children of the tests inherit it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -70,11 +74,33 @@ def rows(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fine_tuned(tmp_path_factory) -> tuple[Path, dict]:
+def made_once(tmp_path_factory):
+    """Function (name, make) -> make(folder), which the first worker calls and the others read."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which the workers share
+
+    def read_or_make(name: str, make: Callable[[Path], Any]) -> Any:
+        made = folder / name / "made.pickle"
+        made.parent.mkdir(exist_ok=True)
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                made.write_bytes(pickle.dumps(make(made.parent)))
+        return pickle.loads(made.read_bytes())
+
+    return read_or_make
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(made_once) -> tuple[Path, dict]:
     """(run directory, its config): exits 2, 3 and 4, with learning-to-exit."""
-    folder = tmp_path_factory.mktemp("fine_tuned")
-    deep = write_checkpoint(folder / "deep", layers=4)
-    return fine_tune(deep, folder, exits=(2, 3, 4), learning_to_exit="joint")
+
+    def make(folder):
+        deep = write_checkpoint(folder / "deep", layers=4)
+        return fine_tune(deep, folder, exits=(2, 3, 4), learning_to_exit="joint")
+
+    return made_once("fine_tuned", make)
 
 
 @pytest.fixture(scope="session")
@@ -83,30 +109,32 @@ def sweet(fine_tuned):
 
 
 @pytest.fixture(scope="session")
-def onnx_model(sweet, tmp_path_factory) -> Path:
+def onnx_model(sweet, made_once) -> Path:
     """The model of `sweet` as ONNX graphs, which JAX and transformers are not needed for."""
     for name in ("onnx", "onnxruntime"):
         pytest.importorskip(name, reason='pip install -e ".[onnx]"')
     from sweet_jax import export
 
-    folder = tmp_path_factory.mktemp("exported") / "model"
-    options = [f"--model={sweet.classifier.model.folder}", f"--output={folder}"]
-    assert export.main([*options, "--format=onnx"]) == 0
-    return folder
+    def make(folder):
+        options = [f"--model={sweet.classifier.model.folder}", f"--output={folder / 'model'}"]
+        assert export.main([*options, "--format=onnx"]) == 0
+        return folder / "model"
+
+    return made_once("onnx_model", make)
 
 
 @pytest.fixture(scope="session")
-def multi_model(checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("multi")
-    return Reference(*fine_tune(checkpoint, folder, method="multi_model", exits=(1, 3)))
+def multi_model(checkpoint, made_once):
+    recipe = {"method": "multi_model", "exits": (1, 3)}
+    return Reference(*made_once("multi", lambda f: fine_tune(checkpoint, f, **recipe)))
 
 
 @pytest.fixture(scope="session")
-def mean_pooled(checkpoint, tmp_path_factory):
+def mean_pooled(checkpoint, made_once):
     """By the mean of the tokens, from a probe, refitted."""
-    folder = tmp_path_factory.mktemp("mean")
     recipe = {"pooling": "mean", "head_init": "probe", "head_refit": True, "epochs": 2}
-    return Reference(*fine_tune(checkpoint, folder, **recipe, learning_rates=(1e-3,)))
+    recipe |= {"learning_rates": (1e-3,)}
+    return Reference(*made_once("mean", lambda f: fine_tune(checkpoint, f, **recipe)))
 
 
 @pytest.fixture(scope="session")

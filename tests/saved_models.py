@@ -1,5 +1,7 @@
 """Saved models with random weights, and what the one-pass JAX model answers."""
 
+import functools
+
 import jax
 import numpy as np
 from flax import nnx
@@ -62,6 +64,11 @@ class Saved:
         self.folder = folder / "model"
         save_model(self.folder, checkpoint, tokenizer, models, about, "")
 
+    @functools.cached_property
+    def onnx_engine(self):
+        """Built once, whatever the sizes and rates that it is asked for."""
+        return load_engine("onnxruntime", open_model(self.folder), threads=1)
+
     def answers(self, classifier, confidence) -> tuple[np.ndarray, np.ndarray]:
         """(exits by index, probabilities) of the one-pass logits, by a threshold."""
         leaves = confidence >= classifier.threshold
@@ -121,10 +128,9 @@ def check_logits(saved, pad_id, size, length, rates) -> None:
         known = {k: np.pad(v, room, constant_values=fill[k]) for k, v in batch.items()}
     logits = np.concatenate([forward(known).logits for forward in saved.forwards])
     wanted = logits[:, :size]
-    engine = load_engine("onnxruntime", open_model(saved.folder), threads=1)
-    states = engine.new_states(size, length)
-    for stage in engine.stages(exit_rates=rates):
+    states = saved.onnx_engine.new_states(size, length)
+    for stage in saved.onnx_engine.stages(exit_rates=rates):
         texts = np.stack([ids, types]) if stage.embeds else None
         given = StageBatch(length, np.stack([np.arange(size, dtype=np.int32), tokens]), texts)
-        found = engine.run(stage, given, states if stage.uses_states else None)
+        found = saved.onnx_engine.run(stage, given, states if stage.uses_states else None)
         np.testing.assert_allclose(found.logits, wanted[stage.exit], atol=1e-5)

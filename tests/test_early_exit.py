@@ -1,5 +1,6 @@
 """Who trains what: exact zeros of gradients, and exits that do not know of each other."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,6 +22,7 @@ from sweet_jax.training.initialization import make_model
 
 EXITS = (1, 3)
 KEY = jax.random.key(1)
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BATCH = {
     "input_ids": jax.random.randint(jax.random.key(2), (4, 7), 0, TINY.vocab_size),
     "token_type_ids": jnp.tile(jnp.array([0, 0, 0, 0, 1, 1, 1]), (4, 1)),
@@ -35,15 +37,16 @@ def mean_loss(logits):
     return SINGLE_LABEL.mean_loss(logits, BATCH["labels"], BATCH["row_mask"])
 
 
-def build(exits=EXITS, kind="bert", **options):
+@functools.cache
+def build(exits=EXITS, kind="bert", dropout=True, **options):
     """Structure and random parameters, with no bias at its initial zero."""
-    model = EarlyExit(
-        FAMILIES[kind].encoder(TINIES[kind], KEY), exits, 2, KEY, ExitConfig(**options)
-    )
+    config = TINIES[kind] if dropout else dataclasses.replace(TINIES[kind], **NO_DROPOUT)
+    model = EarlyExit(FAMILIES[kind].encoder(config, KEY), exits, 2, KEY, ExitConfig(**options))
     graphdef, values = nnx.split(model)
     params = nnx.to_pure_dict(values)
-    noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-    return graphdef, jax.tree.map(noise, params)
+    # By NumPy, which compiles nothing.
+    noise = lambda x: x + 0.1 * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+    return graphdef, jax.tree.map(lambda x: jnp.asarray(noise(np.asarray(x))), params)
 
 
 def gradient(params, index, isolation, key, graphdef):
@@ -226,7 +229,7 @@ def weighted():
     graphdef, params = build((1, 2, 3))
 
     def loss(params, weights, each):
-        logits = nnx.merge(graphdef, params)(BATCH, each, jax.random.key(5))
+        logits = nnx.merge(graphdef, params)(BATCH, each)
         return (mean_loss(logits) * weights).sum()
 
     compiled = jax.jit(jax.grad(loss))  # once: the isolations are arguments

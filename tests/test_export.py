@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +29,22 @@ def load_runner(folder: Path):
     return module
 
 
+def refused(folder: Path, monkeypatch, capsys, *arguments) -> str:
+    """What run.py of an exported folder says as it refuses its arguments."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(folder / "run.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    return printed.err
+
+
 @pytest.mark.parametrize(
     "method",
     ["sweet", *(pytest.param(m, marks=pytest.mark.slow) for m in ("multi_model", "mean_pooled"))],
 )
-def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, capsys):
+def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, monkeypatch, capsys):
     reference = request.getfixturevalue(method)
     model = reference.classifier.model
     confidence = exit_confidences(reference.outputs, "confidence", [model.resolver.calibrator])[
@@ -60,9 +72,7 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, cap
     answers = zip(given, probability, layer, strict=True)
     lines = [f"{model.classes[c]} {p:.4f} {e}" for c, p, e in answers]
     assert said.splitlines() == lines
-    usage = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True)
-    assert usage.returncode == 2
-    assert "python run.py tokens.npz: input_ids" in usage.stderr
+    assert "python run.py tokens.npz: input_ids" in refused(folder, monkeypatch, capsys)
     short = {"input_ids": padded[0][:, :-1], "token_type_ids": padded[1], "tokens": tokens}
     np.savez(tmp_path / "short.npz", **short)
     np.savez(tmp_path / "lacks.npz", input_ids=padded[0])
@@ -73,12 +83,10 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, cap
         ("junk.npz", ""),
         ("absent.npz", "No such file"),
     ):
-        command = [sys.executable, folder / "run.py", tmp_path / name]
-        refused = subprocess.run(command, capture_output=True, text=True)
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert refused.stderr.startswith(f"error: {tmp_path / name}: ")
-        assert words in refused.stderr
-        assert refused.stderr.count("\n") == 1
+        said = refused(folder, monkeypatch, capsys, tmp_path / name)
+        assert said.startswith(f"error: {tmp_path / name}: ")
+        assert words in said
+        assert said.count("\n") == 1
     assert export.main([*arguments, "--policy=confidence"]) == 2  # it exists
     assert export.main([*arguments, "--policy=entropy"]) == 2
     assert "only the policies confidence, raw_confidence" in capsys.readouterr().err

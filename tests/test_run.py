@@ -275,12 +275,13 @@ def test_presets_that_calibrate_on_validation_rows(
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_reported_and_the_others_go_on(
-    options, tmp_path, one_device, caplog, with_figures
+    options, tmp_path, one_device, caplog, request
 ):
     """Trains with two learning rates, one of which spoils all exits with its first update."""
     options = options | {"exits": (2, 3)}
     healthy = run(from_mapping(options), tmp_path / "healthy")
     rates = {"learning_rates": (3e-3, 1e30)}
+    request.getfixturevalue("with_figures")  # of what is not finite too
     results = run(from_mapping(options | rates), tmp_path / "diverged")
     bad = [d for replica in results["replicas"] for d in replica["diverged"]]
     bad = [d for d in bad if d["what"] == "loss is not finite"]

@@ -129,12 +129,9 @@ def test_metrics_name_the_only_class_of_a_batch():
     assert single_predicted_class(right, jnp.array([True, False, True])).tolist() == [1, 1, 2]
 
 
-@pytest.mark.parametrize("by_segment", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_gradient_is_that_of_the_weighted_losses(by_segment):
-    """With learning-to-exit, whose squared error is a part of its exit's loss."""
-    graphdef, params = build(learning_to_exit="joint")
-    key, isolation = jax.random.key(5), float(by_segment)
-    weights = (0.25, jnp.asarray(3.0))
+@functools.partial(jax.jit, static_argnames="graphdef")  # compiled once for both isolations
+def weighted_gradient(params, isolation, key, graphdef):
+    """(gradient of the sum of the exits' losses, weighted by 0.25 and 3, logits [E, B, C])."""
 
     def weighted(params):
         output = nnx.merge(graphdef, params).forward(BATCH, isolation, key)
@@ -145,14 +142,23 @@ def test_the_gradient_is_that_of_the_weighted_losses(by_segment):
         first, second = (losses + (output.exit_scores - right) ** 2).mean(axis=-1)
         return 0.25 * first + 3 * second, output.logits
 
+    return jax.grad(weighted, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("by_segment", [False, True])
+def test_the_gradient_is_that_of_the_weighted_losses(by_segment):
+    """With learning-to-exit, whose squared error is a part of its exit's loss."""
+    graphdef, params = build(learning_to_exit="joint")
+    key, isolation = jax.random.key(5), float(by_segment)
+
     def ours(params):
-        loss = TrainingLoss(weights=weights)
+        loss = TrainingLoss(weights=(0.25, jnp.asarray(3.0)))
         if by_segment:
             return segment_gradients(graphdef, params, BATCH, key, loss)[:2]
         return whole_gradients(graphdef, params, BATCH, isolation, key, loss)
 
     found, metrics = jax.jit(ours)(params)
-    wanted, logits = jax.jit(jax.grad(weighted, has_aux=True))(params)
+    wanted, logits = weighted_gradient(params, jnp.asarray(isolation), key, graphdef)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     # The weights do not touch what is logged.
@@ -162,7 +168,7 @@ def test_the_gradient_is_that_of_the_weighted_losses(by_segment):
 
 @pytest.mark.parametrize("isolation", [(0.0,), (1.0,)])
 def test_uniform_weights_are_no_operation_of_the_program(isolation):
-    graphdef, params = build(learning_to_exit="joint")
+    graphdef, params = build(dropout=False, learning_to_exit="joint")
     state = init_state(params, 1e-2, 0)
 
     def program(**changes) -> str:
@@ -222,7 +228,7 @@ def test_isolation_of_each_boundary_is_literal_where_it_is_constant():
 )
 def test_only_constant_full_isolation_is_trained_segment_by_segment(values, by_segment):
     """The path that holds one segment's activations at a time: a barrier ends each segment."""
-    graphdef, params = build()
+    graphdef, params = build(dropout=False)
     step = functools.partial(train_step, settings(graphdef, **values))
     program = jax.jit(step).lower(init_state(params, 1, 0), BATCH).as_text()
     assert program.count("optimization_barrier") == (len(EXITS) if by_segment else 0)
@@ -231,7 +237,7 @@ def test_only_constant_full_isolation_is_trained_segment_by_segment(values, by_s
 @pytest.mark.slow
 def test_a_step_uses_the_isolation_of_its_own_number():
     """Isolation follows the step in the state, so that a resumed run continues the schedule."""
-    graphdef, params = build()
+    graphdef, params = build(dropout=False)
     moving = settings(graphdef, isolation=(0.0, 1.0), total_steps=5)
     fixed = dataclasses.replace(moving, isolation=(0.25,))
     state = init_state(params, 1e-2, 0)
