@@ -63,7 +63,8 @@ def check_reduced(counts: list[int], shape: shapes.Shape) -> None:
     hidden = shape.config.hidden_size
     width = getattr(shape.config, "embedding_size", 0) or hidden
     # Of a table of positions the rows that are read; DeBERTa's distances go through a projection.
-    known = {*sizes(shape), SIZE.length * width, 2 * SIZE.length * hidden}
+    # A scatter over a table's columns compares 128 flags first.
+    known = {*sizes(shape), SIZE.length * width, 2 * SIZE.length * hidden, 128}
     assert {count for count in counts if count > len(shape.exits)} <= known
     # A parameter that two products read, as ModernBERT's of the first token, has two gradients;
     # of the largest table, the hidden states' gradients may be exchanged instead.
