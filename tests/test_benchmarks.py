@@ -274,13 +274,34 @@ def test_groups_of_devices_are_read_from_the_compiler_s_text():
         "%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {"
     )
     (rows,) = tpu_programs.collectives(line + "'axis_1'}, x")
-    assert rows == ({frozenset({0, 1}), frozenset({2, 3})}, [6, 1])
+    assert rows == ("all-reduce", {frozenset({0, 1}), frozenset({2, 3})}, [6, 1], 28)
+    assert rows.sent() == 28  # half of each array, and then half of the sums
     (across,) = tpu_programs.collectives(line + "'axis_0'}, x")
-    assert across[0] == {frozenset({0, 2}), frozenset({1, 3})}
+    assert across.groups == {frozenset({0, 2}), frozenset({1, 3})}
     (pairs,) = tpu_programs.collectives(
         "%a = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}"
     )
-    assert pairs[0] == {frozenset({-1})}  # no group of a mesh
+    assert pairs.groups == {frozenset({0, 1})}
+    (unknown,) = tpu_programs.collectives(
+        "%a = f32[4]{0} all-gather(%x), replica_groups=[2,2]<=[4]"
+    )
+    assert unknown.groups == {frozenset({-1})}  # no group of a mesh
+
+
+def test_scattered_sums_and_what_spans_fusions_are_read_from_the_compiler_s_text():
+    """A sum of which a device keeps a part, and one gather that is written in two fusions."""
+    groups = "replica_groups={{0,1},{2,3}}"
+    gather = f'  %g = bf16[4,2]{{0}} all-gather(%x), channel_id=7, {groups}, x={{chain_id="0"}}\n'
+    text = (
+        "%all-reduce-scatter.1 (input: f32[8]) -> f32[4] {\n"
+        f"  %a = f32[8]{{0}} all-reduce(%input), channel_id=1, {groups}, to_apply=%add\n}}\n"
+        f"%fused.1 (x: bf16[2,2]) -> bf16[4,2] {{\n{gather}}}\n"
+        f"%fused.2 (x: bf16[2,2]) -> bf16[4,2] {{\n{gather}}}\n"
+    )
+    scattered, gathered = tpu_programs.collectives(text)
+    assert scattered == ("reduce-scatter", {frozenset({0, 1}), frozenset({2, 3})}, [8], 32)
+    assert (scattered.sent(), gathered.sent()) == (16, 8)
+    assert gathered.counts == [8]
 
 
 COMPILED = """HloModule jit_one

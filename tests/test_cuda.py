@@ -4,7 +4,7 @@ import importlib.util
 import shutil
 
 import pytest
-from compiled_programs import SIZE, check_reduced, check_step, narrow_products, shape_of
+from compiled_programs import SIZE, check_step, check_update, narrow_products, shape_of
 
 from experiments.benchmarks import cuda_programs, tpu_programs
 
@@ -32,7 +32,7 @@ def test_groups_of_segment_parallel_training():
     shape = shape_of("bert")
     devices = cuda_programs.devices_of(4)
     found = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
-    check_reduced([count for each in found for count in each.reduced], shape, joined=True)
+    check_update(found, shape, joined=True)
     for each in found:
         assert each.exchanged == []
         assert narrow_products(each.text) > 0.9

@@ -22,7 +22,9 @@ from sweet_jax.objectives.single_label import SINGLE_LABEL, single_predicted_cla
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.losses import TrainingLoss
 from sweet_jax.training.optimizer import clip_gradients
+from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.settings import StepSettings
+from sweet_jax.training.sharding import make_mesh, replica_sharding, reshard, state_shardings
 from sweet_jax.training.step import evaluate_step, init_state, train_step
 
 
@@ -112,6 +114,42 @@ def test_global_clipping_couples_the_exits(isolated):
     assert math.hypot(*clipped.values()) == pytest.approx(0.1, rel=1e-5)
     before = norms(grads)
     assert clipped[1] / clipped[3] == pytest.approx(before[1] / before[3], rel=1e-4)
+
+
+def test_spread_moments_give_the_steps_of_whole_ones():
+    """Two replicas, the rows of each on two devices: moments in parts, parameters whole.
+
+    Equal to rounding: norms of gradients, and the word table's gradient, are summed in another
+    order. Key biases, whose gradients are rounding noise, have the ends of their steps alone.
+    """
+    graphdef, params = build(exits=(3,))
+    chosen = settings(graphdef, exits=(3,), clip_norm=1.0, weight_decay=0.01)
+    states = [jax.tree.map(np.asarray, init_state(params, rate, 0)) for rate in (1e-3, 3e-3)]
+    host = jax.tree.map(lambda *x: np.stack(x), *states)
+    batch = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), BATCH)
+    mesh = make_mesh(2, 4)
+    spread = state_shardings(mesh, host)
+    whole = jax.tree.map(lambda _: replica_sharding(mesh), host)
+
+    def after(shardings, steps: int = 3):
+        state, step = reshard(host, shardings), compile_step(chosen, 2, shardings)
+        for _ in range(steps):
+            state, _ = step(state, batch, chosen.schedule)
+        return state
+
+    ours, theirs = after(spread), after(whole)
+    moment = ours.adam.nu["encoder"]["layers"][0]["intermediate"]
+    held = {x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(moment)}
+    assert held == {1 / 4, 1 / 2}  # matrices; biases, of one of two replicas
+    assert all(
+        x.addressable_shards[0].data.size * 2 == x.size for x in jax.tree.leaves(ours.params)
+    )
+
+    def close(path: tuple, a: np.ndarray, b: np.ndarray) -> None:
+        if [part.key for part in path[-2:]] != ["key", "bias"]:
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-7, err_msg=str(path))
+
+    jax.tree.map_with_path(close, ours.params, theirs.params)
 
 
 def test_empty_rows_are_left_out_of_the_loss():

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from compiled_programs import (
     SIZE,
-    check_reduced,
     check_step,
+    check_update,
     narrow_products,
     parameters,
     shape_of,
@@ -54,7 +54,7 @@ def test_groups_of_segment_parallel_training(topology):
     found = tpu_programs.compile_segment_groups(shape, SIZE, "bfloat16", devices)
     assert len(found) == 2
     # Each group sums its own gradients; together they are all of the model's.
-    check_reduced([count for each in found for count in each.reduced], shape)
+    check_update(found, shape)
     for each in found:
         assert each.exchanged == []
         assert narrow_products(each.text) > 0.9

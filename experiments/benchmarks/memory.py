@@ -17,7 +17,7 @@ from experiments.benchmarks.shapes import RATE, SHAPES
 from sweet_jax.config import Config
 from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
-from sweet_jax.training.sharding import make_mesh
+from sweet_jax.training.sharding import make_mesh, state_shardings
 from sweet_jax.training.step import init_state
 
 
@@ -28,7 +28,7 @@ def temporaries(shape: str, method: str, batch: int, length: int, *, remat: bool
     state = jax.eval_shape(lambda params: init_state(params, RATE, 0), nnx.to_pure_dict(values))
     run = Config(method=method, exits=exits, batch_size=batch, remat=remat).resolved()
     settings = step_settings(run, graphdef, exits, 1000)
-    step = compile_step(settings, 1, make_mesh(1, 1))
+    step = compile_step(settings, 1, state_shardings(make_mesh(1, 1), state, 1))
     inputs = {
         "input_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),
         "token_type_ids": jax.ShapeDtypeStruct((batch, length), jnp.int32),

@@ -36,7 +36,7 @@ from sweet_jax.training.segment_parallel import (
     transfer,
 )
 from sweet_jax.training.settings import StepSettings
-from sweet_jax.training.sharding import batch_sharding, make_mesh, replica_sharding, reshard
+from sweet_jax.training.sharding import batch_sharding, make_mesh, reshard, state_shardings
 from sweet_jax.training.step import State, init_state
 
 
@@ -68,12 +68,13 @@ def together(name: str, shape: Shape, size: Size, devices: list[jax.Device]) -> 
     """Times steps that all devices take together, the rows spread over them."""
     mesh = make_mesh(1, size.batch, devices)
     host = initial(shape)
-    state = reshard(host, jax.tree.map(lambda _: replica_sharding(mesh, 1), host))
+    shardings = state_shardings(mesh, host, 1)
+    state = reshard(host, shardings)
     rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
     batch = jax.device_put(rows, batch_sharding(mesh, 1))
     settings = settings_of(shape, size)
     schedule = settings.schedule
-    step = compile_step(settings, 1, mesh).lower(state, batch, schedule).compile()
+    step = compile_step(settings, 1, shardings).lower(state, batch, schedule).compile()
 
     def steps(count: int) -> None:
         nonlocal state
@@ -92,11 +93,13 @@ def in_segments(shape: Shape, size: Size) -> Way:
     rows = {k: x[0] for k, x in random_rows(shape.config.vocab_size, size, 1).items()}
     states, batches, programs, carried = [], [], [], None
     for group, part in zip(groups, parts, strict=True):
-        sharding = replica_sharding(group.mesh, 1)
-        states.append(reshard(part, jax.tree.map(lambda _, s=sharding: s, part)))
+        shardings = state_shardings(group.mesh, part, 1)
+        states.append(reshard(part, shardings))
         batches.append(jax.device_put(rows, batch_sharding(group.mesh, 1)))
         carried = jax.tree.map(lambda x, to=group.mesh: transfer(x, to), carried)
-        program = compile_group(settings, group, 1).lower(states[-1], batches[-1], carried)
+        program = compile_group(settings, group, 1, shardings).lower(
+            states[-1], batches[-1], carried
+        )
         programs.append(program.compile())
         states[-1], _, carried = programs[-1](states[-1], batches[-1], carried)
 

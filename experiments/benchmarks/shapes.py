@@ -31,7 +31,7 @@ from sweet_jax.training.sharding import (
     batch_sharding,
     drop_replica_axis,
     make_mesh,
-    replica_sharding,
+    state_shardings,
 )
 from sweet_jax.training.step import init_state
 
@@ -186,12 +186,14 @@ def training_steps(
         for seed, rate in replicas
     ]
     stacked = jax.tree.map(lambda *x: np.stack([np.asarray(a) for a in x]), *states)
-    state = jax.device_put(drop_replica_axis(stacked, count), replica_sharding(mesh, count))
+    host_state = drop_replica_axis(stacked, count)
+    shardings = state_shardings(mesh, host_state, count)
+    state = jax.device_put(host_state, shardings)
     host = drop_replica_axis(random_rows(shape.config.vocab_size, size, count), count)
     batch = jax.device_put(host, batch_sharding(mesh, count))
     began = time.perf_counter()
     schedule = settings.schedule
-    step = compile_step(settings, count, mesh).lower(state, batch, schedule).compile()
+    step = compile_step(settings, count, shardings).lower(state, batch, schedule).compile()
     seconds = time.perf_counter() - began
 
     def take() -> None:

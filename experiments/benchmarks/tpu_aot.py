@@ -11,9 +11,9 @@ bytes include those of the chip's fast memory, and those of the main memory alon
 compiled text (tpu_traffic.py). The bound is what the chip's published peaks (bfloat16 products,
 bandwidth of the main memory) take for them at least, the larger of both: a bound, and never a
 measurement. The grid is the paper's for one method and size: 7 tasks of at most 6,000 rows, 5
-learning rates, 3 seeds, 2 epochs in batches of 16; a run on each chip of the row. all-reduces are
-those over the rows of a batch. --breakdown adds the bytes of the main memory by the function of
-this package that moves them.
+learning rates, 3 seeds, 2 epochs in batches of 16; a run on each chip of the row. collectives are
+those over the rows of a batch, MB sent what these make each chip send at least. --breakdown adds
+the bytes of the main memory by the function of this package that moves them.
 """
 
 import itertools
@@ -57,6 +57,7 @@ def cells(found: Compiled, generation: str, chips: int) -> list[str]:
         ", ".join(f"{1e3 * seconds:.1f}" for seconds in least),
         f"{minutes:.1f}",
         str(found.collectives),
+        f"{found.sent / 1e6:.0f}",
     ]
 
 
@@ -87,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{head_line('libtpu')}\n")
     columns = ("topology", "shape", "method", "dtype", "batch", "compile, core s")
     columns += ("arguments MiB", "temporaries MiB", "GFLOP", "GB accessed", "GB of main memory")
-    columns += ("bound of a step, ms: arithmetic, memory", "bound of the grid, min", "all-reduces")
+    columns += ("bound of a step, ms: arithmetic, memory", "bound of the grid, min", "collectives")
+    columns += ("MB sent",)
     print(table_head(*columns), flush=True)
     choices = (
         options.topology or ["v5e:2x2"],

@@ -24,16 +24,22 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.benchmarks.shapes import RATE, Shape, Size
 from sweet_jax.config import Config
+from sweet_jax.training.checkpoint import abstract_state
 from sweet_jax.training.evaluation import compile_evaluation
 from sweet_jax.training.fit import step_settings
 from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.segment_parallel import DeviceGroup, compile_group, split_state
 from sweet_jax.training.settings import StepSettings
-from sweet_jax.training.sharding import batch_sharding, make_mesh, replica_sharding
+from sweet_jax.training.sharding import (
+    batch_sharding,
+    make_mesh,
+    replica_sharding,
+    state_shardings,
+)
 from sweet_jax.training.step import State, init_state
 
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
@@ -48,9 +54,27 @@ class Compiled(NamedTuple):
     flops: float
     bytes_accessed: float
     collectives: int  # over the rows of a batch
-    reduced: list[int]  # numbers in each array of these
-    exchanged: list[int]  # numbers in each array of a collective that joins replicas
+    sent: float  # bytes that these make each chip send, at least
+    reduced: list[int]  # numbers in each array that is summed over the rows of a batch
+    gathered: list[int]  # in each that is gathered from parts
+    transposed: list[int]  # in each that is split along another axis than before
+    exchanged: list[int]  # in each array of a collective that joins replicas
     text: str
+
+
+class Collective(NamedTuple):
+    """Holds one collective operation of a compiled program."""
+
+    kind: str  # as in the text; where a sum is scattered, reduce-scatter
+    groups: set[frozenset[int]]  # of devices, numbered along the mesh
+    counts: list[int]  # numbers in each array, of which a device then has all or its part
+    bytes: int  # of these
+
+    def sent(self) -> float:
+        """Returns the bytes that a device sends at least, to all others of its group in turn."""
+        others = max(map(len, self.groups)) - 1
+        passes = 2 if self.kind == "all-reduce" else 1
+        return self.bytes * passes * others / (others + 1)
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -90,9 +114,9 @@ def compile_training_step(
     """Compiles a training step of `size` rows and tokens for devices that need not exist."""
     plan = plan_training(shape, method, size, dtype, replicas)
     mesh = make_mesh(replicas, size.batch, devices)
-    state = _abstract(plan.state, replica_sharding(mesh, replicas), replicas)
+    state, shardings = _abstract_state(plan.state, mesh, replicas)
     batch = _abstract(_batch(size), batch_sharding(mesh, replicas), replicas)
-    program = compile_step(plan.settings, replicas, mesh)
+    program = compile_step(plan.settings, replicas, shardings)
     return compile_program(program, mesh.devices, state, batch, plan.settings.schedule)
 
 
@@ -121,10 +145,11 @@ def compile_segment_groups(
     for group, part in zip(groups, split_state(plan.state, groups, shape.exits), strict=True):
         mesh = group.mesh
         by_state, by_batch = replica_sharding(mesh, 1), batch_sharding(mesh, 1)
-        state, batch = _abstract(part, by_state), _abstract(_batch(size), by_batch)
+        state, shardings = _abstract_state(part, mesh)
+        batch = _abstract(_batch(size), by_batch)
         if carried is not None:
             carried = (_abstract(carried[0], by_batch), _abstract(carried[1], by_state))
-        program = compile_group(plan.settings, group, 1)
+        program = compile_group(plan.settings, group, 1, shardings)
         found.append(compile_program(program, mesh.devices, state, batch, carried))
         carried = jax.eval_shape(program, state, batch, carried)[2]
     return found
@@ -142,42 +167,86 @@ def describe(program: Any, seconds: float, devices: np.ndarray) -> Compiled:
     memory, text = program.memory_analysis(), program.as_text()
     cost = program.cost_analysis() or {}  # XLA for GPUs gives none
     rows = set(map(frozenset, np.arange(devices.size).reshape(devices.shape).tolist()))
-    found = list(collectives(text))
+    inside, across = [], []
+    for found in collectives(text):
+        (inside if all(any(g <= row for row in rows) for g in found.groups) else across).append(
+            found
+        )
+
+    def counts(*kinds: str) -> list[int]:
+        return [count for found in inside if found.kind in kinds for count in found.counts]
+
     return Compiled(
         seconds,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         cost.get("flops", math.nan),
         cost.get("bytes accessed", math.nan),
-        sum(groups <= rows for groups, _ in found),
-        [count for groups, counts in found if groups <= rows for count in counts],
-        [count for groups, counts in found if not groups <= rows for count in counts],
+        len(inside),
+        sum(found.sent() for found in inside),
+        counts("all-reduce", "reduce-scatter"),
+        counts("all-gather"),
+        counts("all-to-all", "collective-permute"),
+        [count for found in across for count in found.counts],
         text,
     )
 
 
 _COLLECTIVE = re.compile(
-    r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
     r"(?:-start)?\(.*?(?:replica_groups=mesh\[(.*?)\] \{(.*?)\}|(?:groups|pairs)=(\S+))"
 )
+_PART_OF_A_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="')
 
 
-def collectives(text: str) -> Iterator[tuple[set[frozenset[int]], list[int]]]:
-    """Yields of each collective the groups of devices it joins, and the sizes of its arrays.
+def collectives(text: str) -> Iterator[Collective]:
+    """Yields the collectives of a compiled program.
 
-    Devices are numbered along the mesh; groups that are not written as axes of it are one group.
+    Groups that are written neither as axes of the mesh nor one by one are one group of all.
     """
-    for shapes, axes, joined, _ in _COLLECTIVE.findall(text):
-        arrays = re.findall(r"\w\[([\d,]*)\]", shapes)
-        sizes = [math.prod(int(size) for size in array.split(",") if size) for array in arrays]
-        numbers: Any = [[-1]]
-        if axes:
-            extents = [int(number) for number in re.findall(r"=(\d+)", axes)]
-            last = [int(number) for number in re.findall(r"axis_(\d+)", joined)]
-            order = [axis for axis in range(len(extents)) if axis not in last] + last
-            numbers = np.arange(math.prod(extents)).reshape(extents).transpose(order)
-            numbers = numbers.reshape(-1, math.prod(extents[axis] for axis in last)).tolist()
-        yield set(map(frozenset, numbers)), sizes
+    computation, chains = "", set()
+    for line in text.splitlines():
+        if head := re.match(r"^%(\S+) \(", line):
+            computation = head[1]
+        if not (parts := _COLLECTIVE.search(line)):
+            continue
+        if chain := _PART_OF_A_CHAIN.search(line):  # written once in each fusion that it spans
+            if chain[1] in chains:
+                continue
+            chains.add(chain[1])
+        shapes, kind, axes, joined, listed = parts.groups()
+        if computation.startswith("all-reduce-scatter"):  # and a slice of the sum
+            kind = "reduce-scatter"
+        arrays = _arrays(shapes)
+        if "-start(" in line and kind != "all-reduce":  # the operands, the results, and flags
+            arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
+        yield Collective(
+            kind,
+            set(map(frozenset, _groups(axes, joined, listed))),
+            [count for count, _ in arrays],
+            sum(count * bits // 8 for count, bits in arrays),
+        )
+
+
+def _arrays(shapes: str) -> list[tuple[int, int]]:
+    """Returns (numbers, bits of each) of each array."""
+    found = re.findall(r"([a-z]+)(\d*)\[([\d,]*)\]", shapes)
+    return [
+        (math.prod(int(size) for size in sizes.split(",") if size), int(bits or 8))
+        for _, bits, sizes in found
+    ]
+
+
+def _groups(axes: str, joined: str, listed: str) -> list[list[int]]:
+    """Returns the groups of devices, numbered along the mesh."""
+    if not axes:
+        groups = re.findall(r"\{([\d,]+)\}", listed)
+        return [[int(number) for number in group.split(",")] for group in groups] or [[-1]]
+    extents = [int(number) for number in re.findall(r"=(\d+)", axes)]
+    last = [int(number) for number in re.findall(r"axis_(\d+)", joined)]
+    order = [axis for axis in range(len(extents)) if axis not in last] + last
+    numbers: Any = np.arange(math.prod(extents)).reshape(extents).transpose(order)
+    return numbers.reshape(-1, math.prod(extents[axis] for axis in last)).tolist()
 
 
 def _batch(size: Size) -> dict[str, jax.ShapeDtypeStruct]:
@@ -189,6 +258,13 @@ def _batch(size: Size) -> dict[str, jax.ShapeDtypeStruct]:
         "labels": jax.ShapeDtypeStruct((size.batch,), np.int32),
         "row_mask": jax.ShapeDtypeStruct((size.batch,), bool),
     }
+
+
+def _abstract_state(state: State, mesh: Mesh, replicas: int = 1) -> tuple[State, State]:
+    """Returns the shapes of a state on the devices of a mesh, and their shardings."""
+    state = _abstract(state, replica_sharding(mesh, replicas), replicas)
+    shardings = state_shardings(mesh, state, replicas)
+    return abstract_state(state, shardings), shardings
 
 
 def _abstract(tree: Any, sharding: NamedSharding, replicas: int = 1, *, axis: bool = False) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens
@@ -27,10 +27,13 @@ from sweet_jax.training.settings import Schedule, StepSettings
 from sweet_jax.training.sharding import (
     batch_sharding,
     make_mesh,
+    mesh_of_shardings,
     put_batch,
     replica_sharding,
     replicated_sharding,
     reshard,
+    spread_update,
+    state_shardings,
     warn_on_retrace,
 )
 from sweet_jax.training.step import Params, State, train_step
@@ -78,8 +81,9 @@ def data_parallel_plan(config: Config, settings: StepSettings, state: State) -> 
     """Plans steps that all devices take together: replicas and rows are spread over them."""
     replicas = len(config.replicas())
     mesh = make_mesh(replicas, config.batch_size)
-    compiled, schedule = compile_step(settings, replicas, mesh), settings.schedule
-    measured = compile_conflict(settings, replicas, mesh)
+    shardings = state_shardings(mesh, state, replicas)
+    compiled, schedule = compile_step(settings, replicas, shardings), settings.schedule
+    measured = compile_conflict(settings, replicas, shardings)
 
     def step(number: int, state: State, inputs: dict) -> tuple[State, list[StepMetrics]]:
         every, conflict = config.conflict_every, None
@@ -89,7 +93,7 @@ def data_parallel_plan(config: Config, settings: StepSettings, state: State) -> 
         return state, [values._replace(conflict=conflict)]
 
     return ExecutionPlan(
-        jax.tree.map(lambda _: replica_sharding(mesh, replicas), state),
+        shardings,
         lambda state: state,
         lambda state: state,
         lambda tokens, rows, sizes: put_batch(tokens, rows, sizes, batch_sharding(mesh, replicas)),
@@ -101,11 +105,11 @@ def segment_parallel_plan(config: Config, settings: StepSettings, state: State) 
     """Plans steps where each group of devices trains its own segments, see segment_parallel.py."""
     replicas = len(config.replicas())
     groups = make_device_groups(settings.exits, replicas, config.batch_size)
-    compiled = compile_groups(settings, groups, replicas)
     parts = [
-        jax.tree.map(lambda _, g=group: replica_sharding(g.mesh, replicas), part)
+        state_shardings(group.mesh, part, replicas)
         for group, part in zip(groups, split_state(state, groups, settings.exits), strict=True)
     ]
+    compiled = compile_groups(settings, groups, replicas, parts)
     return ExecutionPlan(
         join_state(parts),
         lambda state: reshard(split_state(state, groups, settings.exits), parts),
@@ -127,45 +131,63 @@ def gather_params(config: Config, params: Params) -> Params:
     return reshard(params, jax.tree.map(lambda _: sharding, params))
 
 
-def compile_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
+def compile_step(settings: StepSettings, replicas: int, shardings: State) -> Callable:
     """Compiles (state, batch, schedule) → (state, metrics), sharded, the old state donated.
 
     All arrays but the schedule's have the leading axis R, but a single replica's have none: on a
     CPU an axis of size 1 makes a step slower. Traced once for each size and length of a batch. The
     same function is returned for settings that differ in their schedule only.
+
+    shardings: of the state, from `state_shardings`.
     """
     settings = dataclasses.replace(settings, total_steps=0, warmup_steps=0)
-    return _compiled_step(settings, replicas, mesh)
+    leaves, structure = jax.tree.flatten(shardings)
+    return _compiled_step(settings, replicas, tuple(leaves), structure)
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled_step(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
+def _compiled_step(
+    settings: StepSettings,
+    replicas: int,
+    leaves: tuple[NamedSharding, ...],
+    structure: jax.tree_util.PyTreeDef,
+) -> Callable:
+    shardings = jax.tree.unflatten(structure, leaves)
+    mesh = mesh_of_shardings(shardings)
+
     def one(
         state: State, batch: dict[str, jax.Array], schedule: Schedule
     ) -> tuple[State, StepMetrics]:
         return train_step(dataclasses.replace(settings, traced=schedule), state, batch)
 
-    by_state, by_batch = replica_sharding(mesh, replicas), batch_sharding(mesh, replicas)
+    every = jax.vmap(one, (0, 0, None)) if replicas > 1 else one
+
+    def step(
+        state: State, batch: dict[str, jax.Array], schedule: Schedule
+    ) -> tuple[State, StepMetrics]:
+        state, metrics = every(state, batch, schedule)
+        return spread_update(state, shardings), metrics
+
     return jax.jit(
-        warn_on_retrace(jax.vmap(one, (0, 0, None)) if replicas > 1 else one),
-        in_shardings=(by_state, by_batch, replicated_sharding(mesh)),
-        out_shardings=(by_state, replicated_sharding(mesh)),
+        warn_on_retrace(step),
+        in_shardings=(shardings, batch_sharding(mesh, replicas), replicated_sharding(mesh)),
+        out_shardings=(shardings, replicated_sharding(mesh)),
         donate_argnums=0,
     )
 
 
-def compile_conflict(settings: StepSettings, replicas: int, mesh: Mesh) -> Callable:
+def compile_conflict(settings: StepSettings, replicas: int, shardings: State) -> Callable:
     """Compiles (state, batch) → the conflict of the step's gradients, float32 [R, E, E, E].
 
     The state is left as it is. A program of its own: the training step's does not change by it.
     """
+    mesh = mesh_of_shardings(shardings)
 
     def one(state: State, batch: dict[str, jax.Array]) -> jax.Array:
         return conflict_step(settings, state, batch)
 
-    by_state, by_batch = replica_sharding(mesh, replicas), batch_sharding(mesh, replicas)
     return jax.jit(
         warn_on_retrace(jax.vmap(one) if replicas > 1 else one),
-        in_shardings=(by_state, by_batch),
+        in_shardings=(shardings, batch_sharding(mesh, replicas)),
         out_shardings=replicated_sharding(mesh),
     )

@@ -25,6 +25,7 @@ from sweet_jax.training.sharding import (
     make_mesh,
     replica_sharding,
     replicated_sharding,
+    spread_update,
     warn_on_retrace,
 )
 from sweet_jax.training.step import State, train_step_segments
@@ -109,14 +110,19 @@ def join_state(states: Sequence[State]) -> State:
 
 
 def compile_groups(
-    settings: StepSettings, groups: Sequence[DeviceGroup], replicas: int
+    settings: StepSettings, groups: Sequence[DeviceGroup], replicas: int, parts: Sequence[State]
 ) -> Callable[[list[State], list[dict]], tuple[list[State], list[StepMetrics]]]:
     """Compiles a step of all groups, a program for each; takes the batch on each group's devices.
 
     Nothing is waited for: programs of one group run in order, those of different groups at the same
     time, as soon as what they take is there.
+
+    parts: the shardings of each group's state, from `state_shardings`.
     """
-    programs = [compile_group(settings, group, replicas) for group in groups]
+    programs = [
+        compile_group(settings, group, replicas, shardings)
+        for group, shardings in zip(groups, parts, strict=True)
+    ]
 
     def step(states: list[State], batches: list[dict]) -> tuple[list[State], list[StepMetrics]]:
         carried, after, metrics = None, [], []
@@ -130,18 +136,29 @@ def compile_groups(
     return step
 
 
-def compile_group(settings: StepSettings, group: DeviceGroup, replicas: int) -> Callable:
-    """Compiles (state, batch, carried) → (state, metrics, carried) of one group."""
+def compile_group(
+    settings: StepSettings, group: DeviceGroup, replicas: int, shardings: State
+) -> Callable:
+    """Compiles (state, batch, carried) → (state, metrics, carried) of one group.
+
+    shardings: of the group's state, from `state_shardings`.
+    """
 
     def one(state: State, batch: dict, carried: SegmentState | None) -> tuple:
         return train_step_segments(settings, group.segments, state, batch, carried)
 
     mesh, last = group.mesh, group.segments[-1] == len(settings.exits) - 1
-    by_state, by_batch = replica_sharding(mesh, replicas), batch_sharding(mesh, replicas)
-    handed_on = None if last else (by_batch, by_state)
+    every = jax.vmap(one) if replicas > 1 else one
+
+    def step(state: State, batch: dict, carried: SegmentState | None) -> tuple:
+        state, metrics, carried = every(state, batch, carried)
+        return spread_update(state, shardings), metrics, carried
+
+    by_batch, by_replica = batch_sharding(mesh, replicas), replica_sharding(mesh, replicas)
+    handed_on = None if last else (by_batch, by_replica)
     return jax.jit(
-        warn_on_retrace(jax.vmap(one) if replicas > 1 else one),
-        out_shardings=(by_state, replicated_sharding(mesh), handed_on),
+        warn_on_retrace(step),
+        out_shardings=(shardings, replicated_sharding(mesh), handed_on),
         donate_argnums=0,
     )
 

@@ -18,6 +18,12 @@ from sweet_jax.data.batches import Tokens, pad_rows, padded_length
 
 log = logging.getLogger(__name__)
 
+# Matrices with fewer rows or columns, such as classifiers, are not worth a message.
+_LEAST_WIDTH = 8
+# Of a model's parameters. Their tables are split by columns: what each device then looks up, and
+# sums into its part of the gradient, are parts of hidden states, far fewer than the table's rows.
+_EMBEDDINGS = jax.tree_util.DictKey("embeddings")
+
 
 def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes a mesh whose "replica" axis divides R and whose "data" axis divides B; of all devices.
@@ -50,6 +56,53 @@ def replica_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("replica") if replicas > 1 else PartitionSpec())
 
 
+def state_shardings(mesh: Mesh, state: Any, replicas: int = 2) -> Any:
+    """Returns the sharding of each array of a training state, a tree like it.
+
+    AdamW's moments of a matrix are spread over the devices that share its replica's batch: weight-
+    update sharding (Xu et al. 2020, arXiv 2004.13336), also known as ZeRO stage 1. All else of a
+    replica is whole on each of its devices.
+
+    state: State of step.py [R, ...], arrays or shapes; of a single replica without the axis R.
+    """
+    whole = replica_sharding(mesh, replicas)
+    leading, data = whole.spec, mesh.shape["data"]
+
+    def spread(path: tuple, moment: Any) -> NamedSharding:
+        shape = moment.shape[len(leading) :]
+        fitting = [axis for axis, size in enumerate(shape) if size % data == 0]
+        if data == 1 or len(shape) < 2 or min(shape) < _LEAST_WIDTH or not fitting:
+            return whole
+        axis = fitting[-1] if _EMBEDDINGS in path else fitting[0]
+        return NamedSharding(mesh, PartitionSpec(*leading, *[None] * axis, "data"))
+
+    adam = jax.tree.map(lambda _: whole, state.adam)
+    adam = adam._replace(
+        mu=jax.tree.map_with_path(spread, state.adam.mu),
+        nu=jax.tree.map_with_path(spread, state.adam.nu),
+    )
+    return jax.tree.map(lambda _: whole, state)._replace(adam=adam)
+
+
+def spread_update(state: Any, shardings: Any) -> Any:
+    """Returns the state after a step, traced, with each parameter computed where its moments are.
+
+    Gradients are then summed to the parts of each device only, which updates these, and the
+    parameters are gathered: without it all devices would compute all of the update.
+
+    shardings: of the state, from `state_shardings`.
+    """
+    if mesh_of_shardings(shardings).shape["data"] == 1:
+        return state
+
+    def constrain(sharding: NamedSharding | None, param: Any) -> Any:
+        frozen = sharding is None or sharding.is_fully_replicated
+        return param if frozen else jax.lax.with_sharding_constraint(param, sharding)
+
+    params = jax.tree.map(constrain, shardings.adam.mu, state.params, is_leaf=lambda x: x is None)
+    return state._replace(params=params)
+
+
 def batch_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
     """Returns the sharding of batches [R, B, ...]; of a single replica's, [B, ...]."""
     axes = ("replica", "data") if replicas > 1 else ("data",)
@@ -63,7 +116,12 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 
 def mesh_of(arrays: Any) -> Mesh:
     """Returns the mesh that arrays are on."""
-    return jax.tree.leaves(arrays)[0].sharding.mesh
+    return mesh_of_shardings(jax.tree.leaves(arrays)[0].sharding)
+
+
+def mesh_of_shardings(shardings: Any) -> Mesh:
+    """Returns the mesh of a tree of shardings."""
+    return jax.tree.leaves(shardings)[0].mesh
 
 
 def put_batch(
