@@ -219,7 +219,9 @@ def collectives(text: str) -> Iterator[Collective]:
             kind = "reduce-scatter"
         arrays = _arrays(shapes)
         if "-start(" in line and kind != "all-reduce":  # the operands, the results, and flags
-            arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
+            half = len(arrays) // 2
+            whole = {"all-gather": arrays[half:], "reduce-scatter": arrays[:half]}
+            arrays = whole.get(kind, arrays[1:2])
         yield Collective(
             kind,
             set(map(frozenset, _groups(axes, joined, listed))),
@@ -240,6 +242,11 @@ def _arrays(shapes: str) -> list[tuple[int, int]]:
 def _groups(axes: str, joined: str, listed: str) -> list[list[int]]:
     """Returns the groups of devices, numbered along the mesh."""
     if not axes:
+        if counted := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", listed):
+            count, size, shape, order = counted.groups()
+            grid = np.arange(int(count) * int(size)).reshape([int(n) for n in shape.split(",")])
+            grid = grid.transpose([int(axis) for axis in order.split(",")] if order else None)
+            return grid.reshape(int(count), int(size)).tolist()
         groups = re.findall(r"\{([\d,]+)\}", listed)
         return [[int(number) for number in group.split(",")] for group in groups] or [[-1]]
     extents = [int(number) for number in re.findall(r"=(\d+)", axes)]
