@@ -46,6 +46,10 @@ class Attempt:
         """Returns the numbers of the processes that have not ended."""
         return [n for n, process in enumerate(self.processes) if process.poll() is None]
 
+    def is_whole(self) -> bool:
+        """Returns whether none of the processes has ended."""
+        return len(self.running()) == len(self.processes)
+
     def wait(self, seconds: float, numbers: Sequence[int] | None = None) -> dict[int, float]:
         """Waits for processes, by default all; returns the seconds until each of them ended.
 
