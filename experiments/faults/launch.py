@@ -129,7 +129,7 @@ def started(setup: Setup, workdir: Path, logs: Path | None = None) -> Iterator[A
         attempt.kill()
 
 
-def finish(setup: Setup, workdir: Path, seconds: float = 600.0) -> Attempt:
+def finish(setup: Setup, workdir: Path, seconds: float = 1800.0) -> Attempt:
     """Runs the command to its end.
 
     Raises RuntimeError with what the processes said if one fails, or does not end in time.

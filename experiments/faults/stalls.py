@@ -1,4 +1,4 @@
-"""One of four processes is stopped, not killed: the others must end, and say why."""
+"""One of several processes is stopped, not killed: the others must end, and say why."""
 
 import shutil
 import signal
@@ -13,21 +13,22 @@ from experiments.faults.phases import Watch
 _SECONDS = 120.0  # waited for the others
 
 
-def run_stalls(folder: Path) -> list[dict[str, Any]]:
-    """Stops a process in several phases, also the first one; returns a record of each."""
-    place = folder / "four"
+def run_stalls(folder: Path, mode: str) -> list[dict[str, Any]]:
+    """Stops the last process, or the first, in several phases; returns a record of each."""
+    place = folder / mode
     place.mkdir(parents=True, exist_ok=True)
-    setup = setup_of("four", folder)
-    known = undisturbed("four", setup, folder)
+    setup = setup_of(mode, folder)
+    known = undisturbed(mode, setup, folder)
+    last = setup.processes - 1
     records = []
-    for phase, victim in (("training", 2), ("training", 0), ("checkpoint", 1), ("evaluation", 3)):
+    for phase, victim in (("checkpoint", last), ("training", 0), ("evaluation", last)):
         run = place / f"stall-{phase}-{victim}"
         record = None
         while record is None:
             record = _stop(setup, run, known, phase, victim)
         finish(setup, run)
         bits, names = differing_bits(place / "whole", run)
-        records.append(record | {"bits": bits, "differing": count_bits(names)})
+        records.append({"mode": mode, **record, "bits": bits, "differing": count_bits(names)})
         print(records[-1], flush=True)
     return records
 
