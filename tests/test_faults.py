@@ -8,6 +8,7 @@ import resource
 import time
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from experiments.faults import kills, launch, summary
 from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
+from sweet_jax import distributed
 from sweet_jax.config import Config
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.main import main
@@ -181,6 +183,22 @@ def test_the_work_of_a_cell_that_ends_by_itself_is_estimated():
     """The grid of the kills on Ray has such cells."""
     config = Config(exits=(1, 2), train_size=400, epochs="auto", batch_size=16)
     assert Cell("sst2-sweet", config).work == pytest.approx(4.8 * 400 * 40 * 2, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
+def test_a_process_that_is_gone_is_said_in_a_line_whatever_jax_raises(kind, monkeypatch, capsys):
+    """JAX raises a ValueError where a compiled computation fails as it is dispatched."""
+    ended = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with distributed.abort_together():
+        raise kind("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    with distributed.abort_together():
+        raise ValueError("a mistake of this process")
+    lines = capsys.readouterr().err.splitlines()
+    assert ended == [1, 1]
+    assert lines[0].startswith("process 0 of 2: another process is gone (UNKNOWN: Gloo AllGather")
+    assert lines[1] == "Traceback (most recent call last):"
 
 
 @pytest.mark.slow
