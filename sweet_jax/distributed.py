@@ -216,7 +216,7 @@ def abort_together() -> Iterator[None]:
         if jax.process_count() == 1 or isinstance(error, UserError | PreemptedError):
             raise
         which = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, jax.errors.JaxRuntimeError) and _lost(error):
+        if _is_lost_process(error):
             print(
                 f"{which}: another process is gone ({_first_line(error)}). The same command on all "
                 "of them resumes from the last checkpoint",
@@ -233,9 +233,15 @@ def abort_together() -> Iterator[None]:
         os._exit(1)
 
 
-def _lost(error: jax.errors.JaxRuntimeError) -> bool:
-    """Returns whether a step failed because a process that takes part in it is gone."""
-    signs = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat")
+def _is_lost_process(error: BaseException) -> bool:
+    """Returns whether a computation failed because a process that takes part in it is gone."""
+    collectives = ("Gloo", "NCCL")
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        signs = (*collectives, "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat")
+    elif isinstance(error, ValueError):  # of a computation that JAX dispatches at once
+        signs = collectives
+    else:
+        return False
     return any(sign in str(error) for sign in signs)
 
 

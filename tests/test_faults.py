@@ -8,6 +8,7 @@ import resource
 import time
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from experiments.faults import kills, launch, summary
 from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
+from sweet_jax import distributed
 from sweet_jax.config import Config
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.main import main
@@ -153,16 +155,50 @@ def test_phases_are_told_by_the_files_of_this_attempt(tmp_path):
 def test_plans_prefer_the_phases_that_were_hit_least():
     known = kills.Reference(10.0, {"probe": (2.0, 5.0), "report": (1.0, 9.0)}, 20, 160)
     rng, hit = random.Random(0), Counter({"probe": 3, "report": 0})
-    plans = [kills.plan_kill(rng, ["probe", "report"], hit, known) for _ in range(50)]
+    plans = [kills.plan_kill(rng, hit, known, ["probe", "report"]) for _ in range(50)]
     aimed = Counter(plan.phase for plan in plans)
     assert aimed["report"] > aimed["probe"] > 0  # the rest: at any time of the run
     assert all(plan.delay <= {"report": 1.0, "probe": 2.0}[plan.phase] for plan in plans)
+
+
+def test_a_moment_that_was_missed_is_chosen_anew_of_the_phases_ahead(tmp_path):
+    (tmp_path / "run" / "exit_outputs").mkdir(parents=True)
+    write_json(tmp_path / "run" / "config.json", {})
+    watch = Watch(tmp_path / "run", time.time() - 1, tmp_path / "0.err")
+    asked = []
+
+    def choose(ahead: list[str]) -> kills.Plan:
+        asked.append(list(ahead))
+        return kills.Plan(ahead[0], 0.0)
+
+    assert kills.await_kill(choose, ["probe", "training", "report"], watch, lambda: True) == (
+        kills.Plan("report", 0.0)
+    )
+    assert asked == [["probe", "training", "report"], ["report"]]
+    assert kills.await_kill(choose, ["probe"], watch, lambda: True) is None
+    assert kills.await_kill(choose, ["report"], watch, lambda: False) is None
 
 
 def test_the_work_of_a_cell_that_ends_by_itself_is_estimated():
     """The grid of the kills on Ray has such cells."""
     config = Config(exits=(1, 2), train_size=400, epochs="auto", batch_size=16)
     assert Cell("sst2-sweet", config).work == pytest.approx(4.8 * 400 * 40 * 2, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
+def test_a_process_that_is_gone_is_said_in_a_line_whatever_jax_raises(kind, monkeypatch, capsys):
+    """JAX raises a ValueError where a compiled computation fails as it is dispatched."""
+    ended = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with distributed.abort_together():
+        raise kind("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    with distributed.abort_together():
+        raise ValueError("a mistake of this process")
+    lines = capsys.readouterr().err.splitlines()
+    assert ended == [1, 1]
+    assert lines[0].startswith("process 0 of 2: another process is gone (UNKNOWN: Gloo AllGather")
+    assert lines[1] == "Traceback (most recent call last):"
 
 
 @pytest.mark.slow
@@ -180,7 +216,8 @@ def test_killed_runs_are_counted_and_have_no_differing_bit(tmp_path):
     with launch.started(setup, run) as attempt:
         watch = Watch(run, attempt.began, attempt.errors[0], 12, 96)
         plan = kills.Plan("probe", 0.0)  # there is no probe: from the claim to the outputs
-        killed = kills.end_at(random.Random(0), plan, watch, attempt, kills.MODES["single"][1])
+        assert kills.await_moment(plan, watch, attempt.is_whole)
+        killed = kills.end_now(random.Random(0), plan, watch, attempt, kills.MODES["single"][1])
     assert killed == {"phase": "probe", "victims": [0], "aimed": "probe"}
     launch.finish(setup, run)
     bits, names = differing_bits(whole, run)

@@ -13,7 +13,7 @@ least so far.
 One of several processes is killed, and the others must end by themselves; in a quarter of the kills
 all are. Counts are kept in WORKDIR/MODE.SEED.jsonl: the same command resumes until there are
 --kills of this seed. Seeds may run side by side, in one work directory.
-stalls: one of four processes is stopped (SIGSTOP); the others must end.
+stalls: one of several processes is stopped (SIGSTOP); the others must end.
 storage: a workdir on a disk that becomes full, or read-only (as root, on Linux).
 elastic: from 4 to 2 to 1 processes.
 report: prints the counts of all kills, and writes them to OUTPUT/kills.json.
@@ -32,12 +32,13 @@ def main(argv: list[str] | None = None) -> int | None:
     made = ArgumentParser("experiments.faults", __doc__ or "")
     add = made.add_argument
     add("what", choices=("kills", "stalls", "storage", "elastic", "report"))
-    add("--mode", default="single", choices=(*MODES, "ray"), help="of kills, and of storage")
+    add("--mode", choices=(*MODES, "ray"), help="default: single; of stalls, four")
     add("--kills", type=int, default=50, help="of this seed, with those counted before")
     add("--seed", type=int, default=0)
     add("--workdir", type=Path, default=Path("runs/faults"))
     add("--output", type=Path, default=Path("experiments/results/faults"))
     options = made.parse_args(argv)
+    options.mode = options.mode or ("four" if options.what == "stalls" else "single")
     folder, output = options.workdir.resolve(), options.output
     if options.what == "report":
         from experiments.faults.summary import report
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int | None:
     elif options.what == "stalls":
         from experiments.faults.stalls import run_stalls
 
-        write_json(output / "stalls.json", run_stalls(folder))
+        write_json(output / f"stalls-{options.mode}.json", run_stalls(folder, options.mode))
     elif options.what == "storage":
         from experiments.faults.storage import run_storage
 

@@ -1,20 +1,21 @@
 """Kills runs at random moments and resumes them, until they end; then compares every bit."""
 
 import dataclasses
+import functools
 import json
 import random
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.launch import Attempt, Setup, finish, started
-from experiments.faults.phases import PHASES, Watch, bar_total
+from experiments.faults.phases import PHASES, Watch, bar_total, place_of
 from sweet_jax.files import read_json, write_json
 
 # (processes, signal)
@@ -28,7 +29,9 @@ MODES = {
 _TOGETHER = 90.0  # seconds within which the processes that are left must have ended
 LAST = 900.0  # seconds that a run may take which nobody kills
 _ALL = 0.25  # share of the kills that end all processes, as a power cut does, not one of them
-MOST = 5  # kills of one run, which may end then
+MOST = 8  # kills of one run, which may end then
+_STARVED = "stopped sending heartbeats"  # said by JAX, where a busy machine stops all for 30 s
+_RESTARTS = 3  # of a run for that reason
 _COLD = 0.15  # share of the runs that begin with an empty compilation cache
 
 
@@ -117,7 +120,7 @@ def phases_of(seen: Iterable[tuple[float, str]]) -> dict[str, tuple[float, float
     return found
 
 
-def plan_kill(rng: random.Random, ahead: list[str], hit: Counter, known: Reference) -> Plan:
+def plan_kill(rng: random.Random, hit: Counter, known: Reference, ahead: list[str]) -> Plan:
     """Chooses when to kill: at any time, or in the phase that was hit least of those ahead.
 
     A time is that of an undisturbed run: a phase, as often as it is long, and a moment in it.
@@ -146,29 +149,47 @@ def phases_ahead(run: Path, last_step: int) -> list[str]:
     return [phase for phase in PHASES if phase not in done]
 
 
-def await_moment(plan: Plan, watch: Watch, attempt: Attempt) -> bool:
-    """Waits for the moment of a plan; returns False where a process has ended before."""
-    count, seen = len(attempt.processes), plan.phase == "start-up"
-    until = attempt.began + (plan.delay if seen else plan.not_before)
-    while len(attempt.running()) == count:
+def await_moment(plan: Plan, watch: Watch, is_alive: Callable[[], bool]) -> bool:
+    """Waits for the moment of a plan; returns False where the run has passed it, or has ended."""
+    seen = plan.phase == "start-up"
+    until = watch.began + (plan.delay if seen else plan.not_before)
+    while is_alive():
         now = time.time()
         if seen and now >= until:
             return True
-        if not seen and now >= until and watch.phase() == plan.phase:
-            seen, until = True, now + plan.delay
+        if not seen:
+            phase = watch.phase()
+            if phase == plan.phase and now >= until:
+                seen, until = True, now + plan.delay
+            elif place_of(phase) > place_of(plan.phase):
+                return False
         time.sleep(min(0.01, max(0.0, until - now)) or 0.01)
     return False
 
 
-def end_at(
+def await_kill(
+    choose: Callable[[list[str]], Plan], ahead: list[str], watch: Watch, is_alive
+) -> Plan | None:
+    """Waits for a moment at which to kill; one that was missed is chosen anew of those ahead.
+
+    choose: makes a plan from the phases that are ahead. Returns None where the run ended before.
+    """
+    while ahead and is_alive():
+        plan = choose(ahead)
+        if await_moment(plan, watch, is_alive):
+            return plan
+        now = place_of(watch.phase())
+        ahead = [phase for phase in ahead if place_of(phase) >= now]
+    return None
+
+
+def end_now(
     rng: random.Random, plan: Plan, watch: Watch, attempt: Attempt, how: signal.Signals
 ) -> dict[str, Any] | None:
-    """Sends a signal at the moment of a plan to one process, or to all; waits until all ended.
+    """Sends a signal to one process, or to all; waits until all ended.
 
     Returns the record of the kill, None where the run ended before.
     """
-    if not await_moment(plan, watch, attempt):
-        return None
     everyone = list(range(len(attempt.processes)))
     victims = [rng.choice(everyone)]
     if len(everyone) > 1 and rng.random() < _ALL:
@@ -211,34 +232,42 @@ def last_words(attempt: Attempt, number: int) -> str:
 def run_round(mode: str, number: int, folder: Path, seed: int, hit: Counter) -> dict[str, Any]:
     """Kills one run until it ends by itself; returns the record of all its kills.
 
-    Raises RuntimeError if the command fails, or does not end.
+    Raises RuntimeError if the command fails, or does not end; one that nobody killed and that JAX
+    ended for want of heartbeats is started again, and counted.
     """
     setup, how = setup_of(mode, folder.parent), MODES[mode][1]
     known = undisturbed(mode, setup, folder.parent)
     run, rng = folder / f"run-{seed}-{number}", random.Random(f"{seed}/{mode}/{number}")
     if cold := rng.random() < _COLD:  # compiled programs that were half written are killed too
         setup = dataclasses.replace(setup, cache=folder / f"{run.name}-cache")
-    kills = KillLog(folder / f"{run.name}-kills.jsonl")
+    kills, restarts = KillLog(folder / f"{run.name}-kills.jsonl"), 0
     while True:
         with started(setup, run) as attempt:
             watch = Watch(run, attempt.began, attempt.errors[0], known.last_step, known.total)
-            killed = None
+            killed, plan = None, None
             if len(kills.read()) < MOST:
+                choose = functools.partial(plan_kill, rng, hit + kills.phases(), known)
                 ahead = phases_ahead(run, known.last_step)
-                plan = plan_kill(rng, ahead, hit + kills.phases(), known)
-                killed = end_at(rng, plan, watch, attempt, how)
+                if plan := await_kill(choose, ahead, watch, attempt.is_whole):
+                    killed = end_now(rng, plan, watch, attempt, how)
             if killed is None:
                 attempt.wait(LAST)
-                break
-        kills.add(killed)
-        print(f"{mode} {number}: killed {killed}", flush=True)
-    if any(process.returncode for process in attempt.processes):
-        texts = "\n".join(attempt.said(n)[-2000:] for n in range(len(attempt.processes)))
-        raise RuntimeError(f"{run} did not resume:\n{texts}")
+        if killed is not None:
+            kills.add(killed)
+            print(f"{mode} {number}: killed {killed}", flush=True)
+        elif not (statuses := {process.returncode for process in attempt.processes} - {0}):
+            break
+        elif plan is None or statuses != {-signal.SIGKILL}:  # else a kill at a process's end
+            texts = "\n".join(attempt.said(n)[-2000:] for n in range(len(attempt.processes)))
+            restarts += 1
+            if _STARVED not in texts or restarts > _RESTARTS:
+                raise RuntimeError(f"{run} did not resume:\n{texts}")
+            print(f"{mode} {number}: started again, since {_STARVED}", flush=True)
     bits, names = differing_bits(folder / "whole", run)
     left = [str(p.relative_to(run)) for p in run.rglob("*") if ".part" in p.name]
     record = {"mode": mode, "round": number, "cold": cold, "kills": kills.read(), "bits": bits}
     record |= {"differing": count_bits(names), "names": names[:20], "left": left}
+    record |= {"restarts": restarts}
     print(f"{mode} {number}: {record['differing']} of {bits} bits differ {names[:5]}", flush=True)
     if not names:
         for path in folder.glob(f"{run.name}*"):

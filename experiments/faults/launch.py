@@ -46,6 +46,10 @@ class Attempt:
         """Returns the numbers of the processes that have not ended."""
         return [n for n, process in enumerate(self.processes) if process.poll() is None]
 
+    def is_whole(self) -> bool:
+        """Returns whether none of the processes has ended."""
+        return len(self.running()) == len(self.processes)
+
     def wait(self, seconds: float, numbers: Sequence[int] | None = None) -> dict[int, float]:
         """Waits for processes, by default all; returns the seconds until each of them ended.
 
@@ -125,7 +129,7 @@ def started(setup: Setup, workdir: Path, logs: Path | None = None) -> Iterator[A
         attempt.kill()
 
 
-def finish(setup: Setup, workdir: Path, seconds: float = 600.0) -> Attempt:
+def finish(setup: Setup, workdir: Path, seconds: float = 1800.0) -> Attempt:
     """Runs the command to its end.
 
     Raises RuntimeError with what the processes said if one fails, or does not end in time.

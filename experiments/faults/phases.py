@@ -18,8 +18,23 @@ PHASES = (
     "evaluation",
     "report",
 )
+# Phases that a run goes through in this order; those of one set alternate.
+_ORDER = (
+    {"start-up"},
+    {"probe"},
+    {"rate search", "compile", "training", "checkpoint"},
+    {"refit"},
+    {"evaluation"},
+    {"report"},
+    {"ended"},
+)
 _BAR = re.compile(r"exits_1_2_3:[^\r\n]*?(\d+)/(\d+) ")
 _SLACK = 0.02  # seconds by which the clock of a file system may lag
+
+
+def place_of(phase: str) -> int:
+    """Returns how late in a run a phase comes: the same number for those that alternate."""
+    return next(n for n, phases in enumerate(_ORDER) if phase in phases)
 
 
 @dataclasses.dataclass(frozen=True)

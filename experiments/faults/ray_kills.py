@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import random
 import re
@@ -18,7 +19,7 @@ from typing import Any
 from experiments.faults import kills
 from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import RECIPE, labelled_texts, write_inputs
-from experiments.faults.kills import Reference, phases_ahead, plan_kill
+from experiments.faults.kills import Reference, await_kill, phases_ahead, plan_kill
 from experiments.faults.launch import ROOT
 from experiments.faults.phases import Watch
 
@@ -217,15 +218,15 @@ def _next_kill(
         time.sleep(0.02)
     pid, cell = found[-1], run / "work" / _CELL
     watch = CellWatch(cell, began, _errors(where, pid), known.last_step, known.total)
-    ahead = phases_ahead(cell, known.last_step)
-    plan, begun = plan_kill(rng, ahead, hit, known), time.time()
-    until, seen = begun + plan.not_before, False
-    while not seen or time.time() < until:
-        if not _is_alive(pid) or process.poll() is not None:
-            return None
-        if not seen and time.time() >= until and watch.phase() == plan.phase:
-            seen, until = True, time.time() + plan.delay
-        time.sleep(0.005)
+    choose = functools.partial(plan_kill, rng, hit, known)
+    plan = await_kill(
+        choose,
+        phases_ahead(cell, known.last_step),
+        watch,
+        lambda: _is_alive(pid) and process.poll() is None,
+    )
+    if plan is None:
+        return None
     victim = "driver" if rng.random() < _DRIVER else "worker"
     if not _is_alive(pid):
         return None

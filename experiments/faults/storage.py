@@ -77,7 +77,7 @@ def run_storage(folder: Path, mode: str) -> dict[str, Any]:
 
             def disturb(watch, attempt, phase=phase, fail=fail) -> None:
                 plan = Plan(phase, known.phases.get(phase, (0.1, 0.0))[0] / 2)
-                if await_moment(plan, watch, attempt):
+                if await_moment(plan, watch, attempt.is_whole):
                     fail()
 
             record = _attempt(setup, place / "run", disturb, known.last_step, known.total)
