@@ -40,7 +40,7 @@ def check_update(each: list[Compiled], shape: shapes.Shape, *, joined: bool = Fa
     joined: XLA for GPUs puts several arrays into one, so that only their sum is known.
     """
     held, tokens = sizes(shape), SIZE.batch * SIZE.length
-    check_reduced([count for found in each for count in found.reduced], shape, joined=joined)
+    check_reduced(each, shape, joined=joined)
     gathered = [count for found in each for count in found.gathered]
     assert joined or set(gathered) <= {*held, tokens}
     assert 0.7 * sum(held) <= sum(gathered) <= 1.1 * sum(held) + tokens
@@ -51,18 +51,22 @@ def check_update(each: list[Compiled], shape: shapes.Shape, *, joined: bool = Fa
         assert found.sent <= 2 * 4 * sum(held)
 
 
-def check_reduced(counts: list[int], shape: shapes.Shape, *, joined: bool = False) -> None:
+def check_reduced(each: list[Compiled], shape: shapes.Shape, *, joined: bool = False) -> None:
     """Asserts that what is summed over the rows of a batch are gradients, and a step's metrics."""
     hidden = shape.config.hidden_size
     width = getattr(shape.config, "embedding_size", 0) or hidden
     # Of a table of positions the rows that are read; DeBERTa's distances go through a projection.
     # A scatter over a table's columns compares 128 flags first.
     known = {*sizes(shape), SIZE.length * width, 2 * SIZE.length * hidden, 128}
+    counts = [count for found in each for count in found.reduced]
     assert joined or {count for count in counts if count > len(shape.exits)} <= known
+    # Small sums are scattered part by part, one device after the other, on two devices or four.
+    passed = [count for found in each for count in found.passed]
+    assert set(passed) <= {count // devices for count in known for devices in (2, _DEVICES)}
     # A parameter that two products read, as ModernBERT's of the first token, has two gradients;
     # of the largest table, the hidden states' gradients may be exchanged instead.
     least = 0.8 * (sum(sizes(shape)) - max(sizes(shape)))
-    assert least <= sum(counts) <= 1.6 * sum(sizes(shape))
+    assert least <= sum(counts) + sum(passed) <= 1.6 * sum(sizes(shape))
 
 
 def narrow_products(text: str) -> float:

@@ -71,7 +71,8 @@ def test_evaluation_and_the_probe_s_features(topology, features):
     # What every host reads of all rows: logits, and the vectors that the classifiers read.
     each = len(shape.exits) * SIZE.batch
     outputs = each * shapes.CLASSES + (each * shape.config.hidden_size if features else 0)
-    assert 0 < sum(found.reduced) <= outputs
+    exchanged = [*found.reduced, *found.gathered, *found.transposed, *found.passed]
+    assert 0 < sum(exchanged) <= outputs
     assert found.exchanged == []
     assert found.temporaries < 2**20
     assert narrow_products(found.text) > 0.9

@@ -58,6 +58,7 @@ class Compiled(NamedTuple):
     reduced: list[int]  # numbers in each array that is summed over the rows of a batch
     gathered: list[int]  # in each that is gathered from parts
     transposed: list[int]  # in each that is split along another axis than before
+    passed: list[int]  # in each part of a sum that goes from device to device
     exchanged: list[int]  # in each array of a collective that joins replicas
     text: str
 
@@ -72,6 +73,8 @@ class Collective(NamedTuple):
 
     def sent(self) -> float:
         """Returns the bytes that a device sends at least, to all others of its group in turn."""
+        if self.kind == "collective-permute":
+            return self.bytes
         others = max(map(len, self.groups)) - 1
         passes = 2 if self.kind == "all-reduce" else 1
         return self.bytes * passes * others / (others + 1)
@@ -186,7 +189,8 @@ def describe(program: Any, seconds: float, devices: np.ndarray) -> Compiled:
         sum(found.sent() for found in inside),
         counts("all-reduce", "reduce-scatter"),
         counts("all-gather"),
-        counts("all-to-all", "collective-permute"),
+        counts("all-to-all"),
+        counts("collective-permute"),
         [count for found in across for count in found.counts],
         text,
     )
