@@ -235,12 +235,10 @@ def abort_together() -> Iterator[None]:
 
 def _is_lost_process(error: BaseException) -> bool:
     """Returns whether a computation failed because a process that takes part in it is gone."""
-    collectives = ("Gloo", "NCCL")
+    signs: tuple[str, ...] = ("Gloo", "NCCL")
     if isinstance(error, jax.errors.JaxRuntimeError):
-        signs = (*collectives, "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat")
-    elif isinstance(error, ValueError):  # of a computation that JAX dispatches at once
-        signs = collectives
-    else:
+        signs += ("UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat")
+    elif not isinstance(error, ValueError):  # of a computation that JAX dispatches at once
         return False
     return any(sign in str(error) for sign in signs)
 
