@@ -282,10 +282,11 @@ def test_groups_of_devices_are_read_from_the_compiler_s_text():
         "%a = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}"
     )
     assert pairs.groups == {frozenset({0, 1})}
-    (unknown,) = tpu_programs.collectives(
-        "%a = f32[4]{0} all-gather(%x), replica_groups=[2,2]<=[4]"
-    )
-    assert unknown.groups == {frozenset({-1})}  # no group of a mesh
+    counted = "%a = f32[4]{0} all-gather(%x), replica_groups=[2,2]<="  # as XLA for GPUs has them
+    (rows,) = tpu_programs.collectives(f"{counted}[4], x")
+    assert rows.groups == {frozenset({0, 1}), frozenset({2, 3})}
+    (across,) = tpu_programs.collectives(f"{counted}[2,2]T(1,0), x")
+    assert across.groups == {frozenset({0, 2}), frozenset({1, 3})}
 
 
 def test_scattered_sums_and_what_spans_fusions_are_read_from_the_compiler_s_text():

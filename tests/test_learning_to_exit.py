@@ -64,6 +64,7 @@ def test_the_gradient_of_the_exit_loss_reaches_its_own_segment_or_its_own_head_o
         assert np.any(leaf) == reached or untrained(path), path
 
 
+@pytest.mark.slow
 def test_switching_it_on_leaves_every_other_random_number_as_it_was():
     def made(**options):
         graphdef, values = nnx.split(

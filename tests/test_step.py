@@ -116,6 +116,7 @@ def test_global_clipping_couples_the_exits(isolated):
     assert clipped[1] / clipped[3] == pytest.approx(before[1] / before[3], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_spread_moments_give_the_steps_of_whole_ones():
     """Two replicas, the rows of each on two devices: moments in parts, parameters whole.
 

@@ -154,6 +154,7 @@ def test_each_replica_keeps_its_own_best_state():
     assert best.step.tolist() == [10, 5]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_parameters_of_the_best_step(recipe, tmp_path, one_device):
     """Bit for bit; and a replica that diverges at once those that it began with."""
     config = recipe | {"tuning_fraction": 0.29, "learning_rates": (1e-3, 1e30)}
