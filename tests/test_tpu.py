@@ -71,8 +71,9 @@ def check_reduced(each: list[tpu_programs.Compiled], shape: shapes.Shape) -> Non
     passed = [count for found in each for count in found.passed]
     assert set(passed) <= {count // devices for count in known for devices in (2, _DEVICES)}
     # A parameter that two products read, as ModernBERT's of the first token, has two gradients;
-    # of the largest table, the hidden states' gradients may be exchanged instead.
-    least = 0.8 * (sum(sizes(shape)) - max(sizes(shape)))
+    # of the largest table, the hidden states' gradients may be exchanged instead, and where parts
+    # are passed on, a device keeps its own: half of a sum, on two devices.
+    least = 0.7 * (sum(sizes(shape)) - max(sizes(shape)))
     assert least <= sum(counts) + sum(passed) <= 1.6 * sum(sizes(shape))
 
 
