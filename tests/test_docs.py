@@ -64,7 +64,7 @@ def place(tmp_path_factory):
         f"""\
         #!/usr/bin/env bash
         set -eu
-        run() {{ {shlex.quote(sys.executable)} -c {shlex.quote(program)} "$@"; }}
+        run() {{ exec {shlex.quote(sys.executable)} -c {shlex.quote(program)} "$@"; }}
         case "$1" in
           train) run "$@" {shlex.join(SHORT)} ;;
           serve)
