@@ -28,7 +28,7 @@ _ORDER = (
     {"report"},
     {"ended"},
 )
-_BAR = re.compile(r"exits_1_2_3:[^\r\n]*?(\d+)/(\d+) ")
+_BAR = re.compile(r"training, exits 1, 2, 3:[^\r\n]*?(\d+)/(\d+) ")
 _SLACK = 0.02  # seconds by which the clock of a file system may lag
 
 
