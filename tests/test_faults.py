@@ -135,7 +135,8 @@ def test_phases_are_told_by_the_files_of_this_attempt(tmp_path):
     step("probe.npz")
     step("rate_search.json")
     errors.write_text(
-        "training, exits 1, 2, 3:   0%|   | 0/160 [00:00<?]\rtraining, exits 1, 2, 3:   5%|   | 8/160 [00:01]"
+        "training, exits 1, 2, 3:   0%|   | 0/160 [00:00<?]\r"
+        "training, exits 1, 2, 3:   5%|   | 8/160 [00:01]"
     )
     seen.append(watch.phase())
     (trained / "20.orbax-checkpoint-tmp-1").mkdir(parents=True)

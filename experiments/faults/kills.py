@@ -90,6 +90,8 @@ def undisturbed(mode: str, setup: Setup, folder: Path) -> Reference:
         errors = finish(setup, run).errors[0]  # compiles
         steps = [int(p.name.split(".")[0]) for p in run.glob("checkpoints/*/*.digest.json")]
         last_step, total = max(steps), bar_total(errors)
+        if not total:
+            raise RuntimeError(f"no progress bar of a training in {errors}: see phases.py")
         with started(setup, again) as attempt:
             watch = Watch(again, attempt.began, attempt.errors[0], last_step, total)
             seen: list[tuple[float, str]] = []
