@@ -22,7 +22,6 @@ Shape letters: T target, S seed, E exit, N rows, V held-out rows, H hidden, C cl
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,24 +30,16 @@ import numpy as np
 
 from experiments import probes
 from experiments.comparison import interval
-from experiments.frozen_features import (
-    Features,
-    compute_features,
-    fit_probes,
-    probe_outputs,
-    select_exits,
-)
+from experiments.frozen_features import Features
 from experiments.laplace import laplace_confidences
 from experiments.options import record_parser
 from experiments.pcee_measurements import LEAST_GAIN, RULES, TARGETS, control, join_outputs
 from experiments.records import read_table, write_table
 from experiments.rendering import table_lines
 from experiments.runner import exit_status
-from experiments.variant_runs import with_fewer_validation_rows
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError
 from sweet_jax.files import write_text
-from sweet_jax.preparation import prepare
 from sweet_jax.training.probe import LinearClassifiers
 
 EXITS = {"minilm-l6": (1, 2, 4, 6), "mpnet-base": (1, 4, 6, 12)}
@@ -59,26 +50,16 @@ COLUMNS = ("model", "task", "seed", "rule", "splits", "asked", "achieved", "erro
 
 def measure(model: str, task: str, options: argparse.Namespace) -> list[dict]:
     """Returns rows of control.csv: of every seed, rule and target the means over splits."""
-    exits = EXITS[model]
-    own = options.checkpoint if model == "mpnet-base" else None
-    values = argparse.Namespace(**vars(options) | {"checkpoint": own})
-    job = with_fewer_validation_rows(
-        prepare(probes.config_of(model, task, values)), probes.VALIDATION
-    )
-    features = compute_features(job, options.workdir / model / task / "features.npz")
-    features = select_exits(features, job.config.exits, exits)
-    job = dataclasses.replace(job, config=dataclasses.replace(job.config, exits=exits))
-    classifiers = fit_probes(features, len(job.dataset.classes))
-    pair = probe_outputs(job, features, classifiers)
+    fitted = probes.fit_exits(model, task, EXITS[model], options)
     found = []
     for number, seed in enumerate(probes.SEEDS):
-        rows = join_outputs(*(outputs.replica(number) for outputs in pair))
+        rows = join_outputs(fitted.calibration.replica(number), fitted.validation.replica(number))
         right = (rows.predictions == rows.labels[:, None])[0].mean(axis=-1)  # [E]
         if right[-1] - right[0] < LEAST_GAIN:
             print(f"left out: {model} {task} seed {seed}", flush=True)
             continue
         targets = right[0] + TARGETS * (right[-1] - right[0])
-        confidences = _laplace(features, classifiers, number)
+        confidences = _laplace(fitted.features, fitted.classifiers, number)
         points = control(rows, targets, options.splits, seed, [confidences], oracle=True)
         for title, of_rule in zip(TITLES, points, strict=True):
             for target, at in zip(targets, of_rule, strict=True):  # [splits, 2]

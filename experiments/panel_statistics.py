@@ -54,10 +54,11 @@ def compare(one: Scores, other: Scores) -> Comparison:
     means = np.take_along_axis(gaps[None], seeds, axis=2).mean(axis=2).ravel()  # [P]
     low, high = np.quantile(means, [0.025, 0.975])
     value, spread = float((one.area - other.area).mean()), float(means.std())
-    return Comparison(value, float(low), float(high), _two_sided(value, spread))
+    return Comparison(value, float(low), float(high), two_sided(value, spread))
 
 
-def _two_sided(value: float, spread: float) -> float:
+def two_sided(value: float, spread: float) -> float:
+    """Returns the p-value of no difference, of the normal distribution with such a spread."""
     from scipy import stats
 
     if spread == 0:

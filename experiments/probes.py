@@ -23,12 +23,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.cells import identity
-from experiments.frozen_features import compute_features, fit_probes, probe_of
+from experiments.frozen_features import (
+    Features,
+    compute_features,
+    fit_probes,
+    probe_of,
+    probe_outputs,
+    select_exits,
+)
 from experiments.options import MODELS, record_parser
 from experiments.recipe_results import (
     Cell,
@@ -46,12 +53,14 @@ from experiments.variant_runs import with_fewer_validation_rows
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import lock_directory, write_text
-from sweet_jax.preparation import prepare
+from sweet_jax.preparation import PreparedRun, prepare
+from sweet_jax.training.probe import LinearClassifiers
 
 LAYERS = {"minilm-l6": 6, "mpnet-base": 12}
 TRAIN, VALIDATION, SEEDS = 1000, 1000, (0, 1, 2)
-_VARIANT = "probes"
+VARIANT = "probes"
 TASKS = {
     task: Cell(task, TRAIN, length, source)
     for task, (source, length) in {
@@ -107,6 +116,33 @@ def run_task(model: str, task: str, options: argparse.Namespace) -> CellRecord:
     return CellRecord(config, counts, found, about)
 
 
+class FittedExits(NamedTuple):
+    """Holds the probes of a frozen encoder at some of its layers, and their outputs."""
+
+    job: PreparedRun
+    features: Features
+    classifiers: LinearClassifiers  # [S, E]
+    calibration: ExitOutputs  # a replica a seed
+    validation: ExitOutputs
+
+
+def fit_exits(
+    model: str, task: str, exits: Sequence[int], options: argparse.Namespace
+) -> FittedExits:
+    """Fits the probes of a task at the exits of a model, for the studies of both encoders.
+
+    options: --checkpoint is MPNet-base's; features are in --workdir, computed where it lacks them.
+    """
+    given = argparse.Namespace(**vars(options))
+    given.checkpoint = options.checkpoint if model == "mpnet-base" else None
+    job = with_fewer_validation_rows(prepare(config_of(model, task, given)), VALIDATION)
+    features = compute_features(job, options.workdir / model / task / "features.npz")
+    features = select_exits(features, job.config.exits, exits)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, exits=tuple(exits)))
+    classifiers = fit_probes(features, len(job.dataset.classes))
+    return FittedExits(job, features, classifiers, *probe_outputs(job, features, classifiers))
+
+
 def interval_text(scores: Scores) -> str:
     """Formats the accuracy in per cent with half the width of its 95% interval."""
     drawn = scores.drawn_exits[:, :, 0]  # [D, S]
@@ -122,14 +158,14 @@ def render(output: Path) -> None:
     for model, layers in LAYERS.items():
         rows = []
         for task in TASKS:
-            record = read_record(output, f"{model}-{task}", _VARIANT)
+            record = read_record(output, f"{model}-{task}", VARIANT)
             if record is None:
                 continue
             kinds = ["majority", "tfidf", *(f"probe_{layer}" for layer in range(1, layers + 1))]
             name = f"{task}*" if task in SEEN else task
             head = [name, str(record.n["validation"])]
             rows.append(head + [interval_text(record.scores[kind]) for kind in kinds])
-        absent = [t for t in TASKS if not record_path(output, f"{model}-{t}", _VARIANT).exists()]
+        absent = [t for t in TASKS if not record_path(output, f"{model}-{t}", VARIANT).exists()]
         heading = ["task", "n", "majority", "TF-IDF", *(f"layer {i + 1}" for i in range(layers))]
         lines += [f"## {model}", "", *(table_lines(heading, rows) if rows else [])]
         lines += ["", f"Not run: {', '.join(absent)}." if absent else "All ten tasks.", ""]
@@ -163,9 +199,9 @@ def _run(argv: Sequence[str] | None) -> bool:
         with lock_directory(options.workdir, "--workdir"):
             for task in tasks:
                 name = f"{options.model}-{task}"
-                if not record_path(options.output, name, _VARIANT).exists():
+                if not record_path(options.output, name, VARIANT).exists():
                     record = run_task(options.model, task, options)
-                    write_record(options.output, name, _VARIANT, record)
+                    write_record(options.output, name, VARIANT, record)
                     shown = {k: f"{100 * s.exits.mean():.1f}" for k, s in record.scores.items()}
                     print(name, record.about["seconds"], "s", shown, flush=True)
     render(options.output)

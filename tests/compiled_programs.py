@@ -1,4 +1,4 @@
-"""What programs that were compiled for absent TPUs and GPUs must hold."""
+"""Checks programs that were compiled for absent TPUs and GPUs: exchange, memory, products."""
 
 import dataclasses
 import re

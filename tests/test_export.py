@@ -30,7 +30,7 @@ def load_runner(folder: Path):
 
 
 def refused(folder: Path, monkeypatch, capsys, *arguments) -> str:
-    """What run.py of an exported folder says as it refuses its arguments."""
+    """Returns what run.py of an exported folder says as it refuses its arguments."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:

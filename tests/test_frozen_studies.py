@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
 
 def test_laplace_is_the_posterior_of_the_whole_matrix_where_kronecker_factors_are_exact():
-    """Of weights that are zero every row has the same probabilities, and the factors are exact."""
+    """Weights of zero give every row the same probabilities, for which the factors are exact."""
     rng = np.random.default_rng(0)
     x, rows = rng.normal(2, 3, (40, 3)), rng.normal(2, 3, (5, 3))
     bias, penalty = np.asarray([0.3, 0.0, -0.5]), 0.1
