@@ -212,7 +212,8 @@ little, and by how much MPNet-base at MiniLM's FLOPs is above that; MPNet-base's
 with exits {", ".join(map(str, EXITS))} at MiniLM's cost, the difference to all of MiniLM with its
 95% bootstrap interval over seeds and rows, in bold where it leaves out zero after Holm's correction
 over the table, and in brackets the cost on validation rows in units of MiniLM's; all of MPNet-base,
-at 6.4 (int8) to 8 (FLOPs) times that cost. A star: the encoders' own training saw pairs of this task."""
+at 6.4 (int8) to 8 (FLOPs) times that cost. A star: the encoders' own training saw pairs of this
+task."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
