@@ -55,6 +55,14 @@ def parser(doc: str | None = None, script: str = "grid") -> ArgumentParser:
     add("--methods", default=",".join(METHODS), help="default: %(default)s")
     add("--learning_rates", help="default: the model's; the best by area is reported")
     add("--seeds", help="default: 0,1,2")
+    add(
+        "--rate_search",
+        default="all_seeds",
+        choices=("all_seeds", "first_seed"),
+        help="all_seeds (the default): every learning rate with every seed, all in one program. "
+        "first_seed: every rate with the first seed, and the best of them with the others, one run "
+        "after the other: for an encoder of which the machine's memory holds one copy in training",
+    )
     add("--train_size", type=int, help="rows at most; default: the model's, 6000 of the paper's")
     add("--max_length", type=int, help="tokens; default: the model's")
     add("--preset", choices=("", "paper", "reference"))
@@ -115,7 +123,8 @@ def cell(options: argparse.Namespace, task: str, method: str, **changed: Any) ->
     """
     changes = [f"{k}-{'-'.join(map(_text, _several(v)))}" for k, v in changed.items()]
     values = {**settings(options), "task": task, "method": method, **changed}
-    return Cell("-".join([task, method, *changes]), from_mapping(values))
+    name = "-".join([task, method, *changes])
+    return Cell(name, from_mapping(values), options.rate_search)
 
 
 def method_cells(options: argparse.Namespace) -> list[Cell]:
@@ -148,13 +157,13 @@ def _chosen(what: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
 
 def shared_words(options: argparse.Namespace) -> list[str]:
     """Returns the options that all cells of a study share, as words of a command line."""
-    return _words(options, ("learning_rates", "seeds", *_SHARED))
+    return _words(options, ("learning_rates", "seeds", "rate_search", *_SHARED))
 
 
 def command(options: argparse.Namespace, script: str) -> str:
     """Returns the command of these options, without what depends on the machine."""
     own = sorted(set(vars(options)) - set(vars(parser().parse_args([]))))  # the script's come last
-    said = ("tasks", "methods", "learning_rates", "seeds", *_SHARED, *own)
+    said = ("tasks", "methods", "learning_rates", "seeds", "rate_search", *_SHARED, *own)
     words = _words(options, said)
     if options.output != default_output(options):
         here = Path.cwd()

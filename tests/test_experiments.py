@@ -337,6 +337,36 @@ def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_rate_search_on_the_first_seed_trains_the_best_rate_with_the_others(
+    finished, arguments, tmp_path, monkeypatch
+):
+    full = [*arguments, "--rate_search=first_seed", "--methods=early_exit"]
+    full += [f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}"]
+    folder = outputs(full, "sst2-early_exit")
+    assert individual.run(full) == 0
+    whole = ExitOutputs.load(outputs(finished, "sst2-early_exit") / "validation.npz")
+    found = ExitOutputs.load(folder / "validation.npz")
+    results = json.loads((folder / "results.json").read_text())
+    areas = {r["learning_rate"]: r["calibration_area"] for r in results["replicas"][:2]}
+    best = max(areas, key=areas.__getitem__)
+    assert found.identity.replicas == ((0, 1e-3), (0, 3e-3), (1, best))
+    for mine, replica in enumerate(found.identity.replicas):
+        theirs = whole.identity.replicas.index(replica)
+        np.testing.assert_allclose(found.logits[mine], whole.logits[theirs], atol=1e-5)
+        np.testing.assert_array_equal(found.labels[mine], whole.labels[theirs])
+    record = read_study(tmp_path / "out")[0]["sst2-early_exit"]
+    assert record.learning_rate == best
+    assert [(r.seed, r.learning_rate) for r in record.runs] == list(found.identity.replicas)
+    # Runs that are finished are not trained again; the tables come out the same.
+    scores = (tmp_path / "out" / "scores.csv").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    (folder / "results.json").unlink()
+    monkeypatch.setattr("experiments.cells.run", None)
+    assert individual.run(full) == 0
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == scores
+
+
+@pytest.mark.slow
 def test_of_five_rates_by_three_seeds_each_equals_its_solo_run(arguments, tmp_path):
     """With dropout, whose masks each replica must draw as it would alone."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=2, dropout=0.1)
