@@ -11,12 +11,17 @@ parameters, is given with its 95% interval. The learning rate's linear decay is 
 two epochs (750 steps), of which the 400 are the first, and dropout is on, as in training: these
 two are choices made here.
 
-Writes conflict.csv (the cosines of every batch) and figures/conflict.png to --output. The paper's
-backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers. Cost: 11 minutes on 2 cores
-(an hour for BERT-base, --checkpoint=bert-base-uncased --exits=1,4,6,12, is a guess). Expected, from
-the paper: in a layer below several exits the gradient of the layer's own exit agrees with those of
-the later ones less than those agree among each other. Seen with MiniLM (one training): exits 4 and
-6 agree (cosine 0.09 in layer 1, 0.04 in layer 2), all other pairs are within 0.02 of zero.
+--pooling compares read-outs: the paper's exits read the first token, "mean" all of them; each is
+trained and measured on its own. Beside the cosines stand each loss and the norm of its gradient:
+what is orthogonal but a hundredth in length moves little.
+
+Writes conflict.csv (every batch) and figures/conflict.png, conflict-mean.png to --output. The
+paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers. Cost for a read-out:
+6 minutes on 2 cores; half an hour for MPNet-base, whose checkpoint experiments.mpnet_checkpoint
+fetches (--model=mpnet-base --checkpoint=FOLDER). Expected, from the paper: in a layer below several
+exits the gradient of the layer's own exit agrees with those of the later ones less than those agree
+among each other. Seen with MiniLM (one training): exits 4 and 6 agree (cosine 0.09 in layer 1, 0.04
+in layer 2), all other pairs are within 0.02 of zero.
 """
 
 import argparse
@@ -35,28 +40,29 @@ from experiments.options import MODELS, encoder_note
 from experiments.records import read_table, write_table
 from experiments.rendering import Section, write_figures
 from sweet_jax.arguments import ArgumentParser
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config, UserError, check_choice, split_names
 from sweet_jax.data.batches import bucket_lengths, pad_rows, steps_per_epoch, training_batch_indices
 from sweet_jax.exits.metrics import mean_interval
 from sweet_jax.models.layers import derive_key
 from sweet_jax.preparation import PreparedRun, prepare
-from sweet_jax.training.conflict import gradient_conflict
+from sweet_jax.training.conflict import GradientComparison, compare_gradients
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
 
 HEADER = ("layer", "exits", "cosine")
 COLUMNS = (
     *("study", "task", "checkpoint", "train_rows", "learning_rate", "batch_size", "steps", "seed"),
-    *("batch", "layer", "exit", "other_exit", "cosine"),
+    *("pooling", "batch", "layer", "exit", "other_exit", "cosine", "norm", "loss"),
 )
+TITLES = {"first": "first token", "mean": "mean of all tokens"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, measures, writes; returns the exit status (2: the input is wrong)."""
     try:
         options = parse(argv)
-        job = prepare(configuration(options))
-        config, rows = job.config, job.rows.training.shape[1]
+        jobs = [prepare(configuration(options, pooling)) for pooling in options.pooling]
+        config, rows = jobs[0].config, jobs[0].rows.training.shape[1]
         total = steps_per_epoch(rows, config.batch_size) * config.epochs
         if not 0 < options.steps <= total:
             raise UserError(
@@ -68,40 +74,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    each = measure(job, options.batches)  # [batches, E, E, E]
     output = Path(options.output)
-    write_batches(output, each, job, options.steps)
+    for job in jobs:
+        write_batches(output, measure(job, options.batches), job, options.steps)
     found = sections(output)
     write_figures(output, found)
-    for row in [HEADER, *found[0].rows]:
-        print("{:>5} {:>9}  {}".format(*row))
+    for section in found:
+        print(section.title)
+        for row in [section.header, *section.rows]:
+            print("  ".join(f"{text:>9}" for text in row).rstrip())
     print(f"{options.batches} batches after {options.steps} steps: {output / 'conflict.csv'}")
     return 0
 
 
-def write_batches(output: Path, each: np.ndarray, job: PreparedRun, steps: int) -> None:
-    """Writes conflict.csv: the cosine of every batch, layer and pair of exits at or above it."""
+def write_batches(
+    output: Path, batches: Sequence[GradientComparison], job: PreparedRun, steps: int
+) -> None:
+    """Writes conflict.csv: every batch, layer and pair of exits at or above it.
+
+    A pair of an exit with itself has the norm of its gradient in the layer, and its loss. Rows of
+    other read-outs stay.
+    """
     config, exits = job.config, job.config.exits
-    about = (
-        *(output.name, config.task, config.checkpoint, job.rows.training.shape[1]),
-        *(config.learning_rates[0], config.batch_size, steps, config.seeds[0]),
-    )
+    about = {
+        "study": output.name,
+        "task": config.task,
+        "checkpoint": config.checkpoint,
+        "train_rows": job.rows.training.shape[1],
+        "learning_rate": config.learning_rates[0],
+        "batch_size": config.batch_size,
+        "steps": steps,
+        "seed": config.seeds[0],
+        "pooling": config.pooling,
+    }
     rows = []
-    for batch, cosines in enumerate(each):
+    for batch, (cosines, norms, losses) in enumerate(batches):
         for i, layer in enumerate(exits):
             for j, k in itertools.combinations_with_replacement(range(i, len(exits)), 2):
                 cosine = float(cosines[i, j, k])
-                found = (batch, layer, exits[j], exits[k], cosine if np.isfinite(cosine) else None)
-                rows.append(dict(zip(COLUMNS, about + found, strict=True)))
-    write_table(output / "conflict.csv", COLUMNS, rows)
+                row = about | {"batch": batch, "layer": layer, "exit": exits[j]}
+                row |= {"other_exit": exits[k], "cosine": cosine if np.isfinite(cosine) else None}
+                if j == k:
+                    row |= {"norm": float(norms[i, j]), "loss": float(losses[j])}
+                rows.append(row)
+    kept = [row for row in read_table(output / "conflict.csv") if row["pooling"] != config.pooling]
+    write_table(output / "conflict.csv", COLUMNS, [*kept, *rows])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("experiments.conflict", __doc__ or "")
     parser.add_argument("--task", default="mnli", help="a GLUE task (mnli)")
     parser.add_argument("--data_dir", default="", help="of <task>/*.parquet; default the hub")
-    parser.add_argument("--checkpoint", default=MODELS["minilm-l6"]["checkpoint"])
-    parser.add_argument("--exits", default="1,2,4,6")
+    parser.add_argument("--model", default="minilm-l6", choices=MODELS)
+    parser.add_argument("--checkpoint", help="instead of the model's")
+    parser.add_argument("--exits", help="instead of the model's")
+    parser.add_argument("--pooling", default="first", help="read-outs: first (default), mean")
     parser.add_argument("--learning_rate", type=float, default=2e-5)
     parser.add_argument("--steps", type=int, default=400, help="of training before (400)")
     parser.add_argument("--batches", type=int, default=20, help="to take the mean over (20)")
@@ -109,22 +136,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_size", type=int, default=6000)
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output",
-        help="default: experiments/results/MODEL; MODEL is minilm-l6 for its checkpoint, "
-        "else the last part of --checkpoint",
-    )
+    parser.add_argument("--output", help="default: experiments/results/MODEL")
     options = parser.parse_args(argv)
-    if options.output is None:
-        small = options.checkpoint == MODELS["minilm-l6"]["checkpoint"]
-        model = "minilm-l6" if small else Path(options.checkpoint).name
-        options.output = f"experiments/results/{model}"
+    model = MODELS[options.model]
+    options.checkpoint = options.checkpoint or model["checkpoint"]
+    options.exits = options.exits or ",".join(map(str, model["exits"]))
+    options.output = options.output or f"experiments/results/{options.model}"
+    options.pooling = split_names(options.pooling)
+    for pooling in options.pooling:
+        check_choice("--pooling", pooling, TITLES)
     if options.batches < 1:
         parser.error(f"--batches must be 1 or more; got {options.batches}")
     return options
 
 
-def configuration(options: argparse.Namespace) -> Config:
+def configuration(options: argparse.Namespace, pooling: str) -> Config:
     """Returns the config of an Early-Exit run by the paper's protocol that ends after --steps."""
     try:
         exits = tuple(int(layer) for layer in options.exits.split(","))
@@ -141,18 +167,19 @@ def configuration(options: argparse.Namespace) -> Config:
         train_size=options.train_size,
         batch_size=options.batch_size,
         max_length=options.max_length,
+        pooling=pooling,
         data_dir=options.data_dir,
         max_steps=max(0, options.steps),
     )
 
 
-def measure(job: PreparedRun, batches: int) -> np.ndarray:
-    """Trains as the job's config says; the conflict on each of the next batches, [.., E, E, E]."""
+def measure(job: PreparedRun, batches: int) -> list[GradientComparison]:
+    """Trains as the job's config says; compares the gradients on each of the next batches."""
     config, training = job.config, model_specs(job.config)[0]
     with tempfile.TemporaryDirectory(prefix="conflict_") as workdir:
         graphdef, params, _ = fit(job.training_job(training, Path(workdir)))
     params = jax.tree.map(lambda x: x[0], params)  # the only replica's
-    measured = jax.jit(lambda params, *inputs: gradient_conflict(graphdef, params, *inputs))
+    measured = jax.jit(lambda params, *inputs: compare_gradients(graphdef, params, *inputs))
     seed, lengths = config.seeds[0], bucket_lengths(config.max_length)
     each, rows = [], list(job.rows.training)
     for number in range(config.max_steps, config.max_steps + batches):
@@ -160,29 +187,41 @@ def measure(job: PreparedRun, batches: int) -> np.ndarray:
         picked = training_batch_indices(rows, [seed], number, config.batch_size)[0]  # [B]
         batch = pad_rows(job.train, picked, lengths)
         key = derive_key(jax.random.key(jnp.uint32(seed)), "dropout", number)
-        each.append(np.asarray(measured(params, batch, key)))
-    return np.stack(each)
+        each.append(jax.device_get(measured(params, batch, key)))
+    return each
 
 
 def sections(output: Path) -> list[Section]:
-    """Returns the table and figure of OUTPUT/conflict.csv; nothing if there is none."""
+    """Returns the tables and figures of OUTPUT/conflict.csv, of each read-out that it has."""
     rows = read_table(output / "conflict.csv")
-    if not rows:
-        return []
+    found = []
+    for pooling, title in TITLES.items():
+        if of_pooling := [row for row in rows if row["pooling"] == pooling]:
+            name = "conflict" if pooling == "first" else f"conflict-{pooling}"
+            found += _sections(of_pooling, name, title)
+    return found
+
+
+def _sections(rows: Sequence[dict[str, str]], name: str, read_out: str) -> list[Section]:
     exits = list(dict.fromkeys(int(row["layer"]) for row in rows))
     batches = len({row["batch"] for row in rows})
-    each = np.full((batches, *[len(exits)] * 3), np.nan)  # [batches, E, E, E]
+    cosines = np.full((batches, *[len(exits)] * 3), np.nan)  # [batches, E, E, E]
+    norms, losses = (np.full((batches, *[len(exits)] * 2), np.nan) for _ in range(2))
     for row in rows:
         i, j, k = (exits.index(int(row[key])) for key in ("layer", "exit", "other_exit"))
-        cosine = float(row["cosine"] or "nan")  # empty where a gradient is zero
-        each[int(row["batch"]), i, [j, k], [k, j]] = cosine
-    mean, half = mean_interval(each)
+        batch = int(row["batch"])
+        # A number is left out where a gradient is zero.
+        cosines[batch, i, [j, k], [k, j]] = float(row["cosine"] or "nan")
+        if j == k:
+            norms[batch, i, j], losses[batch, i, j] = float(row["norm"]), float(row["loss"])
+    mean, half = mean_interval(cosines)
     run = rows[0]
     about = encoder_note(run["checkpoint"])
+    title = f"the exits' gradients, {run['task']}, {read_out}"
     return [
         Section(
-            "conflict",
-            f"Conflict of the exits' gradients, {run['task']} (figures 3, 9)",
+            name,
+            f"Conflict of {title} (figures 3, 9)",
             f"After {run['steps']} steps of Early-Exit with {run['checkpoint']} "
             f"({int(run['train_rows']):,} training "
             f"rows, learning rate {float(run['learning_rate']):g}, seed {run['seed']}): cosine of "
@@ -192,8 +231,33 @@ def sections(output: Path) -> list[Section]:
             HEADER,
             table(exits, mean, half),
             conflict_figure(exits, mean),
-        )
+        ),
+        Section(
+            f"{name}-norms",
+            f"Norms of {title}",
+            "Of each exit's gradient in each of those matrices, and each exit's loss: mean and 95% "
+            f"interval over the same {batches} batches.",
+            ("exit", "loss", *(f"norm in layer {layer}" for layer in exits)),
+            _norm_rows(exits, norms, losses),
+        ),
     ]
+
+
+def _norm_rows(exits: Sequence[int], norms: np.ndarray, losses: np.ndarray) -> list[list[str]]:
+    """Returns (exit, its loss, the norm of its gradient in each exit's layer) as text.
+
+    norms, losses: float [batches, E, E], layer, exit; NaN where the exit lies below the layer.
+    """
+    rows = []
+    for j, number in enumerate(exits):
+        each = [losses[:, j, j], *(norms[:, i, j] for i in range(j + 1))]
+        rows.append([str(number), *map(_mean_text, each), *[""] * (len(exits) - 1 - j)])
+    return rows
+
+
+def _mean_text(values: np.ndarray) -> str:
+    mean, half = mean_interval(values)
+    return f"{mean:.3g}" if half is None else f"{mean:.3g} ± {half:.2g}"
 
 
 def table(exits: Sequence[int], mean: np.ndarray, half: np.ndarray | None) -> list[list[str]]:

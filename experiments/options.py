@@ -40,10 +40,20 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SEEDS = (0, 1, 2)
 _SHARED = ("train_size", "max_length", "preset", "checkpoint", "exits")
-_MINILM = (
-    "MiniLM is sentence-transformers' all-MiniLM-L6-v2, trained contrastively on a billion pairs "
-    "of sentences, among them MNLI and SNLI (AllNLI) and QQP"
+_PAIRS = (
+    "trained contrastively on a billion pairs of sentences, among them MNLI and SNLI (AllNLI) and "
+    "QQP"
 )
+# What to know of encoders that are not the paper's, by checkpoint.
+_ENCODERS = {
+    MODELS["minilm-l6"]["checkpoint"]: (
+        f"MiniLM is sentence-transformers' all-MiniLM-L6-v2, {_PAIRS}"
+    ),
+    MODELS["mpnet-base"]["checkpoint"]: (
+        f"MPNet is sentence-transformers' all-mpnet-base-v2, {_PAIRS}; it has no trained pooler, "
+        "so that the dense layer of a first-token read-out starts at random"
+    ),
+}
 
 
 def parser(doc: str | None = None, script: str = "grid") -> ArgumentParser:
@@ -183,10 +193,10 @@ def _words(options: argparse.Namespace, keys: Iterable[str]) -> list[str]:
 
 def encoder_note(checkpoint: str, max_length: int = _PAPER_LENGTH) -> str:
     """Returns how an encoder's setup differs from the paper's; empty for the paper's encoders."""
-    if checkpoint != MODELS["minilm-l6"]["checkpoint"]:
+    if checkpoint not in _ENCODERS:
         return ""
     lengths = f"; texts are cut at {max_length} tokens, the paper's at {_PAPER_LENGTH}"
-    return f"{_MINILM}{lengths * (max_length != _PAPER_LENGTH)}."
+    return f"{_ENCODERS[checkpoint]}{lengths * (max_length != _PAPER_LENGTH)}."
 
 
 def default_output(options: argparse.Namespace) -> Path:

@@ -17,7 +17,7 @@ from tiny import WORDS
 
 from experiments import conflict
 from experiments.conflict import conflict_figure
-from sweet_jax.training.conflict import gradient_conflict
+from sweet_jax.training.conflict import compare_gradients, gradient_conflict
 from sweet_jax.training.metrics import read_metrics
 
 EXITS = (1, 2, 3)
@@ -31,14 +31,18 @@ def test_it_is_the_mean_cosine_of_the_rows_of_the_gradients():
         logits = nnx.merge(graphdef, params)(BATCH, 0.0, key)
         return (mean_loss(logits) * weights).sum()
 
-    found = jax.jit(lambda p: gradient_conflict(graphdef, p, BATCH, key))(params)
-    gradient = jax.jit(jax.grad(loss))
-    each = [gradient(params, w)["encoder"]["layers"] for w in np.eye(3, dtype=np.float32)]
-    wanted = np.full((3, 3, 3), np.nan)
+    found = jax.jit(lambda p: compare_gradients(graphdef, p, BATCH, key))(params)
+    gradient = jax.jit(jax.value_and_grad(loss))
+    losses, gradients = zip(
+        *(gradient(params, w) for w in np.eye(3, dtype=np.float32)), strict=True
+    )
+    each = [g["encoder"]["layers"] for g in gradients]
+    wanted, norms = np.full((3, 3, 3), np.nan), np.zeros((3, 3))
     for i, layer in enumerate(EXITS):
         # As torch has it: weight [H, F], a row for each unit of the output.
         weights = np.stack([g[layer - 1]["output"]["kernel"].T for g in each]).astype(float)
         assert weights.shape == (3, 16, 32)
+        norms[i] = np.sqrt(np.square(weights).sum(axis=(1, 2)))
         for j in range(i, 3):
             for k in range(i, 3):
                 cosines = [
@@ -46,8 +50,12 @@ def test_it_is_the_mean_cosine_of_the_rows_of_the_gradients():
                     for a, b in zip(weights[j], weights[k], strict=True)
                 ]
                 wanted[i, j, k] = np.mean(cosines)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(found.cosines, wanted, atol=1e-5)
     assert np.abs(wanted[0, 0, 1]) < 0.99
+    np.testing.assert_allclose(found.norms, norms, rtol=1e-5)
+    assert norms[0].all()
+    assert norms[2, 0] == 0  # exit 1 does not depend on the last layer
+    np.testing.assert_allclose(found.losses, losses, rtol=1e-6)
 
 
 def test_where_no_gradient_comes_through_it_is_not_defined():
@@ -106,7 +114,7 @@ def line(checkpoint, tmp_path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_experiment_writes_its_numbers_and_its_figure(line, tmp_path):
-    line += ["--steps=6", "--batches=3", f"--output={tmp_path / 'out'}"]
+    line += ["--steps=6", "--batches=3", "--pooling=first,mean", f"--output={tmp_path / 'out'}"]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.conflict", *line],
         cwd=Path(__file__).parents[1],
@@ -116,7 +124,11 @@ def test_the_experiment_writes_its_numbers_and_its_figure(line, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "conflict.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        everything = list(csv.DictReader(file))
+    rows, other = ([r for r in everything if r["pooling"] == p] for p in ("first", "mean"))
+    assert len(everything) == len(rows) + len(other)
+    assert [r["layer"] for r in rows] == [r["layer"] for r in other]
+    assert [r["cosine"] for r in rows] != [r["cosine"] for r in other]
     assert {row["steps"] for row in rows} == {"6"}
     assert len(rows) == 3 * (6 + 3 + 1)  # batches; pairs of exits at or above each layer
     pair = [
@@ -127,11 +139,17 @@ def test_the_experiment_writes_its_numbers_and_its_figure(line, tmp_path):
     half = 4.302653 * each.std(ddof=1) / np.sqrt(3)  # Student's t, 2 degrees of freedom
     assert f"1 and 2  {each.mean():.3f} ± {half:.3f}" in done.stdout
     assert "1 and 3" in done.stdout
-    assert (tmp_path / "out" / "figures" / "conflict.png").stat().st_size
+    last = [float(r["norm"]) for r in rows if r["layer"] == r["exit"] == r["other_exit"] == "3"]
+    assert f"{np.mean(last):.3g} ± " in done.stdout
+    assert all((r["norm"] != "") == (r["exit"] == r["other_exit"]) for r in everything)
+    for name in ("conflict", "conflict-mean"):
+        assert (tmp_path / "out" / "figures" / f"{name}.png").stat().st_size
 
 
 def test_the_experiment_refuses_more_steps_than_there_are(line, tmp_path, capsys):
     assert conflict.main([*line, "--steps=11", f"--output={tmp_path / 'out'}"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors[-1].startswith("error: --steps must be from 1 to 10")
+    assert conflict.main([*line, "--pooling=max", f"--output={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown --pooling 'max'")
     assert not (tmp_path / "out").exists()

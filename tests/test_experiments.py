@@ -199,8 +199,9 @@ def test_the_paper_s_numbers_stand_beside_those_of_any_model():
 
 def test_gradients_of_another_encoder_have_a_folder_of_their_own():
     assert conflict.parse([]).output == "experiments/results/minilm-l6"
-    other = conflict.parse(["--checkpoint=bert-base-uncased", "--exits=1,4,6,12"])
-    assert other.output == "experiments/results/bert-base-uncased"
+    other = conflict.parse(["--model=mpnet-base", "--pooling=first,mean"])
+    assert other.output == "experiments/results/mpnet-base"
+    assert (other.exits, other.pooling) == ("1,4,6,12", ("first", "mean"))
 
 
 def test_a_second_start_runs_nothing(finished, capsys):

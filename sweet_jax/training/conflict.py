@@ -3,7 +3,7 @@
 Shape letters: E exit, B batch, L length, H hidden, F feed-forward.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,25 @@ from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.step import Params, State, dropout_key
 
 
+class GradientComparison(NamedTuple):
+    """Compares the gradients of the exits' losses by W, the last feed-forward matrix of a layer.
+
+    Attributes:
+      cosines: float32 [E, E, E]. Entry [i, j, k] is of W in exit i's layer: the mean over W's rows
+        of the cosine between the rows of dL_j/dW and dL_k/dW. 1 is full agreement, below 0
+        conflict. NaN where j or k lies below i, whose losses do not depend on W, and where
+        isolation lets no gradient through. Weights of the losses do not change a cosine.
+      norms: float32 [E, E]. Entry [i, j] is the Frobenius norm of dL_j/dW in exit i's layer; 0
+        where the loss does not depend on W.
+      losses: float32 [E], L_j, the mean over the batch.
+
+    """
+
+    cosines: jax.Array
+    norms: jax.Array
+    losses: jax.Array
+
+
 def gradient_conflict(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -25,13 +44,19 @@ def gradient_conflict(
     isolation: Isolation = 0.0,
     objective: Objective = SINGLE_LABEL,
 ) -> jax.Array:
-    """Measures how far the exits' gradients agree in each exit's layer: cosines, [E, E, E] float32.
+    """Returns the cosines of `compare_gradients`, float32 [E, E, E]."""
+    return compare_gradients(graphdef, params, batch, key, isolation, objective).cosines
 
-    Entry [i, j, k] compares the gradients of the losses of exits j and k by W, the last
-    feed-forward matrix of exit i's layer: the mean over W's rows of the cosine between the rows of
-    dL_j/dW and dL_k/dW. 1 is full agreement, below 0 conflict. NaN where j or k lies below i, whose
-    losses do not depend on W, and where isolation lets no gradient through. Weights of the losses
-    do not change a cosine.
+
+def compare_gradients(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: dict[str, jax.Array],
+    key: jax.Array | None = None,
+    isolation: Isolation = 0.0,
+    objective: Objective = SINGLE_LABEL,
+) -> GradientComparison:
+    """Measures how far the exits' gradients agree in each exit's layer, and how large they are.
 
     One forward pass, and a backward pass for each exit with respect to these E matrices only.
 
@@ -48,7 +73,7 @@ def gradient_conflict(
         return objective.mean_loss(logits, batch["labels"], labeled_rows(batch))  # [E]
 
     layers = params["encoder"]["layers"]
-    _, backward = jax.vjp(losses, [layers[e - 1]["output"]["kernel"] for e in exits])
+    values, backward = jax.vjp(losses, [layers[e - 1]["output"]["kernel"] for e in exits])
     # One after the other, not vmapped: only one backward pass's memory is needed.
     each = [backward(cotangent)[0] for cotangent in jnp.eye(len(exits))]  # [E][E] of [F, H]
     pairs = []
@@ -56,7 +81,8 @@ def gradient_conflict(
         units = jnp.stack([_unit_rows(each[j][i]) for j in range(i, len(exits))])  # [E - i, F, H]
         cosines = jnp.einsum("jfh,kfh->jkh", units, units)  # [E - i, E - i, H]
         pairs.append(jnp.pad(jnp.nanmean(cosines, axis=-1), (i, 0), constant_values=jnp.nan))
-    return jnp.stack(pairs)  # [E, E, E]
+    norms = [[jnp.linalg.norm(each[j][i]) for j in range(len(exits))] for i in range(len(exits))]
+    return GradientComparison(jnp.stack(pairs), jnp.asarray(norms), values)
 
 
 def conflict_step(settings: StepSettings, state: State, batch: dict) -> jax.Array:
