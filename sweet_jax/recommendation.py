@@ -65,7 +65,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     exits = analysis.exits_taken(replica, threshold)
     times = np.broadcast_to(clock, (len(exits), len(clock)))  # [N, E]
     if lengths is not None:
-        times = table.until_exit_of(lengths)
+        times = table.interpolate_until_exit(lengths)
     lines.append(_describe(analysis, threshold, times))
     lines.append(_describe_choice(analysis, found, target))
     lines += _describe_effects(run, analysis, threshold)

@@ -140,7 +140,7 @@ def _exit_times(
     times = table.until_exit(model.median_tokens)
     each = None
     if texts is not None and (model.long_tokens or len(table.lengths) > 1):
-        each = table.until_exit_of(padded_token_counts(model, texts))
+        each = table.interpolate_until_exit(padded_token_counts(model, texts))
     return ExitTimes(times, tokens, table.machine, slow, model.long_tokens, each)
 
 

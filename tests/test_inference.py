@@ -389,10 +389,10 @@ def test_the_latency_of_this_machine_as_a_target(sweet, tmp_path, capsys, monkey
 def test_times_of_other_lengths_lie_on_lines_between_those_measured():
     times = np.array([[[1.0, 1.0], [3.0, 2.0]]])  # [B, L, E]
     table = LatencyTable("jax", "float32", 1, "here", (1,), (16, 32), times)
-    found = table.until_exit_of(np.array([16, 24, 32, 48]))
+    found = table.interpolate_until_exit(np.array([16, 24, 32, 48]))
     np.testing.assert_allclose(found, [[1, 2], [2, 3.5], [3, 5], [5, 8]])
     one = LatencyTable("jax", "float32", 1, "here", (1,), (16,), times[:, :1])
-    np.testing.assert_allclose(one.until_exit_of(np.array([16, 64])), [[1, 2], [1, 2]])
+    np.testing.assert_allclose(one.interpolate_until_exit(np.array([16, 64])), [[1, 2], [1, 2]])
 
 
 def test_an_unknown_target_is_refused_before_the_model_is_read():

@@ -34,7 +34,7 @@ class LatencyTable:
         place = long_enough[0] if long_enough else -1
         return np.cumsum(self.milliseconds[0, place])
 
-    def until_exit_of(self, lengths: np.ndarray) -> np.ndarray:
+    def interpolate_until_exit(self, lengths: np.ndarray) -> np.ndarray:
         """Predicts the milliseconds until each exit of texts by themselves, float64 [N, E].
 
         Linear in the length between the lengths that were measured, and beyond them.

@@ -147,12 +147,7 @@ def tfidf_predictions(
     iterations = int(np.clip(_WORK // (features.nnz * classes + 1), 20, 1000))
 
     def fit(strength: float) -> Any:
-        with warnings.catch_warnings():
-            # Close to the optimum the predictions are the same; users cannot act on the warning,
-            # nor on that of a label that all rows lack.
-            warnings.simplefilter("ignore", UserWarning)
-            model = objective.linear.text_model(strength, iterations)
-            return model.fit(features, labels)
+        return _fit_model(objective.linear.text_model(strength, iterations), features, labels)
 
     def predict(model: Any, rows: Any) -> np.ndarray:
         found = model.predict(rows)
@@ -169,6 +164,17 @@ def tfidf_predictions(
         model = fit(_USUAL_STRENGTH)
     parts = [texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE)]
     return np.concatenate([predict(model, _features(fitted, part)) for part in parts])
+
+
+def _fit_model(model: Any, features: Any, labels: np.ndarray) -> Any:
+    """Fits a linear model, without its warnings.
+
+    Close to the optimum the predictions are the same; users cannot act on that warning, nor on that
+    of a label that all rows lack.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return model.fit(features, labels)
 
 
 def _drawn(texts: Sequence[tuple[str, ...]], seed: int) -> np.ndarray:
