@@ -1,12 +1,14 @@
 """Tables of differences between the areas of two variants, over the cells of experiments.panel."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from experiments import paper
+from experiments.panel_records import read_record
 from experiments.panel_statistics import LEVEL, Comparison, Found, compare, holm, shared_cells
-from experiments.panel_variants import CELLS, CHANGES, READOUTS, ROW_GROUPS
+from experiments.panel_variants import CELLS, CHANGES, READOUTS, ROW_GROUPS, SETFIT
 
 Table = tuple[Sequence[str], list[list[str]]]  # header, rows
 _PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "multi_model"))
@@ -35,6 +37,30 @@ def changes_table(found: Found) -> Table:
         for kind, said in (("trained", "as trained"), ("refit", "refitted"))
     }
     return _differences(found, pairs, "change")
+
+
+def setfit_table(output: Path) -> Table:
+    """Returns SetFit's scores beside those of every exit of the recipe, on the same rows."""
+    records = {c: r for c in CELLS if (r := read_record(output, c, SETFIT)) is not None}
+    pairs = [
+        (cell, name, compare(scores, record.scores[SETFIT]))
+        for cell, record in records.items()
+        for name, scores in record.scores.items()
+        if name != SETFIT
+    ]
+    adjusted = iter(holm([gap.p for *_, gap in pairs]))
+    rows = []
+    for cell, record in records.items():
+        texts = []
+        for gap in (gap for of_cell, _, gap in pairs if of_cell == cell):
+            text = f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+            texts.append(f"**{text}**" if next(adjusted) < LEVEL else text)
+        scores, about = record.scores[SETFIT], record.about
+        rows.append([cell, f"{100 * scores.area.mean():.1f}", str(len(scores.area)), *texts])
+        rows[-1].append(f"{about['cpu_seconds'] / len(scores.area):.0f}")
+    exits = list(dict.fromkeys(name for _, name, _ in pairs))
+    header = ("cell", "SetFit", "seeds", *(f"{name} - SetFit" for name in exits), "core s a seed")
+    return header, rows
 
 
 def _differences(

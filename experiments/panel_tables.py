@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import paper
-from experiments.panel_differences import Table, changes_table, gaps_table
+from experiments.panel_differences import Table, changes_table, gaps_table, setfit_table
 from experiments.panel_records import Record, Scores
 from experiments.panel_statistics import (
     LEVEL,
@@ -43,7 +43,8 @@ def render(output: Path) -> None:
     if not found:
         return
     lines = ["# The panel", "", ABOUT, ""]
-    for title, (header, rows) in _sections(found).items():
+    sections = _sections(found) | {"SetFit on the same rows": setfit_table(output)}
+    for title, (header, rows) in sections.items():
         if rows:
             lines += [f"## {title}", "", *table_lines(header, rows), ""]
     lines += ["## Not run", "", *_missing(records), ""]

@@ -85,6 +85,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{name: _method(*name.split("-")) for name in (*AS_THEY_ARE, *MEAN_PROBE, *_OTHERS)},
     **{name: _method(*base.split("-")) | more for name, (base, more) in CHANGES.items()},
 }
+SETFIT = "setfit"  # beside the variants: experiments.panel_setfit
 _FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE)
 _SMALL = (500, 1000)
 _STAGED = {*_FIRST, *MEAN_PROBE, *CHANGES}

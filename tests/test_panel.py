@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import shutil
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from experiments.panel_records import (
     score_run,
     write_record,
 )
+from experiments.panel_setfit import with_draws
 from experiments.panel_statistics import aims, choose_default, compare, holm, load
 from experiments.panel_variants import CELLS, CHANGES, CORE, VARIANTS, config_of, units
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
@@ -61,6 +64,18 @@ def test_areas_on_drawn_rows_are_those_of_the_simulator_on_these_rows(metric, me
     ones = np.ones((1, 60), int)
     whole = [drawn_areas(rows.replica(s), confidences[s], ones)[0] for s in range(2)]
     np.testing.assert_allclose(whole, scores.area, rtol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "matthews"])
+def test_scores_on_drawn_rows_are_the_metric_of_these_rows(metric):
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(0, 2, 50), rng.integers(0, 2, (3, 50))
+    found = with_draws(metric, predictions, labels, 2)
+    for d in (0, 7):
+        at = np.repeat(np.arange(50), draw_counts(50)[d])
+        expected = [compute_metric(metric, each[at], labels[at], 2) for each in predictions]
+        np.testing.assert_allclose(found.drawn_area[d], expected, rtol=1e-12)
+    np.testing.assert_allclose(found.area, found.exits[:, 0])
 
 
 def record(area: float, seeds: int = 5, spread: float = 0.01, exits: int = 4) -> Record:
@@ -147,6 +162,16 @@ def test_the_page_has_every_table_and_names_what_was_not_run(tmp_path):
     assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
     page = (tmp_path / "README.md").read_text()
     assert "| early_exit-distilled | +3.0; 1 above, 0 below of 1 | +3.0;" in page
+    assert "SetFit" not in page
+    scores = {
+        "setfit": record(0.8).scores["trained"],
+        "recipe exit 6": record(0.85).scores["refit"],
+    }
+    beside = Record({}, {}, scores, {"cpu_seconds": 500})
+    write_record(tmp_path, "sst2-500", "setfit", beside)
+    assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert re.search(r"\| sst2-500 \| 80\.\d \| 5 \| \*\*\+6\.9 \[.*\]\*\* \| 100 \|", page)
 
 
 def test_the_page_is_rendered_from_the_committed_records(tmp_path):
