@@ -64,7 +64,8 @@ def signed(
     if runs:
         made += f" ({' or '.join(f'{n:,}' for n in counts)} training rows without those held out;"
         made += f" learning rates {', '.join(f'{r:g}' for r in rates)};"
-        made += f" seeds {', '.join(map(str, seeds))})"
+        first = ", rates compared on the first" * (options.rate_search == "first_seed")
+        made += f" seeds {', '.join(map(str, seeds))}{first})"
     config = settings(options)
     about = encoder_note(config["checkpoint"], config["max_length"])
     note = f"{sections[0].note}{made}." + f" {about}" * bool(about)

@@ -246,6 +246,7 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
     "panel-gaps": lambda s: panel_differences.gaps_table(
         _panel(s), panel_differences.SHOWN_READOUTS
     ),
+    "panel-setfit": lambda s: panel_differences.setfit_table(s.folder / "panel"),
     "panel-changes": lambda s: panel_differences.changes_table(_panel(s)),
 }
 
