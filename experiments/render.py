@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments import (
     ablation,
-    conflict,
+    conflict_tables,
     curves,
     individual,
     isolation,
@@ -68,7 +68,7 @@ def render(output: Path) -> None:
         records = load(output, script.cells(own))
         found = [s for s in script.sections(own, records) if s.rows]
         sections += signed(found, own, script.name, records)
-    sections += conflict.sections(output)
+    sections += conflict_tables.sections(output)
     write_figures(output, sections)
     title = f"sweet_jax: experiments with {options.model}"
     text = "\n".join([f"# {title}", "", *(markdown(s) for s in sections)])

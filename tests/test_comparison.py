@@ -10,7 +10,7 @@ from test_policies import known_table
 
 from experiments import (
     comparison,
-    conflict,
+    conflict_tables,
     large_at_small_cost,
     pcee_control,
     pcee_measurements,
@@ -288,7 +288,7 @@ def test_at_equal_cost_the_threshold_is_the_calibration_rows_best(tmp_path):
 def test_the_table_of_conflicts_has_every_pair_at_or_above_a_layer():
     i, j, k = np.indices((3, 3, 3))
     mean = 100.0 * i + 10 * j + k
-    rows = conflict.table([1, 2, 4], mean, mean)
+    rows = conflict_tables.table([1, 2, 4], mean, mean)
     assert rows == [
         ["1", "1 and 2", "1.000 ± 1.000"],
         ["1", "1 and 4", "2.000 ± 2.000"],
@@ -296,7 +296,7 @@ def test_the_table_of_conflicts_has_every_pair_at_or_above_a_layer():
         ["2", "2 and 4", "112.000 ± 112.000"],
     ]
     mean[1, 1, 2] = np.nan  # the gradient of one was zero
-    assert conflict.table([1, 2, 4], mean, mean)[3] == ["2", "2 and 4", "-"]
+    assert conflict_tables.table([1, 2, 4], mean, mean)[3] == ["2", "2 and 4", "-"]
 
 
 def test_what_an_encoder_saw_is_told_of_that_which_is_not_the_paper_s():

@@ -16,8 +16,8 @@ from test_run import logits_of
 from tiny import WORDS
 
 from experiments import conflict
-from experiments.conflict import conflict_figure
-from sweet_jax.training.conflict import compare_gradients, gradient_conflict
+from experiments.conflict_tables import conflict_figure
+from sweet_jax.training.conflict import compare_gradients
 from sweet_jax.training.metrics import read_metrics
 
 EXITS = (1, 2, 3)
@@ -60,11 +60,11 @@ def test_it_is_the_mean_cosine_of_the_rows_of_the_gradients():
 
 def test_where_no_gradient_comes_through_it_is_not_defined():
     graphdef, params = build(EXITS)
-    measured = jax.jit(lambda p: gradient_conflict(graphdef, p, BATCH, None, (1.0, 0.5)))(params)
+    compared = jax.jit(lambda p: compare_gradients(graphdef, p, BATCH, None, (1.0, 0.5)))(params)
     wanted = np.full((3, 3, 3), False)
     wanted[0, 0, 0] = wanted[2, 2, 2] = True
     wanted[1, 1:, 1:] = True
-    np.testing.assert_array_equal(np.isfinite(measured), wanted)
+    np.testing.assert_array_equal(np.isfinite(compared.cosines), wanted)
 
 
 @pytest.mark.slow

@@ -36,18 +36,6 @@ class GradientComparison(NamedTuple):
     losses: jax.Array
 
 
-def gradient_conflict(
-    graphdef: nnx.GraphDef,
-    params: Params,
-    batch: dict[str, jax.Array],
-    key: jax.Array | None = None,
-    isolation: Isolation = 0.0,
-    objective: Objective = SINGLE_LABEL,
-) -> jax.Array:
-    """Returns the cosines of `compare_gradients`, float32 [E, E, E]."""
-    return compare_gradients(graphdef, params, batch, key, isolation, objective).cosines
-
-
 def compare_gradients(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -92,7 +80,7 @@ def conflict_step(settings: StepSettings, state: State, batch: dict) -> jax.Arra
     """
     isolation, key = settings.isolation_at(state.step), dropout_key(state)
     graphdef, objective = settings.graphdef, settings.objective
-    return gradient_conflict(graphdef, state.params, batch, key, isolation, objective)
+    return compare_gradients(graphdef, state.params, batch, key, isolation, objective).cosines
 
 
 def _unit_rows(gradient: jax.Array) -> jax.Array:
