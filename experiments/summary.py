@@ -131,6 +131,17 @@ def cola_mrpc() -> Iterable[Row]:
         yield Row(f"{name}, SWEET - Early-Exit", _BOTH, (f"{task}-sweet", f"{task}-early_exit"))
 
 
+def base_size(studies: Studies) -> Table:
+    """Returns the exits and the area of MPNet-base on CoLA, by method, and the differences."""
+    cells = {m: f"cola-{m}" for m in paper.NAMES}
+    rows = [Row(title, "mpnet-base", (cells[m],)) for m, title in paper.NAMES.items()]
+    for one, other in paper.PAIRS:
+        label = f"{paper.NAMES[one]} - {paper.NAMES[other]}"
+        rows.append(Row(label, "mpnet-base", (cells[one], cells[other])))
+    header = ["CoLA, MPNet-base", *(f"exit {e}" for e in (1, 4, 6, 12)), "area"]
+    return header, studies.lines(rows, exits_and_area)
+
+
 def ablation_rows(study: str, task: str, prefix: str = "") -> Iterable[Row]:
     """Yields the combinations of pooler and clipping, and what the release adds."""
     settings = {
@@ -226,6 +237,7 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
     "sst2-6000": lambda s: ([_LARGE, *_exits()], methods(s, "minilm-l6-6000")),
     "sst2-6000-costs": lambda s: cost_table(s, "minilm-l6-6000", _LARGE),
     "cola-mrpc": lambda s: table(s, "CoLA and MRPC, 1e-4", cola_mrpc()),
+    "mpnet-cola": base_size,
     "sizes": size_areas,
     "sizes-exits": size_exits,
     "ablation-sst2-6000": lambda s: table(s, _LARGE, ablation_rows("minilm-l6-6000", "sst2")),
