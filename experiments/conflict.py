@@ -16,12 +16,12 @@ trained and measured on its own. Beside the cosines stand each loss and the norm
 what is orthogonal but a hundredth in length moves little.
 
 Writes conflict.csv (every batch) and figures/conflict.png, conflict-mean.png to --output. The
-paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers. Cost for a read-out:
-6 minutes on 2 cores; half an hour for MPNet-base, whose checkpoint experiments.mpnet_checkpoint
+paper's backbones are BERT and DeBERTa; the default here is MiniLM, 6 layers. Cost: 6 minutes of one
+core for a read-out; half an hour for MPNet-base, whose checkpoint experiments.mpnet_checkpoint
 fetches (--model=mpnet-base --checkpoint=FOLDER). Expected, from the paper: in a layer below several
 exits the gradient of the layer's own exit agrees with those of the later ones less than those agree
 among each other. Seen with MiniLM (one training): exits 4 and 6 agree (cosine 0.09 in layer 1, 0.04
-in layer 2), all other pairs are within 0.02 of zero.
+in layer 2; of the mean 0.70 and 0.65), all other pairs are within 0.06 of zero.
 """
 
 import argparse
