@@ -43,7 +43,6 @@ from experiments.panel_variants import CELLS, SETFIT, VALIDATION_ROWS, config_of
 from experiments.runner import exit_status
 from experiments.variant_runs import row_counts, with_fewer_validation_rows
 from sweet_jax.config import UserError, check_choice, split_names
-from sweet_jax.data.splits import select_rows
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.objectives.single_label import SINGLE_LABEL
 from sweet_jax.preparation import PreparedRun, prepare
@@ -75,9 +74,9 @@ def fit_and_predict(job: PreparedRun, replica: int, iterations: int, workdir: Pa
     from setfit import SetFitModel, Trainer, TrainingArguments
 
     rows = job.rows
-    used = [rows.training[replica], rows.tuning[replica], rows.calibration[replica]]
-    train = select_rows(job.dataset.train, np.concatenate(used))
-    texts, labels = [text for (text,) in train.texts], [int(label) for label in train.labels]
+    parts = [rows.training[replica], rows.tuning[replica], rows.calibration[replica]]
+    used = np.concatenate(parts).tolist()
+    texts, labels = [job.texts[row][0] for row in used], [int(job.labels[row]) for row in used]
     model = SetFitModel.from_pretrained(str(job.checkpoint.folder))
     model.model_body.max_seq_length = job.config.max_length
     arguments = TrainingArguments(
