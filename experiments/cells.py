@@ -124,7 +124,8 @@ def _run_one_by_one(config: Config, folder: Path, kept: Path) -> None:
     """Trains every rate with the first seed, the best with the others; joins what they leave."""
     runs: list[Path] = []  # where the outputs of each stand
 
-    def area(seed: int, rate: float) -> float:
+    def run_solo(seed: int, rate: float) -> float:
+        """Trains one run unless it is finished; returns the area on the rows fitted on."""
         name = f"{rate:g}-{seed}"
         runs.append(kept / "runs" / name)
         if (runs[-1] / "results.json").exists():
@@ -132,14 +133,14 @@ def _run_one_by_one(config: Config, folder: Path, kept: Path) -> None:
         else:
             solo = dataclasses.replace(config, seeds=(seed,), learning_rates=(rate,))
             results = _run_and_keep(solo, folder / name, runs[-1])
-        found = results["replicas"][0]["calibration_area"]
-        return -math.inf if found is None else float(found)
+        area = results["replicas"][0]["calibration_area"]
+        return -math.inf if area is None else float(area)
 
     first, *others = config.seeds
-    areas = {rate: area(first, rate) for rate in config.learning_rates}
+    areas = {rate: run_solo(first, rate) for rate in config.learning_rates}
     best = max(areas, key=areas.__getitem__)
     for seed in others:
-        area(seed, best)
+        run_solo(seed, best)
     for path in runs[0].glob("*.npz"):
         join_replicas([ExitOutputs.load(each / path.name) for each in runs]).save(kept / path.name)
     results = [json.loads((each / "results.json").read_text()) for each in runs]

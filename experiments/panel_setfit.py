@@ -19,6 +19,7 @@ Shape letters: S seed, D bootstrap draws, N validation rows, K statistics of a r
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 import tempfile
 import time
@@ -94,12 +95,20 @@ def fit_and_predict(job: PreparedRun, replica: int, iterations: int, workdir: Pa
 
 
 def run_cell(name: str, options: argparse.Namespace) -> Record:
-    """Trains SetFit on a cell's seeds and scores it beside the recipe's last exit."""
+    """Trains SetFit on a cell's seeds and scores it beside every exit of the recipe.
+
+    Raises UserError for texts in pairs, where SetFit is not installed, and where the outputs of the
+    panel's recipe are missing or of other rows.
+    """
     began = time.process_time()
     config = config_of(name, "recipe", options)
     # A replica is a seed: which rows it draws does not depend on a rate.
     config = dataclasses.replace(config, learning_rates=config.learning_rates[:1])
     job = with_fewer_validation_rows(prepare(config), VALIDATION_ROWS)
+    if len(job.texts[0]) > 1:
+        raise UserError(f"SetFit here is for tasks of one text; {name} has pairs")
+    if importlib.util.find_spec("setfit") is None:
+        raise UserError("SetFit is not installed: pip install setfit, in an environment of its own")
     stored = options.workdir / "outputs" / name / f"recipe-{RECIPE_KIND}-validation.npz"
     recipe, seeds = ExitOutputs.load(stored), list(range(options.seeds))
     labels, metric, classes = job.validation.labels, recipe.identity.metric, recipe.logits.shape[-1]
