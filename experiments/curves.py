@@ -1,4 +1,4 @@
-"""Figures 6 and 10 of the SWEET paper: speed-accuracy curves of the methods, task by task.
+"""Figures 4 to 7 and 10 of the SWEET paper: speed-accuracy curves of the methods, and their mean.
 
   python -m experiments.curves --model=minilm-l6 --data_dir=DIR
 
@@ -6,20 +6,33 @@ The figure is drawn as the paper's are: scores at its costs by linear interpolat
 thresholds, mean and 95% interval over seeds. What each method is ahead at the same cost is read
 from the exact curve instead, at the costs that all methods can spend: between two of 11 thresholds
 the cost may leap (where the first exits answer one class only, from 0.17 to 0.7), and a straight
-line across says nothing of what lies between. Figures 4, 5 and 7 of the paper are means over its
-tasks, and are not made. Cost: that of experiments.individual, whose cells it runs where they are
-missing, else seconds. Expected, from the paper: SWEET above both others at low costs, about level
-with Early-Exit at high ones.
+line across says nothing of what lies between. The last panel is the mean over the tasks that have
+all the methods shown, as the paper's figures 4, 5 and 7 are of its seven. Cost: that of
+experiments.individual, whose cells it runs where they are missing, else seconds. Expected, from the
+paper: SWEET above both others at low costs, about level with Early-Exit at high ones.
+
+Shape letters: S seed, K cost.
 """
 
 import argparse
 import functools
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments import paper
-from experiments.comparison import PAIRED, Record, Records, chosen, differences, interval, scores_at
+from experiments.comparison import (
+    PAIRED,
+    Record,
+    Records,
+    chosen,
+    common_seeds,
+    differences,
+    interval,
+    scores_at,
+)
 from experiments.options import chosen_tasks, method_cells, settings
 from experiments.records import exact_costs
 from experiments.rendering import Section, legend, panels
@@ -27,9 +40,10 @@ from experiments.runner import Script, main
 from sweet_jax.exits.metrics import mean_interval
 
 COLOURS = {"multi_model": "#e8833a", "early_exit": "#440154", "sweet": "#21918c"}
+Curve = tuple[np.ndarray, np.ndarray]  # costs [K] and scores in per cent [S, K]
 
 
-def at_costs(record: Record) -> tuple[np.ndarray, np.ndarray]:
+def at_costs(record: Record) -> Curve:
     """Returns costs [K] that all seeds reach, and the scores there in per cent, [S, K].
 
     Read from the paper's 11 thresholds: for its figure.
@@ -40,41 +54,80 @@ def at_costs(record: Record) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray([float(k) for k in keys]), np.asarray(scores)
 
 
+def mean_at_costs(records: Sequence[Record]) -> Curve:
+    """Returns what `at_costs` does of the mean over tasks, seed by seed.
+
+    At the costs [K] that all tasks reach, over the seeds [S] that all have.
+    """
+    seeds = common_seeds(records)
+    every = []
+    for record in records:
+        rows = [r.seed in seeds for r in chosen(record)]
+        x, scores = at_costs(record)
+        every.append(dict(zip(x.tolist(), scores[rows].T, strict=True)))
+    costs = [c for c in every[0] if all(c in one for one in every)]
+    mean = [np.mean([one[c] for one in every], axis=0) for c in costs]
+    return np.asarray(costs), np.reshape(mean, (len(costs), len(seeds))).T  # [S, K]
+
+
+def draw(axis: Any, curves: Mapping[str, Curve], title: str, label: str) -> None:
+    """Draws the curves of methods into one panel: mean and 95% interval over seeds."""
+    for method, (x, scores) in curves.items():
+        mean, half = mean_interval(scores)
+        axis.plot(x, mean, "o-", ms=3, color=COLOURS[method], label=paper.NAMES[method])
+        if half is not None:
+            axis.fill_between(x, mean - half, mean + half, color=COLOURS[method], alpha=0.15)
+    axis.set_title(title)
+    axis.set_xlabel("cost (share of the full model's layers)")
+    axis.set_ylabel(f"{label} (%)")
+
+
+def curve_rows(title: str, curves: Mapping[str, Curve], costs: Sequence[float]) -> list[list[str]]:
+    """Returns the numbers of a panel, a table row for each method."""
+    rows = []
+    for method, (x, scores) in curves.items():
+        cells = dict(zip(x.tolist(), map(interval, scores.T), strict=True))
+        rows.append([title, paper.NAMES[method], *(cells.get(c, "") for c in costs)])
+    return rows
+
+
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Returns the figure with one panel a task, and the numbers behind it."""
-    tasks = [t for t in chosen_tasks(options) if any(f"{t}-{m}" in records for m in paper.NAMES)]
-    figure, axes = panels(len(tasks))
-    rows, costs = [], sorted({c for r in records.values() for c in at_costs(r)[0].tolist()})
-    for task, one in zip(tasks, axes, strict=True):
-        metric = ""
-        for method, title in paper.NAMES.items():
-            record = records.get(f"{task}-{method}")
-            if record is None:
-                continue
-            x, scores = at_costs(record)
-            mean, half = mean_interval(scores)
-            one.plot(x, mean, "o-", ms=3, color=COLOURS[method], label=title)
-            if half is not None:
-                one.fill_between(x, mean - half, mean + half, color=COLOURS[method], alpha=0.15)
-            cells = dict(zip(x.tolist(), map(interval, scores.T), strict=True))
-            rows.append([task, title, *(cells.get(c, "") for c in costs)])
-            metric = record.metric
-        one.set_title(task)
-        one.set_xlabel("cost (share of the full model's layers)")
-        one.set_ylabel(f"{metric} (%)")
+    """Returns the figure, a panel a task and one of their mean, and the numbers behind it."""
+    found = {
+        task: {m: r for m in paper.NAMES if (r := records.get(f"{task}-{m}")) is not None}
+        for task in chosen_tasks(options)
+    }
+    by_task = {task: by_method for task, by_method in found.items() if by_method}
+    shown = [
+        (
+            task,
+            {m: at_costs(r) for m, r in by_method.items()},
+            next(iter(by_method.values())).metric,
+        )
+        for task, by_method in by_task.items()
+    ]
+    methods = {m for by_method in by_task.values() for m in by_method}
+    whole = [by_method for by_method in by_task.values() if by_method.keys() == methods]
+    if len(whole) > 1:
+        mean = {m: mean_at_costs([r[m] for r in whole]) for m in paper.NAMES if m in methods}
+        shown.append((f"mean of {len(whole)} tasks", mean, "score"))
+    costs = sorted({c for _, curves, _ in shown for x, _ in curves.values() for c in x.tolist()})
+    figure, axes = panels(len(shown))
+    for axis, (title, curves, metric) in zip(axes, shown, strict=True):
+        draw(axis, curves, title, metric)
     legend(axes)
     return [
         Section(
             "curves",
-            f"Speed-accuracy curves, {options.model} (figures 6, 10)",
+            f"Speed-accuracy curves, {options.model} (figures 4 to 7, 10)",
             "Score in per cent at set costs, mean and 95% interval over seeds; Multi-Model pays "
             "the sum of the depths it tries. Confidence policy, temperatures fitted per exit. As "
             "the paper's figures these are read between 11 thresholds; the differences below are "
-            "read from the exact curves. Figures 4, 5 and 7 of the paper are means over its tasks, "
-            "and are not made here.",
+            "read from the exact curves. The mean is over the tasks that have all methods shown, "
+            "seed by seed; the paper's figures 4, 5 and 7 are means of seven tasks.",
             ("task", "method", *(f"cost {c:.3g}" for c in costs)),
-            rows,
-            figure if rows else None,
+            [row for title, curves, _ in shown for row in curve_rows(title, curves, costs)],
+            figure if shown else None,
         ),
         _differences(options, records),
     ]

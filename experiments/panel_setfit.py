@@ -69,15 +69,20 @@ def with_draws(metric: str, predictions: np.ndarray, labels: np.ndarray, classes
     return Scores(scores.exits, scores.area, drawn)
 
 
+def all_rows(job: PreparedRun, replica: int) -> tuple[list[str], list[int]]:
+    """Returns the texts and labels of a seed: what it trains on, and what it holds out."""
+    rows = job.rows
+    parts = [rows.training[replica], rows.tuning[replica], rows.calibration[replica]]
+    used = np.concatenate(parts).tolist()
+    return [job.texts[row][0] for row in used], [int(job.labels[row]) for row in used]
+
+
 def fit_and_predict(job: PreparedRun, replica: int, iterations: int, workdir: Path) -> np.ndarray:
     """Trains SetFit on all rows of a seed; returns its predictions of validation rows, int [N]."""
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
 
-    rows = job.rows
-    parts = [rows.training[replica], rows.tuning[replica], rows.calibration[replica]]
-    used = np.concatenate(parts).tolist()
-    texts, labels = [job.texts[row][0] for row in used], [int(job.labels[row]) for row in used]
+    texts, labels = all_rows(job, replica)
     model = SetFitModel.from_pretrained(str(job.checkpoint.folder))
     model.model_body.max_seq_length = job.config.max_length
     arguments = TrainingArguments(

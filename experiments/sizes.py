@@ -2,9 +2,9 @@
 
   python -m experiments.sizes --model=minilm-l6 --tasks=sst2 --sizes=500,1500 --data_dir=DIR
 
-The question of the SWEET paper's figure 8, not its plot: that shows speed-accuracy curves on MNLI,
-some for each training size, up to 400,000 rows. Here a point is an area, the mean score under the
-exact curve between the first exit's cost and the full model's (the same range for all methods),
+The SWEET paper's figure 8: speed-accuracy curves for each training size, a panel a size (the
+paper's are on MNLI, up to 400,000 rows). In another figure a point is an area, the mean score under
+the exact curve between the first exit's cost and the full model's (the same range for all methods),
 with its 95% interval over seeds; differences are given by grid area too (`grid_areas`: the same
 under the paper's 11 thresholds). The full training subset is the cell of experiments.individual.
 Cost: of a size its share of what experiments.individual costs. Expected: SWEET gains on Early-Exit
@@ -31,7 +31,7 @@ from experiments.comparison import (
     interval,
     paired,
 )
-from experiments.curves import COLOURS
+from experiments.curves import COLOURS, at_costs, curve_rows, draw
 from experiments.options import cell, chosen_methods, chosen_tasks, method_cells, settings
 from experiments.rendering import Section, legend, panels
 from experiments.runner import Script, main
@@ -73,8 +73,8 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
-    """Returns areas by training rows, one panel a task, and the differences between methods."""
-    return [_areas(options, records), _differences(options, records)]
+    """Returns areas and curves by training rows, and the differences between methods."""
+    return [_areas(options, records), _curves(options, records), _differences(options, records)]
 
 
 def _areas(options: argparse.Namespace, records: Records) -> Section:
@@ -108,11 +108,40 @@ def _areas(options: argparse.Namespace, records: Records) -> Section:
         f"Training sizes, {options.model}",
         "Area in per cent, mean and 95% interval over seeds: the mean score under the exact curve, "
         "of all thresholds, between the first exit's cost and the full model's. A tenth of the "
-        "rows calibrates. Of a task that has fewer the largest size is all there is. The paper's "
-        "figure 8 is another plot, of curves on MNLI for each size, up to 400,000 rows.",
+        "rows calibrates. Of a task that has fewer the largest size is all there is.",
         ("task", "method", *(f"{s} rows" for s in (*_sizes(options), full))),
         rows,
         figure if rows else None,
+    )
+
+
+def _curves(options: argparse.Namespace, records: Records) -> Section:
+    """Speed-accuracy curves of the methods, a panel for each task and size."""
+    shown = []
+    for task in chosen_tasks(options):
+        points = {m: _points(options, records, task, m) for m in paper.NAMES}
+        by_size = {
+            size: {m: r for m in paper.NAMES if (r := points[m][size]) is not None}
+            for size in (*_sizes(options), _full(options))
+        }
+        if not any(by_size[size] for size in _sizes(options)):
+            continue  # the main grid's cells alone are curves already
+        for found in filter(None, by_size.values()):
+            title = f"{task}, {_rows(next(iter(found.values()))):,} rows"
+            shown.append((title, {m: at_costs(r) for m, r in found.items()}))
+    figure, axes = panels(len(shown))
+    costs = sorted({c for _, curves in shown for x, _ in curves.values() for c in x.tolist()})
+    for axis, (title, curves) in zip(axes, shown, strict=True):
+        draw(axis, curves, title, "score")
+    legend(axes)
+    return Section(
+        "sizes-curves",
+        f"Speed-accuracy curves by training size, {options.model} (figure 8)",
+        "Score in per cent at set costs, mean and 95% interval over seeds, read between 11 "
+        "thresholds as the paper's figure is; that is on MNLI, up to 400,000 rows.",
+        ("task, size", "method", *(f"cost {c:.3g}" for c in costs)),
+        [row for title, curves in shown for row in curve_rows(title, curves, costs)],
+        figure if shown else None,
     )
 
 

@@ -209,7 +209,7 @@ def size_areas(studies: Studies) -> Table:
     records, words = read_study(output)
     options = parser().parse_args([*words, "--tasks=sst2"])
     options.sizes = sizes.recorded(records)
-    shown, gaps = sizes.sections(options, records)
+    shown, _, gaps = sizes.sections(options, records)
     rows = [[row[1], *row[2:]] for row in shown.rows]
     rows += [[f"{row[0]}, {row[2]}", *row[3:]] for row in gaps.rows if row[0].startswith("SWEET")]
     return ["area", *shown.header[2:]], rows

@@ -11,6 +11,7 @@ from test_policies import known_table
 from experiments import (
     comparison,
     conflict_tables,
+    curves,
     large_at_small_cost,
     pcee_control,
     pcee_measurements,
@@ -94,6 +95,17 @@ def test_four_records_are_a_difference_of_differences():
     assert row[3] == "**+15.0 ± 0.0**"
 
 
+def test_the_mean_curve_is_over_tasks_at_the_costs_and_seeds_that_all_have():
+    one = record([[0.5], [0.6]], grid=[{"0.25": 0.5, "1": 0.7}, {"0.25": 0.6, "1": 0.8}])
+    points = [{"0.25": 0.3, "0.5": 0.4, "1": 0.5}] * 2 + [{"1": 0.9}]
+    other = record([[0.5], [0.6], [0.7]], grid=points[::-1])  # its seed 0 lacks a cost
+    costs, scores = curves.mean_at_costs([one, other])
+    np.testing.assert_array_equal(costs, [1.0])
+    np.testing.assert_allclose(scores, [[80.0], [65.0]])
+    costs, scores = curves.mean_at_costs([one, one])
+    np.testing.assert_allclose(scores, [[50.0, 70.0], [60.0, 80.0]])
+
+
 def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
     found = record([[0.5, 0.6], [0.5, 0.8]], diverged=[(1, 1)])
     shown = comparison.texts(found, comparison.exit_scores, comparison.spread)
@@ -109,6 +121,7 @@ def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
 def test_sizes_are_compared_seed_by_seed():
     def flat(rows, *scores):
         areas = {"area_to_full": scores, "grid_area": [score + 0.1 for score in scores]}
+        areas["grid"] = [{"0.5": score, "1": score} for score in scores]
         n = {"train": rows - 50, "calibration": 50}
         return dataclasses.replace(record([[score] for score in scores], **areas), n=n)
 
@@ -121,7 +134,7 @@ def test_sizes_are_compared_seed_by_seed():
     }
     options = parser().parse_args(["--tasks=sst2,rte"])
     options.sizes = "500,900"
-    areas, gaps = sizes.sections(options, records)
+    areas, curves_of, gaps = sizes.sections(options, records)
     assert [row[:2] for row in areas.rows] == [["sst2", "Early-Exit"], ["sst2", "SWEET"]]
     half = 12.7062 * 5  # Student's, of two seeds: 10 and 20 points
     assert areas.rows[0][2:] == [f"60.0 ± {2 * half:.1f}", "", f"85.0 ± {half:.1f}"]
@@ -129,6 +142,9 @@ def test_sizes_are_compared_seed_by_seed():
     assert gaps.rows == [
         ["SWEET - Early-Exit", "sst2", name, *gap] for name in ("area", "grid area")
     ]
+    titles = ["sst2, 500 rows"] * 2 + ["sst2, 900 rows"] + ["sst2, 6,000 rows"] * 2
+    assert [row[0] for row in curves_of.rows] == titles
+    assert curves_of.rows[0][1:] == ["Early-Exit", *[f"60.0 ± {2 * half:.1f}"] * 2]
     assert sizes.recorded(records) == "500,900"
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ from experiments.panel_records import (
     score_run,
     write_record,
 )
-from experiments.panel_setfit import with_draws
+from experiments.panel_setfit import all_rows, with_draws
 from experiments.panel_statistics import aims, choose_default, compare, holm, load
 from experiments.panel_variants import CELLS, CHANGES, CORE, VARIANTS, config_of, units
 from sweet_jax.config import from_mapping
@@ -32,6 +33,7 @@ from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.files import lock_directory
+from sweet_jax.preparation import prepare
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "panel"
 
@@ -245,6 +247,25 @@ def test_a_cell_that_another_process_is_in_is_left_to_it(tmp_path, monkeypatch):
 
         monkeypatch.setattr(panel.time, "sleep", finish)
         assert panel.main(start(tmp_path, "--variants=recipe")) == 0
+
+
+def test_setfit_has_all_rows_of_a_seed_with_their_own_labels(checkpoint, rows):
+    values = {"task": "tiny", "checkpoint": str(checkpoint), "exits": (1, 3), "seeds": (0, 1)}
+    values |= {"data_files": str(rows), "text_columns": "text", "max_length": 16}
+    values |= {"train_size": 60, "calibration_fraction": 0.1, "tuning_fraction": 0.1}
+    job = prepare(from_mapping(values))
+    classes = job.dataset.classes
+    with rows.open(newline="") as file:
+        given = {(row["text"], row["label"]) for row in csv.DictReader(file)}
+    held_out = {text for (text,) in job.dataset.validation.texts}
+    drawn = []
+    for replica in (0, 1):
+        texts, labels = all_rows(job, replica)
+        assert len(texts) == len(set(texts)) == 60
+        assert {(text, classes[label]) for text, label in zip(texts, labels, strict=True)} <= given
+        assert not held_out & set(texts)
+        drawn.append(set(texts))
+    assert drawn[0] != drawn[1]
 
 
 @pytest.mark.slow
