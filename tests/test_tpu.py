@@ -38,6 +38,16 @@ def test_a_step_of_each_method(topology, method, replicas, dtype):
     check_step(found, shape, replicas, dtype)
 
 
+@pytest.mark.parametrize(
+    ("topology", "cores"), [("v4:2x2x1", 2), ("v5p:2x2x1", 2), ("v5e:2x2", 1), ("v6e:2x2", 1)]
+)
+def test_a_device_is_a_chip(topology, cores):
+    """The published peaks, which bounds are taken from, are of a chip with all its cores."""
+    devices = tpu_programs.devices_of(topology)
+    assert len(devices) == len({tuple(device.coords) for device in devices}) == 4
+    assert {device.num_cores for device in devices} == {cores}
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != "bert"])
 def test_a_step_of_every_family(kind):
     shape = shape_of(kind)

@@ -43,6 +43,8 @@ from sweet_jax.training.sharding import (
 from sweet_jax.training.step import State, init_state
 
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v5p": "v5p-8", "v6e": "v6e-4"}
+# A device is a chip, as on the machines: unless told, v4's two cores are two devices.
+_CHIPS = {"v4": {"chip_config_name": "megacore"}}
 
 
 class Compiled(NamedTuple):
@@ -81,10 +83,12 @@ class Collective(NamedTuple):
 
 
 def devices_of(topology: str) -> list[Any]:
-    """Returns the devices of a described topology such as "v5e:2x2"."""
+    """Returns the devices of a described topology such as "v5e:2x2", one for each chip."""
     generation = topology.partition(":")[0]
     os.environ["TPU_ACCELERATOR_TYPE"] = _ACCELERATORS[generation]
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    chips = _CHIPS.get(generation, {})
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chips)
+    return list(described.devices)
 
 
 class Plan(NamedTuple):
