@@ -202,6 +202,19 @@ def test_a_process_that_is_gone_is_said_in_a_line_whatever_jax_raises(kind, monk
     assert lines[1] == "Traceback (most recent call last):"
 
 
+def test_modes_that_were_not_run_again_keep_their_counts(tmp_path):
+    record = {"mode": "two", "round": 0, "cold": False, "bits": 7, "differing": 0, "left": []}
+    record["kills"] = [{"phase": "probe", "victims": [0]}]
+    one, other, output = tmp_path / "one", tmp_path / "other", tmp_path / "out"
+    for folder, records in ((one, [record]), (other, [record | {"mode": "four"}] * 2)):
+        folder.mkdir()
+        (folder / "any.0.jsonl").write_text("\n".join(map(json.dumps, records)))
+        summary.report(folder, output)
+    found = json.loads((output / "kills.json").read_text())
+    assert {mode: each["kills"] for mode, each in found["modes"].items()} == {"two": 1, "four": 2}
+    assert found["total"] == {"kills": 3, "runs": 3, "bits_compared": 21, "differing_bits": 0}
+
+
 @pytest.mark.slow
 def test_killed_runs_are_counted_and_have_no_differing_bit(tmp_path):
     """One run of few steps; the script's own undisturbed runs are longer."""

@@ -74,7 +74,7 @@ class Watch:
             return "report"
         if not (run / "probe.npz").exists():
             return "probe"
-        if any(map(self._writing, run.glob("**/checkpoints/*"))):
+        if self._checkpoints():
             return "checkpoint"
         if not (run / "rate_search.json").exists():
             return "rate search"
@@ -83,6 +83,13 @@ class Watch:
         if (run / "checkpoints" / "exits_1_2_3" / f"{self.last_step}.digest.json").exists():
             return "refit"
         return "training" if self._stepped() else "compile"
+
+    def _checkpoints(self) -> bool:
+        """Returns whether a checkpoint of any training is being written."""
+        try:
+            return any(map(self._writing, self.workdir.glob("**/checkpoints/*")))
+        except FileNotFoundError:  # the rate search removes its folders as it ends
+            return False
 
     def _writing(self, folder: Path) -> bool:
         """Returns whether a checkpoint of a training is being written, or has no digest yet."""

@@ -60,13 +60,18 @@ def read_all(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def report(folder: Path, output: Path) -> None:
-    """Prints the counts as a Markdown table, and writes them to OUTPUT/kills.json."""
-    found = read_all(folder)
+    """Prints the counts as a Markdown table, and writes them to OUTPUT/kills.json.
+
+    A mode that the work directory has no round of keeps the counts that stand there.
+    """
+    path = output / "kills.json"
+    kept = json.loads(path.read_text())["modes"] if path.exists() else {}
+    found = kept | read_all(folder)
     total = {
         key: sum(each[key] for each in found.values())
         for key in ("kills", "runs", "bits_compared", "differing_bits")
     }
-    write_json(output / "kills.json", {"total": total, "modes": found})
+    write_json(path, {"total": total, "modes": found})
     columns = [*PHASES, "ended"]
     print("| mode | kills | runs | differing bits | " + " | ".join(columns) + " |")
     print("| --- " * (4 + len(columns)) + "|")
