@@ -6,9 +6,7 @@ import pytest
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import (
     Tokens,
-    bucket_lengths,
     evaluation_batch_indices,
-    pad_rows,
     random_batch_indices,
     steps_per_epoch,
     tokenize,
@@ -16,6 +14,7 @@ from sweet_jax.data.batches import (
     whole_lengths,
 )
 from sweet_jax.data.load import load_dataset
+from sweet_jax.data.padding import bucket_lengths, pad_rows, with_short
 from sweet_jax.data.splits import Split, drop_duplicates, split_calibration_rows
 from sweet_jax.methods import METHODS
 from sweet_jax.models.checkpoint_folder import load_tokenizer
@@ -46,6 +45,21 @@ def drawn(seed: int = 0, labels: np.ndarray = LABELS, **values):
 )
 def test_buckets_ascend_to_the_longest_length(max_length, lengths):
     assert bucket_lengths(max_length) == lengths
+
+
+@pytest.mark.parametrize(
+    ("longest", "steps", "short"),
+    [
+        ([10] * 8 + [20] + [40], 1000, (16,)),  # 800 steps save 8 tokens each, 100 do
+        ([10] * 8 + [20] + [40], 2000, (16, 24)),
+        ([10] * 8 + [20] + [40], 100, ()),
+        ([10] + [22] * 19, 1000, (24,)),  # the shortest batches are padded to 24 too
+        ([40] * 10, 10_000, ()),
+    ],
+)
+def test_short_lengths_are_compiled_for_where_that_saves_enough(longest, steps, short):
+    assert with_short((32, 48, 64), np.asarray(longest), steps) == (*short, 32, 48, 64)
+    assert with_short((16,), np.asarray(longest), steps) == (16,)
 
 
 def test_tokens_of_single_texts(tokenizer):

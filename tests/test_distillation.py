@@ -15,7 +15,7 @@ from test_early_exit import BATCH, EXITS, build, untrained
 from test_step import settings
 
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import pad_rows
+from sweet_jax.data.padding import pad_rows
 from sweet_jax.models.ownership import leaves_by_owner
 from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.preparation import prepare

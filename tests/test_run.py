@@ -14,13 +14,16 @@ from tiny import FAMILIES, TINIES, write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import pad_rows, tokenize
+from sweet_jax.data import padding
+from sweet_jax.data.batches import tokenize
+from sweet_jax.data.padding import pad_rows
 from sweet_jax.data.splits import split_calibration_rows
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare
 from sweet_jax.run_description import describe_rows, log_description
+from sweet_jax.training import fit
 from sweet_jax.training.checkpoint import read_params
 from sweet_jax.training.initialization import initial_state, model_specs
 from sweet_jax.training.metrics import read_metrics
@@ -394,6 +397,22 @@ def test_fused_attention_and_remat_are_the_same_training(
     del options["attention_dropout"]
     dropped = logits_of(options, tmp_path / "dropped")
     assert np.abs(plain.logits - dropped.logits).max() > 1e-2
+
+
+@pytest.mark.slow
+def test_short_batches_are_padded_less_and_train_the_same(
+    options, with_dropout, tmp_path, one_device, monkeypatch
+):
+    options |= with_dropout | {"max_steps": 3, "group_by_length": True}
+    plain = logits_of(options, tmp_path / "plain")
+    monkeypatch.setattr(padding, "_WORTH_COMPILING", 1)
+    seen = []
+    padded_length = fit.padded_length
+    monkeypatch.setattr(fit, "padded_length", lambda *a: seen.append(padded_length(*a)) or seen[-1])
+    short = logits_of(options, tmp_path / "short")
+    assert len(seen) == 3
+    assert min(seen) < 32, seen
+    np.testing.assert_allclose(plain.logits, short.logits, rtol=0, atol=1e-5)
 
 
 def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_device):

@@ -12,8 +12,9 @@ from tiny import WORDS, fine_tune
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, cli
 from sweet_jax.config import UserError, from_mapping
-from sweet_jax.data.batches import encode, pad_rows
+from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
+from sweet_jax.data.padding import pad_rows
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.all_exits import compute_all_exits

@@ -1,4 +1,4 @@
-"""Tokens, the rows of each batch, and batches padded to a few fixed lengths.
+"""Tokens of rows, and the rows of each batch.
 
 Shape letters: R replica, B batch, N rows, L length.
 """
@@ -12,15 +12,11 @@ import numpy as np
 
 from sweet_jax.data.splits import Split
 
-_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each length used is compiled for
-
 _AT_ONCE = 4096  # texts tokenised by one call: the tokenizer's own output is large
 _COUNTED = 1000  # texts that may have been cut whose whole length is counted
 _UNLIMITED = 1 << 30  # tokens
 _GROUP = 50  # batches whose rows are sorted by length together
 _SHUFFLE = zlib.crc32(b"groups")  # seed of the order of batches grouped by length
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +121,6 @@ def longer_than(
     return found
 
 
-def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """Returns the lengths that batches are padded to, ascending; the last is max_length."""
-    return (*(length for length in _LENGTHS if length < max_length), max_length)
-
-
 def steps_per_epoch(rows: int, batch_size: int) -> int:
     """Returns the number of batches of an epoch, of which the last may be partial."""
     return -(-rows // batch_size)
@@ -219,36 +210,6 @@ def evaluation_batch_indices(
         places = np.stack([_fill(o, size) for o in order[:, start : start + size]])  # [R, B]
         picked = np.take_along_axis(rows, np.maximum(places, 0), axis=1)
         yield places, np.where(places < 0, -1, picked)
-
-
-def padded_length(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> int:
-    """Returns the smallest of `lengths` that fits all rows; a row of -1 is empty."""
-    longest = np.where(rows < 0, 0, tokens.lengths[rows]).max()
-    return next(length for length in lengths if length >= longest)
-
-
-def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batch:
-    """Pads rows [..., B] to the smallest of `lengths` that fits them all.
-
-    Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L], labels [..., B, ...]
-    of their dtype, 0 where there is no row, and row_mask bool [..., B]: False for a row of -1,
-    which is padding. Where some rows of the split have no label, also labeled bool [..., B].
-    """
-    sizes = np.where(rows < 0, 0, tokens.lengths[rows])
-    length = padded_length(tokens, rows, lengths)
-    position = np.arange(length)
-    mask = position < sizes[..., None]  # [..., B, L]
-    labels = tokens.labels[rows]  # [..., B, ...]
-    absent = np.reshape(rows < 0, rows.shape + (1,) * (labels.ndim - rows.ndim))
-    source = np.where(mask, tokens.starts[rows][..., None] + position, 0)
-    known = {} if tokens.labeled is None else {"labeled": (rows >= 0) & tokens.labeled[rows]}
-    return known | {
-        "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
-        "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),
-        "mask": mask,
-        "labels": np.where(absent, 0, labels).astype(tokens.labels.dtype),
-        "row_mask": rows >= 0,
-    }
 
 
 def _fill(rows: np.ndarray, size: int) -> np.ndarray:

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sweet_jax.config import Config
-from sweet_jax.data.batches import Tokens, bucket_lengths, evaluation_batch_indices
+from sweet_jax.data.batches import Tokens, evaluation_batch_indices
+from sweet_jax.data.padding import bucket_lengths
 from sweet_jax.distributed import PreemptedError, preemption_requested
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.models.layers import derive_key

@@ -11,18 +11,14 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from sweet_jax.config import AUTO, Config
-from sweet_jax.data.batches import (
-    append_unlabeled,
-    bucket_lengths,
-    padded_length,
-    steps_per_epoch,
-    training_batch_indices,
-)
+from sweet_jax.data.batches import append_unlabeled, steps_per_epoch, training_batch_indices
+from sweet_jax.data.padding import bucket_lengths, longest_row, padded_length, with_short
 from sweet_jax.methods import loss_weights
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
 from sweet_jax.training.early_stopping import BestStateTracker
@@ -46,6 +42,7 @@ from sweet_jax.training.step import Params, State
 log = logging.getLogger(__name__)
 
 _UNLABELED = zlib.crc32(b"unlabeled")
+_LOOKED_AT = 400  # batches of the first epoch, whose lengths stand for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +155,6 @@ def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any
     """
     config, tokens = job.config, job.tokens
     seeds = [seed for seed, _ in config.replicas()]
-    lengths = bucket_lengths(config.max_length)
     sources = [(list(job.rows), seeds)]
     if job.unlabeled is not None:
         others = len(tokens) + np.arange(len(job.unlabeled))
@@ -167,16 +163,41 @@ def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any
         sources.append(([others] * len(seeds), [seed ^ _UNLABELED for seed in seeds]))
     grouped = tokens.lengths if config.group_by_length else None
 
-    def batch(number: int) -> tuple[Any, int]:
+    def draw(number: int) -> np.ndarray:
         each = [
             training_batch_indices(rows, orders, number, config.batch_size, grouped)
             for rows, orders in sources
         ]
-        rows = np.concatenate(each, axis=1)  # [R, B], or twice as many
+        return np.concatenate(each, axis=1)  # [R, B], or twice as many
+
+    epoch = range(steps_per_epoch(job.rows.shape[1], config.batch_size))[:_LOOKED_AT]
+    lengths = _lengths(config, len(job.rows[0]), [longest_row(tokens, draw(n)) for n in epoch])
+
+    def batch(number: int) -> tuple[Any, int]:
+        rows = draw(number)
         length = padded_length(tokens, rows, lengths)
         return plan.place(tokens, drop_replica_axis(rows, len(seeds)), lengths), length
 
     return batch
+
+
+def _lengths(config: Config, rows: int, longest: list[int]) -> tuple[int, ...]:
+    """Returns the lengths that batches are padded to.
+
+    Args:
+      config: of the run.
+      rows: training rows of a replica.
+      longest: tokens of the longest row of some batches, which stand for all.
+
+    """
+    lengths = bucket_lengths(config.max_length)
+    if jax.default_backend() != "cpu":  # there compiling takes as long as thousands of steps
+        return lengths
+    # Those of the whole training for the learning rate's short ones too, which share its programs.
+    steps = training_steps(config.epochs, rows, config.batch_size)
+    if config.max_steps:
+        steps = min(steps, config.max_steps)
+    return with_short(lengths, np.asarray(longest), steps)
 
 
 def _restore(

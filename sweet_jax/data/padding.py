@@ -1,0 +1,78 @@
+"""Batches padded to a few fixed lengths, since each length is compiled for.
+
+Shape letters: B batch, L length.
+"""
+
+import itertools
+
+import numpy as np
+
+from sweet_jax.data.batches import Tokens
+
+_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each length used is compiled for
+_SHORT = (16, 24)  # compiled for where enough batches of a run are as short, see `with_short`
+# Tokens of a row that padding to another length must save in a run: on one core compiling a step
+# takes as long as 35 steps of 32 tokens at MiniLM's shape, 12 at BERT-base's
+# (experiments/benchmarks/short_texts.py).
+_WORTH_COMPILING = 1024
+
+Batch = dict[str, np.ndarray]
+
+
+def bucket_lengths(max_length: int) -> tuple[int, ...]:
+    """Returns the lengths that batches are padded to, ascending; the last is max_length."""
+    return (*(length for length in _LENGTHS if length < max_length), max_length)
+
+
+def with_short(lengths: tuple[int, ...], longest: np.ndarray, steps: int) -> tuple[int, ...]:
+    """Returns `lengths`, and before them shorter ones that are worth compiling a step for.
+
+    Args:
+      lengths: that batches are padded to, see `bucket_lengths`.
+      longest: tokens of the longest row of some of the run's batches, int [batches].
+      steps: of the run.
+
+    """
+    kept: tuple[int, ...] = ()
+    shorter = 0
+    candidates = (*(length for length in _SHORT if length < lengths[0]), lengths[0])
+    for length, longer in itertools.pairwise(candidates):
+        share = np.mean((longest > shorter) & (longest <= length))
+        if steps * share * (longer - length) >= _WORTH_COMPILING:
+            kept, shorter = (*kept, length), length
+    return kept + lengths
+
+
+def longest_row(tokens: Tokens, rows: np.ndarray) -> int:
+    """Returns the number of tokens of the longest of some rows; a row of -1 is empty."""
+    return int(np.where(rows < 0, 0, tokens.lengths[rows]).max())
+
+
+def padded_length(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> int:
+    """Returns the smallest of `lengths` that fits all rows; a row of -1 is empty."""
+    longest = longest_row(tokens, rows)
+    return next(length for length in lengths if length >= longest)
+
+
+def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batch:
+    """Pads rows [..., B] to the smallest of `lengths` that fits them all.
+
+    Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L], labels [..., B, ...]
+    of their dtype, 0 where there is no row, and row_mask bool [..., B]: False for a row of -1,
+    which is padding. Where some rows of the split have no label, also labeled bool [..., B].
+    """
+    sizes = np.where(rows < 0, 0, tokens.lengths[rows])
+    length = padded_length(tokens, rows, lengths)
+    position = np.arange(length)
+    mask = position < sizes[..., None]  # [..., B, L]
+    labels = tokens.labels[rows]  # [..., B, ...]
+    absent = np.reshape(rows < 0, rows.shape + (1,) * (labels.ndim - rows.ndim))
+    source = np.where(mask, tokens.starts[rows][..., None] + position, 0)
+    known = {} if tokens.labeled is None else {"labeled": (rows >= 0) & tokens.labeled[rows]}
+    return known | {
+        "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
+        "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),
+        "mask": mask,
+        "labels": np.where(absent, 0, labels).astype(tokens.labels.dtype),
+        "row_mask": rows >= 0,
+    }
