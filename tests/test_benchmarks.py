@@ -17,7 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import WORDS, write_checkpoint
 
-from experiments.benchmarks import evaluate, paper_cell, recipe, shapes, sweep, tpu_programs
+from experiments.benchmarks import (
+    evaluate,
+    paper_cell,
+    recipe,
+    shapes,
+    short_texts,
+    sweep,
+    tpu_loops,
+    tpu_programs,
+)
 from experiments.benchmarks.tpu_traffic import operations, traffic
 
 needs_torch = pytest.mark.skipif(
@@ -269,6 +278,20 @@ def test_the_recipe_s_parts_are_timed(capsys):
     assert "probe or refit of 40 rows of 8 tokens, 2 classes" in printed
 
 
+@pytest.mark.slow
+def test_steps_of_short_texts_are_timed_at_both_lengths(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "cola").mkdir()
+    texts = [" ".join(WORDS[: 3 + row % 5]) for row in range(64)]
+    pq.write_table(pa.table({"sentence": texts}), tmp_path / "cola" / "train.parquet")
+    monkeypatch.setattr(short_texts, "OWN_DATA", {"checkpoint": str(checkpoint)})
+    arguments = ["--shape=tiny", f"--data_dir={tmp_path}", "--task=cola", "--max_length=24"]
+    short_texts.main([*arguments, "--rounds=1", "--rows=64", "--epochs=100"])
+    printed = capsys.readouterr().out
+    assert re.search(r"\| cola \| similar lengths \| 16 \| [\d.]+ \| [\d.]+ \|", printed)
+    short_texts.main([*arguments, "--rounds=1", "--rows=64", "--epochs=10"])
+    assert "| cola | random | none |" in capsys.readouterr().out
+
+
 def test_groups_of_devices_are_read_from_the_compiler_s_text():
     line = (
         "%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {"
@@ -300,7 +323,7 @@ def test_scattered_sums_and_what_spans_fusions_are_read_from_the_compiler_s_text
         f"%fused.2 (x: bf16[2,2]) -> bf16[4,2] {{\n{gather}}}\n"
     )
     scattered, gathered = tpu_programs.collectives(text)
-    assert scattered == ("reduce-scatter", {frozenset({0, 1}), frozenset({2, 3})}, [8], 32)
+    assert scattered == ("reduce-scatter", {frozenset({0, 1}), frozenset({2, 3})}, [8], 32, 1)
     assert (scattered.sent(), gathered.sent()) == (16, 8)
     assert gathered.counts == [8]
 
@@ -352,3 +375,49 @@ def test_bytes_of_main_memory_are_read_from_the_compiler_s_text():
     assert (found["n"].read, found["n"].written, found["n"].times) == (32, 32, 5)
     # All come from the innermost function of the package, through those of libraries.
     assert traffic(COMPILED) == {("update", True): 400, ("update", False): 60 + 400 + 5 * 64}
+
+
+LOOP = """HloModule jit_one
+
+%inner.1 (p: f32[4,3]) -> f32[4,5] {
+  %left.1 = f32[4,3]{1,0} parameter(0)
+  %right.1 = f32[3,5]{1,0} parameter(1)
+  ROOT %product.1 = f32[4,5]{1,0} convolution(%left.1, %right.1), dim_labels=bf_io->bf
+}
+
+%body.1 (p: (f32[4,5], u32[])) -> (f32[4,5], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %p = (f32[4,5], u32[]{:T(128)}) parameter(0)
+  %count = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %part = f32[4,5]{1,0} fusion(%p), kind=kOutput, calls=%inner.1
+  %sent = f32[4,5]{1,0} collective-permute(%part), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  %next = u32[]{:T(128)} add(%count, %two), backend_config={"x":["0"]}
+  ROOT %out = (f32[4,5], u32[]{:T(128)}) tuple(%sent, /*index=1*/%next)
+}
+
+%condition.1 (p: (f32[4,5], u32[])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(7)
+  %q = (f32[4,5], u32[]{:T(128)}) parameter(0)
+  %counter = u32[]{:T(128)} get-tuple-element(%q), index=1
+  ROOT %compare = pred[] compare(%counter, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[4,5]) -> f32[4,5] {
+  %a = f32[4,5]{1,0} parameter(0)
+  %left = f32[4,3]{1,0} parameter(1)
+  %once = f32[4,5]{1,0} convolution(%left, %a), window={size=1}, dim_labels=bf_io->bf
+  %while = (f32[4,5], u32[]) while(%a), condition=%condition.1, body=%body.1, metadata={op_name="y"}
+}
+"""
+
+
+def test_a_loop_of_the_compiler_counts_as_often_as_it_runs():
+    """Its count goes up from 0 by 2 while it is below 7: four times."""
+    assert tpu_loops.body_runs(LOOP) == {"body.1": 4}
+    assert tpu_loops.run_counts(LOOP)["inner.1"] == 4
+    assert tpu_loops.flops_of_repeats(LOOP) == (4 - 1) * 2 * 4 * 3 * 5
+    (sent,) = tpu_programs.collectives(LOOP)
+    assert (sent.times, sent.bytes, sent.sent()) == (4, 80, 320)
+    moved = {each.name: each.times for each in operations(LOOP)}
+    assert (moved["part"], moved["once"]) == (4, 1)
+    assert tpu_loops.body_runs(LOOP.replace("compare(%counter, %limit)", "f(%q)")) == {"body.1": 1}

@@ -27,6 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.benchmarks.shapes import RATE, Shape, Size
+from experiments.benchmarks.tpu_loops import flops_of_repeats, run_counts
 from sweet_jax.config import Config
 from sweet_jax.training.checkpoint import abstract_state
 from sweet_jax.training.evaluation import compile_evaluation
@@ -72,14 +73,15 @@ class Collective(NamedTuple):
     groups: set[frozenset[int]]  # of devices, numbered along the mesh
     counts: list[int]  # numbers in each array, of which a device then has all or its part
     bytes: int  # of these
+    times: int = 1  # that it runs, in a loop
 
     def sent(self) -> float:
         """Returns the bytes that a device sends at least, to all others of its group in turn."""
         if self.kind == "collective-permute":
-            return self.bytes
+            return self.bytes * self.times
         others = max(map(len, self.groups)) - 1
         passes = 2 if self.kind == "all-reduce" else 1
-        return self.bytes * passes * others / (others + 1)
+        return self.bytes * self.times * passes * others / (others + 1)
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -187,7 +189,7 @@ def describe(program: Any, seconds: float, devices: np.ndarray) -> Compiled:
         seconds,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        cost.get("flops", math.nan),
+        cost.get("flops", math.nan) + flops_of_repeats(text),
         cost.get("bytes accessed", math.nan),
         len(inside),
         sum(found.sent() for found in inside),
@@ -213,9 +215,10 @@ def collectives(text: str) -> Iterator[Collective]:
     Groups that are written neither as axes of the mesh nor one by one are one group of all.
     """
     computation, chains = "", set()
+    times = run_counts(text)
     for line in text.splitlines():
-        if head := re.match(r"^%(\S+) \(", line):
-            computation = head[1]
+        if head := re.match(r"^(ENTRY )?%(\S+) \(", line):
+            computation = "" if head[1] else head[2]
         if not (parts := _COLLECTIVE.search(line)):
             continue
         if chain := _PART_OF_A_CHAIN.search(line):  # written once in each fusion that it spans
@@ -235,6 +238,7 @@ def collectives(text: str) -> Iterator[Collective]:
             set(map(frozenset, _groups(axes, joined, listed))),
             [count for count, _ in arrays],
             sum(count * bits // 8 for count, bits in arrays),
+            max(1, times[computation]),
         )
 
 

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from experiments.benchmarks.tpu_loops import body_runs
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # of others, the number in their name
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _FREE = {"bitcast", "tuple", "get-tuple-element", "parameter", "constant", "copy-done"}
@@ -26,7 +28,7 @@ class Operation(NamedTuple):
     backward: bool  # whether a gradient is what it computes
     written: int  # bytes of main memory
     read: int  # bytes of main memory
-    times: int  # the trip count of the loop that it is in
+    times: int  # that it runs, in a loop
 
 
 def traffic(text: str, package: str = "/sweet_jax/") -> Counter[tuple[str, bool]]:
@@ -40,7 +42,7 @@ def traffic(text: str, package: str = "/sweet_jax/") -> Counter[tuple[str, bool]
 
 def operations(text: str, package: str = "/sweet_jax/") -> Iterator[Operation]:
     """Yields the operations of the entry computation and of the loops' bodies."""
-    sources, trips, shown = _sources(text, package), _trip_counts(text), ""
+    sources, trips, shown = _sources(text, package), body_runs(text), ""
     results: dict[str, int] = {}  # bytes that each read of a result moves
     copied: dict[str, int] = {}  # bytes that were moved into fast memory, for the next operation
     origins: dict[str, str] = {}  # the sources of results
@@ -97,16 +99,6 @@ def _bytes(result: str, *, everywhere: bool = False) -> int:
             bits = _BITS.get(kind, int(digits[0]) if digits else 0)
             total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
     return total
-
-
-def _trip_counts(text: str) -> dict[str, int]:
-    """Returns how often the body of each loop of known length runs, by the body's name."""
-    found = {}
-    for line in text.splitlines():
-        body, count = re.search(r"body=%([\w.-]+)", line), re.search(r'"n":"(\d+)"', line)
-        if body:
-            found[body[1]] = int(count[1]) if count else 1
-    return found
 
 
 def _table(text: str, name: str) -> dict[int, str]:

@@ -1,0 +1,122 @@
+"""How often the computations of a program compiled for a TPU run: loops that the compiler makes.
+
+From eight chips on it turns the gradient of a matrix, and the exchange of its parts, into a loop
+that computes some parts while others are sent. The compiler's own counts (FLOPs, bytes) have the
+body of such a loop once.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+_HEAD = re.compile(r"^(ENTRY )?%([\w.-]+) \(")
+_CALLED = re.compile(r"(\w+)=\{?%([\w.-]+)")
+_CONVOLUTION = re.compile(
+    r"= \w+\[([\d,]*)\]\S* convolution\(%[\w.-]+, %([\w.-]+)\)"
+    r"(?:, window=\{size=([\dx]+))?.*dim_labels=\w+_(\w+)->"
+)
+_RESULT = re.compile(r"^  (?:ROOT )?%([\w.-]+) = \w+\[([\d,]*)\]")
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """Returns the lines of each computation by its name; those of the entry under ""."""
+    found: dict[str, list[str]] = defaultdict(list)
+    name = None
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            name = "" if head[1] else head[2]
+        elif line == "}":
+            name = None
+        elif name is not None:
+            found[name].append(line)
+    return dict(found)
+
+
+def run_counts(text: str) -> Counter[str]:
+    """Returns how often each computation runs in a run of the program, by its name."""
+    parts, counts = computations(text), Counter[str]()
+
+    def run(name: str, times: int) -> None:
+        counts[name] += times
+        for line in parts.get(name, ()):
+            called = dict(_CALLED.findall(line))
+            trips = trip_count(parts, line) if " while(" in line else 1
+            for callee in filter(parts.__contains__, called.values()):
+                run(callee, times * trips)
+
+    run("", 1)
+    return counts
+
+
+def body_runs(text: str) -> dict[str, int]:
+    """Returns how often the body of each loop runs in a run of the program, by its name."""
+    bodies = set(re.findall(r" while\(.*body=%([\w.-]+)", text))
+    return {name: times for name, times in run_counts(text).items() if name in bodies}
+
+
+def trip_count(parts: Mapping[str, list[str]], line: str) -> int:
+    """Returns how often the body of a loop runs: as the compiler says, or until its count ends.
+
+    Loops that it makes count up from 0 while the count is below a constant. 1 where that cannot be
+    read.
+    """
+    if told := re.search(r'"n":"(\d+)"', line):
+        return int(told[1])
+    names = dict(_CALLED.findall(line))
+    condition, body = (
+        {
+            m[1]: each
+            for each in parts[names[key]]
+            if (m := re.match(r"^  (?:ROOT )?%(\S+) =", each))
+        }
+        for key in ("condition", "body")
+    )
+    compared = _operands(next(each for each in condition.values() if "ROOT" in each))
+    limits = [limit for name in compared if (limit := _constant(condition, name)) is not None]
+    places = [re.search(r"index=(\d+)", condition.get(name, "")) for name in compared]
+    place = next((int(found[1]) for found in places if found), None)
+    if not limits or place is None:
+        return 1
+    counter = _operands(next(each for each in body.values() if "ROOT" in each))[place]
+    added = [_constant(body, name) for name in _operands(body.get(counter, ""))]
+    step = next((value for value in added if value), 1)
+    return math.ceil(limits[0] / step)
+
+
+def _constant(lines: Mapping[str, str], name: str) -> int | None:
+    found = re.search(r"constant\((\d+)\)", lines.get(name, ""))
+    return int(found[1]) if found else None
+
+
+def _operands(line: str) -> list[str]:
+    """Returns the names of an operation's operands."""
+    inside = re.search(r"[a-z-]\(((?:%[\w.-]+(?:, /\*index=\d+\*/|, )?)+)\)", line)
+    return re.findall(r"%([\w.-]+)", inside[1]) if inside else []
+
+
+def flops_of_repeats(text: str) -> float:
+    """Returns the FLOPs of the matrix products in loops, without those of each loop's first run."""
+    parts, counts = computations(text), run_counts(text)
+    total = 0.0
+    for name, times in counts.items():
+        if times > 1:
+            shapes = _shapes(parts[name])
+            total += (times - 1) * sum(_flops(line, shapes) for line in parts[name])
+    return total
+
+
+def _shapes(lines: list[str]) -> dict[str, list[int]]:
+    """Returns the shape of each array of a computation by its name."""
+    found = filter(None, map(_RESULT.match, lines))
+    return {each[1]: [int(n) for n in each[2].split(",") if n] for each in found}
+
+
+def _flops(line: str, shapes: Mapping[str, list[int]]) -> float:
+    """Returns the FLOPs of a matrix product, which a TPU's program has as a convolution, else 0."""
+    if not (parts := _CONVOLUTION.search(line)):
+        return 0.0
+    result, kernel, window, labels = parts.groups()
+    summed = shapes[kernel][labels.index("i")]
+    window_size = math.prod(int(n) for n in window.split("x")) if window else 1
+    return 2.0 * math.prod(int(n) for n in result.split(",") if n) * summed * window_size
