@@ -30,7 +30,8 @@ _TOGETHER = 90.0  # seconds within which the processes that are left must have e
 LAST = 900.0  # seconds that a run may take which nobody kills
 _ALL = 0.25  # share of the kills that end all processes, as a power cut does, not one of them
 MOST = 8  # kills of one run, which may end then
-_STARVED = "stopped sending heartbeats"  # said by JAX, where a busy machine stops all for 30 s
+# Said by JAX where a busy machine lets a process wait for 30 s.
+_STARVED = ("stopped sending heartbeats", "Gloo context initialization failed: DEADLINE_EXCEEDED")
 _RESTARTS = 3  # of a run for that reason
 _COLD = 0.15  # share of the runs that begin with an empty compilation cache
 
@@ -235,7 +236,7 @@ def run_round(mode: str, number: int, folder: Path, seed: int, hit: Counter) -> 
     """Kills one run until it ends by itself; returns the record of all its kills.
 
     Raises RuntimeError if the command fails, or does not end; one that nobody killed and that JAX
-    ended for want of heartbeats is started again, and counted.
+    ended because the machine is too busy is started again, and counted.
     """
     setup, how = setup_of(mode, folder.parent), MODES[mode][1]
     known = undisturbed(mode, setup, folder.parent)
@@ -262,9 +263,10 @@ def run_round(mode: str, number: int, folder: Path, seed: int, hit: Counter) -> 
         elif plan is None or statuses != {-signal.SIGKILL}:  # else a kill at a process's end
             texts = "\n".join(attempt.said(n)[-2000:] for n in range(len(attempt.processes)))
             restarts += 1
-            if _STARVED not in texts or restarts > _RESTARTS:
+            starved = [words for words in _STARVED if words in texts]
+            if not starved or restarts > _RESTARTS:
                 raise RuntimeError(f"{run} did not resume:\n{texts}")
-            print(f"{mode} {number}: started again, since {_STARVED}", flush=True)
+            print(f"{mode} {number}: started again, since {starved[0]}", flush=True)
     bits, names = differing_bits(folder / "whole", run)
     left = [str(p.relative_to(run)) for p in run.rglob("*") if ".part" in p.name]
     record = {"mode": mode, "round": number, "cold": cold, "kills": kills.read(), "bits": bits}

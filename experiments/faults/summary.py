@@ -29,7 +29,7 @@ def summarize(rounds: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "victims": dict(Counter(_who(kill["victims"]) for kill in kills)),
         "bits_compared": sum(each["bits"] for each in rounds),
         "differing_bits": sum(each["differing"] for each in rounds),
-        "restarts_for_want_of_heartbeats": sum(each.get("restarts", 0) for each in rounds),
+        "restarts_on_a_busy_machine": sum(each.get("restarts", 0) for each in rounds),
         "files_left_behind": sum(len(each["left"]) for each in rounds),
     }
     if waits:
