@@ -1,4 +1,4 @@
-"""Figures 4 to 7 and 10 of the SWEET paper: speed-accuracy curves of the methods, and their mean.
+"""Figures 4 to 6 and 10 of the SWEET paper: speed-accuracy curves of the methods, and their mean.
 
   python -m experiments.curves --model=minilm-l6 --data_dir=DIR
 
@@ -7,7 +7,7 @@ thresholds, mean and 95% interval over seeds. What each method is ahead at the s
 from the exact curve instead, at the costs that all methods can spend: between two of 11 thresholds
 the cost may leap (where the first exits answer one class only, from 0.17 to 0.7), and a straight
 line across says nothing of what lies between. The last panel is the mean over the tasks that have
-all the methods shown, as the paper's figures 4, 5 and 7 are of its seven. Cost: that of
+all the methods shown, as the paper's figures 4 and 5 are of its seven. Cost: that of
 experiments.individual, whose cells it runs where they are missing, else seconds. Expected, from the
 paper: SWEET above both others at low costs, about level with Early-Exit at high ones.
 
@@ -15,6 +15,7 @@ Shape letters: S seed, K cost.
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,19 +55,18 @@ def at_costs(record: Record) -> Curve:
     return np.asarray([float(k) for k in keys]), np.asarray(scores)
 
 
-def mean_at_costs(records: Sequence[Record]) -> Curve:
-    """Returns what `at_costs` does of the mean over tasks, seed by seed.
+def mean_at_costs(records: Sequence[Record], seeds: Sequence[int]) -> Curve:
+    """Returns what `at_costs` does of the mean over tasks of some seeds, seed by seed.
 
-    At the costs [K] that all tasks reach, over the seeds [S] that all have.
+    At the costs [K] that all these seeds of all tasks reach.
     """
-    seeds = common_seeds(records)
     every = []
     for record in records:
-        rows = [r.seed in seeds for r in chosen(record)]
-        x, scores = at_costs(record)
-        every.append(dict(zip(x.tolist(), scores[rows].T, strict=True)))
-    costs = [c for c in every[0] if all(c in one for one in every)]
-    mean = [np.mean([one[c] for one in every], axis=0) for c in costs]
+        runs = tuple(run for run in record.runs if run.seed in seeds)
+        x, scores = at_costs(dataclasses.replace(record, runs=runs))
+        every.append(dict(zip(x.tolist(), scores.T, strict=True)))
+    costs = [cost for cost in every[0] if all(cost in one for one in every)]
+    mean = [np.mean([one[cost] for one in every], axis=0) for cost in costs]
     return np.asarray(costs), np.reshape(mean, (len(costs), len(seeds))).T  # [S, K]
 
 
@@ -108,8 +108,9 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     ]
     methods = {m for by_method in by_task.values() for m in by_method}
     whole = [by_method for by_method in by_task.values() if by_method.keys() == methods]
-    if len(whole) > 1:
-        mean = {m: mean_at_costs([r[m] for r in whole]) for m in paper.NAMES if m in methods}
+    seeds = common_seeds([r for by_method in whole for r in by_method.values()]) if whole else []
+    if len(whole) > 1 and seeds:
+        mean = {m: mean_at_costs([r[m] for r in whole], seeds) for m in paper.NAMES if m in methods}
         shown.append((f"mean of {len(whole)} tasks", mean, "score"))
     costs = sorted({c for _, curves, _ in shown for x, _ in curves.values() for c in x.tolist()})
     figure, axes = panels(len(shown))
@@ -119,12 +120,12 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     return [
         Section(
             "curves",
-            f"Speed-accuracy curves, {options.model} (figures 4 to 7, 10)",
+            f"Speed-accuracy curves, {options.model} (figures 4 to 6, 10)",
             "Score in per cent at set costs, mean and 95% interval over seeds; Multi-Model pays "
             "the sum of the depths it tries. Confidence policy, temperatures fitted per exit. As "
             "the paper's figures these are read between 11 thresholds; the differences below are "
             "read from the exact curves. The mean is over the tasks that have all methods shown, "
-            "seed by seed; the paper's figures 4, 5 and 7 are means of seven tasks.",
+            "seed by seed; the paper's figures 4 and 5 are means of seven tasks.",
             ("task", "method", *(f"cost {c:.3g}" for c in costs)),
             [row for title, curves, _ in shown for row in curve_rows(title, curves, costs)],
             figure if shown else None,

@@ -79,8 +79,8 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             name="learning_to_exit-curves",
             title=f"Speed-accuracy curves of the learned rule, {options.model}",
             note="As the curves of experiments.curves, between 11 thresholds over what was learned "
-            "with the joint loss. The paper's figure 7 is a mean over its tasks, and is not made "
-            "here.",
+            "with the joint loss. The paper's figure 7 is the mean of seven tasks; here it is that "
+            "of the tasks that have all methods, where there are several.",
         ),
     ]
 

@@ -116,23 +116,23 @@ def _areas(options: argparse.Namespace, records: Records) -> Section:
 
 
 def _curves(options: argparse.Namespace, records: Records) -> Section:
-    """Speed-accuracy curves of the methods, a panel for each task and size."""
+    """Returns the speed-accuracy curves of the methods, a panel for each task and size."""
     shown = []
     for task in chosen_tasks(options):
-        points = {m: _points(options, records, task, m) for m in paper.NAMES}
-        by_size = {
-            size: {m: r for m in paper.NAMES if (r := points[m][size]) is not None}
-            for size in (*_sizes(options), _full(options))
-        }
-        if not any(by_size[size] for size in _sizes(options)):
+        by_rows: dict[int, dict[str, Record]] = {}  # sizes above a task's own rows are the same
+        for method in paper.NAMES:
+            for record in filter(None, _points(options, records, task, method).values()):
+                by_rows.setdefault(_rows(record), {})[method] = record
+        if len(by_rows) < 2:
             continue  # the main grid's cells alone are curves already
-        for found in filter(None, by_size.values()):
-            title = f"{task}, {_rows(next(iter(found.values()))):,} rows"
-            shown.append((title, {m: at_costs(r) for m, r in found.items()}))
+        for rows, found in sorted(by_rows.items()):
+            metric = next(iter(found.values())).metric
+            curves = {method: at_costs(record) for method, record in found.items()}
+            shown.append((f"{task}, {rows:,} rows", curves, metric))
     figure, axes = panels(len(shown))
-    costs = sorted({c for _, curves in shown for x, _ in curves.values() for c in x.tolist()})
-    for axis, (title, curves) in zip(axes, shown, strict=True):
-        draw(axis, curves, title, "score")
+    costs = sorted({c for _, curves, _ in shown for x, _ in curves.values() for c in x.tolist()})
+    for axis, (title, curves, metric) in zip(axes, shown, strict=True):
+        draw(axis, curves, title, metric)
     legend(axes)
     return Section(
         "sizes-curves",
@@ -140,7 +140,7 @@ def _curves(options: argparse.Namespace, records: Records) -> Section:
         "Score in per cent at set costs, mean and 95% interval over seeds, read between 11 "
         "thresholds as the paper's figure is; that is on MNLI, up to 400,000 rows.",
         ("task, size", "method", *(f"cost {c:.3g}" for c in costs)),
-        [row for title, curves in shown for row in curve_rows(title, curves, costs)],
+        [row for title, curves, _ in shown for row in curve_rows(title, curves, costs)],
         figure if shown else None,
     )
 

@@ -297,7 +297,7 @@ def test_groups_of_devices_are_read_from_the_compiler_s_text():
         "%a = (f32[2,3]{1,0}, s32[]) all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {"
     )
     (rows,) = tpu_programs.collectives(line + "'axis_1'}, x")
-    assert rows == ("all-reduce", {frozenset({0, 1}), frozenset({2, 3})}, [6, 1], 28)
+    assert rows == ("all-reduce", {frozenset({0, 1}), frozenset({2, 3})}, [6, 1], 28, 1)
     assert rows.sent() == 28  # half of each array, and then half of the sums
     (across,) = tpu_programs.collectives(line + "'axis_0'}, x")
     assert across.groups == {frozenset({0, 2}), frozenset({1, 3})}
@@ -420,4 +420,18 @@ def test_a_loop_of_the_compiler_counts_as_often_as_it_runs():
     assert (sent.times, sent.bytes, sent.sent()) == (4, 80, 320)
     moved = {each.name: each.times for each in operations(LOOP)}
     assert (moved["part"], moved["once"]) == (4, 1)
-    assert tpu_loops.body_runs(LOOP.replace("compare(%counter, %limit)", "f(%q)")) == {"body.1": 1}
+    dilated = "%right.1), window={size=12 stride=11 lhs_dilate=12}, dim_labels=bf_io->bf"
+    batched = LOOP.replace("%right.1), dim_labels=bf_io->bf", dilated)
+    assert tpu_loops.flops_of_repeats(batched) == tpu_loops.flops_of_repeats(LOOP)
+
+
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("direction=LT", "direction=GT"),
+        ("add(%count, %two)", "fusion(%count, %two)"),
+        ("tuple(%sent, /*index=1*/%next)", "fusion(%sent)"),
+    ],
+)
+def test_a_loop_that_does_not_count_up_is_taken_to_run_once(line, other):
+    assert tpu_loops.body_runs(LOOP.replace(line, other)) == {"body.1": 1}

@@ -99,11 +99,12 @@ def test_the_mean_curve_is_over_tasks_at_the_costs_and_seeds_that_all_have():
     one = record([[0.5], [0.6]], grid=[{"0.25": 0.5, "1": 0.7}, {"0.25": 0.6, "1": 0.8}])
     points = [{"0.25": 0.3, "0.5": 0.4, "1": 0.5}] * 2 + [{"1": 0.9}]
     other = record([[0.5], [0.6], [0.7]], grid=points[::-1])  # its seed 0 lacks a cost
-    costs, scores = curves.mean_at_costs([one, other])
+    costs, scores = curves.mean_at_costs([one, other], [0, 1])
     np.testing.assert_array_equal(costs, [1.0])
     np.testing.assert_allclose(scores, [[80.0], [65.0]])
-    costs, scores = curves.mean_at_costs([one, one])
-    np.testing.assert_allclose(scores, [[50.0, 70.0], [60.0, 80.0]])
+    costs, scores = curves.mean_at_costs([one, other], [1])  # which has both costs
+    np.testing.assert_array_equal(costs, [0.25, 1.0])
+    np.testing.assert_allclose(scores, [[45.0, 65.0]])
 
 
 def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():

@@ -6,14 +6,15 @@
         --topology=v5e:2x2 --topology=v6e:2x2 --dtype=bfloat16 --length=128 --length=256
 
 A row is a combination of topology, shape, method, dtype and length, 16 rows a chip. arguments and
-temporaries are MiB of a chip's memory. FLOPs and bytes are the compiler's estimate for a chip; its
-bytes include those of the chip's fast memory, and those of the main memory alone are read from the
-compiled text (tpu_traffic.py). The bound is what the chip's published peaks (bfloat16 products,
-bandwidth of the main memory) take for them at least, the larger of both: a bound, and never a
-measurement. The grid is the paper's for one method and size: 7 tasks of at most 6,000 rows, 5
-learning rates, 3 seeds, 2 epochs in batches of 16; a run on each chip of the row. collectives are
-those over the rows of a batch, MB sent what these make each chip send at least. --breakdown adds
-the bytes of the main memory by the function of this package that moves them.
+temporaries are MiB of a chip's memory. FLOPs and bytes are the compiler's estimate for a chip:
+FLOPs with all runs of a loop (tpu_loops.py), GB accessed with one, and with the bytes of the chip's
+fast memory; those of the main memory alone are read from the compiled text (tpu_traffic.py). The
+bound is what the chip's published peaks (bfloat16 products, bandwidth of the main memory) take for
+them at least, the larger of both: a bound, and never a measurement. The grid is the paper's for one
+method and size: 7 tasks of at most 6,000 rows, 5 learning rates, 3 seeds, 2 epochs in batches of
+16; a run on each chip of the row. collectives are those over the rows of a batch, MB sent what
+these make each chip send at least. --breakdown adds the bytes of the main memory by the function of
+this package that moves them.
 """
 
 import itertools

@@ -14,7 +14,7 @@ _HEAD = re.compile(r"^(ENTRY )?%([\w.-]+) \(")
 _CALLED = re.compile(r"(\w+)=\{?%([\w.-]+)")
 _CONVOLUTION = re.compile(
     r"= \w+\[([\d,]*)\]\S* convolution\(%[\w.-]+, %([\w.-]+)\)"
-    r"(?:, window=\{size=([\dx]+))?.*dim_labels=\w+_(\w+)->"
+    r"(?:, window=\{(.*?)\})?.*dim_labels=\w+_(\w+)->"
 )
 _RESULT = re.compile(r"^  (?:ROOT )?%([\w.-]+) = \w+\[([\d,]*)\]")
 
@@ -58,34 +58,41 @@ def body_runs(text: str) -> dict[str, int]:
 def trip_count(parts: Mapping[str, list[str]], line: str) -> int:
     """Returns how often the body of a loop runs: as the compiler says, or until its count ends.
 
-    Loops that it makes count up from 0 while the count is below a constant. 1 where that cannot be
-    read.
+    The loops that it makes count up from 0 by a constant while the count is below another. Of any
+    other loop the count is not known: 1.
     """
     if told := re.search(r'"n":"(\d+)"', line):
         return int(told[1])
     names = dict(_CALLED.findall(line))
-    condition, body = (
-        {
-            m[1]: each
-            for each in parts[names[key]]
-            if (m := re.match(r"^  (?:ROOT )?%(\S+) =", each))
-        }
-        for key in ("condition", "body")
-    )
-    compared = _operands(next(each for each in condition.values() if "ROOT" in each))
-    limits = [limit for name in compared if (limit := _constant(condition, name)) is not None]
-    places = [re.search(r"index=(\d+)", condition.get(name, "")) for name in compared]
-    place = next((int(found[1]) for found in places if found), None)
-    if not limits or place is None:
+    condition, body = (_by_name(parts.get(names.get(key, ""), [])) for key in ("condition", "body"))
+    compared, result = _root(condition, "compare"), _root(body, "tuple")
+    if "direction=LT" not in compared or not result:
         return 1
-    counter = _operands(next(each for each in body.values() if "ROOT" in each))[place]
-    added = [_constant(body, name) for name in _operands(body.get(counter, ""))]
-    step = next((value for value in added if value), 1)
-    return math.ceil(limits[0] / step)
+    limits = [_constant(condition, name) for name in _operands(compared)]
+    places = [re.search(r"index=(\d+)", condition.get(name, "")) for name in _operands(compared)]
+    limit = next((value for value in limits if value is not None), None)
+    place = next((int(found[1]) for found in places if found), None)
+    if limit is None or place is None:
+        return 1
+    counter = body.get(_operands(result)[place], "")
+    steps = [_constant(body, name) for name in _operands(counter) if " add(" in counter]
+    step = next((value for value in steps if value), None)
+    return math.ceil(limit / step) if step else 1
+
+
+def _by_name(lines: list[str]) -> dict[str, str]:
+    """Returns the lines of a computation by the names of their results."""
+    return {found[1]: line for line in lines if (found := re.match(r"^  (?:ROOT )?%(\S+) =", line))}
+
+
+def _root(lines: Mapping[str, str], opcode: str) -> str:
+    """Returns the line that a computation ends with, or "" where it is another operation."""
+    ends = (line for line in lines.values() if line.startswith("  ROOT "))
+    return next((line for line in ends if f" {opcode}(" in line), "")
 
 
 def _constant(lines: Mapping[str, str], name: str) -> int | None:
-    found = re.search(r"constant\((\d+)\)", lines.get(name, ""))
+    found = re.search(r" constant\((\d+)\)", lines.get(name, ""))
     return int(found[1]) if found else None
 
 
@@ -118,5 +125,7 @@ def _flops(line: str, shapes: Mapping[str, list[int]]) -> float:
         return 0.0
     result, kernel, window, labels = parts.groups()
     summed = shapes[kernel][labels.index("i")]
-    window_size = math.prod(int(n) for n in window.split("x")) if window else 1
-    return 2.0 * math.prod(int(n) for n in result.split(",") if n) * summed * window_size
+    taps = 1
+    if window and "lhs_dilate" not in window:  # a dilated one meets one element: a batched product
+        taps = math.prod(int(n) for n in re.findall(r"\d+", window.split(" ")[0]))
+    return 2.0 * math.prod(int(n) for n in result.split(",") if n) * summed * taps

@@ -54,8 +54,8 @@ class Compiled(NamedTuple):
     seconds: float  # of a core, for tracing and compiling
     arguments: int  # bytes
     temporaries: int  # bytes
-    flops: float
-    bytes_accessed: float
+    flops: float  # of every run of a loop
+    bytes_accessed: float  # with one run of each loop
     collectives: int  # over the rows of a batch
     sent: float  # bytes that these make each chip send, at least
     reduced: list[int]  # numbers in each array that is summed over the rows of a batch

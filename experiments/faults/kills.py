@@ -30,7 +30,7 @@ _TOGETHER = 90.0  # seconds within which the processes that are left must have e
 LAST = 900.0  # seconds that a run may take which nobody kills
 _ALL = 0.25  # share of the kills that end all processes, as a power cut does, not one of them
 MOST = 8  # kills of one run, which may end then
-# Said by JAX where a busy machine lets a process wait for 30 s.
+# Said by JAX where a busy machine keeps a process waiting for 30 s.
 _STARVED = ("stopped sending heartbeats", "Gloo context initialization failed: DEADLINE_EXCEEDED")
 _RESTARTS = 3  # of a run for that reason
 _COLD = 0.15  # share of the runs that begin with an empty compilation cache
@@ -261,12 +261,15 @@ def run_round(mode: str, number: int, folder: Path, seed: int, hit: Counter) -> 
         elif not (statuses := {process.returncode for process in attempt.processes} - {0}):
             break
         elif plan is None or statuses != {-signal.SIGKILL}:  # else a kill at a process's end
-            texts = "\n".join(attempt.said(n)[-2000:] for n in range(len(attempt.processes)))
+            ended = [n for n, each in enumerate(attempt.processes) if each.returncode]
+            texts = [attempt.said(n) for n in ended]
             restarts += 1
-            starved = [words for words in _STARVED if words in texts]
+            # Each of them: one that failed by itself would make the others wait.
+            starved = all(any(words in text for words in _STARVED) for text in texts)
             if not starved or restarts > _RESTARTS:
-                raise RuntimeError(f"{run} did not resume:\n{texts}")
-            print(f"{mode} {number}: started again, since {starved[0]}", flush=True)
+                said = "\n".join(text[-2000:] for text in texts)
+                raise RuntimeError(f"{run} did not resume:\n{said}")
+            print(f"{mode} {number}: started again: the machine is too busy", flush=True)
     bits, names = differing_bits(folder / "whole", run)
     left = [str(p.relative_to(run)) for p in run.rglob("*") if ".part" in p.name]
     record = {"mode": mode, "round": number, "cold": cold, "kills": kills.read(), "bits": bits}

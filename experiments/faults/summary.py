@@ -62,7 +62,8 @@ def read_all(folder: Path) -> dict[str, dict[str, Any]]:
 def report(folder: Path, output: Path) -> None:
     """Prints the counts as a Markdown table, and writes them to OUTPUT/kills.json.
 
-    A mode that the work directory has no round of keeps the counts that stand there.
+    A mode that the work directory has no round of keeps the counts that stand there, of another
+    day; those of any other are replaced. The sum is of both.
     """
     path = output / "kills.json"
     kept = json.loads(path.read_text())["modes"] if path.exists() else {}

@@ -11,9 +11,10 @@ from sweet_jax.data.batches import Tokens
 
 _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each length used is compiled for
 _SHORT = (16, 24)  # compiled for where enough batches of a run are as short, see `with_short`
-# Tokens of a row that padding to another length must save in a run: on one core compiling a step
-# takes as long as 35 steps of 32 tokens at MiniLM's shape, 12 at BERT-base's
-# (experiments/benchmarks/short_texts.py).
+# Tokens per row, summed over the steps of a run, that another length must save: as many as are
+# trained on in the time that compiling for it takes, about. With 16 rows and one replica on one
+# core that is 35 steps of 32 tokens at MiniLM's shape, 12 at BERT-base's
+# (experiments/benchmarks/short_texts.py); with more rows it is fewer.
 _WORTH_COMPILING = 1024
 
 Batch = dict[str, np.ndarray]
@@ -25,7 +26,7 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
 
 
 def with_short(lengths: tuple[int, ...], longest: np.ndarray, steps: int) -> tuple[int, ...]:
-    """Returns `lengths`, and before them shorter ones that are worth compiling a step for.
+    """Returns `lengths`, and before them the shorter ones that are worth compiling a step for.
 
     Args:
       lengths: that batches are padded to, see `bucket_lengths`.
@@ -33,14 +34,16 @@ def with_short(lengths: tuple[int, ...], longest: np.ndarray, steps: int) -> tup
       steps: of the run.
 
     """
-    kept: tuple[int, ...] = ()
-    shorter = 0
-    candidates = (*(length for length in _SHORT if length < lengths[0]), lengths[0])
-    for length, longer in itertools.pairwise(candidates):
-        share = np.mean((longest > shorter) & (longest <= length))
-        if steps * share * (longer - length) >= _WORTH_COMPILING:
-            kept, shorter = (*kept, length), length
-    return kept + lengths
+    usual = np.asarray(lengths)[np.searchsorted(lengths, longest)]
+
+    def gain(short: tuple[int, ...]) -> float:
+        every = (*short, *lengths)
+        saved = usual - np.asarray(every)[np.searchsorted(every, longest)]
+        return steps * float(saved.mean()) - _WORTH_COMPILING * len(short)
+
+    candidates = [length for length in _SHORT if length < lengths[0]]
+    subsets = (itertools.combinations(candidates, n) for n in range(len(candidates) + 1))
+    return (*max(itertools.chain(*subsets), key=gain), *lengths)
 
 
 def longest_row(tokens: Tokens, rows: np.ndarray) -> int:

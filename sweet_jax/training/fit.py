@@ -170,8 +170,7 @@ def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any
         ]
         return np.concatenate(each, axis=1)  # [R, B], or twice as many
 
-    epoch = range(steps_per_epoch(job.rows.shape[1], config.batch_size))[:_LOOKED_AT]
-    lengths = _lengths(config, len(job.rows[0]), [longest_row(tokens, draw(n)) for n in epoch])
+    lengths = _lengths(config, job.rows.shape[1], lambda step: longest_row(tokens, draw(step)))
 
     def batch(number: int) -> tuple[Any, int]:
         rows = draw(number)
@@ -181,23 +180,24 @@ def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any
     return batch
 
 
-def _lengths(config: Config, rows: int, longest: list[int]) -> tuple[int, ...]:
+def _lengths(config: Config, rows: int, longest: Callable[[int], int]) -> tuple[int, ...]:
     """Returns the lengths that batches are padded to.
 
     Args:
       config: of the run.
       rows: training rows of a replica.
-      longest: tokens of the longest row of some batches, which stand for all.
+      longest: tokens of the longest row of a step's batch.
 
     """
     lengths = bucket_lengths(config.max_length)
-    if jax.default_backend() != "cpu":  # there compiling takes as long as thousands of steps
-        return lengths
-    # Those of the whole training for the learning rate's short ones too, which share its programs.
+    if jax.default_backend() != "cpu":
+        return lengths  # on accelerators compiling takes as long as thousands of steps
+    # The rate search's short runs count the steps of the whole training: they share its programs.
     steps = training_steps(config.epochs, rows, config.batch_size)
     if config.max_steps:
         steps = min(steps, config.max_steps)
-    return with_short(lengths, np.asarray(longest), steps)
+    epoch = range(steps_per_epoch(rows, config.batch_size))[:_LOOKED_AT]
+    return with_short(lengths, np.asarray([longest(step) for step in epoch]), steps)
 
 
 def _restore(
