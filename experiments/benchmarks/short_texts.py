@@ -95,8 +95,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             longest = longest_rows(tokens, grouped=grouped)
             more = with_short(usual, longest, options.epochs * len(longest))
             cases.append((task, grouped, longest, more))
-    every = sorted({length for *_, more in cases for length in more})
-    found = time_steps(options.shape, every, options.rounds)
+    used = {
+        length
+        for _, _, longest, more in cases
+        for lengths in (usual, more)
+        for length in padded(longest, lengths).tolist()
+    }
+    found = time_steps(options.shape, sorted(used), options.rounds)
     print(head_line())
     print(f"{options.shape}, batches of {BATCH}, {options.rows} rows, {options.epochs} epochs\n")
     columns = (
