@@ -13,7 +13,7 @@ _LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each length used is comp
 _SHORT = (16, 24)  # compiled for where enough batches of a run are as short, see `with_short`
 # Tokens per row, summed over the steps of a run, that another length must save: as many as are
 # trained on in the time that compiling for it takes, about. With 16 rows and one replica on one
-# core that is 35 steps of 32 tokens at MiniLM's shape, 12 at BERT-base's
+# core that is 27 steps of 32 tokens at MiniLM's shape, 6 at MPNet-base's
 # (experiments/benchmarks/short_texts.py); with more rows it is fewer.
 _WORTH_COMPILING = 1024
 
