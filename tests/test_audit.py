@@ -272,6 +272,9 @@ def test_an_audit_that_fails_ends_alone(serve_audited, sweet, caplog, monkeypatc
             time.sleep(0.01)
     assert running.predict({"texts": sweet.texts[:2]})[0] == 200
     assert "The audit has ended with an error" in running.call("GET", "/audit")[1].decode()
+    running.stop()
+    with pytest.raises(ValueError, match="closed file"):  # by the server that has stopped
+        audit._log.add(row(0), [1, 2])
 
 
 def test_the_share_is_drawn_by_seed_and_number_alone():

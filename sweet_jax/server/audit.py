@@ -171,6 +171,11 @@ class Audit:
             log.exception("the audit has ended; texts are answered without it")
             self.running = False
 
+    def close(self) -> None:
+        """Closes the log; called once the thread that computes has ended."""
+        if self._log is not None:
+            self._log.close()
+
     def _record(self, whole: Request, answered: Request, text: Text) -> None:
         """Adds a text that all exits have computed to what is known."""
         scores = np.asarray(whole.exit_scores, np.float32) if whole.exit_scores else None

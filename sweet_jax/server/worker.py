@@ -89,9 +89,11 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when all that was submitted is classified."""
+        """Returns when all that was submitted is classified, and the audit's log is closed."""
         self._inbox.put(None)
         self._thread.join()
+        if self.audit is not None:
+            self.audit.close()
 
     def wake(self) -> None:
         """Has the thread, which may wait for texts, look at the audit."""
