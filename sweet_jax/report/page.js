@@ -121,7 +121,7 @@ function classTables(rows) {
   function show(at) {
     const left = leaves[chosen.value], fits = left && replica === data.best;
     element("classes-at").textContent = fits
-      ? `At the threshold ${policy().curve.threshold[at]} of the slider, on ${count} validation rows.`
+      ? `At the threshold ${policy().curve.threshold[at]} of the slider, on ${count.toLocaleString("en")} validation rows.`
       : data.classes_at;
     if (!fits) return;
     const [matrix, taken] = tally(left, at), support = new Uint32Array(classes), given = new Uint32Array(classes);

@@ -47,7 +47,7 @@ ENVIRONMENT = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 _RAISED = 0.001  # of an ECE that temperature scaling makes worse: smaller differences do not show
-_AT = "Of the run's own policy at the recommended threshold, on {} validation rows."
+_AT = "Of the run's own policy at the recommended threshold, on {:,} validation rows."
 
 
 def read_script(name: str) -> markupsafe.Markup:
