@@ -1,8 +1,8 @@
-"""How often the computations of a program compiled for a TPU run: loops that the compiler makes.
+"""Counts how often each computation of a program compiled for a TPU runs, loops included.
 
-From eight chips on it turns the gradient of a matrix, and the exchange of its parts, into a loop
-that computes some parts while others are sent. The compiler's own counts (FLOPs, bytes) have the
-body of such a loop once.
+From eight chips on the compiler turns the gradient of a matrix, and the exchange of its parts, into
+a loop that computes some parts while others are sent. Its own counts (FLOPs, bytes) have the body
+of such a loop once.
 """
 
 import math

@@ -74,7 +74,7 @@ class Watch:
             return "report"
         if not (run / "probe.npz").exists():
             return "probe"
-        if self._checkpoints():
+        if self._saves_checkpoint():
             return "checkpoint"
         if not (run / "rate_search.json").exists():
             return "rate search"
@@ -84,7 +84,7 @@ class Watch:
             return "refit"
         return "training" if self._stepped() else "compile"
 
-    def _checkpoints(self) -> bool:
+    def _saves_checkpoint(self) -> bool:
         """Returns whether a checkpoint of any training is being written."""
         try:
             return any(map(self._writing, self.workdir.glob("**/checkpoints/*")))

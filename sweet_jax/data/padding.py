@@ -4,6 +4,7 @@ Shape letters: B batch, L length.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,16 +35,20 @@ def with_short(lengths: tuple[int, ...], longest: np.ndarray, steps: int) -> tup
       steps: of the run.
 
     """
-    usual = np.asarray(lengths)[np.searchsorted(lengths, longest)]
+    usual = smallest_fit(longest, lengths)
 
     def gain(short: tuple[int, ...]) -> float:
-        every = (*short, *lengths)
-        saved = usual - np.asarray(every)[np.searchsorted(every, longest)]
+        saved = usual - smallest_fit(longest, (*short, *lengths))
         return steps * float(saved.mean()) - _WORTH_COMPILING * len(short)
 
     candidates = [length for length in _SHORT if length < lengths[0]]
     subsets = (itertools.combinations(candidates, n) for n in range(len(candidates) + 1))
     return (*max(itertools.chain(*subsets), key=gain), *lengths)
+
+
+def smallest_fit(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Returns the smallest of ascending `lengths` that holds each number of tokens, int [...]."""
+    return np.asarray(lengths)[np.searchsorted(lengths, tokens)]
 
 
 def longest_row(tokens: Tokens, rows: np.ndarray) -> int:
