@@ -14,7 +14,7 @@ from sweet_jax.data.batches import (
     whole_lengths,
 )
 from sweet_jax.data.load import load_dataset
-from sweet_jax.data.padding import bucket_lengths, pad_rows, with_short
+from sweet_jax.data.padding import bucket_lengths, pad_rows, with_short, worth_compiling
 from sweet_jax.data.splits import Split, drop_duplicates, split_calibration_rows
 from sweet_jax.methods import METHODS
 from sweet_jax.models.checkpoint_folder import load_tokenizer
@@ -61,6 +61,25 @@ def test_buckets_ascend_to_the_longest_length(max_length, lengths):
 def test_short_lengths_are_compiled_for_where_that_saves_enough(longest, steps, short):
     assert with_short((32, 48, 64), np.asarray(longest), steps) == (*short, 32, 48, 64)
     assert with_short((16,), np.minimum(longest, 16), steps) == (16,)
+
+
+@pytest.mark.parametrize(
+    ("longest", "rows", "lengths"),
+    [
+        ([30, 50, 90], 1000, (96,)),  # one program
+        ([30, 50, 50, 90], 600_000, (64, 96)),
+        ([30, 50, 90], 10_000_000, (32, 64, 96)),
+        ([100] * 3, 10**9, (128,)),
+        ([200], 1000, (256,)),  # cut there: the last length holds every row
+    ],
+)
+def test_an_accelerator_compiles_for_the_lengths_that_save_enough(longest, rows, lengths):
+    chosen = worth_compiling(bucket_lengths(256), np.asarray(longest), rows)
+    assert chosen == tuple(dict.fromkeys((*lengths, 256)))
+
+
+def test_coarse_buckets_are_fewer():
+    assert bucket_lengths(200, coarse=True) == (64, 128, 200)
 
 
 def test_tokens_of_single_texts(tokenizer):

@@ -150,7 +150,7 @@ def test_a_shared_table_of_relative_positions_gets_every_exit_s_gradient(kind):
 def test_under_reference_exits_share_the_pooler_and_the_relative_table_only(kind, tmp_path):
     config = Config(exits=EXITS, preset="reference").resolved()
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path / "tiny", kind)))
-    graphdef, values = nnx.split(make_model(config, checkpoint, EXITS, 2, seed=0))
+    graphdef, values = nnx.split(make_model(config, checkpoint, EXITS, 2, jax.random.key(0)))
     params = nnx.to_pure_dict(values)
     each = [exit_gradient(graphdef, params, i, 1.0) for i in range(2)]
     owner_of = parameter_owners(params, EXITS, shared_relative=config.relative == "shared")

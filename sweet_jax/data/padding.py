@@ -17,13 +17,21 @@ _SHORT = (16, 24)  # compiled for where enough batches of a run are as short, se
 # core that is 27 steps of 32 tokens at MiniLM's shape, 6 at MPNet-base's
 # (experiments/benchmarks/short_texts.py); with more rows it is fewer.
 _WORTH_COMPILING = 1024
+# On accelerators compiling a step takes tens of seconds, and a step milliseconds: the tokens that
+# are trained on meanwhile, of all rows and replicas, in order of magnitude.
+_WORTH_COMPILING_ON_ACCELERATORS = 1 << 23
+_COARSE = (64, 128, 256, 512)  # of programs that compile for longer than they run
 
 Batch = dict[str, np.ndarray]
 
 
-def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """Returns the lengths that batches are padded to, ascending; the last is max_length."""
-    return (*(length for length in _LENGTHS if length < max_length), max_length)
+def bucket_lengths(max_length: int, *, coarse: bool = False) -> tuple[int, ...]:
+    """Returns the lengths that batches are padded to, ascending; the last is max_length.
+
+    coarse: fewer of them, for programs that compile for longer than they run.
+    """
+    lengths = _COARSE if coarse else _LENGTHS
+    return (*(length for length in lengths if length < max_length), max_length)
 
 
 def with_short(lengths: tuple[int, ...], longest: np.ndarray, steps: int) -> tuple[int, ...]:
@@ -44,6 +52,25 @@ def with_short(lengths: tuple[int, ...], longest: np.ndarray, steps: int) -> tup
     candidates = [length for length in _SHORT if length < lengths[0]]
     subsets = (itertools.combinations(candidates, n) for n in range(len(candidates) + 1))
     return (*max(itertools.chain(*subsets), key=gain), *lengths)
+
+
+def worth_compiling(lengths: tuple[int, ...], longest: np.ndarray, rows: int) -> tuple[int, ...]:
+    """Returns those of `lengths` that are worth compiling a step for on an accelerator.
+
+    Args:
+      lengths: that batches can be padded to, ascending; the last holds every row, and is kept.
+      longest: tokens of the longest row of some of the run's batches, int [batches].
+      rows: that the run trains on, counted anew in each epoch and replica.
+
+    """
+
+    def tokens(subset: tuple[int, ...]) -> float:
+        padded = smallest_fit(longest, (*subset, lengths[-1]))
+        programs = len(np.unique(padded))
+        return rows * float(padded.mean()) + _WORTH_COMPILING_ON_ACCELERATORS * programs
+
+    subsets = (itertools.combinations(lengths[:-1], n) for n in range(len(lengths)))
+    return (*min(itertools.chain(*subsets), key=tokens), lengths[-1])
 
 
 def smallest_fit(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:

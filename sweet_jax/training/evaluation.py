@@ -104,7 +104,7 @@ def evaluate(
     mesh = mesh_of(params)
     data = mesh.shape["data"]
     size = -(-config.evaluation_batch_size // data) * data
-    lengths = bucket_lengths(config.max_length)
+    lengths = bucket_lengths(config.max_length, coarse=jax.default_backend() != "cpu")
     whole: ModelOutput | None = None
     for number, (places, picked) in enumerate(evaluation_batch_indices(tokens, rows, size)):
         batch = put_batch(tokens, picked, lengths, batch_sharding(mesh))

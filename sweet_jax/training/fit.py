@@ -18,7 +18,13 @@ from flax import nnx
 
 from sweet_jax.config import AUTO, Config
 from sweet_jax.data.batches import append_unlabeled, steps_per_epoch, training_batch_indices
-from sweet_jax.data.padding import bucket_lengths, longest_row, padded_length, with_short
+from sweet_jax.data.padding import (
+    bucket_lengths,
+    longest_row,
+    padded_length,
+    with_short,
+    worth_compiling,
+)
 from sweet_jax.methods import loss_weights
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
 from sweet_jax.training.early_stopping import BestStateTracker
@@ -190,14 +196,15 @@ def _lengths(config: Config, rows: int, longest: Callable[[int], int]) -> tuple[
 
     """
     lengths = bucket_lengths(config.max_length)
-    if jax.default_backend() != "cpu":
-        return lengths  # on accelerators compiling takes as long as thousands of steps
     # The rate search's short runs count the steps of the whole training: they share its programs.
     steps = training_steps(config.epochs, rows, config.batch_size)
     if config.max_steps:
         steps = min(steps, config.max_steps)
     epoch = range(steps_per_epoch(rows, config.batch_size))[:_LOOKED_AT]
-    return with_short(lengths, np.asarray([longest(step) for step in epoch]), steps)
+    tokens = np.asarray([longest(step) for step in epoch])
+    if jax.default_backend() == "cpu":
+        return with_short(lengths, tokens, steps)
+    return worth_compiling(lengths, tokens, steps * config.batch_size * len(config.replicas()))
 
 
 def _restore(

@@ -41,10 +41,9 @@ def model_specs(config: Config) -> tuple[ModelSpec, ...]:
 
 
 def make_model(
-    config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, seed: int
+    config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, key: jax.Array
 ) -> EarlyExit:
-    """Builds a model as deep as its last exit with random parameters from `seed`."""
-    key = derive_key(jax.random.key(seed), "parameters")
+    """Builds a model as deep as its last exit with random parameters from `key`."""
     encoder = with_training_dropout(config, checkpoint).encoder(key, config.dtype, depth=exits[-1])
     encoder.set_attention(config.attention)
     return EarlyExit(
@@ -98,10 +97,17 @@ def initial_state(
     pooler = checkpoint.weights.pooler
     trunks = None if base is None else _base_params(base)  # [R', ...]
 
-    def one(seed: int, rate: float) -> tuple[nnx.GraphDef, State]:
-        graphdef, values = nnx.split(make_model(config, checkpoint, model.exits, classes, seed))
+    @jax.jit
+    def draw(key: jax.Array) -> tuple[nnx.GraphDef, Params]:
+        """Draws all parameters but the encoder's, which the compiler leaves out."""
+        graphdef, values = nnx.split(make_model(config, checkpoint, model.exits, classes, key))
         params = nnx.to_pure_dict(values)
-        params["encoder"] = encoder
+        return graphdef, {name: part for name, part in params.items() if name != "encoder"}
+
+    def one(seed: int, rate: float) -> tuple[nnx.GraphDef, Params, Params]:
+        """Returns the structure of a replica, its parameters, and those that are trained."""
+        graphdef, drawn = draw(derive_key(jax.random.key(seed), "parameters"))
+        params = drawn | {"encoder": encoder}
         if pooler is not None:
             for holder in [params, *params["heads"].values()]:
                 if "pooler" in holder:
@@ -115,10 +121,19 @@ def initial_state(
             params = merge_grown_params(params, jax.tree.map(lambda x: x[number], trunks))
             owner_of = parameter_owners(params, model.exits)
             trained = jax.tree.map(lambda o, x: None if o in base.exits else x, owner_of, params)
-        return graphdef, jax.tree.map(np.asarray, init_state(params, rate, seed, trained))
+        return graphdef, params, trained
 
-    graphdefs, states = zip(*(one(*replica) for replica in config.replicas()), strict=True)
-    return graphdefs[0], jax.tree.map(lambda *x: np.stack(x), *states)
+    replicas = config.replicas()
+    graphdefs, params, trained = zip(*(one(*replica) for replica in replicas), strict=True)
+    seeds, rates = zip(*replicas, strict=True)
+    # np.zeros, as all but three fields are: pages that nobody wrote to take no memory.
+    like = jax.eval_shape(init_state, params[0], 0.0, 0, trained[0])
+    state = jax.tree.map(lambda x: np.zeros((len(replicas), *x.shape), x.dtype), like)
+    return graphdefs[0], state._replace(
+        params=jax.tree.map(lambda *x: np.stack(x), *params),
+        learning_rate=np.asarray(rates, np.float32),
+        seed=np.asarray(seeds, np.uint32),
+    )
 
 
 def base_checkpoint_folder(base: BaseRun) -> Path:
