@@ -48,13 +48,23 @@ def compare(one: Scores, other: Scores) -> Comparison:
     """
     assert one.drawn_area is not None, "one has no drawn areas"
     assert other.drawn_area is not None, "other has no drawn areas"
-    gaps = one.drawn_area - other.drawn_area  # [D, S]
+    value = float((one.area - other.area).mean())
+    return compare_draws(value, one.drawn_area - other.drawn_area)
+
+
+def compare_draws(value: float, gaps: np.ndarray) -> Comparison:
+    """Returns a difference with its interval and p-value, of its values on drawn rows.
+
+    Args:
+      value: on the rows as they are, the mean over seeds.
+      gaps: float64 [D, S], of each draw of rows and each seed.
+
+    """
     count = gaps.shape[1]
     seeds = np.random.default_rng(1).integers(0, count, (_SEED_DRAWS, len(gaps), count))
     means = np.take_along_axis(gaps[None], seeds, axis=2).mean(axis=2).ravel()  # [P]
     low, high = np.quantile(means, [0.025, 0.975])
-    value, spread = float((one.area - other.area).mean()), float(means.std())
-    return Comparison(value, float(low), float(high), two_sided(value, spread))
+    return Comparison(value, float(low), float(high), two_sided(value, float(means.std())))
 
 
 def two_sided(value: float, spread: float) -> float:

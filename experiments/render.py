@@ -4,9 +4,9 @@
   python -m experiments.render --output=experiments/results/minilm-l6
 
 Trains and measures nothing, and needs no data sets: it reads what the scripts recorded as CSV files
-in experiments/results/STUDY, or in each --output. Writes STUDY/README.md and STUDY/figures/*.png,
-and, of all studies, the tables that README.md, experiments/results/README.md and docs/**/*.md mark
-(experiments.summary).
+in experiments/results/STUDY, or in each --output, and STUDY/note.md where there is one. Writes
+STUDY/README.md and STUDY/figures/*.png, and, of all studies, the tables that README.md,
+experiments/results/README.md and docs/**/*.md mark (experiments.summary).
 Cost: seconds. Expected: the tables and figures of every script; what is not done yet is named.
 """
 
@@ -29,6 +29,7 @@ from experiments import (
     pcee_control,
     probes,
     rates,
+    read_outs,
     recipe,
     sizes,
     summary,
@@ -43,6 +44,7 @@ from sweet_jax.config import UserError
 from sweet_jax.files import write_text
 
 RESULTS = Path("experiments/results")
+NOTE = "note.md"  # of a study, where there is one: what its cells' configs do not say
 # In the order of the page.
 SCRIPTS: tuple[Script, ...] = (
     individual.SCRIPT,
@@ -51,6 +53,7 @@ SCRIPTS: tuple[Script, ...] = (
     sizes.SCRIPT,
     ablation.SCRIPT,
     isolation.SCRIPT,
+    read_outs.SCRIPT,
     learning_to_exit.SCRIPT,
     large_at_small_cost.SCRIPT,
     pcee_control.SCRIPT,
@@ -71,8 +74,10 @@ def render(output: Path) -> None:
     sections += conflict_tables.sections(output)
     write_figures(output, sections)
     title = f"sweet_jax: experiments with {options.model}"
-    text = "\n".join([f"# {title}", "", *(markdown(s) for s in sections)])
-    write_text(output / "README.md", text)
+    lines = [f"# {title}", "", *(markdown(s) for s in sections)]
+    if (output / NOTE).exists():
+        lines.insert(2, (output / NOTE).read_text(encoding="utf-8"))
+    write_text(output / "README.md", "\n".join(lines))
 
 
 def study_options(output: Path) -> Options:

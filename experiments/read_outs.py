@@ -1,0 +1,228 @@
+"""What each exit reads: does the difference between the methods survive another read-out?
+
+  python -m experiments.read_outs --model=mpnet-base --data_dir=DIR
+
+Not in the paper, which reads the first token through a pooler whose classifier starts at random.
+Beside those cells of experiments.individual: the mean of a text's tokens, and classifiers that
+start as logistic regressions on the frozen encoder's features (which takes another tenth of the
+rows out of training, to choose their penalty); and these regressions alone, the encoder left as it
+was. Differences are paired by seed and by drawn rows, as in experiments.panel, and corrected by
+Holm over the table. Cost: two more trained cells a task; of MPNet-base, four tasks with
+experiments.individual's cells 8 minutes of an H200. Expected, of MPNet-base: as in the paper,
+Early-Exit's first exits learn nothing beside the deep ones, where the same layers trained for their
+own exit do; with mean and probe they do under both methods, and SWEET's deep exits are behind
+(experiments/results/mpnet-base-gpu).
+"""
+
+import argparse
+import functools
+import itertools
+import operator
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import paper
+from experiments.cells import Cell, is_finished, outputs_folder
+from experiments.comparison import (
+    DIVERGED,
+    Record,
+    Records,
+    areas_to_full,
+    chosen,
+    exit_scores,
+    rate,
+    spread,
+    texts,
+)
+from experiments.options import cell, chosen_methods, chosen_tasks, settings
+from experiments.panel_records import draw_counts, drawn_areas
+from experiments.panel_statistics import LEVEL, compare_draws, holm
+from experiments.records import read_table, replace_rows
+from experiments.rendering import Section, missing_note
+from experiments.runner import Script, main
+from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.policies import exit_confidences
+
+FIRST, MEAN, FROZEN = "first token, random start", "mean and probe", "frozen"
+_PROBE = {"pooling": "mean", "head_init": "probe"}
+READ_OUTS: dict[str, dict[str, Any]] = {
+    FIRST: {},
+    MEAN: _PROBE,
+    FROZEN: _PROBE | {"epochs": 0, "learning_rates": (5e-5,)},  # a rate that nothing uses
+}
+
+
+class Variant(NamedTuple):
+    """Names a method with a read-out."""
+
+    method: str
+    read_out: str
+
+    @property
+    def title(self) -> str:
+        """Returns how tables call it."""
+        if self.read_out == FROZEN:
+            return "frozen, mean and probe"
+        return paper.NAMES[self.method] + f", {MEAN}" * (self.read_out == MEAN)
+
+
+PAIRS = (
+    (Variant("sweet", FIRST), Variant("early_exit", FIRST)),
+    (Variant("multi_model", FIRST), Variant("early_exit", FIRST)),
+    (Variant("sweet", FIRST), Variant("multi_model", FIRST)),
+    (Variant("sweet", MEAN), Variant("early_exit", MEAN)),
+    (Variant("early_exit", MEAN), Variant("early_exit", FIRST)),
+    (Variant("early_exit", MEAN), Variant("sweet", FIRST)),
+    (Variant("early_exit", MEAN), Variant("multi_model", FIRST)),
+    (Variant("sweet", FIRST), Variant("early_exit", FROZEN)),
+    (Variant("early_exit", MEAN), Variant("early_exit", FROZEN)),
+)
+_VARIANTS = tuple(dict.fromkeys(itertools.chain(*PAIRS)))
+_FILE = "read_outs.csv"
+_COLUMNS = ("study", "task", "one", "other", "of", "value", "low", "high", "p", "seeds", "n")
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """Returns a cell for every task and variant that is compared with another."""
+    return [
+        _cell(options, task, variant)
+        for task, variant in itertools.product(chosen_tasks(options), _VARIANTS)
+        if variant.method in chosen_methods(options)
+    ]
+
+
+def _cell(options: argparse.Namespace, task: str, variant: Variant) -> Cell:
+    return cell(options, task, variant.method, **READ_OUTS[variant.read_out])
+
+
+def sections(options: argparse.Namespace, records: Records) -> list[Section]:
+    """Returns the scores by read-out, and the differences; nothing without the second read-out."""
+    found = {
+        (task, variant): records[name]
+        for task in chosen_tasks(options)
+        for variant in _VARIANTS
+        if (name := _cell(options, task, variant).name) in records
+    }
+    if all(variant.read_out == FIRST for _, variant in found):
+        return []
+    return [_scores(options, records, found), _differences(options)]
+
+
+def _scores(
+    options: argparse.Namespace, records: Records, found: dict[tuple[str, Variant], Record]
+) -> Section:
+    rows = [
+        [task, variant.title, rate(record), *texts(record, _exits_and_area, spread)]
+        for (task, variant), record in found.items()
+    ]
+    for variant in dict.fromkeys(v for _, v in found):
+        own = [record for (_, v), record in found.items() if v == variant]
+        values = np.mean([_exits_and_area(record).mean(axis=0) for record in own], axis=0)
+        title = f"mean of {len(own)} tasks"
+        rows.append([title, variant.title, "", *(f"{value:.1f}" for value in values)])
+    missing = missing_note([c.name for c in cells(options)], records)
+    return Section(
+        "read-outs",
+        f"Read-outs, {options.model}",
+        "Mean and standard deviation over seeds, per cent; accuracy, Matthews for CoLA; validation "
+        f"rows. Area: up to the full model's cost. {DIVERGED}{missing}",
+        ("task", "variant", "rate", *_columns(options)),
+        rows,
+    )
+
+
+def _differences(options: argparse.Namespace) -> Section:
+    """Returns the table of what `measurements` wrote, corrected over all that is in the file."""
+    titles = {(one.title, other.title): f"{one.title} - {other.title}" for one, other in PAIRS}
+    measured = read_table(options.output / _FILE)
+    adjusted = holm([float(row["p"]) for row in measured])
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row, p in zip(measured, adjusted.tolist(), strict=True):
+        value, low, high = (100 * float(row[key]) for key in ("value", "low", "high"))
+        text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+        key = (titles[row["one"], row["other"]], row["task"])
+        rows.setdefault(key, {})[row["of"]] = f"**{text}**" if p < LEVEL else text
+    order = list(titles.values())
+    return Section(
+        "read-out-differences",
+        f"Differences by read-out, {options.model}",
+        "Points; 95% intervals of a bootstrap that draws seeds and validation rows, the same on "
+        "both sides; bold: below 0.05 after Holm's correction over the table. Each side at the "
+        "learning rate that its own area chose.",
+        ("difference", "task", *_columns(options)),
+        [
+            [*key, *(found.get(column, "") for column in _columns(options))]
+            for key, found in sorted(rows.items(), key=lambda item: order.index(item[0][0]))
+        ],
+    )
+
+
+def _columns(options: argparse.Namespace) -> tuple[str, ...]:
+    return (*(f"exit {e}" for e in settings(options)["exits"]), "area")
+
+
+def _exits_and_area(record: Record) -> np.ndarray:
+    """Returns the scores of the exits, then the area, in per cent: float64 [S, E + 1]."""
+    return np.column_stack([exit_scores(record), areas_to_full(record)])
+
+
+def measurements(options: argparse.Namespace, records: Records) -> None:
+    """Writes the differences between the cells whose outputs are in the workdir."""
+    found = []
+    for task in chosen_tasks(options):
+        drawn: dict[Variant, tuple[np.ndarray, np.ndarray]] = {}
+        for variant in _VARIANTS:
+            name = _cell(options, task, variant).name
+            if name in records and is_finished(options.workdir, name):
+                draws = _draws(outputs_folder(options.workdir, name), records[name])
+                drawn[variant] = (_exits_and_area(records[name]) / 100, draws)
+        for one, other in PAIRS:
+            if one not in drawn or other not in drawn:
+                continue
+            (values, draws), (others, other_draws) = drawn[one], drawn[other]
+            for place, of in enumerate(_columns(options)):
+                gap = float((values - others)[:, place].mean())
+                made = compare_draws(gap, (draws - other_draws)[..., place])
+                about = (options.output.name, task, one.title, other.title, of)
+                n = records[_cell(options, task, one).name].n["validation"]
+                row = (*about, *made, len(values), n)
+                found.append(dict(zip(_COLUMNS, row, strict=True)))
+    key = operator.itemgetter("task", "one", "other", "of")
+    replace_rows(options.output / _FILE, _COLUMNS, found, key)
+
+
+def _draws(folder: Path, record: Record) -> np.ndarray:
+    """Returns the scores of the exits and the area on drawn rows, float64 [D, S, E + 1].
+
+    The same draws for all cells of a task.
+    """
+    splits = [ExitOutputs.load(folder / f"{name}.npz") for name in ("calibration", "validation")]
+    analysis = analyse(*splits)
+    outputs = analysis.validation
+    confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [R, E, N]
+    counts = draw_counts(outputs.labels.shape[1])  # [D, N]
+    metric = outputs.objective.metric(outputs.metric)
+    classes = outputs.logits.shape[-1]
+    found = []
+    for place in map(record.runs.index, chosen(record)):
+        one = outputs.replica(place)
+        targets = np.asarray(metric.target_statistics(one.labels[0], classes), np.float64)
+        statistics = metric.row_statistics(one.predictions[0], one.labels[0], classes)
+        exits = [
+            metric.value(counts @ np.asarray(each, np.float64), counts @ targets)
+            for each in statistics
+        ]
+        area = drawn_areas(one, confidences[place], counts)
+        found.append(np.stack([*exits, area], axis=-1))  # [D, E + 1]
+    return np.stack(found, axis=1)
+
+
+SCRIPT = Script("read_outs", __doc__, cells, sections, measurements)
+run = functools.partial(main, SCRIPT)
+
+if __name__ == "__main__":
+    sys.exit(run())
