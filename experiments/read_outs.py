@@ -1,6 +1,7 @@
-"""What each exit reads: does the difference between the methods survive another read-out?
+"""Read-outs: whether the gap between the methods survives mean pooling and a start from a probe.
 
-  python -m experiments.read_outs --model=mpnet-base --data_dir=DIR
+  python -m experiments.read_outs --model=minilm-l6 --data_dir=DIR
+  python -m experiments.read_outs --model=mpnet-base --set=dtype=bfloat16        # on a GPU
 
 Not in the paper, which reads the first token through a pooler whose classifier starts at random.
 Beside those cells of experiments.individual: the mean of a text's tokens, and classifiers that
@@ -19,6 +20,7 @@ import functools
 import itertools
 import operator
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,12 +39,12 @@ from experiments.comparison import (
     spread,
     texts,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, settings
+from experiments.options import cell, chosen_methods, chosen_tasks, parser, settings
 from experiments.panel_records import draw_counts, drawn_areas
 from experiments.panel_statistics import LEVEL, compare_draws, holm
-from experiments.records import read_table, replace_rows
+from experiments.records import read_study, read_table, replace_rows
 from experiments.rendering import Section, missing_note
-from experiments.runner import Script, main
+from experiments.runner import Script, main, with_finished_tasks
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import exit_confidences
@@ -112,6 +114,16 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     return [_scores(options, records, found), _differences(options)]
 
 
+def scores_of(output: Path) -> tuple[Sequence[str], list[list[str]]]:
+    """Returns the header and the rows of the scores by read-out of a study, without its rates."""
+    records, words = read_study(output)
+    options = parser().parse_args([*words, f"--output={output}"])
+    found = sections(with_finished_tasks(options), records)
+    rate_at = found[0].header.index("rate")
+    header, *rows = ([*r[:rate_at], *r[rate_at + 1 :]] for r in (found[0].header, *found[0].rows))
+    return header, rows
+
+
 def _scores(
     options: argparse.Namespace, records: Records, found: dict[tuple[str, Variant], Record]
 ) -> Section:
@@ -119,11 +131,12 @@ def _scores(
         [task, variant.title, rate(record), *texts(record, _exits_and_area, spread)]
         for (task, variant), record in found.items()
     ]
-    for variant in dict.fromkeys(v for _, v in found):
-        own = [record for (_, v), record in found.items() if v == variant]
-        values = np.mean([_exits_and_area(record).mean(axis=0) for record in own], axis=0)
-        title = f"mean of {len(own)} tasks"
-        rows.append([title, variant.title, "", *(f"{value:.1f}" for value in values)])
+    variants = dict.fromkeys(v for _, v in found)
+    whole = [t for t in chosen_tasks(options) if all((t, v) in found for v in variants)]
+    for variant in variants if len(whole) > 1 else ():
+        means = [_exits_and_area(found[task, variant]).mean(axis=0) for task in whole]
+        mean = [f"{value:.1f}" for value in np.mean(means, axis=0)]
+        rows.append([f"mean of {', '.join(whole)}", variant.title, "", *mean])
     missing = missing_note([c.name for c in cells(options)], records)
     return Section(
         "read-outs",

@@ -19,7 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import isolation, panel_differences, panel_tables, paper, pcee_control, sizes
+from experiments import (
+    isolation,
+    panel_differences,
+    panel_tables,
+    paper,
+    pcee_control,
+    read_outs,
+    sizes,
+)
 from experiments.comparison import (
     Record,
     areas,
@@ -238,6 +246,7 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
     "sst2-6000-costs": lambda s: cost_table(s, "minilm-l6-6000", _LARGE),
     "cola-mrpc": lambda s: table(s, "CoLA and MRPC, 1e-4", cola_mrpc()),
     "mpnet-cola": base_size,
+    "mpnet-read-outs": lambda s: read_outs.scores_of(s.folder / "mpnet-base-gpu"),
     "sizes": size_areas,
     "sizes-exits": size_exits,
     "ablation-sst2-6000": lambda s: table(s, _LARGE, ablation_rows("minilm-l6-6000", "sst2")),

@@ -35,12 +35,14 @@ from experiments import (
     mpnet_checkpoint,
     pcee_control,
     rates,
+    read_outs,
     render,
     sizes,
 )
 from experiments.cells import identity
+from experiments.comparison import areas_to_full, chosen
 from experiments.options import cell, parser
-from experiments.records import read_study, read_table, write_study
+from experiments.records import measure, read_study, read_table, write_study
 from experiments.runner import Script, main
 from sweet_jax.config import Config, UserError
 from sweet_jax.exits.analysis import analyse, curve_area
@@ -50,7 +52,7 @@ from sweet_jax.pipeline import run
 ROOT = Path(__file__).parent.parent
 SCRIPTS = (
     *(individual, rates, curves, sizes, ablation, isolation, learning_to_exit),
-    *(pcee_control, large_at_small_cost, grid),
+    *(pcee_control, large_at_small_cost, read_outs, grid),
 )
 
 
@@ -242,6 +244,7 @@ def small(tmp_path_factory, arguments) -> list[str]:
         (ablation, [], 4),
         (isolation, [], 5),
         (learning_to_exit, ["--methods=sweet"], 3),
+        (read_outs, [], 5),
     ],
 )
 def test_each_script_runs_its_cells(small, script, more, rows, monkeypatch, capsys):
@@ -286,6 +289,39 @@ def test_a_second_rendering_writes_the_same_bytes(finished):
     assert any(path.suffix == ".png" for path in before)
     assert render.run([f"--output={folder}"]) == 0
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_differences_by_read_out_are_of_the_same_seeds_and_drawn_rows(finished, tmp_path):
+    options = parser().parse_args([a for a in finished if not a.startswith("--output=")])
+    options.output = tmp_path
+    records = {name: measure(outputs(finished, name)) for name in ("sst2-sweet", "sst2-early_exit")}
+    read_outs.measurements(options, records)
+    found = {row["of"]: row for row in read_table(tmp_path / "read_outs.csv")}
+    assert list(found) == ["exit 1", "exit 2", "area"]
+    assert {(row["one"], row["other"], row["seeds"]) for row in found.values()} == {
+        ("SWEET", "Early-Exit", "2")
+    }
+    right = []
+    for name, record in records.items():
+        whole = ExitOutputs.load(outputs(finished, name) / "validation.npz")
+        kept = [record.runs.index(one) for one in chosen(record)]
+        right.append((whole.predictions == whole.labels[:, None])[kept])  # [S, E, N]
+    gaps = right[0].astype(float) - right[1]
+    rng, rows = np.random.default_rng(3), gaps.shape[2]
+    # As many draws as `compare` has, each of one pair of seeds and one set of rows.
+    drawn = [gaps[rng.integers(0, 2, 2)][..., rng.integers(0, rows, rows)] for _ in range(6000)]
+    means = np.asarray([each.mean(axis=(0, 2)) for each in drawn])  # [P, E]
+    for place in range(2):
+        row = found[f"exit {place + 1}"]
+        assert float(row["value"]) == pytest.approx(gaps[:, place].mean())
+        low, high = np.quantile(means[:, place], [0.025, 0.975])
+        assert float(row["low"]) == pytest.approx(low, abs=0.03)
+        assert float(row["high"]) == pytest.approx(high, abs=0.03)
+    area = float(found["area"]["value"])
+    assert area == pytest.approx(
+        np.subtract(*(areas_to_full(record).mean() / 100 for record in records.values()))
+    )
+    assert float(found["area"]["low"]) <= area <= float(found["area"]["high"])
 
 
 def test_control_of_accuracy_from_what_is_done(finished, capsys):

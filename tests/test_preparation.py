@@ -2,12 +2,14 @@
 
 import jax
 import numpy as np
+from flax import nnx
 from tiny import write_checkpoint, write_rows
 
 from sweet_jax.config import from_mapping
+from sweet_jax.models.layers import derive_key
 from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.preparation import prepare
-from sweet_jax.training.initialization import initial_state, model_specs
+from sweet_jax.training.initialization import initial_state, make_model, model_specs
 
 
 def test_models_start_from_the_weights_that_were_prepared(options, tmp_path):
@@ -27,3 +29,27 @@ def test_models_start_from_the_weights_that_were_prepared(options, tmp_path):
         assert list(found["layers"]) == list(range(depth))
         expected = {**wanted, "layers": {i: wanted["layers"][i] for i in range(depth)}}
         jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_heads_are_those_that_a_whole_random_model_has_and_moments_are_zero(options):
+    job = prepare(from_mapping(options | {"seeds": (3, 5), "learning_rates": (1e-3, 2e-3)}))
+    (spec,) = model_specs(job.config)
+    _, state = initial_state(job.config, job.checkpoint, spec, 2)
+    assert state.seed.tolist() == [3, 3, 5, 5]
+    np.testing.assert_allclose(state.learning_rate, [1e-3, 2e-3] * 2)
+    for moments in (state.adam.mu, state.adam.nu):
+        assert jax.tree.map(np.shape, moments) == jax.tree.map(np.shape, state.params)
+    assert not any(np.any(x) for x in jax.tree.leaves(state.adam))
+    key = derive_key(jax.random.key(5), "parameters")
+    model = make_model(job.config, job.checkpoint, spec.exits, 2, key)
+    heads = nnx.to_pure_dict(nnx.split(model)[1])["heads"]
+    for head in heads.values():
+        head.pop("pooler", None)  # the checkpoint's
+    drawn = {layer: dict(head) for layer, head in state.params["heads"].items()}
+    for head in drawn.values():
+        head.pop("pooler", None)
+
+    def equal(ours: np.ndarray, theirs: jax.Array) -> None:
+        np.testing.assert_allclose(ours[2], theirs, rtol=1e-6)
+
+    jax.tree.map(equal, drawn, heads)

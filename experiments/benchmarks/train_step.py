@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import logging
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -106,6 +107,7 @@ def compare(shape: Shape, method: str, at: Size, options: argparse.Namespace) ->
     if options.no_compile:
         del found["torch.compile"]
     for name, take in list(found.items()):
+        began = time.perf_counter()
         try:
             take()  # compiles, allocates
         except Exception as error:
@@ -114,6 +116,8 @@ def compare(shape: Shape, method: str, at: Size, options: argparse.Namespace) ->
             # It needs a C++ compiler on a CPU and Triton on a GPU; without, the rest still counts.
             print(f"torch.compile is not available: {type(error).__name__}: {one_line(error)}")
             del found[name]
+        seconds = time.perf_counter() - began  # said at once: a lent machine's time may end
+        print(f"{name}: the first step took {seconds:.0f} s", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(options.rounds):
         for name, take in found.items():
