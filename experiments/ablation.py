@@ -29,7 +29,7 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, settings
+from experiments.options import cell, chosen_methods, chosen_tasks, exit_columns
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main
 
@@ -57,8 +57,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     """Scores of all variants, and what each change does, paired by seed."""
-    exits = settings(options)["exits"]
-    head = (*(f"exit {e}" for e in exits), "area")
+    head = exit_columns(options)
     names = [c.name for c in cells(options)]
     rows: list[list[str]] = []
     for task, method, variant in itertools.product(chosen_tasks(options), METHODS, VARIANTS):

@@ -153,6 +153,11 @@ def exits_and_area(record: Record) -> np.ndarray:
     return np.column_stack([exit_scores(record), areas(record)])
 
 
+def exits_and_area_to_full(record: Record) -> np.ndarray:
+    """Scores of the exits, then the area as `areas_to_full` has it: float64 [S, E + 1]."""
+    return np.column_stack([exit_scores(record), areas_to_full(record)])
+
+
 def rate(record: Record) -> str:
     """Returns the learning rate that a cell's area chose, as text."""
     return f"{record.learning_rate:g}"

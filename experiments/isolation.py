@@ -34,7 +34,7 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, settings
+from experiments.options import cell, chosen_methods, chosen_tasks, exit_columns
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main
 
@@ -70,7 +70,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     """Scores by setting and task, and what each setting gains over the two ends."""
-    head = (*(f"exit {e}" for e in settings(options)["exits"]), "area")
+    head = exit_columns(options)
     names = [c.name for c in cells(options)]
     found = {task: _found(options, records, task) for task in chosen_tasks(options)}
     rows = [

@@ -31,7 +31,7 @@ from experiments.comparison import (
     rate,
     texts,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, settings
+from experiments.options import cell, chosen_methods, chosen_tasks, exit_columns
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main
 
@@ -71,7 +71,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "learning_to_exit-effects",
             f"What learning to exit does, {options.model}",
             PAIRED,
-            ("difference", "task", "rate", *_columns(options)),
+            ("difference", "task", "rate", *exit_columns(options)),
             effects,
         ),
         dataclasses.replace(
@@ -83,10 +83,6 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
             "of the tasks that have all methods, where there are several.",
         ),
     ]
-
-
-def _columns(options: argparse.Namespace) -> tuple[str, ...]:
-    return (*(f"exit {e}" for e in settings(options)["exits"]), "area")
 
 
 def _scores(
@@ -113,7 +109,7 @@ def _scores(
         "the exact curve of the learned rule, where off of confidence, over the costs that the "
         f"method can spend. {DIVERGED}{f' {paper.LEFT_OUT}' * bool(reported)}"
         f"{missing_note(names, records)}",
-        ("task", "method", "switch", "rate", *_columns(options)),
+        ("task", "method", "switch", "rate", *exit_columns(options)),
         rows,
     )
 

@@ -126,6 +126,11 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def exit_columns(options: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the columns of a table of the model's exits and the area."""
+    return (*(f"exit {e}" for e in settings(options)["exits"]), "area")
+
+
 def cell(options: argparse.Namespace, task: str, method: str, **changed: Any) -> Cell:
     """Returns the cell of a task and method under the options, with `changed` config values.
 

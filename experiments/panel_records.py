@@ -10,7 +10,7 @@ to the one before, G groups of moves at one threshold, K statistics of a row, T 
 import base64
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,16 @@ def score_run(analysis: Analysis) -> Scores:
     area = np.asarray([mean_to_full(cost, score) for cost, score in pairs])
     if len(outputs.layers) == 1:
         return Scores(np.asarray(exits), area)
-    confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [S, E, N]
+    return Scores(np.asarray(exits), area, draw_areas(analysis, range(len(area))))
+
+
+def draw_areas(analysis: Analysis, replicas: Iterable[int]) -> np.ndarray:
+    """Returns the areas of some replicas on drawn rows, float64 [D, S]."""
+    outputs = analysis.validation
+    confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [R, E, N]
     counts = draw_counts(outputs.labels.shape[1])
-    drawn = [drawn_areas(outputs.replica(s), c, counts) for s, c in enumerate(confidences)]
-    return Scores(np.asarray(exits), area, np.stack(drawn, axis=1))
+    drawn = [drawn_areas(outputs.replica(r), confidences[r], counts) for r in replicas]
+    return np.stack(drawn, axis=1)
 
 
 def drawn_areas(outputs: ExitOutputs, confidences: np.ndarray, counts: np.ndarray) -> np.ndarray:

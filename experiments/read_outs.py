@@ -32,22 +32,22 @@ from experiments.comparison import (
     DIVERGED,
     Record,
     Records,
-    areas_to_full,
     chosen,
-    exit_scores,
+    common_seeds,
+    exits_and_area_to_full,
+    paired,
     rate,
     spread,
     texts,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, parser, settings
-from experiments.panel_records import draw_counts, drawn_areas
+from experiments.options import cell, chosen_methods, chosen_tasks, exit_columns
+from experiments.panel_records import draw_areas, draw_counts
 from experiments.panel_statistics import LEVEL, compare_draws, holm
 from experiments.records import read_study, read_table, replace_rows
 from experiments.rendering import Section, missing_note
-from experiments.runner import Script, main, with_finished_tasks
+from experiments.runner import Script, main, study_options
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.exits.policies import exit_confidences
 
 FIRST, MEAN, FROZEN = "first token, random start", "mean and probe", "frozen"
 _PROBE = {"pooling": "mean", "head_init": "probe"}
@@ -115,26 +115,23 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
 
 
 def scores_of(output: Path) -> tuple[Sequence[str], list[list[str]]]:
-    """Returns the header and the rows of the scores by read-out of a study, without its rates."""
-    records, words = read_study(output)
-    options = parser().parse_args([*words, f"--output={output}"])
-    found = sections(with_finished_tasks(options), records)
-    rate_at = found[0].header.index("rate")
-    header, *rows = ([*r[:rate_at], *r[rate_at + 1 :]] for r in (found[0].header, *found[0].rows))
-    return header, rows
+    """Returns the header and the rows of a study's scores by read-out; no rows where none are."""
+    options = study_options(output)
+    found = sections(options, read_study(output)[0])
+    return (found[0].header, [list(row) for row in found[0].rows]) if found else ((), [])
 
 
 def _scores(
     options: argparse.Namespace, records: Records, found: dict[tuple[str, Variant], Record]
 ) -> Section:
     rows = [
-        [task, variant.title, rate(record), *texts(record, _exits_and_area, spread)]
+        [task, variant.title, rate(record), *texts(record, exits_and_area_to_full, spread)]
         for (task, variant), record in found.items()
     ]
     variants = dict.fromkeys(v for _, v in found)
     whole = [t for t in chosen_tasks(options) if all((t, v) in found for v in variants)]
     for variant in variants if len(whole) > 1 else ():
-        means = [_exits_and_area(found[task, variant]).mean(axis=0) for task in whole]
+        means = [exits_and_area_to_full(found[task, variant]).mean(axis=0) for task in whole]
         mean = [f"{value:.1f}" for value in np.mean(means, axis=0)]
         rows.append([f"mean of {', '.join(whole)}", variant.title, "", *mean])
     missing = missing_note([c.name for c in cells(options)], records)
@@ -143,7 +140,7 @@ def _scores(
         f"Read-outs, {options.model}",
         "Mean and standard deviation over seeds, per cent; accuracy, Matthews for CoLA; validation "
         f"rows. Area: up to the full model's cost. {DIVERGED}{missing}",
-        ("task", "variant", "rate", *_columns(options)),
+        ("task", "variant", "rate", *exit_columns(options)),
         rows,
     )
 
@@ -166,46 +163,54 @@ def _differences(options: argparse.Namespace) -> Section:
         "Points; 95% intervals of a bootstrap that draws seeds and validation rows, the same on "
         "both sides; bold: below 0.05 after Holm's correction over the table. Each side at the "
         "learning rate that its own area chose.",
-        ("difference", "task", *_columns(options)),
+        ("difference", "task", *exit_columns(options)),
         [
-            [*key, *(found.get(column, "") for column in _columns(options))]
+            [*key, *(found.get(column, "") for column in exit_columns(options))]
             for key, found in sorted(rows.items(), key=lambda item: order.index(item[0][0]))
         ],
     )
-
-
-def _columns(options: argparse.Namespace) -> tuple[str, ...]:
-    return (*(f"exit {e}" for e in settings(options)["exits"]), "area")
-
-
-def _exits_and_area(record: Record) -> np.ndarray:
-    """Returns the scores of the exits, then the area, in per cent: float64 [S, E + 1]."""
-    return np.column_stack([exit_scores(record), areas_to_full(record)])
 
 
 def measurements(options: argparse.Namespace, records: Records) -> None:
     """Writes the differences between the cells whose outputs are in the workdir."""
     found = []
     for task in chosen_tasks(options):
-        drawn: dict[Variant, tuple[np.ndarray, np.ndarray]] = {}
+        drawn: dict[Variant, tuple[Record, np.ndarray]] = {}
         for variant in _VARIANTS:
             name = _cell(options, task, variant).name
             if name in records and is_finished(options.workdir, name):
                 draws = _draws(outputs_folder(options.workdir, name), records[name])
-                drawn[variant] = (_exits_and_area(records[name]) / 100, draws)
+                drawn[variant] = (records[name], draws)
         for one, other in PAIRS:
-            if one not in drawn or other not in drawn:
-                continue
-            (values, draws), (others, other_draws) = drawn[one], drawn[other]
-            for place, of in enumerate(_columns(options)):
-                gap = float((values - others)[:, place].mean())
-                made = compare_draws(gap, (draws - other_draws)[..., place])
-                about = (options.output.name, task, one.title, other.title, of)
-                n = records[_cell(options, task, one).name].n["validation"]
-                row = (*about, *made, len(values), n)
-                found.append(dict(zip(_COLUMNS, row, strict=True)))
+            if one in drawn and other in drawn:
+                about = {"study": options.output.name, "task": task}
+                about |= {"one": one.title, "other": other.title}
+                rows = _compare(drawn[one], drawn[other], exit_columns(options))
+                found += [about | row for row in rows]
     key = operator.itemgetter("task", "one", "other", "of")
     replace_rows(options.output / _FILE, _COLUMNS, found, key)
+
+
+def _compare(
+    one: tuple[Record, np.ndarray], other: tuple[Record, np.ndarray], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns a row for each column, over the seeds that both have.
+
+    one, other: a record and its draws, see `_draws`.
+    """
+    records = (one[0], other[0])
+    seeds = common_seeds(records)
+    gaps = paired(records, exits_and_area_to_full) / 100  # [S, E + 1]
+    first, second = (
+        draws[:, [i for i, run in enumerate(chosen(record)) if run.seed in seeds]]
+        for record, draws in (one, other)
+    )
+    rows = []
+    for place, of in enumerate(columns if seeds else ()):
+        made = compare_draws(float(gaps[:, place].mean()), (first - second)[..., place])
+        n = records[0].n["validation"]
+        rows.append({"of": of, **made._asdict(), "seeds": len(seeds), "n": n})
+    return rows
 
 
 def _draws(folder: Path, record: Record) -> np.ndarray:
@@ -215,23 +220,18 @@ def _draws(folder: Path, record: Record) -> np.ndarray:
     """
     splits = [ExitOutputs.load(folder / f"{name}.npz") for name in ("calibration", "validation")]
     analysis = analyse(*splits)
-    outputs = analysis.validation
-    confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [R, E, N]
+    outputs, kept = analysis.validation, [record.runs.index(run) for run in chosen(record)]
     counts = draw_counts(outputs.labels.shape[1])  # [D, N]
     metric = outputs.objective.metric(outputs.metric)
     classes = outputs.logits.shape[-1]
-    found = []
-    for place in map(record.runs.index, chosen(record)):
-        one = outputs.replica(place)
-        targets = np.asarray(metric.target_statistics(one.labels[0], classes), np.float64)
-        statistics = metric.row_statistics(one.predictions[0], one.labels[0], classes)
-        exits = [
-            metric.value(counts @ np.asarray(each, np.float64), counts @ targets)
-            for each in statistics
-        ]
-        area = drawn_areas(one, confidences[place], counts)
-        found.append(np.stack([*exits, area], axis=-1))  # [D, E + 1]
-    return np.stack(found, axis=1)
+    exits = []
+    for place in kept:
+        predicted, labels = outputs.predictions[place], outputs.labels[place]
+        targets = counts @ np.asarray(metric.target_statistics(labels, classes), np.float64)
+        each = np.asarray(metric.row_statistics(predicted, labels, classes), np.float64)
+        exits.append([metric.value(counts @ rows, targets) for rows in each])  # [E, D]
+    areas = draw_areas(analysis, kept)  # [D, S]
+    return np.concatenate([np.transpose(exits, (2, 0, 1)), areas[..., None]], axis=-1)
 
 
 SCRIPT = Script("read_outs", __doc__, cells, sections, measurements)

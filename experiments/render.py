@@ -35,10 +35,9 @@ from experiments import (
     summary,
     two_sizes,
 )
-from experiments.options import parser
 from experiments.records import read_study
 from experiments.rendering import Section, markdown, signed, write_figures
-from experiments.runner import Options, Script, load, with_finished_tasks
+from experiments.runner import Script, load, study_options
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.config import UserError
 from sweet_jax.files import write_text
@@ -78,16 +77,6 @@ def render(output: Path) -> None:
     if (output / NOTE).exists():
         lines.insert(2, (output / NOTE).read_text(encoding="utf-8"))
     write_text(output / "README.md", "\n".join(lines))
-
-
-def study_options(output: Path) -> Options:
-    """Returns the options that a study's cells were made with, and the tasks it has cells of."""
-    records, words = read_study(output)
-    done = {record.config["task"] for record in records.values()}
-    options = parser().parse_args(words)
-    options.output = output
-    options.tasks = ",".join(task for task in options.tasks.split(",") if task in done)
-    return with_finished_tasks(options)
 
 
 def documents() -> list[Path]:

@@ -232,6 +232,16 @@ def with_finished_tasks(options: Options) -> Options:
     return argparse.Namespace(**{**vars(options), "tasks": ",".join(tasks)})
 
 
+def study_options(output: Path) -> Options:
+    """Returns the options that a study's cells were made with, and the tasks it has cells of."""
+    records, words = read_study(output)
+    done = {record.config["task"] for record in records.values()}
+    options = parser().parse_args(words)
+    options.output = output
+    options.tasks = ",".join(task for task in options.tasks.split(",") if task in done)
+    return with_finished_tasks(options)
+
+
 def _states(
     options: Options, cells: Iterable[Cell], study: Mapping[str, Record]
 ) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,13 @@ from sweet_jax.data.batches import (
     whole_lengths,
 )
 from sweet_jax.data.load import load_dataset
-from sweet_jax.data.padding import bucket_lengths, pad_rows, with_short, worth_compiling
+from sweet_jax.data.padding import (
+    bucket_lengths,
+    evaluation_lengths,
+    pad_rows,
+    with_short,
+    worth_compiling,
+)
 from sweet_jax.data.splits import Split, drop_duplicates, split_calibration_rows
 from sweet_jax.methods import METHODS
 from sweet_jax.models.checkpoint_folder import load_tokenizer
@@ -78,8 +84,10 @@ def test_an_accelerator_compiles_for_the_lengths_that_save_enough(longest, rows,
     assert chosen == tuple(dict.fromkeys((*lengths, 256)))
 
 
-def test_coarse_buckets_are_fewer():
-    assert bucket_lengths(200, coarse=True) == (64, 128, 200)
+def test_an_accelerator_evaluates_few_rows_at_few_lengths():
+    assert evaluation_lengths(200, 1000) == (64, 128, 200)
+    assert evaluation_lengths(48, 1000) == (48,)
+    assert evaluation_lengths(200, 10**6) == bucket_lengths(200)
 
 
 def test_tokens_of_single_texts(tokenizer):

@@ -6,7 +6,7 @@
 #
 # Most of its time is compiling: a program of BERT-base took 55 seconds on an H100 machine of 16 cores
 # (jax 0.11.2). On an H200 the first row of `step` was not there after two minutes: give that part
-# four. Six jobs of the panel compile at the same time in as long as one.
+# four.
 #
 # DATA_DIR has <task>/{train,validation}.parquet of GLUE's sst2 and mrpc; CHECKPOINT is a base-size
 # encoder's folder, such as `python -m experiments.mpnet_checkpoint` prints. Nothing is downloaded.

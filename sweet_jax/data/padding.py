@@ -25,13 +25,20 @@ _COARSE = (64, 128, 256, 512)  # of programs that compile for longer than they r
 Batch = dict[str, np.ndarray]
 
 
-def bucket_lengths(max_length: int, *, coarse: bool = False) -> tuple[int, ...]:
-    """Returns the lengths that batches are padded to, ascending; the last is max_length.
+def bucket_lengths(max_length: int) -> tuple[int, ...]:
+    """Returns the lengths that batches are padded to, ascending; the last is max_length."""
+    return (*(length for length in _LENGTHS if length < max_length), max_length)
 
-    coarse: fewer of them, for programs that compile for longer than they run.
+
+def evaluation_lengths(max_length: int, rows: int) -> tuple[int, ...]:
+    """Returns the lengths that an accelerator pads the batches of an evaluation to.
+
+    Fewer than `bucket_lengths` where so many rows are not worth compiling for more: then the same
+    for all splits, which share their programs.
     """
-    lengths = _COARSE if coarse else _LENGTHS
-    return (*(length for length in lengths if length < max_length), max_length)
+    if rows * max_length > _WORTH_COMPILING_ON_ACCELERATORS:
+        return bucket_lengths(max_length)
+    return (*(length for length in _COARSE if length < max_length), max_length)
 
 
 def with_short(lengths: tuple[int, ...], longest: np.ndarray, steps: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens, evaluation_batch_indices
-from sweet_jax.data.padding import bucket_lengths
+from sweet_jax.data.padding import bucket_lengths, evaluation_lengths
 from sweet_jax.distributed import PreemptedError, preemption_requested
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.models.layers import derive_key
@@ -104,7 +104,9 @@ def evaluate(
     mesh = mesh_of(params)
     data = mesh.shape["data"]
     size = -(-config.evaluation_batch_size // data) * data
-    lengths = bucket_lengths(config.max_length, coarse=jax.default_backend() != "cpu")
+    lengths = bucket_lengths(config.max_length)
+    if jax.default_backend() != "cpu":
+        lengths = evaluation_lengths(config.max_length, rows.size)
     whole: ModelOutput | None = None
     for number, (places, picked) in enumerate(evaluation_batch_indices(tokens, rows, size)):
         batch = put_batch(tokens, picked, lengths, batch_sharding(mesh))

@@ -105,7 +105,7 @@ def initial_state(
         return graphdef, {name: part for name, part in params.items() if name != "encoder"}
 
     def one(seed: int, rate: float) -> tuple[nnx.GraphDef, Params, Params]:
-        """Returns the structure of a replica, its parameters, and those that are trained."""
+        """Returns a replica's structure and parameters, and those trained; None for all."""
         graphdef, drawn = draw(derive_key(jax.random.key(seed), "parameters"))
         params = drawn | {"encoder": encoder}
         if pooler is not None:
@@ -126,7 +126,7 @@ def initial_state(
     replicas = config.replicas()
     graphdefs, params, trained = zip(*(one(*replica) for replica in replicas), strict=True)
     seeds, rates = zip(*replicas, strict=True)
-    # np.zeros, as all but three fields are: pages that nobody wrote to take no memory.
+    # Adam's moments and the step start at zero; np.zeros takes no memory until it is written to.
     like = jax.eval_shape(init_state, params[0], 0.0, 0, trained[0])
     state = jax.tree.map(lambda x: np.zeros((len(replicas), *x.shape), x.dtype), like)
     return graphdefs[0], state._replace(
