@@ -324,6 +324,15 @@ def test_differences_by_read_out_are_of_the_same_seeds_and_drawn_rows(finished, 
     assert float(found["area"]["low"]) <= area <= float(found["area"]["high"])
 
 
+def test_what_the_configs_do_not_say_stands_before_the_tables(finished, tmp_path):
+    folder = tmp_path / "noted"
+    shutil.copytree(output(finished), folder)
+    (folder / "note.md").write_text("Trained elsewhere.\n")
+    assert render.run([f"--output={folder}"]) == 0
+    page = (folder / "README.md").read_text()
+    assert page.index("# sweet_jax") < page.index("Trained elsewhere.") < page.index("\n## ")
+
+
 def test_control_of_accuracy_from_what_is_done(finished, capsys):
     assert pcee_control.run([*finished, "--splits=4"]) == 0
     text = capsys.readouterr().out
