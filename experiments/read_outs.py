@@ -10,9 +10,9 @@ rows out of training, to choose their penalty); and these regressions alone, the
 was. Differences are paired by seed and by drawn rows, as in experiments.panel, and corrected by
 Holm over the table. Cost: two more trained cells a task; of MPNet-base, four tasks with
 experiments.individual's cells 8 minutes of an H200. Expected, of MPNet-base: as in the paper,
-Early-Exit's first exits learn nothing beside the deep ones, where the same layers trained for their
-own exit do; with mean and probe they do under both methods, and SWEET's deep exits are behind
-(experiments/results/mpnet-base-gpu).
+Early-Exit's first exits learn nothing beside the deep ones where the same layers trained alone do;
+with mean and probe, which start them at what the frozen layers know, the methods' first exits are
+alike, and SWEET's deep ones behind (experiments/results/mpnet-base-gpu).
 """
 
 import argparse
