@@ -101,9 +101,11 @@ def torch_steps(shape: Shape, method: str, at: Size, dtype: str) -> list[Callabl
 
 def compare(shape: Shape, method: str, at: Size, options: argparse.Namespace) -> dict[str, float]:
     """Returns the median seconds of a step of each side that runs, the sides taking turns."""
-    ours = training_steps(shape, method, at, options.dtype).take
+    ours = training_steps(shape, method, at, options.dtype)
+    # Said at once: a lent machine's time may end before the row.
+    print(f"sweet_jax: compiled in {ours.compile_seconds:.0f} s", file=sys.stderr, flush=True)
     theirs = torch_steps(shape, method, at, options.dtype)
-    found = dict(zip(SIDES, [ours, *theirs], strict=True))
+    found = dict(zip(SIDES, [ours.take, *theirs], strict=True))
     if options.no_compile:
         del found["torch.compile"]
     for name, take in list(found.items()):
@@ -116,7 +118,7 @@ def compare(shape: Shape, method: str, at: Size, options: argparse.Namespace) ->
             # It needs a C++ compiler on a CPU and Triton on a GPU; without, the rest still counts.
             print(f"torch.compile is not available: {type(error).__name__}: {one_line(error)}")
             del found[name]
-        seconds = time.perf_counter() - began  # said at once: a lent machine's time may end
+        seconds = time.perf_counter() - began
         print(f"{name}: the first step took {seconds:.0f} s", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(options.rounds):
