@@ -13,6 +13,8 @@ experiments.individual's cells 8 minutes of an H200. Expected, of MPNet-base: as
 Early-Exit's first exits learn nothing beside the deep ones where the same layers trained alone do;
 with mean and probe, which start them at what the frozen layers know, the methods' first exits are
 alike, and SWEET's deep ones behind (experiments/results/mpnet-base-gpu).
+
+Shape letters: D bootstrap draw, S seed, E exit, N validation row.
 """
 
 import argparse
@@ -68,7 +70,7 @@ class Variant(NamedTuple):
     def title(self) -> str:
         """Returns how tables call it."""
         if self.read_out == FROZEN:
-            return "frozen, mean and probe"
+            return f"{FROZEN}, {MEAN}"
         return paper.NAMES[self.method] + f", {MEAN}" * (self.read_out == MEAN)
 
 
@@ -162,7 +164,8 @@ def _differences(options: argparse.Namespace) -> Section:
         f"Differences by read-out, {options.model}",
         "Points; 95% intervals of a bootstrap that draws seeds and validation rows, the same on "
         "both sides; bold: below 0.05 after Holm's correction over the table. Each side at the "
-        "learning rate that its own area chose.",
+        "learning rate that its own area chose. Few seeds drawn with replacement vary less than "
+        "as many new ones would.",
         ("difference", "task", *exit_columns(options)),
         [
             [*key, *(found.get(column, "") for column in exit_columns(options))]

@@ -20,7 +20,7 @@ _WORTH_COMPILING = 1024
 # On accelerators compiling a step takes tens of seconds, and a step milliseconds: the tokens that
 # are trained on meanwhile, of all rows and replicas, in order of magnitude.
 _WORTH_COMPILING_ON_ACCELERATORS = 1 << 23
-_COARSE = (64, 128, 256, 512)  # of programs that compile for longer than they run
+_COARSE = (64, 128, 256, 512)  # for programs that compile for longer than they run
 
 Batch = dict[str, np.ndarray]
 
@@ -31,10 +31,10 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
 
 
 def evaluation_lengths(max_length: int, rows: int) -> tuple[int, ...]:
-    """Returns the lengths that an accelerator pads the batches of an evaluation to.
+    """Returns the lengths that an accelerator pads the batches of an evaluation to, ascending.
 
-    Fewer than `bucket_lengths` where so many rows are not worth compiling for more: then the same
-    for all splits, which share their programs.
+    Those of `bucket_lengths` for many rows; for fewer, which would not repay compiling, four at
+    most, the same for all such splits, so that they share their programs.
     """
     if rows * max_length > _WORTH_COMPILING_ON_ACCELERATORS:
         return bucket_lengths(max_length)
