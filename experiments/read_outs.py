@@ -127,7 +127,10 @@ def _scores(
     options: argparse.Namespace, records: Records, found: dict[tuple[str, Variant], Record]
 ) -> Section:
     rows = [
-        [task, variant.title, rate(record), *texts(record, exits_and_area_to_full, spread)]
+        [
+            *(task, variant.title, "" if variant.read_out == FROZEN else rate(record)),
+            *texts(record, exits_and_area_to_full, spread),
+        ]
         for (task, variant), record in found.items()
     ]
     variants = dict.fromkeys(v for _, v in found)
