@@ -40,6 +40,7 @@ and probe, on all tasks with 500 to 2,000 rows) and 143 for all, with a process 
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import sys
 import time
@@ -85,7 +86,8 @@ from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.config import UserError, check_choice, split_names
 from sweet_jax.distributed import PreemptedError
 from sweet_jax.files import lock_directory, resolve_path, write_text
-from sweet_jax.preparation import prepare
+from sweet_jax.preparation import PreparedRun, prepare
+from sweet_jax.report.baselines import Baseline
 
 Unit = tuple[str, str]  # cell, variant
 _WAIT = 20.0  # seconds until cells that other processes are in are looked at again
@@ -103,6 +105,8 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
     job, first = with_probe(job, shared)
     if variant == BASELINES:
         found = run_baselines(first, config.learning_rates, shared / variant)
+        if first.config.pooling == "pair":
+            found += _mean_probes(first, shared)
         labels, classes = job.validation.labels, len(job.dataset.classes)
         scores = {}
         for one in found:
@@ -118,6 +122,17 @@ def run_variant(name: str, variant: str, options: argparse.Namespace) -> Record:
     about |= {"metric": metric, "cpu_seconds": round(time.process_time() - began)}
     values = {k: v for k, v in identity(job.config).items() if k != "data_files"}
     return Record(values, row_counts(job), scores, about)
+
+
+def _mean_probes(job: PreparedRun, folder: Path) -> list[Baseline]:
+    """Returns the frozen probe at every exit that does not compare the texts of a pair."""
+    config = dataclasses.replace(job.config, pooling="mean")
+    _, first = with_probe(dataclasses.replace(job, config=config, probe=None), folder)
+    assert first.probe is not None, "with_probe fits one"
+    each = zip(config.exits, first.probe.predictions.swapaxes(0, 1), strict=True)
+    return [
+        Baseline(f"mean_probe_{layer}", given, layer / config.exits[-1]) for layer, given in each
+    ]
 
 
 def run_missing(wanted: Sequence[Unit], options: argparse.Namespace) -> bool:

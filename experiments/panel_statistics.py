@@ -18,6 +18,7 @@ from experiments.panel_variants import (
     METHODS,
     READOUTS,
     VARIANTS,
+    stored_as,
 )
 
 _KINDS = ("trained", "refit")
@@ -92,10 +93,12 @@ def load(output: Path) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, st
     records = {}
     for cell in CELLS:
         for variant in (BASELINES, *VARIANTS):
-            record = read_record(output, cell, variant)
+            own = stored_as(cell, variant)
+            record = read_record(output, cell, own)
             if record is None:
                 continue
-            records[cell, variant] = record
+            if own == variant:
+                records[cell, variant] = record
             for kind, scores in record.scores.items():
                 name = kind if variant == BASELINES else f"{variant} {kind}"
                 found.setdefault(cell, {})[name] = scores

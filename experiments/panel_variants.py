@@ -29,16 +29,17 @@ class Task(NamedTuple):
     tokens: int  # of a text in the mean, to estimate how long a cell takes
     source: str  # "text" or "glue", where --text_dir or --data_dir has it; else a path
     sizes: tuple[int, ...] = (100, 500, 2000, 6000)
+    pairs: bool = False  # whether a row is a pair of texts
 
 
 TASKS = {
     "sst2": Task("SST-2", 64, 20, "glue"),
     "cola": Task("CoLA", 64, 12, "glue"),
-    "mrpc": Task("MRPC", 96, 53, "glue", (100, 500, 2000)),  # 3,668 training rows
-    "rte": Task("RTE", 96, 61, "glue", (100, 500, 2000)),  # 2,490
-    "qqp": Task("QQP", 64, 30, "glue"),
-    "qnli": Task("QNLI", 96, 49, "glue"),
-    "mnli": Task("MNLI", 64, 37, "glue"),
+    "mrpc": Task("MRPC", 96, 53, "glue", (100, 500, 2000), pairs=True),  # 3,668 training rows
+    "rte": Task("RTE", 96, 61, "glue", (100, 500, 2000), pairs=True),  # 2,490
+    "qqp": Task("QQP", 64, 30, "glue", pairs=True),
+    "qnli": Task("QNLI", 96, 49, "glue", pairs=True),
+    "mnli": Task("MNLI", 64, 37, "glue", pairs=True),
     "ag_news": Task("AG News", 64, 50, "text"),
     # Of 77 classes some have no row among 500.
     "banking77": Task("Banking77", 64, 15, "text", (1000, 2000, 6000)),
@@ -62,10 +63,12 @@ def _method(name: str, pooling: str, start: str) -> dict[str, Any]:
     }
 
 
-READOUTS = ("first-random", "mean-probe", "mean-random", "first-probe")  # pooling, start
+# Pooling and start; the pooling "auto" compares the texts of a pair, and is the mean of one text.
+READOUTS = ("first-random", "mean-probe", "auto-probe", "mean-random", "first-probe")
 AS_THEY_ARE = tuple(f"{method}-first-random" for method in METHODS)
 MEAN_PROBE = tuple(f"{method}-mean-probe" for method in METHODS)
-_OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[2:] for method in METHODS)
+AUTO_PROBE = tuple(f"{method}-auto-probe" for method in METHODS)
+_OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[3:] for method in METHODS)
 # What else one can change in training, each alone: docs/guides/methods.md defines and cites them.
 _DISTILLED = {"distillation_weight": 1.0, "distillation_temperature": 2.0}
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the variant that it changes, and how
@@ -77,31 +80,42 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the variant that it change
     "sweet-opening": ("sweet-mean-probe", {"isolation": (1.0, 0.0)}),
     "sweet-closing": ("sweet-mean-probe", {"isolation": (0.0, 1.0)}),
 }
+_METHODS = (*AS_THEY_ARE, *MEAN_PROBE, *AUTO_PROBE, *_OTHERS)
+_AUTO = {"pooling": "auto"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "recipe": RECIPE | {"learning_rates": RATES},
+    "recipe": RECIPE | _AUTO | {"learning_rates": RATES},
+    "recipe-mean": RECIPE | {"learning_rates": RATES},
     "plain": PLAIN,
     # The frozen probe as a model with exits: its curve, and its area.
-    "frozen": RECIPE | {"epochs": 0, "learning_rates": RATES[:1]},
-    **{name: _method(*name.split("-")) for name in (*AS_THEY_ARE, *MEAN_PROBE, *_OTHERS)},
+    "frozen": RECIPE | _AUTO | {"epochs": 0, "learning_rates": RATES[:1]},
+    **{name: _method(*name.split("-")) for name in _METHODS},
     **{name: _method(*base.split("-")) | more for name, (base, more) in CHANGES.items()},
 }
+# Of one text these are the same run, under the second name.
+_SAME = dict(zip(("recipe-mean", *AUTO_PROBE), ("recipe", *MEAN_PROBE), strict=True))
 SETFIT = "setfit"  # beside the variants: experiments.panel_setfit
-_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE)
+_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE, "recipe-mean")
+_PROBE = (*MEAN_PROBE, *AUTO_PROBE)
 _SMALL = (500, 1000)
-_STAGED = {*_FIRST, *MEAN_PROBE, *CHANGES}
+_STAGED = {*_FIRST, *_PROBE, *CHANGES}
 _REST = tuple(v for v in VARIANTS if v not in _STAGED)  # whatever else is there
 # (rows, variants), in the order in which they are run; each stage has all tasks.
 STAGES: tuple[tuple[tuple[int, ...], tuple[str, ...]], ...] = (
     (_SMALL, _FIRST),
-    (_SMALL, MEAN_PROBE),
-    ((2000,), (*_FIRST, *MEAN_PROBE)),
-    ((100,), (*_FIRST, *MEAN_PROBE)),
+    (_SMALL, _PROBE),
+    ((2000,), (*_FIRST, *_PROBE)),
+    ((100,), (*_FIRST, *_PROBE)),
     (_SMALL, (*_REST, *CHANGES)),
     ((2000,), (*_REST, *CHANGES)),
     ((100,), (*_REST, *CHANGES)),
-    ((6000,), (*_FIRST, *MEAN_PROBE, *_REST, *CHANGES)),
+    ((6000,), (*_FIRST, *_PROBE, *_REST, *CHANGES)),
 )
 CORE = STAGES[:3]
+
+
+def stored_as(name: str, variant: str) -> str:
+    """Returns the variant under which a cell's run is recorded, another's where both are one."""
+    return variant if TASKS[CELLS[name].task].pairs else _SAME.get(variant, variant)
 
 
 def units(stages: tuple = STAGES) -> list[tuple[str, str]]:
@@ -111,7 +125,7 @@ def units(stages: tuple = STAGES) -> list[tuple[str, str]]:
         for sizes, variants in stages
         for variant in variants
         for name, cell in CELLS.items()
-        if cell.rows in sizes
+        if cell.rows in sizes and stored_as(name, variant) == variant
     ]
 
 
@@ -121,8 +135,8 @@ def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
     head_refit is on for all, so that all hold out the same rows for tuning, and train on the same.
     """
     cell = CELLS[name]
-    values = dict(RECIPE if variant == BASELINES else VARIANTS[variant])
-    if variant not in ("recipe", "plain") and cell.rows < 2000:
+    values = dict(RECIPE | _AUTO if variant == BASELINES else VARIANTS[variant])
+    if variant not in ("recipe", "recipe-mean", "plain") and cell.rows < 2000:
         values["learning_rates"] = values.get("learning_rates", RATES)[:1]
     few = cell.rows in (100, 6000)
     shared = {

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> list[Baseline]:
     """Returns the baselines that `baselines` asks for, with their predictions of validation rows.
 
-    "quick": the majority class, TF-IDF with logistic regression, and a frozen encoder with mean
-    pooling and a logistic regression at every exit. "full": also the plain fine-tuned full model.
+    "quick": the majority class, TF-IDF with logistic regression, and a frozen encoder with a
+    logistic regression at every exit, on the mean of its tokens, or of pairs as the run reads them. "full": also the plain fine-tuned full model.
 
     Args:
       job: with the probe that its heads started from.
@@ -41,7 +41,7 @@ def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> li
     if config.baselines == "none":
         return []
     folder = workdir / "baselines"
-    if probe is None or config.pooling != "mean" or config.grow_from:
+    if probe is None or config.pooling == "first" or config.grow_from:
         probe = _frozen_probe(job, folder)
     log.info("baselines: TF-IDF with a linear model")
     found = _without_encoder(job)
@@ -80,7 +80,9 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
 
 def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
     """Returns the probe of a run that has none of its own; None where rows are too few for one."""
-    config = dataclasses.replace(job.config, pooling="mean", learning_to_exit="", grow_from="")
+    config = dataclasses.replace(job.config, learning_to_exit="", grow_from="")
+    if config.pooling == "first":
+        config = dataclasses.replace(config, pooling="mean")
     rows = job.rows
     if not config.tunes:
         strata = job.objective.column.strata(job.train.labels)

@@ -11,8 +11,8 @@ from sweet_jax.errors import check_choice
 from sweet_jax.methods import METHODS
 from sweet_jax.presets import PRESETS
 
-AUTO = "auto"  # of epochs
-POOLING_NAMES = ("first", "mean")  # models/pooling.py has what they do
+AUTO = "auto"  # of epochs, and of pooling
+POOLING_NAMES = ("first", "mean", "pair")  # models/pooling.py has what they do
 METRICS = ("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy")
 # objectives/ has what these are.
 OBJECTIVE_METRICS = {
@@ -47,7 +47,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "confidence": ("", "confidence", "confidence_float32", "min_confidence", "stability"),
     "exit_score": ("", "learning_to_exit", "learning_to_exit_min_max"),
     "learning_to_exit": ("", "joint", "detached"),
-    "pooling": ("", *POOLING_NAMES),
+    "pooling": ("", AUTO, *POOLING_NAMES),
     "head_init": ("", "random", "probe"),
     "rate_search": ("full", "short"),
     "baselines": ("none", "quick", "full"),

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import Tokens, tokenize
+from sweet_jax.config import AUTO, Config, UserError
+from sweet_jax.data.batches import Tokens, check_token_types, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.splits import (
     Split,
@@ -116,8 +116,9 @@ def prepare(config: Config) -> PreparedRun:
     config = config.resolved()
     task_of(config)  # a misspelt name is an error before the hub is asked for anything
     policy_rule(config.policy)  # likewise one of the user's own
-    config, checkpoint = _read_checkpoint(config)
+    checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
+    config = _choose_pooling(config, checkpoint, dataset)
     digest = dataset.digest()
     base = read_base_run(config, digest)
     if base is not None:
@@ -126,6 +127,8 @@ def prepare(config: Config) -> PreparedRun:
     tokenizer = load_tokenizer(checkpoint)
     if POOLINGS[config.pooling].first_only:
         ensure_first_token(tokenizer, config.checkpoint)
+    if POOLINGS[config.pooling].pairs:
+        check_token_types(tokenizer, config.checkpoint)
     drawn = _draw_rows(config, dataset)
     # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
     used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))
@@ -204,16 +207,33 @@ def _training_objective(config: Config, dataset: Dataset) -> Objective:
     return reweighted(dataset.objective, weights, config.focal_gamma)
 
 
-def _read_checkpoint(config: Config) -> tuple[Config, Checkpoint]:
-    """Returns the config with the pooling that the checkpoint declares, and the checkpoint."""
+def _read_checkpoint(config: Config) -> Checkpoint:
+    """Returns the checkpoint, which fits the config."""
     checkpoint = open_checkpoint(config.checkpoint)
-    if not config.pooling:
-        pooling = declared_pooling(checkpoint.folder) or checkpoint.family.default_pooling
-        config = dataclasses.replace(config, pooling=pooling)
     _check_against(checkpoint, config)
     with_training_dropout(config, checkpoint)
     _ = checkpoint.weights  # a damaged file must be known before anything is written
-    return config, checkpoint
+    return checkpoint
+
+
+def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> Config:
+    """Returns the config with a pooling by name.
+
+    "" is the one that the checkpoint declares, or its family's. "auto" is that too, but of pairs of
+    texts "pair" in place of "mean". Raises UserError for "pair" without pairs.
+    """
+    pooling, columns = config.pooling, dataset.task.text_columns
+    if pooling in ("", AUTO):
+        pooling = declared_pooling(checkpoint.folder) or checkpoint.family.default_pooling
+        if config.pooling == AUTO and pooling == "mean" and len(columns) == 2:
+            pooling = "pair"
+    if POOLINGS[pooling].pairs and len(columns) != 2:
+        raise UserError(
+            f"pooling is {pooling!r}, which compares two texts, but a row has one, "
+            f"{columns[0]!r}: set --config.pooling=mean, or name two columns by "
+            "--config.text_columns"
+        )
+    return dataclasses.replace(config, pooling=pooling)
 
 
 def _draw_rows(config: Config, dataset: Dataset) -> RunRows:

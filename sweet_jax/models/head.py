@@ -1,6 +1,6 @@
 """The head of an exit: pooling, pooler, dropout and classifier, with learning-to-exit beside it.
 
-Shape letters: E exit, B batch, L length, H hidden, C classes.
+Shape letters: E exit, B batch, L length, H hidden, P width of a pooled vector, C classes.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class ModelOutput(NamedTuple):
 
     logits: jax.Array  # float32 [E, B, C]
     exit_scores: jax.Array | None = None  # float32 [E, B], learning-to-exit's, from 0 to 1
-    features: jax.Array | None = None  # float32 [E, B, H], what classifiers read, where requested
+    features: jax.Array | None = None  # float32 [E, B, P], what classifiers read, where requested
 
 
 class Head(nnx.Module):
@@ -68,10 +68,10 @@ class Head(nnx.Module):
     """
 
     def __init__(self, encoder: Encoder, classes: int, config: ExitConfig, dtype, key: jax.Array):
-        hidden = encoder.config.hidden_size
+        pooled = config.reads.width * encoder.config.hidden_size  # P
 
         def dense(name: str, width: int) -> nnx.Linear:
-            return linear(encoder.config, hidden, width, dtype, nnx.Rngs(derive_key(key, name)))
+            return linear(encoder.config, pooled, width, dtype, nnx.Rngs(derive_key(key, name)))
 
         self.config = config
         learns = config.learning_to_exit != ""
@@ -83,14 +83,21 @@ class Head(nnx.Module):
         self.activation = ACTIVATIONS[encoder.config.pooler_act]
         self.dropout_rate = encoder.config.hidden_dropout_prob
 
-    def pooled(self, h: jax.Array, mask: jax.Array, pooler: nnx.Linear | None) -> jax.Array:
-        """Returns what the classifier reads, before dropout: [B, H] of h [B, L, H].
+    def pooled(
+        self,
+        h: jax.Array,
+        mask: jax.Array,
+        pooler: nnx.Linear | None,
+        types: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns what the classifier reads, before dropout: [B, P] of h [B, L, H].
 
-        mask is bool [B, L]; pooler is the shared one, or None. Where the pooling reads the first
-        token alone, h may be [B, 1, H].
+        mask is bool [B, L]; pooler is the shared one, or None; types are those of the tokens, int32
+        [B, L], which poolings of pairs read. Where the pooling reads the first token alone, h may
+        be [B, 1, H].
         """
         normed = h if self.norm is None else self.norm(h)
-        pooled = self.config.reads.read(normed, mask)  # [B, H]
+        pooled = self.config.reads.read(normed, mask, types)  # [B, P]
         if not self.config.reads.dense:
             return pooled
         return self.activation((pooler or self.pooler)(pooled))
@@ -102,12 +109,14 @@ class Head(nnx.Module):
         pooler: nnx.Linear | None,
         key,
         features: bool = False,
+        types: jax.Array | None = None,
     ) -> ModelOutput:
         """Returns the output of this exit, arrays without E; arguments as in `pooled`.
 
         key is that of dropout, None for none; features adds what the classifier reads.
         """
-        pooled = dropout(key, self.pooled(h, mask, pooler), self.dropout_rate)  # [B, H]
+        pooled = self.pooled(h, mask, pooler, types)
+        pooled = dropout(key, pooled, self.dropout_rate)  # [B, P]
         logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
         kept = pooled.astype(jnp.float32) if features else None
         if self.learning_to_exit is None:
