@@ -29,7 +29,8 @@ def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> li
     """Returns the baselines that `baselines` asks for, with their predictions of validation rows.
 
     "quick": the majority class, TF-IDF with logistic regression, and a frozen encoder with a
-    logistic regression at every exit, on the mean of its tokens, or of pairs as the run reads them. "full": also the plain fine-tuned full model.
+    logistic regression at every exit, with the run's pooling, or the mean where that is of the
+    first token. "full": also the plain fine-tuned full model.
 
     Args:
       job: with the probe that its heads started from.

@@ -46,7 +46,8 @@ def encode(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the input_ids and the token_type_ids of each text or pair, int32 [its length] each.
 
-    Types of a pair as in `pair_types`. A row is truncated to max_length tokens, the longer text of a pair first.
+    Types of a pair are those of `pair_types`. A row is truncated to max_length tokens, the longer
+    text of a pair first.
     """
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(
