@@ -47,6 +47,7 @@ from sweet_jax.inference.engine import Stage
 from sweet_jax.inference.engine_jax import JaxEngine, load_engine, run_stage, stage_parameters
 from sweet_jax.inference.network import Network
 from sweet_jax.inference.onnx_files import has_graphs
+from sweet_jax.models.pooling import POOLINGS
 
 _FORMATS = ("stablehlo", "onnx")
 _PLATFORMS = ("cpu", "cuda", "tpu")
@@ -176,8 +177,9 @@ def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, leng
         serialized = serialize_stage(network, stage, list(own.values()), length)
         (aside / program).write_bytes(serialized)
         values = {"layer": stage.end, "cost": float(model.cost[stage.exit]), "program": program}
-        values |= _temperatures(classifier, stage)
-        chain.append(values | {"embeds": stage.embeds, "parameters": list(names)})
+        values |= _temperatures(classifier, stage) | {"embeds": stage.embeds}
+        values["reads_types"] = stage.embeds or POOLINGS[network.pooling].pairs
+        chain.append(values | {"parameters": list(names)})
     np.savez(aside / "parameters.npz", **parameters)
     about = {"format": 1, "classes": list(model.classes), "length": length}
     about |= {"threshold": classifier.threshold, "pad_id": engine.pad_id}
@@ -214,22 +216,25 @@ def serialize_stage(network: Network, stage: Stage, params: list[Any], length: i
     """Serializes the program of a stage, for any batch size B.
 
     (parameters, tokens int32 [B], input_ids, token_type_ids int32 [B, L]) → (h [B, L, H], logits
-    [B, C]) where it embeds; h in place of the ids where it does not.
+    [B, C]) where it embeds; h in place of the ids where it does not, and without types unless the
+    pooling is of pairs.
     """
+    pairs = POOLINGS[network.pooling].pairs
 
     def run(params, tokens, *inputs):
         batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
+        if stage.embeds or pairs:
+            batch["token_type_ids"] = inputs[1]
         h = inputs[0]
         if stage.embeds:
-            batch |= {"input_ids": inputs[0], "token_type_ids": inputs[1]}
-            h = None
+            batch["input_ids"], h = inputs[0], None
         h, logits, _ = run_stage(network, stage, params, h, batch)
         return h, logits
 
     (batch,) = jax.export.symbolic_shape("b")
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     state = jax.ShapeDtypeStruct((batch, length, network.hidden_size), "f4")
-    inputs = [ids, ids] if stage.embeds else [state]
+    inputs = [ids, ids] if stage.embeds else [state, ids] if pairs else [state]
     specs = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in params]
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
     exported = jax.export.export(jax.jit(run), platforms=_PLATFORMS)(specs, tokens, *inputs)

@@ -22,7 +22,7 @@ EXITS, CLASSES, LONGEST = (1, 2, 3), 3, 32
 
 
 class Saved:
-    """A saved model with random weights, and its one-pass logits of some texts."""
+    """A saved model with random weights, and its one-pass logits of some texts, or of pairs."""
 
     def __init__(self, folder, kind, pooling="first", learned=False, multi=False, exits=EXITS):
         checkpoint = open_checkpoint(str(write_checkpoint(folder / "checkpoint", kind)))
@@ -30,7 +30,11 @@ class Saved:
         rng = np.random.default_rng(2)
         draw = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 40)))
         self.texts = [draw() for _ in range(40)]
-        ids, types = encode(tokenizer, [(text,) for text in self.texts], LONGEST)
+        self.pairs = pooling == "pair"
+        rows = [(text,) for text in self.texts]
+        if self.pairs:
+            self.texts = rows = list(zip(self.texts, ["", *self.texts[:-1]], strict=True))
+        ids, types = encode(tokenizer, rows, LONGEST)
         batch = {"input_ids": np.full((40, LONGEST), tokenizer.pad_token_id, np.int32)}
         batch |= {"token_type_ids": np.zeros_like(batch["input_ids"])}
         batch |= {"mask": np.arange(LONGEST) < np.asarray([[len(row)] for row in ids])}
@@ -58,7 +62,8 @@ class Saved:
         fitted = ExitOutputs(self.logits, labels, np.asarray(exits), exit_scores=learning)
         policies = ("raw_confidence", *(["learning_to_exit"] if learned else []))
         about = {"version": 5, "task": "random", "classes": ["a", "b", "c"], "pooling": pooling}
-        about |= {"text_columns": ["text"], "max_length": LONGEST, "layers": list(exits)}
+        columns = ["text", "other"] if self.pairs else ["text"]
+        about |= {"text_columns": columns, "max_length": LONGEST, "layers": list(exits)}
         about |= {"cost": fitted.cost.tolist(), "policy": "raw_confidence", "median_tokens": 10}
         about["dials"] = make_resolver(fitted, policies).as_dict()
         self.folder = folder / "model"
@@ -92,23 +97,30 @@ def middle(confidence) -> float:
     return threshold
 
 
-def check(saved, confidence, sizes=(1, 5), **policy) -> None:
+MODES = ("throughput", "latency")
+
+
+def check(
+    saved, confidence, sizes=(1, 5), engine="onnxruntime", modes=MODES, full=True, **policy
+) -> None:
     """Predictions through the engine are those of the one-pass logits."""
     threshold = middle(confidence)
     classifier = AdaptiveClassifier.from_pretrained(
-        saved.folder, engine="onnxruntime", threshold=threshold, **policy
+        saved.folder, engine=engine, threshold=threshold, **policy
     )
     exits, probabilities = saved.answers(classifier, confidence)
     assert len(set(exits)) > 1
     for size in sizes:
-        for mode in ("throughput", "latency"):
+        for mode in modes:
             found = classifier.predict(saved.texts, size, mode)
             assert found.exits.tolist() == np.asarray(classifier.layers)[exits].tolist()
             np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-4)
-    full = classifier.at(threshold=float("inf"), **policy)
-    exits, probabilities = saved.answers(full, confidence)
+    if not full:
+        return
+    last = classifier.at(threshold=float("inf"), **policy)
+    exits, probabilities = saved.answers(last, confidence)
     assert set(exits) == {len(EXITS) - 1}
-    np.testing.assert_allclose(full.predict(saved.texts, 4).probabilities, probabilities, atol=1e-4)
+    np.testing.assert_allclose(last.predict(saved.texts, 4).probabilities, probabilities, atol=1e-4)
 
 
 def check_logits(saved, pad_id, size, length, rates) -> None:

@@ -77,6 +77,8 @@ class StageBatch(NamedTuple):
     requests: int | None = None  # how many of the first rows are no filling; None = all
     temperatures: np.ndarray | None = None  # float32 [B], of the exit; None = 1
     largest: int = 0  # B of the largest batch to come, for engines that compile; 0 = this one's
+    # int32 [B], of pairs of texts the place where the second begins; None = at the end.
+    second_starts: np.ndarray | None = None
 
 
 class StageOutput(NamedTuple):

@@ -70,6 +70,7 @@ class JaxEngine:
 
     def __init__(self, networks: Sequence[Network], pad_id: int):
         self.networks, self.pad_id = tuple(networks), pad_id
+        self._pairs = POOLINGS[networks[0].pooling].pairs  # whether exits read the token types
         words = networks[0].params["encoder"]["embeddings"]["word"]["embedding"]  # [vocabulary, H]
         self.vocabulary_size = len(words)
         self._dtype = words.dtype
@@ -116,7 +117,7 @@ class JaxEngine:
             self._plans[key] = self._plan(*key)
         plan, outputs, first = self._plans[key], [], 0
         for size, program in plan.parts:
-            found, written = program(plan.params, *_part(batch, first, size, slots), states)
+            found, written = program(plan.params, *self._part(batch, first, size, slots), states)
             states = states if written is None else written
             outputs.append(found)
             first += size
@@ -154,7 +155,7 @@ class JaxEngine:
         device: that it is for, which need not exist, see `experiments/benchmarks/tpu_aot.py`;
         None for JAX's own.
         """
-        batch = _part(_empty_batch(stage, length), 0, size, slots)
+        batch = self._part(_empty_batch(stage, length), 0, size, slots)
         states = self._states(slots, length) if slots else None
         arguments = (self._of(stage), *batch, states)
         if device is not None:
@@ -162,15 +163,18 @@ class JaxEngine:
             arguments = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), arguments
             )
-        donated = (4,) if stage.writes_states else ()
+        donated = (5,) if stage.writes_states else ()
         return jax.jit(self._function(stage, length), donate_argnums=donated).lower(*arguments)
 
     def _function(self, stage: Stage, length: int) -> Callable:
         network = self.networks[stage.network]
 
-        def run(params: list[jax.Array], rows, temperatures, texts, states: jax.Array | None):
+        def run(params: list[jax.Array], rows, temperatures, texts, starts, states):
             slots, tokens = rows
-            batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
+            places = jnp.arange(length)[None]
+            batch = {"mask": places < tokens[:, None]}  # [B, L]
+            if starts is not None:
+                batch["token_type_ids"] = (places >= starts[:, None]).astype(np.int32)  # [B, L]
             h = None
             if texts is not None:
                 batch |= dict(zip(("input_ids", "token_type_ids"), texts, strict=True))
@@ -188,6 +192,11 @@ class JaxEngine:
 
         return run
 
+    def _part(self, batch: StageBatch, first: int, size: int, slots: int) -> tuple[Any, ...]:
+        """Returns what a program reads of a part of a batch, see `_part`."""
+        rows, temperatures, texts, starts = _part(batch, first, size, slots)
+        return rows, temperatures, texts, starts if self._pairs else None
+
     def _of(self, stage: Stage) -> list[jax.Array]:
         if stage not in self._params:
             own = stage_parameters(stage, self._on_device[stage.network])
@@ -201,23 +210,25 @@ class JaxEngine:
 
 def _part(
     batch: StageBatch, first: int, size: int, slots: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Returns rows, temperatures and texts of a part, filled up with rows of 0 tokens."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+    """Returns rows, temperatures, texts and starts of a part, filled up with rows of 0 tokens."""
     rows, texts, fitted = batch.rows, batch.texts, batch.temperatures
     if fitted is None:
         fitted = np.ones(rows.shape[1], np.float32)
+    starts = rows[1] if batch.second_starts is None else batch.second_starts
     missing = first + size - rows.shape[1]
     if first or missing < 0:
         part = slice(first, first + size)
-        rows, fitted = rows[:, part], fitted[part]
+        rows, fitted, starts = rows[:, part], fitted[part], starts[part]
         texts = None if texts is None else texts[:, part]
     if missing > 0:
         filling = np.repeat(np.asarray([[slots], [0]], np.int32), missing, axis=1)
         rows = np.concatenate([rows, filling], axis=1)
         fitted = np.concatenate([fitted, np.ones(missing, np.float32)])
+        starts = np.pad(starts, (0, missing))
         if texts is not None:
             texts = np.pad(texts, ((0, 0), (0, missing), (0, 0)))
-    return rows, fitted, texts
+    return rows, fitted, texts, starts
 
 
 def _empty_batch(stage: Stage, length: int) -> StageBatch:

@@ -222,12 +222,13 @@ class OnnxEngine:
         rows = batch.rows[:, : batch.requests]  # [2, N], without the rows that fill up
         parts = split_by_length(rows[1], tokens_of_part(self._sizes.threads))
         if len(parts) == 1:
-            values = self._run_part(stage, rows, batch.texts, states)
+            values = self._run_part(stage, rows, batch.texts, states, batch.second_starts)
             return StageOutput(values["logits"], values.get("exit_scores"), states)
         found = []
         for part in parts:
             texts = None if batch.texts is None else batch.texts[:, part]
-            found.append(self._run_part(stage, rows[:, part], texts, states))
+            starts = None if batch.second_starts is None else batch.second_starts[part]
+            found.append(self._run_part(stage, rows[:, part], texts, states, starts))
         back = np.argsort(np.concatenate(parts))  # [N], to the order of the batch
         logits = np.concatenate([values["logits"] for values in found])[back]  # [N, C]
         scores = None
@@ -236,7 +237,12 @@ class OnnxEngine:
         return StageOutput(logits, scores, states)
 
     def _run_part(
-        self, stage: Stage, rows: np.ndarray, texts: np.ndarray | None, states: np.ndarray | None
+        self,
+        stage: Stage,
+        rows: np.ndarray,
+        texts: np.ndarray | None,
+        states: np.ndarray | None,
+        starts: np.ndarray | None,
     ) -> dict[str, np.ndarray]:
         """Runs a stage on some requests at the length of the longest; returns values by name.
 
@@ -245,11 +251,13 @@ class OnnxEngine:
           rows: slots and tokens, int32 [2, N].
           texts: int32 [2, at least N, L], where the stage embeds.
           states: all hidden states, changed where the stage writes them.
+          starts: where the second text of a pair begins, int32 [at least N]; None = at the end.
 
         """
         slots, tokens = rows  # [N] each
         length = max(int(tokens.max()), 1)
         values: dict[str, np.ndarray] = {"tokens": tokens}
+        values["second_start"] = tokens if starts is None else starts[: len(tokens)]
         if texts is not None:
             texts = texts[:, : len(tokens), :length]
             values |= dict(zip(("input_ids", "token_type_ids"), texts, strict=True))

@@ -72,7 +72,8 @@ def build_segment(
     `exact` is how the paths of the other kernels begin that stay in float32.
 
     Inputs: input_ids and token_type_ids, int32 [B, L], or states, float32 [B, L, H]; tokens, int32
-    [B], the number of each row; and, of a segment that counts, count, int64 [1]. Outputs, those
+    [B], the number of each row; of a segment that counts, count, int64 [1]; and of an exit that
+    reads pairs of texts, second_start, int32 [B], the place where the second begins. Outputs, those
     that there are: next_states [B, Q, H], logits [B, C], exit_scores [B]. Raises UserError where
     the segment computes what has no ONNX operator here.
     """
@@ -85,6 +86,8 @@ def build_segment(
     else:
         states = jax.ShapeDtypeStruct((*tokens, network.hidden_size), np.float32)
         inputs = {"states": states, "mask": mask}
+    if segment.exits and POOLINGS[network.pooling].pairs:
+        inputs["second"] = mask
     count = size["q"] if segment.counts else None
     names: list[str] = []
     function = segment_function(network, segment, count, names)
@@ -118,9 +121,11 @@ def segment_function(
         model = nnx.merge(network.graphdef, tree)
         encoder, mask = model.encoder, inputs["mask"]
         relative = encoder.relative_table()
-        h = inputs.get("states")
+        h, types = inputs.get("states"), None
         if segment.embeds:
             h = encoder.embed(inputs["input_ids"], inputs["token_type_ids"], mask)
+        if "second" in inputs:
+            types = inputs["second"].astype(np.int32)  # [B, L]
         first_only = model.config.reads.first_only and not segment.returns_states
         last = count if segment.counts else 1 if first_only else None
         for number in range(segment.start, segment.end + 1):
@@ -130,7 +135,7 @@ def segment_function(
         if segment.returns_states:
             found["next_states"] = h
         if segment.exits:
-            output = model.heads[str(segment.end)](h, mask, model.pooler, None)
+            output = model.heads[str(segment.end)](h, mask, model.pooler, None, types=types)
             found["logits"] = output.logits
             if output.exit_scores is not None:
                 found["exit_scores"] = output.exit_scores
@@ -147,7 +152,7 @@ def _path(path: tuple[Any, ...]) -> str:
 def _write(program: Program, names: list[str], count: Any, graph: GraphBuilder) -> Graph:
     """Returns the graph of a program, whose outputs have some names."""
     inputs = dict(program.inputs)
-    mask = inputs.pop("mask")
+    mask, second = inputs.pop("mask"), inputs.pop("second", None)
     given = {name: graph.input(name, x.dtype, x.shape) for name, x in inputs.items()}
     tokens = graph.input("tokens", np.int32, mask.shape[:1])
     if count is not None:
@@ -159,6 +164,10 @@ def _write(program: Program, names: list[str], count: Any, graph: GraphBuilder) 
     places = graph.op("Range", graph.constant(0), length, graph.constant(1))  # [L]
     ends = graph.op("Unsqueeze", graph.cast(tokens, np.int64), graph.constant([1]))  # [B, 1]
     writer.give(mask, graph.op("Less", places, ends))
+    if second is not None:
+        start = graph.input("second_start", np.int32, mask.shape[:1])
+        starts = graph.op("Unsqueeze", graph.cast(start, np.int64), graph.constant([1]))  # [B, 1]
+        writer.give(second, graph.op("Not", graph.op("Less", places, starts)))
     fused = Fuser(program, mask).run()
     writer.write(fused)
     for name, value in zip(names, fused.outputs, strict=True):

@@ -62,7 +62,8 @@ def predict(folder, input_ids, token_type_ids, tokens):
     for stage in about["stages"]:
         program = jax.export.deserialize((Path(folder) / stage["program"]).read_bytes())
         params = [values[name] for name in stage["parameters"]]
-        inputs = (input_ids[rows], token_type_ids[rows]) if stage["embeds"] else (h,)
+        inputs = [input_ids[rows] if stage["embeds"] else h]
+        inputs += [token_type_ids[rows]] if stage["reads_types"] else []
         h, logits = program.call(params, tokens[rows], *inputs)
         given, probability, confidence = read_outputs(about, stage, logits, before)
         # Below 1, so that a threshold of 1 sends every text to the last exit.

@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import tokenizers
+from onnxruntime import InferenceSession
 
 BELOW_ONE = np.nextafter(1, 0)  # so that a threshold of 1 sends every text to the last exit
-# From the probabilities after temperature [B, C], those without, and the learned scores [B], to
-# exit confidences [B]; NaN never leaves.
+# (p after temperature [B, C], p without, learned scores [B]) → confidences [B]; NaN never leaves.
 POLICIES = {
     "confidence": lambda p, raw, learned: p.max(axis=1),
     "raw_confidence": lambda p, raw, learned: raw.max(axis=1),
@@ -46,8 +45,7 @@ class Classifier:
         self.tokenizer.encode_special_tokens = self.about["split_special_tokens"]
         self.tokenizer.enable_truncation(**self.about["truncation"])
         self.tokenizer.enable_padding(pad_id=self.about["pad_id"])
-        paths = [str(Path(folder, "onnx", name)) for name in self.plan["graphs"]]
-        self.sessions = [onnxruntime.InferenceSession(path) for path in paths]
+        self.sessions = [InferenceSession(f"{folder}/onnx/{name}") for name in self.plan["graphs"]]
 
     def predict(self, rows, batch_size=32):
         """Returns a dict for each row, in their order."""
@@ -59,10 +57,12 @@ class Classifier:
 
     def _predict(self, rows):
         encoded, answers = self.tokenizer.encode_batch(rows), dict.fromkeys(range(len(rows)))
-        values = {"input_ids": np.asarray([row.ids for row in encoded], np.int32)}  # [B, L]
-        values["token_type_ids"] = np.asarray([row.type_ids for row in encoded], np.int32)
-        values["tokens"] = np.asarray([sum(row.attention_mask) for row in encoded], np.int32)
-        values["place"] = np.arange(len(rows), dtype=np.int32)
+        read = {"input_ids": [row.ids for row in encoded], "place": range(len(rows))}
+        read["token_type_ids"] = [row.type_ids for row in encoded]
+        read["tokens"] = tokens = [sum(row.attention_mask) for row in encoded]
+        ends = zip(encoded, tokens, strict=True)
+        read["second_start"] = [[*row.sequence_ids[: n - 1], 1].index(1) for row, n in ends]
+        values = {name: np.asarray(each, np.int32) for name, each in read.items()}  # [B, ...]
         every, first = (np.asarray([n]) for n in (values["input_ids"].shape[1], 1))
         for stage in self.plan["stages"]:
             for run in stage["runs"]:

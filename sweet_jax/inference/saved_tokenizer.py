@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sweet_jax.config import UserError
+from sweet_jax.data.batches import pair_types
 from sweet_jax.files import discard_native_errors, one_line, read_json
 from sweet_jax.inference.onnx_files import has_graphs
 from sweet_jax.models.checkpoint_folder import (
@@ -48,8 +49,8 @@ class SavedTokenizer:
         truncation: bool = False,
         max_length: int | None = None,
         **_: object,
-    ) -> dict[str, list[list[int]]]:
-        """Returns the input_ids and token_type_ids of each text, or of each pair.
+    ) -> dict[str, list[Any]]:
+        """Returns the input_ids and token_type_ids of each text, or of each pair (`pair_types`).
 
         With `truncation` a row has max_length tokens at most; of a pair the longer text is cut
         first. Other options of transformers' tokenizers are not read.
@@ -62,7 +63,7 @@ class SavedTokenizer:
         found = self.backend_tokenizer.encode_batch_fast(rows)  # without offsets
         return {
             "input_ids": [row.ids for row in found],
-            "token_type_ids": [row.type_ids for row in found],
+            "token_type_ids": [row.type_ids if pairs is None else pair_types(row) for row in found],
         }
 
 

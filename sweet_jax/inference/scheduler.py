@@ -100,6 +100,7 @@ class Request:
     rule: ExitRule  # when it exits
     queued_at: int = 0  # how many requests had been admitted when it joined its queue
     slot: int = -1  # that holds its hidden states; -1 where it has none
+    second_start: int = 0  # of a pair of texts, the place where the second begins
     exit: int = -1  # index of the exit it took; -1 before that
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
     # Learning-to-exit's, of every exit so far; empty where none were learned.
@@ -251,7 +252,15 @@ class Scheduler:
             for row, request in enumerate(requests):
                 texts[0, row, : len(request.input_ids)] = request.input_ids
                 texts[1, row, : len(request.input_ids)] = request.token_type_ids
-        return StageBatch(length, rows, texts, temperatures=fitted, largest=self.batch_size)
+        starts = np.asarray([r.second_start for r in requests], np.int32)  # [B]
+        return StageBatch(
+            length,
+            rows,
+            texts,
+            temperatures=fitted,
+            largest=self.batch_size,
+            second_starts=starts,
+        )
 
 
 def _leaves(rows: Sequence[Request], exit: int, complements: np.ndarray | None) -> list[bool]:

@@ -60,6 +60,7 @@ export class Classifier {
       input_ids: integers(tokens.map((token) => token.id), 1, tokens.length),
       token_type_ids: integers(tokens.map((token) => token.type), 1, tokens.length),
       tokens: integers([tokens.length], 1),
+      second_start: integers([tokens.filter((token) => token.type === 0).length], 1),
     };
     for (const { layer, cost, temperature, runs } of plan.stages) {
       let outputs;

@@ -1,0 +1,178 @@
+"""Pairs of texts, read by their two means: the pooling, from rows to every engine and program."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exported_programs import UNUSUAL, assert_same, load_python
+from saved_models import LONGEST, MODES, Saved, check, middle
+from test_export import load_runner
+from tiny import WORDS, write_checkpoint
+
+from sweet_jax import AdaptiveClassifier, export
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.batches import encode
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
+from sweet_jax.models.pooling import means_of_pair
+from sweet_jax.pipeline import run
+from sweet_jax.preparation import prepare
+
+MASK = np.arange(6)[None] < np.array([6, 4, 3])[:, None]
+TYPES = np.asarray([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0]])
+
+
+def test_the_features_of_a_pair():
+    h = np.random.default_rng(0).normal(size=(3, 6, 5)).astype(np.float32)
+    found = means_of_pair(jnp.asarray(h), jnp.asarray(MASK), jnp.asarray(TYPES))
+    assert found.shape == (3, 20)
+    for row, (start, end) in enumerate([(3, 6), (1, 4), (2, 3)]):
+        u, v = h[row, :start].mean(axis=0), h[row, start:end].mean(axis=0)
+        wanted = np.concatenate([u, v, abs(u - v), u * v])
+        np.testing.assert_allclose(found[row], wanted, atol=1e-6)
+
+
+def test_padding_is_not_read_and_gets_no_gradient():
+    h = jax.random.normal(jax.random.key(0), (3, 6, 5))
+    spoilt = jnp.where(MASK[..., None], h, jnp.nan)
+    for types in (TYPES, np.where(MASK, TYPES, 1)):
+        pool = lambda x, t=types: means_of_pair(x, jnp.asarray(MASK), jnp.asarray(t))
+        np.testing.assert_array_equal(pool(spoilt), pool(h))
+        gradient = jax.grad(lambda x, p=pool: (p(x) ** 2).sum())(h)
+        assert np.isfinite(gradient).all()
+        assert not np.any(np.where(MASK[..., None], 0, gradient))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "modernbert"])
+def test_every_tokenizer_says_where_the_second_text_begins(tmp_path, kind):
+    """As transformers reads its files and as a saved model does, an empty text included."""
+    checkpoint = locate_checkpoint(str(write_checkpoint(tmp_path / kind, kind)))
+    tokenizer = load_tokenizer(checkpoint)
+    pairs = [("word1 word2", "word3"), ("", "word4"), ("word5", "")]
+    ids, types = encode(tokenizer, pairs, 16)
+    for (first, second), own, kinds in zip(pairs, ids, types, strict=True):
+        alone = encode(tokenizer, [(first,)], 16)[0][0]
+        start = int(np.count_nonzero(kinds == 0))
+        assert (np.diff(kinds) >= 0).all()
+        assert own[: len(alone)].tolist() == alone.tolist()
+        assert len(alone) <= start + 1  # of roberta's two separators the second is before the text
+        if second:
+            assert tokenizer.decode(own[start:], skip_special_tokens=True).strip() == second
+        else:
+            assert start == len(own) - 1
+
+
+def test_the_jax_engine_answers_as_the_one_pass_model(tmp_path):
+    saved = Saved(tmp_path, "roberta", "pair", exits=(1, 3))
+    check(saved, saved.confidence(), (16,), "jax", MODES[:1], full=False)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_onnx_runtime_answers_as_the_one_pass_model(tmp_path, kind):
+    pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+    pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
+    saved = Saved(tmp_path, kind, "pair", learned=kind == "bert")
+    check(saved, saved.confidence())
+    if saved.scores is not None:
+        check(saved, saved.scores, (5,), policy="learning_to_exit")
+
+
+def unusual_pairs() -> list[tuple[str, str]]:
+    texts = [*UNUSUAL, *WORDS[:20]]
+    return list(zip(texts, texts[::-1], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_python_s_program_answers_as_the_classifier(tmp_path, kind):
+    pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+    pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
+    saved = Saved(tmp_path, kind, "pair")
+    threshold = middle(saved.confidence())
+    folder = tmp_path / "out"
+    options = [f"--model={saved.folder}", f"--output={folder}", "--format=onnx"]
+    assert export.main([*options, f"--threshold={threshold}"]) == 0
+    wanted = AdaptiveClassifier.from_pretrained(folder, threshold=threshold)
+    answers = wanted.predict(unusual_pairs())
+    assert len(set(answers.exits)) > 1
+    assert_same(load_python(folder).Classifier(folder).predict(unusual_pairs(), 7), answers)
+    (*_, last) = json.loads((folder / "model.json").read_text())["template"]
+    assert last["type"] == 1  # by which the JavaScript program knows the second text
+
+
+def test_stablehlo_answers_as_the_classifier(tmp_path):
+    saved = Saved(tmp_path, "roberta", "pair")
+    threshold, folder = middle(saved.confidence()), tmp_path / "out"
+    options = [f"--model={saved.folder}", f"--output={folder}", f"--threshold={threshold}"]
+    assert export.main(options) == 0
+    ids, types = encode(open_model(saved.folder).tokenizer, saved.texts, LONGEST)
+    tokens = np.asarray([len(row) for row in ids], np.int32)
+    padded = np.zeros((2, len(ids), LONGEST), np.int32)
+    for place, rows in enumerate(zip(ids, types, strict=True)):
+        padded[:, place, : tokens[place]] = rows
+    given, probability, layer = load_runner(folder).predict(folder, *padded, tokens)
+    wanted = AdaptiveClassifier.from_pretrained(saved.folder, engine="jax", threshold=threshold)
+    answers = wanted.predict(saved.texts)
+    assert layer.tolist() == answers.exits.tolist()
+    assert (np.asarray(["a", "b", "c"])[given] == answers.labels).all()
+    np.testing.assert_allclose(probability, answers.probabilities.max(axis=1), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pair_file(tmp_path_factory):
+    """Whether two texts are the same."""
+    rng = np.random.default_rng(0)
+    lines = ["first,second,label"]
+    for number in range(400):
+        one, other = (" ".join(rng.choice(WORDS[:8], 3)) for _ in range(2))
+        other = one if number % 2 else other
+        lines.append(f"{one},{other},{'same' if one == other else 'different'}")
+    path = tmp_path_factory.mktemp("pairs") / "pairs.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def config(pair_file, tmp_path):
+    return Config(
+        task="own",
+        data_files=str(pair_file),
+        text_columns="first,second",
+        checkpoint=str(write_checkpoint(tmp_path / "checkpoint")),
+        exits=(1, 3),
+        method="early_exit",
+        pooling="auto",
+        head_init="probe",
+        epochs=0,
+        learning_rates=(1e-3,),
+        max_length=16,
+        train_size=320,
+    )
+
+
+def test_a_probe_compares_the_texts_where_one_of_their_mean_cannot(config, tmp_path):
+    found = {}
+    for pooling in ("auto", "mean"):
+        run(dataclasses.replace(config, pooling=pooling), tmp_path / pooling)
+        values = json.loads((tmp_path / pooling / "results.json").read_text())
+        found[pooling] = [row["score"] for row in values["replicas"][0]["individual"]]
+        baseline = values["baselines"]
+        assert [baseline[f"probe_{e}"]["score"] for e in (1, 3)] == found[pooling]
+        assert values["pooling"] == {"auto": "pair"}.get(pooling, pooling)
+    assert found["auto"][0] > found["mean"][0] + 0.15
+    words = "word1 word2 word3"
+    answers = AdaptiveClassifier.from_pretrained(tmp_path / "auto" / "model").predict(
+        [(words, words), (words, "word4 word5 word6")]
+    )
+    assert answers.labels.tolist() == ["same", "different"]
+
+
+def test_auto_is_the_pooling_of_the_checkpoint_where_a_row_is_one_text(config):
+    single = dataclasses.replace(config, text_columns="first")
+    assert prepare(config).config.pooling == "pair"
+    assert prepare(single).config.pooling == "mean"
+    assert prepare(dataclasses.replace(config, pooling="")).config.pooling == "mean"
+    with pytest.raises(UserError, match=r"pooling is 'pair', .* but a row has one, 'first': set"):
+        prepare(dataclasses.replace(single, pooling="pair"))
