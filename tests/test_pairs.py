@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -162,11 +163,10 @@ def test_a_probe_compares_the_texts_where_one_of_their_mean_cannot(config, tmp_p
         assert [baseline[f"probe_{e}"]["score"] for e in (1, 3)] == found[pooling]
         assert values["pooling"] == {"auto": "pair"}.get(pooling, pooling)
     assert found["auto"][0] > found["mean"][0] + 0.15
-    words = "word1 word2 word3"
-    answers = AdaptiveClassifier.from_pretrained(tmp_path / "auto" / "model").predict(
-        [(words, words), (words, "word4 word5 word6")]
-    )
-    assert answers.labels.tolist() == ["same", "different"]
+    rows = [line.split(",") for line in Path(config.data_files).read_text().splitlines()[1:101]]
+    saved = AdaptiveClassifier.from_pretrained(tmp_path / "auto" / "model", engine="jax")
+    answers = saved.predict([(first, second) for first, second, _ in rows])
+    assert np.mean(answers.labels == np.asarray([label for *_, label in rows])) > 0.7
 
 
 def test_auto_is_the_pooling_of_the_checkpoint_where_a_row_is_one_text(config):
