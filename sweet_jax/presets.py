@@ -7,7 +7,8 @@
 #   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
 #   calibration: rows held out of the subset | the validation rows | those with dropout left on
 #   confidence: p = 1 never reaches t = 1 | float32 softmax, which reaches 1.0 at a gap of 17
-#   pooling: how an exit reads its layer; "" = as the checkpoint declares, see models/pooling.py
+#   pooling: how an exit reads its layer; "" = as the checkpoint declares, see models/pooling.py;
+#     "auto", which no preset has, compares the texts of a pair
 #   head_init: classifiers begin random | as logistic regressions on the frozen encoder
 #   exit_score: learning-to-exit's sigmoid | that, min-max normalised over the evaluated rows
 # The SWEET paper's method and experimental setup, but nothing is fitted on the rows reported.

@@ -3,8 +3,6 @@
 import copy
 from collections.abc import Sequence
 
-import numpy as np
-
 from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.inference.artifact import ModelArtifact
@@ -63,8 +61,7 @@ def encode_requests(
             )
     if same_length:
         sizes = [max(sizes)] * len(sizes)
-    starts = [int(np.count_nonzero(t == 0)) for t in types] if pairs else [0] * len(sizes)
     return [
-        Request(number, i, t, padded_length(size, model.max_length), rule, second_start=start)
-        for number, i, t, size, start in zip(valid, ids, types, sizes, starts, strict=True)
+        Request(number, i, t, padded_length(size, model.max_length), rule)
+        for number, i, t, size in zip(valid, ids, types, sizes, strict=True)
     ]

@@ -100,11 +100,15 @@ class Request:
     rule: ExitRule  # when it exits
     queued_at: int = 0  # how many requests had been admitted when it joined its queue
     slot: int = -1  # that holds its hidden states; -1 where it has none
-    second_start: int = 0  # of a pair of texts, the place where the second begins
     exit: int = -1  # index of the exit it took; -1 before that
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
     # Learning-to-exit's, of every exit so far; empty where none were learned.
     exit_scores: list[float] = dataclasses.field(default_factory=list)
+    # Of a pair of texts, the place where the second begins; of one text, its end.
+    second_start: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.second_start = len(self.token_type_ids) - int(np.count_nonzero(self.token_type_ids))
 
 
 class Scheduler:
