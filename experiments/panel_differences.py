@@ -6,14 +6,30 @@ from pathlib import Path
 import numpy as np
 
 from experiments import paper
-from experiments.panel_records import read_record
+from experiments.panel_records import Scores, read_record
 from experiments.panel_statistics import LEVEL, Comparison, Found, compare, holm, shared_cells
-from experiments.panel_variants import CELLS, CHANGES, READOUTS, ROW_GROUPS, SETFIT
+from experiments.panel_variants import (
+    CELLS,
+    CHANGES,
+    METHODS,
+    READOUTS,
+    ROW_GROUPS,
+    SETFIT,
+    TASKS,
+)
 
 Table = tuple[Sequence[str], list[list[str]]]  # header, rows
 _PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "multi_model"))
 _READOUTS = tuple(f"{readout} {kind}" for readout in READOUTS for kind in ("trained", "refit"))
-SHOWN_READOUTS = _READOUTS[:4]
+SHOWN_READOUTS = _READOUTS[:6]
+# By what tables say: the variant that compares the texts of a pair, and the one that does not.
+_POOLINGS = {
+    "recipe": ("recipe", "recipe-mean"),
+    **{
+        f"{paper.NAMES[method]}, probe": (f"{method}-auto-probe", f"{method}-mean-probe")
+        for method in METHODS
+    },
+}
 
 
 def gaps_table(found: Found, readouts: Sequence[str] = _READOUTS) -> Table:
@@ -39,6 +55,54 @@ def changes_table(found: Found) -> Table:
     return _differences(found, pairs, "change")
 
 
+def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> Table:
+    """Returns what comparing the texts of a pair does to every exit, and to the area, by cell.
+
+    variants: names of _POOLINGS; the frozen probe stands before them, without an area.
+    """
+    layers = (1, 2, 4, 6)
+    frozen = [[f"{kind}_{layer}" for layer in layers] for kind in ("mean_probe", "probe")]
+    cells = {c: scores for c, scores in found.items() if TASKS[CELLS[c].task].pairs}
+    rows = [
+        [
+            "frozen probe",
+            title(cell),
+            *(_exits([scores[name] for name in names]) for names in frozen),
+        ]
+        for cell, scores in cells.items()
+        if set(frozen[0]) <= set(scores)
+    ]
+    rows = [[*row, "", ""] for row in rows]
+    compared = []
+    for variant in variants:
+        one, other = (f"{name} refit" for name in _POOLINGS[variant])
+        for cell in shared_cells(cells, (one, other)):
+            texts = [variant, title(cell), *(_exits([cells[cell][name]]) for name in (other, one))]
+            compared.append((texts, compare(cells[cell][one], cells[cell][other])))
+    adjusted = holm([gap.p for _, gap in compared])
+    for (texts, gap), p in zip(compared, adjusted, strict=True):
+        rows.append([*texts, interval_text(gap, p), f"{p:.2g}"])
+    header = ("variant", "cell", "exits, mean", "exits, pair", "area, pair - mean", "p after Holm")
+    return header, rows
+
+
+def title(cell: str) -> str:
+    """Returns a cell's name for readers."""
+    return f"{TASKS[CELLS[cell].task].title}, {CELLS[cell].rows:,}"
+
+
+def interval_text(gap: Comparison, p: float) -> str:
+    """Returns a difference with its interval, in points; bold where it is significant."""
+    text = f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+    return f"**{text}**" if p < LEVEL else text
+
+
+def _exits(scores: Sequence[Scores]) -> str:
+    """Returns the mean over seeds of every exit's score, of one variant or of a baseline each."""
+    means = np.concatenate([np.atleast_1d(each.exits.mean(axis=0)).ravel() for each in scores])
+    return " / ".join(f"{100 * mean:.1f}" for mean in means)
+
+
 def setfit_table(output: Path) -> Table:
     """Returns SetFit's scores beside those of every exit of the recipe, on the same rows."""
     records = {c: r for c in CELLS if (r := read_record(output, c, SETFIT)) is not None}
@@ -53,8 +117,7 @@ def setfit_table(output: Path) -> Table:
     for cell, record in records.items():
         texts = []
         for gap in (gap for of_cell, _, gap in pairs if of_cell == cell):
-            text = f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
-            texts.append(f"**{text}**" if next(adjusted) < LEVEL else text)
+            texts.append(interval_text(gap, next(adjusted)))
         scores, about = record.scores[SETFIT], record.about
         rows.append([cell, f"{100 * scores.area.mean():.1f}", str(len(scores.area)), *texts])
         rows[-1].append(f"{about['cpu_seconds'] / len(scores.area):.0f}")

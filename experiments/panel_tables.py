@@ -7,10 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import paper
-from experiments.panel_differences import Table, changes_table, gaps_table, setfit_table
+from experiments.panel_differences import (
+    Table,
+    changes_table,
+    gaps_table,
+    interval_text,
+    pooling_table,
+    setfit_table,
+    title,
+)
 from experiments.panel_records import Record, Scores
 from experiments.panel_statistics import (
-    LEVEL,
     Found,
     aims,
     choose_default,
@@ -22,7 +29,14 @@ from experiments.panel_statistics import (
     standing,
     with_exits,
 )
-from experiments.panel_variants import BASELINES, CELLS, ROW_GROUPS, TASKS, VARIANTS, units
+from experiments.panel_variants import (
+    BASELINES,
+    CELLS,
+    ROW_GROUPS,
+    VARIANTS,
+    stored_as,
+    units,
+)
 from experiments.rendering import table_lines
 from sweet_jax.files import write_text
 
@@ -44,9 +58,9 @@ def render(output: Path) -> None:
         return
     lines = ["# The panel", "", ABOUT, ""]
     sections = _sections(found) | {"SetFit on the same rows": setfit_table(output)}
-    for title, (header, rows) in sections.items():
+    for heading, (header, rows) in sections.items():
         if rows:
-            lines += [f"## {title}", "", *table_lines(header, rows), ""]
+            lines += [f"## {heading}", "", *table_lines(header, rows), ""]
     lines += ["## Not run", "", *_missing(records), ""]
     write_text(output / "README.md", "\n".join(lines))
 
@@ -64,11 +78,12 @@ def _sections(found: Found) -> dict[str, Table]:
         sections[f"The aims: {other}"] = aims_table(found, other)
     sections["Differences between the methods, by read-out"] = gaps_table(found)
     sections["What a change adds to mean pooling and a probe"] = changes_table(found)
-    for title, references in (
+    sections["What comparing the texts of a pair adds, heads refitted"] = pooling_table(found)
+    for heading, references in (
         ("the methods as they are", reference_as_they_are()),
         ("the methods with their own best read-out", reference_best_readout(found)),
     ):
-        sections[f"{DEFAULT} less the best of {title}"] = standing_table(found, references)
+        sections[f"{DEFAULT} less the best of {heading}"] = standing_table(found, references)
     for rows in (100, 500, 2000, 6000):
         own = {c: s for c, s in found.items() if ROW_GROUPS[CELLS[c].rows] == ROW_GROUPS[rows]}
         sections[f"Areas, {ROW_GROUPS[rows]} rows"] = matrix(own, _area)
@@ -134,6 +149,7 @@ def progress_table(records: Mapping[tuple[str, str], Record]) -> Table:
         texts = []
         for rows_of in stages:
             cells = [c for c in CELLS if ROW_GROUPS[CELLS[c].rows] == rows_of]
+            cells = [c for c in cells if stored_as(c, variant) == variant]
             texts.append(f"{sum((c, variant) in records for c in cells)} of {len(cells)}")
         rows.append([variant, *texts])
     return ("cells done", *(f"{rows_of} rows" for rows_of in stages)), rows
@@ -162,15 +178,9 @@ def standing_table(found: Found, references: Mapping[str, str]) -> Table:
     for cell, best, gap, p in zip(own.cells, own.against, own.gaps, own.p, strict=True):
         scores = found[cell]
         areas = [f"{100 * scores[n].area.mean():.1f}" for n in (DEFAULT, best)]
-        said = f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
-        said = f"**{said}**" if p < LEVEL else said
-        rows.append([cell_title(cell), areas[0], best, areas[1], said, f"{p:.2g}"])
+        said = interval_text(gap, p)
+        rows.append([title(cell), areas[0], best, areas[1], said, f"{p:.2g}"])
     return ("cell", "area", "best", "its area", "difference", "p after Holm"), rows
-
-
-def cell_title(cell: str) -> str:
-    """Returns a cell's name for readers."""
-    return f"{TASKS[CELLS[cell].task].title}, {CELLS[cell].rows:,}"
 
 
 def matrix(found: Found, text: Callable[[Scores], str]) -> Table:
@@ -181,7 +191,7 @@ def matrix(found: Found, text: Callable[[Scores], str]) -> Table:
         for name in names
     ]
     rows = [row for row in rows if any(row[1:])]
-    return ("variant", *map(cell_title, found)), rows
+    return ("variant", *map(title, found)), rows
 
 
 def _area(scores: Scores) -> str:

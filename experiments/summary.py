@@ -268,6 +268,7 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
         _panel(s), panel_differences.SHOWN_READOUTS
     ),
     "panel-setfit": lambda s: panel_differences.setfit_table(s.folder / "panel"),
+    "panel-pairs": lambda s: panel_differences.pooling_table(_panel(s), ["recipe"]),
     "panel-changes": lambda s: panel_differences.changes_table(_panel(s)),
 }
 

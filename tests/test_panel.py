@@ -25,7 +25,16 @@ from experiments.panel_records import (
 )
 from experiments.panel_setfit import all_rows, with_draws
 from experiments.panel_statistics import aims, choose_default, compare, holm, load
-from experiments.panel_variants import CELLS, CHANGES, CORE, VARIANTS, config_of, units
+from experiments.panel_variants import (
+    AUTO_PROBE,
+    CELLS,
+    CHANGES,
+    CORE,
+    VARIANTS,
+    config_of,
+    stored_as,
+    units,
+)
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.metrics import compute_metric
@@ -184,7 +193,11 @@ def test_the_page_is_rendered_from_the_committed_records(tmp_path):
 
 def test_stages_have_all_units_once_and_the_core_first():
     every = units()
-    assert len(set(every)) == len(every) == len(CELLS) * (len(VARIANTS) + 1)
+    pairs = [name for name in CELLS if stored_as(name, "recipe-mean") == "recipe-mean"]
+    assert {CELLS[name].task for name in pairs} == {"mrpc", "rte", "qqp", "qnli", "mnli"}
+    # A variant of another pooling of pairs is the other variant where a row is one text.
+    same = (len(CELLS) - len(pairs)) * (1 + len(AUTO_PROBE))
+    assert len(set(every)) == len(every) == len(CELLS) * (len(VARIANTS) + 1) - same
     assert every[: len(units(CORE))] == units(CORE)
 
 
@@ -203,6 +216,16 @@ def test_all_variants_of_a_cell_train_on_the_same_rows():
         for config in [config_of("sst2-500", variant, options)]
     }
     assert rows == {(True, (0, 1, 2, 3, 4), 0.1, 0.1)}
+
+
+def test_variants_of_one_run_have_its_scores_where_a_row_is_one_text(tmp_path):
+    for cell in ("sst2-500", "mrpc-500"):
+        write_record(tmp_path, cell, "recipe", record(0.9))
+    found, records = load(tmp_path)
+    assert [name for name in found["sst2-500"] if "mean" in name] == ["recipe-mean trained"]
+    assert found["sst2-500"]["recipe-mean trained"] == found["sst2-500"]["recipe trained"]
+    assert not [name for name in found["mrpc-500"] if "mean" in name]
+    assert set(records) == {("sst2-500", "recipe"), ("mrpc-500", "recipe")}
 
 
 def start(tmp_path: Path, *more: str) -> list[str]:
