@@ -1,6 +1,7 @@
 r"""Scores every layer of a frozen encoder by a probe, on ten tasks.
 
   python -m experiments.probes --model=mpnet-base --data_dir=GLUE --text_dir=TEXT
+  python -m experiments.probes --model=mpnet-base --pooling=pair --data_dir=GLUE --text_dir=TEXT
   python -m experiments.probes --render_only
 
 What the methods have to beat: logistic regression on the mean-pooled states of each layer, nothing
@@ -10,6 +11,8 @@ three seeds that each draw their own; a tenth is held out for calibration and no
 tenth of the rest chooses the penalty. At most 1,000 validation rows of a task, drawn once. Both
 encoders were trained contrastively on pairs that include MNLI, SNLI and QQP: those tasks are
 marked.
+
+--pooling=pair has the same probes of the tasks whose rows are pairs, on what compares the two texts.
 
 Scores are accuracy in per cent, mean over seeds, ± half the width of a 95% bootstrap interval over
 seeds and rows. One pass of the encoder over 4,000 texts a task: about an hour of one core for
@@ -37,6 +40,7 @@ from experiments.frozen_features import (
     select_exits,
 )
 from experiments.options import MODELS, record_parser
+from experiments.panel_differences import Table
 from experiments.recipe_results import (
     Cell,
     CellRecord,
@@ -61,6 +65,7 @@ from sweet_jax.training.probe import LinearClassifiers
 LAYERS = {"minilm-l6": 6, "mpnet-base": 12}
 TRAIN, VALIDATION, SEEDS = 1000, 1000, (0, 1, 2)
 VARIANT = "probes"
+RECORDS = {"mean": VARIANT, "pair": "probes-pair"}  # by pooling
 TASKS = {
     task: Cell(task, TRAIN, length, source)
     for task, (source, length) in {
@@ -77,15 +82,16 @@ TASKS = {
     }.items()
 }
 SEEN = ("qqp", "mnli")  # in the encoders' own training
+PAIRS = ("mrpc", "rte", "qnli", "qqp", "mnli")  # tasks whose rows are pairs of texts
 
 
-def config_of(model: str, task: str, options: argparse.Namespace) -> Config:
+def config_of(model: str, task: str, options: argparse.Namespace, pooling: str = "mean") -> Config:
     """Returns the config of a task."""
     values: dict[str, Any] = {
         "checkpoint": options.checkpoint or MODELS[model]["checkpoint"],
         "exits": tuple(range(1, LAYERS[model] + 1)),
         "method": "early_exit",
-        "pooling": "mean",
+        "pooling": pooling,
         "head_init": "probe",
         "epochs": 0,
         "seeds": SEEDS,
@@ -95,10 +101,12 @@ def config_of(model: str, task: str, options: argparse.Namespace) -> Config:
     return Config(**(cell_values(TASKS[task], options) | values))
 
 
-def run_task(model: str, task: str, options: argparse.Namespace) -> CellRecord:
+def run_task(model: str, task: str, pooling: str, options: argparse.Namespace) -> CellRecord:
     """Scores the probe of every layer, and TF-IDF, on one task."""
     began, workdir = time.monotonic(), options.workdir / model / task
-    job = with_fewer_validation_rows(prepare(config_of(model, task, options)), VALIDATION)
+    workdir = workdir if pooling == "mean" else workdir / pooling
+    config = config_of(model, task, options, pooling)
+    job = with_fewer_validation_rows(prepare(config), VALIDATION)
     features = compute_features(job, workdir / "features.npz")
     classifiers = fit_probes(features, len(job.dataset.classes))
     job = dataclasses.replace(job, probe=probe_of(features, classifiers))
@@ -109,11 +117,11 @@ def run_task(model: str, task: str, options: argparse.Namespace) -> CellRecord:
         found[baseline.name] = score_predictions(correct[:, None])
     counts = {"train": job.rows.training.shape[1], "tuning": job.rows.tuning.shape[1]}
     counts |= {"validation": len(labels), "classes": len(job.dataset.classes)}
-    config = {
+    values = {
         k: v for k, v in identity(job.config).items() if k not in ("data_files", "checkpoint")
     }
     about = {"seconds": round(time.monotonic() - began, 1)}
-    return CellRecord(config, counts, found, about)
+    return CellRecord(values, counts, found, about)
 
 
 class FittedExits(NamedTuple):
@@ -145,11 +153,36 @@ def fit_exits(
 
 def interval_text(scores: Scores) -> str:
     """Formats the accuracy in per cent with half the width of its 95% interval."""
-    drawn = scores.drawn_exits[:, :, 0]  # [D, S]
+    width = _interval_width(scores.drawn_exits[:, :, 0])
+    return f"{100 * scores.exits.mean():.1f} ± {50 * width:.1f}"
+
+
+def _interval_width(drawn: np.ndarray) -> float:
+    """Returns the width of the 95% interval of a mean over seeds, of its values [D, S]."""
     seeds = np.random.default_rng(1).integers(0, drawn.shape[1], drawn.shape)
     means = np.take_along_axis(drawn, seeds, axis=1).mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return f"{100 * scores.exits.mean():.1f} ± {50 * (high - low):.1f}"
+    return float(high - low)
+
+
+def pairs_table(output: Path, model: str) -> Table:
+    """Returns the accuracy where the probe compares the texts of a pair, less the mean's.
+
+    Paired by seed and by drawn rows.
+    """
+    layers, rows = LAYERS[model], []
+    for task in PAIRS:
+        records = [read_record(output, f"{model}-{task}", RECORDS[p]) for p in ("pair", "mean")]
+        if None in records:
+            continue
+        texts = [f"{task}*" if task in SEEN else task]
+        for layer in range(1, layers + 1):
+            one, other = (record.scores[f"probe_{layer}"] for record in records if record)
+            gap = 100 * (one.exits.mean() - other.exits.mean())
+            width = _interval_width((one.drawn_exits - other.drawn_exits)[:, :, 0])
+            texts.append(f"{100 * one.exits.mean():.1f} ({gap:+.1f} ± {50 * width:.1f})")
+        rows.append(texts)
+    return ["task", *(f"layer {i + 1}" for i in range(layers))], rows
 
 
 def render(output: Path) -> None:
@@ -169,6 +202,10 @@ def render(output: Path) -> None:
         heading = ["task", "n", "majority", "TF-IDF", *(f"layer {i + 1}" for i in range(layers))]
         lines += [f"## {model}", "", *(table_lines(heading, rows) if rows else [])]
         lines += ["", f"Not run: {', '.join(absent)}." if absent else "All ten tasks.", ""]
+        header, pairs = pairs_table(output, model)
+        if pairs:
+            lines += [f"### {model}, comparing the texts of a pair", "", _ABOUT_PAIRS, ""]
+            lines += [*table_lines(header, pairs), ""]
     write_text(output / "README.md", "\n".join(lines))
 
 
@@ -176,6 +213,10 @@ _ABOUT = f"""Made by `python -m experiments.probes` (its docstring says more). A
 of logistic regression on the mean-pooled states of each layer, on {TRAIN:,} training rows; mean of
 {len(SEEDS)} seeds, each with its own rows, ± half the width of a 95% bootstrap interval over seeds
 and rows; n validation rows. A star: the encoder's own training saw pairs of this task."""
+
+
+_ABOUT_PAIRS = """With `--pooling=pair`: of the means u and v of the two texts' states, u, v,
+|u - v| and u v; in brackets the difference to the mean of all tokens, paired by seed and row."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,12 +227,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> bool:
     parser = record_parser("probes", __doc__)
     parser.add_argument("--model", default="minilm-l6", choices=LAYERS)
-    parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
+    parser.add_argument("--tasks", help=f"default: {','.join(TASKS)}; with pair those of pairs")
+    parser.add_argument("--pooling", default="mean", choices=RECORDS)
     parser.add_argument("--checkpoint", help="instead of the model's")
     options = parser.parse_args(argv)
-    tasks = split_names(options.tasks)
+    known = tuple(TASKS) if options.pooling == "mean" else PAIRS
+    tasks = split_names(options.tasks) if options.tasks else known
     for task in tasks:
-        check_choice("task", task, TASKS)
+        check_choice("task", task, known)
     if not options.render_only:
         if options.data_dir is None or options.text_dir is None:
             raise UserError("give --data_dir and --text_dir, or --render_only")
@@ -199,9 +242,10 @@ def _run(argv: Sequence[str] | None) -> bool:
         with lock_directory(options.workdir, "--workdir"):
             for task in tasks:
                 name = f"{options.model}-{task}"
-                if not record_path(options.output, name, VARIANT).exists():
-                    record = run_task(options.model, task, options)
-                    write_record(options.output, name, VARIANT, record)
+                variant = RECORDS[options.pooling]
+                if not record_path(options.output, name, variant).exists():
+                    record = run_task(options.model, task, options.pooling, options)
+                    write_record(options.output, name, variant, record)
                     shown = {k: f"{100 * s.exits.mean():.1f}" for k, s in record.scores.items()}
                     print(name, record.about["seconds"], "s", shown, flush=True)
     render(options.output)
