@@ -12,7 +12,7 @@ tenth of the rest chooses the penalty. At most 1,000 validation rows of a task, 
 encoders were trained contrastively on pairs that include MNLI, SNLI and QQP: those tasks are
 marked.
 
---pooling=pair has the same probes of the tasks whose rows are pairs, on what compares the two texts.
+--pooling=pair: the same, on what compares the two texts, of the tasks whose rows are pairs.
 
 Scores are accuracy in per cent, mean over seeds, ± half the width of a 95% bootstrap interval over
 seeds and rows. One pass of the encoder over 4,000 texts a task: about an hour of one core for
