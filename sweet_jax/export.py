@@ -177,12 +177,13 @@ def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, leng
         serialized = serialize_stage(network, stage, list(own.values()), length)
         (aside / program).write_bytes(serialized)
         values = {"layer": stage.end, "cost": float(model.cost[stage.exit]), "program": program}
-        values |= _temperatures(classifier, stage) | {"embeds": stage.embeds}
-        values["reads_types"] = stage.embeds or POOLINGS[network.pooling].pairs
-        chain.append(values | {"parameters": list(names)})
+        values |= _temperatures(classifier, stage)
+        chain.append(values | {"embeds": stage.embeds, "parameters": list(names)})
     np.savez(aside / "parameters.npz", **parameters)
     about = {"format": 1, "classes": list(model.classes), "length": length}
     about |= {"threshold": classifier.threshold, "pad_id": engine.pad_id}
+    if POOLINGS[model.pooling].pairs:
+        about["pairs"] = True
     if model.objective.name != "single_label":
         about |= {"objective": model.objective.name, "policy": classifier.policy}
     write_json(aside / "model.json", about | {"stages": chain})
@@ -216,27 +217,29 @@ def serialize_stage(network: Network, stage: Stage, params: list[Any], length: i
     """Serializes the program of a stage, for any batch size B.
 
     (parameters, tokens int32 [B], input_ids, token_type_ids int32 [B, L]) → (h [B, L, H], logits
-    [B, C]) where it embeds; h in place of the ids where it does not, and without types unless the
-    pooling is of pairs.
+    [B, C]) where it embeds; h in place of the ids where it does not. Where the pooling is of pairs,
+    second_start int32 [B] comes last.
     """
     pairs = POOLINGS[network.pooling].pairs
 
     def run(params, tokens, *inputs):
         batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
-        if stage.embeds or pairs:
-            batch["token_type_ids"] = inputs[1]
         h = inputs[0]
         if stage.embeds:
-            batch["input_ids"], h = inputs[0], None
+            batch |= {"input_ids": inputs[0], "token_type_ids": inputs[1]}
+            h = None
+        if pairs:
+            batch["second_start"] = inputs[-1]
         h, logits, _ = run_stage(network, stage, params, h, batch)
         return h, logits
 
     (batch,) = jax.export.symbolic_shape("b")
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     state = jax.ShapeDtypeStruct((batch, length, network.hidden_size), "f4")
-    inputs = [ids, ids] if stage.embeds else [state, ids] if pairs else [state]
+    inputs = [ids, ids] if stage.embeds else [state]
     specs = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in params]
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    inputs += [tokens] if pairs else []
     exported = jax.export.export(jax.jit(run), platforms=_PLATFORMS)(specs, tokens, *inputs)
     return bytes(exported.serialize())
 

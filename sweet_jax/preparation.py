@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sweet_jax.config import AUTO, Config, UserError
-from sweet_jax.data.batches import Tokens, check_token_types, tokenize
+from sweet_jax.data.batches import Tokens, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.splits import (
     Split,
@@ -127,8 +127,6 @@ def prepare(config: Config) -> PreparedRun:
     tokenizer = load_tokenizer(checkpoint)
     if POOLINGS[config.pooling].first_only:
         ensure_first_token(tokenizer, config.checkpoint)
-    if POOLINGS[config.pooling].pairs:
-        check_token_types(tokenizer, config.checkpoint)
     drawn = _draw_rows(config, dataset)
     # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
     used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))

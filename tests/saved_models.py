@@ -8,7 +8,7 @@ from flax import nnx
 from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
-from sweet_jax.data.batches import encode
+from sweet_jax.data.batches import encode_pairs
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import TrainedModel, open_model, save_model
@@ -34,10 +34,12 @@ class Saved:
         rows = [(text,) for text in self.texts]
         if self.pairs:
             self.texts = rows = list(zip(self.texts, ["", *self.texts[:-1]], strict=True))
-        ids, types = encode(tokenizer, rows, LONGEST)
+        ids, types, starts = encode_pairs(tokenizer, rows, LONGEST)
         batch = {"input_ids": np.full((40, LONGEST), tokenizer.pad_token_id, np.int32)}
         batch |= {"token_type_ids": np.zeros_like(batch["input_ids"])}
         batch |= {"mask": np.arange(LONGEST) < np.asarray([[len(row)] for row in ids])}
+        if self.pairs:
+            batch["second_start"] = np.asarray(starts, np.int32)
         for row, (own, own_types) in enumerate(zip(ids, types, strict=True)):
             batch["input_ids"][row, : len(own)] = own
             batch["token_type_ids"][row, : len(own)] = own_types

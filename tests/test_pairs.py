@@ -15,55 +15,64 @@ from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export
 from sweet_jax.config import Config, UserError
-from sweet_jax.data.batches import encode
+from sweet_jax.data.batches import encode_pairs
 from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.saved_tokenizer import SavedTokenizer, load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.pooling import means_of_pair
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
 
 MASK = np.arange(6)[None] < np.array([6, 4, 3])[:, None]
-TYPES = np.asarray([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0]])
+STARTS = np.asarray([3, 1, 2])
+SECOND = np.arange(6)[None] >= STARTS[:, None]
 
 
 def test_the_features_of_a_pair():
     h = np.random.default_rng(0).normal(size=(3, 6, 5)).astype(np.float32)
-    found = means_of_pair(jnp.asarray(h), jnp.asarray(MASK), jnp.asarray(TYPES))
+    found = means_of_pair(jnp.asarray(h), jnp.asarray(MASK), jnp.asarray(SECOND))
     assert found.shape == (3, 20)
     for row, (start, end) in enumerate([(3, 6), (1, 4), (2, 3)]):
         u, v = h[row, :start].mean(axis=0), h[row, start:end].mean(axis=0)
         wanted = np.concatenate([u, v, abs(u - v), u * v])
         np.testing.assert_allclose(found[row], wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="second_start"):
+        means_of_pair(jnp.asarray(h), jnp.asarray(MASK), None)
 
 
 def test_padding_is_not_read_and_gets_no_gradient():
     h = jax.random.normal(jax.random.key(0), (3, 6, 5))
     spoilt = jnp.where(MASK[..., None], h, jnp.nan)
-    for types in (TYPES, np.where(MASK, TYPES, 1)):
-        pool = lambda x, t=types: means_of_pair(x, jnp.asarray(MASK), jnp.asarray(t))
+    for starts in (STARTS, [6, 4, 0]):  # also pairs of which one text has no token
+        second = jnp.arange(6)[None] >= jnp.asarray(starts)[:, None]
+        pool = lambda x, s=second: means_of_pair(x, jnp.asarray(MASK), s)
         np.testing.assert_array_equal(pool(spoilt), pool(h))
         gradient = jax.grad(lambda x, p=pool: (p(x) ** 2).sum())(h)
         assert np.isfinite(gradient).all()
         assert not np.any(np.where(MASK[..., None], 0, gradient))
 
 
+PAIRS = [("word1 word2", "word3"), ("", "word4"), ("word5", ""), ("word1 " * 20, "word2 " * 9)]
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet", "modernbert"])
 def test_every_tokenizer_says_where_the_second_text_begins(tmp_path, kind):
-    """As transformers reads its files and as a saved model does, an empty text included."""
+    """As transformers reads its files and as a saved model does; types stay the tokenizer's."""
     checkpoint = locate_checkpoint(str(write_checkpoint(tmp_path / kind, kind)))
-    tokenizer = load_tokenizer(checkpoint)
-    pairs = [("word1 word2", "word3"), ("", "word4"), ("word5", "")]
-    ids, types = encode(tokenizer, pairs, 16)
-    for (first, second), own, kinds in zip(pairs, ids, types, strict=True):
-        alone = encode(tokenizer, [(first,)], 16)[0][0]
-        start = int(np.count_nonzero(kinds == 0))
-        assert (np.diff(kinds) >= 0).all()
-        assert own[: len(alone)].tolist() == alone.tolist()
-        assert len(alone) <= start + 1  # of roberta's two separators the second is before the text
-        if second:
-            assert tokenizer.decode(own[start:], skip_special_tokens=True).strip() == second
-        else:
-            assert start == len(own) - 1
+    tokenizer, saved = load_tokenizer(checkpoint), load_saved_tokenizer(checkpoint)
+    assert isinstance(saved, SavedTokenizer) or kind == "roberta"  # whose files are repaired
+    ids, types, starts = found = encode_pairs(tokenizer, PAIRS, 16)
+    for own, again in zip(found, encode_pairs(saved, PAIRS, 16), strict=True):
+        for row, other in zip(own, again, strict=True):
+            np.testing.assert_array_equal(row, other)
+    for (_, second), own, kinds, start in zip(PAIRS, ids, types, starts, strict=True):
+        if kinds.any():
+            assert start == np.count_nonzero(kinds == 0)
+        words = tokenizer.decode(own[start:], skip_special_tokens=True).split()
+        assert words == second.split()[: len(words)]
+        assert bool(words) == bool(second)
+        assert second or start == len(own) - 1
+    assert encode_pairs(tokenizer, [("word1",)], 16)[2] == []
 
 
 def test_the_jax_engine_answers_as_the_one_pass_model(tmp_path):
@@ -99,8 +108,6 @@ def test_python_s_program_answers_as_the_classifier(tmp_path, kind):
     answers = wanted.predict(unusual_pairs())
     assert len(set(answers.exits)) > 1
     assert_same(load_python(folder).Classifier(folder).predict(unusual_pairs(), 7), answers)
-    (*_, last) = json.loads((folder / "model.json").read_text())["template"]
-    assert last["type"] == 1  # by which the JavaScript program knows the second text
 
 
 def test_stablehlo_answers_as_the_classifier(tmp_path):
@@ -108,17 +115,25 @@ def test_stablehlo_answers_as_the_classifier(tmp_path):
     threshold, folder = middle(saved.confidence()), tmp_path / "out"
     options = [f"--model={saved.folder}", f"--output={folder}", f"--threshold={threshold}"]
     assert export.main(options) == 0
-    ids, types = encode(open_model(saved.folder).tokenizer, saved.texts, LONGEST)
+    ids, types, starts = encode_pairs(open_model(saved.folder).tokenizer, saved.texts, LONGEST)
     tokens = np.asarray([len(row) for row in ids], np.int32)
     padded = np.zeros((2, len(ids), LONGEST), np.int32)
     for place, rows in enumerate(zip(ids, types, strict=True)):
         padded[:, place, : tokens[place]] = rows
-    given, probability, layer = load_runner(folder).predict(folder, *padded, tokens)
+    arrays = (*padded, tokens, np.asarray(starts, np.int32))
+    given, probability, layer = load_runner(folder).predict(folder, *arrays)
     wanted = AdaptiveClassifier.from_pretrained(saved.folder, engine="jax", threshold=threshold)
     answers = wanted.predict(saved.texts)
     assert layer.tolist() == answers.exits.tolist()
     assert (np.asarray(["a", "b", "c"])[given] == answers.labels).all()
     np.testing.assert_allclose(probability, answers.probabilities.max(axis=1), atol=1e-5)
+    names = ("input_ids", "token_type_ids", "tokens", "second_start")
+    np.savez(tmp_path / "tokens.npz", **dict(zip(names, arrays, strict=True)))
+    runner = load_runner(folder)
+    assert len(runner.read(tmp_path / "tokens.npz", LONGEST, pairs=True)) == 4
+    np.savez(tmp_path / "lacks.npz", **dict(zip(names[:3], arrays[:3], strict=True)))
+    with pytest.raises(ValueError, match="it has no second_start"):
+        runner.read(tmp_path / "lacks.npz", LONGEST, pairs=True)
 
 
 @pytest.fixture(scope="module")

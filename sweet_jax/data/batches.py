@@ -7,12 +7,10 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from sweet_jax.data.splits import Split
-from sweet_jax.errors import UserError
 
 _AT_ONCE = 4096  # texts tokenised by one call: the tokenizer's own output is large
 _COUNTED = 1000  # texts that may have been cut whose whole length is counted
@@ -31,6 +29,7 @@ class Tokens:
     labels: np.ndarray  # the objective's targets [N, ...], as they are trained on
     pad_id: int
     labeled: np.ndarray | None = None  # bool [N], where some rows have no label
+    second_starts: np.ndarray | None = None  # int32 [N], of pairs, see `second_start`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,9 +45,16 @@ def encode(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the input_ids and the token_type_ids of each text or pair, int32 [its length] each.
 
-    Types of a pair are those of `pair_types`. A row is truncated to max_length tokens, the longer
-    text of a pair first.
+    A row is truncated to max_length tokens, the longer text of a pair first.
     """
+    ids, types, _ = encode_pairs(tokenizer, texts, max_length)
+    return ids, types
+
+
+def encode_pairs(
+    tokenizer, texts: Sequence[tuple[str, ...]], max_length: int
+) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
+    """Returns what `encode` does, and the `second_start` of each pair; of single texts none."""
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(
         *columns,
@@ -58,58 +64,49 @@ def encode(
         return_attention_mask=False,
     )
     ids = [np.asarray(row, np.int32) for row in encoded["input_ids"]]
-    if len(columns) == 2 and getattr(encoded, "encodings", None):
-        return ids, [pair_types(row) for row in encoded.encodings]
     types = encoded.get("token_type_ids") or [np.zeros(len(row)) for row in ids]
-    return ids, [np.asarray(row, np.int32) for row in types]
+    rows = encoded.encodings if len(columns) == 2 else ()
+    starts = [second_start(row.sequence_ids) for row in rows]
+    return ids, [np.asarray(row, np.int32) for row in types], starts
 
 
-def pair_types(row: Any) -> np.ndarray:
-    """Returns the token types of a pair of texts, int32 [L]: 1 from its second text on, else 0.
+def second_start(sequence_ids: list[int | None]) -> int:
+    """Returns the place of the first token of a pair's second text.
 
-    Those of the tokenizer where it has any. Tokenizers of encoders without token types give zeros;
-    the encoders do not read them, but a pooling of pairs does.
+    Of an empty one that of the row's last token, which ends it. Not by token types, which some
+    tokenizers do not have.
 
     Args:
-      row: a `tokenizers.Encoding`.
+      sequence_ids: of a `tokenizers.Encoding`: for each token 0 or 1, the text that it is of, None
+        for a special token.
 
     """
-    types = np.asarray(row.type_ids, np.int32)  # [L]
-    if not types.any():
-        numbers = row.sequence_ids  # of the text that a token is of, None of special tokens
-        types[numbers.index(1) if 1 in numbers else -1 :] = 1  # an empty text: what ends it
-    return types
-
-
-def check_token_types(tokenizer, name: str) -> None:
-    """Raises UserError where a tokenizer does not say which token is of a pair's second text.
-
-    name: of the checkpoint, for the message.
-    """
-    (types,) = encode(tokenizer, [("a", "b")], _UNLIMITED)[1]
-    if not types.any():
-        raise UserError(
-            f"pooling is 'pair', but the tokenizer of {name!r} does not say which text a token is "
-            "of: set --config.pooling=mean"
-        )
+    return sequence_ids.index(1) if 1 in sequence_ids else max(len(sequence_ids) - 1, 0)
 
 
 def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
     """Returns the tokens of every row, see `encode`."""
-    ids, types = [], []
+    ids, types, seconds = [], [], []
     for start in range(0, len(rows.texts), _AT_ONCE):
-        found = encode(tokenizer, rows.texts[start : start + _AT_ONCE], max_length)
+        found = encode_pairs(tokenizer, rows.texts[start : start + _AT_ONCE], max_length)
         ids += found[0]
         types += found[1]
+        seconds += found[2]
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
     return Tokens(
-        np.concatenate(ids), np.concatenate(types), starts, rows.labels, tokenizer.pad_token_id
+        np.concatenate(ids),
+        np.concatenate(types),
+        starts,
+        rows.labels,
+        tokenizer.pad_token_id,
+        second_starts=np.asarray(seconds, np.int32) if seconds else None,
     )
 
 
 def append_unlabeled(tokens: Tokens, others: Tokens) -> Tokens:
     """Returns the rows of `tokens`, then others, which count as rows without labels."""
     starts = np.concatenate([tokens.starts, tokens.starts[-1] + others.starts[1:]])
+    seconds = [each.second_starts for each in (tokens, others) if each.second_starts is not None]
     return Tokens(
         np.concatenate([tokens.input_ids, others.input_ids]),
         np.concatenate([tokens.token_type_ids, others.token_type_ids]),
@@ -117,6 +114,7 @@ def append_unlabeled(tokens: Tokens, others: Tokens) -> Tokens:
         np.concatenate([tokens.labels, others.labels]),
         tokens.pad_id,
         np.arange(len(starts) - 1) < len(tokens),
+        np.concatenate(seconds) if seconds else None,
     )
 
 

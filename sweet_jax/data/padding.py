@@ -101,7 +101,8 @@ def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batc
 
     Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L], labels [..., B, ...]
     of their dtype, 0 where there is no row, and row_mask bool [..., B]: False for a row of -1,
-    which is padding. Where some rows of the split have no label, also labeled bool [..., B].
+    which is padding. Where some rows of the split have no label, also labeled bool [..., B]; where
+    they are pairs, second_start int32 [..., B], see `Tokens`.
     """
     sizes = np.where(rows < 0, 0, tokens.lengths[rows])
     length = padded_length(tokens, rows, lengths)
@@ -111,6 +112,8 @@ def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batc
     absent = np.reshape(rows < 0, rows.shape + (1,) * (labels.ndim - rows.ndim))
     source = np.where(mask, tokens.starts[rows][..., None] + position, 0)
     known = {} if tokens.labeled is None else {"labeled": (rows >= 0) & tokens.labeled[rows]}
+    if tokens.second_starts is not None:
+        known["second_start"] = np.where(rows < 0, 0, tokens.second_starts[rows])
     return known | {
         "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
         "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 
 from sweet_jax.config import UserError
-from sweet_jax.data.batches import encode
+from sweet_jax.data.batches import encode_pairs
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import padded_length
 from sweet_jax.inference.predictions import InvalidRow, Text, validate_text
@@ -51,7 +51,8 @@ def encode_requests(
     elif truncation is not None:
         tokenizer = copy.copy(tokenizer)  # with the same vocabulary
         tokenizer.truncation_side = truncation
-    ids, types = encode(tokenizer, list(valid.values()), limit)
+    ids, types, seconds = encode_pairs(tokenizer, list(valid.values()), limit)
+    starts: Sequence[int | None] = seconds or [None] * len(ids)
     sizes = [len(row) for row in ids]
     for number, size in zip(valid, sizes, strict=True):
         if size > model.max_length:
@@ -62,6 +63,6 @@ def encode_requests(
     if same_length:
         sizes = [max(sizes)] * len(sizes)
     return [
-        Request(number, i, t, padded_length(size, model.max_length), rule)
-        for number, i, t, size in zip(valid, ids, types, sizes, strict=True)
+        Request(number, i, t, padded_length(size, model.max_length), rule, start)
+        for number, i, t, size, start in zip(valid, ids, types, sizes, starts, strict=True)
     ]

@@ -70,7 +70,7 @@ class JaxEngine:
 
     def __init__(self, networks: Sequence[Network], pad_id: int):
         self.networks, self.pad_id = tuple(networks), pad_id
-        self._pairs = POOLINGS[networks[0].pooling].pairs  # whether exits read the token types
+        self._pairs = POOLINGS[networks[0].pooling].pairs  # whether exits read pairs of texts
         words = networks[0].params["encoder"]["embeddings"]["word"]["embedding"]  # [vocabulary, H]
         self.vocabulary_size = len(words)
         self._dtype = words.dtype
@@ -117,7 +117,8 @@ class JaxEngine:
             self._plans[key] = self._plan(*key)
         plan, outputs, first = self._plans[key], [], 0
         for size, program in plan.parts:
-            found, written = program(plan.params, *self._part(batch, first, size, slots), states)
+            part = _part(batch, first, size, slots, pairs=self._pairs)
+            found, written = program(plan.params, *part, states)
             states = states if written is None else written
             outputs.append(found)
             first += size
@@ -155,7 +156,7 @@ class JaxEngine:
         device: that it is for, which need not exist, see `experiments/benchmarks/tpu_aot.py`;
         None for JAX's own.
         """
-        batch = self._part(_empty_batch(stage, length), 0, size, slots)
+        batch = _part(_empty_batch(stage, length), 0, size, slots, pairs=self._pairs)
         states = self._states(slots, length) if slots else None
         arguments = (self._of(stage), *batch, states)
         if device is not None:
@@ -171,10 +172,9 @@ class JaxEngine:
 
         def run(params: list[jax.Array], rows, temperatures, texts, starts, states):
             slots, tokens = rows
-            places = jnp.arange(length)[None]
-            batch = {"mask": places < tokens[:, None]}  # [B, L]
+            batch = {"mask": jnp.arange(length)[None] < tokens[:, None]}  # [B, L]
             if starts is not None:
-                batch["token_type_ids"] = (places >= starts[:, None]).astype(np.int32)  # [B, L]
+                batch["second_start"] = starts
             h = None
             if texts is not None:
                 batch |= dict(zip(("input_ids", "token_type_ids"), texts, strict=True))
@@ -192,11 +192,6 @@ class JaxEngine:
 
         return run
 
-    def _part(self, batch: StageBatch, first: int, size: int, slots: int) -> tuple[Any, ...]:
-        """Returns what a program reads of a part of a batch, see `_part`."""
-        rows, temperatures, texts, starts = _part(batch, first, size, slots)
-        return rows, temperatures, texts, starts if self._pairs else None
-
     def _of(self, stage: Stage) -> list[jax.Array]:
         if stage not in self._params:
             own = stage_parameters(stage, self._on_device[stage.network])
@@ -209,9 +204,13 @@ class JaxEngine:
 
 
 def _part(
-    batch: StageBatch, first: int, size: int, slots: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
-    """Returns rows, temperatures, texts and starts of a part, filled up with rows of 0 tokens."""
+    batch: StageBatch, first: int, size: int, slots: int, *, pairs: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Returns what a program reads of a part, filled up with rows of 0 tokens.
+
+    Rows, temperatures, texts or None, and the places where a pair's second text begins; None unless
+    exits read pairs.
+    """
     rows, texts, fitted = batch.rows, batch.texts, batch.temperatures
     if fitted is None:
         fitted = np.ones(rows.shape[1], np.float32)
@@ -228,7 +227,7 @@ def _part(
         starts = np.pad(starts, (0, missing))
         if texts is not None:
             texts = np.pad(texts, ((0, 0), (0, missing), (0, 0)))
-    return rows, fitted, texts, starts
+    return rows, fitted, texts, starts if pairs else None
 
 
 def _empty_batch(stage: Stage, length: int) -> StageBatch:

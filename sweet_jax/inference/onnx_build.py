@@ -121,11 +121,9 @@ def segment_function(
         model = nnx.merge(network.graphdef, tree)
         encoder, mask = model.encoder, inputs["mask"]
         relative = encoder.relative_table()
-        h, types = inputs.get("states"), None
+        h = inputs.get("states")
         if segment.embeds:
             h = encoder.embed(inputs["input_ids"], inputs["token_type_ids"], mask)
-        if "second" in inputs:
-            types = inputs["second"].astype(np.int32)  # [B, L]
         first_only = model.config.reads.first_only and not segment.returns_states
         last = count if segment.counts else 1 if first_only else None
         for number in range(segment.start, segment.end + 1):
@@ -135,7 +133,8 @@ def segment_function(
         if segment.returns_states:
             found["next_states"] = h
         if segment.exits:
-            output = model.heads[str(segment.end)](h, mask, model.pooler, None, types=types)
+            head, second = model.heads[str(segment.end)], inputs.get("second")
+            output = head(h, mask, model.pooler, None, second=second)
             found["logits"] = output.logits
             if output.exit_scores is not None:
                 found["exit_scores"] = output.exit_scores

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweet_jax.data.batches import pair_types
 from sweet_jax.files import read_json, write_json, write_text
 from sweet_jax.inference import run_onnx
 from sweet_jax.inference.artifact import ModelArtifact
@@ -109,11 +108,9 @@ def _describe_tokens(model: ModelArtifact, folder: Path) -> dict[str, Any]:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.no_padding()
     backend.no_truncation()
-    pair = len(model.text_columns) == 2
-    row = backend.encode("a", "a" if pair else None)
-    types = pair_types(row).tolist() if pair else row.type_ids
+    row = backend.encode("a", "a" if len(model.text_columns) == 2 else None)
     template: list[dict[str, int]] = []
-    for text, token, kind in zip(row.sequence_ids, row.ids, types, strict=True):
+    for text, token, kind in zip(row.sequence_ids, row.ids, row.type_ids, strict=True):
         part = {"id": token, "type": kind} if text is None else {"text": text, "type": kind}
         if text is None or part not in template:  # a text may be several tokens
             template.append(part)

@@ -1,7 +1,8 @@
 """Runs an exported model; needs jax (and flatbuffers, which jax.export reads with) and numpy.
 
 python run.py tokens.npz: input_ids and token_type_ids int [N, L], tokens int [N] (how many of L),
-ids padded with the pad_id in model.json. Prints a label, a probability and a layer for each text;
+ids padded with the pad_id in model.json; where that says pairs, second_start int [N], the place of
+the second text's first token. Prints a label, a probability and a layer for each text;
 of several labels a|b and the certainty of the least certain, of a regression the number and nan.
 
 Shape letters: N texts, L length, H hidden, C classes.
@@ -45,7 +46,7 @@ def read_outputs(about, stage, logits, before):
     return logits > 0, probability, sure.min(axis=1) if least else sure.mean(axis=1)
 
 
-def predict(folder, input_ids, token_type_ids, tokens):
+def predict(folder, input_ids, token_type_ids, tokens, *second_start):
     """Returns (answer, probability float [N], layer int [N]) of the exit that each text takes.
 
     Answers are classes int [N], of several labels bool [N, C], of a regression float [N].
@@ -62,8 +63,8 @@ def predict(folder, input_ids, token_type_ids, tokens):
     for stage in about["stages"]:
         program = jax.export.deserialize((Path(folder) / stage["program"]).read_bytes())
         params = [values[name] for name in stage["parameters"]]
-        inputs = [input_ids[rows] if stage["embeds"] else h]
-        inputs += [token_type_ids[rows]] if stage["reads_types"] else []
+        inputs = [input_ids[rows], token_type_ids[rows]] if stage["embeds"] else [h]
+        inputs += [starts[rows] for starts in second_start]
         h, logits = program.call(params, tokens[rows], *inputs)
         given, probability, confidence = read_outputs(about, stage, logits, before)
         # Below 1, so that a threshold of 1 sends every text to the last exit.
@@ -78,17 +79,19 @@ def predict(folder, input_ids, token_type_ids, tokens):
     return found
 
 
-def read(path, length):
+def read(path, length, pairs=False):
     """Reads input_ids and token_type_ids int32 [N, L] and tokens int32 [N], L being `length`.
 
-    Raises ValueError, or what numpy raises for a file that is no .npz.
+    With pairs also second_start int32 [N]. Raises ValueError, or what numpy raises for a file that
+    is no .npz.
     """
-    names = ("input_ids", "token_type_ids", "tokens")
+    names = ("input_ids", "token_type_ids", "tokens", *(["second_start"] if pairs else []))
     with np.load(path, allow_pickle=False) as texts:
         if missing := [name for name in names if name not in texts]:
             raise ValueError(f"it has no {missing[0]}")
         arrays = [np.asarray(texts[name], np.int32) for name in names]
-    for name, array, rest in zip(names, arrays, ((length,), (length,), ()), strict=True):
+    for name, array in zip(names, arrays, strict=True):
+        rest = (length,) if name.endswith("ids") else ()
         if array.shape != (len(arrays[2]), *rest):
             wanted = ", ".join(map(str, (len(arrays[2]), *rest)))
             raise ValueError(f"{name} must be [{wanted}]; got {list(array.shape)}")
@@ -102,7 +105,7 @@ if __name__ == "__main__":
         print(__doc__, file=sys.stderr)
         sys.exit(2)
     try:
-        arrays = read(sys.argv[1], about["length"])
+        arrays = read(sys.argv[1], about["length"], about.get("pairs", False))
     except Exception as error:  # a file that is no .npz can break its reader in any way
         print(f"error: {sys.argv[1]}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from sweet_jax.config import UserError
-from sweet_jax.data.batches import pair_types
 from sweet_jax.files import discard_native_errors, one_line, read_json
 from sweet_jax.inference.onnx_files import has_graphs
 from sweet_jax.models.checkpoint_folder import (
@@ -17,6 +16,17 @@ from sweet_jax.models.checkpoint_folder import (
     load_tokenizer,
 )
 from sweet_jax.models.special_tokens import ensure_first_token
+
+
+class EncodedRows(dict[str, list[list[int]]]):
+    """Holds what transformers' BatchEncoding does, as far as it is read.
+
+    Attributes:
+      encodings: a `tokenizers.Encoding` of each row.
+
+    """
+
+    encodings: list[Any]
 
 
 class SavedTokenizer:
@@ -49,8 +59,8 @@ class SavedTokenizer:
         truncation: bool = False,
         max_length: int | None = None,
         **_: object,
-    ) -> dict[str, list[Any]]:
-        """Returns the input_ids and token_type_ids of each text, or of each pair (`pair_types`).
+    ) -> "EncodedRows":
+        """Returns the input_ids and token_type_ids of each text, or of each pair.
 
         With `truncation` a row has max_length tokens at most; of a pair the longer text is cut
         first. Other options of transformers' tokenizers are not read.
@@ -61,10 +71,11 @@ class SavedTokenizer:
             self.backend_tokenizer.no_truncation()
         rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         found = self.backend_tokenizer.encode_batch_fast(rows)  # without offsets
-        return {
-            "input_ids": [row.ids for row in found],
-            "token_type_ids": [row.type_ids if pairs is None else pair_types(row) for row in found],
-        }
+        encoded = EncodedRows(
+            input_ids=[row.ids for row in found], token_type_ids=[row.type_ids for row in found]
+        )
+        encoded.encodings = found
+        return encoded
 
 
 def load_saved_tokenizer(checkpoint: CheckpointFiles, *, first_token: bool = False) -> Any:

@@ -98,17 +98,13 @@ class Request:
     token_type_ids: np.ndarray  # int32 [tokens]
     length: int  # L, that it is padded to
     rule: ExitRule  # when it exits
+    second_start: int | None = None  # of a pair the place where the second text begins
     queued_at: int = 0  # how many requests had been admitted when it joined its queue
     slot: int = -1  # that holds its hidden states; -1 where it has none
     exit: int = -1  # index of the exit it took; -1 before that
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
     # Learning-to-exit's, of every exit so far; empty where none were learned.
     exit_scores: list[float] = dataclasses.field(default_factory=list)
-    # Of a pair of texts, the place where the second begins; of one text, its end.
-    second_start: int = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        self.second_start = len(self.token_type_ids) - int(np.count_nonzero(self.token_type_ids))
 
 
 class Scheduler:
@@ -256,7 +252,9 @@ class Scheduler:
             for row, request in enumerate(requests):
                 texts[0, row, : len(request.input_ids)] = request.input_ids
                 texts[1, row, : len(request.input_ids)] = request.token_type_ids
-        starts = np.asarray([r.second_start for r in requests], np.int32)  # [B]
+        starts = None
+        if requests[0].second_start is not None:  # of one model all are pairs, or none is
+            starts = np.asarray([r.second_start for r in requests], np.int32)  # [B]
         return StageBatch(
             length,
             rows,

@@ -18,6 +18,7 @@ from flax import nnx
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.head import ExitConfig, Head, ModelOutput, make_pooler
 from sweet_jax.models.layers import derive_key, derive_optional_key, rematerialize
+from sweet_jax.models.positions import array_module
 
 # Of all boundaries between segments, or of each of the E - 1.
 Isolation = float | jax.Array | tuple[float | jax.Array, ...]
@@ -95,7 +96,8 @@ class EarlyExit(nnx.Module):
         Args:
           index: of the segment, from 0.
           carried: the state that the previous segment returned, None for the first.
-          batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L].
+          batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L]; for a pooling of
+            pairs also second_start int32 [B].
           isolation: of the returned state, 0 to 1.
           key: typed key of the dropout masks, None for inference.
           features: whether the output holds what the classifier reads.
@@ -121,7 +123,7 @@ class EarlyExit(nnx.Module):
             pooler=self.pooler,
             key=derive_optional_key(key, "head", end),
             features=features,
-            types=types,
+            second=self._second(batch),
         )
         if end == self.exits[-1]:
             return None, head(layer(count=1 if self.config.reads.first_only else None))
@@ -129,6 +131,13 @@ class EarlyExit(nnx.Module):
         closed = not isinstance(isolation, jax.Array) and isolation == 1
         output = head(layer(count=1) if closed and self.config.reads.first_only else whole)
         return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), output
+
+    def _second(self, batch: dict[str, jax.Array]) -> jax.Array | None:
+        """Returns where a pair's second text is, bool [B, L]; None where the pooling is of none."""
+        if not self.config.reads.pairs or "second_start" not in batch:
+            return None
+        length = batch["mask"].shape[1]
+        return array_module(length).arange(length)[None] >= batch["second_start"][:, None]
 
     def _layer(
         self, number: int, h: jax.Array, mask: jax.Array, key, relative, count: int | None = None
@@ -164,8 +173,8 @@ class EarlyExit(nnx.Module):
           start: the first layer to compute, from 1.
           end: the layer of the exit.
           h: the hidden state [B, L, H] before layer `start`; None for 1, where it is embedded.
-          batch: mask bool [B, L]; where h is None also input_ids, token_type_ids int32 [B, L],
-            and the latter where the pooling is of pairs.
+          batch: mask bool [B, L]; where h is None also input_ids, token_type_ids int32 [B, L];
+            for a pooling of pairs also second_start int32 [B].
           whole: computes all of layer `end`; needed where the exit reads all tokens and a call
             resumes from there.
 
@@ -181,8 +190,8 @@ class EarlyExit(nnx.Module):
             h = self.encoder.layer(number, h, mask, relative=relative)
         count = 1 if self.config.reads.first_only and not whole else None
         last = self.encoder.layer(end, h, mask, relative=relative, count=count)
-        head, types = self.heads[str(end)], batch.get("token_type_ids")
-        return last if whole else h, head(last, mask, self.pooler, None, types=types)
+        output = self.heads[str(end)](last, mask, self.pooler, None, second=self._second(batch))
+        return last if whole else h, output
 
     def __call__(
         self,

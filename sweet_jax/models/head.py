@@ -88,16 +88,16 @@ class Head(nnx.Module):
         h: jax.Array,
         mask: jax.Array,
         pooler: nnx.Linear | None,
-        types: jax.Array | None = None,
+        second: jax.Array | None = None,
     ) -> jax.Array:
         """Returns what the classifier reads, before dropout: [B, P] of h [B, L, H].
 
-        mask is bool [B, L]; pooler is the shared one, or None; types are those of the tokens, int32
-        [B, L], which poolings of pairs read. Where the pooling reads the first token alone, h may
-        be [B, 1, H].
+        mask is bool [B, L]; pooler is the shared one, or None; second, for a pooling of pairs, is
+        True from a pair's second text on, bool [B, L]. Where the pooling reads the first token
+        alone, h may be [B, 1, H].
         """
         normed = h if self.norm is None else self.norm(h)
-        pooled = self.config.reads.read(normed, mask, types)  # [B, P]
+        pooled = self.config.reads.read(normed, mask, second)  # [B, P]
         if not self.config.reads.dense:
             return pooled
         return self.activation((pooler or self.pooler)(pooled))
@@ -109,13 +109,13 @@ class Head(nnx.Module):
         pooler: nnx.Linear | None,
         key,
         features: bool = False,
-        types: jax.Array | None = None,
+        second: jax.Array | None = None,
     ) -> ModelOutput:
         """Returns the output of this exit, arrays without E; arguments as in `pooled`.
 
         key is that of dropout, None for none; features adds what the classifier reads.
         """
-        pooled = self.pooled(h, mask, pooler, types)
+        pooled = self.pooled(h, mask, pooler, second)
         pooled = dropout(key, pooled, self.dropout_rate)  # [B, P]
         logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
         kept = pooled.astype(jnp.float32) if features else None

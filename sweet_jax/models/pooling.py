@@ -1,7 +1,8 @@
 """Pooling: one vector from the hidden state of an exit's layer.
 
 A new pooling is one function and one line of POOLINGS. Its arguments are h [B, L, H], mask bool
-[B, L], True at tokens, and types int32 [B, L], 1 from the second text of a pair on, else 0.
+[B, L], True at tokens, and second bool [B, L], True from the second text of a pair on, which is
+None unless the pooling is of pairs.
 
 Shape letters: B batch, L length, H hidden, P width of a pooled vector.
 """
@@ -17,12 +18,12 @@ from sweet_jax.config import UserError
 from sweet_jax.files import read_json
 
 
-def first_token(h: jax.Array, mask: jax.Array, types: jax.Array | None = None) -> jax.Array:
+def first_token(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
     """Returns the first token's state [B, H] of h [B, L or 1, H]."""
     return h[:, 0]
 
 
-def mean_of_tokens(h: jax.Array, mask: jax.Array, types: jax.Array | None = None) -> jax.Array:
+def mean_of_tokens(h: jax.Array, mask: jax.Array, second: jax.Array | None = None) -> jax.Array:
     """Returns the mean over the tokens where mask [B, L] is True, of h [B, L, H]: [B, H].
 
     Summed in float32, special tokens included, as sentence-transformers' mean pooling. A row
@@ -33,16 +34,18 @@ def mean_of_tokens(h: jax.Array, mask: jax.Array, types: jax.Array | None = None
     return (kept.sum(axis=1) / count).astype(h.dtype)
 
 
-def means_of_pair(h: jax.Array, mask: jax.Array, types: jax.Array | None) -> jax.Array:
+def means_of_pair(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
     """Returns (u, v, |u - v|, u v) of the means u and v of a pair's two texts: [B, 4 H].
 
     Special tokens count with the text before them. Matching features of Conneau et al. 2017
     (InferSent, arXiv 1705.02364, section 3.1), there of two texts encoded apart; here each has
     attended to the other. A linear classifier on one mean of all tokens cannot compare the texts.
+    Raises ValueError where it is not said which tokens are of the second.
     """
-    assert types is not None, "a pair is read by its token types"
-    u = mean_of_tokens(h, mask & (types == 0))  # [B, H]
-    v = mean_of_tokens(h, mask & (types == 1))  # [B, H]
+    if second is None:
+        raise ValueError("a pair needs second_start, the place where its second text begins")
+    u = mean_of_tokens(h, mask & ~second)  # [B, H]
+    v = mean_of_tokens(h, mask & second)  # [B, H]
     return jnp.concatenate([u, v, jnp.abs(u - v), u * v], axis=-1)  # [B, 4 H]
 
 
@@ -50,12 +53,12 @@ class Pooling(NamedTuple):
     """Describes a pooling.
 
     Attributes:
-      read: (h [B, L, H], mask bool [B, L], types int32 [B, L] or None) → [B, P].
+      read: (h [B, L, H], mask bool [B, L], second bool [B, L] or None) → [B, P].
       first_only: whether it reads the first token alone, so that an exit's layer need be computed
         at that token only.
       dense: whether the pretrained pooler follows, a dense layer and its activation.
       width: P / H.
-      pairs: whether it reads pairs of texts, and then the types.
+      pairs: whether it reads pairs of texts, and then `second`.
 
     """
 

@@ -162,7 +162,7 @@ class Audit:
                 answered = self._chosen.popleft()
                 given = answered[0]
                 tokens = (given.input_ids, given.token_type_ids, given.length)
-                whole = Request(given.number, *tokens, self._rule)
+                whole = Request(given.number, *tokens, self._rule, given.second_start)
                 self._under_way[id(whole)] = answered
                 self._scheduler.admit(whole)
             for whole in self._scheduler.step():

@@ -55,12 +55,14 @@ export class Classifier {
   async classify(row) {
     const { ort, about, plan } = this;
     const tokens = this.encode(row);
+    const second = tokens.findIndex((token) => token.text === 1);
     const integers = (values, ...dims) => new ort.Tensor("int32", values, dims);
     const values = {
       input_ids: integers(tokens.map((token) => token.id), 1, tokens.length),
       token_type_ids: integers(tokens.map((token) => token.type), 1, tokens.length),
       tokens: integers([tokens.length], 1),
-      second_start: integers([tokens.filter((token) => token.type === 0).length], 1),
+      // Of a pair: where the second text begins; an empty one is the token that ends it.
+      second_start: integers([second < 0 ? Math.max(tokens.length - 1, 0) : second], 1),
     };
     for (const { layer, cost, temperature, runs } of plan.stages) {
       let outputs;
