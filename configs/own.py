@@ -19,5 +19,5 @@ from sweet_jax.recipe import OWN_DATA
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The recipe that experiments/results/recipe is about; name your files on the command line."""
+    """Returns `sweet_jax.recipe.OWN_DATA`; name your files on the command line."""
     return ml_collections.ConfigDict(dict(OWN_DATA))

@@ -10,8 +10,8 @@ MiniLM (all-MiniLM-L6-v2 of sentence-transformers, contrastively trained on a bi
 SNLI and QQP among them), exits 1, 2, 4, 6, at most 64 or 128 tokens.
 
 Variants, two epochs each: {Early-Exit, SWEET} x {first token and pooler, mean} x {random heads,
-probe}, Multi-Model as it is and with mean and probe; `recipe` is configs/own.py; `plain` is the
-full model fine-tuned alone, with the recipe's steps. Each with its heads as trained, and refitted
+probe}, Multi-Model as it is and with mean and probe; `recipe` is configs/own.py with pooling=mean,
+of pairs (MRPC) too; `plain` is the full model fine-tuned alone, with the recipe's steps. Each with its heads as trained, and refitted
 on the same trunk. The learning rate of `recipe` and `plain` is chosen of 5e-5, 1e-4, 3e-4 by short
 runs (40 steps, or a tenth) of the first seed, on its tuning rows: 1e-4, or 3e-4 of the plain model,
 unless another is better there by more than a standard error. To save a third of the time, the other

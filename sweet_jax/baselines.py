@@ -81,9 +81,8 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
 
 def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
     """Returns the probe of a run that has none of its own; None where rows are too few for one."""
-    config = dataclasses.replace(job.config, learning_to_exit="", grow_from="")
-    if config.pooling == "first":
-        config = dataclasses.replace(config, pooling="mean")
+    pooling = "mean" if job.config.pooling == "first" else job.config.pooling
+    config = dataclasses.replace(job.config, pooling=pooling, learning_to_exit="", grow_from="")
     rows = job.rows
     if not config.tunes:
         strata = job.objective.column.strata(job.train.labels)

@@ -132,9 +132,9 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "head_learning_rate": "Learning rate of the heads, a multiple of learning_rates.",
         "pooling": (
             "What an exit reads: the first token through the pretrained pooler, the mean of all "
-            'tokens, or of a pair of texts both means, their difference and product; "" is the '
-            "preset's, else the checkpoint's, else the mean; auto is that too, but of a pair "
-            '"pair" in place of the mean.'
+            'tokens, or of a pair of texts both means, their difference and product. "" is the '
+            "preset's, else the checkpoint's, else the mean; auto is the checkpoint's, else the "
+            'mean, and of pairs "pair" in place of the mean.'
         ),
         "learning_to_exit": (
             'Heads that learn if their exit is right; "detached" trains all else as without them.'

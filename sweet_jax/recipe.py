@@ -1,6 +1,7 @@
 """The recipe for labelled texts of one's own: configs/own.py and `sweet_jax.train` start from it.
 
-The study in experiments/results/recipe compares it with the methods as published.
+The studies in experiments/results/recipe and panel compare it with the methods as published; the
+first with the mean of a pair's tokens.
 """
 
 from collections.abc import Mapping

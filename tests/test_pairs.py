@@ -11,6 +11,7 @@ import pytest
 from exported_programs import UNUSUAL, assert_same, load_python
 from saved_models import LONGEST, MODES, Saved, check, middle
 from test_export import load_runner
+from test_pooling import declare
 from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export
@@ -189,5 +190,7 @@ def test_auto_is_the_pooling_of_the_checkpoint_where_a_row_is_one_text(config):
     assert prepare(config).config.pooling == "pair"
     assert prepare(single).config.pooling == "mean"
     assert prepare(dataclasses.replace(config, pooling="")).config.pooling == "mean"
+    declare(Path(config.checkpoint), {"pooling_mode": "cls"})
+    assert prepare(config).config.pooling == "first"
     with pytest.raises(UserError, match=r"pooling is 'pair', .* but a row has one, 'first': set"):
         prepare(dataclasses.replace(single, pooling="pair"))

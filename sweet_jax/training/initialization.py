@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import AUTO, Config, UserError
 from sweet_jax.methods import METHODS
 from sweet_jax.models.attention import check_attention
 from sweet_jax.models.early_exit import EarlyExit
@@ -52,7 +52,8 @@ def make_model(
         classes,
         key,
         ExitConfig(
-            pooling=config.pooling or "first",  # "": no checkpoint was asked what it declares
+            # "": no checkpoint was asked what it declares.
+            pooling="first" if config.pooling in ("", AUTO) else config.pooling,
             shared_pooler=config.pooler == "shared",
             shared_relative=config.relative == "shared",
             learning_to_exit=config.learning_to_exit,
