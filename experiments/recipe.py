@@ -11,12 +11,12 @@ SNLI and QQP among them), exits 1, 2, 4, 6, at most 64 or 128 tokens.
 
 Variants, two epochs each: {Early-Exit, SWEET} x {first token and pooler, mean} x {random heads,
 probe}, Multi-Model as it is and with mean and probe; `recipe` is configs/own.py with pooling=mean,
-of pairs (MRPC) too; `plain` is the full model fine-tuned alone, with the recipe's steps. Each with its heads as trained, and refitted
-on the same trunk. The learning rate of `recipe` and `plain` is chosen of 5e-5, 1e-4, 3e-4 by short
-runs (40 steps, or a tenth) of the first seed, on its tuning rows: 1e-4, or 3e-4 of the plain model,
-unless another is better there by more than a standard error. To save a third of the time, the other
-variants have one rate, 1e-4, or 3e-4 of the methods as they are: in the first cell, where all of
-them searched, each kept that one.
+of pairs (MRPC) too; `plain` is the full model fine-tuned alone, with the recipe's steps. Each with
+its heads as trained, and refitted on the same trunk. The learning rate of `recipe` and `plain` is
+chosen of 5e-5, 1e-4, 3e-4 by short runs (40 steps, or a tenth) of the first seed, on its tuning
+rows: 1e-4, or 3e-4 of the plain model, unless another is better there by more than a standard
+error. To save a third of the time, the other variants have one rate, 1e-4, or 3e-4 of the methods
+as they are: in the first cell, where all of them searched, each kept that one.
 
 Scores are of the whole validation files (1,600, 3,080, 445, 872, 408 rows). Area is the mean score
 between the cost of exit 1 and of the full model, under the exact curve. Intervals: 95%, of the mean

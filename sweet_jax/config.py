@@ -142,6 +142,8 @@ class Config:
         choices: dict[str, Any] = {
             k: v for k, v in PRESETS[self.preset].items() if not getattr(self, k)
         }
+        if self.pooling == AUTO and PRESETS[self.preset]["pooling"]:
+            choices["pooling"] = PRESETS[self.preset]["pooling"]
         if not self.confidence and OBJECTIVE_POLICIES[self.objective]:
             choices["confidence"] = OBJECTIVE_POLICIES[self.objective]
         method = METHODS[self.method]

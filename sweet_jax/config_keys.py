@@ -133,8 +133,8 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "pooling": (
             "What an exit reads: the first token through the pretrained pooler, the mean of all "
             'tokens, or of a pair of texts both means, their difference and product. "" is the '
-            "preset's, else the checkpoint's, else the mean; auto is the checkpoint's, else the "
-            'mean, and of pairs "pair" in place of the mean.'
+            "preset's, else the checkpoint's, else the mean; auto is that too, but of pairs it is "
+            '"pair" in place of the mean.'
         ),
         "learning_to_exit": (
             'Heads that learn if their exit is right; "detached" trains all else as without them.'

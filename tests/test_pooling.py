@@ -128,5 +128,7 @@ def test_a_run_reads_as_its_config_its_preset_or_its_checkpoint_says(options, tm
     assert prepare(from_mapping(options)).config.pooling == "mean"
     assert prepare(from_mapping(options | {"pooling": "auto"})).config.pooling == "mean"
     for preset in ("paper", "reference"):
-        assert prepare(from_mapping(options | {"preset": preset})).config.pooling == "first"
+        for pooling in ("", "auto"):
+            values = options | {"preset": preset, "pooling": pooling}
+            assert prepare(from_mapping(values)).config.pooling == "first"
     assert prepare(from_mapping(options | {"pooling": "first"})).config.pooling == "first"
