@@ -16,6 +16,7 @@ from experiments.panel_variants import (
     ROW_GROUPS,
     SETFIT,
     TASKS,
+    stored_as,
 )
 
 Table = tuple[Sequence[str], list[list[str]]]  # header, rows
@@ -126,6 +127,12 @@ def setfit_table(output: Path) -> Table:
     return header, rows
 
 
+def _is_own(cell: str, *names: str) -> bool:
+    """Returns whether in a cell none of some variants is the run of another one."""
+    variants = [name.rsplit(" ", 1)[0] for name in names]
+    return all(stored_as(cell, variant) == variant for variant in variants)
+
+
 def _differences(
     found: Found, pairs: Mapping[tuple[str, str], tuple[str, str]], what: str
 ) -> Table:
@@ -138,7 +145,8 @@ def _differences(
     for sizes in dict.fromkeys(ROW_GROUPS.values()):
         cells = {c: s for c, s in found.items() if ROW_GROUPS[CELLS[c].rows] == sizes}
         for texts, (one, other) in pairs.items():
-            both = [cells[c] for c in shared_cells(cells, (one, other))]
+            own = [c for c in shared_cells(cells, (one, other)) if _is_own(c, one, other)]
+            both = [cells[c] for c in own]
             compared[sizes, *texts] = [compare(scores[one], scores[other]) for scores in both]
     adjusted = iter(holm([gap.p for gaps in compared.values() for gap in gaps]))
     shown: dict[tuple[str, str], list[str]] = {}

@@ -3,7 +3,7 @@
 Tuning rows, which are neither trained on nor calibrated on, choose their penalties.
 
 Shape letters: R replica, E exit, U rows with features, N training or validation rows, M tuning
-rows, H hidden, C outputs of an exit.
+rows, H width of what a classifier reads, C outputs of an exit.
 """
 
 import dataclasses

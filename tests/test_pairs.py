@@ -178,6 +178,8 @@ def test_a_probe_compares_the_texts_where_one_of_their_mean_cannot(config, tmp_p
         baseline = values["baselines"]
         assert [baseline[f"probe_{e}"]["score"] for e in (1, 3)] == found[pooling]
         assert values["pooling"] == {"auto": "pair"}.get(pooling, pooling)
+        about = json.loads((tmp_path / pooling / "model" / "exits.json").read_text())
+        assert (about["pooling"] == "pair") == (about["version"] == 7)
     assert found["auto"][0] > found["mean"][0] + 0.15
     rows = [line.split(",") for line in Path(config.data_files).read_text().splitlines()[1:101]]
     saved = AdaptiveClassifier.from_pretrained(tmp_path / "auto" / "model", engine="jax")

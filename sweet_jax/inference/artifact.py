@@ -31,7 +31,8 @@ EXITS_VERSION = 5  # of exits.json
 OBJECTIVES_VERSION = 6
 INT8_FILE, INT8_VERSION = "int8.json", 2  # thresholds of the model's layers in int8
 _INT8_READABLE = (1, INT8_VERSION)  # 1 had no float32_layers: all were in int8
-_READABLE = (4, EXITS_VERSION, OBJECTIVES_VERSION)  # 4 had no pooling: it was "first"
+PAIRS_VERSION = 7  # of those whose exits compare two texts
+_READABLE = (4, EXITS_VERSION, OBJECTIVES_VERSION, PAIRS_VERSION)  # 4 had no pooling: "first"
 
 
 class TrainedModel(NamedTuple):
@@ -128,9 +129,10 @@ def describe_exits(
     seed, rate = analysis.replicas[best]
     temperatures = analysis.temperatures[best]
     single = config.objective == "single_label"
+    version = EXITS_VERSION if single else OBJECTIVES_VERSION
     about = {} if single else {"objective": config.objective}
     return about | {
-        "version": EXITS_VERSION if single else OBJECTIVES_VERSION,
+        "version": PAIRS_VERSION if config.pooling == "pair" else version,
         "task": config.task,
         "method": config.method,
         "seed": seed,

@@ -1,7 +1,7 @@
 """Evaluation of all replicas: the outputs of every exit for every row, in one pass.
 
-Shape letters: R replica, E exit, B batch, N examples, H hidden, C outputs of an
-exit (classes).
+Shape letters: R replica, E exit, B batch, N examples, H width of what a classifier reads, C outputs
+of an exit (classes).
 """
 
 import functools

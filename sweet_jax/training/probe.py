@@ -5,8 +5,8 @@ Logistic regressions, or what an objective has in their place (`LinearModel`).
 Linear probing, then fine-tuning: Kumar et al. 2022 (arXiv 2202.10054). Refitting the last layer on
 a trained encoder: Kirichenko et al. 2022 (arXiv 2204.02937).
 
-Shape letters: R replica, E exit, U rows with features, N training rows, M tuning rows, H hidden,
-C classes.
+Shape letters: R replica, E exit, U rows with features, N training rows, M tuning rows, H width of
+what a classifier reads, C classes.
 """
 
 from collections.abc import Sequence
