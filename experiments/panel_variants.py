@@ -85,6 +85,7 @@ _AUTO = {"pooling": "auto"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | _AUTO | {"learning_rates": RATES},
     "recipe-mean": RECIPE | {"learning_rates": RATES},
+    "recipe-decay": RECIPE | _AUTO | {"learning_rates": RATES, "layer_decay": 0.8},
     "plain": PLAIN,
     # The frozen probe as a model with exits: its curve, and its area.
     "frozen": RECIPE | _AUTO | {"epochs": 0, "learning_rates": RATES[:1]},
@@ -94,7 +95,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Of one text these are the same run, under the second name.
 _SAME = dict(zip(("recipe-mean", *AUTO_PROBE), ("recipe", *MEAN_PROBE), strict=True))
 SETFIT = "setfit"  # beside the variants: experiments.panel_setfit
-_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE, "recipe-mean")
+_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE, "recipe-mean", "recipe-decay")
 _PROBE = (*MEAN_PROBE, *AUTO_PROBE)
 _SMALL = (500, 1000)
 _STAGED = {*_FIRST, *_PROBE, *CHANGES}
@@ -136,7 +137,7 @@ def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
     """
     cell = CELLS[name]
     values = dict(RECIPE | _AUTO if variant == BASELINES else VARIANTS[variant])
-    if variant not in ("recipe", "recipe-mean", "plain") and cell.rows < 2000:
+    if not variant.startswith("recipe") and variant != "plain" and cell.rows < 2000:
         values["learning_rates"] = values.get("learning_rates", RATES)[:1]
     few = cell.rows in (100, 6000)
     shared = {

@@ -103,6 +103,7 @@ class Config:
     focal_gamma: float = 0.0
     decision_thresholds: str = ""
     head_learning_rate: float = 1.0
+    layer_decay: float = 1.0
     pooling: str = ""
     baselines: str = "quick"
     learning_to_exit: str = ""

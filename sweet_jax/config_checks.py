@@ -44,6 +44,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("weight_decay",), lambda v: 0 <= v < math.inf, "0 or more"),
     (("clip_norm",), lambda v: v > 0, "positive (inf switches clipping off)"),
     (("focal_gamma", "distillation_weight"), lambda v: 0 <= v < math.inf, "0 or more"),
+    (("layer_decay",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
     (("last_exit_first",), lambda v: 0 <= v < 1, "from 0 to below 1"),
     (
         ("head_learning_rate", "distillation_temperature"),

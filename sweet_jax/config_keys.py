@@ -149,6 +149,9 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             "Learning rates; each is a replica for every seed, and the best is reported.",
             "distinct positive numbers",
         ),
+        "layer_decay": (
+            "Learning rate of a layer, a multiple of that of the layer above it; 1 is the same."
+        ),
         "epochs": (
             'Passes over the training rows; "auto" is 96 sqrt(N) examples, at least one epoch.',
             '1 or more, or "auto"; 0 with head_init=probe or head_refit',

@@ -64,6 +64,7 @@ def numbers(workdir: Path) -> dict:
                 "head_init": "probe",
                 "head_refit": True,
                 "head_learning_rate": 2.0,
+                "layer_decay": 0.8,
                 "epochs": "auto",
                 "warmup_fraction": 0.1,
                 "group_by_length": True,

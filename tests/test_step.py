@@ -21,7 +21,7 @@ from sweet_jax.models.ownership import leaves_by_owner
 from sweet_jax.objectives.single_label import SINGLE_LABEL, single_predicted_class
 from sweet_jax.training.gradients import segment_gradients, whole_gradients
 from sweet_jax.training.losses import TrainingLoss
-from sweet_jax.training.optimizer import clip_gradients
+from sweet_jax.training.optimizer import ADAM, apply_gradients, clip_gradients
 from sweet_jax.training.parallel import compile_step
 from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import make_mesh, replica_sharding, reshard, state_shardings
@@ -70,6 +70,32 @@ def test_steps_are_adamw_with_linear_decay(warmup, decay):
             if not untrained(path):  # a gradient of rounding noise, which Adam scales up
                 np.testing.assert_allclose(p, wanted, atol=1e-5, err_msg=str(path))
     assert int(state.step) == 3
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "mpnet"])
+def test_a_layer_learns_slower_than_the_one_above_it(kind):
+    """By layer_decay, from the last layer down; heads by a multiple of their own."""
+    graphdef, params = build(kind=kind)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    adam = ADAM.init(params)
+    changed = settings(graphdef, layer_decay=0.5, head_learning_rate=3.0)
+    ones = jax.tree.map(jnp.ones_like, params)
+    moved = jax.jit(lambda: apply_gradients(zeros, ones, adam, jnp.float32(1), changed)[0])()
+    found: dict = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(moved):
+        names = tuple(part.key for part in path)
+        place = names[:3] if names[:2] == ("encoder", "layers") else names[:2]
+        np.testing.assert_allclose(leaf, leaf.ravel()[0], rtol=1e-6)
+        found.setdefault(place, set()).add(round(-float(leaf.ravel()[0]), 3))
+    layers = {("encoder", "layers", i): {0.5 ** (2 - i)} for i in range(3)}
+    if kind == "albert":
+        layers = {("encoder", "shared_layer"): {1.0}}
+    if kind == "mpnet":
+        layers |= {("encoder", "relative"): {0.125}}
+    heads = {("heads", str(layer)): {3.0} for layer in EXITS}
+    below = {place: {0.125} for place in found if place[:2] == ("encoder", "embeddings")}
+    assert below
+    assert found == layers | below | heads
 
 
 def test_dropout_differs_from_step_to_step_and_from_seed_to_seed():

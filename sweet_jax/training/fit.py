@@ -262,4 +262,5 @@ def step_settings(
         shared_relative=config.relative == "shared",
         frozen=frozen,
         head_learning_rate=config.head_learning_rate,
+        layer_decay=config.layer_decay,
     )

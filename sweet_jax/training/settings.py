@@ -40,6 +40,7 @@ class StepSettings:
     shared_relative: bool = False  # the model's
     frozen: int = 0  # so many first segments stay as they are: no exit trains them
     head_learning_rate: float = 1.0  # of the heads, a multiple of the learning rate
+    layer_decay: float = 1.0  # learning rate of a layer, a multiple of that of the layer above it
     # The numbers of steps as arguments of a compiled program, in place of its constants.
     traced: "Schedule | None" = None
 
