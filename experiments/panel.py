@@ -15,17 +15,17 @@ and QNLI 96), batches of similar lengths.
 
 Variants: {Early-Exit, SWEET, Multi-Model} x {first token and pooler, mean} x {random heads, probe},
 and with a probe of what "auto" reads, which compares the texts of a pair (pooling), two epochs;
-`recipe` is configs/own.py, `recipe-mean` the same with the mean of a pair's tokens; `plain` is the
-full model fine-tuned alone, with the recipe's steps; `frozen` is the probe of the frozen encoder as
-a model with exits; CHANGES of panel_variants.py are Early-Exit and SWEET with mean and probe, in
-which one thing differs. Each has its heads as trained, and refitted on the same trunk. `baselines`:
-the frozen probe at every exit, which compares the texts of a pair too (mean_probe_1 to _6 do not),
-and TF-IDF. Where a row is one text, "auto" is the mean, and one run stands for both. Learning rates
-are chosen of 5e-5, 1e-4, 3e-4 by short runs (40 steps, or a tenth) of the first seed on its tuning
-rows: the first rate, 1e-4, or 3e-4 of the plain model and the methods as they are, unless another
-is better by more than a standard error. `recipe` and `plain` search in every cell, the others with
-2,000 and 6,000 rows; below, the tuning rows (90 at most) cannot tell rates apart, and they keep the
-first.
+`recipe` is configs/own.py, `recipe-mean` the same with the mean of a pair's tokens, `recipe-decay`
+with layer_decay=0.8; `plain` is the full model fine-tuned alone, with the recipe's steps; `frozen`
+is the probe of the frozen encoder as a model with exits; CHANGES of panel_variants.py are
+Early-Exit and SWEET with mean and probe, in which one thing differs. Each has its heads as trained,
+and refitted on the same trunk. `baselines`: the frozen probe at every exit, which compares the
+texts of a pair too (mean_probe_1 to _6 do not), and TF-IDF. Where a row is one text, "auto" is the
+mean, and one run stands for both. Learning rates are chosen of 5e-5, 1e-4, 3e-4 by short runs (40
+steps, or a tenth) of the first seed on its tuning rows: the first rate, 1e-4, or 3e-4 of the plain
+model and the methods as they are, unless another is better by more than a standard error. `recipe`
+and `plain` search in every cell, the others with 2,000 and 6,000 rows; below, the tuning rows (90
+at most) cannot tell rates apart, and they keep the first.
 
 Area is the mean score between the cost of exit 1, a sixth of the full model's, and the full
 model's, under the exact curve: one range for all variants. docs/reproduction.md has the criterion

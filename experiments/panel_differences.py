@@ -23,6 +23,7 @@ Table = tuple[Sequence[str], list[list[str]]]  # header, rows
 _PAIRS = (("sweet", "early_exit"), ("multi_model", "early_exit"), ("sweet", "multi_model"))
 _READOUTS = tuple(f"{readout} {kind}" for readout in READOUTS for kind in ("trained", "refit"))
 SHOWN_READOUTS = _READOUTS[:6]
+_P = "p after Holm"
 # By what tables say: the variant that compares the texts of a pair, and the one that does not.
 _POOLINGS = {
     "recipe": ("recipe", "recipe-mean"),
@@ -61,30 +62,41 @@ def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> T
 
     variants: names of _POOLINGS; the frozen probe stands before them, without an area.
     """
-    layers = (1, 2, 4, 6)
-    frozen = [[f"{kind}_{layer}" for layer in layers] for kind in ("mean_probe", "probe")]
-    cells = {c: scores for c, scores in found.items() if TASKS[CELLS[c].task].pairs}
+    frozen = [[f"{kind}_{layer}" for layer in (1, 2, 4, 6)] for kind in ("mean_probe", "probe")]
     rows = [
-        [
-            "frozen probe",
-            title(cell),
-            *(_exits([scores[name] for name in names]) for names in frozen),
-        ]
-        for cell, scores in cells.items()
+        ["frozen probe", title(cell), *(_exits([scores[name] for name in each]) for each in frozen)]
+        for cell, scores in found.items()
         if set(frozen[0]) <= set(scores)
     ]
-    rows = [[*row, "", ""] for row in rows]
+    rows = [[*row, "", ""] for row in rows] + _by_cell(found, {n: _POOLINGS[n] for n in variants})
+    return ("variant", "cell", "exits, mean", "exits, pair", "area, pair - mean", _P), rows
+
+
+def decay_table(found: Found) -> Table:
+    """Returns what slower lower layers do to every exit of the recipe, and to its area, by cell."""
+    rows = _by_cell(found, {"recipe": ("recipe-decay", "recipe")})
+    header = ("cell", "exits, 1", "exits, 0.8", "area, 0.8 - 1", _P)
+    return header, [row[1:] for row in rows]
+
+
+def _by_cell(found: Found, variants: Mapping[str, tuple[str, str]]) -> list[list[str]]:
+    """Returns a row for each pair of variants in each cell: exits of the second and the first, gap.
+
+    Heads refitted; corrected for all rows.
+    """
     compared = []
-    for variant in variants:
-        one, other = (f"{name} refit" for name in _POOLINGS[variant])
-        for cell in shared_cells(cells, (one, other)):
-            texts = [variant, title(cell), *(_exits([cells[cell][name]]) for name in (other, one))]
-            compared.append((texts, compare(cells[cell][one], cells[cell][other])))
+    for text, pair in variants.items():
+        one, other = (f"{name} refit" for name in pair)
+        for cell in shared_cells(found, (one, other)):
+            if _is_own(cell, one, other):
+                scores = found[cell]
+                texts = [text, title(cell), _exits([scores[other]]), _exits([scores[one]])]
+                compared.append((texts, compare(scores[one], scores[other])))
     adjusted = holm([gap.p for _, gap in compared])
-    for (texts, gap), p in zip(compared, adjusted, strict=True):
-        rows.append([*texts, interval_text(gap, p), f"{p:.2g}"])
-    header = ("variant", "cell", "exits, mean", "exits, pair", "area, pair - mean", "p after Holm")
-    return header, rows
+    return [
+        [*texts, interval_text(gap, p), f"{p:.2g}"]
+        for (texts, gap), p in zip(compared, adjusted, strict=True)
+    ]
 
 
 def title(cell: str) -> str:

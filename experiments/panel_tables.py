@@ -10,6 +10,7 @@ from experiments import paper
 from experiments.panel_differences import (
     Table,
     changes_table,
+    decay_table,
     gaps_table,
     interval_text,
     pooling_table,
@@ -79,6 +80,7 @@ def _sections(found: Found) -> dict[str, Table]:
     sections["Differences between the methods, by read-out"] = gaps_table(found)
     sections["What a change adds to mean pooling and a probe"] = changes_table(found)
     sections["What comparing the texts of a pair adds, heads refitted"] = pooling_table(found)
+    sections["What layer_decay 0.8 adds to the recipe, heads refitted"] = decay_table(found)
     for heading, references in (
         ("the methods as they are", reference_as_they_are()),
         ("the methods with their own best read-out", reference_best_readout(found)),
