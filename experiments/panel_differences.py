@@ -60,7 +60,8 @@ def changes_table(found: Found) -> Table:
 def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> Table:
     """Returns what comparing the texts of a pair does to every exit, and to the area, by cell.
 
-    variants: names of _POOLINGS; the frozen probe stands before them, without an area.
+    variants: that are shown, of _POOLINGS, whose rows are all corrected for; the frozen probe
+    stands before them, without an area.
     """
     frozen = [[f"{kind}_{layer}" for layer in (1, 2, 4, 6)] for kind in ("mean_probe", "probe")]
     rows = [
@@ -68,7 +69,8 @@ def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> T
         for cell, scores in found.items()
         if set(frozen[0]) <= set(scores)
     ]
-    rows = [[*row, "", ""] for row in rows] + _by_cell(found, {n: _POOLINGS[n] for n in variants})
+    compared = [row for row in _by_cell(found, _POOLINGS) if row[0] in variants]
+    rows = [[*row, "", ""] for row in rows] + compared
     return ("variant", "cell", "exits, mean", "exits, pair", "area, pair - mean", _P), rows
 
 
