@@ -36,7 +36,8 @@ killed resumes from its checkpoints; what failed is left until --retry. Several 
 that share --workdir and --output, share the work: each locks the cell that it is in. Cost: --list
 has the estimate, which learns from what is done. Before any variant was timed it was 46 hours of
 one core for the core (--core: baselines, recipe, plain, and the methods as they are and with mean
-and probe, on all tasks with 500 to 2,000 rows) and 143 for all, with a process a core:
+and probe, on all tasks with 500 to 2,000 rows) and 143 for all, with a process a core; the variants
+of "auto" and of layer_decay came later, and are not in these numbers:
 
   XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 python -m experiments.panel ...
 """

@@ -77,7 +77,7 @@ def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> T
 def decay_table(found: Found) -> Table:
     """Returns what slower lower layers do to every exit of the recipe, and to its area, by cell."""
     rows = _by_cell(found, {"recipe": ("recipe-decay", "recipe")})
-    header = ("cell", "exits, 1", "exits, 0.8", "area, 0.8 - 1", _P)
+    header = ("cell", "exits, layer_decay 1", "exits, layer_decay 0.8", "area, 0.8 - 1", _P)
     return header, [row[1:] for row in rows]
 
 
