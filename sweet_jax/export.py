@@ -7,7 +7,8 @@ With --format=onnx the output is a model folder like any other, for predict, ser
 AdaptiveClassifier, whose graphs ONNX Runtime runs: JAX and transformers are then not needed. It
 keeps the policies and targets of the model, and int8 where sweet-jax quantize fitted it. run.py
 (numpy, onnxruntime, tokenizers), run.mjs (Node.js) and the page index.html, which the folder holds
-too, run it without sweet_jax, at the policy and the target that are given here.
+too, run it without sweet_jax, at the policy and the target that are given here. They are written
+for the objective single_label alone.
 
 With --format=stablehlo (the default) there is one program for each exit, to be run without
 sweet_jax. The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and
@@ -108,7 +109,12 @@ def _export_onnx(
         raise UserError(f'--format=onnx needs {error.name}: pip install -e ".[onnx]"') from error
     if has_graphs(model.folder):
         raise UserError(f"{str(model.folder)!r} was exported already: give the model of its run")
-    policy = _runner_policy(policy, model.policy, onnx_runners.POLICIES)
+    programs = model.objective.name == "single_label"
+    if programs:
+        policy = _runner_policy(policy, model.policy, onnx_runners.POLICIES)
+    else:
+        _announce_no_programs(model.objective.name, policy, target)
+        policy = model.policy
     models = {"float32": model}
     if (model.folder / INT8_FILE).exists():
         models["int8"] = open_model(model.folder, "int8")
@@ -116,7 +122,8 @@ def _export_onnx(
         each.resolver.threshold(policy, **target)  # is refused before anything is written
     aside = _make_aside(folder)
     write_onnx(model, aside, tuple(models))
-    onnx_runners.write_runners(models, aside, policy, target)
+    if programs:
+        onnx_runners.write_runners(models, aside, policy, target)
     aside.rename(folder)
     print(f"exported: {folder}")
 
@@ -143,6 +150,26 @@ def _runner_policy(policy: str | None, own: str, known: Sequence[str]) -> str:
     if (policy or own) not in known:
         raise UserError(f"with --format=onnx --policy is one of {names}; got {policy!r}")
     return policy or own
+
+
+def _announce_no_programs(
+    objective: str, policy: str | None, target: Mapping[str, Any]
+) -> None:
+    """Prints that run.py and the others are left out: they give a text one of several classes.
+
+    Raises UserError for a policy or a target, which are theirs alone.
+    """
+    if policy is not None or set(target) - {"level"}:
+        raise UserError(
+            "with --format=onnx --policy and targets are for run.py, run.mjs and index.html, which "
+            f"do not have the objective {objective!r}: leave them out, and name them to predict or "
+            "serve"
+        )
+    print(
+        f"note: run.py, run.mjs and index.html do not have the objective {objective!r} and are not "
+        "written; predict, serve and AdaptiveClassifier run this folder",
+        file=sys.stderr,
+    )
 
 
 def _make_aside(folder: Path) -> Path:

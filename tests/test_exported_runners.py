@@ -95,6 +95,23 @@ def test_a_policy_that_the_programs_lack(sweet, tmp_path, capsys):
     assert open_model(tmp_path / "out").policy == "patience"
 
 
+@pytest.mark.parametrize("objective", ["multi_label", "regression"])
+def test_objectives_that_the_programs_lack(sweet, tmp_path, capsys, objective):
+    folder, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(sweet.classifier.model.folder, folder)
+    values = json.loads((folder / "exits.json").read_text()) | {"objective": objective}
+    (folder / "exits.json").write_text(json.dumps(values))
+    options = [f"--model={folder}", f"--output={output}", "--format=onnx"]
+    for more in ("--policy=confidence", "--cost=0.5"):
+        assert export.main([*options, more]) == 2
+        assert f"do not have the objective '{objective}': leave" in capsys.readouterr().err
+        assert not output.exists()
+    assert export.main(options) == 0
+    assert f"do not have the objective '{objective}' and are not" in capsys.readouterr().err
+    assert not {path.name for path in output.iterdir()} & {"run.py", "run.mjs", "model.json"}
+    assert open_model(output).objective.name == objective
+
+
 @pytest.fixture(scope="module")
 def node_modules() -> Path:
     """Node's packages, see `.ci/run`."""
