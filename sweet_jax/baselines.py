@@ -120,6 +120,7 @@ def _plain(config: Config) -> Config:
         epochs=config.epochs or 2,  # 0 of a probe alone
         head_learning_rate=1.0,
         layer_decay=1.0,
+        layer_scaling=1.0,
         learning_to_exit="",
         grow_from="",
         conflict_every=0,

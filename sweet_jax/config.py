@@ -104,6 +104,7 @@ class Config:
     decision_thresholds: str = ""
     head_learning_rate: float = 1.0
     layer_decay: float = 1.0
+    layer_scaling: float = 1.0
     pooling: str = ""
     baselines: str = "quick"
     learning_to_exit: str = ""

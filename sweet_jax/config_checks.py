@@ -45,6 +45,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("clip_norm",), lambda v: v > 0, "positive (inf switches clipping off)"),
     (("focal_gamma", "distillation_weight"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("layer_decay",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    (("layer_scaling",), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("last_exit_first",), lambda v: 0 <= v < 1, "from 0 to below 1"),
     (
         ("head_learning_rate", "distillation_temperature"),
@@ -93,6 +94,7 @@ def check_values(config: "Config") -> None:
             'epochs must be 1 or more, or "auto" (0 only with head_init=probe or head_refit); '
             f"got {config.epochs!r}"
         )
+    _check_layer_scaling(config)
     _check_isolation(config)
     _check_loss_weights(config)
     _check_last_exit(config)
@@ -137,6 +139,22 @@ def _check_objective(config: "Config") -> None:
         raise UserError(
             f"confidence is {config.confidence!r}, a probability, which objective regression has "
             "none of: leave it out"
+        )
+
+
+def _check_layer_scaling(config: "Config") -> None:
+    """Raises UserError where layers are to be scaled that heads, or a deeper run, rely on."""
+    if config.layer_scaling == 1:
+        return
+    if not config.head_refit:
+        raise UserError(
+            f"layer_scaling is {config.layer_scaling:g}, but the heads were trained on the layers "
+            "as they were: set --config.head_refit=True with it"
+        )
+    if config.grow_from:
+        raise UserError(
+            f"layer_scaling is {config.layer_scaling:g}, but grow_from keeps a run's layers as "
+            "they are: leave one of the two out"
         )
 
 

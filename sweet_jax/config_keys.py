@@ -152,6 +152,10 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "layer_decay": (
             "Learning rate of a layer, a multiple of that of the layer above it; 1 is the same."
         ),
+        "layer_scaling": (
+            "Share that layer 1 keeps of what training changed in it, the last layer all, those "
+            "between by their depth; needs head_refit. 1 is off."
+        ),
         "epochs": (
             'Passes over the training rows; "auto" is 96 sqrt(N) examples, at least one epoch.',
             '1 or more, or "auto"; 0 with head_init=probe or head_refit',

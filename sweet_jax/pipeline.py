@@ -33,6 +33,7 @@ from sweet_jax.run_outputs import Outcome, exit_outputs, write_run
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.layer_scaling import scale_layer_updates
 from sweet_jax.training.schedule import training_steps
 from sweet_jax.training.sharding import mesh_of, select_replica
 from sweet_jax.training.step import Params
@@ -126,6 +127,11 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
         following = float(total * layers * len(config.replicas()))
         graphdef, params, spent = fit(dataclasses.replace(training, following=following))
         began = time.perf_counter()
+        if config.layer_scaling != 1:
+            pretrained = job.checkpoint.weights.first_layers(model.exits[-1])
+            params = scale_layer_updates(
+                params, pretrained, model.exits[-1], config.layer_scaling
+            )
         # A probe alone was fitted on this very encoder.
         if job.config.head_refit and not (job.config.epochs == 0 and job.probe):
             params = refit_heads(job, model, graphdef, params, workdir, spent.best_steps)

@@ -86,6 +86,16 @@ def parsed(tmp_path):
         ({"loss_weights": (1, 1, 1, float("inf"))}, "loss_weights must be one positive number"),
         ({"loss_weights": (1, 1, 1, "x")}, "loss_weights must be one positive number"),
         ({"loss_weights": "1,2,3,x"}, "unknown loss_weights '1,2,3,x'"),
+        ({"layer_scaling": 1.5}, "layer_scaling must be from 0 to 1; got 1.5"),
+        (
+            {"layer_scaling": 0.5},
+            "layer_scaling is 0.5, but the heads were trained on the layers as they were: set "
+            "--config.head_refit=True with it",
+        ),
+        (
+            {"layer_scaling": 0.5, "head_refit": True, "grow_from": "run"},
+            "layer_scaling is 0.5, but grow_from keeps a run's layers as they are",
+        ),
         ({"last_exit_first": 1.0}, "last_exit_first must be from 0 to below 1; got 1.0"),
         (
             {"last_exit_first": 0.5, "exits": (12,)},

@@ -143,6 +143,10 @@ def test_what_cannot_grow_is_refused(base, changes, message):
             {"unlabeled_files": "more.csv", "distillation_weight": 1.0},
             "was trained with unlabeled_files 'more.csv': such a run cannot grow",
         ),
+        (
+            {"layer_scaling": 0.5, "head_refit": True},
+            "was trained with layer_scaling 0.5: such a run cannot grow",
+        ),
     ],
 )
 def test_a_base_that_was_trained_otherwise_is_refused(base, tmp_path, changes, message):

@@ -65,6 +65,7 @@ def numbers(workdir: Path) -> dict:
                 "head_refit": True,
                 "head_learning_rate": 2.0,
                 "layer_decay": 0.8,
+                "layer_scaling": 0.4,
                 "epochs": "auto",
                 "warmup_fraction": 0.1,
                 "group_by_length": True,

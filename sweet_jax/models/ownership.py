@@ -39,6 +39,22 @@ def parameter_owners(params: Any, exits: Sequence[int], *, shared_relative: bool
     return jax.tree.map_with_path(lambda path, _: owner(tuple(p.key for p in path)), params)
 
 
+def encoder_layer(path: tuple[str | int, ...], depth: int) -> int | None:
+    """Returns the layer of the parameter at a path, from 1; None for one outside of the encoder.
+
+    Embeddings and tables of relative positions are layer 0, ALBERT's one layer is the last.
+    depth: layers of the model.
+    """
+    match path:
+        case ("encoder", "layers", int(index), *_):
+            return index + 1
+        case ("encoder", "shared_layer", *_):
+            return depth
+        case ("encoder", *_):
+            return 0
+    return None
+
+
 def leaves_by_owner(
     tree: Any, exits: Sequence[int], *, shared_relative: bool = False
 ) -> Iterator[tuple[int, jax.Array]]:

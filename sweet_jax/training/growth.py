@@ -87,11 +87,11 @@ def _check_grows(config: Config, base: Config, name: str) -> None:
                 f"{name} has {key} {getattr(base, key)!r}, and the new run "
                 f"{getattr(config, key)!r}: its exits would not be the same; give the same value"
             )
-    if base.unlabeled_files:
-        raise UserError(
-            f"{name} was trained with unlabeled_files {base.unlabeled_files!r}: such a run cannot "
-            "grow"
-        )
+    for key, off in (("unlabeled_files", ""), ("layer_scaling", 1.0)):
+        if getattr(base, key) != off:
+            raise UserError(
+                f"{name} was trained with {key} {getattr(base, key)!r}: such a run cannot grow"
+            )
     if base.tunes != config.tunes:
         raise UserError(
             f"{name} {'holds' if base.tunes else 'does not hold'} rows out for tuning, and the new "

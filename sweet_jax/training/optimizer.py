@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sweet_jax.models.ownership import SHARED, parameter_owners
+from sweet_jax.models.ownership import SHARED, encoder_layer, parameter_owners
 from sweet_jax.training.gradients import Params
 from sweet_jax.training.settings import StepSettings
 
@@ -46,19 +46,15 @@ def apply_gradients(
 def learning_rate_multiple(path: tuple[str | int, ...], settings: StepSettings) -> float:
     """Returns what the learning rate of the parameter at a path is multiplied by.
 
-    A layer's is layer_decay times that of the layer above it, the last layer's is 1. Embeddings and
-    tables of relative positions are below the first layer; ALBERT's one layer is the last.
-    "Discriminative fine-tuning" of Howard and Ruder 2018 (arXiv 1801.06146, section 3.2).
+    A layer's is layer_decay times that of the layer above it, the last layer's is 1 (see
+    `encoder_layer`). "Discriminative fine-tuning" of Howard and Ruder 2018 (arXiv 1801.06146,
+    section 3.2).
     """
-    depth, decay = settings.exits[-1], settings.layer_decay
-    match path:
-        case ("encoder", "layers", int(index), *_):
-            return decay ** (depth - 1 - index)
-        case ("encoder", "shared_layer", *_):
-            return 1.0
-        case ("encoder", *_):
-            return decay**depth
-    return settings.head_learning_rate
+    depth = settings.exits[-1]
+    layer = encoder_layer(path, depth)
+    if layer is None:
+        return settings.head_learning_rate
+    return settings.layer_decay ** (depth - layer)
 
 
 def clip_gradients(grads: Params, settings: StepSettings) -> Params:
