@@ -1,6 +1,10 @@
-"""Makes, while MkDocs builds, the pages and files that follow from the code and the results."""
+"""Makes, while MkDocs builds, the pages and files that follow from the code and the results.
+
+`python docs/hooks.py` writes the tables of docs/reference/config.md anew; a test compares them.
+"""
 
 import json
+import re
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +19,20 @@ from sweet_jax.config_keys import describe_keys  # noqa: E402 - after the path
 from sweet_jax.presets import PRESETS  # noqa: E402 - after the path
 
 RESULTS = ROOT / "experiments" / "results"
+NOTEBOOKS = {  # by the name of their page
+    path.relative_to(ROOT / "docs").with_suffix(".md").as_posix(): path
+    for path in sorted((ROOT / "docs").rglob("*.ipynb"))
+}
+
+
+KEYS = re.compile("<!-- config keys -->.*<!-- /config keys -->", re.DOTALL)
+CONFIG_PAGE = ROOT / "docs" / "reference" / "config.md"
+
+
+def config_page() -> str:
+    """Returns the page of the config keys with its tables made anew."""
+    marked = f"<!-- config keys -->\n{config_reference()}\n<!-- /config keys -->"
+    return KEYS.sub(lambda _: marked, CONFIG_PAGE.read_text())
 
 
 def config_reference() -> str:
@@ -33,13 +51,15 @@ def config_reference() -> str:
     return "\n".join(lines)
 
 
-def on_page_markdown(markdown: str, **_) -> str:
-    """Puts the tables where a page asks for them, and links to the results as the site has them.
+def on_page_markdown(markdown: str, page, **_) -> str:
+    """Links to the results and to notebooks as the site has them.
 
     In the repository the same links lead to the files themselves.
     """
     markdown = markdown.replace("../experiments/results/", "results/")
-    return markdown.replace("<!-- config keys -->", config_reference())
+    if page.file.src_uri in NOTEBOOKS:  # whose own link is to the file
+        return markdown
+    return markdown.replace(".ipynb)", ".md)")
 
 
 def on_files(files, config):
@@ -50,8 +70,7 @@ def on_files(files, config):
     for path in sorted(paths):
         name = "results/" + path.relative_to(RESULTS).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
-    for path in sorted((ROOT / "docs").rglob("*.ipynb")):  # the notebook itself is there too
-        name = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
+    for name, path in NOTEBOOKS.items():  # the notebook itself is there too
         page = notebook.to_markdown(json.loads(path.read_text()))
         files.append(File.generated(config, name, content=page))
     return files
@@ -62,4 +81,8 @@ def _code(text: str) -> str:
 
 
 def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("<", "&lt;") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("<", "&lt;").replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    CONFIG_PAGE.write_text(config_page())
