@@ -97,7 +97,7 @@ def areas_table(found: Found, most: int | None = None) -> Table:
     """Returns the mean area of the variants, and in how many cells each is significantly below.
 
     The mean is over the cells that those done in the most cells all have; of the others, over
-    their own, after these. most: rows, at most.
+    their own, after these, with the default's in the same cells. most: rows, at most.
     """
     names = with_exits(found)
     done = {n: sum(n in rows for rows in found.values()) for n in names}
@@ -110,10 +110,15 @@ def areas_table(found: Found, most: int | None = None) -> Table:
         tried = [standing(found, name, r) for r in references]
         below = [f"{len(s.below)} of {len(s.cells)}" if s.cells else "" for s in tried]
         mean = mean_area(found, name, cells)
-        rows.append((name not in whole, -mean, [name, f"{100 * mean:.2f} ({len(cells)})", *below]))
+        own = [c for c in cells if DEFAULT in found[c]]
+        there = f"{100 * mean_area(found, DEFAULT, own):.2f}" if own == cells else ""
+        texts = [name, f"{100 * mean:.2f}", str(len(cells)), there, *below]
+        rows.append((name not in whole, -mean, texts))
     header = (
         "variant",
-        "mean area (cells)",
+        "mean area",
+        "cells",
+        f"{DEFAULT} there",
         "below the best as they are",
         "below the best of their own best read-outs",
     )
@@ -144,7 +149,7 @@ def _below(found: Found, name: str, references: Sequence[Mapping[str, str]]) -> 
 
 
 def progress_table(records: Mapping[tuple[str, str], Record]) -> Table:
-    """Returns in how many cells each variant is done, by rows."""
+    """Returns in how many cells each variant that is done in some is done, by rows."""
     stages = list(dict.fromkeys(ROW_GROUPS.values()))
     rows = []
     for variant in (BASELINES, *VARIANTS):
@@ -153,7 +158,8 @@ def progress_table(records: Mapping[tuple[str, str], Record]) -> Table:
             cells = [c for c in CELLS if ROW_GROUPS[CELLS[c].rows] == rows_of]
             cells = [c for c in cells if stored_as(c, variant) == variant]
             texts.append(f"{sum((c, variant) in records for c in cells)} of {len(cells)}")
-        rows.append([variant, *texts])
+        if any(known == variant for _, known in records):
+            rows.append([variant, *texts])
     return ("cells done", *(f"{rows_of} rows" for rows_of in stages)), rows
 
 
