@@ -16,7 +16,8 @@ and QNLI 96), batches of similar lengths.
 Variants: {Early-Exit, SWEET, Multi-Model} x {first token and pooler, mean} x {random heads, probe},
 and with a probe of what "auto" reads, which compares the texts of a pair (pooling), two epochs;
 `recipe` is configs/own.py, `recipe-mean` the same with the mean of a pair's tokens, `recipe-decay`
-with layer_decay=0.8; `plain` is the full model fine-tuned alone, with the recipe's steps; `frozen`
+with layer_decay=0.8, `recipe-scaling` with layer_scaling=0.5 (its heads as trained are the
+recipe's); `plain` is the full model fine-tuned alone, with the recipe's steps; `frozen`
 is the probe of the frozen encoder as a model with exits; CHANGES of panel_variants.py are
 Early-Exit and SWEET with mean and probe, in which one thing differs. Each has its heads as trained,
 and refitted on the same trunk. `baselines`: the frozen probe at every exit, which compares the
@@ -37,7 +38,7 @@ that share --workdir and --output, share the work: each locks the cell that it i
 has the estimate, which learns from what is done. Before any variant was timed it was 46 hours of
 one core for the core (--core: baselines, recipe, plain, and the methods as they are and with mean
 and probe, on all tasks with 500 to 2,000 rows) and 143 for all, with a process a core; the variants
-of "auto" and of layer_decay came later, and are not in these numbers:
+of "auto", layer_decay and layer_scaling came later, and are not in these numbers:
 
   XLA_FLAGS=--xla_cpu_multi_thread_eigen=false taskset -c 0 python -m experiments.panel ...
 """

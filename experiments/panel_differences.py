@@ -81,6 +81,13 @@ def decay_table(found: Found) -> Table:
     return header, [row[1:] for row in rows]
 
 
+def scaling_table(found: Found) -> Table:
+    """Returns what layer scaling does to every exit of the recipe, and to its area, by cell."""
+    rows = _by_cell(found, {"recipe": ("recipe-scaling", "recipe")})
+    header = ("cell", "exits, layer_scaling 1", "exits, layer_scaling 0.5", "area, 0.5 - 1", _P)
+    return header, [row[1:] for row in rows]
+
+
 def _by_cell(found: Found, variants: Mapping[str, tuple[str, str]]) -> list[list[str]]:
     """Returns a row for each pair of variants in each cell: exits of the second and the first, gap.
 

@@ -14,6 +14,7 @@ from experiments.panel_differences import (
     gaps_table,
     interval_text,
     pooling_table,
+    scaling_table,
     setfit_table,
     title,
 )
@@ -81,6 +82,7 @@ def _sections(found: Found) -> dict[str, Table]:
     sections["What a change adds to mean pooling and a probe"] = changes_table(found)
     sections["What comparing the texts of a pair adds, heads refitted"] = pooling_table(found)
     sections["What layer_decay 0.8 adds to the recipe, heads refitted"] = decay_table(found)
+    sections["What layer_scaling 0.5 adds to the recipe, heads refitted"] = scaling_table(found)
     for heading, references in (
         ("the methods as they are", reference_as_they_are()),
         ("the methods with their own best read-out", reference_best_readout(found)),

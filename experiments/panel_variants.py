@@ -86,6 +86,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | _AUTO | {"learning_rates": RATES},
     "recipe-mean": RECIPE | {"learning_rates": RATES},
     "recipe-decay": RECIPE | _AUTO | {"learning_rates": RATES, "layer_decay": 0.8},
+    "recipe-scaling": RECIPE | _AUTO | {"learning_rates": RATES, "layer_scaling": 0.5},
     "plain": PLAIN,
     # The frozen probe as a model with exits: its curve, and its area.
     "frozen": RECIPE | _AUTO | {"epochs": 0, "learning_rates": RATES[:1]},
@@ -95,7 +96,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Of one text these are the same run, under the second name.
 _SAME = dict(zip(("recipe-mean", *AUTO_PROBE), ("recipe", *MEAN_PROBE), strict=True))
 SETFIT = "setfit"  # beside the variants: experiments.panel_setfit
-_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE, "recipe-mean", "recipe-decay")
+_OTHER_RECIPES = ("recipe-mean", "recipe-decay", "recipe-scaling")
+_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE, *_OTHER_RECIPES)
 _PROBE = (*MEAN_PROBE, *AUTO_PROBE)
 _SMALL = (500, 1000)
 _STAGED = {*_FIRST, *_PROBE, *CHANGES}

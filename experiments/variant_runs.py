@@ -25,6 +25,7 @@ from sweet_jax.run_outputs import exit_outputs
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.layer_scaling import scale_layer_updates
 from sweet_jax.training.probe import fit_classifiers
 from sweet_jax.training.sharding import mesh_of
 from sweet_jax.training.step import Params
@@ -74,7 +75,13 @@ def train_variant(job: PreparedRun, workdir: Path) -> tuple[dict[str, Analysis],
     for model in model_specs(job.config):
         graphdef, params, spent = fit(job.training_job(model, workdir))
         steps.append(list(spent.best_steps))
-        for kind, pair in _exit_outputs(job, graphdef, params).items():
+        outputs = _exit_outputs(job, graphdef, params)
+        first, depth = job.config.layer_scaling, model.exits[-1]
+        if first != 1:  # of the refit alone: heads as trained were trained on the layers as trained
+            pretrained = job.checkpoint.weights.first_layers(depth)
+            scaled = scale_layer_updates(params, pretrained, depth, first)
+            outputs["refit"] = _exit_outputs(job, graphdef, scaled)["refit"]
+        for kind, pair in outputs.items():
             found[kind].append(pair)
     labels = job.train.labels[job.rows.calibration]
     analyses = {}

@@ -129,9 +129,7 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
         began = time.perf_counter()
         if config.layer_scaling != 1:
             pretrained = job.checkpoint.weights.first_layers(model.exits[-1])
-            params = scale_layer_updates(
-                params, pretrained, model.exits[-1], config.layer_scaling
-            )
+            params = scale_layer_updates(params, pretrained, model.exits[-1], config.layer_scaling)
         # A probe alone was fitted on this very encoder.
         if job.config.head_refit and not (job.config.epochs == 0 and job.probe):
             params = refit_heads(job, model, graphdef, params, workdir, spent.best_steps)

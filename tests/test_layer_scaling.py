@@ -37,15 +37,16 @@ def test_the_share_rises_from_the_first_layer_to_the_last(kind):
     heads = {place for place in found if place[0] == "heads"}
     below = found.keys() - heads
     assert (("encoder", "relative") in below) == (kind == "mpnet")
-    assert {place: found[place] for place in heads} == dict.fromkeys(heads, {1.0})
-    assert {place: found[place] for place in below} == dict.fromkeys(below, {0.4})
+    assert {place: found[place] for place in heads} == {key: {1.0} for key in heads}
+    assert {place: found[place] for place in below} == {key: {0.1} for key in below}
 
 
 def test_one_layer_keeps_all_and_so_does_albert_s_but_for_its_embeddings():
     assert shares("bert", 0.4, exits=(1,))[0] == {1.0}
     found = shares("albert", 0.4)
     assert found[("encoder", "shared_layer")] == {1.0}
-    assert found[("encoder", "embeddings")] == {0.4}
+    assert found[("encoder", "embeddings")] == {0.1}
+    assert shares("bert", 0.1)[("encoder", "embeddings")] == {0.0}
 
 
 def test_what_keeps_all_is_the_same_to_the_last_bit():

@@ -19,8 +19,8 @@ def scale_layer_updates(params: Params, encoder: Any, depth: int, first: float) 
     """Returns parameters [R, ...] whose encoder has a share of what training changed in each layer.
 
     Layer l of L keeps first + (1 - first) (l - 1) / (L - 1) of it, embeddings and tables of
-    relative positions as much as layer 1; all parameters of a model of one layer, and of heads,
-    are kept.
+    relative positions what that is for l = 0, at least nothing. A model of one layer keeps all of
+    it, and so do heads.
 
     Args:
       params: trained.
@@ -41,8 +41,8 @@ def _scale(trained: Any, start: Any, depth: int, first: float) -> Any:
     def scale(path: tuple, end: jax.Array, begin: jax.Array) -> jax.Array:
         layer = encoder_layer(("encoder", *(part.key for part in path)), depth)
         assert layer is not None, "all are the encoder's"
-        above = max(layer - 1, 0) / (depth - 1) if depth > 1 else 1.0
-        share = first + (1 - first) * above
+        above = (layer - 1) / (depth - 1) if depth > 1 else 1.0
+        share = max(0.0, first + (1 - first) * above)
         # Where all is kept the sum below would differ from it by rounding.
         return end if share == 1 else begin + share * (end - begin)
 
