@@ -18,7 +18,7 @@ import ml_collections
 
 
 def get_config(task: str = "sst2") -> ml_collections.ConfigDict:
-    """Exits, rows, epochs, batch and length are the paper's; the seed and rate one of its own."""
+    """Exits, rows, epochs, batch and length are the paper's; one seed, and one of its rates."""
     return ml_collections.ConfigDict(
         {
             "task": task,
