@@ -1,5 +1,6 @@
 """The audit of a server: its statistics, its log, and that it watches without being noticed."""
 
+import dataclasses
 import http.server
 import json
 import logging
@@ -293,6 +294,10 @@ def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sw
     for threshold, place in at.items():
         assert counts.kept_at(threshold) == pytest.approx(bounds[place])
     assert counts.kept_at(float("inf")) == 1
+    # Of a model chosen out of five, and of rows that agree in part: as of certificates.
+    assert counts.kept_at(0.8, compared=5) == pytest.approx(1 - stats.beta.ppf(0.99, 4, 97))
+    parts = dataclasses.replace(counts, harmed=np.asarray([0.0, 2.4, 30.0]))
+    assert parts.kept_at(0.8) == pytest.approx(1 - stats.beta.ppf(1 - 0.05 / np.e, 4, 97))
     rule = sweet.classifier.at(threshold=float("inf")).rule
     assert certified_agreement(sweet.classifier.model, rule, 0.95) == 1
 

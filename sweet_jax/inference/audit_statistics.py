@@ -224,7 +224,8 @@ def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> f
     By the calibration rows that certificates are tested on; None where there are none. Raises
     ImportError without SciPy.
     """
-    losses = model.resolver.losses.get(policy_name(rule.policy))
+    resolver = model.resolver
+    losses = resolver.losses.get(policy_name(rule.policy))
     if not losses:
         return None
-    return losses["agreement"].kept_at(rule.threshold, level)
+    return losses["agreement"].kept_at(rule.threshold, level, resolver.compared)
