@@ -259,11 +259,11 @@ def test_an_error_is_a_target_where_the_metric_is_one(multi_label, policy):
     by_label = dataclasses.replace(multi_label, metric="neg_hamming_loss")
     resolver = make_resolver(outputs, (policy,))
     assert resolver.resolve(policy, {"accuracy": 0.75}).threshold is not None
-    with pytest.raises(UserError, match=r"error is 0\.25, but the metric of this run is not an error"):
+    with pytest.raises(UserError, match=r"error is 0\.25, but the metric of this run is not an"):
         resolver.resolve(policy, {"error": 0.25})
     resolver = make_resolver(dataclasses.replace(outputs, identity=by_label), (policy,))
     assert resolver.resolve(policy, {"error": 0.25}).threshold is not None
-    with pytest.raises(UserError, match=r"accuracy is 0\.75, but the metric of this run is neg_ham"):
+    with pytest.raises(UserError, match=r"accuracy is 0\.75, but the metric of this run is neg_h"):
         resolver.resolve(policy, {"accuracy": 0.75})
 
 
