@@ -12,9 +12,12 @@ import pytest
 from numpy_engine import load_engine
 from scipy import stats
 
-from sweet_jax import AdaptiveClassifier
+from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.config import UserError
 from sweet_jax.exits.certificates import LossCounts
+from sweet_jax.exits.operating_point import make_resolver
+from sweet_jax.exits.outputs import RunIdentity
+from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest, ShiftTest
 from sweet_jax.exits.shift import (
     calibration_histograms,
@@ -24,6 +27,7 @@ from sweet_jax.exits.shift import (
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.audit_log import AuditLog, AuditRow, read_audit_log
 from sweet_jax.inference.audit_statistics import AuditStatistics, certified_agreement
+from sweet_jax.objectives.multi_label import MULTI_LABEL
 from sweet_jax.objectives.objective import softmax
 
 
@@ -226,6 +230,47 @@ def test_answers_are_as_without_and_all_exits_are_known(serve_audited, classifie
     assert f'sweet_jax_audit_exit_agreement{{exit="2"}} {summary.exits[0].agreement}' in metrics
 
 
+@pytest.mark.parametrize("metric", ["micro_f1", "neg_hamming_loss"])
+def test_answers_of_several_labels_are_compared_by_their_labels(serve_audited, sweet, metric):
+    """As certificates compare them: whole, or by the share of labels where that is the metric."""
+    model, texts = sweet.classifier.model, sweet.texts
+    engine = load_engine(model)
+    logits, _ = compute_all_exits(model, engine, texts)
+    targets = (logits[-1] > 0) ^ (np.random.default_rng(0).random(logits[-1].shape) < 0.1)
+    about = RunIdentity(objective="multi_label", metric=metric)
+    outputs = ExitOutputs(logits, targets, model.layers, identity=about)
+    resolver = make_resolver(outputs, ("min_confidence",))
+    model = dataclasses.replace(model, objective=MULTI_LABEL, resolver=resolver)
+    confidences = exit_confidences(outputs, "min_confidence", [resolver.calibrator])[0]  # [E, N]
+    target = {"threshold": float(np.median(confidences[0]))}
+    classifier = AdaptiveClassifier(model, "min_confidence", target, engine)
+    running, audit, path = serve_audited(classifier)
+    running.predict({"texts": texts})
+    settle(audit, len(texts))
+    same = outputs.predictions[0] == outputs.predictions[0, -1]  # [E, N, C]
+    agrees = same.mean(-1) if metric == "neg_hamming_loss" else same.all(-1)
+    assert same.all(-1).mean() < same.mean(-1).mean() < 1
+    summary = audit.summary()
+    assert [e.agreement for e in summary.exits] == pytest.approx(agrees.mean(axis=1).tolist())
+    assert summary.agreement >= certified_agreement(model, classifier.rule, 0.95)
+    # The very rows of calibration, whose confidences are the same.
+    assert max(exit.stability for exit in summary.exits[:-1]) < 0.05
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    rows.sort(key=lambda row: row["logits"])
+    order = sorted(range(len(texts)), key=lambda n: logits[:, n].tolist())
+    for name, wanted in (("agrees", agrees), ("confidence", confidences)):
+        np.testing.assert_allclose([row[name] for row in rows], wanted.T[order], rtol=1e-5)
+    requests, scheduler = classifier.encode(texts), classifier.make_scheduler(4)
+    for request in requests:
+        scheduler.admit(request)
+    scheduler.drain()
+    answered = AuditStatistics(model, classifier.rule, None, 0.95).answer_confidences(requests)
+    exits = [request.exit for request in requests]
+    np.testing.assert_allclose(answered, confidences[exits, np.arange(len(texts))], atol=1e-6)
+    assert 0 in exits
+    assert "No alarm" in running.call("GET", "/audit")[1].decode()
+
+
 def test_the_alarm_is_logged_shown_and_posted_once(serve_audited, classifier, sweet, caplog):
     posted = []
 
@@ -256,7 +301,7 @@ def test_the_alarm_is_logged_shown_and_posted_once(serve_audited, classifier, sw
     hook.server_close()
     assert sum("AUDIT ALARM" in r.getMessage() for r in caplog.records) == 1
     assert [(p["alarm"], p["target"]) for p in posted] == [("agreement", 0.9)]
-    assert "audited answers are the full model's, where 0.9000 are to be" in posted[0]["text"]
+    assert "audited answers with the full model is 0.0000, where 0.9000 is" in posted[0]["text"]
     assert "Alarm since" in running.call("GET", "/audit")[1].decode()
     assert "sweet_jax_audit_alarm 1.0" in running.call("GET", "/metrics")[1].decode()
     assert json.dumps(texts[0]) in path.read_text()

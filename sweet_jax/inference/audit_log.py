@@ -22,7 +22,8 @@ class AuditRow(NamedTuple):
     Attributes:
       time: of the audit, in seconds since 1970.
       exit: index of the exit that answered.
-      agrees: bool [E], whether each exit's prediction is the last exit's.
+      agrees: bool [E], whether each exit's prediction is the last exit's; float64 from 0 to 1, how
+        far it is, where the metric gives credit to a row.
       confidence: float64 [E], exit confidences under the server's policy.
       logits: float32 [E, C].
       exit_scores: float32 [E], learning-to-exit's, or None.

@@ -189,8 +189,8 @@ class Audit:
             found = self.summary()
             self._warn(
                 "agreement",
-                f"{found.agreement:.4f} of {found.audited} audited answers are the full model's, "
-                f"where {found.target:.4f} are to be",
+                f"the agreement of {found.audited} audited answers with the full model is "
+                f"{found.agreement:.4f}, where {found.target:.4f} is to be kept",
             )
 
     def _warn(self, kind: str, text: str) -> None:
