@@ -143,7 +143,7 @@ def test_a_log_is_bounded_and_read_back(tmp_path):
     with open(path, "a") as file:
         file.write('{"time": 1')  # of a server that was killed
     assert read_audit_log(path, [1, 2], 2)[0].shape == logits.shape
-    with pytest.raises(UserError, match=r"is of another model: exits at layers \[1, 2\] and 2 cl"):
+    with pytest.raises(UserError, match=r"^line 1 of '.*' is of another model: exits at layers"):
         read_audit_log(path, [1, 2], 3)
     with open(path, "a") as file:
         file.write("}\n")
@@ -153,6 +153,34 @@ def test_a_log_is_bounded_and_read_back(tmp_path):
         read_audit_log(str(tmp_path / "none"), [1, 2], 2)
     with pytest.raises(UserError, match="cannot be written"):
         AuditLog(str(tmp_path / "no" / "folder"), {}, 4000)
+
+
+def test_a_log_whose_last_line_was_cut_off_is_continued(tmp_path):
+    """Wherever the server was killed: within the row, or within the first line of the next one."""
+    path, about = tmp_path / "audit.jsonl", {"layers": [1, 2], "classes": 2}
+
+    def add(number):
+        log = AuditLog(str(path), about, 1 << 20)
+        log.add(row(number), [1, 2])
+        log.close()
+
+    add(0)
+    for number, cut in enumerate((1, 5, 60, None), start=1):
+        whole = path.read_bytes()
+        line = whole.splitlines(keepends=True)[-1]
+        path.write_bytes(whole + line[:-1][:cut])
+        add(number)
+    logits, _ = read_audit_log(str(path), [1, 2], 2)
+    assert logits[0, :, 0].tolist() == [0, 1, 2, 3, 3, 4]  # of the last one the end alone was cut
+    path.write_bytes(path.read_bytes() + b'{"version": 1, "la')
+    add(5)
+    assert read_audit_log(str(path), [1, 2], 2)[0][0, -1, 0] == 5
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, '{"time": 1\n', lines[1]]))
+    with pytest.raises(
+        UserError, match=rf"^line {len(lines) + 1} of '.*' is damaged .*: remove it"
+    ):
+        read_audit_log(str(path), [1, 2], 2)
 
 
 @pytest.fixture(scope="module")
