@@ -344,7 +344,14 @@ def test_an_audit_that_fails_ends_alone(serve_audited, sweet, caplog, monkeypatc
         while audit.running:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    assert running.predict({"texts": sweet.texts[:2]})[0] == 200
+    for _ in range(2):
+        assert running.predict({"texts": sweet.texts[:12]})[0] == 200
+    while audit.counts().answered < 26:  # offered after the response
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not audit._chosen  # a text that nothing will compute is not kept
+    assert not audit._under_way
+    assert audit.counts().waiting == 0
     assert "The audit has ended with an error" in running.call("GET", "/audit")[1].decode()
     running.stop()
     with pytest.raises(ValueError, match="closed file"):  # by the server that has stopped
