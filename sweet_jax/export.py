@@ -233,7 +233,8 @@ def _check(classifier: AdaptiveClassifier) -> None:
 def _temperatures(classifier: AdaptiveClassifier, stage: Stage) -> dict[str, float | None]:
     """Returns the temperatures of an exit's probabilities and of its confidence, for model.json."""
     fitted = classifier.calibrator.temperatures[stage.exit]
-    temperature = float(fitted) if np.isfinite(fitted) else None  # None: no text exits there
+    # None: of the policies raw_confidence alone, which reads none, lets a text leave there.
+    temperature = float(fitted) if np.isfinite(fitted) else None
     confidence = 1.0 if classifier.policy == "raw_confidence" else temperature
     return {"temperature": temperature, "score_temperature": confidence}
 

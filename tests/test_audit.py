@@ -1,5 +1,6 @@
 """The audit of a server: its statistics, its log, and that it watches without being noticed."""
 
+import dataclasses
 import http.server
 import json
 import logging
@@ -11,9 +12,12 @@ import pytest
 from numpy_engine import load_engine
 from scipy import stats
 
-from sweet_jax import AdaptiveClassifier
+from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.config import UserError
 from sweet_jax.exits.certificates import LossCounts
+from sweet_jax.exits.operating_point import make_resolver
+from sweet_jax.exits.outputs import RunIdentity
+from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.sequential import ConfidenceSequence, MeanTest, ShiftTest
 from sweet_jax.exits.shift import (
     calibration_histograms,
@@ -23,6 +27,7 @@ from sweet_jax.exits.shift import (
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.audit_log import AuditLog, AuditRow, read_audit_log
 from sweet_jax.inference.audit_statistics import AuditStatistics, certified_agreement
+from sweet_jax.objectives.multi_label import MULTI_LABEL
 from sweet_jax.objectives.objective import softmax
 
 
@@ -138,7 +143,7 @@ def test_a_log_is_bounded_and_read_back(tmp_path):
     with open(path, "a") as file:
         file.write('{"time": 1')  # of a server that was killed
     assert read_audit_log(path, [1, 2], 2)[0].shape == logits.shape
-    with pytest.raises(UserError, match=r"is of another model: exits at layers \[1, 2\] and 2 cl"):
+    with pytest.raises(UserError, match=r"^line 1 of '.*' is of another model: exits at layers"):
         read_audit_log(path, [1, 2], 3)
     with open(path, "a") as file:
         file.write("}\n")
@@ -148,6 +153,34 @@ def test_a_log_is_bounded_and_read_back(tmp_path):
         read_audit_log(str(tmp_path / "none"), [1, 2], 2)
     with pytest.raises(UserError, match="cannot be written"):
         AuditLog(str(tmp_path / "no" / "folder"), {}, 4000)
+
+
+def test_a_log_whose_last_line_was_cut_off_is_continued(tmp_path):
+    """Wherever the server was killed: within the row, or within the first line of the next one."""
+    path, about = tmp_path / "audit.jsonl", {"layers": [1, 2], "classes": 2}
+
+    def add(number):
+        log = AuditLog(str(path), about, 1 << 20)
+        log.add(row(number), [1, 2])
+        log.close()
+
+    add(0)
+    for number, cut in enumerate((1, 5, 60, None), start=1):
+        whole = path.read_bytes()
+        line = whole.splitlines(keepends=True)[-1]
+        path.write_bytes(whole + line[:-1][:cut])
+        add(number)
+    logits, _ = read_audit_log(str(path), [1, 2], 2)
+    assert logits[0, :, 0].tolist() == [0, 1, 2, 3, 3, 4]  # of the last one the end alone was cut
+    path.write_bytes(path.read_bytes() + b'{"version": 1, "la')
+    add(5)
+    assert read_audit_log(str(path), [1, 2], 2)[0][0, -1, 0] == 5
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, '{"time": 1\n', lines[1]]))
+    with pytest.raises(
+        UserError, match=rf"^line {len(lines) + 1} of '.*' is damaged .*: remove it"
+    ):
+        read_audit_log(str(path), [1, 2], 2)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +258,47 @@ def test_answers_are_as_without_and_all_exits_are_known(serve_audited, classifie
     assert f'sweet_jax_audit_exit_agreement{{exit="2"}} {summary.exits[0].agreement}' in metrics
 
 
+@pytest.mark.parametrize("metric", ["micro_f1", "neg_hamming_loss"])
+def test_answers_of_several_labels_are_compared_by_their_labels(serve_audited, sweet, metric):
+    """As certificates compare them: whole, or by the share of labels where that is the metric."""
+    model, texts = sweet.classifier.model, sweet.texts
+    engine = load_engine(model)
+    logits, _ = compute_all_exits(model, engine, texts)
+    targets = (logits[-1] > 0) ^ (np.random.default_rng(0).random(logits[-1].shape) < 0.1)
+    about = RunIdentity(objective="multi_label", metric=metric)
+    outputs = ExitOutputs(logits, targets, model.layers, identity=about)
+    resolver = make_resolver(outputs, ("min_confidence",))
+    model = dataclasses.replace(model, objective=MULTI_LABEL, resolver=resolver)
+    confidences = exit_confidences(outputs, "min_confidence", [resolver.calibrator])[0]  # [E, N]
+    target = {"threshold": float(np.median(confidences[0]))}
+    classifier = AdaptiveClassifier(model, "min_confidence", target, engine)
+    running, audit, path = serve_audited(classifier)
+    running.predict({"texts": texts})
+    settle(audit, len(texts))
+    same = outputs.predictions[0] == outputs.predictions[0, -1]  # [E, N, C]
+    agrees = same.mean(-1) if metric == "neg_hamming_loss" else same.all(-1)
+    assert same.all(-1).mean() < same.mean(-1).mean() < 1
+    summary = audit.summary()
+    assert [e.agreement for e in summary.exits] == pytest.approx(agrees.mean(axis=1).tolist())
+    assert summary.agreement >= certified_agreement(model, classifier.rule, 0.95)
+    # The very rows of calibration, whose confidences are the same.
+    assert max(exit.stability for exit in summary.exits[:-1]) < 0.05
+    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    rows.sort(key=lambda row: row["logits"])
+    order = sorted(range(len(texts)), key=lambda n: logits[:, n].tolist())
+    for name, wanted in (("agrees", agrees), ("confidence", confidences)):
+        np.testing.assert_allclose([row[name] for row in rows], wanted.T[order], rtol=1e-5)
+    requests, scheduler = classifier.encode(texts), classifier.make_scheduler(4)
+    for request in requests:
+        scheduler.admit(request)
+    scheduler.drain()
+    answered = AuditStatistics(model, classifier.rule, None, 0.95).answer_confidences(requests)
+    exits = [request.exit for request in requests]
+    np.testing.assert_allclose(answered, confidences[exits, np.arange(len(texts))], atol=1e-6)
+    assert 0 in exits
+    assert "No alarm" in running.call("GET", "/audit")[1].decode()
+
+
 def test_the_alarm_is_logged_shown_and_posted_once(serve_audited, classifier, sweet, caplog):
     posted = []
 
@@ -255,7 +329,7 @@ def test_the_alarm_is_logged_shown_and_posted_once(serve_audited, classifier, sw
     hook.server_close()
     assert sum("AUDIT ALARM" in r.getMessage() for r in caplog.records) == 1
     assert [(p["alarm"], p["target"]) for p in posted] == [("agreement", 0.9)]
-    assert "audited answers are the full model's, where 0.9000 are to be" in posted[0]["text"]
+    assert "audited answers with the full model is 0.0000, where 0.9000 is" in posted[0]["text"]
     assert "Alarm since" in running.call("GET", "/audit")[1].decode()
     assert "sweet_jax_audit_alarm 1.0" in running.call("GET", "/metrics")[1].decode()
     assert json.dumps(texts[0]) in path.read_text()
@@ -270,7 +344,14 @@ def test_an_audit_that_fails_ends_alone(serve_audited, sweet, caplog, monkeypatc
         while audit.running:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    assert running.predict({"texts": sweet.texts[:2]})[0] == 200
+    for _ in range(2):
+        assert running.predict({"texts": sweet.texts[:12]})[0] == 200
+    while audit.counts().answered < 26:  # offered after the response
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not audit._chosen  # a text that nothing will compute is not kept
+    assert not audit._under_way
+    assert audit.counts().waiting == 0
     assert "The audit has ended with an error" in running.call("GET", "/audit")[1].decode()
     running.stop()
     with pytest.raises(ValueError, match="closed file"):  # by the server that has stopped
@@ -293,6 +374,10 @@ def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sw
     for threshold, place in at.items():
         assert counts.kept_at(threshold) == pytest.approx(bounds[place])
     assert counts.kept_at(float("inf")) == 1
+    # Of a model chosen out of five, and of rows that agree in part: as of certificates.
+    assert counts.kept_at(0.8, compared=5) == pytest.approx(1 - stats.beta.ppf(0.99, 4, 97))
+    parts = dataclasses.replace(counts, harmed=np.asarray([0.0, 2.4, 30.0]))
+    assert parts.kept_at(0.8) == pytest.approx(1 - stats.beta.ppf(1 - 0.05 / np.e, 4, 97))
     rule = sweet.classifier.at(threshold=float("inf")).rule
     assert certified_agreement(sweet.classifier.model, rule, 0.95) == 1
 

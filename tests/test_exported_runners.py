@@ -50,6 +50,35 @@ def test_python_follows_each_policy(sweet, onnx_model, tmp_path, policy):
     assert_same(load_python(folder).Classifier(folder).predict(texts, 7), wanted)
 
 
+@pytest.mark.parametrize("program", ["python", pytest.param("node", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_exit_without_a_temperature(sweet, onnx_model, tmp_path, policy, program, request):
+    """No text leaves there by a policy that reads the temperature; by the others one may."""
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_model, folder)
+    values = json.loads((folder / "exits.json").read_text())
+    values["dials"]["temperatures"][0] = None  # it diverged on a calibration row
+    (folder / "exits.json").write_text(json.dumps(values))
+    model = open_model(folder)
+    found = exit_confidences(sweet.outputs, policy, [model.resolver.calibrator])[0]
+    reads = policy not in ("raw_confidence", "learning_to_exit")
+    assert np.isneginf(found[0]).all() == reads
+    target = {"threshold": middle(found[1:] if reads else found)}
+    write_runners({"float32": model}, folder, policy, target)
+    wanted = AdaptiveClassifier(model, policy, target).predict(sweet.texts)
+    leaves = np.concatenate([found[:-1] >= target["threshold"], np.ones((1, found.shape[1]), bool)])
+    assert wanted.exits.tolist() == np.asarray(model.layers)[leaves.argmax(axis=0)].tolist()
+    assert (2 in wanted.exits) != reads
+    if program == "python":
+        answers = load_python(folder).Classifier(folder).predict(sweet.texts, 7)
+    else:
+        (folder / "node_modules").symlink_to(request.getfixturevalue("node_modules"))
+        given = "\n".join(map(json.dumps, sweet.texts))
+        printed = run_program("node", folder / "run.mjs", given=given).stdout
+        answers = list(map(json.loads, printed.splitlines()))
+    assert_same(answers, wanted)
+
+
 def test_the_full_model_and_a_threshold_of_1(onnx_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(onnx_model, folder)

@@ -253,6 +253,20 @@ def test_certificates_are_of_what_the_metric_calls_right(multi_label):
         restored.resolve("confidence", {"accuracy": 0.9})
 
 
+@pytest.mark.parametrize("policy", ["confidence", "pcee"])
+def test_an_error_is_a_target_where_the_metric_is_one(multi_label, policy):
+    outputs = labelled(multi_label, 100, seed=4)
+    by_label = dataclasses.replace(multi_label, metric="neg_hamming_loss")
+    resolver = make_resolver(outputs, (policy,))
+    assert resolver.resolve(policy, {"accuracy": 0.75}).threshold is not None
+    with pytest.raises(UserError, match=r"error is 0\.25, but the metric of this run is not an"):
+        resolver.resolve(policy, {"error": 0.25})
+    resolver = make_resolver(dataclasses.replace(outputs, identity=by_label), (policy,))
+    assert resolver.resolve(policy, {"error": 0.25}).threshold is not None
+    with pytest.raises(UserError, match=r"accuracy is 0\.75, but the metric of this run is neg_h"):
+        resolver.resolve(policy, {"accuracy": 0.75})
+
+
 def test_a_decision_threshold_has_the_best_f1_of_its_label():
     rng = np.random.default_rng(0)
     targets = rng.random((300, 2)) < [0.15, 0.5]

@@ -7,12 +7,19 @@ import json
 import numpy as np
 import pytest
 
-from sweet_jax import AdaptiveClassifier, cli
+from sweet_jax import AdaptiveClassifier, ExitOutputs, cli
+from sweet_jax.config import UserError
 from sweet_jax.exits.calibration import fit_calibrators, fit_temperature
+from sweet_jax.exits.operating_point import make_resolver
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences
+from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.audit_log import AuditLog, AuditRow
+from sweet_jax.inference.recalibration import describe_changes, fit_by_agreement, updated_exits
+from sweet_jax.objectives.multi_label import MULTI_LABEL
+from sweet_jax.objectives.regression import REGRESSION
 
 
 @pytest.fixture
@@ -105,6 +112,52 @@ def test_an_audit_log_is_enough(sweet, tmp_path, capsys):
     leaves = leaves >= found.threshold
     leaves[-1] = True
     assert model.cost[leaves.argmax(axis=0)].mean() <= 0.7
+
+
+@pytest.mark.parametrize("metric", ["micro_f1", "neg_hamming_loss"])
+def test_an_audit_log_of_several_labels_holds_exits_to_the_labels_of_the_last(sweet, metric):
+    """To all of a row; where the metric is of the share of labels, to that share."""
+    rng = np.random.default_rng(0)
+    last = 2 * rng.normal(size=(120, 2))
+    logits = np.stack([last + noise * rng.normal(size=(120, 2)) for noise in (2, 1, 0)])
+    logits = logits.astype(np.float32)  # [E, N, C]
+    about = RunIdentity(objective="multi_label", metric=metric, policy="min_confidence")
+    outputs = ExitOutputs(logits, rng.random((120, 2)) < 0.5, [2, 3, 4], identity=about)
+    resolver = make_resolver(outputs)
+    model = dataclasses.replace(
+        sweet.classifier.model,
+        objective=MULTI_LABEL,
+        metric=metric,
+        policy="min_confidence",
+        resolver=resolver,
+    )
+    found = fit_by_agreement(model, logits, None)
+    same = (logits > 0) == (logits[-1] > 0)  # [E, N, C]
+    by_label = metric == "neg_hamming_loss"
+    wanted = (same.mean(-1) - 1 if by_label else same.all(-1)).mean(axis=1)
+    changes = describe_changes(model, found)
+    np.testing.assert_allclose([exit["metric"] for exit in changes["exits"]], wanted)
+    assert changes["metric"] == ("neg_hamming_loss" if by_label else "agreement")
+    losses = resolver.losses["min_confidence"]["agreement"]
+    kept = losses.share_kept(resolver.resolve("min_confidence").threshold)
+    assert found.resolver.full == pytest.approx(kept - by_label)
+    dials = json.loads(json.dumps(updated_exits({}, found)))["dials"]
+    again = ThresholdResolver.from_dict(dials)
+    target = {"error": 0.1} if by_label else {"accuracy": 0.9}
+    threshold, calibrator = again.threshold("min_confidence", **target)
+    confidences = exit_confidences(found.outputs, "min_confidence", [calibrator])[0]
+    confidences[-1] = np.inf  # which takes the rest
+    exits = (confidences >= threshold).argmax(axis=0)
+    answered = same[exits, np.arange(120)]
+    assert (answered.mean() if by_label else answered.all(-1).mean()) >= 0.9
+    assert (exits == 0).any()
+    assert again.calibrator.temperatures[-1] == resolver.calibrator.temperatures[-1]
+
+
+def test_numbers_are_not_recalibrated_by_agreement(sweet):
+    model = dataclasses.replace(sweet.classifier.model, objective=REGRESSION)
+    with pytest.raises(UserError, match=r"is a regression, .*: give --labelled"):
+        fit_by_agreement(model, np.zeros((3, 40, 1), np.float32), None)
 
 
 def test_a_log_of_few_texts_is_refused(sweet, tmp_path, capsys):

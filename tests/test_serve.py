@@ -288,7 +288,8 @@ def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, 
         running.wait_for(waiting=2)
         status, found = running.predict({"texts": texts[:2]})
         assert (status, found["error"]) == (503, "too many texts wait: try again")
-        assert running.predict({"texts": texts[:4]})[0] == 413
+        status, found = running.predict({"texts": texts[:4]})
+        assert (status, found["error"]) == (413, "a request may have 3 texts; got 4")
         running.server.should_exit = True  # what SIGTERM does
         time.sleep(0.3)
         assert not first.done()

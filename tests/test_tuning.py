@@ -17,6 +17,7 @@ from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.head_fitting import refit_heads
 from sweet_jax.learning_rate_search import choose_rate
+from sweet_jax.objectives.multi_label import NEG_HAMMING_LOSS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare
 from sweet_jax.training import schedule
@@ -215,6 +216,9 @@ def test_standard_errors():
     found = standard_error(np.array([0.5, 1.0, -np.inf]), 96, "accuracy")
     np.testing.assert_allclose(found, [0.05, np.sqrt(0.98 * 0.02 / 100), 0.0])
     np.testing.assert_allclose(standard_error(0.6, 64, "matthews"), (1 - 0.36) / 8)
+    # Of a share of errors: that of the share, however the metric is signed.
+    found = standard_error(np.array([-0.5, -0.02, -np.inf]), 96, NEG_HAMMING_LOSS)
+    np.testing.assert_allclose(found, [0.05, np.sqrt(0.0392 * 0.9608 / 100), 0.0])
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])

@@ -93,13 +93,13 @@ class LossCounts:
     harmed: np.ndarray
     rows: int
 
-    def kept_at(self, threshold: float, level: float = 0.95) -> float:
+    def kept_at(self, threshold: float, level: float = 0.95, compared: int = 1) -> float:
         """Computes a lower confidence bound of the share not harmed at a threshold.
 
-        At the candidate of `share_kept`; 1 where nothing leaves early.
+        At the candidate of `share_kept`, see `candidate_bounds`; 1 where nothing leaves early.
         """
         at = self._candidate(threshold)
-        return 1.0 if at is None else float(1 - upper_bound(self.harmed[at], self.rows, level))
+        return 1.0 if at is None else float(1 - candidate_bounds(self, level, compared)[at])
 
     def share_kept(self, threshold: float) -> float:
         """Returns the share not harmed at the strictest candidate that is no stricter.

@@ -18,8 +18,8 @@ def compute_metric(
 ) -> float:
     """Computes a metric of predictions [N, ...] and targets [N, ...].
 
-    A name is one of single-label classification's: "accuracy", "matthews" or "f1", of predictions
-    and labels int [N]. `classes` is C, the number of outputs.
+    A name is one of single-label classification's: "accuracy", "matthews", "f1", "macro_f1" or
+    "balanced_accuracy", of predictions and labels int [N]. `classes` is C, the number of outputs.
     """
     metric = SINGLE_LABEL.metric(metric)
     sums = metric.row_statistics(predictions, targets, classes).sum(axis=0)  # [S]

@@ -133,11 +133,11 @@ class ThresholdResolver:
         name, value = next(iter(values.items()), ("", self.full))
         if name == "threshold":
             return Resolution(value, self.calibrator)
-        if name in ("accuracy", "error") and reads_curve(policy):
-            value = value if name == "accuracy" else 1 - value
-            return Resolution(value, self.calibrator, float(self.fronts[policy].score[-1]))
         if name in ("accuracy", "error"):
             self._check_metric(name, value)
+            if reads_curve(policy):
+                value = value if name == "accuracy" else 1 - value
+                return Resolution(value, self.calibrator, float(self.fronts[policy].score[-1]))
         if name == "error":
             name, value = "accuracy", -value
         if name in CERTIFICATE_KINDS:

@@ -58,8 +58,8 @@ def simulate(
       calibration: of held-out rows of the same replicas: temperatures are fitted on them, and the
         reliability curves that PCEE reads (its threshold is an accuracy).
       calibrators: of the replicas [R], fitted before, instead; without both, temperatures are 1.
-      metric: one of the objective's (for single-label classification "accuracy", "matthews" or
-        "f1"); default the one in outputs.identity.
+      metric: one of the objective's (for single-label classification "accuracy", "matthews", "f1",
+        "macro_f1" or "balanced_accuracy"); default the one in outputs.identity.
       thresholds: float [T], to read the curve there; default every distinct one.
 
     Raises:

@@ -4,6 +4,7 @@ Shape letters: E exit, N texts, C classes.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ class AuditRow(NamedTuple):
     Attributes:
       time: of the audit, in seconds since 1970.
       exit: index of the exit that answered.
-      agrees: bool [E], whether each exit's prediction is the last exit's.
+      agrees: bool [E], whether each exit's prediction is the last exit's; float64 from 0 to 1, how
+        far it is, where the metric gives credit to a row.
       confidence: float64 [E], exit confidences under the server's policy.
       logits: float32 [E, C].
       exit_scores: float32 [E], learning-to-exit's, or None.
@@ -59,12 +61,15 @@ class AuditLog:
         self._first = json.dumps({"version": _VERSION, **model}) + "\n"
         try:
             self._file = self.path.open("a", encoding="utf-8")
+            self._written = self.path.stat().st_size
+            cut_off = self._written > 0 and not _ends_line(self.path)
         except OSError as error:
             raise UserError(
                 f"the audit log {path!r} cannot be written ({error.strerror}): choose another"
             ) from error
-        self._written = self.path.stat().st_size
-        self._write(self._first)  # also in a file that is continued, which another model may have
+        # Also in a file that is continued, which another model may have: on a line of its own,
+        # since the server before may have been killed within one.
+        self._write("\n" + self._first if cut_off else self._first)
 
     def add(self, row: AuditRow, layers: Sequence[int]) -> None:
         """Appends a row, and hands it to the operating system."""
@@ -96,6 +101,12 @@ class AuditLog:
 
 def _older(path: Path) -> Path:
     return path.with_name(path.name + ".old")
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _short(values: np.ndarray) -> list[float | None]:
@@ -135,25 +146,45 @@ def read_audit_log(
 def _read(path: Path, layers: list[int], classes: int) -> Iterator[dict[str, Any]]:
     """Yields the rows of one file, as they stand there."""
     shape = (len(layers), classes)
+    for number, values in _parse_lines(path):
+        model = None
+        try:
+            if "version" in values:
+                model = values["version"], values["layers"], values["classes"]
+            elif np.shape(values["logits"]) != shape:
+                raise ValueError(f"logits of shape {np.shape(values['logits'])}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(path, number, error) from error
+        if model is None:
+            yield values
+        elif model != (_VERSION, layers, classes):
+            raise UserError(
+                f"line {number} of {str(path)!r} is of another model: exits at layers {model[1]} "
+                f"and {model[2]} classes; this one has {layers} and {classes}"
+            )
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the number and the values of each line, but for those that were cut off.
+
+    A server that was killed leaves such a line last, or before the line on the model with which the
+    next server continues.
+    """
+    line, damaged = "\n", None
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):  # the server was killed while it wrote it
-                return
             try:
                 values = json.loads(line)
-                if "version" in values:
-                    ours = values["layers"] == layers and values["classes"] == classes
-                    if values["version"] != _VERSION or not ours:
-                        raise UserError(
-                            f"line {number} of {str(path)!r} is of another model: exits at layers "
-                            f"{values['layers']} and {values['classes']} classes; this one has "
-                            f"{layers} and {classes}"
-                        )
-                    continue
-                if np.shape(values["logits"]) != shape:
-                    raise ValueError(f"logits of shape {np.shape(values['logits'])}")
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"line {number} of {str(path)!r} is damaged ({error!r}): remove it"
-                ) from error
-            yield values
+            except ValueError as error:
+                damaged = damaged or _damaged(path, number, error)
+                continue
+            if damaged and not (isinstance(values, dict) and "version" in values):
+                raise damaged
+            damaged = None
+            yield number, values
+    if damaged and line.endswith("\n"):
+        raise damaged
+
+
+def _damaged(path: Path, number: int, error: Exception) -> UserError:
+    return UserError(f"line {number} of {str(path)!r} is damaged ({error!r}): remove it")

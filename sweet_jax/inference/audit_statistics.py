@@ -30,7 +30,8 @@ class ExitAudit(NamedTuple):
 
     Attributes:
       layer: of the exit.
-      agreement: share of all audited texts with the last exit's prediction.
+      agreement: share of all audited texts with the last exit's prediction; their mean credit, see
+        `AuditRow`.
       share, expected_share: of the newest audited texts, and of the calibration rows, that leave
         here; NaN where not known.
       stability, p_value: of the newest against the calibration rows, see `exits/shift.py`; NaN of
@@ -52,7 +53,7 @@ class AuditSummary(NamedTuple):
     Attributes:
       audited: texts computed by all exits.
       exits: of each exit.
-      agreement: share of the audited answers that were the full model's; NaN of none.
+      agreement: likewise, of the audited answers; NaN of none.
       low, high: its confidence sequence.
       cost, expected_cost: mean share of the layers, of the newest and of the calibration rows.
       target: the agreement to be kept, None for none.
@@ -102,6 +103,10 @@ class AuditStatistics:
                 "regression, whose numbers hardly ever do; leave --audit out"
             )
         self._model, self._rule, self._target, self._level = model, rule, target, level
+        # As certificates, which the target may come from, count it.
+        objective = model.objective
+        metric = objective.metric(model.resolver.metric or objective.metrics[0])
+        self._agrees = metric.credit or objective.same
         name = policy_name(rule.policy)
         self._front = model.resolver.fronts.get(name)
         self._histograms = calibration_histograms(self._front) if self._front else []
@@ -127,7 +132,8 @@ class AuditStatistics:
             logits = np.stack([request.logits for request in own], axis=1)[None]  # [1, E', N, C]
             learned = [request.exit_scores for request in own]
             scores = np.asarray(learned, np.float32).T[None] if learned[0] else None
-            outputs = UnlabeledOutputs(logits, np.asarray(self._rule.layers[:count]), scores)
+            layers = np.asarray(self._rule.layers[:count])
+            outputs = UnlabeledOutputs(logits, layers, scores, self._rule.objective)
             calibrator = self._rule.calibrator.first_exits(count)
             found[places] = exit_confidences(outputs, self._rule.policy, [calibrator])[0, -1]
         return found
@@ -155,12 +161,11 @@ class AuditStatistics:
             logits[None, :, None],
             np.asarray(self._rule.layers),
             None if scores is None else scores[None, :, None],
+            self._rule.objective,
         )
         found = exit_confidences(outputs, self._rule.policy, [self._rule.calibrator])
-        given = outputs.predictions[0]  # [E, 1]
-        same = outputs.objective.agrees
-        assert same is not None  # see the constructor
-        agrees = same(given, given[-1])[:, 0]
+        given = outputs.predictions[0]  # [E, 1] or [E, 1, C]
+        agrees = self._agrees(given, given[-1])[:, 0]
         return AuditRow(time.time(), exit, agrees, found[0, :, 0], logits, scores, text)
 
     def add(self, row: AuditRow) -> bool:
@@ -224,7 +229,8 @@ def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> f
     By the calibration rows that certificates are tested on; None where there are none. Raises
     ImportError without SciPy.
     """
-    losses = model.resolver.losses.get(policy_name(rule.policy))
+    resolver = model.resolver
+    losses = resolver.losses.get(policy_name(rule.policy))
     if not losses:
         return None
-    return losses["agreement"].kept_at(rule.threshold, level)
+    return losses["agreement"].kept_at(rule.threshold, level, resolver.compared)

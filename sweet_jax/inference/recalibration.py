@@ -1,7 +1,8 @@
 """Temperatures, curves and operating points of a saved model fitted anew, and what that changes.
 
 On rows with labels, or on an audit log without any: the full model's predictions are the labels
-then, and what is called the metric is the agreement with it.
+then, and what is called the metric is the agreement with it, or where the metric gives credit to
+rows that metric.
 
 Shape letters: E exit, N texts, C classes.
 """
@@ -45,7 +46,7 @@ def fit_by_labels(
     Args:
       model: whose exits gave the outputs.
       logits, scores: float32 [E, N, C] and, with learning to exit, [E, N].
-      labels: int32 [N].
+      labels: targets of the objective, of classes int32 [N].
 
     """
     outputs = _outputs(model, logits, scores, labels, model.metric)
@@ -60,16 +61,27 @@ def fit_by_agreement(
     The last exit, of which such rows say nothing, keeps its temperature. The operating point
     without a target, which keeps the last exit's metric, keeps the agreement that it had on the
     calibration rows before: all of it would be more than was ever asked for.
+
+    Raises UserError for a regression.
     """
-    outputs = _outputs(model, logits, scores, logits[-1].argmax(axis=-1), "accuracy")
+    objective = model.objective
+    if objective.agrees is None:
+        raise UserError(
+            f"{model.task} is a regression, whose exits hardly ever give the number of the last "
+            "one: give --labelled in place of --audit_log"
+        )
+    metric = objective.metric(model.metric)
+    if metric.credit is None:  # else agreement is of parts of a row, as that of certificates is
+        metric = next(known for known in objective.metrics if known.is_share)
+    outputs = _outputs(model, logits, scores, objective.predict(logits[-1]), metric.name)
     (fitted,) = fit_calibrators(outputs)
     temperatures = fitted.temperatures.copy()
     temperatures[-1] = model.resolver.calibrator.temperatures[-1]
     calibrator = Calibrator(temperatures, fitted.curves)
     resolver = make_resolver(outputs, deployable_policies(outputs), calibrator=calibrator)
-    return Recalibration(
-        "agreement", outputs, dataclasses.replace(resolver, full=_agreement_before(model))
-    )
+    full = _agreement_before(model)
+    full = full - 1 if metric.is_error else full  # an error is negative
+    return Recalibration("agreement", outputs, dataclasses.replace(resolver, full=full))
 
 
 def _outputs(
@@ -96,7 +108,10 @@ def _outputs(
 
 
 def _agreement_before(model: ModelArtifact) -> float:
-    """Returns the share of calibration rows answered as the last exit does, without a target."""
+    """Returns the share of calibration rows answered as the last exit does, without a target.
+
+    Of their labels, where the metric gives credit to rows.
+    """
     threshold = model.resolver.resolve(model.policy).threshold
     losses = model.resolver.losses.get(model.policy)
     return losses["agreement"].share_kept(threshold) if losses and threshold is not None else 1.0
@@ -126,7 +141,7 @@ def describe_changes(model: ModelArtifact, found: Recalibration) -> dict[str, An
     Each operating point, before and now, with the cost and the metric that it has on these rows;
     None where the target cannot be met.
     """
-    outputs, labels = found.outputs, found.outputs.labels[0]
+    outputs, labels, name = found.outputs, found.outputs.labels[0], found.outputs.metric.name
     before, now = (r.calibrator.temperatures.tolist() for r in (model.resolver, found.resolver))
     exits = [
         {
@@ -139,7 +154,7 @@ def describe_changes(model: ModelArtifact, found: Recalibration) -> dict[str, An
     return {
         "model": str(model.folder),
         "by": found.by,
-        "metric": outputs.metric.name if found.by == "labels" else "agreement",
+        "metric": "agreement" if found.by == "agreement" and outputs.metric.is_share else name,
         "rows": len(labels),
         "policy": model.policy,
         "exits": exits,

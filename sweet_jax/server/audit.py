@@ -119,7 +119,7 @@ class Audit:
     @property
     def waiting(self) -> int:
         """Returns how many texts are to be computed; 0 once an error has ended the audit."""
-        return len(self._chosen) + len(self._under_way) if self.running else 0
+        return len(self._chosen) + len(self._under_way)
 
     def counts(self) -> AuditCounts:
         """Returns how many texts were answered, left out, and wait."""
@@ -141,7 +141,7 @@ class Audit:
                 self._answered += 1
                 draw, tie = uniform_draws(self.settings.seed, self._answered)
                 ties.append(tie)
-                if draw >= self.settings.share:
+                if draw >= self.settings.share or not self.running:
                     continue
                 if self.waiting < _WAITING:
                     self._chosen.append(each)
@@ -169,7 +169,10 @@ class Audit:
                 self._record(whole, *self._under_way.pop(id(whole)))
         except Exception:  # no answer may be lost to it
             log.exception("the audit has ended; texts are answered without it")
-            self.running = False
+            with self._lock:  # after which `offer` keeps none
+                self.running = False
+                self._chosen.clear()
+                self._under_way.clear()
 
     def close(self) -> None:
         """Closes the log; called once the thread that computes has ended."""
@@ -189,8 +192,8 @@ class Audit:
             found = self.summary()
             self._warn(
                 "agreement",
-                f"{found.agreement:.4f} of {found.audited} audited answers are the full model's, "
-                f"where {found.target:.4f} are to be",
+                f"the agreement of {found.audited} audited answers with the full model is "
+                f"{found.agreement:.4f}, where {found.target:.4f} is to be kept",
             )
 
     def _warn(self, kind: str, text: str) -> None:

@@ -86,7 +86,7 @@ class AuditCollector:
         ):
             yield CounterMetricFamily(f"sweet_jax_audit_{name}", text, count)
         gauges: tuple[tuple[str, str, float | None], ...] = (
-            ("answer_agreement", "Share of answers that are the full model's", found.agreement),
+            ("answer_agreement", "Agreement of answers with the full model", found.agreement),
             ("answer_agreement_low", "Lower end of its confidence sequence", found.low),
             ("answer_agreement_high", "Upper end of its confidence sequence", found.high),
             ("agreement_target", "Agreement to be kept", found.target),

@@ -125,8 +125,9 @@ def read_target(values: Mapping[str, Any]) -> tuple[str | None, dict[str, float]
 
 def check_sizes(texts: Sequence[Any], limits: Limits) -> None:
     """Raises RefusedError for too many texts, or one with too many characters."""
-    if len(texts) > min(limits.texts, limits.waiting):
-        raise RefusedError(413, f"a request may have {limits.texts} texts; got {len(texts)}")
+    most = min(limits.texts, limits.waiting)
+    if len(texts) > most:
+        raise RefusedError(413, f"a request may have {most} texts; got {len(texts)}")
     for text in texts:
         parts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
         if any(isinstance(p, str) and len(p) > limits.characters for p in parts):
