@@ -28,7 +28,8 @@ from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.objectives import OBJECTIVES
-from sweet_jax.objectives.multi_label import MULTI_LABEL, best_f1_shifts, binary_cross_entropy
+from sweet_jax.objectives.decision_thresholds import best_f1_shifts
+from sweet_jax.objectives.multi_label import MULTI_LABEL, binary_cross_entropy
 from sweet_jax.objectives.regression import REGRESSION, squared_error
 from sweet_jax.objectives.single_label import SINGLE_LABEL, balanced_weights, reweighted
 from sweet_jax.training.early_stopping import tuning_area
