@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -97,6 +98,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("its JSON is nested too deeply") from error
+
+
+def replace_nonfinite(value: Any) -> Any:
+    """Returns nested dicts and lists with None for numbers that are not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: replace_nonfinite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_nonfinite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:

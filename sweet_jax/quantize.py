@@ -37,7 +37,7 @@ from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.operating_point import deployable_policies, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.files import write_json
+from sweet_jax.files import replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, INT8_VERSION, ModelArtifact, open_model
 from sweet_jax.inference.engine import Engine, load_engine
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> None:
     before = saved["validation"].replica(replica)
     paired = compare_exits(before, quantized_outputs(model, chosen, shown, before))
     values = {"version": INT8_VERSION, "dials": resolver.as_dict(), "float32_layers": layers}
-    write_json(model.folder / INT8_FILE, values | paired)
+    write_json(model.folder / INT8_FILE, replace_nonfinite(values | paired))
     _print_table(before, paired)
     print(f"written to {model.folder / INT8_FILE}")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
@@ -208,7 +209,7 @@ class Run:
         """A row for each exit of the saved replica, then one for each baseline.
 
         Columns: exit (a layer, none of a baseline), baseline (its name), cost, the metric by its
-        name, low and high (its 95% interval over rows), n.
+        name, low and high (its 95% interval over rows), n. NaN where an exit diverged.
         """
         import pandas as pd
 
@@ -221,9 +222,9 @@ class Run:
                 "exit": pd.array([layer for layer, _, _ in rows], dtype="Int64"),
                 "baseline": [name for _, name, _ in rows],
                 "cost": [row["cost"] for *_, row in rows],
-                metric: [row["score"] for *_, row in rows],
-                "low": [row["interval"][0] for *_, row in rows],
-                "high": [row["interval"][1] for *_, row in rows],
+                metric: np.asarray([row["score"] for *_, row in rows], np.float64),
+                "low": np.asarray([row["interval"][0] for *_, row in rows], np.float64),
+                "high": np.asarray([row["interval"][1] for *_, row in rows], np.float64),
                 "n": [row["n"] for *_, row in rows],
             }
         )
