@@ -66,18 +66,21 @@ def split_off_validation(
     strata: the classes int [N] of the rows, or what stands for them.
     """
     kept, held = stratified_split(strata, fraction, np.random.default_rng(seed))
-    distinct = _without_texts(rows, kept, held)
+    distinct = _without_texts(rows.texts, kept, held)
     lost = np.setdiff1d(strata[kept], strata[distinct])
     if len(lost):
         held = held[~np.isin(strata[held], lost)]
-        distinct = _without_texts(rows, np.setdiff1d(np.arange(len(rows.labels)), held), held)
+        kept = np.setdiff1d(np.arange(len(rows.labels)), held)
+        distinct = _without_texts(rows.texts, kept, held)
     return [select_rows(rows, distinct), select_rows(rows, held)]
 
 
-def _without_texts(rows: Split, kept: np.ndarray, held: np.ndarray) -> np.ndarray:
+def _without_texts(
+    texts: Sequence[tuple[str, ...]], kept: np.ndarray, held: np.ndarray
+) -> np.ndarray:
     """Returns those of the kept rows whose texts are not held out."""
-    texts = {rows.texts[i] for i in held}
-    return np.asarray([i for i in kept if rows.texts[i] not in texts], int)
+    known = {texts[i] for i in held}
+    return np.asarray([i for i in kept if texts[i] not in known], int)
 
 
 def split_calibration_rows(
@@ -146,21 +149,34 @@ def split_tuning_rows(
 
 
 def drop_duplicates(
-    texts: Sequence[tuple[str, ...]], rows: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    texts: Sequence[tuple[str, ...]],
+    rows: Sequence[tuple[np.ndarray, np.ndarray]],
+    strata: np.ndarray,
+    seeds: Sequence[int],
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """Removes training rows whose text is also a calibration text, which would be leaked.
+
+    All replicas lose as many as the one with the most such rows, the others of them at random,
+    every class in proportion: they stay equally many, for one program.
 
     Args:
       texts: of all rows.
-      rows: (training, calibration) rows of each replica.
+      rows: (training, calibration) rows of each replica, ascending.
+      strata: the classes int [N] of all rows, or what stands for them.
+      seeds: of the replicas.
 
     Returns:
-      The rows that are left. All replicas keep equally many training rows, their first.
+      (the rows that are left, how many training rows each replica lost).
 
     """
-    found = []
-    for trained, held in rows:
-        known = {texts[i] for i in held}
-        found.append((np.asarray([i for i in trained if texts[i] not in known], int), held))
-    size = min(len(trained) for trained, _ in found)
-    return [(trained[:size], held) for trained, held in found]
+    distinct = [_without_texts(texts, trained, held) for trained, held in rows]
+    repeats = [len(trained) - len(own) for (trained, _), own in zip(rows, distinct, strict=True)]
+    most, found = max(repeats), []
+    for own, count, seed in zip(distinct, repeats, seeds, strict=True):
+        if count < most and len(own):
+            rng = np.random.default_rng([zlib.crc32(b"repeats"), seed])
+            own = own[stratified_split(strata[own], (most - count) / len(own), rng)[0]]
+        found.append(own)
+    size = min(map(len, found))  # differs where most classes have one row
+    pairs = zip(found, rows, strict=True)
+    return [(own[:size], held) for own, (_, held) in pairs], most
