@@ -84,15 +84,15 @@ def _without_texts(
 
 
 def split_calibration_rows(
-    labels: np.ndarray, config: Config, seed: int
+    labels: np.ndarray, config: Config, seed: int, targets: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws the (training, calibration) rows of one seed, as ascending indices.
 
     They depend on the labels int [N], the sizes and the seed, never on the method, so that methods
     are compared on the same rows: a row of each class, as far as train_size allows, and others at
     random. There are no calibration rows unless `calibration` is "held_out". The labels are the
-    strata of an objective without classes.
-    Raises UserError if the rows are too few to hold some out.
+    strata of an objective without classes, whose targets [N, ...] are `targets`.
+    Raises UserError if the rows are too few to hold some out, or there is nothing to learn.
     """
     size = min(config.train_size, len(labels))
     rng = np.random.default_rng([zlib.crc32(b"subset"), seed])
@@ -106,10 +106,13 @@ def split_calibration_rows(
     if config.calibration != "held_out":
         return subset, np.empty(0, int)
     kept, held = stratified_split(labels[subset], config.calibration_fraction, rng)
-    if len(np.unique(labels[subset])) < 2:
+    drawn = (labels if targets is None else targets)[subset]
+    if _is_constant(drawn):
+        what = "are all of one class" if drawn.dtype.kind == "i" else "all have the same labels"
+        what = f"all have the number {drawn[0]:g}" if drawn.dtype.kind == "f" else what
         raise UserError(
-            f"the {size} training rows drawn are all of one class: raise train_size, or give "
-            "training rows of other classes"
+            f"the {size} training rows drawn {what}: raise train_size, or give training rows with "
+            "other labels"
         )
     if not len(held):
         raise UserError(
@@ -120,8 +123,16 @@ def split_calibration_rows(
     return subset[kept], subset[held]
 
 
+def _is_constant(targets: np.ndarray) -> bool:
+    return bool((targets == targets[:1]).all())
+
+
 def split_tuning_rows(
-    labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
+    labels: np.ndarray,
+    rows: np.ndarray,
+    fraction: float,
+    seed: int,
+    targets: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits training rows into (training rows, tuning rows), both ascending.
 
@@ -133,13 +144,14 @@ def split_tuning_rows(
       rows: the training rows, ascending.
       fraction: of `rows`, every class in proportion.
       seed: of the replica.
+      targets: of all rows [N, ...]; default the labels.
 
     Raises UserError if the rows are too few.
 
     """
     rng = np.random.default_rng([zlib.crc32(b"tuning"), seed])
     kept, held = stratified_split(labels[rows], fraction, rng)
-    if not len(held) or len(np.unique(labels[rows[kept]])) < 2:
+    if not len(held) or _is_constant((labels if targets is None else targets)[rows[kept]]):
         raise UserError(
             f"{len(rows)} training rows are too few to hold out a fraction of {fraction:g} for "
             "tuning: give more rows (or a larger train_size or tuning_fraction), or set epochs to "
