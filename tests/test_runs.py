@@ -2,6 +2,8 @@
 
 import csv
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -15,6 +17,7 @@ from sweet_jax.config import UserError, from_mapping
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.pipeline import run
 from sweet_jax.recipe import OWN_DATA
+from sweet_jax.training.loop import termination_event
 
 pytestmark = pytest.mark.usefixtures("one_device_in_module")
 
@@ -127,3 +130,19 @@ def test_data_that_is_no_table_is_refused(tmp_path, data, message):
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a finished run"):
         Run.load(tmp_path)
+
+
+def test_only_the_main_thread_waits_for_sigterm():
+    """A server or a notebook may train in a thread of its own, which handles no signals."""
+    before = signal.getsignal(signal.SIGTERM)
+    with termination_event() as event:
+        signal.raise_signal(signal.SIGTERM)
+        assert event.is_set()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+    def wait() -> bool:
+        with termination_event() as event:
+            return event.is_set()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(wait).result()
