@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import longer_than
 from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.analysis import load_analysis
@@ -30,6 +30,7 @@ from sweet_jax.recommendation import padded_token_counts
 from sweet_jax.report.baselines import load_baselines
 from sweet_jax.report.details import ExitTimes, ReportDetails, describe_split, report_title
 from sweet_jax.report.page import write_report
+from sweet_jax.saved_config import read_saved_config
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +83,10 @@ def render_report(run: Path, target: Mapping[str, float], *, picture: bool = Fal
     from sweet_jax.training.metrics import read_metrics
 
     analysis = load_analysis(run)
+    config, digest = read_saved_config(run, any_version=True)
     try:
-        results, values = (read_json(run / name) for name in ("results.json", "config.json"))
-        digest = values.pop("data_sha256", "")
-        config = from_mapping({k: v for k, v in values.items() if k in Config.__dataclass_fields__})
-    except (OSError, ValueError, AttributeError) as error:
+        results = read_json(run / "results.json")
+    except (OSError, ValueError) as error:
         raise UserError(f"{str(run)!r} is not a finished run: {error}") from error
     details = _read_details(run, config, digest, target)
     trained = {model.name: model.exits for model in model_specs(config)}

@@ -28,6 +28,7 @@ def keys(tiny_run) -> list[str]:
     taken = ("checkpoint", "exits", "learning_rates", "max_length", "batch_size", "pooling")
     changes = {k: tiny_run[k] for k in taken} | {"epochs": 1, "head_init": "random"}
     changes |= {"head_refit": False, "baselines": "none", "evaluation_batch_size": 16}
+    changes["clip_norm"] = "inf"  # which config.json cannot hold as a number
     values = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in changes.items()}
     return [f"--config.{k}={v}" for k, v in values.items()]
 
