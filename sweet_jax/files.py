@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sweet_jax.config import UserError
+from sweet_jax.directories import mend_directories
 
 RUN_ROWS = "rows"  # folder of a run directory: rows that were in memory, kept before it begins
 
@@ -143,6 +144,7 @@ def claim_run_directory(
         ) from error
     with lock_directory(workdir):
         _check_identity(workdir, identity, free, defaults)
+        mend_directories(workdir)
         for path in workdir.rglob(".*.part*"):  # of `atomic_write`, in a process that was killed
             if path.is_file():
                 path.unlink(missing_ok=True)
