@@ -109,7 +109,7 @@ def _file_of(data: Any, name: str, columns: Sequence[str], workdir: Path) -> str
     try:
         if path.exists():
             with pa.memory_map(str(path)) as source:
-                if pa.ipc.open_file(source).read_all().to_pydict() == table.to_pydict():
+                if _same_rows(pa.ipc.open_file(source).read_all(), table):
                     return str(path)
             raise UserError(
                 f"workdir {str(workdir)!r} belongs to a run on other rows: choose another workdir, "
@@ -122,6 +122,17 @@ def _file_of(data: Any, name: str, columns: Sequence[str], workdir: Path) -> str
             f"workdir {str(workdir)!r} cannot be used ({error}): choose another"
         ) from error
     return str(path)
+
+
+def _same_rows(one: pa.Table, other: pa.Table) -> bool:
+    """Returns whether two tables have the same columns and values, of whichever types of Arrow."""
+    ours, theirs = one.to_pydict(), other.to_pydict()
+    return ours.keys() == theirs.keys() and all(
+        len(values) == len(theirs[name])
+        # A missing number, NaN, equals no other.
+        and all(a == b or repr(a) == repr(b) for a, b in zip(values, theirs[name], strict=True))
+        for name, values in ours.items()
+    )
 
 
 def _table_of(data: Any) -> pa.Table:

@@ -17,6 +17,7 @@ from sweet_jax.config import UserError, from_mapping
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.pipeline import run
 from sweet_jax.recipe import OWN_DATA
+from sweet_jax.runs import run_config
 from sweet_jax.training.loop import termination_event
 
 pytestmark = pytest.mark.usefixtures("one_device_in_module")
@@ -114,6 +115,18 @@ def test_other_rows_are_refused_in_the_same_workdir(trained, table, quick):
         sweet_jax.train(
             table.iloc[:-1], text="text", label="label", workdir=trained.directory, **quick
         )
+
+
+@pytest.mark.parametrize("kind", [dict, pd.DataFrame, pa.table])
+def test_rows_without_some_values_are_the_same_rows_again(kind, tmp_path):
+    missing = float("nan")
+    rows = kind({"text": ["a", None], "label": [1.0, missing], "more": [[missing], []]})
+    asked = {"text": "", "label": "label", "validation": None, "values": {}}
+    config = run_config(rows, tmp_path, **asked)
+    assert run_config(rows, tmp_path, **asked) == config
+    others = kind({"text": ["a", None], "label": [1.0, 2.0], "more": [[missing], []]})
+    with pytest.raises(UserError, match="belongs to a run on other rows"):
+        run_config(others, tmp_path, **asked)
 
 
 @pytest.mark.parametrize(
