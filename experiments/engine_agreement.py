@@ -22,6 +22,7 @@ Shape letters: E exit, N texts, C classes.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, open_model
 from sweet_jax.inference.engine import load_engine
 from sweet_jax.preparation import prepare
-from sweet_jax.quantize import quantized_outputs, read_run_config
+from sweet_jax.quantize import quantized_outputs
+from sweet_jax.saved_config import read_saved_config
 
 TEXTS, TOLERANCE, LOSS = 2000, 1e-4, 0.005
 COSTS = (0.25, 0.5, 0.75)
@@ -128,8 +130,8 @@ def examine(folder: Path, data_dir: str | None, draws: int) -> dict[str, Any]:
     """Returns what is compared of one run. Raises UserError for a run without int8.json."""
     if not (folder / "model" / INT8_FILE).exists():
         raise UserError(f"{str(folder)!r} has no {INT8_FILE}: run sweet-jax quantize first")
-    config, _ = read_run_config(folder, data_dir)
-    job = prepare(config)
+    config, _ = read_saved_config(folder)
+    job = prepare(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
     shown = [text[0] if len(text) == 1 else text for text in job.dataset.validation.texts]
     others = [text[0] if len(text) == 1 else text for text in job.texts]
     texts = [*shown, *others][:TEXTS]

@@ -88,7 +88,7 @@ def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
         strata = job.objective.column.strata(job.train.labels)
         try:
             split = [
-                split_tuning_rows(strata, own, config.tuning_fraction, seed)
+                split_tuning_rows(strata, own, config.tuning_fraction, seed, job.train.labels)
                 for (seed, _), own in zip(config.replicas(), rows.training, strict=True)
             ]
         except UserError:

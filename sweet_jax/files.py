@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sweet_jax.config import UserError
+from sweet_jax.directories import mend_directories
 
 RUN_ROWS = "rows"  # folder of a run directory: rows that were in memory, kept before it begins
 
@@ -99,6 +101,15 @@ def read_json(path: Path) -> Any:
         raise ValueError("its JSON is nested too deeply") from error
 
 
+def replace_nonfinite(value: Any) -> Any:
+    """Returns nested dicts and lists with None for numbers that are not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: replace_nonfinite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_nonfinite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes strict JSON atomically; raises ValueError for NaN or infinity."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
@@ -133,6 +144,7 @@ def claim_run_directory(
         ) from error
     with lock_directory(workdir):
         _check_identity(workdir, identity, free, defaults)
+        mend_directories(workdir)
         for path in workdir.rglob(".*.part*"):  # of `atomic_write`, in a process that was killed
             if path.is_file():
                 path.unlink(missing_ok=True)

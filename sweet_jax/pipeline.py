@@ -4,7 +4,6 @@ Shape letters: R replica, E exit, N examples.
 """
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.run_description import log_description
 from sweet_jax.run_outputs import Outcome, exit_outputs, write_run
+from sweet_jax.saved_config import config_values
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
@@ -74,7 +74,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     with raise_on_all():
         check_tracker(config.log_to)
         job = prepare(config)
-    identity, before = _identity(job), _older_defaults(config)
+    identity, before = config_values(job.config, job.digest), _older_defaults(config)
     with claim_on_primary(
         workdir, identity, lambda: claim_run_directory(workdir, identity, FREE_KEYS, before)
     ):
@@ -98,12 +98,6 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
             if report:
                 track_results(config.log_to, workdir, results)
             return results
-
-
-def _identity(job: PreparedRun) -> dict[str, Any]:
-    """Returns what config.json holds: JSON has no infinity, which clip_norm may be."""
-    values = dataclasses.asdict(job.config) | {"data_sha256": job.digest}
-    return {k: str(v) if v == math.inf else v for k, v in values.items()}
 
 
 def _older_defaults(config: Config) -> dict[str, Any]:

@@ -241,14 +241,17 @@ def _draw_rows(config: Config, dataset: Dataset) -> RunRows:
     """
     labels, texts, strata = dataset.train.labels, dataset.train.texts, dataset.strata
     seeds = [seed for seed, _ in config.replicas()]
-    split = [split_calibration_rows(strata, config, seed) for seed in seeds]
-    before = len(split[0][0])
-    training, calibration = zip(*drop_duplicates(texts, split), strict=True)
-    if repeats := before - len(training[0]):
-        log.info("%d training rows repeat a calibration text: left out", repeats)
+    split = [split_calibration_rows(strata, config, seed, labels) for seed in seeds]
+    split, repeats = drop_duplicates(texts, split, strata, seeds)
+    training, calibration = zip(*split, strict=True)
+    if repeats:
+        said = "%d training rows repeat a calibration text: left out"
+        if len(set(seeds)) > 1:
+            said = "up to %d training rows repeat a calibration text: each seed leaves out as many"
+        log.info(said, repeats)
     tuning = [np.empty(0, int)] * len(seeds)
     if config.tunes:
-        training, tuning = _hold_out_tuning_rows(config, strata, texts, training)
+        training, tuning = _hold_out_tuning_rows(config, dataset, training)
     for seed, rows in zip(seeds, training, strict=True):
         present = dataset.objective.column.present
         unseen = np.setdiff1d(present(dataset.validation.labels), present(labels[rows]))
@@ -265,17 +268,16 @@ def _draw_rows(config: Config, dataset: Dataset) -> RunRows:
 
 
 def _hold_out_tuning_rows(
-    config: Config,
-    strata: np.ndarray,
-    texts: Sequence[tuple[str, ...]],
-    training: Sequence[np.ndarray],
+    config: Config, dataset: Dataset, training: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Splits each replica's training rows into training rows and equally many tuning rows."""
+    strata, targets = dataset.strata, dataset.train.labels
+    seeds = [seed for seed, _ in config.replicas()]
     split = [
-        split_tuning_rows(strata, own, config.tuning_fraction, seed)
-        for (seed, _), own in zip(config.replicas(), training, strict=True)
+        split_tuning_rows(strata, own, config.tuning_fraction, seed, targets)
+        for seed, own in zip(seeds, training, strict=True)
     ]
-    split = drop_duplicates(texts, split)
+    split, _ = drop_duplicates(dataset.train.texts, split, strata, seeds)
     size = min(len(tuning) for _, tuning in split)
     return [own for own, _ in split], [tuning[:size] for _, tuning in split]
 

@@ -33,14 +33,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import UserError
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.operating_point import deployable_policies, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.files import write_json
+from sweet_jax.files import replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, INT8_VERSION, ModelArtifact, open_model
 from sweet_jax.inference.engine import Engine, load_engine
+from sweet_jax.saved_config import read_saved_config
 
 _LOSS = 0.005  # of an exit's metric, above which layers stay in float32
 # Rounding turns predictions of uncertain rows both ways. A loss that this probability leaves to
@@ -66,7 +67,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> None:
     folder = Path(options.run)
-    config, digest = read_run_config(folder, options.data_dir)
+    config, digest = read_saved_config(folder)
+    if options.data_dir:
+        config = dataclasses.replace(config, data_dir=options.data_dir)
     model = open_model(folder / "model")
     engine = functools.partial(load_engine, "onnxruntime", model, "int8")
     asked = _read_layers(options.float32_layers, model.layers[-1])
@@ -102,7 +105,7 @@ def _run(options: argparse.Namespace) -> None:
     before = saved["validation"].replica(replica)
     paired = compare_exits(before, quantized_outputs(model, chosen, shown, before))
     values = {"version": INT8_VERSION, "dials": resolver.as_dict(), "float32_layers": layers}
-    write_json(model.folder / INT8_FILE, values | paired)
+    write_json(model.folder / INT8_FILE, replace_nonfinite(values | paired))
     _print_table(before, paired)
     print(f"written to {model.folder / INT8_FILE}")
 
@@ -126,19 +129,6 @@ def _read_layers(given: str | None, last: int) -> list[int] | None:
 
 def _read_outputs(folder: Path, split: str) -> ExitOutputs:
     return ExitOutputs.load(folder / "exit_outputs" / f"{split}.npz")
-
-
-def read_run_config(folder: Path, data_dir: str | None) -> tuple[Config, str]:
-    """Returns a run's config and the digest of its data. Raises UserError where there is none."""
-    try:
-        values = json.loads((folder / "config.json").read_text())
-        digest = values.pop("data_sha256")
-        values["clip_norm"] = math.inf if values["clip_norm"] == "inf" else values["clip_norm"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{str(folder)!r} is not the directory of a run ({error!r})") from error
-    if not (folder / "results.json").exists():
-        raise UserError(f"{str(folder)!r} is not finished: run its command again, in its workdir")
-    return from_mapping(values | ({"data_dir": data_dir} if data_dir else {})), digest
 
 
 def quantized_outputs(

@@ -32,7 +32,7 @@ from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns
-from sweet_jax.files import expand_user, read_json, write_json
+from sweet_jax.files import expand_user, read_json, replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
 from sweet_jax.inference.audit_log import read_audit_log
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> None:
     changes = describe_changes(model, found)
     files = {
         "exits.json": updated_exits(read_json(model.folder / "exits.json"), found),
-        "recalibration.json": changes,
+        "recalibration.json": replace_nonfinite(changes),
     }
     _write_copy(model.folder, output, files)
     for line in change_lines(changes):

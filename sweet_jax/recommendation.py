@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.analysis import Analysis, load_analysis
@@ -29,6 +29,7 @@ from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.report.console import fitted_rows
 from sweet_jax.report.shortfalls import describe_effects, worst_shortfalls
 from sweet_jax.report.verdict import describe_spread
+from sweet_jax.saved_config import read_saved_config
 
 log = logging.getLogger(__name__)
 
@@ -114,13 +115,12 @@ def padded_token_counts(model: ModelArtifact, texts: Sequence[tuple[str, ...]]) 
 
 def _validation_lengths(run: Path, model: ModelArtifact) -> np.ndarray | None:
     """Returns `padded_token_counts` of the validation texts; None where they cannot be read."""
-    values = read_json(run / "config.json")
-    config = from_mapping({k: v for k, v in values.items() if k in Config.__dataclass_fields__})
+    config, digest = read_saved_config(run, any_version=True)
     try:
         dataset = load_dataset(config)
     except UserError:
         return None
-    if dataset.digest() != values.get("data_sha256"):
+    if dataset.digest() != digest:
         return None
     return padded_token_counts(model, dataset.validation.texts)
 

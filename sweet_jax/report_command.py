@@ -18,18 +18,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import longer_than
 from sweet_jax.data.load import load_dataset
 from sweet_jax.exits.analysis import load_analysis
 from sweet_jax.exits.targets import check_targets
 from sweet_jax.files import expand_user, read_json
 from sweet_jax.inference.artifact import ModelArtifact, open_model
-from sweet_jax.inference.latency_table import LatencyTable, read_tables
+from sweet_jax.inference.engine_choice import tables_of_this_machine, typical_milliseconds
+from sweet_jax.inference.latency_table import LatencyTable
 from sweet_jax.recommendation import padded_token_counts
 from sweet_jax.report.baselines import load_baselines
 from sweet_jax.report.details import ExitTimes, ReportDetails, describe_split, report_title
 from sweet_jax.report.page import write_report
+from sweet_jax.saved_config import read_saved_config
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ _TARGETS = {
     "accuracy": "smallest metric on calibration rows",
     "error": "largest error on calibration rows, where the run's metric is one",
     "milliseconds": "largest mean time of one text by itself, in the model alone, by the times "
-    "that predict --measure or train FILE kept",
+    "that predict --measure or train FILE kept on this machine",
 }
 
 
@@ -82,11 +84,10 @@ def render_report(run: Path, target: Mapping[str, float], *, picture: bool = Fal
     from sweet_jax.training.metrics import read_metrics
 
     analysis = load_analysis(run)
+    config, digest = read_saved_config(run, any_version=True)
     try:
-        results, values = (read_json(run / name) for name in ("results.json", "config.json"))
-        digest = values.pop("data_sha256", "")
-        config = from_mapping({k: v for k, v in values.items() if k in Config.__dataclass_fields__})
-    except (OSError, ValueError, AttributeError) as error:
+        results = read_json(run / "results.json")
+    except (OSError, ValueError) as error:
         raise UserError(f"{str(run)!r} is not a finished run: {error}") from error
     details = _read_details(run, config, digest, target)
     trained = {model.name: model.exits for model in model_specs(config)}
@@ -108,14 +109,14 @@ def _read_details(
     """
     model, baselines = open_model(run / "model"), run / "exit_outputs" / "baselines.npz"
     times, texts = None, _read_texts(config, digest)
-    tables = [table for table in read_tables(model.folder) if table.precision == "float32"]
+    tables = tables_of_this_machine(model, "float32").values()
     if tables:  # of the faster engine
-        table = min(tables, key=lambda table: table.until_exit(model.median_tokens)[-1])
+        table = min(tables, key=lambda table: typical_milliseconds(table, model))
         times = _exit_times(model, table, texts)
     elif "milliseconds" in target:
         raise UserError(
-            f"--milliseconds needs times: sweet-jax predict --model={model.folder} --measure "
-            "finds them"
+            f"--milliseconds needs times of this machine: sweet-jax predict --model={model.folder} "
+            "--measure finds them"
         )
     return ReportDetails(
         title=report_title(config),

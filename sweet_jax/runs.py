@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
@@ -108,7 +109,7 @@ def _file_of(data: Any, name: str, columns: Sequence[str], workdir: Path) -> str
     try:
         if path.exists():
             with pa.memory_map(str(path)) as source:
-                if pa.ipc.open_file(source).read_all().to_pydict() == table.to_pydict():
+                if _same_rows(pa.ipc.open_file(source).read_all(), table):
                     return str(path)
             raise UserError(
                 f"workdir {str(workdir)!r} belongs to a run on other rows: choose another workdir, "
@@ -121,6 +122,17 @@ def _file_of(data: Any, name: str, columns: Sequence[str], workdir: Path) -> str
             f"workdir {str(workdir)!r} cannot be used ({error}): choose another"
         ) from error
     return str(path)
+
+
+def _same_rows(one: pa.Table, other: pa.Table) -> bool:
+    """Returns whether two tables have the same columns and values, of whichever types of Arrow."""
+    ours, theirs = one.to_pydict(), other.to_pydict()
+    return ours.keys() == theirs.keys() and all(
+        len(values) == len(theirs[name])
+        # A missing number, NaN, equals no other.
+        and all(a == b or repr(a) == repr(b) for a, b in zip(values, theirs[name], strict=True))
+        for name, values in ours.items()
+    )
 
 
 def _table_of(data: Any) -> pa.Table:
@@ -208,7 +220,7 @@ class Run:
         """A row for each exit of the saved replica, then one for each baseline.
 
         Columns: exit (a layer, none of a baseline), baseline (its name), cost, the metric by its
-        name, low and high (its 95% interval over rows), n.
+        name, low and high (its 95% interval over rows), n. NaN where an exit diverged.
         """
         import pandas as pd
 
@@ -221,9 +233,9 @@ class Run:
                 "exit": pd.array([layer for layer, _, _ in rows], dtype="Int64"),
                 "baseline": [name for _, name, _ in rows],
                 "cost": [row["cost"] for *_, row in rows],
-                metric: [row["score"] for *_, row in rows],
-                "low": [row["interval"][0] for *_, row in rows],
-                "high": [row["interval"][1] for *_, row in rows],
+                metric: np.asarray([row["score"] for *_, row in rows], np.float64),
+                "low": np.asarray([row["interval"][0] for *_, row in rows], np.float64),
+                "high": np.asarray([row["interval"][1] for *_, row in rows], np.float64),
                 "n": [row["n"] for *_, row in rows],
             }
         )

@@ -113,11 +113,32 @@ def test_no_trained_text_is_a_calibration_text():
     texts = [(word,) for word in ["a", "b", "a", "c", "d", "e", "d", "b"]]
     first = np.array([0, 1, 3, 5]), np.array([2, 4])  # row 0 repeats row 2
     second = np.array([1, 2, 3, 4]), np.array([5])
-    (trained, held), (other, same) = drop_duplicates(texts, [first, second])
+    strata = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    pairs, lost = drop_duplicates(texts, [first, second], strata, [0, 1])
+    (trained, held), (other, same) = pairs
     assert (trained.tolist(), held.tolist()) == ([1, 3, 5], [2, 4])
-    assert (other.tolist(), same.tolist()) == ([1, 2, 3], [5])  # as many, for one program
-    (alone,) = drop_duplicates(texts, [second])
-    assert alone[0].tolist() == [1, 2, 3, 4]
+    assert (len(other), same.tolist(), lost) == (3, [5], 1)  # as many, for one program
+    assert set(other) < {1, 2, 3, 4}
+    assert 4 in other  # the only row of its class
+    (alone,), lost = drop_duplicates(texts, [second], strata, [1])
+    assert (alone[0].tolist(), lost) == ([1, 2, 3, 4], 0)
+
+
+def test_seeds_with_fewer_repeats_lose_other_rows_of_every_class_in_proportion():
+    """The rows are sorted by class: the last ones would be a whole class."""
+    classes = np.repeat([0, 1, 2], [60, 30, 10])
+    texts = [("thanks" if row < 12 else f"text {row}",) for row in range(100)]
+    everything = np.arange(100)
+    rows = [(np.setdiff1d(everything, held), np.array(held)) for held in ([0, 70], [50, 71])]
+    (bare, thinned), lost = drop_duplicates(texts, rows, classes, [0, 1])
+    assert lost == 11
+    assert bare[0].tolist() == [*range(12, 70), *range(71, 100)]
+    counts = np.bincount(classes[thinned[0]])
+    assert counts.tolist() == [59 - 7, 29 - 3, 10 - 1]
+    (_, again), _ = drop_duplicates(texts, rows, classes, [0, 1])
+    np.testing.assert_array_equal(thinned[0], again[0])
+    (_, other), _ = drop_duplicates(texts, rows, classes, [0, 2])
+    assert thinned[0].tolist() != other[0].tolist()
 
 
 def test_the_second_text_of_a_pair_has_token_type_1(tokenizer):

@@ -1,14 +1,17 @@
 """What a config may say, what it stands for, and how the command line reads into one."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.files import write_json
 from sweet_jax.main import parse
 from sweet_jax.methods import METHODS, loss_weights
 from sweet_jax.presets import PRESETS
+from sweet_jax.saved_config import config_values, read_saved_config
 
 
 @pytest.fixture
@@ -159,6 +162,24 @@ def test_an_impossible_value_is_named_with_its_fix(values, words):
         from_mapping(values)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_saved_config_is_read_as_it_was_written(tmp_path):
+    config = Config(clip_norm=math.inf, task="inf", exits=(1, 3)).resolved()
+    values = config_values(config, "digest")
+    write_json(tmp_path / "config.json", values)
+    with pytest.raises(UserError, match="is not finished: run its command again"):
+        read_saved_config(tmp_path)
+    write_json(tmp_path / "results.json", {})
+    assert read_saved_config(tmp_path) == (config, "digest")
+    write_json(tmp_path / "config.json", values | {"of_another_version": 1})
+    assert read_saved_config(tmp_path, any_version=True) == (config, "digest")
+    with pytest.raises(UserError, match="unknown config key 'of_another_version'"):
+        read_saved_config(tmp_path)
+    for damage in ("[]", "{", "{}"):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(UserError, match=r"^the run is not the directory of a run "):
+            read_saved_config(tmp_path, "the run")
 
 
 def test_single_values_lists_and_whole_numbers_are_taken_for_what_they_mean():

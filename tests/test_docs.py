@@ -183,7 +183,8 @@ def test_the_reference_page_describes_every_key():
 LEVELS = [
     {
         *("errors", "config", "config_checks", "config_keys", "methods", "presets"),
-        *("recipe", "files", "storage_errors", "distributed", "compilation_cache"),
+        *("recipe", "files", "directories", "saved_config"),
+        *("storage_errors", "distributed", "compilation_cache"),
     },
     {"data", "exits", "objectives"},
     {"models", "arguments"},

@@ -5,8 +5,10 @@ import json
 import os
 import random
 import resource
+import shutil
 import time
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
 from sweet_jax import distributed
 from sweet_jax.config import Config
+from sweet_jax.directories import copy_additions, replace_directory
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.main import main
 from sweet_jax.storage_errors import storage_failure
@@ -78,6 +81,55 @@ def test_parts_of_files_that_a_killed_run_left_are_removed(tmp_path):
         pass
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {".lock", "config.json", "curve.png"}
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_a_directory_is_replaced_whole_whenever_the_process_is_killed(
+    tmp_path, monkeypatch, killed_at
+):
+    """Killed before the first rename, the second, or before the old directory is removed."""
+    for name in ("model", ".model.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    steps = []
+
+    def until_killed(step):
+        def do(*arguments, **options):
+            steps.append(step)
+            if len(steps) == killed_at:
+                raise KeyboardInterrupt
+            return step(*arguments, **options)
+
+        return do
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", until_killed(Path.rename))
+        patch.setattr(shutil, "rmtree", until_killed(shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            replace_directory(tmp_path / ".model.part", tmp_path / "model")
+    write_json(tmp_path / "config.json", {})
+    with claim_run_directory(tmp_path, {}, (), {}):
+        pass
+    wanted = "model" if killed_at < 3 else ".model.part"
+    assert (tmp_path / "model" / "weights").read_text() == wanted
+    assert not list(tmp_path.glob("*.replaced"))
+
+
+def test_what_was_added_to_a_directory_is_kept_beside_the_same_files(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, about in ((old, "1"), (new, "2")):
+        (folder / "depth_01").mkdir(parents=True)
+        for place in (folder, folder / "depth_01"):
+            (place / "weights").write_text("same")
+        (folder / "about").write_text(about)
+    (old / "depth_01" / "times").write_text("mine")
+    copy_additions(old, new, ignored=("about",))
+    assert (new / "about").read_text() == "2"
+    assert (new / "depth_01" / "times").read_text() == "mine"
+    (old / "more").write_text("of other weights")
+    (new / "weights").write_text("else")
+    copy_additions(old, new, ignored=("about",))
+    assert not (new / "more").exists()
 
 
 def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):

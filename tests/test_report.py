@@ -11,18 +11,21 @@ import sys
 import numpy as np
 import pytest
 
-from sweet_jax import ExitOutputs
+from sweet_jax import ExitOutputs, Run
 from sweet_jax import simulate as simulate_curve
-from sweet_jax.config import from_mapping
-from sweet_jax.exits.analysis import analyse, scores_at_costs
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.exits.analysis import Analysis, analyse, scores_at_costs
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.policies import POLICIES
+from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.exits.thresholds import format_threshold
+from sweet_jax.files import write_json
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.comparison import write_comparison
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.details import ExitTimes, ReportDetails
-from sweet_jax.report.figures import write_figures
+from sweet_jax.report.figures import exits_figure, write_figures
+from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
 from sweet_jax.simulate import main as simulate_command
@@ -499,6 +502,80 @@ def test_a_replica_that_diverged_from_the_first_exit_on_leaves_the_others_their_
     assert results["mean"]["learning_rate"] == 1e-4
     assert None not in results["mean"]["at_cost"].values()
     json.dumps(results, allow_nan=False)
+
+
+def numbers_that_diverged(places: tuple) -> Analysis:
+    """A regression of two seeds and three exits, whose outputs are not finite at [R, E] places."""
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=60)
+    logits = targets + rng.normal(size=(2, 3, 60)) * np.asarray([1, 0.7, 0.3])[:, None]
+    logits[places] = np.nan
+    seeds = ((0, 1e-4), (1, 1e-4))
+    about = RunIdentity(objective="regression", policy="stability", replicas=seeds)
+    rows = ExitOutputs(logits[..., None], targets, [1, 2, 4], identity=about)
+    return analyse(rows, rows)
+
+
+DIVERGED = {
+    "a replica": (1, slice(None)),
+    "all": (slice(None), slice(None)),
+    "the first exit": (0, 0),
+    "the first exit of both": (slice(None), 0),
+    "the last of both": (slice(None), 2),
+}
+
+
+@pytest.mark.parametrize("places", DIVERGED.values(), ids=DIVERGED)
+def test_numbers_that_diverged_are_null_and_everything_is_written(places, tmp_path):
+    analysis = numbers_that_diverged(places)
+    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
+    constant = Baseline("constant", np.zeros((1, 60), np.float32), 0.0)
+    training = TrainingRecord(900, baselines=[constant])
+    results = build_results(config.resolved(), analysis, training)
+    lost = np.zeros((2, 3), bool)
+    lost[places] = True
+    for replica, own in zip(results["replicas"], lost, strict=True):
+        assert [row["score"] is None for row in replica["individual"]] == own.tolist()
+        assert (replica["calibration_area"] is None) == own.any()
+        assert (replica["full_score"] is None) == own[2]
+    write_json(tmp_path / "results.json", results)
+    details = ReportDetails(baselines=[constant], target={"cost": 0.5})
+    write_report(tmp_path / "report.html", analysis, results, [], {}, details)
+    page = (tmp_path / "report.html").read_text()
+    words = "Training diverged: there is no operating point to recommend."
+    assert (words in page) == lost.any(axis=1).all()
+    for name in ("data", "charts"):
+        (found,) = re.findall(f'id="{name}" type="application/json">(.*?)</script>', page)
+        json.loads(found, parse_constant=pytest.fail)
+    write_comparison(tmp_path / "compare.html", [("run", analysis)])
+    assert "NaN" not in (tmp_path / "compare.html").read_text()
+    exits_figure(results)
+    about = {"model_type": "bert", "classes": ["n"], "text_columns": ["text"], "max_length": 32}
+    for text in (exit_table(results), model_card(results, **about)):
+        assert ("\N{EN DASH}" in text) == lost[results["best_replica"]].any()
+    table = Run.load(tmp_path).results["neg_mean_absolute_error"]
+    assert table[:3].isna().tolist() == lost[results["best_replica"]].tolist()
+    kept = json.dumps(analysis.resolver(0).as_dict(), allow_nan=False)
+    resolver = ThresholdResolver.from_dict(json.loads(kept))
+    clock = np.arange(1.0, 4)
+    for target in ({}, {"cost": 1.0}, {"error": 5.0}, {"milliseconds": 3.0}):
+        if not lost[0, 2]:
+            assert np.isfinite(resolver.threshold("stability", clock=clock, **target)[0])
+            continue
+        with pytest.raises(UserError, match="infeasible: the training of this model diverged"):
+            resolver.threshold("stability", clock=clock, **target)
+
+
+def test_the_page_of_a_regression_that_diverged_works(tmp_path, browser):
+    analysis = numbers_that_diverged(DIVERGED["all"])
+    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
+    results = build_results(config.resolved(), analysis, TrainingRecord(900))
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    browser.get_log("browser")
+    browser.get((tmp_path / "report.html").as_uri())
+    assert browser.find_element("id", "at-score").text == "\N{EN DASH}"
+    assert ask_page(browser, "cost", 0.5) == "infeasible: its training diverged"
+    assert browser.get_log("browser") == []
 
 
 def test_costs_beyond_the_grid_are_not_invented():

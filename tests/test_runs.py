@@ -2,6 +2,8 @@
 
 import csv
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import numpy as np
@@ -15,6 +17,8 @@ from sweet_jax.config import UserError, from_mapping
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.pipeline import run
 from sweet_jax.recipe import OWN_DATA
+from sweet_jax.runs import run_config
+from sweet_jax.training.loop import termination_event
 
 pytestmark = pytest.mark.usefixtures("one_device_in_module")
 
@@ -91,6 +95,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_table_is_the_same_run(trained, table, quick, kind):
     before = (trained.directory / "results.json").stat().st_mtime_ns
+    added = trained.directory / "model" / "added.json"
+    added.write_text("{}")
     again = sweet_jax.train(
         KINDS[kind](table[["text", "label"]]),
         text="text",
@@ -101,6 +107,7 @@ def test_every_kind_of_table_is_the_same_run(trained, table, quick, kind):
     assert json.dumps(again.record["replicas"]) == json.dumps(trained.record["replicas"])
     assert before  # resumed in the same directory: another kind of table is no other data
     assert len(list((trained.directory / "rows").iterdir())) == 1
+    added.unlink()  # what the run had not written stays beside the same weights
 
 
 def test_other_rows_are_refused_in_the_same_workdir(trained, table, quick):
@@ -108,6 +115,18 @@ def test_other_rows_are_refused_in_the_same_workdir(trained, table, quick):
         sweet_jax.train(
             table.iloc[:-1], text="text", label="label", workdir=trained.directory, **quick
         )
+
+
+@pytest.mark.parametrize("kind", [dict, pd.DataFrame, pa.table])
+def test_rows_without_some_values_are_the_same_rows_again(kind, tmp_path):
+    missing = float("nan")
+    rows = kind({"text": ["a", None], "label": [1.0, missing], "more": [[missing], []]})
+    asked = {"text": "", "label": "label", "validation": None, "values": {}}
+    config = run_config(rows, tmp_path, **asked)
+    assert run_config(rows, tmp_path, **asked) == config
+    others = kind({"text": ["a", None], "label": [1.0, 2.0], "more": [[missing], []]})
+    with pytest.raises(UserError, match="belongs to a run on other rows"):
+        run_config(others, tmp_path, **asked)
 
 
 @pytest.mark.parametrize(
@@ -127,3 +146,19 @@ def test_data_that_is_no_table_is_refused(tmp_path, data, message):
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a finished run"):
         Run.load(tmp_path)
+
+
+def test_only_the_main_thread_waits_for_sigterm():
+    """A server or a notebook may train in a thread of its own, which handles no signals."""
+    before = signal.getsignal(signal.SIGTERM)
+    with termination_event() as event:
+        signal.raise_signal(signal.SIGTERM)
+        assert event.is_set()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+    def wait() -> bool:
+        with termination_event() as event:
+            return event.is_set()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(wait).result()

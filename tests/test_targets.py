@@ -11,10 +11,11 @@ from test_export import load_runner
 from tiny import WORDS, fine_tune
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, cli
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.padding import pad_rows
+from sweet_jax.data.splits import split_calibration_rows, split_tuning_rows
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.all_exits import compute_all_exits
@@ -95,6 +96,28 @@ def test_numbers_are_standardised_for_training_alone(options, tmp_path):
     tenths = dict(zip(numbers.astype(np.float32), quantile_strata(numbers), strict=True))
     assert np.bincount(list(tenths.values())).min() >= 3
     assert len({tenths[number] for number in job.dataset.validation.labels}) == 8
+
+
+def test_rows_of_numbers_that_are_mostly_the_smallest_are_split(options, tmp_path):
+    numbers = np.where(np.arange(40) % 13 == 5, np.arange(40.0), 0)  # three are not zero
+    assert quantile_strata(numbers).tolist() == (numbers > 0).tolist()
+    pd.DataFrame({"text": TEXTS, "label": numbers}).to_csv(tmp_path / "rows.csv", index=False)
+    changes = {"data_files": str(tmp_path / "rows.csv"), "objective": "regression"}
+    job = prepare(from_mapping(options | changes | {"head_init": "probe"}))
+    for rows in (job.rows.training, job.rows.calibration, job.rows.tuning):
+        assert rows.size
+    assert len(np.unique(job.labels[job.rows.training])) > 1
+
+
+def test_targets_and_not_strata_decide_whether_there_is_something_to_learn():
+    config = Config(objective="regression", confidence="stability", train_size=20).resolved()
+    strata, numbers = np.zeros(40, int), np.linspace(0, 1, 40, dtype=np.float32)
+    split_calibration_rows(strata, config, 0, numbers)
+    split_tuning_rows(strata, np.arange(20), 0.1, 0, numbers)
+    with pytest.raises(UserError, match=r"the 20 training rows drawn all have the number 0\.5: "):
+        split_calibration_rows(strata, config, 0, np.full(40, 0.5, np.float32))
+    with pytest.raises(UserError, match="the 20 training rows drawn all have the same labels"):
+        split_calibration_rows(strata, config, 0, np.ones((40, 2), bool))
 
 
 def test_the_loss_is_weighted_by_the_classes_of_the_training_rows(options):

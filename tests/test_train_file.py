@@ -1,12 +1,18 @@
 """sweet-jax train FILE: a run on labelled texts, and the operating point that it recommends."""
 
+import html
 import json
+import platform
 import re
 import shlex
+import shutil
 
+import numpy as np
 import pytest
 
 from sweet_jax import cli
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.main import parse, parse_budget
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.recommendation import recommend
@@ -28,6 +34,7 @@ def keys(tiny_run) -> list[str]:
     taken = ("checkpoint", "exits", "learning_rates", "max_length", "batch_size", "pooling")
     changes = {k: tiny_run[k] for k in taken} | {"epochs": 1, "head_init": "random"}
     changes |= {"head_refit": False, "baselines": "none", "evaluation_batch_size": 16}
+    changes["clip_norm"] = "inf"  # which config.json cannot hold as a number
     values = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in changes.items()}
     return [f"--config.{k}={v}" for k, v in values.items()]
 
@@ -82,6 +89,29 @@ def test_the_report_has_the_times_and_is_written_anew_for_a_target(trained, caps
     assert "<h1>rows.csv " in page
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith(f"first screen: {folder / 'report.png'}\n")
+
+
+def test_the_report_has_the_times_of_the_engine_that_is_recommended(trained, tmp_path):
+    """The faster one on both lengths together, of those that were measured on this machine."""
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    model = open_model(run / "model")
+    lengths = (model.median_tokens, model.long_tokens)
+    assert lengths[0] < lengths[1]
+
+    def table(engine: str, host: str, *milliseconds: float) -> LatencyTable:
+        stages = np.repeat([milliseconds], len(model.layers), axis=0).T[None]
+        return LatencyTable(engine, "float32", 1, f"{host}, {engine}", (1,), lengths, stages)
+
+    here = platform.node()
+    tables = [table("jax", here, 2, 20), table("onnxruntime", here, 3, 5)]
+    (run / "model" / "clock.json").unlink()
+    write_tables(model.folder, [*tables, table("onnxruntime", f"other-{here}", 0.1, 0.2)])
+    assert cli.main(["report", str(run)]) == 0
+    page = html.unescape((run / "report.html").read_text())
+    assert f"measured on {here}, onnxruntime: tokenizing" in page
+    (run / "model" / "clock.json").unlink()
+    write_tables(model.folder, [table("jax", f"other-{here}", 0.1, 0.2)])
+    assert cli.main(["report", str(run), "--milliseconds=1"]) == 2
 
 
 @pytest.mark.parametrize(

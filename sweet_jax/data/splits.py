@@ -66,30 +66,33 @@ def split_off_validation(
     strata: the classes int [N] of the rows, or what stands for them.
     """
     kept, held = stratified_split(strata, fraction, np.random.default_rng(seed))
-    distinct = _without_texts(rows, kept, held)
+    distinct = _without_texts(rows.texts, kept, held)
     lost = np.setdiff1d(strata[kept], strata[distinct])
     if len(lost):
         held = held[~np.isin(strata[held], lost)]
-        distinct = _without_texts(rows, np.setdiff1d(np.arange(len(rows.labels)), held), held)
+        kept = np.setdiff1d(np.arange(len(rows.labels)), held)
+        distinct = _without_texts(rows.texts, kept, held)
     return [select_rows(rows, distinct), select_rows(rows, held)]
 
 
-def _without_texts(rows: Split, kept: np.ndarray, held: np.ndarray) -> np.ndarray:
+def _without_texts(
+    texts: Sequence[tuple[str, ...]], kept: np.ndarray, held: np.ndarray
+) -> np.ndarray:
     """Returns those of the kept rows whose texts are not held out."""
-    texts = {rows.texts[i] for i in held}
-    return np.asarray([i for i in kept if rows.texts[i] not in texts], int)
+    known = {texts[i] for i in held}
+    return np.asarray([i for i in kept if texts[i] not in known], int)
 
 
 def split_calibration_rows(
-    labels: np.ndarray, config: Config, seed: int
+    labels: np.ndarray, config: Config, seed: int, targets: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws the (training, calibration) rows of one seed, as ascending indices.
 
     They depend on the labels int [N], the sizes and the seed, never on the method, so that methods
     are compared on the same rows: a row of each class, as far as train_size allows, and others at
     random. There are no calibration rows unless `calibration` is "held_out". The labels are the
-    strata of an objective without classes.
-    Raises UserError if the rows are too few to hold some out.
+    strata of an objective without classes, whose targets [N, ...] are `targets`.
+    Raises UserError if the rows are too few to hold some out, or there is nothing to learn.
     """
     size = min(config.train_size, len(labels))
     rng = np.random.default_rng([zlib.crc32(b"subset"), seed])
@@ -103,10 +106,13 @@ def split_calibration_rows(
     if config.calibration != "held_out":
         return subset, np.empty(0, int)
     kept, held = stratified_split(labels[subset], config.calibration_fraction, rng)
-    if len(np.unique(labels[subset])) < 2:
+    drawn = (labels if targets is None else targets)[subset]
+    if _is_constant(drawn):
+        what = "are all of one class" if drawn.dtype.kind == "i" else "all have the same labels"
+        what = f"all have the number {drawn[0]:g}" if drawn.dtype.kind == "f" else what
         raise UserError(
-            f"the {size} training rows drawn are all of one class: raise train_size, or give "
-            "training rows of other classes"
+            f"the {size} training rows drawn {what}: raise train_size, or give training rows with "
+            "other labels"
         )
     if not len(held):
         raise UserError(
@@ -117,8 +123,16 @@ def split_calibration_rows(
     return subset[kept], subset[held]
 
 
+def _is_constant(targets: np.ndarray) -> bool:
+    return bool((targets == targets[:1]).all())
+
+
 def split_tuning_rows(
-    labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
+    labels: np.ndarray,
+    rows: np.ndarray,
+    fraction: float,
+    seed: int,
+    targets: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits training rows into (training rows, tuning rows), both ascending.
 
@@ -130,13 +144,14 @@ def split_tuning_rows(
       rows: the training rows, ascending.
       fraction: of `rows`, every class in proportion.
       seed: of the replica.
+      targets: of all rows [N, ...]; default the labels.
 
     Raises UserError if the rows are too few.
 
     """
     rng = np.random.default_rng([zlib.crc32(b"tuning"), seed])
     kept, held = stratified_split(labels[rows], fraction, rng)
-    if not len(held) or len(np.unique(labels[rows[kept]])) < 2:
+    if not len(held) or _is_constant((labels if targets is None else targets)[rows[kept]]):
         raise UserError(
             f"{len(rows)} training rows are too few to hold out a fraction of {fraction:g} for "
             "tuning: give more rows (or a larger train_size or tuning_fraction), or set epochs to "
@@ -146,21 +161,34 @@ def split_tuning_rows(
 
 
 def drop_duplicates(
-    texts: Sequence[tuple[str, ...]], rows: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    texts: Sequence[tuple[str, ...]],
+    rows: Sequence[tuple[np.ndarray, np.ndarray]],
+    strata: np.ndarray,
+    seeds: Sequence[int],
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """Removes training rows whose text is also a calibration text, which would be leaked.
+
+    All replicas lose as many as the one with the most such rows, the others of them at random,
+    every class in proportion: they stay equally many, for one program.
 
     Args:
       texts: of all rows.
-      rows: (training, calibration) rows of each replica.
+      rows: (training, calibration) rows of each replica, ascending.
+      strata: the classes int [N] of all rows, or what stands for them.
+      seeds: of the replicas.
 
     Returns:
-      The rows that are left. All replicas keep equally many training rows, their first.
+      (the rows that are left, how many training rows each replica lost).
 
     """
-    found = []
-    for trained, held in rows:
-        known = {texts[i] for i in held}
-        found.append((np.asarray([i for i in trained if texts[i] not in known], int), held))
-    size = min(len(trained) for trained, _ in found)
-    return [(trained[:size], held) for trained, held in found]
+    distinct = [_without_texts(texts, trained, held) for trained, held in rows]
+    repeats = [len(trained) - len(own) for (trained, _), own in zip(rows, distinct, strict=True)]
+    most, found = max(repeats), []
+    for own, count, seed in zip(distinct, repeats, seeds, strict=True):
+        if count < most and len(own):
+            rng = np.random.default_rng([zlib.crc32(b"repeats"), seed])
+            own = own[stratified_split(strata[own], (most - count) / len(own), rng)[0]]
+        found.append(own)
+    size = min(map(len, found))  # differs where most classes have one row
+    pairs = zip(found, rows, strict=True)
+    return [(own[:size], held) for own, (_, held) in pairs], most

@@ -29,6 +29,7 @@ from sweet_jax.exits.policies import (
 )
 from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.exits.simulation import simulate
+from sweet_jax.files import replace_nonfinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,12 @@ class OperatingPoint:
     certificate: Certificate | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what results.json and exits.json hold of a point that is not certified."""
+        """Returns what results.json and exits.json hold of a point that is not certified.
+
+        None stands for a metric that is not finite.
+        """
         both = {"calibration": self.calibration, "validation": self.validation}
-        pairs = {name: None if pair is None else list(pair) for name, pair in both.items()}
-        return {"threshold": self.threshold, **pairs}
+        return {"threshold": self.threshold, **replace_nonfinite(both)}
 
 
 def make_resolver(

@@ -96,7 +96,10 @@ class ParetoFront:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ParetoFront":
         """Restores what `as_dict` returned."""
-        return cls(**{name: np.asarray(values[name]) for name in _FIELDS})
+        arrays = {name: np.asarray(values[name]) for name in _FIELDS}
+        shares, left = arrays["shares"], arrays["left"]
+        # Without a point, as of a model that diverged, the list does not say how many exits.
+        return cls(**arrays | {"shares": shares.reshape(-1, *left.shape[1:])})
 
 
 def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:

@@ -43,7 +43,7 @@ class Resolution(NamedTuple):
 
     threshold: float | None  # None where the calibration rows cannot meet the target
     calibrator: Calibrator  # that the policy reads at the threshold
-    reachable: float = np.nan  # see OperatingPoint
+    reachable: float = np.nan  # see OperatingPoint; NaN too where no threshold has a metric
     certificate: Certificate | None = None
 
 
@@ -53,7 +53,7 @@ class ThresholdResolver:
 
     Attributes:
       calibrator: fitted on all calibration rows.
-      full: the last exit's metric on them.
+      full: the last exit's metric on them; NaN where it diverged and has none.
       fronts: of each policy, on calibration rows (cross-fitted where the policy reads curves).
       half_calibrator: fitted on half of the rows, for certificates; None where they may not or
         cannot be halved.
@@ -88,6 +88,11 @@ class ThresholdResolver:
             raise UserError(
                 f"infeasible: the best certified is {kind} {found.reachable:.4f} with confidence "
                 f"{level:g}"
+            )
+        if np.isnan(found.reachable):
+            raise UserError(
+                "infeasible: the training of this model diverged, so that no threshold has a "
+                "metric on the calibration rows; train it with a smaller learning rate"
             )
         if targets.get("milliseconds") is not None:
             best = f"{found.reachable:.2f} milliseconds"
@@ -150,7 +155,8 @@ class ThresholdResolver:
         table = self._front_table(policy, name or "accuracy", clock)
         at = table.choose(value)
         threshold = None if at is None else float(table.threshold[at])
-        return Resolution(threshold, self.calibrator, float(table.value[0]))
+        reachable = float(table.value[0]) if len(table.value) else np.nan
+        return Resolution(threshold, self.calibrator, reachable)
 
     def _check_metric(self, target: str, value: float) -> None:
         """Raises UserError for an error where the metric is none, or the other way round."""
@@ -242,7 +248,7 @@ class ThresholdResolver:
         return (
             self.calibrator.as_dict()
             | {
-                "full": self.full,
+                "full": self.full if np.isfinite(self.full) else None,
                 "compared": self.compared,
                 "trades": {policy: front.as_dict() for policy, front in self.fronts.items()},
                 "certificates": half and {"fitted": half.as_dict(), "trials": losses},
@@ -257,7 +263,7 @@ class ThresholdResolver:
         half = certificates["fitted"]
         return cls(
             Calibrator.from_dict(values),
-            float(values["full"]),
+            np.nan if values["full"] is None else float(values["full"]),
             {policy: ParetoFront.from_dict(v) for policy, v in values["trades"].items()},
             half and Calibrator.from_dict(half),
             {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sweet_jax.config import POOLING_NAMES, Config, UserError
+from sweet_jax.directories import copy_additions, replace_directory
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import one_line, read_json, write_json, write_text
@@ -81,6 +82,9 @@ def save_model(
 ) -> None:
     """Writes model/ of the best replica, whole or not at all.
 
+    What else is in a folder of the very same weights and tokenizer stays there: the times of its
+    stages, the thresholds for int8.
+
     model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
     encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
     learning-to-exit, `exits.<layer>.learning_to_exit.*`, all float32. Multi-Model's deepest model
@@ -97,8 +101,9 @@ def save_model(
     tokenizer.save_pretrained(aside)
     write_json(aside / "exits.json", {**exits, "models": written})
     write_text(aside / "README.md", card)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    if folder.exists():
+        copy_additions(folder, aside, ignored=("exits.json", "README.md"))
+    replace_directory(aside, folder)
 
 
 def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) -> None:

@@ -99,17 +99,25 @@ def typical_milliseconds(table: LatencyTable, model: ModelArtifact) -> float:
     return sum(float(table.until_exit(tokens)[-1]) for tokens in lengths) / len(lengths)
 
 
+def tables_of_this_machine(model: ModelArtifact, precision: str) -> dict[str, LatencyTable]:
+    """Returns the latest times in a precision that were measured here, by engine.
+
+    Raises UserError where clock.json is damaged.
+    """
+    return {
+        table.engine: table
+        for table in read_tables(model.folder)
+        if table.precision == precision and table.machine.startswith(f"{platform.node()}, ")
+    }
+
+
 def _measured_times(model: ModelArtifact, precision: str) -> dict[str, float]:
     """Returns the `typical_milliseconds` that were measured here, by engine."""
     try:
-        tables = read_tables(model.folder)
+        tables = tables_of_this_machine(model, precision)
     except UserError:  # only a target in milliseconds cannot do without
         return {}
-    return {
-        table.engine: typical_milliseconds(table, model)
-        for table in tables
-        if table.precision == precision and table.machine.startswith(f"{platform.node()}, ")
-    }
+    return {engine: typical_milliseconds(table, model) for engine, table in tables.items()}
 
 
 @functools.cache

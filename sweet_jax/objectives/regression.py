@@ -107,9 +107,15 @@ def check_numbers(
 
 
 def quantile_strata(targets: np.ndarray) -> np.ndarray:
-    """Returns the tenth of the rows, by target, that each row is in: int [N] from 0 to 9."""
+    """Returns the tenth of the rows, by target, that each row is in: int [N] from 0 to 9.
+
+    Where nine tenths or more have the smallest number, they are 0 and the others 1.
+    """
     inner = np.arange(1, _STRATA) / _STRATA
-    return np.searchsorted(np.quantile(targets, inner, method="lower"), targets, side="right")
+    limits = np.quantile(targets, inner, method="lower")
+    if limits[-1] == targets.min():
+        return (targets > limits[-1]).astype(int)
+    return np.searchsorted(limits, targets, side="right")
 
 
 def describe_numbers(targets: np.ndarray, names: tuple[str, ...]) -> tuple[str, list[str]]:

@@ -127,8 +127,8 @@ function chart(element, spec) {
     if (!f.shown.includes(trace)) return;
     if (trace.low.length) {
       const back = {...trace, x: [...trace.x].reverse()};
-      const edge = line(f, back, [...trace.low].reverse()).replace("M", "L");
-      node(group, "path", {d: `${line(f, trace, trace.y)}${edge}Z`, fill: color, opacity: 0.18});
+      const top = line(f, trace, trace.y), edge = line(f, back, [...trace.low].reverse()).replace("M", "L");
+      if (top) node(group, "path", {d: `${top}${edge}Z`, fill: color, opacity: 0.18});
       return;
     }
     if (trace.dash) {
@@ -136,6 +136,7 @@ function chart(element, spec) {
         "stroke-width": trace.width, "stroke-dasharray": DASHES[trace.dash], "stroke-linecap": "round"});
     }
     trace.x.forEach((x, i) => {
+      if (trace.y[i] === null) return;
       const [h, v] = [f.px(x), f.py(trace.y[i])];
       if (trace.symbol) mark(group, trace, h, v);
       points[number].push([h, v, i]);

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sweet_jax.files import replace_nonfinite
 from sweet_jax.report.details import ExitTimes
 from sweet_jax.report.traces import (
     Trace,
@@ -34,10 +35,11 @@ def make_chart(
 
 
 def _trace(trace: Trace) -> dict[str, Any]:
-    """Returns the fields of a trace that say something, numbers rounded."""
+    """Returns the fields of a trace that say something, numbers rounded, None for not finite."""
     values = {k: v for k, v in dataclasses.asdict(trace).items() if v != () and v is not False}
     for name in ("x", "y", "low"):
-        values[name] = np.round(values.get(name, ()), 6).tolist()
+        numbers = np.asarray(values.get(name, ()), np.float64)  # NaN for None
+        values[name] = replace_nonfinite(numbers.round(6).tolist())
     values["hidden"] = bool(values.pop("optional", False) or values.pop("far", False))
     return values
 

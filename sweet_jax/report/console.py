@@ -1,9 +1,15 @@
 """Formats results.json for the terminal."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sweet_jax.report.baselines import baseline_title
+
+
+def format_number(value: float | None) -> str:
+    """Returns a number with four decimals, a dash where there is none, as of what diverged."""
+    return "\N{EN DASH}" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
 def exit_table(results: Mapping[str, Any]) -> str:
@@ -27,13 +33,16 @@ def exit_table(results: Mapping[str, Any]) -> str:
         shown = keep.get("text", keep["threshold"])  # older runs have no text
         lines.append(
             f"threshold {shown}, the cheapest that kept full {metric} on "
-            f"{results['n']['calibration']} {fitted_rows(results)}: {value:.4f} at cost "
+            f"{results['n']['calibration']} {fitted_rows(results)}: {format_number(value)} at cost "
             f"{cost:.3f} on {results['n']['validation']} validation rows (last exit "
-            f"{replica['individual'][-1]['score']:.4f})"
+            f"{format_number(replica['individual'][-1]['score'])})"
         )
     if len(mean["seeds"]) > 1:
         pairs = zip(mean["individual"], results["ci95"]["individual"], strict=True)
-        each = ", ".join(f"{m['layer']}: {m['score']:.4f} ± {c['score']:.4f}" for m, c in pairs)
+        each = ", ".join(
+            f"{m['layer']}: {format_number(m['score'])} ± {format_number(c['score'])}"
+            for m, c in pairs
+        )
         lines.append(
             f"mean of {len(mean['seeds'])} seeds at learning rate {mean['learning_rate']:g}, with "
             f"95% interval: {each}"
@@ -57,7 +66,7 @@ def _table(
 ) -> list[str]:
     width = max(5, len(title), *(len(name) for name, _ in rows))
     wide = max(9, len(metric))
-    intervals = ["[{:.4f}, {:.4f}]".format(*row["interval"]) for _, row in rows]
+    intervals = ["[{}, {}]".format(*map(format_number, row["interval"])) for _, row in rows]
     ends = max(16, *map(len, intervals))
     others = other_measures(rows[0][1], metric)
     lines = [
@@ -66,9 +75,9 @@ def _table(
     ]
     for (name, row), interval in zip(rows, intervals, strict=True):
         lines.append(
-            f"{name:{align}{width}} {row['cost']:>6.3f} {row['score']:>{wide}.4f}  "
+            f"{name:{align}{width}} {row['cost']:>6.3f} {format_number(row['score']):>{wide}}  "
             f"{interval:<{ends}} {row['n']:>5}"
-            + "".join(f"  {row['measures'][other]:>{len(other)}.4f}" for other in others)
+            + "".join(f"  {format_number(row['measures'][o]):>{len(o)}}" for o in others)
         )
     return lines
 

@@ -138,11 +138,16 @@ def reliability_figure(diagrams: Mapping[str, Sequence[Trace]]) -> Figure:
 
 
 def exits_figure(results: Mapping[str, Any]) -> Figure:
-    """Draws the metric of every exit of the best replica, with its 95% interval over rows."""
+    """Draws the metric of every exit of the best replica, with its 95% interval over rows.
+
+    An exit that diverged and has none keeps its place.
+    """
     metric = f"{results['metric']} (n = {results['n']['validation']})"
     figure, axes = _figure("each exit alone, 95% interval over rows", "", metric)
     rows = results["replicas"][results["best_replica"]]["individual"]
     for e, row in enumerate(rows):
+        if row["score"] is None:  # it diverged
+            continue
         low, high = row["interval"]
         bars = [[max(0.0, row["score"] - low)], [max(0.0, high - row["score"])]]
         axes.errorbar([e], [row["score"]], bars, fmt="o", color=exit_color(e), capsize=4)

@@ -7,6 +7,8 @@ from typing import Any
 
 import jinja2
 
+from sweet_jax.report.console import format_number
+
 _TEMPLATE = Path(__file__).parent / "model_card.md"
 
 
@@ -27,6 +29,7 @@ def model_card(
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
+    environment.filters["number"] = format_number
     return environment.from_string(_TEMPLATE.read_text()).render(
         results=results,
         best=results["replicas"][results["best_replica"]],

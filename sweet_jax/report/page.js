@@ -5,6 +5,7 @@ const read = id => JSON.parse(element(id).textContent);
 const data = read("data"), specs = read("charts");
 const slider = element("threshold"), chooser = element("replica"), chosen = element("policy");
 let replica = data.best;
+const number = value => value === null ? "–" : value.toFixed(4);  // null: it diverged
 const write = (cell, text) => { if (cell.textContent !== text) cell.textContent = text; };
 const policy = () => data.policies[replica][chosen.value];
 const [CURVE, GRID, SINGLE, RECOMMENDED, SLIDER, BOUNDS] = [0, 1, 2, 3, 4, 5];  // traces of the curve
@@ -30,6 +31,10 @@ function showTarget() {
   }
   const row = lookUp(table, target);
   if (row < 0) {
+    if (!table.value.length) {
+      output.textContent = "infeasible: its training diverged";
+      return;
+    }
     const best = `${name === "accuracy" ? data.metric : name} ${table.value[0].toFixed(4)}`;
     output.textContent = `infeasible: the best ${certified ? "certified" : "reachable on calibration rows"} is ${best}`;
     return;
@@ -42,7 +47,7 @@ function showTarget() {
     slider.value = at;
     showPoint();
   }
-  let words = `threshold ${threshold}; validation rows: cost ${cost.toFixed(4)}, ${data.metric} ${metric.toFixed(4)}`;
+  let words = `threshold ${threshold}; validation rows: cost ${cost.toFixed(4)}, ${data.metric} ${number(metric)}`;
   if (certified) {
     words = `certified with 95% confidence: ${name} ${table.reached[row].toFixed(4)} at ${words} ` +
       "(of confidences that half of the calibration rows fitted)";
@@ -58,8 +63,8 @@ function showPoint() {
   const threshold = curve.threshold[at], cost = curve.cost[at], metric = curve.score[at];
   element("at-threshold").textContent = threshold;
   element("at-cost").textContent = cost.toFixed(4);
-  element("at-score").textContent = metric.toFixed(4);
-  let words = `threshold ${threshold}: cost ${cost.toFixed(4)}, ${data.metric} ${metric.toFixed(4)}`;
+  element("at-score").textContent = number(metric);
+  let words = `threshold ${threshold}: cost ${cost.toFixed(4)}, ${data.metric} ${number(metric)}`;
   if (data.milliseconds) {
     const time = shares.reduce((sum, share, e) => sum + share * data.milliseconds[e], 0).toPrecision(3);
     element("at-milliseconds").textContent = time;

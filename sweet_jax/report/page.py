@@ -15,11 +15,16 @@ from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.policies import policy_rule
-from sweet_jax.files import write_text
+from sweet_jax.files import replace_nonfinite, write_text
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.charts import curve_chart, make_chart
 from sweet_jax.report.classes import class_report
-from sweet_jax.report.console import describe_divergence, fitted_rows, other_measures
+from sweet_jax.report.console import (
+    describe_divergence,
+    fitted_rows,
+    format_number,
+    other_measures,
+)
 from sweet_jax.report.details import ReportDetails, recommended_threshold
 from sweet_jax.report.page_tables import certificate_table, policy_series, row_series
 from sweet_jax.report.shortfalls import (
@@ -46,6 +51,7 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
+ENVIRONMENT.filters["number"] = format_number
 _RAISED = 0.001  # of an ECE that temperature scaling makes worse: smaller differences do not show
 _AT = "Of the run's own policy at the recommended threshold, on {:,} validation rows."
 
@@ -110,7 +116,7 @@ def write_report(
         spread=_spread(analysis, best, threshold, details),
         colors=[f"var(--c-{c[1:]}, {c})" for c in map(exit_color, range(len(results["exits"])))],
         reliability=list(reliability),
-        data=_page_data(analysis, results, policies, details),
+        data=replace_nonfinite(_page_data(analysis, results, policies, details)),
         charts=charts,
         scripts={name: read_script(name) for name in ("charts", "page")},
     )

@@ -27,6 +27,7 @@ from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.reliability import confidence_quality
 from sweet_jax.exits.simulation import Curve
 from sweet_jax.exits.thresholds import format_threshold
+from sweet_jax.files import replace_nonfinite
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.shortfalls import shortfall_results
 
@@ -39,7 +40,8 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
     """Evaluates every exit alone: layer, cost, score (the metric), n and 95% interval over rows.
 
     Wilson's interval for accuracy, a percentile bootstrap over rows for the other metrics. Where
-    the objective has them, its `measures` by name.
+    the objective has them, its `measures` by name. None stands for what is not finite, as of the
+    numbers of an exit that diverged.
     """
     metric = outputs.metric
     classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
@@ -57,7 +59,7 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
         )
         if measures := outputs.objective.measures:
             rows[-1]["measures"] = {name: measure(given, labels) for name, measure in measures}
-    return rows
+    return replace_nonfinite(rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class TrainingRecord:
 
 
 def build_results(config: Config, analysis: Analysis, training: TrainingRecord) -> dict[str, Any]:
-    """Returns the contents of results.json; `config` is resolved."""
+    """Returns the contents of results.json, None for what is not finite; `config` is resolved."""
     # The first exit of a model of this depth, and the paper's other costs within reach.
     reach = float(np.asarray(analysis.validation.cost)[-1]) + 1e-12
     costs = [c for c in (1 / config.exits[-1], *_COSTS) if c <= reach]
@@ -89,7 +91,7 @@ def build_results(config: Config, analysis: Analysis, training: TrainingRecord) 
     ]
     mean, ci95 = _over_seeds([replicas[r] for r in analysis.chosen])
     metric = analysis.validation.identity.metric
-    return {
+    results = {
         **{key: getattr(config, key) for key in ("task", "method", "checkpoint")},
         "exits": list(config.exits),
         "preset": config.preset,
@@ -112,6 +114,7 @@ def build_results(config: Config, analysis: Analysis, training: TrainingRecord) 
         **{key: getattr(config, key) for key in ("pooling", "head_init", "head_refit")},
         **{key: getattr(training, key) for key in ("rate_search", "best_steps")},
     }
+    return replace_nonfinite(results)
 
 
 def _replica_results(analysis: Analysis, replica: int, costs: Sequence[float]) -> dict[str, Any]:
@@ -124,12 +127,12 @@ def _replica_results(analysis: Analysis, replica: int, costs: Sequence[float]) -
         "seed": seed,
         "learning_rate": rate,
         "individual": individual_exits(analysis.validation, replica),
-        "temperatures": _finite(analysis.temperatures[replica]),
+        "temperatures": analysis.temperatures[replica].tolist(),
         "curve": _curve(thin_curve(analysis.curve, replica, _CURVE_POINTS)),
         "grid": _curve(thin_curve(analysis.grid, replica, 11)),
         "at_cost": scores_at_costs(analysis.curve, replica, costs),
         "grid_at_cost": scores_at_costs(analysis.grid, replica, costs),  # as the SWEET paper reads
-        "calibration_area": _finite(analysis.area[replica]),
+        "calibration_area": float(analysis.area[replica]),
         "full_score": None if keep.threshold is None else keep.as_dict() | shown,
         "quality": _quality(analysis, replica),
         **_bounds(analysis, replica),
@@ -213,7 +216,7 @@ def _over_seeds(replicas: Sequence[Mapping[str, Any]]) -> tuple[dict, dict]:
     exits = [[row["score"] for row in replica["individual"]] for replica in replicas]
     costs = [[costs[k] for k in keys] for costs in every]
     tables = []
-    intervals = (mean_interval(np.asarray(values)) for values in (exits, costs))
+    intervals = (mean_interval(np.asarray(values, np.float64)) for values in (exits, costs))
     for by_exit, by_cost in zip(*intervals, strict=True):  # the mean, the half width
         scores = [None] * len(layers) if by_exit is None else by_exit.tolist()
         at_cost = [None] * len(keys) if by_cost is None else by_cost.tolist()
@@ -227,12 +230,6 @@ def _over_seeds(replicas: Sequence[Mapping[str, Any]]) -> tuple[dict, dict]:
             }
         )
     return tables[0], tables[1]
-
-
-def _finite(values: np.ndarray | float) -> Any:
-    if isinstance(values, np.ndarray):
-        return [_finite(v) for v in values.tolist()]
-    return float(values) if np.isfinite(values) else None
 
 
 def _curve(arrays: Mapping[str, np.ndarray]) -> dict[str, list[float]]:

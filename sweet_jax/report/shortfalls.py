@@ -55,7 +55,7 @@ def find_shortfalls(
                 continue
             theirs = _predictions(baseline, outputs, replica)
             other = compute_metric(chosen, theirs, labels, classes)
-            if value >= other:  # no need for a bootstrap
+            if not value < other:  # no need for a bootstrap; nor where either diverged
                 continue
             gap, low, high = paired_difference(chosen, ours, theirs, labels, classes)
             if high < 0:

@@ -143,17 +143,18 @@ def baseline_traces(results: Mapping[str, Any]) -> list[Trace]:
         group = "probe" if name.startswith("probe_") else name
         groups.setdefault(group, {})[name] = row
     exits = results["replicas"][results["best_replica"]]["individual"]
-    low = min(row["score"] for row in exits) - _FAR
+    known = [row["score"] for row in exits if row["score"] is not None]
+    low = min(known, default=-np.inf) - _FAR
     return [
         Trace(
             "frozen encoder + probe" if group == "probe" else baseline_title(group),
             "#222222",
             [row["cost"] for row in rows.values()],
-            values := [row["score"] for row in rows.values()],
+            [row["score"] for row in rows.values()],
             symbol=_SYMBOLS.get(group, _SYMBOLS[""]),
             size=10,
             text=[baseline_title(name) for name in rows],
-            far=max(values) < low,
+            far=all(row["score"] is not None and row["score"] < low for row in rows.values()),
         )
         for group, rows in groups.items()
     ]

@@ -139,7 +139,8 @@ def _against_baselines(
       baselines: predictions of each baseline, as far as they are there.
 
     """
-    known, metric = results.get("baselines", {}), rows.metric
+    tried, metric = results.get("baselines", {}), rows.metric
+    known = {name: row for name, row in tried.items() if row["score"] is not None}
     if not known:
         return "No baseline was tried on these rows."
     name = max(known, key=lambda key: known[key]["score"])

@@ -4,12 +4,12 @@ Only where the method trains exits independently: no exit has trained a layer of
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import Config, UserError
 from sweet_jax.files import expand_user, read_json
+from sweet_jax.saved_config import read_saved_config
 
 # Keys that the outputs of the exits, or the rows they are calibrated on, depend on.
 _SAME = (
@@ -55,18 +55,10 @@ def read_base_run(config: Config, data_sha256: str) -> BaseRun | None:
     if not config.grow_from:
         return None
     folder, name = expand_user(config.grow_from), f"grow_from {config.grow_from!r}"
-    try:
-        values = read_json(folder / "config.json")
-        digest = values.pop("data_sha256")
-        values.setdefault("pooling", "first")  # before there was the key, all runs had that
-        values["clip_norm"] = math.inf if values["clip_norm"] == "inf" else values["clip_norm"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{name} is not the directory of a run ({error!r})") from error
-    if not (folder / "results.json").exists():
-        raise UserError(f"{name} is not finished: run its command again, in its workdir")
+    saved, digest = read_saved_config(folder, name)
     results = read_json(folder / "results.json")
     replicas = tuple((r["seed"], r["learning_rate"]) for r in results["replicas"])
-    base = from_mapping(values).resolved()
+    base = saved.resolved()
     _check_grows(config, base, name)
     if digest != data_sha256:
         raise UserError(f"{name} was trained on other data: give the same files")

@@ -189,8 +189,14 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 def termination_event(
     signals: Sequence[signal.Signals] = (signal.SIGTERM,),
 ) -> Iterator[threading.Event]:
-    """Gives an event that the signals set, instead of ending the process at once."""
+    """Gives an event that the signals set, instead of ending the process at once.
+
+    Beside the main thread, which alone may handle signals, nothing sets it.
+    """
     event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
     before = [signal.signal(number, lambda *_: event.set()) for number in signals]
     try:
         yield event

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.files import write_text
+from sweet_jax.files import replace_nonfinite, write_text
 from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.trackers import Tracker
 
@@ -82,7 +82,7 @@ class MetricsLog:
     def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
         """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
         found = {k: v for k, v in values._asdict().items() if v is not None}
-        logged = {name: _finite(array.tolist()) for name, array in found.items()}
+        logged = {name: replace_nonfinite(array.tolist()) for name, array in found.items()}
         self._write({"step": step, "epoch": epoch, "length": length, **logged})
         for name in ("loss", "exit_loss", "distillation"):
             for replica, losses in enumerate(found.get(name, ())):
@@ -97,8 +97,8 @@ class MetricsLog:
 
     def add_tuning(self, step: int, area: np.ndarray, metric: np.ndarray) -> None:
         """Logs an evaluation on tuning rows after so many steps: area [R], metric [R, E]."""
-        logged = {"area": _finite(area.tolist()), "metric": _finite(metric.tolist())}
-        self._write({"step": step, **logged})
+        logged = {"area": area.tolist(), "metric": metric.tolist()}
+        self._write({"step": step, **replace_nonfinite(logged)})
         for replica, (value, each) in enumerate(zip(area, metric, strict=True)):
             self._event(f"tuning_area/replica_{replica}", value, step)
             for layer, of_exit in zip(self._exits, each, strict=True):
@@ -120,13 +120,6 @@ class MetricsLog:
         """Flushes and closes both."""
         self._file.close()
         self._tracker.close()
-
-
-def _finite(values: Any) -> Any:
-    """Replaces numbers that are not finite by None, in nested lists."""
-    if isinstance(values, list):
-        return [_finite(v) for v in values]
-    return values if math.isfinite(values) else None
 
 
 def find_failures(

@@ -185,7 +185,8 @@ def track_results(name: str, workdir: Path, results: Mapping[str, Any]) -> None:
     for number, replica in enumerate(results["replicas"]):
         for exit in replica["individual"]:
             place = f"{results['metric']}/exit_{exit['layer']}/replica_{number}"
-            tracker.add(place, exit["score"], 0)
+            if exit["score"] is not None:  # else it diverged
+                tracker.add(place, exit["score"], 0)
     tracker.flush()
     tracker.attach(workdir)
     tracker.close()

@@ -1,0 +1,53 @@
+"""Directories that are written anew: whole or not at all, whenever the process is killed."""
+
+import filecmp
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+_REPLACED = ".replaced"  # ends the name that a directory has while another takes its place
+
+
+def replace_directory(new: Path, directory: Path) -> None:
+    """Puts a directory in the place of another, if there is one.
+
+    A process that is killed meanwhile leaves one of them there, or what `mend_directories` mends.
+    """
+    mend_directories(directory.parent)
+    before = directory.with_name(f".{directory.name}{_REPLACED}")
+    if directory.exists():
+        directory.rename(before)
+    new.rename(directory)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def mend_directories(folder: Path) -> None:
+    """Mends what `replace_directory` left in a folder when its process was killed.
+
+    The old directory is put back where the new one had not taken its place, and else removed.
+    """
+    for before in folder.glob(f".*{_REPLACED}"):
+        directory = before.with_name(before.name[1:].removesuffix(_REPLACED))
+        if directory.exists():
+            shutil.rmtree(before)
+        else:
+            before.rename(directory)
+
+
+def copy_additions(old: Path, new: Path, ignored: Collection[str]) -> None:
+    """Copies what an old directory has besides to a new one, if the new one's files are as there.
+
+    ignored: names of files that may differ.
+    """
+    files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    for name in files:
+        if name.name in ignored:
+            continue
+        if not (old / name).is_file() or not filecmp.cmp(old / name, new / name, shallow=False):
+            return
+
+    def present(folder: str, names: list[str]) -> list[str]:
+        place = new / Path(folder).relative_to(old)
+        return [name for name in names if (place / name).is_file()]
+
+    shutil.copytree(old, new, symlinks=True, ignore=present, dirs_exist_ok=True)
