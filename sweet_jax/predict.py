@@ -6,10 +6,11 @@
 The input has the text columns that the model was trained on, in any format of training, or is a
 .txt file with a text in each line; it may be larger than memory. The output is JSONL, one object
 for each row of the input, in its order: label, probability, exit (the layer it exited at) and cost
-(share of the full model's layers), or error for a row without a text; a name that ends in .csv or
-.parquet makes such a table of it. An interrupted command, run again, resumes where the output ends.
-Without a target, the cheapest threshold that kept the full model's metric on calibration rows. Exit
-status: 0 done, 2 the input is wrong, 3 no row could be classified, 1 anything else.
+(share of the full model's layers), or error for a row whose text is missing or blank (of a pair,
+missing); a name that ends in .csv or .parquet makes such a table of it. An interrupted command, run
+again, resumes where the output ends. Without a target, the cheapest threshold that kept the full
+model's metric on calibration rows. Exit status: 0 done, 2 the input is wrong, 3 no row could be
+classified, 1 anything else.
 
 """
 
@@ -37,7 +38,7 @@ from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import column_names, last_position, read_records
-from sweet_jax.data.tables import Columns, Record
+from sweet_jax.data.tables import Columns, Record, missing_column
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES, load_engine
@@ -240,8 +241,9 @@ def _predict_rows(
     def texts() -> Iterator[Any]:
         for row in rows:
             taken.append(row)
-            missing = [n for n, v in zip(columns.texts, row.values, strict=False) if v is None]
-            error = f"column {missing[0]!r} is empty" if missing and not row.error else row.error
+            missing, error = missing_column(row.values, columns), row.error
+            if error is None and missing is not None:
+                error = f"column {missing!r} is empty"
             yield row.values[:count] if error is None else InvalidRow(error)
 
     for prediction in classifier.stream_rows(texts(), batch_size):
