@@ -208,8 +208,8 @@ def _check_identity(
             raise UserError(
                 f"{str(path)!r} is not the config of a run ({error}): choose another workdir"
             ) from error
-        keys = [k for k in sorted({*ours, *theirs} - set(free)) if theirs.get(k) != ours.get(k)]
-        if keys:
+        keys = [k for k in sorted({*ours, *theirs}) if theirs.get(k) != ours.get(k)]
+        if not set(keys) <= set(free):  # all are named: the files say more than their digest
             pairs = [f"{k} is {theirs.get(k)!r} there and {ours.get(k)!r} here" for k in keys]
             raise UserError(
                 f"workdir {str(workdir)!r} belongs to another configuration: {'; '.join(pairs)}. "
