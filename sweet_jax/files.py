@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sweet_jax.config import UserError
 
 RUN_ROWS = "rows"  # folder of a run directory: rows that were in memory, kept before it begins
@@ -103,6 +105,13 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically, in UTF-8."""
     with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], *, compressed: bool = False) -> None:
+    """Writes arrays by their names as one .npz file, atomically, under a path of any suffix."""
+    save = np.savez_compressed if compressed else np.savez
+    with atomic_write(path) as aside, aside.open("wb") as file:  # to a name it adds ".npz"
+        save(file, **arrays)
 
 
 def read_json(path: Path) -> Any:
