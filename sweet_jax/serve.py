@@ -155,6 +155,8 @@ def _bound(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+    except UnicodeError as error:  # a part is empty, or longer than 63 characters
+        raise UserError(f"cannot serve at {host}:{port}: not the name of a host") from error
     except OSError as error:
         raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
     return listener
