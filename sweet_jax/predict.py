@@ -166,7 +166,10 @@ def _input_files(name: str) -> list[Path]:
 
 
 def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source: Path) -> Columns:
-    """Returns the columns to read. Raises UserError for another number of texts."""
+    """Returns the columns to read.
+
+    Raises UserError for another number of texts, or two columns to keep under one key.
+    """
     asked = [text for text in (options.text_columns, options.keep) if text]
     listed = [text for text in asked if "," in text]  # or one name that holds a comma
     present = [name for text in listed for name in column_names(source, text)]
@@ -176,7 +179,20 @@ def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source
             f"this model takes {len(classifier.text_columns)} text column(s), as "
             f"{','.join(classifier.text_columns)}; got {','.join(texts)}"
         )
-    return Columns(texts, kept=parse_names(options.keep or "", present))
+    kept = parse_names(options.keep or "", present)
+    for name in kept:
+        key = _output_key(name)
+        if key != name and key in kept:
+            raise UserError(
+                f"--keep names {name!r} and {key!r}, which are both {key!r} in the output: leave "
+                "one out, or rename it in the input"
+            )
+    return Columns(texts, kept=kept)
+
+
+def _output_key(name: str) -> str:
+    """Returns the key of the output under which a column of the input is carried along."""
+    return f"input_{name}" if name in PREDICTED else name
 
 
 def _read_all(sources: Sequence[Path], columns: Columns) -> Generator[Record]:
@@ -236,7 +252,7 @@ def _predict_rows(
     """Yields (an object of the output, the position in the input) of every row, in order."""
     taken: collections.deque[Record] = collections.deque()  # not yet predicted
     count = len(columns.texts)
-    kept = [f"input_{name}" if name in PREDICTED else name for name in columns.kept]
+    kept = [_output_key(name) for name in columns.kept]
 
     def texts() -> Iterator[Any]:
         for row in rows:

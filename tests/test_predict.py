@@ -313,6 +313,10 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--text_columns=a,b"], "takes 1 text column(s)"),
         ("in.csv", "", [], "no first line with the names of its columns"),
         ("in.csv", "text\na\n", ["--input=."], "is not a file of texts"),
+        (
+            *("in.csv", "text,label,input_label\na,b,c\n", ["--keep=label,input_label"]),
+            "--keep names 'label' and 'input_label', which are both 'input_label' in the output",
+        ),
         ("in.csv", "text\na\n", ["--measure"], "leave --input and --output out"),
         ("in.xls", "text\na\n", [], "must end in one of .csv"),
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
