@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> Command:
     try:
         rest = first(list(argv), known_only=True)
     except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     if first.help:
         print_help("\n".join([__doc__, *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
@@ -197,7 +197,7 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
     try:
         values(line)
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     return configuration.from_mapping(values.config.to_dict())
 
 
