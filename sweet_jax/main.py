@@ -7,9 +7,12 @@ r"""Trains, evaluates, calibrates, simulates and reports: a file of labelled tex
 
 python -m sweet_jax.main is the same command.
 
-With a file, the recipe is that of configs/own.py, whose values stand below before the keys;
---config.KEY=VALUE overrides them. The first columns with the usual names are found where --text is
-left out, and --label is "label".
+With a file, the recipe is that of configs/own.py, whose values stand below before the keys; with a
+file and --config=FILE, that config's values replace them all. --config.KEY=VALUE overrides either.
+  --text=NAME     the column of the text, or the two of a pair, a,b; default the only column beside
+                  the label, or else a usual pair (sentence1,sentence2; premise,hypothesis; ...), or
+                  the only one with a usual name (text, sentence, review, ...), or else an error
+  --label=NAME    the column of the label; default "label"
   --test=FILE     rows to report on; default a fifth of the file is split off
   --budget=LIMIT  the mean time of a text in the model on this machine, 5ms (at the median length;
                   tokenizing and HTTP are not counted, and single texts may take longer), or the
