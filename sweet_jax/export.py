@@ -152,9 +152,7 @@ def _runner_policy(policy: str | None, own: str, known: Sequence[str]) -> str:
     return policy or own
 
 
-def _announce_no_programs(
-    objective: str, policy: str | None, target: Mapping[str, Any]
-) -> None:
+def _announce_no_programs(objective: str, policy: str | None, target: Mapping[str, Any]) -> None:
     """Prints that run.py and the others are left out: they give a text one of several classes.
 
     Raises UserError for a policy or a target, which are theirs alone.
