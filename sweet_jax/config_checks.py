@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sweet_jax.errors import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice, join_numbers
 from sweet_jax.methods import LOSS_WEIGHTS, METHODS
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _check_isolation(config: "Config") -> None:
     elif factors and len(factors) != len(config.exits) - 1:
         raise UserError(
             f"boundary_isolation must be one number for each of the {len(config.exits) - 1} "
-            f"boundaries between the exits {_list(config.exits)}; got {factors!r}"
+            f"boundaries between the exits {join_numbers(config.exits)}; got {factors!r}"
         )
 
 
@@ -207,7 +207,7 @@ def _check_loss_weights(config: "Config") -> None:
     elif len(weights) != len(config.exits) or not all(0 < w < math.inf for w in weights):
         raise UserError(
             f"loss_weights must be one positive number for each of the {len(config.exits)} exits "
-            f"{_list(config.exits)}, or one of {_SCHEDULES}; got {weights!r}"
+            f"{join_numbers(config.exits)}, or one of {_SCHEDULES}; got {weights!r}"
         )
 
 
@@ -286,7 +286,3 @@ def _check_learning_to_exit(config: "Config") -> None:
             f"{getattr(config, name)!r}: its heads would judge classifiers that they did not see "
             "in training; leave one of the two out"
         )
-
-
-def _list(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))

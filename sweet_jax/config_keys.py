@@ -198,7 +198,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
     "Run": {
         "log_to": (
             "Where losses, learning rates and the tuning rows' metrics go beside metrics.jsonl; "
-            "with the report and the model, where that is W&B or MLflow."
+            "wandb and mlflow also get the report and the model."
         ),
         "checkpoint_every": "Steps between checkpoints.",
         "conflict_every": (

@@ -8,6 +8,11 @@ class UserError(ValueError):
     """Raised for wrong input of the user, in one line: what, with the value, and how to fix it."""
 
 
+def join_numbers(numbers: Iterable[int]) -> str:
+    """Returns numbers as a key of several values takes them: 1,4,6,12."""
+    return ",".join(map(str, numbers))
+
+
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
     """Raises UserError naming the nearest allowed value unless value is one of them."""
     allowed = list(allowed)

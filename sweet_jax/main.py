@@ -7,9 +7,12 @@ r"""Trains, evaluates, calibrates, simulates and reports: a file of labelled tex
 
 python -m sweet_jax.main is the same command.
 
-With a file, the recipe is that of configs/own.py, whose values stand below before the keys;
---config.KEY=VALUE overrides them. The first columns with the usual names are found where --text is
-left out, and --label is "label".
+With a file, the recipe is that of configs/own.py, whose values stand below before the keys; with a
+file and --config=FILE, that config's values replace them all. --config.KEY=VALUE overrides either.
+  --text=NAME     the column of the text, or the two of a pair, a,b; default the only column beside
+                  the label, or else a usual pair (sentence1,sentence2; premise,hypothesis; ...), or
+                  the only one with a usual name (text, sentence, review, ...), or else an error
+  --label=NAME    the column of the label; default "label"
   --test=FILE     rows to report on; default a fifth of the file is split off
   --budget=LIMIT  the mean time of a text in the model on this machine, 5ms (at the median length;
                   tokenizing and HTTP are not counted, and single texts may take longer), or the
@@ -55,7 +58,7 @@ from sweet_jax import config as configuration
 from sweet_jax.arguments import print_help
 from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
-from sweet_jax.files import expand_user, one_line
+from sweet_jax.files import expand_user, join_sources, one_line
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.storage_errors import discard_errors_at_exit, storage_failure
 
@@ -85,7 +88,7 @@ def parse(argv: Sequence[str]) -> Command:
     try:
         rest = first(list(argv), known_only=True)
     except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     if first.help:
         print_help("\n".join([__doc__, *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
@@ -111,7 +114,7 @@ def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
     stem = Path(name.partition("+")[0]).name.partition(".")[0]
     workdir = expand_user(given.output or given.workdir or f"runs/{stem}")
     recipe = _recipe(given.config) if given.config else _with_defaults(OWN_DATA)
-    recipe.data_files = f"{name},{given.test}" if given.test else name
+    recipe.data_files = join_sources([name, given.test] if given.test else [name])
     for key, value in (("text_columns", given.text), ("label_column", given.label)):
         if value is not None:  # a config file may name them
             recipe[key] = value
@@ -197,7 +200,7 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
     try:
         values(line)
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     return configuration.from_mapping(values.config.to_dict())
 
 

@@ -39,11 +39,11 @@ from sweet_jax.training.sharding import mesh_of, select_replica
 from sweet_jax.training.step import Params
 from sweet_jax.training.trackers import check_tracker, track_results
 
-# Keys that may differ when a run is resumed: beyond rounding, they change no number. The rows are
-# compared by their digest, wherever they lie.
+# Keys that may differ when a run is resumed: beyond rounding, they change no number. All rows, also
+# those without labels, are compared by their digest, wherever they lie.
 FREE_KEYS = (
-    *("checkpoint_every", "segment_parallel", "data_dir", "baselines", "report_texts"),
-    "log_to",
+    *("data_dir", "data_files", "unlabeled_files", "dataset"),
+    *("checkpoint_every", "segment_parallel", "baselines", "report_texts", "log_to"),
 )
 
 

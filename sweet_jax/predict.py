@@ -6,10 +6,11 @@
 The input has the text columns that the model was trained on, in any format of training, or is a
 .txt file with a text in each line; it may be larger than memory. The output is JSONL, one object
 for each row of the input, in its order: label, probability, exit (the layer it exited at) and cost
-(share of the full model's layers), or error for a row without a text; a name that ends in .csv or
-.parquet makes such a table of it. An interrupted command, run again, resumes where the output ends.
-Without a target, the cheapest threshold that kept the full model's metric on calibration rows. Exit
-status: 0 done, 2 the input is wrong, 3 no row could be classified, 1 anything else.
+(share of the full model's layers), or error for a row whose text is missing or blank (of a pair,
+missing); a name that ends in .csv or .parquet makes such a table of it. An interrupted command, run
+again, resumes where the output ends. Without a target, the cheapest threshold that kept the full
+model's metric on calibration rows. Exit status: 0 done, 2 the input is wrong, 3 no row could be
+classified, 1 anything else.
 
 """
 
@@ -37,7 +38,7 @@ from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import column_names, last_position, read_records
-from sweet_jax.data.tables import Columns, Record
+from sweet_jax.data.tables import Columns, Record, missing_column
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES, load_engine
@@ -165,7 +166,10 @@ def _input_files(name: str) -> list[Path]:
 
 
 def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source: Path) -> Columns:
-    """Returns the columns to read. Raises UserError for another number of texts."""
+    """Returns the columns to read.
+
+    Raises UserError for another number of texts, or two columns to keep under one key.
+    """
     asked = [text for text in (options.text_columns, options.keep) if text]
     listed = [text for text in asked if "," in text]  # or one name that holds a comma
     present = [name for text in listed for name in column_names(source, text)]
@@ -175,7 +179,20 @@ def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source
             f"this model takes {len(classifier.text_columns)} text column(s), as "
             f"{','.join(classifier.text_columns)}; got {','.join(texts)}"
         )
-    return Columns(texts, kept=parse_names(options.keep or "", present))
+    kept = parse_names(options.keep or "", present)
+    for name in kept:
+        key = _output_key(name)
+        if key != name and key in kept:
+            raise UserError(
+                f"--keep names {name!r} and {key!r}, which are both {key!r} in the output: leave "
+                "one out, or rename it in the input"
+            )
+    return Columns(texts, kept=kept)
+
+
+def _output_key(name: str) -> str:
+    """Returns the key of the output under which a column of the input is carried along."""
+    return f"input_{name}" if name in PREDICTED else name
 
 
 def _read_all(sources: Sequence[Path], columns: Columns) -> Generator[Record]:
@@ -235,13 +252,14 @@ def _predict_rows(
     """Yields (an object of the output, the position in the input) of every row, in order."""
     taken: collections.deque[Record] = collections.deque()  # not yet predicted
     count = len(columns.texts)
-    kept = [f"input_{name}" if name in PREDICTED else name for name in columns.kept]
+    kept = [_output_key(name) for name in columns.kept]
 
     def texts() -> Iterator[Any]:
         for row in rows:
             taken.append(row)
-            missing = [n for n, v in zip(columns.texts, row.values, strict=False) if v is None]
-            error = f"column {missing[0]!r} is empty" if missing and not row.error else row.error
+            missing, error = missing_column(row.values, columns), row.error
+            if error is None and missing is not None:
+                error = f"column {missing!r} is empty"
             yield row.values[:count] if error is None else InvalidRow(error)
 
     for prediction in classifier.stream_rows(texts(), batch_size):

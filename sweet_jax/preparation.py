@@ -132,6 +132,7 @@ def prepare(config: Config) -> PreparedRun:
     used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))
     kept = select_rows(dataset.train, used)
     train, units = tokenize(tokenizer, kept, config.max_length), None
+    _check_token_types(checkpoint, train)
     if dataset.objective.units is not None:
         mean, deviation = units = dataset.objective.units(dataset.train.labels)
         train = dataclasses.replace(train, labels=(kept.labels - mean) / deviation)
@@ -212,6 +213,19 @@ def _read_checkpoint(config: Config) -> Checkpoint:
     with_training_dropout(config, checkpoint)
     _ = checkpoint.weights  # a damaged file must be known before anything is written
     return checkpoint
+
+
+def _check_token_types(checkpoint: Checkpoint, tokens: Tokens) -> None:
+    """Raises UserError for token types that the checkpoint has no embedding of.
+
+    A checkpoint of one type gives it to every token, one of none reads no types.
+    """
+    types, largest = checkpoint.config.type_vocab_size, int(tokens.token_type_ids.max(initial=0))
+    if 1 < types <= largest:
+        raise UserError(
+            f"the tokenizer in {str(checkpoint.folder)!r} gives token type {largest}, but the "
+            f"checkpoint has type_vocab_size {types}: take the tokenizer that it was trained with"
+        )
 
 
 def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> Config:

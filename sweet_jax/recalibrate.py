@@ -31,7 +31,7 @@ from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import column_names, read_records
-from sweet_jax.data.tables import Columns
+from sweet_jax.data.tables import Columns, missing_column
 from sweet_jax.files import expand_user, read_json, replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
@@ -123,8 +123,9 @@ def read_labelled(
             where = f"row {record.row} of {str(path)!r}"
             *parts, label = record.values or (None,)
             label = "" if label is None and column.several else label  # none at all
-            if record.error is not None or None in (*parts, label):
-                raise UserError(f"{where}: {record.error or 'a text or the label is empty'}")
+            missing = missing_column(record.values, columns)
+            if record.error is not None or missing is not None:
+                raise UserError(f"{where}: {record.error or f'column {missing!r} is empty'}")
             try:
                 column.read([label], model.classes, [tuple(parts)])
             except UserError as error:

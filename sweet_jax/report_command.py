@@ -5,9 +5,9 @@
   sweet-jax report runs/quickstart --milliseconds=5 by the times that predict --measure found
   sweet-jax report runs/quickstart --png            report.png too: a picture of the first screen
 
-Nothing is computed by the model. Single texts need the data files as they were; without them the
-report has none. The picture is taken by Chromium where there is one, and drawn by matplotlib
-elsewhere. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+Nothing is computed by the model. The report quotes texts only if the data files are unchanged. The
+picture is taken by Chromium where there is one, and drawn by matplotlib elsewhere. Exit status: 0
+done, 2 the input is wrong, 1 anything else.
 
 """
 

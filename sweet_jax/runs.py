@@ -20,7 +20,7 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, policy_reference
 from sweet_jax.exits.simulation import Curve, simulate
 from sweet_jax.exits.targets import Target
-from sweet_jax.files import RUN_ROWS, atomic_write, expand_user, read_json
+from sweet_jax.files import RUN_ROWS, atomic_write, expand_user, join_sources, read_json
 from sweet_jax.recipe import OWN_DATA
 
 if TYPE_CHECKING:
@@ -82,8 +82,11 @@ def run_config(
     names = [text] if isinstance(text, str) and text else list(text)
     kept = [*names, label] if names else []
     parts = {"train": data} | ({} if validation is None else {"validation": validation})
-    files = [_file_of(part, name, kept, workdir) for name, part in parts.items()]
-    given = {"data_files": ",".join(files), "text_columns": _join(names), "label_column": label}
+    files = [_file_of(part, name, workdir) for name, part in parts.items()]
+    given = {"data_files": join_sources(files), "text_columns": _join(names), "label_column": label}
+    for file, part in zip(files, parts.values(), strict=True):
+        if not isinstance(part, str | Path):
+            _write_rows(part, kept, Path(file), workdir)
     if callable(own := values.get("confidence")):
         given["confidence"], values = policy_reference(own), {**values}
         del values["confidence"]
@@ -95,22 +98,26 @@ def _join(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ",".join(f'"{n}"' if "," in n else n for n in names)
 
 
-def _file_of(data: Any, name: str, columns: Sequence[str], workdir: Path) -> str:
-    """Returns the name of a file of rows; rows in memory are written to one in the workdir.
-
-    Raises UserError where other rows are there already.
-    """
+def _file_of(data: Any, name: str, workdir: Path) -> str:
+    """Returns the name of a file of rows; rows in memory get one in the workdir."""
     if isinstance(data, str | Path):
         return str(data)
+    return str(workdir.resolve() / RUN_ROWS / f"{name}.arrow")
+
+
+def _write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> None:
+    """Writes rows in memory to a file of the workdir, unless they are there already.
+
+    Raises UserError for data that is no table, and where other rows are there.
+    """
     table = _table_of(data)
     if columns:  # the others are nobody's business, and may be large
         table = table.select([find_column(name, table.column_names) for name in columns])
-    path = workdir.resolve() / RUN_ROWS / f"{name}.arrow"
     try:
         if path.exists():
             with pa.memory_map(str(path)) as source:
                 if _same_rows(pa.ipc.open_file(source).read_all(), table):
-                    return str(path)
+                    return
             raise UserError(
                 f"workdir {str(workdir)!r} belongs to a run on other rows: choose another workdir, "
                 "or remove this one"
@@ -121,7 +128,6 @@ def _file_of(data: Any, name: str, columns: Sequence[str], workdir: Path) -> str
         raise UserError(
             f"workdir {str(workdir)!r} cannot be used ({error}): choose another"
         ) from error
-    return str(path)
 
 
 def _same_rows(one: pa.Table, other: pa.Table) -> bool:

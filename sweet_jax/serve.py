@@ -5,10 +5,11 @@
   curl localhost:8000/predict -d '{"texts": ["a text", "another"], "accuracy": 0.9}'
 
 POST /predict   {"texts": [...]} and, if not the server's own, policy and one of cost, accuracy,
-                threshold, milliseconds, risk, agreement (with level) → {"answers": [{"label",
-                "probability", "exit", "cost"}, ...]}; with "detail": true also every exit that the
-                text reached. A pair of texts is a list of two. {"inputs": ...} is answered as
-                text-embeddings-inference would: [{"score", "label"}, ...]
+                error, threshold, milliseconds, risk, agreement (the last two with level) →
+                {"answers": [{"label", "probability", "exit", "cost"}, ...]}; with "detail": true
+                also every exit that the text reached. A pair of texts is a list of two.
+                {"inputs": ...} is answered as text-embeddings-inference would: [{"score",
+                "label"}, ...]
 POST /v1/predict  the same, {"texts": [...]} alone
 GET /openapi.json  all requests and answers, as an OpenAPI document
 GET /healthz    200 while texts are classified (/health for text-embeddings-inference's clients)
@@ -155,6 +156,8 @@ def _bound(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+    except UnicodeError as error:  # a part is empty, or longer than 63 characters
+        raise UserError(f"cannot serve at {host}:{port}: not the name of a host") from error
     except OSError as error:
         raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
     return listener

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from sweet_jax import serve
 from sweet_jax.config_keys import describe_keys
+from sweet_jax.exits.targets import TARGET_RANGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -214,6 +216,13 @@ def imports(path: Path) -> set[str]:
             names.append(node.module or "")
     parts = {name.split(".")[1] for name in names if name.startswith("sweet_jax.")}
     return parts - {"__version__"}
+
+
+def test_every_target_of_a_request_is_listed():
+    pages = [ROOT / "docs" / name for name in ("tutorials/serve.md", "guides/serving.md")]
+    for text in (serve.__doc__, *(page.read_text() for page in pages)):
+        (listed,) = re.findall(r"\band one of (.*?\blevel)\b", text, re.DOTALL)
+        assert set(re.findall(r"\w+", listed)) >= set(TARGET_RANGES), listed
 
 
 def test_imports_point_down():

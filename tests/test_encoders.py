@@ -34,6 +34,17 @@ def read(name: str):
         return open_checkpoint(str(GOLDEN / name)), dict(arrays)
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_of_one_token_type_every_token_is(kind):
+    """Also where a tokenizer tells the texts of a pair apart: an index error in Hugging Face."""
+    config = dataclasses.replace(TINIES[kind], type_vocab_size=1)
+    encoder = FAMILIES[kind].encoder(config, jax.random.key(0))
+    ids, types = jnp.asarray([[1, 2, 3, 4]]), jnp.asarray([[0, 0, 1, 1]])
+    found, wanted = (encoder.embed(ids, t, ids > 0) for t in (types, types * 0))
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_every_model_type_has_golden_files():
     assert {read(name)[0].model_type for name in NAMES} == set(FAMILIES)
 

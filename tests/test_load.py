@@ -291,6 +291,17 @@ def test_a_quote_that_would_swallow_rows_is_reported(tmp_path):
     assert load(path, path).train.texts == [("fine",), ('he said "no"',), ("more",)]
 
 
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(200_000, "unknown column"), ((1 << 24) + 1, "rows.csv': field larger than field limit")],
+)
+def test_a_first_line_that_is_one_long_field_is_refused(tmp_path, count, words):
+    csv.field_size_limit(131_072)  # the module's own, which a reader before may have raised
+    path = tmp_path / "rows.csv"
+    path.write_text("x" * count + "\n")
+    assert words in refusal(path)
+
+
 def test_a_header_without_end_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('"text,label\n' + "word " * 100_000)

@@ -14,16 +14,17 @@ LOGITS = RNG.normal(size=(2, 3, 5, 4)).astype(np.float32)
 LABELS = RNG.integers(0, 4, (2, 5))
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+@pytest.mark.parametrize("file", ["x.npz", "x", "x.dat"])
+def test_what_is_saved_is_loaded(tmp_path, file):
     identity = RunIdentity(task="tëst", classes=("a", "b"), replicas=((0, 1e-4), (1, 1e-4)))
     outputs = ExitOutputs(LOGITS, LABELS, [1, 2, 4], exit_scores=LOGITS[..., 0], identity=identity)
-    outputs.save(tmp_path / "deep" / "x.npz")
-    again = ExitOutputs.load(tmp_path / "deep" / "x.npz")
+    outputs.save(tmp_path / "deep" / file)
+    again = ExitOutputs.load(tmp_path / "deep" / file)
     for name in ("logits", "labels", "layers", "cost", "exit_scores"):
         np.testing.assert_array_equal(getattr(again, name), getattr(outputs, name))
         assert getattr(again, name).dtype == getattr(outputs, name).dtype
     assert again.identity == identity
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.npz"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == [file]
 
 
 def test_identities_of_other_versions_are_read(tmp_path):

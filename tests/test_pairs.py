@@ -187,6 +187,15 @@ def test_a_probe_compares_the_texts_where_one_of_their_mean_cannot(config, tmp_p
     assert np.mean(answers.labels == np.asarray([label for *_, label in rows])) > 0.7
 
 
+def test_token_types_that_the_checkpoint_does_not_have_are_refused(config):
+    path = Path(config.checkpoint) / "tokenizer.json"
+    path.write_text(path.read_text().replace('"type_id": 1', '"type_id": 2'))
+    with pytest.raises(UserError, match=r"token type 2, .* type_vocab_size 2") as error:
+        prepare(config)
+    assert "\n" not in str(error.value)
+    prepare(dataclasses.replace(config, text_columns="first"))
+
+
 def test_auto_is_the_pooling_of_the_checkpoint_where_a_row_is_one_text(config):
     single = dataclasses.replace(config, text_columns="first")
     assert prepare(config).config.pooling == "pair"

@@ -90,16 +90,18 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
             3,
             {0: "a quote in line 2 is not closed properly before line 4"},
         ),
-        ("in.txt", "word1\nword2 word3\n", 2, {}),
+        ("in.txt", "word1\n\n \nword2 word3\n", 4, dict.fromkeys((1, 2), "column 'text' is empty")),
+        ("in.csv", "text,n\nword1,2\n  ,3\n", 2, {1: "column 'text' is empty"}),
         (
             "in.jsonl",
-            '{"text": "word1"}\n{"text": 5}\nnonsense\n[1]\n{"other": 1}\n{"text": "word2"}\n',
-            6,
+            '{"text": "word1"}\n{"text": 5}\nnonsense\n[1]\n{"other": 1}\n{"text": "word2"}\n'
+            '{"text": ""}\n{"text": " \\t"}\n',
+            8,
             {
                 1: "column 'text' is not text but 5",
                 2: "not JSON",
                 3: r"not an object but '\[1\]'",
-                4: "column 'text' is empty",
+                **dict.fromkeys((4, 6, 7), "column 'text' is empty"),
             },
         ),
     ],
@@ -311,6 +313,10 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--text_columns=a,b"], "takes 1 text column(s)"),
         ("in.csv", "", [], "no first line with the names of its columns"),
         ("in.csv", "text\na\n", ["--input=."], "is not a file of texts"),
+        (
+            *("in.csv", "text,label,input_label\na,b,c\n", ["--keep=label,input_label"]),
+            "--keep names 'label' and 'input_label', which are both 'input_label' in the output",
+        ),
         ("in.csv", "text\na\n", ["--measure"], "leave --input and --output out"),
         ("in.xls", "text\na\n", [], "must end in one of .csv"),
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),

@@ -151,6 +151,7 @@ def test_a_damaged_file_says_so(folder):
             "num_attention_heads 0, which must be 1 or more",
         ),
         ("bert_small", {"vocab_size": -1}, "vocab_size -1, which must be 1 or more"),
+        ("bert_small", {"type_vocab_size": 0}, "type_vocab_size 0, which must be 1 or more"),
         (
             "bert_small",
             {"hidden_dropout_prob": 1.0},

@@ -172,6 +172,7 @@ def test_a_log_of_few_texts_is_refused(sweet, tmp_path, capsys):
     [
         ("text,label\nword1,other\n", "label 'other' is none of the model's"),
         ("text,label\nword1,\n", "row 1 of"),
+        ("text,label\n ,{label}\n", "column 'text' is empty"),
         ("text,label\n" + "word1,{label}\n" * 5, "has 5 labelled rows"),
         ("words,label\nword1,x\n", "unknown column 'text'"),
     ],

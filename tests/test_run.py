@@ -1,9 +1,11 @@
 """Whole runs on a tiny encoder: methods, replicas, devices, divergence, what is written."""
 
+import dataclasses
 import html
 import json
 import math
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -430,6 +432,31 @@ def test_a_workdir_of_another_configuration_is_refused(options, tmp_path, one_de
     with pytest.raises(UserError, match="remat is False there and True here"):
         run(from_mapping(options | {"remat": True}), tmp_path)
     run(from_mapping(options), tmp_path)
+
+
+def test_the_rows_of_a_resumed_run_may_lie_elsewhere(options, tmp_path, monkeypatch):
+    def interrupt(job) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sweet_jax.pipeline.log_description", interrupt)
+    (tmp_path / "new.csv").write_text("text\nword7 word8\n")
+    files = {"data_files": options["data_files"], "unlabeled_files": str(tmp_path / "new.csv")}
+    moved = {key: str(tmp_path / f"{key}.csv") for key in files}
+    for key, path in files.items():
+        shutil.copy(path, moved[key])
+    for where in (files, moved):
+        config = from_mapping(options | {"distillation_weight": 1.0} | where)
+        with pytest.raises(KeyboardInterrupt):  # the workdir is this run's
+            run(config, tmp_path / "run")
+        kept = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert {key: kept[key] for key in files} == where  # where quantize and report look
+    for key, row in (("data_files", "word1 word5,class 1\n"), ("unlabeled_files", "word9\n")):
+        with open(files[key]) as file:
+            (tmp_path / "other.csv").write_text(file.read() + row)
+        other = dataclasses.replace(config, **{key: str(tmp_path / "other.csv")})
+        with pytest.raises(UserError, match=r"another configuration: .*data_sha256 is") as error:
+            run(other, tmp_path / "run")
+        assert f"{key} is {moved[key]!r} there and {getattr(other, key)!r} here" in str(error.value)
 
 
 def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):

@@ -143,6 +143,14 @@ def test_data_that_is_no_table_is_refused(tmp_path, data, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_comma_in_the_name_of_one_of_two_files_is_refused(table, tmp_path):
+    with pytest.raises(UserError, match=r"runs,1/rows/train\.arrow' has a comma, which separates"):
+        sweet_jax.train(table, validation=table, workdir=tmp_path / "runs,1")
+    with pytest.raises(UserError, match=r"'v,1\.csv' has a comma, which separates files"):
+        sweet_jax.train(table, validation="v,1.csv", workdir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a finished run"):
         Run.load(tmp_path)

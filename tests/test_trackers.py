@@ -7,11 +7,12 @@ import struct
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from tiny import read_tuning
 
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.pipeline import run
 from sweet_jax.training.losses import StepMetrics
-from sweet_jax.training.metrics import MetricsLog, read_metrics, read_tuning
+from sweet_jax.training.metrics import MetricsLog, read_metrics
 from sweet_jax.training.trackers import open_tracker, track_results
 
 RESULTS = {

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import read_tuning
 
 from sweet_jax import ExitOutputs
 from sweet_jax.config import UserError, from_mapping
@@ -29,7 +30,7 @@ from sweet_jax.training.early_stopping import (
 )
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
-from sweet_jax.training.metrics import read_metrics, read_tuning
+from sweet_jax.training.metrics import read_metrics
 from sweet_jax.training.probe import LinearClassifiers, Probe
 
 RECIPE = {"pooling": "mean", "head_init": "probe", "epochs": "auto", "learning_rates": (1e-3,)}

@@ -239,6 +239,12 @@ def fine_tune(checkpoint, folder: Path, **changes) -> tuple[Path, dict]:
     return folder / "run", values
 
 
+def read_tuning(workdir: Path) -> list[dict]:
+    """The evaluations on tuning rows in metrics.jsonl, in order."""
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if "area" in row]
+
+
 class Reference:
     """What the one-pass evaluation of a run says of its validation texts."""
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from sweet_jax.data.splits import Split
 
+UNLIMITED = 1 << 30  # tokens
+
 _AT_ONCE = 4096  # texts tokenised by one call: the tokenizer's own output is large
 _COUNTED = 1000  # texts that may have been cut whose whole length is counted
-_UNLIMITED = 1 << 30  # tokens
 _GROUP = 50  # batches whose rows are sorted by length together
 _SHUFFLE = zlib.crc32(b"groups")  # seed of the order of batches grouped by length
 
@@ -132,7 +133,7 @@ def whole_lengths(tokenizer, texts: Sequence[tuple[str, ...]], tokens: Tokens) -
     lengths = tokens.lengths.astype(np.int64)
     cut = np.flatnonzero(lengths == lengths.max())
     counted = np.random.default_rng(0).permutation(cut)[:_COUNTED]
-    ids, _ = encode(tokenizer, [texts[i] for i in counted], _UNLIMITED)
+    ids, _ = encode(tokenizer, [texts[i] for i in counted], UNLIMITED)
     whole = np.asarray([len(row) for row in ids])
     lengths[cut] = np.resize(whole, len(cut))
     lengths[counted] = whole

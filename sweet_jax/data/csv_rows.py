@@ -82,6 +82,7 @@ def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
     Raises UserError for a file without a header.
 
     """
+    csv.field_size_limit(_LONGEST)  # of the whole process
     begun = list(itertools.islice(file.lines, _HEADER_LINES))
     found = _find_delimiter(begun, delimiter, wanted)
     rows = read_rows(itertools.chain(begun, file.lines), found)
@@ -129,7 +130,6 @@ def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
       delimiter: the separator of fields.
 
     """
-    csv.field_size_limit(_LONGEST)
     lines, width = _Lines(file), 0  # fields of the header
     rows = csv.reader(lines, delimiter=delimiter)
     while True:

@@ -5,6 +5,7 @@ one object. Nothing is unpickled or executed.
 """
 
 import contextlib
+import csv
 import lzma
 import zipfile
 import zlib
@@ -29,7 +30,7 @@ _JSON = (".jsonl", ".json", ".ndjson")
 _ROWS = {".parquet": parquet_table, ".arrow": ipc_table, ".feather": ipc_table}
 _COMPRESSED = (".gz", ".bz2", ".xz")
 _DAMAGED = (  # what the readers of these formats raise for a damaged file
-    *(OSError, EOFError, UnicodeError, OverflowError, pa.ArrowException),
+    *(OSError, EOFError, UnicodeError, OverflowError, csv.Error, pa.ArrowException),
     *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, ElementTree.ParseError),
 )
 FORMATS = (*_SEPARATORS, *_JSON, *_ROWS, ".xlsx")  # with one record in a row

@@ -16,7 +16,7 @@ from sweet_jax.data.data_set import DataSplit, read_data_set
 from sweet_jax.data.file_lists import expand_files, split_files
 from sweet_jax.data.label_checks import without_fraction
 from sweet_jax.data.records import open_table
-from sweet_jax.data.tables import Columns, Record, find_column
+from sweet_jax.data.tables import Columns, Record, find_column, missing_column
 from sweet_jax.data.tasks import Task
 from sweet_jax.files import resolve_path
 from sweet_jax.objectives import OBJECTIVES
@@ -188,7 +188,7 @@ def _collect(
     invalid: list[tuple[str, str]] = []  # the row and line of each, and what is wrong
     for record in records:
         place = f"row {record.row}" + (f" (line {record.line})" if record.line else "")
-        missing = _missing(record.values, columns)
+        missing = missing_column(record.values, columns)
         if record.error is not None:
             if not skip_invalid:
                 raise UserError(f"could not read {source}: {place}: {record.error}")
@@ -208,20 +208,6 @@ def _collect(
         listed = "; ".join(f"{place}: {wrong}" for place, wrong in invalid[:_LISTED])
         log.warning("%d rows of %s are left out: %s …", len(invalid), source, listed)
     return rows
-
-
-def _missing(values: tuple[str | None, ...], columns: Columns) -> str | None:
-    """Returns the first column without a value, None where all have one.
-
-    Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
-    """
-    for name, value in zip(columns.checked, values, strict=False):
-        may_be_blank = len(columns.texts) > 1 and name != columns.label
-        if columns.several_labels and name == columns.label:
-            continue  # no label at all
-        if value is None or not (may_be_blank or value.strip()):
-            return name
-    return None
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ def excel_table(path: Path) -> Iterator[Table]:
         import openpyxl  # an extra
     except ImportError as error:
         raise UserError(
-            f'{str(path)!r} is an Excel file: pip install "sweet-jax[excel]" to read it, or save '
-            "it as CSV"
+            f'{str(path)!r} is an Excel file: pip install -e ".[excel]" to read it, or save it as '
+            "CSV"
         ) from error
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)

@@ -78,6 +78,20 @@ def find_column(name: str, present: Sequence[str]) -> int:
     return present.index(name)
 
 
+def missing_column(values: Sequence[Any], columns: Columns) -> str | None:
+    """Returns the first column without a value, None where all have one.
+
+    Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
+    """
+    for name, value in zip(columns.checked, values, strict=False):
+        may_be_blank = len(columns.texts) > 1 and name != columns.label
+        if columns.several_labels and name == columns.label:
+            continue  # no label at all
+        if value is None or not (may_be_blank or value.strip()):
+            return name
+    return None
+
+
 def make_record(
     values: tuple[Any, ...], columns: Columns, position: int, row: int, line: int = 0
 ) -> Record:

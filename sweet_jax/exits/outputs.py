@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError, check_choice
-from sweet_jax.files import atomic_write
+from sweet_jax.files import write_arrays
 from sweet_jax.methods import METHODS
 from sweet_jax.objectives import OBJECTIVES, Metric, Objective
 
@@ -170,8 +170,7 @@ class ExitOutputs:
         arrays["identity"] = np.asarray(json.dumps(dataclasses.asdict(self.identity)))
         if self.exit_scores is not None:
             arrays["exit_scores"] = self.exit_scores
-        with atomic_write(Path(path)) as aside:
-            np.savez(aside, **arrays)
+        write_arrays(Path(path), arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "ExitOutputs":

@@ -4,13 +4,11 @@ import copy
 from collections.abc import Sequence
 
 from sweet_jax.config import UserError
-from sweet_jax.data.batches import encode_pairs
+from sweet_jax.data.batches import UNLIMITED, encode_pairs
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import padded_length
 from sweet_jax.inference.predictions import InvalidRow, Text, validate_text
 from sweet_jax.inference.scheduler import ExitRule, Request
-
-_UNLIMITED = 1 << 30  # tokens
 
 
 def encode_requests(
@@ -47,7 +45,7 @@ def encode_requests(
         return []
     tokenizer, limit = model.tokenizer, model.max_length
     if truncation == "none":
-        limit = _UNLIMITED
+        limit = UNLIMITED
     elif truncation is not None:
         tokenizer = copy.copy(tokenizer)  # with the same vocabulary
         tokenizer.truncation_side = truncation

@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import UserError
+from sweet_jax.config import DTYPES, UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pooling import POOLINGS
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
-
-DTYPES = ("float32", "bfloat16")
 
 
 class Network(NamedTuple):

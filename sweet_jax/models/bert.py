@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.models.dropout import dropout
+from sweet_jax.models.embedding import token_type_rows
 from sweet_jax.models.encoder import Attention, Encoder, LayerNorm, embedding_table, linear
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
@@ -25,6 +26,10 @@ class BertConfig(EncoderConfig):
         **EncoderConfig.FIXED,
         "position_embedding_type": "absolute",
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("type_vocab_size")
 
 
 class BertEmbeddings(nnx.Module):
@@ -43,7 +48,7 @@ class BertEmbeddings(nnx.Module):
         return jnp.arange(input_ids.shape[1])[None]
 
     def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array, mask, key) -> jax.Array:
-        h = self.word(input_ids) + self.token_type(token_type_ids)  # [B, L, H]
+        h = self.word(input_ids) + token_type_rows(self.token_type, token_type_ids)  # [B, L, H]
         h = h + self.position(self.positions(input_ids))  # [B, L, H]
         return dropout(key, self.norm(h), self.dropout_rate, length_axes=(1,))
 

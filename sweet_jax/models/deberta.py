@@ -16,7 +16,7 @@ from sweet_jax.models.disentangled_attention import (
     RelativePositions,
 )
 from sweet_jax.models.dropout import dropout
-from sweet_jax.models.embedding import Embedding
+from sweet_jax.models.embedding import Embedding, token_type_rows
 from sweet_jax.models.encoder import (
     Attention,
     Encoder,
@@ -86,7 +86,7 @@ class DebertaEmbeddings(nnx.Module):
         if self.position is not None:
             h = h + self.position(jnp.arange(input_ids.shape[1]))[None]
         if self.token_type is not None:
-            h = h + self.token_type(token_type_ids)
+            h = h + token_type_rows(self.token_type, token_type_ids)
         if self.widen is not None:
             h = self.widen(h)
         h = self.norm(h) * mask[..., None].astype(h.dtype)

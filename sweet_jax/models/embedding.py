@@ -23,6 +23,14 @@ class Embedding(nnx.Embed):
         return embedding_rows(self.embedding[...], ids).astype(self.dtype)
 
 
+def token_type_rows(table: Embedding, ids: jax.Array) -> jax.Array:
+    """Returns the rows of a table of token types at integer ids, [..., H].
+
+    Where there is one type alone it is every token's, whatever a tokenizer gives for pairs.
+    """
+    return table(jnp.zeros_like(ids) if table.num_embeddings == 1 else ids)
+
+
 @jax.custom_vjp
 def embedding_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns the rows [..., H] of a table [V, H] at integer ids [...]."""

@@ -52,15 +52,9 @@ class RobertaEmbeddings(bert.BertEmbeddings):
     def __init__(self, config: RobertaConfig, dtype, rngs: nnx.Rngs):
         super().__init__(config, dtype, rngs)
         self.pad = config.pad_token_id
-        self.one_type = config.type_vocab_size == 1
 
     def positions(self, input_ids: jax.Array) -> jax.Array:
         return count_positions(input_ids, self.pad)
-
-    def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array, mask, key) -> jax.Array:
-        if self.one_type:  # whatever a tokenizer gives for pairs
-            token_type_ids = jnp.zeros_like(token_type_ids)  # [B, L]
-        return super().__call__(input_ids, token_type_ids, mask, key)
 
 
 class Roberta(Encoder):

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from sweet_jax.config import UserError
-from sweet_jax.files import read_json
+from sweet_jax.files import one_line, read_json
 
 T = TypeVar("T")
 _SAFE, _PICKLE, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
@@ -87,8 +87,9 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
     except UserError:
         raise
     except Exception as error:  # a damaged file can break a reader in any way
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{str(path)!r} is damaged: {reason}; download it again") from error
+        raise UserError(
+            f"{str(path)!r} is damaged: {one_line(error)}; download it again"
+        ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:

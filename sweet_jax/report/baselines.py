@@ -19,7 +19,7 @@ import numpy as np
 
 from sweet_jax.config import UserError
 from sweet_jax.exits.metrics import compute_metric
-from sweet_jax.files import atomic_write
+from sweet_jax.files import write_arrays
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 
 _TITLES = {
@@ -227,13 +227,12 @@ def save_baselines(path: str | Path, baselines: Sequence[Baseline]) -> None:
     for none, or where their shapes do not fit each other.
     """
     given = np.stack(np.broadcast_arrays(*(b.predictions for b in baselines)))  # [K, R, N]
-    arrays: dict[str, Any] = {
+    arrays = {
         "names": np.asarray([b.name for b in baselines]),
         "cost": np.asarray([b.cost for b in baselines], np.float64),
         "predictions": given.astype(np.int32) if given.dtype.kind == "i" else given,
     }
-    with atomic_write(Path(path)) as aside:
-        np.savez_compressed(aside, **arrays)
+    write_arrays(Path(path), arrays, compressed=True)
 
 
 def load_baselines(path: str | Path) -> list[Baseline]:

@@ -50,8 +50,9 @@ class ReportDetails:
       baselines: with their predictions on the validation rows.
       cut: whether a validation text is longer than the model reads, bool [N]; None: not known.
       max_length: tokens that it reads.
-      target: of the operating point that is recommended: cost, accuracy, milliseconds (with times)
-        or threshold; empty for the cheapest that keeps the last exit's metric on calibration rows.
+      target: of the operating point that is recommended: cost, accuracy, error, milliseconds (with
+        times) or threshold; empty for the cheapest that keeps the last exit's metric on
+        calibration rows.
       split: where the validation rows are from; "" where they were given.
 
     """

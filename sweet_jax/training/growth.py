@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sweet_jax.config import Config, UserError
+from sweet_jax.errors import join_numbers
 from sweet_jax.files import expand_user, read_json
 from sweet_jax.saved_config import read_saved_config
 
@@ -70,8 +71,9 @@ def _check_grows(config: Config, base: Config, name: str) -> None:
     count = len(base.exits)
     if config.exits[:count] != base.exits or len(config.exits) == count:
         raise UserError(
-            f"{name} has the exits {_list(base.exits)}: exits must be these and deeper ones, such "
-            f"as {_list((*base.exits, base.exits[-1] + 1))}; got {_list(config.exits)}"
+            f"{name} has the exits {join_numbers(base.exits)}: exits must be these and deeper "
+            f"ones, such as {join_numbers((*base.exits, base.exits[-1] + 1))}; got "
+            f"{join_numbers(config.exits)}"
         )
     for key in _SAME:
         if getattr(base, key) != getattr(config, key):
@@ -93,8 +95,8 @@ def _check_grows(config: Config, base: Config, name: str) -> None:
     absent = sorted(set(config.seeds) - set(base.seeds))
     if absent:
         raise UserError(
-            f"{name} has the seeds {_list(base.seeds)}, not {absent[0]}: a replica grows from that "
-            "of its own seed"
+            f"{name} has the seeds {join_numbers(base.seeds)}, not {absent[0]}: a replica grows "
+            "from that of its own seed"
         )
 
 
@@ -105,7 +107,3 @@ def merge_grown_params(params: Any, base: Any) -> Any:
     return {
         k: merge_grown_params(v, base[str(k)]) if str(k) in base else v for k, v in params.items()
     }
-
-
-def _list(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))

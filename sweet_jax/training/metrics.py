@@ -25,15 +25,6 @@ def read_metrics(workdir: Path) -> list[Row]:
     return [row for row in _read(workdir) if "loss" in row]
 
 
-def read_tuning(workdir: Path) -> list[Row]:
-    """Returns the evaluations on tuning rows in metrics.jsonl, in order.
-
-    training: its name; step: steps taken; area: of each replica [R]; metric: of each replica and
-    exit [R, E].
-    """
-    return [row for row in _read(workdir) if "area" in row]
-
-
 def _read(workdir: Path) -> list[Row]:
     """Returns the rows of metrics.jsonl, up to a line that was cut off when the process died."""
     path = workdir / "metrics.jsonl"

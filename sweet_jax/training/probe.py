@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.files import atomic_write
+from sweet_jax.files import write_arrays
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.linear_model import LinearModel
 from sweet_jax.training.step import Params
@@ -58,9 +58,7 @@ class LinearClassifiers(NamedTuple):
 
     def save(self, path: Path, **more: np.ndarray) -> None:
         """Writes them, and further arrays, to one .npz, whole or not at all."""
-        arrays: dict[str, Any] = self._asdict() | more
-        with atomic_write(path) as aside:
-            np.savez(aside, **arrays)
+        write_arrays(path, self._asdict() | more)
 
     def predictions(self, features: np.ndarray, objective: Objective = SINGLE_LABEL) -> np.ndarray:
         """Returns the prediction of every row, [R, E, N, ...], of features [R or 1, E, N, H]."""
