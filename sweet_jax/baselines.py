@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from sweet_jax.config import Config, UserError
+from sweet_jax.data.run_rows import RunRows
 from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
-from sweet_jax.preparation import PreparedRun, RunRows
+from sweet_jax.preparation import PreparedRun
 from sweet_jax.report.baselines import Baseline, constant_predictions, tfidf_predictions
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit

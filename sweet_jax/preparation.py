@@ -8,20 +8,15 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sweet_jax.config import AUTO, Config, UserError
 from sweet_jax.data.batches import Tokens, tokenize
 from sweet_jax.data.load import Dataset, load_dataset, task_of
-from sweet_jax.data.splits import (
-    Split,
-    drop_duplicates,
-    select_rows,
-    split_calibration_rows,
-    split_tuning_rows,
-)
+from sweet_jax.data.run_rows import RunRows, draw_rows
+from sweet_jax.data.splits import Split, select_rows
 from sweet_jax.exits.policies import policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pooling import POOLINGS, declared_pooling
@@ -40,14 +35,6 @@ from sweet_jax.training.parallel import check_devices
 from sweet_jax.training.probe import Probe
 
 log = logging.getLogger(__name__)
-
-
-class RunRows(NamedTuple):
-    """Holds the rows of every replica by what reads them; no row is in two of the three."""
-
-    training: np.ndarray  # int [R, N]
-    calibration: np.ndarray  # int [R, K]; K is 0 unless `calibration` is "held_out"
-    tuning: np.ndarray  # int [R, M]; M is 0 where nothing is tuned
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,7 +114,7 @@ def prepare(config: Config) -> PreparedRun:
     tokenizer = load_tokenizer(checkpoint)
     if POOLINGS[config.pooling].first_only:
         ensure_first_token(tokenizer, config.checkpoint)
-    drawn = _draw_rows(config, dataset)
+    drawn = draw_rows(config, dataset)
     # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
     used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))
     kept = select_rows(dataset.train, used)
@@ -246,54 +233,6 @@ def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) ->
             "--config.text_columns"
         )
     return dataclasses.replace(config, pooling=pooling)
-
-
-def _draw_rows(config: Config, dataset: Dataset) -> RunRows:
-    """Draws the rows of each replica, numbered as in the data set.
-
-    Raises UserError where a class of the validation rows is in none of the training rows drawn.
-    """
-    labels, texts, strata = dataset.train.labels, dataset.train.texts, dataset.strata
-    seeds = [seed for seed, _ in config.replicas()]
-    split = [split_calibration_rows(strata, config, seed, labels) for seed in seeds]
-    split, repeats = drop_duplicates(texts, split, strata, seeds)
-    training, calibration = zip(*split, strict=True)
-    if repeats:
-        said = "%d training rows repeat a calibration text: left out"
-        if len(set(seeds)) > 1:
-            said = "up to %d training rows repeat a calibration text: each seed leaves out as many"
-        log.info(said, repeats)
-    tuning = [np.empty(0, int)] * len(seeds)
-    if config.tunes:
-        training, tuning = _hold_out_tuning_rows(config, dataset, training)
-    for seed, rows in zip(seeds, training, strict=True):
-        present = dataset.objective.column.present
-        unseen = np.setdiff1d(present(dataset.validation.labels), present(labels[rows]))
-        if len(unseen):
-            raise UserError(
-                f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
-                f"the {len(rows)} training rows drawn for seed {seed}: raise train_size, or "
-                "give more distinct texts"
-            )
-    size = min(map(len, calibration))  # differs where most classes have one row
-    return RunRows(
-        np.stack(training), np.stack([rows[:size] for rows in calibration]), np.stack(tuning)
-    )
-
-
-def _hold_out_tuning_rows(
-    config: Config, dataset: Dataset, training: Sequence[np.ndarray]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Splits each replica's training rows into training rows and equally many tuning rows."""
-    strata, targets = dataset.strata, dataset.train.labels
-    seeds = [seed for seed, _ in config.replicas()]
-    split = [
-        split_tuning_rows(strata, own, config.tuning_fraction, seed, targets)
-        for seed, own in zip(seeds, training, strict=True)
-    ]
-    split, _ = drop_duplicates(dataset.train.texts, split, strata, seeds)
-    size = min(len(tuning) for _, tuning in split)
-    return [own for own, _ in split], [tuning[:size] for _, tuning in split]
 
 
 def _check_against(checkpoint: Checkpoint, config: Config) -> None:

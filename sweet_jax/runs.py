@@ -40,7 +40,8 @@ def train(
 ) -> "Run":
     """Trains, evaluates, calibrates and reports on labelled texts, as `sweet-jax train` does.
 
-    Without what that does at its end: no engine is timed, no operating point recommended. The same call in the same workdir resumes an interrupted run, and returns a finished one.
+    Without what that does at its end: no engine is timed, no operating point recommended. The same
+    call in the same workdir resumes an interrupted run, and returns a finished one.
 
     Args:
       data: name of a file, in any format of the command; or a pandas DataFrame, a

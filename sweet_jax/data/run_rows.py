@@ -1,0 +1,72 @@
+"""The rows that each replica of a run trains on, tunes on and calibrates on.
+
+Shape letters: R replica, N training rows, K calibration rows, M tuning rows.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sweet_jax.config import Config, UserError
+from sweet_jax.data.load import Dataset
+from sweet_jax.data.splits import drop_duplicates, split_calibration_rows, split_tuning_rows
+
+log = logging.getLogger(__name__)
+
+
+class RunRows(NamedTuple):
+    """Holds the rows of every replica by what reads them; no row is in two of the three."""
+
+    training: np.ndarray  # int [R, N]
+    calibration: np.ndarray  # int [R, K]; K is 0 unless `calibration` is "held_out"
+    tuning: np.ndarray  # int [R, M]; M is 0 where nothing is tuned
+
+
+def draw_rows(config: Config, dataset: Dataset) -> RunRows:
+    """Draws the rows of each replica, numbered as in the data set.
+
+    Raises UserError where a class of the validation rows is in none of the training rows drawn.
+    """
+    labels, texts, strata = dataset.train.labels, dataset.train.texts, dataset.strata
+    seeds = [seed for seed, _ in config.replicas()]
+    split = [split_calibration_rows(strata, config, seed, labels) for seed in seeds]
+    split, repeats = drop_duplicates(texts, split, strata, seeds)
+    training, calibration = zip(*split, strict=True)
+    if repeats:
+        said = "%d training rows repeat a calibration text: left out"
+        if len(set(seeds)) > 1:
+            said = "up to %d training rows repeat a calibration text: each seed leaves out as many"
+        log.info(said, repeats)
+    tuning = [np.empty(0, int)] * len(seeds)
+    if config.tunes:
+        training, tuning = _hold_out_tuning_rows(config, dataset, training)
+    for seed, rows in zip(seeds, training, strict=True):
+        present = dataset.objective.column.present
+        unseen = np.setdiff1d(present(dataset.validation.labels), present(labels[rows]))
+        if len(unseen):
+            raise UserError(
+                f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
+                f"the {len(rows)} training rows drawn for seed {seed}: raise train_size, or "
+                "give more distinct texts"
+            )
+    size = min(map(len, calibration))  # differs where most classes have one row
+    return RunRows(
+        np.stack(training), np.stack([rows[:size] for rows in calibration]), np.stack(tuning)
+    )
+
+
+def _hold_out_tuning_rows(
+    config: Config, dataset: Dataset, training: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Splits each replica's training rows into training rows and equally many tuning rows."""
+    strata, targets = dataset.strata, dataset.train.labels
+    seeds = [seed for seed, _ in config.replicas()]
+    split = [
+        split_tuning_rows(strata, own, config.tuning_fraction, seed, targets)
+        for seed, own in zip(seeds, training, strict=True)
+    ]
+    split, _ = drop_duplicates(dataset.train.texts, split, strata, seeds)
+    size = min(len(tuning) for _, tuning in split)
+    return [own for own, _ in split], [tuning[:size] for _, tuning in split]
