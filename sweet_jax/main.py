@@ -232,7 +232,7 @@ def _train(command: Command) -> int:
             run(command.config, command.workdir)
         if command.target is not None and distributed.is_primary():
             from sweet_jax.recommendation import recommend
-            from sweet_jax.report_command import render_report
+            from sweet_jax.run_report import render_report
 
             print(recommend(command.workdir, command.target))
             render_report(command.workdir, command.target)  # now with times

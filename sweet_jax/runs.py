@@ -19,7 +19,7 @@ from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, policy_reference
 from sweet_jax.exits.simulation import Curve, simulate
-from sweet_jax.exits.targets import Target
+from sweet_jax.exits.targets import Target, check_targets
 from sweet_jax.files import RUN_ROWS, atomic_write, expand_user, join_sources, read_json
 from sweet_jax.recipe import OWN_DATA
 
@@ -40,8 +40,8 @@ def train(
 ) -> "Run":
     """Trains, evaluates, calibrates and reports on labelled texts, as `sweet-jax train` does.
 
-    Without what that does at its end: no engine is timed, no operating point recommended. The same
-    call in the same workdir resumes an interrupted run, and returns a finished one.
+    What the command says at its end of a budget, `Run.recommend` says. The same call in the same
+    workdir resumes an interrupted run, and returns a finished one.
 
     Args:
       data: name of a file, in any format of the command; or a pandas DataFrame, a
@@ -250,6 +250,34 @@ class Run:
     def report(self) -> Path:
         """Returns the path of the report, one HTML page that needs no network."""
         return self.directory / "report.html"
+
+    def recommend(self, *, milliseconds: float | None = None, cost: float | None = None) -> str:
+        """Times the saved model on this machine, and recommends an operating point for a budget.
+
+        That is what `sweet-jax train FILE --budget` ends with. The times are kept beside the model,
+        so that `classifier` takes milliseconds from then on; the report is written anew with them.
+
+        Args:
+          milliseconds: largest mean time of a text.
+          cost: largest mean share of the layers; without either, the cheapest threshold that keeps
+            the last exit's metric.
+
+        Returns:
+          A few lines: what the operating point gives and takes, beside all layers, and the commands
+          that serve and predict at it.
+
+        Raises UserError for more than one budget, or one out of range.
+
+        """
+        from sweet_jax.recommendation import recommend  # imports JAX, where that is installed
+        from sweet_jax.run_report import render_report
+
+        budgets = {"milliseconds": milliseconds, "cost": cost}
+        check_targets(budgets, "")
+        target = {name: value for name, value in budgets.items() if value is not None}
+        found = recommend(self.directory, target)
+        render_report(self.directory, target)
+        return found
 
     def classifier(self, **options: Any) -> "AdaptiveClassifier":
         """Reads the saved model; options are those of `AdaptiveClassifier.from_pretrained`."""

@@ -193,7 +193,7 @@ LEVELS = [
     {"training", "inference", "report"},
     {
         *("preparation", "run_description", "baselines", "head_fitting"),
-        *("learning_rate_search", "run_outputs", "recommendation"),
+        *("learning_rate_search", "run_outputs", "recommendation", "run_report"),
     },
     {"pipeline", "runs", "server"},
     {

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,6 +83,20 @@ def test_the_classifier_answers_as_the_run_was_evaluated(trained, rows):
     found = trained.classifier(threshold=float("inf")).predict(texts)
     assert set(found.exits.tolist()) == {3}
     assert len(found.labels) == len(texts)
+
+
+def test_a_budget_is_answered_as_at_the_end_of_the_command(trained, tmp_path):
+    shutil.copytree(trained.directory, tmp_path / "run")
+    run = Run.load(tmp_path / "run")
+    with pytest.raises(UserError, match="set one target, not 2: milliseconds, cost"):
+        run.recommend(milliseconds=5, cost=0.5)
+    assert not (run.directory / "model" / "clock.json").exists()
+    before = run.report().read_bytes()
+    found = run.recommend(cost=0.5)
+    assert found.startswith("recommended operating point: accuracy ")
+    assert "the best accuracy within 0.5 of the layers" in found
+    assert run.report().read_bytes() != before
+    assert run.classifier(milliseconds=1000).threshold < 1  # by the times that were kept
 
 
 KINDS = {
