@@ -1,7 +1,4 @@
-"""The report of a finished run, written anew from what its directory holds.
-
-Shape letters: E exit, N examples.
-"""
+"""The report of a finished run, written anew from what its directory holds."""
 
 import logging
 from collections.abc import Mapping, Sequence

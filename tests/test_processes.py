@@ -215,6 +215,7 @@ def test_two_processes_probe_search_stop_and_refit_as_one(options, tmp_path):
     """The regressions of features that differ in their last bits agree to a thousandth."""
     changes = {"head_init": "probe", "head_refit": True, "epochs": "auto", "pooling": "mean"}
     changes |= {"rate_search": "short", "learning_rates": (1e-3, 3e-3), "tuning_fraction": 0.2}
+    changes |= {"layer_scaling": 0.5}
     path = tmp_path / "recipe.py"
     path.write_text(f"def get_config():\n    return {options | changes!r}\n")
     both = ended(start_two(path, tmp_path / "run"))

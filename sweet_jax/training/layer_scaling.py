@@ -1,7 +1,8 @@
 """Layer scaling: what training changed in a layer is reduced, most in the first, in the last not.
 
-"LiNeS" of Wang et al. 2025 (arXiv 2410.17146, section 3). The layers that a shallow exit reads go
-back towards the pretrained ones, which read texts in general; the last exit keeps what it learned.
+"LiNeS" of Wang et al. 2025 (arXiv 2410.17146), linear in depth. The layers that a shallow exit
+reads go back towards the pretrained ones, which read texts in general; the last exit keeps what it
+learned.
 
 Shape letters: R replica.
 """
@@ -23,7 +24,7 @@ def scale_layer_updates(params: Params, encoder: Any, depth: int, first: float) 
     it, and so do heads.
 
     Args:
-      params: trained.
+      params: trained, on the devices, whose sharding is kept.
       encoder: the pretrained encoder's parameters, without the axis R.
       depth: L, layers of the model.
       first: the share of layer 1.
