@@ -73,7 +73,7 @@ def test_short_lengths_are_compiled_for_where_that_saves_enough(longest, steps, 
     ("longest", "rows", "lengths"),
     [
         ([30, 50, 90], 1000, (96,)),  # one program
-        ([30, 50, 50, 90], 600_000, (64, 96)),
+        ([30, 50, 50, 90], 1_200_000, (64, 96)),
         ([30, 50, 90], 10_000_000, (32, 64, 96)),
         ([100] * 3, 10**9, (128,)),
         ([200], 1000, (256,)),  # cut there: the last length holds every row

@@ -5,8 +5,8 @@
 #   experiments/launch/gpu_all.sh DATA_DIR CHECKPOINT step cell   # these parts only, added to the file
 #
 # Most of its time is compiling: a program of BERT-base took 55 seconds on an H100 machine of 16 cores
-# (jax 0.11.2). On an H200 the first row of `step` was not there after two minutes: give that part
-# four.
+# (jax 0.11.2). There `step` takes four minutes for its first size and two for each other, `sweep`
+# three; `cell` had trained after 140 seconds, and was not done after 280.
 #
 # DATA_DIR has <task>/{train,validation}.parquet of GLUE's sst2 and mrpc; CHECKPOINT is a base-size
 # encoder's folder, such as `python -m experiments.mpnet_checkpoint` prints. Nothing is downloaded.
