@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sweet_jax.config import Config
+from sweet_jax.data.padding import TOKENS_WHILE_COMPILING
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import read_json, write_json
@@ -78,9 +80,7 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
         steps * len(rates) * size,
         total * size,
     )
-    # On a single CPU device, whose cores one replica fills, each rate alone: with one seed, they
-    # and the training that follows then share one compiled program.
-    alone = jax.default_backend() == "cpu" and len(jax.devices()) == 1
+    alone = _one_rate_at_a_time(config, steps)
     places = range(len(rates))
     together = [[place] for place in places] if alone else [list(places)]
     depths = [model.exits[-1] for model in model_specs(config)]
@@ -101,6 +101,20 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
         "tuning_rows": tuning,
         "learning_rate": best,
     }
+
+
+def _one_rate_at_a_time(config: Config, steps: int) -> bool:
+    """Returns whether the short runs follow one another, rather than share one program.
+
+    On one CPU device, whose cores one replica fills. On one accelerator, with one seed: they and
+    the training after them then share a program, unless the runs take longer than compiling a
+    second one (experiments/results/benchmarks/gpu.md).
+    """
+    if len(jax.devices()) > 1:
+        return False
+    rows = steps * config.batch_size * len(config.learning_rates)
+    short = rows * config.max_length <= TOKENS_WHILE_COMPILING
+    return jax.default_backend() == "cpu" or (len(config.seeds) == 1 and short)
 
 
 def _describe_choice(rates: Sequence[float], area: np.ndarray, rows: int, metric: Metric) -> str:

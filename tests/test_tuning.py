@@ -10,14 +10,14 @@ import pytest
 from tiny import read_tuning
 
 from sweet_jax import ExitOutputs
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.data.batches import steps_per_epoch, training_batch_indices
 from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.head_fitting import refit_heads
-from sweet_jax.learning_rate_search import choose_rate
+from sweet_jax.learning_rate_search import _one_rate_at_a_time, choose_rate
 from sweet_jax.objectives.multi_label import NEG_HAMMING_LOSS
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare
@@ -370,3 +370,22 @@ def test_early_stopping_is_named_where_it_is_needed(recipe):
     for changes in ({"epochs": 0}, {"head_refit": True}):
         with pytest.raises(UserError, match="learning_to_exit is 'joint', but"):
             from_mapping(recipe | {"learning_to_exit": "joint"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "seeds", "steps", "alone"),
+    [
+        ("cpu", 1, (0, 1), 10**6, True),
+        ("cpu", 4, (0,), 40, False),
+        ("gpu", 1, (0,), 40, True),  # shares its program with the training that follows
+        ("gpu", 1, (0, 1), 40, False),
+        ("gpu", 1, (0,), 10_000, False),  # a second program pays
+    ],
+)
+def test_rates_share_a_program_where_that_saves_time(
+    monkeypatch, backend, devices, seeds, steps, alone
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [None] * devices)
+    config = Config(task="own", seeds=seeds, learning_rates=(1e-4, 3e-4), max_length=128)
+    assert _one_rate_at_a_time(config.resolved(), steps) == alone

@@ -20,7 +20,7 @@ _WORTH_COMPILING = 1024
 # On accelerators compiling a step takes tens of seconds, and a step milliseconds: the tokens that
 # are trained on meanwhile, of all rows and replicas. Measured with BERT-base on an H100: 16 million
 # with one replica, 24 million with 15 (experiments/results/benchmarks/gpu.md).
-_WORTH_COMPILING_ON_ACCELERATORS = 1 << 24
+TOKENS_WHILE_COMPILING = 1 << 24
 _COARSE = (64, 128, 256, 512)  # for programs that compile for longer than they run
 
 Batch = dict[str, np.ndarray]
@@ -37,7 +37,7 @@ def evaluation_lengths(max_length: int, rows: int) -> tuple[int, ...]:
     Those of `bucket_lengths` for many rows; for fewer, which would not repay compiling, four at
     most, the same for all such splits, so that they share their programs.
     """
-    if rows * max_length > _WORTH_COMPILING_ON_ACCELERATORS:
+    if rows * max_length > TOKENS_WHILE_COMPILING:
         return bucket_lengths(max_length)
     return (*(length for length in _COARSE if length < max_length), max_length)
 
@@ -75,7 +75,7 @@ def worth_compiling(lengths: tuple[int, ...], longest: np.ndarray, rows: int) ->
     def tokens(subset: tuple[int, ...]) -> float:
         padded = smallest_fit(longest, (*subset, lengths[-1]))
         programs = len(np.unique(padded))
-        return rows * float(padded.mean()) + _WORTH_COMPILING_ON_ACCELERATORS * programs
+        return rows * float(padded.mean()) + TOKENS_WHILE_COMPILING * programs
 
     subsets = (itertools.combinations(lengths[:-1], n) for n in range(len(lengths)))
     return (*min(itertools.chain(*subsets), key=tokens), lengths[-1])
