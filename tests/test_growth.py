@@ -13,6 +13,8 @@ from sweet_jax.config import UserError, from_mapping
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
 
+pytestmark = pytest.mark.usefixtures("one_device_in_module")
+
 SPLITS = ("calibration", "validation")
 
 

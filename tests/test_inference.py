@@ -118,7 +118,7 @@ def answered(classifier, texts, batch_size):
         ("deberta-v2", "first"),
         pytest.param("roberta", "mean", marks=pytest.mark.slow),
         pytest.param("deberta", "mean", marks=pytest.mark.slow),
-        ("deberta-v2", "mean"),
+        pytest.param("deberta-v2", "mean", marks=pytest.mark.slow),
         ("modernbert", "first"),
         pytest.param("modernbert", "mean", marks=pytest.mark.slow),
         pytest.param("mpnet", "first", marks=pytest.mark.slow),

@@ -137,6 +137,7 @@ def test_exits_that_are_coupled_are_refused(changes, named, options):
         dataclasses.replace(from_mapping(options), **values).resolved()
 
 
+@pytest.mark.slow
 def test_groups_keep_the_best_state_as_one_device_does(options, tmp_path, monkeypatch):
     recipe = {"pooling": "mean", "head_init": "random", "epochs": "auto", "tuning_fraction": 0.2}
     recipe |= {"learning_rates": (1e-4,), "max_steps": 20}

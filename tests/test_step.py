@@ -210,7 +210,7 @@ def weighted_gradient(params, isolation, key, graphdef):
     return jax.grad(weighted, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("by_segment", [False, True])
+@pytest.mark.parametrize("by_segment", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_gradient_is_that_of_the_weighted_losses(by_segment):
     """With learning-to-exit, whose squared error is a part of its exit's loss."""
     graphdef, params = build(learning_to_exit="joint")
