@@ -39,6 +39,11 @@ def log_description(job: PreparedRun) -> None:
         )
     if job.dataset.left_out:
         log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
+    if job.dataset.repeated:
+        log.warning(
+            "%d of %d validation texts are training texts too, and the scores may flatter",
+            *(job.dataset.repeated, len(job.dataset.validation.texts)),
+        )
     log.info(describe_rows(job))
     log.info(
         "%s: method %s, an exit after layers %s of %s, %d %s; %s, on %d %s device(s)",

@@ -53,6 +53,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> None:
     runs = [(name, load_analysis(expand_user(name), options.policy)) for name in options.run]
+    metrics = {name: analysis.validation.identity.metric for name, analysis in runs}
+    if len(set(metrics.values())) > 1:
+        each = ", ".join(f"{metric} of {name}" for name, metric in metrics.items())
+        raise UserError(f"one page cannot hold curves of several metrics ({each}): give --run once")
     for name, analysis in runs:
         if len(runs) > 1:
             print(f"{name}:")
@@ -121,17 +125,26 @@ def _describe(
     ]
     shown = format_threshold(point.threshold, analysis.breakpoints(replica))
     line = f"threshold {shown}: " + "; ".join(parts)
-    if "accuracy" in targets and metric == "accuracy":
-        line += _describe_gap(point, point.validation[1], targets["accuracy"])
+    if "error" in targets or ("accuracy" in targets and metric in ("accuracy", "subset_accuracy")):
+        line += _describe_gap(point, point.validation[1], targets)
     return line
 
 
-def _describe_gap(point: OperatingPoint, found: float, asked: float) -> str:
-    """Says how far the validation rows are from an accuracy asked for."""
+def _describe_gap(point: OperatingPoint, found: float, targets: Mapping[str, float]) -> str:
+    """Says how far the validation rows are from an accuracy, or an error, asked for.
+
+    found: the metric there, of an error its negative.
+    """
+    if "error" in targets:
+        found, reachable, asked, most = -found, -point.reachable, targets["error"], "least"
+        missed = reachable > asked
+    else:
+        reachable, asked, most = point.reachable, targets["accuracy"], "most"
+        missed = reachable < asked
     gap = found - asked
     text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} what was asked for"
-    if point.reachable < asked:
-        text += f" (out of reach: the calibration rows reach {point.reachable:.4f} at most)"
+    if missed:
+        text += f" (out of reach: the calibration rows reach {reachable:.4f} at {most})"
     return text
 
 

@@ -15,6 +15,7 @@ from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.bounds import best_thresholds, oracle, share_of_gap, single_exit_hull
 from sweet_jax.exits.certificates import (
+    NEVER,
     candidate_thresholds,
     certify,
     count_losses,
@@ -391,3 +392,29 @@ def test_a_time_chooses_as_a_search_over_the_front():
         assert found.reachable == times.min()
     with pytest.raises(UserError, match="milliseconds are not known for this model"):
         resolver.resolve("confidence", {"milliseconds": 3})
+
+
+def test_a_confidence_of_infinity_is_tested_like_any_other():
+    """By +inf a rule of one's own says "answer here": what is lost there counts too."""
+    labels = np.arange(200) % 2
+    first = np.where(np.arange(200) % 5 == 0, 1 - labels, labels)  # a fifth is wrong
+    logits = np.stack([np.eye(2)[first], np.eye(2)[labels]]).astype(np.float32)
+    outputs = ExitOutputs(logits=logits, labels=labels, layers=np.array([1, 2]))
+
+    def hard(outputs, temperatures):
+        return np.where(outputs.logits[..., 0] >= 0, np.inf, -np.inf)  # all
+
+    confidences = exit_confidences(outputs, hard)[0]
+    counts = count_losses(outputs, 0, confidences, candidate_thresholds(confidences), "risk")
+    assert counts.harmed.tolist() == [40]
+    assert certify(counts, 0.1).threshold is None
+    assert certify(counts, 0.3).harmed == 40
+    curve = simulate(outputs, hard)
+    np.testing.assert_allclose(curve.cost, [[0.5, 1]])
+    np.testing.assert_allclose(curve.score, [[0.8, 1]])
+    assert curve.threshold[0, -1] == NEVER
+    assert (
+        simulate(outputs, hard, thresholds=[np.inf]).cost == 1
+    )  # the full model, as predict has it
+    with pytest.raises(UserError, match="thresholds must be numbers; got nan"):
+        simulate(outputs, hard, thresholds=[0.5, np.nan])

@@ -195,6 +195,15 @@ def test_what_a_search_a_probe_and_a_refit_left_grows_too(base, checkpoint, tmp_
             for name in ("grown", "base")
         )
         np.testing.assert_array_equal(ours.logits[:, :2], theirs.logits)
+    # Without epochs the probe is the model, and nothing was refitted.
+    probes = (tmp_path / "probe", values | {"epochs": 0})
+    run(from_mapping(probes[1]), probes[0])
+    run(more(probes, exits=(1, 2, 3)), tmp_path / "grown_probe")
+    ours, theirs = (
+        ExitOutputs.load(tmp_path / name / "exit_outputs" / "validation.npz").logits
+        for name in ("grown_probe", "probe")
+    )
+    np.testing.assert_array_equal(ours[:, :2], theirs)
     usual = {"epochs": 2, "head_init": "random", "head_refit": False, "rate_search": "full"}
     usual["exits"] = (1, 2, 3)
     with pytest.raises(UserError, match="holds rows out for tuning, and the new run does not"):

@@ -30,7 +30,7 @@ from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.multi_label import MULTI_LABEL, binary_cross_entropy
-from sweet_jax.objectives.regression import REGRESSION, squared_error
+from sweet_jax.objectives.regression import REGRESSION, pearson, squared_error
 from sweet_jax.objectives.single_label import SINGLE_LABEL, balanced_weights, reweighted
 from sweet_jax.training.early_stopping import tuning_area
 from sweet_jax.training.losses import compute_step_metrics
@@ -375,6 +375,16 @@ def test_a_curve_of_numbers_equals_a_loop(numbers, metric, oracle):
     ):
         wanted = loop(numbers, confidences, threshold, oracle)
         np.testing.assert_allclose((cost, value), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("offset", "deviation"), [(0, 1), (1e6, 0.5), (1.6e9, 1e3)])
+def test_the_correlation_of_large_numbers(offset, deviation):
+    rng = np.random.default_rng(0)
+    numbers = offset + deviation * rng.standard_normal(500)
+    given = numbers + 0.5 * deviation * rng.standard_normal(500)
+    wanted = stats.pearsonr(numbers, given).statistic
+    assert pearson(given, numbers) == pytest.approx(wanted, rel=1e-6)
+    assert pearson(np.full(500, offset), numbers) == 0
 
 
 def test_numbers_have_operating_points_and_no_certificates(numbers, tmp_path):

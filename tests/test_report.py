@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from sweet_jax.report.figures import exits_figure, write_figures
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
+from sweet_jax.simulate import _describe_gap
 from sweet_jax.simulate import main as simulate_command
 
 END, HOME, RIGHT = "\ue010", "\ue011", "\ue014"  # WebDriver's names of keys
@@ -368,6 +370,28 @@ def test_simulate_explains_every_policy_and_target_in_a_line():
         assert any(name in line and rule.about in line for line in text.splitlines())
     for target in ("--cost", "--accuracy", "--threshold", "--risk", "--agreement", "--level"):
         assert f"  {target}" in text
+
+
+def test_simulate_says_how_far_an_error_is_from_what_was_asked_for():
+    point = SimpleNamespace(reachable=-0.34)
+    found = _describe_gap(point, -0.35, {"error": 0.3})
+    assert found.startswith("; 0.0500 above what was asked for (out of reach: the calibration rows")
+    assert found.endswith(" reach 0.3400 at least)")
+    assert _describe_gap(point, -0.3, {"error": 0.4}) == "; 0.1000 below what was asked for"
+
+
+def test_simulate_overlays_runs_of_one_metric_only(monkeypatch, capsys, tmp_path):
+    def loaded(folder, policy):
+        identity = RunIdentity(metric="matthews" if folder.name == "b" else "accuracy")
+        return SimpleNamespace(validation=SimpleNamespace(identity=identity))
+
+    monkeypatch.setattr("sweet_jax.simulate.load_analysis", loaded)
+    page = tmp_path / "page.html"
+    assert simulate_command(["--run=a", "--run=b", f"--output={page}"]) == 2
+    assert "several metrics (accuracy of a, matthews of b): give --run once" in (
+        capsys.readouterr().err
+    )
+    assert not page.exists()
 
 
 def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):

@@ -248,6 +248,10 @@ def test_a_data_set_saved_on_disk(tmp_path):
     assert one.classes == two.classes == ("bad", "good")
     assert len(one.train.texts) + len(one.validation.texts) == 12
     assert (len(two.train.texts), len(two.validation.texts)) == (12, 4)
+    assert (one.repeated, two.repeated) == (
+        0,
+        len(set(two.validation.texts) & set(two.train.texts)),
+    )
     assert (
         len(read("two", splits="test").train.texts)
         + len(read("two", splits="test").validation.texts)

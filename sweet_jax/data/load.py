@@ -27,6 +27,7 @@ class Dataset:
     train: Split
     validation: Split
     left_out: int = 0  # training rows that repeat a text of the validation rows split off
+    repeated: int = 0  # validation rows of a file of their own whose text is a training row's
     unlabeled: Sequence[tuple[str, ...]] = ()  # texts of rows without labels, as in their files
 
     @property
@@ -73,11 +74,14 @@ def load_dataset(config: Config) -> Dataset:
         splits = split_off_validation(splits[0], strata, fraction, config.split_seed)
     train, validation = splits
     _check_labels(train, validation, names, task)
-    left_out = 0
+    left_out = repeated = 0
     if len(sources) == 1:
         left_out = len(sources[0].labels) - len(train.labels) - len(validation.labels)
+    else:
+        known = set(train.texts)
+        repeated = sum(text in known for text in validation.texts)
     unlabeled = read_unlabeled(config, task) if config.unlabeled_files else ()
-    return Dataset(task, names, train, validation, left_out, unlabeled)
+    return Dataset(task, names, train, validation, left_out, repeated, unlabeled)
 
 
 def task_of(config: Config) -> Task:

@@ -14,6 +14,7 @@ from sweet_jax.exits.outputs import ExitOutputs
 
 CERTIFICATE_KINDS = ("risk", "agreement")
 NEVER = float(np.finfo(np.float64).max)  # a threshold that no confidence reaches, valid in JSON
+LARGEST = float(np.nextafter(NEVER, 0))  # the largest confidence: what +inf is taken as
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,8 +116,11 @@ class ExitOutputs:
         cost = self.layers / self.layers[-1] if self.cost is None else self.cost
         put("cost", np.asarray(cost, np.float64))
         for name, value in (("layers", self.layers), ("cost", self.cost)):
-            if value.shape != (e,) or bool((np.diff(value) <= 0).any()):
-                raise ValueError(f"{name} must be [E] with E = {e}, ascending; got {value}")
+            sound = np.isfinite(value).all() and (value > 0).all() and (np.diff(value) > 0).all()
+            if value.shape != (e,) or not sound:
+                raise ValueError(
+                    f"{name} must be [E] with E = {e}, positive and ascending; got {value}"
+                )
         if self.exit_scores is not None:
             put("exit_scores", np.asarray(self.exit_scores, np.float32))
             if self.exit_scores.shape != (r, e, n):

@@ -18,6 +18,7 @@ import numpy as np
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator, categorical_variables
+from sweet_jax.exits.certificates import LARGEST
 from sweet_jax.exits.confidences import POLICIES, Policy, PolicyInput
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import one_line
@@ -130,7 +131,8 @@ def exit_confidences(
     """Computes the exit confidences of a policy, float64 [R, E, N].
 
     A confidence that is not a number becomes -inf: an exit that diverged never answers before the
-    last.
+    last. One of +inf becomes the largest that a finite threshold is reached by, `LARGEST`: it is
+    tested by certificates as others are, and at an infinite threshold all reach the last exit.
 
     Args:
       outputs: of any rows.
@@ -175,4 +177,4 @@ def exit_confidences(
             f"the policy {policy_name(policy)!r} must return confidences [R, E, N] = "
             f"{outputs.logits.shape[:3]}; got {found.shape}"
         )
-    return np.where(np.isnan(found), -np.inf, found)
+    return np.minimum(np.where(np.isnan(found), -np.inf, found), LARGEST)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, exit_confidences
@@ -64,7 +65,7 @@ def simulate(
 
     Raises:
       UserError: an unknown policy, or one that needs calibration rows, learned scores or
-        probabilities where there are none; an unknown metric.
+        probabilities where there are none; an unknown metric; a threshold that is not a number.
 
     """
     chosen = outputs.objective.metric(metric or outputs.metric)
@@ -73,7 +74,12 @@ def simulate(
     confidences = exit_confidences(outputs, policy, calibrators)
     curves = [_simulate_one(outputs.replica(r), p, chosen) for r, p in enumerate(confidences)]
     exact = _stack(curves)
-    return exact if thresholds is None else read_curve(exact, np.asarray(thresholds, np.float64))
+    if thresholds is None:
+        return exact
+    thresholds = np.asarray(thresholds, np.float64)
+    if np.isnan(thresholds).any():
+        raise UserError("thresholds must be numbers; got nan")
+    return read_curve(exact, thresholds)
 
 
 def read_curve(curve: Curve, thresholds: np.ndarray) -> Curve:
@@ -116,9 +122,7 @@ def _simulate_one(outputs: ExitOutputs, confidences: np.ndarray, metric: Metric)
         metric.value(sums(statistics), totals),
         shares / count,
     )
-    # A confidence of +inf always leaves: then no threshold lies above every confidence.
-    first = 1 if np.isposinf(values[0][0]) else 0
-    return Curve(*(value[first:][::-1] for value in values))
+    return Curve(*(value[::-1] for value in values))
 
 
 def _stack(curves: list[Curve]) -> Curve:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sweet_jax.exits.certificates import NEVER
+from sweet_jax.exits.certificates import LARGEST, NEVER
 
 _SHORT = 8  # characters: a number that a user may have written stays as it is
 
@@ -53,7 +53,7 @@ def _shortest(value: float, lower: float, upper: float) -> str:
     if value >= NEVER:
         return "inf"
     text = repr(value)
-    if len(text) <= _SHORT:
+    if len(text) <= _SHORT or value >= LARGEST:  # which has 309 digits before the point
         return text
     for decimals in range(2, 17):
         step = 10.0**-decimals

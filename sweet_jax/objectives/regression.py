@@ -185,13 +185,24 @@ NEG_MEAN_ABSOLUTE_ERROR = Metric(
 
 
 def _products(given: np.ndarray, targets: np.ndarray, outputs: int) -> np.ndarray:
-    given = np.asarray(given, np.float64)
+    targets, centre = _centred(targets)
+    given = np.asarray(given, np.float64) - centre
     return np.stack([given, given**2, given * targets], axis=-1)  # [..., N, 3]
 
 
 def _moments(targets: np.ndarray, outputs: int) -> np.ndarray:
-    targets = np.asarray(targets, np.float64)
+    targets, _ = _centred(targets)
     return np.stack([np.ones_like(targets), targets, targets**2], axis=-1)  # [N, 3]
+
+
+def _centred(targets: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns the targets less their mean, and the mean.
+
+    A correlation does not change by it, but the differences of large sums lose fewer digits.
+    """
+    targets = np.asarray(targets, np.float64)
+    centre = float(targets.mean())
+    return targets - centre, centre
 
 
 def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
@@ -199,7 +210,8 @@ def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
 
     Args:
       sums: [..., 3]: sums of the predictions, their squares, and their products with the targets.
-      totals: [..., 3]: the number of rows, sums of the targets and of their squares.
+      totals: [..., 3]: the number of rows, sums of the targets and of their squares. All of numbers
+        less one and the same, see `_centred`.
 
     """
     count = totals[..., 0]

@@ -152,7 +152,8 @@ def _base_params(base: BaseRun) -> Params:
     if params is None:
         raise UserError(_lost(base))
     params = add_replica_axis(params, len(base.replicas))
-    if base.config.head_refit:
+    only_probe = base.config.epochs == 0 and base.config.head_init == "probe"
+    if base.config.head_refit and not only_probe:  # which was fitted on this encoder, and stayed
         (model,) = model_specs(base.config)
         found = read_classifiers(refit_path(base.folder, model.name))
         if found is None:
