@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from sweet_jax.config import UserError
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import TARGET_RANGES, check_targets
+from sweet_jax.storage_errors import access_failure, storage_failure
 
 # The targets that an operating point can be chosen by, and what --help says of each.
 _TARGETS = {
@@ -105,9 +106,22 @@ def policy_help() -> str:
 
 
 def run_command(run: Callable[[], int | None]) -> int:
-    """Runs a command; returns its own exit status or 0, or 2 after one line of error on stderr."""
+    """Runs a command; returns its exit status.
+
+    That is its own, or 0; 2 after one line on stderr for input that will not do; 1 for a disk that
+    takes no more writes, after such a line, or where nobody reads its output any more.
+    """
     try:
         return run() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        denied, failure = access_failure(error), storage_failure(error)
+        if denied is None and failure is None:
+            raise
+        print(f"error: {failure or denied}", file=sys.stderr)
+        return 1 if failure else 2

@@ -1,9 +1,12 @@
 """Directories that are written anew: whole or not at all, whenever the process is killed."""
 
+import contextlib
 import filecmp
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from sweet_jax.errors import UserError
 
 _REPLACED = ".replaced"  # ends the name that a directory has while another takes its place
 
@@ -32,6 +35,42 @@ def mend_directories(folder: Path) -> None:
             shutil.rmtree(before)
         else:
             before.rename(directory)
+
+
+@contextlib.contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yields an empty directory that takes the name of --output at the end, and goes on an error.
+
+    Raises UserError where the name is taken, or no directory can be made there.
+    """
+    name = f"--output {str(directory)!r}"
+    if directory.exists():
+        raise UserError(f"{name} exists: choose another, or remove it")
+    aside = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{name} cannot be made ({error.strerror}): choose another") from error
+    try:
+        yield aside
+        aside.rename(directory)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def copy_files(source: Path, target: Path, ignored: Collection[str] = ()) -> None:
+    """Copies the files of a directory into an empty one, but for those of some names.
+
+    With the permissions of new files: copies of read-only ones could not be changed.
+    """
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        elif path.name not in ignored:
+            shutil.copyfile(path, place)
 
 
 def copy_additions(old: Path, new: Path, ignored: Collection[str]) -> None:

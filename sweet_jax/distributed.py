@@ -223,7 +223,8 @@ def abort_together() -> Iterator[None]:
                 file=sys.stderr,
             )
         elif failure := storage_failure(error):
-            print(f"{which}: {failure}", file=sys.stderr)
+            resumed = "the same command resumes from the last checkpoint"
+            print(f"{which}: {failure}; {resumed}", file=sys.stderr)
         else:
             if not isinstance(error, KeyboardInterrupt):
                 traceback.print_exc()

@@ -40,6 +40,7 @@ import numpy as np
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, run_command
 from sweet_jax.config import UserError
+from sweet_jax.directories import whole_directory
 from sweet_jax.files import write_json
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
@@ -120,11 +121,10 @@ def _export_onnx(
         models["int8"] = open_model(model.folder, "int8")
     for each in models.values():
         each.resolver.threshold(policy, **target)  # is refused before anything is written
-    aside = _make_aside(folder)
-    write_onnx(model, aside, tuple(models))
-    if programs:
-        onnx_runners.write_runners(models, aside, policy, target)
-    aside.rename(folder)
+    with whole_directory(folder) as aside:
+        write_onnx(model, aside, tuple(models))
+        if programs:
+            onnx_runners.write_runners(models, aside, policy, target)
     print(f"exported: {folder}")
 
 
@@ -170,19 +170,6 @@ def _announce_no_programs(objective: str, policy: str | None, target: Mapping[st
     )
 
 
-def _make_aside(folder: Path) -> Path:
-    """Makes an empty folder to be renamed. Raises UserError where `folder` exists or cannot be."""
-    if folder.exists():
-        raise UserError(f"--output {str(folder)!r} exists: choose another, or remove it")
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output {str(folder)!r}: {error.strerror}") from error
-    return aside
-
-
 def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int) -> None:
     """Writes the folder, whole or not at all, with programs of L = `length`.
 
@@ -190,7 +177,14 @@ def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, leng
     not know, or a folder that exists.
     """
     _check(classifier)
-    aside = _make_aside(folder)
+    with whole_directory(folder) as aside:
+        _write_programs(classifier, engine, aside, length)
+
+
+def _write_programs(
+    classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int
+) -> None:
+    """Writes a program for each stage, their parameters, and what runs them."""
     model, chain = classifier.model, []
     parameters: dict[str, Any] = {}
     for stage in engine.stages():
@@ -200,20 +194,19 @@ def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, leng
         parameters |= names
         program = f"stage_{stage.end:02d}.bin"
         serialized = serialize_stage(network, stage, list(own.values()), length)
-        (aside / program).write_bytes(serialized)
+        (folder / program).write_bytes(serialized)
         values = {"layer": stage.end, "cost": float(model.cost[stage.exit]), "program": program}
         values |= _temperatures(classifier, stage)
         chain.append(values | {"embeds": stage.embeds, "parameters": list(names)})
-    np.savez(aside / "parameters.npz", **parameters)
+    np.savez(folder / "parameters.npz", **parameters)
     about = {"format": 1, "classes": list(model.classes), "length": length}
     about |= {"threshold": classifier.threshold, "pad_id": engine.pad_id}
     if POOLINGS[model.pooling].pairs:
         about["pairs"] = True
     if model.objective.name != "single_label":
         about |= {"objective": model.objective.name, "policy": classifier.policy}
-    write_json(aside / "model.json", about | {"stages": chain})
-    shutil.copy(run_exported.__file__, aside / "run.py")
-    aside.rename(folder)
+    write_json(folder / "model.json", about | {"stages": chain})
+    shutil.copyfile(run_exported.__file__, folder / "run.py")
 
 
 def _check(classifier: AdaptiveClassifier) -> None:

@@ -249,7 +249,8 @@ def _train(command: Command) -> int:
         failure = storage_failure(error)
         if failure is None:
             raise
-        print(f"error: {failure}", file=sys.stderr)
+        resumed = "the same command resumes from the last checkpoint"
+        print(f"error: {failure}; {resumed}", file=sys.stderr)
         discard_errors_at_exit()
         return 1
     return 0

@@ -50,7 +50,7 @@ from sweet_jax.inference.latency import (
     measured_lengths,
 )
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
-from sweet_jax.inference.prediction_file import PREDICTED, OutputFile
+from sweet_jax.inference.prediction_file import CHECKED, PREDICTED, OutputFile
 from sweet_jax.inference.predictions import InvalidRow
 from sweet_jax.inference.warm_up import warm_up
 
@@ -63,8 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(lambda: _run(_parse(argv)))
     except KeyboardInterrupt:
         print("interrupted; the same command resumes where the output ends", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of --output=/dev/stdout has seen enough
         return 1
 
 
@@ -152,6 +150,12 @@ def _run(options: argparse.Namespace) -> int:
     # Where the predictions go to the terminal or a pipe, the summary must not be among them.
     summary = tally.summary((tally.rows - start) / max(seconds, 1e-9))
     print(summary, file=sys.stderr if output.streams else sys.stdout)
+    if start and start == tally.rows:
+        print(
+            f"note: {str(output.path)!r} had all rows already, and nothing was predicted; of a "
+            f"changed input only the last {CHECKED} are noticed: remove it to predict all again",
+            file=sys.stderr,
+        )
     return _ALL_FAILED if tally.rows and tally.errors == tally.rows else 0
 
 

@@ -23,7 +23,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from sweet_jax.inference.engine import Engine, load_engine
 from sweet_jax.saved_config import read_saved_config
 
 _LOSS = 0.005  # of an exit's metric, above which layers stay in float32
+_GROWTH = 0.01  # of an exit's error in the targets' units, as a share of the error in float32
 # Rounding turns predictions of uncertain rows both ways. A loss that this probability leaves to
 # chance does not pay for a layer in float32, which takes three times as long as one in int8.
 _CHANCE = 0.1
@@ -170,6 +171,8 @@ def select_float32_layers(
     ranked = sorted(layers, key=lambda layer: error(quantize([layer])))
     named = ", ".join(str(exact.layers[exit]) for exit in losing)
     told = f"exit {named} would lose more than {100 * _LOSS} points in int8"
+    if _is_number(exact):
+        told = f"exit {named} would have an error more than {_GROWTH:.0%} larger in int8"
     for count in range(1, len(ranked) + 1):
         kept = sorted(ranked[:count])
         found = quantize(kept)
@@ -181,7 +184,9 @@ def select_float32_layers(
 
 
 def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) -> list[int]:
-    """Returns the indices of the exits that lose more than _LOSS, and more than chance explains.
+    """Returns the indices of the exits that lose too much, and more than chance explains.
+
+    That is more than _LOSS of the metric, or of numbers more than _GROWTH of their mean error.
 
     Args:
       exact: the outputs in float32.
@@ -192,23 +197,45 @@ def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) 
     paired = compare_exits(exact, found)
     losing = []
     for exit, (before, after) in enumerate(zip(paired["float32"], paired["int8"], strict=True)):
-        if not before - after > _LOSS:
+        loses, text = _loss(exact, before, after)
+        if not loses:
             continue
-        if "lost" not in paired:  # no prediction is right or wrong
-            losing.append(exit)
-            continue
-        lost, gained = paired["lost"][exit], paired["gained"][exit]
+        lost, gained = _changed_rows(exact, found, exit, paired)
         probability = sign_test(lost, gained)
         if probability <= _CHANCE:
             losing.append(exit)
         elif tell:
             print(
-                f"exit {exact.layers[exit]} loses {100 * (before - after):.1f} points in int8 on "
-                f"{exact.labels.shape[1]} calibration rows ({lost} lost, {gained} gained), which "
-                f"chance explains (p = {probability:.2f}): no layer stays in float32 for it; "
-                "--float32_layers names layers that are to"
+                f"exit {exact.layers[exit]} {text} in int8 on {exact.labels.shape[1]} calibration "
+                f"rows ({lost} lost, {gained} gained), which chance explains (p = "
+                f"{probability:.2f}): no layer stays in float32 for it; --float32_layers names "
+                "layers that are to"
             )
     return losing
+
+
+def _is_number(outputs: ExitOutputs) -> bool:
+    """Returns whether the metric is an error in the units of targets that are numbers."""
+    return outputs.objective.agrees is None and outputs.metric.is_error
+
+
+def _loss(exact: ExitOutputs, before: float, after: float) -> tuple[bool, str]:
+    """Returns whether a metric falls by too much from float32 to int8, and by how much in words."""
+    if not _is_number(exact):
+        return before - after > _LOSS, f"loses {100 * (before - after):.1f} points"
+    growth = (before - after) / max(-before, 1e-300)  # the metric is the negative of the error
+    return growth > _GROWTH, f"has an error {growth:.1%} larger"
+
+
+def _changed_rows(
+    before: ExitOutputs, after: ExitOutputs, exit: int, paired: Mapping[str, list[Any]]
+) -> tuple[int, int]:
+    """Returns how many rows an exit predicts worse in int8, and how many better."""
+    if "lost" in paired:
+        return paired["lost"][exit], paired["gained"][exit]
+    targets = before.labels[0].astype(np.float64)
+    old, new = (np.abs(o.predictions[0, exit] - targets) for o in (before, after))
+    return int((new > old).sum()), int((new < old).sum())
 
 
 def sign_test(lost: int, gained: int) -> float:
@@ -248,18 +275,20 @@ def compare_exits(before: ExitOutputs, after: ExitOutputs) -> dict[str, list[Any
 
 
 def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:
-    """Prints what `compare_exits` found, with a warning where the metric falls by _LOSS."""
+    """Prints what `compare_exits` found, with a warning where the metric falls by too much."""
     rows = before.labels.shape[1]
-    heads = "".join(f"{name:>9}" for name in paired)
+    heads = "".join(f" {name:>9}" for name in paired)
     print(f"{'exit':>6}{heads}  {before.metric.name} and rows, of {rows} validation rows")
     for layer, old, new, *counts in zip(before.layers, *paired.values(), strict=True):
-        print(f"{layer:6d}{old:9.4f}{new:9.4f}" + "".join(f"{count:9d}" for count in counts))
-        if old - new > _LOSS:
+        form = ">9.4g" if _is_number(before) else ">9.4f"
+        metrics = "".join(f" {value:{form}}" for value in (old, new))
+        print(f"{layer:6d}{metrics}" + "".join(f" {count:9d}" for count in counts))
+        loses, text = _loss(before, old, new)
+        if loses:
             chance = f" (p = {sign_test(*counts[1:]):.2f} by chance)" if counts else ""
             print(
-                f"warning: exit {layer} loses {100 * (old - new):.1f} points in int8 on the "
-                f"validation rows{chance}: keep layers in float32 (--float32_layers names "
-                "them), or serve this model in float32",
+                f"warning: exit {layer} {text} in int8 on the validation rows{chance}: keep layers "
+                "in float32 (--float32_layers names them), or serve this model in float32",
                 file=sys.stderr,
             )
 

@@ -15,7 +15,6 @@ will not do, 1 anything else.
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns, missing_column
+from sweet_jax.directories import copy_files, whole_directory
 from sweet_jax.files import expand_user, read_json, replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
@@ -39,6 +39,7 @@ from sweet_jax.inference.audit_log import read_audit_log
 from sweet_jax.inference.engine import load_engine
 from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.latency import LATENCY_FILE
+from sweet_jax.inference.onnx_files import PROGRAMS
 from sweet_jax.inference.recalibration import (
     change_lines,
     describe_changes,
@@ -70,7 +71,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> None:
     model = open_model(options.model)
     output = expand_user(options.output or f"{str(model.folder).rstrip('/')}-recalibrated")
-    if output.exists():
+    if output.exists():  # before anything is computed
         raise UserError(f"--output {str(output)!r} exists: choose another, or remove it")
     if options.audit_log:
         found = fit_by_agreement(model, *_read_log(options.audit_log, model))
@@ -146,19 +147,23 @@ def read_labelled(
 
 
 def _write_copy(folder: Path, output: Path, files: Mapping[str, Any]) -> None:
-    """Writes a copy of a model's folder with other JSON files, whole or not at all."""
-    aside = output.with_name(f".{output.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(LATENCY_FILE, INT8_FILE))
+    """Writes a copy of a model's folder with other JSON files, whole or not at all.
+
+    Left out is what the thresholds of before were fitted for, measured with or written into:
+    int8.json, the times of this machine, the model card, and the programs of an exported folder.
+    """
+    stale = {LATENCY_FILE, INT8_FILE, "README.md"}
+    if (folder / "run.py").exists():
+        stale |= {*PROGRAMS, "run.py", "model.json"}
+        print(
+            "note: run.py, run.mjs and index.html follow the thresholds of before and are left "
+            "out; predict, serve and AdaptiveClassifier run the copy",
+            file=sys.stderr,
+        )
+    with whole_directory(output) as aside:
+        copy_files(folder, aside, stale)
         for name, values in files.items():
             write_json(aside / name, values)
-        aside.rename(output)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"--output {str(output)!r} cannot be written to ({error.strerror}): choose another"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 # What writing to a disk that is full, read-only or broken fails with.
 _STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 )
+_ACCESS_ERRORS = frozenset((errno.EACCES, errno.EPERM))
 # Of Rust, "(os error 28)"; of tensorstore, "[os_error_code='28']", after the file in quotes.
 _NATIVE_ERROR = re.compile(r"\bos[ _]error(?:_code)?[ :='\"]+(\d+)", re.IGNORECASE)
 _NATIVE_FILE = re.compile(r'file "([^"]+)"')
@@ -22,7 +23,23 @@ _STRAGGLERS = 0.5  # seconds in which threads that failed too have printed so
 
 
 def storage_failure(error: BaseException) -> str | None:
-    """Returns a sentence on an error of a disk that takes no more writes; None for other errors.
+    """Returns a sentence on an error of a disk that takes no more writes; None for other errors."""
+    what = _find_cause(error, _STORAGE_ERRORS)
+    if what is None:
+        return None
+    return f"files cannot be written ({what}): free space on the disk, or make it writable"
+
+
+def access_failure(error: BaseException) -> str | None:
+    """Returns a sentence on a file that may not be read or written; None for other errors."""
+    what = _find_cause(error, _ACCESS_ERRORS)
+    if what is None:
+        return None
+    return f"a file cannot be read or written ({what}): change its permissions, or name another"
+
+
+def _find_cause(error: BaseException, numbers: Collection[int]) -> str | None:
+    """Returns the operating system's words for one of some errors, with the file's name.
 
     Libraries in other languages raise errors of their own, whose text has the number of the
     operating system's.
@@ -32,14 +49,10 @@ def storage_failure(error: BaseException) -> str | None:
         number = cause.errno if isinstance(cause, OSError) else None
         if number is None and (found := _NATIVE_ERROR.search(str(cause))):
             number = int(found[1])
-        if number in _STORAGE_ERRORS:
+        if number is not None and number in numbers:
             native = _NATIVE_FILE.search(str(cause))
             name = getattr(cause, "filename", None) or (native and native[1])
-            what = os.strerror(number) + (f", {str(name)!r}" if name else "")
-            return (
-                f"files cannot be written ({what}): free space on the disk, or make it writable; "
-                "the same command resumes from the last checkpoint"
-            )
+            return os.strerror(number) + (f", {str(name)!r}" if name else "")
         cause = cause.__cause__ or cause.__context__
     return None
 

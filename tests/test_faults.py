@@ -20,8 +20,9 @@ from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
 from sweet_jax import distributed
-from sweet_jax.config import Config
-from sweet_jax.directories import copy_additions, replace_directory
+from sweet_jax.arguments import run_command
+from sweet_jax.config import Config, UserError
+from sweet_jax.directories import copy_additions, copy_files, replace_directory, whole_directory
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.main import main
 from sweet_jax.storage_errors import storage_failure
@@ -51,6 +52,27 @@ def test_a_disk_that_takes_no_more_is_said_in_a_sentence(error, said):
 )
 def test_other_errors_are_not_taken_for_the_disk_s(error):
     assert storage_failure(error) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (OSError(errno.ENOSPC, "", "a"), 1, "cannot be written (No space left on device, 'a')"),
+        (PermissionError(errno.EACCES, "", "b"), 2, "or written (Permission denied, 'b')"),
+        (RuntimeError("Permission denied (os error 13)"), 2, "written (Permission denied)"),
+        (UserError("no"), 2, "error: no\n"),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_a_command_is_one_line(error, status, line, capsys):
+    def fails():
+        raise error
+
+    assert run_command(fails) == status
+    printed = capsys.readouterr().err
+    assert line in printed
+    assert printed.count("\n") == 1
+    with pytest.raises(KeyError):
+        run_command(lambda: {}["of ours"])
 
 
 def test_a_disk_without_space_is_one_line_and_the_command_works_later(options, tmp_path, capsys):
@@ -130,6 +152,36 @@ def test_what_was_added_to_a_directory_is_kept_beside_the_same_files(tmp_path):
     (new / "weights").write_text("else")
     copy_additions(old, new, ignored=("about",))
     assert not (new / "more").exists()
+
+
+def test_a_directory_is_written_whole_or_not_at_all(tmp_path):
+    def write(text: str) -> None:
+        with whole_directory(tmp_path / "new") as aside:
+            (aside / "part").write_text(text)
+            assert text == "whole"
+
+    with pytest.raises(AssertionError):
+        write("half")
+    assert not list(tmp_path.iterdir())
+    write("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+    with pytest.raises(UserError, match="exists: choose another"):
+        write("whole")
+
+
+def test_copies_of_what_is_read_only_can_be_written_to(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "within").mkdir(parents=True)
+    new.mkdir()
+    for place in (old, old / "within"):
+        for name in ("file", "left out"):
+            (place / name).write_text(name)
+            (place / name).chmod(0o444)
+        place.chmod(0o555)
+    copy_files(old, new, ["left out"])
+    found = {str(path.relative_to(new)) for path in new.rglob("*")}
+    assert found == {"file", "within", "within/file"}
+    assert all(path.stat().st_mode & 0o200 for path in new.rglob("*"))
 
 
 def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):

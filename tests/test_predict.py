@@ -129,7 +129,11 @@ def test_a_command_cut_short_resumes_where_the_output_ends(sweet, command, tmp_p
         assert status == 0
         assert [a["exit"] for a in again] == [a["exit"] for a in whole]
         assert output.read_bytes().splitlines(keepends=True)[:cut] == lines[:cut]
-        assert f"{len(whole)} rows" in capsys.readouterr().out.splitlines()[-1]
+        printed = capsys.readouterr()
+        assert f"{len(whole)} rows" in printed.out.splitlines()[-1]
+        assert "note" not in printed.err
+    assert command("in.jsonl", content, "--threshold=0.8") == (0, again)
+    assert "had all rows already, and nothing was predicted" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_knows_by_what_it_was_begun(

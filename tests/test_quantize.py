@@ -9,6 +9,7 @@ import pytest
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, export, quantize
 from sweet_jax.config import UserError
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine import StageBatch, load_engine
 from sweet_jax.inference.engine_choice import default_engine
@@ -103,6 +104,28 @@ def test_the_layers_that_cost_an_exit_most_stay_in_float32(capsys):
     told = "exit 2 would lose more than 0.5 points in int8: layer 2 of 3 in float32\n"
     assert capsys.readouterr().out == told
     assert quantize.select_float32_layers(exact, lambda kept: exact) == ([], exact)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_numbers_are_held_to_a_share_of_their_error_whatever_their_unit(unit, capsys):
+    rng = np.random.default_rng(0)
+    targets = rng.standard_normal(400)
+    given = targets + rng.standard_normal(400)
+    identity = RunIdentity(metric="neg_mean_absolute_error", objective="regression")
+    logits = np.stack([given, given])[..., None] * unit
+    exact = ExitOutputs(logits, targets * unit, np.asarray([1, 2]), identity=identity)
+
+    def outputs(kept, worse):
+        moved = given + worse * np.sign(given - targets) + 0.02 * rng.standard_normal(400)
+        changed = np.stack([given if 1 in kept else moved, given])[None, ..., None] * unit
+        return dataclasses.replace(exact, logits=changed)
+
+    kept, _ = quantize.select_float32_layers(exact, lambda kept: outputs(kept, 0.1))
+    assert kept == [1]
+    told = "exit 1 would have an error more than 1% larger in int8: layer 1 of 2 in float32\n"
+    assert capsys.readouterr().out == told
+    kept, _ = quantize.select_float32_layers(exact, lambda kept: outputs(kept, 0.0))
+    assert kept == []
 
 
 def test_no_layer_stays_in_float32_for_a_loss_that_chance_explains(capsys):

@@ -17,9 +17,11 @@ from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.audit_log import AuditLog, AuditRow
+from sweet_jax.inference.onnx_files import PROGRAMS
 from sweet_jax.inference.recalibration import describe_changes, fit_by_agreement, updated_exits
 from sweet_jax.objectives.multi_label import MULTI_LABEL
 from sweet_jax.objectives.regression import REGRESSION
+from sweet_jax.recalibrate import _write_copy
 
 
 @pytest.fixture
@@ -76,6 +78,22 @@ def test_a_copy_with_other_thresholds_is_written(sweet, shifted, labelled, tmp_p
     assert (changes["by"], changes["rows"]) == ("labels", len(sweet.texts))
     assert (
         f"on these rows accuracy {changes['operating_points'][0]['now']['metric']:.4f}" in printed
+    )
+
+
+def test_the_programs_of_an_exported_folder_are_left_out_of_the_copy(tmp_path, capsys):
+    old = tmp_path / "old"
+    (old / "onnx").mkdir(parents=True)
+    left_out = ["README.md", "int8.json", "run.py", "model.json", *PROGRAMS]
+    for name in ("exits.json", "onnx/graphs.json", *left_out):
+        (old / name).write_text("1")
+    _write_copy(old, tmp_path / "new", {"exits.json": {"threshold": 2}})
+    assert {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*")} == {
+        "exits.json", "onnx", "onnx/graphs.json"
+    }  # fmt: skip
+    assert json.loads((tmp_path / "new" / "exits.json").read_text()) == {"threshold": 2}
+    assert "run.py, run.mjs and index.html follow the thresholds of before" in (
+        capsys.readouterr().err
     )
 
 

@@ -203,7 +203,7 @@ class ThresholdResolver:
             return TargetTable(front.score[::-1], front.threshold[::-1], False, _ROUNDING)
         if clock is None:
             raise UserError(
-                "milliseconds are not known for this model: python -m sweet_jax.predict "
+                "milliseconds are not known for this model: sweet-jax predict "
                 "--model=... --measure finds them on this machine"
             )
         time = front.shares @ clock  # [P]

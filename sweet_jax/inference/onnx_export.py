@@ -32,7 +32,7 @@ def write_onnx(model: ModelArtifact, folder: Path, precisions: Sequence[str]) ->
     """
     for path in model.folder.iterdir():
         if path.is_file() and ".safetensors" not in path.name and path.name != LATENCY_FILE:
-            shutil.copy(path, folder)
+            shutil.copyfile(path, folder / path.name)
     _write_tokenizer(model, folder)
     networks = {}
     index_path(folder).parent.mkdir()

@@ -14,6 +14,8 @@ from sweet_jax.inference.onnx_segments import Segment
 
 FOLDER, _INDEX = "onnx", "graphs.json"
 GRAPHS_VERSION = 1  # of graphs.json
+# Of an exported folder, beside run.py: they read model.json.
+PROGRAMS = ("classifier.mjs", "index.html", "package.json", "run.mjs", "tokenizer.mjs")
 
 
 class SavedGraphs(NamedTuple):

@@ -14,13 +14,12 @@ from sweet_jax.files import read_json, write_json, write_text
 from sweet_jax.inference import run_onnx
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import Stage, plan_stages
-from sweet_jax.inference.onnx_files import SavedGraphs, read_graphs, weights_name
+from sweet_jax.inference.onnx_files import PROGRAMS, SavedGraphs, read_graphs, weights_name
 from sweet_jax.inference.onnx_segments import LOW_EXIT_RATE
 
 POLICIES = tuple(run_onnx.POLICIES)
 _VERSION = 1  # of model.json
 _SOURCE = Path(__file__).parent / "exported"
-_PROGRAMS = ("classifier.mjs", "index.html", "package.json", "run.mjs", "tokenizer.mjs")
 
 
 def write_runners(
@@ -47,9 +46,9 @@ def write_runners(
     about |= {"classes": list(model.classes), "text_columns": list(model.text_columns)}
     about |= _describe_tokens(model, folder)
     write_json(folder / "model.json", about | {"precisions": precisions})
-    for name in _PROGRAMS:
-        shutil.copy(_SOURCE / name, folder)
-    shutil.copy(run_onnx.__file__, folder / "run.py")
+    for name in PROGRAMS:
+        shutil.copyfile(_SOURCE / name, folder / name)
+    shutil.copyfile(run_onnx.__file__, folder / "run.py")
     card = folder / "README.md"
     before = card.read_text(encoding="utf-8") if card.exists() else ""
     write_text(card, before + (_SOURCE / "README.md").read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 PREDICTED = ("label", "probability", "exit", "cost", "error")  # keys of a row of the output
 _BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a line of the output
 _NOT_WRITTEN = (".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz")  # but read
-_CHECKED = 32  # rows of an output that are computed again before it is resumed
+CHECKED = 32  # rows of an output that are computed again before it is resumed
 
 
 @dataclasses.dataclass
@@ -139,7 +139,7 @@ class OutputFile:
 
         Raises UserError for a line that is not a row of an output.
         """
-        tally, last, end = Tally(), collections.deque[dict[str, Any]](maxlen=_CHECKED), 0
+        tally, last, end = Tally(), collections.deque[dict[str, Any]](maxlen=CHECKED), 0
         if self.streams:
             return tally, [], 0
         file.seek(0)
