@@ -7,8 +7,9 @@ The layers of the model multiply int8 (engine=onnxruntime); what an exit then an
 calibration rows fits its temperatures, curves, thresholds and certificates anew, in
 model/int8.json. The rows are not in the model: they are read as the run's own config names them,
 on the kind of processor that will serve the model, since processors round int8 products
-differently. Where an exit loses more than 0.5 points on these rows, and more rows than chance
-explains, the layers that cost it most stay in float32: those are found by trying each, and said.
+differently. Where an exit loses more than 0.5 points on these rows (of numbers: where its error
+grows by more than 1%), and more rows than chance explains, the layers that cost it most stay in
+float32: those are found by trying each, and said.
 --float32_layers names them instead. Prints the metric of every exit on the validation rows before
 and after, and how many predictions changed. Exit status: 0 done, 2 the run
 or its data will not do, 1 anything else.
