@@ -25,6 +25,8 @@ from sweet_jax.exits.shift import (
     two_sample_p_value,
 )
 from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.inference.artifact import ModelArtifact, NetworkFiles
+from sweet_jax.inference.audit_identity import describe_audited
 from sweet_jax.inference.audit_log import AuditLog, AuditRow, read_audit_log
 from sweet_jax.inference.audit_statistics import AuditStatistics, certified_agreement
 from sweet_jax.objectives.multi_label import MULTI_LABEL
@@ -121,6 +123,9 @@ def test_the_histograms_of_calibration_rows_follow_from_a_saved_model(sweet):
             assert front.shares_at(edge)[: e + 1].sum() == pytest.approx(above)
 
 
+ABOUT = {"layers": [1, 2], "classes": 2}  # what a log of an earlier version says of the model
+
+
 def row(number: int, text: str | None = None) -> AuditRow:
     logits = np.asarray([[number, 1.5], [0.25, np.nan]], np.float32)
     return AuditRow(
@@ -130,37 +135,39 @@ def row(number: int, text: str | None = None) -> AuditRow:
 
 def test_a_log_is_bounded_and_read_back(tmp_path):
     path = str(tmp_path / "audit.jsonl")
-    log = AuditLog(path, {"layers": [1, 2], "classes": 2}, 4000)
+    log = AuditLog(path, ABOUT, 4000)
     for number in range(100):
         log.add(row(number, "a secret" if number % 2 else None), [1, 2])
     log.close()
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 4000
-    logits, scores = read_audit_log(path, [1, 2], 2)
+    logits, scores = read_audit_log(path, ABOUT)
     assert scores is None
     assert logits.shape[0] == 2
     assert logits[0, :, 0].tolist() == list(range(100 - logits.shape[1], 100))  # the newest
     assert np.isnan(logits[1, :, 1]).all()
     with open(path, "a") as file:
         file.write('{"time": 1')  # of a server that was killed
-    assert read_audit_log(path, [1, 2], 2)[0].shape == logits.shape
-    with pytest.raises(UserError, match=r"^line 1 of '.*' is of another model: exits at layers"):
-        read_audit_log(path, [1, 2], 3)
+    assert read_audit_log(path, ABOUT)[0].shape == logits.shape
+    with pytest.raises(
+        UserError, match=r"^line 1 of '.*' is of another model: classes is 2 there and 3 here"
+    ):
+        read_audit_log(path, ABOUT | {"classes": 3})
     with open(path, "a") as file:
         file.write("}\n")
     with pytest.raises(UserError, match=r"is damaged .*: remove it"):
-        read_audit_log(path, [1, 2], 2)
+        read_audit_log(path, ABOUT)
     with pytest.raises(UserError, match="there is no audit log"):
-        read_audit_log(str(tmp_path / "none"), [1, 2], 2)
+        read_audit_log(str(tmp_path / "none"), ABOUT)
     with pytest.raises(UserError, match="cannot be written"):
         AuditLog(str(tmp_path / "no" / "folder"), {}, 4000)
 
 
 def test_a_log_whose_last_line_was_cut_off_is_continued(tmp_path):
     """Wherever the server was killed: within the row, or within the first line of the next one."""
-    path, about = tmp_path / "audit.jsonl", {"layers": [1, 2], "classes": 2}
+    path = tmp_path / "audit.jsonl"
 
     def add(number):
-        log = AuditLog(str(path), about, 1 << 20)
+        log = AuditLog(str(path), ABOUT, 1 << 20)
         log.add(row(number), [1, 2])
         log.close()
 
@@ -170,17 +177,58 @@ def test_a_log_whose_last_line_was_cut_off_is_continued(tmp_path):
         line = whole.splitlines(keepends=True)[-1]
         path.write_bytes(whole + line[:-1][:cut])
         add(number)
-    logits, _ = read_audit_log(str(path), [1, 2], 2)
+    logits, _ = read_audit_log(str(path), ABOUT)
     assert logits[0, :, 0].tolist() == [0, 1, 2, 3, 3, 4]  # of the last one the end alone was cut
     path.write_bytes(path.read_bytes() + b'{"version": 1, "la')
     add(5)
-    assert read_audit_log(str(path), [1, 2], 2)[0][0, -1, 0] == 5
+    assert read_audit_log(str(path), ABOUT)[0][0, -1, 0] == 5
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines, '{"time": 1\n', lines[1]]))
     with pytest.raises(
         UserError, match=rf"^line {len(lines) + 1} of '.*' is damaged .*: remove it"
     ):
-        read_audit_log(str(path), [1, 2], 2)
+        read_audit_log(str(path), ABOUT)
+
+
+def weighing(folder, weights: bytes, seed=3) -> ModelArtifact:
+    """A model in whose place there are some bytes: nothing but its files and names is read."""
+    folder.mkdir()
+    (folder / "exits.json").write_text(json.dumps({"seed": seed, "task": "news"}))
+    (folder / "model.safetensors").write_bytes(weights)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(ModelArtifact))
+    networks = (NetworkFiles(folder, (1, 2)),)
+    fields |= {"folder": folder, "classes": ("a", "b"), "layers": (1, 2), "networks": networks}
+    return ModelArtifact(**fields)
+
+
+def test_a_log_of_another_model_or_precision_is_refused(tmp_path):
+    """Also of one with the same exits and as many classes; a recalibrated copy is the same one."""
+    model = weighing(tmp_path / "model", b"weights")
+    own = describe_audited(model, "float32")
+    path = str(tmp_path / "audit.jsonl")
+    log = AuditLog(path, {**own, "policy": "margin"}, 1 << 20)
+    log.add(row(0), [1, 2])
+    log.close()
+    exported = weighing(tmp_path / "exported", b"")
+    (exported.folder / "model.safetensors").unlink()
+    for same in (model, weighing(tmp_path / "copy", b"weights"), exported):
+        assert read_audit_log(path, describe_audited(same, "float32"))[0].shape == (2, 1, 2)
+    renamed = dataclasses.replace(model, classes=("a", "c"))
+    for other, words in (
+        (renamed, r"class_names\[1\] is 'b' there and 'c' here"),
+        (weighing(tmp_path / "again", b"weights", seed=4), "seed is 3 there and 4 here"),
+        (weighing(tmp_path / "longer", b"others"), "weights_sha256 is '.{16}' there and '.{16}' h"),
+    ):
+        with pytest.raises(UserError, match=f"^line 1 of '.*' is of another model: {words}"):
+            read_audit_log(path, describe_audited(other, "float32"))
+    for precision, fix in (
+        ("bfloat16", "serve the model in float32 for a log to refit it from"),
+        ("int8", "fitted by sweet-jax quantize --run=DIR and cannot be refitted from a log"),
+    ):
+        AuditLog(path, {**own, "precision": precision}, 1 << 20).close()
+        with pytest.raises(UserError, match=f"precision is '{precision}' there and 'fl.*{fix}$"):
+            read_audit_log(path, own)
+        (tmp_path / "audit.jsonl").write_text("")
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +294,11 @@ def test_answers_are_as_without_and_all_exits_are_known(serve_audited, classifie
     np.testing.assert_allclose(
         statistics.answer_confidences(requests), raw[exits, np.arange(12)], atol=1e-6
     )
-    logits, _ = read_audit_log(str(path), list(classifier.layers), 2)
+    logits, _ = read_audit_log(str(path), describe_audited(classifier.model, "float32"))
     np.testing.assert_allclose(logits, outputs, rtol=1e-5, atol=1e-5)
     assert "word" not in path.read_text()
+    first = json.loads(path.read_text().splitlines()[0])
+    assert (first["class_names"], first["precision"]) == (list(classifier.classes), "float32")
     page = running.call("GET", "/audit")[1].decode()
     assert "No alarm." in page
     assert page.count('<th scope="row">layer') == 3

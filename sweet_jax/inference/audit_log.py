@@ -13,6 +13,7 @@ import numpy as np
 
 from sweet_jax.config import UserError
 from sweet_jax.files import expand_user
+from sweet_jax.inference.audit_identity import check_same_model
 
 _VERSION = 1
 
@@ -49,7 +50,8 @@ class AuditLog:
 
     Args:
       path: of the file; one that is there is continued.
-      model: what the first line says of the model and its operating point.
+      model: what the first line says of the model, see `describe_audited`, and beside it of the
+        operating point.
       size: bound in bytes of both files together.
 
     Raises UserError where it cannot be written.
@@ -114,28 +116,26 @@ def _short(values: np.ndarray) -> list[float | None]:
     return [float(f"{v:.6g}") if np.isfinite(v) else None for v in values]
 
 
-def read_audit_log(
-    path: str, layers: Sequence[int], classes: int
-) -> tuple[np.ndarray, np.ndarray | None]:
+def read_audit_log(path: str, model: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
     """Reads all audited texts of a log and of its older half.
 
     Args:
       path: that the log was written to.
-      layers: of the exits of the model that it must be of.
-      classes: C of that model.
+      model: that it must be of, see `describe_audited`.
 
     Returns:
       (logits float32 [E, N, C], learning-to-exit's scores float32 [E, N] or None), in order; NaN
       where an exit diverged.
 
-    Raises UserError where there is no such log, a line is damaged, or it is of another model.
+    Raises UserError where there is no such log, a line is damaged, or it is of another model or
+    precision.
 
     """
     file = expand_user(path)
     files = [each for each in (_older(file), file) if each.exists()]
     if not file.exists():
         raise UserError(f"there is no audit log at {path!r}: serve with --audit_log writes one")
-    rows = [row for each in files for row in _read(each, list(layers), classes)]
+    rows = [row for each in files for row in _read(each, model)]
     if not rows:
         raise UserError(f"the audit log {path!r} has no audited text yet")
     logits = np.asarray([row["logits"] for row in rows], np.float32).swapaxes(0, 1)
@@ -143,25 +143,21 @@ def read_audit_log(
     return logits, None if None in learned else np.asarray(learned, np.float32).T
 
 
-def _read(path: Path, layers: list[int], classes: int) -> Iterator[dict[str, Any]]:
+def _read(path: Path, model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the rows of one file, as they stand there."""
-    shape = (len(layers), classes)
+    shape, ours = (len(model["layers"]), model["classes"]), {"version": _VERSION, **model}
     for number, values in _parse_lines(path):
-        model = None
         try:
             if "version" in values:
-                model = values["version"], values["layers"], values["classes"]
-            elif np.shape(values["logits"]) != shape:
+                check_same_model(values, ours, f"line {number} of {str(path)!r}")
+                continue
+            if np.shape(values["logits"]) != shape:
                 raise ValueError(f"logits of shape {np.shape(values['logits'])}")
+        except UserError:  # which is a ValueError
+            raise
         except (ValueError, TypeError, KeyError) as error:
             raise _damaged(path, number, error) from error
-        if model is None:
-            yield values
-        elif model != (_VERSION, layers, classes):
-            raise UserError(
-                f"line {number} of {str(path)!r} is of another model: exits at layers {model[1]} "
-                f"and {model[2]} classes; this one has {layers} and {classes}"
-            )
+        yield values
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[int, Any]]:

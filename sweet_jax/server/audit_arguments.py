@@ -92,5 +92,6 @@ def make_audit(classifier: AdaptiveClassifier, options: argparse.Namespace) -> A
         options.audit_log,
         options.audit_log_megabytes << 20,
         options.audit_texts,
+        options.precision or "float32",
     )
     return Audit(classifier, settings)
