@@ -4,6 +4,7 @@ import dataclasses
 import http.server
 import json
 import logging
+import os
 import threading
 import time
 
@@ -231,6 +232,27 @@ def test_a_log_of_another_model_or_precision_is_refused(tmp_path):
         (tmp_path / "audit.jsonl").write_text("")
 
 
+def test_a_log_is_written_by_one_server_at_a_time(tmp_path):
+    path = str(tmp_path / "audit.jsonl")
+    first = AuditLog(path, ABOUT, 400)
+    for number in range(5):  # it is renamed meanwhile
+        first.add(row(number), [1, 2])
+    assert (tmp_path / "audit.jsonl.old").exists()
+    before = (tmp_path / "audit.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"audit.jsonl' is written by another server: choose"):
+        AuditLog(path, ABOUT, 400)
+    assert (tmp_path / "audit.jsonl").read_bytes() == before
+    AuditLog(str(tmp_path / "other.jsonl"), ABOUT, 400).close()
+    first.close()
+    AuditLog(path, ABOUT, 400).close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_log_on_a_full_disk_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"^the audit log '/dev/full' cannot be written \(No space"):
+        AuditLog("/dev/full", ABOUT, 4000)
+
+
 @pytest.fixture(scope="module")
 def classifier(sweet):
     """By an engine that compiles nothing, whose weights are random: its exits disagree."""
@@ -406,6 +428,20 @@ def test_an_audit_that_fails_ends_alone(serve_audited, sweet, caplog, monkeypatc
     running.stop()
     with pytest.raises(ValueError, match="closed file"):  # by the server that has stopped
         audit._log.add(row(0), [1, 2])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_an_audit_goes_on_without_its_log_when_the_disk_is_full(serve_audited, sweet, caplog):
+    running, audit, _ = serve_audited()
+    audit._log._file.close()
+    audit._log._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the audit
+    with caplog.at_level(logging.WARNING):
+        running.predict({"texts": sweet.texts[:3]})
+        settle(audit, 3)
+    assert audit.running
+    (said,) = (record for record in caplog.records if "without its log" in record.getMessage())
+    assert said.exc_info is None
+    running.stop()  # nothing is raised by what could not be written
 
 
 def test_the_share_is_drawn_by_seed_and_number_alone():

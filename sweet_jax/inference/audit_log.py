@@ -3,11 +3,13 @@
 Shape letters: E exit, N texts, C classes.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -46,7 +48,8 @@ class AuditLog:
     """Appends audited texts to a file of bounded size; every file begins with a line on the model.
 
     At half of the bound the file is renamed to NAME.old, in place of the one before, so that at
-    least half of the bound is kept, and never more than all of it.
+    least half of the bound is kept, and never more than all of it. Until it is closed, or the
+    process dies, no other process opens it as its log. A device is neither renamed nor locked.
 
     Args:
       path: of the file; one that is there is continued.
@@ -54,27 +57,39 @@ class AuditLog:
         operating point.
       size: bound in bytes of both files together.
 
-    Raises UserError where it cannot be written.
+    Raises UserError where it cannot be written, or another process writes it.
 
     """
+
+    _lock: IO[str] | None = None
 
     def __init__(self, path: str, model: Mapping[str, Any], size: int):
         self.path, self._half = expand_user(path), size // 2
         self._first = json.dumps({"version": _VERSION, **model}) + "\n"
         try:
             self._file = self.path.open("a", encoding="utf-8")
-            self._written = self.path.stat().st_size
-            cut_off = self._written > 0 and not _ends_line(self.path)
+            with contextlib.ExitStack() as refused:
+                refused.callback(self.close)
+                self._begin()
+                refused.pop_all()
         except OSError as error:
             raise UserError(
                 f"the audit log {path!r} cannot be written ({error.strerror}): choose another"
             ) from error
+
+    def _begin(self) -> None:
+        """Locks the file, and writes the first line."""
+        self._regular = self.path.is_file()
+        if self._regular:
+            self._lock = _lock(self.path)
+        self._written = self.path.stat().st_size
+        cut_off = self._regular and self._written > 0 and not _ends_line(self.path)
         # Also in a file that is continued, which another model may have: on a line of its own,
         # since the server before may have been killed within one.
         self._write("\n" + self._first if cut_off else self._first)
 
     def add(self, row: AuditRow, layers: Sequence[int]) -> None:
-        """Appends a row, and hands it to the operating system."""
+        """Appends a row, and hands it to the operating system. Raises OSError where it cannot."""
         values: dict[str, Any] = {"time": round(row.time, 3), "exit": layers[row.exit]}
         values |= {"agrees": row.agrees.tolist(), "confidence": _short(row.confidence)}
         values["logits"] = [_short(exit) for exit in row.logits]
@@ -83,7 +98,7 @@ class AuditLog:
         if row.text is not None:
             values["text"] = row.text
         line = json.dumps(values) + "\n"
-        if self._written + len(line) > self._half:
+        if self._regular and self._written + len(line) > self._half:
             self._file.close()
             self.path.replace(_older(self.path))
             self._file = self.path.open("w", encoding="utf-8")
@@ -92,13 +107,38 @@ class AuditLog:
         self._write(line)
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file, and releases it for other processes."""
+        # What could not be written is tried once more, and fails once more where the disk is full.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _write(self, line: str) -> None:
         self._file.write(line)
         self._file.flush()
         self._written += len(line)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Locks a log for this process until what it returns is closed.
+
+    A file beside it is locked, since the log itself is renamed while it is written. On a file
+    system without locks nothing is: a log is not worth refusing to serve.
+
+    Raises UserError where another process has it.
+    """
+    lock = path.with_name(f".{path.name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(
+            f"the audit log {str(path)!r} is written by another server: choose another"
+        ) from error
+    except OSError:
+        pass
+    return lock
 
 
 def _older(path: Path) -> Path:

@@ -186,7 +186,16 @@ class Audit:
         with self._lock:
             raised = self._statistics.add(row)
         if self._log is not None:
-            self._log.add(row, self._rule.layers)
+            try:
+                self._log.add(row, self._rule.layers)
+            except OSError as error:  # of a full disk, say: what is watched does not need the log
+                log.warning(
+                    "the audit goes on without its log: %s cannot be written (%s)",
+                    self.settings.log,
+                    error.strerror,
+                )
+                self._log.close()
+                self._log = None
         if raised:
             found = self.summary()
             self._warn(
