@@ -5,6 +5,7 @@ import http.server
 import json
 import logging
 import os
+import sys
 import threading
 import time
 
@@ -476,6 +477,9 @@ def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sw
         (["--audit=1", "--audit_agreement=1.5"], "--audit_agreement must be between 0 and 1"),
         (["--audit=1", "--audit_webhook=http://example.com/x"], "must be an address of this mach"),
         (["--audit=1", "--audit_webhook=ftp://127.0.0.1/x"], "must be an address of this machine"),
+        (["--audit=1", "--audit_webhook=http://127.0.0.1:99999/"], "must have a port from 1 to 65"),
+        (["--audit=1", "--audit_webhook=http://127.0.0.1:0/"], "must have a port from 1 to 65535"),
+        (["--audit=1", "--audit_webhook=http://127.0.0.1:x/"], "must have a port from 1 to 65535"),
     ],
 )
 def test_options_that_will_not_do(capsys, arguments, message):
@@ -484,3 +488,16 @@ def test_options_that_will_not_do(capsys, arguments, message):
 
     assert serve.main(["--model=x", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_scipy_the_agreement_is_to_be_given(classifier, monkeypatch, capsys):
+    pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
+    from sweet_jax import serve
+    from sweet_jax.server.audit_arguments import make_audit
+
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    options = ["--model=x", "--audit=0.5"]
+    with pytest.raises(UserError, match=r"^without SciPy, --audit needs --audit_agreement too: gi"):
+        make_audit(classifier, serve._parse(options))
+    make_audit(classifier, serve._parse([*options, "--audit_agreement=0.9"]))
+    assert "when agreement falls below 0.9000 (asked for)" in capsys.readouterr().out
