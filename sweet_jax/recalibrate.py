@@ -35,6 +35,7 @@ from sweet_jax.directories import copy_files, whole_directory
 from sweet_jax.files import expand_user, read_json, replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
+from sweet_jax.inference.audit_identity import describe_audited
 from sweet_jax.inference.audit_log import read_audit_log
 from sweet_jax.inference.engine import load_engine
 from sweet_jax.inference.engine_choice import default_engine
@@ -93,9 +94,10 @@ def _run(options: argparse.Namespace) -> None:
 def _read_log(path: str, model: ModelArtifact) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns what all exits computed of audited texts, see `read_audit_log`.
 
-    Raises UserError for too few of them, or a log without scores that the model learned.
+    Raises UserError for too few of them, or a log of another model or of another precision than
+    exits.json is of.
     """
-    logits, scores = read_audit_log(path, model.layers, len(model.classes))
+    logits, scores = read_audit_log(path, describe_audited(model, "float32"))
     if logits.shape[1] < _FEW:
         raise UserError(
             f"{path!r} has {logits.shape[1]} audited texts: thresholds fitted on fewer than {_FEW} "

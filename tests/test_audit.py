@@ -4,6 +4,8 @@ import dataclasses
 import http.server
 import json
 import logging
+import os
+import sys
 import threading
 import time
 
@@ -25,6 +27,8 @@ from sweet_jax.exits.shift import (
     two_sample_p_value,
 )
 from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.inference.artifact import ModelArtifact, NetworkFiles
+from sweet_jax.inference.audit_identity import describe_audited
 from sweet_jax.inference.audit_log import AuditLog, AuditRow, read_audit_log
 from sweet_jax.inference.audit_statistics import AuditStatistics, certified_agreement
 from sweet_jax.objectives.multi_label import MULTI_LABEL
@@ -121,6 +125,9 @@ def test_the_histograms_of_calibration_rows_follow_from_a_saved_model(sweet):
             assert front.shares_at(edge)[: e + 1].sum() == pytest.approx(above)
 
 
+ABOUT = {"layers": [1, 2], "classes": 2}  # what a log of an earlier version says of the model
+
+
 def row(number: int, text: str | None = None) -> AuditRow:
     logits = np.asarray([[number, 1.5], [0.25, np.nan]], np.float32)
     return AuditRow(
@@ -130,37 +137,39 @@ def row(number: int, text: str | None = None) -> AuditRow:
 
 def test_a_log_is_bounded_and_read_back(tmp_path):
     path = str(tmp_path / "audit.jsonl")
-    log = AuditLog(path, {"layers": [1, 2], "classes": 2}, 4000)
+    log = AuditLog(path, ABOUT, 4000)
     for number in range(100):
         log.add(row(number, "a secret" if number % 2 else None), [1, 2])
     log.close()
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 4000
-    logits, scores = read_audit_log(path, [1, 2], 2)
+    logits, scores = read_audit_log(path, ABOUT)
     assert scores is None
     assert logits.shape[0] == 2
     assert logits[0, :, 0].tolist() == list(range(100 - logits.shape[1], 100))  # the newest
     assert np.isnan(logits[1, :, 1]).all()
     with open(path, "a") as file:
         file.write('{"time": 1')  # of a server that was killed
-    assert read_audit_log(path, [1, 2], 2)[0].shape == logits.shape
-    with pytest.raises(UserError, match=r"^line 1 of '.*' is of another model: exits at layers"):
-        read_audit_log(path, [1, 2], 3)
+    assert read_audit_log(path, ABOUT)[0].shape == logits.shape
+    with pytest.raises(
+        UserError, match=r"^line 1 of '.*' is of another model: classes is 2 there and 3 here"
+    ):
+        read_audit_log(path, ABOUT | {"classes": 3})
     with open(path, "a") as file:
         file.write("}\n")
     with pytest.raises(UserError, match=r"is damaged .*: remove it"):
-        read_audit_log(path, [1, 2], 2)
+        read_audit_log(path, ABOUT)
     with pytest.raises(UserError, match="there is no audit log"):
-        read_audit_log(str(tmp_path / "none"), [1, 2], 2)
+        read_audit_log(str(tmp_path / "none"), ABOUT)
     with pytest.raises(UserError, match="cannot be written"):
         AuditLog(str(tmp_path / "no" / "folder"), {}, 4000)
 
 
 def test_a_log_whose_last_line_was_cut_off_is_continued(tmp_path):
     """Wherever the server was killed: within the row, or within the first line of the next one."""
-    path, about = tmp_path / "audit.jsonl", {"layers": [1, 2], "classes": 2}
+    path = tmp_path / "audit.jsonl"
 
     def add(number):
-        log = AuditLog(str(path), about, 1 << 20)
+        log = AuditLog(str(path), ABOUT, 1 << 20)
         log.add(row(number), [1, 2])
         log.close()
 
@@ -170,17 +179,79 @@ def test_a_log_whose_last_line_was_cut_off_is_continued(tmp_path):
         line = whole.splitlines(keepends=True)[-1]
         path.write_bytes(whole + line[:-1][:cut])
         add(number)
-    logits, _ = read_audit_log(str(path), [1, 2], 2)
+    logits, _ = read_audit_log(str(path), ABOUT)
     assert logits[0, :, 0].tolist() == [0, 1, 2, 3, 3, 4]  # of the last one the end alone was cut
     path.write_bytes(path.read_bytes() + b'{"version": 1, "la')
     add(5)
-    assert read_audit_log(str(path), [1, 2], 2)[0][0, -1, 0] == 5
+    assert read_audit_log(str(path), ABOUT)[0][0, -1, 0] == 5
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines, '{"time": 1\n', lines[1]]))
     with pytest.raises(
         UserError, match=rf"^line {len(lines) + 1} of '.*' is damaged .*: remove it"
     ):
-        read_audit_log(str(path), [1, 2], 2)
+        read_audit_log(str(path), ABOUT)
+
+
+def weighing(folder, weights: bytes, seed=3) -> ModelArtifact:
+    """A model in whose place there are some bytes: nothing but its files and names is read."""
+    folder.mkdir()
+    (folder / "exits.json").write_text(json.dumps({"seed": seed, "task": "news"}))
+    (folder / "model.safetensors").write_bytes(weights)
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(ModelArtifact))
+    networks = (NetworkFiles(folder, (1, 2)),)
+    fields |= {"folder": folder, "classes": ("a", "b"), "layers": (1, 2), "networks": networks}
+    return ModelArtifact(**fields)
+
+
+def test_a_log_of_another_model_or_precision_is_refused(tmp_path):
+    """Also of one with the same exits and as many classes; a recalibrated copy is the same one."""
+    model = weighing(tmp_path / "model", b"weights")
+    own = describe_audited(model, "float32")
+    path = str(tmp_path / "audit.jsonl")
+    log = AuditLog(path, {**own, "policy": "margin"}, 1 << 20)
+    log.add(row(0), [1, 2])
+    log.close()
+    exported = weighing(tmp_path / "exported", b"")
+    (exported.folder / "model.safetensors").unlink()
+    for same in (model, weighing(tmp_path / "copy", b"weights"), exported):
+        assert read_audit_log(path, describe_audited(same, "float32"))[0].shape == (2, 1, 2)
+    renamed = dataclasses.replace(model, classes=("a", "c"))
+    for other, words in (
+        (renamed, r"class_names\[1\] is 'b' there and 'c' here"),
+        (weighing(tmp_path / "again", b"weights", seed=4), "seed is 3 there and 4 here"),
+        (weighing(tmp_path / "longer", b"others"), "weights_sha256 is '.{16}' there and '.{16}' h"),
+    ):
+        with pytest.raises(UserError, match=f"^line 1 of '.*' is of another model: {words}"):
+            read_audit_log(path, describe_audited(other, "float32"))
+    for precision, fix in (
+        ("bfloat16", "serve the model in float32 for a log to refit it from"),
+        ("int8", "fitted by sweet-jax quantize --run=DIR and cannot be refitted from a log"),
+    ):
+        AuditLog(path, {**own, "precision": precision}, 1 << 20).close()
+        with pytest.raises(UserError, match=f"precision is '{precision}' there and 'fl.*{fix}$"):
+            read_audit_log(path, own)
+        (tmp_path / "audit.jsonl").write_text("")
+
+
+def test_a_log_is_written_by_one_server_at_a_time(tmp_path):
+    path = str(tmp_path / "audit.jsonl")
+    first = AuditLog(path, ABOUT, 400)
+    for number in range(5):  # it is renamed meanwhile
+        first.add(row(number), [1, 2])
+    assert (tmp_path / "audit.jsonl.old").exists()
+    before = (tmp_path / "audit.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"audit.jsonl' is written by another server: choose"):
+        AuditLog(path, ABOUT, 400)
+    assert (tmp_path / "audit.jsonl").read_bytes() == before
+    AuditLog(str(tmp_path / "other.jsonl"), ABOUT, 400).close()
+    first.close()
+    AuditLog(path, ABOUT, 400).close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_log_on_a_full_disk_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"^the audit log '/dev/full' cannot be written \(No space"):
+        AuditLog("/dev/full", ABOUT, 4000)
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +317,11 @@ def test_answers_are_as_without_and_all_exits_are_known(serve_audited, classifie
     np.testing.assert_allclose(
         statistics.answer_confidences(requests), raw[exits, np.arange(12)], atol=1e-6
     )
-    logits, _ = read_audit_log(str(path), list(classifier.layers), 2)
+    logits, _ = read_audit_log(str(path), describe_audited(classifier.model, "float32"))
     np.testing.assert_allclose(logits, outputs, rtol=1e-5, atol=1e-5)
     assert "word" not in path.read_text()
+    first = json.loads(path.read_text().splitlines()[0])
+    assert (first["class_names"], first["precision"]) == (list(classifier.classes), "float32")
     page = running.call("GET", "/audit")[1].decode()
     assert "No alarm." in page
     assert page.count('<th scope="row">layer') == 3
@@ -358,6 +431,20 @@ def test_an_audit_that_fails_ends_alone(serve_audited, sweet, caplog, monkeypatc
         audit._log.add(row(0), [1, 2])
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_an_audit_goes_on_without_its_log_when_the_disk_is_full(serve_audited, sweet, caplog):
+    running, audit, _ = serve_audited()
+    audit._log._file.close()
+    audit._log._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the audit
+    with caplog.at_level(logging.WARNING):
+        running.predict({"texts": sweet.texts[:3]})
+        settle(audit, 3)
+    assert audit.running
+    (said,) = (record for record in caplog.records if "without its log" in record.getMessage())
+    assert said.exc_info is None
+    running.stop()  # nothing is raised by what could not be written
+
+
 def test_the_share_is_drawn_by_seed_and_number_alone():
     from sweet_jax.server.audit import uniform_draws
 
@@ -390,6 +477,9 @@ def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sw
         (["--audit=1", "--audit_agreement=1.5"], "--audit_agreement must be between 0 and 1"),
         (["--audit=1", "--audit_webhook=http://example.com/x"], "must be an address of this mach"),
         (["--audit=1", "--audit_webhook=ftp://127.0.0.1/x"], "must be an address of this machine"),
+        (["--audit=1", "--audit_webhook=http://127.0.0.1:99999/"], "must have a port from 1 to 65"),
+        (["--audit=1", "--audit_webhook=http://127.0.0.1:0/"], "must have a port from 1 to 65535"),
+        (["--audit=1", "--audit_webhook=http://127.0.0.1:x/"], "must have a port from 1 to 65535"),
     ],
 )
 def test_options_that_will_not_do(capsys, arguments, message):
@@ -398,3 +488,16 @@ def test_options_that_will_not_do(capsys, arguments, message):
 
     assert serve.main(["--model=x", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_scipy_the_agreement_is_to_be_given(classifier, monkeypatch, capsys):
+    pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')
+    from sweet_jax import serve
+    from sweet_jax.server.audit_arguments import make_audit
+
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    options = ["--model=x", "--audit=0.5"]
+    with pytest.raises(UserError, match=r"^without SciPy, --audit needs --audit_agreement too: gi"):
+        make_audit(classifier, serve._parse(options))
+    make_audit(classifier, serve._parse([*options, "--audit_agreement=0.9"]))
+    assert "when agreement falls below 0.9000 (asked for)" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences
 from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.audit_identity import describe_audited
 from sweet_jax.inference.audit_log import AuditLog, AuditRow
 from sweet_jax.inference.onnx_files import PROGRAMS
 from sweet_jax.inference.recalibration import describe_changes, fit_by_agreement, updated_exits
@@ -176,6 +177,13 @@ def test_numbers_are_not_recalibrated_by_agreement(sweet):
     model = dataclasses.replace(sweet.classifier.model, objective=REGRESSION)
     with pytest.raises(UserError, match=r"is a regression, .*: give --labelled"):
         fit_by_agreement(model, np.zeros((3, 40, 1), np.float32), None)
+
+
+def test_a_log_of_int8_is_refused(sweet, tmp_path, capsys):
+    path, about = tmp_path / "audit.jsonl", describe_audited(sweet.classifier.model, "int8")
+    AuditLog(str(path), about, 1 << 20).close()
+    assert call(sweet, f"--audit_log={path}", f"--output={tmp_path / 'again'}") == 2
+    assert "precision is 'int8' there and 'float32' here" in capsys.readouterr().err
 
 
 def test_a_log_of_few_texts_is_refused(sweet, tmp_path, capsys):

@@ -224,6 +224,22 @@ def response_schema(document: dict, path: str, status: int) -> dict:
     return responses[str(status)]["content"]["application/json"]["schema"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed"),
+    [("GET", "/v2/predict", 404, None), ("GET", "/v1/predict", 405, "POST")],
+)
+def test_a_path_or_a_method_that_there_is_not_is_refused_in_json(
+    server, method, path, status, allowed
+):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(method, path)
+    found = connection.getresponse()
+    assert (found.status, found.getheader("Allow")) == (status, allowed)
+    assert found.getheader("Content-Type") == "application/json"
+    assert "/openapi.json" in json.loads(found.read())["error"]
+    connection.close()
+
+
 def test_the_document_lists_the_routes_that_there_are(server, classifier):
     routes = make_app(classifier, 2, Limits()).routes
     there_are = {(r.path, m.lower()) for r in routes for m in r.methods if m != "HEAD"}

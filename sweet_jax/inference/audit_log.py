@@ -3,16 +3,19 @@
 Shape letters: E exit, N texts, C classes.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from sweet_jax.config import UserError
 from sweet_jax.files import expand_user
+from sweet_jax.inference.audit_identity import check_same_model
 
 _VERSION = 1
 
@@ -45,34 +48,48 @@ class AuditLog:
     """Appends audited texts to a file of bounded size; every file begins with a line on the model.
 
     At half of the bound the file is renamed to NAME.old, in place of the one before, so that at
-    least half of the bound is kept, and never more than all of it.
+    least half of the bound is kept, and never more than all of it. Until it is closed, or the
+    process dies, no other process opens it as its log. A device is neither renamed nor locked.
 
     Args:
       path: of the file; one that is there is continued.
-      model: what the first line says of the model and its operating point.
+      model: what the first line says of the model, see `describe_audited`, and beside it of the
+        operating point.
       size: bound in bytes of both files together.
 
-    Raises UserError where it cannot be written.
+    Raises UserError where it cannot be written, or another process writes it.
 
     """
+
+    _lock: IO[str] | None = None
 
     def __init__(self, path: str, model: Mapping[str, Any], size: int):
         self.path, self._half = expand_user(path), size // 2
         self._first = json.dumps({"version": _VERSION, **model}) + "\n"
         try:
             self._file = self.path.open("a", encoding="utf-8")
-            self._written = self.path.stat().st_size
-            cut_off = self._written > 0 and not _ends_line(self.path)
+            with contextlib.ExitStack() as refused:
+                refused.callback(self.close)
+                self._begin()
+                refused.pop_all()
         except OSError as error:
             raise UserError(
                 f"the audit log {path!r} cannot be written ({error.strerror}): choose another"
             ) from error
+
+    def _begin(self) -> None:
+        """Locks the file, and writes the first line."""
+        self._regular = self.path.is_file()
+        if self._regular:
+            self._lock = _lock(self.path)
+        self._written = self.path.stat().st_size
+        cut_off = self._regular and self._written > 0 and not _ends_line(self.path)
         # Also in a file that is continued, which another model may have: on a line of its own,
         # since the server before may have been killed within one.
         self._write("\n" + self._first if cut_off else self._first)
 
     def add(self, row: AuditRow, layers: Sequence[int]) -> None:
-        """Appends a row, and hands it to the operating system."""
+        """Appends a row, and hands it to the operating system. Raises OSError where it cannot."""
         values: dict[str, Any] = {"time": round(row.time, 3), "exit": layers[row.exit]}
         values |= {"agrees": row.agrees.tolist(), "confidence": _short(row.confidence)}
         values["logits"] = [_short(exit) for exit in row.logits]
@@ -81,7 +98,7 @@ class AuditLog:
         if row.text is not None:
             values["text"] = row.text
         line = json.dumps(values) + "\n"
-        if self._written + len(line) > self._half:
+        if self._regular and self._written + len(line) > self._half:
             self._file.close()
             self.path.replace(_older(self.path))
             self._file = self.path.open("w", encoding="utf-8")
@@ -90,13 +107,38 @@ class AuditLog:
         self._write(line)
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file, and releases it for other processes."""
+        # What could not be written is tried once more, and fails once more where the disk is full.
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _write(self, line: str) -> None:
         self._file.write(line)
         self._file.flush()
         self._written += len(line)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Locks a log for this process until what it returns is closed.
+
+    A file beside it is locked, since the log itself is renamed while it is written. On a file
+    system without locks nothing is: a log is not worth refusing to serve.
+
+    Raises UserError where another process has it.
+    """
+    lock = path.with_name(f".{path.name}.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(
+            f"the audit log {str(path)!r} is written by another server: choose another"
+        ) from error
+    except OSError:
+        pass
+    return lock
 
 
 def _older(path: Path) -> Path:
@@ -114,28 +156,26 @@ def _short(values: np.ndarray) -> list[float | None]:
     return [float(f"{v:.6g}") if np.isfinite(v) else None for v in values]
 
 
-def read_audit_log(
-    path: str, layers: Sequence[int], classes: int
-) -> tuple[np.ndarray, np.ndarray | None]:
+def read_audit_log(path: str, model: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
     """Reads all audited texts of a log and of its older half.
 
     Args:
       path: that the log was written to.
-      layers: of the exits of the model that it must be of.
-      classes: C of that model.
+      model: that it must be of, see `describe_audited`.
 
     Returns:
       (logits float32 [E, N, C], learning-to-exit's scores float32 [E, N] or None), in order; NaN
       where an exit diverged.
 
-    Raises UserError where there is no such log, a line is damaged, or it is of another model.
+    Raises UserError where there is no such log, a line is damaged, or it is of another model or
+    precision.
 
     """
     file = expand_user(path)
     files = [each for each in (_older(file), file) if each.exists()]
     if not file.exists():
         raise UserError(f"there is no audit log at {path!r}: serve with --audit_log writes one")
-    rows = [row for each in files for row in _read(each, list(layers), classes)]
+    rows = [row for each in files for row in _read(each, model)]
     if not rows:
         raise UserError(f"the audit log {path!r} has no audited text yet")
     logits = np.asarray([row["logits"] for row in rows], np.float32).swapaxes(0, 1)
@@ -143,25 +183,21 @@ def read_audit_log(
     return logits, None if None in learned else np.asarray(learned, np.float32).T
 
 
-def _read(path: Path, layers: list[int], classes: int) -> Iterator[dict[str, Any]]:
+def _read(path: Path, model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the rows of one file, as they stand there."""
-    shape = (len(layers), classes)
+    shape, ours = (len(model["layers"]), model["classes"]), {"version": _VERSION, **model}
     for number, values in _parse_lines(path):
-        model = None
         try:
             if "version" in values:
-                model = values["version"], values["layers"], values["classes"]
-            elif np.shape(values["logits"]) != shape:
+                check_same_model(values, ours, f"line {number} of {str(path)!r}")
+                continue
+            if np.shape(values["logits"]) != shape:
                 raise ValueError(f"logits of shape {np.shape(values['logits'])}")
+        except UserError:  # which is a ValueError
+            raise
         except (ValueError, TypeError, KeyError) as error:
             raise _damaged(path, number, error) from error
-        if model is None:
-            yield values
-        elif model != (_VERSION, layers, classes):
-            raise UserError(
-                f"line {number} of {str(path)!r} is of another model: exits at layers {model[1]} "
-                f"and {model[2]} classes; this one has {layers} and {classes}"
-            )
+        yield values
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -227,7 +227,7 @@ def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> f
     """Returns a lower confidence bound of the agreement with the full model at a rule's threshold.
 
     By the calibration rows that certificates are tested on; None where there are none. Raises
-    ImportError without SciPy.
+    UserError without SciPy.
     """
     resolver = model.resolver
     losses = resolver.losses.get(policy_name(rule.policy))

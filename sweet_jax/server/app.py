@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -77,7 +78,12 @@ def make_app(
         await asyncio.to_thread(worker.stop)
 
     after = [] if audit is None else [Middleware(AuditMiddleware, audit, worker.wake)]
-    return Starlette(routes=_make_routes(service), lifespan=lifespan, middleware=after)
+    return Starlette(
+        routes=_make_routes(service),
+        lifespan=lifespan,
+        middleware=after,
+        exception_handlers={HTTPException: _refuse_route},
+    )
 
 
 def _make_routes(service: _Service) -> list[Route]:
@@ -128,6 +134,17 @@ def _make_routes(service: _Service) -> list[Route]:
         Route("/metrics", metrics_text),
         Route("/openapi.json", openapi),
     ]
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    """Returns the response to a path or a method that there is not: Starlette has plain text."""
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code == 404:
+        message = "there is nothing at this path: /openapi.json lists those that there are"
+    if error.status_code == 405:
+        message = f"this path does not take {request.method}: /openapi.json lists what it takes"
+    return JSONResponse({"error": message}, error.status_code, error.headers)
 
 
 def _render_page(classifier: AdaptiveClassifier) -> str:

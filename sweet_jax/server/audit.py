@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sweet_jax.inference.audit_identity import describe_audited
 from sweet_jax.inference.audit_log import AuditLog
 from sweet_jax.inference.audit_statistics import AuditStatistics, AuditSummary
 from sweet_jax.inference.classifier import AdaptiveClassifier
@@ -46,6 +47,7 @@ class AuditSettings:
       log: name of the file that rows are written to, "" for none.
       log_size: its bound, in bytes.
       texts: whether rows hold the text.
+      precision: that the classifier's engine computes in, which the log names.
 
     """
 
@@ -57,6 +59,7 @@ class AuditSettings:
     log: str = ""
     log_size: int = 64 << 20
     texts: bool = False
+    precision: str = "float32"
 
 
 class AuditCounts(NamedTuple):
@@ -110,11 +113,7 @@ class Audit:
         self._answered = self._dropped = 0
         self._statistics = AuditStatistics(model, rule, settings.agreement, settings.level)
         self._lock = threading.Lock()  # of what several threads read and write
-        about: dict[str, Any] = {"model": str(model.folder), "layers": list(model.layers)}
-        about |= {"classes": len(model.classes), "policy": classifier.policy_name}
-        about |= {"threshold": min(rule.threshold, float(np.finfo(np.float64).max))}
-        about |= {"share": settings.share, "seed": settings.seed}
-        self._log = AuditLog(settings.log, about, settings.log_size) if settings.log else None
+        self._log = _open_log(classifier, settings) if settings.log else None
 
     @property
     def waiting(self) -> int:
@@ -187,7 +186,16 @@ class Audit:
         with self._lock:
             raised = self._statistics.add(row)
         if self._log is not None:
-            self._log.add(row, self._rule.layers)
+            try:
+                self._log.add(row, self._rule.layers)
+            except OSError as error:  # of a full disk, say: what is watched does not need the log
+                log.warning(
+                    "the audit goes on without its log: %s cannot be written (%s)",
+                    self.settings.log,
+                    error.strerror,
+                )
+                self._log.close()
+                self._log = None
         if raised:
             found = self.summary()
             self._warn(
@@ -209,6 +217,16 @@ class Audit:
             body = {k: None if v != v else v for k, v in body.items()}
             arguments = (self.settings.webhook, body)
             threading.Thread(target=_post, args=arguments, name="audit", daemon=True).start()
+
+
+def _open_log(classifier: AdaptiveClassifier, settings: AuditSettings) -> AuditLog:
+    """Opens the log. Raises UserError where it cannot be written."""
+    model, threshold = classifier.model, classifier.rule.threshold
+    about = describe_audited(model, settings.precision)
+    about |= {"model": str(model.folder), "policy": classifier.policy_name}
+    about |= {"threshold": min(threshold, float(np.finfo(np.float64).max))}
+    about |= {"share": settings.share, "seed": settings.seed}
+    return AuditLog(settings.log, about, settings.log_size)
 
 
 def _post(url: str, body: dict[str, Any]) -> None:

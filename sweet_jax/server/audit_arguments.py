@@ -46,11 +46,23 @@ def check_audit_arguments(options: argparse.Namespace) -> None:
     given = [n for n in ("agreement", "log", "webhook", "texts") if getattr(options, f"audit_{n}")]
     if given and not share:
         raise UserError(f"--audit_{given[0]} needs --audit=SHARE, such as --audit=0.02")
-    if options.audit_webhook and not _is_loopback(options.audit_webhook):
+    if options.audit_webhook:
+        _check_webhook(options.audit_webhook)
+
+
+def _check_webhook(url: str) -> None:
+    """Raises UserError unless a URL leads to this machine alone, at a port that can be."""
+    if not _is_loopback(url):
         raise UserError(
             "--audit_webhook must be an address of this machine, such as "
-            f"http://127.0.0.1:9000/alarm; got {options.audit_webhook!r}"
+            f"http://127.0.0.1:9000/alarm; got {url!r}"
         )
+    try:
+        possible = urllib.parse.urlsplit(url).port != 0
+    except ValueError:  # beyond 65535, or no number
+        possible = False
+    if not possible:
+        raise UserError(f"--audit_webhook must have a port from 1 to 65535; got {url!r}")
 
 
 def _is_loopback(url: str) -> bool:
@@ -73,8 +85,10 @@ def make_audit(classifier: AdaptiveClassifier, options: argparse.Namespace) -> A
         why = "what the calibration rows certify"
         try:
             agreement = certified_agreement(classifier.model, classifier.rule, options.level)
-        except ImportError as error:
-            raise UserError(f"without {error.name}, --audit needs --audit_agreement too") from error
+        except UserError as error:  # SciPy is not installed
+            raise UserError(
+                "without SciPy, --audit needs --audit_agreement too: give it, or pip install scipy"
+            ) from error
     if agreement is None:
         print(
             "audit: no alarm, since no calibration row certifies an agreement: give "
@@ -92,5 +106,6 @@ def make_audit(classifier: AdaptiveClassifier, options: argparse.Namespace) -> A
         options.audit_log,
         options.audit_log_megabytes << 20,
         options.audit_texts,
+        options.precision or "float32",
     )
     return Audit(classifier, settings)
