@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 
 import datasets
@@ -86,6 +87,11 @@ def test_the_deepest_of_multi_model_alone_costs_one(multi_model):
     found = multi_model.classifier.at(threshold=float("inf")).predict(multi_model.texts[:3], 3)
     assert found.cost.tolist() == [1, 1, 1]
     assert multi_model.classifier.at(threshold=2.0).predict(["word1"], 1).cost == [4 / 3]
+
+
+def test_a_classifier_is_opened_in_each_process_and_not_pickled(sweet):
+    with pytest.raises(TypeError, match=r"from_pretrained\('.*model'\) in each process"):
+        pickle.dumps(sweet.classifier)
 
 
 def test_streams_of_one_classifier_do_not_disturb_each_other(sweet):

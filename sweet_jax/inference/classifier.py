@@ -103,6 +103,12 @@ class AdaptiveClassifier:
             clock = table.until_exit(self.model.median_tokens)
         return self.model.resolver.threshold(name, **target, clock=clock)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an AdaptiveClassifier holds compiled programs and cannot be pickled or copied: open "
+            f"AdaptiveClassifier.from_pretrained({str(self.model.folder)!r}) in each process"
+        )
+
     @property
     def policy_name(self) -> str:
         """Returns the policy's name; of a function of the user's own "module:function"."""
