@@ -57,6 +57,20 @@ def changes_table(found: Found) -> Table:
     return _differences(found, pairs, "change")
 
 
+def training_table(found: Found) -> Table:
+    """Returns what training the encoder as the recipe does adds to the area, by rows.
+
+    To that of the frozen probe as a model with exits, and to that of Early-Exit from the same start
+    in two epochs.
+    """
+    others = {"frozen probe": "frozen", "Early-Exit, two epochs": "early_exit-auto-probe"}
+    pairs = {
+        ("refitted", f"recipe - {said}"): ("recipe refit", f"{variant} refit")
+        for said, variant in others.items()
+    }
+    return _differences(found, pairs, "heads", own_only=False)
+
+
 def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> Table:
     """Returns what comparing the texts of a pair does to every exit, and to the area, by cell.
 
@@ -155,18 +169,24 @@ def _is_own(cell: str, *names: str) -> bool:
 
 
 def _differences(
-    found: Found, pairs: Mapping[tuple[str, str], tuple[str, str]], what: str
+    found: Found,
+    pairs: Mapping[tuple[str, str], tuple[str, str]],
+    what: str,
+    *,
+    own_only: bool = True,
 ) -> Table:
     """Returns the mean differences of area of pairs of variants, by rows.
 
     With the number of cells that are significantly above and below; corrected for all comparisons
-    of the table. pairs: by the texts of their row and column.
+    of the table. pairs: by the texts of their row and column. own_only: leave out cells where one
+    of a pair is the run of another variant.
     """
     compared: dict[tuple[str, str, str], list[Comparison]] = {}
     for sizes in dict.fromkeys(ROW_GROUPS.values()):
         cells = {c: s for c, s in found.items() if ROW_GROUPS[CELLS[c].rows] == sizes}
         for texts, (one, other) in pairs.items():
-            own = [c for c in shared_cells(cells, (one, other)) if _is_own(c, one, other)]
+            shared = shared_cells(cells, (one, other))
+            own = [c for c in shared if not own_only or _is_own(c, one, other)]
             both = [cells[c] for c in own]
             compared[sizes, *texts] = [compare(scores[one], scores[other]) for scores in both]
     adjusted = iter(holm([gap.p for gaps in compared.values() for gap in gaps]))

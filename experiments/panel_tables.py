@@ -17,6 +17,7 @@ from experiments.panel_differences import (
     scaling_table,
     setfit_table,
     title,
+    training_table,
 )
 from experiments.panel_records import Record, Scores
 from experiments.panel_statistics import (
@@ -80,6 +81,7 @@ def _sections(found: Found) -> dict[str, Table]:
         sections[f"The aims: {other}"] = aims_table(found, other)
     sections["Differences between the methods, by read-out"] = gaps_table(found)
     sections["What a change adds to mean pooling and a probe"] = changes_table(found)
+    sections["What the recipe's training adds"] = training_table(found)
     sections["What comparing the texts of a pair adds, heads refitted"] = pooling_table(found)
     sections["What layer_decay 0.8 adds to the recipe, heads refitted"] = decay_table(found)
     sections["What layer_scaling 0.5 adds to the recipe, heads refitted"] = scaling_table(found)

@@ -270,6 +270,7 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
     "panel-setfit": lambda s: panel_differences.setfit_table(s.folder / "panel"),
     "panel-pairs": lambda s: panel_differences.pooling_table(_panel(s), ["recipe"]),
     "panel-decay": lambda s: panel_differences.decay_table(_panel(s)),
+    "panel-training": lambda s: panel_differences.training_table(_panel(s)),
     "panel-scaling": lambda s: panel_differences.scaling_table(_panel(s)),
     "panel-changes": lambda s: panel_differences.changes_table(_panel(s)),
 }
