@@ -37,24 +37,30 @@ def mend_directories(folder: Path) -> None:
             before.rename(directory)
 
 
-@contextlib.contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """Yields an empty directory that takes the name of --output at the end, and goes on an error.
+def check_new_output(output: Path) -> None:
+    """Raises UserError where the directory of --output is there already."""
+    if output.exists():
+        raise UserError(f"--output {str(output)!r} exists: choose another, or remove it")
 
-    Raises UserError where the name is taken, or no directory can be made there.
+
+@contextlib.contextmanager
+def whole_directory(output: Path) -> Iterator[Path]:
+    """Yields an empty directory, which is renamed to `output` at the end, and removed on an error.
+
+    Raises UserError where that is there already, or cannot be made.
     """
-    name = f"--output {str(directory)!r}"
-    if directory.exists():
-        raise UserError(f"{name} exists: choose another, or remove it")
-    aside = directory.with_name(f".{directory.name}.part")
+    check_new_output(output)
+    aside = output.with_name(f".{output.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{name} cannot be made ({error.strerror}): choose another") from error
+        raise UserError(
+            f"--output {str(output)!r} cannot be made ({error.strerror}): choose another"
+        ) from error
     try:
         yield aside
-        aside.rename(directory)
+        aside.rename(output)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from sweet_jax.config import UserError
 from sweet_jax.files import write_text
-from sweet_jax.storage_errors import storage_failure
+from sweet_jax.storage_errors import RESUMES, storage_failure
 
 _HEARTBEAT_SECONDS = 30  # without one, a process or its host counts as lost
 _SHUTDOWN_SECONDS = 300  # in which the other processes end too
@@ -223,8 +223,7 @@ def abort_together() -> Iterator[None]:
                 file=sys.stderr,
             )
         elif failure := storage_failure(error):
-            resumed = "the same command resumes from the last checkpoint"
-            print(f"{which}: {failure}; {resumed}", file=sys.stderr)
+            print(f"{which}: {failure}; {RESUMES}", file=sys.stderr)
         else:
             if not isinstance(error, KeyboardInterrupt):
                 traceback.print_exc()

@@ -60,7 +60,7 @@ from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
 from sweet_jax.files import expand_user, join_sources, one_line
 from sweet_jax.recipe import OWN_DATA
-from sweet_jax.storage_errors import discard_errors_at_exit, storage_failure
+from sweet_jax.storage_errors import RESUMES, discard_errors_at_exit, storage_failure
 
 
 class Command(NamedTuple):
@@ -243,14 +243,13 @@ def _train(command: Command) -> int:
         print(f"{stop}; the same command resumes from there", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print(f"interrupted; {RESUMES}", file=sys.stderr)
         return 1
     except Exception as error:
         failure = storage_failure(error)
         if failure is None:
             raise
-        resumed = "the same command resumes from the last checkpoint"
-        print(f"error: {failure}; {resumed}", file=sys.stderr)
+        print(f"error: {failure}; {RESUMES}", file=sys.stderr)
         discard_errors_at_exit()
         return 1
     return 0

@@ -172,7 +172,7 @@ def select_float32_layers(
     ranked = sorted(layers, key=lambda layer: error(quantize([layer])))
     named = ", ".join(str(exact.layers[exit]) for exit in losing)
     told = f"exit {named} would lose more than {100 * _LOSS} points in int8"
-    if _is_number(exact):
+    if _has_unit(exact):
         told = f"exit {named} would have an error more than {_GROWTH:.0%} larger in int8"
     for count in range(1, len(ranked) + 1):
         kept = sorted(ranked[:count])
@@ -215,14 +215,14 @@ def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) 
     return losing
 
 
-def _is_number(outputs: ExitOutputs) -> bool:
+def _has_unit(outputs: ExitOutputs) -> bool:
     """Returns whether the metric is an error in the units of targets that are numbers."""
     return outputs.objective.agrees is None and outputs.metric.is_error
 
 
 def _loss(exact: ExitOutputs, before: float, after: float) -> tuple[bool, str]:
     """Returns whether a metric falls by too much from float32 to int8, and by how much in words."""
-    if not _is_number(exact):
+    if not _has_unit(exact):
         return before - after > _LOSS, f"loses {100 * (before - after):.1f} points"
     growth = (before - after) / max(-before, 1e-300)  # the metric is the negative of the error
     return growth > _GROWTH, f"has an error {growth:.1%} larger"
@@ -281,7 +281,7 @@ def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:
     heads = "".join(f" {name:>9}" for name in paired)
     print(f"{'exit':>6}{heads}  {before.metric.name} and rows, of {rows} validation rows")
     for layer, old, new, *counts in zip(before.layers, *paired.values(), strict=True):
-        form = ">9.4g" if _is_number(before) else ">9.4f"
+        form = ">9.4g" if _has_unit(before) else ">9.4f"
         metrics = "".join(f" {value:{form}}" for value in (old, new))
         print(f"{layer:6d}{metrics}" + "".join(f" {count:9d}" for count in counts))
         loses, text = _loss(before, old, new)

@@ -31,7 +31,7 @@ from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns, missing_column
-from sweet_jax.directories import copy_files, whole_directory
+from sweet_jax.directories import check_new_output, copy_files, whole_directory
 from sweet_jax.files import expand_user, read_json, replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
@@ -72,8 +72,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> None:
     model = open_model(options.model)
     output = expand_user(options.output or f"{str(model.folder).rstrip('/')}-recalibrated")
-    if output.exists():  # before anything is computed
-        raise UserError(f"--output {str(output)!r} exists: choose another, or remove it")
+    check_new_output(output)  # before anything is computed
     if options.audit_log:
         found = fit_by_agreement(model, *_read_log(options.audit_log, model))
     else:

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 
+RESUMES = "the same command resumes from the last checkpoint"  # of a training
+
 # What writing to a disk that is full, read-only or broken fails with.
 _STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
@@ -39,7 +41,7 @@ def access_failure(error: BaseException) -> str | None:
 
 
 def _find_cause(error: BaseException, numbers: Collection[int]) -> str | None:
-    """Returns the operating system's words for one of some errors, with the file's name.
+    """Returns the operating system's words for one of some errors, with the file's name, or None.
 
     Libraries in other languages raise errors of their own, whose text has the number of the
     operating system's.

@@ -116,8 +116,8 @@ class ExitOutputs:
         cost = self.layers / self.layers[-1] if self.cost is None else self.cost
         put("cost", np.asarray(cost, np.float64))
         for name, value in (("layers", self.layers), ("cost", self.cost)):
-            sound = np.isfinite(value).all() and (value > 0).all() and (np.diff(value) > 0).all()
-            if value.shape != (e,) or not sound:
+            sound = value.shape == (e,) and np.isfinite(value).all()
+            if not (sound and (np.diff(value, prepend=0) > 0).all()):
                 raise ValueError(
                     f"{name} must be [E] with E = {e}, positive and ascending; got {value}"
                 )

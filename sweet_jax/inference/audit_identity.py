@@ -1,4 +1,4 @@
-"""What an audit log says of the model whose outputs it holds, and whether that is another one."""
+"""The identity of an audited model: written into its log, and compared where a log is read."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ _TRAINING = ("task", "method", "seed", "learning_rate")  # keys of exits.json
 
 
 def describe_audited(model: ModelArtifact, precision: str) -> dict[str, Any]:
-    """Returns what a log says of a model, as JSON, and `check_same_model` compares.
+    """Returns the identity of a model, in values of JSON, which `check_same_model` compares.
 
     Nothing of it is changed by recalibration: a log holds logits, before temperatures. The digest
     of the weights tells models apart that were trained in the same way on other texts.
@@ -71,7 +71,10 @@ def check_same_model(line: Mapping[str, Any], model: Mapping[str, Any], where: s
 
 
 def _flatten(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what is compared, by the names that errors give it; the precision is the last."""
+    """Returns the values that are compared, by the names that errors give them.
+
+    The precision is the last. Raises KeyError where version, layers or classes are missing.
+    """
     found = {key: about[key] for key in ("version", "layers", "classes")}
     names = enumerate(about.get("class_names", ()))
     found |= {f"class_names[{place}]": name for place, name in names}

@@ -81,7 +81,7 @@ class AuditLog:
         """Locks the file, and writes the first line."""
         self._regular = self.path.is_file()
         if self._regular:
-            self._lock = _lock(self.path)
+            self._lock = _lock_beside(self.path)
         self._written = self.path.stat().st_size
         cut_off = self._regular and self._written > 0 and not _ends_line(self.path)
         # Also in a file that is continued, which another model may have: on a line of its own,
@@ -120,7 +120,7 @@ class AuditLog:
         self._written += len(line)
 
 
-def _lock(path: Path) -> IO[str]:
+def _lock_beside(path: Path) -> IO[str]:
     """Locks a log for this process until what it returns is closed.
 
     A file beside it is locked, since the log itself is renamed while it is written. On a file

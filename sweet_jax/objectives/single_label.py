@@ -67,9 +67,9 @@ def single_predicted_class(logits: Array, row_mask: Array) -> Array:
 def read_labels(labels: Any, classes: int) -> np.ndarray:
     """Returns labels as int64. Raises ValueError for labels that are no classes."""
     given = np.asarray(labels)
-    if given.dtype.kind not in "biu" and not (np.isfinite(given) & (given % 1 == 0)).all():
+    if given.dtype.kind == "f" and not (np.isfinite(given) & (given == np.trunc(given))).all():
         raise ValueError("labels must be whole numbers, the places of their classes")
-    labels = given.astype(np.int64)
+    labels = np.asarray(labels, np.int64)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels must be from 0 to {classes - 1}")
     return labels

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sweet_jax.exits.certificates import NEVER
 from sweet_jax.inference.audit_identity import describe_audited
 from sweet_jax.inference.audit_log import AuditLog
 from sweet_jax.inference.audit_statistics import AuditStatistics, AuditSummary
@@ -224,7 +225,7 @@ def _open_log(classifier: AdaptiveClassifier, settings: AuditSettings) -> AuditL
     model, threshold = classifier.model, classifier.rule.threshold
     about = describe_audited(model, settings.precision)
     about |= {"model": str(model.folder), "policy": classifier.policy_name}
-    about |= {"threshold": min(threshold, float(np.finfo(np.float64).max))}
+    about |= {"threshold": min(threshold, NEVER)}
     about |= {"share": settings.share, "seed": settings.seed}
     return AuditLog(settings.log, about, settings.log_size)
 
