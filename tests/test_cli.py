@@ -135,6 +135,20 @@ def test_the_console_command_is_installed_by_the_name_sweet_jax():
     assert getattr(importlib.import_module(module), function) is cli.main
 
 
+def test_an_installed_copy_holds_every_file_of_the_package():
+    """Among them py.typed, by which type checkers of other programs read our annotations."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    globs = tool["setuptools"]["package-data"].items()
+    held = {path for name, found in globs for each in found for path in folder(name).glob(each)}
+    present = {path for path in (ROOT / "sweet_jax").rglob("*.*") if path.is_file()}
+    assert {path for path in present - held if path.suffix not in (".py", ".pyc")} == set()
+    assert ROOT / "sweet_jax" / "py.typed" in held
+
+
+def folder(module: str) -> Path:
+    return ROOT.joinpath(*module.split("."))
+
+
 @pytest.mark.parametrize("arguments", [["version"], ["--help"], [], ["train", "--help"]])
 def test_help_and_version_do_not_import_jax(arguments):
     program = (
