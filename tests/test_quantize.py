@@ -13,6 +13,7 @@ from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine import StageBatch, load_engine
 from sweet_jax.inference.engine_choice import default_engine
+from sweet_jax.inference.float32_layers import exit_metrics, select_float32_layers, sign_test
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
 pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
@@ -98,12 +99,12 @@ def test_the_layers_that_cost_an_exit_most_stay_in_float32(capsys):
         logits[0, : round(1000 * spoiled)] *= -1
         return dataclasses.replace(exact, logits=logits)
 
-    layers, found = quantize.select_float32_layers(exact, outputs)
+    layers, found = select_float32_layers(exact, outputs)
     assert layers == [2], "layer 3 is above the exit that loses"
-    assert quantize.exit_metrics(found) == [0.997, 1.0]
+    assert exit_metrics(found) == [0.997, 1.0]
     told = "exit 2 would lose more than 0.5 points in int8: layer 2 of 3 in float32\n"
     assert capsys.readouterr().out == told
-    assert quantize.select_float32_layers(exact, lambda kept: exact) == ([], exact)
+    assert select_float32_layers(exact, lambda kept: exact) == ([], exact)
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
@@ -120,11 +121,11 @@ def test_numbers_are_held_to_a_share_of_their_error_whatever_their_unit(unit, ca
         changed = np.stack([given if 1 in kept else moved, given])[None, ..., None] * unit
         return dataclasses.replace(exact, logits=changed)
 
-    kept, _ = quantize.select_float32_layers(exact, lambda kept: outputs(kept, 0.1))
+    kept, _ = select_float32_layers(exact, lambda kept: outputs(kept, 0.1))
     assert kept == [1]
     told = "exit 1 would have an error more than 1% larger in int8: layer 1 of 2 in float32\n"
     assert capsys.readouterr().out == told
-    kept, _ = quantize.select_float32_layers(exact, lambda kept: outputs(kept, 0.0))
+    kept, _ = select_float32_layers(exact, lambda kept: outputs(kept, 0.0))
     assert kept == []
 
 
@@ -136,7 +137,7 @@ def test_no_layer_stays_in_float32_for_a_loss_that_chance_explains(capsys):
         logits = exact.logits.copy()
         logits[:, :, :lost] *= -1
         spoiled = dataclasses.replace(exact, logits=logits)
-        kept, _ = quantize.select_float32_layers(exact, lambda kept, now=spoiled: now)
+        kept, _ = select_float32_layers(exact, lambda kept, now=spoiled: now)
         assert kept == []
         printed = capsys.readouterr().out
         if probability is None:
@@ -147,8 +148,8 @@ def test_no_layer_stays_in_float32_for_a_loss_that_chance_explains(capsys):
             )
             assert printed.startswith(told)
             assert f"p = {probability}" in printed
-    assert quantize.sign_test(3, 1) == 5 / 16
-    assert quantize.sign_test(0, 0) == 1
+    assert sign_test(3, 1) == 5 / 16
+    assert sign_test(0, 0) == 1
 
 
 def test_layers_in_float32_may_be_named(run, capsys):
