@@ -18,7 +18,6 @@ from sweet_jax.data.padding import TOKENS_WHILE_COMPILING
 from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import read_json, write_json
-from sweet_jax.objectives import Metric
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.training.early_stopping import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
@@ -88,11 +87,10 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
     # Said once: for this search and the training after it.
     following = [float(work - depths[0] * steps * len(together[0])), *[None] * len(rates)]
     each = zip(together, following, strict=False)
-    area = np.concatenate([_short_runs(job, chosen, workdir, left) for chosen, left in each])
-    area = broadcast_from_primary(area)
-    metric = job.objective.metric(job.dataset.task.metric)
-    best = rates[choose_rate(area, tuning, metric)]
-    log.info(_describe_choice(rates, area, tuning, metric))
+    found = [_short_runs(job, chosen, workdir, left) for chosen, left in each]
+    area, error = broadcast_from_primary(np.concatenate(found, axis=1))  # [rates] each
+    best = rates[choose_rate(area, error)]
+    log.info(_describe_choice(rates, area, error, tuning, job.dataset.task.metric))
     return {
         "learning_rates": list(rates),
         "area": [float(a) if np.isfinite(a) else None for a in area],
@@ -117,24 +115,27 @@ def _one_rate_at_a_time(config: Config, steps: int) -> bool:
     return jax.default_backend() == "cpu" or (len(config.seeds) == 1 and short)
 
 
-def _describe_choice(rates: Sequence[float], area: np.ndarray, rows: int, metric: Metric) -> str:
+def _describe_choice(
+    rates: Sequence[float], area: np.ndarray, error: np.ndarray, rows: int, metric: str
+) -> str:
     """Says what each rate's area [R] is on tuning rows, and by which rule one was chosen."""
     each = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True))
-    place = choose_rate(area, rows, metric)
-    error = float(standard_error(area.max(), rows, metric))
+    place = choose_rate(area, error)
     kept = f"kept {rates[0]:g}, the first: no other is better by more than a standard error"
     chosen = f"chosen {rates[place]:g}: better than the first by more than a standard error"
-    name = metric.name.replace("_", " ")
+    name = metric.replace("_", " ")
     return (
         f"area (mean {name} over the costs) on {rows} tuning rows: {each}; "
-        f"{chosen if place else kept} ({error:.4f})"
+        f"{chosen if place else kept} ({error[area.argmax()]:.4f})"
     )
 
 
 def _short_runs(
     job: PreparedRun, places: Sequence[int], workdir: Path, following: float | None
 ) -> np.ndarray:
-    """Returns the area on tuning rows, float64 [R], of short runs of the first seed.
+    """Returns the areas on tuning rows of short runs of the first seed, and their errors.
+
+    float64 [2, R]: see `tuning_area` and `standard_error`.
 
     places: of their learning rates in the config.
     following: of the first of them, see `TrainingJob`.
@@ -152,23 +153,19 @@ def _short_runs(
         following = None
         program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
         logits.append(evaluate(config, program, params, job.train, job.rows.tuning).logits)
-    return tuning_area(
-        np.concatenate(logits, axis=1),
-        job.train.labels[job.rows.tuning],
-        config.exits,
-        layer_cost(config.exits, config.method),
-        job.dataset.task.metric,
-        job.objective,
-    )
+    outputs = np.concatenate(logits, axis=1)  # [R, E, M, C]
+    labels, metric = job.train.labels[job.rows.tuning], job.dataset.task.metric
+    cost = layer_cost(config.exits, config.method)
+    area = tuning_area(outputs, labels, config.exits, cost, metric, job.objective)
+    return np.stack([area, standard_error(area, outputs, labels, metric, job.objective)])
 
 
-def choose_rate(area: np.ndarray, rows: int, metric: str | Metric) -> int:
+def choose_rate(area: np.ndarray, error: np.ndarray) -> int:
     """Returns the place of the rate with the largest area; 0 where it does not clearly beat that.
 
-    Clearly is by more than a standard error on so many rows.
+    Clearly is by more than its standard error.
 
-    area: float [R], minus infinity where it diverged.
+    area, error: float [R], minus infinity and 0 where it diverged.
     """
     best = int(np.argmax(area))
-    clearly = area[best] > area[0] + float(standard_error(area[best], rows, metric))
-    return best if clearly else 0
+    return best if area[best] > area[0] + error[best] else 0

@@ -75,6 +75,14 @@ def test_looking_after_every_value_raises_few_false_alarms():
     assert max(rejected, missed) <= 2
 
 
+def test_the_bounds_hold_the_mean_where_it_lies_beyond_the_candidates():
+    for value, wanted in ((1.0, (0.999, 1.0)), (0.0, (0.0, 0.001))):
+        sequence = ConfidenceSequence()
+        for _ in range(9000):
+            sequence = sequence.observe(value)
+        assert sequence.interval == wanted
+
+
 @pytest.mark.parametrize("before", [0, 2000])
 def test_a_change_is_found_whenever_it_comes(before):
     test = MeanTest(0.95)

@@ -14,11 +14,13 @@ from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.data.batches import steps_per_epoch, training_batch_indices
 from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.exits.analysis import analyse, curve_area
+from sweet_jax.exits.metrics import compute_metric, jackknife_error
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.head_fitting import refit_heads
 from sweet_jax.learning_rate_search import _one_rate_at_a_time, choose_rate
 from sweet_jax.objectives.multi_label import NEG_HAMMING_LOSS
+from sweet_jax.objectives.objective import share_standard_error
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare
 from sweet_jax.training import schedule
@@ -134,7 +136,9 @@ def kept_states(areas, interval=5):
     best = initial_best_state({"w": jnp.zeros((replicas, 2))}, np.zeros(replicas, np.float32))
     for number, area in enumerate(areas):
         params = {"w": jnp.full((replicas, 2), float(number))}
-        best = update_best_state(best, params, np.array(area), interval * number, 18, "accuracy")
+        area = np.asarray(area, np.float32)
+        error = share_standard_error(np.maximum(area, best.area), 18)
+        best = update_best_state(best, params, area, error, interval * number)
         if number and schedule.should_stop(interval * number, int(best.step.max()), interval):
             break
     np.testing.assert_array_equal(best.params["w"][:, 0] * interval, best.step)
@@ -168,7 +172,7 @@ def test_a_run_keeps_the_parameters_of_the_best_step(recipe, tmp_path, one_devic
     assert all(row["area"][1] is None for row in log[1:])
     areas = np.array([row["area"] for row in log], float)  # NaN for None
     best = np.nanargmax(areas[:, 0])
-    close = areas[:, 0] >= areas[best, 0] - standard_error(areas[best, 0], 26, "accuracy")
+    close = areas[:, 0] >= areas[best, 0] - share_standard_error(areas[best, 0], 26)
     step = 12 * int(np.flatnonzero(close)[-1])
     assert outcome.best_steps == {"exits_1_2_3": [step, 0]}
     fixed = config | {"epochs": 12, "max_steps": step}
@@ -200,8 +204,10 @@ def test_a_run_that_ended_early_is_not_trained_on(recipe, tmp_path, one_device, 
 
 
 def test_the_first_rate_is_kept_unless_another_is_clearly_better():
-    def chosen(areas, rows, metric="accuracy"):
-        return choose_rate(np.asarray(areas), rows, metric)
+    def chosen(areas, rows):
+        areas = np.asarray(areas)
+        logits, labels = np.zeros((len(areas), 1, rows, 2)), np.zeros((len(areas), rows), int)
+        return choose_rate(areas, standard_error(areas, logits, labels, "accuracy"))
 
     assert chosen([0.80, 0.82, 0.78], 180) == 0  # a standard error is 0.029
     assert chosen([0.80, 0.84, 0.83], 180) == 1
@@ -209,17 +215,46 @@ def test_the_first_rate_is_kept_unless_another_is_clearly_better():
     assert chosen([0.95, 1.0], 20) == 0  # one row
     assert chosen([-np.inf, 0.5, -np.inf], 18) == 1
     assert chosen([-np.inf, -np.inf], 18) == 0
-    assert chosen([-0.01, 0.05], 180, "matthews") == 0  # a standard error is 0.075
-    assert chosen([-0.01, 0.10], 180, "matthews") == 1
 
 
 def test_standard_errors():
-    found = standard_error(np.array([0.5, 1.0, -np.inf]), 96, "accuracy")
-    np.testing.assert_allclose(found, [0.05, np.sqrt(0.98 * 0.02 / 100), 0.0])
-    np.testing.assert_allclose(standard_error(0.6, 64, "matthews"), (1 - 0.36) / 8)
-    # Of a share of errors: that of the share, however the metric is signed.
-    found = standard_error(np.array([-0.5, -0.02, -np.inf]), 96, NEG_HAMMING_LOSS)
-    np.testing.assert_allclose(found, [0.05, np.sqrt(0.0392 * 0.9608 / 100), 0.0])
+    found = share_standard_error(np.array([0.5, 1.0]), 96)
+    np.testing.assert_allclose(found, [0.05, np.sqrt(0.98 * 0.02 / 100)])
+    logits, labels = np.zeros((2, 1, 96, 2)), np.zeros((2, 96), int)
+    found = standard_error(np.array([0.5, -np.inf]), logits, labels, "accuracy")
+    np.testing.assert_allclose(found, [0.05, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("metric", "classes"),
+    [("f1", 2), ("matthews", 2), ("macro_f1", 3), ("balanced_accuracy", 3)],
+)
+def test_the_standard_error_of_rare_classes_is_that_of_rows_drawn_anew(metric, classes):
+    """That of a share of as many rows would be a quarter to a half of it."""
+    rng = np.random.default_rng(3)
+    share = [0.95, 0.05] if classes == 2 else [0.9, 0.05, 0.05]
+    scores, errors = [], []
+    for _ in range(150):
+        labels = rng.choice(classes, 400, p=share)
+        given = np.where(rng.random(400) < 0.8, labels, rng.choice(classes, 400, p=share))
+        scores.append(compute_metric(metric, given, labels, classes))
+        logits = 4.0 * np.eye(classes)[given][None, None]  # [R, E, M, C]
+        errors.extend(standard_error(np.array([0.5]), logits, labels[None], metric))
+    assert np.mean(errors) == pytest.approx(np.std(scores), rel=0.25)
+
+
+def test_the_jackknife_is_that_of_the_metric_without_each_row():
+    rng = np.random.default_rng(4)
+    labels, given = rng.random((30, 4)) < 0.3, rng.random((2, 30, 4)) < 0.3
+    without = [
+        np.mean([compute_metric(NEG_HAMMING_LOSS, g[kept], labels[kept], 4) for g in given])
+        for kept in ~np.eye(30, dtype=bool)
+    ]
+    wanted = np.sqrt(29 * np.var(without))
+    assert jackknife_error(NEG_HAMMING_LOSS, given, labels, 4) == pytest.approx(wanted)
+    right = np.stack([labels, labels])  # two rows more of either kind, see share_standard_error
+    wanted = np.sqrt(32 / 34 * 2 / 34 / 34)
+    assert jackknife_error(NEG_HAMMING_LOSS, right, labels, 4) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])

@@ -1,12 +1,13 @@
 """Metrics of predictions, and intervals of them.
 
-Shape letters: N rows, C outputs of an exit (classes), K distinct rows, D draws, S statistics of a
-row.
+Shape letters: E exit, N rows, C outputs of an exit (classes), K distinct rows, D draws, S
+statistics of a row.
 """
 
 import numpy as np
 
 from sweet_jax.objectives import SINGLE_LABEL, Metric
+from sweet_jax.objectives.objective import share_standard_error
 
 _DRAWS = 1000  # of a bootstrap
 _LEVEL = 0.95  # of confidence, of all intervals
@@ -25,6 +26,30 @@ def compute_metric(
     sums = metric.row_statistics(predictions, targets, classes).sum(axis=0)  # [S]
     totals = metric.target_statistics(targets, classes).sum(axis=0)  # [U]
     return float(metric.value(sums, totals))
+
+
+def jackknife_error(
+    metric: Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
+) -> float:
+    """Computes the standard error of the mean metric of some exits, which saw the same rows.
+
+    By the jackknife, from the metrics without each row (Efron and Stein 1981, "The jackknife
+    estimate of variance", eq. 1.4). Where that is 0, as it is of rows that are all right, it is
+    that of a share of right rows, see `share_standard_error`.
+
+    Args:
+      metric: of each exit.
+      predictions, targets: [E, N, ...] and [N, ...].
+      classes: C.
+
+    """
+    count = len(targets)
+    rows = metric.row_statistics(predictions, targets, classes).astype(np.float64)  # [E, N, S]
+    fixed = metric.target_statistics(targets, classes).astype(np.float64)  # [N, U]
+    sums, totals = rows.sum(axis=1, keepdims=True), fixed.sum(axis=0)  # [E, 1, S], [U]
+    without = metric.value(sums - rows, totals - fixed).mean(axis=0)  # [N]
+    error = float(np.sqrt((count - 1) * without.var()))
+    return error or float(share_standard_error(np.ones(()), count))
 
 
 def wilson_interval(right: np.ndarray, total: int) -> np.ndarray:

@@ -73,13 +73,17 @@ class ConfidenceSequence:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Returns the bounds of the mean, rounded outwards to the next candidate."""
+        """Returns the bounds of the mean, rounded outwards to the next candidate.
+
+        Capital that bets on a mean above a candidate is the larger the smaller the candidate is, so
+        that what it rules out is all up to one candidate; the other half rules out all from one on.
+        """
         limit = math.log(2 / (1 - self.level))
-        kept = np.flatnonzero(np.maximum(self.above, self.below) < limit)
-        if not len(kept):  # the mean has moved, and none explains all values
+        low = _CANDIDATES[self.above >= limit].max(initial=0.0)
+        high = _CANDIDATES[self.below >= limit].min(initial=1.0)
+        if low >= high:  # the mean has moved, and none explains all values
             return self.mean, self.mean
-        grid = np.concatenate([[0.0], _CANDIDATES, [1.0]])
-        return float(grid[kept[0]]), float(grid[kept[-1] + 2])
+        return float(low), float(high)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

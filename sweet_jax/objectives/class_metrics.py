@@ -5,7 +5,7 @@ Shape letters: N rows, C classes.
 
 import numpy as np
 
-from sweet_jax.objectives.objective import Metric, correlation_standard_error, ratio
+from sweet_jax.objectives.objective import Metric, ratio
 
 
 def one_hot(classes: np.ndarray, count: int) -> np.ndarray:
@@ -36,7 +36,6 @@ MATTHEWS = Metric(
     ),
     one_hot,
     matthews,
-    standard_error=correlation_standard_error,
 )
 
 # Of class 1: rows correctly predicted so, and rows predicted so.

@@ -21,7 +21,6 @@ from sweet_jax.objectives.objective import (
     Objective,
     accuracy_metric,
     ratio,
-    share_standard_error,
 )
 
 _ITERATIONS = 500  # at most, of L-BFGS
@@ -223,8 +222,6 @@ NEG_HAMMING_LOSS = Metric(
     lambda given, targets, labels: (given != targets).sum(axis=-1)[..., None],
     lambda targets, labels: np.full((len(targets), 1), targets.shape[-1]),
     lambda sums, totals: -sums[..., 0] / totals[..., 0],
-    # As of one label a row: those of a row are right and wrong together.
-    standard_error=lambda value, rows: share_standard_error(-value, rows),
     is_error=True,
     credit=share_of_same_labels,
 )

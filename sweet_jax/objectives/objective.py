@@ -49,7 +49,8 @@ class Metric:
         [...], the metric.
       is_share: the metric is the share of rows whose one statistic is True: there are closed forms
         of its intervals.
-      standard_error: (values [...], number of rows) → float [...].
+      standard_error: (values [...], number of rows) → float [...], where there is a closed form;
+        None: by the jackknife, see `exits.metrics.jackknife_error`.
       is_error: the metric is the negative of an error, which the target `error` bounds.
       credit: (predictions, predictions or targets) → float [..., N], from 0 to 1: how right each
         row is, where that is more than right or wrong. PCEE and certificates are then of it.
@@ -61,7 +62,7 @@ class Metric:
     target_statistics: Callable[[np.ndarray, int], np.ndarray]
     value: Callable[[np.ndarray, np.ndarray], np.ndarray]
     is_share: bool = False
-    standard_error: Callable[[np.ndarray, int], np.ndarray] = share_standard_error
+    standard_error: Callable[[np.ndarray, int], np.ndarray] | None = None
     is_error: bool = False
     credit: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
@@ -188,6 +189,7 @@ def accuracy_metric(agrees: Callable[[Array, Array], Array], name: str = "accura
         lambda targets, outputs: np.ones((len(targets), 1), bool),
         lambda sums, totals: sums[..., 0] / totals[..., 0],
         is_share=True,
+        standard_error=share_standard_error,
     )
 
 

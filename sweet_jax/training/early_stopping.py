@@ -13,10 +13,10 @@ from flax import nnx
 
 from sweet_jax.distributed import broadcast_from_primary
 from sweet_jax.exits.analysis import curve_area
-from sweet_jax.exits.metrics import compute_metric
+from sweet_jax.exits.metrics import compute_metric, jackknife_error
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.objectives import SINGLE_LABEL, Metric, Objective
+from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.metrics import MetricsLog
@@ -44,7 +44,7 @@ def initial_best_state(params: Params, learning_rate: Any) -> BestState:
 
 
 def update_best_state(
-    best: BestState, params: Params, area: np.ndarray, step: int, rows: int, metric: str | Metric
+    best: BestState, params: Params, area: np.ndarray, error: np.ndarray, step: int
 ) -> BestState:
     """Returns the best after an evaluation of `params`; the old best's memory is taken.
 
@@ -56,12 +56,12 @@ def update_best_state(
     Args:
       best: so far.
       params: [R, ...] after so many steps, on the devices of the best's.
-      area, metric: float [R], theirs on `rows` tuning rows, and of which metric.
-      step, rows: numbers of steps and rows.
+      area, error: float [R], theirs on tuning rows, and its standard error.
+      step: number of steps.
 
     """
     largest, area = np.asarray(best.area), np.asarray(area, np.float32)
-    better = area >= largest - standard_error(largest, rows, metric)
+    better = area >= largest - error
     return BestState(
         # Leaf by leaf: parts of a model may be on devices of their own.
         jax.tree.map(lambda new, old: _choose(better, new, old), params, best.params),
@@ -75,14 +75,25 @@ def _choose(better: Any, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old)
 
 
-def standard_error(area: Any, rows: int, metric: str | Metric) -> np.ndarray:
-    """Returns the standard error of an area on so many rows, float [...]; 0 for minus infinity.
+def standard_error(
+    area: np.ndarray,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    metric: str,
+    objective: Objective = SINGLE_LABEL,
+) -> np.ndarray:
+    """Returns the standard errors of areas on tuning rows, float64 [R]; 0 for minus infinity.
 
-    As the metric's own, see `Metric`; a name is one of single-label classification's.
+    As the metric's own formula says, see `Metric`; where it has none, that of the mean of the exits
+    by themselves, see `jackknife_error`. Arguments as in `tuning_area`, and the areas [R].
     """
-    value = np.where(np.isfinite(area), area, 0.0)
-    found = SINGLE_LABEL.metric(metric).standard_error(value, rows)
-    return np.where(np.isfinite(area), found, 0.0)
+    chosen, sound = objective.metric(metric), np.isfinite(area)
+    if chosen.standard_error is not None:
+        found = chosen.standard_error(np.where(sound, area, 0.0), labels.shape[1])
+    else:
+        rows = zip(objective.predict(logits), labels, strict=True)
+        found = np.asarray([jackknife_error(chosen, *row, logits.shape[-1]) for row in rows])
+    return np.where(sound, found, 0.0)
 
 
 class BestStateTracker:
@@ -113,13 +124,12 @@ class BestStateTracker:
         parts: the state as the plan's step takes it.
         """
         params = self._plan.from_devices(parts).params
-        area, by_exit = self._evaluate(params)
-        area = broadcast_from_primary(area)
+        area, by_exit, error = self._evaluate(params)
+        area, error = broadcast_from_primary((area, error))
         if self.log is not None:
             self.log.add_tuning(step, area, by_exit)
-        area = drop_replica_axis(area, len(area))
-        count, metric = self._job.tuning.shape[1], self._job.objective.metric(self._job.metric)
-        self.best = update_best_state(self.best, params, area, step, count, metric)
+        area, error = drop_replica_axis((area, error), len(area))
+        self.best = update_best_state(self.best, params, area, error, step)
         return self.has_ended(step)
 
     def has_ended(self, step: int) -> bool:
@@ -140,10 +150,10 @@ class BestStateTracker:
             f"{kept}"
         )
 
-    def _evaluate(self, params: Params) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the area of parameters on tuning rows, float64 [R], and each exit's metric.
+    def _evaluate(self, params: Params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the area on tuning rows, each exit's metric and the standard error of an area.
 
-        That is [R, E].
+        float64 [R], [R, E] and [R]; the error of the larger area, of these parameters or the best.
         """
         config, tokens, rows = self._job.config, self._job.tokens, self._job.tuning
         params = add_replica_axis(gather_params(config, params), len(rows))
@@ -152,8 +162,11 @@ class BestStateTracker:
         exits, labels = self._job.model.exits, tokens.labels[rows]
         cost = layer_cost(exits, config.method)
         logits, objective = np.asarray(output.logits), self._job.objective
-        area = tuning_area(logits, labels, exits, cost, self._job.metric, objective)
-        return area, tuning_metrics(logits, labels, self._job.metric, objective)
+        metric = self._job.metric
+        area = tuning_area(logits, labels, exits, cost, metric, objective)
+        largest = np.maximum(area, np.reshape(self.best.area, area.shape), dtype=np.float32)
+        error = standard_error(largest, logits, labels, metric, objective)
+        return area, tuning_metrics(logits, labels, metric, objective), error
 
 
 def tuning_area(
