@@ -385,6 +385,15 @@ def test_the_correlation_of_large_numbers(offset, deviation):
     wanted = stats.pearsonr(numbers, given).statistic
     assert pearson(given, numbers) == pytest.approx(wanted, rel=1e-6)
     assert pearson(np.full(500, offset), numbers) == 0
+    assert np.isnan(pearson(np.full(500, np.nan), numbers))
+
+
+def test_nothing_leaves_at_an_exit_without_a_confidence(numbers):
+    """The first exit's stability is minus infinity, which no threshold lies at or below."""
+    analysis = analyse(numbers, numbers)
+    point = analysis.operating_point(0, {"threshold": -np.inf})
+    assert (analysis.exits_taken(0, point.threshold) == 1).all()
+    assert point.validation[0] == pytest.approx(0.5)
 
 
 def test_numbers_have_operating_points_and_no_certificates(numbers, tmp_path):

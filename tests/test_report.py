@@ -17,8 +17,10 @@ from sweet_jax import simulate as simulate_curve
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.exits.analysis import Analysis, analyse, scores_at_costs
 from sweet_jax.exits.outputs import RunIdentity
+from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.resolver import ThresholdResolver
+from sweet_jax.exits.simulation import Curve
 from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.files import write_json
 from sweet_jax.report.baselines import Baseline
@@ -29,6 +31,7 @@ from sweet_jax.report.figures import exits_figure, write_figures
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
+from sweet_jax.report.verdict import describe_training, verdict
 from sweet_jax.simulate import _describe_gap
 from sweet_jax.simulate import main as simulate_command
 
@@ -588,6 +591,31 @@ def test_numbers_that_diverged_are_null_and_everything_is_written(places, tmp_pa
             continue
         with pytest.raises(UserError, match="infeasible: the training of this model diverged"):
             resolver.threshold("stability", clock=clock, **target)
+
+
+def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
+    """A baseline that is better: the difference of the errors that are shown is above zero."""
+    analysis = numbers_that_diverged(DIVERGED["a replica"])
+    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
+    exact = Baseline("constant", analysis.validation.labels[:1] + np.float32(0.01), 0.0)
+    training = TrainingRecord(900, baselines=[exact])
+    results = build_results(config.resolved(), analysis, training)
+    details = ReportDetails(baselines=[exact])
+    told = verdict(analysis, results, 0, np.inf, details)[1]
+    gap, low, high = map(float, re.findall(r"[+]?\d[.]\d+", told)[1:])
+    assert "the model is " in told
+    assert " worse (95% interval of the difference +" in told
+    assert low < gap < high
+    words = describe_training(results, 1)
+    assert "classes" not in words
+
+
+def test_equal_metrics_of_unlike_costs_are_one_point_of_the_front():
+    """Sums in another order differ in the last digit: that is not worth a layer."""
+    cost, score = np.asarray([[0.2, 0.4, 0.6]]), np.asarray([[0.5, 0.5 + 1e-16, 0.7]])
+    score[0, 1] = np.nextafter(0.5, 1)
+    curve = Curve(np.asarray([[0.1, 0.2, 0.3]]), cost, score, np.ones((1, 3, 2)))
+    assert ParetoFront.from_curve(curve, 0).cost.tolist() == [0.2, 0.6]
 
 
 def test_the_page_of_a_regression_that_diverged_works(tmp_path, browser):

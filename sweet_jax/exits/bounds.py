@@ -96,7 +96,8 @@ def share_of_gap(
 ) -> float | None:
     """Computes how much of the gap between two bounds a curve closes, by mean metric over cost.
 
-    0 is no better than sending examples to exits at random, 1 the oracle. None where the bounds
+    0 is no better than sending examples to exits at random, 1 as good as the oracle; more than 1
+    where early exits correct the last, which the stable oracle does not. None where the bounds
     coincide, or no range of cost is common. Arguments as in `mean_metrics`.
     """
     found = mean_metrics(cost, metric, low, high)

@@ -11,6 +11,7 @@ import numpy as np
 
 from sweet_jax.exits.simulation import Curve
 
+_ROUNDING = 1e-12  # of a metric: what is larger by less is the same
 _LEVELS = 65  # at most, of the thresholds whose shares are kept
 _FIELDS = ("threshold", "cost", "score", "shares", "levels", "left")  # order in exits.json
 
@@ -49,7 +50,7 @@ class ParetoFront:
         )
         order = np.lexsort((threshold, -metric, cost))
         best = np.maximum.accumulate(np.append(-np.inf, metric[order]))
-        keep = order[metric[order] > best[:-1]]
+        keep = order[metric[order] > best[:-1] + _ROUNDING]
         some = np.unique(np.linspace(0, len(threshold) - 1, _LEVELS).round().astype(int))
         points = (cost[keep], metric[keep], threshold[keep], shares[keep])
         return cls(*points, threshold[some], shares[some])

@@ -15,6 +15,7 @@ from sweet_jax.config import UserError
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.certificates import (
     CERTIFICATE_KINDS,
+    LARGEST,
     NEVER,
     Certificate,
     LossCounts,
@@ -137,7 +138,8 @@ class ThresholdResolver:
         level = values.pop("level", _LEVEL)
         name, value = next(iter(values.items()), ("", self.full))
         if name == "threshold":
-            return Resolution(value, self.calibrator)
+            # Minus infinity is the confidence of an exit that nothing may leave at.
+            return Resolution(max(value, -LARGEST), self.calibrator)
         if name in ("accuracy", "error"):
             self._check_metric(name, value)
             if reads_curve(policy):

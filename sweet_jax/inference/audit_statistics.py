@@ -226,8 +226,8 @@ class AuditStatistics:
 def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> float | None:
     """Returns a lower confidence bound of the agreement with the full model at a rule's threshold.
 
-    By the calibration rows that certificates are tested on; None where there are none. Raises
-    UserError without SciPy.
+    By the calibration rows that certificates are tested on; None where there are none. The level is
+    approximate: these rows may have chosen the threshold too. Raises UserError without SciPy.
     """
     resolver = model.resolver
     losses = resolver.losses.get(policy_name(rule.policy))

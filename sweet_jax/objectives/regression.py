@@ -206,7 +206,7 @@ def _centred(targets: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Computes Pearson's correlation, 0 where predictions or targets are constant.
+    """Computes Pearson's correlation, 0 where either is constant, NaN of predictions that are NaN.
 
     Args:
       sums: [..., 3]: sums of the predictions, their squares, and their products with the targets.
@@ -222,7 +222,8 @@ def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
     # Below the rounding of the sums there is no spread.
     sound = [s > 1e-12 * np.maximum(q, 1e-300) for s, q in zip(spreads, squares, strict=True)]
     product = np.sqrt(np.where(sound[0] & sound[1], spreads[0] * spreads[1], 1.0))
-    return np.where(sound[0] & sound[1], np.clip(covariance / product, -1, 1), 0.0)
+    found = np.where(sound[0] & sound[1], np.clip(covariance / product, -1, 1), 0.0)
+    return np.where(np.isnan(covariance), np.nan, found)  # of an exit that diverged
 
 
 PEARSON = Metric(

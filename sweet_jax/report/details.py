@@ -15,6 +15,13 @@ from sweet_jax.files import RUN_ROWS
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.report.baselines import Baseline
 
+# What a split keeps, see `LabelColumn.strata`.
+_IN_PROPORTION = {
+    "single_label": ", each class in proportion",
+    "multi_label": ", each row's rarest label in proportion",
+    "regression": ", small and large numbers in proportion",
+}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitTimes:
@@ -72,8 +79,9 @@ def describe_split(config: Config) -> str:
     if not config.data_files or "," in config.data_files:
         return ""
     return (
-        f"{config.validation_fraction:.0%} of the file, drawn at random, each class in proportion "
-        f"(validation_fraction; split_seed {config.split_seed})"
+        f"{config.validation_fraction:.0%} of the file, drawn at random"
+        f"{_IN_PROPORTION.get(config.objective, '')} (validation_fraction; split_seed "
+        f"{config.split_seed})"
     )
 
 

@@ -30,7 +30,8 @@ def describe_training(results: Mapping[str, Any], classes: int) -> str:
     name = PurePath(results["checkpoint"].removeprefix("pkg://"))
     checkpoint = name.parent.name if name.name == "model" and name.parent.name else str(name)
     method = results["method"].replace("_", "-")
-    kinds = f" of {classes:,} classes" if classes else ""
+    word = {"regression": "", "multi_label": "labels"}.get(results.get("objective", ""), "classes")
+    kinds = f" of {classes:,} {word}" if classes and word else ""
     what = f"{checkpoint} with {layers[-1]} layers, fine-tuned ({method})"
     if keeps_encoder(results):
         what = (
@@ -182,12 +183,14 @@ def _number(metric: Metric, value: float) -> str:
 def _difference(metric: Metric, gap: float, low: float, high: float, subject: str = "") -> str:
     """Says how a difference of two metrics is to be read, with its 95% interval."""
     scale, unit, digits = (100, " points", 1) if metric.name == "accuracy" else (1, "", 3)
+    if metric.name.startswith(_ERROR):  # of the errors that are shown
+        low, high, gap = -high, -low, -gap
     # A minus that is as wide as the plus; no negative zero.
     ends = [f"{scale * v + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}") for v in (low, high)]
     span = f"95% interval of the difference {ends[0]} to {ends[1]}{unit}"
     if low <= 0 <= high:
         return f"no difference that these rows can show ({span})"
-    side = "better" if gap > 0 else "worse"
+    side = "better" if (gap > 0) != metric.name.startswith(_ERROR) else "worse"
     return f"{subject}{scale * abs(gap):.{digits}f}{unit} {side} ({span})"
 
 
