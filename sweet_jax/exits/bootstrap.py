@@ -47,8 +47,9 @@ def bootstrap_curve(
     """Computes intervals of a curve over rows drawn with replacement, thresholds fixed.
 
     At `points` thresholds, evenly among the distinct ones. At fixed thresholds an example's part in
-    the statistics is fixed too, so that all draws are one matrix product [draws, N] x [N, K], where `scipy.stats.bootstrap` would simulate each draw. The same draws at every call. Other
-    arguments and errors as in `simulate`.
+    the statistics is fixed too, so that all draws are one matrix product [draws, N] x [N, K], where
+    `scipy.stats.bootstrap` would simulate each draw. The same draws at every call. Other arguments
+    and errors as in `simulate`.
     """
     chosen = outputs.objective.metric(metric or outputs.metric)
     confidences = exit_confidences(outputs, policy, calibrators)
