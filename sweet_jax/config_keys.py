@@ -179,9 +179,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
             'Rows that temperatures and thresholds are fitted on; "" is the preset\'s.'
         ),
         "confidence": (
-            'Exit policy of the run; "" is the preset\'s.',
-            '"", confidence, confidence_float32, min_confidence, stability, '
-            "module:function (a policy of your own)",
+            'Exit policy of the run; module:function is a policy of your own; "" is the preset\'s.'
         ),
         "exit_score": 'Exit policy of a run with learning_to_exit; "" is the preset\'s.',
         "metric": "The reported metric, one of the objective's; \"\" is the task's.",

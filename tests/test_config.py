@@ -1,12 +1,13 @@
 """What a config may say, what it stands for, and how the command line reads into one."""
 
+import dataclasses
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import CHOICES, Config, UserError, from_mapping
 from sweet_jax.files import write_json
 from sweet_jax.main import parse
 from sweet_jax.methods import METHODS, loss_weights
@@ -129,6 +130,7 @@ def parsed(tmp_path):
         ),
         ({"isolation_schedule": "stop"}, "unknown isolation_schedule 'stop': did you mean 'step'?"),
         ({"isolation_schedule": "step"}, "needs a pair, such as --config.isolation=0,1"),
+        ({"isolation_schedule": "step", "method": "sweet"}, "isolation is (1.0,)"),
         ({"isolation_schedule": "step", "isolation": 0.5}, "isolation is (0.5,)"),
         ({"conflict_every": -1}, "conflict_every must be 0 or more"),
         ({"max_steps": -1}, "max_steps must be 0 or more"),
@@ -407,3 +409,11 @@ def test_config_and_workdir_must_both_be_given(given):
 def test_an_absent_recipe_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config file '.*absent\.py' does not exist"):
         parse(["main", f"--config={tmp_path / 'absent.py'}", f"--workdir={tmp_path}"])
+
+
+def test_a_method_s_own_isolation_may_be_scheduled(monkeypatch):
+    opening = dataclasses.replace(METHODS["sweet"], name="opening", isolation=(1.0, 0.0))
+    monkeypatch.setitem(METHODS, "opening", opening)
+    monkeypatch.setitem(CHOICES, "method", tuple(METHODS))
+    config = from_mapping({"method": "opening", "isolation_schedule": "step"}).resolved()
+    assert config.isolation == (1.0, 0.0)

@@ -117,7 +117,7 @@ def grid_thresholds(policy: str | PolicyFunction, outcomes: int, exits: int) -> 
     experimental setup, (0, 1) for most others; patience counts, and has one for each exit.
     """
     rule = policy_rule(policy)
-    if policy == "patience":
+    if rule.by_exits and rule.low == 1:
         return np.arange(1.0, exits + 1)
     low = 1 / outcomes if rule.low is None else rule.low
     return np.linspace(low, exits if rule.by_exits else 1.0, 11)

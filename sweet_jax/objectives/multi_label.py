@@ -221,7 +221,7 @@ NEG_HAMMING_LOSS = Metric(
     "neg_hamming_loss",
     lambda given, targets, labels: (given != targets).sum(axis=-1)[..., None],
     lambda targets, labels: np.full((len(targets), 1), targets.shape[-1]),
-    lambda sums, totals: -sums[..., 0] / totals[..., 0],
+    lambda sums, totals: 0.0 - sums[..., 0] / totals[..., 0],  # no negative zero
     is_error=True,
     credit=share_of_same_labels,
 )

@@ -178,7 +178,7 @@ NEG_MEAN_ABSOLUTE_ERROR = Metric(
     "neg_mean_absolute_error",
     lambda given, targets, outputs: absolute_error(given, targets)[..., None],
     lambda targets, outputs: np.ones((len(targets), 1), bool),
-    lambda sums, totals: -sums[..., 0] / totals[..., 0],
+    lambda sums, totals: 0.0 - sums[..., 0] / totals[..., 0],  # no negative zero
     standard_error=lambda value, rows: math.sqrt((math.pi / 2 - 1) / rows) * np.abs(value),
     is_error=True,
 )
