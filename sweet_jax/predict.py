@@ -163,8 +163,8 @@ def _input_files(name: str) -> list[Path]:
     """Returns the files of --input. Raises UserError for one that is absent, or no file."""
     files = expand_files(name)
     for path in files:
-        if not path.is_file():
-            what = "is not a file of texts" if path.exists() else "does not exist"
+        if not os.path.isfile(path):  # not Path.is_file, which a name that is too long breaks
+            what = "is not a file of texts" if os.path.exists(path) else "does not exist"
             raise UserError(f"input {str(path)!r} {what}")
     return files
 

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweet_jax.config import Config, UserError
+from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.label_checks import describe_classes, label_warnings
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.records import column_names, read_records
@@ -500,3 +501,32 @@ def test_a_long_list_of_files_is_no_file_name(tmp_path):
     listed = "+".join(str(path) for path in sorted(tmp_path.iterdir()))
     dataset = load(listed)
     assert len(dataset.train.texts) + len(dataset.validation.texts) == 40
+
+
+def test_what_is_not_read_of_a_folder_or_pattern_is_named(tmp_path, caplog):
+    (tmp_path / "parts" / "old").mkdir(parents=True)
+    for name in ("a.csv", "b.CSV", "part-00003", "c.csv.zip", "notes.txt", ".hidden"):
+        (tmp_path / "parts" / name).write_text(csv_text())
+    load(tmp_path / "parts")
+    listed = ", ".join(repr(f"{tmp_path}/parts/{n}") for n in ("c.csv.zip", "notes.txt", "old"))
+    assert caplog.messages == [f"not read of '{tmp_path}/parts': {listed} and 1 more"]
+    caplog.clear()
+    (tmp_path / "parts" / "c.csv").symlink_to("gone.csv")
+    for source in (tmp_path / "parts", tmp_path / "parts" / "*.csv"):
+        with pytest.raises(UserError, match=r"c\.csv' is a link to a file that does not exist"):
+            load(source)
+    assert len(expand_files(f"{tmp_path}/parts/[ao]*")) == 1
+    assert caplog.messages[-1] == f"not read of '{tmp_path}/parts/[ao]*': '{tmp_path}/parts/old'"
+
+
+def test_texts_of_a_folder_have_suffixes_in_any_case_and_no_tables_beside_them(tmp_path, caplog):
+    for name in ("x/1.txt", "y/1.TXT", "y/2.md", "y/deep/1.txt", "z/1.doc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("a text")
+    assert load(tmp_path, tmp_path).classes == ("x", "y")
+    listed = ", ".join(repr(f"{tmp_path}/{name}") for name in ("y/2.md", "y/deep", "z"))
+    assert caplog.messages == [f"not read of '{tmp_path}': {listed}"] * 2
+    (tmp_path / "notes.csv").write_text(csv_text())
+    refusal = r"has tables, such as 'notes.csv', and folders of texts, such as 'x': give .*/\*\.csv"
+    with pytest.raises(UserError, match=refusal):
+        load(tmp_path)

@@ -92,6 +92,8 @@ def open_table(path: Path, columns: Columns) -> Iterator[Table]:
             if path.is_dir() and columns.label is not None:
                 yield folder_table(path)
                 return
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{str(path)!r} is a link to a file that does not exist")
             if not path.exists():
                 raise UserError(f"{str(path)!r} does not exist")
             if not kind or (kind == ".txt" and columns.label is not None):
