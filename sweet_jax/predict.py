@@ -37,7 +37,7 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_
 from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
-from sweet_jax.data.records import column_names, last_position, read_records
+from sweet_jax.data.records import check_files, column_names, last_position, read_records
 from sweet_jax.data.tables import Columns, Record, missing_column
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
@@ -124,11 +124,11 @@ def _run(options: argparse.Namespace) -> int:
     }
     if columns.kept:
         identity["keep"] = list(columns.kept)
+    check_files(sources, columns)  # before an output is begun
     with contextlib.closing(_read_all(sources, columns)) as rows:
-        first = list(itertools.islice(rows, 1))  # an unusable file must be known by now
         with output.open(sources) as file, output.recorded(identity, file):
             tally, last, end = output.read_existing(file)
-            rest = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
+            rest = itertools.islice(rows, tally.rows - len(last), None)
             predicted = _predict_rows(classifier, rest, columns, options.batch_size)
             output.check_same_rows(last, predicted)
             output.truncate(file, end)

@@ -227,7 +227,8 @@ def test_an_unknown_column_names_the_nearest(tmp_path, suffix, wrong, nearest):
     path = write(tmp_path / f"rows.{suffix}", {"text": TEXTS, "label": LABELS})
     (value,) = wrong.values()
     assert (
-        refusal(path, **wrong) == f"the data: unknown column {value!r}: did you mean {nearest!r}?"
+        refusal(path, **wrong)
+        == f"the data: '{path}': unknown column {value!r}: did you mean {nearest!r}?"
     )
 
 

@@ -280,6 +280,19 @@ def test_several_files_are_one_input(sweet, tmp_path):
     assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == ["0", "1", "2"]
 
 
+def test_a_later_file_without_the_columns_is_named_before_an_output_is_begun(
+    sweet, tmp_path, capsys
+):
+    (tmp_path / "parts").mkdir()
+    for i, name in enumerate(("text", "body")):
+        (tmp_path / "parts" / f"{i}.csv").write_text(f"n,{name}\n1,word1\n")
+    before = set(tmp_path.iterdir())
+    assert call(sweet, f"--input={tmp_path / 'parts'}", f"--output={tmp_path / 'out.jsonl'}") == 2
+    refusal = f"error: '{tmp_path}/parts/1.csv': unknown column 'text': choose one of 'n', 'body'"
+    assert capsys.readouterr().err.splitlines() == [refusal]
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_what_is_saved_has_the_mode_of_the_umask(sweet):
     folder = sweet.classifier.model.folder
     assert len({path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}) == 1

@@ -196,6 +196,11 @@ def test_an_error_names_its_file_among_several(tmp_path):
         (tmp_path / f"{name}.csv").write_text(csv_text() + ("x,\n" if name == "b" else ""))
     with pytest.raises(UserError, match=r"column 'label' is empty in row 13 .*of .*b\.csv"):
         load(f"{tmp_path}/a.csv+{tmp_path}/b.csv")
+    (tmp_path / "c.csv").write_text("body,label\na,b\n")
+    pq.write_table(pa.table({"text": [1], "label": ["b"]}), tmp_path / "d.parquet")
+    for part in (tmp_path / "c.csv", tmp_path / "d.parquet"):
+        with pytest.raises(UserError, match=rf"^the data: '{part}': .*column 'text'"):
+            load(f"{tmp_path}/a.csv+{part}")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,10 @@ if TYPE_CHECKING:  # names of columns are looked up where there is no PyArrow, t
     import pyarrow as pa
 
 
+class ColumnError(UserError):
+    """Raised for columns that a table lacks or that cannot be read; `open_table` names the file."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """Holds the wanted values of one row of a file, or its error."""
@@ -68,13 +72,16 @@ class Table(NamedTuple):
 def find_column(name: str, present: Sequence[str]) -> int:
     """Returns the index of a column; blanks around names do not count, unless both are present.
 
-    Raises UserError for a name that is absent, or occurs more than once.
+    Raises ColumnError for a name that is absent, or occurs more than once.
     """
     if name not in present:
         name, present = name.strip(), [other.strip() for other in present]
-    check_choice("column", name, present)
+    try:
+        check_choice("column", name, present)
+    except UserError as error:
+        raise ColumnError(*error.args) from None
     if present.count(name) > 1:
-        raise UserError(f"column {name!r} occurs more than once: rename all but one")
+        raise ColumnError(f"column {name!r} occurs more than once: rename all but one")
     return present.index(name)
 
 

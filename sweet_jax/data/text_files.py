@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from sweet_jax.config import UserError
-from sweet_jax.data.tables import Columns, Record, Table, make_record
+from sweet_jax.data.tables import ColumnError, Columns, Record, Table, make_record
 
 _OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
@@ -61,11 +60,11 @@ def lines_table(file: TextFile) -> Table:
 
     def records(columns: Columns) -> Iterator[Record]:
         if len(columns.texts) != 1:
-            raise UserError(
+            raise ColumnError(
                 "a .txt file has one text in a row, and this model takes pairs: give a CSV"
             )
         if columns.kept:
-            raise UserError(f"a .txt file has no column {columns.kept[0]!r}: give a CSV")
+            raise ColumnError(f"a .txt file has no column {columns.kept[0]!r}: give a CSV")
         for row, line in enumerate(file.lines, start=1):
             yield make_record((line.rstrip("\r\n"),), columns, file.position(), row, row)
 
