@@ -100,7 +100,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--batch_size must be at least 1; got {options.batch_size}")
     if options.measure and (options.input or options.output):
         raise UserError("--measure times the model alone: leave --input and --output out")
-    if options.output and Path(options.output).is_dir():
+    if options.output and os.path.isdir(options.output):
         raise UserError(f"--output {options.output!r} is a folder: name a file in it")
     if not options.measure and not (options.input and options.output):
         raise UserError("give --input=FILE and --output=FILE, or --measure")

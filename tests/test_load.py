@@ -339,6 +339,19 @@ def test_data_files_are_one_or_two(good):
     assert "at most one source of validation rows" in refusal(good, good, good)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (" ", "takes the training rows"),
+        (" , ", "takes the training rows"),
+        (" + ", "names no file"),
+        ("a" * 5000 + ".csv", "File name too long"),
+    ],
+)
+def test_what_can_be_no_name_of_a_file_is_refused(name, words):
+    assert words in refusal(name)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_class_is_refused(tmp_path, count):
     path = write(tmp_path / "rows.csv", {"text": TEXTS, "label": ["x"] * len(TEXTS)})

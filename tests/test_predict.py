@@ -240,6 +240,13 @@ def test_large_numbers_are_carried_into_a_table(sweet, tmp_path):
     assert [row["n"] for row in pq.read_table(output).to_pylist()] == [str(2**63), "1.5"]
 
 
+def test_a_long_name_of_an_output_is_written(sweet, tmp_path):
+    (tmp_path / "in.csv").write_text("text\nword1\n")
+    output = tmp_path / f"{'a' * 225}.csv"
+    assert call(sweet, f"--input={tmp_path / 'in.csv'}", f"--output={output}") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", output.name}
+
+
 def test_a_file_of_which_no_row_can_be_classified_is_status_3(command):
     status, found = command("in.jsonl", '{"text": 5}\n{"text": null}\n')
     assert status == 3
@@ -330,6 +337,12 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--text_columns=a,b"], "takes 1 text column(s)"),
         ("in.csv", "", [], "no first line with the names of its columns"),
         ("in.csv", "text\na\n", ["--input=."], "is not a file of texts"),
+        ("in.csv", "text\na\n", ["--input=+"], "'+' names no file"),
+        ("in.csv", "text\na\n", [f"--input={'a' * 5000}"], "does not exist"),
+        *(
+            ("in.csv", "text\na\n", [f"--output={'a' * length}.jsonl"], "File name too long")
+            for length in (300, 240)
+        ),
         (
             *("in.csv", "text,label,input_label\na,b,c\n", ["--keep=label,input_label"]),
             "--keep names 'label' and 'input_label', which are both 'input_label' in the output",

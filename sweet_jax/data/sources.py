@@ -49,7 +49,7 @@ def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
         raise UserError(f"{named}: give one of them")
     if config.data_files:
         parts = split_files(config.data_files)
-        if len(parts) > 2:
+        if not 1 <= len(parts) <= 2:
             raise UserError(
                 "data_files takes the training rows and at most one source of validation rows "
                 f'(join several files of one by "+"); got {config.data_files!r}'
