@@ -19,6 +19,7 @@ from sweet_jax.data.splits import split_calibration_rows, split_tuning_rows
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.objectives.multi_label import describe_labels
 from sweet_jax.objectives.regression import quantile_strata
 from sweet_jax.preparation import prepare
 from sweet_jax.runs import Run
@@ -61,6 +62,8 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
     ("labels", "changes", "refusal"),
     [
         ([["a|b"]] * 40, {}, "separates labels, rename it"),
+        (["['a', 'b']", "['a']"] * 20, {}, r"label \"\['a', 'b'\]\" .* write it as a\|b"),
+        (["a", "[]"] * 20, {}, r"label '\[\]' .* is a list that is written as text"),
         ([""] * 40, {}, "no row has a label in column 'label'"),
         (["a|b"] * 40, {}, "all training rows have the same labels"),
         (["1", "x"] * 20, {"objective": "regression"}, "label 'x' .* is not a finite number"),
@@ -79,6 +82,15 @@ def test_targets_that_will_not_do_are_refused(labels, changes, refusal, tmp_path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=refusal):
         load(tmp_path / "rows.jsonl", **changes)
+
+
+def test_labels_that_are_separated_by_something_else_are_named():
+    alone, several = np.asarray([[1, 0], [0, 1]] * 9, bool), np.ones((9, 2), bool)
+    for name in ("a,b", "a; b"):
+        _, (warning,) = describe_labels(alone, ("a", name))
+        assert f"no row has several labels, and labels such as {name!r} are one" in warning
+        assert describe_labels(several, ("a", name))[1] == []
+    assert describe_labels(alone, ("[a]", "a b"))[1] == []
 
 
 def test_numbers_are_standardised_for_training_alone(options, tmp_path):

@@ -23,6 +23,14 @@ def check_label_column(labels: Sequence[str], column: str) -> None:
         )
 
 
+def is_written_list(label: str) -> bool:
+    """Returns whether a label is a list as Python or JSON writes it, as to_csv of pandas does.
+
+    Square brackets around quotes, commas, numbers or nothing; [spam] may be the name of a class.
+    """
+    return bool(re.fullmatch(r"\[(.*[\"',].*|[\s0-9]*)\]", label, re.DOTALL))
+
+
 def describe_classes(counts: Mapping[str, int]) -> str:
     """Describes the classes and their numbers of rows, of many the largest and the smallest."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError
-from sweet_jax.data.label_checks import describe_classes, label_warnings
+from sweet_jax.data.label_checks import describe_classes, is_written_list, label_warnings
 from sweet_jax.objectives.class_metrics import macro_f1
 from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.label_column import LabelColumn, ordered_names, split_labels
@@ -98,11 +98,19 @@ def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) ->
 def read_label_sets(
     labels: Sequence[str], names: tuple[str, ...], texts: Sequence[tuple[str, ...]]
 ) -> np.ndarray:
-    """Returns which labels each row has, bool [N, C]. Raises UserError for an unknown label."""
+    """Returns which labels each row has, bool [N, C].
+
+    Raises UserError for an unknown label, and for a list that stands in one field as text.
+    """
     index = {name: number for number, name in enumerate(names)}
     found = np.zeros((len(labels), len(names)), bool)
     for row, text in enumerate(labels):
         for name in split_labels(text):
+            if is_written_list(name):
+                raise UserError(
+                    f"label {name!r:.60} (the text {texts[row][0]!r:.40}) is a list that is "
+                    "written as text: write it as a|b, or save the rows as JSONL or Parquet"
+                )
             if name not in index:
                 raise UserError(
                     f"label {name!r} (the text {texts[row][0]!r:.40}) is not among the training "
@@ -146,6 +154,12 @@ def describe_labels(targets: np.ndarray, names: tuple[str, ...]) -> tuple[str, l
     said = describe_classes(counts).replace("classes", "labels", 1)
     more = f"; {targets.sum(axis=1).mean():.2f} labels a row, {without} rows have none"
     warnings = label_warnings(counts)
+    joined = next((name for name in names if "," in name or ";" in name), None)
+    if joined is not None and targets.sum(axis=1).max() == 1:
+        warnings.append(
+            f"no row has several labels, and labels such as {joined!r:.60} are one label each: if "
+            "they name several, write them as a|b"
+        )
     if without > len(targets) / 2:
         warnings.append(f"{without} of {len(targets)} rows have no label: is the column filled in?")
     return said + more, warnings
