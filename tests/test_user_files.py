@@ -375,6 +375,19 @@ def test_an_id_is_no_label(tmp_path):
         load(tmp_path / "rows.csv")
 
 
+def test_long_labels_are_cut_where_they_are_shown(tmp_path):
+    names = [letter * 100_000 for letter in "ab"]
+    assert len(describe_classes(dict.fromkeys(names, 9))) < 200
+    assert len("".join(label_warnings({names[0]: 3, f"{names[0]} ": 9}))) < 400
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": str(i), "label": names[i % 2]}) + "\n" for i in range(12))
+    )
+    (tmp_path / "new.csv").write_text("text,label\na,b\n")
+    with pytest.raises(UserError, match=r"label 'b' .* is not among") as error:
+        load(tmp_path / "rows.jsonl", tmp_path / "new.csv")
+    assert len(str(error.value)) < 400
+
+
 def test_the_classes_are_listed_with_their_rows():
     assert describe_classes({"a": 2, "b": 9}) == "2 classes (rows of each): 'b' 9, 'a' 2"
     line = describe_classes({f"c{i}": i for i in range(1, 31)})

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError
-from sweet_jax.data.label_checks import describe_classes, is_written_list, label_warnings
+from sweet_jax.data.label_checks import (
+    cut_label,
+    describe_classes,
+    is_written_list,
+    label_warnings,
+    list_labels,
+)
 from sweet_jax.objectives.class_metrics import macro_f1
 from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.label_column import LabelColumn, ordered_names, split_labels
@@ -81,7 +87,7 @@ def answer(
 
 def describe_prediction(given: np.ndarray, names: tuple[str, ...]) -> str:
     """Returns words for the labels bool [C] of a row."""
-    return " and ".join(repr(name) for name in np.asarray(names)[given].tolist()) or "no label"
+    return " and ".join(repr(cut_label(n)) for n in np.asarray(names)[given].tolist()) or "no label"
 
 
 def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) -> tuple[str, ...]:
@@ -108,14 +114,13 @@ def read_label_sets(
         for name in split_labels(text):
             if is_written_list(name):
                 raise UserError(
-                    f"label {name!r:.60} (the text {texts[row][0]!r:.40}) is a list that is "
+                    f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is a list that is "
                     "written as text: write it as a|b, or save the rows as JSONL or Parquet"
                 )
             if name not in index:
                 raise UserError(
-                    f"label {name!r} (the text {texts[row][0]!r:.40}) is not among the training "
-                    f"labels {', '.join(map(repr, names[:10]))}: correct it, or add such training "
-                    "rows"
+                    f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is not among the "
+                    f"training labels {list_labels(names)}: correct it, or add such training rows"
                 )
             found[row, index[name]] = True
     return found
@@ -132,8 +137,8 @@ def check_label_sets(
     unseen = np.flatnonzero(validation.any(axis=0) & ~train.any(axis=0))
     if len(unseen):
         raise UserError(
-            f"label {names[unseen[0]]!r} occurs in validation rows but in no training row: "
-            "give training rows of it, or remove it"
+            f"label {cut_label(names[unseen[0]])!r} occurs in validation rows but in no training "
+            "row: give training rows of it, or remove it"
         )
 
 
@@ -157,8 +162,8 @@ def describe_labels(targets: np.ndarray, names: tuple[str, ...]) -> tuple[str, l
     joined = next((name for name in names if "," in name or ";" in name), None)
     if joined is not None and targets.sum(axis=1).max() == 1:
         warnings.append(
-            f"no row has several labels, and labels such as {joined!r:.60} are one label each: if "
-            "they name several, write them as a|b"
+            f"no row has several labels, and labels such as {cut_label(joined)!r} are one label "
+            "each: if they name several, write them as a|b"
         )
     if without > len(targets) / 2:
         warnings.append(f"{without} of {len(targets)} rows have no label: is the column filled in?")
