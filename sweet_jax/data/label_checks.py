@@ -91,6 +91,11 @@ def label_warnings(counts: Mapping[str, int]) -> list[str]:
     return found
 
 
+def is_number(label: str) -> bool:
+    """Returns whether a label is a decimal number; Python's float takes 1_000 and ١٢ as well."""
+    return bool(_NUMBER.fullmatch(label.strip()))
+
+
 def without_fraction(label: str) -> str:
     """Returns a whole number without the zeros after its point, and any other label unchanged."""
     return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", label)
