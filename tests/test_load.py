@@ -335,6 +335,33 @@ def test_the_text_column_is_found_or_asked_for(tmp_path):
         dataset("a", "b", "label")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '{"text": "a", "label": 1},\n' * 3,
+            "row 1 (line 1): not JSON: Extra data at character 26",
+        ),
+        ('{"text": "a"} {"text": "b"}\n' * 3, "row 1 (line 1): not JSON: Extra data"),
+        ('[["a", 1], ["b", 2]]', "row 1 (line 1): not an object but ['a', 1]"),
+    ],
+)
+def test_json_without_columns_is_named_and_not_the_key(tmp_path, content, words):
+    (tmp_path / "rows.jsonl").write_text(content)
+    message = refusal(tmp_path / "rows.jsonl", text_columns="")
+    assert f"could not read '{tmp_path}/rows.jsonl': {words}" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_utf_16_without_a_byte_order_mark_is_named(tmp_path, name, encoding):
+    text = write(tmp_path / name, {"text": TEXTS, "label": LABELS}).read_text()
+    (tmp_path / name).write_text(text, encoding)
+    for columns in ("text", ""):
+        message = refusal(tmp_path / name, text_columns=columns)
+        assert f"{name}': UTF-16 without a byte order mark" in message
+
+
 def test_data_files_are_one_or_two(good):
     assert "at most one source of validation rows" in refusal(good, good, good)
 

@@ -41,7 +41,11 @@ class TextFile(NamedTuple):
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[TextFile]:
-    """Opens a text file; raises OSError, EOFError or UnicodeError, also while it is read."""
+    """Opens a text file.
+
+    Raises OSError, EOFError or UnicodeError, also while it is read; UnicodeError for a null
+    character among the first, as UTF-16 without a byte order mark has.
+    """
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(path.open("rb"))
         opened = _OPENERS.get(path.suffix.lower())
@@ -49,6 +53,8 @@ def open_text(path: Path) -> Iterator[TextFile]:
         start = stream.peek(4)[:4]
         marks = (name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark))
         encoding = next(marks, "utf-8-sig")
+        if encoding == "utf-8-sig" and b"\0" in start:
+            raise UnicodeError("UTF-16 without a byte order mark, or not text: save it as UTF-8")
         errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
         text = io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline="")
         # The text's own position is slow, or refused; a decompressed stream's has no end known.
