@@ -315,6 +315,7 @@ def test_one_place_to_read_from(good, tmp_path):
 
 def test_text_columns_are_one_or_two(good):
     assert "got 'a', 'b', 'c'" in refusal(good, text_columns="a,b,c")
+    assert "got 'text', 'text'" in refusal(good, text_columns="text,text")
 
 
 def test_the_text_column_is_found_or_asked_for(tmp_path):

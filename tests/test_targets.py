@@ -6,6 +6,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_export import load_runner
 from tiny import WORDS, fine_tune
@@ -92,6 +94,18 @@ def test_targets_that_will_not_do_are_refused(labels, changes, refusal, tmp_path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=refusal):
         load(tmp_path / "rows.jsonl", **changes)
+
+
+def test_lists_of_a_fixed_size_are_labels_and_nan_in_one_is_none(tmp_path):
+    sets = [["a", "b"], ["b", "c"]] * 20
+    fixed = pa.table({"text": TEXTS, "label": pa.array(sets, pa.list_(pa.string(), 2))})
+    pq.write_table(fixed, tmp_path / "rows.parquet")
+    assert load(tmp_path / "rows.parquet").classes == ("a", "b", "c")
+    with pytest.raises(UserError, match=r"need --config\.objective=multi_label"):
+        load(tmp_path / "rows.parquet", objective="single_label")
+    pq.write_table(pa.table({"text": TEXTS, "label": [[1.0, np.nan]] * 40}), tmp_path / "n.parquet")
+    with pytest.raises(UserError, match="a list with nan in it, which is no label"):
+        load(tmp_path / "n.parquet")
 
 
 def test_labels_that_are_separated_by_something_else_are_named():

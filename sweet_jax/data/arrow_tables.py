@@ -60,7 +60,8 @@ def check_schema(schema: pa.Schema, columns: Columns) -> None:
     for name in columns.checked:
         kind = schema.field(find_column(name, schema.names)).type
         if name == columns.label:
-            lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+            lists = any(test(kind) for test in tests)
             if pa.types.is_nested(kind) and not (columns.several_labels and lists):
                 more = "; lists of labels need --config.objective=multi_label" if lists else ""
                 raise ColumnError(

@@ -89,6 +89,7 @@ def missing_column(values: Sequence[Any], columns: Columns) -> str | None:
     """Returns the first column without a value, None where all have one.
 
     Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
+    An empty field of a CSV has no value.
     """
     for name, value in zip(columns.checked, values, strict=False):
         may_be_blank = len(columns.texts) > 1 and name != columns.label
@@ -131,7 +132,7 @@ def make_record(
 def _join_labels(labels: list[Any]) -> tuple[str, str | None]:
     """Returns (the labels of a row as a|b, None), or ("", what is wrong with them)."""
     for label in labels:
-        if not isinstance(label, str | int | float):
+        if not isinstance(label, str | int | float) or label != label:  # NaN
             return "", f"is a list with {label!a:.40} in it, which is no label"
         if "|" in str(label):
             return "", f"is a list with {label!a:.40} in it: | separates labels, rename it"
