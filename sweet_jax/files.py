@@ -50,8 +50,10 @@ def resolve_path(name: str) -> Path:
 def join_sources(names: Sequence[str]) -> str:
     """Returns the training and perhaps the validation rows as `data_files` names them.
 
-    Raises UserError for two of which one has a comma in its name.
+    Raises UserError for an empty name, and for two of which one has a comma in its name.
     """
+    if not all(names):
+        raise UserError("the name of the file is empty: is a variable of the shell not set?")
     comma = next((name for name in names if "," in name), None)
     if len(names) > 1 and comma is not None:
         raise UserError(
@@ -91,8 +93,8 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
     a loss of power, or an error of the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: writers choose a format by it.
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    # The suffix stays last: writers choose a format by it. Names have at most 255 bytes.
+    aside = path.with_name(f".{path.stem[:50]}.{os.getpid()}.part{path.suffix}")
     try:
         yield aside
         if durable:

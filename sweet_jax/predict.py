@@ -37,7 +37,7 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_
 from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
-from sweet_jax.data.records import column_names, last_position, read_records
+from sweet_jax.data.records import check_files, column_names, last_position, read_records
 from sweet_jax.data.tables import Columns, Record, missing_column
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
@@ -100,7 +100,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--batch_size must be at least 1; got {options.batch_size}")
     if options.measure and (options.input or options.output):
         raise UserError("--measure times the model alone: leave --input and --output out")
-    if options.output and Path(options.output).is_dir():
+    if options.output and os.path.isdir(options.output):
         raise UserError(f"--output {options.output!r} is a folder: name a file in it")
     if not options.measure and not (options.input and options.output):
         raise UserError("give --input=FILE and --output=FILE, or --measure")
@@ -124,11 +124,11 @@ def _run(options: argparse.Namespace) -> int:
     }
     if columns.kept:
         identity["keep"] = list(columns.kept)
+    check_files(sources, columns)  # before an output is begun
     with contextlib.closing(_read_all(sources, columns)) as rows:
-        first = list(itertools.islice(rows, 1))  # an unusable file must be known by now
         with output.open(sources) as file, output.recorded(identity, file):
             tally, last, end = output.read_existing(file)
-            rest = itertools.islice(itertools.chain(first, rows), tally.rows - len(last), None)
+            rest = itertools.islice(rows, tally.rows - len(last), None)
             predicted = _predict_rows(classifier, rest, columns, options.batch_size)
             output.check_same_rows(last, predicted)
             output.truncate(file, end)
@@ -163,8 +163,8 @@ def _input_files(name: str) -> list[Path]:
     """Returns the files of --input. Raises UserError for one that is absent, or no file."""
     files = expand_files(name)
     for path in files:
-        if not path.is_file():
-            what = "is not a file of texts" if path.exists() else "does not exist"
+        if not os.path.isfile(path):  # not Path.is_file, which a name that is too long breaks
+            what = "is not a file of texts" if os.path.exists(path) else "does not exist"
             raise UserError(f"input {str(path)!r} {what}")
     return files
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from sweet_jax.config import AUTO, Config, UserError
 from sweet_jax.data.batches import Tokens, tokenize
+from sweet_jax.data.label_checks import list_labels
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.run_rows import RunRows, draw_rows
 from sweet_jax.data.splits import Split, select_rows
@@ -188,7 +189,7 @@ def _training_objective(config: Config, dataset: Dataset) -> Objective:
         if len(weights) != classes:
             raise UserError(
                 f"class_weights has {len(weights)} numbers, but there are {classes} classes: "
-                f"{', '.join(map(repr, dataset.classes[:10]))}"
+                f"{list_labels(dataset.classes)}"
             )
     return reweighted(dataset.objective, weights, config.focal_gamma)
 

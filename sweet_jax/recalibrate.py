@@ -29,6 +29,7 @@ from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
+from sweet_jax.data.label_checks import cut_label, list_labels
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns, missing_column
 from sweet_jax.directories import check_new_output, copy_files, whole_directory
@@ -133,9 +134,9 @@ def read_labelled(
             except UserError as error:
                 if model.objective.agrees is None:
                     raise UserError(f"{where}: {error}") from error
-                known = ", ".join(map(repr, model.classes[:10]))
                 raise UserError(
-                    f"{where}: label {label!r} is none of the model's: {known}"
+                    f"{where}: label {cut_label(label)!r} is none of the model's: "
+                    f"{list_labels(model.classes)}"
                 ) from error
             texts.append(parts[0] if len(parts) == 1 else tuple(parts))
             labels.append(label)

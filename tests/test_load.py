@@ -227,7 +227,8 @@ def test_an_unknown_column_names_the_nearest(tmp_path, suffix, wrong, nearest):
     path = write(tmp_path / f"rows.{suffix}", {"text": TEXTS, "label": LABELS})
     (value,) = wrong.values()
     assert (
-        refusal(path, **wrong) == f"the data: unknown column {value!r}: did you mean {nearest!r}?"
+        refusal(path, **wrong)
+        == f"the data: '{path}': unknown column {value!r}: did you mean {nearest!r}?"
     )
 
 
@@ -314,6 +315,7 @@ def test_one_place_to_read_from(good, tmp_path):
 
 def test_text_columns_are_one_or_two(good):
     assert "got 'a', 'b', 'c'" in refusal(good, text_columns="a,b,c")
+    assert "got 'text', 'text'" in refusal(good, text_columns="text,text")
 
 
 def test_the_text_column_is_found_or_asked_for(tmp_path):
@@ -334,8 +336,48 @@ def test_the_text_column_is_found_or_asked_for(tmp_path):
         dataset("a", "b", "label")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '{"text": "a", "label": 1},\n' * 3,
+            "row 1 (line 1): not JSON: Extra data at character 26",
+        ),
+        ('{"text": "a"} {"text": "b"}\n' * 3, "row 1 (line 1): not JSON: Extra data"),
+        ('[["a", 1], ["b", 2]]', "row 1 (line 1): not an object but ['a', 1]"),
+    ],
+)
+def test_json_without_columns_is_named_and_not_the_key(tmp_path, content, words):
+    (tmp_path / "rows.jsonl").write_text(content)
+    message = refusal(tmp_path / "rows.jsonl", text_columns="")
+    assert f"could not read '{tmp_path}/rows.jsonl': {words}" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_utf_16_without_a_byte_order_mark_is_named(tmp_path, name, encoding):
+    text = write(tmp_path / name, {"text": TEXTS, "label": LABELS}).read_text()
+    (tmp_path / name).write_text(text, encoding)
+    for columns in ("text", ""):
+        message = refusal(tmp_path / name, text_columns=columns)
+        assert f"{name}': UTF-16 without a byte order mark" in message
+
+
 def test_data_files_are_one_or_two(good):
     assert "at most one source of validation rows" in refusal(good, good, good)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (" ", "takes the training rows"),
+        (" , ", "takes the training rows"),
+        (" + ", "names no file"),
+        ("a" * 5000 + ".csv", "File name too long"),
+    ],
+)
+def test_what_can_be_no_name_of_a_file_is_refused(name, words):
+    assert words in refusal(name)
 
 
 @pytest.mark.parametrize("count", [1, 2])

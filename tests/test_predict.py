@@ -240,6 +240,13 @@ def test_large_numbers_are_carried_into_a_table(sweet, tmp_path):
     assert [row["n"] for row in pq.read_table(output).to_pylist()] == [str(2**63), "1.5"]
 
 
+def test_a_long_name_of_an_output_is_written(sweet, tmp_path):
+    (tmp_path / "in.csv").write_text("text\nword1\n")
+    output = tmp_path / f"{'a' * 225}.csv"
+    assert call(sweet, f"--input={tmp_path / 'in.csv'}", f"--output={output}") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"in.csv", output.name}
+
+
 def test_a_file_of_which_no_row_can_be_classified_is_status_3(command):
     status, found = command("in.jsonl", '{"text": 5}\n{"text": null}\n')
     assert status == 3
@@ -280,6 +287,19 @@ def test_several_files_are_one_input(sweet, tmp_path):
     assert [json.loads(line)["n"] for line in output.read_text().splitlines()] == ["0", "1", "2"]
 
 
+def test_a_later_file_without_the_columns_is_named_before_an_output_is_begun(
+    sweet, tmp_path, capsys
+):
+    (tmp_path / "parts").mkdir()
+    for i, name in enumerate(("text", "body")):
+        (tmp_path / "parts" / f"{i}.csv").write_text(f"n,{name}\n1,word1\n")
+    before = set(tmp_path.iterdir())
+    assert call(sweet, f"--input={tmp_path / 'parts'}", f"--output={tmp_path / 'out.jsonl'}") == 2
+    refusal = f"error: '{tmp_path}/parts/1.csv': unknown column 'text': choose one of 'n', 'body'"
+    assert capsys.readouterr().err.splitlines() == [refusal]
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_what_is_saved_has_the_mode_of_the_umask(sweet):
     folder = sweet.classifier.model.folder
     assert len({path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()}) == 1
@@ -317,6 +337,12 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--text_columns=a,b"], "takes 1 text column(s)"),
         ("in.csv", "", [], "no first line with the names of its columns"),
         ("in.csv", "text\na\n", ["--input=."], "is not a file of texts"),
+        ("in.csv", "text\na\n", ["--input=+"], "'+' names no file"),
+        ("in.csv", "text\na\n", [f"--input={'a' * 5000}"], "does not exist"),
+        *(
+            ("in.csv", "text\na\n", [f"--output={'a' * length}.jsonl"], "File name too long")
+            for length in (300, 240)
+        ),
         (
             *("in.csv", "text,label,input_label\na,b,c\n", ["--keep=label,input_label"]),
             "--keep names 'label' and 'input_label', which are both 'input_label' in the output",

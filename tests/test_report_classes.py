@@ -1,6 +1,7 @@
 """The report's part on classes and single texts, against counting by hand."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -36,6 +37,18 @@ def outputs(split: str, count: int, classes: int) -> ExitOutputs:
 
 def analysis_of(classes: int):
     return analyse(outputs("calibration", 150, classes), outputs("validation", 240, classes))
+
+
+def test_long_names_of_classes_are_cut():
+    long = [
+        dataclasses.replace(
+            of, identity=dataclasses.replace(of.identity, classes=("a" * 1000, "b" * 1000, "c"))
+        )
+        for of in (outputs("calibration", 150, 3), outputs("validation", 240, 3))
+    ]
+    found = class_report(analyse(*long), 0, 0.5, TEXTS)
+    assert found["names"] == [letter * 60 + "…" for letter in "ab"] + ["c"]
+    assert len(json.dumps(found)) < 60_000
 
 
 @pytest.fixture(scope="module")

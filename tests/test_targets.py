@@ -6,6 +6,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_export import load_runner
 from tiny import WORDS, fine_tune
@@ -19,6 +21,7 @@ from sweet_jax.data.splits import split_calibration_rows, split_tuning_rows
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.all_exits import compute_all_exits
+from sweet_jax.objectives.multi_label import describe_labels
 from sweet_jax.objectives.regression import quantile_strata
 from sweet_jax.preparation import prepare
 from sweet_jax.runs import Run
@@ -61,9 +64,21 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
     ("labels", "changes", "refusal"),
     [
         ([["a|b"]] * 40, {}, "separates labels, rename it"),
+        (["['a', 'b']", "['a']"] * 20, {}, r"label \"\['a', 'b'\]\" .* write it as a\|b"),
+        (["a", "[]"] * 20, {}, r"label '\[\]' .* is a list that is written as text"),
         ([""] * 40, {}, "no row has a label in column 'label'"),
         (["a|b"] * 40, {}, "all training rows have the same labels"),
         (["1", "x"] * 20, {"objective": "regression"}, "label 'x' .* is not a finite number"),
+        (["1_000", "2"] * 20, {"objective": "regression"}, "label '1_000' .* is not a finite"),
+        (["١٢", "2"] * 20, {"objective": "regression"}, "label '١٢' .* is not a finite number"),
+        (["1", "nan"] * 20, {"objective": "regression"}, "label 'nan' .* is not a finite number"),
+        (["1e39", "2"] * 20, {"objective": "regression"}, "label '1e39' .* too large for float32"),
+        (
+            [str(1_700_000_000 + i) for i in range(40)],
+            {"objective": "regression"},
+            "from 1700000000 to 1700000039 differ by too little .*: subtract 1700000000",
+        ),
+        (["0.1"] * 40, {"objective": "regression"}, "all training rows have the number 0.1"),
         (["2.5"] * 40, {"objective": "regression"}, "all training rows have the number 2.5"),
         (["a", "b"] * 20, {"metric": "accuracy"}, "unknown metric 'accuracy'"),
         (["a", "b"] * 20, {"class_weights": "balanced"}, "is of objective single_label"),
@@ -79,6 +94,27 @@ def test_targets_that_will_not_do_are_refused(labels, changes, refusal, tmp_path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=refusal):
         load(tmp_path / "rows.jsonl", **changes)
+
+
+def test_lists_of_a_fixed_size_are_labels_and_nan_in_one_is_none(tmp_path):
+    sets = [["a", "b"], ["b", "c"]] * 20
+    fixed = pa.table({"text": TEXTS, "label": pa.array(sets, pa.list_(pa.string(), 2))})
+    pq.write_table(fixed, tmp_path / "rows.parquet")
+    assert load(tmp_path / "rows.parquet").classes == ("a", "b", "c")
+    with pytest.raises(UserError, match=r"need --config\.objective=multi_label"):
+        load(tmp_path / "rows.parquet", objective="single_label")
+    pq.write_table(pa.table({"text": TEXTS, "label": [[1.0, np.nan]] * 40}), tmp_path / "n.parquet")
+    with pytest.raises(UserError, match="a list with nan in it, which is no label"):
+        load(tmp_path / "n.parquet")
+
+
+def test_labels_that_are_separated_by_something_else_are_named():
+    alone, several = np.asarray([[1, 0], [0, 1]] * 9, bool), np.ones((9, 2), bool)
+    for name in ("a,b", "a; b"):
+        _, (warning,) = describe_labels(alone, ("a", name))
+        assert f"no row has several labels, and labels such as {name!r} are one" in warning
+        assert describe_labels(several, ("a", name))[1] == []
+    assert describe_labels(alone, ("[a]", "a b"))[1] == []
 
 
 def test_numbers_are_standardised_for_training_alone(options, tmp_path):

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweet_jax.config import Config, UserError
+from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.label_checks import describe_classes, label_warnings
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.records import column_names, read_records
@@ -195,6 +196,11 @@ def test_an_error_names_its_file_among_several(tmp_path):
         (tmp_path / f"{name}.csv").write_text(csv_text() + ("x,\n" if name == "b" else ""))
     with pytest.raises(UserError, match=r"column 'label' is empty in row 13 .*of .*b\.csv"):
         load(f"{tmp_path}/a.csv+{tmp_path}/b.csv")
+    (tmp_path / "c.csv").write_text("body,label\na,b\n")
+    pq.write_table(pa.table({"text": [1], "label": ["b"]}), tmp_path / "d.parquet")
+    for part in (tmp_path / "c.csv", tmp_path / "d.parquet"):
+        with pytest.raises(UserError, match=rf"^the data: '{part}': .*column 'text'"):
+            load(f"{tmp_path}/a.csv+{part}")
 
 
 @pytest.mark.parametrize(
@@ -369,6 +375,19 @@ def test_an_id_is_no_label(tmp_path):
         load(tmp_path / "rows.csv")
 
 
+def test_long_labels_are_cut_where_they_are_shown(tmp_path):
+    names = [letter * 100_000 for letter in "ab"]
+    assert len(describe_classes(dict.fromkeys(names, 9))) < 200
+    assert len("".join(label_warnings({names[0]: 3, f"{names[0]} ": 9}))) < 400
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": str(i), "label": names[i % 2]}) + "\n" for i in range(12))
+    )
+    (tmp_path / "new.csv").write_text("text,label\na,b\n")
+    with pytest.raises(UserError, match=r"label 'b' .* is not among") as error:
+        load(tmp_path / "rows.jsonl", tmp_path / "new.csv")
+    assert len(str(error.value)) < 400
+
+
 def test_the_classes_are_listed_with_their_rows():
     assert describe_classes({"a": 2, "b": 9}) == "2 classes (rows of each): 'b' 9, 'a' 2"
     line = describe_classes({f"c{i}": i for i in range(1, 31)})
@@ -500,3 +519,32 @@ def test_a_long_list_of_files_is_no_file_name(tmp_path):
     listed = "+".join(str(path) for path in sorted(tmp_path.iterdir()))
     dataset = load(listed)
     assert len(dataset.train.texts) + len(dataset.validation.texts) == 40
+
+
+def test_what_is_not_read_of_a_folder_or_pattern_is_named(tmp_path, caplog):
+    (tmp_path / "parts" / "old").mkdir(parents=True)
+    for name in ("a.csv", "b.CSV", "part-00003", "c.csv.zip", "notes.txt", ".hidden"):
+        (tmp_path / "parts" / name).write_text(csv_text())
+    load(tmp_path / "parts")
+    listed = ", ".join(repr(f"{tmp_path}/parts/{n}") for n in ("c.csv.zip", "notes.txt", "old"))
+    assert caplog.messages == [f"not read of '{tmp_path}/parts': {listed} and 1 more"]
+    caplog.clear()
+    (tmp_path / "parts" / "c.csv").symlink_to("gone.csv")
+    for source in (tmp_path / "parts", tmp_path / "parts" / "*.csv"):
+        with pytest.raises(UserError, match=r"c\.csv' is a link to a file that does not exist"):
+            load(source)
+    assert len(expand_files(f"{tmp_path}/parts/[ao]*")) == 1
+    assert caplog.messages[-1] == f"not read of '{tmp_path}/parts/[ao]*': '{tmp_path}/parts/old'"
+
+
+def test_texts_of_a_folder_have_suffixes_in_any_case_and_no_tables_beside_them(tmp_path, caplog):
+    for name in ("x/1.txt", "y/1.TXT", "y/2.md", "y/deep/1.txt", "z/1.doc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("a text")
+    assert load(tmp_path, tmp_path).classes == ("x", "y")
+    listed = ", ".join(repr(f"{tmp_path}/{name}") for name in ("y/2.md", "y/deep", "z"))
+    assert caplog.messages == [f"not read of '{tmp_path}': {listed}"] * 2
+    (tmp_path / "notes.csv").write_text(csv_text())
+    refusal = r"has tables, such as 'notes.csv', and folders of texts, such as 'x': give .*/\*\.csv"
+    with pytest.raises(UserError, match=refusal):
+        load(tmp_path)

@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from sweet_jax.config import UserError
-from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
+from sweet_jax.data.tables import ColumnError, Columns, Record, Table, find_column, make_record
 
 _BATCH = 1024  # rows of a Parquet file that are held at once
 
@@ -55,20 +54,21 @@ def ipc_table(path: Path) -> Iterator[Table]:
 
 
 def check_schema(schema: pa.Schema, columns: Columns) -> None:
-    """Raises UserError unless a table has each column once, and of a type that can be read."""
+    """Raises ColumnError unless a table has each column once, and of a type that can be read."""
     for name in columns.kept:
         find_column(name, schema.names)
     for name in columns.checked:
         kind = schema.field(find_column(name, schema.names)).type
         if name == columns.label:
-            lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+            tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+            lists = any(test(kind) for test in tests)
             if pa.types.is_nested(kind) and not (columns.several_labels and lists):
                 more = "; lists of labels need --config.objective=multi_label" if lists else ""
-                raise UserError(
+                raise ColumnError(
                     f"column {name!r} holds values of type {kind}, not single ones{more}"
                 )
         elif not is_text(kind):
-            raise UserError(f"column {name!r} holds values of type {kind}, not text")
+            raise ColumnError(f"column {name!r} holds values of type {kind}, not text")
 
 
 def arrow_records(batches: Iterable[pa.RecordBatch], columns: Columns) -> Iterator[Record]:

@@ -42,7 +42,7 @@ def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[s
       class_columns: names of those that declare classes.
 
     Raises:
-      UserError: they cannot be found, or are more than two.
+      UserError: they cannot be found, are more than two, or are one column twice.
 
     """
     label = task.label_column
@@ -56,10 +56,10 @@ def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[s
                 "name the column of the text, or the two of a pair, by --config.text_columns: the "
                 f"columns are {', '.join(map(repr, present)) or 'unknown'}"
             )
-    if len(texts) > 2:
+    if len(texts) > 2 or len(set(texts)) < len(texts):
         raise UserError(
-            "text_columns must name one column, or two for pairs (a name that holds a comma in "
-            f"double quotes); got {', '.join(map(repr, texts))}"
+            "text_columns must name one column, or two different ones for pairs (a name that "
+            f"holds a comma in double quotes); got {', '.join(map(repr, texts))}"
         )
     return dataclasses.replace(task, text_columns=texts, label_column=label)
 

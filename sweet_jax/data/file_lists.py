@@ -1,36 +1,49 @@
 """The files that one key or option names: a list, a folder, a pattern, or several joined by "+"."""
 
 import glob
+import logging
+import os
+from collections.abc import Collection
 from pathlib import Path
 
 from sweet_jax.config import UserError, split_names
+from sweet_jax.data.label_folders import is_hidden, text_files
 from sweet_jax.data.records import format_of
 from sweet_jax.files import resolve_path
+
+log = logging.getLogger(__name__)
+
+_LISTED = 3  # entries not read that are named
 
 
 def split_files(text: str) -> tuple[str, ...]:
     """Splits a comma-separated list of sources, unless the whole text is the name of a file."""
-    return (text,) if _exists(resolve_path(text)) else split_names(text)
+    return (text,) if os.path.exists(resolve_path(text)) else split_names(text)
 
 
 def expand_files(name: str) -> list[Path]:
     """Returns the files of one source, in order of their names.
 
     A name is a file, a folder of label folders, a folder of tables (CSV, Parquet, …), or a pattern
-    such as "part-*.parquet"; several are joined by "+". Hidden files of a folder are left out.
+    such as "part-*.parquet"; several are joined by "+". Hidden files of a folder are left out; a
+    warning names what else is.
 
-    Raises UserError for a pattern or a folder without files.
+    Raises UserError for a pattern without files, a folder that has both tables and label folders,
+    and an empty name.
     """
-    path = resolve_path(name)
-    if path.is_dir():
-        found = [p for p in sorted(path.iterdir()) if not p.name.startswith(".") and _is_table(p)]
-        return found or [path]
-    if _exists(path):
+    if not name.strip(" +"):
+        raise UserError(f"{name!r} names no file: give the name of one")
+    path = resolve_path(name)  # os.path below: a list of many files is too long for Path's methods
+    if os.path.isdir(path):
+        return _files_of_folder(path)
+    if os.path.exists(path):
         return [path]
     if any(sign in name for sign in "*?["):
-        found = sorted(Path(match) for match in glob.glob(str(path)) if Path(match).is_file())
+        matches = sorted(map(Path, glob.glob(str(path))))
+        found = [match for match in matches if not match.is_dir()]
         if not found:
             raise UserError(f"no file matches {name!r}")
+        _warn_of_unread(name, set(matches).difference(found))
         return found
     if "+" in name:
         return [
@@ -39,12 +52,31 @@ def expand_files(name: str) -> list[Path]:
     return [path]
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a list of many files is too long to be the name of one
-        return False
+def _files_of_folder(folder: Path) -> list[Path]:
+    """Returns the tables of a folder, or the folder itself where it has label folders, or neither.
+
+    A link to nothing is one of its tables: it is refused when it is read.
+    """
+    entries = {path for path in folder.iterdir() if not is_hidden(path)}
+    tables = {p for p in entries if format_of(p) not in ("", ".txt") and not p.is_dir()}
+    texts = text_files(folder)
+    if not texts:
+        _warn_of_unread(str(folder), entries - tables if tables else ())
+        return sorted(tables) or [folder]
+    labels = {file.parent for file in texts}
+    if tables:
+        table, pattern = min(tables), folder / f"*{min(tables).suffix}"
+        raise UserError(
+            f"{str(folder)!r} has tables, such as {table.name!r}, and folders of texts, such as "
+            f"{min(labels).name!r}: give the tables as {str(pattern)!r}, or move them elsewhere"
+        )
+    inside = {p for label in labels for p in label.iterdir() if not is_hidden(p)}
+    _warn_of_unread(str(folder), (entries | inside).difference(labels, texts))
+    return [folder]
 
 
-def _is_table(path: Path) -> bool:
-    return path.is_file() and bool(format_of(path)) and format_of(path) != ".txt"
+def _warn_of_unread(source: str, unread: Collection[Path]) -> None:
+    if unread:
+        listed = ", ".join(repr(str(path)) for path in sorted(unread)[:_LISTED])
+        more = f" and {len(unread) - _LISTED} more" if len(unread) > _LISTED else ""
+        log.warning("not read of %r: %s%s", source, listed, more)

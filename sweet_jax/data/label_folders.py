@@ -34,12 +34,16 @@ def folder_table(path: Path) -> Table:
 
 def text_files(path: Path) -> list[Path]:
     """Returns the <label>/<name>.txt files of a folder, in order of their paths."""
-    return [file for file in sorted(path.glob("*/*.txt")) if not _is_hidden(file)]
+    return [
+        file
+        for file in sorted(path.glob("*/*"))
+        if file.suffix.lower() == ".txt" and not (is_hidden(file) or is_hidden(file.parent))
+    ]
 
 
-def _is_hidden(file: Path) -> bool:
-    label = file.parent.name
-    return file.name.startswith(".") or label.startswith(".") or label == "__MACOSX"
+def is_hidden(path: Path) -> bool:
+    """Returns whether a name is one that editors, file managers and archives leave."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def _read_text(path: Path) -> str:

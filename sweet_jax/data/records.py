@@ -9,7 +9,7 @@ import csv
 import lzma
 import zipfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,7 +21,7 @@ from sweet_jax.data.csv_rows import csv_table
 from sweet_jax.data.json_objects import json_table
 from sweet_jax.data.label_folders import folder_table
 from sweet_jax.data.spreadsheets import excel_table
-from sweet_jax.data.tables import Columns, Record, Table
+from sweet_jax.data.tables import ColumnError, Columns, Record, Table
 from sweet_jax.data.text_files import TextFile, lines_table, open_text
 from sweet_jax.files import one_line
 
@@ -80,6 +80,13 @@ def column_names(path: Path, wanted: str = "") -> tuple[str, ...]:
         return tuple(table.names)
 
 
+def check_files(paths: Iterable[Path], columns: Columns) -> None:
+    """Raises UserError as `read_records` does, for what can be known before a file is read."""
+    for path in paths:
+        with contextlib.closing(read_records(path, columns)) as records:
+            next(records, None)
+
+
 @contextlib.contextmanager
 def open_table(path: Path, columns: Columns) -> Iterator[Table]:
     """Opens a file of any format; `columns` are those that will be read.
@@ -92,6 +99,8 @@ def open_table(path: Path, columns: Columns) -> Iterator[Table]:
             if path.is_dir() and columns.label is not None:
                 yield folder_table(path)
                 return
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{str(path)!r} is a link to a file that does not exist")
             if not path.exists():
                 raise UserError(f"{str(path)!r} does not exist")
             if not kind or (kind == ".txt" and columns.label is not None):
@@ -103,6 +112,8 @@ def open_table(path: Path, columns: Columns) -> Iterator[Table]:
                 yield stack.enter_context(excel_table(path))
             else:
                 yield _text_table(stack.enter_context(open_text(path)), kind, columns)
+    except ColumnError as error:
+        raise UserError(f"{str(path)!r}: {error}") from error
     except _DAMAGED as error:
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
 

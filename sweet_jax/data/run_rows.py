@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sweet_jax.config import Config, UserError
+from sweet_jax.data.label_checks import cut_label
 from sweet_jax.data.load import Dataset
 from sweet_jax.data.splits import drop_duplicates, split_calibration_rows, split_tuning_rows
 
@@ -47,9 +48,9 @@ def draw_rows(config: Config, dataset: Dataset) -> RunRows:
         unseen = np.setdiff1d(present(dataset.validation.labels), present(labels[rows]))
         if len(unseen):
             raise UserError(
-                f"label {dataset.classes[unseen[0]]!r} occurs in validation rows, but in none of "
-                f"the {len(rows)} training rows drawn for seed {seed}: raise train_size, or "
-                "give more distinct texts"
+                f"label {cut_label(dataset.classes[unseen[0]])!r} occurs in validation rows, "
+                f"but in none of the {len(rows)} training rows drawn for seed {seed}: raise "
+                "train_size, or give more distinct texts"
             )
     size = min(map(len, calibration))  # differs where most classes have one row
     return RunRows(

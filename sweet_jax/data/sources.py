@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
         raise UserError(f"{named}: give one of them")
     if config.data_files:
         parts = split_files(config.data_files)
-        if len(parts) > 2:
+        if not 1 <= len(parts) <= 2:
             raise UserError(
                 "data_files takes the training rows and at most one source of validation rows "
                 f'(join several files of one by "+"); got {config.data_files!r}'
@@ -97,6 +98,9 @@ def _with_columns(config: Config, task: Task, path: Path) -> Task:
     if not task.text_columns or "," in config.text_columns:
         with open_table(path, Columns((), task.label_column)) as table:
             names = table.names
+            if not names:  # the error of the first row, if it has one, says why
+                first = itertools.islice(table.records(Columns(())), 1)
+                _collect(first, Columns(()), repr(str(path)), skip_invalid=False)
     texts = parse_names(config.text_columns, names) or task.text_columns
     return choose_columns(dataclasses.replace(task, text_columns=texts), names)
 

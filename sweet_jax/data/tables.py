@@ -11,6 +11,10 @@ if TYPE_CHECKING:  # names of columns are looked up where there is no PyArrow, t
     import pyarrow as pa
 
 
+class ColumnError(UserError):
+    """Raised for columns that a table lacks or that cannot be read; `open_table` names the file."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
     """Holds the wanted values of one row of a file, or its error."""
@@ -68,13 +72,16 @@ class Table(NamedTuple):
 def find_column(name: str, present: Sequence[str]) -> int:
     """Returns the index of a column; blanks around names do not count, unless both are present.
 
-    Raises UserError for a name that is absent, or occurs more than once.
+    Raises ColumnError for a name that is absent, or occurs more than once.
     """
     if name not in present:
         name, present = name.strip(), [other.strip() for other in present]
-    check_choice("column", name, present)
+    try:
+        check_choice("column", name, present)
+    except UserError as error:
+        raise ColumnError(*error.args) from None
     if present.count(name) > 1:
-        raise UserError(f"column {name!r} occurs more than once: rename all but one")
+        raise ColumnError(f"column {name!r} occurs more than once: rename all but one")
     return present.index(name)
 
 
@@ -82,6 +89,7 @@ def missing_column(values: Sequence[Any], columns: Columns) -> str | None:
     """Returns the first column without a value, None where all have one.
 
     Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
+    An empty field of a CSV has no value.
     """
     for name, value in zip(columns.checked, values, strict=False):
         may_be_blank = len(columns.texts) > 1 and name != columns.label
@@ -124,7 +132,7 @@ def make_record(
 def _join_labels(labels: list[Any]) -> tuple[str, str | None]:
     """Returns (the labels of a row as a|b, None), or ("", what is wrong with them)."""
     for label in labels:
-        if not isinstance(label, str | int | float):
+        if not isinstance(label, str | int | float) or label != label:  # NaN
             return "", f"is a list with {label!a:.40} in it, which is no label"
         if "|" in str(label):
             return "", f"is a list with {label!a:.40} in it: | separates labels, rename it"

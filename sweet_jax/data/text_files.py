@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from sweet_jax.config import UserError
-from sweet_jax.data.tables import Columns, Record, Table, make_record
+from sweet_jax.data.tables import ColumnError, Columns, Record, Table, make_record
 
 _OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
@@ -42,7 +41,11 @@ class TextFile(NamedTuple):
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[TextFile]:
-    """Opens a text file; raises OSError, EOFError or UnicodeError, also while it is read."""
+    """Opens a text file.
+
+    Raises OSError, EOFError or UnicodeError, also while it is read; UnicodeError for a null
+    character among the first, as UTF-16 without a byte order mark has.
+    """
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(path.open("rb"))
         opened = _OPENERS.get(path.suffix.lower())
@@ -50,6 +53,8 @@ def open_text(path: Path) -> Iterator[TextFile]:
         start = stream.peek(4)[:4]
         marks = (name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark))
         encoding = next(marks, "utf-8-sig")
+        if encoding == "utf-8-sig" and b"\0" in start:
+            raise UnicodeError("UTF-16 without a byte order mark, or not text: save it as UTF-8")
         errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
         text = io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline="")
         # The text's own position is slow, or refused; a decompressed stream's has no end known.
@@ -61,11 +66,11 @@ def lines_table(file: TextFile) -> Table:
 
     def records(columns: Columns) -> Iterator[Record]:
         if len(columns.texts) != 1:
-            raise UserError(
+            raise ColumnError(
                 "a .txt file has one text in a row, and this model takes pairs: give a CSV"
             )
         if columns.kept:
-            raise UserError(f"a .txt file has no column {columns.kept[0]!r}: give a CSV")
+            raise ColumnError(f"a .txt file has no column {columns.kept[0]!r}: give a CSV")
         for row, line in enumerate(file.lines, start=1):
             yield make_record((line.rstrip("\r\n"),), columns, file.position(), row, row)
 

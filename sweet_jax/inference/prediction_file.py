@@ -65,7 +65,8 @@ class OutputFile:
     def __init__(self, path: Path):
         self.path = path
         self._standard = str(path) in ("/dev/stdout", "/dev/fd/1")
-        regular = path.is_file() or path.is_dir() or not path.exists()
+        # os.path: a name that is too long breaks Path's methods, and is refused by `open`.
+        regular = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
         self.streams = self._standard or not regular
         self._convert = None if self.streams else TABLE_WRITERS.get(path.suffix.lower())
         aside = path.with_name(f".{path.name}.unfinished.jsonl")
@@ -84,12 +85,14 @@ class OutputFile:
                 f"--output {str(self.path)!r} would not be a file of that kind: predictions are "
                 "written as .jsonl, .csv or .parquet"
             )
-        if self._convert is not None and self.path.exists():
+        if self._convert is not None and os.path.exists(self.path):
             raise UserError(f"--output {str(self.path)!r} exists: choose another, or remove it")
-        if any(self._rows.exists() and os.path.samefile(self._rows, s) for s in sources):
+        if any(os.path.exists(self._rows) and os.path.samefile(self._rows, s) for s in sources):
             raise UserError("--output must be another file than --input")
         try:
             self._rows.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._note.stat()  # its name is longer
             if self.streams:
                 file: Any = os.fdopen(os.dup(1), "wb") if self._standard else open(self.path, "wb")  # noqa: SIM115 - closed by the with below
             else:

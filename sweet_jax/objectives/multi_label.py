@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError
-from sweet_jax.data.label_checks import describe_classes, label_warnings
+from sweet_jax.data.label_checks import (
+    cut_label,
+    describe_classes,
+    is_written_list,
+    label_warnings,
+    list_labels,
+)
 from sweet_jax.objectives.class_metrics import macro_f1
 from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.label_column import LabelColumn, ordered_names, split_labels
@@ -80,7 +86,7 @@ def answer(
 
 def describe_prediction(given: np.ndarray, names: tuple[str, ...]) -> str:
     """Returns words for the labels bool [C] of a row."""
-    return " and ".join(repr(name) for name in np.asarray(names)[given].tolist()) or "no label"
+    return " and ".join(repr(cut_label(n)) for n in np.asarray(names)[given].tolist()) or "no label"
 
 
 def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) -> tuple[str, ...]:
@@ -97,16 +103,23 @@ def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) ->
 def read_label_sets(
     labels: Sequence[str], names: tuple[str, ...], texts: Sequence[tuple[str, ...]]
 ) -> np.ndarray:
-    """Returns which labels each row has, bool [N, C]. Raises UserError for an unknown label."""
+    """Returns which labels each row has, bool [N, C].
+
+    Raises UserError for an unknown label, and for a list that stands in one field as text.
+    """
     index = {name: number for number, name in enumerate(names)}
     found = np.zeros((len(labels), len(names)), bool)
     for row, text in enumerate(labels):
         for name in split_labels(text):
+            if is_written_list(name):
+                raise UserError(
+                    f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is a list that is "
+                    "written as text: write it as a|b, or save the rows as JSONL or Parquet"
+                )
             if name not in index:
                 raise UserError(
-                    f"label {name!r} (the text {texts[row][0]!r:.40}) is not among the training "
-                    f"labels {', '.join(map(repr, names[:10]))}: correct it, or add such training "
-                    "rows"
+                    f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is not among the "
+                    f"training labels {list_labels(names)}: correct it, or add such training rows"
                 )
             found[row, index[name]] = True
     return found
@@ -123,8 +136,8 @@ def check_label_sets(
     unseen = np.flatnonzero(validation.any(axis=0) & ~train.any(axis=0))
     if len(unseen):
         raise UserError(
-            f"label {names[unseen[0]]!r} occurs in validation rows but in no training row: "
-            "give training rows of it, or remove it"
+            f"label {cut_label(names[unseen[0]])!r} occurs in validation rows but in no training "
+            "row: give training rows of it, or remove it"
         )
 
 
@@ -145,6 +158,12 @@ def describe_labels(targets: np.ndarray, names: tuple[str, ...]) -> tuple[str, l
     said = describe_classes(counts).replace("classes", "labels", 1)
     more = f"; {targets.sum(axis=1).mean():.2f} labels a row, {without} rows have none"
     warnings = label_warnings(counts)
+    joined = next((name for name in names if "," in name or ";" in name), None)
+    if joined is not None and targets.sum(axis=1).max() == 1:
+        warnings.append(
+            f"no row has several labels, and labels such as {cut_label(joined)!r} are one label "
+            "each: if they name several, write them as a|b"
+        )
     if without > len(targets) / 2:
         warnings.append(f"{without} of {len(targets)} rows have no label: is the column filled in?")
     return said + more, warnings

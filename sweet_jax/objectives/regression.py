@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError
+from sweet_jax.data.label_checks import cut_label, is_number
 from sweet_jax.objectives.label_column import LabelColumn
 from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import (
@@ -22,6 +23,7 @@ from sweet_jax.objectives.objective import (
 )
 
 _STRATA = 10  # of rows with targets of similar size, by which rows are split
+_ROUNDED = 0.01  # of the targets' standard deviation: the most that float32 may change one
 _CONSTANT = 1e-6  # relative: predictions that differ by less are one
 
 
@@ -80,18 +82,27 @@ def read_targets(targets: Any, outputs: int) -> np.ndarray:
 def read_numbers(
     labels: Sequence[str], names: tuple[str, ...], texts: Sequence[tuple[str, ...]]
 ) -> np.ndarray:
-    """Returns labels as numbers, float32 [N]. Raises UserError for one that is no number."""
-    found = np.empty(len(labels), np.float32)
-    for row, label in enumerate(labels):
-        try:
-            found[row] = float(label)
-        except ValueError:
-            found[row] = np.nan
-        if not math.isfinite(found[row]):
-            raise UserError(
-                f"label {label!r} (the text {texts[row][0]!r:.40}) is not a finite number, which "
-                "objective regression needs: correct it, or leave objective out"
-            )
+    """Returns labels as numbers, float32 [N].
+
+    Raises UserError for one that is no number or too large, and for numbers that differ by so
+    little that they would be rounded to a few.
+    """
+    numbers = np.asarray([float(text) if is_number(text) else np.nan for text in labels])
+    with np.errstate(over="ignore"):
+        found = numbers.astype(np.float32)
+    if not np.isfinite(found).all():
+        row = int(np.isfinite(found).argmin())
+        what = "is too large for float32" if np.isfinite(numbers[row]) else "is not a finite number"
+        raise UserError(
+            f"label {cut_label(labels[row])!r} (the text {texts[row][0]!r:.40}) {what}, which "
+            "objective regression needs: correct it, or leave objective out"
+        )
+    low, high = numbers.min(), numbers.max()
+    if low < high and abs(found - numbers).max() > _ROUNDED * numbers.std():
+        raise UserError(
+            f"the numbers from {low:.16g} to {high:.16g} differ by too little for float32, which "
+            f"would round them: subtract {low:.16g} from each"
+        )
     return found
 
 

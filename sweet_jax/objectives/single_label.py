@@ -13,8 +13,10 @@ import numpy as np
 from sweet_jax.config import UserError
 from sweet_jax.data.label_checks import (
     check_label_column,
+    cut_label,
     describe_classes,
     label_warnings,
+    list_labels,
     without_fraction,
 )
 from sweet_jax.objectives.class_metrics import BALANCED_ACCURACY, F1, MACRO_F1, MATTHEWS
@@ -97,9 +99,9 @@ def read_classes(
         row = found.index(-1)
         count = labels.count(labels[row])
         raise UserError(
-            f"label {labels[row]!r} ({count} row{'s' * (count > 1)}, the text "
+            f"label {cut_label(labels[row])!r} ({count} row{'s' * (count > 1)}, the text "
             f"{texts[row][0]!r:.40}) is not among the training labels "
-            f"{', '.join(map(repr, names[:10]))}: correct it, or add such training rows"
+            f"{list_labels(names)}: correct it, or add such training rows"
         )
     return np.asarray(found, np.int32)
 
@@ -111,14 +113,14 @@ def check_classes(
     present = set(train.tolist())
     if len(present) < 2:
         raise UserError(
-            f"all training rows have the label {names[train[0]]!r} (column {column!r}): a "
-            "classifier needs two classes or more"
+            f"all training rows have the label {cut_label(names[train[0]])!r} (column {column!r}): "
+            "a classifier needs two classes or more"
         )
     unseen = sorted(set(validation.tolist()) - present)
     if unseen:
         raise UserError(
-            f"label {names[unseen[0]]!r} occurs in validation rows but in no training row: "
-            "give training rows of it, or remove it"
+            f"label {cut_label(names[unseen[0]])!r} occurs in validation rows but in no training "
+            "row: give training rows of it, or remove it"
         )
 
 
@@ -270,7 +272,7 @@ SINGLE_LABEL = Objective(
     probabilities=softmax,
     answer=answer,
     constant_prediction=single_predicted_class,
-    describe=lambda predicted, classes: f"class {str(classes[int(predicted)])!r}",
+    describe=lambda predicted, classes: f"class {cut_label(str(classes[int(predicted)]))!r}",
     read_targets=read_labels,
     categorical=CategoricalVariables(
         logits=lambda logits: logits[..., None, :],

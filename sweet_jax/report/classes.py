@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from sweet_jax.data.label_checks import cut_label
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.reliability import calibration_error_by_outcome
@@ -50,7 +51,7 @@ def class_report(
 
     """
     rows = analysis.validation.replica(replica)
-    names = rows.identity.classes
+    names = _shown_names(rows)
     if rows.objective.categorical is None or not names:
         return None
     exits = analysis.exits_taken(replica, threshold)  # [N]
@@ -59,7 +60,7 @@ def class_report(
     found = {
         "classes": _class_rows(labels, (given, each[-1]), exits, len(each), names),
         "matrices": None,
-        "names": list(names),
+        "names": names,
         "pairs": [],
         "shown": _SHOWN,
         "mistakes": [],
@@ -77,6 +78,10 @@ def class_report(
     return found | _mistakes(rows, exits, analysis.temperatures[replica], texts)
 
 
+def _shown_names(rows: ExitOutputs) -> list[str]:
+    return [cut_label(name) for name in rows.identity.classes]
+
+
 def _mistakes(
     rows: ExitOutputs, exits: np.ndarray, temperatures: np.ndarray, texts: Sequence[tuple[str, ...]]
 ) -> dict[str, Any]:
@@ -89,7 +94,7 @@ def _mistakes(
       texts: of the rows [N].
 
     """
-    names, labels, each = rows.identity.classes, rows.labels[0], rows.predictions[0]
+    names, labels, each = _shown_names(rows), rows.labels[0], rows.predictions[0]
     everywhere = np.arange(len(labels))
     given, same = each[exits, everywhere], rows.objective.same  # [N, ...]
     scales = np.where(np.isfinite(temperatures), temperatures, 1)[exits, None]  # [N, 1]
@@ -191,7 +196,7 @@ def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, A
             "share": float(has[:, c].mean()),
             "error": float(errors[c]),
         }
-        for c, name in enumerate(rows.identity.classes)
+        for c, name in enumerate(_shown_names(rows))
     ]
     return sorted(found, key=lambda row: -row["error"])
 

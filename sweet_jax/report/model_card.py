@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from sweet_jax.data.label_checks import cut_label
 from sweet_jax.report.console import format_number
 
 _TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -36,7 +37,7 @@ def model_card(
         base_model=checkpoint if on_hub else "",
         layers=", ".join(layers[:-1]) + " and " + layers[-1] if len(layers) > 1 else layers[0],
         model_type=model_type,
-        classes=classes,
+        classes=[cut_label(name) for name in classes],
         text_columns=text_columns,
         pairs=len(text_columns) == 2,
         max_length=max_length,
