@@ -19,7 +19,7 @@ from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.head_fitting import refit_heads
 from sweet_jax.learning_rate_search import _one_rate_at_a_time, choose_rate
-from sweet_jax.objectives.multi_label import NEG_HAMMING_LOSS
+from sweet_jax.objectives.label_metrics import NEG_HAMMING_LOSS
 from sweet_jax.objectives.objective import share_standard_error
 from sweet_jax.pipeline import run, train_and_evaluate
 from sweet_jax.preparation import prepare

@@ -16,18 +16,18 @@ from sweet_jax.data.label_checks import (
     label_warnings,
     list_labels,
 )
-from sweet_jax.objectives.class_metrics import macro_f1
 from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.label_column import LabelColumn, ordered_names, split_labels
-from sweet_jax.objectives.linear_model import LinearModel, Solve
-from sweet_jax.objectives.objective import (
-    Array,
-    CategoricalVariables,
-    Metric,
-    Objective,
-    accuracy_metric,
-    ratio,
+from sweet_jax.objectives.label_metrics import (
+    MACRO_F1,
+    MICRO_F1,
+    NEG_HAMMING_LOSS,
+    SUBSET_ACCURACY,
+    as_measure,
+    same_labels,
 )
+from sweet_jax.objectives.linear_model import LinearModel, Solve
+from sweet_jax.objectives.objective import Array, CategoricalVariables, Objective
 
 _ITERATIONS = 500  # at most, of L-BFGS
 _DIGITS = 20  # labels that a number for a prediction tells apart, see `constant_labels`
@@ -56,11 +56,6 @@ def sigmoid(logits: Array) -> Array:
     xp = logits.__array_namespace__()
     small = xp.exp(-abs(logits))  # at most 1: no overflow
     return xp.where(logits >= 0, 1 / (1 + small), small / (1 + small))
-
-
-def same_labels(given: Array, others: Array) -> Array:
-    """Returns whether all labels are the same, bool [...], of bool [..., C]."""
-    return (given == others).all(axis=-1)
 
 
 def constant_labels(logits: Array, row_mask: Array) -> Array:
@@ -212,51 +207,6 @@ def one_vs_rest_estimator(strength: float, iterations: int) -> Any:
     return OneVsRestClassifier(LogisticRegression(C=strength, max_iter=iterations))
 
 
-MICRO_F1 = Metric(
-    "micro_f1",
-    lambda given, targets, labels: np.stack([(given & targets).sum(-1), given.sum(-1)], axis=-1),
-    lambda targets, labels: targets.sum(axis=-1, keepdims=True),
-    lambda sums, totals: ratio(2.0 * sums[..., 0], sums[..., 1] + totals[..., 0]),
-)
-
-MACRO_F1 = Metric(
-    "macro_f1",
-    lambda given, targets, labels: np.concatenate(
-        [given & targets, np.broadcast_to(given, np.broadcast_shapes(given.shape, targets.shape))],
-        axis=-1,
-    ),
-    lambda targets, labels: targets,
-    macro_f1,
-)
-
-
-def share_of_same_labels(given: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Returns the share of the labels that are the same, float64 [...], of bool [..., C]."""
-    return (given == others).mean(axis=-1)
-
-
-# The negative share of all labels of all rows that are wrong.
-NEG_HAMMING_LOSS = Metric(
-    "neg_hamming_loss",
-    lambda given, targets, labels: (given != targets).sum(axis=-1)[..., None],
-    lambda targets, labels: np.full((len(targets), 1), targets.shape[-1]),
-    lambda sums, totals: 0.0 - sums[..., 0] / totals[..., 0],  # no negative zero
-    is_error=True,
-    credit=share_of_same_labels,
-)
-
-
-def _as_measure(metric: Metric, sign: float = 1.0) -> Any:
-    def measure(given: np.ndarray, targets: np.ndarray) -> float:
-        sums = metric.row_statistics(given, targets, targets.shape[-1]).sum(axis=0)
-        totals = metric.target_statistics(targets, targets.shape[-1]).sum(axis=0)
-        return sign * float(metric.value(sums, totals))
-
-    return measure
-
-
-SUBSET_ACCURACY = accuracy_metric(same_labels, "subset_accuracy")
-
 MULTI_LABEL = Objective(
     name="multi_label",
     metrics=(MICRO_F1, MACRO_F1, SUBSET_ACCURACY, NEG_HAMMING_LOSS),
@@ -290,10 +240,10 @@ MULTI_LABEL = Objective(
         outcomes=lambda targets: targets.astype(int),
     ),
     measures=(
-        ("micro_f1", _as_measure(MICRO_F1)),
-        ("macro_f1", _as_measure(MACRO_F1)),
-        ("subset_accuracy", _as_measure(SUBSET_ACCURACY)),
-        ("hamming_loss", _as_measure(NEG_HAMMING_LOSS, -1.0)),
+        ("micro_f1", as_measure(MICRO_F1)),
+        ("macro_f1", as_measure(MACRO_F1)),
+        ("subset_accuracy", as_measure(SUBSET_ACCURACY)),
+        ("hamming_loss", as_measure(NEG_HAMMING_LOSS, -1.0)),
     ),
     decision_shifts=best_f1_shifts,
 )

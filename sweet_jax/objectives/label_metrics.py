@@ -1,0 +1,64 @@
+"""Metrics of several labels a row: from sums over rows, so that curves accumulate them.
+
+Shape letters: N rows, C labels.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sweet_jax.objectives.class_metrics import macro_f1
+from sweet_jax.objectives.objective import Array, Metric, accuracy_metric, ratio
+
+
+def same_labels(given: Array, others: Array) -> Array:
+    """Returns whether all labels are the same, bool [...], of bool [..., C]."""
+    return (given == others).all(axis=-1)
+
+
+MICRO_F1 = Metric(
+    "micro_f1",
+    lambda given, targets, labels: np.stack([(given & targets).sum(-1), given.sum(-1)], axis=-1),
+    lambda targets, labels: targets.sum(axis=-1, keepdims=True),
+    lambda sums, totals: ratio(2.0 * sums[..., 0], sums[..., 1] + totals[..., 0]),
+)
+
+MACRO_F1 = Metric(
+    "macro_f1",
+    lambda given, targets, labels: np.concatenate(
+        [given & targets, np.broadcast_to(given, np.broadcast_shapes(given.shape, targets.shape))],
+        axis=-1,
+    ),
+    lambda targets, labels: targets,
+    macro_f1,
+)
+
+
+def share_of_same_labels(given: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns the share of the labels that are the same, float64 [...], of bool [..., C]."""
+    return (given == others).mean(axis=-1)
+
+
+# The negative share of all labels of all rows that are wrong.
+NEG_HAMMING_LOSS = Metric(
+    "neg_hamming_loss",
+    lambda given, targets, labels: (given != targets).sum(axis=-1)[..., None],
+    lambda targets, labels: np.full((len(targets), 1), targets.shape[-1]),
+    lambda sums, totals: 0.0 - sums[..., 0] / totals[..., 0],  # no negative zero
+    is_error=True,
+    credit=share_of_same_labels,
+)
+
+
+def as_measure(metric: Metric, sign: float = 1.0) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Returns a metric, times a sign, as a function of predictions and targets, bool [N, C]."""
+
+    def measure(given: np.ndarray, targets: np.ndarray) -> float:
+        sums = metric.row_statistics(given, targets, targets.shape[-1]).sum(axis=0)
+        totals = metric.target_statistics(targets, targets.shape[-1]).sum(axis=0)
+        return sign * float(metric.value(sums, totals))
+
+    return measure
+
+
+SUBSET_ACCURACY = accuracy_metric(same_labels, "subset_accuracy")
