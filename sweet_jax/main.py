@@ -58,6 +58,7 @@ from sweet_jax import config as configuration
 from sweet_jax.arguments import print_help
 from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
+from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import expand_user, join_sources, one_line
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.storage_errors import RESUMES, discard_errors_at_exit, storage_failure
@@ -119,17 +120,28 @@ def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
         if value is not None:  # a config file may name them
             recipe[key] = value
     config = _overridden(recipe, [arguments[0], *arguments[2:]])
-    return Command(config, workdir, (None, None, None), parse_budget(given.budget))
+    most = float(layer_cost(config.exits, config.method)[-1])
+    return Command(config, workdir, (None, None, None), parse_budget(given.budget, most))
 
 
-def parse_budget(text: str | None) -> dict[str, float]:
-    """Returns the target that a budget names, {} for none. Raises UserError for neither."""
+def parse_budget(text: str | None, most: float = 1.0) -> dict[str, float]:
+    """Returns the target that a budget names, {} for none.
+
+    most: the share of the layers that no text exceeds; Multi-Model's is above 1.
+
+    Raises UserError for neither a time nor a share, and for a share above `most`.
+    """
     if text is None:
         return {}
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms)?\s*", text)
     if not found or float(found[1]) <= 0:
         raise UserError(
             f"--budget must be a time, such as 5ms, or a share of the layers, 0.5; got {text!r}"
+        )
+    if not found[2] and float(found[1]) > most:
+        raise UserError(
+            f"--budget={found[1]} is a share of the layers, which is at most {most:.3g}: for "
+            f"milliseconds write --budget={found[1]}ms"
         )
     return {"milliseconds" if found[2] else "cost": float(found[1])}
 

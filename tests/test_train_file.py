@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sweet_jax import cli
+from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.main import parse, parse_budget
@@ -189,11 +190,20 @@ def test_a_budget_is_a_time_or_a_share(text, target):
     assert parse_budget(text) == target
 
 
+def test_a_share_is_at_most_what_all_layers_cost():
+    """Of Multi-Model, whose models run one after the other, that is more than 1."""
+    line = ["train", "a.csv", "--config.exits=1,4,6,12", "--config.method=multi_model"]
+    assert parse([*line, "--budget=1.5"]).target == {"cost": 1.5}
+    with pytest.raises(UserError, match=r"at most 1\.92: for milliseconds write --budget=5ms"):
+        parse([*line, "--budget=5"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a share"),
         (["a.csv", "--budget=0"], "got '0'"),
+        (["a.csv", "--budget=5"], "at most 1: for milliseconds write --budget=5ms"),
         (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir are one directory"),
         (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
         (["--text=a"], "--text goes with a file: sweet-jax train FILE --text="),
