@@ -55,13 +55,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sweet_jax import config as configuration
-from sweet_jax.arguments import print_help
+from sweet_jax.arguments import run_command
 from sweet_jax.config import Config, UserError
 from sweet_jax.config_keys import describe_keys
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import expand_user, join_sources, one_line
 from sweet_jax.recipe import OWN_DATA
-from sweet_jax.storage_errors import RESUMES, discard_errors_at_exit, storage_failure
+from sweet_jax.standard_output import LogHandler, print_text
+from sweet_jax.storage_errors import RESUMES
 
 
 class Command(NamedTuple):
@@ -91,7 +92,7 @@ def parse(argv: Sequence[str]) -> Command:
     except flags.Error as error:
         raise UserError(one_line(error)) from error
     if first.help:
-        print_help("\n".join([__doc__, *_recipe_lines(), *_key_lines()]))
+        print_text("\n".join([__doc__ or "", *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
     joining = (first.coordinator_address, first.num_processes, first.process_id)
     if len(argv) > 1 and not argv[1].startswith("-"):
@@ -219,14 +220,11 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
 def main(argv: Sequence[str] = ()) -> int:
     """Runs the command; returns its exit status."""
     # To stdout: stderr holds the progress bar, or the one line of an error.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
+    logging.basicConfig(
+        format="%(message)s", level=logging.WARNING, handlers=[LogHandler()], force=True
+    )
     logging.getLogger("sweet_jax").setLevel(logging.INFO)
-    try:
-        command = parse(argv or sys.argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return _train(command)
+    return run_command(lambda: _train(parse(argv or sys.argv)), RESUMES)
 
 
 def _train(command: Command) -> int:
@@ -235,35 +233,22 @@ def _train(command: Command) -> int:
     from sweet_jax.compilation_cache import enable_compilation_cache
     from sweet_jax.pipeline import run
 
+    enable_compilation_cache(least_seconds=1.0)
+    distributed.initialize(*command.processes)
+    if not distributed.is_primary():
+        logging.getLogger("sweet_jax").setLevel(logging.ERROR)
     try:
-        enable_compilation_cache(least_seconds=1.0)
-        distributed.initialize(*command.processes)
-        if not distributed.is_primary():
-            logging.getLogger("sweet_jax").setLevel(logging.ERROR)
         with distributed.abort_together():
             run(command.config, command.workdir)
-        if command.target is not None and distributed.is_primary():
-            from sweet_jax.recommendation import recommend
-            from sweet_jax.run_report import render_report
-
-            print(recommend(command.workdir, command.target))
-            render_report(command.workdir, command.target)  # now with times
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except distributed.PreemptedError as stop:
         print(f"{stop}; the same command resumes from there", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"interrupted; {RESUMES}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        failure = storage_failure(error)
-        if failure is None:
-            raise
-        print(f"error: {failure}; {RESUMES}", file=sys.stderr)
-        discard_errors_at_exit()
-        return 1
+    if command.target is not None and distributed.is_primary():
+        from sweet_jax.recommendation import recommend
+        from sweet_jax.run_report import render_report
+
+        print_text(recommend(command.workdir, command.target))
+        render_report(command.workdir, command.target)  # now with times
     return 0
 
 

@@ -216,6 +216,15 @@ def test_a_wrong_command_gets_one_line(arguments, words, capsys):
     assert words in one_error(capsys.readouterr().err)
 
 
+def test_an_interruption_of_the_imports_is_one_line(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert cli.main(["report", "runs/a"]) == 1
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_the_process_exits_2_with_one_line(line, tmp_path):
     done = command(*line, "--config.exits=1,2")
     assert done.returncode == 2
