@@ -231,10 +231,12 @@ def _train(command: Command) -> int:
     # They import JAX: not for --help, or a mistake.
     from sweet_jax import distributed
     from sweet_jax.compilation_cache import enable_compilation_cache
+    from sweet_jax.devices import check_devices
     from sweet_jax.pipeline import run
 
     enable_compilation_cache(least_seconds=1.0)
     distributed.initialize(*command.processes)
+    check_devices()
     if not distributed.is_primary():
         logging.getLogger("sweet_jax").setLevel(logging.ERROR)
     try:

@@ -258,6 +258,15 @@ def test_a_bad_value_is_refused(refused, argument, words):
     assert words in refused(argument)
 
 
+def test_a_platform_without_devices_is_refused(refused, monkeypatch):
+    def no_devices():
+        raise AssertionError  # as JAX does where CUDA is asked for and not there
+
+    monkeypatch.setattr("jax.devices", no_devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert "no device with JAX_PLATFORMS='cuda': unset it, or name a platform" in refused()
+
+
 def test_an_unknown_task_is_refused(refused):
     assert "unknown task 'mprc': did you mean 'mrpc'?" in refused(
         "--config.task=mprc", "--config.data_files="
