@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sweet_jax.config import UserError
+from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import TARGET_RANGES, check_targets
 from sweet_jax.standard_output import escape_letters, flush_output, print_text
@@ -51,6 +51,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """Prints the help, which may be longer than its reader wants, such as `| head`."""
         print_text(self.format_help())
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parses arguments; an unknown option is named before an option that is missing."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument != "--":
+                check_choice("option", argument.partition("=")[0], known)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")

@@ -57,6 +57,7 @@ from ml_collections import ConfigDict, config_flags
 from sweet_jax import config as configuration
 from sweet_jax.arguments import run_command
 from sweet_jax.config import Config, UserError
+from sweet_jax.config_checks import check_type
 from sweet_jax.config_keys import describe_keys
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import expand_user, join_sources, one_line
@@ -91,6 +92,9 @@ def parse(argv: Sequence[str]) -> Command:
         rest = first(list(argv), known_only=True)
     except flags.Error as error:
         raise UserError(one_line(error)) from error
+    empty = [name for name, value in first.flag_values_dict().items() if value == ""]
+    if empty:  # such as a variable of the shell that is not set
+        raise UserError(f"--{empty[0]} is empty: give it a value, or leave it out")
     if first.help:
         print_text("\n".join([__doc__ or "", *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
@@ -111,6 +115,8 @@ def parse(argv: Sequence[str]) -> Command:
 def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
     """Parses the command of a run on a file, `arguments` without the flags that are given."""
     name = arguments[1]
+    if not name.strip():
+        raise UserError("the name of the file is empty: sweet-jax train FILE needs one")
     if given.workdir and given.output:
         raise UserError("--output and --workdir are one directory: give one of them")
     stem = Path(name.partition("+")[0]).name.partition(".")[0]
@@ -213,6 +219,10 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
     try:
         values(line)
     except (flags.Error, ValueError, TypeError) as error:
+        for key, argument in last.items():
+            if str(error).startswith(f"flag --{key}="):
+                name = key.removeprefix("config.")
+                check_type(name, argument.partition("=")[2], getattr(Config, name))
         raise UserError(one_line(error)) from error
     return configuration.from_mapping(values.config.to_dict())
 

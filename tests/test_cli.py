@@ -208,6 +208,7 @@ def test_train_is_the_main_module(line, capsys):
     [
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["simulate", "--run=absent"], "'absent' is not a finished run"),
+        (["predict", "--modl=absent"], "unknown option '--modl': did you mean '--model'?"),
         (["predict", "--model=absent"], "give --input=FILE and --output=FILE, or --measure"),
     ],
 )

@@ -128,8 +128,8 @@ def test_a_report_without_texts_says_where_they_are_found(trained, tmp_path, cap
     ("arguments", "words"),
     [
         (["nowhere"], "is not a finished run"),
-        ([".", "--cost=-1"], "--cost must be from 0"),
-        ([".", "--error=-1"], "--error must be from 0"),
+        ([".", "--cost=-1"], "--cost must be 0 or more; got -1"),
+        ([".", "--error=-1"], "--error must be 0 or more; got -1"),
     ],
 )
 def test_a_report_that_cannot_be_written_gets_one_line(arguments, words, capsys):
@@ -211,6 +211,9 @@ def test_a_share_is_at_most_what_all_layers_cost():
     ("arguments", "words"),
     [
         (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a share"),
+        (["a.csv", "--output="], "--output is empty: give it a value, or leave it out"),
+        (["--config=", "--workdir=a"], "--config is empty: give it a value"),
+        ([""], "the name of the file is empty"),
         (["a.csv", "--budget=0"], "got '0'"),
         (["a.csv", "--budget=5"], "at most 1: for milliseconds write --budget=5ms"),
         (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir are one directory"),
