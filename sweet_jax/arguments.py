@@ -1,14 +1,20 @@
 """The argument parser, --help texts and exit statuses that the commands share."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from sweet_jax.config import UserError
+from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import TARGET_RANGES, check_targets
-from sweet_jax.storage_errors import access_failure, storage_failure
+from sweet_jax.standard_output import escape_letters, flush_output, print_text
+from sweet_jax.storage_errors import (
+    access_failure,
+    causes,
+    discard_errors_at_exit,
+    storage_failure,
+)
 
 # The targets that an operating point can be chosen by, and what --help says of each.
 _TARGETS = {
@@ -41,6 +47,18 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints the help, which may be longer than its reader wants, such as `| head`."""
+        print_text(self.format_help())
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parses arguments; an unknown option is named before an option that is missing."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith("--") and argument != "--":
+                check_choice("option", argument.partition("=")[0], known)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")
@@ -89,14 +107,6 @@ def parse_targets(options: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def print_help(text: str) -> None:
-    """Prints a text that may be longer than its reader wants, such as `| head`."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def policy_help() -> str:
     """Returns a line of --help for each policy."""
     head = (
@@ -105,23 +115,35 @@ def policy_help() -> str:
     return head + "\n".join(f"  {name:<26}{rule.about}" for name, rule in POLICIES.items())
 
 
-def run_command(run: Callable[[], int | None]) -> int:
+def run_command(run: Callable[[], int | None], resumes: str = "") -> int:
     """Runs a command; returns its exit status.
 
     That is its own, or 0; 2 after one line on stderr for input that will not do; 1 for a disk that
-    takes no more writes, after such a line, or where nobody reads its output any more.
+    takes no more writes or an interruption, after such a line, or where nobody reads its output any
+    more.
+
+    resumes: what is said of the same command, given again after a failure.
     """
+    escape_letters()
+    then = f"; {resumes}" if resumes else ""
     try:
-        return run() or 0
+        status = run() or 0
+        print(end="", flush=True)
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if any(isinstance(each, KeyboardInterrupt) for each in causes(error)):
+            print(f"interrupted{then}", file=sys.stderr)
+            return 1
         denied, failure = access_failure(error), storage_failure(error)
         if denied is None and failure is None:
             raise
-        print(f"error: {failure or denied}", file=sys.stderr)
+        print(f"error: {failure or denied}{then if failure else ''}", file=sys.stderr)
+        discard_errors_at_exit()
         return 1 if failure else 2
+    finally:
+        flush_output()

@@ -17,6 +17,12 @@ _EXAMPLES = {
     "isolation": "0,1",
     "boundary_isolation": "1,0.5,0",
 }
+_KINDS = {
+    int: "a whole number (int)",
+    float: "a number (float)",
+    bool: "True or False",
+    str: "text (str)",
+}
 _SCHEDULES = ", ".join(map(repr, LOSS_WEIGHTS))
 
 # Keys, what holds of the value of each, and how messages and --help say it.
@@ -78,7 +84,7 @@ def check_type(name: str, value: Any, default: Any) -> None:
                 f"got {value!r}"
             )
     elif type(value) is not type(default):
-        raise UserError(f"{name} must be of type {type(default).__name__}; got {value!r}")
+        raise UserError(f"{name} must be {_KINDS[type(default)]}; got {value!r}")
 
 
 def check_values(config: "Config") -> None:

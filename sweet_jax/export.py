@@ -107,6 +107,8 @@ def _export_onnx(
         from sweet_jax.inference import onnx_runners
         from sweet_jax.inference.onnx_export import write_onnx
     except ImportError as error:
+        if error.name is None:  # no package is missing: importing one failed, or was interrupted
+            raise
         raise UserError(f'--format=onnx needs {error.name}: pip install -e ".[onnx]"') from error
     if has_graphs(model.folder):
         raise UserError(f"{str(model.folder)!r} was exported already: give the model of its run")

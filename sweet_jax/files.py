@@ -233,7 +233,12 @@ def _check_identity(
             ) from error
         keys = [k for k in sorted({*ours, *theirs}) if theirs.get(k) != ours.get(k)]
         if not set(keys) <= set(free):  # all are named: the files say more than their digest
-            pairs = [f"{k} is {theirs.get(k)!r} there and {ours.get(k)!r} here" for k in keys]
+            pairs = [
+                "the rows of the data have changed (data_sha256)"
+                if k == "data_sha256"
+                else f"{k} is {theirs.get(k)!r} there and {ours.get(k)!r} here"
+                for k in keys
+            ]
             raise UserError(
                 f"workdir {str(workdir)!r} belongs to another configuration: {'; '.join(pairs)}. "
                 "Give it what it has there to resume it, choose another workdir, or remove this one"

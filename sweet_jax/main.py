@@ -55,12 +55,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sweet_jax import config as configuration
-from sweet_jax.arguments import print_help
+from sweet_jax.arguments import run_command
 from sweet_jax.config import Config, UserError
+from sweet_jax.config_checks import check_type
 from sweet_jax.config_keys import describe_keys
+from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import expand_user, join_sources, one_line
 from sweet_jax.recipe import OWN_DATA
-from sweet_jax.storage_errors import RESUMES, discard_errors_at_exit, storage_failure
+from sweet_jax.standard_output import LogHandler, print_text
+from sweet_jax.storage_errors import RESUMES
 
 
 class Command(NamedTuple):
@@ -89,8 +92,11 @@ def parse(argv: Sequence[str]) -> Command:
         rest = first(list(argv), known_only=True)
     except flags.Error as error:
         raise UserError(one_line(error)) from error
+    empty = [name for name, value in first.flag_values_dict().items() if value == ""]
+    if empty:  # such as a variable of the shell that is not set
+        raise UserError(f"--{empty[0]} is empty: give it a value, or leave it out")
     if first.help:
-        print_help("\n".join([__doc__, *_recipe_lines(), *_key_lines()]))
+        print_text("\n".join([__doc__ or "", *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
     joining = (first.coordinator_address, first.num_processes, first.process_id)
     if len(argv) > 1 and not argv[1].startswith("-"):
@@ -109,6 +115,8 @@ def parse(argv: Sequence[str]) -> Command:
 def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
     """Parses the command of a run on a file, `arguments` without the flags that are given."""
     name = arguments[1]
+    if not name.strip():
+        raise UserError("the name of the file is empty: sweet-jax train FILE needs one")
     if given.workdir and given.output:
         raise UserError("--output and --workdir are one directory: give one of them")
     stem = Path(name.partition("+")[0]).name.partition(".")[0]
@@ -119,17 +127,28 @@ def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
         if value is not None:  # a config file may name them
             recipe[key] = value
     config = _overridden(recipe, [arguments[0], *arguments[2:]])
-    return Command(config, workdir, (None, None, None), parse_budget(given.budget))
+    most = float(layer_cost(config.exits, config.method)[-1])
+    return Command(config, workdir, (None, None, None), parse_budget(given.budget, most))
 
 
-def parse_budget(text: str | None) -> dict[str, float]:
-    """Returns the target that a budget names, {} for none. Raises UserError for neither."""
+def parse_budget(text: str | None, most: float = 1.0) -> dict[str, float]:
+    """Returns the target that a budget names, {} for none.
+
+    most: the share of the layers that no text exceeds; Multi-Model's is above 1.
+
+    Raises UserError for neither a time nor a share, and for a share above `most`.
+    """
     if text is None:
         return {}
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms)?\s*", text)
     if not found or float(found[1]) <= 0:
         raise UserError(
             f"--budget must be a time, such as 5ms, or a share of the layers, 0.5; got {text!r}"
+        )
+    if not found[2] and float(found[1]) > most:
+        raise UserError(
+            f"--budget={found[1]} is a share of the layers, which is at most {most:.3g}: for "
+            f"milliseconds write --budget={found[1]}ms"
         )
     return {"milliseconds" if found[2] else "cost": float(found[1])}
 
@@ -200,6 +219,10 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
     try:
         values(line)
     except (flags.Error, ValueError, TypeError) as error:
+        for key, argument in last.items():
+            if str(error).startswith(f"flag --{key}="):
+                name = key.removeprefix("config.")
+                check_type(name, argument.partition("=")[2], getattr(Config, name))
         raise UserError(one_line(error)) from error
     return configuration.from_mapping(values.config.to_dict())
 
@@ -207,51 +230,37 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
 def main(argv: Sequence[str] = ()) -> int:
     """Runs the command; returns its exit status."""
     # To stdout: stderr holds the progress bar, or the one line of an error.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
+    logging.basicConfig(
+        format="%(message)s", level=logging.WARNING, handlers=[LogHandler()], force=True
+    )
     logging.getLogger("sweet_jax").setLevel(logging.INFO)
-    try:
-        command = parse(argv or sys.argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return _train(command)
+    return run_command(lambda: _train(parse(argv or sys.argv)), RESUMES)
 
 
 def _train(command: Command) -> int:
     # They import JAX: not for --help, or a mistake.
     from sweet_jax import distributed
     from sweet_jax.compilation_cache import enable_compilation_cache
+    from sweet_jax.devices import check_devices
     from sweet_jax.pipeline import run
 
+    enable_compilation_cache(least_seconds=1.0)
+    distributed.initialize(*command.processes)
+    check_devices()
+    if not distributed.is_primary():
+        logging.getLogger("sweet_jax").setLevel(logging.ERROR)
     try:
-        enable_compilation_cache(least_seconds=1.0)
-        distributed.initialize(*command.processes)
-        if not distributed.is_primary():
-            logging.getLogger("sweet_jax").setLevel(logging.ERROR)
         with distributed.abort_together():
             run(command.config, command.workdir)
-        if command.target is not None and distributed.is_primary():
-            from sweet_jax.recommendation import recommend
-            from sweet_jax.run_report import render_report
-
-            print(recommend(command.workdir, command.target))
-            render_report(command.workdir, command.target)  # now with times
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except distributed.PreemptedError as stop:
         print(f"{stop}; the same command resumes from there", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"interrupted; {RESUMES}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        failure = storage_failure(error)
-        if failure is None:
-            raise
-        print(f"error: {failure}; {RESUMES}", file=sys.stderr)
-        discard_errors_at_exit()
-        return 1
+    if command.target is not None and distributed.is_primary():
+        from sweet_jax.recommendation import recommend
+        from sweet_jax.run_report import render_report
+
+        print_text(recommend(command.workdir, command.target))
+        render_report(command.workdir, command.target)  # now with times
     return 0
 
 

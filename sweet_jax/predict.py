@@ -59,15 +59,12 @@ _ALL_FAILED = 3  # exit status
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    try:
-        return run_command(lambda: _run(_parse(argv)))
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes where the output ends", file=sys.stderr)
-        return 1
+    resumes = "the same command resumes where the output ends"
+    return run_command(lambda: _run(_parse(argv)), resumes)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser("sweet_jax.predict", f"{__doc__}{policy_help()}")
+    parser = ArgumentParser("sweet_jax.predict", f"{__doc__ or ''}{policy_help()}")
     parser.add_model_arguments(ENGINES)
     parser.add_argument(
         "--input", help='file of texts; also a folder, a pattern, or several joined by "+"'

@@ -45,7 +45,7 @@ from sweet_jax.inference.float32_layers import (
     select_float32_layers,
     sign_test,
 )
-from sweet_jax.saved_config import read_saved_config
+from sweet_jax.saved_config import SAME_FOLDER, read_saved_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +75,10 @@ def _run(options: argparse.Namespace) -> None:
     every = engine(float32_layers=asked or ())  # before the data is read: it may not be installed
     from sweet_jax.preparation import prepare  # imports JAX
 
-    job = prepare(config)
+    try:
+        job = prepare(config)
+    except UserError as error:
+        raise UserError(f"{error}; {SAME_FOLDER}") from error
     if job.digest != digest:
         raise UserError(f"{options.run!r} was trained on other data: give the same files")
     about = json.loads((model.folder / "exits.json").read_text())

@@ -25,6 +25,7 @@ from sweet_jax.report.baselines import Baseline, save_baselines
 from sweet_jax.report.details import ReportDetails, describe_split, report_title
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.results import TrainingRecord, build_results
+from sweet_jax.standard_output import print_text
 from sweet_jax.training.initialization import model_specs
 from sweet_jax.training.metrics import find_failures, read_metrics
 
@@ -109,8 +110,8 @@ def write_run(
     if report:
         if shortfall := shortfalls.shortfall_warning(results):
             log.warning(shortfall)
-        print(console.exit_table(results))
-        print(f"report: {workdir / 'report.html'}")
+        print_text(console.exit_table(results))
+        print_text(f"report: {workdir / 'report.html'}")
     return results
 
 

@@ -16,7 +16,7 @@ from sweet_jax.recommendation import padded_token_counts
 from sweet_jax.report.baselines import load_baselines
 from sweet_jax.report.details import ExitTimes, ReportDetails, describe_split, report_title
 from sweet_jax.report.page import write_report
-from sweet_jax.saved_config import read_saved_config
+from sweet_jax.saved_config import SAME_FOLDER, read_saved_config
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _read_texts(config: Config, digest: str) -> Sequence[tuple[str, ...]] | None
     try:
         dataset = load_dataset(config)
     except UserError as error:
-        log.warning("the report has no texts: %s", error)
+        log.warning("the report has no texts: %s; %s", error, SAME_FOLDER)
         return None
     if dataset.digest() != digest:
         log.warning("the report has no texts: the data are not those of the run any more")

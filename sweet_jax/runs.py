@@ -54,14 +54,16 @@ def train(
       **config: keys of `Config`, in place of those of the recipe `OWN_DATA`; `confidence` may be a
         function of your own, which is saved by its module and name.
 
-    Raises UserError for data, keys or a workdir that will not do.
+    Raises UserError for data, keys or a workdir that will not do, and where JAX finds no device.
 
     """
     folder = expand_user(str(workdir))
     made = run_config(data, folder, text=text, label=label, validation=validation, values=config)
     from sweet_jax.compilation_cache import enable_compilation_cache
+    from sweet_jax.devices import check_devices
     from sweet_jax.pipeline import run  # imports JAX
 
+    check_devices()
     enable_compilation_cache(least_seconds=1.0)
     run(made, folder)
     return Run(folder)

@@ -8,6 +8,9 @@ from typing import Any
 from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.files import read_json
 
+# What to do where the data of a run, which its config names as its command did, are not found.
+SAME_FOLDER = "run this in the folder where the run was trained, with the same files"
+
 
 def config_values(config: Config, data_sha256: str) -> dict[str, Any]:
     """Returns what config.json holds: JSON has no infinity, which clip_norm may be."""

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser("sweet_jax.serve", f"{__doc__}{policy_help()}")
+    parser = ArgumentParser("sweet_jax.serve", f"{__doc__ or ''}{policy_help()}")
     parser.add_model_arguments(ENGINES)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
@@ -104,6 +104,8 @@ def _run(options: argparse.Namespace) -> None:
         from sweet_jax.server.app import Limits, make_app
         from sweet_jax.server.connections import close_silent_connections
     except ImportError as error:
+        if error.name is None:  # no package is missing: importing one failed, or was interrupted
+            raise
         raise UserError(f'the server needs {error.name}: pip install -e ".[serve]"') from error
 
     with _bound(options.host, options.port) as listener:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser("sweet_jax.simulate", f"{__doc__}{policy_help()}")
+    parser = ArgumentParser("sweet_jax.simulate", f"{__doc__ or ''}{policy_help()}")
     parser.add_argument(
         "--run", action="append", required=True, metavar="DIR", help="run directory; may repeat"
     )

@@ -46,8 +46,7 @@ def _find_cause(error: BaseException, numbers: Collection[int]) -> str | None:
     Libraries in other languages raise errors of their own, whose text has the number of the
     operating system's.
     """
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         number = cause.errno if isinstance(cause, OSError) else None
         if number is None and (found := _NATIVE_ERROR.search(str(cause))):
             number = int(found[1])
@@ -55,8 +54,15 @@ def _find_cause(error: BaseException, numbers: Collection[int]) -> str | None:
             native = _NATIVE_FILE.search(str(cause))
             name = getattr(cause, "filename", None) or (native and native[1])
             return os.strerror(number) + (f", {str(name)!r}" if name else "")
-        cause = cause.__cause__ or cause.__context__
     return None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, and those that it was raised from or in the handling of."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 @contextlib.contextmanager

@@ -208,12 +208,22 @@ def test_train_is_the_main_module(line, capsys):
     [
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["simulate", "--run=absent"], "'absent' is not a finished run"),
+        (["predict", "--modl=absent"], "unknown option '--modl': did you mean '--model'?"),
         (["predict", "--model=absent"], "give --input=FILE and --output=FILE, or --measure"),
     ],
 )
 def test_a_wrong_command_gets_one_line(arguments, words, capsys):
     assert cli.main(arguments) == 2
     assert words in one_error(capsys.readouterr().err)
+
+
+def test_an_interruption_of_the_imports_is_one_line(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert cli.main(["report", "runs/a"]) == 1
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_the_process_exits_2_with_one_line(line, tmp_path):
@@ -247,6 +257,15 @@ def test_the_process_exits_2_with_one_line(line, tmp_path):
 )
 def test_a_bad_value_is_refused(refused, argument, words):
     assert words in refused(argument)
+
+
+def test_a_platform_without_devices_is_refused(refused, monkeypatch):
+    def no_devices():
+        raise AssertionError  # as JAX does where CUDA is asked for and not there
+
+    monkeypatch.setattr("jax.devices", no_devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert "no device with JAX_PLATFORMS='cuda': unset it, or name a platform" in refused()
 
 
 def test_an_unknown_task_is_refused(refused):

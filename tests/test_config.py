@@ -143,8 +143,8 @@ def parsed(tmp_path):
         ({"conflict_every": 5, "method": "early_exit", "exits": 12}, "but with one exit no two"),
         ({"learning_to_exit": "jiont"}, "unknown learning_to_exit 'jiont': did you mean 'joint'?"),
         ({"train_size": 0}, "train_size must be 1 or more; got 0"),
-        ({"train_size": 10.0}, "train_size must be of type int; got 10.0"),
-        ({"train_size": True}, "train_size must be of type int"),
+        ({"train_size": 10.0}, "train_size must be a whole number (int); got 10.0"),
+        ({"train_size": True}, "train_size must be a whole number (int)"),
         ({"epochs": "two"}, "epochs must be a whole number or \"auto\"; got 'two'"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"checkpoint_every": 0}, "checkpoint_every must be 1 or more"),
@@ -155,7 +155,7 @@ def parsed(tmp_path):
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"task": ""}, "task must be a name"),
-        ({"task": 3}, "task must be of type str; got 3"),
+        ({"task": 3}, "task must be text (str); got 3"),
         ({"label_column": ""}, "label_column must be a column name"),
     ],
 )
@@ -356,7 +356,9 @@ def test_the_shipped_recipes_are_valid(recipe, task, tmp_path):
         ("--config.exits=", "exits must be whole numbers"),
         ("--config.exits=2,1", "exits must be ascending"),
         ("--config.epochs=two", "epochs must be a whole number or \"auto\"; got 'two'"),
-        ("--config.train_size=1e3", "--config.train_size=1e3"),
+        ("--config.train_size=1e3", "train_size must be a whole number (int); got '1e3'"),
+        ("--config.clip_norm=x", "clip_norm must be a number (float); got 'x'"),
+        ("--config.skip_invalid=maybe", "skip_invalid must be True or False; got 'maybe'"),
         ("--config.task", "--config.task"),
         ("--config.isolation=2", "isolation must be from 0 to 1"),
         ("--learning_rates=1", "unknown argument '--learning_rates=1'"),
@@ -400,7 +402,7 @@ def test_a_misspelt_flag_is_named():
         parse(["main", "--config=configs/quickstart.py", "--workdr=x"])
 
 
-@pytest.mark.parametrize("given", ["--config=recipe.py", "--workdir=run", "--config=", ""])
+@pytest.mark.parametrize("given", ["--config=recipe.py", "--workdir=run", ""])
 def test_config_and_workdir_must_both_be_given(given):
     with pytest.raises(UserError, match="give --config=FILE and --workdir=DIR"):
         parse(["main", *given.split()])

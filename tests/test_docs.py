@@ -186,7 +186,8 @@ LEVELS = [
     {
         *("errors", "config", "config_checks", "config_keys", "methods", "presets"),
         *("recipe", "files", "directories", "saved_config"),
-        *("storage_errors", "distributed", "compilation_cache"),
+        *("storage_errors", "standard_output", "devices", "distributed"),
+        "compilation_cache",
     },
     {"data", "exits", "objectives"},
     {"models", "arguments"},

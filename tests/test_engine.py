@@ -125,6 +125,17 @@ def test_stages_of_low_exit_rate_compute_their_whole_layer():
     assert plan(0.5, 0.1, 1) == [(1, 1, False, False), (1, 2, True, True), (3, 4, False, False)]
 
 
+def test_an_import_that_fails_is_not_taken_for_a_missing_package(model, monkeypatch):
+    """Such as one that Ctrl-C ends: its error names no package."""
+
+    def fails(name):
+        raise ImportError("initialization failed")
+
+    monkeypatch.setattr("sweet_jax.inference.engine.import_module", fails)
+    with pytest.raises(ImportError, match="initialization failed"):
+        load_engine("jax", model)
+
+
 def test_an_unknown_engine_is_refused(sweet, model):
     with pytest.raises(UserError, match="unknown engine 'jaxx': did you mean 'jax'"):
         load_engine("jaxx", model)

@@ -622,7 +622,7 @@ def test_the_command_in_a_docstring_works(script, tmp_path, capsys):
         (["--seeds=a"], "--seeds must be numbers"),
         (["--set", "epoch=3"], "did you mean 'epochs'"),
         (["--model=minilm-l7"], "argument --model: invalid choice: 'minilm-l7'"),
-        (["--nope"], "unrecognized arguments: --nope"),
+        (["--nope"], "unknown option '--nope'"),
     ],
 )
 def test_wrong_options_get_one_line(arguments, more, message, capsys):

@@ -28,6 +28,12 @@ from sweet_jax.main import main
 from sweet_jax.storage_errors import storage_failure
 
 
+def during(first: BaseException, second: BaseException) -> BaseException:
+    """The second of two errors, raised in the handling of the first."""
+    second.__context__ = first
+    return second
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -42,9 +48,7 @@ from sweet_jax.storage_errors import storage_failure
 )
 def test_a_disk_that_takes_no_more_is_said_in_a_sentence(error, said):
     assert said in storage_failure(error)
-    later = KeyError("on the way out")
-    later.__context__ = error
-    assert said in storage_failure(later)
+    assert said in storage_failure(during(error, KeyError("on the way out")))
 
 
 @pytest.mark.parametrize(
@@ -61,13 +65,15 @@ def test_other_errors_are_not_taken_for_the_disk_s(error):
         (PermissionError(errno.EACCES, "", "b"), 2, "or written (Permission denied, 'b')"),
         (RuntimeError("Permission denied (os error 13)"), 2, "written (Permission denied)"),
         (UserError("no"), 2, "error: no\n"),
+        (KeyboardInterrupt(), 1, "interrupted; again\n"),
+        (during(KeyboardInterrupt(), ImportError("initialization failed")), 1, "interrupted; a"),
     ],
 )  # fmt: skip
 def test_what_the_system_refuses_a_command_is_one_line(error, status, line, capsys):
     def fails():
         raise error
 
-    assert run_command(fails) == status
+    assert run_command(fails, "again") == status
     printed = capsys.readouterr().err
     assert line in printed
     assert printed.count("\n") == 1

@@ -229,3 +229,11 @@ def test_int8_is_refused_where_it_was_not_fitted(sweet, run, tmp_path, capsys):
         AdaptiveClassifier.from_pretrained(tmp_path / "model", precision="int8")
     assert quantize.main([f"--run={tmp_path}"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_data_that_are_not_found_are_said_to_be_relative(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"data_files": "absent.csv"}))
+    assert quantize.main([f"--run={folder}"]) == 2
+    assert "run this in the folder where the run was trained" in capsys.readouterr().err

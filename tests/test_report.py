@@ -412,7 +412,7 @@ def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
     ("arguments", "message"),
     [
         (["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
-        (["--cost=-1"], "--cost must be from 0"),
+        (["--cost=-1"], "--cost must be 0 or more; got -1"),
         (["--cost=half"], "invalid float value: 'half'"),
         (["--policy=confidense"], "did you mean 'confidence'"),
         (["--cost=0.5", "--threshold=0.5"], "not allowed with argument"),

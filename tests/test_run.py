@@ -454,7 +454,9 @@ def test_the_rows_of_a_resumed_run_may_lie_elsewhere(options, tmp_path, monkeypa
         with open(files[key]) as file:
             (tmp_path / "other.csv").write_text(file.read() + row)
         other = dataclasses.replace(config, **{key: str(tmp_path / "other.csv")})
-        with pytest.raises(UserError, match=r"another configuration: .*data_sha256 is") as error:
+        with pytest.raises(
+            UserError, match=r"another configuration: .*rows of the data have changed"
+        ) as error:
             run(other, tmp_path / "run")
         assert f"{key} is {moved[key]!r} there and {getattr(other, key)!r} here" in str(error.value)
 

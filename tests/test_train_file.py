@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sweet_jax import cli
+from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.main import parse, parse_budget
@@ -114,12 +115,21 @@ def test_the_report_has_the_times_of_the_engine_that_is_recommended(trained, tmp
     assert cli.main(["report", str(run), "--milliseconds=1"]) == 2
 
 
+def test_a_report_without_texts_says_where_they_are_found(trained, tmp_path, caplog):
+    """Such as of a file whose name is relative to the folder where the run was trained."""
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"data_files": "absent.csv"}))
+    assert cli.main(["report", str(run)]) == 0
+    assert "'absent.csv' does not exist; run this in the folder where the run was" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere"], "is not a finished run"),
-        ([".", "--cost=-1"], "--cost must be from 0"),
-        ([".", "--error=-1"], "--error must be from 0"),
+        ([".", "--cost=-1"], "--cost must be 0 or more; got -1"),
+        ([".", "--error=-1"], "--error must be 0 or more; got -1"),
     ],
 )
 def test_a_report_that_cannot_be_written_gets_one_line(arguments, words, capsys):
@@ -189,11 +199,23 @@ def test_a_budget_is_a_time_or_a_share(text, target):
     assert parse_budget(text) == target
 
 
+def test_a_share_is_at_most_what_all_layers_cost():
+    """Of Multi-Model, whose models run one after the other, that is more than 1."""
+    line = ["train", "a.csv", "--config.exits=1,4,6,12", "--config.method=multi_model"]
+    assert parse([*line, "--budget=1.5"]).target == {"cost": 1.5}
+    with pytest.raises(UserError, match=r"at most 1\.92: for milliseconds write --budget=5ms"):
+        parse([*line, "--budget=5"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a share"),
+        (["a.csv", "--output="], "--output is empty: give it a value, or leave it out"),
+        (["--config=", "--workdir=a"], "--config is empty: give it a value"),
+        ([""], "the name of the file is empty"),
         (["a.csv", "--budget=0"], "got '0'"),
+        (["a.csv", "--budget=5"], "at most 1: for milliseconds write --budget=5ms"),
         (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir are one directory"),
         (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
         (["--text=a"], "--text goes with a file: sweet-jax train FILE --text="),

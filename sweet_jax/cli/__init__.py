@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sweet_jax import __version__
-from sweet_jax.arguments import print_help
+from sweet_jax.arguments import run_command
 from sweet_jax.config import UserError, check_choice
+from sweet_jax.standard_output import print_text
 
 # Subcommand → (the module that has its main, what it does).
 COMMANDS = {
@@ -28,17 +29,20 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status, 2 for one that does not exist."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    return run_command(lambda: _run(name, rest))
+
+
+def _run(name: str, rest: Sequence[str]) -> int:
     if name in ("-h", "--help"):
-        print_help(_help())
+        print_text(_help())
         return 0
     if name in ("version", "--version"):
-        print(__version__)
+        print_text(__version__)
         return 0
     try:
         check_choice("command", name, COMMANDS)
     except UserError as error:
-        print(f"error: {error} (sweet-jax --help lists them)", file=sys.stderr)
-        return 2
+        raise UserError(f"{error} (sweet-jax --help lists them)") from error
     module = import_module(COMMANDS[name][0])  # only now: most of them import JAX
     # absl takes the program's name as the first argument, argparse does not.
     status: int = module.main([f"sweet-jax {name}", *rest] if name == "train" else rest)

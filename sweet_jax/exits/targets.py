@@ -72,7 +72,8 @@ def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
         if value is not None and not isinstance(value, numbers.Real):
             raise UserError(f"{prefix}{name} must be a number; got {value!r}")
         if value is not None and not low <= value <= high:
-            raise UserError(f"{prefix}{name} must be from {low:g} to {high:g}; got {value:g}")
+            allowed = f"from {low:g} to {high:g}" if high < np.inf else f"{low:g} or more"
+            raise UserError(f"{prefix}{name} must be {allowed}; got {value:g}")
     given = [name for name, value in values.items() if value is not None and name != "level"]
     if len(given) > 1:
         names = ", ".join(prefix + name for name in given)

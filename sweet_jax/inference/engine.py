@@ -163,6 +163,8 @@ def load_engine(
     try:
         module = import_module(ENGINES[name])
     except ImportError as error:
+        if error.name is None:  # no package is missing: importing one failed, or was interrupted
+            raise
         fix = _INSTALL.get(name, "install it")
         raise UserError(f"the {name} engine needs {error.name}: {fix}") from error
     return module.load_engine(model, dtype, cache_dir, **options)

@@ -74,6 +74,8 @@ def _trace(model: ModelArtifact, dtype: str, float32_layers: Sequence[int] | Non
     try:
         from sweet_jax.inference.onnx_build import build_graphs  # imports JAX and onnx
     except ImportError as error:
+        if error.name is None:  # no package is missing: importing one failed, or was interrupted
+            raise
         raise UserError(
             f"the graphs of {str(model.folder)!r} are not written, and writing them needs "
             f'{error.name}: pip install -e ".[onnx]", or run sweet-jax export --format=onnx where '

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from sweet_jax.config import DTYPES, UserError
+from sweet_jax.devices import check_devices
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
@@ -50,11 +51,13 @@ def load_networks(model: ModelArtifact, dtype: str = "float32") -> tuple[Network
       model: the saved model.
       dtype: of parameters and activations, one of DTYPES.
 
-    Raises UserError for another dtype, and for tensors that are missing or misshapen.
+    Raises UserError for another dtype, for tensors that are missing or misshapen, and where JAX
+    finds no device.
 
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    check_devices()
     return tuple(
         _load_network(open_checkpoint(str(folder)), exits, model, dtype)
         for folder, exits in model.networks
