@@ -48,6 +48,20 @@ def test_every_target_is_that_of_the_same_policy_by_its_name(run, sweet, policy,
     assert served.at(cost=0.7).threshold == named.at(cost=0.7).threshold
 
 
+def test_functions_of_the_same_name_are_told_apart(sweet):
+    def scaled(factor):
+        return lambda outputs, temperatures: factor * largest(outputs, temperatures)
+
+    one = AdaptiveClassifier(
+        sweet.classifier.model, scaled(1), {"cost": 0.7}, load_engine(sweet.classifier.model)
+    )
+    for before in (one, one.at(cost=0.6)):
+        ten = before.at(scaled(10), cost=0.7)
+        assert ten.policy_name == one.policy_name
+        assert ten.threshold == pytest.approx(10 * one.threshold)
+        assert ten.at(cost=0.7).threshold == ten.threshold
+
+
 def test_milliseconds_too(sweet, monkeypatch):
     clock = SimpleNamespace(until_exit=lambda tokens: np.asarray([1.0, 2.0, 4.0]))
     monkeypatch.setattr("sweet_jax.inference.classifier.read_latency", lambda *_: clock)

@@ -78,6 +78,7 @@ class AdaptiveClassifier:
         engine: Engine | None = None,
     ):
         self.model, self.classes, self.layers = model, model.classes, model.layers
+        self._saved = model  # before operating points of a policy of the user's own were added
         self.text_columns = model.text_columns
         self.policy = model.policy if policy is None else policy
         policy_rule(self.policy)  # an unknown name is an error before weights are read
@@ -159,7 +160,11 @@ class AdaptiveClassifier:
 
         Raises UserError likewise.
         """
-        return AdaptiveClassifier(self.model, policy or self.policy, _given(target), self.engine)
+        # Another function may have the same name, as those of one factory do.
+        model = self.model if policy is None else self._saved
+        found = AdaptiveClassifier(model, policy or self.policy, _given(target), self.engine)
+        found._saved = self._saved
+        return found
 
     def warm_up(
         self,
