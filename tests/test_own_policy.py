@@ -1,8 +1,10 @@
 """A policy of the user's own: every target, by function and by name, and saved by its name."""
 
 import dataclasses
+import importlib
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,6 +106,18 @@ def test_a_model_is_saved_with_its_name(sweet, fine_tuned, tmp_path):
     found = AdaptiveClassifier(model, target={"cost": 0.6}, engine=load_engine(model))
     assert found.policy_name == NAME
     assert found.threshold == Run.load(folder).operating_point(largest, cost=0.6).threshold
+
+
+def test_a_module_that_is_reloaded_gives_its_new_function(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of the same second and size
+    path = tmp_path / "reloaded_policy.py"
+    path.write_text("def one(outputs, temperatures): return 1")
+    before = load_policy("reloaded_policy:one")
+    path.write_text("def one(outputs, temperatures): return 2")
+    module = importlib.reload(sys.modules["reloaded_policy"])
+    assert load_policy("reloaded_policy:one") is module.one is not before
+    assert policy_reference(module.one) == "reloaded_policy:one"
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path):

@@ -8,7 +8,6 @@ Shape letters: R replica, E exit, E' exits so far, N examples, C outputs of an e
 """
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -70,15 +69,14 @@ def policy_reference(function: PolicyFunction) -> str:
     return name
 
 
-@functools.cache
 def load_policy(name: str) -> PolicyFunction:
     """Imports the function "module:function"; modules of the working directory are found too.
 
     Raises UserError where there is none.
     """
     module, _, place = name.partition(":")
-    if os.getcwd() not in sys.path:  # not there in an installed command
-        sys.path.append(os.getcwd())
+    if "" not in sys.path:  # not there in an installed command
+        sys.path.append("")
     try:
         found: Any = functools.reduce(getattr, place.split("."), import_module(module))
         if not callable(found):
