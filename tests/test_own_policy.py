@@ -120,6 +120,26 @@ def test_a_module_that_is_reloaded_gives_its_new_function(tmp_path, monkeypatch)
     assert policy_reference(module.one) == "reloaded_policy:one"
 
 
+def zeroed(outputs, temperatures):
+    outputs.logits[:] = 0
+
+
+def graded(outputs, temperatures):
+    return outputs.labels
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [(zeroed, "ValueError: .*read-only"), (graded, "AttributeError: .*labels")],
+)
+def test_a_policy_neither_writes_into_outputs_nor_reads_labels(sweet, policy, reason):
+    before = sweet.outputs.logits.copy()
+    name = rf"the policy 'test_own_policy:{policy.__name__}' failed \({reason}"
+    with pytest.raises(UserError, match=name):
+        simulate(sweet.outputs, policy)
+    np.testing.assert_array_equal(sweet.outputs.logits, before)
+
+
 def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path):
     assert policy_reference(largest) == NAME
     with pytest.raises(UserError, match="AttributeError"):

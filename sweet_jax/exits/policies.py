@@ -28,7 +28,7 @@ PolicyFunction = Callable[..., np.ndarray]
 
 
 class UnlabeledOutputs(NamedTuple):
-    """Holds the outputs that a user's own policy reads of texts, under ExitOutputs' names.
+    """Holds the outputs that a user's own policy reads, under ExitOutputs' names, without labels.
 
     Attributes:
       logits: float32 [R, E', N, C].
@@ -153,9 +153,8 @@ def exit_confidences(
             f"replicas and exits; got {[c.temperatures.shape for c in calibrators]}"
         )
     if not isinstance(policy, str) or ":" in policy:
-        function = load_policy(policy) if isinstance(policy, str) else policy
         temperatures = np.stack([c.temperatures for c in calibrators])  # [R, E]
-        found = np.asarray(function(outputs, temperatures), np.float64)
+        found = _call_function(policy, outputs, temperatures)
     else:
         rule, objective = policy_rule(policy), outputs.objective
         if rule.needs_probabilities:
@@ -176,3 +175,36 @@ def exit_confidences(
             f"{outputs.logits.shape[:3]}; got {found.shape}"
         )
     return np.minimum(np.where(np.isnan(found), -np.inf, found), LARGEST)
+
+
+def _call_function(
+    policy: str | PolicyFunction,
+    outputs: ExitOutputs | UnlabeledOutputs,
+    temperatures: np.ndarray,
+) -> np.ndarray:
+    """Returns what a user's own policy does, float64; it reads the same of saved outputs and texts.
+
+    Raises UserError where it fails, as by writing into the outputs, which others read after it.
+    """
+    function = load_policy(policy) if isinstance(policy, str) else policy
+    scores = outputs.exit_scores
+    given = UnlabeledOutputs(
+        _read_only(outputs.logits),
+        _read_only(outputs.layers),
+        None if scores is None else _read_only(scores),
+        outputs.objective,
+    )
+    try:
+        return np.asarray(function(given, temperatures), np.float64)
+    except Exception as error:  # whatever the function does
+        raise UserError(
+            f"the policy {policy_name(policy)!r} failed ({type(error).__name__}: "
+            f"{one_line(error)}): mend it; it reads outputs and temperatures, and returns an array"
+        ) from error
+
+
+def _read_only(values: np.ndarray) -> np.ndarray:
+    """Returns a view that cannot be written to."""
+    view = values.view()
+    view.flags.writeable = False
+    return view
