@@ -157,7 +157,7 @@ def _table_of(data: Any) -> pa.Table:
             return data
         if isinstance(data, Mapping):
             return pa.table(dict(data))
-        if hasattr(data, "to_pandas") and hasattr(data, "column_names"):  # a datasets.Dataset
+        if hasattr(data, "to_pandas") and hasattr(data, "num_rows"):  # a datasets.Dataset
             return data.with_format("arrow")[:]
         if hasattr(data, "iterrows"):
             return pa.Table.from_pandas(data, preserve_index=False)

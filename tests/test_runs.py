@@ -162,6 +162,10 @@ def test_a_call_that_fails_before_the_run_can_be_corrected(table, quick, tmp_pat
     ("data", "message"),
     [
         (5, "data must be the name of a file, a DataFrame"),
+        (
+            datasets.Dataset.from_dict({"text": ["a"], "label": ["x"]}).to_iterable_dataset(),
+            "data must be .*; got IterableDataset",
+        ),
         ({"text": ["a"], "label": ["x", "y"]}, "data cannot be read as a table"),
         ({"texts": ["a"], "label": ["x"]}, "unknown column 'text': did you mean 'texts'"),
     ],
