@@ -17,7 +17,6 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.batch_split import Splitting, usable_cores
 from sweet_jax.inference.engine import (
@@ -33,20 +32,13 @@ from sweet_jax.models.pooling import POOLINGS
 
 
 def load_engine(
-    model: ModelArtifact,
-    dtype: str = "float32",
-    cache_dir: str | Path | None = None,
-    threads: int | None = None,
+    model: ModelArtifact, dtype: str = "float32", cache_dir: str | Path | None = None
 ) -> "JaxEngine":
     """Reads a saved model's weights.
 
-    Compiled programs are kept in `cache_dir`, see `enable_compilation_cache`. Raises UserError for
-    a number of threads, which JAX chooses itself, and see `load_networks`.
+    Compiled programs are kept in `cache_dir`, see `enable_compilation_cache`. JAX itself chooses
+    how many threads compute. Raises UserError, see `load_networks`.
     """
-    if threads is not None:
-        raise UserError(
-            "the jax engine has no number of threads: leave threads out, or use engine=onnxruntime"
-        )
     enable_compilation_cache(cache_dir)
     return JaxEngine(load_networks(model, dtype), model.tokenizer.pad_token_id)
 
