@@ -46,7 +46,8 @@ class AdaptiveClassifier:
     """Classifies texts with a saved model; easy ones exit early.
 
     Predictions are those of the one-pass evaluation followed by the threshold: they do not depend
-    on the mode, the batch size, or the texts beside (probabilities to 1e-5).
+    on the mode, the batch size, or the texts beside (probabilities to 1e-5). Threads may share one:
+    each call has queues of its own.
 
     Args:
       model: from `open_model`.

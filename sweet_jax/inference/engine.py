@@ -6,8 +6,8 @@ buffer, so that they need not be copied together: the next stage reads and write
 its batch names.
 
 To add an engine, write a module with `load_engine(model, dtype, cache_dir)` that returns an
-`Engine`, and add its line to ENGINES; of `load_engine` here it may also take the keywords `threads`
-and `float32_layers`, which are refused where it does not. `plan_stages` cuts a model into stages for any engine; an
+`Engine`, and add its line to ENGINES. It may also take the keywords `threads` and `float32_layers`,
+which are refused where it does not. `plan_stages` cuts a model into stages for any engine; an
 engine that compiles nothing has a `compile` that returns at once. Nothing here imports jax: what
 crosses the seam are NumPy arrays and the engine's own buffers, which the scheduler only hands back.
 
@@ -94,7 +94,7 @@ class StageOutput(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs the stages of one saved model. One thread at a time calls it."""
+    """Runs the stages of one saved model. Threads may share it; each has states of its own."""
 
     @property
     def pad_id(self) -> int:

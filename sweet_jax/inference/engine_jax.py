@@ -6,6 +6,7 @@ policies. Batches are split into parts of few sizes, see `batch_split.py`.
 Shape letters: B batch, L length, H hidden, C classes, K plain policies, P slots.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class JaxEngine:
         self.vocabulary_size = len(words)
         self._dtype = words.dtype
         self._compiled: dict[tuple[Stage, int, int, int], Any] = {}  # by (stage, B, L, P)
+        self._lock = threading.Lock()  # one thread compiles, those that need the same program wait
         self._on_device = [jax.device_put(network.params) for network in networks]
         self._params: dict[Stage, list[jax.Array]] = {}
         self._splitting = Splitting.on(jax.default_backend())
@@ -137,7 +139,9 @@ class JaxEngine:
         slots = slots if stage.uses_states else 0
         key = (stage, size, length, slots)
         if key not in self._compiled:
-            self._compiled[key] = self.lower(stage, size, length, slots).compile()
+            with self._lock:
+                if key not in self._compiled:
+                    self._compiled[key] = self.lower(stage, size, length, slots).compile()
         return self._compiled[key]
 
     def lower(
