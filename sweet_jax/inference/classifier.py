@@ -47,7 +47,8 @@ class AdaptiveClassifier:
 
     Predictions are those of the one-pass evaluation followed by the threshold: they do not depend
     on the mode, the batch size, or the texts beside (probabilities to 1e-5). Threads may share one:
-    each call has queues of its own.
+    each call has queues of its own. A process that is forked after JAX has computed would hang:
+    start processes by multiprocessing's "spawn", and read the model in each.
 
     Args:
       model: from `open_model`.
