@@ -168,13 +168,13 @@ def _as_numbers(text: str) -> tuple[float, ...]:
 
 
 def _check_isolation(config: "Config") -> None:
-    isolation, factors = config.isolation, config.boundary_isolation
+    method, factors = METHODS[config.method], config.boundary_isolation
+    isolation = config.isolation or method.isolation
     if config.isolation_schedule != "linear" and len(isolation) != 2:
         raise UserError(
             f"isolation_schedule {config.isolation_schedule!r} needs a pair, such as "
             f"--config.isolation=0,1; isolation is {isolation!r}"
         )
-    method = METHODS[config.method]
     if method.model_per_exit:
         # A constant 0 is what the method resolves to.
         if factors or any(isolation):
@@ -183,7 +183,7 @@ def _check_isolation(config: "Config") -> None:
                 f"{name} is {factors or isolation!r}, but {method.name}'s models have no "
                 "boundaries between exits: leave it out, or set --config.method=early_exit"
             )
-    elif factors and not any(isolation or method.isolation):
+    elif factors and not any(isolation):
         raise UserError(
             f"boundary_isolation is {factors!r}, but it is times isolation, which is 0: set "
             "--config.isolation=1 with it"

@@ -1,5 +1,6 @@
 """What a config may say, what it stands for, and how the command line reads into one."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -223,6 +224,12 @@ def test_resolved_isolation_is_the_methods(method, isolation):
     assert Config(method=method).resolved().isolation == isolation
     if method != "multi_model":
         assert Config(method=method, isolation=(0.0, 1.0)).resolved().isolation == (0.0, 1.0)
+
+
+def test_a_method_whose_isolation_is_a_pair_has_a_schedule_of_its_own(monkeypatch):
+    gradual = dataclasses.replace(METHODS["sweet"], isolation=(0.0, 1.0))
+    monkeypatch.setitem(METHODS, "sweet", gradual)
+    assert Config(isolation_schedule="step").resolved().isolation == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("method", METHODS)

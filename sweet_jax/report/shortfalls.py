@@ -12,6 +12,7 @@ import numpy as np
 from sweet_jax.exits.intervals import paired_difference, score_interval
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.methods import METHODS
 from sweet_jax.report.baselines import Baseline, baseline_title
 
 _TOLERANCE = 1e-9  # of costs that differ by rounding: 2 / 12 and 1 / 6
@@ -118,7 +119,7 @@ def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:
         found.append("search the learning rate")
     if not fitted and finding.baseline != "fine_tuned":
         found.append("use head_init=probe and head_refit")
-    if results["method"] == "sweet":
+    if any(METHODS[results["method"]].isolation):
         found.append("lower isolation")
     if not found:
         found.append("more labelled rows or a larger checkpoint may help")
