@@ -280,4 +280,5 @@ MULTI_LABEL = Objective(
         ("hamming_loss", _as_measure(NEG_HAMMING_LOSS, -1.0)),
     ),
     decision_shifts=best_f1_shifts,
+    outputs="labels",
 )

@@ -276,4 +276,5 @@ REGRESSION = Objective(
         ("spearman", spearman),
     ),
     units=units,
+    outputs="output",
 )
