@@ -225,6 +225,8 @@ def _check_identity(
             if not isinstance(theirs, dict):
                 raise ValueError("not an object")
             theirs = {**json.loads(json.dumps(defaults)), **theirs}
+            if missing := sorted(ours.keys() - theirs.keys()):
+                raise ValueError(f"it has no {', '.join(missing)}")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{str(path)!r} is not the config of a run ({error}): choose another workdir"

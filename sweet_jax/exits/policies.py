@@ -64,7 +64,8 @@ def policy_reference(function: PolicyFunction) -> str:
     name = policy_name(function)
     if function.__module__ == "__main__" or load_policy(name) is not function:
         raise UserError(
-            f"the policy {name!r} cannot be saved by its name: define it at the top of a module"
+            f"the policy {name!r} cannot be saved by its name: define it as a function at the top "
+            'of a module, or give "module:name" as text'
         )
     return name
 
