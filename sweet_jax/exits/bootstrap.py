@@ -25,14 +25,13 @@ class BootstrapBand:
 
     Attributes:
       threshold, cost, score: float64 [R, K], points of the curve; score is the metric.
-      cost_interval, score_interval: float64 [R, K, 2], 95% percentile intervals over the draws.
+      score_interval: float64 [R, K, 2], 95% percentile intervals over the draws.
 
     """
 
     threshold: np.ndarray
     cost: np.ndarray
     score: np.ndarray
-    cost_interval: np.ndarray
     score_interval: np.ndarray
 
 
@@ -47,10 +46,10 @@ def bootstrap_curve(
 ) -> BootstrapBand:
     """Computes intervals of a curve over rows drawn with replacement, thresholds fixed.
 
-    At `points` thresholds, evenly among the distinct ones. At fixed thresholds an example's part in
-    cost and statistics is fixed too, so that all draws are one matrix product [draws, N] x [N, K],
-    where `scipy.stats.bootstrap` would simulate each draw. The same draws at every call. Other
-    arguments and errors as in `simulate`.
+    At `points` thresholds, evenly among the distinct ones. At fixed thresholds an example's
+    statistics are fixed too, so that all draws are one matrix product [draws, N] x [N, K], where
+    `scipy.stats.bootstrap` would simulate each draw. The same draws at every call. Other arguments
+    and errors as in `simulate`.
     """
     chosen = outputs.objective.metric(metric or outputs.metric)
     confidences = exit_confidences(outputs, policy, calibrators)
@@ -59,10 +58,10 @@ def bootstrap_curve(
     for r, threshold in enumerate(exact.threshold):
         distinct = np.unique(threshold)
         at = distinct[np.linspace(0, len(distinct) - 1, points).round().astype(int)]  # [K]
-        drawn = _draw(outputs.replica(r), chosen, confidences[r], at, draws)  # [2, draws, K]
-        low_high = np.quantile(drawn, TAILS, axis=1)  # [2, 2, K]
+        drawn = _draw(outputs.replica(r), chosen, confidences[r], at, draws)  # [draws, K]
+        low_high = np.quantile(drawn, TAILS, axis=0)  # [2, K]
         point = read_curve(Curve(*(v[r : r + 1] for v in vars(exact).values())), at)
-        bands.append((at, point.cost[0], point.score[0], low_high[:, 0].T, low_high[:, 1].T))
+        bands.append((at, point.cost[0], point.score[0], low_high.T))
     return BootstrapBand(*(np.stack(values) for values in zip(*bands, strict=True)))
 
 
@@ -73,7 +72,7 @@ def _draw(
     thresholds: np.ndarray,
     draws: int,
 ) -> np.ndarray:
-    """Computes (cost, metric) of each draw at each threshold, float64 [2, draws, K].
+    """Computes the metric of each draw at each threshold, float64 [draws, K].
 
     Of one replica's outputs and confidences float64 [E, N].
     """
@@ -83,15 +82,14 @@ def _draw(
     statistics = metric.row_statistics(outputs.predictions[0], targets, classes)  # [E, N, S]
     # Whether a row counts, and how many do, is exact in float32.
     dtype = np.result_type(np.float32, statistics)
-    cost = np.broadcast_to(outputs.cost[:, None, None], (*statistics.shape[:2], 1))
-    rows = np.concatenate([cost.astype(dtype), statistics.astype(dtype)], axis=-1)  # [E, N, 1 + S]
+    rows = statistics.astype(dtype)  # [E, N, S]
     totals = metric.target_statistics(targets, classes).astype(np.float64)  # [N, U]
-    found = np.empty((2, draws, len(thresholds)))
+    found = np.empty((draws, len(thresholds)))
     size = max(1, _HELD // (rows.shape[-1] * count))  # thresholds at once
     for low in range(0, len(thresholds), size):
         at = slice(low, low + size)
         place = (levels < thresholds[at, None, None]).sum(axis=1)  # [K, N]
-        parts = np.moveaxis(rows[place, np.arange(count)], -1, 0)  # [1 + S, K, N]
+        parts = np.moveaxis(rows[place, np.arange(count)], -1, 0)  # [S, K, N]
         parts = parts.reshape(-1, count)
         rng = np.random.default_rng(0)
         for first in range(0, draws, _DRAWN_TOGETHER):
@@ -99,7 +97,6 @@ def _draw(
             drawn = rng.integers(0, count, (several.stop - first, count))
             times = np.stack([np.bincount(d, minlength=count) for d in drawn]).astype(dtype)
             sums = (times @ parts.T).reshape(len(times), rows.shape[-1], -1).astype(np.float64)
-            found[0, several, at] = sums[:, 0] / count
-            sums = np.moveaxis(sums[:, 1:], 1, -1)  # [draws, K, S]
-            found[1, several, at] = metric.value(sums, (times @ totals)[:, None])
+            sums = np.moveaxis(sums, 1, -1)  # [draws, K, S]
+            found[several, at] = metric.value(sums, (times @ totals)[:, None])
     return found
