@@ -141,7 +141,8 @@ def _check_objective(config: "Config") -> None:
             f"confidence is {config.confidence!r}, which is not of objective single_label: leave "
             "it out"
         )
-    if objective == "regression" and config.confidence not in ("", "stability"):
+    own = ":" in config.confidence
+    if objective == "regression" and not own and config.confidence not in ("", "stability"):
         raise UserError(
             f"confidence is {config.confidence!r}, a probability, which objective regression has "
             "none of: leave it out"

@@ -212,9 +212,15 @@ def _write_programs(
 
 
 def _check(classifier: AdaptiveClassifier) -> None:
+    objective = classifier.model.objective.name
+    known = _POLICIES.get(objective)
+    if known is None:
+        raise UserError(
+            f"run.py does not have the objective {objective!r}, but {', '.join(_POLICIES)}: use "
+            "--format=onnx, or predict and serve with the model itself"
+        )
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError('jax.export needs flatbuffers: pip install -e ".[export]"')
-    known = _POLICIES[classifier.model.objective.name]
     if classifier.policy not in known:
         several = "policies" if len(known) > 1 else "policy"
         raise UserError(

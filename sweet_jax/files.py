@@ -227,6 +227,8 @@ def _check_identity(
             if not isinstance(theirs, dict):
                 raise ValueError("not an object")
             theirs = {**json.loads(json.dumps(defaults)), **theirs}
+            if missing := sorted(ours.keys() - theirs.keys()):
+                raise ValueError(f"it has no {', '.join(missing)}")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{str(path)!r} is not the config of a run ({error}): choose another workdir"
@@ -243,11 +245,16 @@ def _check_identity(
                 f"workdir {str(workdir)!r} belongs to another configuration: {'; '.join(pairs)}. "
                 "Give it what it has there to resume it, choose another workdir, or remove this one"
             )
-    elif workdir.is_dir() and any(
-        # .lock, or a temporary file of a run that was killed
-        not p.name.startswith(".") and p.name != RUN_ROWS
-        for p in workdir.iterdir()
-    ):
+    elif not is_unclaimed(workdir):
         raise UserError(
             f"workdir {str(workdir)!r} is not empty and holds no run: choose another, or a new one"
         )
+
+
+def is_unclaimed(workdir: Path) -> bool:
+    """Returns whether a directory is absent or holds no more than rows that were kept for a run."""
+    return not workdir.is_dir() or all(
+        # .lock, or a temporary file of a run that was killed
+        path.name.startswith(".") or path.name == RUN_ROWS
+        for path in workdir.iterdir()
+    )

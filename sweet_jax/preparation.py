@@ -18,7 +18,7 @@ from sweet_jax.data.label_checks import list_labels
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.run_rows import RunRows, draw_rows
 from sweet_jax.data.splits import Split, select_rows
-from sweet_jax.exits.policies import policy_rule
+from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences, policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pooling import POOLINGS, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
@@ -106,6 +106,7 @@ def prepare(config: Config) -> PreparedRun:
     policy_rule(config.policy)  # likewise one of the user's own
     checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
+    _try_policy(config, dataset)
     config = _choose_pooling(config, checkpoint, dataset)
     digest = dataset.digest()
     base = read_base_run(config, digest)
@@ -140,6 +141,15 @@ def prepare(config: Config) -> PreparedRun:
         targets=kept.labels if units else None,
         units=units,
     )
+
+
+def _try_policy(config: Config, dataset: Dataset) -> None:
+    """Raises UserError for an exit policy that fails on outputs of the shapes to come."""
+    shape = (1, len(config.exits), 2, len(dataset.classes))
+    logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    scores = logits[..., 0] if config.learning_to_exit else None
+    layers = np.asarray(config.exits)
+    exit_confidences(UnlabeledOutputs(logits, layers, scores, dataset.objective), config.policy)
 
 
 def _tokenize_unlabeled(

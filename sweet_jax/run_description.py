@@ -15,7 +15,6 @@ from sweet_jax.report.details import describe_split
 
 log = logging.getLogger(__name__)
 
-_OUTPUTS = {"single_label": "classes", "multi_label": "labels", "regression": "output"}
 _TASKS = {"own": "your own rows"}
 _FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of accuracy
 
@@ -49,7 +48,7 @@ def log_description(job: PreparedRun) -> None:
         "%s: method %s, an exit after layers %s of %s, %d %s; %s, on %d %s device(s)",
         *(_TASKS.get(job.config.task, job.config.task), job.config.method),
         *(", ".join(map(str, job.config.exits)), job.config.checkpoint),
-        *(len(job.dataset.classes), _OUTPUTS[job.objective.name], describe_models(job.config)),
+        *(len(job.dataset.classes), job.objective.outputs, describe_models(job.config)),
         *(jax.device_count(), jax.default_backend()),
     )
 

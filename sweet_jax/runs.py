@@ -20,7 +20,14 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, policy_reference
 from sweet_jax.exits.simulation import Curve, simulate
 from sweet_jax.exits.targets import Target, check_targets
-from sweet_jax.files import RUN_ROWS, atomic_write, expand_user, join_sources, read_json
+from sweet_jax.files import (
+    RUN_ROWS,
+    atomic_write,
+    expand_user,
+    is_unclaimed,
+    join_sources,
+    read_json,
+)
 from sweet_jax.recipe import OWN_DATA
 
 if TYPE_CHECKING:
@@ -78,7 +85,7 @@ def run_config(
     validation: Any,
     values: Mapping[str, Any],
 ) -> Config:
-    """Returns the config of a run on some data; rows in memory are written to the workdir first.
+    """Returns the config of a run on some data; rows in memory are written to the workdir.
 
     See `train` for the arguments, and the errors raised.
     """
@@ -87,13 +94,14 @@ def run_config(
     parts = {"train": data} | ({} if validation is None else {"validation": validation})
     files = [_file_of(part, name, workdir) for name, part in parts.items()]
     given = {"data_files": join_sources(files), "text_columns": _join(names), "label_column": label}
-    for file, part in zip(files, parts.values(), strict=True):
-        if not isinstance(part, str | Path):
-            _write_rows(part, kept, Path(file), workdir)
     if callable(own := values.get("confidence")):
         given["confidence"], values = policy_reference(own), {**values}
         del values["confidence"]
-    return from_mapping({**OWN_DATA, **given, **values})
+    config = from_mapping({**OWN_DATA, **given, **values})
+    for file, part in zip(files, parts.values(), strict=True):
+        if not isinstance(part, str | Path):
+            _write_rows(part, kept, Path(file), workdir)
+    return config
 
 
 def _join(names: Sequence[str]) -> str:
@@ -109,15 +117,15 @@ def _file_of(data: Any, name: str, workdir: Path) -> str:
 
 
 def _write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> None:
-    """Writes rows in memory to a file of the workdir, unless they are there already.
+    """Writes rows in memory to a file of the workdir, unless a run has them already.
 
-    Raises UserError for data that is no table, and where other rows are there.
+    Raises UserError for data that is no table, and where a run has other rows.
     """
     table = _table_of(data)
     if columns:  # the others are nobody's business, and may be large
         table = table.select([find_column(name, table.column_names) for name in columns])
     try:
-        if path.exists():
+        if path.exists() and not is_unclaimed(workdir):
             with pa.memory_map(str(path)) as source:
                 if _same_rows(pa.ipc.open_file(source).read_all(), table):
                     return
@@ -151,7 +159,7 @@ def _table_of(data: Any) -> pa.Table:
             return data
         if isinstance(data, Mapping):
             return pa.table(dict(data))
-        if hasattr(data, "to_pandas") and hasattr(data, "column_names"):  # a datasets.Dataset
+        if hasattr(data, "to_pandas") and hasattr(data, "num_rows"):  # a datasets.Dataset
             return data.with_format("arrow")[:]
         if hasattr(data, "iterrows"):
             return pa.Table.from_pandas(data, preserve_index=False)

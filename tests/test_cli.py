@@ -381,7 +381,7 @@ def test_a_workdir_of_another_configuration_is_refused(refused, line, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / ".lock").touch()
-    (workdir / "config.json").write_text(json.dumps({"epochs": 3}))
+    (workdir / "config.json").write_text(json.dumps({"epochs": 3, "data_sha256": ""}))
     message = refused("--config.epochs=2")
     assert "belongs to another configuration" in message
     assert "epochs is 3 there and 2 here" in message

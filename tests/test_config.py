@@ -227,6 +227,12 @@ def test_resolved_isolation_is_the_methods(method, isolation):
         assert Config(method=method, isolation=(0.0, 1.0)).resolved().isolation == (0.0, 1.0)
 
 
+def test_a_method_whose_isolation_is_a_pair_has_a_schedule_of_its_own(monkeypatch):
+    gradual = dataclasses.replace(METHODS["sweet"], isolation=(0.0, 1.0))
+    monkeypatch.setitem(METHODS, "sweet", gradual)
+    assert Config(isolation_schedule="step").resolved().isolation == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_resolved_loss_weights_are_the_methods_unless_set(method):
     assert Config(method=method).resolved().loss_weights == METHODS[method].loss_weights

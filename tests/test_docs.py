@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import sweet_jax
 from sweet_jax import serve
 from sweet_jax.config_keys import describe_keys
 from sweet_jax.exits.targets import TARGET_RANGES
@@ -203,6 +204,14 @@ LEVELS = [
     },
     {"cli"},
 ]
+
+
+def test_what_the_python_page_describes_is_imported_from_the_package():
+    page = (ROOT / "docs/reference/python.md").read_text()
+    names = re.findall(r"^::: sweet_jax[\w.]*\.(\w+)$", page, re.MULTILINE)
+    assert sorted(names) == sorted(sweet_jax.__all__)
+    assert {*names} <= {*dir(sweet_jax)}
+    assert all(callable(getattr(sweet_jax, name)) for name in names)
 
 
 def imports(path: Path) -> set[str]:

@@ -18,7 +18,7 @@ from sweet_jax.data.batches import encode
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact
-from sweet_jax.inference.engine import load_engine, padded_lengths, plan_stages
+from sweet_jax.inference.engine import ENGINES, load_engine, padded_lengths, plan_stages
 from sweet_jax.inference.predictions import InvalidRow
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
@@ -141,6 +141,13 @@ def test_an_unknown_engine_is_refused(sweet, model):
         load_engine("jaxx", model)
     with pytest.raises(UserError, match="unknown engine 'torch'"):
         AdaptiveClassifier.from_pretrained(sweet.classifier.model.folder, engine="torch")
+
+
+def test_what_an_engine_does_not_take_is_refused(sweet, monkeypatch):
+    monkeypatch.setitem(ENGINES, "numpy", "numpy_engine")
+    folder = sweet.classifier.model.folder
+    with pytest.raises(UserError, match="the numpy engine has no threads: leave threads out"):
+        AdaptiveClassifier.from_pretrained(folder, engine="numpy", threads=1)
 
 
 def run_without_jax(program: str, *arguments: object) -> str:

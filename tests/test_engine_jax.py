@@ -1,6 +1,9 @@
 """What the JAX engine computes beside logits, and the parts that it splits batches into."""
 
 import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from sweet_jax.exits.calibration import BELOW_ONE, Calibrator
 from sweet_jax.exits.confidences import POLICIES, PolicyInput
 from sweet_jax.inference.batch_split import Splitting, split_by_length
-from sweet_jax.inference.engine import PLAIN_POLICIES, padded_lengths
+from sweet_jax.inference.engine import PLAIN_POLICIES, load_engine, padded_lengths
 from sweet_jax.inference.plain_confidences import plain_complement, plain_complements
 
 
@@ -84,3 +87,18 @@ def test_parts_by_length_hold_every_text_once_and_fit(tokens, most):
     for one, following in itertools.pairwise(parts):
         assert lengths[one].max() <= lengths[following].min()
         assert (len(one) + 1) * lengths[following].min() > most
+
+
+def test_threads_compile_each_program_once(sweet, monkeypatch):
+    engine, lowered = load_engine("jax", sweet.classifier.model), []
+
+    def lower(*program):
+        lowered.append(program)
+        time.sleep(0.05)
+        return SimpleNamespace(compile=object)
+
+    monkeypatch.setattr(engine, "lower", lower)
+    stage = engine.stages()[0]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: engine.compile(stage, 1, 16, 2), range(4)))
+    assert len(lowered) == engine.compilations == 1

@@ -1,6 +1,7 @@
 """A saved model outside its Python: exported, with its card, on the hub."""
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import runpy
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sweet_jax import export
+from sweet_jax import AdaptiveClassifier, export
 from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.objectives import SINGLE_LABEL
 
 
 def load_runner(folder: Path):
@@ -90,6 +92,16 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, mon
     assert export.main([*arguments, "--policy=confidence"]) == 2  # it exists
     assert export.main([*arguments, "--policy=entropy"]) == 2
     assert "only the policies confidence, raw_confidence" in capsys.readouterr().err
+
+
+def test_an_objective_that_the_program_does_not_have_is_refused(sweet, tmp_path):
+    other = dataclasses.replace(SINGLE_LABEL, name="ordinal")
+    model = dataclasses.replace(sweet.classifier.model, objective=other)
+    classifier = AdaptiveClassifier(
+        model, target={"threshold": 0.5}, engine=sweet.classifier.engine
+    )
+    with pytest.raises(UserError, match="'ordinal', but single_label, multi_label, regression: us"):
+        export.export(classifier, classifier.engine, tmp_path / "exported", 16)
 
 
 def test_the_model_card_has_the_run_s_numbers(sweet):

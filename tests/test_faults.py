@@ -111,6 +111,14 @@ def test_parts_of_files_that_a_killed_run_left_are_removed(tmp_path):
     assert left == {".lock", "config.json", "curve.png"}
 
 
+def test_another_config_json_is_not_taken_for_a_run_s(tmp_path):
+    write_json(tmp_path / "config.json", {"model_type": "bert"})
+    words = r"is not the config of a run \(it has no data_sha256\): choose another workdir"
+    claim = claim_run_directory(tmp_path, {"task": "a", "data_sha256": "b"}, (), {"task": "sst2"})
+    with pytest.raises(UserError, match=words), claim:
+        pass
+
+
 @pytest.mark.parametrize("killed_at", [1, 2, 3])
 def test_a_directory_is_replaced_whole_whenever_the_process_is_killed(
     tmp_path, monkeypatch, killed_at

@@ -412,6 +412,7 @@ def tables_of(texts: list[str]) -> dict:
         "DataFrame": pd.DataFrame({"id": range(len(texts)), " text": texts}),
         "Dataset": datasets.Dataset.from_dict({"n": range(len(texts)), "text": texts}),
         "Table": pa.table({"text": texts, "n": range(len(texts))}),
+        "ChunkedArray": pa.chunked_array([texts], pa.string()),
         "Series": pd.Series(texts, index=range(5, 5 + len(texts))),
         "array": np.asarray(texts),
         "objects": np.asarray(texts, object),

@@ -88,6 +88,8 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="no exit outputs"):
         ExitOutputs.load(tmp_path / "absent.npz")
     (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(UserError, match="exit outputs: it is not an"):
+        ExitOutputs.load(tmp_path / "text.npz")
     np.savez(tmp_path / "other.npz", a=np.ones(3))
     arrays = {"logits": LOGITS, "labels": LABELS, "layers": [1, 2, 4]}
     np.savez(tmp_path / "list.npz", **arrays, identity=np.asarray("[1]"))

@@ -1,8 +1,10 @@
 """A policy of the user's own: every target, by function and by name, and saved by its name."""
 
 import dataclasses
+import importlib
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,6 +50,20 @@ def test_every_target_is_that_of_the_same_policy_by_its_name(run, sweet, policy,
     assert served.at(cost=0.7).threshold == named.at(cost=0.7).threshold
 
 
+def test_functions_of_the_same_name_are_told_apart(sweet):
+    def scaled(factor):
+        return lambda outputs, temperatures: factor * largest(outputs, temperatures)
+
+    one = AdaptiveClassifier(
+        sweet.classifier.model, scaled(1), {"cost": 0.7}, load_engine(sweet.classifier.model)
+    )
+    for before in (one, one.at(cost=0.6)):
+        ten = before.at(scaled(10), cost=0.7)
+        assert ten.policy_name == one.policy_name
+        assert ten.threshold == pytest.approx(10 * one.threshold)
+        assert ten.at(cost=0.7).threshold == ten.threshold
+
+
 def test_milliseconds_too(sweet, monkeypatch):
     clock = SimpleNamespace(until_exit=lambda tokens: np.asarray([1.0, 2.0, 4.0]))
     monkeypatch.setattr("sweet_jax.inference.classifier.read_latency", lambda *_: clock)
@@ -90,6 +106,38 @@ def test_a_model_is_saved_with_its_name(sweet, fine_tuned, tmp_path):
     found = AdaptiveClassifier(model, target={"cost": 0.6}, engine=load_engine(model))
     assert found.policy_name == NAME
     assert found.threshold == Run.load(folder).operating_point(largest, cost=0.6).threshold
+
+
+def test_a_module_that_is_reloaded_gives_its_new_function(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of the same second and size
+    path = tmp_path / "reloaded_policy.py"
+    path.write_text("def one(outputs, temperatures): return 1")
+    before = load_policy("reloaded_policy:one")
+    path.write_text("def one(outputs, temperatures): return 2")
+    module = importlib.reload(sys.modules["reloaded_policy"])
+    assert load_policy("reloaded_policy:one") is module.one is not before
+    assert policy_reference(module.one) == "reloaded_policy:one"
+
+
+def zeroed(outputs, temperatures):
+    outputs.logits[:] = 0
+
+
+def graded(outputs, temperatures):
+    return outputs.labels
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [(zeroed, "ValueError: .*read-only"), (graded, "AttributeError: .*labels")],
+)
+def test_a_policy_neither_writes_into_outputs_nor_reads_labels(sweet, policy, reason):
+    before = sweet.outputs.logits.copy()
+    name = rf"the policy 'test_own_policy:{policy.__name__}' failed \({reason}"
+    with pytest.raises(UserError, match=name):
+        simulate(sweet.outputs, policy)
+    np.testing.assert_array_equal(sweet.outputs.logits, before)
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path):

@@ -2,10 +2,11 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from tiny import write_checkpoint, write_rows
 
-from sweet_jax.config import from_mapping
+from sweet_jax.config import UserError, from_mapping
 from sweet_jax.models.layers import derive_key
 from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.preparation import prepare
@@ -29,6 +30,18 @@ def test_models_start_from_the_weights_that_were_prepared(options, tmp_path):
         assert list(found["layers"]) == list(range(depth))
         expected = {**wanted, "layers": {i: wanted["layers"][i] for i in range(depth)}}
         jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def constant(outputs, temperatures):
+    return np.ones(3)
+
+
+def test_a_policy_that_fails_is_found_before_training(options):
+    own = {"confidence": "test_preparation:constant"}
+    with pytest.raises(UserError, match=r"must return confidences .* = \(1, 3, 2\); got \(3,\)"):
+        prepare(from_mapping(options | own))
+    number = from_mapping(options | own | {"objective": "regression"}).resolved()
+    assert number.policy == own["confidence"]
 
 
 def test_heads_are_those_that_a_whole_random_model_has_and_moments_are_zero(options):

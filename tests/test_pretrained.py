@@ -379,14 +379,14 @@ def test_a_checkpoint_without_a_tokenizer(folder):
 
 
 def test_encoder_inputs_are_checked_and_may_be_left_out():
-    encode = load_encoder(str(GOLDEN))
+    encode = load_encoder(GOLDEN)
     ids = np.arange(1, 11).reshape(2, 5)
     plain = encode(ids)
     full = encode(ids, np.ones_like(ids), np.zeros_like(ids))
     jax.tree.map(np.testing.assert_array_equal, plain, full)
     assert len(plain) == 4
     assert plain[0].shape == (2, 5, 24)
-    for bad in (np.arange(5), np.ones((1, 32), int)):
+    for bad in (np.arange(5), np.ones((1, 32), int), np.ones((0, 5), int)):
         with pytest.raises(ValueError, match="input_ids must be"):
             encode(bad)
     size = open_checkpoint(str(GOLDEN)).config.vocab_size

@@ -138,16 +138,34 @@ def test_rows_without_some_values_are_the_same_rows_again(kind, tmp_path):
     rows = kind({"text": ["a", None], "label": [1.0, missing], "more": [[missing], []]})
     asked = {"text": "", "label": "label", "validation": None, "values": {}}
     config = run_config(rows, tmp_path, **asked)
+    (tmp_path / "config.json").touch()  # a run was begun
     assert run_config(rows, tmp_path, **asked) == config
     others = kind({"text": ["a", None], "label": [1.0, 2.0], "more": [[missing], []]})
     with pytest.raises(UserError, match="belongs to a run on other rows"):
         run_config(others, tmp_path, **asked)
 
 
+def test_a_call_that_fails_before_the_run_can_be_corrected(table, quick, tmp_path):
+    asked = {"text": "text", "label": "label", "workdir": tmp_path / "run", **quick}
+    with pytest.raises(UserError, match="unknown config key 'epoch'"):
+        sweet_jax.train(table, epoch=1, **asked)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="label"):
+        sweet_jax.train(table.assign(label=None), **asked)
+    kept = {"text": "text", "label": "label", "validation": None, "values": {}}
+    config = run_config(table, tmp_path / "run", **kept)
+    with pa.memory_map(config.data_files) as source:
+        assert pa.ipc.open_file(source).read_all().column("label").null_count == 0
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (5, "data must be the name of a file, a DataFrame"),
+        (
+            datasets.Dataset.from_dict({"text": ["a"], "label": ["x"]}).to_iterable_dataset(),
+            "data must be .*; got IterableDataset",
+        ),
         ({"text": ["a"], "label": ["x", "y"]}, "data cannot be read as a table"),
         ({"texts": ["a"], "label": ["x"]}, "unknown column 'text': did you mean 'texts'"),
     ],

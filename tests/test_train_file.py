@@ -220,7 +220,6 @@ def test_a_share_is_at_most_what_all_layers_cost():
         (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
         (["--text=a"], "--text goes with a file: sweet-jax train FILE --text="),
         (["nowhere.csv"], "'nowhere.csv' does not exist"),
-        ([""], "the name of the file is empty"),
         (["my,data.csv", "--test=v.csv"], "'my,data.csv' has a comma, which separates files"),
         (["a.csv", "--test=v,1.csv"], "'v,1.csv' has a comma, which separates files"),
     ],

@@ -186,7 +186,9 @@ class ExitOutputs:
         except FileNotFoundError as error:
             raise UserError(f"there are no exit outputs at {str(path)!r}") from error
         except _UNREADABLE as error:
-            raise UserError(f"{str(path)!r} does not hold exit outputs: {error}") from error
+            known = isinstance(error, OSError) or zipfile.is_zipfile(path)
+            reason = error if known else "it is not an .npz file"
+            raise UserError(f"{str(path)!r} does not hold exit outputs: {reason}") from error
 
 
 def layer_cost(layers: Sequence[int], method: str) -> np.ndarray:

@@ -8,7 +8,6 @@ Shape letters: R replica, E exit, E' exits so far, N examples, C outputs of an e
 """
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -29,7 +28,7 @@ PolicyFunction = Callable[..., np.ndarray]
 
 
 class UnlabeledOutputs(NamedTuple):
-    """Holds the outputs that a user's own policy reads of texts, under ExitOutputs' names.
+    """Holds the outputs that a user's own policy reads, under ExitOutputs' names, without labels.
 
     Attributes:
       logits: float32 [R, E', N, C].
@@ -65,20 +64,20 @@ def policy_reference(function: PolicyFunction) -> str:
     name = policy_name(function)
     if function.__module__ == "__main__" or load_policy(name) is not function:
         raise UserError(
-            f"the policy {name!r} cannot be saved by its name: define it at the top of a module"
+            f"the policy {name!r} cannot be saved by its name: define it as a function at the top "
+            'of a module, or give "module:name" as text'
         )
     return name
 
 
-@functools.cache
 def load_policy(name: str) -> PolicyFunction:
     """Imports the function "module:function"; modules of the working directory are found too.
 
     Raises UserError where there is none.
     """
     module, _, place = name.partition(":")
-    if os.getcwd() not in sys.path:  # not there in an installed command
-        sys.path.append(os.getcwd())
+    if "" not in sys.path:  # not there in an installed command
+        sys.path.append("")
     try:
         found: Any = functools.reduce(getattr, place.split("."), import_module(module))
         if not callable(found):
@@ -155,9 +154,8 @@ def exit_confidences(
             f"replicas and exits; got {[c.temperatures.shape for c in calibrators]}"
         )
     if not isinstance(policy, str) or ":" in policy:
-        function = load_policy(policy) if isinstance(policy, str) else policy
         temperatures = np.stack([c.temperatures for c in calibrators])  # [R, E]
-        found = np.asarray(function(outputs, temperatures), np.float64)
+        found = _call_function(policy, outputs, temperatures)
     else:
         rule, objective = policy_rule(policy), outputs.objective
         if rule.needs_probabilities:
@@ -178,3 +176,36 @@ def exit_confidences(
             f"{outputs.logits.shape[:3]}; got {found.shape}"
         )
     return np.minimum(np.where(np.isnan(found), -np.inf, found), LARGEST)
+
+
+def _call_function(
+    policy: str | PolicyFunction,
+    outputs: ExitOutputs | UnlabeledOutputs,
+    temperatures: np.ndarray,
+) -> np.ndarray:
+    """Returns what a user's own policy does, float64; it reads the same of saved outputs and texts.
+
+    Raises UserError where it fails, as by writing into the outputs, which others read after it.
+    """
+    function = load_policy(policy) if isinstance(policy, str) else policy
+    scores = outputs.exit_scores
+    given = UnlabeledOutputs(
+        _read_only(outputs.logits),
+        _read_only(outputs.layers),
+        None if scores is None else _read_only(scores),
+        outputs.objective,
+    )
+    try:
+        return np.asarray(function(given, temperatures), np.float64)
+    except Exception as error:  # whatever the function does
+        raise UserError(
+            f"the policy {policy_name(policy)!r} failed ({type(error).__name__}: "
+            f"{one_line(error)}): mend it; it reads outputs and temperatures, and returns an array"
+        ) from error
+
+
+def _read_only(values: np.ndarray) -> np.ndarray:
+    """Returns a view that cannot be written to."""
+    view = values.view()
+    view.flags.writeable = False
+    return view

@@ -46,7 +46,9 @@ class AdaptiveClassifier:
     """Classifies texts with a saved model; easy ones exit early.
 
     Predictions are those of the one-pass evaluation followed by the threshold: they do not depend
-    on the mode, the batch size, or the texts beside (probabilities to 1e-5).
+    on the mode, the batch size, or the texts beside (probabilities to 1e-5). Threads may share one:
+    each call has queues of its own. A process that is forked after JAX has computed would hang:
+    start processes by multiprocessing's "spawn", and read the model in each.
 
     Args:
       model: from `open_model`.
@@ -78,6 +80,7 @@ class AdaptiveClassifier:
         engine: Engine | None = None,
     ):
         self.model, self.classes, self.layers = model, model.classes, model.layers
+        self._saved = model  # before operating points of a policy of the user's own were added
         self.text_columns = model.text_columns
         self.policy = model.policy if policy is None else policy
         policy_rule(self.policy)  # an unknown name is an error before weights are read
@@ -159,7 +162,11 @@ class AdaptiveClassifier:
 
         Raises UserError likewise.
         """
-        return AdaptiveClassifier(self.model, policy or self.policy, _given(target), self.engine)
+        # Another function may have the same name, as those of one factory do.
+        model = self.model if policy is None else self._saved
+        found = AdaptiveClassifier(model, policy or self.policy, _given(target), self.engine)
+        found._saved = self._saved
+        return found
 
     def warm_up(
         self,

@@ -6,7 +6,8 @@ buffer, so that they need not be copied together: the next stage reads and write
 its batch names.
 
 To add an engine, write a module with `load_engine(model, dtype, cache_dir)` that returns an
-`Engine`, and add its line to ENGINES. `plan_stages` cuts a model into stages for any engine; an
+`Engine`, and add its line to ENGINES. It may also take the keywords `threads` and `float32_layers`,
+which are refused where it does not. `plan_stages` cuts a model into stages for any engine; an
 engine that compiles nothing has a `compile` that returns at once. Nothing here imports jax: what
 crosses the seam are NumPy arrays and the engine's own buffers, which the scheduler only hands back.
 
@@ -14,6 +15,7 @@ Shape letters: E exit, B batch, L length, H hidden, C classes, K plain policies,
 """
 
 import functools
+import inspect
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -92,7 +94,7 @@ class StageOutput(NamedTuple):
 
 
 class Engine(Protocol):
-    """Runs the stages of one saved model. One thread at a time calls it."""
+    """Runs the stages of one saved model. Threads may share it; each has states of its own."""
 
     @property
     def pad_id(self) -> int:
@@ -153,8 +155,8 @@ def load_engine(
       threads: that compute a batch, where the engine has such a number; default its own.
       float32_layers: that stay in float32 under int8, from 1; default those of int8.json.
 
-    Raises UserError for an engine that is unknown or not installed, a dtype or a number of threads
-    that it does not have, and weights that are missing or misshapen.
+    Raises UserError for an engine that is unknown or not installed, a dtype, threads or layers that
+    it does not have, and weights that are missing or misshapen.
 
     """
     check_choice("engine", name, ENGINES)
@@ -167,6 +169,12 @@ def load_engine(
             raise
         fix = _INSTALL.get(name, "install it")
         raise UserError(f"the {name} engine needs {error.name}: {fix}") from error
+    known = inspect.signature(module.load_engine).parameters
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"the {name} engine has no {option}: leave {option} out, or choose another engine"
+            )
     return module.load_engine(model, dtype, cache_dir, **options)
 
 

@@ -6,6 +6,7 @@ policies. Batches are split into parts of few sizes, see `batch_split.py`.
 Shape letters: B batch, L length, H hidden, C classes, K plain policies, P slots.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.config import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.batch_split import Splitting, usable_cores
 from sweet_jax.inference.engine import (
@@ -33,20 +33,13 @@ from sweet_jax.models.pooling import POOLINGS
 
 
 def load_engine(
-    model: ModelArtifact,
-    dtype: str = "float32",
-    cache_dir: str | Path | None = None,
-    threads: int | None = None,
+    model: ModelArtifact, dtype: str = "float32", cache_dir: str | Path | None = None
 ) -> "JaxEngine":
     """Reads a saved model's weights.
 
-    Compiled programs are kept in `cache_dir`, see `enable_compilation_cache`. Raises UserError for
-    a number of threads, which JAX chooses itself, and see `load_networks`.
+    Compiled programs are kept in `cache_dir`, see `enable_compilation_cache`. JAX itself chooses
+    how many threads compute. Raises UserError, see `load_networks`.
     """
-    if threads is not None:
-        raise UserError(
-            "the jax engine has no number of threads: leave threads out, or use engine=onnxruntime"
-        )
     enable_compilation_cache(cache_dir)
     return JaxEngine(load_networks(model, dtype), model.tokenizer.pad_token_id)
 
@@ -75,6 +68,7 @@ class JaxEngine:
         self.vocabulary_size = len(words)
         self._dtype = words.dtype
         self._compiled: dict[tuple[Stage, int, int, int], Any] = {}  # by (stage, B, L, P)
+        self._lock = threading.Lock()  # one thread compiles, those that need the same program wait
         self._on_device = [jax.device_put(network.params) for network in networks]
         self._params: dict[Stage, list[jax.Array]] = {}
         self._splitting = Splitting.on(jax.default_backend())
@@ -145,7 +139,9 @@ class JaxEngine:
         slots = slots if stage.uses_states else 0
         key = (stage, size, length, slots)
         if key not in self._compiled:
-            self._compiled[key] = self.lower(stage, size, length, slots).compile()
+            with self._lock:
+                if key not in self._compiled:
+                    self._compiled[key] = self.lower(stage, size, length, slots).compile()
         return self._compiled[key]
 
     def lower(

@@ -133,12 +133,17 @@ def rows_of(texts: Any, columns: Sequence[str]) -> Iterable[Any]:
     if names is None and hasattr(texts, "iterrows"):
         names = list(texts.columns)
     if not isinstance(names, list):
-        return texts
+        return _values(texts)
     found = []
     for name in columns:
         column = texts[names[find_column(name, [str(other) for other in names])]]
-        found.append(column.to_pylist() if hasattr(column, "to_pylist") else list(column))
+        found.append(list(_values(column)))
     return found[0] if len(found) == 1 else zip(*found, strict=True)
+
+
+def _values(column: Any) -> Iterable[Any]:
+    """Returns an array of Arrow as a list, since its own items are scalars; others as they are."""
+    return column.to_pylist() if hasattr(column, "to_pylist") else column
 
 
 def validate_text(text: Text, pairs: bool, number: int) -> tuple[str, ...]:

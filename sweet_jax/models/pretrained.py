@@ -6,6 +6,7 @@ Shape letters: B batch, L length, H hidden.
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     return Checkpoint(files.folder, files.values, family, config)
 
 
-def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
+def load_encoder(name: str | Path) -> Callable[..., tuple[jax.Array, ...]]:
     """Loads the pretrained encoder alone, as a function that returns every hidden state.
 
     Args:
@@ -92,14 +93,14 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
     Returns:
       f(input_ids, attention_mask=None, token_type_ids=None) for integer arrays [B, L], which
       returns a tuple of float32 [B, L, H]: the embeddings' output and then every layer's. It is
-      compiled once per shape, and raises ValueError for input that is too long and for ids without
-      a row in their table.
+      compiled once per shape, and raises ValueError for input that is empty or too long and for ids
+      without a row in their table.
 
     Raises:
       UserError: see `open_checkpoint` and `read_weights`.
 
     """
-    checkpoint = open_checkpoint(name)
+    checkpoint = open_checkpoint(str(name))
     graphdef = nnx.split(nnx.eval_shape(lambda: checkpoint.encoder(jax.random.key(0))))[0]
     params = jax.tree.map(jnp.asarray, checkpoint.weights.encoder)
 
@@ -110,9 +111,9 @@ def load_encoder(name: str) -> Callable[..., tuple[jax.Array, ...]]:
     def encode(input_ids, attention_mask=None, token_type_ids=None) -> tuple[jax.Array, ...]:
         ids = jnp.asarray(input_ids, jnp.int32)
         limit = checkpoint.config.positions
-        if ids.ndim != 2 or (limit is not None and ids.shape[1] > limit):
+        if ids.ndim != 2 or not ids.size or (limit is not None and ids.shape[1] > limit):
             most = "" if limit is None else f" with L up to {limit}"
-            raise ValueError(f"input_ids must be [B, L]{most}; got {ids.shape}")
+            raise ValueError(f"input_ids must be [B, L], not empty{most}; got {ids.shape}")
         mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask)
         types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids)
         config = checkpoint.config

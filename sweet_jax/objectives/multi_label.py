@@ -246,4 +246,5 @@ MULTI_LABEL = Objective(
         ("hamming_loss", as_measure(NEG_HAMMING_LOSS, -1.0)),
     ),
     decision_shifts=best_f1_shifts,
+    outputs="labels",
 )

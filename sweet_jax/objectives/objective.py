@@ -128,6 +128,7 @@ class Objective:
         own units.
       decision_shifts: (logits float32 [N, C], targets) → float [C], what is subtracted from the
         logits so that predictions have the best metric on these rows; None where nothing is.
+      outputs: the word for the C outputs of an exit.
 
     """
 
@@ -150,6 +151,7 @@ class Objective:
     measures: tuple[tuple[str, Callable[[np.ndarray, np.ndarray], float]], ...] = ()
     units: Callable[[np.ndarray], tuple[float, float]] | None = None
     decision_shifts: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    outputs: str = "outputs"
 
     def mean_loss(self, logits: Array, targets: Array, row_mask: Array) -> Array:
         """Returns the loss averaged over the rows of row_mask bool [N], float32 [...]."""

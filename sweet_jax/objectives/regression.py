@@ -288,4 +288,5 @@ REGRESSION = Objective(
         ("spearman", spearman),
     ),
     units=units,
+    outputs="output",
 )

@@ -278,4 +278,5 @@ SINGLE_LABEL = Objective(
         logits=lambda logits: logits[..., None, :],
         outcomes=lambda labels: labels[..., None],
     ),
+    outputs="classes",
 )

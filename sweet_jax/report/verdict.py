@@ -15,7 +15,7 @@ from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.methods import METHODS
-from sweet_jax.objectives import Metric
+from sweet_jax.objectives import OBJECTIVES, Metric
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.details import ReportDetails
 from sweet_jax.report.shortfalls import keeps_encoder
@@ -30,8 +30,8 @@ def describe_training(results: Mapping[str, Any], classes: int) -> str:
     name = PurePath(results["checkpoint"].removeprefix("pkg://"))
     checkpoint = name.parent.name if name.name == "model" and name.parent.name else str(name)
     method = results["method"].replace("_", "-")
-    word = {"regression": "", "multi_label": "labels"}.get(results.get("objective", ""), "classes")
-    kinds = f" of {classes:,} {word}" if classes and word else ""
+    objective = OBJECTIVES[results.get("objective") or "single_label"]
+    kinds = f" of {classes:,} {objective.outputs}" if classes and objective.agrees else ""
     what = f"{checkpoint} with {layers[-1]} layers, fine-tuned ({method})"
     if keeps_encoder(results):
         what = (
