@@ -52,7 +52,7 @@ def join_sources(names: Sequence[str]) -> str:
 
     Raises UserError for an empty name, and for two of which one has a comma in its name.
     """
-    if not all(names):
+    if not all(name.strip() for name in names):
         raise UserError("the name of the file is empty: is a variable of the shell not set?")
     comma = next((name for name in names if "," in name), None)
     if len(names) > 1 and comma is not None:

@@ -115,8 +115,6 @@ def parse(argv: Sequence[str]) -> Command:
 def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
     """Parses the command of a run on a file, `arguments` without the flags that are given."""
     name = arguments[1]
-    if not name.strip():
-        raise UserError("the name of the file is empty: sweet-jax train FILE needs one")
     if given.workdir and given.output:
         raise UserError("--output and --workdir are one directory: give one of them")
     stem = Path(name.partition("+")[0]).name.partition(".")[0]
