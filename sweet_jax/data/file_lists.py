@@ -1,19 +1,13 @@
 """The files that one key or option names: a list, a folder, a pattern, or several joined by "+"."""
 
 import glob
-import logging
 import os
-from collections.abc import Collection
 from pathlib import Path
 
 from sweet_jax.config import UserError, split_names
-from sweet_jax.data.label_folders import is_hidden, text_files
+from sweet_jax.data.label_folders import is_hidden, text_files, warn_of_unread
 from sweet_jax.data.records import format_of
 from sweet_jax.files import resolve_path
-
-log = logging.getLogger(__name__)
-
-_LISTED = 3  # entries not read that are named
 
 
 def split_files(text: str) -> tuple[str, ...]:
@@ -43,7 +37,7 @@ def expand_files(name: str) -> list[Path]:
         found = [match for match in matches if not match.is_dir()]
         if not found:
             raise UserError(f"no file matches {name!r}")
-        _warn_of_unread(name, set(matches).difference(found))
+        warn_of_unread(name, set(matches).difference(found))
         return found
     if "+" in name:
         return [
@@ -61,7 +55,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     tables = {p for p in entries if format_of(p) not in ("", ".txt") and not p.is_dir()}
     texts = text_files(folder)
     if not texts:
-        _warn_of_unread(str(folder), entries - tables if tables else ())
+        warn_of_unread(str(folder), entries - tables if tables else ())
         return sorted(tables) or [folder]
     labels = {file.parent for file in texts}
     if tables:
@@ -70,13 +64,4 @@ def _files_of_folder(folder: Path) -> list[Path]:
             f"{str(folder)!r} has tables, such as {table.name!r}, and folders of texts, such as "
             f"{min(labels).name!r}: give the tables as {str(pattern)!r}, or move them elsewhere"
         )
-    inside = {p for label in labels for p in label.iterdir() if not is_hidden(p)}
-    _warn_of_unread(str(folder), (entries | inside).difference(labels, texts))
-    return [folder]
-
-
-def _warn_of_unread(source: str, unread: Collection[Path]) -> None:
-    if unread:
-        listed = ", ".join(repr(str(path)) for path in sorted(unread)[:_LISTED])
-        more = f" and {len(unread) - _LISTED} more" if len(unread) > _LISTED else ""
-        log.warning("not read of %r: %s%s", source, listed, more)
+    return [folder]  # whose reader warns of what else is in it

@@ -1,19 +1,23 @@
 """Folders of <label>/<name>.txt files."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sweet_jax.config import UserError
 from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
 
+log = logging.getLogger(__name__)
+
 _COLUMNS = ("text", "label")
+_LISTED = 3  # entries not read that are named
 
 
 def folder_table(path: Path) -> Table:
     """Returns the table of a folder; an empty file is an error. Raises UserError without files.
 
     What editors, file managers and archives leave there is left out: hidden files and folders,
-    and __MACOSX.
+    and __MACOSX. Whoever has read all rows is warned of what else is not among them.
     """
 
     def records(columns: Columns) -> Iterator[Record]:
@@ -28,6 +32,9 @@ def folder_table(path: Path) -> Table:
             else:
                 error = f"{str(file)!r} is empty: fill it, remove it, or set skip_invalid to True"
                 yield Record((), error, row, row, line=0)
+        labels = {file.parent for file in files}
+        every = {p for place in (path, *labels) for p in place.iterdir() if not is_hidden(p)}
+        warn_of_unread(str(path), every.difference(labels, files))
 
     return Table(_COLUMNS, records)
 
@@ -39,6 +46,14 @@ def text_files(path: Path) -> list[Path]:
         for file in sorted(path.glob("*/*"))
         if file.suffix.lower() == ".txt" and not (is_hidden(file) or is_hidden(file.parent))
     ]
+
+
+def warn_of_unread(source: str, unread: Collection[Path]) -> None:
+    """Logs a warning of entries of a source that no rows come from."""
+    if unread:
+        listed = ", ".join(repr(str(path)) for path in sorted(unread)[:_LISTED])
+        more = f" and {len(unread) - _LISTED} more" if len(unread) > _LISTED else ""
+        log.warning("not read of %r: %s%s", source, listed, more)
 
 
 def is_hidden(path: Path) -> bool:
