@@ -8,7 +8,7 @@ from typing import Any
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import TARGET_RANGES, check_targets
-from sweet_jax.standard_output import escape_letters, flush_output, print_text
+from sweet_jax.standard_output import escape_characters, flush_output, print_text
 from sweet_jax.storage_errors import (
     access_failure,
     causes,
@@ -52,7 +52,10 @@ class ArgumentParser(argparse.ArgumentParser):
         """Prints the help, which may be longer than its reader wants, such as `| head`."""
         print_text(self.format_help())
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    # The base class is typed by overloads, which differ in what the namespace is.
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parses arguments; an unknown option is named before an option that is missing."""
         known = [name for name in self._option_string_actions if name.startswith("--")]
         for argument in sys.argv[1:] if args is None else args:
@@ -124,7 +127,7 @@ def run_command(run: Callable[[], int | None], resumes: str = "") -> int:
 
     resumes: what is said of the same command, given again after a failure.
     """
-    escape_letters()
+    escape_characters()
     then = f"; {resumes}" if resumes else ""
     try:
         status = run() or 0

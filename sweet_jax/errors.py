@@ -8,6 +8,16 @@ class UserError(ValueError):
     """Raised for wrong input of the user, in one line: what, with the value, and how to fix it."""
 
 
+def missing_package(error: ImportError) -> str:
+    """Returns the name of the package that is not installed.
+
+    Raises the error itself where none is missing: importing one failed, or was interrupted.
+    """
+    if error.name is None:
+        raise error
+    return error.name
+
+
 def join_numbers(numbers: Iterable[int]) -> str:
     """Returns numbers as a key of several values takes them: 1,4,6,12."""
     return ",".join(map(str, numbers))

@@ -41,6 +41,7 @@ import numpy as np
 from sweet_jax.arguments import ArgumentParser, parse_targets, run_command
 from sweet_jax.config import UserError
 from sweet_jax.directories import whole_directory
+from sweet_jax.errors import missing_package
 from sweet_jax.files import write_json
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
@@ -107,9 +108,8 @@ def _export_onnx(
         from sweet_jax.inference import onnx_runners
         from sweet_jax.inference.onnx_export import write_onnx
     except ImportError as error:
-        if error.name is None:  # no package is missing: importing one failed, or was interrupted
-            raise
-        raise UserError(f'--format=onnx needs {error.name}: pip install -e ".[onnx]"') from error
+        package = missing_package(error)
+        raise UserError(f'--format=onnx needs {package}: pip install -e ".[onnx]"') from error
     if has_graphs(model.folder):
         raise UserError(f"{str(model.folder)!r} was exported already: give the model of its run")
     programs = model.objective.name == "single_label"

@@ -43,6 +43,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
+from sweet_jax.errors import missing_package
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES
 from sweet_jax.inference.engine_choice import describe_default
@@ -104,9 +105,8 @@ def _run(options: argparse.Namespace) -> None:
         from sweet_jax.server.app import Limits, make_app
         from sweet_jax.server.connections import close_silent_connections
     except ImportError as error:
-        if error.name is None:  # no package is missing: importing one failed, or was interrupted
-            raise
-        raise UserError(f'the server needs {error.name}: pip install -e ".[serve]"') from error
+        package = missing_package(error)
+        raise UserError(f'the server needs {package}: pip install -e ".[serve]"') from error
 
     with _bound(options.host, options.port) as listener:
         target = parse_targets(options)

@@ -1,4 +1,4 @@
-"""Standard output: a reader that leaves, as `| head` does, and letters that it cannot encode."""
+"""Standard output: a reader that leaves, as `| head` does, and characters that it cannot encode."""
 
 import io
 import logging
@@ -30,8 +30,8 @@ def flush_output() -> None:
         discard_output()
 
 
-def escape_letters() -> None:
-    r"""Has letters that standard output cannot encode written as \xXX or \uXXXX."""
+def escape_characters() -> None:
+    r"""Makes standard output write characters that it cannot encode as \xXX or \uXXXX."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -1,4 +1,4 @@
-"""What commands do where standard output takes no more, or not every letter."""
+"""Commands whose standard output is closed or full, or cannot encode every character."""
 
 import contextlib
 import os

@@ -200,7 +200,7 @@ def test_a_budget_is_a_time_or_a_share(text, target):
 
 
 def test_a_share_is_at_most_what_all_layers_cost():
-    """Of Multi-Model, whose models run one after the other, that is more than 1."""
+    """Multi-Model runs its models one after the other: they cost more than the full model."""
     line = ["train", "a.csv", "--config.exits=1,4,6,12", "--config.method=multi_model"]
     assert parse([*line, "--budget=1.5"]).target == {"cost": 1.5}
     with pytest.raises(UserError, match=r"at most 1\.92: for milliseconds write --budget=5ms"):

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import missing_package
 from sweet_jax.inference.artifact import ModelArtifact
 
 # The module of each engine, imported when it is asked for.
@@ -165,10 +166,9 @@ def load_engine(
     try:
         module = import_module(ENGINES[name])
     except ImportError as error:
-        if error.name is None:  # no package is missing: importing one failed, or was interrupted
-            raise
+        package = missing_package(error)
         fix = _INSTALL.get(name, "install it")
-        raise UserError(f"the {name} engine needs {error.name}: {fix}") from error
+        raise UserError(f"the {name} engine needs {package}: {fix}") from error
     known = inspect.signature(module.load_engine).parameters
     for option in options:
         if option not in known:

@@ -20,6 +20,7 @@ import onnxruntime
 from onnxruntime import OrtValue
 
 from sweet_jax.config import UserError
+from sweet_jax.errors import missing_package
 from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.batch_split import split_by_length, tokens_of_part
@@ -74,11 +75,10 @@ def _trace(model: ModelArtifact, dtype: str, float32_layers: Sequence[int] | Non
     try:
         from sweet_jax.inference.onnx_build import build_graphs  # imports JAX and onnx
     except ImportError as error:
-        if error.name is None:  # no package is missing: importing one failed, or was interrupted
-            raise
+        package = missing_package(error)
         raise UserError(
             f"the graphs of {str(model.folder)!r} are not written, and writing them needs "
-            f'{error.name}: pip install -e ".[onnx]", or run sweet-jax export --format=onnx where '
+            f'{package}: pip install -e ".[onnx]", or run sweet-jax export --format=onnx where '
             "JAX is installed"
         ) from error
     return build_graphs(model, dtype, float32_layers)

@@ -92,7 +92,7 @@ class OutputFile:
         try:
             self._rows.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                self._note.stat()  # its name is longer
+                self._note.stat()  # an OSError now if its name, the longest, is too long
             if self.streams:
                 file: Any = os.fdopen(os.dup(1), "wb") if self._standard else open(self.path, "wb")  # noqa: SIM115 - closed by the with below
             else:

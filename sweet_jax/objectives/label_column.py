@@ -24,6 +24,7 @@ class LabelColumn:
       check: (training targets, validation targets, names, name of the column) → None. Raises
         UserError where a model cannot be trained, or not be evaluated, on them.
       strata: targets → int [N] from 0, by which rows are split in proportion.
+      strata_name: what they are, in words, as in "... in proportion".
       present: targets → the numbers of the outputs that occur in them, int ascending.
       describe: (targets, names) → (what is logged of them, warnings).
       several: whether a row may have several labels, or none.
@@ -34,6 +35,7 @@ class LabelColumn:
     read: Callable[[Sequence[str], tuple[str, ...], Sequence[tuple[str, ...]]], np.ndarray]
     check: Callable[[np.ndarray, np.ndarray, tuple[str, ...], str], None]
     strata: Callable[[np.ndarray], np.ndarray]
+    strata_name: str
     present: Callable[[np.ndarray], np.ndarray]
     describe: Callable[[np.ndarray, tuple[str, ...]], tuple[str, list[str]]]
     several: bool = False

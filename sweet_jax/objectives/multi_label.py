@@ -215,6 +215,7 @@ MULTI_LABEL = Objective(
         read=read_label_sets,
         check=check_label_sets,
         strata=rarest_labels,
+        strata_name="each row's rarest label",
         present=lambda targets: np.flatnonzero(targets.any(axis=0)),
         describe=describe_labels,
         several=True,

@@ -262,6 +262,7 @@ REGRESSION = Objective(
         read=read_numbers,
         check=check_numbers,
         strata=quantile_strata,
+        strata_name="small and large numbers",
         present=lambda targets: np.zeros(0, int),
         describe=describe_numbers,
     ),

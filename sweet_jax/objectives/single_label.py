@@ -257,6 +257,7 @@ SINGLE_LABEL = Objective(
         read=read_classes,
         check=check_classes,
         strata=lambda labels: labels,
+        strata_name="each class",
         present=np.unique,
         describe=describe_labels,
     ),

@@ -12,15 +12,9 @@ import numpy as np
 from sweet_jax.config import Config
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.files import RUN_ROWS
+from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.report.baselines import Baseline
-
-# What a split keeps, see `LabelColumn.strata`.
-_IN_PROPORTION = {
-    "single_label": ", each class in proportion",
-    "multi_label": ", each row's rarest label in proportion",
-    "regression": ", small and large numbers in proportion",
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,10 +72,10 @@ def describe_split(config: Config) -> str:
     """Says how the validation rows were drawn from a file of one's own; "" where it was another."""
     if not config.data_files or "," in config.data_files:
         return ""
+    strata = OBJECTIVES[config.objective].column.strata_name
     return (
-        f"{config.validation_fraction:.0%} of the file, drawn at random"
-        f"{_IN_PROPORTION.get(config.objective, '')} (validation_fraction; split_seed "
-        f"{config.split_seed})"
+        f"{config.validation_fraction:.0%} of the file, drawn at random, {strata} in proportion "
+        f"(validation_fraction; split_seed {config.split_seed})"
     )
 
 

@@ -183,14 +183,14 @@ def _number(metric: Metric, value: float) -> str:
 def _difference(metric: Metric, gap: float, low: float, high: float, subject: str = "") -> str:
     """Says how a difference of two metrics is to be read, with its 95% interval."""
     scale, unit, digits = (100, " points", 1) if metric.name == "accuracy" else (1, "", 3)
+    side = "better" if gap > 0 else "worse"
     if metric.name.startswith(_ERROR):  # of the errors that are shown
-        low, high, gap = -high, -low, -gap
+        low, high = -high, -low
     # A minus that is as wide as the plus; no negative zero.
     ends = [f"{scale * v + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}") for v in (low, high)]
     span = f"95% interval of the difference {ends[0]} to {ends[1]}{unit}"
     if low <= 0 <= high:
         return f"no difference that these rows can show ({span})"
-    side = "better" if (gap > 0) != metric.name.startswith(_ERROR) else "worse"
     return f"{subject}{scale * abs(gap):.{digits}f}{unit} {side} ({span})"
 
 
