@@ -19,7 +19,7 @@ from sweet_jax.distributed import barrier, broadcast_from_primary, is_primary
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import read_json, write_json
 from sweet_jax.preparation import PreparedRun
-from sweet_jax.training.early_stopping import standard_error, tuning_area
+from sweet_jax.training.best_state import standard_error, tuning_area
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs

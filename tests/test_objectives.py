@@ -32,7 +32,7 @@ from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.multi_label import MULTI_LABEL, binary_cross_entropy
 from sweet_jax.objectives.regression import REGRESSION, pearson, squared_error
 from sweet_jax.objectives.single_label import SINGLE_LABEL, balanced_weights, reweighted
-from sweet_jax.training.early_stopping import tuning_area
+from sweet_jax.training.best_state import tuning_area
 from sweet_jax.training.losses import compute_step_metrics
 from sweet_jax.training.metrics import find_failures
 from sweet_jax.training.step import init_state, train_step

@@ -15,7 +15,7 @@ def differing_bits(ours: Path, theirs: Path) -> tuple[int, list[str]]:
 
     Compared are the saved model, the outputs of all exits, the probe, the refit, the search of the
     learning rate, the training log, results.json without times, and the state of the last
-    checkpoint: parameters, optimizer, step and the state that early stopping kept.
+    checkpoint: parameters, optimizer, step and the best state so far.
     """
     one, other = contents(ours), contents(theirs)
     total, found = 0, []

@@ -11,7 +11,7 @@ from experiments.faults.compare import contents, count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.launch import Setup, finish, started
 
-# Of one seed the rows of a batch are spread, of four seeds the replicas. No early stopping, probe
+# Of one seed the rows of a batch are spread, of four seeds the replicas. No epochs="auto", probe
 # or refit: which state is kept, or the penalty chosen, must not hang on a last bit.
 _STEPS = 24
 _RECIPE = {

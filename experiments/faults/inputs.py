@@ -10,7 +10,7 @@ WORDS = [f"word{i}" for i in range(40)]
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _LAYERS = 3
 
-# Every phase that a run can have: a probe, a search of the learning rate, early stopping, dropout
+# Every phase that a run can have: a probe, a search of the learning rate, the best state, dropout
 # masks, a refit, baselines, the report; and a checkpoint after each fifteenth step.
 RECIPE: dict[str, Any] = {
     "task": "tiny",

@@ -26,8 +26,8 @@ from sweet_jax.data.padding import (
     worth_compiling,
 )
 from sweet_jax.methods import loss_weights
+from sweet_jax.training.best_state import BestStateTracker
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
-from sweet_jax.training.early_stopping import BestStateTracker
 from sweet_jax.training.initialization import initial_state
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.loop import StepRange, open_step_log, run_steps
@@ -93,12 +93,11 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
         rates = _learning_rates(config, settings)
         steps = StepRange(start, stop, epoch, config.checkpoint_every, check, rates)
         state = _train(job, plan, tracker, checkpoints, state, steps)
-    end = int(np.max(to_host(state.step)))
-    if tracker is not None and end < stop:
-        log.info(tracker.describe_end(end, stop))
+    if tracker is not None and (message := tracker.describe_kept(stop)):
+        log.info(message)
     best = state.params if tracker is None else tracker.best.params
     params = add_replica_axis(gather_params(config, best), replicas)
-    taken = max(0, end - start)
+    taken = max(0, stop - start)
     kept = () if tracker is None else tuple(np.atleast_1d(tracker.best.step).tolist())
     seconds = time.perf_counter() - began
     timing = Timing(seconds, taken * config.batch_size * replicas, kept)
@@ -147,8 +146,7 @@ def _train(
             tracker.log, evaluate = step_log.metrics, tracker.evaluate
             if steps.start == 0:
                 evaluate(0, parts)
-        if tracker is None or not tracker.has_ended(steps.start):
-            parts = run_steps(plan, parts, _batches(job, plan), step_log, save, evaluate)
+        parts = run_steps(plan, parts, _batches(job, plan), step_log, save, evaluate)
         if steps.stop == 0:
             save(0, parts)
     return plan.from_devices(parts)

@@ -137,7 +137,7 @@ def run_steps(
     batch: Callable[[int], tuple[Any, int]],
     step_log: StepLog,
     save: Callable[[int, Any], None],
-    evaluate: Callable[[int, Any], bool] | None = None,
+    evaluate: Callable[[int, Any], None] | None = None,
 ) -> Any:
     """Takes the steps of a training; returns the state after the last one.
 
@@ -146,8 +146,7 @@ def run_steps(
       batch: gives the batch of a step on the devices, and its length.
       step_log: logs metrics, and says which steps.
       save: saves a state as of a step.
-      evaluate: evaluates a state as of a step, every `check` steps and after the last one; returns
-        whether training ends with it.
+      evaluate: evaluates a state as of a step, every `check` steps and after the last one.
 
     Raises PreemptedError where SIGTERM came; the state was saved.
 
@@ -160,14 +159,12 @@ def run_steps(
             step_log.add(number, length, values, plan.lag)
             last, stopped = number + 1 == steps.stop, stops_now()
             if evaluate is not None and (last or (number + 1) % steps.check == 0):
-                last = evaluate(number + 1, state) or last
+                evaluate(number + 1, state)
             if last or (number + 1) % steps.every == 0 or stopped:
                 step_log.flush()
                 save(number + 1, state)
             if stopped:
                 raise PreemptedError(f"stopped by SIGTERM after step {number + 1} of {steps.stop}")
-            if last:
-                break
     return state
 
 

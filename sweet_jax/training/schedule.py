@@ -1,4 +1,4 @@
-"""How long a training lasts, and the rule by which it ends early."""
+"""How long a training lasts, and when it is evaluated."""
 
 import math
 
@@ -11,7 +11,6 @@ from sweet_jax.config import AUTO
 # must be known beforehand: 4.8 epochs of 400 rows, 2.4 of 1,600, 1.3 of 5,400, one from 9,216 on.
 _EXAMPLES = 96
 CHECKS = 8  # evaluations on tuning rows in such a run, the last one after the last step
-PATIENCE = 3  # evaluations in a row, none of which is kept, that end it
 # What `rate_search="short"` gives each rate: this share of the steps, and as many steps at least.
 _SHORT, _SHORTEST = 0.1, 40
 
@@ -33,10 +32,9 @@ def search_steps(steps: int) -> int:
 
 
 def check_interval(epochs: int | str, steps: int) -> int:
-    """Returns the number of steps between two evaluations on tuning rows; 0 for never."""
+    """Returns the number of steps between two evaluations on tuning rows; 0 for never.
+
+    None of them ends training: the learning rate decays to zero over all steps, and the states of
+    its large values, in the first half, do not foretell the last one.
+    """
     return -(-steps // CHECKS) if epochs == AUTO else 0
-
-
-def should_stop(step: int, best_step: int, interval: int) -> bool:
-    """Returns whether training ends at `step`, its best state being that of `best_step`."""
-    return step - best_step >= PATIENCE * interval

@@ -1,4 +1,4 @@
-"""Early stopping: the best state of a training so far, by the area under the curve on tuning rows.
+"""The best state of a training so far, by the area under the curve on tuning rows.
 
 Shape letters: R replica, E exit, M tuning rows, C outputs of an exit (classes).
 """
@@ -21,7 +21,6 @@ from sweet_jax.training.evaluation import compile_evaluation, evaluate
 from sweet_jax.training.job import TrainingJob
 from sweet_jax.training.metrics import MetricsLog
 from sweet_jax.training.parallel import ExecutionPlan, gather_params
-from sweet_jax.training.schedule import PATIENCE, should_stop
 from sweet_jax.training.sharding import add_replica_axis, drop_replica_axis, mesh_of, reshard
 from sweet_jax.training.step import Params, State
 
@@ -118,8 +117,8 @@ class BestStateTracker:
         """Returns the tree that a checkpoint holds."""
         return {"state": state, "best": reshard(self.best, self.shardings)}
 
-    def evaluate(self, step: int, parts: Any) -> bool:
-        """Evaluates the state after so many steps; returns whether training ends with it.
+    def evaluate(self, step: int, parts: Any) -> None:
+        """Evaluates the state after so many steps, and keeps it where it is the best.
 
         parts: the state as the plan's step takes it.
         """
@@ -130,24 +129,19 @@ class BestStateTracker:
             self.log.add_tuning(step, area, by_exit)
         area, error = drop_replica_axis((area, error), len(area))
         self.best = update_best_state(self.best, params, area, error, step)
-        return self.has_ended(step)
 
-    def has_ended(self, step: int) -> bool:
-        """Returns whether no replica's state was kept for long enough before `step`."""
-        newest = int(np.max(self.best.step))
-        return step > 0 and step % self.interval == 0 and should_stop(step, newest, self.interval)
-
-    def describe_end(self, step: int, stop: int) -> str:
-        """Says why training ended after `step` of `stop` steps, and which state is kept."""
+    def describe_kept(self, last: int) -> str:
+        """Says which states of a training of `last` steps are kept; "" where all are the last."""
         steps = np.atleast_1d(self.best.step)
+        if (steps == last).all():
+            return ""
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
         kept = f"the model of {which} is kept"
         if not steps.any():
-            kept = "fine-tuning was no gain there, so that the encoder is kept as it was (step 0)"
+            kept = "the encoder is kept as it was (step 0): fine-tuning was no gain"
         return (
-            f"training stopped early, after {step} of {stop} steps: the last {PATIENCE} "
-            "evaluations on the tuning rows were below the best by more than a standard error; "
-            f"{kept}"
+            f"{kept}; on the tuning rows later ones, of {last} steps in all, were below the best "
+            "by more than a standard error"
         )
 
     def _evaluate(self, params: Params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
