@@ -82,12 +82,11 @@ def test_steps(epochs, rows, steps):
     assert schedule.training_steps(epochs, rows, 16) == steps
 
 
-def test_an_automatic_run_has_eight_evaluations_and_a_fixed_one_none():
-    assert schedule.check_interval("auto", 320) == 40
-    assert schedule.check_interval("auto", 322) == 41
-    assert schedule.check_interval("auto", 3) == 1
-    assert schedule.check_interval("auto", 0) == 0
-    assert schedule.check_interval(5, 320) == 0
+def test_an_automatic_run_has_eight_evaluations():
+    assert schedule.check_interval(320) == 40
+    assert schedule.check_interval(322) == 41
+    assert schedule.check_interval(3) == 1
+    assert schedule.check_interval(0) == 0
     assert schedule.search_steps(30) == 30
     assert schedule.search_steps(322) == 40
     assert schedule.search_steps(1001) == 101

@@ -98,19 +98,11 @@ def standard_error(
 class BestStateTracker:
     """Keeps the best state of a training, on the devices and in its checkpoints."""
 
-    def __init__(
-        self,
-        job: TrainingJob,
-        graphdef: nnx.GraphDef,
-        plan: ExecutionPlan,
-        state: State,
-        interval: int,
-    ):
+    def __init__(self, job: TrainingJob, graphdef: nnx.GraphDef, plan: ExecutionPlan, state: State):
         self._job, self._graphdef, self._plan = job, graphdef, plan
         self.best = initial_best_state(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
         self.shardings = BestState(plan.shardings.params, small, small)
-        self.interval = interval  # steps between two evaluations
         self.log: MetricsLog | None = None  # None where this process writes none
 
     def saved(self, state: State) -> dict[str, Any]:

@@ -81,15 +81,14 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
     plan = make_plan(config, settings, state)
     tracker = None
     if config.epochs == AUTO and not job.short:
-        interval = check_interval(config.epochs, stop)
-        tracker = BestStateTracker(job, settings.graphdef, plan, state, interval)
+        tracker = BestStateTracker(job, settings.graphdef, plan, state)
     with contextlib.closing(Checkpoints(job.workdir / "checkpoints" / model.name)) as checkpoints:
         start, state = _restore(checkpoints, plan, tracker, state)
         if start:
             log.info("%s: resuming at step %d of %d", model.name, start, stop)
         began = time.perf_counter()
         epoch = steps_per_epoch(job.rows.shape[1], config.batch_size)
-        check = tracker.interval if tracker else 0
+        check = check_interval(stop) if tracker else 0
         rates = _learning_rates(config, settings)
         steps = StepRange(start, stop, epoch, config.checkpoint_every, check, rates)
         state = _train(job, plan, tracker, checkpoints, state, steps)

@@ -31,10 +31,10 @@ def search_steps(steps: int) -> int:
     return min(steps, max(_SHORTEST, math.ceil(_SHORT * steps)))
 
 
-def check_interval(epochs: int | str, steps: int) -> int:
-    """Returns the number of steps between two evaluations on tuning rows; 0 for never.
+def check_interval(steps: int) -> int:
+    """Returns the number of steps between two evaluations on tuning rows of a run of so many.
 
-    None of them ends training: the learning rate decays to zero over all steps, and the states of
-    its large values, in the first half, do not foretell the last one.
+    None of them ends training: how good a state is at a large learning rate says little of the last
+    one, at zero (docs/reproduction.md has a case).
     """
-    return -(-steps // CHECKS) if epochs == AUTO else 0
+    return -(-steps // CHECKS)
