@@ -137,7 +137,7 @@ def prepare(config: Config) -> PreparedRun:
         validation=tokenize(tokenizer, dataset.validation, config.max_length),
         rows=RunRows(*(np.searchsorted(used, rows) for rows in drawn)),
         unlabeled=_tokenize_unlabeled(config, dataset, kept.texts, tokenizer, train.labels),
-        objective=_training_objective(config, dataset),
+        objective=_training_objective(config, dataset, dataset.train.labels[drawn.training]),
         targets=kept.labels if units else None,
         units=units,
     )
@@ -183,8 +183,11 @@ def _tokenize_unlabeled(
     return tokenize(tokenizer, Split(texts, labels), config.max_length)
 
 
-def _training_objective(config: Config, dataset: Dataset) -> Objective:
+def _training_objective(config: Config, dataset: Dataset, labels: np.ndarray) -> Objective:
     """Returns the data's objective, with the weights of the config's loss.
+
+    labels: of the rows that each replica trains on, [R, N, ...]. One program trains all replicas:
+    they share their weights.
 
     Raises UserError for weights of another number of classes.
     """
@@ -193,7 +196,7 @@ def _training_objective(config: Config, dataset: Dataset) -> Objective:
     classes = len(dataset.classes)
     weights: tuple[float, ...] = ()
     if config.class_weights == "balanced":
-        weights = balanced_weights(dataset.train.labels, classes)
+        weights = balanced_weights(labels.ravel(), classes)
     elif config.class_weights:
         weights = tuple(map(float, config.class_weights.split(",")))
         if len(weights) != classes:

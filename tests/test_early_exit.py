@@ -287,3 +287,13 @@ def test_an_exit_does_not_depend_on_the_others():
         first = answer(params, mask_key, graphdef)
         second = answer(more, mask_key, other)
         np.testing.assert_allclose(first, second[jnp.array([0, 2])], atol=1e-6)
+
+
+def test_an_exit_answers_in_float32_whatever_the_activations_are():
+    """The mean of a regression's targets is in the bias: 2003.25 is 2000 in bfloat16."""
+    encoder = FAMILIES["bert"].encoder(TINY, KEY, jnp.bfloat16)
+    model = EarlyExit(encoder, (1,), 1, KEY, ExitConfig("mean"), jnp.bfloat16)
+    classifier = model.heads["1"].classifier
+    classifier.bias[...] = jnp.full(1, 2003.25)
+    classifier.kernel[...] = jnp.zeros(TINY.hidden_size)[:, None]
+    np.testing.assert_array_equal(model(BATCH), np.full((1, 4, 1), 2003.25, np.float32))

@@ -158,10 +158,12 @@ def test_targets_and_not_strata_decide_whether_there_is_something_to_learn():
 
 def test_the_loss_is_weighted_by_the_classes_of_the_training_rows(options):
     job = prepare(from_mapping(options | {"class_weights": "balanced"}))
-    counts = np.bincount(job.dataset.train.labels)
+    counts = np.bincount(job.train.labels[job.rows.training].ravel())
     logits, labels = np.zeros((2, 2), np.float32), np.arange(2)
     found = job.objective.row_loss(jnp.asarray(logits), jnp.asarray(labels))
     np.testing.assert_allclose(found, np.log(2) * counts.sum() / (2 * counts), rtol=1e-5)
+    # Not of the file, of which few rows may be drawn: with a row of each class, however rare.
+    assert len(job.dataset.train.labels) > counts.sum()
     with pytest.raises(UserError, match="class_weights has 3 numbers, but there are 2 classes"):
         prepare(from_mapping(options | {"class_weights": "1,2,3"}))
     with pytest.raises(UserError, match="focal_gamma is 2, but head_refit replaces"):

@@ -250,6 +250,9 @@ def test_the_jackknife_is_that_of_the_metric_without_each_row():
     ]
     wanted = np.sqrt(29 * np.var(without))
     assert jackknife_error(NEG_HAMMING_LOSS, given, labels, 4) == pytest.approx(wanted)
+    # Of one row there is none without it.
+    one = jackknife_error(NEG_HAMMING_LOSS, given[:, :1], labels[:1], 4)
+    assert one == pytest.approx(share_standard_error(1.0, 1))
     right = np.stack([labels, labels])  # two rows more of either kind, see share_standard_error
     wanted = np.sqrt(32 / 34 * 2 / 34 / 34)
     assert jackknife_error(NEG_HAMMING_LOSS, right, labels, 4) == pytest.approx(wanted)

@@ -34,8 +34,8 @@ def jackknife_error(
     """Computes the standard error of the mean metric of some exits, which saw the same rows.
 
     By the jackknife, from the metrics without each row (Efron and Stein 1981, "The jackknife
-    estimate of variance", eq. 1.4). Where that is 0, as it is of rows that are all right, it is
-    that of a share of right rows, see `share_standard_error`.
+    estimate of variance", eq. 1.4). Where that is 0, as it is of rows that are all right, or there
+    is a single row, it is that of a share of right rows, see `share_standard_error`.
 
     Args:
       metric: of each exit.
@@ -44,6 +44,8 @@ def jackknife_error(
 
     """
     count = len(targets)
+    if count < 2:
+        return float(share_standard_error(np.ones(()), count))
     rows = metric.row_statistics(predictions, targets, classes).astype(np.float64)  # [E, N, S]
     fixed = metric.target_statistics(targets, classes).astype(np.float64)  # [N, U]
     sums, totals = rows.sum(axis=1, keepdims=True), fixed.sum(axis=0)  # [E, 1, S], [U]

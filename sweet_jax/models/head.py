@@ -71,7 +71,9 @@ class Head(nnx.Module):
         pooled = config.reads.width * encoder.config.hidden_size  # P
 
         def dense(name: str, width: int) -> nnx.Linear:
-            return linear(encoder.config, pooled, width, dtype, nnx.Rngs(derive_key(key, name)))
+            # float32 whatever the activations are: in bfloat16 a target of 2003 would be 2000.
+            rngs = nnx.Rngs(derive_key(key, name))
+            return linear(encoder.config, pooled, width, jnp.float32, rngs)
 
         self.config = config
         learns = config.learning_to_exit != ""
@@ -117,13 +119,13 @@ class Head(nnx.Module):
         """
         pooled = self.pooled(h, mask, pooler, second)
         pooled = dropout(key, pooled, self.dropout_rate)  # [B, P]
-        logits = self.classifier(pooled).astype(jnp.float32)  # [B, C]
+        logits = self.classifier(pooled)  # [B, C]
         kept = pooled.astype(jnp.float32) if features else None
         if self.learning_to_exit is None:
             return ModelOutput(logits, features=kept)
         if self.config.learning_to_exit == "detached":
             pooled = jax.lax.stop_gradient(pooled)
-        unit = self.learning_to_exit(pooled)[:, 0].astype(jnp.float32)  # [B]
+        unit = self.learning_to_exit(pooled)[:, 0]  # [B]
         return ModelOutput(logits, jax.nn.sigmoid(unit), kept)
 
 
