@@ -149,8 +149,8 @@ def _run(options: argparse.Namespace) -> int:
     print(summary, file=sys.stderr if output.streams else sys.stdout)
     if start and start == tally.rows:
         print(
-            f"note: {str(output.path)!r} had all rows already, and nothing was predicted; of a "
-            f"changed input only the last {CHECKED} are noticed: remove it to predict all again",
+            f"note: {str(output.path)!r} had all rows already, and nothing was predicted; of the "
+            f"input only the last {CHECKED} rows were compared: remove it to predict all again",
             file=sys.stderr,
         )
     return _ALL_FAILED if tally.rows and tally.errors == tally.rows else 0

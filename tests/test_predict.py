@@ -134,6 +134,14 @@ def test_a_command_cut_short_resumes_where_the_output_ends(sweet, command, tmp_p
         assert "note" not in printed.err
     assert command("in.jsonl", content, "--threshold=0.8") == (0, again)
     assert "had all rows already, and nothing was predicted" in capsys.readouterr().err
+    # A finished output of another target is no output of this one, whatever its last rows are.
+    assert command("in.jsonl", content, "--threshold=0.80001") == (2, again)
+    assert "was made with another threshold, '0.8'" in capsys.readouterr().err
+    more = content + jsonl(sweet.texts[:3])
+    status, longer = command("in.jsonl", more, "--threshold=0.8")
+    assert (status, longer[: len(again)], len(longer)) == (0, again, len(again) + 3)
+    (tmp_path / ".out.jsonl.identity.json").unlink()  # of an output that was moved
+    assert command("in.jsonl", more, "--threshold=0.80001") == (0, longer)
 
 
 def test_an_interrupted_command_knows_by_what_it_was_begun(
@@ -147,14 +155,14 @@ def test_an_interrupted_command_knows_by_what_it_was_begun(
     assert "resumes where the output ends" in capsys.readouterr().err
     status, still = command("in.jsonl", content, "--threshold=0.81")
     assert (status, still) == (2, begun)
-    assert "was begun with another threshold, '0.8'" in capsys.readouterr().err
+    assert "was made with another threshold, '0.8'" in capsys.readouterr().err
     status, still = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
     assert (status, still) == (2, begun)  # as many bytes, but the rows are others
     assert "not made by this model, target and input" in capsys.readouterr().err
     status, found = command("in.jsonl", content, "--threshold=0.8")
     assert (status, len(found)) == (0, len(sweet.texts))
     assert found[: len(begun)] == begun
-    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+    assert "input" not in json.loads((tmp_path / ".out.jsonl.identity.json").read_text())
 
 
 def call(sweet, *arguments: str) -> int:
@@ -190,7 +198,8 @@ def test_columns_are_carried_along_into_every_format(sweet, tmp_path, suffix):
     assert [row["when"] for row in found] == ["2020-01-01", "2020-01-02", "x"]
     assert [bool(row.get("error")) for row in found] == [False, True, False]
     assert [bool(row.get("label")) for row in found] == [True, False, True]
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    hidden = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert hidden == [".out.jsonl.identity.json"] * (suffix == "jsonl")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -323,9 +332,10 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
     before = (tmp_path / "out.jsonl").read_bytes()
     status, _ = command("in.jsonl", jsonl(sweet.texts), "--threshold=2")
     assert status == 2
-    assert "not made by this model, target and input" in capsys.readouterr().err
+    assert "was made with another threshold, '0.8'" in capsys.readouterr().err
     status, _ = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
     assert status == 2
+    assert "not made by this model, target and input" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 

@@ -71,7 +71,7 @@ class OutputFile:
         self._convert = None if self.streams else TABLE_WRITERS.get(path.suffix.lower())
         aside = path.with_name(f".{path.name}.unfinished.jsonl")
         self._rows = path if self._convert is None else aside
-        self._note = self._rows.with_name(f".{path.name}.unfinished.json")
+        self._note = self._rows.with_name(f".{path.name}.identity.json")
 
     @contextlib.contextmanager
     def open(self, sources: Sequence[Path]) -> Iterator[BinaryIO]:
@@ -114,9 +114,12 @@ class OutputFile:
 
     @contextlib.contextmanager
     def recorded(self, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
-        """Keeps the identity of what makes the rows in a file beside them, until they are finished.
+        """Keeps the identity of what makes the rows in a file beside them.
 
-        Raises UserError if unfinished rows have another identity.
+        Of finished rows without that of the input, to which rows may be added. A table needs none
+        once it is made: it is not resumed.
+
+        Raises UserError if the rows there are have another identity.
         """
         if self.streams:
             yield
@@ -126,16 +129,22 @@ class OutputFile:
             write_json(self._note, ours)
         elif self._note.exists():
             theirs = read_json(self._note)
+            if "input" not in theirs:
+                del ours["input"]
             differing = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
             if differing:
                 key = differing[0]
                 raise UserError(
-                    f"--output {str(self.path)!r} was begun with another {key}, "
+                    f"--output {str(self.path)!r} was made with another {key}, "
                     f"{theirs.get(key)!r}; here it is {ours.get(key)!r}: choose another, or remove "
                     f"{self._rows.name!r}"
                 )
         yield
-        self._note.unlink(missing_ok=True)
+        if self._convert is not None:
+            self._note.unlink(missing_ok=True)
+        else:
+            ours.pop("input", None)
+            write_json(self._note, ours)
 
     def read_existing(self, file: BinaryIO) -> tuple[Tally, list[dict[str, Any]], int]:
         """Reads the rows there are: their tally, the last ones, and where the last whole one ends.
@@ -173,8 +182,8 @@ class OutputFile:
     ) -> None:
         """Compares the last rows of an output with the same rows computed again.
 
-        The input may have been changed, and a finished output does not record what made it. Raises
-        UserError where they differ.
+        The input may have been changed, and what made an output may be unknown. Raises UserError
+        where they differ.
 
         Args:
           last: the last rows.
