@@ -12,9 +12,10 @@ from test_simulation import brute_force, tables
 
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
-from sweet_jax.exits.analysis import analyse
+from sweet_jax.exits.analysis import analyse, load_analysis
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators, outcome_probabilities
 from sweet_jax.exits.cross_fitting import cross_fitted_confidences
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.policies import (
     POLICIES,
     UnlabeledOutputs,
@@ -367,6 +368,26 @@ def test_what_does_not_fit_the_outputs_is_refused():
             simulate(two, policy, calibration=one)
     with pytest.raises(UserError, match="did you mean 'confidence'"):
         cross_fitted_confidences(one, "confidense")
+
+
+def test_calibration_rows_of_another_model_are_refused(tmp_path):
+    logits, labels = np.zeros((1, 2, 3, 2)), [0, 1, 0]
+    ours = ExitOutputs(logits, labels, [1, 2], identity=RunIdentity(classes=("a", "b")))
+    simulate(ours, "pcee", calibration=ExitOutputs(logits, labels, [1, 2]))  # names are not known
+    for message, theirs in (
+        (r"their layers are \[1, 3\]", ExitOutputs(logits, labels, [1, 3])),
+        ("their outputs of an exit are 3", ExitOutputs(np.zeros((1, 2, 3, 3)), labels, [1, 2])),
+        ("their costs are", ExitOutputs(logits, labels, [1, 2], [0.4, 1.0])),
+        ("their classes are", dataclasses.replace(ours, identity=RunIdentity(classes=("a", "c")))),
+    ):
+        for call in (lambda c: simulate(ours, "pcee", calibration=c), lambda c: analyse(c, ours)):
+            with pytest.raises(UserError, match=f"not of the same run: {message}"):
+                call(theirs)
+    for split in ("calibration", "validation"):
+        path = tmp_path / "exit_outputs" / f"{split}.npz"
+        dataclasses.replace(ours, identity=RunIdentity(split="validation")).save(path)
+    with pytest.raises(UserError, match=r"calibration.npz' holds the outputs of validation rows"):
+        load_analysis(tmp_path)
 
 
 @settings(max_examples=50, deadline=None)

@@ -162,11 +162,13 @@ def analyse(
       policy: an exit policy; default the one in the outputs' identity.
       tuning: rows to choose between replicas on; default the calibration rows.
 
-    Raises UserError for an unknown policy, or one that needs scores which the outputs lack.
+    Raises UserError for an unknown policy, or one that needs scores which the outputs lack, and for
+    calibration rows of another model.
 
     """
     policy = policy or validation.identity.policy
     policy_rule(policy)
+    validation.check_calibration(calibration)
     calibrators = fit_calibrators(calibration)
     held_out = calibration_confidences(calibration, policy, calibrators)
     on_calibration = simulate(calibration, lambda *_: held_out)
@@ -202,11 +204,22 @@ def load_analysis(run: Path, policy: str | PolicyFunction | None = None) -> Anal
     if not (folder / "validation.npz").exists():
         raise UserError(f"{str(run)!r} is not a finished run: there is no {folder}/validation.npz")
     calibration, validation = (
-        ExitOutputs.load(folder / f"{split}.npz") for split in ("calibration", "validation")
+        _load_split(folder, split) for split in ("calibration", "validation")
     )
     tuning = folder / "tuning.npz"
     chosen_on = ExitOutputs.load(tuning) if tuning.exists() else None
     return analyse(calibration, validation, policy, chosen_on)
+
+
+def _load_split(folder: Path, split: str) -> ExitOutputs:
+    """Reads the outputs of a split. Raises UserError for those of another one under its name."""
+    outputs = ExitOutputs.load(folder / f"{split}.npz")
+    if outputs.identity.split not in ("", split):
+        raise UserError(
+            f"'{folder / f'{split}.npz'}' holds the outputs of {outputs.identity.split} rows: give "
+            "the run's own file"
+        )
+    return outputs
 
 
 def row_breakpoints(

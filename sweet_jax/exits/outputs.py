@@ -150,6 +150,29 @@ class ExitOutputs:
         measure = self.metric.credit or self.objective.same
         return measure(given, others)
 
+    def check_calibration(self, calibration: "ExitOutputs") -> None:
+        """Raises UserError for calibration rows of another model than these rows.
+
+        Compared is what both say: replicas and names of classes may not be known.
+        """
+        ours, theirs = (
+            {
+                "layers": outputs.layers.tolist(),
+                "costs": outputs.cost.tolist(),
+                "outputs of an exit": outputs.logits.shape[-1],
+                "objective": outputs.identity.objective,
+                "classes": list(outputs.identity.classes) or None,
+                "replicas": list(outputs.identity.replicas) or None,
+            }
+            for outputs in (self, calibration)
+        )
+        for name, value in ours.items():
+            if None not in (value, theirs[name]) and value != theirs[name]:
+                raise UserError(
+                    f"the calibration rows are not of the same run: their {name} are "
+                    f"{theirs[name]}, those of the rows to simulate {value}"
+                )
+
     def replica(self, index: int) -> "ExitOutputs":
         """Returns one replica alone, R = 1."""
         return self._part(slice(index, index + 1), slice(None))

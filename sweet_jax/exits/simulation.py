@@ -65,11 +65,13 @@ def simulate(
 
     Raises:
       UserError: an unknown policy, or one that needs calibration rows, learned scores or
-        probabilities where there are none; an unknown metric; a threshold that is not a number.
+        probabilities where there are none; calibration rows of another model; an unknown metric; a
+        threshold that is not a number.
 
     """
     chosen = outputs.objective.metric(metric or outputs.metric)
     if calibrators is None and calibration is not None:
+        outputs.check_calibration(calibration)
         calibrators = fit_calibrators(calibration)
     confidences = exit_confidences(outputs, policy, calibrators)
     curves = [_simulate_one(outputs.replica(r), p, chosen) for r, p in enumerate(confidences)]
