@@ -253,6 +253,13 @@ def test_a_file_of_which_no_row_can_be_classified_is_status_3(command):
     assert [list(row) for row in found] == [["error"], ["error"]]
 
 
+def test_all_columns_of_a_table_are_carried_along(command):
+    """The list of them is the header, which is not one column of this name."""
+    status, rows = command("in.csv", "id,text\n7,a\n", "--keep=id,text")
+    assert status == 0
+    assert [(row["id"], row["text"]) for row in rows] == [("7", "a")]
+
+
 def test_a_row_whose_text_is_none_keeps_what_is_carried_along(sweet, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "text": 5}\n{"id": 2, "text": "word1"}\n')
     output = tmp_path / "out.jsonl"
