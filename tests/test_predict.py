@@ -360,7 +360,7 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
         ("in.csv", "text\na\n", ["--cost=0.1"], "infeasible: the best reachable"),
         ("in.csv", "text\na\n", ["--batch_size=0"], "batch_size must be at least 1; got 0"),
-        ("in.csv", "text\na\n", ["--dtype=int4"], "dtype must be one of float32, bfloat16"),
+        ("in.csv", "text\na\n", ["--dtype=int4"], "has no precision 'int4': choose"),
         ("in.csv", "text\na\n", ["--model=nowhere/model"], "neither a local directory nor"),
     ],
 )
