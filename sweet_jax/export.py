@@ -158,7 +158,7 @@ def _announce_no_programs(objective: str, policy: str | None, target: Mapping[st
 
     Raises UserError for a policy or a target, which are theirs alone.
     """
-    if policy is not None or set(target) - {"level"}:
+    if policy is not None or target:
         raise UserError(
             "with --format=onnx --policy and targets are for run.py, run.mjs and index.html, which "
             f"do not have the objective {objective!r}: leave them out, and name them to predict or "

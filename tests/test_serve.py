@@ -223,6 +223,7 @@ def test_an_address_that_another_process_took_while_the_model_was_read(
         ({"texts": ["a"], "cots": 1}, 400, "unknown key 'cots'"),
         ({"texts": ["a"], "detail": "yes"}, 400, "detail must be true or false; got 'yes'"),
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
+        ({"texts": ["a"], "threshold": 1e300}, 400, "in size below 1,000,000; got 1e+300"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
         ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
         ({"texts": ["a"], "level": 0.9}, 400, "give risk or agreement too"),
