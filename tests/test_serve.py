@@ -281,6 +281,16 @@ def test_health_and_metrics(server):
     assert "sweet_jax_waiting_texts 0.0" in found
 
 
+def test_a_bug_is_counted_as_status_500(server, monkeypatch):
+    async def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("sweet_jax.server.app._classify", fail)
+    assert server.call("POST", "/v1/predict", b'{"texts": ["a"]}')[0] == 500
+    found = server.call("GET", "/metrics")[1].decode()
+    assert 'sweet_jax_requests_total{status="500"} 1.0' in found
+
+
 def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, texts):
     engine = GatedEngine(classifier.engine)
     running = Running(engine.classify(classifier), waiting=3)
