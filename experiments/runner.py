@@ -25,8 +25,9 @@ from experiments.records import measure, read_study, write_study
 from experiments.rendering import Section, markdown, signed, write_figures
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.tasks import GLUE
+from sweet_jax.directories import lock_directory
 from sweet_jax.distributed import PreemptedError
-from sweet_jax.files import lock_directory, write_json
+from sweet_jax.files import write_json
 
 Options = argparse.Namespace
 

@@ -92,7 +92,7 @@ class ArgumentParser(argparse.ArgumentParser):
         target = self.add_mutually_exclusive_group()
         for name, text in (_TARGETS | (_LATENCY if clock else {})).items():
             target.add_argument(f"--{name}", type=float, help=text)
-        self.add_argument("--level", type=float, default=0.95, help=_LEVEL)
+        self.add_argument("--level", type=float, help=_LEVEL)
 
 
 def target_descriptions() -> dict[str, str]:
@@ -103,7 +103,7 @@ def target_descriptions() -> dict[str, str]:
 def parse_targets(options: argparse.Namespace) -> dict[str, float]:
     """Returns the target that was set and the level, by name.
 
-    Raises UserError for a value out of range.
+    Raises UserError, see `check_targets`.
     """
     values = {name: getattr(options, name, None) for name in TARGET_RANGES}
     check_targets(values, "--")

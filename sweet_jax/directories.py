@@ -1,7 +1,9 @@
-"""Directories that are written anew: whole or not at all, whenever the process is killed."""
+"""Directories locked for one process, and written anew: whole or not at all, whenever it dies."""
 
 import contextlib
+import fcntl
 import filecmp
+import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -44,26 +46,68 @@ def check_new_output(output: Path) -> None:
 
 
 @contextlib.contextmanager
+def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
+    """Locks a directory for this process, until the block ends or the process dies.
+
+    Args:
+      folder: the directory, made if it does not exist.
+      name: what errors call it.
+
+    Raises UserError if it is in use, cannot be written to, or cannot be locked.
+
+    """
+    with _lock(folder, f"{name} {str(folder)!r}"):
+        yield
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, what: str) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the with below
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be written to ({error.strerror}): choose another"
+        ) from error
+    # filelock would fall back to a file that marks the lock where the file system has no flock. A
+    # process that is killed leaves that file behind, and other hosts cannot tell.
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                raise BlockingIOError  # the owner of before removed this file, and another made one
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise UserError(
+                f"{what} is in use by another run: wait for it, or choose another"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{what} is on a file system without locks ({error.strerror}): "
+                "choose another, or mount it with flock"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
 def whole_directory(output: Path) -> Iterator[Path]:
     """Yields an empty directory, which is renamed to `output` at the end, and removed on an error.
 
-    Raises UserError where that is there already, or cannot be made.
+    Raises UserError where that is there already, cannot be made, or is being made by another
+    process.
     """
     check_new_output(output)
-    aside = output.with_name(f".{output.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {str(output)!r} cannot be made ({error.strerror}): choose another"
-        ) from error
-    try:
-        yield aside
-        aside.rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    around = output.with_name(f".{output.name}.part")
+    aside = around / output.name
+    with _lock(around, f"--output {str(output)!r}"):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+            aside.mkdir()
+            yield aside
+            check_new_output(output)  # it may have been made meanwhile
+            aside.rename(output)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # before the lock, by which another begins
+            shutil.rmtree(around, ignore_errors=True)
 
 
 def copy_files(source: Path, target: Path, ignored: Collection[str] = ()) -> None:

@@ -49,7 +49,7 @@ from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import Stage
 from sweet_jax.inference.engine_jax import JaxEngine, load_engine, run_stage, stage_parameters
 from sweet_jax.inference.network import Network
-from sweet_jax.inference.onnx_files import has_graphs
+from sweet_jax.inference.onnx_files import check_not_exported
 from sweet_jax.models.pooling import POOLINGS
 
 _FORMATS = ("stablehlo", "onnx")
@@ -110,8 +110,7 @@ def _export_onnx(
     except ImportError as error:
         package = missing_package(error)
         raise UserError(f'--format=onnx needs {package}: pip install -e ".[onnx]"') from error
-    if has_graphs(model.folder):
-        raise UserError(f"{str(model.folder)!r} was exported already: give the model of its run")
+    check_not_exported(model.folder)
     programs = model.objective.name == "single_label"
     if programs:
         policy = _runner_policy(policy, model.policy, onnx_runners.POLICIES)
@@ -159,7 +158,7 @@ def _announce_no_programs(objective: str, policy: str | None, target: Mapping[st
 
     Raises UserError for a policy or a target, which are theirs alone.
     """
-    if policy is not None or set(target) - {"level"}:
+    if policy is not None or target:
         raise UserError(
             "with --format=onnx --policy and targets are for run.py, run.mjs and index.html, which "
             f"do not have the objective {objective!r}: leave them out, and name them to predict or "

@@ -1,7 +1,6 @@
-"""Paths, atomic writes of files, and directories locked for one process."""
+"""Paths, atomic writes of files, and run directories claimed for one process."""
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import math
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sweet_jax.config import UserError
-from sweet_jax.directories import mend_directories
+from sweet_jax.directories import lock_directory, mend_directories
 
 RUN_ROWS = "rows"  # folder of a run directory: rows that were in memory, kept before it begins
 
@@ -174,41 +173,6 @@ def claim_run_directory(
             if path.is_file():
                 path.unlink(missing_ok=True)
         write_json(workdir / "config.json", identity)
-        yield
-
-
-@contextlib.contextmanager
-def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
-    """Locks a directory for this process, until the block ends or the process dies.
-
-    Args:
-      folder: the directory, made if it does not exist.
-      name: what errors call it.
-
-    Raises UserError if it is in use, cannot be written to, or cannot be locked.
-
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the with below
-    except OSError as error:
-        raise UserError(
-            f"{name} {str(folder)!r} cannot be written to ({error.strerror}): choose another"
-        ) from error
-    # filelock would fall back to a file that marks the lock where the file system has no flock. A
-    # process that is killed leaves that file behind, and other hosts cannot tell.
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{name} {str(folder)!r} is in use by another run: wait for it, or choose another"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"{name} {str(folder)!r} is on a file system without locks ({error.strerror}): "
-                "choose another, or mount it with flock"
-            ) from error
         yield
 
 

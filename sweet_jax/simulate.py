@@ -83,7 +83,7 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
     reached: list[tuple[float, float]] = []
     for r in replicas:
         who = f"seed {analysis.replicas[r][0]}: " if len(replicas) > 1 else ""
-        if targets.keys() == {"level"}:
+        if not targets:
             lines += [who + "each exit alone"] if who else []
             lines += exit_lines(individual_exits(analysis.validation, r), metric)
             who += f"full {metric} is kept at "

@@ -349,6 +349,8 @@ def test_targets_that_cannot_be_met_name_the_best():
         ({"cost": "0.5"}, "cost must be a number; got '0.5'"),
         ({"accuracy": 1.2}, "accuracy must be from 0 to 1; got 1.2"),
         ({"cost": 0.5, "risk": 0.1}, "set one target, not 2: cost, risk"),
+        ({"level": 0.9}, "level is of a certificate: give risk or agreement too"),
+        ({"cost": 0.5, "level": 0.9}, "level is of a certificate: give risk or agreement too"),
     ):
         with pytest.raises(UserError, match=message):
             resolver.threshold("pcee", **target)

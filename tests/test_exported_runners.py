@@ -5,6 +5,7 @@ import http.server
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_the_command_of_python(onnx_model):
     answer = json.loads(run(given='"word0 word5"\n').stdout)
     assert answer.keys() == {"label", "probability", "exit", "cost", "probabilities"}
     for arguments, given, message in (
-        ((), '["a", "b"]', "error: each row must be a text"),
+        ((), '["a", "b"]', "error: row 1 must be a text; got ['a', 'b']"),
         (("int8",), '"a"', "error: no precision 'int8', only ['float32']"),
         ((), "junk", "error: Expecting value"),
     ):
@@ -107,6 +108,35 @@ def test_the_command_of_python(onnx_model):
         assert refused.returncode == 2
         assert refused.stderr.startswith(message)
         assert refused.stderr.count("\n") == 1
+
+
+def test_the_rows_that_python_reads(onnx_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_model, folder)
+    classifier = load_python(folder).Classifier(folder)
+    assert classifier.predict([["word0"]]) == classifier.predict(["word0"])
+    for row in (None, 1, [], [1], ["a", "b"]):
+        with pytest.raises(ValueError, match=f"row 2 must be a text; got {re.escape(repr(row))}"):
+            classifier.predict(["a", row])
+    with pytest.raises(ValueError, match="row 1 holds half a surrogate pair"):
+        classifier.predict(["\ud800"])
+    classifier.about["text_columns"] = ["a", "b"]
+    for row in ("a", None, 1, ["a"], ["a", None], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match="row 1 must be a list of two texts; got "):
+            classifier.predict([row])
+    with pytest.raises(ValueError, match="row 1 holds half a surrogate pair"):
+        classifier.predict([("a", "\udfff")])
+
+
+@pytest.mark.parametrize("damaged", ["tokenizer.json", "onnx/*.bin", "onnx/*.onnx"])
+def test_a_damaged_file_is_one_line(onnx_model, tmp_path, damaged):
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_model, folder)
+    for path in folder.glob(damaged):
+        os.truncate(path, 100)
+    refused = run_program(sys.executable, folder / "run.py", given='"a"')
+    assert refused.returncode == 2
+    assert re.fullmatch("error: cannot read '.*', export it again: .+\n", refused.stderr)
 
 
 def test_a_policy_that_the_programs_lack(sweet, tmp_path, capsys):

@@ -183,6 +183,34 @@ def test_a_directory_is_written_whole_or_not_at_all(tmp_path):
         write("whole")
 
 
+def test_a_directory_that_another_process_writes_is_refused_and_left_alone(tmp_path):
+    """A lock of this process, too, excludes a second opening of the file."""
+    output = tmp_path / "new"
+    with whole_directory(output) as first:
+        (first / "part").write_text("first")
+        words = "new' is in use by another run: wait for it, or choose another"
+        with pytest.raises(UserError, match=words), whole_directory(output):
+            pass
+        assert (first / "part").read_text() == "first"
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["new", "new/part"]
+
+
+def test_what_a_killed_process_left_of_a_directory_is_removed(tmp_path):
+    (tmp_path / ".new.part" / "new").mkdir(parents=True)
+    (tmp_path / ".new.part" / "new" / "half").write_text("of the killed")
+    (tmp_path / ".new.part" / ".lock").touch()
+    with whole_directory(tmp_path / "new") as aside:
+        (aside / "part").touch()
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["new", "new/part"]
+
+
+def test_a_directory_that_is_made_meanwhile_is_not_replaced(tmp_path):
+    made = whole_directory(tmp_path / "new")
+    with pytest.raises(UserError, match="exists: choose another"), made:
+        (tmp_path / "new").mkdir()
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+
+
 def test_copies_of_what_is_read_only_can_be_written_to(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     (old / "within").mkdir(parents=True)

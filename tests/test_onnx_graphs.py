@@ -96,7 +96,7 @@ def test_what_cannot_be_exported_or_read_is_refused(sweet, onnx_model, tmp_path,
         return error
 
     model, output = sweet.classifier.model.folder, f"--output={tmp_path / 'out'}"
-    assert "was exported already" in refusal(onnx_model, output)
+    assert "was exported to ONNX" in refusal(onnx_model, output)
     assert "exists: choose another" in refusal(model, f"--output={tmp_path}")
     assert "leave out --length" in refusal(model, output, "--length=16")
     assert "set --cost" in refusal(model, output, "--milliseconds=3")

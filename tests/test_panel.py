@@ -36,12 +36,12 @@ from experiments.panel_variants import (
     units,
 )
 from sweet_jax.config import from_mapping
+from sweet_jax.directories import lock_directory
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs, RunIdentity, layer_cost
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate
-from sweet_jax.files import lock_directory
 from sweet_jax.preparation import prepare
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "panel"

@@ -262,6 +262,13 @@ def test_a_file_of_which_no_row_can_be_classified_is_status_3(command):
     assert [list(row) for row in found] == [["error"], ["error"]]
 
 
+def test_all_columns_of_a_table_are_carried_along(command):
+    """The list of them is the header, which is not one column of this name."""
+    status, rows = command("in.csv", "id,text\n7,a\n", "--keep=id,text")
+    assert status == 0
+    assert [(row["id"], row["text"]) for row in rows] == [("7", "a")]
+
+
 def test_a_row_whose_text_is_none_keeps_what_is_carried_along(sweet, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "text": 5}\n{"id": 2, "text": "word1"}\n')
     output = tmp_path / "out.jsonl"
@@ -360,10 +367,11 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--measure"], "leave --input and --output out"),
         ("in.xls", "text\na\n", [], "must end in one of .csv"),
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
+        ("in.csv", "text\na\n", ["--level=0.9"], "give --risk or --agreement too"),
         ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
         ("in.csv", "text\na\n", ["--cost=0.1"], "infeasible: the best reachable"),
         ("in.csv", "text\na\n", ["--batch_size=0"], "batch_size must be at least 1; got 0"),
-        ("in.csv", "text\na\n", ["--dtype=int4"], "dtype must be one of float32, bfloat16"),
+        ("in.csv", "text\na\n", ["--dtype=int4"], "has no precision 'int4': choose"),
         ("in.csv", "text\na\n", ["--model=nowhere/model"], "neither a local directory nor"),
     ],
 )

@@ -223,6 +223,7 @@ def test_an_address_that_another_process_took_while_the_model_was_read(
         ({"texts": ["a"], "cots": 1}, 400, "unknown key 'cots'"),
         ({"texts": ["a"], "detail": "yes"}, 400, "detail must be true or false; got 'yes'"),
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
+        ({"texts": ["a"], "threshold": 1e300}, 400, "in size below 1,000,000; got 1e+300"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
         ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
         ({"texts": ["a"], "level": 0.9}, 400, "give risk or agreement too"),
@@ -278,6 +279,16 @@ def test_health_and_metrics(server):
     counted = [float(x.split()[-1]) for x in found.splitlines() if "texts_total{exit" in x]
     assert sum(counted) >= 2
     assert "sweet_jax_waiting_texts 0.0" in found
+
+
+def test_a_bug_is_counted_as_status_500(server, monkeypatch):
+    async def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("sweet_jax.server.app._classify", fail)
+    assert server.call("POST", "/v1/predict", b'{"texts": ["a"]}')[0] == 500
+    found = server.call("GET", "/metrics")[1].decode()
+    assert 'sweet_jax_requests_total{status="500"} 1.0' in found
 
 
 def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, texts):

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweet_jax.config import Config, UserError
+from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.label_checks import describe_classes, label_warnings
 from sweet_jax.data.load import load_dataset
@@ -228,6 +229,29 @@ def test_names_with_a_comma_stand_in_quotes(tmp_path):
     )
     task = load(tmp_path / "rows.csv", text_columns='"a, b", "c, d"').task
     assert task.text_columns == ("a, b", "c, d")
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "names"),
+    [
+        ("rows.csv", "id,text", ("id", "text")),
+        ("rows.csv", "text,id", ("text", "id")),
+        ("rows.tsv", "id,text,n", ("id", "text", "n")),
+        ("rows.csv", "id;text", ("id", "text")),
+        ("rows.csv", '"id,text"', ("id,text",)),
+        ("rows.csv", "id,text;n", ("id,text", "n")),
+        ("rows.tsv", "id,text", ("id,text",)),
+    ],
+)
+def test_the_separator_is_found_by_a_list_of_columns_or_by_one_that_is_named_so(
+    tmp_path, name, header, names
+):
+    (tmp_path / name).write_text(f"{header}\n")
+    assert column_names(tmp_path / name, "id,text") == names
+
+
+def test_names_may_stand_on_several_lines():
+    assert parse_names('a,\n "b\nc"\r\nd') == ("a", "b\nc", "d")
 
 
 def test_a_data_set_saved_on_disk(tmp_path):

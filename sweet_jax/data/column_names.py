@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 from collections.abc import Sequence
 
 from sweet_jax.config import UserError
@@ -26,8 +27,8 @@ def parse_names(text: str, present: Sequence[str] = ()) -> tuple[str, ...]:
     """
     if text in present or text.strip() in {name.strip() for name in present}:
         return (text.strip(),) if text.strip() else ()
-    fields = next(csv.reader([text], skipinitialspace=True), [])
-    return tuple(name.strip() for name in fields if name.strip())
+    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)  # of several lines, too
+    return tuple(name.strip() for fields in rows for name in fields if name.strip())
 
 
 def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[str] = ()) -> Task:

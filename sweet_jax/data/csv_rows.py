@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from sweet_jax.config import UserError
+from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
 from sweet_jax.data.text_files import TextFile
 
@@ -76,8 +77,9 @@ def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
     Args:
       file: of the table.
       delimiter: the separator of fields that its suffix stands for.
-      wanted: names of columns. Another separator is used where a line "sep=" before the header
-        names it, where the header has these columns only with it, or else more than one.
+      wanted: names of columns, or lists of them as `parse_names` reads. Another separator is used
+        where a line "sep=" before the header names it, where the header has these columns only
+        with it, or else more than one.
 
     Raises UserError for a file without a header.
 
@@ -114,7 +116,7 @@ def _find_delimiter(lines: Sequence[str], usual: str, wanted: Sequence[str]) -> 
     fields = {d: next(csv.reader([header], delimiter=d), []) for d in (usual, *_OTHERS)}
     for delimiter, names in fields.items():
         known = {*names, *(name.strip() for name in names)}
-        if wanted and all(name in known or name.strip() in known for name in wanted):
+        if wanted and all(known.issuperset(parse_names(name, names)) for name in wanted):
             return delimiter
     return next((delimiter for delimiter, names in fields.items() if len(names) > 1), usual)
 

@@ -72,7 +72,7 @@ def read_records(path: Path, columns: Columns) -> Generator[Record]:
 
 
 def column_names(path: Path, wanted: str = "") -> tuple[str, ...]:
-    """Returns the names of a file's columns; where one is `wanted`, it tells a CSV's separator.
+    """Returns the names of a file's columns; `wanted` ones, in a list, tell a CSV's separator.
 
     Raises UserError as `read_records` does.
     """

@@ -59,7 +59,9 @@ class Target(TypedDict, total=False):
 
 
 def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
-    """Raises UserError for an unknown target, two that are set, or a value out of its range.
+    """Raises UserError for an unknown target, a value out of its range, or two that are set.
+
+    A level alone, or with another target than a certificate's, is refused too.
 
     Args:
       values: by name in TARGET_RANGES; None where a target is not set.
@@ -78,6 +80,10 @@ def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
     if len(given) > 1:
         names = ", ".join(prefix + name for name in given)
         raise UserError(f"set one target, not {len(given)}: {names}")
+    if values.get("level") is not None and not {"risk", "agreement"} & {*given}:
+        raise UserError(
+            f"{prefix}level is of a certificate: give {prefix}risk or {prefix}agreement too"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

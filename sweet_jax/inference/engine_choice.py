@@ -54,6 +54,21 @@ def available_engines(
     return found
 
 
+def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
+    """Raises UserError for a precision that an engine of PRECISIONS does not have."""
+    if precision in PRECISIONS[engine]:
+        return
+    exported = has_graphs(model.folder)
+    known = [
+        f"{name} with {' or '.join(each)}"
+        for name, each in PRECISIONS.items()
+        if name != "jax" or not exported
+    ]
+    raise UserError(
+        f"the {engine} engine has no precision {precision!r}: choose engine {', or '.join(known)}"
+    )
+
+
 def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
     """Returns the engine where none is named.
 

@@ -25,10 +25,9 @@ from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.batch_split import split_by_length, tokens_of_part
 from sweet_jax.inference.engine import Stage, StageBatch, StageOutput, plan_stages
+from sweet_jax.inference.engine_choice import check_precision
 from sweet_jax.inference.onnx_files import SavedGraphs, has_graphs, read_graphs
 from sweet_jax.inference.onnx_segments import LOW_EXIT_RATE, Segment
-
-DTYPES = ("float32", "int8")
 
 
 def load_engine(
@@ -52,10 +51,7 @@ def load_engine(
     or onnx is not installed, and see `onnx_files.read_graphs` and `onnx_build.build_graphs`.
 
     """
-    if dtype not in DTYPES:
-        raise UserError(
-            f"the onnxruntime engine has {' and '.join(DTYPES)}, not {dtype!r}: use engine=jax"
-        )
+    check_precision("onnxruntime", dtype, model)
     threads = physical_cores() if threads is None else threads
     if threads < 1:
         raise UserError(f"threads must be at least 1; got {threads}")

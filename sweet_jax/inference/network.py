@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import DTYPES, UserError
+from sweet_jax.config import UserError
 from sweet_jax.devices import check_devices
 from sweet_jax.inference.artifact import ModelArtifact
+from sweet_jax.inference.engine_choice import check_precision
+from sweet_jax.inference.onnx_files import check_not_exported
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pooling import POOLINGS
@@ -49,14 +51,14 @@ def load_networks(model: ModelArtifact, dtype: str = "float32") -> tuple[Network
 
     Args:
       model: the saved model.
-      dtype: of parameters and activations, one of DTYPES.
+      dtype: of parameters and activations, "float32" or "bfloat16".
 
-    Raises UserError for another dtype, for tensors that are missing or misshapen, and where JAX
-    finds no device.
+    Raises UserError for another dtype, a folder of graphs, tensors that are missing or misshapen,
+    and where JAX finds no device.
 
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    check_precision("jax", dtype, model)
+    check_not_exported(model.folder)
     check_devices()
     return tuple(
         _load_network(open_checkpoint(str(folder)), exits, model, dtype)

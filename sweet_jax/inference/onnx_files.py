@@ -31,6 +31,15 @@ def has_graphs(folder: Path) -> bool:
     return (folder / FOLDER / _INDEX).exists()
 
 
+def check_not_exported(folder: Path) -> None:
+    """Raises UserError for a folder of graphs: it lacks the weights that these are made from."""
+    if has_graphs(folder):
+        raise UserError(
+            f"{str(folder)!r} was exported to ONNX, without the weights that JAX reads: give the "
+            "folder model/ of its run"
+        )
+
+
 def index_path(folder: Path) -> Path:
     """Returns the path of graphs.json in a model's folder."""
     return folder / FOLDER / _INDEX

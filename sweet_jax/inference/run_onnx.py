@@ -33,6 +33,20 @@ def softmax(logits, temperature):
     return exponents / exponents.sum(axis=1, keepdims=True)
 
 
+def read_row(row, number, pair):
+    """Returns a text, or a pair of texts as a tuple. Raises ValueError for anything else."""
+    parts = [row] if isinstance(row, str) else row
+    texts = isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts)
+    if not texts or len(parts) != 1 + pair:
+        wanted = "a list of two texts" if pair else "a text"
+        raise ValueError(f"row {number} must be {wanted}; got {row!a:.80}")
+    try:
+        "".join(parts).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"row {number} holds half a surrogate pair: {row!a:.80}") from error
+    return tuple(parts) if pair else parts[0]
+
+
 class Classifier:
     """Classifies texts, or pairs of texts as lists of two."""
 
@@ -41,17 +55,22 @@ class Classifier:
         self.plan = self.about["precisions"].get(precision)
         if not self.plan:
             raise ValueError(f"no precision {precision!r}, only {[*self.about['precisions']]}")
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+            graphs = [f"{folder}/onnx/{name}" for name in self.plan["graphs"]]
+            self.sessions = [InferenceSession(graph) for graph in graphs]
+        except Exception as error:  # its kinds are not public
+            reason = " ".join(str(error).split())
+            where = repr(str(folder))
+            raise ValueError(f"cannot read {where}, export it again: {reason:.300}") from error
         self.tokenizer.encode_special_tokens = self.about["split_special_tokens"]
         self.tokenizer.enable_truncation(**self.about["truncation"])
         self.tokenizer.enable_padding(pad_id=self.about["pad_id"])
-        self.sessions = [InferenceSession(f"{folder}/onnx/{name}") for name in self.plan["graphs"]]
 
     def predict(self, rows, batch_size=32):
-        """Returns a dict for each row, in their order."""
+        """Returns a dict for each row, in their order. Raises ValueError, see `read_row`."""
         pair = len(self.about["text_columns"]) == 2
-        if any(isinstance(row, str) == pair for row in rows):
-            raise ValueError(f"each row must be {'a list of two texts' if pair else 'a text'}")
+        rows = [read_row(row, number, pair) for number, row in enumerate(rows, start=1)]
         starts = range(0, len(rows), batch_size)
         return [answer for at in starts for answer in self._predict(rows[at : at + batch_size])]
 

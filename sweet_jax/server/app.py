@@ -39,7 +39,10 @@ class _Metrics:
     def __init__(self, worker: Worker):
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "sweet_jax_requests", "HTTP requests by status", ["status"], registry=self.registry
+            "sweet_jax_requests",
+            "Requests of predictions by HTTP status",
+            ["status"],
+            registry=self.registry,
         )
         self.texts = Counter(
             "sweet_jax_texts", "Texts by the layer they exited at", ["exit"], registry=self.registry
@@ -92,7 +95,11 @@ def _make_routes(service: _Service) -> list[Route]:
 
     def predicts(*formats: Format) -> Callable[[Request], Any]:
         async def predict(request: Request) -> Response:
-            response = await _predict(request, formats, service)
+            try:
+                response = await _predict(request, formats, service)
+            except Exception:  # a bug, which Starlette answers
+                service.metrics.requests.labels(500).inc()
+                raise
             service.metrics.requests.labels(response.status_code).inc()
             return response
 

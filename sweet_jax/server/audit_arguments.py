@@ -84,7 +84,8 @@ def make_audit(classifier: AdaptiveClassifier, options: argparse.Namespace) -> A
     if agreement is None:
         why = "what the calibration rows certify"
         try:
-            agreement = certified_agreement(classifier.model, classifier.rule, options.level)
+            level = options.level or 0.95
+            agreement = certified_agreement(classifier.model, classifier.rule, level)
         except UserError as error:  # SciPy is not installed
             raise UserError(
                 "without SciPy, --audit needs --audit_agreement too: give it, or pip install scipy"

@@ -117,9 +117,8 @@ def read_target(values: Mapping[str, Any]) -> tuple[str | None, dict[str, float]
     for name, value in target.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not abs(value) < LARGEST_NUMBER:
-            raise RefusedError(400, f"{name} must be a number; got {value!r:.40}")
-    if "level" in target and not {"risk", "agreement"} & target.keys():
-        raise RefusedError(400, "level is of a certificate: give risk or agreement too")
+            wanted = f"a number, in size below {LARGEST_NUMBER:,.0f}"
+            raise RefusedError(400, f"{name} must be {wanted}; got {value!r:.40}")
     return policy, target
 
 
