@@ -53,6 +53,7 @@ from sweet_jax.inference.onnx_files import check_not_exported
 from sweet_jax.models.pooling import POOLINGS
 
 _FORMATS = ("stablehlo", "onnx")
+_SHORTEST = 8  # tokens of a text, as of max_length: less has hardly room for special ones
 _PLATFORMS = ("cpu", "cuda", "tpu")
 _POLICIES = {  # that run.py knows, by objective
     "single_label": ("confidence", "raw_confidence"),
@@ -94,8 +95,8 @@ def _run(options: argparse.Namespace) -> None:
     engine = load_engine(model)
     classifier = AdaptiveClassifier(model, options.policy, parse_targets(options), engine)
     length = model.max_length if options.length is None else options.length
-    if not 1 <= length <= model.max_length:
-        raise UserError(f"--length must be from 1 to {model.max_length}; got {length}")
+    if not _SHORTEST <= length <= model.max_length:
+        raise UserError(f"--length must be from {_SHORTEST} to {model.max_length}; got {length}")
     export(classifier, engine, Path(options.output), length)
     print(f"exported: {options.output}")
 

@@ -104,12 +104,16 @@ def parse(argv: Sequence[str]) -> Command:
     for name in ("text", "label", "test", "budget", "output"):
         if first[name].value is not None:
             raise UserError(f"--{name} goes with a file: sweet-jax train FILE --{name}=…")
-    if not first.config or not first.workdir:
+    recipe = _recipe(first.config) if first.config else None
+    if recipe is None or not first.workdir:
         unknown = [text for text in rest[1:] if not text.startswith("--config.")]
         what = f"unknown argument {unknown[0]!r}: " if unknown else ""
-        raise UserError(f"{what}give --config=FILE and --workdir=DIR (--help lists all options)")
+        raise UserError(
+            f"{what}give FILE, a file of labelled rows, or --config=FILE and --workdir=DIR "
+            "(--help lists all options)"
+        )
     workdir = expand_user(first.workdir)  # which no shell does after --workdir=
-    return Command(_overridden(_recipe(first.config), rest), workdir, joining)
+    return Command(_overridden(recipe, rest), workdir, joining)
 
 
 def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:

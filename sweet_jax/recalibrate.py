@@ -40,7 +40,6 @@ from sweet_jax.inference.audit_identity import describe_audited
 from sweet_jax.inference.audit_log import read_audit_log
 from sweet_jax.inference.engine import load_engine
 from sweet_jax.inference.engine_choice import default_engine
-from sweet_jax.inference.latency import LATENCY_FILE
 from sweet_jax.inference.onnx_files import PROGRAMS
 from sweet_jax.inference.recalibration import (
     change_lines,
@@ -151,10 +150,10 @@ def read_labelled(
 def _write_copy(folder: Path, output: Path, files: Mapping[str, Any]) -> None:
     """Writes a copy of a model's folder with other JSON files, whole or not at all.
 
-    Left out is what the thresholds of before were fitted for, measured with or written into:
-    int8.json, the times of this machine, the model card, and the programs of an exported folder.
+    Left out is what the thresholds of before were fitted for or written into: int8.json, the model
+    card, and the programs of an exported folder. The times of stages stay: they have no threshold.
     """
-    stale = {LATENCY_FILE, INT8_FILE, "README.md"}
+    stale = {INT8_FILE, "README.md"}
     if (folder / "run.py").exists():
         stale |= {*PROGRAMS, "run.py", "model.json"}
         print(

@@ -27,7 +27,7 @@ def render_report(run: Path, target: Mapping[str, float], *, picture: bool = Fal
     Args:
       run: its directory.
       target: of the operating point that is recommended, see `ReportDetails`.
-      picture: also write report.png, of the first screen.
+      picture: also write report.png, of the first screen; else one of a report before is removed.
 
     Raises UserError where there is no finished run, or a target that cannot be looked up.
 
@@ -45,6 +45,7 @@ def render_report(run: Path, target: Mapping[str, float], *, picture: bool = Fal
     trained = {model.name: model.exits for model in model_specs(config)}
     page = run / "report.html"
     write_report(page, analysis, results, read_metrics(run), trained, details)
+    page.with_suffix(".png").unlink(missing_ok=True)  # of the report of before
     if picture:
         from sweet_jax.report.first_screen import draw_first_screen, photograph_page
 

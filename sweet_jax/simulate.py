@@ -63,10 +63,14 @@ def _run(options: argparse.Namespace) -> None:
         for line in _answers(analysis, options):
             print(line)
     if len(runs) > 1:
-        from sweet_jax.report.comparison import write_comparison  # imports scikit-learn
+        from sweet_jax.report.comparison import (  # imports scikit-learn
+            check_replaceable,
+            write_comparison,
+        )
 
         path = Path(options.output or "compare.html")
         try:
+            check_replaceable(path)
             write_comparison(path, runs)
         except OSError as error:
             raise UserError(f"--output {str(path)!r}: {error.strerror}") from error

@@ -422,4 +422,4 @@ def test_the_home_of_nobody_is_refused(refused):
 @pytest.mark.parametrize("missing", ["--config", "--workdir"])
 def test_a_missing_argument_is_refused(line, missing, capsys):
     assert main(["main", *(a for a in line if not a.startswith(f"{missing}="))]) == 2
-    assert "give --config=FILE and --workdir=DIR" in one_error(capsys.readouterr().err)
+    assert "--config=FILE and --workdir=DIR" in one_error(capsys.readouterr().err)

@@ -404,19 +404,21 @@ def test_an_argument_for_a_recipe_that_takes_none_is_an_error(parsed):
 
 
 def test_a_misspelt_flag_is_named():
-    with pytest.raises(UserError, match="unknown argument '--workdr=x': give --config=FILE"):
+    with pytest.raises(UserError, match="unknown argument '--workdr=x': give FILE, a file of "):
         parse(["main", "--config=configs/quickstart.py", "--workdr=x"])
 
 
-@pytest.mark.parametrize("given", ["--config=recipe.py", "--workdir=run", ""])
+@pytest.mark.parametrize("given", ["--config=configs/own.py", "--workdir=run", ""])
 def test_config_and_workdir_must_both_be_given(given):
-    with pytest.raises(UserError, match="give --config=FILE and --workdir=DIR"):
+    with pytest.raises(UserError, match=r"give FILE, .* or --config=FILE and --workdir=DIR"):
         parse(["main", *given.split()])
 
 
 def test_an_absent_recipe_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config file '.*absent\.py' does not exist"):
         parse(["main", f"--config={tmp_path / 'absent.py'}", f"--workdir={tmp_path}"])
+    with pytest.raises(UserError, match=r"config file '.*absent\.py' does not exist"):
+        parse(["main", f"--config={tmp_path / 'absent.py'}"])
 
 
 def test_a_method_s_own_isolation_may_be_scheduled(monkeypatch):

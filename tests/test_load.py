@@ -516,6 +516,8 @@ def test_the_first_row_of_glue_mrpc_is_the_published_one(glue_dir):
 def test_an_unknown_task_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match="unknown task 'sst': did you mean 'sst2'"):
         load_dataset(Config(task="sst", data_dir=str(tmp_path)))
+    with pytest.raises(UserError, match=r"unknown task 'own': .*; or name rows of your own, "):
+        load_dataset(Config(task="own"))
 
 
 def test_a_data_directory_without_the_task_names_the_file(tmp_path):

@@ -86,11 +86,11 @@ def test_the_programs_of_an_exported_folder_are_left_out_of_the_copy(tmp_path, c
     old = tmp_path / "old"
     (old / "onnx").mkdir(parents=True)
     left_out = ["README.md", "int8.json", "run.py", "model.json", *PROGRAMS]
-    for name in ("exits.json", "onnx/graphs.json", *left_out):
+    for name in ("exits.json", "clock.json", "onnx/graphs.json", *left_out):
         (old / name).write_text("1")
     _write_copy(old, tmp_path / "new", {"exits.json": {"threshold": 2}})
     assert {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*")} == {
-        "exits.json", "onnx", "onnx/graphs.json"
+        "clock.json", "exits.json", "onnx", "onnx/graphs.json"
     }  # fmt: skip
     assert json.loads((tmp_path / "new" / "exits.json").read_text()) == {"threshold": 2}
     assert "run.py, run.mjs and index.html follow the thresholds of before" in (

@@ -24,7 +24,7 @@ from sweet_jax.exits.simulation import Curve
 from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.files import write_json
 from sweet_jax.report.baselines import Baseline
-from sweet_jax.report.comparison import write_comparison
+from sweet_jax.report.comparison import check_replaceable, write_comparison
 from sweet_jax.report.console import exit_table
 from sweet_jax.report.details import ExitTimes, ReportDetails
 from sweet_jax.report.figures import exits_figure, write_figures
@@ -399,8 +399,9 @@ def test_simulate_overlays_runs_of_one_metric_only(monkeypatch, capsys, tmp_path
 
 def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
     page = tmp_path / "compare.html"
-    done = ask(f"--run={runs[0]}", f"--run={runs[1]}", f"--output={page}")
-    assert done.returncode == 0, done.stderr
+    for _ in range(2):  # a page of its own is replaced
+        done = ask(f"--run={runs[0]}", f"--run={runs[1]}", f"--output={page}")
+        assert done.returncode == 0, done.stderr
     browser.get(page.as_uri())
     names = [trace["name"] for trace in traces(browser, "curves")]
     assert len(names) == 2 * 3 + 1  # each with its floor and its stable oracle, and a band
@@ -575,6 +576,11 @@ def test_numbers_that_diverged_are_null_and_everything_is_written(places, tmp_pa
         (found,) = re.findall(f'id="{name}" type="application/json">(.*?)</script>', page)
         json.loads(found, parse_constant=pytest.fail)
     write_comparison(tmp_path / "compare.html", [("run", analysis)])
+    check_replaceable(tmp_path / "compare.html")
+    check_replaceable(tmp_path / "absent.html")
+    (tmp_path / "kept.json").write_text("{}")
+    with pytest.raises(UserError, match=r"kept.json' exists, and is not a page of this command"):
+        check_replaceable(tmp_path / "kept.json")
     assert "NaN" not in (tmp_path / "compare.html").read_text()
     exits_figure(results)
     about = {"model_type": "bert", "classes": ["n"], "text_columns": ["text"], "max_length": 32}

@@ -226,7 +226,11 @@ def response_schema(document: dict, path: str, status: int) -> dict:
 
 @pytest.mark.parametrize(
     ("method", "path", "status", "allowed"),
-    [("GET", "/v2/predict", 404, None), ("GET", "/v1/predict", 405, "POST")],
+    [
+        ("GET", "/v2/predict", 404, None),
+        ("POST", "/predict/", 404, None),
+        ("GET", "/v1/predict", 405, "POST"),
+    ],
 )
 def test_a_path_or_a_method_that_there_is_not_is_refused_in_json(
     server, method, path, status, allowed

@@ -90,6 +90,8 @@ def test_the_report_has_the_times_and_is_written_anew_for_a_target(trained, caps
     assert "<h1>rows.csv " in page
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith(f"first screen: {folder / 'report.png'}\n")
+    assert cli.main(["report", str(folder), "--cost=0.7"]) == 0
+    assert not (folder / "report.png").exists()  # it showed the other operating point
 
 
 def test_the_report_has_the_times_of_the_engine_that_is_recommended(trained, tmp_path):

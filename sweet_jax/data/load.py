@@ -92,7 +92,10 @@ def task_of(config: Config) -> Task:
     if config.data_files or config.dataset:
         task = GLUE.get(config.task, Task(config.task, ()))
     else:
-        check_choice("task", config.task, GLUE)
+        try:
+            check_choice("task", config.task, GLUE)
+        except UserError as error:
+            raise UserError(f"{error}; or name rows of your own, data_files=FILE") from error
         task = GLUE[config.task]
     columns = parse_names(config.text_columns) or task.text_columns
     objective = OBJECTIVES[config.objective]

@@ -23,7 +23,7 @@ from sweet_jax.inference.engine_choice import EngineChoice
 from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 
 TABLE_NOTE = (
-    '"to 4" is the stage from the exit before to exit 4, "all" the sum: a text that leaves nowhere '
+    '"to E" is the stage from the exit before to exit E, "all" the sum: a text that leaves nowhere '
     "early; a batch is computed at once, and its texts have the same length, in tokens"
 )
 _SECONDS = 0.2  # that a stage is run for, at least

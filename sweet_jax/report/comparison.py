@@ -8,12 +8,28 @@ from pathlib import Path
 
 import numpy as np
 
+from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import Analysis, curve_area
 from sweet_jax.files import write_text
 from sweet_jax.report.charts import COST_AXIS, make_chart
 from sweet_jax.report.page import ENVIRONMENT, read_script
 from sweet_jax.report.results import bound_curve, bound_kinds
 from sweet_jax.report.traces import BOUNDS, Trace, common_curves, exit_color, seed_band
+
+_TITLE = "sweet_jax: runs compared"
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises UserError for a file that is no such page, OSError for one that cannot be read."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        beginning = file.read(1000)
+    if f"<title>{_TITLE}</title>".encode() not in beginning:
+        raise UserError(
+            f"--output {str(path)!r} exists, and is not a page of this command: choose another, or "
+            "remove it"
+        )
 
 
 def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
@@ -49,6 +65,7 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
             }
         )
     page = ENVIRONMENT.get_template("comparison.html").render(
+        title=_TITLE,
         rows=rows,
         scripts={"charts": read_script("charts")},
         chart=make_chart("metric against cost", COST_AXIS, "metric", traces),

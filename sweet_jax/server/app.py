@@ -81,12 +81,14 @@ def make_app(
         await asyncio.to_thread(worker.stop)
 
     after = [] if audit is None else [Middleware(AuditMiddleware, audit, worker.wake)]
-    return Starlette(
+    app = Starlette(
         routes=_make_routes(service),
         lifespan=lifespan,
         middleware=after,
         exception_handlers={HTTPException: _refuse_route},
     )
+    app.router.redirect_slashes = False  # another path is not found, as documented
+    return app
 
 
 def _make_routes(service: _Service) -> list[Route]:
