@@ -8,6 +8,10 @@ class UserError(ValueError):
     """Raised for wrong input of the user, in one line: what, with the value, and how to fix it."""
 
 
+class AbsentFileError(UserError):
+    """Raised for a file of rows that is not found under its name."""
+
+
 def missing_package(error: ImportError) -> str:
     """Returns the name of the package that is not installed.
 

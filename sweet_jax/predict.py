@@ -123,7 +123,7 @@ def _run(options: argparse.Namespace) -> int:
         identity["keep"] = list(columns.kept)
     check_files(sources, columns)  # before an output is begun
     with contextlib.closing(_read_all(sources, columns)) as rows:
-        with output.open(sources) as file, output.recorded(identity, file):
+        with output.open(sources) as file, output.recorded(identity, file) as known:
             tally, last, end = output.read_existing(file)
             rest = itertools.islice(rows, tally.rows - len(last), None)
             predicted = _predict_rows(classifier, rest, columns, options.batch_size)
@@ -149,8 +149,9 @@ def _run(options: argparse.Namespace) -> int:
     print(summary, file=sys.stderr if output.streams else sys.stdout)
     if start and start == tally.rows:
         print(
-            f"note: {str(output.path)!r} had all rows already, and nothing was predicted; of the "
-            f"input only the last {CHECKED} rows were compared: remove it to predict all again",
+            f"note: {str(output.path)!r} had all rows already, and nothing was predicted; compared "
+            f"were {'the model, the target and' if known else 'only'} the last {CHECKED} rows: "
+            "remove it to predict all again",
             file=sys.stderr,
         )
     return _ALL_FAILED if tally.rows and tally.errors == tally.rows else 0

@@ -32,6 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import UserError
+from sweet_jax.errors import AbsentFileError
 from sweet_jax.exits.operating_point import deployable_policies, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import replace_nonfinite, write_json
@@ -77,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
 
     try:
         job = prepare(config)
-    except UserError as error:
+    except AbsentFileError as error:
         raise UserError(f"{error}; {SAME_FOLDER}") from error
     if job.digest != digest:
         raise UserError(f"{options.run!r} was trained on other data: give the same files")

@@ -12,6 +12,7 @@ done, 2 the input is wrong, 1 anything else.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ _TARGETS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    logging.basicConfig(format="warning: %(message)s")  # unless a caller has a format of its own
     return run_command(lambda: _run(_parse(argv)))
 
 

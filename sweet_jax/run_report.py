@@ -7,6 +7,7 @@ from pathlib import Path
 from sweet_jax.config import Config, UserError
 from sweet_jax.data.batches import longer_than
 from sweet_jax.data.load import load_dataset
+from sweet_jax.errors import AbsentFileError
 from sweet_jax.exits.analysis import load_analysis
 from sweet_jax.files import read_json
 from sweet_jax.inference.artifact import ModelArtifact, open_model
@@ -103,9 +104,13 @@ def _read_texts(config: Config, digest: str) -> Sequence[tuple[str, ...]] | None
     try:
         dataset = load_dataset(config)
     except UserError as error:
-        log.warning("the report has no texts: %s; %s", error, SAME_FOLDER)
+        cure = f"; {SAME_FOLDER}" if isinstance(error, AbsentFileError) else ""
+        log.warning("the report lacks its mistakes, which quote texts: %s%s", error, cure)
         return None
     if dataset.digest() != digest:
-        log.warning("the report has no texts: the data are not those of the run any more")
+        log.warning(
+            "the report lacks its mistakes, which quote texts: the data are not those of the run "
+            "any more"
+        )
         return None
     return dataset.validation.texts

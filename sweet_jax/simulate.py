@@ -9,8 +9,9 @@
   sweet-jax simulate --run=runs/a --run=runs/b --output=compare.html
 
 Thresholds are chosen on the calibration rows. Prints the cost and the metric there and on the
-validation rows; where no threshold meets the target, the best that one can reach. Several --run are
-overlaid in one page. Exit status: 0 done, 2 the input is wrong, 1 anything else.
+validation rows; where no threshold meets the target, the best that one can reach, with status 0
+(predict, serve and export refuse such a target). Several --run are overlaid in one page. Exit
+status: 0 done, 2 the input is wrong, 1 anything else.
 
 """
 

@@ -320,6 +320,10 @@ def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
     run = sweet.classifier.model.folder.parent
     with pytest.raises(UserError, match=r"is the folder of a run: give '.*/model'"):
         AdaptiveClassifier.from_pretrained(run)
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "parameters.npz").touch()
+    with pytest.raises(UserError, match=r"exported' was exported to StableHLO, .*: give .* model/"):
+        AdaptiveClassifier.from_pretrained(tmp_path / "exported")
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)
     about = json.loads((folder / "exits.json").read_text())

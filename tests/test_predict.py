@@ -133,7 +133,8 @@ def test_a_command_cut_short_resumes_where_the_output_ends(sweet, command, tmp_p
         assert f"{len(whole)} rows" in printed.out.splitlines()[-1]
         assert "note" not in printed.err
     assert command("in.jsonl", content, "--threshold=0.8") == (0, again)
-    assert "had all rows already, and nothing was predicted" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "had all rows already, and nothing was predicted; compared were the model" in printed
     # A finished output of another target is no output of this one, whatever its last rows are.
     assert command("in.jsonl", content, "--threshold=0.80001") == (2, again)
     assert "was made with another threshold, '0.8'" in capsys.readouterr().err
@@ -142,6 +143,8 @@ def test_a_command_cut_short_resumes_where_the_output_ends(sweet, command, tmp_p
     assert (status, longer[: len(again)], len(longer)) == (0, again, len(again) + 3)
     (tmp_path / ".out.jsonl.identity.json").unlink()  # of an output that was moved
     assert command("in.jsonl", more, "--threshold=0.80001") == (0, longer)
+    assert "compared were only the last 32 rows" in capsys.readouterr().err
+    assert not (tmp_path / ".out.jsonl.identity.json").exists()  # nor is it known now
 
 
 def test_an_interrupted_command_knows_by_what_it_was_begun(

@@ -238,3 +238,8 @@ def test_data_that_are_not_found_are_said_to_be_relative(run, tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(config | {"data_files": "absent.csv"}))
     assert quantize.main([f"--run={folder}"]) == 2
     assert "run this in the folder where the run was trained" in capsys.readouterr().err
+    (folder / "config.json").write_text(json.dumps(config | {"text_columns": "absent"}))
+    assert quantize.main([f"--run={folder}"]) == 2
+    printed = capsys.readouterr().err  # found, but not read: another folder is no cure
+    assert "'absent'" in printed
+    assert "run this in the folder" not in printed

@@ -289,6 +289,8 @@ def test_results_are_json_with_the_contract_s_keys(report):
     assert results["mean"]["individual"][2]["score"] == pytest.approx(
         np.mean([r["individual"][2]["score"] for r in results["replicas"]])
     )
+    described = (Path(__file__).parents[1] / "docs" / "reference" / "files.md").read_text()
+    assert [key for key in results.keys() | replica.keys() if f"{key}`" not in described] == []
     assert any(row["score"] > 0 for row in results["ci95"]["individual"])
     assert " kept full accuracy on " in exit_table(results)
 

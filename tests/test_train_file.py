@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import platform
 import re
 import shlex
@@ -117,13 +118,16 @@ def test_the_report_has_the_times_of_the_engine_that_is_recommended(trained, tmp
     assert cli.main(["report", str(run), "--milliseconds=1"]) == 2
 
 
-def test_a_report_without_texts_says_where_they_are_found(trained, tmp_path, caplog):
+def test_a_report_without_texts_says_where_they_are_found(trained, tmp_path, monkeypatch, capsys):
     """Such as of a file whose name is relative to the folder where the run was trained."""
     run = shutil.copytree(trained[0], tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"data_files": "absent.csv"}))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     assert cli.main(["report", str(run)]) == 0
-    assert "'absent.csv' does not exist; run this in the folder where the run was" in caplog.text
+    printed = capsys.readouterr().err
+    assert printed.startswith("warning: the report lacks its mistakes, which quote texts: ")
+    assert "'absent.csv' does not exist; run this in the folder where the run was" in printed
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from sweet_jax.config import UserError, split_names
 from sweet_jax.data.label_folders import is_hidden, text_files, warn_of_unread
 from sweet_jax.data.records import format_of
+from sweet_jax.errors import AbsentFileError
 from sweet_jax.files import resolve_path
 
 
@@ -36,7 +37,7 @@ def expand_files(name: str) -> list[Path]:
         matches = sorted(map(Path, glob.glob(str(path))))
         found = [match for match in matches if not match.is_dir()]
         if not found:
-            raise UserError(f"no file matches {name!r}")
+            raise AbsentFileError(f"no file matches {name!r}")
         warn_of_unread(name, set(matches).difference(found))
         return found
     if "+" in name:

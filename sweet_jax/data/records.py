@@ -23,6 +23,7 @@ from sweet_jax.data.label_folders import folder_table
 from sweet_jax.data.spreadsheets import excel_table
 from sweet_jax.data.tables import ColumnError, Columns, Record, Table
 from sweet_jax.data.text_files import TextFile, lines_table, open_text
+from sweet_jax.errors import AbsentFileError
 from sweet_jax.files import one_line
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -100,9 +101,9 @@ def open_table(path: Path, columns: Columns) -> Iterator[Table]:
                 yield folder_table(path)
                 return
             if path.is_symlink() and not path.exists():
-                raise UserError(f"{str(path)!r} is a link to a file that does not exist")
+                raise AbsentFileError(f"{str(path)!r} is a link to a file that does not exist")
             if not path.exists():
-                raise UserError(f"{str(path)!r} does not exist")
+                raise AbsentFileError(f"{str(path)!r} does not exist")
             if not kind or (kind == ".txt" and columns.label is not None):
                 known = ", ".join((*FORMATS, *(() if columns.label else (".txt",))))
                 raise UserError(f"{str(path)!r} must end in one of {known} (text also in .gz)")

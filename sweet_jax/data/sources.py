@@ -220,4 +220,4 @@ def naming_source(place: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}: {error}") from error
+        raise type(error)(f"{place}: {error}") from error

@@ -163,12 +163,14 @@ def analyse(
       tuning: rows to choose between replicas on; default the calibration rows.
 
     Raises UserError for an unknown policy, or one that needs scores which the outputs lack, and for
-    calibration rows of another model.
+    calibration or tuning rows of another model.
 
     """
     policy = policy or validation.identity.policy
     policy_rule(policy)
-    validation.check_calibration(calibration)
+    for rows in (calibration, tuning):
+        if rows is not None:
+            validation.check_same_run(rows)
     calibrators = fit_calibrators(calibration)
     held_out = calibration_confidences(calibration, policy, calibrators)
     on_calibration = simulate(calibration, lambda *_: held_out)
@@ -207,7 +209,7 @@ def load_analysis(run: Path, policy: str | PolicyFunction | None = None) -> Anal
         _load_split(folder, split) for split in ("calibration", "validation")
     )
     tuning = folder / "tuning.npz"
-    chosen_on = ExitOutputs.load(tuning) if tuning.exists() else None
+    chosen_on = _load_split(folder, "tuning") if tuning.exists() else None
     return analyse(calibration, validation, policy, chosen_on)
 
 

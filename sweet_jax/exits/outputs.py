@@ -150,8 +150,8 @@ class ExitOutputs:
         measure = self.metric.credit or self.objective.same
         return measure(given, others)
 
-    def check_calibration(self, calibration: "ExitOutputs") -> None:
-        """Raises UserError for calibration rows of another model than these rows.
+    def check_same_run(self, others: "ExitOutputs") -> None:
+        """Raises UserError for calibration or tuning rows of another model than these rows.
 
         Compared is what both say: replicas and names of classes may not be known.
         """
@@ -160,17 +160,18 @@ class ExitOutputs:
                 "layers": outputs.layers.tolist(),
                 "costs": outputs.cost.tolist(),
                 "outputs of an exit": outputs.logits.shape[-1],
+                "number of replicas": outputs.logits.shape[0],
                 "objective": outputs.identity.objective,
                 "classes": list(outputs.identity.classes) or None,
                 "replicas": list(outputs.identity.replicas) or None,
             }
-            for outputs in (self, calibration)
+            for outputs in (self, others)
         )
         for name, value in ours.items():
             if None not in (value, theirs[name]) and value != theirs[name]:
                 raise UserError(
-                    f"the calibration rows are not of the same run: their {name} are "
-                    f"{theirs[name]}, those of the rows to simulate {value}"
+                    f"the {others.identity.split or 'calibration'} rows are not of the same run: "
+                    f"{name} {theirs[name]}, but {value} of the rows to simulate"
                 )
 
     def replica(self, index: int) -> "ExitOutputs":

@@ -71,7 +71,7 @@ def simulate(
     """
     chosen = outputs.objective.metric(metric or outputs.metric)
     if calibrators is None and calibration is not None:
-        outputs.check_calibration(calibration)
+        outputs.check_same_run(calibration)
         calibrators = fit_calibrators(calibration)
     confidences = exit_confidences(outputs, policy, calibrators)
     curves = [_simulate_one(outputs.replica(r), p, chosen) for r, p in enumerate(confidences)]

@@ -170,6 +170,11 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
     """
     if (inside := Path(name) / "model" / "exits.json").exists():
         raise UserError(f"{str(name)!r} is the folder of a run: give {str(inside.parent)!r}")
+    if (Path(name) / "parameters.npz").exists():  # no checkpoint has one
+        raise UserError(
+            f"{str(name)!r} was exported to StableHLO, which its run.py runs: give the folder "
+            "model/ of its run"
+        )
     checkpoint = locate_checkpoint(str(name))
     values = _read_exits(checkpoint.folder)
     if precision == "int8":

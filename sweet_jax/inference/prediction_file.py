@@ -113,21 +113,24 @@ class OutputFile:
             yield file
 
     @contextlib.contextmanager
-    def recorded(self, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[None]:
+    def recorded(self, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[bool]:
         """Keeps the identity of what makes the rows in a file beside them.
 
         Of finished rows without that of the input, to which rows may be added. A table needs none
-        once it is made: it is not resumed.
+        once it is made: it is not resumed. Rows whose identity is not known stay without one.
 
-        Raises UserError if the rows there are have another identity.
+        Yields whether it is known what made the rows there are. Raises UserError if they have
+        another identity.
         """
         if self.streams:
-            yield
+            yield True
             return
         ours = json.loads(json.dumps(identity))
-        if not file.seek(0, os.SEEK_END):
+        begins = not file.seek(0, os.SEEK_END)
+        known = begins or self._note.exists()
+        if begins:
             write_json(self._note, ours)
-        elif self._note.exists():
+        elif known:
             theirs = read_json(self._note)
             if "input" not in theirs:
                 del ours["input"]
@@ -139,10 +142,10 @@ class OutputFile:
                     f"{theirs.get(key)!r}; here it is {ours.get(key)!r}: choose another, or remove "
                     f"{self._rows.name!r}"
                 )
-        yield
+        yield known
         if self._convert is not None:
             self._note.unlink(missing_ok=True)
-        else:
+        elif known:
             ours.pop("input", None)
             write_json(self._note, ours)
 
