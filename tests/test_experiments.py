@@ -483,7 +483,7 @@ def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, capsys):
     assert individual.run([*full, "--list"]) == 0
     assert "failed  rte-sweet" in capsys.readouterr().out
     assert individual.run(full) == 1  # it is not tried again, and said so
-    assert "rte-sweet failed before: UserError: " in capsys.readouterr().err
+    assert "rte-sweet failed before: AbsentFileError: " in capsys.readouterr().err
 
 
 def test_a_cell_whose_outputs_cannot_be_kept_has_failed(arguments, tmp_path):
