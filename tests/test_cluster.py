@@ -264,7 +264,7 @@ def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch
     assert process.returncode == 1  # there are no rows of rte
     states = manifest(tmp_path)
     assert states["rte-sweet"]["state"] == "failed"
-    assert states["rte-sweet"]["error"].startswith("UserError: ")
+    assert states["rte-sweet"]["error"].startswith("AbsentFileError: ")
     assert states["rte-sweet"]["attempts"] == 1
     assert states["sst2-sweet"]["state"] == "done"
     assert "rte-sweet failed: UserError: " in errors
