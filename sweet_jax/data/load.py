@@ -95,7 +95,9 @@ def task_of(config: Config) -> Task:
         try:
             check_choice("task", config.task, GLUE)
         except UserError as error:
-            raise UserError(f"{error}; or name rows of your own, data_files=FILE") from error
+            raise UserError(
+                f"{error}; or name rows of your own, --config.data_files=FILE"
+            ) from error
         task = GLUE[config.task]
     columns = parse_names(config.text_columns) or task.text_columns
     objective = OBJECTIVES[config.objective]
