@@ -44,6 +44,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
 from sweet_jax.config import UserError
 from sweet_jax.errors import missing_package
+from sweet_jax.exits.targets import check_targets
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES
 from sweet_jax.inference.engine_choice import describe_default
@@ -88,7 +89,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_audit_arguments(parser)
     options = parser.parse_args(argv)
-    parse_targets(options)
+    _parse_target(options)
     for name in (*limits, "timeout"):
         if not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} must be more than 0; got {getattr(options, name)}")
@@ -96,6 +97,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--port must be from 0 (any free one) to 65535; got {options.port}")
     check_audit_arguments(options)
     return options
+
+
+def _parse_target(options: argparse.Namespace) -> dict[str, float]:
+    """Returns the target of the answers. Raises UserError, see `check_targets`.
+
+    Beside an audit a level without a certificate is that of what the calibration rows certify, see
+    `make_audit`.
+    """
+    if options.audit and options.risk is None and options.agreement is None:
+        check_targets({"agreement": 0, "level": options.level}, "--")
+        options = argparse.Namespace(**vars(options) | {"level": None})
+    return parse_targets(options)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -109,7 +122,7 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f'the server needs {package}: pip install -e ".[serve]"') from error
 
     with _bound(options.host, options.port) as listener:
-        target = parse_targets(options)
+        target = _parse_target(options)
         classifier = AdaptiveClassifier.from_pretrained(
             options.model,
             policy=options.policy,

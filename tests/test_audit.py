@@ -481,6 +481,8 @@ def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sw
     ("arguments", "message"),
     [
         (["--audit=2"], "--audit must be a share from 0 to 1; got 2"),
+        (["--level=0.9"], "--level is of a certificate: give --risk or --agreement too"),
+        (["--audit=1", "--level=2"], "--level must be from 0.5 to 0.9999; got 2"),
         (["--audit_log=x"], "--audit_log needs --audit=SHARE"),
         (["--audit=1", "--audit_agreement=1.5"], "--audit_agreement must be between 0 and 1"),
         (["--audit=1", "--audit_webhook=http://example.com/x"], "must be an address of this mach"),
@@ -508,4 +510,6 @@ def test_without_scipy_the_agreement_is_to_be_given(classifier, monkeypatch, cap
     with pytest.raises(UserError, match=r"^without SciPy, --audit needs --audit_agreement too: gi"):
         make_audit(classifier, serve._parse(options))
     make_audit(classifier, serve._parse([*options, "--audit_agreement=0.9"]))
+    # The level of what the calibration rows certify: no target of the answers is needed.
+    assert serve._parse([*options, "--level=0.9"]).level == 0.9
     assert "when agreement falls below 0.9000 (asked for)" in capsys.readouterr().out

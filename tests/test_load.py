@@ -516,7 +516,7 @@ def test_the_first_row_of_glue_mrpc_is_the_published_one(glue_dir):
 def test_an_unknown_task_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match="unknown task 'sst': did you mean 'sst2'"):
         load_dataset(Config(task="sst", data_dir=str(tmp_path)))
-    with pytest.raises(UserError, match=r"unknown task 'own': .* own, --config\.data_files=FILE"):
+    with pytest.raises(UserError, match=r"unknown task 'own': .* by --config\.data_files=FILE"):
         load_dataset(Config(task="own"))
 
 

@@ -96,7 +96,7 @@ def task_of(config: Config) -> Task:
             check_choice("task", config.task, GLUE)
         except UserError as error:
             raise UserError(
-                f"{error}; or name rows of your own, --config.data_files=FILE"
+                f"{error} (rows of your own are named by --config.data_files=FILE)"
             ) from error
         task = GLUE[config.task]
     columns = parse_names(config.text_columns) or task.text_columns
