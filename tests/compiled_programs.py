@@ -77,9 +77,14 @@ def check_reduced(each: list[Compiled], shape: shapes.Shape, *, joined: bool = F
     assert least <= sum(counts) + sum(passed) <= 1.6 * sum(sizes(shape))
 
 
+def product_types(text: str) -> list[str]:
+    """The types of the results of all matrix products, as "bf16" or "f32"."""
+    return re.findall(r"= (\w+)\[[^=]*? (?:convolution|dot)\(", text)
+
+
 def narrow_products(text: str) -> float:
     """The share of the matrix products whose result is bfloat16."""
-    products = re.findall(r"= (\w+)\[[^=]*? (?:convolution|dot)\(", text)
+    products = product_types(text)
     return products.count("bf16") / len(products)
 
 

@@ -24,7 +24,7 @@ from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
 from sweet_jax.inference.latency import read_latency
 from sweet_jax.inference.latency_table import LatencyTable
-from sweet_jax.inference.network import Network
+from sweet_jax.inference.network import Network, load_networks
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
@@ -289,6 +289,13 @@ def test_deep_stages_run_full(sweet):
 def test_bfloat16_is_close(sweet):
     folder = sweet.classifier.model.folder
     coarse = AdaptiveClassifier.from_pretrained(folder, threshold=2.0, dtype="bfloat16")
+    (network,) = load_networks(sweet.classifier.model, "bfloat16")
+    types = {
+        part: {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+        for part, params in network.params.items()
+    }
+    # A regression's mean is in a head's bias: bfloat16 has 2000 where it is 2003.
+    assert types == {"encoder": {"bfloat16"}, "heads": {"float32"}}
     texts = sweet.texts[:8]  # in one batch, so that there is one length to compile for
     fine = sweet.classifier.at(threshold=2.0).predict(texts, 3, "latency").probabilities
     assert 0 < np.abs(coarse.predict(texts, 8, "latency").probabilities - fine).max() < 0.05

@@ -1,6 +1,7 @@
 """Programs compiled by the TPU's own compiler, for machines that are not there."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_programs import (
@@ -9,6 +10,7 @@ from compiled_programs import (
     check_update,
     narrow_products,
     parameters,
+    product_types,
     shape_of,
 )
 from flax import nnx
@@ -91,7 +93,8 @@ def test_evaluation_and_the_probe_s_features(topology, features):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_stage_of_serving(topology):
     shape = shape_of("bert", (1, 2, 3))
-    params = jax.tree.map(lambda x: np.asarray(x, jax.numpy.bfloat16), parameters(shape))
+    params = parameters(shape)
+    params["encoder"] = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params["encoder"])
     graphdef = nnx.split(nnx.eval_shape(lambda: shape.model(0, "bfloat16")))[0]
     engine = JaxEngine([Network(shape.exits, graphdef, params)], 0)
     device, slots = tpu_programs.devices_of(topology)[0], 8
@@ -100,7 +103,7 @@ def test_every_stage_of_serving(topology):
         program = engine.lower(stage, 4, SIZE.length, used, device).compile()
         text, memory = program.as_text(), program.memory_analysis()
         assert not list(tpu_programs.collectives(text))
-        assert narrow_products(text) > 0.9
+        assert product_types(text).count("f32") == 1  # the classifier's
         assert memory.temp_size_in_bytes < 4 * 2**20
         # The hidden states of a stage are written in place.
         states = 2 * slots * SIZE.length * shape.config.hidden_size

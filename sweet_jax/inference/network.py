@@ -51,7 +51,7 @@ def load_networks(model: ModelArtifact, dtype: str = "float32") -> tuple[Network
 
     Args:
       model: the saved model.
-      dtype: of parameters and activations, "float32" or "bfloat16".
+      dtype: of the encoder's parameters and activations, "float32" or "bfloat16".
 
     Raises UserError for another dtype, a folder of graphs, tensors that are missing or misshapen,
     and where JAX finds no device.
@@ -82,8 +82,12 @@ def _load_network(
 
     graphdef, shapes = nnx.split(nnx.eval_shape(make))
     heads = _pick_heads(nnx.to_pure_dict(shapes)["heads"], weights.exits, checkpoint)
-    found = {"encoder": weights.first_layers(checkpoint.depth), "heads": heads}
-    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), found)
+    encoder = weights.first_layers(checkpoint.depth)
+    params = {
+        "encoder": jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), encoder),
+        # float32, in which they compute: see `Head`.
+        "heads": jax.tree.map(lambda x: x.astype(jnp.float32), heads),
+    }
     return Network(exits, graphdef, params, model.pooling, checkpoint.family.model_type)
 
 
