@@ -267,7 +267,7 @@ def test_a_failed_cell_does_not_stop_the_others(arguments, tmp_path, monkeypatch
     assert states["rte-sweet"]["error"].startswith("AbsentFileError: ")
     assert states["rte-sweet"]["attempts"] == 1
     assert states["sst2-sweet"]["state"] == "done"
-    assert "rte-sweet failed: UserError: " in errors
+    assert "rte-sweet failed: AbsentFileError: " in errors
     assert "Traceback" not in errors
     assert all(re.match(r"(rte|sst2)-sweet on |\[[12]/2\] ", line) for line in out.splitlines())
 
