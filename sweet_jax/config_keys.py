@@ -185,7 +185,7 @@ MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
         "metric": "The reported metric, one of the objective's; \"\" is the task's.",
     },
     "Hardware": {
-        "dtype": "Type of activations; parameters are float32.",
+        "dtype": "Type of the encoder's activations; parameters and classifiers are float32.",
         "attention": "einsum is this library's own; the others are jax.nn.dot_product_attention's.",
         "attention_dropout": 'Dropout of attention weights: "" is the checkpoint\'s.',
         "remat": (

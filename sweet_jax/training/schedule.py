@@ -1,4 +1,4 @@
-"""How long a training lasts, and when it is evaluated."""
+"""The number of steps of a training, and of those between its evaluations."""
 
 import math
 
