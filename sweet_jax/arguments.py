@@ -7,7 +7,7 @@ from typing import Any
 
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.exits.policies import POLICIES
-from sweet_jax.exits.targets import TARGET_RANGES, check_targets
+from sweet_jax.exits.targets import DEFAULT_LEVEL, TARGET_RANGES, check_targets
 from sweet_jax.standard_output import escape_characters, flush_output, print_text
 from sweet_jax.storage_errors import (
     access_failure,
@@ -33,7 +33,7 @@ _LATENCY = {
     "alone (tokenizing, evaluating the policy and HTTP are not counted), by the times that "
     "predict --measure or sweet-jax train FILE kept on this machine",
 }
-_LEVEL = "confidence of a certificate (default 0.95)"
+_LEVEL = f"confidence of a certificate (default {DEFAULT_LEVEL:g})"
 
 
 class ArgumentParser(argparse.ArgumentParser):

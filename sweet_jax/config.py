@@ -5,7 +5,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from sweet_jax.config_checks import check_type, check_values
+from sweet_jax.config_checks import check_values
+from sweet_jax.config_values import check_type
 from sweet_jax.errors import UserError as UserError  # most of the package has it from here
 from sweet_jax.errors import check_choice
 from sweet_jax.methods import METHODS

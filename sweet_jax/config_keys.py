@@ -3,10 +3,10 @@
 import dataclasses
 
 from sweet_jax.config import CHOICES, Config
-from sweet_jax.config_checks import RANGES
+from sweet_jax.config_values import RANGES
 
 # By group: key → its meaning, or (its meaning, the allowed values in words) where these are not
-# those of `config.CHOICES` or `config_checks.RANGES`, and the key is no flag.
+# those of `config.CHOICES` or `config_values.RANGES`, and the key is no flag.
 MEANINGS: dict[str, dict[str, str | tuple[str, str]]] = {
     "Data": {
         "task": (

@@ -57,8 +57,8 @@ from ml_collections import ConfigDict, config_flags
 from sweet_jax import config as configuration
 from sweet_jax.arguments import run_command
 from sweet_jax.config import Config, UserError
-from sweet_jax.config_checks import check_type
 from sweet_jax.config_keys import describe_keys
+from sweet_jax.config_values import check_type
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import expand_user, join_sources, one_line
 from sweet_jax.recipe import OWN_DATA

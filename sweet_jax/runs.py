@@ -9,25 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.ipc
 
 from sweet_jax.config import Config, UserError, from_mapping
-from sweet_jax.data.tables import find_column
+from sweet_jax.data.in_memory import write_rows
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, policy_reference
 from sweet_jax.exits.simulation import Curve, simulate
 from sweet_jax.exits.targets import Target, check_targets
-from sweet_jax.files import (
-    RUN_ROWS,
-    atomic_write,
-    expand_user,
-    is_unclaimed,
-    join_sources,
-    read_json,
-)
+from sweet_jax.files import RUN_ROWS, expand_user, join_sources, read_json
 from sweet_jax.recipe import OWN_DATA
 
 if TYPE_CHECKING:
@@ -100,7 +91,7 @@ def run_config(
     config = from_mapping({**OWN_DATA, **given, **values})
     for file, part in zip(files, parts.values(), strict=True):
         if not isinstance(part, str | Path):
-            _write_rows(part, kept, Path(file), workdir)
+            write_rows(part, kept, Path(file), workdir)
     return config
 
 
@@ -114,61 +105,6 @@ def _file_of(data: Any, name: str, workdir: Path) -> str:
     if isinstance(data, str | Path):
         return str(data)
     return str(workdir.resolve() / RUN_ROWS / f"{name}.arrow")
-
-
-def _write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> None:
-    """Writes rows in memory to a file of the workdir, unless a run has them already.
-
-    Raises UserError for data that is no table, and where a run has other rows.
-    """
-    table = _table_of(data)
-    if columns:  # the others are nobody's business, and may be large
-        table = table.select([find_column(name, table.column_names) for name in columns])
-    try:
-        if path.exists() and not is_unclaimed(workdir):
-            with pa.memory_map(str(path)) as source:
-                if _same_rows(pa.ipc.open_file(source).read_all(), table):
-                    return
-            raise UserError(
-                f"workdir {str(workdir)!r} belongs to a run on other rows: choose another workdir, "
-                "or remove this one"
-            )
-        with atomic_write(path) as aside, pa.ipc.new_file(str(aside), table.schema) as writer:
-            writer.write_table(table)
-    except OSError as error:
-        raise UserError(
-            f"workdir {str(workdir)!r} cannot be used ({error}): choose another"
-        ) from error
-
-
-def _same_rows(one: pa.Table, other: pa.Table) -> bool:
-    """Returns whether two tables have the same columns and values, of whichever types of Arrow."""
-    ours, theirs = one.to_pydict(), other.to_pydict()
-    return ours.keys() == theirs.keys() and all(
-        len(values) == len(theirs[name])
-        # A missing number, NaN, equals no other.
-        and all(a == b or repr(a) == repr(b) for a, b in zip(values, theirs[name], strict=True))
-        for name, values in ours.items()
-    )
-
-
-def _table_of(data: Any) -> pa.Table:
-    """Returns rows in memory as a table. Raises UserError for anything that is none."""
-    try:
-        if isinstance(data, pa.Table):
-            return data
-        if isinstance(data, Mapping):
-            return pa.table(dict(data))
-        if hasattr(data, "to_pandas") and hasattr(data, "num_rows"):  # a datasets.Dataset
-            return data.with_format("arrow")[:]
-        if hasattr(data, "iterrows"):
-            return pa.Table.from_pandas(data, preserve_index=False)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise UserError(f"data cannot be read as a table: {error}") from error
-    raise UserError(
-        "data must be the name of a file, a DataFrame, a Dataset, or a dict of columns such as "
-        f"{{'text': [...], 'label': [...]}}; got {type(data).__name__}"
-    )
 
 
 class Run:

@@ -58,24 +58,28 @@ def _run(options: argparse.Namespace) -> None:
     if len(set(metrics.values())) > 1:
         each = ", ".join(f"{metric} of {name}" for name, metric in metrics.items())
         raise UserError(f"one page cannot hold curves of several metrics ({each}): give --run once")
+    if len(runs) > 1:
+        _write_page(Path(options.output or "compare.html"), runs)
     for name, analysis in runs:
         if len(runs) > 1:
             print(f"{name}:")
         for line in _answers(analysis, options):
             print(line)
-    if len(runs) > 1:
-        from sweet_jax.report.comparison import (  # imports scikit-learn
-            check_replaceable,
-            write_comparison,
-        )
 
-        path = Path(options.output or "compare.html")
-        try:
-            check_replaceable(path)
-            write_comparison(path, runs)
-        except OSError as error:
-            raise UserError(f"--output {str(path)!r}: {error.strerror}") from error
-        print(f"curves: {path}")
+
+def _write_page(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
+    """Writes the page that overlays several runs. Raises UserError where that cannot be."""
+    from sweet_jax.report.comparison import (  # imports scikit-learn
+        check_replaceable,
+        write_comparison,
+    )
+
+    try:
+        check_replaceable(path)
+        write_comparison(path, runs)
+    except OSError as error:
+        raise UserError(f"--output {str(path)!r}: {error.strerror}") from error
+    print(f"curves: {path}")
 
 
 def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:

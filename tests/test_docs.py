@@ -185,7 +185,15 @@ def test_the_reference_page_describes_every_key():
 # From what is imported to what imports; docs/architecture.md has the same table.
 LEVELS = [
     {
-        *("errors", "config", "config_checks", "config_keys", "methods", "presets"),
+        *(
+            "errors",
+            "config",
+            "config_checks",
+            "config_values",
+            "config_keys",
+            "methods",
+            "presets",
+        ),
         *("recipe", "files", "directories", "saved_config"),
         *("storage_errors", "standard_output", "devices", "distributed"),
         "compilation_cache",

@@ -11,6 +11,7 @@ import numpy as np
 
 from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
+from sweet_jax.exits.targets import DEFAULT_LEVEL
 
 CERTIFICATE_KINDS = ("risk", "agreement")
 NEVER = float(np.finfo(np.float64).max)  # a threshold that no confidence reaches, valid in JSON
@@ -94,7 +95,7 @@ class LossCounts:
     harmed: np.ndarray
     rows: int
 
-    def kept_at(self, threshold: float, level: float = 0.95, compared: int = 1) -> float:
+    def kept_at(self, threshold: float, level: float = DEFAULT_LEVEL, compared: int = 1) -> float:
         """Computes a lower confidence bound of the share not harmed at a threshold.
 
         At the candidate of `share_kept`, see `candidate_bounds`; 1 where nothing leaves early.
@@ -149,7 +150,7 @@ def count_losses(
 
 
 def certify(
-    counts: LossCounts, limit: float, level: float = 0.95, compared: int = 1
+    counts: LossCounts, limit: float, level: float = DEFAULT_LEVEL, compared: int = 1
 ) -> Certificate:
     """Certifies the least strict threshold with at most `limit` harmed, at confidence `level`.
 
@@ -168,7 +169,9 @@ def certify(
     return Certificate(*about, threshold, float(bounds[at]), counts.harmed[at].item(), counts.rows)
 
 
-def candidate_bounds(counts: LossCounts, level: float = 0.95, compared: int = 1) -> np.ndarray:
+def candidate_bounds(
+    counts: LossCounts, level: float = DEFAULT_LEVEL, compared: int = 1
+) -> np.ndarray:
     """Computes the upper confidence bound of the share that each candidate harms, float64 [K].
 
     The exact binomial one, see `upper_bound`. A model chosen out of several by these rows is tested

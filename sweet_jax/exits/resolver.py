@@ -25,10 +25,9 @@ from sweet_jax.exits.certificates import (
 )
 from sweet_jax.exits.pareto import ParetoFront
 from sweet_jax.exits.policies import POLICIES, policy_rule
-from sweet_jax.exits.targets import TargetTable, check_targets
+from sweet_jax.exits.targets import DEFAULT_LEVEL, TargetTable, check_targets
 from sweet_jax.objectives import OBJECTIVES
 
-_LEVEL = 0.95
 _ROUNDING = 1e-12  # of a cost or a metric
 # Under PCEE an accuracy is the threshold itself: a table holds these.
 _ACCURACIES = np.round(np.arange(200, -1, -1) / 200, 3)
@@ -135,7 +134,7 @@ class ThresholdResolver:
                 f"this model was not calibrated for the policy {policy!r}: set policy to one of "
                 f"{', '.join(self.fronts)}"
             )
-        level = values.pop("level", _LEVEL)
+        level = values.pop("level", DEFAULT_LEVEL)
         name, value = next(iter(values.items()), ("", self.full))
         if name == "threshold":
             # Minus infinity is the confidence of an exit that nothing may leave at.
@@ -176,7 +175,7 @@ class ThresholdResolver:
                 "the largest that it may be"
             )
 
-    def table(self, policy: str, target: str, level: float = _LEVEL) -> TargetTable:
+    def table(self, policy: str, target: str, level: float = DEFAULT_LEVEL) -> TargetTable:
         """Tabulates what `resolve` chooses for every value of "cost", "accuracy" or a certificate.
 
         Under PCEE, where an accuracy is the threshold itself, in steps of 0.005. Raises UserError
@@ -215,7 +214,7 @@ class ThresholdResolver:
         return TargetTable(time[use], front.threshold[use], True)
 
     def certificate(
-        self, policy: str, kind: str, limit: float, level: float = _LEVEL
+        self, policy: str, kind: str, limit: float, level: float = DEFAULT_LEVEL
     ) -> Certificate:
         """Certifies a policy's threshold, see `certify`. Raises UserError where none can be."""
         return certify(self._loss_counts(policy, kind), limit, level, self.compared)

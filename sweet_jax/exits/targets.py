@@ -12,6 +12,7 @@ import numpy as np
 
 from sweet_jax.config import UserError, check_choice
 
+DEFAULT_LEVEL = 0.95  # confidence of a certificate
 # The values that each target may have, and those of the confidence level of a certificate.
 TARGET_RANGES = {
     "threshold": (-np.inf, np.inf),

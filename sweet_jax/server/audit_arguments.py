@@ -6,6 +6,7 @@ import urllib.parse
 
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.config import UserError
+from sweet_jax.exits.targets import DEFAULT_LEVEL
 from sweet_jax.inference.audit_statistics import certified_agreement
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.server.audit import Audit, AuditSettings
@@ -84,7 +85,7 @@ def make_audit(classifier: AdaptiveClassifier, options: argparse.Namespace) -> A
     if agreement is None:
         why = "what the calibration rows certify"
         try:
-            level = options.level or 0.95
+            level = options.level or DEFAULT_LEVEL
             agreement = certified_agreement(classifier.model, classifier.rule, level)
         except UserError as error:  # SciPy is not installed
             raise UserError(

@@ -1,0 +1,67 @@
+"""Labelled rows in memory, kept in a run's directory: DataFrames, data sets, tables and dicts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+
+from sweet_jax.config import UserError
+from sweet_jax.data.tables import find_column
+from sweet_jax.files import atomic_write, is_unclaimed
+
+
+def write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> None:
+    """Writes rows in memory to a file of the workdir, unless a run has them already.
+
+    Raises UserError for data that is no table, and where a run has other rows.
+    """
+    table = _table_of(data)
+    if columns:  # the others are nobody's business, and may be large
+        table = table.select([find_column(name, table.column_names) for name in columns])
+    try:
+        if path.exists() and not is_unclaimed(workdir):
+            with pa.memory_map(str(path)) as source:
+                if _same_rows(pa.ipc.open_file(source).read_all(), table):
+                    return
+            raise UserError(
+                f"workdir {str(workdir)!r} belongs to a run on other rows: choose another workdir, "
+                "or remove this one"
+            )
+        with atomic_write(path) as aside, pa.ipc.new_file(str(aside), table.schema) as writer:
+            writer.write_table(table)
+    except OSError as error:
+        raise UserError(
+            f"workdir {str(workdir)!r} cannot be used ({error}): choose another"
+        ) from error
+
+
+def _same_rows(one: pa.Table, other: pa.Table) -> bool:
+    """Returns whether two tables have the same columns and values, of whichever types of Arrow."""
+    ours, theirs = one.to_pydict(), other.to_pydict()
+    return ours.keys() == theirs.keys() and all(
+        len(values) == len(theirs[name])
+        # A missing number, NaN, equals no other.
+        and all(a == b or repr(a) == repr(b) for a, b in zip(values, theirs[name], strict=True))
+        for name, values in ours.items()
+    )
+
+
+def _table_of(data: Any) -> pa.Table:
+    """Returns rows in memory as a table. Raises UserError for anything that is none."""
+    try:
+        if isinstance(data, pa.Table):
+            return data
+        if isinstance(data, Mapping):
+            return pa.table(dict(data))
+        if hasattr(data, "to_pandas") and hasattr(data, "num_rows"):  # a datasets.Dataset
+            return data.with_format("arrow")[:]
+        if hasattr(data, "iterrows"):
+            return pa.Table.from_pandas(data, preserve_index=False)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise UserError(f"data cannot be read as a table: {error}") from error
+    raise UserError(
+        "data must be the name of a file, a DataFrame, a Dataset, or a dict of columns such as "
+        f"{{'text': [...], 'label': [...]}}; got {type(data).__name__}"
+    )
