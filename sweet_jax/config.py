@@ -10,10 +10,10 @@ from sweet_jax.config_values import check_type
 from sweet_jax.errors import UserError as UserError  # most of the package has it from here
 from sweet_jax.errors import check_choice
 from sweet_jax.methods import METHODS
+from sweet_jax.poolings import POOLING_INPUTS
 from sweet_jax.presets import PRESETS
 
 AUTO = "auto"  # of epochs, and of pooling
-POOLING_NAMES = ("first", "mean", "pair")  # models/pooling.py has what they do
 METRICS = ("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy")
 # objectives/ has what these are.
 OBJECTIVE_METRICS = {
@@ -48,7 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "confidence": ("", "confidence", "confidence_float32", "min_confidence", "stability"),
     "exit_score": ("", "learning_to_exit", "learning_to_exit_min_max"),
     "learning_to_exit": ("", "joint", "detached"),
-    "pooling": ("", AUTO, *POOLING_NAMES),
+    "pooling": ("", AUTO, *POOLING_INPUTS),
     "head_init": ("", "random", "probe"),
     "rate_search": ("full", "short"),
     "baselines": ("none", "quick", "full"),

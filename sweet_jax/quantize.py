@@ -32,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.config import UserError
-from sweet_jax.errors import AbsentFileError
+from sweet_jax.errors import AbsentFileError, join_numbers
 from sweet_jax.exits.operating_point import deployable_policies, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import replace_nonfinite, write_json
@@ -72,7 +72,8 @@ def _run(options: argparse.Namespace) -> None:
         config = dataclasses.replace(config, data_dir=options.data_dir)
     model = open_model(folder / "model")
     engine = functools.partial(load_engine, "onnxruntime", model, "int8")
-    asked = _read_layers(options.float32_layers, model.layers[-1])
+    shared = _shares_layers(model)
+    asked = _read_layers(options.float32_layers, model.layers[-1], shared)
     every = engine(float32_layers=asked or ())  # before the data is read: it may not be installed
     from sweet_jax.preparation import prepare  # imports JAX
 
@@ -100,6 +101,7 @@ def _run(options: argparse.Namespace) -> None:
             lambda layers: quantized_outputs(
                 model, engine(float32_layers=layers) if layers else every, texts, exact
             ),
+            shared=shared,
         )
         chosen = engine(float32_layers=layers) if layers else every
     else:
@@ -113,10 +115,18 @@ def _run(options: argparse.Namespace) -> None:
     print(f"written to {model.folder / INT8_FILE}")
 
 
-def _read_layers(given: str | None, last: int) -> list[int] | None:
+def _shares_layers(model: ModelArtifact) -> bool:
+    """Returns whether all layers of a model have one set of parameters, as ALBERT's do."""
+    from sweet_jax.models.pretrained import open_checkpoint  # imports JAX
+
+    return bool(open_checkpoint(str(model.networks[0][0])).family.isolation_obstacle)
+
+
+def _read_layers(given: str | None, last: int, shared: bool) -> list[int] | None:
     """Returns the layers of --float32_layers, ascending; None where it is not given.
 
-    Raises UserError for what is not the number of a layer of the model.
+    Raises UserError for what is not the number of a layer of the model, and for some of several
+    layers that share their parameters (`shared`).
     """
     if given is None:
         return None
@@ -127,7 +137,13 @@ def _read_layers(given: str | None, last: int) -> list[int] | None:
             f"--float32_layers must be layers from 1 to {last}, comma-separated, or none; got "
             f"{wrong[0]!r}"
         )
-    return sorted({int(name) for name in names})
+    layers = sorted({int(name) for name in names})
+    if shared and len(layers) not in (0, last):
+        raise UserError(
+            f"--float32_layers is {given!r}, but the layers of this model share their parameters: "
+            f"name all of them, {join_numbers(range(1, last + 1))}, or none"
+        )
+    return layers
 
 
 def _read_outputs(folder: Path, split: str) -> ExitOutputs:

@@ -22,9 +22,9 @@ from sweet_jax.exits.resolver import Resolution
 from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.files import read_json
 from sweet_jax.inference.artifact import ModelArtifact, open_model
-from sweet_jax.inference.engine import load_engine, padded_length
+from sweet_jax.inference.engine import Engine, load_engine, padded_length
 from sweet_jax.inference.engine_choice import available_engines, typical_milliseconds
-from sweet_jax.inference.latency import measure_latency
+from sweet_jax.inference.latency import measure_latency, read_latency
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.report.console import fitted_rows
 from sweet_jax.report.shortfalls import describe_effects, worst_shortfalls
@@ -88,7 +88,10 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
 
 
 def _measure(model: ModelArtifact) -> list[LatencyTable]:
-    """Times every engine on single texts of the two lengths, and keeps the tables."""
+    """Returns times of every engine on single texts of two lengths, and keeps what is measured.
+
+    Where `predict --measure` kept a table with these lengths, that one is used.
+    """
     each = (model.median_tokens, max(model.long_tokens, model.median_tokens))
     lengths = sorted({padded_length(tokens, model.max_length) for tokens in each})
     choices = available_engines(model, precision="float32")
@@ -102,9 +105,26 @@ def _measure(model: ModelArtifact) -> list[LatencyTable]:
                 raise
             log.warning("%s is not measured: %s", choice.engine, error)
             continue
-        tables.append(measure_latency(engine, choice, tuple(lengths), (1,), lambda: None))
-    write_tables(model.folder, tables)
+        table = _kept_table(model, engine, lengths)
+        if table is None:
+            table = measure_latency(engine, choice, tuple(lengths), (1,), lambda: None)
+            write_tables(model.folder, [table])
+        tables.append(table)
     return tables
+
+
+def _kept_table(
+    model: ModelArtifact, engine: Engine, lengths: Sequence[int]
+) -> LatencyTable | None:
+    """Returns the table that `predict --measure` kept of an engine on this machine.
+
+    None unless it has all of the lengths. To measure these alone would replace it.
+    """
+    try:
+        table = read_latency(model, engine)
+    except UserError:  # damaged, or of another machine
+        return None
+    return table if table is not None and set(lengths) <= set(table.lengths) else None
 
 
 def padded_token_counts(model: ModelArtifact, texts: Sequence[tuple[str, ...]]) -> np.ndarray:

@@ -192,6 +192,7 @@ LEVELS = [
             "config_values",
             "config_keys",
             "methods",
+            "poolings",
             "presets",
         ),
         *("recipe", "files", "directories", "saved_config"),

@@ -14,7 +14,9 @@ from sweet_jax import ExitOutputs, simulate
 from sweet_jax.config import UserError
 from sweet_jax.exits.analysis import analyse, load_analysis
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators, outcome_probabilities
+from sweet_jax.exits.confidences import Policy
 from sweet_jax.exits.cross_fitting import cross_fitted_confidences
+from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.policies import (
     POLICIES,
@@ -405,3 +407,14 @@ def test_a_threshold_in_few_digits_sends_every_row_to_the_same_exit(confidences,
         assert len(text) <= max(8, len(repr(threshold)))
     assert format_threshold(0.9500615703388785, np.asarray([0.91, 0.9500615703388785])) == "0.95"
     assert format_threshold(np.inf, points) == "inf"
+
+
+def test_a_policy_of_scores_is_left_out_where_there_are_none(monkeypatch):
+    scores = lambda given: given.learned.astype(np.float64)
+    learned = Policy(scores, "", needs_probabilities=False, needs_exit_scores=True)
+    monkeypatch.setitem(POLICIES, "own_scores", learned)
+    logits = np.random.default_rng(0).normal(size=(1, 2, 20, 3))
+    outputs = ExitOutputs(logits, np.arange(20) % 3, np.asarray([1, 2]))
+    assert "own_scores" not in make_resolver(outputs).fronts
+    scored = dataclasses.replace(outputs, exit_scores=np.zeros((1, 2, 20), np.float32))
+    assert "own_scores" in make_resolver(scored).fronts

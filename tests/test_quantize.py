@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from saved_models import Saved
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, export, quantize
 from sweet_jax.config import UserError
@@ -17,6 +18,7 @@ from sweet_jax.inference.float32_layers import exit_metrics, select_float32_laye
 
 pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
 pytest.importorskip("onnx", reason='pip install -e ".[onnx]"')
+from sweet_jax.inference.onnx_build import build_graphs
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,15 @@ def test_the_layers_that_cost_an_exit_most_stay_in_float32(capsys):
     told = "exit 2 would lose more than 0.5 points in int8: layer 2 of 3 in float32\n"
     assert capsys.readouterr().out == told
     assert select_float32_layers(exact, lambda kept: exact) == ([], exact)
+    asked = []
+
+    def all_or_none(kept):
+        asked.append(list(kept))
+        return exact if kept else outputs(kept)
+
+    layers, _ = select_float32_layers(exact, all_or_none, shared=True)
+    assert layers == [1, 2, 3], "layers that share their parameters are in one precision"
+    assert all(kept in ([], [1, 2, 3]) for kept in asked)
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
@@ -183,6 +194,23 @@ def test_layers_in_float32_are_those_of_the_file(run, tmp_path):
     every = list(range(1, model.layers[-1] + 1))
     path.write_text(json.dumps(written | {"float32_layers": every}))
     np.testing.assert_allclose(logits(tmp_path / "model", "int8"), exact, atol=1e-6)
+
+
+def test_layers_that_share_parameters_are_in_float32_together(tmp_path):
+    model = open_model(Saved(tmp_path, "albert").folder)
+
+    def count(layers):
+        networks = build_graphs(model, "int8", layers).networks
+        weights = [
+            w for network in networks for _, graph in network for w in graph.weights.values()
+        ]
+        return sum(w.dtype == np.float32 and w.ndim == 2 for w in weights)
+
+    assert count(range(1, 4)) > count(())
+    with pytest.raises(ValueError, match="all 3 or none"):
+        build_graphs(model, "int8", [2])
+    with pytest.raises(UserError, match="share their parameters: name all of them, 1,2,3, or none"):
+        quantize._read_layers("2", 3, shared=quantize._shares_layers(model))
 
 
 def test_predictions_do_not_depend_on_the_texts_beside(run, sweet):

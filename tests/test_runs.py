@@ -85,7 +85,7 @@ def test_the_classifier_answers_as_the_run_was_evaluated(trained, rows):
     assert len(found.labels) == len(texts)
 
 
-def test_a_budget_is_answered_as_at_the_end_of_the_command(trained, tmp_path):
+def test_a_budget_is_answered_as_at_the_end_of_the_command(trained, tmp_path, monkeypatch):
     shutil.copytree(trained.directory, tmp_path / "run")
     run = Run.load(tmp_path / "run")
     with pytest.raises(UserError, match="set one target, not 2: milliseconds, cost"):
@@ -97,6 +97,12 @@ def test_a_budget_is_answered_as_at_the_end_of_the_command(trained, tmp_path):
     assert "the best accuracy within 0.5 of the layers" in found
     assert run.report().read_bytes() != before
     assert run.classifier(milliseconds=1000).threshold < 1  # by the times that were kept
+
+    def measure(*arguments):
+        raise AssertionError("a table with these lengths is there")
+
+    monkeypatch.setattr("sweet_jax.recommendation.measure_latency", measure)
+    assert run.recommend(cost=0.5).splitlines()[0] == found.splitlines()[0]
 
 
 KINDS = {

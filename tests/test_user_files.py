@@ -287,6 +287,9 @@ def test_a_data_set_saved_on_disk(tmp_path):
         + len(read("two", splits="test").validation.texts)
         == 4
     )
+    (tmp_path / "one" / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match=r"could not read the saved data set .*one': "):
+        read("one")
     with pytest.raises(UserError, match=r"unknown split of .*'tests': did you mean 'test'\?"):
         read("two", splits="train,tests")
     with pytest.raises(UserError, match="data_files is 'a' and dataset is 'b': give one of them"):

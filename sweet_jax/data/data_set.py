@@ -73,10 +73,9 @@ def read_data_set(config: Config, task: Task) -> list[DataSplit]:
 def _load(name: str) -> Mapping[str, Any]:
     """Returns the splits of a data set by name."""
     folder = resolve_path(name)
+    if _is_saved(folder):
+        return _load_saved(folder)
     try:
-        if _is_saved(folder):
-            loaded = datasets.load_from_disk(str(folder))
-            return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
         owner, _, subset = name.partition(":")
         return datasets.load_dataset(owner, subset or None)
     except Exception as error:  # the client raises many kinds; each means the same to a user
@@ -84,6 +83,18 @@ def _load(name: str) -> Mapping[str, Any]:
             f"could not read the data set {name!r} from the hub: {one_line(error)}; check the name "
             "and the network, or give a local copy with --config.data_dir or --config.data_files"
         ) from error
+
+
+def _load_saved(folder: Path) -> Mapping[str, Any]:
+    """Returns the splits in a folder of `save_to_disk`; of a single data set, "train" alone."""
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library raises many kinds; each means the same to a user
+        raise UserError(
+            f"could not read the saved data set {str(folder)!r}: {one_line(error)}; save it again "
+            "with save_to_disk"
+        ) from error
+    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
 
 
 def _is_saved(folder: Path) -> bool:

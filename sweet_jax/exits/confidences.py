@@ -195,6 +195,7 @@ class Policy:
       needs_probabilities: whether it reads probabilities, which not every objective has.
       needs_agreement: whether it asks if two predictions are the same, which numbers never are.
       needs_numbers: whether it reads predictions as numbers.
+      needs_exit_scores: whether it reads learning-to-exit scores, which few runs have.
       of_several: whether it differs from another policy only where a row has several labels.
 
     """
@@ -208,6 +209,7 @@ class Policy:
     needs_probabilities: bool = True
     needs_agreement: bool = False
     needs_numbers: bool = False
+    needs_exit_scores: bool = False
     of_several: bool = False
 
     def suits(self, objective: Objective) -> bool:
@@ -240,13 +242,17 @@ POLICIES: dict[str, Policy] = {
     ),
     "voting": Policy(voting, "summed confidence of the exits that agree", by_exits=True),
     "learning_to_exit": Policy(
-        learning_to_exit, "score of the learning-to-exit heads", needs_probabilities=False
+        learning_to_exit,
+        "score of the learning-to-exit heads",
+        needs_probabilities=False,
+        needs_exit_scores=True,
     ),
     "learning_to_exit_min_max": Policy(
         learning_to_exit_min_max,
         "that score over its range on these rows, as SWEET's release",
         needs_all_rows=True,
         needs_probabilities=False,
+        needs_exit_scores=True,
     ),
     "pcee": _pcee("equal_width", "accuracy of calibration rows in bins of equal width"),
     "pcee_equal_mass": _pcee("equal_mass", "accuracy of calibration rows in bins of equal counts"),

@@ -120,7 +120,7 @@ def is_deployable(policy: str | PolicyFunction, outputs: ExitOutputs) -> bool:
     learned = outputs.exit_scores is not None
     readable = rule.suits(outputs.objective)
     readable = readable and (outputs.objective.target_per_output or not rule.of_several)
-    return readable and not rule.needs_all_rows and (learned or policy != "learning_to_exit")
+    return readable and not rule.needs_all_rows and (learned or not rule.needs_exit_scores)
 
 
 def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:

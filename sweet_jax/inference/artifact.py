@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import POOLING_NAMES, Config, UserError
+from sweet_jax.config import Config, UserError
 from sweet_jax.directories import copy_additions, replace_directory
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
@@ -21,6 +21,7 @@ from sweet_jax.files import one_line, read_json, write_json, write_text
 from sweet_jax.inference.saved_tokenizer import load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import locate_checkpoint
 from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
+from sweet_jax.poolings import POOLING_INPUTS
 
 if TYPE_CHECKING:  # these import datasets, and JAX
     from sweet_jax.data.load import Dataset
@@ -59,7 +60,7 @@ class ModelArtifact:
     task: str  # that it was trained on
     policy: str  # name of the exit policy that the run was made with
     metric: str  # that it was trained for, a name of METRICS
-    pooling: str  # how an exit reads its layer, a name of POOLING_NAMES
+    pooling: str  # how an exit reads its layer, a name of POOLING_INPUTS
     text_columns: tuple[str, ...]  # one or two, that it was trained on
     classes: tuple[str, ...]  # names of the outputs [C]
     layers: tuple[int, ...]  # of the exits [E]
@@ -137,7 +138,7 @@ def describe_exits(
     version = EXITS_VERSION if single else OBJECTIVES_VERSION
     about = {} if single else {"objective": config.objective}
     return about | {
-        "version": PAIRS_VERSION if config.pooling == "pair" else version,
+        "version": PAIRS_VERSION if POOLING_INPUTS[config.pooling].pairs else version,
         "task": config.task,
         "method": config.method,
         "seed": seed,
@@ -181,7 +182,7 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
         values["dials"] = _read_int8(checkpoint.folder)["dials"]
     try:
         values.setdefault("pooling", "first")
-        if values["pooling"] not in POOLING_NAMES:
+        if values["pooling"] not in POOLING_INPUTS:
             raise ValueError(f"pooling {values['pooling']!r}")
         fields = _parse_exits(checkpoint.folder, values)
     except (KeyError, TypeError, ValueError) as error:
@@ -189,7 +190,7 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
             f"{str(checkpoint.folder / 'exits.json')!r} is damaged ({error!r}): run the report of "
             "its run again"
         ) from error
-    reads_first = fields["pooling"] == "first"
+    reads_first = POOLING_INPUTS[fields["pooling"]].first_only
     tokenizer = load_saved_tokenizer(checkpoint, first_token=reads_first)
     return ModelArtifact(tokenizer=tokenizer, **fields)
 

@@ -160,7 +160,9 @@ class AdaptiveClassifier:
     ) -> "AdaptiveClassifier":
         """Returns the same model with another policy or target; the engine is shared.
 
-        Raises UserError likewise.
+        Without a target the default one applies, as in `from_pretrained`, and not the target of
+        this classifier: a threshold of one policy means nothing to another. Raises UserError
+        likewise.
         """
         # Another function may have the same name, as those of one factory do.
         model = self.model if policy is None else self._saved

@@ -3,6 +3,7 @@
 Shape letters: E exit, N rows, C classes.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,10 @@ _CHANCE = 0.1
 
 
 def select_float32_layers(
-    exact: ExitOutputs, quantize: Callable[[Sequence[int]], ExitOutputs]
+    exact: ExitOutputs,
+    quantize: Callable[[Sequence[int]], ExitOutputs],
+    *,
+    shared: bool = False,
 ) -> tuple[list[int], ExitOutputs]:
     """Selects layers to keep in float32 so that no exit loses, see `_find_losses`, on some rows.
 
@@ -31,6 +35,7 @@ def select_float32_layers(
     Args:
       exact: the outputs in float32.
       quantize: the layers that stay in float32 → the outputs on the same rows in int8.
+      shared: whether all layers share their parameters, and so are in one precision.
 
     Returns:
       (the layers, ascending; their outputs). No layer where that is enough, or where nothing is.
@@ -40,18 +45,19 @@ def select_float32_layers(
     losing = _find_losses(exact, first, tell=True)
     if not losing:
         return [], first
-    layers = range(1, int(exact.layers[losing[-1]]) + 1)
+    depth = int(exact.layers[-1 if shared else losing[-1]])
+    groups = [[*range(1, depth + 1)]] if shared else [[layer] for layer in range(1, depth + 1)]
 
     def error(outputs: ExitOutputs) -> float:
         return float(np.nanmean((outputs.logits - exact.logits)[:, losing] ** 2))
 
-    ranked = sorted(layers, key=lambda layer: error(quantize([layer])))
+    ranked = sorted(groups, key=lambda group: error(quantize(group)))
     named = ", ".join(str(exact.layers[exit]) for exit in losing)
     told = f"exit {named} would lose more than {100 * _LOSS} points in int8"
     if has_unit(exact):
         told = f"exit {named} would have an error more than {_GROWTH:.0%} larger in int8"
     for count in range(1, len(ranked) + 1):
-        kept = sorted(ranked[:count])
+        kept = sorted(itertools.chain(*ranked[:count]))
         found = quantize(kept)
         if not _find_losses(exact, found):
             print(f"{told}: layer {', '.join(map(str, kept))} of {exact.layers[-1]} in float32")

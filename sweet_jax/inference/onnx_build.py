@@ -44,14 +44,18 @@ def build_graphs(
       model: the saved model.
       precision: "float32" or "int8".
       float32_layers: that stay in float32 under "int8", from 1; default those of its int8.json.
+        Of layers that share their parameters, as ALBERT's, all or none.
 
-    Raises UserError, see `load_networks` and `build_segment`.
+    Raises:
+      UserError: see `load_networks` and `build_segment`.
+      ValueError: some layers of several that share their parameters.
+
 
     """
     if float32_layers is None:
         float32_layers = read_float32_layers(model.folder) if precision == "int8" else ()
-    exact = tuple(f"encoder/layers/{layer - 1}/" for layer in float32_layers)
     networks = load_networks(model)
+    exact = _kernel_prefixes(networks[0].params, float32_layers, model.layers[-1])
     first_only = POOLINGS[model.pooling].first_only
     graphs = [
         [
@@ -62,6 +66,22 @@ def build_graphs(
     ]
     words = networks[0].params["encoder"]["embeddings"]["word"]["embedding"]  # [vocabulary, H]
     return SavedGraphs(graphs, len(words), networks[0].hidden_size)
+
+
+def _kernel_prefixes(params: Any, layers: Sequence[int], depth: int) -> tuple[str, ...]:
+    """Returns how the paths of some layers' kernels begin. Raises ValueError, see `build_graphs`.
+
+    Args:
+      params: parameters of the encoder with its exits.
+      layers: layer numbers, from 1.
+      depth: layers of the encoder.
+
+    """
+    if "shared_layer" not in params["encoder"]:
+        return tuple(f"encoder/layers/{layer - 1}/" for layer in layers)
+    if len(set(layers)) not in (0, depth):
+        raise ValueError(f"layers share their parameters: all {depth} or none; got {layers}")
+    return ("encoder/shared_layer/",) if layers else ()
 
 
 def build_segment(

@@ -1,8 +1,8 @@
 """Pooling: one vector from the hidden state of an exit's layer.
 
-A new pooling is one function and one line of POOLINGS. Its arguments are h [B, L, H], mask bool
-[B, L], True at tokens, and second bool [B, L], True from the second text of a pair on, which is
-None unless the pooling is of pairs.
+A new pooling is a function here and a line of `poolings.POOLING_INPUTS`. Its arguments are
+h [B, L, H], mask bool [B, L], True at tokens, and second bool [B, L], True from the second text of
+a pair on, which is None unless the pooling reads pairs.
 
 Shape letters: B batch, L length, H hidden, P width of a pooled vector.
 """
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sweet_jax.config import UserError
 from sweet_jax.files import read_json
+from sweet_jax.poolings import POOLING_INPUTS
 
 
 def first_token(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
@@ -50,31 +51,22 @@ def means_of_pair(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> ja
 
 
 class Pooling(NamedTuple):
-    """Describes a pooling.
+    """Holds a pooling's function, and what it reads: see `PoolingInputs`.
 
     Attributes:
       read: (h [B, L, H], mask bool [B, L], second bool [B, L] or None) → [B, P].
-      first_only: whether it reads the first token alone, so that an exit's layer need be computed
-        at that token only.
-      dense: whether the pretrained pooler follows, a dense layer and its activation.
-      width: P / H.
-      pairs: whether it reads pairs of texts, and then `second`.
 
     """
 
     read: Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
     first_only: bool
     dense: bool
-    width: int = 1
-    pairs: bool = False
+    width: int
+    pairs: bool
 
 
-POOLINGS: dict[str, Pooling] = {
-    "first": Pooling(first_token, first_only=True, dense=True),
-    # No pooler: it was pretrained for the first token of the last layer.
-    "mean": Pooling(mean_of_tokens, first_only=False, dense=False),
-    "pair": Pooling(means_of_pair, first_only=False, dense=False, width=4, pairs=True),
-}
+_READ = {"first": first_token, "mean": mean_of_tokens, "pair": means_of_pair}
+POOLINGS = {name: Pooling(read, *POOLING_INPUTS[name]) for name, read in _READ.items()}
 
 _DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
 
