@@ -34,7 +34,7 @@ from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import fit_calibrators, softmax_with_temperature
 from sweet_jax.exits.certificates import candidate_thresholds, certify, count_losses, exit_losses
 from sweet_jax.exits.policies import exit_confidences
-from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.simulation import exact_curve
 from sweet_jax.files import read_json, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, open_model
@@ -85,7 +85,7 @@ def compare_float32(folder: Path, texts: list[Any]) -> dict[str, Any]:
 
 def _thresholds(outputs: ExitOutputs, confidences: np.ndarray) -> list[float]:
     """Returns the thresholds whose mean costs are nearest to COSTS; each is a text's confidence."""
-    curve = simulate(outputs, lambda *_: confidences[None])
+    curve = exact_curve(outputs, confidences[None])
     places = [int(np.abs(curve.cost[0] - cost).argmin()) for cost in COSTS]
     return [float(curve.threshold[0, place]) for place in places]
 

@@ -22,6 +22,7 @@ from sweet_jax.config import UserError
 from sweet_jax.exits.certificates import exit_losses
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.policies import exit_confidences
+from sweet_jax.exits.simulation import exact_curve, read_curve
 
 # Title, policy, and whether the threshold is chosen on calibration rows (else it is the target).
 RULES = (
@@ -98,7 +99,7 @@ def control(
             found[number, :, split] = np.stack([point.score[0], point.cost[0]], axis=-1)
         for number, confidences in enumerate(more, len(RULES)):
             own = confidences[None, :, order[count // 2 :]]
-            point = simulate(untouched, lambda *_, own=own: own, thresholds=targets)
+            point = read_curve(exact_curve(untouched, own), targets)
             found[number, :, split] = np.stack([point.score[0], point.cost[0]], axis=-1)
         if oracle:
             curve = simulate(untouched, "confidence", calibrators=[resolver.calibrator])

@@ -14,7 +14,7 @@ import numpy as np
 from experiments.comparison import mean_to_full
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.policies import exit_confidences
-from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.simulation import exact_curve
 from sweet_jax.files import atomic_write, write_json
 
 _DRAWS = 200
@@ -97,7 +97,7 @@ def score_run(analysis: Analysis) -> Scores:
     drawn = draws(outputs.labels.shape[1])
     areas = []
     for rows in drawn:
-        curve = simulate(outputs.rows(rows), lambda *_, rows=rows: confidences[..., rows])
+        curve = exact_curve(outputs.rows(rows), confidences[..., rows])
         areas.append([mean_to_full(*pair) for pair in zip(curve.cost, curve.score, strict=True)])
     pairs = zip(analysis.curve.cost, analysis.curve.score, strict=True)
     area = np.asarray([mean_to_full(cost, score) for cost, score in pairs])

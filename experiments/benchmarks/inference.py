@@ -50,7 +50,7 @@ from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.data.batches import encode
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.policies import exit_confidences
-from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.simulation import exact_curve
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import ModelArtifact, TrainedModel, open_model, save_model
 from sweet_jax.inference.engine import Engine, load_engine
@@ -111,7 +111,7 @@ def adaptive_sides(
     )
     every = AdaptiveClassifier(model, target={"threshold": math.inf}, engine=engine)
     confidences = exit_confidences(outputs, "confidence", [every.calibrator])
-    curve = simulate(outputs, lambda *_: confidences)
+    curve = exact_curve(outputs, confidences)
 
     rows = [text if isinstance(text, tuple) else (text,) for text in texts]
     tokens = [len(ids) for ids in encode(model.tokenizer, rows, model.max_length)[0]]

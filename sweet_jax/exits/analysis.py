@@ -24,7 +24,7 @@ from sweet_jax.exits.policies import (
     policy_rule,
 )
 from sweet_jax.exits.resolver import Resolution, ThresholdResolver
-from sweet_jax.exits.simulation import Curve, read_curve, simulate
+from sweet_jax.exits.simulation import Curve, exact_curve, read_curve, simulate
 from sweet_jax.exits.thresholds import breakpoints
 
 
@@ -173,7 +173,7 @@ def analyse(
             validation.check_same_run(rows)
     calibrators = fit_calibrators(calibration)
     held_out = calibration_confidences(calibration, policy, calibrators)
-    on_calibration = simulate(calibration, lambda *_: held_out)
+    on_calibration = exact_curve(calibration, held_out)
     curve = simulate(validation, policy, calibrators=calibrators)
     choosing, by = calibration, on_calibration
     if tuning is not None:

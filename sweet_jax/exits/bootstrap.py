@@ -12,7 +12,7 @@ from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.metrics import TAILS
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, exit_confidences
-from sweet_jax.exits.simulation import Curve, read_curve, simulate
+from sweet_jax.exits.simulation import Curve, exact_curve, read_curve
 from sweet_jax.objectives import Metric
 
 _DRAWN_TOGETHER = 100  # bootstrap draws in one matrix product: a bound on memory
@@ -53,7 +53,7 @@ def bootstrap_curve(
     """
     chosen = outputs.objective.metric(metric or outputs.metric)
     confidences = exit_confidences(outputs, policy, calibrators)
-    exact = simulate(outputs, lambda *_: confidences, metric=chosen)
+    exact = exact_curve(outputs, confidences, chosen)
     bands = []
     for r, threshold in enumerate(exact.threshold):
         distinct = np.unique(threshold)

@@ -11,7 +11,7 @@ import numpy as np
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.pareto import ParetoFront, mean_metric
-from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.simulation import exact_curve
 from sweet_jax.objectives.objective import accuracy_metric
 
 _SLOPES = 25  # weights of cost against accuracy that `best_thresholds` optimises
@@ -145,7 +145,7 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
     orders = np.argsort(-confidences[:-1], axis=1, kind="stable")  # [E - 1, N]
     levels = np.take_along_axis(confidences[:-1], orders, axis=1)
     metric = accuracy_metric(objective.same)
-    curve = simulate(outputs.replica(replica), lambda *_: confidences[None], metric=metric)
+    curve = exact_curve(outputs.replica(replica), confidences[None], metric)
     single, cost, accuracy = (v[0] for v in (curve.threshold, curve.cost, curve.score))  # [T]
     found = {
         (float(c), float(a)): np.full(len(orders), t)

@@ -28,7 +28,7 @@ from sweet_jax.exits.policies import (
     policy_rule,
 )
 from sweet_jax.exits.resolver import ThresholdResolver
-from sweet_jax.exits.simulation import simulate
+from sweet_jax.exits.simulation import exact_curve
 from sweet_jax.files import replace_nonfinite
 
 
@@ -87,8 +87,7 @@ def make_resolver(
     for policy in policies or deployable_policies(calibration):
         name = policy_name(policy)
         found = calibration_confidences(calibration, policy, (calibrator,))
-        curve = simulate(calibration, lambda *_, found=found: found)
-        fronts[name] = ParetoFront.from_curve(curve, 0)
+        fronts[name] = ParetoFront.from_curve(exact_curve(calibration, found), 0)
         if halves is not None and half is not None and is_deployable(policy, calibration):
             losses[name] = _count_losses(policy, half, *halves)
     about = calibration.identity.objective, calibration.metric.name

@@ -73,15 +73,25 @@ def simulate(
     if calibrators is None and calibration is not None:
         outputs.check_same_run(calibration)
         calibrators = fit_calibrators(calibration)
-    confidences = exit_confidences(outputs, policy, calibrators)
-    curves = [_simulate_one(outputs.replica(r), p, chosen) for r, p in enumerate(confidences)]
-    exact = _stack(curves)
+    exact = exact_curve(outputs, exit_confidences(outputs, policy, calibrators), chosen)
     if thresholds is None:
         return exact
     thresholds = np.asarray(thresholds, np.float64)
     if np.isnan(thresholds).any():
         raise UserError("thresholds must be numbers; got nan")
     return read_curve(exact, thresholds)
+
+
+def exact_curve(
+    outputs: ExitOutputs, confidences: np.ndarray, metric: Metric | None = None
+) -> Curve:
+    """Computes the cost and metric of every threshold of exit confidences, float64 [R, E, N].
+
+    metric: of the outputs' objective; default the one in outputs.identity.
+    """
+    metric = metric or outputs.metric
+    curves = [_simulate_one(outputs.replica(r), each, metric) for r, each in enumerate(confidences)]
+    return _stack(curves)
 
 
 def read_curve(curve: Curve, thresholds: np.ndarray) -> Curve:

@@ -55,9 +55,6 @@ def encoder_layer(path: tuple[str | int, ...], depth: int) -> int | None:
     return None
 
 
-def leaves_by_owner(
-    tree: Any, exits: Sequence[int], *, shared_relative: bool = False
-) -> Iterator[tuple[int, jax.Array]]:
+def leaves_by_owner(tree: Any, exits: Sequence[int]) -> Iterator[tuple[int, jax.Array]]:
     """Returns (owner, leaf) of every leaf of a tree shaped like the parameters."""
-    owner_of = parameter_owners(tree, exits, shared_relative=shared_relative)
-    return zip(jax.tree.leaves(owner_of), jax.tree.leaves(tree), strict=True)
+    return zip(jax.tree.leaves(parameter_owners(tree, exits)), jax.tree.leaves(tree), strict=True)

@@ -188,23 +188,14 @@ def bound_curve(analysis: Analysis, replica: int, kind: str) -> ParetoFront:
     return oracle(analysis.validation, replica, kind, metric)
 
 
-def thin_curve(
-    curve: Curve, replica: int, points: int, keep: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """Thins one replica's curve to at most `points` distinct thresholds and those of `keep`.
-
-    Both ends are kept. keep: float64 [K], thresholds.
-    """
+def thin_curve(curve: Curve, replica: int, points: int) -> dict[str, np.ndarray]:
+    """Thins one replica's curve to at most `points` distinct thresholds; both ends are kept."""
     names = [field.name for field in dataclasses.fields(Curve)]
     arrays = {name: getattr(curve, name)[replica] for name in names}
     use = np.flatnonzero(np.append(True, np.diff(arrays["threshold"]) > 0))
     use = use[np.isfinite(arrays["threshold"][use])]
     if len(use) > points:
-        places = np.linspace(0, len(use) - 1, points).round().astype(int)
-        if keep is not None:
-            at = np.searchsorted(arrays["threshold"][use], keep)
-            places = np.append(places, np.minimum(at, len(use) - 1))
-        use = use[np.unique(places)]
+        use = use[np.unique(np.linspace(0, len(use) - 1, points).round().astype(int))]
     return {name: array[use] for name, array in arrays.items()}
 
 
