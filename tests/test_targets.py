@@ -78,8 +78,8 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
             {"objective": "regression"},
             "from 1700000000 to 1700000039 differ by too little .*: subtract 1700000000",
         ),
-        (["0.1"] * 40, {"objective": "regression"}, "all training rows have the number 0.1"),
-        (["2.5"] * 40, {"objective": "regression"}, "all training rows have the number 2.5"),
+        (["0.1"] * 40, {"objective": "regression"}, "all training rows have the same number, 0.1"),
+        (["2.5"] * 40, {"objective": "regression"}, "all training rows have the same number, 2.5"),
         (["a", "b"] * 20, {"metric": "accuracy"}, "unknown metric 'accuracy'"),
         (["a", "b"] * 20, {"class_weights": "balanced"}, "is of objective single_label"),
         (
@@ -112,7 +112,7 @@ def test_labels_that_are_separated_by_something_else_are_named():
     alone, several = np.asarray([[1, 0], [0, 1]] * 9, bool), np.ones((9, 2), bool)
     for name in ("a,b", "a; b"):
         _, (warning,) = describe_labels(alone, ("a", name))
-        assert f"no row has several labels, and labels such as {name!r} are one" in warning
+        assert f"no row has several labels, and {name!r} is read as one label" in warning
         assert describe_labels(several, ("a", name))[1] == []
     assert describe_labels(alone, ("[a]", "a b"))[1] == []
 

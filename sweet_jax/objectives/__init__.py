@@ -1,6 +1,6 @@
 """Objectives: what the outputs of an exit mean, and how they are compared with targets.
 
-A new objective is one file with one `Objective`, and one entry of this table.
+To add an objective, define an `Objective` in a file of its own and list it in this table.
 """
 
 from sweet_jax.objectives.multi_label import MULTI_LABEL

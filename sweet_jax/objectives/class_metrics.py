@@ -1,4 +1,6 @@
-"""Metrics of one class a row, beside accuracy: from sums over rows, so that curves accumulate them.
+"""Metrics other than accuracy for rows with exactly one class.
+
+They are computed from sums over rows, so that curves can accumulate them.
 
 Shape letters: N rows, C classes.
 """
@@ -14,11 +16,11 @@ def one_hot(classes: np.ndarray, count: int) -> np.ndarray:
 
 
 def matthews(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Computes Matthews' correlation for C classes (Gorodkin 2004, eq. 8), 0 where not defined.
+    """Computes Matthews' correlation for C classes (Gorodkin 2004, eq. 8), 0 where undefined.
 
     Args:
-      sums: [..., 1 + C]: rows that are right, and rows predicted as each class.
-      totals: [..., C], rows of each class.
+      sums: number of correct rows and of rows predicted as each class, [..., 1 + C].
+      totals: number of rows of each class, [..., C].
 
     """
     right, given = sums[..., 0], sums[..., 1:].astype(np.float64)
@@ -38,7 +40,7 @@ MATTHEWS = Metric(
     matthews,
 )
 
-# Of class 1: rows correctly predicted so, and rows predicted so.
+# The F1 of class 1. Its row statistics are the true positives and the predicted positives.
 F1 = Metric(
     "f1",
     lambda given, labels, classes: np.stack([(given == labels) & (given == 1), given == 1], -1),
@@ -48,16 +50,17 @@ F1 = Metric(
 
 
 def _right_of_class(given: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Returns whether each row is of each class and predicted so, bool [..., N, C]."""
+    """Returns whether each row belongs to each class and is predicted as it, bool [..., N, C]."""
     return one_hot(given, classes) & one_hot(labels, classes)
 
 
 def macro_f1(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Computes the mean F1 over the classes that rows have, or are predicted as.
+    """Computes the mean F1 over the classes that occur among the targets or the predictions.
 
     Args:
-      sums: [..., 2 C]: rows of each class predicted so, then rows predicted as each class.
-      totals: [..., C], rows of each class.
+      sums: number of correctly predicted rows of each class, followed by the number of rows
+        predicted as each class, [..., 2 C].
+      totals: number of rows of each class, [..., C].
 
     """
     right, given = np.split(np.asarray(sums, np.float64), 2, axis=-1)
@@ -74,7 +77,7 @@ MACRO_F1 = Metric(
     macro_f1,
 )
 
-# The mean recall over the classes that rows have.
+# The mean recall over the classes that occur among the targets.
 BALANCED_ACCURACY = Metric(
     "balanced_accuracy",
     _right_of_class,

@@ -1,20 +1,25 @@
-"""Decision thresholds of several labels: the logit from which on each label is given.
+"""Decision thresholds for multi-label models: the logit above which each label is predicted.
 
 Shape letters: N rows, C labels.
 """
 
 import numpy as np
 
-_DRAWS = 30  # of the rows that decisions are fitted on
-_PRIOR_ROWS = 4.0  # wrong ones, in the F1 of a label's decision
-_LARGEST_SHIFT = 4.0  # of a decision: of logits, a probability from 0.018 to 0.982
+_DRAWS = 30  # bootstrap draws of the rows that the thresholds are fitted on
+_PRIOR_ROWS = 4.0  # additional wrong rows in the F1 that a threshold maximizes
+_LARGEST_SHIFT = 4.0  # largest absolute threshold: a probability between 0.018 and 0.982
 
 
 def best_f1_shifts(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Returns the logit of each label from which on it is given for the best F1, float [C].
+    """Returns the threshold on each label's logit that maximizes its F1, float [C].
 
-    Of logits float [N, C] and targets bool [N, C]: the mean over rows drawn anew (bagging, Breiman
-    1996), since the best of a few rows alone varies much. The same draws at every call.
+    The best threshold on a small number of rows varies considerably, so thresholds are averaged
+    over bootstrap draws of the rows (bagging, Breiman 1996). Every call uses the same draws.
+
+    Args:
+      logits: logits of the labels, float [N, C].
+      targets: whether each row has each label, bool [N, C].
+
     """
     rng, count = np.random.default_rng(0), len(logits)
     draws = [rng.integers(0, count, count) for _ in range(_DRAWS)]
@@ -26,10 +31,15 @@ def best_f1_shifts(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _best_f1_shift(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Returns the logit from which on a label has the best F1, of logits [N] and bool [N].
+    """Returns the threshold, from -4 to 4, that maximizes the F1 of one label.
 
-    The F1 is shrunk as if by four more rows that are wrong, so that a label of few rows stays at 0;
-    so does one that no other logit is better for. At most 4 from 0.
+    The F1 is computed as if four additional rows were wrong, so that the threshold of a label with
+    few rows stays at 0. It also stays at 0 if no other threshold has a larger F1.
+
+    Args:
+      logits: logits of the label, float [N].
+      targets: whether each row has the label, bool [N].
+
     """
     order = np.argsort(-logits, kind="stable")
     levels = logits[order]

@@ -1,4 +1,4 @@
-"""How an objective reads its targets from the labels of a file, and how rows are split by them.
+"""How an objective reads its targets from the labels of a file, and how it stratifies rows.
 
 Shape letters: N rows, C outputs of an exit.
 """
@@ -9,25 +9,28 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-SEPARATOR = "|"  # of the labels of a row that may have several
+SEPARATOR = "|"  # between the labels of a row with several labels
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelColumn:
-    """Defines how labels, which files hold as text, become targets.
+    """Defines how labels, which files store as text, become targets.
 
     Attributes:
-      read_names: (labels, the names that the file declares or (), name of the column) → the names
-        of the outputs [C]. Raises UserError for a column that holds something else.
-      read: (labels, names, the texts of the rows) → the targets [N, ...] as they are trained on.
-        Raises UserError for a label that is none.
-      check: (training targets, validation targets, names, name of the column) → None. Raises
-        UserError where a model cannot be trained, or not be evaluated, on them.
-      strata: targets → int [N] from 0, by which rows are split in proportion.
-      strata_name: what they are, in words, as in "... in proportion".
-      present: targets → the numbers of the outputs that occur in them, int ascending.
-      describe: (targets, names) → (what is logged of them, warnings).
-      several: whether a row may have several labels, or none.
+      read_names: function of (labels, names declared by the file or (), name of the column) that
+        returns the names of the outputs [C]. Raises UserError if the column holds no labels of
+        this objective.
+      read: function of (labels, names, texts of the rows) that returns the targets [N, ...] used
+        for training. Raises UserError for an invalid label.
+      check: function of (training targets, validation targets, names, name of the column). Raises
+        UserError if a model cannot be trained or evaluated on these targets.
+      strata: function of the targets that returns the stratum of each row, int [N] from 0, for
+        stratified splits.
+      strata_name: description of the strata, as in "... in proportion".
+      present: function of the targets that returns the indices of the outputs that occur in them,
+        int, ascending.
+      describe: function of (targets, names) that returns (text to log about the targets, warnings).
+      several: whether a row may have several labels or no label.
 
     """
 
@@ -42,11 +45,11 @@ class LabelColumn:
 
 
 def ordered_names(found: set[str]) -> tuple[str, ...]:
-    """Returns labels in order: of their numbers where all are whole numbers, else of the text."""
+    """Returns labels in order: numerically if all are integers, otherwise alphabetically."""
     numeric = all(re.fullmatch("-?[0-9]{1,18}", name) for name in found)
     return tuple(sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found))
 
 
 def split_labels(text: str) -> list[str]:
-    """Returns the labels of a row, written as a|b, without blanks around them."""
+    """Returns the labels of a row, written as a|b, without surrounding whitespace."""
     return [part.strip() for part in text.split(SEPARATOR) if part.strip()]

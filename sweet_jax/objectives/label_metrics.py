@@ -1,4 +1,6 @@
-"""Metrics of several labels a row: from sums over rows, so that curves accumulate them.
+"""Metrics for rows with any number of labels.
+
+They are computed from sums over rows, so that curves can accumulate them.
 
 Shape letters: N rows, C labels.
 """
@@ -12,7 +14,7 @@ from sweet_jax.objectives.objective import Array, Metric, accuracy_metric, ratio
 
 
 def same_labels(given: Array, others: Array) -> Array:
-    """Returns whether all labels are the same, bool [...], of bool [..., C]."""
+    """Returns whether two sets of labels, bool [..., C], are equal, bool [...]."""
     return (given == others).all(axis=-1)
 
 
@@ -35,11 +37,11 @@ MACRO_F1 = Metric(
 
 
 def share_of_same_labels(given: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Returns the share of the labels that are the same, float64 [...], of bool [..., C]."""
+    """Returns the share of labels in which two sets, bool [..., C], agree, float64 [...]."""
     return (given == others).mean(axis=-1)
 
 
-# The negative share of all labels of all rows that are wrong.
+# The share of wrong labels over all rows and labels, negated.
 NEG_HAMMING_LOSS = Metric(
     "neg_hamming_loss",
     lambda given, targets, labels: (given != targets).sum(axis=-1)[..., None],
@@ -51,7 +53,7 @@ NEG_HAMMING_LOSS = Metric(
 
 
 def as_measure(metric: Metric, sign: float = 1.0) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Returns a metric, times a sign, as a function of predictions and targets, bool [N, C]."""
+    """Returns a metric times `sign` as a function of predictions and targets, bool [N, C] each."""
 
     def measure(given: np.ndarray, targets: np.ndarray) -> float:
         sums = metric.row_statistics(given, targets, targets.shape[-1]).sum(axis=0)

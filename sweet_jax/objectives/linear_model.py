@@ -1,4 +1,4 @@
-"""The linear models of an objective: of its heads, and of the baselines of a report.
+"""The linear models of an objective, used for its heads and for the baselines of a report.
 
 Shape letters: N rows, H features, C outputs of an exit.
 """
@@ -15,16 +15,18 @@ Solve = Callable[[np.ndarray, np.ndarray, float], tuple[np.ndarray, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class LinearModel:
-    """Defines the linear models that an objective's targets are predicted by.
+    """Defines the linear models that predict an objective's targets.
 
     Attributes:
-      solver: (H, C) → the function that minimises the mean loss + penalty / 2 |kernel|^2 on
-        standardised features. It may start from its last result: penalties come strongest first.
-      loss: (logits float64 [N, C], targets) → their mean loss.
-      constant: (targets, C) → the best prediction without features: [] or [C].
-      text_model: (inverse of the penalty's strength, most iterations) → an estimator of
-        scikit-learn's, of sparse features [N, H] and targets.
-      baselines: names of the baselines by `constant` and by `text_model`.
+      solver: function of (H, C) that returns a function minimizing the mean loss
+        + penalty / 2 |kernel|^2 on standardized features. The returned function may start from its
+        last result, since it is called with the strongest penalty first.
+      loss: function of (logits float64 [N, C], targets) that returns the mean loss.
+      constant: function of (targets, C) that returns the best prediction without features, [] or
+        [C].
+      text_model: function of (inverse of the penalty's strength, maximum number of iterations)
+        that returns a scikit-learn estimator for sparse features [N, H] and targets.
+      baselines: names of the baselines that use `constant` and `text_model`.
 
     """
 

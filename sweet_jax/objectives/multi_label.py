@@ -1,4 +1,4 @@
-"""Classification where every row has any number of labels: a logit and a sigmoid for each label.
+"""Multi-label classification: a row may have any number of labels, each with its own logit.
 
 Shape letters: N rows (B in a batch), H features, C labels.
 """
@@ -29,16 +29,16 @@ from sweet_jax.objectives.label_metrics import (
 from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import Array, CategoricalVariables, Objective
 
-_ITERATIONS = 500  # at most, of L-BFGS
-_DIGITS = 20  # labels that a number for a prediction tells apart, see `constant_labels`
+_ITERATIONS = 500  # maximum number of L-BFGS iterations
+_DIGITS = 20  # maximum number of labels that `constant_labels` can distinguish
 
 
 def binary_cross_entropy(logits: Array, targets: Array) -> Array:
     """Returns the mean over labels of the binary cross-entropy, float32 [..., B]; targets [B, C].
 
-    The mean, so that learning rates suit any number of labels.
+    It is a mean rather than a sum, so that a learning rate suits any number of labels.
     """
-    import jax.numpy as jnp  # here: curves and served models need no JAX
+    import jax.numpy as jnp  # imported here because curves and served models do not need JAX
     import optax
 
     targets = jnp.broadcast_to(targets, logits.shape).astype(logits.dtype)
@@ -46,7 +46,7 @@ def binary_cross_entropy(logits: Array, targets: Array) -> Array:
 
 
 def two_outcomes(logits: Array) -> Array:
-    """Returns the logits of each label's absence, 0, and presence, [..., C, 2]."""
+    """Returns the logits of each label's absence, always 0, and of its presence, [..., C, 2]."""
     xp = logits.__array_namespace__()
     return xp.stack([xp.zeros_like(logits), logits], axis=-1)
 
@@ -59,9 +59,9 @@ def sigmoid(logits: Array) -> Array:
 
 
 def constant_labels(logits: Array, row_mask: Array) -> Array:
-    """Returns a number for the labels that all rows of row_mask [B] get, or -1; int32 [...].
+    """Returns a number for the labels predicted for all rows of row_mask [B], or -1; int32 [...].
 
-    The labels are its binary digits, where there are no more than 20 of them.
+    It is -1 if the predictions differ. Its binary digits are the labels if there are at most 20.
     """
     xp = logits.__array_namespace__()
     present = xp.broadcast_to(row_mask[:, None], logits.shape)  # [..., B, C]
@@ -74,24 +74,24 @@ def constant_labels(logits: Array, row_mask: Array) -> Array:
 def answer(
     logits: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]
 ) -> tuple[list[str], float]:
-    """Returns the labels with a positive logit, and the certainty of the least certain label."""
+    """Returns the labels with a positive logit, and the confidence in the least certain label."""
     given = [name for name, logit in zip(names, logits.tolist(), strict=True) if logit > 0]
     return given, float(np.maximum(probabilities, 1 - probabilities).min())
 
 
 def describe_prediction(given: np.ndarray, names: tuple[str, ...]) -> str:
-    """Returns words for the labels bool [C] of a row."""
+    """Returns a description of the labels of a row, bool [C]."""
     return " and ".join(repr(cut_label(n)) for n in np.asarray(names)[given].tolist()) or "no label"
 
 
 def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) -> tuple[str, ...]:
-    """Returns the label names that the file declares, else those of all rows in order.
+    """Returns the label names that the file declares, otherwise those of all rows in order.
 
-    Raises UserError where no row has a label.
+    Raises UserError if no row has a label.
     """
     found = {name for text in labels for name in split_labels(text)}
     if not found:
-        raise UserError(f"no row has a label in column {column!r}: name the labels as a|b")
+        raise UserError(f"no row has a label in column {column!r}: write labels as a|b")
     return declared or ordered_names(found)
 
 
@@ -100,7 +100,7 @@ def read_label_sets(
 ) -> np.ndarray:
     """Returns which labels each row has, bool [N, C].
 
-    Raises UserError for an unknown label, and for a list that stands in one field as text.
+    Raises UserError for an unknown label, and for a list that is written as text in one field.
     """
     index = {name: number for number, name in enumerate(names)}
     found = np.zeros((len(labels), len(names)), bool)
@@ -114,7 +114,8 @@ def read_label_sets(
             if name not in index:
                 raise UserError(
                     f"label {cut_label(name)!r} (the text {texts[row][0]!r:.40}) is not among the "
-                    f"training labels {list_labels(names)}: correct it, or add such training rows"
+                    f"training labels {list_labels(names)}: correct it, or add training rows with "
+                    "this label"
                 )
             found[row, index[name]] = True
     return found
@@ -123,7 +124,11 @@ def read_label_sets(
 def check_label_sets(
     train: np.ndarray, validation: np.ndarray, names: tuple[str, ...], column: str
 ) -> None:
-    """Raises UserError unless training rows bool [N, C] differ, and have all labels validated."""
+    """Checks that a model can be trained and evaluated on targets, bool [N, C].
+
+    Raises UserError if all training rows have the same labels, or if a label occurs in validation
+    rows only.
+    """
     if (train == train[0]).all():
         raise UserError(
             f"all training rows have the same labels (column {column!r}): there is nothing to learn"
@@ -132,14 +137,14 @@ def check_label_sets(
     if len(unseen):
         raise UserError(
             f"label {cut_label(names[unseen[0]])!r} occurs in validation rows but in no training "
-            "row: give training rows of it, or remove it"
+            "row: add training rows with this label, or remove it from the validation rows"
         )
 
 
 def rarest_labels(targets: np.ndarray) -> np.ndarray:
-    """Returns the rarest label of each row, int [N], of bool [N, C]; C where it has none.
+    """Returns the rarest label of each row of targets bool [N, C], int [N]; C for rows without one.
 
-    Rows split in proportion to these keep rare labels on both sides: a simple form of iterative
+    Stratifying by these keeps rare labels on both sides of a split: a simple form of iterative
     stratification (Sechidis et al. 2011).
     """
     counts = np.where(targets, targets.sum(axis=0), len(targets) + 1)  # [N, C]
@@ -147,17 +152,17 @@ def rarest_labels(targets: np.ndarray) -> np.ndarray:
 
 
 def describe_labels(targets: np.ndarray, names: tuple[str, ...]) -> tuple[str, list[str]]:
-    """Returns the labels with their numbers of rows, and warnings of labels that look wrong."""
+    """Returns the number of rows of each label, as text, and warnings about suspicious labels."""
     counts = dict(zip(names, targets.sum(axis=0).tolist(), strict=True))
     without = int((~targets.any(axis=1)).sum())
     said = describe_classes(counts).replace("classes", "labels", 1)
-    more = f"; {targets.sum(axis=1).mean():.2f} labels a row, {without} rows have none"
+    more = f"; {targets.sum(axis=1).mean():.2f} labels per row, {without} rows without a label"
     warnings = label_warnings(counts)
     joined = next((name for name in names if "," in name or ";" in name), None)
     if joined is not None and targets.sum(axis=1).max() == 1:
         warnings.append(
-            f"no row has several labels, and labels such as {cut_label(joined)!r} are one label "
-            "each: if they name several, write them as a|b"
+            f"no row has several labels, and {cut_label(joined)!r} is read as one label: if it "
+            "names several, write them as a|b"
         )
     if without > len(targets) / 2:
         warnings.append(f"{without} of {len(targets)} rows have no label: is the column filled in?")
@@ -167,9 +172,9 @@ def describe_labels(targets: np.ndarray, names: tuple[str, ...]) -> tuple[str, l
 def one_vs_rest(features: int, labels: int) -> Solve:
     """Returns the solver of one logistic regression for each label, see `LinearModel`.
 
-    All labels at once, by L-BFGS from the last result.
+    L-BFGS fits all labels at once and starts from the last result.
     """
-    from scipy.optimize import minimize  # here: a served model needs no SciPy
+    from scipy.optimize import minimize  # imported here because a served model does not need SciPy
 
     start = np.zeros((features + 1, labels))
 
@@ -200,7 +205,7 @@ def mean_binary_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def one_vs_rest_estimator(strength: float, iterations: int) -> Any:
-    """Returns scikit-learn's logistic regressions, see `LinearModel.text_model`."""
+    """Returns one logistic regression for each label, see `LinearModel.text_model`."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
 

@@ -1,7 +1,7 @@
 """The interface of an objective and of its metrics, and functions that objectives share.
 
-Functions of arrays take JAX and NumPy arrays alike and import neither library: what has been
-trained is analysed and served without JAX.
+Unless noted otherwise, array functions accept both JAX and NumPy arrays and do not import JAX, so
+that trained models can be analyzed and served without it.
 
 Shape letters: N rows (B in a batch), C outputs of an exit, V categorical variables with K outcomes
 each, S statistics of a row, U statistics of a target.
@@ -21,39 +21,43 @@ Array = Any  # jax.Array or np.ndarray
 
 
 def share_standard_error(value: np.ndarray, rows: int) -> np.ndarray:
-    """Computes the standard error of a share of so many rows, float [...].
+    """Computes the standard error of a share of `rows` rows, float [...].
 
-    Two rows more of either kind, so that it is not 0 where all rows are right (Agresti and Coull
-    1998).
+    Two rows of either kind are added, so that the error is not 0 where all rows are right (Agresti
+    and Coull 1998).
     """
     share = (np.clip(value, 0, 1) * rows + 2) / (rows + 4)
     return np.sqrt(share * (1 - share) / (rows + 4))
 
 
 def correlation_standard_error(value: np.ndarray, rows: int) -> np.ndarray:
-    """Computes the standard error of a correlation over so many rows, float [...]."""
+    """Computes the standard error of a correlation over `rows` rows, float [...]."""
     return (1 - np.clip(value, -1, 1) ** 2) / np.sqrt(rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """Defines a metric as a function of sums over rows, so that sums alone give a whole curve.
+    """Defines a metric as a function of sums over rows, from which whole curves are computed.
 
-    Larger is better. Targets have no axes in front of N; predictions may have more (the exits).
+    Larger is better. Targets have no axes before N; predictions may have some, such as the exits.
 
     Attributes:
-      name: unique among the metrics of its objective.
-      row_statistics: (predictions, targets, C) → bool or numbers [..., N, S].
-      target_statistics: (targets, C) → bool or numbers [N, U]: what predictions do not change.
-      value: (sums of the row statistics [..., S], of the target statistics [..., U]) → float64
-        [...], the metric.
-      is_share: the metric is the share of rows whose one statistic is True: there are closed forms
-        of its intervals.
-      standard_error: (values [...], number of rows) → float [...], where there is a closed form;
-        None: by the jackknife, see `exits.metrics.jackknife_error`.
-      is_error: the metric is the negative of an error, which the target `error` bounds.
-      credit: (predictions, predictions or targets) → float [..., N], from 0 to 1: how right each
-        row is, where that is more than right or wrong. PCEE and certificates are then of it.
+      name: name of the metric, unique within its objective.
+      row_statistics: function of (predictions, targets, C) that returns bool or numbers
+        [..., N, S].
+      target_statistics: function of (targets, C) that returns bool or numbers [N, U], which do not
+        depend on the predictions.
+      value: function of (sums of the row statistics [..., S], sums of the target statistics
+        [..., U]) that returns the metric, float64 [...].
+      is_share: whether the metric is the share of rows whose only statistic is True. Its intervals
+        then have closed forms.
+      standard_error: function of (values [...], number of rows) that returns the standard error,
+        float [...], in closed form; None to use the jackknife, see
+        `exits.metrics.jackknife_error`.
+      is_error: whether the metric is a negated error, which the target `error` bounds.
+      credit: function of (predictions, predictions or targets) that returns how right each row is,
+        float [..., N] from 0 to 1; None if rows are either right or wrong. If set, PCEE and
+        certificates use it.
 
     """
 
@@ -71,12 +75,14 @@ class Metric:
 class CategoricalVariables:
     """Defines the likelihood of targets: outputs are logits of independent categorical variables.
 
-    Temperatures, confidences and the quality of a calibration follow from it. Single-label
-    classification is one variable of C outcomes, multi-label classification C of two.
+    Temperatures, confidences and the measures of calibration are computed from it. Single-label
+    classification is one variable with C outcomes; multi-label classification is C variables with
+    two outcomes each.
 
     Attributes:
-      logits: outputs [..., C] → the logits of V variables [..., V, K]; on both kinds of array.
-      outcomes: targets → the outcome of each variable, int [..., V].
+      logits: function of the outputs [..., C] that returns the logits of the variables
+        [..., V, K], for JAX and NumPy arrays.
+      outcomes: function of the targets that returns the outcome of each variable, int [..., V].
 
     """
 
@@ -84,7 +90,7 @@ class CategoricalVariables:
     outcomes: Callable[[np.ndarray], np.ndarray]
 
     def outcome_count(self, outputs: int) -> int:
-        """Returns K for so many outputs of an exit."""
+        """Returns K, the number of outcomes, for an exit with `outputs` outputs."""
         return self.logits(np.zeros(outputs)).shape[-1]
 
 
@@ -92,43 +98,49 @@ class CategoricalVariables:
 class Objective:
     """Defines what the outputs of an exit mean: loss, prediction, probabilities, metrics.
 
-    Functions of logits float32 [..., N, C] and targets [N, ...] without the axes in front of N, as
-    rows of a split have them; `...` may be the exits. Those on JAX arrays trace under `jax.jit`.
+    The functions take logits float32 [..., N, C] and targets [N, ...], where the leading `...` of
+    the logits may be the exits. Functions that accept JAX arrays can be traced by `jax.jit`.
 
     Attributes:
-      name: its key in OBJECTIVES.
-      metrics: that it may be evaluated by, the default first.
-      column: how its targets are read from a column of labels.
-      linear: the linear models of its heads and baselines.
-      row_loss: (logits, targets) → float32 [..., N], the loss of each row; on JAX arrays.
-      predict: logits → the predictions [..., N] or [..., N, C]; on both kinds of array.
-      agrees: (predictions, predictions or targets) → bool [..., N], whether they are the same:
-        accuracy, agreement of exits and the target of learning-to-exit; on both kinds. None where
-        predictions are numbers: there is no patience, oracle or certificate then.
-      probabilities: logits → what an answer shows of each output, [..., N, C]; on both kinds.
-        Without outputs, [..., N, 0], where they are no probabilities.
-      answer: (logits [C], probabilities [C], names of the outputs) → (the prediction of one row in
-        the terms of its labels, its probability or None), as answers and files have them.
-      constant_prediction: (logits, row_mask bool [N]) → int32 [...], a number for the one
-        prediction that all rows of the mask have, -1 where they differ; on both kinds. It is
-        logged with every training step: by it an exit that has collapsed is found.
-      describe: (prediction, names of the outputs) → words for it, as in "collapsed to ...".
-      read_targets: (targets, C) → NumPy targets of the dtype that files have. Raises ValueError
-        for impossible ones.
-      target_per_output: a row has C targets, [N, C], rather than one, [N].
-      categorical: the likelihood of targets; None where outputs are not logits of probabilities,
-        and policies that read a probability cannot be used.
-      tuning_policy: name of the exit policy that compares states and rates on tuning rows.
-      exit_target: (logits, targets) → float [..., N] from 0 to 1, what learning-to-exit estimates;
-        None: whether the prediction is right.
-      measures: (name, function of predictions [N, ...] and targets [N, ...] → float), reported of
-        each exit beside the metric.
-      units: targets → (mean, standard deviation), by which they are standardised for training;
-        None where they are trained on as they are. Saved models and outputs are in the targets'
-        own units.
-      decision_shifts: (logits float32 [N, C], targets) → float [C], what is subtracted from the
-        logits so that predictions have the best metric on these rows; None where nothing is.
-      outputs: the word for the C outputs of an exit.
+      name: key of the objective in OBJECTIVES.
+      metrics: metrics that a model may be evaluated by, the default first.
+      column: rules for reading the targets from a column of labels.
+      linear: linear models for heads and baselines.
+      row_loss: function of (logits, targets) that returns the loss of each row, float32 [..., N];
+        JAX arrays only.
+      predict: function of the logits that returns the predictions [..., N] or [..., N, C]; JAX and
+        NumPy arrays.
+      agrees: function of (predictions, predictions or targets) that returns whether they are the
+        same, bool [..., N]; JAX and NumPy arrays. It defines accuracy, agreement between exits and
+        the target of learning-to-exit. None for regression, which has no patience, oracles or
+        certificates.
+      probabilities: function of the logits that returns the probability of each output as answers
+        show it, [..., N, C], or [..., N, 0] if outputs are not probabilities; JAX and NumPy arrays.
+      answer: function of (logits [C], probabilities [C], names of the outputs) that returns (the
+        prediction for one row in terms of its labels, its probability or None), as written to
+        answers and files.
+      constant_prediction: function of (logits, row_mask bool [N]) that returns a number for the
+        prediction that all rows of the mask share, or -1 if they differ, int32 [...]; JAX and
+        NumPy arrays. It is logged at every training step to detect collapsed exits.
+      describe: function of (prediction, names of the outputs) that returns a description of the
+        prediction, as in "collapsed to ...".
+      read_targets: function of (targets, C) that returns the targets as NumPy arrays of the dtype
+        used in files. Raises ValueError for invalid targets.
+      target_per_output: whether a row has C targets, [N, C], rather than one, [N].
+      categorical: likelihood of the targets; None if outputs are not logits of probabilities, so
+        that policies that read probabilities cannot be used.
+      tuning_policy: name of the exit policy by which training states and learning rates are
+        compared on tuning rows.
+      exit_target: function of (logits, targets) that returns what learning-to-exit estimates, float
+        [..., N] from 0 to 1; None if it estimates whether the prediction is right.
+      measures: pairs of a name and a function of (predictions [N, ...], targets [N, ...]) that
+        returns a float, reported for each exit in addition to the metric.
+      units: function of the targets that returns the (mean, standard deviation) by which they are
+        standardized for training; None to train on the targets as they are. Saved models and
+        outputs use the original units.
+      decision_shifts: function of (logits float32 [N, C], targets) that returns what to subtract
+        from the logits to maximize the metric on these rows, float [C]; None to subtract nothing.
+      outputs: word for the C outputs of an exit.
 
     """
 
@@ -158,24 +170,24 @@ class Objective:
         return masked_mean(self.row_loss(logits, targets), row_mask)
 
     def is_correct(self, logits: Array, targets: Array) -> Array:
-        """Returns whether each row is predicted as its target says, bool [..., N].
+        """Returns whether the prediction of each row equals its target, bool [..., N].
 
-        Raises UserError where predictions are numbers, which are not right or wrong.
+        Raises UserError for regression, whose predictions are not right or wrong.
         """
         predictions, xp = self.predict(logits), logits.__array_namespace__()
         return self.same(predictions, xp.broadcast_to(targets, predictions.shape))
 
     def same(self, predictions: Array, others: Array) -> Array:
-        """Returns what `agrees` does. Raises UserError where it is None."""
+        """Returns what `agrees` returns. Raises UserError if it is None."""
         if self.agrees is None:
             raise UserError(
-                f"predictions of the objective {self.name!r} are numbers, which are not right or "
-                "wrong: patience, oracles and certificates are of classes and labels"
+                f"predictions of objective={self.name!r} are numbers, which are not right or "
+                "wrong: patience, oracles and certificates apply only to classes and labels"
             )
         return self.agrees(predictions, others)
 
     def metric(self, metric: str | Metric) -> Metric:
-        """Returns the metric of this name; a Metric as it is. Raises UserError for other names."""
+        """Returns the metric with a name, or a Metric unchanged. Raises UserError if unknown."""
         if isinstance(metric, Metric):
             return metric
         named = {known.name: known for known in self.metrics}
@@ -184,7 +196,7 @@ class Objective:
 
 
 def accuracy_metric(agrees: Callable[[Array, Array], Array], name: str = "accuracy") -> Metric:
-    """Returns the share of rows that `agrees` (see `Objective`) calls right."""
+    """Returns a metric: the share of rows that are right according to `Objective.agrees`."""
     return Metric(
         name,
         lambda predictions, targets, outputs: agrees(predictions, targets)[..., None],
@@ -196,21 +208,21 @@ def accuracy_metric(agrees: Callable[[Array, Array], Array], name: str = "accura
 
 
 def masked_mean(values: Array, row_mask: Array) -> Array:
-    """Returns the mean of values [..., B] over the rows of row_mask bool [B]; 0 of no rows."""
+    """Returns the mean of values [..., B] over the rows of row_mask bool [B], 0 without rows."""
     xp = values.__array_namespace__()
     present = xp.broadcast_to(row_mask, values.shape)  # [..., B]
     return xp.where(present, values, 0).sum(axis=-1) / xp.maximum(present.sum(axis=-1), 1)
 
 
 def softmax(logits: Array) -> Array:
-    """Returns softmax over the last axis, in the dtype of the logits."""
+    """Returns the softmax over the last axis, in the dtype of the logits."""
     xp = logits.__array_namespace__()
     exponentials = xp.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns log softmax over the last axis, as `scipy.special.log_softmax` does."""
+    """Returns the log softmax over the last axis, like `scipy.special.log_softmax`."""
     largest = logits.max(axis=-1, keepdims=True)
     shifted = logits - np.where(np.isfinite(largest), largest, 0)
     with np.errstate(divide="ignore"):

@@ -1,6 +1,6 @@
-"""Regression: every row has one number, which the one output of an exit predicts.
+"""Regression: every row has one number, which an exit predicts with a single output.
 
-Training sees standardised targets; what is saved is in the targets' own units.
+Training uses standardized targets; saved models and outputs use the original units.
 
 Shape letters: N rows (B in a batch), H features.
 """
@@ -22,9 +22,9 @@ from sweet_jax.objectives.objective import (
     correlation_standard_error,
 )
 
-_STRATA = 10  # of rows with targets of similar size, by which rows are split
-_ROUNDED = 0.01  # of the targets' standard deviation: the most that float32 may change one
-_CONSTANT = 1e-6  # relative: predictions that differ by less are one
+_STRATA = 10  # number of strata: groups of rows with similar targets
+_ROUNDED = 0.01  # maximum rounding error in float32, in standard deviations of the targets
+_CONSTANT = 1e-6  # relative difference below which predictions are considered equal
 
 
 def squared_error(logits: Array, targets: Array) -> Array:
@@ -33,7 +33,7 @@ def squared_error(logits: Array, targets: Array) -> Array:
 
 
 def _errors(logits: Array, targets: Array) -> Array:
-    """Returns predictions less targets [B], [..., B]."""
+    """Returns predictions minus targets [B], [..., B]."""
     values = logits[..., 0]
     return values - logits.__array_namespace__().broadcast_to(targets, values.shape)
 
@@ -44,17 +44,17 @@ def predicted_value(logits: Array) -> Array:
 
 
 def error_head_target(logits: Array, targets: Array) -> Array:
-    """Returns 1 - tanh |error|, float32 [..., B]: what a learned error head estimates.
+    """Returns 1 - tanh |error|, float32 [..., B], which learning-to-exit heads estimate.
 
-    BERxiT's learning-to-exit for regression (Xin et al. 2021, section 3.3), of the error in
-    standard deviations of the targets.
+    This is BERxiT's learning-to-exit for regression (Xin et al. 2021, section 3.3). The error is
+    measured in standard deviations of the targets.
     """
     xp = logits.__array_namespace__()
     return 1 - xp.tanh(abs(_errors(logits, targets)))
 
 
 def constant_value(logits: Array, row_mask: Array) -> Array:
-    """Returns 0 where all rows of row_mask bool [B] get nearly one number, else -1; int32 [...]."""
+    """Returns 0 if predictions for row_mask bool [B] are nearly equal, else -1; int32 [...]."""
     xp = logits.__array_namespace__()
     values = logits[..., 0]
     present = xp.broadcast_to(row_mask, values.shape)
@@ -67,12 +67,12 @@ def constant_value(logits: Array, row_mask: Array) -> Array:
 def answer(
     logits: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]
 ) -> tuple[float, None]:
-    """Returns the number; there is no probability of it."""
+    """Returns the number and None, since it has no probability."""
     return float(logits[0]), None
 
 
 def read_targets(targets: Any, outputs: int) -> np.ndarray:
-    """Returns targets as float32. Raises ValueError for one that is not finite."""
+    """Returns targets as float32. Raises ValueError if one is not finite."""
     found = np.asarray(targets, np.float32)
     if not np.isfinite(found).all():
         raise ValueError("targets must be finite")
@@ -84,8 +84,8 @@ def read_numbers(
 ) -> np.ndarray:
     """Returns labels as numbers, float32 [N].
 
-    Raises UserError for one that is no number or too large, and for numbers that differ by so
-    little that they would be rounded to a few.
+    Raises UserError for a label that is not a number or too large for float32, and for numbers that
+    differ by so little that float32 would round most of them together.
     """
     numbers = np.asarray([float(text) if is_number(text) else np.nan for text in labels])
     with np.errstate(over="ignore"):
@@ -95,7 +95,7 @@ def read_numbers(
         what = "is too large for float32" if np.isfinite(numbers[row]) else "is not a finite number"
         raise UserError(
             f"label {cut_label(labels[row])!r} (the text {texts[row][0]!r:.40}) {what}, which "
-            "objective regression needs: correct it, or leave objective out"
+            "objective=regression requires: correct it, or leave objective out"
         )
     low, high = numbers.min(), numbers.max()
     if low < high and abs(found - numbers).max() > _ROUNDED * numbers.std():
@@ -109,18 +109,18 @@ def read_numbers(
 def check_numbers(
     train: np.ndarray, validation: np.ndarray, names: tuple[str, ...], column: str
 ) -> None:
-    """Raises UserError where all training rows float [N] have one number."""
+    """Raises UserError if all training targets, float [N], are equal."""
     if (train == train[0]).all():
         raise UserError(
-            f"all training rows have the number {train[0]:g} (column {column!r}): there is nothing "
-            "to learn"
+            f"all training rows have the same number, {train[0]:g} (column {column!r}): there is "
+            "nothing to learn"
         )
 
 
 def quantile_strata(targets: np.ndarray) -> np.ndarray:
-    """Returns the tenth of the rows, by target, that each row is in: int [N] from 0 to 9.
+    """Returns the decile of each row's target, int [N] from 0 to 9.
 
-    Where nine tenths or more have the smallest number, they are 0 and the others 1.
+    If at least nine tenths of the rows have the smallest target, they get 0 and the others 1.
     """
     inner = np.arange(1, _STRATA) / _STRATA
     limits = np.quantile(targets, inner, method="lower")
@@ -130,16 +130,16 @@ def quantile_strata(targets: np.ndarray) -> np.ndarray:
 
 
 def describe_numbers(targets: np.ndarray, names: tuple[str, ...]) -> tuple[str, list[str]]:
-    """Returns the range of targets float [N], and a warning where they look like classes."""
+    """Describes targets float [N], with a warning if they look like classes."""
     values = np.unique(targets)
     mean, spread = targets.mean(dtype=np.float64), targets.std(dtype=np.float64)
     said = (
         f"targets from {values[0]:g} to {values[-1]:g}, mean {mean:.4g}, standard deviation "
-        f"{spread:.4g}, {len(values)} different numbers"
+        f"{spread:.4g}, {len(values)} distinct numbers"
     )
     if len(values) > 2:
         return said, []
-    return said, ["the targets are two numbers only: objective single_label may suit them better"]
+    return said, ["the targets have only two values: objective=single_label may fit better"]
 
 
 def ridge(features: int, outputs: int) -> Solve:
@@ -147,7 +147,8 @@ def ridge(features: int, outputs: int) -> Solve:
 
     def solve(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
         mean = y.mean(dtype=np.float64)
-        # Standardised features have the mean 0. Half the mean squared error + penalty / 2 |w|^2.
+        # Minimizes half the mean squared error + penalty / 2 |w|^2. Standardized features have
+        # mean 0, so that the bias is the mean of the targets.
         gram = (x.T @ x).astype(np.float64) / len(x)
         moment = (x.T @ (y - mean).astype(np.float32)).astype(np.float64) / len(x)
         kernel = np.linalg.solve(gram + penalty * np.eye(features), moment)
@@ -162,7 +163,7 @@ def mean_squared_error(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def ridge_estimator(strength: float, iterations: int) -> Any:
-    """Returns scikit-learn's ridge regression, see `LinearModel.text_model`."""
+    """Returns a ridge regression, see `LinearModel.text_model`."""
     from sklearn.linear_model import Ridge
 
     return Ridge(alpha=10 / strength, solver="sparse_cg")
@@ -183,8 +184,8 @@ def mean_absolute_error(given: np.ndarray, targets: np.ndarray) -> float:
     return float(absolute_error(given, targets).mean())
 
 
-# Larger is better: as scikit-learn, which calls it so, the negative error. Of normally distributed
-# errors the standard deviation of |error| is sqrt(pi / 2 - 1) times its mean.
+# Negated, and named as in scikit-learn, so that larger is better. If errors are normally
+# distributed, the standard deviation of |error| is sqrt(pi / 2 - 1) times its mean.
 NEG_MEAN_ABSOLUTE_ERROR = Metric(
     "neg_mean_absolute_error",
     lambda given, targets, outputs: absolute_error(given, targets)[..., None],
@@ -207,9 +208,9 @@ def _moments(targets: np.ndarray, outputs: int) -> np.ndarray:
 
 
 def _centred(targets: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns the targets less their mean, and the mean.
+    """Returns the targets minus their mean, and the mean.
 
-    A correlation does not change by it, but the differences of large sums lose fewer digits.
+    Centering does not change a correlation, but it avoids cancellation between large sums.
     """
     targets = np.asarray(targets, np.float64)
     centre = float(targets.mean())
@@ -217,12 +218,14 @@ def _centred(targets: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Computes Pearson's correlation, 0 where either is constant, NaN of predictions that are NaN.
+    """Computes Pearson's correlation: 0 if either side is constant, NaN if predictions are NaN.
+
+    Predictions and targets are centered by the same number, see `_centred`.
 
     Args:
-      sums: [..., 3]: sums of the predictions, their squares, and their products with the targets.
-      totals: [..., 3]: the number of rows, sums of the targets and of their squares. All of numbers
-        less one and the same, see `_centred`.
+      sums: sums of the predictions, of their squares, and of their products with the targets,
+        [..., 3].
+      totals: number of rows, sum of the targets, and sum of their squares, [..., 3].
 
     """
     count = totals[..., 0]
@@ -230,11 +233,11 @@ def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
     covariance = sums[..., 2] / count - means * centre
     squares = sums[..., 1] / count, totals[..., 2] / count
     spreads = [np.maximum(s - m**2, 0) for s, m in zip(squares, (means, centre), strict=True)]
-    # Below the rounding of the sums there is no spread.
+    # A spread below the rounding error of the sums counts as zero.
     sound = [s > 1e-12 * np.maximum(q, 1e-300) for s, q in zip(spreads, squares, strict=True)]
     product = np.sqrt(np.where(sound[0] & sound[1], spreads[0] * spreads[1], 1.0))
     found = np.where(sound[0] & sound[1], np.clip(covariance / product, -1, 1), 0.0)
-    return np.where(np.isnan(covariance), np.nan, found)  # of an exit that diverged
+    return np.where(np.isnan(covariance), np.nan, found)  # NaN for exits that diverged
 
 
 PEARSON = Metric(
@@ -243,13 +246,13 @@ PEARSON = Metric(
 
 
 def pearson(given: np.ndarray, targets: np.ndarray) -> float:
-    """Returns Pearson's correlation of predictions and targets [N], 0 where one is constant."""
+    """Returns Pearson's correlation of predictions and targets [N], 0 if either is constant."""
     return float(correlation(_products(given, targets, 1).sum(0), _moments(targets, 1).sum(0)))
 
 
 def spearman(given: np.ndarray, targets: np.ndarray) -> float:
-    """Returns Spearman's correlation: Pearson's of the ranks, ties with their mean rank."""
-    from scipy.stats import rankdata  # here: a served model needs no SciPy
+    """Returns Spearman's correlation: Pearson's correlation of the ranks, with average ties."""
+    from scipy.stats import rankdata  # imported here because a served model does not need SciPy
 
     return pearson(rankdata(given), rankdata(targets))
 

@@ -1,4 +1,4 @@
-"""Classification where every row has exactly one class.
+"""Single-label classification: every row has exactly one class.
 
 Shape letters: N rows (B in a batch), C classes.
 """
@@ -33,13 +33,13 @@ from sweet_jax.objectives.objective import (
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-_ITERATIONS = 1000  # at most, of L-BFGS; 10 to 300 are usual
-_NEWTON = 1024  # coefficients, at most, of a Hessian that is factorised: a few exact steps
+_ITERATIONS = 1000  # maximum number of L-BFGS iterations; 10 to 300 are usual
+_NEWTON = 1024  # maximum number of coefficients for Newton's method, which factorizes the Hessian
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Returns the cross-entropy of each row, float32 [..., B], of labels int32 [B]."""
-    import jax.numpy as jnp  # here: curves and served models need no JAX
+    """Returns the cross-entropy of each row, float32 [..., B], for labels int32 [B]."""
+    import jax.numpy as jnp  # imported here because curves and served models do not need JAX
     import optax
 
     labels = jnp.broadcast_to(labels, logits.shape[:-1])  # [..., B]
@@ -52,12 +52,12 @@ def predicted_class(logits: Array) -> Array:
 
 
 def same_class(classes: Array, others: Array) -> Array:
-    """Returns whether classes are the same, bool [..., B]."""
+    """Returns whether two arrays have the same class in each row, bool [..., B]."""
     return classes == others
 
 
 def single_predicted_class(logits: Array, row_mask: Array) -> Array:
-    """Returns the one class predicted for all rows of row_mask bool [B], or -1; int32 [...]."""
+    """Returns the class predicted for all rows of row_mask bool [B], -1 if several; int32 [...]."""
     xp = logits.__array_namespace__()
     classes = logits.argmax(axis=-1)  # [..., B]
     present = xp.broadcast_to(row_mask, classes.shape)
@@ -67,20 +67,20 @@ def single_predicted_class(logits: Array, row_mask: Array) -> Array:
 
 
 def read_labels(labels: Any, classes: int) -> np.ndarray:
-    """Returns labels as int64. Raises ValueError for labels that are no classes."""
+    """Returns labels as int64. Raises ValueError for labels that are not indices of classes."""
     given = np.asarray(labels)
     if given.dtype.kind == "f" and not (np.isfinite(given) & (given == np.trunc(given))).all():
-        raise ValueError("labels must be whole numbers, the places of their classes")
+        raise ValueError("labels must be integers: the indices of their classes")
     labels = np.asarray(labels, np.int64)
     if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"labels must be from 0 to {classes - 1}")
+        raise ValueError(f"labels must be between 0 and {classes - 1}")
     return labels
 
 
 def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) -> tuple[str, ...]:
-    """Returns the class names that the file declares, else the labels in order.
+    """Returns the class names that the file declares, otherwise the distinct labels in order.
 
-    Raises UserError for a column of ids.
+    Raises UserError for a column of IDs.
     """
     check_label_column(labels, column)
     return declared or ordered_names(set(labels))
@@ -89,9 +89,9 @@ def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) ->
 def read_classes(
     labels: Sequence[str], names: tuple[str, ...], texts: Sequence[tuple[str, ...]]
 ) -> np.ndarray:
-    """Returns the numbers of labels, int32 [N]. Raises UserError for a label without a number."""
+    """Returns the class index of each label, int32 [N]. Raises UserError for an unknown label."""
     index = {name: number for number, name in enumerate(names)}
-    # 1 in one file and 1.0 in another are one label, unless one file has both.
+    # 1 in one file and 1.0 in another are the same label, unless the names contain both.
     whole = {without_fraction(name): number for name, number in index.items()}
     whole = whole if len(whole) == len(index) else {}
     found = [index.get(name, whole.get(without_fraction(name), -1)) for name in labels]
@@ -101,7 +101,7 @@ def read_classes(
         raise UserError(
             f"label {cut_label(labels[row])!r} ({count} row{'s' * (count > 1)}, the text "
             f"{texts[row][0]!r:.40}) is not among the training labels "
-            f"{list_labels(names)}: correct it, or add such training rows"
+            f"{list_labels(names)}: correct it, or add training rows with this label"
         )
     return np.asarray(found, np.int32)
 
@@ -109,23 +109,27 @@ def read_classes(
 def check_classes(
     train: np.ndarray, validation: np.ndarray, names: tuple[str, ...], column: str
 ) -> None:
-    """Raises UserError unless training rows int [N] are of two classes, and of all validated."""
+    """Checks that a model can be trained and evaluated on labels, int [N].
+
+    Raises UserError if training rows have fewer than two classes, or if a class occurs in
+    validation rows only.
+    """
     present = set(train.tolist())
     if len(present) < 2:
         raise UserError(
             f"all training rows have the label {cut_label(names[train[0]])!r} (column {column!r}): "
-            "a classifier needs two classes or more"
+            "a classifier needs at least two classes"
         )
     unseen = sorted(set(validation.tolist()) - present)
     if unseen:
         raise UserError(
             f"label {cut_label(names[unseen[0]])!r} occurs in validation rows but in no training "
-            "row: give training rows of it, or remove it"
+            "row: add training rows with this label, or remove it from the validation rows"
         )
 
 
 def describe_labels(classes: np.ndarray, names: tuple[str, ...]) -> tuple[str, list[str]]:
-    """Returns the classes with their numbers of rows, and warnings of labels that look wrong."""
+    """Returns the number of rows of each class, as text, and warnings about suspicious labels."""
     each = np.bincount(classes, minlength=len(names))
     counts = dict(zip(names, each.tolist(), strict=True))
     return describe_classes(counts), label_warnings(counts)
@@ -136,9 +140,9 @@ def multinomial_logistic(
 ) -> Solve:
     """Returns the solver of multinomial logistic regression, see `LinearModel`.
 
-    Labels int [N] are of two classes or more; a class that they lack gets the smallest logit.
+    Labels int [N] must have at least two classes; a class without rows gets the smallest logit.
     """
-    # Here: it takes a second to import, and runs without a probe do without.
+    # Imported here because it takes a second, and runs without a probe do not need it.
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -159,15 +163,15 @@ def multinomial_logistic(
 
 
 def _softmax_form(model: "LogisticRegression", classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns kernel [H, C] and bias [C], float64, of a fitted model.
+    """Returns the kernel [H, C] and bias [C] of a fitted model, float64.
 
-    Of two classes scikit-learn keeps the difference of the logits alone.
+    For two classes, scikit-learn stores only the difference of the logits.
     """
     weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)
     if len(weight) == 1:
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     kernel = np.zeros((weight.shape[1], classes))
-    # What was never seen loses to all others by a wide, finite margin.
+    # Classes without rows lose to all others by a wide but finite margin.
     full = np.full(classes, bias.min() - 20.0)
     kernel[:, model.classes_], full[model.classes_] = weight.T, bias
     return kernel, full
@@ -176,7 +180,7 @@ def _softmax_form(model: "LogisticRegression", classes: int) -> tuple[np.ndarray
 def mean_cross_entropy(
     logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
 ) -> float:
-    """Returns the mean cross-entropy of labels int [N], each by the weight of its class [C]."""
+    """Returns the mean cross-entropy of labels int [N], weighted by class weights [C] if given."""
     top = logits.max(axis=1)
     total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
     losses = total - logits[np.arange(len(labels)), labels]
@@ -184,21 +188,22 @@ def mean_cross_entropy(
 
 
 def most_frequent(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Returns the most frequent class of labels int [N], the first of equals, int64 []."""
+    """Returns the most frequent class of labels int [N], the first among ties, int64 []."""
     return np.asarray(np.bincount(np.asarray(labels, np.int64), minlength=classes).argmax())
 
 
 def logistic_regression(strength: float, iterations: int) -> Any:
-    """Returns scikit-learn's logistic regression, see `LinearModel.text_model`."""
+    """Returns a logistic regression, see `LinearModel.text_model`."""
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=strength, max_iter=iterations)
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:
-    """Returns the weight N / (C N_c) of each class, as scikit-learn's "balanced".
+    """Returns the weight N / (C N_c) of each class, like scikit-learn's "balanced".
 
-    The mean weight of the rows is then 1. 0 for a class that labels int [N] lack.
+    The mean weight over the rows is then 1. C counts the classes that occur in labels int [N]; the
+    weight of any other class is 0.
     """
     counts = np.bincount(labels, minlength=classes)
     present = int((counts > 0).sum())
@@ -208,16 +213,16 @@ def balanced_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:
 def reweighted(
     objective: Objective, weights: tuple[float, ...] = (), focal_gamma: float = 0.0
 ) -> Objective:
-    """Returns single-label classification trained by another loss; all else stays as it is.
+    """Returns single-label classification with class weights and the focal loss.
 
-    Each row's cross-entropy is multiplied by the weight of its class, and by (1 - p)^gamma, where p
+    Each row's cross-entropy is multiplied by the weight of its class and by (1 - p)^gamma, where p
     is the probability of its label (focal loss, Lin et al. 2017, arXiv 1708.02002, eq. 4). The
-    linear models of the heads are weighted too.
+    class weights also apply to the linear models of the heads.
 
     Args:
       objective: SINGLE_LABEL.
-      weights: of the classes [C]; () for 1.
-      focal_gamma: 0 for the cross-entropy itself.
+      weights: weight of each class [C]; () weights all classes equally.
+      focal_gamma: the focal loss's gamma; 0 for the plain cross-entropy.
 
     """
 
@@ -227,7 +232,7 @@ def reweighted(
         losses = cross_entropy(logits, labels)
         labels = jnp.broadcast_to(labels, losses.shape)
         if focal_gamma:
-            # Away from 0, where the power has no gradient for gamma below 1.
+            # The lower limit keeps the gradient finite: at 0 it is infinite for gamma below 1.
             losses = losses * jnp.maximum(-jnp.expm1(-losses), 1e-7) ** focal_gamma
         return losses * jnp.asarray(weights, jnp.float32)[labels] if weights else losses
 
@@ -245,7 +250,7 @@ def reweighted(
 def answer(
     logits: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]
 ) -> tuple[str, float]:
-    """Returns the name of the class with the largest probability, and that."""
+    """Returns the name of the class with the largest probability, and that probability."""
     return names[int(probabilities.argmax())], float(probabilities.max())
 
 
