@@ -2,5 +2,5 @@
 
 import os
 
-# Else ONNX Runtime, from 1.29 on, reports to its makers what it runs on, and how often.
+# ONNX Runtime 1.29 and later otherwise sends usage data to its developers.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

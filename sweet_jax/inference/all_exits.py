@@ -1,4 +1,4 @@
-"""The answers of every exit of a saved model, to fit thresholds on.
+"""The outputs of every exit of a saved model, to fit thresholds on.
 
 Shape letters: E exit, N texts, C classes.
 """
@@ -17,14 +17,20 @@ from sweet_jax.inference.scheduler import ExitRule, Scheduler
 def compute_all_exits(
     model: ModelArtifact, engine: Engine, texts: Sequence[Any], batch_size: int = 32
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Computes every exit for every text, none of which exits early.
+    """Computes every exit for every text; no text exits early.
+
+    Args:
+      model: the saved model.
+      engine: an engine with its weights.
+      texts: texts, or pairs of texts.
+      batch_size: maximum number of texts computed at once.
 
     Returns:
-      (logits float32 [E, N, C], learning-to-exit's scores float32 [E, N] or None), in the order of
+      (logits float32 [E, N, C], learning-to-exit scores float32 [E, N] or None), in the order of
       the texts.
 
     """
-    # No confidence of these is above 1: every text reaches the last exit.
+    # No confidence is above 1, so every text reaches the last exit.
     objective = model.objective
     about = (2.0, model.resolver.calibrator, model.layers, objective)
     rule = ExitRule(objective.tuning_policy, *about)

@@ -1,6 +1,6 @@
 """The folder model/ of a run: the best replica under Hugging Face names, its tokenizer and exits.
 
-JAX is imported where weights are written; opening a model needs none.
+JAX is imported only where weights are written; opening a model does not need it.
 
 Shape letters: E exit, C classes.
 """
@@ -23,25 +23,25 @@ from sweet_jax.models.checkpoint_folder import locate_checkpoint
 from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
 from sweet_jax.poolings import POOLING_INPUTS
 
-if TYPE_CHECKING:  # these import datasets, and JAX
+if TYPE_CHECKING:  # these modules import datasets and JAX
     from sweet_jax.data.load import Dataset
     from sweet_jax.models.pretrained import Checkpoint
 
 EXITS_VERSION = 5  # of exits.json
-# Of a model of another objective than single-label: older versions would take its outputs for
-# logits of classes.
+# For objectives other than single-label: older releases would take the outputs for class logits.
 OBJECTIVES_VERSION = 6
-INT8_FILE, INT8_VERSION = "int8.json", 2  # thresholds of the model's layers in int8
-_INT8_READABLE = (1, INT8_VERSION)  # 1 had no float32_layers: all were in int8
-PAIRS_VERSION = 7  # of those whose exits compare two texts
-_READABLE = (4, EXITS_VERSION, OBJECTIVES_VERSION, PAIRS_VERSION)  # 4 had no pooling: "first"
+INT8_FILE, INT8_VERSION = "int8.json", 2  # thresholds fitted for the model in int8
+_INT8_READABLE = (1, INT8_VERSION)  # version 1 had no float32_layers: all layers were in int8
+PAIRS_VERSION = 7  # for models whose exits compare two texts
+# Version 4 had no key "pooling": all exits read the first token.
+_READABLE = (4, EXITS_VERSION, OBJECTIVES_VERSION, PAIRS_VERSION)
 
 
 class TrainedModel(NamedTuple):
-    """One trained model: its exits and its parameters, of one replica or [R, ...] of all."""
+    """Holds the exits and the parameters of one trained model."""
 
-    exits: tuple[int, ...]
-    params: Any
+    exits: tuple[int, ...]  # layers of the exits, ascending
+    params: Any  # of one replica, or [R, ...] of all replicas
 
 
 class NetworkFiles(NamedTuple):
@@ -53,24 +53,24 @@ class NetworkFiles(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelArtifact:
-    """Holds everything in a folder model/ but the weights, which an engine reads."""
+    """Holds everything in a folder model/ except the weights, which an engine reads."""
 
-    folder: Path  # that it was read from
+    folder: Path  # the folder it was read from
     tokenizer: Any  # the checkpoint's own
-    task: str  # that it was trained on
-    policy: str  # name of the exit policy that the run was made with
-    metric: str  # that it was trained for, a name of METRICS
-    pooling: str  # how an exit reads its layer, a name of POOLING_INPUTS
-    text_columns: tuple[str, ...]  # one or two, that it was trained on
+    task: str  # name of the task it was trained on
+    policy: str  # name of the exit policy of the run
+    metric: str  # name of the run's metric, one of OBJECTIVE_METRICS for its objective
+    pooling: str  # how an exit reads its layer, one of POOLING_INPUTS
+    text_columns: tuple[str, ...]  # names of the one or two text columns it was trained on
     classes: tuple[str, ...]  # names of the outputs [C]
-    layers: tuple[int, ...]  # of the exits [E]
+    layers: tuple[int, ...]  # layers of the exits [E]
     cost: np.ndarray  # float64 [E], share of the full model's layers spent when exit e is taken
-    max_length: int  # tokens at most
-    median_tokens: int  # of its training texts
-    resolver: ThresholdResolver  # of targets to thresholds, fitted on calibration rows
-    networks: tuple[NetworkFiles, ...]  # one, or under Multi-Model one for each exit
+    max_length: int  # maximum number of tokens of a text
+    median_tokens: int  # median number of tokens of the training texts
+    resolver: ThresholdResolver  # turns targets into thresholds, fitted on calibration rows
+    networks: tuple[NetworkFiles, ...]  # one network, or with Multi-Model one for each exit
     objective: Objective = SINGLE_LABEL  # what its outputs mean
-    long_tokens: int = 0  # that 95% of its training texts do not exceed; 0 where it is not known
+    long_tokens: int = 0  # 95% of the training texts have at most this many tokens; 0 = unknown
 
 
 def save_model(
@@ -81,16 +81,24 @@ def save_model(
     exits: Mapping[str, Any],
     card: str,
 ) -> None:
-    """Writes model/ of the best replica, whole or not at all.
+    """Writes the folder model/ of the best replica, completely or not at all.
 
-    What else is in a folder of the very same weights and tokenizer stays there: the times of its
-    stages, the thresholds for int8.
+    If the folder exists and holds the same weights and tokenizer, its other files are kept, such as
+    the measured times of its stages and the thresholds for int8.
 
     model.safetensors holds the encoder under its Hugging Face names (the last exit's pooler as the
-    encoder's) and beside it `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
-    learning-to-exit, `exits.<layer>.learning_to_exit.*`, all float32. Multi-Model's deepest model
-    is there, each shallower one in a folder depth_<layer>/ of its own. Parameters are on the host;
-    `exits` is what `describe_exits` returns, `card` the text of README.md.
+    encoder's pooler), `exits.<layer>.pooler.dense.*`, `exits.<layer>.classifier.*` and, with
+    learning-to-exit, `exits.<layer>.learning_to_exit.*`, all in float32. With Multi-Model, it holds
+    the deepest model; each shallower one has its own folder depth_<layer>/.
+
+    Args:
+      folder: the folder to write.
+      checkpoint: the checkpoint that training started from.
+      tokenizer: the checkpoint's tokenizer.
+      models: the trained models, the deepest last; parameters are on the host.
+      exits: contents of exits.json, from `describe_exits`.
+      card: text of README.md.
+
     """
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -108,7 +116,7 @@ def save_model(
 
 
 def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) -> None:
-    import safetensors.numpy  # what a model is written with, and not opened
+    import safetensors.numpy  # needed to write a model, but not to open one
 
     from sweet_jax.models.tensor_names import hugging_face_tensors  # imports JAX
 
@@ -119,16 +127,21 @@ def _write_network(folder: Path, checkpoint: "Checkpoint", model: TrainedModel) 
     values = family.config.at_depth(checkpoint.values, model.exits[-1])
     values |= {"model_type": family.model_type, "architectures": [family.architecture]}
     write_json(folder / "config.json", values)
-    # safetensors makes a file that its owner alone may read, whatever the umask.
+    # safetensors creates a file that only its owner may read, whatever the umask.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def describe_exits(
     config: Config, dataset: "Dataset", analysis: Analysis, lengths: np.ndarray
 ) -> dict[str, Any]:
-    """Returns the contents of exits.json, but for where the weights are.
+    """Returns the contents of exits.json, except for the location of the weights.
 
-    lengths: of the training texts in tokens, int [N].
+    Args:
+      config: configuration of the run.
+      dataset: the dataset of the run.
+      analysis: analysis of the run, which names the best replica.
+      lengths: numbers of tokens of the training texts, int [N].
+
     """
     best = analysis.best
     keep = analysis.operating_point(best)
@@ -163,18 +176,19 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
     """Reads a saved model's exits.json and tokenizer; an engine reads the weights.
 
     Args:
-      name: a folder model/ of a run, or the id of a repository it was pushed to.
-      precision: that an engine will run it in; "int8" has thresholds of its own, in int8.json.
+      name: folder model/ of a run, or id of the hub repository it was pushed to.
+      precision: precision that an engine will run it in; "int8" has its own thresholds, in
+        int8.json.
 
-    Raises UserError where there is none, or its files are damaged or of another version.
+    Raises UserError if there is no such model, or its files are damaged or have another version.
 
     """
     if (inside := Path(name) / "model" / "exits.json").exists():
-        raise UserError(f"{str(name)!r} is the folder of a run: give {str(inside.parent)!r}")
-    if (Path(name) / "parameters.npz").exists():  # no checkpoint has one
+        raise UserError(f"{str(name)!r} is the folder of a run: pass {str(inside.parent)!r}")
+    if (Path(name) / "parameters.npz").exists():  # only a StableHLO export has this file
         raise UserError(
-            f"{str(name)!r} was exported to StableHLO, which its run.py runs: give the folder "
-            "model/ of its run"
+            f"{str(name)!r} is a StableHLO export, which only its own run.py can run: pass the "
+            "folder model/ of its run"
         )
     checkpoint = locate_checkpoint(str(name))
     values = _read_exits(checkpoint.folder)
@@ -187,8 +201,8 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
         fields = _parse_exits(checkpoint.folder, values)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{str(checkpoint.folder / 'exits.json')!r} is damaged ({error!r}): run the report of "
-            "its run again"
+            f"{str(checkpoint.folder / 'exits.json')!r} is damaged ({error!r}): run the command of "
+            "its run again, in the same workdir"
         ) from error
     reads_first = POOLING_INPUTS[fields["pooling"]].first_only
     tokenizer = load_saved_tokenizer(checkpoint, first_token=reads_first)
@@ -199,26 +213,30 @@ def _read_exits(folder: Path) -> dict[str, Any]:
     path = folder / "exits.json"
     if not path.exists():
         raise UserError(
-            f"{str(folder)!r} is an encoder without exits: give the model/ folder of a run of "
-            "python -m sweet_jax.main (it holds exits.json)"
+            f"{str(folder)!r} is an encoder without exits: pass the folder model/ of a run, which "
+            "holds exits.json"
         )
     try:
         values = read_json(path)
         version = values["version"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{str(path)!r} is not readable ({error!r})") from error
+        raise UserError(
+            f"{str(path)!r} cannot be read ({error!r}): run the command of its run again, in the "
+            "same workdir"
+        ) from error
     if version not in _READABLE:
         raise UserError(
-            f"{str(path)!r} is of version {version!r}, this is for version {EXITS_VERSION}: run "
-            "the command of its run again, in the same workdir, to write it anew"
+            f"{str(path)!r} has version {version!r}, but this release reads versions "
+            f"{', '.join(map(str, _READABLE))}: run the command of its run again, in the same "
+            "workdir, to rewrite it"
         )
     return values
 
 
 def read_float32_layers(folder: Path) -> tuple[int, ...]:
-    """Returns the layers, from 1, that stay in float32 where a saved model runs in int8.
+    """Returns the layers, counted from 1, that stay in float32 when a saved model runs in int8.
 
-    Raises UserError where int8.json is damaged.
+    Raises UserError if int8.json is damaged.
     """
     if not (folder / INT8_FILE).exists():
         return ()
@@ -226,7 +244,7 @@ def read_float32_layers(folder: Path) -> tuple[int, ...]:
 
 
 def _read_int8(folder: Path) -> dict[str, Any]:
-    """Returns what int8.json says. Raises UserError where there is none, or it is damaged."""
+    """Returns the contents of int8.json. Raises UserError if it is missing or damaged."""
     path = folder / INT8_FILE
     if not path.exists():
         raise UserError(
@@ -241,21 +259,21 @@ def _read_int8(folder: Path) -> dict[str, Any]:
         return {"dials": values["dials"], "float32_layers": layers}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{str(path)!r} is not readable ({error!r}): run sweet-jax quantize again"
+            f"{str(path)!r} cannot be read ({error!r}): run sweet-jax quantize again"
         ) from error
 
 
 def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of `ModelArtifact`, but for the tokenizer.
+    """Returns the fields of `ModelArtifact`, except the tokenizer.
 
-    Raises KeyError, TypeError or ValueError for values that do not fit.
+    Raises KeyError, TypeError or ValueError if a value is missing or invalid.
     """
     return {
         "folder": folder,
         "task": str(values["task"]),
         "objective": OBJECTIVES[values.get("objective", "single_label")],
         "policy": str(values["policy"]),
-        "metric": str(values.get("metric", "accuracy")),  # models of older versions do not say
+        "metric": str(values.get("metric", "accuracy")),  # missing in models of older releases
         "pooling": values["pooling"],
         "text_columns": tuple(values["text_columns"]),
         "classes": tuple(values["classes"]),
@@ -263,7 +281,7 @@ def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         "cost": np.asarray(values["cost"], np.float64),  # [E]
         "max_length": int(values["max_length"]),
         "median_tokens": int(values["median_tokens"]),
-        "long_tokens": int(values.get("long_tokens", 0)),  # models of older versions do not say
+        "long_tokens": int(values.get("long_tokens", 0)),  # missing in models of older releases
         "resolver": ThresholdResolver.from_dict(values["dials"]),
         "networks": tuple(
             NetworkFiles(folder / m["folder"], tuple(m["exits"])) for m in values["models"]
@@ -272,15 +290,20 @@ def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def push_to_hub(folder: Path, name: str, *, private: bool = False) -> str:
-    """Uploads a folder model/ to the Hugging Face hub; returns its address.
+    """Uploads a folder model/ to the Hugging Face hub; returns its URL.
 
-    `name` is "owner/name"; the repository is made if there is none. Raises UserError where the hub
-    refuses.
+    Args:
+      folder: the folder model/.
+      name: repository, as "owner/name"; it is created if it does not exist.
+      private: whether a repository that is created is private.
+
+    Raises UserError if the upload fails.
+
     """
-    import huggingface_hub  # heavy, and not needed for local files
+    import huggingface_hub  # slow to import, and not needed for local files
 
     try:
         huggingface_hub.create_repo(name, private=private, exist_ok=True)
         return str(huggingface_hub.upload_folder(repo_id=name, folder_path=folder))
-    except Exception as error:  # the client raises many kinds; each means the same to a user
+    except Exception as error:  # the client raises many types; to a user they all mean the same
         raise UserError(f"could not push {str(folder)!r} to {name!r}: {one_line(error)}") from error

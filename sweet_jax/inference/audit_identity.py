@@ -1,4 +1,4 @@
-"""The identity of an audited model: written into its log, and compared where a log is read."""
+"""The identity of an audited model: written to its log, and compared when a log is read."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -13,17 +13,21 @@ _TRAINING = ("task", "method", "seed", "learning_rate")  # keys of exits.json
 
 
 def describe_audited(model: ModelArtifact, precision: str) -> dict[str, Any]:
-    """Returns the identity of a model, in values of JSON, which `check_same_model` compares.
+    """Returns the identity of a model as JSON values, which `check_same_model` compares.
 
-    Nothing of it is changed by recalibration: a log holds logits, before temperatures. The digest
-    of the weights tells models apart that were trained in the same way on other texts.
+    Recalibration does not change the identity, since a log holds logits before temperature scaling.
+    The digest of the weights distinguishes models trained with the same settings on different
+    texts.
 
-    precision: that the model runs in.
+    Args:
+      model: the saved model.
+      precision: precision that the model runs in.
+
     """
     exits = read_json(model.folder / "exits.json")
     weights = {key: exits[key] for key in _TRAINING if key in exits}
     files = [network.folder / "model.safetensors" for network in model.networks]
-    if all(path.exists() for path in files):  # an exported model has graphs in their place
+    if all(path.exists() for path in files):  # an exported model has graphs instead
         weights["weights_sha256"] = _digest(files)
     return {
         "layers": list(model.layers),
@@ -43,14 +47,14 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 def check_same_model(line: Mapping[str, Any], model: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for the first line of a log of another model or precision.
+    """Raises UserError if the first line of a log is from another model or precision.
 
     Args:
-      line: the values of that line; older versions wrote fewer of them, which are compared alone.
-      model: from `describe_audited`, with the version that is read.
-      where: what errors call the line.
+      line: values of that line; older releases wrote fewer, and missing ones are not compared.
+      model: identity from `describe_audited`, with the log version that this release reads.
+      where: name of the line in error messages.
 
-    Raises KeyError, TypeError or ValueError for a line that is damaged.
+    Raises KeyError, TypeError or ValueError if the line is damaged.
 
     """
     theirs, ours = _flatten(line), _flatten(model)
@@ -60,20 +64,20 @@ def check_same_model(line: Mapping[str, Any], model: Mapping[str, Any], where: s
     key = differing[0]
     values = f"{key} is {theirs[key]!r} there and {ours[key]!r} here"
     if key != "precision":
-        raise UserError(f"{where} is of another model: {values}")
-    fix = f"serve the model in {ours[key]} for a log to refit it from"
+        raise UserError(f"{where} is from another model: {values}")
+    fix = f"to refit from a log, write it while serving the model in {ours[key]}"
     if theirs[key] == "int8":
         fix = (
-            "thresholds of int8 are fitted by sweet-jax quantize --run=DIR and cannot be refitted "
+            "int8 thresholds are fitted by sweet-jax quantize --run=DIR and cannot be refitted "
             "from a log"
         )
-    raise UserError(f"{where} is of another precision: {values}; {fix}")
+    raise UserError(f"{where} is from another precision: {values}; {fix}")
 
 
 def _flatten(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values that are compared, by the names that errors give them.
+    """Returns the values to compare, by their names in error messages; precision comes last.
 
-    The precision is the last. Raises KeyError where version, layers or classes are missing.
+    Raises KeyError if version, layers or classes are missing.
     """
     found = {key: about[key] for key in ("version", "layers", "classes")}
     names = enumerate(about.get("class_names", ()))

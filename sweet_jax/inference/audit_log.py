@@ -1,4 +1,4 @@
-"""The audit log: texts that were served early and computed by all exits too, as JSON lines.
+"""The audit log: served texts whose outputs at all exits were computed too, as JSON lines.
 
 Shape letters: E exit, N texts, C classes.
 """
@@ -21,17 +21,17 @@ _VERSION = 1
 
 
 class AuditRow(NamedTuple):
-    """Holds one audited text: the answer it got, and the outputs of all exits.
+    """Holds one audited text: which exit answered it, and the outputs of all exits.
 
     Attributes:
-      time: of the audit, in seconds since 1970.
+      time: time of the audit, in seconds since 1970.
       exit: index of the exit that answered.
-      agrees: bool [E], whether each exit's prediction is the last exit's; float64 from 0 to 1, how
-        far it is, where the metric gives credit to a row.
+      agrees: bool [E], whether each exit's prediction equals the last exit's; float64 [E] from 0
+        to 1, the degree to which it does, if the metric gives partial credit to a row.
       confidence: float64 [E], exit confidences under the server's policy.
       logits: float32 [E, C].
-      exit_scores: float32 [E], learning-to-exit's, or None.
-      text: the text or pair, None unless it is to be kept.
+      exit_scores: float32 [E], learning-to-exit scores, or None.
+      text: the text or pair of texts, None unless the log keeps texts.
 
     """
 
@@ -45,19 +45,19 @@ class AuditRow(NamedTuple):
 
 
 class AuditLog:
-    """Appends audited texts to a file of bounded size; every file begins with a line on the model.
+    """Appends audited texts to a file of bounded size, which begins with a line about the model.
 
-    At half of the bound the file is renamed to NAME.old, in place of the one before, so that at
-    least half of the bound is kept, and never more than all of it. Until it is closed, or the
-    process dies, no other process opens it as its log. A device is neither renamed nor locked.
+    Before it exceeds half of the maximum size, the file is renamed to NAME.old, which replaces the
+    previous one. The two files together thus never exceed the maximum size, and keep at least the
+    newest texts that fit into half of it. The log is locked for this process until it is closed or
+    the process ends. A device is neither renamed nor locked.
 
     Args:
-      path: of the file; one that is there is continued.
-      model: what the first line says of the model, see `describe_audited`, and beside it of the
-        operating point.
-      size: bound in bytes of both files together.
+      path: path of the file; an existing file is continued.
+      model: values of the first line: the model, see `describe_audited`, and the operating point.
+      size: maximum size in bytes of both files together.
 
-    Raises UserError where it cannot be written, or another process writes it.
+    Raises UserError if the file cannot be written, or another process writes it.
 
     """
 
@@ -74,7 +74,7 @@ class AuditLog:
                 refused.pop_all()
         except OSError as error:
             raise UserError(
-                f"the audit log {path!r} cannot be written ({error.strerror}): choose another"
+                f"the audit log {path!r} cannot be written ({error.strerror}): choose another file"
             ) from error
 
     def _begin(self) -> None:
@@ -84,12 +84,12 @@ class AuditLog:
             self._lock = _lock_beside(self.path)
         self._written = self.path.stat().st_size
         cut_off = self._regular and self._written > 0 and not _ends_line(self.path)
-        # Also in a file that is continued, which another model may have: on a line of its own,
-        # since the server before may have been killed within one.
+        # Also written when a file is continued, since another model may have written it before. It
+        # must start a new line: the previous server may have been killed while it wrote one.
         self._write("\n" + self._first if cut_off else self._first)
 
     def add(self, row: AuditRow, layers: Sequence[int]) -> None:
-        """Appends a row, and hands it to the operating system. Raises OSError where it cannot."""
+        """Appends a row and flushes it. Raises OSError if it cannot be written."""
         values: dict[str, Any] = {"time": round(row.time, 3), "exit": layers[row.exit]}
         values |= {"agrees": row.agrees.tolist(), "confidence": _short(row.confidence)}
         values["logits"] = [_short(exit) for exit in row.logits]
@@ -107,8 +107,8 @@ class AuditLog:
         self._write(line)
 
     def close(self) -> None:
-        """Closes the file, and releases it for other processes."""
-        # What could not be written is tried once more, and fails once more where the disk is full.
+        """Closes the file and releases its lock."""
+        # Closing flushes again what could not be written, which fails again if the disk is full.
         with contextlib.suppress(OSError):
             self._file.close()
         if self._lock is not None:
@@ -121,12 +121,12 @@ class AuditLog:
 
 
 def _lock_beside(path: Path) -> IO[str]:
-    """Locks a log for this process until what it returns is closed.
+    """Locks a log for this process until the returned file is closed.
 
-    A file beside it is locked, since the log itself is renamed while it is written. On a file
-    system without locks nothing is: a log is not worth refusing to serve.
+    The lock is on a separate file next to the log, since the log itself may be renamed. On a file
+    system without locks, nothing is locked: the server should not fail because of its log.
 
-    Raises UserError where another process has it.
+    Raises UserError if another process holds the lock.
     """
     lock = path.with_name(f".{path.name}.lock").open("w")
     try:
@@ -134,7 +134,7 @@ def _lock_beside(path: Path) -> IO[str]:
     except BlockingIOError as error:
         lock.close()
         raise UserError(
-            f"the audit log {str(path)!r} is written by another server: choose another"
+            f"the audit log {str(path)!r} is in use by another server: choose another file"
         ) from error
     except OSError:
         pass
@@ -152,39 +152,41 @@ def _ends_line(path: Path) -> bool:
 
 
 def _short(values: np.ndarray) -> list[float | None]:
-    """Returns numbers with six digits, None for those that are not finite."""
+    """Returns numbers rounded to six digits, and None for those that are not finite."""
     return [float(f"{v:.6g}") if np.isfinite(v) else None for v in values]
 
 
 def read_audit_log(path: str, model: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads all audited texts of a log and of its older half.
+    """Reads all audited texts of a log and of its older file NAME.old.
 
     Args:
-      path: that the log was written to.
-      model: that it must be of, see `describe_audited`.
+      path: path of the log.
+      model: identity that the log must have, see `describe_audited`.
 
     Returns:
-      (logits float32 [E, N, C], learning-to-exit's scores float32 [E, N] or None), in order; NaN
+      (logits float32 [E, N, C], learning-to-exit scores float32 [E, N] or None), in order; NaN
       where an exit diverged.
 
-    Raises UserError where there is no such log, a line is damaged, or it is of another model or
-    precision.
+    Raises UserError if the log does not exist, a line is damaged, or the log is from another model
+    or precision.
 
     """
     file = expand_user(path)
     files = [each for each in (_older(file), file) if each.exists()]
     if not file.exists():
-        raise UserError(f"there is no audit log at {path!r}: serve with --audit_log writes one")
+        raise UserError(
+            f"there is no audit log at {path!r}: sweet-jax serve writes one with --audit_log"
+        )
     rows = [row for each in files for row in _read(each, model)]
     if not rows:
-        raise UserError(f"the audit log {path!r} has no audited text yet")
+        raise UserError(f"the audit log {path!r} does not hold any audited texts yet")
     logits = np.asarray([row["logits"] for row in rows], np.float32).swapaxes(0, 1)
     learned = [row.get("exit_scores") for row in rows]
     return logits, None if None in learned else np.asarray(learned, np.float32).T
 
 
 def _read(path: Path, model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of one file, as they stand there."""
+    """Yields the rows of one file, as parsed from JSON."""
     shape, ours = (len(model["layers"]), model["classes"]), {"version": _VERSION, **model}
     for number, values in _parse_lines(path):
         try:
@@ -193,7 +195,7 @@ def _read(path: Path, model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 continue
             if np.shape(values["logits"]) != shape:
                 raise ValueError(f"logits of shape {np.shape(values['logits'])}")
-        except UserError:  # which is a ValueError
+        except UserError:  # a subclass of ValueError
             raise
         except (ValueError, TypeError, KeyError) as error:
             raise _damaged(path, number, error) from error
@@ -201,10 +203,10 @@ def _read(path: Path, model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields the number and the values of each line, but for those that were cut off.
+    """Yields the number and the values of each line, without incomplete lines.
 
-    A server that was killed leaves such a line last, or before the line on the model with which the
-    next server continues.
+    A server that is killed may leave an incomplete line: the last one, or the one before the line
+    about the model that the next server wrote.
     """
     line, damaged = "\n", None
     with path.open(encoding="utf-8") as lines:

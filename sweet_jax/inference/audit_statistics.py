@@ -1,4 +1,4 @@
-"""Statistics of an audit: agreement with the full model, the shift of confidences, exits and cost.
+"""Statistics of an audit: agreement with the full model, shift of confidences, exits and cost.
 
 Shape letters: E exit, N texts, C classes.
 """
@@ -22,20 +22,21 @@ from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.audit_log import AuditRow
 from sweet_jax.inference.scheduler import ExitRule, Request
 
-_WINDOW = 1000  # audited texts that shares and shifts are of: the newest
+_WINDOW = 1000  # number of newest audited texts that shares and shifts are computed from
 
 
 class ExitAudit(NamedTuple):
-    """Holds what an audit has found of one exit.
+    """Holds the statistics of one exit.
 
     Attributes:
-      layer: of the exit.
-      agreement: share of all audited texts with the last exit's prediction; their mean credit, see
-        `AuditRow`.
-      share, expected_share: of the newest audited texts, and of the calibration rows, that leave
-        here; NaN where not known.
-      stability, p_value: of the newest against the calibration rows, see `exits/shift.py`; NaN of
-        the last exit, which takes what is left.
+      layer: layer of the exit.
+      agreement: share of all audited texts for which this exit predicts what the last exit does;
+        their mean credit if the metric gives partial credit, see `AuditRow`.
+      share, expected_share: share of the newest audited texts, and of the calibration rows, that
+        exit here; NaN if unknown.
+      stability, p_value: population stability index, and p-value of a two-sample test, of the
+        newest audited texts against the calibration rows, see `exits/shift.py`; NaN for the last
+        exit, where all remaining texts exit.
 
     """
 
@@ -48,19 +49,23 @@ class ExitAudit(NamedTuple):
 
 
 class AuditSummary(NamedTuple):
-    """Holds what an audit has found so far.
+    """Holds the statistics of an audit so far.
 
     Attributes:
-      audited: texts computed by all exits.
-      exits: of each exit.
-      agreement: likewise, of the audited answers; NaN of none.
-      low, high: its confidence sequence.
-      cost, expected_cost: mean share of the layers, of the newest and of the calibration rows.
-      target: the agreement to be kept, None for none.
-      level: of the confidence sequence, and of both alarms together.
-      capital: the largest so far of the test against the target; 2 / (1 - level) is an alarm.
-      alarm: when it was raised, in seconds since 1970; None where it was not.
-      shift_capital, shift_alarm: likewise, of the test that the answered texts do not change.
+      audited: number of texts computed by all exits.
+      exits: statistics of each exit.
+      agreement: agreement of the served answers with the last exit over all audited texts; NaN if
+        there are none.
+      low, high: confidence sequence of the agreement.
+      cost, expected_cost: mean share of the layers computed for the newest audited texts, and for
+        the calibration rows.
+      target: minimum agreement; None for no alarm.
+      level: level of the confidence sequence, and of both alarms together.
+      capital: largest capital so far of the test against the target; the alarm is raised at
+        2 / (1 - level).
+      alarm: time of the alarm, in seconds since 1970; None if it was not raised.
+      shift_capital, shift_alarm: capital and alarm of the test that the answered texts have not
+        changed.
 
     """
 
@@ -80,30 +85,30 @@ class AuditSummary(NamedTuple):
 
 
 class AuditStatistics:
-    """Adds up audited texts that were answered by one rule.
+    """Accumulates statistics of audited texts that were answered with one exit rule.
 
     Args:
-      model: that answered.
-      rule: by which it did.
-      target: share of the answers that are to be the full model's; None: no alarm.
-      level: 1 - the chance of a false alarm of either kind, ever.
+      model: the model that answered.
+      rule: the exit rule that it answered with.
+      target: minimum share of answers that equal the full model's; None for no alarm.
+      level: 1 - the probability that either alarm is ever raised falsely.
 
     Raises UserError for a regression.
 
     Attributes:
-      alarm, shift_alarm: when the target was found to be missed, and the texts to have changed, in
-        seconds since 1970; None before.
+      alarm, shift_alarm: times at which the test found that the target is missed, and that the
+        texts have changed, in seconds since 1970; None if it did not.
 
     """
 
     def __init__(self, model: ModelArtifact, rule: ExitRule, target: float | None, level: float):
         if model.objective.agrees is None:
             raise UserError(
-                f"an audit counts how often an exit agrees with the last one: {model.task} is a "
-                "regression, whose numbers hardly ever do; leave --audit out"
+                "an audit counts how often an exit agrees with the last one, but the numbers of a "
+                f"regression such as {model.task} are hardly ever equal: leave --audit out"
             )
         self._model, self._rule, self._target, self._level = model, rule, target, level
-        # As certificates, which the target may come from, count it.
+        # Certificates count agreement in the same way, and the target may come from one.
         objective = model.objective
         metric = objective.metric(model.resolver.metric or objective.metrics[0])
         self._agrees = metric.credit or objective.same
@@ -111,19 +116,20 @@ class AuditStatistics:
         self._front = model.resolver.fronts.get(name)
         self._histograms = calibration_histograms(self._front) if self._front else []
         losses = model.resolver.losses.get(name)
-        # Half of the calibration rows fitted what the counts are of.
+        # Certificates are tested on half of the calibration rows; the other half fitted the
+        # temperatures and candidate thresholds that they are tested with.
         self._calibration_rows = 2 * losses["agreement"].rows if losses else 0
-        self._agreeing = np.zeros(len(model.layers))  # [E], of all audited texts
+        self._agreeing = np.zeros(len(model.layers))  # [E], sum over all audited texts
         self._newest: deque[AuditRow] = deque(maxlen=_WINDOW)
         self._sequence = ConfidenceSequence(level)
-        each = 1 - (1 - level) / 2  # of two tests, so that both together err at most at the level
+        each = 1 - (1 - level) / 2  # level of each of two tests, which together have `level`
         self._test = None if target is None else MeanTest(target, each)
         self._shift = ShiftTest(each)
         self.alarm: float | None = None
         self.shift_alarm: float | None = None
 
     def answer_confidences(self, requests: Sequence[Request]) -> np.ndarray:
-        """Returns the exit confidence of answered texts at the exit that answered, float64 [N]."""
+        """Computes the confidence of answered texts at the exit that answered, float64 [N]."""
         found = np.empty(len(requests))
         counts = np.asarray([len(request.logits) for request in requests])
         for count in set(counts.tolist()):
@@ -141,7 +147,7 @@ class AuditStatistics:
     def add_answered(self, confidences: Iterable[float], draws: Iterable[float]) -> bool:
         """Adds the `answer_confidences` of texts, each with a uniform draw.
 
-        Returns whether the alarm that texts have changed is raised by them.
+        Returns whether they raise the alarm that the texts have changed.
         """
         for confidence, draw in zip(confidences, draws, strict=True):
             self._shift = self._shift.observe(confidence, draw)
@@ -153,9 +159,14 @@ class AuditStatistics:
     def row(
         self, logits: np.ndarray, scores: np.ndarray | None, exit: int, text: Any = None
     ) -> AuditRow:
-        """Returns the row of a text that was answered at an exit, by its index.
+        """Returns the row of an audited text.
 
-        logits, scores: of all exits, float32 [E, C] and [E], see `AuditRow`.
+        Args:
+          logits: logits of all exits, float32 [E, C].
+          scores: learning-to-exit scores of all exits, float32 [E], or None.
+          exit: index of the exit that answered.
+          text: the text or pair of texts, if the row keeps it.
+
         """
         outputs = UnlabeledOutputs(
             logits[None, :, None],
@@ -169,7 +180,7 @@ class AuditStatistics:
         return AuditRow(time.time(), exit, agrees, found[0, :, 0], logits, scores, text)
 
     def add(self, row: AuditRow) -> bool:
-        """Adds a row; returns whether the alarm is raised by it."""
+        """Adds a row; returns whether it raises the alarm that the target is missed."""
         self._agreeing += row.agrees
         self._newest.append(row)
         value = float(row.agrees[row.exit])
@@ -183,7 +194,7 @@ class AuditStatistics:
         return raised
 
     def summary(self) -> AuditSummary:
-        """Returns what was found so far."""
+        """Returns the statistics so far."""
         cost, audited = self._model.cost, self._sequence.count
         taken = np.bincount([row.exit for row in self._newest], minlength=len(cost))
         shares = taken / len(self._newest) if audited else np.full(len(cost), np.nan)
@@ -206,7 +217,7 @@ class AuditStatistics:
         )
 
     def _exits(self, shares: np.ndarray, expected: np.ndarray) -> list[ExitAudit]:
-        """Returns what was found of each exit; shares and expected are float64 [E]."""
+        """Returns the statistics of each exit; shares and expected are float64 [E]."""
         layers, found = self._rule.layers, []
         rows = [row.confidence for row in self._newest]
         reached = np.maximum.accumulate(np.asarray(rows).reshape(-1, len(layers)), axis=1)  # [N, E]
@@ -224,10 +235,11 @@ class AuditStatistics:
 
 
 def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> float | None:
-    """Returns a lower confidence bound of the agreement with the full model at a rule's threshold.
+    """Returns a lower confidence bound of a rule's agreement with the full model.
 
-    By the calibration rows that certificates are tested on; None where there are none. The level is
-    approximate: these rows may have chosen the threshold too. Raises UserError without SciPy.
+    The bound is computed on the calibration rows that certificates are tested on; None if there are
+    none. Its level is approximate, since these rows may have chosen the threshold too. Raises
+    UserError if SciPy is not installed.
     """
     resolver = model.resolver
     losses = resolver.losses.get(policy_name(rule.policy))

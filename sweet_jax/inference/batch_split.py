@@ -1,9 +1,9 @@
-"""Splits a batch into parts: for JAX of few sizes, so that few programs are compiled.
+"""Splits a batch into parts; for JAX, of few sizes, so that few programs are compiled.
 
-On a CPU the time of a text falls with the size of the batch only until the product of texts and
-tokens occupies the cores, and rises again once the activations leave the cache: several parts take
-no longer than one batch would, and no row is computed in vain. On an accelerator a part takes as
-long as the whole, so that batches are filled up instead.
+On a CPU, the time per text decreases with the batch size only until the texts' tokens keep all
+cores busy, and increases again once the activations no longer fit into the cache. Several parts
+then take no longer than one batch, and need fewer padding rows. On an accelerator, a part takes as
+long as the whole batch, so batches are padded instead.
 
 Shape letters: N texts, L length.
 """
@@ -14,19 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Tokens of a part for each core, and of one of JAX's at least: at MiniLM's shape on one core and on
-# two, JAX's parts of 512 tokens have the least time for each text
-# (experiments/benchmarks/overhead.py --sizes), ONNX Runtime's, on one core, those of 256.
+# The maximum tokens of a part, per core, and the minimum of that maximum for JAX. For MiniLM's
+# shape, the time per text is least with parts of 512 tokens in JAX, on one core and on two
+# (experiments/benchmarks/overhead.py --sizes), and of 256 tokens in ONNX Runtime, on one core.
 _TOKENS_PER_CORE, _LEAST_TOKENS = 256, 512
-_MIDDLE = 4  # the size between 1 and one of at least 16
+_MIDDLE = 4  # an additional size, if the largest is at least 16
 
 
 class Splitting(NamedTuple):
-    """Says how batches are split.
+    """Describes how batches are split.
 
     Attributes:
-      tokens: that a part has at most, unless it is a single text.
-      least_share: of a part's rows that must be texts; a part with fewer is split further.
+      tokens: maximum number of tokens of a part, unless it is a single text.
+      least_share: minimum share of a part's rows that are texts; a part with fewer is split
+        further.
 
     """
 
@@ -35,15 +36,16 @@ class Splitting(NamedTuple):
 
     @classmethod
     def on(cls, platform: str) -> "Splitting":
-        """Returns that of a JAX platform: "cpu", or an accelerator's name."""
+        """Returns the splitting for a JAX platform: "cpu", or an accelerator's name."""
         if platform != "cpu":
             return cls(float("inf"), 0.0)
         return cls(max(_LEAST_TOKENS, tokens_of_part(usable_cores())), 0.6)
 
     def sizes(self, largest: int, length: int) -> tuple[int, ...]:
-        """Returns the sizes of parts, ascending, of batches of up to `largest` texts of L tokens.
+        """Returns the sizes of parts, ascending, for batches of up to `largest` texts of L tokens.
 
-        1, the largest power of two within `tokens` (or `largest` itself), and 4 between the two.
+        The sizes are 1; `largest`, if that many texts fit into `tokens`, or else the largest power
+        of two that does; and 4, if that is at least 16.
         """
         fitting = self.tokens // length
         top = largest
@@ -52,10 +54,10 @@ class Splitting(NamedTuple):
         return tuple(sorted({1, top} | ({_MIDDLE} if top >= 4 * _MIDDLE else set())))
 
     def split(self, count: int, sizes: Sequence[int]) -> list[int]:
-        """Returns the sizes of the parts for some texts; the last may be filled up.
+        """Returns the sizes of the parts for `count` texts; the last part may need padding rows.
 
-        Full parts of the largest size come first; the rest takes the smallest size that holds it,
-        if at least `least_share` of it is texts, and else is split in the same way.
+        Full parts of the largest size come first. The rest becomes one part of the smallest size
+        that fits, if at least `least_share` of its rows are texts; otherwise, it is split further.
         """
         parts = []
         while count > 0:
@@ -68,19 +70,22 @@ class Splitting(NamedTuple):
 
 
 def tokens_of_part(cores: int) -> int:
-    """Returns how many tokens a part has at most on a CPU, unless it is a single text."""
+    """Returns the maximum number of tokens of a part on a CPU, unless it is a single text."""
     return _TOKENS_PER_CORE * cores
 
 
 def split_by_length(tokens: np.ndarray, most: int) -> list[np.ndarray]:
-    """Splits texts into parts of at most `most` tokens, padded, of neighbors in length.
+    """Splits texts into parts of similar length, each of at most `most` tokens after padding.
 
-    Returns the places of each part's texts, the shortest texts first; a longer text is a part by
-    itself. Where all of them fit into one part, it has them in their order.
+    A text of more tokens is a part by itself.
 
     Args:
-      tokens: of each text, int [N].
-      most: tokens of a part.
+      tokens: number of tokens of each text, int [N].
+      most: maximum number of tokens of a part.
+
+    Returns:
+      The indices of each part's texts, the shortest texts first. If all texts fit into one part,
+      they stay in their order.
 
     """
     if len(tokens) * int(tokens.max()) <= most:

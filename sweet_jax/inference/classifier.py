@@ -1,4 +1,4 @@
-"""AdaptiveClassifier: a saved model that classifies each text at the first exit that is confident.
+"""AdaptiveClassifier: classifies each text at the first confident exit of a saved model.
 
 Shape letters: E exit, N texts, C classes.
 """
@@ -43,32 +43,34 @@ MODES = ("throughput", "latency")
 
 
 class AdaptiveClassifier:
-    """Classifies texts with a saved model; easy ones exit early.
+    """Classifies texts with a saved model; easy texts exit early.
 
-    Predictions are those of the one-pass evaluation followed by the threshold: they do not depend
-    on the mode, the batch size, or the texts beside (probabilities to 1e-5). Threads may share one:
-    each call has queues of its own. A process that is forked after JAX has computed would hang:
-    start processes by multiprocessing's "spawn", and read the model in each.
+    Predictions equal those of evaluating all exits and then applying the threshold: they do not
+    depend on the mode, the batch size, or the other texts in a batch (probabilities to 1e-5).
+    Threads may share a classifier: each call has its own queues. A process that is forked after JAX
+    has run a computation hangs: start processes with multiprocessing's "spawn" method, and open the
+    model in each.
 
     Args:
-      model: from `open_model`.
-      policy: name of an exit policy; or a function of (outputs, temperatures), of the outputs of
-        the exits so far, or its name "module:function": any target is resolved for it too, by the
-        run's calibration rows beside the model. Default the run's.
+      model: saved model, from `open_model`.
+      policy: name of an exit policy; or a function of (outputs, temperatures) that reads the
+        outputs of the exits so far; or the name of such a function, as "module:function". Targets
+        are resolved for a function too, on the run's calibration rows, which are in the folder of
+        the run. Defaults to the run's policy.
       target: see `Target`.
-      engine: with the model's weights; default `default_engine` in float32.
+      engine: engine with the model's weights; defaults to `default_engine` in float32.
 
     Attributes:
       classes: names [C] of the classes or labels, in the order of the probabilities.
-      layers: of the exits [E].
-      text_columns: names of the one or two text columns that it was trained on.
-      threshold: that the target stands for.
-      full: whether it is infinite: then the last exit alone is computed.
-      calibrator: the temperatures and reliability curves that the policy reads.
-      rule: by which a text leaves: policy, threshold and calibrator.
+      layers: layers of the exits [E].
+      text_columns: names of the one or two text columns that the model was trained on.
+      threshold: the threshold that the target resolved to.
+      full: whether the threshold is infinite, so that only the last exit is computed.
+      calibrator: temperatures and reliability curves that the policy reads.
+      rule: policy, threshold and calibrator, which decide when a text exits.
 
     Raises:
-      UserError: an unknown policy, or a target that is out of range or infeasible.
+      UserError: the policy is unknown, or the target is out of range or infeasible.
 
     """
 
@@ -80,10 +82,10 @@ class AdaptiveClassifier:
         engine: Engine | None = None,
     ):
         self.model, self.classes, self.layers = model, model.classes, model.layers
-        self._saved = model  # before operating points of a policy of the user's own were added
+        self._saved = model  # without the operating points of a user's own policy
         self.text_columns = model.text_columns
         self.policy = model.policy if policy is None else policy
-        policy_rule(self.policy)  # an unknown name is an error before weights are read
+        policy_rule(self.policy)  # raises for an unknown name, before weights are read
         self.engine = engine or load_engine(default_engine(model), model)
         self._exit_rates: list[float] = []
         self.threshold, self.calibrator = self._resolve(target)
@@ -95,7 +97,7 @@ class AdaptiveClassifier:
         self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
 
     def _resolve(self, target: Mapping[str, float]) -> tuple[float, Calibrator]:
-        """Returns the threshold that a target stands for, and the calibrator it was fitted with."""
+        """Returns the threshold of a target, and the calibrator that it was fitted with."""
         name = self.policy_name
         if ":" in name and name not in self.model.resolver.fronts:
             if "threshold" in target:
@@ -114,7 +116,7 @@ class AdaptiveClassifier:
 
     @property
     def policy_name(self) -> str:
-        """Returns the policy's name; of a function of the user's own "module:function"."""
+        """Returns the policy's name; for a user's own function, "module:function"."""
         return policy_name(self.policy)
 
     @classmethod
@@ -133,16 +135,18 @@ class AdaptiveClassifier:
         """Reads a saved model and resolves a target to a threshold.
 
         Args:
-          name: folder model/ of a run, or the hub id it was pushed to.
+          name: folder model/ of a run, or id of the hub repository it was pushed to.
           policy: see the class.
-          engine: what runs the model, one of ENGINES; default `default_engine`.
-          precision: of the layers: "float32" (default); "bfloat16" with engine jax; "int8" with
-            onnxruntime, after `sweet-jax quantize`.
-          dtype: the older name of `precision`.
-          cache_dir: where compiled programs are kept between processes; default
-            ~/.cache/sweet_jax/xla. It is JAX's own cache: a directory that JAX was configured with
-            before stays.
-          threads: that compute a batch, of the onnxruntime engine; default all physical cores.
+          engine: name of the engine that runs the model, one of ENGINES; defaults to
+            `default_engine`.
+          precision: precision of the layers: "float32" (default), "bfloat16" (engine jax only), or
+            "int8" (engine onnxruntime only, after `sweet-jax quantize`).
+          dtype: older name of `precision`, which takes precedence.
+          cache_dir: directory that keeps compiled programs between processes; defaults to
+            ~/.cache/sweet_jax/xla. This is JAX's own compilation cache: if JAX already has a cache
+            directory, it is kept.
+          threads: number of threads that compute a batch in the onnxruntime engine; defaults to the
+            number of physical cores.
           **target: see `Target`.
 
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`.
@@ -158,13 +162,13 @@ class AdaptiveClassifier:
     def at(
         self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]
     ) -> "AdaptiveClassifier":
-        """Returns the same model with another policy or target; the engine is shared.
+        """Returns a classifier with another policy or target, which shares this one's engine.
 
-        Without a target the default one applies, as in `from_pretrained`, and not the target of
-        this classifier: a threshold of one policy means nothing to another. Raises UserError
-        likewise.
+        Without a target the default target applies, as in `from_pretrained`, and not the target of
+        this classifier: a threshold of one policy means nothing to another. Raises UserError as
+        the class does.
         """
-        # Another function may have the same name, as those of one factory do.
+        # Two functions may have the same name, for example if one factory made both.
         model = self.model if policy is None else self._saved
         found = AdaptiveClassifier(model, policy or self.policy, _given(target), self.engine)
         found._saved = self._saved
@@ -178,13 +182,19 @@ class AdaptiveClassifier:
         full: bool | None = None,
         progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> int:
-        """Compiles all that `predict` with this batch size can need; returns how many programs.
+        """Compiles all programs that `predict` may need at this batch size.
 
         Args:
-          batch_size: of the calls to come.
-          lengths: in tokens, of the texts to come; default all up to the model's longest.
-          full: whether for the last exit alone; default: for an infinite threshold.
-          progress: shows how far it is: given a list, yields its items, as `tqdm.tqdm` does.
+          batch_size: batch size of later calls of `predict`.
+          lengths: lengths of later texts, in tokens; defaults to all lengths up to the model's
+            maximum.
+          full: whether to compile only for the last exit; by default, only if the threshold is
+            infinite.
+          progress: function that takes a list and yields its items while it displays progress, as
+            `tqdm.tqdm` does.
+
+        Returns:
+          The number of programs compiled.
 
         """
         longest = self.model.max_length
@@ -195,7 +205,7 @@ class AdaptiveClassifier:
         for stage, length in progress(list(itertools.product(scheduler.stages, padded))):
             self.engine.compile(stage, batch_size, length, scheduler.slots)
         for length in padded:
-            self.engine.new_states(scheduler.slots, length)  # compiled too
+            self.engine.new_states(scheduler.slots, length)  # JAX compiles this too
         return self.engine.compilations - before
 
     def predict(
@@ -204,13 +214,13 @@ class AdaptiveClassifier:
         """Returns the predictions of texts, or of pairs of texts as tuples, in their order.
 
         Args:
-          texts: any iterable, or a table with the model's text columns: a pandas DataFrame, a
-            `datasets.Dataset`, a PyArrow table; for an endless one there is `stream`.
-          batch_size: texts computed at once, at most.
+          texts: any finite iterable, or a table with the model's text columns: a pandas DataFrame,
+            a `datasets.Dataset` or a PyArrow table. For an endless iterable, use `stream`.
+          batch_size: maximum number of texts computed at once.
           mode: "throughput" or "latency", see `stream`.
 
-        Raises UserError for something that is not a text (or a pair, where the model takes pairs),
-        such as a dict or one text by itself.
+        Raises UserError if `texts` is a dict or a single string, and for an item that is not a text
+        (or not a pair, if the model takes pairs).
 
         """
         predictions = list(self.stream(texts, batch_size, mode))
@@ -219,14 +229,14 @@ class AdaptiveClassifier:
     def stream(
         self, texts: Iterable[Text], batch_size: int = 32, mode: str = "throughput"
     ) -> Iterator[Prediction]:
-        """Yields the predictions in order, as `texts` are read; memory does not grow with them.
+        """Yields predictions in order while `texts` is read; memory use does not grow with it.
 
         Args:
           texts: any iterable.
-          batch_size: texts computed at once, at most.
-          mode: "throughput": texts of similar length wait for each other, and those that continue
-            for others that do, until a batch is full (or 16 batches more have been read).
-            "latency": each batch_size texts are classified before more are read.
+          batch_size: maximum number of texts computed at once.
+          mode: with "throughput", texts of similar length wait for each other at each stage until
+            a batch is full (or until 16 more batches of texts have been read). With "latency", each
+            batch_size texts are classified before more are read.
 
         """
         yield from cast("Iterator[Prediction]", self.stream_rows(texts, batch_size, mode))
@@ -234,7 +244,7 @@ class AdaptiveClassifier:
     def stream_rows(
         self, texts: Iterable[Text | InvalidRow], batch_size: int = 32, mode: str = "throughput"
     ) -> Iterator[Prediction | InvalidRow]:
-        """Yields as `stream` does; an InvalidRow among the texts is yielded in its place."""
+        """Yields what `stream` does; an InvalidRow among the texts is yielded in its place."""
         check_choice("mode", mode, MODES)
         texts = rows_of(texts, self.model.text_columns)
         latency = mode == "latency"
@@ -247,19 +257,30 @@ class AdaptiveClassifier:
         idle.append(scheduler)
 
     def push_to_hub(self, name: str, *, private: bool = False) -> str:
-        """Uploads the folder it was read from to the Hugging Face hub; returns its address.
+        """Uploads the folder of the model to the Hugging Face hub; returns its URL.
 
-        `name` is "owner/name"; the repository is made if there is none. Raises UserError where the
-        hub refuses.
+        Args:
+          name: repository, as "owner/name"; it is created if it does not exist.
+          private: whether a repository that is created is private.
+
+        Raises UserError if the upload fails.
+
         """
         return artifact.push_to_hub(self.model.folder, name, private=private)
 
     def make_scheduler(
         self, batch_size: int, wait: int | None = None, *, full: bool | None = None
     ) -> Scheduler:
-        """Returns a new `Scheduler`. Raises UserError for a batch_size below 1.
+        """Returns a new `Scheduler`.
 
-        `full` is whether for the last exit alone; default: for an infinite threshold.
+        Args:
+          batch_size: maximum number of texts computed at once.
+          wait: see `Scheduler`.
+          full: whether to compute only the last exit; by default, only if the threshold is
+            infinite.
+
+        Raises UserError for a batch_size below 1.
+
         """
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1; got {batch_size}")

@@ -1,4 +1,4 @@
-"""Texts as requests: tokenized, and padded to one of few lengths."""
+"""Turns texts into requests: tokenized, with one of few lengths to pad to."""
 
 import copy
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ def encode_requests(
     same_length: bool = False,
     truncation: str | None = None,
 ) -> list[Request]:
-    """Returns the requests of texts, numbered by their place from `first`; none of InvalidRow.
+    """Returns the requests of texts, numbered by position from `first`; skips each InvalidRow.
 
     Args:
       model: the saved model.
-      texts: to tokenize.
-      rule: when they exit.
-      first: number of the first.
-      same_length: whether all are padded to one length.
-      truncation: the side on which a text is cut at the model's max_length, "left" or "right";
-        "none" where it is refused instead; None for the side of the model's tokenizer.
+      texts: the texts, or pairs of texts, to tokenize.
+      rule: rule by which the texts exit.
+      first: number of the first text.
+      same_length: whether to pad all texts to the same length.
+      truncation: side on which a text of more than max_length tokens is truncated, "left" or
+        "right"; "none" raises an error for such a text; None for the tokenizer's own side.
 
-    Raises UserError for what is not a text, or not a pair where the model takes pairs, and for a
-    text that is too long with truncation "none".
+    Raises UserError for an item that is not a text (or not a pair, if the model takes pairs), and
+    for a text that is too long with truncation "none".
 
     """
     pairs = len(model.text_columns) == 2
@@ -55,8 +55,8 @@ def encode_requests(
     for number, size in zip(valid, sizes, strict=True):
         if size > model.max_length:
             raise UserError(
-                f"row {number + 1} has {size} tokens, and this model takes {model.max_length}: "
-                "shorten it, or let it be truncated"
+                f"row {number + 1} has {size} tokens, but this model takes at most "
+                f"{model.max_length}: shorten it, or allow truncation"
             )
     if same_length:
         sizes = [max(sizes)] * len(sizes)

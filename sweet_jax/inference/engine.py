@@ -1,15 +1,16 @@
-"""The seam below the scheduler: what it asks of an inference engine, and the table of engines.
+"""The interface between the scheduler and an inference engine, and the table of engines.
 
-A stage is what is computed between two exits: from the exit before (or the token ids) to an exit.
-The hidden states of requests that continue stay where the engine computes, each in a slot of a
-buffer, so that they need not be copied together: the next stage reads and writes the slots that
+A stage is the computation between two exits: from the previous exit (or the token ids) to the next.
+The hidden states of requests that continue stay on the engine's device, each in a slot of a buffer,
+so that they need not be gathered into a new batch: the next stage reads and writes the slots that
 its batch names.
 
-To add an engine, write a module with `load_engine(model, dtype, cache_dir)` that returns an
-`Engine`, and add its line to ENGINES. It may also take the keywords `threads` and `float32_layers`,
-which are refused where it does not. `plan_stages` cuts a model into stages for any engine; an
-engine that compiles nothing has a `compile` that returns at once. Nothing here imports jax: what
-crosses the seam are NumPy arrays and the engine's own buffers, which the scheduler only hands back.
+To add an engine, write a module with a function `load_engine(model, dtype, cache_dir)` that returns
+an `Engine`, and add it to ENGINES. The function may also take the keywords `threads` and
+`float32_layers`; setting them is an error for an engine whose function does not. `plan_stages`
+divides a model into stages for any engine. The `compile` method of an engine that compiles nothing
+returns immediately. This module does not import jax: the scheduler and the engine exchange NumPy
+arrays and the engine's own buffers, which the scheduler only stores and passes back.
 
 Shape letters: E exit, B batch, L length, H hidden, C classes, K plain policies, P slots.
 """
@@ -27,22 +28,23 @@ from sweet_jax.config import UserError, check_choice
 from sweet_jax.errors import missing_package
 from sweet_jax.inference.artifact import ModelArtifact
 
-# The module of each engine, imported when it is asked for.
+# The module of each engine, imported when the engine is loaded.
 ENGINES = {
     "jax": "sweet_jax.inference.engine_jax",
     "onnxruntime": "sweet_jax.inference.engine_onnx",
 }
 _INSTALL = {"jax": "pip install -e .", "onnxruntime": 'pip install -e ".[onnx]"'}
 
-# The policies that read nothing but the logits of one exit, whose confidences an engine may compute
-# itself, in the order of `StageOutput.complements`.
+# The policies that read only the logits of one exit, so that an engine may compute their
+# confidences itself, in the order of `StageOutput.complements`.
 PLAIN_POLICIES = ("confidence", "raw_confidence", "entropy", "margin")
 
 # An engine's own buffer of hidden states, [P, L, H].
 HiddenStates = Any
 
-# The share of a layer's time that its first token alone takes: 0.2 in batches of 64 and 0.45 in
-# those of one, at MiniLM's shape on 2 CPU cores. A lower exit rate does not make up for it.
+# Computing only a layer's first token takes about this share of the time of the whole layer: 0.2 at
+# batch size 64 and 0.45 at batch size 1, for MiniLM's shape on 2 CPU cores. At a lower exit rate,
+# computing the first token separately costs more time than it saves.
 _LOW_EXIT_RATE = 0.3
 
 
@@ -54,52 +56,55 @@ class Stage(NamedTuple):
     start: int  # the first layer to compute, from 1
     end: int  # the layer of the exit
     writes_states: bool  # whether the next stage resumes from the hidden states of this one
-    whole: bool = False  # whether these are those after layer `end`; else those before it
+    whole: bool = False  # whether they are written after layer `end`; otherwise before it
 
     @property
     def embeds(self) -> bool:
-        """Whether it begins with token ids: the first stage, or one that resumes at layer 1."""
+        """Whether the stage begins with token ids: it is the first, or resumes at layer 1."""
         return self.start == 1
 
     @property
     def uses_states(self) -> bool:
-        """Whether it reads or writes hidden states that are kept between stages."""
+        """Whether the stage reads or writes hidden states that are kept between stages."""
         return self.writes_states or not self.embeds
 
 
 class StageBatch(NamedTuple):
     """Holds the requests of one run of a stage.
 
-    Packed into few arrays, since every array is a transfer to the device.
+    They are packed into few arrays, since each array is a separate transfer to the device.
     """
 
-    length: int  # L, that the requests are padded to
-    rows: np.ndarray  # int32 [2, B]: the slot of each, P for none; its number of tokens
-    # int32 [2, B, L]: input_ids and token_type_ids; None where the stage embeds nothing.
+    length: int  # L, the length that the requests are padded to
+    rows: np.ndarray  # int32 [2, B]: the slot of each request (P for no slot), its number of tokens
+    # int32 [2, B, L]: input_ids and token_type_ids; None if the stage does not embed token ids.
     texts: np.ndarray | None = None
-    requests: int | None = None  # how many of the first rows are no filling; None = all
-    temperatures: np.ndarray | None = None  # float32 [B], of the exit; None = 1
-    largest: int = 0  # B of the largest batch to come, for engines that compile; 0 = this one's
-    # int32 [B], of pairs of texts the place where the second begins; None = at the end.
+    requests: int | None = None  # number of rows, from the first, that are not padding; None = all
+    temperatures: np.ndarray | None = None  # float32 [B], temperatures at this exit; None = 1
+    largest: int = 0  # maximum B of later batches, for engines that compile; 0 = this batch's B
+    # int32 [B], index of the token at which the second text of a pair begins; None = at the end.
     second_starts: np.ndarray | None = None
 
 
 class StageOutput(NamedTuple):
-    """Holds the exit's outputs of one batch, on the host, and the hidden states that are kept."""
+    """Holds the outputs of an exit for one batch, on the host, and the hidden states to keep."""
 
-    logits: np.ndarray  # float32 [B, C]; rows that fill the batch up may be left out
-    exit_scores: np.ndarray | None  # float32 [B], learning-to-exit's, 0 to 1; None without
-    states: HiddenStates | None  # the buffer to hand to the next run; None where none is used
-    # float32 [B, K], 1 minus the exit confidences of PLAIN_POLICIES; None where none are computed.
+    logits: np.ndarray  # float32 [B, C]; padding rows may be left out
+    exit_scores: np.ndarray | None  # float32 [B], from 0 to 1; None without learning-to-exit
+    states: HiddenStates | None  # the buffer to pass to the next run; None if the stage uses none
+    # float32 [B, K], 1 minus the confidences of PLAIN_POLICIES; None if they are not computed.
     complements: np.ndarray | None = None
 
 
 class Engine(Protocol):
-    """Runs the stages of one saved model. Threads may share it; each has states of its own."""
+    """Runs the stages of one saved model.
+
+    Threads may share an engine if each has its own buffers of hidden states.
+    """
 
     @property
     def pad_id(self) -> int:
-        """Returns the token id that fills input_ids beyond the tokens of a text."""
+        """Returns the token id that pads input_ids after the tokens of a text."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -107,11 +112,11 @@ class Engine(Protocol):
 
     @property
     def threads(self) -> int:
-        """Returns how many threads compute a batch."""
+        """Returns the number of threads that compute a batch."""
 
     @property
     def description(self) -> str:
-        """Returns what a measured time depends on: device, library and version, dtype."""
+        """Returns what measured times depend on: device, library and version, dtype."""
 
     @property
     def compilations(self) -> int:
@@ -129,13 +134,21 @@ class Engine(Protocol):
         Args:
           stage: one of `stages`.
           batch: the requests.
-          states: from `new_states` or the run before, at this length; it may be consumed, so that
-            the one in the output takes its place. None where the stage uses none.
+          states: the buffer from `new_states`, or from the previous run at this length; None if the
+            stage uses none. It may be consumed: use the one in the output from then on.
 
         """
 
     def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
-        """Compiles what `run` needs for batches of up to B, of L and P, unless it has been."""
+        """Compiles what `run` needs for batches of at most B requests, unless it is compiled.
+
+        Args:
+          stage: one of `stages`.
+          batch_size: B.
+          length: L.
+          slots: P.
+
+        """
 
 
 def load_engine(
@@ -151,13 +164,16 @@ def load_engine(
     Args:
       name: one of ENGINES.
       model: the saved model.
-      dtype: of parameters and activations.
-      cache_dir: where compiled programs are kept between processes; default the engine's own.
-      threads: that compute a batch, where the engine has such a number; default its own.
-      float32_layers: that stay in float32 under int8, from 1; default those of int8.json.
+      dtype: precision of parameters and activations.
+      cache_dir: directory that keeps compiled programs between processes; defaults to the engine's
+        own.
+      threads: number of threads that compute a batch, for an engine that has this option; defaults
+        to the engine's own choice.
+      float32_layers: layers, counted from 1, that stay in float32 in int8 models, for an engine
+        that has this option; defaults to those listed in int8.json.
 
-    Raises UserError for an engine that is unknown or not installed, a dtype, threads or layers that
-    it does not have, and weights that are missing or misshapen.
+    Raises UserError if the engine is unknown or not installed, if it does not support the dtype,
+    threads or float32_layers, and if weights are missing or have the wrong shape.
 
     """
     check_choice("engine", name, ENGINES)
@@ -173,7 +189,8 @@ def load_engine(
     for option in options:
         if option not in known:
             raise UserError(
-                f"the {name} engine has no {option}: leave {option} out, or choose another engine"
+                f"the {name} engine has no option {option}: leave {option} out, or choose another "
+                "engine"
             )
     return module.load_engine(model, dtype, cache_dir, **options)
 
@@ -186,19 +203,18 @@ def plan_stages(
     exit_rates: Sequence[float] = (),
     low_exit_rate: float = _LOW_EXIT_RATE,
 ) -> list[Stage]:
-    """Returns the stages in order; of the full model only the last network, to its last exit.
+    """Returns the stages in order; with `full`, a single one that computes the last exit.
 
-    An exit's layer is computed at the token that the exit reads, and the rest of it by the next
-    stage, for the requests that continue; at exits with a low exit rate, or that read all tokens,
-    all of it at once, since its weights are then read once.
+    A stage computes an exit's layer only at the token that the exit reads; the next stage computes
+    the other tokens, for the requests that continue. Where an exit reads all tokens, or has a low
+    exit rate, the stage computes the whole layer, so that its weights are read only once.
 
     Args:
-      networks: the layers of each network's exits, ascending.
-      first_only: whether exits read the first token alone, see `models/pooling.py`.
-      full: whether no request exits before the last exit.
-      exit_rates: of the requests that reach each exit [E], the share that exits there; () where
-        it is not known.
-      low_exit_rate: below which a layer is computed whole at once.
+      networks: layers of each network's exits, ascending.
+      first_only: whether exits read only the first token, see `models/pooling.py`.
+      full: whether every request goes to the last exit.
+      exit_rates: share of the requests reaching each exit that exit there [E]; () if unknown.
+      low_exit_rate: exit rate below which a stage computes the whole layer.
 
     """
     stages: list[Stage] = []
@@ -209,7 +225,7 @@ def plan_stages(
             continues = end < layers[-1]
             rarely = len(exit_rates) > 0 and exit_rates[exit] < low_exit_rate
             whole = continues and (rarely or not first_only)
-            # What resumes at layer 1 embeds again, which costs next to nothing.
+            # A stage that resumes at layer 1 embeds again, which costs next to nothing.
             writes_states = continues and (whole or end > 1)
             stages.append(Stage(exit, number, start, end, writes_states, whole))
             start = end + whole
@@ -222,7 +238,7 @@ def plan_stages(
 def padded_lengths(longest: int) -> tuple[int, ...]:
     """Returns the lengths that requests are padded to, ascending: 16, 24, 32, 40, ..., longest.
 
-    Finer than training's: a single request pays for its own padding.
+    The steps are finer than in training, since a single request pays for its own padding.
     """
     steps = [*range(16, 48, 8), *range(48, 128, 16), *range(128, 256, 32)]
     steps += [*range(256, 512, 64), *range(512, 1 << 16, 256)]
@@ -230,5 +246,5 @@ def padded_lengths(longest: int) -> tuple[int, ...]:
 
 
 def padded_length(tokens: int, longest: int) -> int:
-    """Returns the first of `padded_lengths` that holds so many tokens, the longest if none does."""
+    """Returns the smallest of `padded_lengths` that fits the tokens; the longest if none does."""
     return next((length for length in padded_lengths(longest) if length >= tokens), longest)

@@ -1,6 +1,6 @@
-"""The engines and precisions that can run a saved model, and the one that does where none is named.
+"""The engines and precisions that can run a saved model, and the choice of a default.
 
-Whether an engine is installed is found without importing it.
+Whether an engine is installed is determined without importing it.
 """
 
 import functools
@@ -16,7 +16,7 @@ from sweet_jax.inference.onnx_files import has_graphs
 
 log = logging.getLogger(__name__)
 
-# The precisions of an engine; of others than these, float32.
+# The precisions of each engine; engines not listed here have only float32.
 PRECISIONS = {"jax": ("float32", "bfloat16"), "onnxruntime": ("float32", "int8")}
 
 
@@ -30,18 +30,20 @@ class EngineChoice(NamedTuple):
 def available_engines(
     model: ModelArtifact, engine: str | None = None, precision: str | None = None
 ) -> list[EngineChoice]:
-    """Returns the engines that can run a model here, in each precision, the default one first.
+    """Returns the engines, each with a precision, that can run a model here.
+
+    Without measured times, the first is the default.
 
     Args:
       model: the saved model.
-      engine: this one alone, whether it is installed or not.
-      precision: in this one alone, whether the model has it or not.
+      engine: engine to restrict the choices to, whether it is installed or not.
+      precision: precision to restrict the choices to, whether the model has it or not.
 
     """
     installed = importlib.util.find_spec
     exported = has_graphs(model.folder)
     names = []
-    if installed("jax") and not exported:  # an exported model has no weights that JAX reads
+    if installed("jax") and not exported:  # an exported model lacks the weights that JAX reads
         names.append("jax")
     if installed("onnxruntime") and (exported or (installed("jax") and installed("onnx"))):
         names.append("onnxruntime")
@@ -55,7 +57,7 @@ def available_engines(
 
 
 def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
-    """Raises UserError for a precision that an engine of PRECISIONS does not have."""
+    """Raises UserError if an engine of PRECISIONS does not support a precision."""
     if precision in PRECISIONS[engine]:
         return
     exported = has_graphs(model.folder)
@@ -65,16 +67,18 @@ def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
         if name != "jax" or not exported
     ]
     raise UserError(
-        f"the {engine} engine has no precision {precision!r}: choose engine {', or '.join(known)}"
+        f"the {engine} engine does not support precision {precision!r}: choose engine "
+        f"{', or '.join(known)}"
     )
 
 
 def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
-    """Returns the engine where none is named.
+    """Returns the engine to use when the caller does not name one.
 
-    That of int8 is onnxruntime, as of a model that was exported to ONNX, and that of bfloat16 jax.
-    Of float32 it is the faster one by the times that `sweet-jax train FILE` or `predict --measure`
-    kept on this machine, see `typical_milliseconds`; without such times jax, where it is installed.
+    For int8, and for a model exported to ONNX, this is onnxruntime; for bfloat16, it is jax. For
+    float32, it is the faster engine according to the times that `sweet-jax train FILE` or
+    `predict --measure` measured on this machine, see `typical_milliseconds`; without such times, it
+    is jax if that is installed.
     """
     name, reason = _choose(model, dtype)
     if reason:
@@ -83,13 +87,13 @@ def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
 
 
 def describe_default(model: ModelArtifact, dtype: str = "float32") -> str:
-    """Says in one line which engine runs a model where none is named, and why."""
+    """Describes in one line which engine is the default for a model, and why."""
     name, reason = _choose(model, dtype)
     return f"engine: {name}, {dtype}" + (f" ({reason})" if reason else "")
 
 
 def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
-    """Returns the default engine, and why it is that one; "" where there is no other."""
+    """Returns the default engine and the reason; the reason is "" if there is no other engine."""
     names = [choice.engine for choice in available_engines(model, precision=dtype)]
     if not names:
         return "onnxruntime" if dtype == "int8" or has_graphs(model.folder) else "jax", ""
@@ -98,26 +102,28 @@ def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
     times = _measured_times(model, dtype)
     if not times.keys() >= set(names):
         others = ", ".join(names[1:])
-        return names[0], f"{others} is installed too: predict --measure finds the faster one"
+        return names[0], (
+            f"{others} is installed too: run sweet-jax predict --measure to find the faster one"
+        )
     name = min(names, key=times.__getitem__)
     each = ", ".join(f"{other} {times[other]:.2f} ms" for other in names)
-    return name, f"the faster one in {model.folder / LATENCY_FILE}: {each}"
+    return name, f"the faster one according to {model.folder / LATENCY_FILE}: {each}"
 
 
 def typical_milliseconds(table: LatencyTable, model: ModelArtifact) -> float:
-    """Returns the milliseconds through all exits, for single texts of two lengths: their mean.
+    """Returns the mean milliseconds through all exits over single texts of two lengths.
 
-    The lengths are the median, and the one that 95% of the training texts do not exceed: engines
-    that tie on short texts may differ much on long ones.
+    The lengths are the median of the training texts and their 95% quantile, since engines that are
+    equally fast on short texts may differ greatly on long ones.
     """
     lengths = (model.median_tokens, max(model.median_tokens, model.long_tokens))
     return sum(float(table.until_exit(tokens)[-1]) for tokens in lengths) / len(lengths)
 
 
 def tables_of_this_machine(model: ModelArtifact, precision: str) -> dict[str, LatencyTable]:
-    """Returns the latest times in a precision that were measured here, by engine.
+    """Returns the latest times in a precision that were measured on this machine, by engine.
 
-    Raises UserError where clock.json is damaged.
+    Raises UserError if clock.json is damaged.
     """
     return {
         table.engine: table
@@ -127,10 +133,10 @@ def tables_of_this_machine(model: ModelArtifact, precision: str) -> dict[str, La
 
 
 def _measured_times(model: ModelArtifact, precision: str) -> dict[str, float]:
-    """Returns the `typical_milliseconds` that were measured here, by engine."""
+    """Returns the `typical_milliseconds` measured on this machine, by engine."""
     try:
         tables = tables_of_this_machine(model, precision)
-    except UserError:  # only a target in milliseconds cannot do without
+    except UserError:  # only a target in milliseconds needs the times
         return {}
     return {engine: typical_milliseconds(table, model) for engine, table in tables.items()}
 

@@ -1,7 +1,7 @@
 """The JAX engine: one compiled program for each stage, batch size, length and number of slots.
 
-A program computes the layers of a stage, the head of its exit and the confidences of the plain
-policies. Batches are split into parts of few sizes, see `batch_split.py`.
+A program computes the layers of a stage, the head of its exit, and the confidences under the plain
+policies. Batches are split into parts of a few sizes, see `batch_split.py`.
 
 Shape letters: B batch, L length, H hidden, C classes, K plain policies, P slots.
 """
@@ -35,20 +35,20 @@ from sweet_jax.models.pooling import POOLINGS
 def load_engine(
     model: ModelArtifact, dtype: str = "float32", cache_dir: str | Path | None = None
 ) -> "JaxEngine":
-    """Reads a saved model's weights.
+    """Reads a saved model's weights into a JAX engine.
 
     Compiled programs are kept in `cache_dir`, see `enable_compilation_cache`. JAX itself chooses
-    how many threads compute. Raises UserError, see `load_networks`.
+    the number of threads. Raises UserError, see `load_networks`.
     """
     enable_compilation_cache(cache_dir)
     return JaxEngine(load_networks(model, dtype), model.tokenizer.pad_token_id)
 
 
 class _Plan(NamedTuple):
-    """Says how a batch of one size is run."""
+    """Describes how a batch of one size is run."""
 
-    parts: list[tuple[int, Callable]]  # size and program of each
-    params: list[jax.Array]  # that the stage reads
+    parts: list[tuple[int, Callable]]  # size and program of each part
+    params: list[jax.Array]  # parameters that the stage reads
     classes: int  # C
 
 
@@ -56,27 +56,28 @@ class JaxEngine:
     """Implements `Engine`; each program is compiled at its first use, or by `compile`.
 
     Args:
-      networks: of the model, parameters on the host.
-      pad_id: what fills input_ids.
+      networks: networks of the model, with parameters on the host.
+      pad_id: token id that pads input_ids.
 
     """
 
     def __init__(self, networks: Sequence[Network], pad_id: int):
         self.networks, self.pad_id = tuple(networks), pad_id
-        self._pairs = POOLINGS[networks[0].pooling].pairs  # whether exits read pairs of texts
+        self._pairs = POOLINGS[networks[0].pooling].pairs  # whether exits compare two texts
         words = networks[0].params["encoder"]["embeddings"]["word"]["embedding"]  # [vocabulary, H]
         self.vocabulary_size = len(words)
         self._dtype = words.dtype
         self._compiled: dict[tuple[Stage, int, int, int], Any] = {}  # by (stage, B, L, P)
-        self._lock = threading.Lock()  # one thread compiles, those that need the same program wait
+        self._lock = threading.Lock()  # held to compile, so that no program is compiled twice
         self._on_device = [jax.device_put(network.params) for network in networks]
         self._params: dict[Stage, list[jax.Array]] = {}
         self._splitting = Splitting.on(jax.default_backend())
-        self._plans: dict[tuple[Stage, int, int, int, int], _Plan] = {}  # and by B and largest B
+        # By (stage, B, largest B, L, P).
+        self._plans: dict[tuple[Stage, int, int, int, int], _Plan] = {}
 
     @property
     def threads(self) -> int:
-        """Returns the cores that this process may use, on an accelerator 1."""
+        """Returns the number of cores that this process may use; 1 on an accelerator."""
         return usable_cores() if jax.default_backend() == "cpu" else 1
 
     @property
@@ -104,7 +105,7 @@ class JaxEngine:
         return jnp.zeros(shape.shape, shape.dtype)
 
     def run(self, stage: Stage, batch: StageBatch, states: jax.Array | None) -> StageOutput:
-        """Runs a stage on a batch, in parts; one that writes states consumes those it is given."""
+        """Runs a stage on a batch, in parts; consumes `states` if the stage writes states."""
         slots, count = 0 if states is None else states.shape[0], batch.rows.shape[1]
         key = (stage, count, batch.largest or count, batch.length, slots)
         if key not in self._plans:
@@ -131,7 +132,7 @@ class JaxEngine:
         return _Plan(parts, self._of(stage), self.networks[stage.network].classes)
 
     def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
-        """Compiles the programs of a stage for batches of up to B, of L and P."""
+        """Compiles the programs of a stage for batches of at most B texts, at L and P."""
         for size in self._splitting.sizes(batch_size, length):
             self._program(stage, size, length, slots)
 
@@ -147,10 +148,16 @@ class JaxEngine:
     def lower(
         self, stage: Stage, size: int, length: int, slots: int, device: jax.Device | None = None
     ) -> jax.stages.Lowered:
-        """Returns the program of a stage, to be compiled, for batches of exactly B, of L and P.
+        """Returns the lowered program of a stage, which is not compiled yet.
 
-        device: that it is for, which need not exist, see `experiments/benchmarks/tpu_aot.py`;
-        None for JAX's own.
+        Args:
+          stage: one of `stages`.
+          size: B, the exact batch size.
+          length: L.
+          slots: P.
+          device: device to compile for, which need not be present, see
+            `experiments/benchmarks/tpu_aot.py`; None for JAX's default device.
+
         """
         batch = _part(_empty_batch(stage, length), 0, size, slots, pairs=self._pairs)
         states = self._states(slots, length) if slots else None
@@ -177,7 +184,7 @@ class JaxEngine:
             elif states is not None:
                 h = states.at[slots].get(mode="clip")  # [B, L, H]
             h, logits, scores = run_stage(network, stage, params, h, batch)
-            # In one array, which is one transfer to the host.
+            # Joined into one array, so that there is a single transfer to the host.
             outputs = [logits, plain_complements(logits, temperatures)]
             if scores is not None:
                 outputs.append(scores[:, None])
@@ -202,10 +209,10 @@ class JaxEngine:
 def _part(
     batch: StageBatch, first: int, size: int, slots: int, *, pairs: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Returns what a program reads of a part, filled up with rows of 0 tokens.
+    """Returns the inputs of a program for one part of a batch, padded with rows of 0 tokens.
 
-    Rows, temperatures, texts or None, and the places where a pair's second text begins; None unless
-    exits read pairs.
+    They are the rows, temperatures, texts (or None), and positions at which the second text of each
+    pair begins (None unless exits compare two texts).
     """
     rows, texts, fitted = batch.rows, batch.texts, batch.temperatures
     if fitted is None:
@@ -232,7 +239,10 @@ def _empty_batch(stage: Stage, length: int) -> StageBatch:
 
 
 def stage_parameters(stage: Stage, params: Any) -> dict[str, Any]:
-    """Selects the parameters that a stage reads, by path: a call with all would check each."""
+    """Selects the parameters that a stage reads, by path.
+
+    A program gets only these, since JAX checks each argument of a call.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {
         "/".join(str(p.key) for p in path): leaf for path, leaf in leaves if _reads(stage, path)
@@ -246,14 +256,17 @@ def run_stage(
     h: jax.Array | None,
     batch: dict[str, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Computes a stage: (hidden states [B, L, H], logits [B, C], learned scores [B] or None).
+    """Computes a stage.
 
     Args:
-      network: the stage's.
-      stage: to compute.
-      params: the values of `stage_parameters`, in order.
-      h: the hidden states that the stage before returned; None where this one embeds.
+      network: the network of the stage.
+      stage: the stage to compute.
+      params: values of `stage_parameters`, in order.
+      h: hidden states that the previous stage returned; None if this one embeds.
       batch: see `EarlyExit.forward_from`.
+
+    Returns:
+      (hidden states [B, L, H], logits [B, C], learning-to-exit scores [B] or None).
 
     """
     model = nnx.merge(network.graphdef, _fill(stage, params, network.params))
@@ -274,7 +287,7 @@ def _reads(stage: Stage, path: tuple[Any, ...]) -> bool:
 
 
 def _fill(stage: Stage, values: list[jax.Array], params: Any) -> Any:
-    """Returns all parameters, zeros for those that `stage_parameters` left out."""
+    """Returns all parameters, with zeros for those that `stage_parameters` left out."""
     rest = iter(values)
 
     def pick(path: tuple[Any, ...], leaf: np.ndarray) -> jax.Array:

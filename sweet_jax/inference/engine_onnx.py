@@ -1,9 +1,9 @@
-"""The ONNX Runtime engine: no JAX, no compilation for a length or a batch size.
+"""The ONNX Runtime engine, which does not compile for each length and batch size.
 
-Each segment of a network (`onnx_segments.py`) is one session of ONNX Runtime. Its graph is a file
-of an exported model; else it is traced here, for which JAX is imported and then no longer used. A
-batch is run without the rows that fill it up, in parts of texts of similar length that stay in the
-cache, each at the length of its longest text.
+Each segment of a network (`onnx_segments.py`) is one session of ONNX Runtime. For an exported
+model, its graph is read from a file; otherwise, it is traced with JAX, which is not used after
+that. A batch is run without its padding rows. It is split into parts that fit into the cache, of
+texts of similar length, and each part is padded only to its longest text.
 
 Shape letters: B batch, N requests, L length, Q first tokens, H hidden, C classes, P slots.
 """
@@ -41,14 +41,16 @@ def load_engine(
 
     Args:
       model: the saved model.
-      dtype: "float32", or "int8" for matrix products of integers.
+      dtype: "float32", or "int8" for integer matrix products.
       cache_dir: not used, since nothing is compiled.
-      threads: that compute one batch; default the physical cores that this process may use.
-      float32_layers: that stay in float32 under int8, from 1; default those of int8.json. Of an
-        exported model they are those that it was exported with.
+      threads: number of threads that compute a batch; defaults to the physical cores that this
+        process may use.
+      float32_layers: layers, counted from 1, that stay in float32 with int8; defaults to those
+        listed in int8.json. Not used for an exported model, whose graphs are already written.
 
-    Raises UserError for another dtype, fewer than 1 thread, a model that is not exported where JAX
-    or onnx is not installed, and see `onnx_files.read_graphs` and `onnx_build.build_graphs`.
+    Raises UserError for another dtype, for fewer than 1 thread, and if the model is not exported
+    and JAX or onnx is not installed; see also `onnx_files.read_graphs` and
+    `onnx_build.build_graphs`.
 
     """
     check_precision("onnxruntime", dtype, model)
@@ -73,15 +75,15 @@ def _trace(model: ModelArtifact, dtype: str, float32_layers: Sequence[int] | Non
     except ImportError as error:
         package = missing_package(error)
         raise UserError(
-            f"the graphs of {str(model.folder)!r} are not written, and writing them needs "
-            f'{package}: pip install -e ".[onnx]", or run sweet-jax export --format=onnx where '
-            "JAX is installed"
+            f"{str(model.folder)!r} is not exported to ONNX, and running it without an export "
+            f'needs {package}: pip install -e ".[onnx]", or run sweet-jax export --format=onnx '
+            "where JAX is installed"
         ) from error
     return build_graphs(model, dtype, float32_layers)
 
 
 def physical_cores() -> int:
-    """Returns how many physical cores this process may use; where that is not known, all cores."""
+    """Returns the number of physical cores that this process may use; if unknown, of all cores."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     if usable is None:
         return os.cpu_count() or 1
@@ -96,15 +98,15 @@ def physical_cores() -> int:
 
 
 def start_session(graph: Any, threads: int) -> onnxruntime.InferenceSession:
-    """Returns a session on the CPU of a graph, or of the file of one."""
+    """Returns a session that runs a graph, or the graph in a file, on the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors
     _share_memory()
     options.add_session_config_entry("session.use_env_allocators", "1")
-    # Threads that wait busily for their next piece of work take the cores from whatever else runs
-    # on them: the server's other thread, its clients, other sessions. By default they wait so for
-    # tens of milliseconds; 20 microseconds are enough to pass from one operation to the next.
+    # Threads that spin while they wait for work take the cores from everything else that runs on
+    # them: the server's other thread, its clients, other sessions. By default, they spin for tens
+    # of milliseconds; 20 microseconds are enough to get from one operation to the next.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     options.add_session_config_entry("session.force_spinning_stop", "1")  # between runs
     source = str(graph)
@@ -114,16 +116,19 @@ def start_session(graph: Any, threads: int) -> onnxruntime.InferenceSession:
         source = graph.model
     try:
         return onnxruntime.InferenceSession(source, options, ["CPUExecutionProvider"])
-    except Exception as error:  # its kinds are not public
-        raise UserError(f"ONNX Runtime cannot read a graph: {one_line(error)}") from error
+    except Exception as error:  # ONNX Runtime's exception types are not public
+        raise UserError(
+            f"ONNX Runtime cannot read a graph of the model ({one_line(error)}): export it again"
+        ) from error
 
 
 @functools.cache
 def _share_memory() -> None:
-    """Registers one pool of memory for the sessions of this process.
+    """Registers one memory pool for all sessions of this process.
 
-    Segments that run in turn then compute in the same memory, which is still in the cache: at batch
-    1, int8, that saves a tenth of a model's time, and at 64 x 128 two thirds of a MiniLM's memory.
+    Segments that run one after the other then use the same memory, which is still in the cache. For
+    int8 at batch size 1, this saves a tenth of a model's time; for MiniLM with batches of 64 texts
+    of 128 tokens, it saves two thirds of the memory.
     """
     name, kind = "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
     info = onnxruntime.OrtMemoryInfo(name, kind, 0, onnxruntime.OrtMemType.DEFAULT)
@@ -132,9 +137,9 @@ def _share_memory() -> None:
 
 
 class Sizes(NamedTuple):
-    """Holds what an engine says of itself."""
+    """Holds the sizes and settings of an engine."""
 
-    vocabulary: int
+    vocabulary: int  # number of token ids
     hidden: int  # H
     threads: int
     dtype: str
@@ -144,7 +149,7 @@ class SegmentSession:
     """Runs one segment.
 
     Attributes:
-      segment: what it computes.
+      segment: the segment.
 
     """
 
@@ -155,10 +160,10 @@ class SegmentSession:
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def __call__(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the outputs by name, of those of some values that the segment reads.
+        """Returns the outputs by name; `values` may hold more than the segment reads.
 
-        NumPy arrays are handed over as they are, in and out. ONNX Runtime's own values (OrtValue,
-        IOBinding) save no copy beside that, and making one takes longer than what they save.
+        Inputs and outputs are plain NumPy arrays. ONNX Runtime's own values (OrtValue, IOBinding)
+        would not avoid a copy, and creating them takes longer than they save.
         """
         inputs = {name: values[name] for name in self._inputs}
         outputs = self._session.run(self._outputs, inputs)
@@ -170,7 +175,7 @@ class OnnxEngine:
 
     Args:
       model: the saved model.
-      networks: the sessions of each network, in order.
+      networks: sessions of each network, in order.
       sizes: see `Sizes`.
 
     """
@@ -186,12 +191,12 @@ class OnnxEngine:
         self.networks, self.pad_id = networks, model.tokenizer.pad_token_id
         self.vocabulary_size, self._sizes = sizes.vocabulary, sizes
         self._exits = [network.exits for network in model.networks]
-        # A segment that counts is for exits that read the first token alone.
+        # Only exits that read the first token alone have segments with an input `count`.
         self._first_only = any(run.segment.counts for network in networks for run in network)
 
     @property
     def threads(self) -> int:
-        """Returns how many threads compute a batch."""
+        """Returns the number of threads that compute a batch."""
         return self._sizes.threads
 
     @property
@@ -216,8 +221,8 @@ class OnnxEngine:
         return np.zeros((slots, length, self._sizes.hidden), np.float32)
 
     def run(self, stage: Stage, batch: StageBatch, states: np.ndarray | None) -> StageOutput:
-        """Runs a stage on a batch, in parts; one that writes states changes those it is given."""
-        rows = batch.rows[:, : batch.requests]  # [2, N], without the rows that fill up
+        """Runs a stage on a batch, in parts; changes `states` in place if it writes states."""
+        rows = batch.rows[:, : batch.requests]  # [2, N], without padding rows
         parts = split_by_length(rows[1], tokens_of_part(self._sizes.threads))
         if len(parts) == 1:
             values = self._run_part(stage, rows, batch.texts, states, batch.second_starts)
@@ -242,14 +247,15 @@ class OnnxEngine:
         states: np.ndarray | None,
         starts: np.ndarray | None,
     ) -> dict[str, np.ndarray]:
-        """Runs a stage on some requests at the length of the longest; returns values by name.
+        """Runs a stage on some requests, padded to the longest of them; returns values by name.
 
         Args:
-          stage: to run.
-          rows: slots and tokens, int32 [2, N].
-          texts: int32 [2, at least N, L], where the stage embeds.
-          states: all hidden states, changed where the stage writes them.
-          starts: where the second text of a pair begins, int32 [at least N]; None = at the end.
+          stage: the stage to run.
+          rows: slots and numbers of tokens, int32 [2, N].
+          texts: int32 [2, at least N, L], if the stage embeds, else None.
+          states: all hidden states, changed in place if the stage writes states.
+          starts: indices of the tokens at which the second text of each pair begins, int32 [at
+            least N]; None = at the end.
 
         """
         slots, tokens = rows  # [N] each
@@ -260,7 +266,8 @@ class OnnxEngine:
             texts = texts[:, : len(tokens), :length]
             values |= dict(zip(("input_ids", "token_type_ids"), texts, strict=True))
         elif states is not None:
-            # Rows are copied together, and back: 1% of the time of a layer, in batches of 64 too.
+            # Copying rows out of the buffer and back takes 1% of a layer's time, also at batch
+            # size 64.
             values["states"] = states[slots, :length]
         for run in self.networks[stage.network]:
             segment = run.segment
@@ -273,8 +280,8 @@ class OnnxEngine:
                 values |= run(values)
         if stage.writes_states and states is not None:
             states[slots, :length] = values["next_states" if stage.whole else "states"]
-            states[slots, length:] = 0  # what another text left there might not be finite
+            states[slots, length:] = 0  # values that another text left might not be finite
         return values
 
     def compile(self, stage: Stage, batch_size: int, length: int, slots: int) -> None:
-        """Does nothing: a session computes any batch size and length."""
+        """Does nothing: a session runs any batch size and length."""

@@ -1,4 +1,4 @@
-"""Selects the layers of an int8 model that stay in float32: those without which an exit loses.
+"""Selects the layers of an int8 model that stay in float32, so that no exit loses accuracy.
 
 Shape letters: E exit, N rows, C classes.
 """
@@ -13,10 +13,11 @@ import numpy as np
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.outputs import ExitOutputs
 
-_LOSS = 0.005  # of an exit's metric, above which layers stay in float32
-_GROWTH = 0.01  # of an exit's error in the targets' units, as a share of the error in float32
-# Rounding turns predictions of uncertain rows both ways. A loss that this probability leaves to
-# chance does not pay for a layer in float32, which takes three times as long as one in int8.
+_LOSS = 0.005  # maximum loss of an exit's metric; for a larger loss, layers stay in float32
+# The same for an error in the targets' units: its maximum growth, relative to float32.
+_GROWTH = 0.01
+# Rounding changes the predictions of uncertain rows for better and for worse. A loss with a larger
+# p-value than this does not justify a layer in float32, which takes three times as long as in int8.
 _CHANCE = 0.1
 
 
@@ -26,19 +27,22 @@ def select_float32_layers(
     *,
     shared: bool = False,
 ) -> tuple[list[int], ExitOutputs]:
-    """Selects layers to keep in float32 so that no exit loses, see `_find_losses`, on some rows.
+    """Selects layers to keep in float32 so that no exit loses too much, see `_find_losses`.
 
-    Each layer up to the deepest exit that loses is tried alone, and ranked by the squared error
-    that it leaves in the logits of the exits that lose: the metric itself moves by single rows.
-    Then the first of the ranking are kept together, one more at a time. Prints what was found.
+    Each layer up to the deepest exit that loses is kept in float32 by itself. The layers are ranked
+    by the squared error that remains in the logits of the exits that lose, since the metric is too
+    coarse: it changes by whole rows. Then the best layers of this ranking are kept together, one
+    more at a time, until no exit loses. Prints the result.
 
     Args:
-      exact: the outputs in float32.
-      quantize: the layers that stay in float32 → the outputs on the same rows in int8.
-      shared: whether all layers share their parameters, and so are in one precision.
+      exact: outputs in float32.
+      quantize: function from the layers that stay in float32 to the outputs of the int8 model on
+        the same rows.
+      shared: whether all layers share their parameters, and so have the same precision.
 
     Returns:
-      (the layers, ascending; their outputs). No layer where that is enough, or where nothing is.
+      (layers in float32, ascending; outputs with them). There are no such layers if no exit loses
+      with all layers in int8, or if exits lose whichever layers are kept.
 
     """
     first = quantize(())
@@ -55,26 +59,27 @@ def select_float32_layers(
     named = ", ".join(str(exact.layers[exit]) for exit in losing)
     told = f"exit {named} would lose more than {100 * _LOSS} points in int8"
     if has_unit(exact):
-        told = f"exit {named} would have an error more than {_GROWTH:.0%} larger in int8"
+        told = f"the error of exit {named} would be more than {_GROWTH:.0%} larger in int8"
     for count in range(1, len(ranked) + 1):
         kept = sorted(itertools.chain(*ranked[:count]))
         found = quantize(kept)
         if not _find_losses(exact, found):
             print(f"{told}: layer {', '.join(map(str, kept))} of {exact.layers[-1]} in float32")
             return kept, found
-    print(f"{told}, whichever layers are in float32")
+    print(f"{told}, whichever layers stay in float32")
     return [], first
 
 
 def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) -> list[int]:
     """Returns the indices of the exits that lose too much, and more than chance explains.
 
-    That is more than _LOSS of the metric, or of numbers more than _GROWTH of their mean error.
+    Too much is more than _LOSS of the metric or, if the metric is an error in the targets' units,
+    growth of the error by more than _GROWTH.
 
     Args:
-      exact: the outputs in float32.
-      found: those in int8, on the same rows.
-      tell: whether a loss that chance explains is printed.
+      exact: outputs in float32.
+      found: outputs in int8, on the same rows.
+      tell: whether to print losses that chance explains.
 
     """
     paired = compare_exits(exact, found)
@@ -90,20 +95,20 @@ def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) 
         elif tell:
             print(
                 f"exit {exact.layers[exit]} {text} in int8 on {exact.labels.shape[1]} calibration "
-                f"rows ({lost} lost, {gained} gained), which chance explains (p = "
-                f"{probability:.2f}): no layer stays in float32 for it; --float32_layers names "
-                "layers that are to"
+                f"rows ({lost} lost, {gained} gained), which may be due to chance (p = "
+                f"{probability:.2f}): no layer stays in float32 for it; to keep layers in float32, "
+                "name them with --float32_layers"
             )
     return losing
 
 
 def has_unit(outputs: ExitOutputs) -> bool:
-    """Returns whether the metric is an error in the units of targets that are numbers."""
+    """Returns whether the metric is a regression's error in the units of the targets."""
     return outputs.objective.agrees is None and outputs.metric.is_error
 
 
 def describe_loss(exact: ExitOutputs, before: float, after: float) -> tuple[bool, str]:
-    """Returns whether a metric falls by too much from float32 to int8, and by how much in words."""
+    """Returns whether int8 loses too much of a metric, and a phrase that says how much."""
     if not has_unit(exact):
         return before - after > _LOSS, f"loses {100 * (before - after):.1f} points"
     growth = (before - after) / max(-before, 1e-300)  # the metric is the negative of the error
@@ -113,7 +118,7 @@ def describe_loss(exact: ExitOutputs, before: float, after: float) -> tuple[bool
 def _changed_rows(
     before: ExitOutputs, after: ExitOutputs, exit: int, paired: Mapping[str, list[Any]]
 ) -> tuple[int, int]:
-    """Returns how many rows an exit predicts worse in int8, and how many better."""
+    """Returns the numbers of rows that an exit predicts worse and better in int8."""
     if "lost" in paired:
         return paired["lost"][exit], paired["gained"][exit]
     targets = before.labels[0].astype(np.float64)
@@ -122,9 +127,10 @@ def _changed_rows(
 
 
 def sign_test(lost: int, gained: int) -> float:
-    """Returns the probability of at least `lost` losses among as many changes, by chance alone.
+    """Returns the probability of at least `lost` losses among all changes, by chance alone.
 
-    The exact one-sided test of McNemar (1947): each change is a loss with probability one half.
+    This is the exact one-sided test of McNemar (1947): by chance, each change is a loss with
+    probability 1/2.
     """
     changes = lost + gained
     return sum(math.comb(changes, count) for count in range(lost, changes + 1)) / 2**changes
@@ -138,11 +144,13 @@ def exit_metrics(outputs: ExitOutputs) -> list[float]:
 
 
 def compare_exits(before: ExitOutputs, after: ExitOutputs) -> dict[str, list[Any]]:
-    """Compares the exits in float32 and in int8 on the same rows: a list [E] for each key.
+    """Compares the exits in float32 and in int8 on the same rows.
 
-    "float32" and "int8" are metrics; the others count rows, where predictions are right or wrong:
-    "changed" those with another prediction, "lost" those that were right before alone, "gained"
-    those that are right now alone.
+    Returns:
+      A list [E] for each key. "float32" and "int8" are metrics. If predictions are right or wrong,
+      unlike a regression's, the other keys count rows: "changed" those whose prediction differs,
+      "lost" those that are right only in float32, "gained" those that are right only in int8.
+
     """
     agrees, targets = before.objective.agrees, before.labels[0]
     metrics: dict[str, list[Any]] = {"float32": exit_metrics(before), "int8": exit_metrics(after)}

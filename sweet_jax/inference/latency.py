@@ -1,4 +1,4 @@
-"""Measures what each stage of a saved model takes on this machine, by engine and precision.
+"""Measures the time of each stage of a saved model on this machine, by engine and precision.
 
 Shape letters: E exit, B batch size, L length.
 """
@@ -23,10 +23,10 @@ from sweet_jax.inference.engine_choice import EngineChoice
 from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 
 TABLE_NOTE = (
-    '"to E" is the stage from the exit before to exit E, "all" the sum: a text that leaves nowhere '
-    "early; a batch is computed at once, and its texts have the same length, in tokens"
+    '"to E" is the stage from the previous exit to exit E, and "all" their sum, for texts that do '
+    "not exit early; each batch is computed at once, and its texts have the same length, in tokens"
 )
-_SECONDS = 0.2  # that a stage is run for, at least
+_SECONDS = 0.2  # minimum time for which a stage is run repeatedly
 
 
 def measure_latency(
@@ -36,14 +36,14 @@ def measure_latency(
     batch_sizes: Iterable[int],
     progress: Callable[[], object],
 ) -> LatencyTable:
-    """Times every stage with full batches of texts of these L, ascending, at these B and at 1.
+    """Times every stage on full batches of texts.
 
     Args:
-      engine: to time.
+      engine: the engine to time.
       choice: its name and precision, for the table.
-      lengths: L.
-      batch_sizes: B.
-      progress: called after each stage at each B and L.
+      lengths: lengths L to time, ascending.
+      batch_sizes: batch sizes B to time, in addition to 1.
+      progress: function called after each stage at each B and L.
 
     """
     sizes = tuple(sorted({1, *batch_sizes}))
@@ -57,12 +57,12 @@ def measure_latency(
 
 
 def usual_lengths(max_length: int) -> tuple[int, ...]:
-    """Returns every other padded length, ascending; the longest is among them."""
+    """Returns every other padded length, ascending, including the longest."""
     return padded_lengths(max_length)[::-2][::-1]
 
 
 def measured_lengths(model: ModelArtifact) -> tuple[int, ...]:
-    """Returns the lengths that are measured: the usual ones, the median and that of long texts."""
+    """Returns the lengths to measure: the usual ones, and those of median and of long texts."""
     own = {
         padded_length(n, model.max_length) for n in (model.median_tokens, model.long_tokens) if n
     }
@@ -70,11 +70,11 @@ def measured_lengths(model: ModelArtifact) -> tuple[int, ...]:
 
 
 def describe_fastest(model: ModelArtifact, tables: Sequence[LatencyTable]) -> list[str]:
-    """Says which engine and precision is fastest for single texts of the usual lengths."""
+    """Describes which engine and precision is fastest for single texts of two lengths."""
     lines = []
     about = {model.median_tokens: "the median of the training texts"}
     if model.long_tokens > model.median_tokens:
-        about[model.long_tokens] = "95% of them have no more"
+        about[model.long_tokens] = "95% of the training texts are no longer"
     for tokens, what in about.items():
         times = [(float(table.until_exit(tokens)[-1]), table) for table in tables]
         times.sort(key=lambda pair: pair[0])
@@ -84,7 +84,7 @@ def describe_fastest(model: ModelArtifact, tables: Sequence[LatencyTable]) -> li
 
 
 def _time_stage(engine: Engine, stage: Stage, size: int, length: int) -> float:
-    """Returns the median milliseconds of a run; the first two, which compile, are not counted."""
+    """Returns the median milliseconds of a run, without the first two, which may compile."""
     rows = np.stack([np.arange(size), np.full(size, length)]).astype(np.int32)  # [2, B]
     texts = np.zeros((2, size, length), np.int32)
     texts[0] = np.random.default_rng(0).integers(0, engine.vocabulary_size, texts[0].shape)
@@ -99,14 +99,14 @@ def _time_stage(engine: Engine, stage: Stage, size: int, length: int) -> float:
 
 
 def describe_machine(engine: Engine) -> str:
-    """Describes what times depend on: the machine, and the engine with its device and dtype."""
+    """Describes what measured times depend on: the machine, and the engine's description."""
     return f"{platform.node()}, {engine.description}"
 
 
 def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
-    """Reads the table of an engine, in its precision; returns None where nothing was measured.
+    """Reads the table of an engine in its precision; returns None if nothing was measured.
 
-    Raises UserError where the file is damaged, or has no table of this machine and engine.
+    Raises UserError if the file is damaged, or has no table for this machine and engine.
     """
     tables, here = read_tables(model.folder), describe_machine(engine)
     if not tables:
@@ -116,10 +116,12 @@ def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
     if not found:
         measured = "; ".join(table.machine for table in tables)
         raise UserError(
-            f"{path!r} was measured on {measured}, and this is {here}: measure again, with "
-            f"sweet-jax predict --model={model.folder} --measure and the same --engine, "
+            f"the times in {path!r} were measured on {measured}, but this is {here}: measure again "
+            f"with sweet-jax predict --model={model.folder} --measure and the same --engine, "
             "--precision and --threads"
         )
     if found[-1].milliseconds.shape[-1] != len(model.layers):
-        raise UserError(f"{path!r} is damaged (another number of exits): measure again")
+        raise UserError(
+            f"{path!r} is damaged (its number of exits is not the model's): measure again"
+        )
     return found[-1]

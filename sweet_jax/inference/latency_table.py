@@ -1,4 +1,4 @@
-"""Measured latencies beside a saved model: clock.json, a table for each engine and precision.
+"""Measured latencies of a saved model: clock.json holds a table for each engine and precision.
 
 Shape letters: E exit, B batch size, L length, N texts.
 """
@@ -20,26 +20,28 @@ LATENCY_FILE = "clock.json"
 class LatencyTable:
     """Holds measured times of one engine in one precision."""
 
-    engine: str  # a name of ENGINES
+    engine: str  # one of ENGINES
     precision: str
-    threads: int  # that compute a batch
-    machine: str  # the host, the device, versions: what a target in milliseconds must find again
-    batch_sizes: tuple[int, ...]  # B that were measured, ascending; 1 is the first
-    lengths: tuple[int, ...]  # L that were measured, ascending
-    milliseconds: np.ndarray  # float64 [number of B, number of L, E], each stage, a whole batch
+    threads: int  # number of threads that compute a batch
+    machine: str  # host, device and versions, which must match for a target in milliseconds
+    batch_sizes: tuple[int, ...]  # measured B, ascending; the first is 1
+    lengths: tuple[int, ...]  # measured L, ascending
+    milliseconds: np.ndarray  # float64 [number of B, number of L, E], of a batch in each stage
 
     def until_exit(self, tokens: int) -> np.ndarray:
-        """Returns the milliseconds until each exit of a text by itself, float64 [E]."""
+        """Returns the milliseconds until each exit for a text by itself, float64 [E]."""
         long_enough = [i for i, length in enumerate(self.lengths) if length >= tokens]
         place = long_enough[0] if long_enough else -1
         return np.cumsum(self.milliseconds[0, place])
 
     def interpolate_until_exit(self, lengths: np.ndarray) -> np.ndarray:
-        """Predicts the milliseconds until each exit of texts by themselves, float64 [N, E].
+        """Predicts the milliseconds until each exit for texts by themselves, float64 [N, E].
 
-        Linear in the length between the lengths that were measured, and beyond them.
+        Interpolates linearly between the measured lengths, and extrapolates beyond them.
 
-        lengths: of the texts, padded, int [N].
+        Args:
+          lengths: padded lengths of the texts, int [N].
+
         """
         known, each = np.asarray(self.lengths), np.cumsum(self.milliseconds[0], axis=-1)  # [L, E]
         if len(known) == 1:
@@ -50,7 +52,7 @@ class LatencyTable:
         return np.maximum(found, 0.0)
 
     def lines(self, layers: Iterable[int]) -> list[str]:
-        """Formats the milliseconds of each stage as a table; `layers` are the exits'."""
+        """Formats the milliseconds of each stage as a table; `layers` are those of the exits."""
         heads = "".join(f"{'to ' + str(layer):>9}" for layer in layers)
         table = [f"{'batch':>6}{'length':>8}{heads}{'all':>9}  milliseconds, {self.machine}"]
         for size, by_length in zip(self.batch_sizes, self.milliseconds, strict=True):
@@ -61,14 +63,15 @@ class LatencyTable:
 
 
 def write_tables(folder: Path, tables: Sequence[LatencyTable]) -> Path:
-    """Writes tables into clock.json of a model's folder; returns its path.
+    """Writes tables to clock.json in a model's folder; returns its path.
 
-    Those of other engines, precisions or machines stay. Raises UserError if it cannot be written.
+    Tables of other engines, precisions or machines are kept. Raises UserError if the file cannot be
+    written.
     """
     path, new = folder / LATENCY_FILE, {table.machine for table in tables}
     try:
         kept = [table for table in read_tables(folder) if table.machine not in new]
-    except UserError:  # damaged: measured again
+    except UserError:  # a damaged file is replaced
         kept = []
     rows = [
         dataclasses.asdict(table) | {"milliseconds": table.milliseconds.tolist()}
@@ -78,15 +81,15 @@ def write_tables(folder: Path, tables: Sequence[LatencyTable]) -> Path:
         write_json(path, {"rows": rows})
     except OSError as error:
         raise UserError(
-            f"{str(folder)!r} cannot be written to ({error.strerror}): copy the model first"
+            f"{str(folder)!r} is not writable ({error.strerror}): copy the model to another folder"
         ) from error
     return path
 
 
 def read_tables(folder: Path) -> list[LatencyTable]:
-    """Reads clock.json of a model's folder, [] where there is none.
+    """Reads clock.json in a model's folder; returns [] if there is none.
 
-    Raises UserError where it is damaged.
+    Raises UserError if it is damaged.
     """
     path = folder / LATENCY_FILE
     if not path.exists():
@@ -109,5 +112,5 @@ def _parse(row: Any) -> LatencyTable:
     )
     sizes = (len(table.batch_sizes), len(table.lengths))
     if table.milliseconds.ndim != 3 or table.milliseconds.shape[:2] != sizes:
-        raise ValueError("of another shape")
+        raise ValueError("milliseconds of the wrong shape")
     return table

@@ -23,13 +23,13 @@ from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 
 
 class Network(NamedTuple):
-    """Holds an encoder with its exits: all of the model's, or under Multi-Model one."""
+    """Holds an encoder with its exits: all of the model's, or with Multi-Model a single one."""
 
     exits: tuple[int, ...]  # layers of its exits, ascending; the last is its depth
-    graphdef: nnx.GraphDef  # of an `EarlyExit`
+    graphdef: nnx.GraphDef  # structure of an `EarlyExit`
     params: Any  # pure dict of arrays on the host
-    pooling: str = "first"  # a name of POOLINGS
-    model_type: str = ""  # of the encoder's config.json
+    pooling: str = "first"  # one of POOLINGS
+    model_type: str = ""  # model_type in the encoder's config.json
 
     @property
     def hidden_size(self) -> int:
@@ -47,14 +47,14 @@ class Network(NamedTuple):
 
 
 def load_networks(model: ModelArtifact, dtype: str = "float32") -> tuple[Network, ...]:
-    """Reads the networks of a saved model: one, or under Multi-Model one for each exit.
+    """Reads the networks of a saved model: one, or with Multi-Model one for each exit.
 
     Args:
       model: the saved model.
-      dtype: of the encoder's parameters and activations, "float32" or "bfloat16".
+      dtype: precision of the encoder's parameters and activations, "float32" or "bfloat16".
 
-    Raises UserError for another dtype, a folder of graphs, tensors that are missing or misshapen,
-    and where JAX finds no device.
+    Raises UserError for another dtype, for a model exported to ONNX, if tensors are missing or have
+    the wrong shape, and if JAX finds no device.
 
     """
     check_precision("jax", dtype, model)
@@ -74,7 +74,7 @@ def _load_network(
 
     def make() -> EarlyExit:
         key = jax.random.key(0)
-        learning = "joint" if learned else ""  # or detached: the same forward pass
+        learning = "joint" if learned else ""  # "detached" has the same forward pass
         config = ExitConfig(pooling=model.pooling, learning_to_exit=learning)
         return EarlyExit(
             checkpoint.encoder(key, dtype), exits, len(model.classes), key, config, dtype
@@ -85,14 +85,14 @@ def _load_network(
     encoder = weights.first_layers(checkpoint.depth)
     params = {
         "encoder": jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), encoder),
-        # float32, in which they compute: see `Head`.
+        # Heads always compute in float32, see `Head`.
         "heads": jax.tree.map(lambda x: x.astype(jnp.float32), heads),
     }
     return Network(exits, graphdef, params, model.pooling, checkpoint.family.model_type)
 
 
 def _pick_heads(shapes: Any, tensors: Mapping[str, np.ndarray], checkpoint: Checkpoint) -> Any:
-    """Returns the parameters of all heads, as a pure dict of the structure of `shapes`."""
+    """Returns the parameters of all heads, as a pure dict with the structure of `shapes`."""
     absent: list[str] = []
 
     def pick(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -108,6 +108,7 @@ def _pick_heads(shapes: Any, tensors: Mapping[str, np.ndarray], checkpoint: Chec
     heads = jax.tree.map_with_path(pick, shapes)
     if absent:
         raise UserError(
-            f"tensors in {str(checkpoint.folder)!r} are missing or misshapen: {', '.join(absent)}"
+            f"tensors in {str(checkpoint.folder)!r} are missing or have the wrong shape: "
+            f"{', '.join(absent)}"
         )
     return heads

@@ -1,6 +1,6 @@
-"""The ONNX graphs of a saved model, from the JAX program of each segment of its networks.
+"""Builds the ONNX graphs of a saved model from the JAX program of each segment of its networks.
 
-No encoder family is named here: what a segment computes is traced (`onnx_trace.py`).
+No encoder family is named here, since the computation of a segment is traced (`onnx_trace.py`).
 
 Shape letters: B batch, L length, Q first tokens, H hidden, C classes.
 """
@@ -25,9 +25,9 @@ from sweet_jax.inference.onnx_trace import Program, trace
 from sweet_jax.inference.onnx_writer import GraphWriter, UnsupportedOperationError
 from sweet_jax.models.pooling import POOLINGS
 
-# What must be known of sizes: there is a token, and the first tokens are among all.
+# Constraints on the sizes: there is at least one token, and Q is at most L.
 _SIZES = ("q <= l", "l*q >= q", "l*l >= l")
-# Raised where a function needs a size that is symbolic: np.arange(length), say.
+# Raised if a function needs the value of a symbolic size, for example np.arange(length).
 _NEEDS_SIZES = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -43,12 +43,12 @@ def build_graphs(
     Args:
       model: the saved model.
       precision: "float32" or "int8".
-      float32_layers: that stay in float32 under "int8", from 1; default those of its int8.json.
-        Of layers that share their parameters, as ALBERT's, all or none.
+      float32_layers: layers, counted from 1, that stay in float32 with "int8"; defaults to those
+        listed in int8.json. Layers that share their parameters, as in ALBERT, stay all or none.
 
     Raises:
       UserError: see `load_networks` and `build_segment`.
-      ValueError: some layers of several that share their parameters.
+      ValueError: some, but not all, of several layers that share their parameters.
 
 
     """
@@ -87,15 +87,22 @@ def _kernel_prefixes(params: Any, layers: Sequence[int], depth: int) -> tuple[st
 def build_segment(
     network: Network, segment: Segment, precision: str = "float32", exact: Sequence[str] = ()
 ) -> Graph:
-    """Returns a segment's graph; under "int8" all but the heads and `exact` multiply integers.
+    """Returns a segment's graph.
 
-    `exact` is how the paths of the other kernels begin that stay in float32.
+    The graph has these inputs: input_ids and token_type_ids, int32 [B, L], or states, float32
+    [B, L, H]; tokens, int32 [B], the number of tokens of each row; count, int64 [1], the number of
+    first tokens to compute, if the segment has `counts`; second_start, int32 [B], the index of the
+    token where the second text of a pair begins, if the exit compares two texts. Its outputs,
+    if the segment computes them, are next_states [B, Q, H], logits [B, C] and exit_scores [B].
 
-    Inputs: input_ids and token_type_ids, int32 [B, L], or states, float32 [B, L, H]; tokens, int32
-    [B], the number of each row; of a segment that counts, count, int64 [1]; and of an exit that
-    reads pairs of texts, second_start, int32 [B], the place where the second begins. Outputs, those
-    that there are: next_states [B, Q, H], logits [B, C], exit_scores [B]. Raises UserError where
-    the segment computes what has no ONNX operator here.
+    Args:
+      network: the network.
+      segment: the segment of the network.
+      precision: "float32", or "int8" for integer matrix products everywhere but in the heads.
+      exact: prefixes of the paths of other kernels that stay in float32 with "int8".
+
+    Raises UserError if the segment computes something that has no ONNX operator here.
+
     """
     size = dict(zip("blq", jax.export.symbolic_shape("b, l, q", constraints=_SIZES), strict=True))
     tokens = (size["b"], size["l"])
@@ -118,22 +125,27 @@ def build_segment(
     except UnsupportedOperationError as error:
         raise _refusal(network, f"the primitive {error}") from error
     except _NEEDS_SIZES as error:
-        raise _refusal(network, "an array whose size must be known beforehand") from error
+        raise _refusal(network, "an array whose size must be known in advance") from error
 
 
 def _refusal(network: Network, what: str) -> UserError:
     return UserError(
-        f"the onnxruntime engine cannot compute {what}, in an encoder of model_type "
-        f"{network.model_type!r}: use engine=jax"
+        f"the onnxruntime engine does not support {what}, which an encoder of model_type "
+        f"{network.model_type!r} needs: use engine=jax"
     )
 
 
 def segment_function(
     network: Network, segment: Segment, count: Any, names: list[str]
 ) -> Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], list[jax.Array]]:
-    """Returns (parameters by path, inputs by name) → the outputs; their names are added to `names`.
+    """Returns a function from (parameters by path, inputs by name) to the outputs of a segment.
 
-    `count` is how many first tokens the last layer computes, where the segment counts.
+    Args:
+      network: the network.
+      segment: the segment of the network.
+      count: number of first tokens that the last layer computes, if the segment has `counts`.
+      names: list that a call fills with the names of the outputs.
+
     """
 
     def run(params: Mapping[str, jax.Array], inputs: Mapping[str, jax.Array]) -> list[jax.Array]:
@@ -169,7 +181,7 @@ def _path(path: tuple[Any, ...]) -> str:
 
 
 def _write(program: Program, names: list[str], count: Any, graph: GraphBuilder) -> Graph:
-    """Returns the graph of a program, whose outputs have some names."""
+    """Returns the graph of a program; `names` are the names of its outputs."""
     inputs = dict(program.inputs)
     mask, second = inputs.pop("mask"), inputs.pop("second", None)
     given = {name: graph.input(name, x.dtype, x.shape) for name, x in inputs.items()}

@@ -1,4 +1,4 @@
-"""Operators that compute each element of their output from one of each input, by JAX primitive."""
+"""Elementwise operators, by JAX primitive."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from sweet_jax.inference.onnx_writer import GraphWriter, Operator
 
 
 def elementwise(kind: str, **attributes: Any) -> Operator:
-    """Returns the operator of one ONNX node."""
+    """Returns an operator that writes a single ONNX node."""
 
     def write(writer: GraphWriter, operation: Operation) -> str:
         out = operation.outputs[0]
@@ -18,7 +18,7 @@ def elementwise(kind: str, **attributes: Any) -> Operator:
 
 
 def broadcast(writer: GraphWriter, operation: Operation, out: Value, name: str) -> str:
-    """Names a result of an operation by element, as large as the largest of its inputs."""
+    """Names the output of an elementwise operation, whose shape is broadcast from its inputs."""
     shapes = [writer.shape(value) for value in operation.inputs]
     sizes = [
         next((s[i] for s in shapes if len(s) == len(out.shape) and s[i] != 1), 1)

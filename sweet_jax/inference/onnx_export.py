@@ -1,4 +1,4 @@
-"""Writes a saved model as a folder that ONNX Runtime runs without JAX, transformers or onnx.
+"""Exports a saved model to a folder that ONNX Runtime runs without JAX, transformers or onnx.
 
 The folder is itself a model folder, see `onnx_files.py`.
 """
@@ -18,16 +18,18 @@ from sweet_jax.inference.onnx_build import build_graphs
 from sweet_jax.inference.onnx_files import GRAPHS_VERSION, index_path, weights_name
 from sweet_jax.inference.onnx_graph import Graph
 
-_ALIGNMENT = 64  # bytes, of a weight in its file
+_ALIGNMENT = 64  # alignment in bytes of each weight in its file
 
 
 def write_onnx(model: ModelArtifact, folder: Path, precisions: Sequence[str]) -> None:
-    """Writes the graphs in some precisions; raises as `build_graphs` does.
+    """Writes the graphs, the tokenizer and the other files of a saved model to a folder.
 
     Args:
       model: the saved model.
-      folder: an empty one.
-      precisions: "float32" and, where it was quantised, "int8".
+      folder: an empty folder.
+      precisions: precisions to write: "float32" and, if the model was quantized, "int8".
+
+    Raises UserError, see `build_graphs`.
 
     """
     for path in model.folder.iterdir():
@@ -44,7 +46,7 @@ def write_onnx(model: ModelArtifact, folder: Path, precisions: Sequence[str]) ->
 
 
 def _write_tokenizer(model: ModelArtifact, folder: Path) -> None:
-    """Writes the tokenizer as it is, since transformers may change what its files say."""
+    """Writes the tokenizer as loaded, since transformers may change it when it reads its files."""
     tokenizer, path = model.tokenizer, folder / "tokenizer_config.json"
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     values = read_json(path) if path.exists() else {}
@@ -55,9 +57,9 @@ def _write_tokenizer(model: ModelArtifact, folder: Path) -> None:
 def _write_graphs(
     networks: Sequence[Sequence[tuple[Any, Graph]]], folder: Path, precision: str
 ) -> list[list[dict[str, Any]]]:
-    """Writes a file for each graph and one of all weights; returns what graphs.json says."""
+    """Writes a file for each graph and one for all weights; returns their part of graphs.json."""
     described: list[list[dict[str, Any]]] = []
-    places: dict[str, tuple[int, int]] = {}  # of each weight: its offset and its length
+    places: dict[str, tuple[int, int]] = {}  # offset and length of each weight in bytes
     weights = folder / weights_name(precision)
     with weights.open("wb") as file:
         for number, network in enumerate(networks):

@@ -1,7 +1,7 @@
 """The folder onnx/ of an exported model: the graphs of its segments, read without JAX or onnx.
 
-graphs.json names the files of each precision. A graph is a file of its own; the weights of all
-graphs of one precision are in one file beside them.
+graphs.json names the files of each precision. Each graph has its own file; the weights of all
+graphs of a precision are in one file next to them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,28 +14,29 @@ from sweet_jax.inference.onnx_segments import Segment
 
 FOLDER, _INDEX = "onnx", "graphs.json"
 GRAPHS_VERSION = 1  # of graphs.json
-# Of an exported folder, beside run.py: they read model.json.
+# Programs in an exported folder, in addition to run.py, that read model.json.
 PROGRAMS = ("classifier.mjs", "index.html", "package.json", "run.mjs", "tokenizer.mjs")
 
 
 class SavedGraphs(NamedTuple):
     """Holds what an engine needs to run a model's graphs."""
 
-    networks: Sequence[Sequence[tuple[Segment, Any]]]  # in order; each with its graph, or its path
+    # The segments of each network in order, each with its graph or the path of its graph.
+    networks: Sequence[Sequence[tuple[Segment, Any]]]
     vocabulary: int  # number of token ids
     hidden: int  # H
 
 
 def has_graphs(folder: Path) -> bool:
-    """Returns whether a model's folder holds its graphs."""
+    """Returns whether a model's folder holds ONNX graphs."""
     return (folder / FOLDER / _INDEX).exists()
 
 
 def check_not_exported(folder: Path) -> None:
-    """Raises UserError for a folder of graphs: it lacks the weights that these are made from."""
+    """Raises UserError if a folder holds ONNX graphs, since it lacks the weights for JAX."""
     if has_graphs(folder):
         raise UserError(
-            f"{str(folder)!r} was exported to ONNX, without the weights that JAX reads: give the "
+            f"{str(folder)!r} was exported to ONNX, without the weights that JAX reads: pass the "
             "folder model/ of its run"
         )
 
@@ -51,9 +52,9 @@ def weights_name(precision: str) -> str:
 
 
 def read_graphs(folder: Path, precision: str) -> SavedGraphs:
-    """Reads graphs.json of a model's folder.
+    """Reads graphs.json in a model's folder.
 
-    Raises UserError where it is damaged, of another version or without the precision.
+    Raises UserError if it is damaged, has another version, or lacks the precision.
     """
     path = index_path(folder)
     try:
@@ -69,7 +70,9 @@ def read_graphs(folder: Path, precision: str) -> SavedGraphs:
         networks = [[_parse(path.parent, each) for each in network] for network in written]
         return SavedGraphs(networks, int(values["vocabulary"]), int(values["hidden"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{str(path)!r} is not readable ({error!r}): export again") from error
+        raise UserError(
+            f"{str(path)!r} cannot be read ({error!r}): export the model again"
+        ) from error
 
 
 def _parse(folder: Path, values: Mapping[str, Any]) -> tuple[Segment, Path]:

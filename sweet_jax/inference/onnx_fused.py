@@ -1,4 +1,4 @@
-"""The ONNX nodes of what `onnx_fusions` joins: linear layers, norms and attention.
+"""The ONNX nodes of the operations that `onnx_fusions` makes: linear layers, norms and attention.
 
 Shape letters: B batch, L length, Q first tokens, H hidden, A attention heads, D = H / A head size.
 """
@@ -9,7 +9,7 @@ from sweet_jax.inference.onnx_graph import MICROSOFT
 from sweet_jax.inference.onnx_trace import Operation
 from sweet_jax.inference.onnx_writer import GraphWriter, Operator
 
-_HIDDEN = -1e30  # added to the scores beyond a window: above what hides a padding token
+_HIDDEN = -1e30  # added to scores outside a window; larger than the score of a padding token
 
 
 def _linear(writer: GraphWriter, operation: Operation) -> str:
@@ -35,7 +35,7 @@ def _layer_norm(writer: GraphWriter, operation: Operation) -> str:
 
 
 def _attention(writer: GraphWriter, operation: Operation) -> str:
-    """Adds MultiHeadAttention, which takes and gives all heads side by side, [B, L, H]."""
+    """Adds MultiHeadAttention, whose inputs and output hold all heads concatenated, [B, L, H]."""
     (q, k, v, *others), out = operation.inputs, operation.outputs[0]
     graph, windows = writer.graph, operation.params["windows"]
     batch, heads, count, size = out.shape

@@ -1,7 +1,8 @@
-"""Groups of operations that ONNX Runtime has one operator for: linear layers, attention, GELU.
+"""Fuses groups of operations that ONNX Runtime has one operator for: attention, GELU, and others.
 
-Each fusion looks at one operation and at what made its inputs, and returns what takes its place, or
-None where the group is another one. What is then no longer used is left out.
+Each fusion inspects an operation and the operations that computed its inputs. It returns the
+operations that replace it, or None if the group does not match. Operations that are then no longer
+used are removed.
 
 Shape letters: B batch, L length, Q first tokens, H hidden, A attention heads, D = H / A head size,
 I and O input and output features.
@@ -23,8 +24,8 @@ class Fuser:
     """Replaces operations of a program, one after the other.
 
     Args:
-      program: from `onnx_trace.trace`.
-      mask: its input bool [B, L] that says which tokens there are.
+      program: program from `onnx_trace.trace`.
+      mask: its input bool [B, L], True for tokens and False for padding.
 
     """
 
@@ -46,12 +47,14 @@ class Fuser:
         return self.program._replace(operations=used(operations, self.program.outputs))
 
     def inputs(self, value: Any, *kinds: str, alone: bool = False) -> tuple[Any, Any, Any]:
-        """Returns the inputs of the operation that made a value, three Nones if it is no other.
+        """Returns the first three inputs of the operation that computed a value.
+
+        Missing inputs are None, and all three are None if the operation does not match.
 
         Args:
-          value: to look at.
-          *kinds: of the operation.
-          alone: whether nothing else may use the value.
+          value: the value.
+          *kinds: kinds of operation that match.
+          alone: whether to require that the value is used only once.
 
         """
         made = self.made.get(value)
@@ -62,7 +65,7 @@ class Fuser:
 
 
 def fuse_product(fuser: Fuser, dot: Operation) -> list[Operation] | None:
-    """Finds the product of [..., I] and a constant [I, O], and the end of attention."""
+    """Matches the product of [..., I] and a constant [I, O], or the last product of attention."""
     x, kernel = dot.inputs
     dimensions = _dimensions(dot)
     if dimensions == _CONTEXT:
@@ -77,7 +80,7 @@ def _dimensions(dot: Operation) -> Any:
 
 
 def fuse_bias(fuser: Fuser, add: Operation) -> list[Operation] | None:
-    """Joins a linear operation and the sum with its bias [1, ..., O]."""
+    """Fuses a linear operation and the addition of its bias [1, ..., O]."""
     out, bias = add.inputs
     x, kernel, other = fuser.inputs(out, "linear", alone=True)
     if x is None or other is not None or bias.constant is None:
@@ -89,7 +92,7 @@ def fuse_bias(fuser: Fuser, add: Operation) -> list[Operation] | None:
 
 
 def fuse_split(fuser: Fuser, split: Operation) -> list[Operation] | None:
-    """Computes the parts of a linear operation's features by one operation each."""
+    """Replaces a split of a linear operation's features by one linear operation for each part."""
     made = fuser.made.get(split.inputs[0])
     if made is None or made.kind != "linear":
         return None
@@ -110,25 +113,26 @@ def fuse_split(fuser: Fuser, split: Operation) -> list[Operation] | None:
 def fuse_norm(_: Fuser, norm: Operation) -> list[Operation]:
     """Keeps a norm as one operation; returns it with its epsilon.
 
-    The sum of a residual before it is left to a node of its own: ONNX Runtime 1.32 computes
+    The residual addition before it keeps its own node: ONNX Runtime 1.32 computes
     SkipLayerNormalization in a loop over elements, which takes 4 times as long on a CPU as Add and
-    LayerNormalization do (a tenth of a whole model in float32, a sixth in int8).
+    LayerNormalization do (a tenth of a whole model's time in float32, a sixth in int8).
     """
     return [norm._replace(params={"epsilon": _epsilon(norm.params["jaxpr"].jaxpr)})]
 
 
 def _epsilon(jaxpr: Any) -> float:
-    """Returns what `layers.layer_norm` adds to the variance."""
+    """Returns the constant that `layers.layer_norm` adds to the variance."""
     rsqrt = next(each for each in jaxpr.eqns if each.primitive.name == "rsqrt")
     made = next(each for each in jaxpr.eqns if rsqrt.invars[0] in each.outvars)
     return next(float(atom.val) for atom in made.invars if hasattr(atom, "val"))
 
 
 def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
-    """Joins scores, softmax and context.
+    """Fuses the scores, softmax and context of attention.
 
-    Its inputs are q, k, v, windows (bool) and terms of the scores, both broadcastable to
-    [B, A, Q, L], and the bias of the three projections, [3H], where they are plain ones.
+    The inputs of the fused operation are q, k, v, then windows (bool) and terms added to the
+    scores, both broadcastable to [B, A, Q, L]. The bias [3H] of the three projections is a
+    parameter, if they are plain linear operations with a bias.
     """
     weights, v = dot.inputs
     scores, mask, _ = fuser.inputs(weights, "masked_softmax", alone=True)
@@ -162,7 +166,7 @@ def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
 
 
 def _without_bias(fuser: Fuser, heads: Value) -> tuple[list[Operation], Value, np.ndarray] | None:
-    """Returns heads [B, A, L, D] of a projection without its bias; how they are made; the bias."""
+    """Returns the operations, output [B, A, L, D] and bias of a projection without its bias."""
     wide, _, _ = fuser.inputs(heads, "transpose", alone=True)
     flat, _, _ = fuser.inputs(wide, "reshape", alone=True)
     x, kernel, bias = fuser.inputs(flat, "linear", alone=True)
@@ -179,7 +183,7 @@ def _without_bias(fuser: Fuser, heads: Value) -> tuple[list[Operation], Value, n
 
 
 def _leaves(fuser: Fuser, value: Value, kind: str) -> list[Value]:
-    """Returns the terms of a sum, or of a conjunction, whose operations are of a kind."""
+    """Returns the terms of a sum (kind "add") or of a conjunction (kind "and")."""
     whole = value if kind == "add" else _unbroadcast(fuser, value)
     first, second, _ = fuser.inputs(whole, kind)
     if first is None:
@@ -188,7 +192,7 @@ def _leaves(fuser: Fuser, value: Value, kind: str) -> list[Value]:
 
 
 def _unbroadcast(fuser: Fuser, value: Value) -> Value:
-    """Returns the mask [B, L] where that was broadcast to [B, 1, Q or 1, L]; else the value."""
+    """Returns the mask [B, L] if the value is it broadcast to [B, 1, Q or 1, L]; else the value."""
     below, axes = value, list(range(len(value.shape)))
     while (made := fuser.made.get(below)) and made.kind == "broadcast_in_dim":
         below, axes = made.inputs[0], [axes[i] for i in made.params["broadcast_dimensions"]]
@@ -196,7 +200,7 @@ def _unbroadcast(fuser: Fuser, value: Value) -> Value:
 
 
 def fuse_gelu(fuser: Fuser, product: Operation) -> list[Operation] | None:
-    """Finds `layers.tanh_gelu`, which JAX writes as nine operations."""
+    """Matches `layers.tanh_gelu`, which JAX traces as nine operations."""
     x, half = product.inputs
     _, wide, _ = fuser.inputs(half, "mul", alone=True)
     _, bent, _ = fuser.inputs(wide, "add", alone=True)
@@ -211,7 +215,7 @@ def fuse_gelu(fuser: Fuser, product: Operation) -> list[Operation] | None:
 
 
 def fuse_gather(fuser: Fuser, gather: Operation) -> list[Operation] | None:
-    """Finds a look-up of rows, and leaves out what JAX does for numbers below 0."""
+    """Matches a lookup of rows, and removes JAX's handling of negative indices."""
     operand, indices = gather.inputs
     numbers = gather.params["dimension_numbers"]
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:

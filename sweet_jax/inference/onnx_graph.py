@@ -1,7 +1,7 @@
 """A builder of ONNX graphs: nodes are added one by one, and weights stay outside the graph.
 
-Nodes of the domain com.microsoft are ONNX Runtime's own, with which it would replace the standard
-ones: attention of all heads, the norm of a sum with its residual and bias.
+Nodes of the domain com.microsoft are ONNX Runtime's own, which it would otherwise substitute for
+groups of standard nodes: multi-head attention and integer matrix products.
 
 Shape letters: N rows, I and O input and output features.
 """
@@ -16,36 +16,36 @@ from onnx import TensorProto, helper, numpy_helper
 
 MICROSOFT = "com.microsoft"
 _OPSETS = (("", 21), (MICROSOFT, 1))
-_IR_VERSION = 10  # that ONNX Runtime 1.22 reads
-_SMALL = 512  # bytes of an array that stands in the graph
-_LARGEST, _ZERO = 127, 128  # of int8; what stands for 0 among uint8
-_SMALLEST = 1e-12  # of what a kernel's scale is made of: a feature of zeros has one too
+_IR_VERSION = 10  # the version that ONNX Runtime 1.22 reads
+_SMALL = 512  # maximum size in bytes of an array that is stored in the graph
+_LARGEST, _ZERO = 127, 128  # the largest int8; the uint8 that represents 0
+_SMALLEST = 1e-12  # minimum range of a kernel's scale, so that a feature of zeros has one too
 
 
 class Graph(NamedTuple):
-    """Holds a graph without its weights, and these by name."""
+    """Holds a graph, and its weights separately."""
 
-    model: bytes  # a serialised onnx.ModelProto
-    weights: Mapping[str, np.ndarray]
+    model: bytes  # a serialized onnx.ModelProto
+    weights: Mapping[str, np.ndarray]  # by name
 
 
 class GraphBuilder:
-    """Collects the nodes of a graph; a node that is there already is not added again.
+    """Collects the nodes of a graph; identical nodes are added only once.
 
-    Methods return the name of a value of the graph.
+    Methods that add to the graph return the name of a value.
 
     Args:
-      precision: "float32", or "int8" for matrix products of integers: kernels are quantised here,
-        with a scale for each output feature, and what they multiply when it is computed, with a
-        scale for each token, so that no text changes the answer of another one.
-      exact: how the names of kernels begin that are multiplied in float32 all the same.
+      precision: "float32", or "int8" for integer matrix products. Kernels are quantized here, with
+        a scale for each output feature. Activations are quantized when they are computed, with a
+        scale for each token, so that no text affects the prediction of another.
+      exact: prefixes of the names of kernels that are multiplied in float32 even so.
 
     """
 
     def __init__(self, precision: str = "float32", exact: Sequence[str] = ()):
         self._precision, self._exact = precision, tuple(exact)
         self._nodes: list[onnx.NodeProto] = []
-        self._named: dict[tuple[Any, ...], tuple[str, ...]] = {}  # outputs of nodes there are
+        self._named: dict[tuple[Any, ...], tuple[str, ...]] = {}  # outputs of nodes, to reuse them
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
@@ -53,7 +53,7 @@ class GraphBuilder:
         self._sizes: dict[str, str] = {}
 
     def input(self, name: str, dtype: Any, shape: Sequence[Any]) -> str:
-        """Adds an input; its symbolic sizes that are letters can be computed with from now on."""
+        """Adds an input, whose symbolic sizes are then available to `size`."""
         kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         sizes = [size if isinstance(size, int) else str(size) for size in shape]
         self._inputs.append(helper.make_tensor_value_info(name, kind, sizes))
@@ -63,19 +63,19 @@ class GraphBuilder:
         return name
 
     def size_input(self, name: str, size: Any) -> str:
-        """Adds an input that gives a symbolic size itself, int64 [1]."""
+        """Adds an input that is the value of a symbolic size, int64 [1]."""
         self._inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, [1]))
         self._sizes[str(size)] = name
         return name
 
     def output(self, name: str, value: str, shape: Sequence[Any]) -> None:
-        """Adds a float32 output of this name."""
+        """Adds a float32 output with this name."""
         sizes = [size if isinstance(size, int) else str(size) for size in shape]
         self._nodes.append(helper.make_node("Identity", [value], [name]))
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """Adds a node with one output. An input "" is left out."""
+        """Adds a node with one output. An input "" stands for an optional input that is omitted."""
         return self.ops(kind, 1, *inputs, domain=domain, **attributes)[0]
 
     def ops(
@@ -91,14 +91,14 @@ class GraphBuilder:
         return self._named[key]
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
-        """Adds an array whose values stand in the graph."""
+        """Adds an array whose values are stored in the graph."""
         array = np.asarray(value, dtype)
         name = f"constant_{array.dtype}_{array.shape}_{array.tobytes().hex()}"
         self._constants.setdefault(name, numpy_helper.from_array(array, name))
         return name
 
     def weight(self, array: np.ndarray, name: str = "") -> str:
-        """Adds an array, a large one beside the graph; arrays of equal contents are one."""
+        """Adds an array, outside the graph if it is large; equal arrays are stored once."""
         if array.nbytes <= _SMALL:
             return self.constant(array, array.dtype)
         array = np.ascontiguousarray(array)
@@ -115,7 +115,7 @@ class GraphBuilder:
         """Returns a size that may be symbolic, int64 [1]."""
         if isinstance(size, int):
             return self.constant([size])
-        # JAX writes symbolic sizes in this grammar, and reads them (jax.export.symbolic_shape).
+        # JAX prints symbolic sizes as expressions that jax.export.symbolic_shape can parse.
         names: dict[str, Any] = {name: _Size(self, value) for name, value in self._sizes.items()}
         two = {"max": "Max", "min": "Min", "floordiv": "Div", "mod": "Mod"}
         names |= {name: _Size(self).function(kind) for name, kind in two.items()}
@@ -123,13 +123,13 @@ class GraphBuilder:
         return found.name if isinstance(found, _Size) else self.constant([found])
 
     def shape(self, shape: Sequence[Any]) -> str:
-        """Returns sizes of which some may be symbolic, int64 [their number]."""
+        """Returns a shape whose sizes may be symbolic, int64 [number of sizes]."""
         if all(isinstance(size, int) for size in shape):
             return self.constant(shape)
         return self.op("Concat", *map(self.size, shape), axis=0)
 
     def matmul(self, x: str, kernel: np.ndarray, name: str = "", *, exact: bool = False) -> str:
-        """Multiplies x [..., I] by a kernel [I, O]; in float32 with `exact`."""
+        """Multiplies x [..., I] by a kernel [I, O]; `exact` forces float32."""
         if exact or self._precision == "float32" or name.startswith(self._exact):
             return self.op("MatMul", x, self.weight(kernel, name))
         own = np.maximum(np.abs(kernel).max(axis=0), _SMALLEST) / _LARGEST  # [O]
@@ -148,17 +148,18 @@ class GraphBuilder:
     def _quantize(self, x: str, features: int) -> tuple[str, str]:
         """Returns x [..., I] as uint8 around _ZERO, and the scale of each token [..., 1].
 
-        The scale of a token of zeros is 0: whatever integers it is given are multiplied by that.
+        The scale of a token of zeros is 0, so that its integers do not matter.
         """
         sizes = self.op("ReduceMax", self.op("Abs", x), self.constant([-1]), keepdims=1)
         scales = self.op("Mul", sizes, self.constant(1 / _LARGEST, np.float32))
         zeros = self.op("Expand", self.constant(_ZERO, np.uint8), self.op("Shape", scales))
-        # One block a token: a pass less over x than a division and a scale of all, 5% of a model.
+        # One block per token needs one pass less over x than a division followed by a quantization
+        # with a single scale, which saves 5% of a model's time.
         integers = self.op("QuantizeLinear", x, scales, zeros, axis=-1, block_size=features)
         return integers, scales
 
     def build(self) -> Graph:
-        """Returns the graph."""
+        """Returns the graph, without nodes and weights that no output needs."""
         needed = {value.name for value in self._outputs}
         nodes: list[onnx.NodeProto] = []
         for node in reversed(self._nodes):
@@ -175,7 +176,7 @@ class GraphBuilder:
 
 
 class _Size:
-    """Computes with a size in a graph, int64 [1], by Python's operators."""
+    """Represents a size in a graph, int64 [1], that Python's operators can compute with."""
 
     def __init__(self, graph: GraphBuilder, name: str = ""):
         self.graph, self.name = graph, name
@@ -208,7 +209,7 @@ class _Size:
 
 
 def _outside(name: str, value: np.ndarray) -> onnx.TensorProto:
-    """Declares a weight whose values are not in the graph."""
+    """Declares a weight whose values are stored outside the graph."""
     kind = helper.np_dtype_to_tensor_dtype(value.dtype)
     declared = TensorProto(name=name, data_type=kind, dims=value.shape)
     declared.data_location = TensorProto.EXTERNAL

@@ -1,7 +1,7 @@
 """The ONNX nodes of each operation of a traced program: a function for each kind, and a table.
 
-Here are those that move elements about and those that sum: no array has a meaning here, and no axis
-a letter.
+The functions in this module move or sum elements of arbitrary arrays, so that their axes have no
+shape letters.
 """
 
 import math
@@ -109,17 +109,17 @@ def _pad(writer: GraphWriter, operation: Operation) -> str:
     x, value = operation.inputs
     low, high, inner = zip(*operation.params["padding_config"], strict=True)
     if any(inner) or any(isinstance(n, int) and n < 0 for n in (*low, *high)):
-        raise UnsupportedOperationError("pad, with gaps or negative")
+        raise UnsupportedOperationError("pad with interior or negative padding")
     sizes = writer.graph.shape((*low, *high))
     return writer.graph.op("Pad", writer.full(x), sizes, writer.name(value))
 
 
 def _gather(writer: GraphWriter, operation: Operation) -> str:
-    """Cuts a block out of an array; `take` is for rows by number."""
+    """Gathers one block of an array; `take` looks up rows by index."""
     x, places = operation.inputs
     numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
     if len(places.shape) != 1 or numbers.operand_batching_dims:
-        raise UnsupportedOperationError("gather, other than of rows or one block")
+        raise UnsupportedOperationError("gather of anything but rows or one block")
     starts = writer.graph.cast(writer.full(places), np.int64)
     name = _block(writer, writer.full(x), x.shape, starts, sizes, numbers.start_index_map)
     if collapsed := numbers.collapsed_slice_dims:
@@ -136,7 +136,7 @@ def _dynamic_slice(writer: GraphWriter, operation: Operation) -> str:
 
 
 def _block(writer: GraphWriter, x: str, shape: Any, starts: str, sizes: Any, axes: Any) -> str:
-    """Cuts a block of some sizes out of x, from `starts` along some axes and 0 along others."""
+    """Slices a block out of x that begins at `starts` along `axes`, and at 0 along other axes."""
     graph, others = writer.graph, [i for i in range(len(sizes)) if i not in axes]
     ends = graph.op("Add", starts, graph.shape([sizes[i] for i in axes]))
     name = graph.op("Slice", x, starts, ends, graph.constant(list(axes))) if axes else x
@@ -156,7 +156,7 @@ def _take(writer: GraphWriter, operation: Operation) -> str:
 
 
 def _dot_general(writer: GraphWriter, operation: Operation) -> str:
-    """Multiplies matrices, of which both sides are made: [batch..., free, contracted]."""
+    """Multiplies two arrays as matrices, [batch..., free, contracted] and the second transposed."""
     (a, b), out = operation.inputs, operation.outputs[0]
     contracted, batches = operation.params["dimension_numbers"]
     names, free = [], []
@@ -180,7 +180,7 @@ def _convolution(writer: GraphWriter, operation: Operation) -> str:
     x, kernel = operation.inputs
     params, numbers = operation.params, operation.params["dimension_numbers"]
     if any(step != 1 for step in (*params["lhs_dilation"], *params["window_strides"])):
-        raise UnsupportedOperationError("conv_general_dilated, with strides")
+        raise UnsupportedOperationError("conv_general_dilated with strides or input dilation")
     padding = [n for side in zip(*params["padding"], strict=True) for n in side]
     name = writer.graph.op(
         "Conv",

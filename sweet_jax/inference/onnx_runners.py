@@ -1,7 +1,8 @@
-"""Adds to an exported model what runs its graphs without sweet_jax: run.py, run.mjs, index.html.
+"""Adds programs to an exported model that run it without sweet_jax: run.py, run.mjs, index.html.
 
-They read model.json, written here: how a row of tokens is made and, for each precision, the
-threshold, the temperatures and the graphs of each stage. `exported/README.md` describes it.
+They read model.json, which this module writes. It describes how to make a row of tokens and, for
+each precision, the threshold, the temperatures and the graphs of each stage; see
+`exported/README.md`.
 """
 
 import math
@@ -28,12 +29,12 @@ def write_runners(
     """Writes model.json and the programs that read it, and describes them in README.md.
 
     Args:
-      models: the model by precision, each with the thresholds that were fitted for it.
-      folder: that holds its graphs and its tokenizer.
+      models: the model by precision, each with the thresholds fitted for that precision.
+      folder: folder that holds the graphs and the tokenizer.
       policy: one of POLICIES.
       target: see `Target`.
 
-    Raises UserError as `ThresholdResolver.threshold` does.
+    Raises UserError, see `ThresholdResolver.threshold`.
 
     """
     precisions = {
@@ -57,7 +58,7 @@ def write_runners(
 def _describe_stages(
     model: ModelArtifact, saved: SavedGraphs, policy: str, target: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the threshold of one precision, its graphs, and the stages in order."""
+    """Returns the threshold, the graphs, and the stages in order, for one precision."""
     threshold, calibrator = model.resolver.threshold(policy, **target)
     full = threshold == math.inf
     networks = saved.networks[-1:] if full else saved.networks
@@ -76,7 +77,8 @@ def _describe_stages(
             {
                 "layer": stage.end,
                 "cost": 1.0 if full else float(model.cost[stage.exit]),
-                "temperature": temperature if math.isfinite(temperature) else None,  # diverged
+                # None if the exit diverged.
+                "temperature": temperature if math.isfinite(temperature) else None,
                 "runs": _runs(stage, saved.networks[stage.network], segments),
             }
         )
@@ -85,7 +87,7 @@ def _describe_stages(
 
 
 def _runs(stage: Stage, network: Sequence[Any], segments: Sequence[Any]) -> list[dict[str, Any]]:
-    """Returns the graphs that a stage runs, by number, and which compute the first token alone."""
+    """Returns the indices of a stage's graphs, each with whether it computes only one token."""
     return [
         {
             "graph": segments.index((segment, path)),
@@ -97,10 +99,10 @@ def _runs(stage: Stage, network: Sequence[Any], segments: Sequence[Any]) -> list
 
 
 def _describe_tokens(model: ModelArtifact, folder: Path) -> dict[str, Any]:
-    """Returns how a row of token ids is made of a text, or of a pair, for model.json.
+    """Returns how to make a row of token ids from a text or a pair of texts, for model.json.
 
-    The template lists the tokens in order: {"id": the token, "type": its token type}, or {"text":
-    0 or 1, "type": …} in the place of a text's own tokens.
+    The template lists the row in order: {"id": token id, "type": token type} is a special token,
+    and {"text": 0 or 1, "type": token type} stands for the tokens of that text.
     """
     import tokenizers
 

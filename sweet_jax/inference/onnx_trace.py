@@ -1,9 +1,9 @@
-"""A JAX function as a flat list of operations, the first half of writing it as an ONNX graph.
+"""Traces a JAX function to a flat list of operations, the first step of writing an ONNX graph.
 
-A jaxpr is walked with the sizes of batch and length left symbolic: calls are inlined, operations
-on constants (parameters among them) are computed by JAX, and chains of reshapes or transposes
-become one. `onnx_fusions` then replaces some groups of operations by one, and `onnx_operators`
-writes each as nodes of a graph.
+The sizes of batch and length stay symbolic. Calls are inlined, operations on constants (including
+parameters) are evaluated by JAX, and chains of reshapes or transposes become one operation.
+`onnx_fusions` then replaces some groups of operations by one, and `onnx_operators` writes each
+operation as nodes of a graph.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import jax
 import jax.extend.core
 import numpy as np
 
-# Functions with a backward pass of their own, `models/layers.py`, that ONNX has operators for: they
-# are kept as one operation of this name.
+# Functions of `models/layers.py` with a custom backward pass that ONNX has operators for. They are
+# kept as one operation with this name.
 KEPT = ("layer_norm", "gelu", "masked_softmax")
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 _CALLS |= {"custom_vjp_call": "call_jaxpr"}
@@ -25,13 +25,13 @@ _Jaxpr = jax.extend.core.ClosedJaxpr
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """Describes an array: a constant, or what an input or an operation gives.
+    """Describes an array: a constant, an input, or an output of an operation.
 
     Attributes:
-      shape: sizes, of which some are symbolic.
-      dtype: of its elements.
-      constant: the array, where it is known.
-      name: of a constant that is a parameter, its path; else "".
+      shape: sizes, some of which may be symbolic.
+      dtype: dtype of its elements.
+      constant: the array itself, if it is constant.
+      name: path of the parameter, if it is one; else "".
 
     """
 
@@ -42,7 +42,7 @@ class Value:
 
 
 class Operation(NamedTuple):
-    """Holds one operation: a JAX primitive, or a name that `onnx_fusions` gave."""
+    """Holds one operation, whose kind is a JAX primitive, one of KEPT or a name of a fusion."""
 
     kind: str
     inputs: tuple[Value, ...]
@@ -59,7 +59,7 @@ class Program(NamedTuple):
 
 
 def as_constant(array: Any, name: str = "") -> Value:
-    """Returns a constant."""
+    """Returns an array as a constant value."""
     array = np.asarray(array)
     return Value(array.shape, array.dtype, array, name)
 
@@ -69,17 +69,18 @@ def trace(
     parameters: Mapping[str, np.ndarray],
     inputs: Mapping[str, jax.ShapeDtypeStruct],
 ) -> Program:
-    """Returns the program of function(parameters, inputs), which returns a list of arrays.
+    """Returns the program of function(parameters, inputs).
 
     Args:
-      function: of two dicts of arrays.
-      parameters: by path; constants of the program.
-      inputs: by name, with symbolic sizes.
+      function: function from two dicts of arrays to a list of arrays.
+      parameters: parameters by path, which become constants of the program.
+      inputs: inputs by name, with symbolic sizes.
 
     """
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in parameters.items()}
     jaxpr = jax.make_jaxpr(function)(shapes, dict(inputs))
-    given = [as_constant(parameters[name], name) for name in sorted(parameters)]  # as JAX does
+    # Sorted, since JAX sorts the keys of dicts.
+    given = [as_constant(parameters[name], name) for name in sorted(parameters)]
     variables = {name: Value(x.shape, np.dtype(x.dtype)) for name, x in sorted(inputs.items())}
     walk = _Walk()
     outputs = walk.inline(jaxpr, [*given, *variables.values()])
@@ -120,7 +121,7 @@ class _Walk:
         """Adds an equation; returns its outputs."""
         kind, params = equation.primitive.name, equation.params
         shapes = [variable.aval for variable in equation.outvars]
-        # A symbolic size is no constant, though it has no inputs.
+        # A symbolic size is not a constant, although it has no inputs.
         known = kind != "dim_as_value" and all(x.constant is not None for x in inputs)
         if kind in _CALLS:
             inner = params[_CALLS[kind]]
@@ -148,7 +149,7 @@ class _Walk:
         if kind in _SAME or (same and kind in ("convert_element_type", "reshape")):
             return operation.inputs
         plain = kind in ("add", "mul") and others[0].shape == out.shape
-        if plain and _is_scalar(x, int(kind == "mul")):  # of jnp.arange
+        if plain and _is_scalar(x, int(kind == "mul")):  # 0 + x or 1 * x, from jnp.arange
             return others
         if kind == "reshape" and before is not None and before.kind == "reshape":
             if before.inputs[0].shape == out.shape:

@@ -1,7 +1,7 @@
-"""The values of a traced program as values of an ONNX graph.
+"""Writes the values of a traced program as values of an ONNX graph.
 
-Arrays that JAX broadcasts stay as small as they are until an operator needs them whole, since
-those of ONNX that compute by element broadcast as NumPy does.
+Arrays that JAX broadcasts stay small until an operator needs the full array, since ONNX's
+elementwise operators broadcast as NumPy does.
 
 Shape letters: B batch.
 """
@@ -17,16 +17,17 @@ Operator = Callable[["GraphWriter", Operation], Any]
 
 
 class UnsupportedOperationError(Exception):
-    """Says that a program has an operation that no operator computes; its text names it."""
+    """Raised for an operation that no operator here supports; the message names it."""
 
 
 class GraphWriter:
     """Writes the operations of a program as nodes.
 
     Args:
-      graph: to add to.
-      tokens: its value int32 [B], the number of tokens of each row.
-      operators: writes the nodes of an operation of each kind; returns the names of its outputs.
+      graph: builder of the graph.
+      tokens: name of its value int32 [B], the number of tokens of each row.
+      operators: function for each kind of operation that writes its nodes and returns the names of
+        its outputs.
 
     """
 
@@ -34,7 +35,7 @@ class GraphWriter:
         self.graph, self.tokens, self.operators = graph, tokens, operators
         self._names: dict[Value, str] = {}
         self._shapes: dict[Value, Shape] = {}
-        self._reshaped: dict[str, tuple[str, Shape]] = {}  # by name: what was reshaped
+        self._reshaped: dict[str, tuple[str, Shape]] = {}  # the source of each reshape, by name
         self._transposed: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def write(self, program: Program) -> None:
@@ -48,7 +49,7 @@ class GraphWriter:
                 self._names[value] = name
 
     def give(self, value: Value, name: str, shape: Sequence[Any] | None = None) -> str:
-        """Names a value; `shape` is that of the array in the graph, 1 where it is broadcast."""
+        """Sets the name of a value, and the shape in the graph, with 1 for broadcast axes."""
         self._names[value] = name
         if shape is not None:
             self._shapes[value] = tuple(shape)
@@ -59,19 +60,19 @@ class GraphWriter:
         return self._shapes.get(value, value.shape)
 
     def name(self, value: Value) -> str:
-        """Returns the name of a value, which may be smaller than its shape says."""
+        """Returns the name of a value; its array may have 1 instead of a broadcast size."""
         if value.constant is not None:
             return self.graph.weight(value.constant, value.name)
         return self._names[value]
 
     def full(self, value: Value) -> str:
-        """Returns the name of a value of its whole shape."""
+        """Returns the name of a value, broadcast to its full shape."""
         if self.shape(value) == value.shape:
             return self.name(value)
         return self.graph.op("Expand", self.name(value), self.graph.shape(value.shape))
 
     def reshape(self, name: str, before: Shape, after: Shape) -> str:
-        """Reshapes; a size that stays where it is, and one more, need not be known."""
+        """Reshapes; sizes that keep their position, and one more, may be symbolic."""
         source, before = self._reshaped.get(name, (name, before))
         if before == after:
             return source

@@ -1,4 +1,4 @@
-"""Operating points of a saved model under a policy that it was not calibrated for.
+"""Operating points of a saved model for a policy that it was not calibrated for.
 
 Shape letters: R replica, E exit, N examples.
 """
@@ -16,31 +16,36 @@ from sweet_jax.inference.artifact import ModelArtifact
 
 
 def calibrate_policy(model: ModelArtifact, policy: str | PolicyFunction) -> ModelArtifact:
-    """Returns a model with the operating points of one more policy.
+    """Returns a model with the operating points of an additional policy.
 
-    By the outputs on the run's calibration rows, which stand beside the folder of its model. Raises
-    UserError where they do not, or the model has been quantized or recalibrated since.
+    They are fitted on the outputs for the run's calibration rows, which are in the folder of the
+    run, next to its folder model/. Raises UserError if they are not there, or if the model runs in
+    int8 or has been recalibrated.
     """
     name, run = policy_name(policy), model.folder.parent
     outputs = run / "exit_outputs" / "calibration.npz"
     if not outputs.exists():
         raise UserError(
-            f"this model was not calibrated for the policy {name!r}, and {str(outputs)!r} is not "
-            "there to do it now: give threshold=, or train with it as config.confidence"
+            f"this model was not calibrated for the policy {name!r}, and {str(outputs)!r}, which "
+            "calibrating it now needs, does not exist: pass threshold=, or train with the policy "
+            "as config.confidence"
         )
     try:
         best = int(read_json(run / "results.json")["best_replica"])
         every = ExitOutputs.load(outputs)
         rows = every.replica(best)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{str(run)!r} is not the run of this model ({error!r})") from error
+        raise UserError(
+            f"{str(run)!r} is not the run of this model ({error!r}): pass threshold=, or the "
+            "folder model/ in its run"
+        ) from error
     tuned = (run / "exit_outputs" / "tuning.npz").exists()
     found = make_resolver(rows, (policy,), 1 if tuned else len(every.logits))
     known, ours = (r.calibrator.temperatures for r in (model.resolver, found))
     if known.shape != ours.shape or not np.allclose(known, ours, equal_nan=True):
         raise UserError(
-            f"the calibration rows in {str(run)!r} are not those of this model, which was "
-            f"recalibrated or is run in int8: give the policy {name!r} a threshold="
+            f"the calibration rows in {str(run)!r} do not fit this model, which was recalibrated "
+            f"or runs in int8: pass threshold= with the policy {name!r}"
         )
     fronts, losses = {**model.resolver.fronts, **found.fronts}, dict(model.resolver.losses)
     resolver = dataclasses.replace(model.resolver, fronts=fronts, losses=losses | {**found.losses})

@@ -1,8 +1,8 @@
-"""Exit confidences by the plain policies: in the program of a stage, or for few rows in Python.
+"""Confidences under the plain policies, computed in a stage's program, or in Python for few rows.
 
-Of the policies that read one exit alone (PLAIN_POLICIES). They are complements, 1 minus the
-confidence: float32 resolves them where the confidence is near 1, which thresholds often are,
-and the confidence itself it would round to 1 at a logit gap of 17.
+The plain policies are those that read only one exit (PLAIN_POLICIES). The functions compute
+complements, 1 minus the confidence: near 1, where thresholds often are, float32 resolves the
+complement, whereas it would round the confidence itself to 1 at a logit gap of 17.
 
 Shape letters: B batch, C classes, K plain policies.
 """
@@ -18,13 +18,14 @@ from sweet_jax.inference.engine import PLAIN_POLICIES
 
 
 def plain_complements(logits: Any, temperatures: Any) -> Any:
-    """Computes 1 minus the confidence by each plain policy, above 0, float32 [B, K].
+    """Computes 1 minus the confidence under each plain policy, above 0, float32 [B, K].
 
     The formulas are those of `exits/confidences.py`, written with d = (max z - z) / T, so that
-    nothing cancels as the confidence approaches 1. NaN where a logit or the temperature is.
+    there is no cancellation as the confidence approaches 1. NaN if a logit or the temperature is
+    NaN.
 
     Args:
-      logits: float32 [B, C], of NumPy or JAX.
+      logits: NumPy or JAX array, float32 [B, C].
       temperatures: float32 [B].
 
     """
@@ -35,7 +36,7 @@ def plain_complements(logits: Any, temperatures: Any) -> Any:
     weights = xp.exp(-scaled)  # [B, C], relative to the prediction's
     others = _sum_others(weights, scaled, predicted)  # [B]
     others_raw = _sum_others(xp.exp(-gaps), gaps, predicted)
-    # 0 times infinity, of a probability that is 0, counts as 0.
+    # Where a probability is 0, 0 times infinity counts as 0.
     terms = xp.where(weights == 0, 0, weights * scaled).sum(axis=1)
     entropy = (xp.log1p(others) + terms / (1 + others)) / math.log(max(2, gaps.shape[1]))
     second = xp.where(predicted, 0, weights).max(axis=1)
@@ -45,12 +46,12 @@ def plain_complements(logits: Any, temperatures: Any) -> Any:
         "entropy": entropy,
         "margin": (others + second) / (1 + others),
     }
-    # An entropy may round to more than 1; and no confidence is 1, see BELOW_ONE.
+    # An entropy may round to more than 1, and a confidence must stay below 1, see BELOW_ONE.
     return xp.clip(xp.stack([found[name] for name in PLAIN_POLICIES], axis=1), 1 - BELOW_ONE, 1)
 
 
 def _sum_others(weights: Any, gaps: Any, predicted: Any) -> Any:
-    """Sums the weights of the classes but the predicted one [B], NaN where its gap is no number."""
+    """Sums the weights of all classes but the predicted one [B]; NaN if its gap is NaN."""
     where = weights.__array_namespace__().where
     return where(predicted, gaps - gaps, weights).sum(axis=1)
 
@@ -58,13 +59,13 @@ def _sum_others(weights: Any, gaps: Any, predicted: Any) -> Any:
 def plain_complement(policy: str, logits: Sequence[float], temperature: float) -> float:
     """Computes 1 minus the confidence of one row, as `plain_complements` does, in float64.
 
-    In Python's floats: for the few classes that most models have, a call of NumPy takes as long as
-    all of this, and after a layer has emptied the cache several times as long.
+    It uses Python floats: for the few classes that most models have, a single NumPy call takes as
+    long as this whole function, and several times as long after a layer has evicted the cache.
 
     Args:
       policy: one of PLAIN_POLICIES.
-      logits: [C].
-      temperature: of the exit.
+      logits: logits [C] of the row.
+      temperature: temperature of the exit.
 
     """
     if not math.isfinite(sum(logits)) or math.isnan(temperature):
@@ -86,7 +87,7 @@ def plain_complement(policy: str, logits: Sequence[float], temperature: float) -
 
 
 def _complement_by_numpy(policy: str, logits: Sequence[float], temperature: float) -> float:
-    """Computes what `plain_complement` returns where a logit is no number, or infinite."""
+    """Computes `plain_complement` for NaN or infinite logits, or a NaN temperature."""
     values, fitted = np.asarray([logits], np.float64), np.asarray([temperature])
     with np.errstate(all="ignore"):
         return float(plain_complements(values, fitted)[0, PLAIN_POLICIES.index(policy)])

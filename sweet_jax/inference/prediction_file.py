@@ -1,4 +1,4 @@
-"""The file of predictions: held by one process, resumed where it ends."""
+"""The file of predictions: locked by one process, and resumed where it ends."""
 
 import collections
 import contextlib
@@ -15,9 +15,10 @@ from sweet_jax.files import atomic_write, read_json, write_json
 from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 
 PREDICTED = ("label", "probability", "exit", "cost", "error")  # keys of a row of the output
-_BEGINNINGS = (b'{"label": ', b'{"error": ')  # of a line of the output
-_NOT_WRITTEN = (".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz")  # but read
-CHECKED = 32  # rows of an output that are computed again before it is resumed
+_BEGINNINGS = (b'{"label": ', b'{"error": ')  # the beginnings of a line of the output
+# Formats that are read as input but not written.
+_NOT_WRITTEN = (".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz")
+CHECKED = 32  # number of rows of an output that are computed again before it is resumed
 
 
 @dataclasses.dataclass
@@ -26,12 +27,12 @@ class Tally:
 
     rows: int = 0
     errors: int = 0  # rows without a prediction
-    cost: float = 0.0  # sum over the others, in shares of the full model's layers
-    # How many exited at each layer.
+    cost: float = 0.0  # sum over rows with a prediction, in shares of the full model's layers
+    # Number of rows that exited at each layer.
     exits: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Counts a row. Raises KeyError or TypeError for one that is not of an output."""
+        """Counts a row. Raises KeyError or TypeError if it is not a row of an output."""
         self.rows += 1
         if "error" in row:
             self.errors += 1
@@ -40,7 +41,7 @@ class Tally:
             self.exits[row["exit"]] += 1
 
     def summary(self, speed: float) -> str:
-        """Formats the totals in one line; `speed` is in rows a second."""
+        """Formats the totals in one line; `speed` is in rows per second."""
         predicted = max(1, self.rows - self.errors)
         exits = sorted(self.exits.items())
         shares = [f"{count / predicted:.1%} at layer {layer}" for layer, count in exits]
@@ -51,21 +52,22 @@ class Tally:
 
 
 class OutputFile:
-    """The file of predictions that a command writes, or resumes where it ends.
+    """Represents the file of predictions that a command writes, or resumes where it ends.
 
-    A table (.csv, .parquet) is made at the end of a JSONL file beside it. Anything that is no
-    regular file, such as /dev/stdout, takes JSONL as it comes, and is not resumed.
+    For a table (.csv, .parquet), rows are written to a JSONL file next to it, which is converted at
+    the end. Anything other than a regular file, such as /dev/stdout, is written as a stream of
+    JSONL and is not resumed.
 
     Attributes:
-      path: that was asked for.
-      streams: whether it is no regular file.
+      path: the requested path.
+      streams: whether the path is something other than a regular file.
 
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._standard = str(path) in ("/dev/stdout", "/dev/fd/1")
-        # os.path: a name that is too long breaks Path's methods, and is refused by `open`.
+        # os.path, since Path's methods raise for a name that is too long; `open` reports that.
         regular = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
         self.streams = self._standard or not regular
         self._convert = None if self.streams else TABLE_WRITERS.get(path.suffix.lower())
@@ -75,32 +77,34 @@ class OutputFile:
 
     @contextlib.contextmanager
     def open(self, sources: Sequence[Path]) -> Iterator[BinaryIO]:
-        """Opens the rows to be read and resumed, and locks them for this process.
+        """Opens the file of rows for reading and appending, and locks it for this process.
 
-        Raises UserError where they cannot be written to, are the input, or are another process's,
-        a table is there already, or the name is of a format that is not written.
+        Raises UserError if the file cannot be written, is one of the input files `sources`, or is
+        in use by another process, if a table already exists, or for a format that is not written.
         """
         if not self.streams and self.path.suffix.lower() in _NOT_WRITTEN:
             raise UserError(
-                f"--output {str(self.path)!r} would not be a file of that kind: predictions are "
-                "written as .jsonl, .csv or .parquet"
+                f"--output {str(self.path)!r} has a format that predictions are not written in: "
+                "choose .jsonl, .csv or .parquet"
             )
         if self._convert is not None and os.path.exists(self.path):
-            raise UserError(f"--output {str(self.path)!r} exists: choose another, or remove it")
+            raise UserError(
+                f"--output {str(self.path)!r} exists: choose another file, or remove it"
+            )
         if any(os.path.exists(self._rows) and os.path.samefile(self._rows, s) for s in sources):
-            raise UserError("--output must be another file than --input")
+            raise UserError("--output and --input are the same file: choose another --output")
         try:
             self._rows.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                self._note.stat()  # an OSError now if its name, the longest, is too long
+                self._note.stat()  # raises OSError if its name, the longest one, is too long
             if self.streams:
                 file: Any = os.fdopen(os.dup(1), "wb") if self._standard else open(self.path, "wb")  # noqa: SIM115 - closed by the with below
             else:
                 file = open(self._rows, "a+b")  # noqa: SIM115 - closed by the with below
         except OSError as error:
             raise UserError(
-                f"--output {str(self.path)!r} cannot be written to ({error.strerror}): choose "
-                "another"
+                f"--output {str(self.path)!r} cannot be written ({error.strerror}): choose "
+                "another file"
             ) from error
         with file:
             if not self.streams:
@@ -108,19 +112,28 @@ class OutputFile:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     raise UserError(
-                        f"--output {str(self.path)!r} is in use by another process"
+                        f"--output {str(self.path)!r} is in use by another process: wait for it, "
+                        "or choose another file"
                     ) from error
             yield file
 
     @contextlib.contextmanager
     def recorded(self, identity: Mapping[str, Any], file: BinaryIO) -> Iterator[bool]:
-        """Keeps the identity of what makes the rows in a file beside them.
+        """Records the identity of the model and input that produce the rows, in a separate file.
 
-        Of finished rows without that of the input, to which rows may be added. A table needs none
-        once it is made: it is not resumed. Rows whose identity is not known stay without one.
+        Once the rows are finished, the input is removed from the identity, since rows may be added
+        to it. A finished table keeps no identity, since it is not resumed. Existing rows without a
+        recorded identity stay without one.
 
-        Yields whether it is known what made the rows there are. Raises UserError if they have
-        another identity.
+        Args:
+          identity: identity of the model and the input, in values of JSON.
+          file: the file from `open`.
+
+        Yields:
+          Whether the identity of the existing rows is known.
+
+        Raises UserError if they have another identity.
+
         """
         if self.streams:
             yield True
@@ -139,8 +152,8 @@ class OutputFile:
                 key = differing[0]
                 raise UserError(
                     f"--output {str(self.path)!r} was made with another {key}, "
-                    f"{theirs.get(key)!r}; here it is {ours.get(key)!r}: choose another, or remove "
-                    f"{self._rows.name!r}"
+                    f"{theirs.get(key)!r}; here it is {ours.get(key)!r}: choose another file, or "
+                    f"remove {self._rows.name!r}"
                 )
         yield known
         if self._convert is not None:
@@ -150,9 +163,13 @@ class OutputFile:
             write_json(self._note, ours)
 
     def read_existing(self, file: BinaryIO) -> tuple[Tally, list[dict[str, Any]], int]:
-        """Reads the rows there are: their tally, the last ones, and where the last whole one ends.
+        """Reads the existing rows.
+
+        Returns:
+          (their tally, the last rows, the position in bytes where the last complete row ends).
 
         Raises UserError for a line that is not a row of an output.
+
         """
         tally, last, end = Tally(), collections.deque[dict[str, Any]](maxlen=CHECKED), 0
         if self.streams:
@@ -165,16 +182,17 @@ class OutputFile:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise TypeError("not an object")
-                # Without its end even a row of an output is written again; another file's is not.
+                # A row without its newline is not counted, since it will be rewritten, but it must
+                # be a row of an output.
                 (tally if whole else Tally()).add(row)
                 if not whole:
                     break
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 if isinstance(error, ValueError) and begun and not whole:
-                    break  # a row cut short
+                    break  # an incomplete row
                 raise UserError(
-                    f"--output {str(self.path)!r} exists, and line {number} is not an output of "
-                    "this command: choose another, or remove it"
+                    f"--output {str(self.path)!r} exists, and its line {number} is not a "
+                    "prediction of this command: choose another file, or remove it"
                 ) from error
             last.append(row)
             end += len(line)
@@ -185,31 +203,32 @@ class OutputFile:
     ) -> None:
         """Compares the last rows of an output with the same rows computed again.
 
-        The input may have been changed, and what made an output may be unknown. Raises UserError
-        where they differ.
+        This is needed because the input may have changed, and the output's identity may be unknown.
 
         Args:
-          last: the last rows.
-          rows: (row, position in the input), beginning with the first of these; as many are
-            consumed.
+          last: last rows of the output.
+          rows: iterator of (row, position in the input) that begins at the first of these; as many
+            items are consumed.
+
+        Raises UserError if the rows differ.
 
         """
         for old in last:
             new, _ = next(rows, ({}, 0))
             if not (old.keys() == new.keys() and all(_equal(old[k], v) for k, v in new.items())):
                 raise UserError(
-                    f"--output {str(self.path)!r} exists, and was not made by this model, target "
-                    f"and input: it has {json.dumps(dict(old))} where {json.dumps(new)} belongs; "
-                    "choose another, or remove it"
+                    f"--output {str(self.path)!r} exists, but was not made with this model, target "
+                    f"and input: it has {json.dumps(dict(old))} instead of {json.dumps(new)}: "
+                    "choose another file, or remove it"
                 )
 
     def truncate(self, file: BinaryIO, end: int) -> None:
-        """Drops a row that was cut short."""
+        """Removes an incomplete row at the end."""
         if not self.streams:
             file.truncate(end)
 
     def finish(self) -> None:
-        """Makes the table of the rows, where one was asked for."""
+        """Converts the rows to a table, if the path is that of a table."""
         if self._convert is not None:
             with atomic_write(self.path) as aside:
                 self._convert(self._rows, aside)

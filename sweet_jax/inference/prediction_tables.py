@@ -1,4 +1,4 @@
-"""Tables of predictions, CSV and Parquet, made of a finished JSONL file."""
+"""Tables of predictions, in CSV and Parquet, made from a finished JSONL file."""
 
 import csv
 import itertools
@@ -12,8 +12,8 @@ import pyarrow.parquet
 
 from sweet_jax.objectives.label_column import SEPARATOR
 
-_AT_ONCE = 10_000  # rows of a Parquet file that are held in memory
-_TYPES = {  # of the columns of a prediction; `_schema` has those of labels that are no text
+_AT_ONCE = 10_000  # number of rows of a Parquet file that are held in memory
+_TYPES = {  # types of the columns of a prediction; `_schema` adapts them to other kinds of label
     "label": pa.string(),
     "probability": pa.float64(),
     "exit": pa.int64(),
@@ -23,7 +23,7 @@ _TYPES = {  # of the columns of a prediction; `_schema` has those of labels that
 
 
 def write_csv(rows: Path, table: Path) -> None:
-    """Writes the rows of a JSONL file as CSV; what a row lacks is empty."""
+    """Writes the rows of a JSONL file as CSV; missing values are empty."""
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _schema(rows).names)
         writer.writeheader()
@@ -34,7 +34,7 @@ def write_csv(rows: Path, table: Path) -> None:
 
 
 def write_parquet(rows: Path, table: Path) -> None:
-    """Writes the rows of a JSONL file as Parquet; what a row lacks is null."""
+    """Writes the rows of a JSONL file as Parquet; missing values are null."""
     schema = _schema(rows)
     text = [field.name for field in schema if pa.types.is_string(field.type)]
     found = _read(rows)
@@ -57,17 +57,17 @@ def _read(rows: Path) -> Iterator[dict[str, Any]]:
 
 
 def _schema(rows: Path) -> pa.Schema:
-    """Returns the columns of the rows: those of a prediction, then those carried along."""
+    """Returns the columns of the rows: those of a prediction, then those kept from the input."""
     kinds: dict[str, set[type]] = {name: set() for name in _TYPES}
     for row in _read(rows):
         for name, value in row.items():
-            # No column of numbers holds an integer of more than 53 bits beside floats.
+            # A float64 column cannot hold integers of more than 53 bits exactly.
             large = type(value) is int and abs(value) >= 1 << 53
             kinds.setdefault(name, set()).add(str if large else type(value))
     types = dict(_TYPES)
-    if list in kinds["label"]:  # of several labels
+    if list in kinds["label"]:  # multi-label
         types["label"] = pa.list_(pa.string())
-    elif float in kinds["label"]:  # numbers, which have no probability
+    elif float in kinds["label"]:  # regression, which has no probabilities
         types["label"] = pa.float64()
         del types["probability"], kinds["probability"]
     return pa.schema({name: types.get(name) or _type(found) for name, found in kinds.items()})

@@ -1,4 +1,4 @@
-"""Predictions, and checks of the texts they are made for.
+"""Predictions, and checks of the texts to predict.
 
 Shape letters: N texts, C classes.
 """
@@ -14,7 +14,7 @@ from sweet_jax.data.tables import find_column
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.scheduler import Request
 
-Label = str | list[str] | float  # of one text
+Label = str | list[str] | float  # a class, the labels of a multi-label model, or a number
 Text = str | tuple[str, str] | Sequence[str]
 
 
@@ -22,14 +22,14 @@ class Prediction(NamedTuple):
     """Holds the prediction of one text.
 
     Attributes:
-      label: in the terms of the label column: the class with the largest probability; a list of
-        the labels of a multi-label model; the number of a regression.
-      probabilities: float64 [C], after temperature, in the order of the model's classes; [0] of a
-        regression.
-      exit: the layer it exited at.
-      cost: share of the full model's layers.
-      probability: of the class; of several labels the certainty of the least certain, given or not;
-        None of a regression.
+      label: the class with the largest probability; for multi-label, the list of predicted labels;
+        for regression, the predicted number.
+      probabilities: float64 [C], after temperature scaling, in the order of the model's classes;
+        [0] for regression.
+      exit: layer of the exit that the text took.
+      cost: share of the full model's layers that were computed.
+      probability: probability of the class; for multi-label, the probability of the least certain
+        decision on a label, positive or negative; None for regression.
 
     """
 
@@ -41,12 +41,12 @@ class Prediction(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Returns whether it is a prediction at all: an exit that diverged has none."""
+        """Returns whether the prediction is finite; that of an exit that diverged is not."""
         return is_finite(self.label, self.probability)
 
 
 class ExitPrediction(NamedTuple):
-    """Holds the prediction of one text at one exit, by its layer; see `Prediction`."""
+    """Holds the prediction of one text at one exit; see `Prediction`."""
 
     layer: int
     label: Label
@@ -54,24 +54,25 @@ class ExitPrediction(NamedTuple):
 
 
 def is_finite(label: Label, probability: float | None) -> bool:
-    """Returns whether a prediction and its probability are of finite logits."""
+    """Returns whether a label and its probability come from finite logits."""
     number = label if probability is None else probability
     return isinstance(number, float) and math.isfinite(number)
 
 
 class InvalidRow(NamedTuple):
-    """Marks a row without a text, and the reason."""
+    """Marks a row that has no valid text, with the reason."""
 
     reason: str
 
 
 class Predictions(NamedTuple):
-    """Holds the predictions of some texts, in their order."""
+    """Holds the predictions of texts, in the order of the texts."""
 
-    labels: np.ndarray  # str [N]; lists of str, object [N], of several labels; float64 [N]
-    probabilities: np.ndarray  # float64 [N, C]; [N, 0] of a regression
-    exits: np.ndarray  # int64 [N], layer numbers
-    cost: np.ndarray  # float64 [N]
+    # str [N]; for multi-label, lists of str, object [N]; for regression, float64 [N].
+    labels: np.ndarray
+    probabilities: np.ndarray  # float64 [N, C]; [N, 0] for regression
+    exits: np.ndarray  # int64 [N], layers of the exits taken
+    cost: np.ndarray  # float64 [N], shares of the full model's layers
 
 
 def make_prediction(model: ModelArtifact, request: Request) -> Prediction:
@@ -79,15 +80,15 @@ def make_prediction(model: ModelArtifact, request: Request) -> Prediction:
     logits = request.logits[-1]
     (probabilities,) = request.rule.probabilities(logits[None], [request.exit])  # [C]
     label, probability = model.objective.answer(logits, probabilities, model.classes)
-    # The full model alone does not pay for Multi-Model's shallower ones.
+    # If only the full model ran, the cost of Multi-Model's shallower models does not count.
     alone = len(request.logits) == 1 and request.exit > 0
     cost = 1.0 if alone else float(model.cost[request.exit])
     return Prediction(label, probabilities, model.layers[request.exit], cost, probability)
 
 
 def make_exit_predictions(model: ModelArtifact, request: Request) -> list[ExitPrediction]:
-    """Returns the predictions at every exit that a request reached, the one it took last."""
-    first = request.exit + 1 - len(request.logits)  # of the full model alone, the last
+    """Returns the predictions at every exit that a request reached; the last is the one it took."""
+    first = request.exit + 1 - len(request.logits)  # the last exit if only the full model ran
     exits = range(first, request.exit + 1)
     probabilities = request.rule.probabilities(np.stack(request.logits), exits)  # [exits, C]
     return [
@@ -117,18 +118,18 @@ def collect_predictions(predictions: Sequence[Prediction], model: ModelArtifact)
 
 
 def rows_of(texts: Any, columns: Sequence[str]) -> Iterable[Any]:
-    """Returns the texts of a table by the names of its columns, and other texts as they are.
+    """Returns the texts in a table's text columns; returns any other iterable of texts unchanged.
 
     Args:
       texts: a pandas DataFrame, a `datasets.Dataset`, a PyArrow table, or any iterable of texts.
-      columns: the text columns of the model.
+      columns: names of the model's text columns.
 
-    Raises UserError for one text, a dict, or a table without these columns.
+    Raises UserError for a single text, a dict, or a table without these columns.
 
     """
     if isinstance(texts, str | bytes | Mapping):
-        what = "one text" if isinstance(texts, str | bytes) else "a dict"
-        raise UserError(f"texts must be a list of texts, or a table, not {what}")
+        what = "a single text" if isinstance(texts, str | bytes) else "a dict"
+        raise UserError(f"texts must be a list of texts or a table; got {what}")
     names = getattr(texts, "column_names", None)
     if names is None and hasattr(texts, "iterrows"):
         names = list(texts.columns)
@@ -142,14 +143,20 @@ def rows_of(texts: Any, columns: Sequence[str]) -> Iterable[Any]:
 
 
 def _values(column: Any) -> Iterable[Any]:
-    """Returns an array of Arrow as a list, since its own items are scalars; others as they are."""
+    """Returns an Arrow array as a list, since its items are Arrow scalars; others unchanged."""
     return column.to_pylist() if hasattr(column, "to_pylist") else column
 
 
 def validate_text(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
-    """Returns a text, or a pair of them, as a tuple of one or two.
+    """Returns a text or a pair of texts as a tuple.
 
-    Raises UserError for anything else; `number` is the row's, from 0, for the message.
+    Args:
+      text: the text or pair.
+      pairs: whether it must be a pair.
+      number: index of the row, from 0, for the error message.
+
+    Raises UserError for anything else.
+
     """
     several = tuple(text) if isinstance(text, tuple | list | np.ndarray) else ()
     parts = (text,) if isinstance(text, str) else several
@@ -159,5 +166,7 @@ def validate_text(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
     try:
         "".join(parts).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"row {number + 1} holds half a surrogate pair: {text!a:.80}") from error
+        raise UserError(
+            f"row {number + 1} has an unpaired surrogate, which is not valid Unicode: {text!a:.80}"
+        ) from error
     return parts

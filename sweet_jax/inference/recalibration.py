@@ -1,8 +1,8 @@
-"""Temperatures, curves and operating points of a saved model fitted anew, and what that changes.
+"""Refits temperatures, curves and operating points of a saved model, and describes the changes.
 
-On rows with labels, or on an audit log without any: the full model's predictions are the labels
-then, and what is called the metric is the agreement with it, or where the metric gives credit to
-rows that metric.
+They are refitted either on labeled rows, or on the rows of an audit log, which have no labels. In
+the latter case, the full model's predictions are the labels, and the metric is the agreement with
+them, or the model's own metric if that gives partial credit to rows.
 
 Shape letters: E exit, N texts, C classes.
 """
@@ -22,7 +22,7 @@ from sweet_jax.exits.resolver import ThresholdResolver
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.inference.artifact import ModelArtifact
 
-# Operating points that are compared: the model's default first.
+# Operating points to compare; the first is the model's default.
 _TARGETS: tuple[dict[str, float], ...] = (
     {},
     *({"cost": share} for share in (0.25, 0.5, 0.75)),
@@ -31,22 +31,29 @@ _TARGETS: tuple[dict[str, float], ...] = (
 
 
 class Recalibration(NamedTuple):
-    """Holds what rows gave a model: by "labels" or by "agreement" with its last exit."""
+    """Holds the result of refitting a model.
+
+    Attributes:
+      by: "labels", or "agreement" with the last exit.
+      outputs: outputs of the exits for the rows, R = 1.
+      resolver: the refitted resolver.
+
+    """
 
     by: str
-    outputs: ExitOutputs  # R = 1
+    outputs: ExitOutputs
     resolver: ThresholdResolver
 
 
 def fit_by_labels(
     model: ModelArtifact, logits: np.ndarray, scores: np.ndarray | None, labels: np.ndarray
 ) -> Recalibration:
-    """Fits the resolver of all deployable policies on labelled rows.
+    """Fits the resolver of all deployable policies on labeled rows.
 
     Args:
-      model: whose exits gave the outputs.
-      logits, scores: float32 [E, N, C] and, with learning to exit, [E, N].
-      labels: targets of the objective, of classes int32 [N].
+      model: the model that computed the outputs.
+      logits, scores: outputs of all exits, float32 [E, N, C] and, with learning-to-exit, [E, N].
+      labels: targets of the objective; for classes, int32 [N].
 
     """
     outputs = _outputs(model, logits, scores, labels, model.metric)
@@ -56,22 +63,28 @@ def fit_by_labels(
 def fit_by_agreement(
     model: ModelArtifact, logits: np.ndarray, scores: np.ndarray | None
 ) -> Recalibration:
-    """Fits the resolver on rows without labels: an exit is right where it predicts as the last.
+    """Fits the resolver on unlabeled rows: an exit is right where it agrees with the last exit.
 
-    The last exit, of which such rows say nothing, keeps its temperature. The operating point
-    without a target, which keeps the last exit's metric, keeps the agreement that it had on the
-    calibration rows before: all of it would be more than was ever asked for.
+    The last exit keeps its temperature, which cannot be fitted on such rows. The default operating
+    point, which keeps the last exit's metric, now keeps the agreement that it had on the original
+    calibration rows; an agreement of 1 would be stricter than the default was.
+
+    Args:
+      model: the model that computed the outputs.
+      logits, scores: outputs of all exits, float32 [E, N, C] and, with learning-to-exit, [E, N].
 
     Raises UserError for a regression.
+
     """
     objective = model.objective
     if objective.agrees is None:
         raise UserError(
-            f"{model.task} is a regression, whose exits hardly ever give the number of the last "
-            "one: give --labelled in place of --audit_log"
+            f"{model.task} is a regression, whose exits hardly ever predict the same number as the "
+            "last one: pass --labelled instead of --audit_log"
         )
     metric = objective.metric(model.metric)
-    if metric.credit is None:  # else agreement is of parts of a row, as that of certificates is
+    # With a metric that gives partial credit, agreement is partial too, as for certificates.
+    if metric.credit is None:
         metric = next(known for known in objective.metrics if known.is_share)
     outputs = _outputs(model, logits, scores, objective.predict(logits[-1]), metric.name)
     (fitted,) = fit_calibrators(outputs)
@@ -80,7 +93,7 @@ def fit_by_agreement(
     calibrator = Calibrator(temperatures, fitted.curves)
     resolver = make_resolver(outputs, deployable_policies(outputs), calibrator=calibrator)
     full = _agreement_before(model)
-    full = full - 1 if metric.is_error else full  # an error is negative
+    full = full - 1 if metric.is_error else full  # the metric of an error is its negative
     return Recalibration("agreement", outputs, dataclasses.replace(resolver, full=full))
 
 
@@ -108,9 +121,9 @@ def _outputs(
 
 
 def _agreement_before(model: ModelArtifact) -> float:
-    """Returns the share of calibration rows answered as the last exit does, without a target.
+    """Returns the agreement with the last exit on calibration rows, without a target.
 
-    Of their labels, where the metric gives credit to rows.
+    This is a share of the rows, or of their credit if the metric gives partial credit to rows.
     """
     threshold = model.resolver.resolve(model.policy).threshold
     losses = model.resolver.losses.get(model.policy)
@@ -118,7 +131,7 @@ def _agreement_before(model: ModelArtifact) -> float:
 
 
 def updated_exits(values: Mapping[str, Any], found: Recalibration) -> dict[str, Any]:
-    """Returns the contents of exits.json, `values`, with what was fitted anew."""
+    """Returns the contents of exits.json, `values`, with the refitted values."""
     temperatures = found.resolver.calibrator.temperatures.tolist()
     policy = found.outputs.identity.policy
     threshold = found.resolver.resolve(policy).threshold
@@ -136,10 +149,10 @@ def updated_exits(values: Mapping[str, Any], found: Recalibration) -> dict[str, 
 
 
 def describe_changes(model: ModelArtifact, found: Recalibration) -> dict[str, Any]:
-    """Returns what changed, as recalibration.json holds it.
+    """Returns the changes, as recalibration.json holds them.
 
-    Each operating point, before and now, with the cost and the metric that it has on these rows;
-    None where the target cannot be met.
+    They include each operating point before and now, with its cost and metric on these rows; None
+    if the target cannot be met.
     """
     outputs, labels, name = found.outputs, found.outputs.labels[0], found.outputs.metric.name
     before, now = (r.calibrator.temperatures.tolist() for r in (model.resolver, found.resolver))
@@ -172,10 +185,10 @@ def describe_changes(model: ModelArtifact, found: Recalibration) -> dict[str, An
 def _point(
     outputs: ExitOutputs, policy: str, resolver: ThresholdResolver, target: Mapping[str, float]
 ) -> dict[str, float] | None:
-    """Returns the threshold that a resolver gives a target, and what it does on these rows."""
+    """Returns a resolver's threshold for a target, with its cost and metric on these rows."""
     try:
         chosen = resolver.resolve(policy, target)
-    except UserError:  # no certificate, since it had no rows to test on
+    except UserError:  # there are no rows to test a certificate on
         return None
     if chosen.threshold is None:
         return None
@@ -192,7 +205,7 @@ def _read(
 
 
 def change_lines(changes: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the lines of what `describe_changes` found."""
+    """Yields the lines that report the result of `describe_changes`."""
     metric = changes["metric"]
     yield f"{'exit':>6} {metric:>9}  temperature, on {changes['rows']} rows"
     for exit in changes["exits"]:

@@ -1,9 +1,13 @@
-"""Runs an exported model; needs jax (and flatbuffers, which jax.export reads with) and numpy.
+"""Runs an exported model; needs only numpy, jax, and flatbuffers, which jax.export requires.
 
-python run.py tokens.npz: input_ids and token_type_ids int [N, L], tokens int [N] (how many of L),
-ids padded with the pad_id in model.json; where that says pairs, second_start int [N], the place of
-the second text's first token. Prints a label, a probability and a layer for each text;
-of several labels a|b and the certainty of the least certain, of a regression the number and nan.
+python run.py tokens.npz
+
+The file holds input_ids and token_type_ids int [N, L], padded with the pad_id in model.json, and
+tokens int [N], the number of tokens of each text. If model.json has "pairs": true, it also holds
+second_start int [N], the index of the second text's first token.
+
+Prints a label, a probability and a layer for each text. For a multi-label model, these are the
+labels as a|b and the probability of the least certain one; for a regression, the number and nan.
 
 Shape letters: N texts, L length, H hidden, C classes.
 """
@@ -17,17 +21,17 @@ import numpy as np
 
 
 def softmax(logits, temperature):
-    """Returns the softmax of logits [N, C] / temperature, float64; NaN for no temperature."""
+    """Returns the softmax of logits [N, C] / temperature, float64; NaN if temperature is None."""
     scaled = np.asarray(logits, np.float64) / (temperature or np.nan)
     exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     return exponents / exponents.sum(axis=1, keepdims=True)
 
 
 def read_outputs(about, stage, logits, before):
-    """Returns (answers, probability [N], exit confidence [N]) of the logits [N, C] of a stage.
+    """Returns (answers, probability [N], exit confidence [N]) for the logits [N, C] of a stage.
 
-    Answers are classes int [N], labels bool [N, C] or numbers [N]; before, those of the exit before
-    this one, or None.
+    Answers are classes int [N], labels bool [N, C] or numbers [N]; `before` holds the answers of
+    the previous exit, or is None.
     """
     objective = about.get("objective", "single_label")
     if objective == "single_label":
@@ -39,7 +43,7 @@ def read_outputs(about, stage, logits, before):
         values = logits[:, 0]
         change = np.inf if before is None else np.abs(values - before)
         return values, np.full(len(values), np.nan), np.full(len(values), 1.0) / (1 + change)
-    margins = np.abs(logits)  # of each label, for or against
+    margins = np.abs(logits)  # [N, C], how far each label is from being decided the other way
     probability = 1 / (1 + np.exp(-margins.min(axis=1) / (stage["temperature"] or 1)))
     sure = 1 / (1 + np.exp(-margins / (stage["score_temperature"] or np.nan)))
     least = about["policy"] == "min_confidence"
@@ -49,11 +53,12 @@ def read_outputs(about, stage, logits, before):
 def predict(folder, input_ids, token_type_ids, tokens, *second_start):
     """Returns (answer, probability float [N], layer int [N]) of the exit that each text takes.
 
-    Answers are classes int [N], of several labels bool [N, C], of a regression float [N].
+    Answers are classes int [N]; for multi-label, labels bool [N, C]; for regression, float [N].
     """
     about = json.loads((Path(folder) / "model.json").read_text())
     values = np.load(Path(folder) / "parameters.npz", allow_pickle=False)
-    rows, h, before = np.arange(len(tokens)), None, None  # texts not exited; h [rows, L, H]
+    # The texts that have not exited; their hidden states h [rows, L, H].
+    rows, h, before = np.arange(len(tokens)), None, None
     empty = {
         "multi_label": np.zeros((len(tokens), len(about["classes"])), bool),
         "regression": np.zeros(len(tokens)),
@@ -80,21 +85,21 @@ def predict(folder, input_ids, token_type_ids, tokens, *second_start):
 
 
 def read(path, length, pairs=False):
-    """Reads input_ids and token_type_ids int32 [N, L] and tokens int32 [N], L being `length`.
+    """Reads input_ids and token_type_ids int32 [N, L] and tokens int32 [N]; L is `length`.
 
-    With pairs also second_start int32 [N]. Raises ValueError, or what numpy raises for a file that
-    is no .npz.
+    With `pairs`, it also reads second_start int32 [N]. Raises ValueError for missing or misshapen
+    arrays, and whatever numpy raises for a file that is not .npz.
     """
     names = ("input_ids", "token_type_ids", "tokens", *(["second_start"] if pairs else []))
     with np.load(path, allow_pickle=False) as texts:
         if missing := [name for name in names if name not in texts]:
-            raise ValueError(f"it has no {missing[0]}")
+            raise ValueError(f"the array {missing[0]} is missing")
         arrays = [np.asarray(texts[name], np.int32) for name in names]
     for name, array in zip(names, arrays, strict=True):
         rest = (length,) if name.endswith("ids") else ()
         if array.shape != (len(arrays[2]), *rest):
             wanted = ", ".join(map(str, (len(arrays[2]), *rest)))
-            raise ValueError(f"{name} must be [{wanted}]; got {list(array.shape)}")
+            raise ValueError(f"{name} must have shape [{wanted}]; got {list(array.shape)}")
     return arrays
 
 
@@ -106,7 +111,7 @@ if __name__ == "__main__":
         sys.exit(2)
     try:
         arrays = read(sys.argv[1], about["length"], about.get("pairs", False))
-    except Exception as error:  # a file that is no .npz can break its reader in any way
+    except Exception as error:  # numpy may raise any exception for a file that is not .npz
         print(f"error: {sys.argv[1]}: {error}", file=sys.stderr)
         sys.exit(2)
     names = np.asarray(about["classes"])

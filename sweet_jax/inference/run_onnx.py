@@ -1,8 +1,9 @@
-"""Runs an exported model; needs numpy, onnxruntime and tokenizers alone.
+"""Runs an exported model; needs only numpy, onnxruntime and tokenizers.
 
-python run.py [float32 | int8] < texts.jsonl: each line is a text as a JSON string, or a pair of
-texts as a list of two. Prints a JSON line for each: label, probability, exit (a layer), cost (share
-of all layers), probabilities of all classes.
+python run.py [float32 | int8] < texts.jsonl
+
+Each line is a text as a JSON string, or a pair of texts as a list of two. Prints a JSON line for
+each: label, probability, exit (a layer), cost (share of all layers), probabilities of all classes.
 
 Shape letters: B texts of a batch, L length, H hidden, C classes.
 """
@@ -16,7 +17,8 @@ import tokenizers
 from onnxruntime import InferenceSession
 
 BELOW_ONE = np.nextafter(1, 0)  # so that a threshold of 1 sends every text to the last exit
-# (p after temperature [B, C], p without, learned scores [B]) → confidences [B]; NaN never leaves.
+# Functions from (probabilities with temperature [B, C], probabilities without [B, C], learned
+# scores [B]) to confidences [B]; a text with confidence NaN never exits early.
 POLICIES = {
     "confidence": lambda p, raw, learned: p.max(axis=1),
     "raw_confidence": lambda p, raw, learned: raw.max(axis=1),
@@ -27,7 +29,7 @@ POLICIES = {
 
 
 def softmax(logits, temperature):
-    """Returns the softmax of logits [B, C] / temperature, float64; NaN for no temperature."""
+    """Returns the softmax of logits [B, C] / temperature, float64; NaN if temperature is None."""
     scaled = np.asarray(logits, np.float64) / (temperature or np.nan)
     exponents = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     return exponents / exponents.sum(axis=1, keepdims=True)
@@ -43,7 +45,9 @@ def read_row(row, number, pair):
     try:
         "".join(parts).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"row {number} holds half a surrogate pair: {row!a:.80}") from error
+        raise ValueError(
+            f"row {number} has an unpaired surrogate, which is not valid Unicode: {row!a:.80}"
+        ) from error
     return tuple(parts) if pair else parts[0]
 
 
@@ -54,15 +58,18 @@ class Classifier:
         self.about = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
         self.plan = self.about["precisions"].get(precision)
         if not self.plan:
-            raise ValueError(f"no precision {precision!r}, only {[*self.about['precisions']]}")
+            raise ValueError(
+                f"this export has no precision {precision!r}: choose from "
+                f"{', '.join(self.about['precisions'])}"
+            )
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
             graphs = [f"{folder}/onnx/{name}" for name in self.plan["graphs"]]
             self.sessions = [InferenceSession(graph) for graph in graphs]
-        except Exception as error:  # its kinds are not public
+        except Exception as error:  # the libraries' exception types are not public
             reason = " ".join(str(error).split())
             where = repr(str(folder))
-            raise ValueError(f"cannot read {where}, export it again: {reason:.300}") from error
+            raise ValueError(f"cannot read {where} ({reason:.300}): export it again") from error
         self.tokenizer.encode_special_tokens = self.about["split_special_tokens"]
         self.tokenizer.enable_truncation(**self.about["truncation"])
         self.tokenizer.enable_padding(pad_id=self.about["pad_id"])

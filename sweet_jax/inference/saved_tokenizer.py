@@ -1,6 +1,6 @@
 """The tokenizer of a saved model, read from its tokenizer.json without transformers.
 
-That file holds all that changes ids: the tokenizer as it was when the model was trained.
+That file holds everything that determines token ids, as it was when the model was trained.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from sweet_jax.models.special_tokens import ensure_first_token
 
 
 class EncodedRows(dict[str, list[list[int]]]):
-    """Holds what transformers' BatchEncoding does, as far as it is read.
+    """Holds the parts of transformers' BatchEncoding that this library reads.
 
     Attributes:
-      encodings: a `tokenizers.Encoding` of each row.
+      encodings: the `tokenizers.Encoding` of each row.
 
     """
 
@@ -30,12 +30,12 @@ class EncodedRows(dict[str, list[list[int]]]):
 
 
 class SavedTokenizer:
-    """Tokenizes as the transformers tokenizer that wrote the same files.
+    """Tokenizes like the transformers tokenizer that wrote the same files.
 
     Args:
       backend: a `tokenizers.Tokenizer`.
-      pad_token_id: the id that fills input_ids.
-      truncation_side: "right" or "left", where a text that is too long is cut.
+      pad_token_id: token id that pads input_ids.
+      truncation_side: side on which a text that is too long is truncated, "right" or "left".
 
     """
 
@@ -48,7 +48,7 @@ class SavedTokenizer:
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
 
     def begins_texts(self) -> bool:
-        """Returns whether it puts a special token before a text."""
+        """Returns whether the tokenizer adds a special token before a text."""
         return self.backend_tokenizer.encode("a").special_tokens_mask[:1] == [1]
 
     def __call__(
@@ -62,8 +62,8 @@ class SavedTokenizer:
     ) -> "EncodedRows":
         """Returns the input_ids and token_type_ids of each text, or of each pair.
 
-        With `truncation` a row has max_length tokens at most; of a pair the longer text is cut
-        first. Other options of transformers' tokenizers are not read.
+        With `truncation`, a row has at most max_length tokens; in a pair, the longer text is
+        truncated first. Other options of transformers' tokenizers are ignored.
         """
         if truncation and max_length is not None:
             self.backend_tokenizer.enable_truncation(max_length, direction=self.truncation_side)
@@ -79,13 +79,13 @@ class SavedTokenizer:
 
 
 def load_saved_tokenizer(checkpoint: CheckpointFiles, *, first_token: bool = False) -> Any:
-    """Loads the tokenizer of a saved model, by transformers where tokenizer.json is not enough.
+    """Loads the tokenizer of a saved model, with transformers if tokenizer.json is not enough.
 
     Args:
-      checkpoint: the files of the saved model.
-      first_token: whether a special token must stand before each text, since exits read it.
+      checkpoint: files of the saved model.
+      first_token: whether each text must begin with a special token, because exits read it.
 
-    Raises UserError where there is none.
+    Raises UserError if there is no tokenizer, or it is damaged.
 
     """
     exported = has_graphs(checkpoint.folder)
@@ -100,10 +100,14 @@ def load_saved_tokenizer(checkpoint: CheckpointFiles, *, first_token: bool = Fal
 
 
 def _read_tokenizer(checkpoint: CheckpointFiles, *, repaired: bool) -> SavedTokenizer | None:
-    """Returns the tokenizer of tokenizer.json, None where that does not say enough.
+    """Returns the tokenizer in tokenizer.json, or None if that file is not enough.
 
-    `repaired` is whether the file holds what TOKENIZER_REPAIRS changes. Raises UserError for a
-    damaged one.
+    Args:
+      checkpoint: files of the saved model.
+      repaired: whether the file already includes the changes of TOKENIZER_REPAIRS.
+
+    Raises UserError if the file is damaged.
+
     """
     path = checkpoint.folder / "tokenizer.json"
     try:
@@ -126,7 +130,7 @@ def _read_tokenizer(checkpoint: CheckpointFiles, *, repaired: bool) -> SavedToke
         backend.encode_special_tokens = bool(about.get("split_special_tokens", False))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+    except BaseException as error:  # a panic in the Rust code is not a subclass of Exception
         raise UserError(f"no tokenizer in {str(checkpoint.folder)!r}: {one_line(error)}") from error
     if number is None:
         return None

@@ -1,7 +1,7 @@
-"""Continuous batching: batches of each stage that fill up again as requests exit.
+"""Continuous batching: as requests exit, each stage's batches are filled with other requests.
 
-The scheduler asks an engine (`engine.py`) to run a stage on a batch, and keeps for every request
-where it is: its queue, its slot among the hidden states, and the outputs of the exits so far.
+The scheduler has an engine (`engine.py`) run each stage on a batch. It tracks the state of every
+request: its queue, its slot in the hidden states, and the outputs of the exits so far.
 
 Shape letters: E exit, B batch, L length, C classes, N requests, P slots.
 """
@@ -29,19 +29,19 @@ from sweet_jax.objectives import SINGLE_LABEL, Objective
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitRule:
-    """Decides which rows leave: those whose exit confidence reaches the threshold."""
+    """Decides which rows exit: those whose exit confidence reaches the threshold."""
 
     policy: str | PolicyFunction  # a name, or a function of (`UnlabeledOutputs`, temperatures)
     threshold: float
-    calibrator: Calibrator  # of all exits
-    layers: tuple[int, ...]  # of all exits [E]
-    objective: Objective = SINGLE_LABEL  # of the model
+    calibrator: Calibrator  # calibrator of all exits
+    layers: tuple[int, ...]  # layers of all exits [E]
+    objective: Objective = SINGLE_LABEL  # objective of the model
 
     @functools.cached_property
     def plain(self) -> int | None:
-        """Returns the index of the policy in PLAIN_POLICIES, None of another.
+        """Returns the index of the policy in PLAIN_POLICIES, or None for other policies.
 
-        Engines compute those of single-label outputs alone.
+        It is None for other objectives too: engines compute plain policies only for single-label.
         """
         if self.objective is not SINGLE_LABEL:
             return None
@@ -50,16 +50,16 @@ class ExitRule:
 
     @functools.cached_property
     def temperatures(self) -> list[float]:
-        """Returns those of all exits [E]."""
+        """Returns the temperatures of all exits [E]."""
         return self.calibrator.temperatures.tolist()
 
     def leaves(self, rows: Sequence["Request"]) -> np.ndarray:
-        """Returns whether each of some rows leaves at the exit that all have reached, bool [N].
+        """Returns whether each of some rows exits, bool [N]; all have reached the same exit.
 
-        Computed from the logits, whatever the policy.
+        This is computed from the logits, whatever the policy.
         """
         count = len(rows[0].logits)
-        first = 0 if self.plain is None else count - 1  # a plain policy reads this exit alone
+        first = 0 if self.plain is None else count - 1  # a plain policy reads only this exit
         logits = np.stack([row.logits[first:] for row in rows], axis=1)[None]  # [1, E', N, C]
         learned = None
         if rows[0].exit_scores:
@@ -74,13 +74,14 @@ class ExitRule:
         return exit_confidences(outputs, self.policy, calibrators)[0, -1] >= self.threshold
 
     def probabilities(self, logits: np.ndarray, exits: Sequence[int]) -> np.ndarray:
-        """Computes the objective's probabilities after the temperature of each row's exit.
-
-        Float64 [N, C], or [N, 0] where its outputs are not logits of probabilities.
+        """Computes the objective's probabilities with the temperature of each row's exit.
 
         Args:
-          logits: [N, C].
-          exits: index of each row's [N].
+          logits: logits [N, C].
+          exits: index of each row's exit [N].
+
+        Returns:
+          Probabilities float64 [N, C], or [N, 0] for an objective without probabilities.
 
         """
         found = [self.temperatures[exit] for exit in exits]  # [N], NaN where an exit diverged
@@ -93,17 +94,17 @@ class ExitRule:
 class Request:
     """Holds one text to classify, from its token ids to the exit that it takes."""
 
-    number: int  # its place in the order of the input
+    number: int  # its position in the input
     input_ids: np.ndarray  # int32 [tokens]
     token_type_ids: np.ndarray  # int32 [tokens]
-    length: int  # L, that it is padded to
-    rule: ExitRule  # when it exits
-    second_start: int | None = None  # of a pair the place where the second text begins
-    queued_at: int = 0  # how many requests had been admitted when it joined its queue
-    slot: int = -1  # that holds its hidden states; -1 where it has none
+    length: int  # L, the length that it is padded to
+    rule: ExitRule  # decides when it exits
+    second_start: int | None = None  # index of the token where a pair's second text begins
+    queued_at: int = 0  # number of requests that had been admitted when it joined its queue
+    slot: int = -1  # slot of its hidden states; -1 if it has none
     exit: int = -1  # index of the exit it took; -1 before that
     logits: list[np.ndarray] = dataclasses.field(default_factory=list)  # [C] of every exit so far
-    # Learning-to-exit's, of every exit so far; empty where none were learned.
+    # Learning-to-exit scores of every exit so far; empty for other methods.
     exit_scores: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -111,14 +112,14 @@ class Scheduler:
     """Runs batches from queues of requests, one queue for each stage and length.
 
     Args:
-      engine: that runs the stages.
-      stages: that requests go through, from `Engine.stages`.
-      batch_size: B at most.
-      wait: how many requests may be admitted while one waits in a queue; after that its queue is
-        run though it is not full. None: no limit.
+      engine: engine that runs the stages.
+      stages: stages that requests go through, from `Engine.stages`.
+      batch_size: maximum B.
+      wait: maximum number of requests admitted while one waits in a queue; after that, its queue
+        runs even if it is not full. None for no limit.
 
     Attributes:
-      runs: how many batches each stage has run.
+      runs: number of batches that each stage has run.
 
     """
 
@@ -128,7 +129,7 @@ class Scheduler:
         self.engine, self.stages = engine, stages
         self.batch_size, self.wait = batch_size, wait
         self.runs = [0] * len(stages)
-        # By (stage, length); none of them is empty.
+        # By (stage, length); empty queues are removed.
         self._queues: dict[tuple[int, int], deque[Request]] = {}
         self._states: dict[int, HiddenStates] = {}  # by length
         self._free: dict[int, list[int]] = {}  # slots by length
@@ -136,11 +137,11 @@ class Scheduler:
 
     @property
     def slots(self) -> int:
-        """Returns P: a batch for each stage, enough since deeper queues that are full run first."""
+        """Returns P: one batch per stage, which is enough since deeper full queues run first."""
         return self.batch_size * len(self.stages)
 
     def __len__(self) -> int:
-        """Returns the number of requests admitted that have not exited."""
+        """Returns the number of admitted requests that have not exited."""
         return sum(map(len, self._queues.values()))
 
     def admit(self, request: Request) -> None:
@@ -149,28 +150,28 @@ class Scheduler:
         self._enqueue(0, request)
 
     def count_skipped(self) -> None:
-        """Counts an input that has no text as admitted, for the requests that wait."""
+        """Counts an input without a valid text toward the `wait` of queued requests."""
         self._admitted += 1
 
     def run_ready(self) -> list[Request]:
-        """Runs queues that are full or overdue until none is; returns the requests that exited."""
+        """Runs all queues that are full or overdue; returns the requests that exited."""
         exited: list[Request] = []
         while ready := [key for key in self._queues if self._full(key) or self._overdue(key)]:
-            exited += self._run(*max(ready))  # the deepest: it frees slots
+            exited += self._run(*max(ready))  # the deepest, which frees slots
         return exited
 
     def step(self) -> list[Request]:
-        """Runs one batch: of a full queue if there is one, else of the one that waits longest.
+        """Runs one batch, from a full queue or else from the one that has waited longest.
 
-        For a caller that would idle otherwise. An overdue request goes before full batches of other
-        lengths. Returns the requests that exited.
+        Callers use this when they would otherwise be idle. An overdue request runs before full
+        batches of other lengths. Returns the requests that exited.
         """
         if not self._queues:
             return []
         oldest = min(self._queues, key=lambda key: self._queues[key][0].queued_at)
         full = [key for key in self._queues if self._full(key)]
         if self._overdue(oldest):
-            # Deeper requests of that length first: they hold its slots.
+            # Full queues of that length run first if they are deeper, since they hold its slots.
             return self._run(*max([key for key in full if key[1] == oldest[1]] + [oldest]))
         return self._run(*(max(full) if full else oldest))
 
@@ -178,7 +179,8 @@ class Scheduler:
         """Runs every request to its exit; returns them."""
         exited = self.run_ready()
         while self._queues:
-            exited += self._run(*min(self._queues))  # the shallowest: what continues fills the next
+            # The shallowest, whose requests that continue fill the next stage's batch.
+            exited += self._run(*min(self._queues))
             exited += self.run_ready()
         return exited
 
@@ -195,7 +197,7 @@ class Scheduler:
         return self._admitted - self._queues[key][0].queued_at > self.wait
 
     def _run(self, number: int, length: int) -> list[Request]:
-        """Runs one batch of a queue; returns the requests that exited, the others move on."""
+        """Runs one batch of a queue; returns the requests that exited and queues the others."""
         stage, requests = self.stages[number], self._take(number, length)
         self.runs[number] += 1
         free = self._free.setdefault(length, list(range(self.slots)))
@@ -218,18 +220,18 @@ class Scheduler:
         return exited
 
     def _take(self, number: int, length: int) -> list[Request]:
-        """Returns the requests of the next batch of a queue, which they leave."""
+        """Removes the requests of the next batch from a queue, and returns them."""
         queue = self._queues[number, length]
         if len(queue) <= self.batch_size:
             return list(self._queues.pop((number, length)))
         return [queue.popleft() for _ in range(self.batch_size)]
 
     def _compute(self, stage: Stage, requests: list[Request], length: int) -> np.ndarray | None:
-        """Runs a stage, appends the exit's outputs to each request; returns the complements."""
+        """Runs a stage and appends its outputs to each request; returns the complements."""
         batch = self._batch(stage, requests, length)
         states = None
         if stage.uses_states:
-            # Taken out: a call that is interrupted leaves none rather than one that was consumed.
+            # Removed first: if the run is interrupted, a consumed buffer must not stay here.
             states = self._states.pop(length, None)
             states = self.engine.new_states(self.slots, length) if states is None else states
         output = self.engine.run(stage, batch, states)
@@ -253,7 +255,7 @@ class Scheduler:
                 texts[0, row, : len(request.input_ids)] = request.input_ids
                 texts[1, row, : len(request.input_ids)] = request.token_type_ids
         starts = None
-        if requests[0].second_start is not None:  # of one model all are pairs, or none is
+        if requests[0].second_start is not None:  # all requests of a model are pairs, or none are
             starts = np.asarray([r.second_start for r in requests], np.int32)  # [B]
         return StageBatch(
             length,
@@ -266,12 +268,12 @@ class Scheduler:
 
 
 def _leaves(rows: Sequence[Request], exit: int, complements: np.ndarray | None) -> list[bool]:
-    """Returns whether each row leaves, each by its own rule [N].
+    """Returns whether each row exits by its own rule [N].
 
     Args:
-      rows: of one batch.
+      rows: the requests of one batch.
       exit: index of the exit that they have reached.
-      complements: of `StageOutput`.
+      complements: complements of their confidences, see `StageOutput`.
 
     """
     found = [False] * len(rows)
@@ -280,7 +282,7 @@ def _leaves(rows: Sequence[Request], exit: int, complements: np.ndarray | None) 
         if rule.plain is None:
             leaves = rule.leaves([rows[place] for place in own]).tolist()
         else:
-            # In Python's floats, which are float64: for few rows NumPy takes longer.
+            # Python floats, which are float64, are faster than NumPy for few rows.
             if complements is None:
                 policy, fitted = PLAIN_POLICIES[rule.plain], rule.temperatures[exit]
                 logits = [rows[place].logits[-1].tolist() for place in own]

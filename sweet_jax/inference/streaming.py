@@ -1,4 +1,4 @@
-"""A stream of texts through a scheduler: in order, in memory that does not grow."""
+"""Streams texts through a scheduler, in order and with bounded memory."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,10 +18,10 @@ def stream_in_order(
     """Yields the request of each text once it has exited, in the order of the texts.
 
     Args:
-      scheduler: without requests under way.
-      texts: read batch_size at a time; an InvalidRow is yielded in its place.
-      encode: texts and the number of the first to requests.
-      drain: whether each batch_size texts exit before more are read; else batches are run as they
+      scheduler: a scheduler without pending requests.
+      texts: texts, read batch_size at a time; an InvalidRow is yielded in its place.
+      encode: function from (texts, number of the first text) to requests.
+      drain: whether each batch_size texts exit before more are read; otherwise, batches run as they
         fill up.
 
     """

@@ -1,4 +1,4 @@
-"""Compiles the programs of a classifier beforehand, with a progress bar."""
+"""Compiles the programs of a classifier in advance, with a progress bar."""
 
 import functools
 import sys
@@ -10,9 +10,9 @@ from sweet_jax.inference.classifier import AdaptiveClassifier
 
 
 def warm_up(classifier: AdaptiveClassifier, batch_size: int, *, full: bool | None = None) -> None:
-    """Compiles all that batches of up to B can need, and says on stderr how long it took.
+    """Compiles all programs that batches may need, and prints to stderr how long it took.
 
-    `full` is as in `AdaptiveClassifier.warm_up`.
+    See `AdaptiveClassifier.warm_up`.
     """
     began = time.perf_counter()
     bar = functools.partial(tqdm, desc="compiling", unit=" stages x lengths", disable=None)

@@ -1,11 +1,11 @@
 // Classifies texts with an exported model, in Node.js (onnxruntime-node) and in browsers
-// (onnxruntime-web). README.md describes model.json, which says how.
+// (onnxruntime-web). README.md describes model.json, which this module reads.
 import { loadTokenizer } from "./tokenizer.mjs";
 
 const BELOW_ONE = 1 - 2 ** -53; // so that a threshold of 1 sends every text to the last exit
 const sum = (values) => values.reduce((total, value) => total + value, 0);
-// From the probabilities after temperature, those without, and the learned score, to an exit
-// confidence; NaN never leaves.
+// Functions from the probabilities with temperature, those without, and the learned score to an
+// exit confidence; a text with confidence NaN never exits early.
 const POLICIES = {
   confidence: (p) => Math.max(...p),
   raw_confidence: (p, raw) => Math.max(...raw),
@@ -23,18 +23,21 @@ function softmax(logits, temperature) {
 async function read(url) {
   if (url.protocol === "file:") return (await import("node:fs/promises")).readFile(url);
   const response = await fetch(url);
-  if (!response.ok) throw new Error(`${url} answers ${response.status}`);
+  if (!response.ok) throw new Error(`${url} cannot be read: status ${response.status}`);
   return new Uint8Array(await response.arrayBuffer());
 }
 
 export class Classifier {
-  /** Loads a folder (its URL); ort is the module of ONNX Runtime, options are for its sessions. */
+  /** Loads the model at a folder's URL; ort is ONNX Runtime's module, options go to its sessions. */
   static async load(ort, precision = "float32", folder = import.meta.url, options = {}) {
     const file = (name) => read(new URL(name, folder));
     const text = async (name) => new TextDecoder().decode(await file(name));
     const about = JSON.parse(await text("model.json"));
     const plan = about.precisions[precision];
-    if (!plan) throw new Error(`no precision ${precision}, only ${Object.keys(about.precisions)}`);
+    if (!plan) {
+      const known = Object.keys(about.precisions).join(", ");
+      throw new Error(`this export has no precision ${precision}: choose from ${known}`);
+    }
     const encode = loadTokenizer(await text("tokenizer.json"), about);
     const sessions = [];
     const externalData = [{ path: plan.weights, data: await file(`onnx/${plan.weights}`) }];
@@ -45,7 +48,7 @@ export class Classifier {
     return Object.assign(new Classifier(), { ort, about, plan, encode, sessions });
   }
 
-  /** Returns {label, probability, exit, cost, probabilities} of each row, one after another. */
+  /** Returns {label, probability, exit, cost, probabilities} for each row, computed one by one. */
   async predict(rows) {
     const answers = [];
     for (const row of rows) answers.push(await this.classify(row));
@@ -61,7 +64,7 @@ export class Classifier {
       input_ids: integers(tokens.map((token) => token.id), 1, tokens.length),
       token_type_ids: integers(tokens.map((token) => token.type), 1, tokens.length),
       tokens: integers([tokens.length], 1),
-      // Of a pair: where the second text begins; an empty one is the token that ends it.
+      // The index where a pair's second text begins; if that is empty, of the token after it.
       second_start: integers([second < 0 ? Math.max(tokens.length - 1, 0) : second], 1),
     };
     for (const { layer, cost, temperature, runs } of plan.stages) {
@@ -71,7 +74,8 @@ export class Classifier {
         const names = this.sessions[graph].inputNames;
         const given = Object.fromEntries(names.map((name) => [name, values[name]]));
         outputs = await this.sessions[graph].run(given);
-        if (!first) values.states = outputs.next_states; // else the next stage computes the others
+        // After the first token alone, the next stage computes the other tokens from these states.
+        if (!first) values.states = outputs.next_states;
       }
       const [p, raw] = [temperature, 1].map((t) => softmax(outputs.logits.data, t));
       const confidence = POLICIES[about.policy](p, raw, outputs.exit_scores?.data[0]);

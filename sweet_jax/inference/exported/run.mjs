@@ -4,7 +4,8 @@
 // node run.mjs [float32 | int8] < texts.jsonl
 //
 // Each line is a text as a JSON string, or a pair of texts as an array of two. Prints a JSON line
-// for each: label, probability, exit (a layer), cost (share of all layers), all probabilities.
+// for each: label, probability, exit (a layer), cost (share of all layers), probabilities of all
+// classes.
 import { text } from "node:stream/consumers";
 import * as ort from "onnxruntime-node";
 import { Classifier } from "./classifier.mjs";
