@@ -27,12 +27,12 @@ def test_steps_that_compile_are_not_counted(lag):
     (said,) = spend(expected, now, lengths, lag)
     assert spend(expected, now, lengths, lag) == []
     # About 1,490 steps of 0.14 s; those whose length was new took 30 s.
-    assert said.startswith("expected: about 3.")
-    assert " minutes of training, at 0.1" in said
+    assert said.startswith("expected training time: about 3.")
+    assert " minutes, at 0.1" in said
 
 
 def test_nothing_is_said_where_it_was_said_before():
     now = [0.0]
     assert spend(ExpectedTime(1000, None, lambda: now[0]), now, [16] * 30, 1) == []
     (said,) = spend(ExpectedTime(100, 0.0, lambda: now[0]), now, [16] * 30, 1)
-    assert said.startswith("expected: about 9 seconds of training, at 0.1 s a step")
+    assert said.startswith("expected training time: about 9 seconds, at 0.1 s per step")

@@ -123,8 +123,8 @@ def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
     [
         ({"exits": (1, 3, 4)}, "exits must be these and deeper ones, such as 1,2,3; got 1,3,4"),
         ({"exits": (1, 2), "depth": 2}, "exits must be these and deeper ones"),
-        ({"max_length": 16}, "has max_length 32, and the new run 16"),
-        ({"seeds": (0, 7)}, "has the seeds 0,1, not 7"),
+        ({"max_length": 16}, "has max_length=32, but the new run has 16"),
+        ({"seeds": (0, 7)}, "has seeds 0,1, but not 7"),
         ({"method": "early_exit"}, "grow_from needs exits that are trained independently"),
         ({"grow_from": "nowhere"}, "'nowhere' is not the directory of a run"),
         ({"grow_from": "~nobody.at.all/run"}, "~nobody.at.all/run: Could not determine home"),
@@ -140,14 +140,14 @@ def test_what_cannot_grow_is_refused(base, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pooler": "shared"}, "has pooler 'shared', and the new run 'per_exit'"),
+        ({"pooler": "shared"}, "has pooler='shared', but the new run has 'per_exit'"),
         (
             {"unlabeled_files": "more.csv", "distillation_weight": 1.0},
-            "was trained with unlabeled_files 'more.csv': such a run cannot grow",
+            "was trained with unlabeled_files='more.csv': such a run cannot be grown",
         ),
         (
             {"layer_scaling": 0.5, "head_refit": True},
-            "was trained with layer_scaling 0.5: such a run cannot grow",
+            "was trained with layer_scaling=0.5: such a run cannot be grown",
         ),
     ],
 )
@@ -167,10 +167,10 @@ def test_unfinished_and_damaged_runs_are_refused(base, tmp_path):
     shutil.copytree(newest.with_name("24"), newest.with_name("12"))
     shutil.copy(newest, newest.with_name("12.digest.json"))
     newest.write_text("{}")  # the one before has what training had not finished
-    with pytest.raises(UserError, match="has no sound checkpoint"):
+    with pytest.raises(UserError, match="has no intact checkpoint"):
         run(more((broken, base[1])), tmp_path / "grown")
     shutil.rmtree(broken / "checkpoints")
-    with pytest.raises(UserError, match="has no sound checkpoint"):
+    with pytest.raises(UserError, match="has no intact checkpoint"):
         run(more((broken, base[1])), tmp_path / "grown")
     (broken / "results.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
@@ -206,5 +206,5 @@ def test_what_a_search_a_probe_and_a_refit_left_grows_too(base, checkpoint, tmp_
     np.testing.assert_array_equal(ours[:, :2], theirs)
     usual = {"epochs": 2, "head_init": "random", "head_refit": False, "rate_search": "full"}
     usual["exits"] = (1, 2, 3)
-    with pytest.raises(UserError, match="holds rows out for tuning, and the new run does not"):
+    with pytest.raises(UserError, match="holds out tuning rows, but the new run does not"):
         prepare(more(folder, **usual))

@@ -134,7 +134,7 @@ def test_without_epochs_the_probe_is_the_model(
         assert baseline["score"] == results["replicas"][0]["individual"][e]["score"]
     assert results["n"] == {"train": 81, "tuning": 9, "calibration": 10, "validation": 32}
     assert (tmp_path / "model" / "exits.json").exists()
-    assert ("kept in a file under" in caplog.text) == streamed
+    assert ("are kept in a file under" in caplog.text) == streamed
 
 
 def test_of_a_large_file_some_rows_are_fitted_on(

@@ -118,6 +118,6 @@ def test_wandb_takes_them_without_a_network(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tracker, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"log_to={tracker} needs the package {tracker}: pip "):
+    with pytest.raises(UserError, match=rf"log_to={tracker} requires the package {tracker}: pip "):
         run(from_mapping({"log_to": tracker}), tmp_path / "run")
     assert not os.path.exists(tmp_path / "run")

@@ -1,1 +1,1 @@
-"""The training step, and everything around it."""
+"""The training step, and the loop, checkpoints, logs and device placement around it."""

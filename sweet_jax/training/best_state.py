@@ -1,4 +1,4 @@
-"""The best state of a training so far, by the area under the curve on tuning rows.
+"""The best state of a training so far, selected by the area under the curve on tuning rows.
 
 Shape letters: R replica, E exit, M tuning rows, C outputs of an exit (classes).
 """
@@ -26,18 +26,18 @@ from sweet_jax.training.step import Params, State
 
 
 class BestState(NamedTuple):
-    """Holds the best parameters so far of every replica; checkpoints have it beside the state.
+    """Holds the best parameters of every replica so far; checkpoints store it next to the state.
 
-    Of a single replica, arrays without the axis R, as its state is.
+    With a single replica, arrays have no axis R, like those of the state.
     """
 
-    params: Params  # [R, ...] that are kept, on the devices
-    area: Any  # float32 [R], the largest so far; minus infinity before the first evaluation
-    step: Any  # int32 [R], steps taken by the parameters that are kept
+    params: Params  # best parameters [R, ...], on the devices
+    area: Any  # float32 [R], the largest area so far; minus infinity before the first evaluation
+    step: Any  # int32 [R], number of steps after which the best parameters were evaluated
 
 
 def initial_best_state(params: Params, learning_rate: Any) -> BestState:
-    """Returns the best before the first evaluation; learning_rate [R] gives the shapes."""
+    """Returns the best state before the first evaluation, with the shape of learning_rate [R]."""
     shape = np.shape(learning_rate)
     return BestState(params, np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32))
 
@@ -45,24 +45,26 @@ def initial_best_state(params: Params, learning_rate: Any) -> BestState:
 def update_best_state(
     best: BestState, params: Params, area: np.ndarray, error: np.ndarray, step: int
 ) -> BestState:
-    """Returns the best after an evaluation of `params`; the old best's memory is taken.
+    """Returns the best state after an evaluation of `params`; the memory of `best` is reused.
 
-    A replica's parameters replace those kept unless their area is more than a standard error below
-    the largest so far. Of states that so few rows cannot tell apart the latest is kept: it has seen
-    most of the training rows, and at the smallest learning rate. This is the rule of one standard
-    error (Breiman et al. 1984, section 3.4.3), with training in the place of pruning.
+    A replica's parameters become the best ones unless their area is more than one standard error
+    below the largest area so far. Among states that the tuning rows cannot tell apart, this keeps
+    the latest: it was trained on the most rows, and at the smallest learning rate. This is the one
+    standard error rule (Breiman et al. 1984, section 3.4.3), applied to training instead of
+    pruning.
 
     Args:
-      best: so far.
-      params: [R, ...] after so many steps, on the devices of the best's.
-      area, error: float [R], theirs on tuning rows, and its standard error.
-      step: number of steps.
+      best: best state so far.
+      params: parameters [R, ...] after `step` steps, on the same devices as the best ones.
+      area: area of `params` on the tuning rows, float [R].
+      error: standard error of the area, float [R].
+      step: number of steps taken.
 
     """
     largest, area = np.asarray(best.area), np.asarray(area, np.float32)
     better = area >= largest - error
     return BestState(
-        # Leaf by leaf: parts of a model may be on devices of their own.
+        # Leaf by leaf, because parts of a model may be on different devices.
         jax.tree.map(lambda new, old: _choose(better, new, old), params, best.params),
         np.maximum(area, largest),
         np.where(better, np.int32(step), np.asarray(best.step)).astype(np.int32),
@@ -81,10 +83,15 @@ def standard_error(
     metric: str,
     objective: Objective = SINGLE_LABEL,
 ) -> np.ndarray:
-    """Returns the standard errors of areas on tuning rows, float64 [R]; 0 for minus infinity.
+    """Returns the standard errors of areas on tuning rows, float64 [R].
 
-    As the metric's own formula says, see `Metric`; where it has none, that of the mean of the exits
-    by themselves, see `jackknife_error`. Arguments as in `tuning_area`, and the areas [R].
+    The error is computed with the metric's own formula (see `Metric`). For a metric without one, it
+    is the error of the exits' mean metric (see `jackknife_error`).
+
+    Args:
+      area: areas [R]; the error of an area that is not finite is 0.
+      logits, labels, metric, objective: see `tuning_area`.
+
     """
     chosen, sound = objective.metric(metric), np.isfinite(area)
     if chosen.standard_error is not None:
@@ -96,23 +103,26 @@ def standard_error(
 
 
 class BestStateTracker:
-    """Keeps the best state of a training, on the devices and in its checkpoints."""
+    """Tracks the best state of a training, on the devices and in its checkpoints."""
 
     def __init__(self, job: TrainingJob, graphdef: nnx.GraphDef, plan: ExecutionPlan, state: State):
         self._job, self._graphdef, self._plan = job, graphdef, plan
         self.best = initial_best_state(state.params, state.learning_rate)
         small = plan.shardings.learning_rate
         self.shardings = BestState(plan.shardings.params, small, small)
-        self.log: MetricsLog | None = None  # None where this process writes none
+        self.log: MetricsLog | None = None  # None in a process that writes no log
 
     def saved(self, state: State) -> dict[str, Any]:
-        """Returns the tree that a checkpoint holds."""
+        """Returns the tree that a checkpoint stores."""
         return {"state": state, "best": reshard(self.best, self.shardings)}
 
     def evaluate(self, step: int, parts: Any) -> None:
-        """Evaluates the state after so many steps, and keeps it where it is the best.
+        """Evaluates a state and updates the best state.
 
-        parts: the state as the plan's step takes it.
+        Args:
+          step: number of steps taken.
+          parts: state as the plan's step takes it.
+
         """
         params = self._plan.from_devices(parts).params
         area, by_exit, error = self._evaluate(params)
@@ -123,23 +133,24 @@ class BestStateTracker:
         self.best = update_best_state(self.best, params, area, error, step)
 
     def describe_kept(self, last: int) -> str:
-        """Says which states of a training of `last` steps are kept; "" where all are the last."""
+        """Describes which states of a training of `last` steps are kept; "" if all are the last."""
         steps = np.atleast_1d(self.best.step)
         if (steps == last).all():
             return ""
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
         kept = f"the model of {which} is kept"
         if not steps.any():
-            kept = "the encoder is kept as it was (step 0): fine-tuning was no gain"
+            kept = "the encoder is kept as it was (step 0): fine-tuning did not help"
         return (
-            f"{kept}; on the tuning rows later ones, of {last} steps in all, were below the best "
-            "by more than a standard error"
+            f"{kept}; on the tuning rows, later models, up to step {last}, were more than one "
+            "standard error below the best"
         )
 
     def _evaluate(self, params: Params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the area on tuning rows, each exit's metric and the standard error of an area.
+        """Returns the area on tuning rows [R], each exit's metric [R, E] and the area's error [R].
 
-        float64 [R], [R, E] and [R]; the error of the larger area, of these parameters or the best.
+        All are float64. The standard error is that of the larger area: the one of these parameters
+        or the best one so far.
         """
         config, tokens, rows = self._job.config, self._job.tokens, self._job.tuning
         params = add_replica_axis(gather_params(config, params), len(rows))
@@ -163,16 +174,19 @@ def tuning_area(
     metric: str,
     objective: Objective = SINGLE_LABEL,
 ) -> np.ndarray:
-    """Returns the area under each replica's exact curve by confidence, float64 [R].
+    """Returns the area under each replica's exact curve of metric against cost, float64 [R].
 
-    Confidences are those of the logits as they are, by the objective's `tuning_policy`: no
-    temperature is fitted yet. Minus infinity where logits are not finite.
+    Exits are chosen by the objective's `tuning_policy`, with confidences computed from uncalibrated
+    logits, since no temperature has been fitted yet. The area is minus infinity if any logits are
+    not finite.
 
     Args:
-      logits, labels: float32 [R, E, M, C], and the targets [R, M, ...].
-      layers, cost: of the exits [E].
-      metric: name of one of the objective's.
-      objective: what the logits mean.
+      logits: logits, float32 [R, E, M, C].
+      labels: targets [R, M, ...].
+      layers: layer numbers of the exits [E].
+      cost: costs of the exits [E].
+      metric: name of one of the objective's metrics.
+      objective: objective that defines the meaning of the logits.
 
     """
     sound = np.isfinite(logits).all(axis=(1, 2, 3))
@@ -187,7 +201,7 @@ def tuning_area(
 def tuning_metrics(
     logits: np.ndarray, labels: np.ndarray, metric: str, objective: Objective = SINGLE_LABEL
 ) -> np.ndarray:
-    """Returns the metric of every exit by itself, float64 [R, E]; arguments as in `tuning_area`."""
+    """Returns the metric of each exit by itself, float64 [R, E]; see `tuning_area` for the args."""
     chosen, outputs = objective.metric(metric), logits.shape[-1]
     return np.asarray(
         [

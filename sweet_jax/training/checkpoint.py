@@ -1,7 +1,8 @@
-"""Checkpoints of the training state, by orbax: whole, verified, the last two kept.
+"""Checkpoints of the training state, saved with orbax and verified; the last two are kept.
 
-Beside each checkpoint lies a digest of its files. A checkpoint whose digest is absent (the process
-died while saving) or differs (the disk lost something) is passed over for the one before.
+A digest of its files is stored next to each checkpoint. A checkpoint whose digest is missing (the
+process died while saving) or does not match (the files were damaged) is skipped in favor of the one
+before.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Saves and restores the checkpoints of one training, in `folder`."""
+    """Saves and restores the checkpoints of one training in `folder`."""
 
     def __init__(self, folder: Path):
         self._folder = folder.absolute()
@@ -33,18 +34,18 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=LatestN(2),
                 enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,  # what a process killed while saving left
+                cleanup_tmp_directories=True,  # left by a process that was killed while saving
             ),
         )
 
     def save(self, step: int, state: Any) -> None:
-        """Saves a pytree of arrays as of `step`, unless that is saved already."""
+        """Saves a pytree of arrays as the checkpoint of `step`, unless there already is one."""
         if step in self._manager.all_steps():
             return
         with discard_after_storage_failure():
             if not self._manager.save(step, args=ocp.args.StandardSave(state)):
                 raise RuntimeError(
-                    f"step {step} was not saved in {self._folder}: is there a later one?"
+                    f"step {step} was not saved in {self._folder}: it may have a later checkpoint"
                 )
             self._manager.wait_until_finished()
         barrier("saved")
@@ -53,13 +54,16 @@ class Checkpoints:
             for path in self._folder.glob("*.digest.json"):
                 if int(path.name.split(".")[0]) not in self._manager.all_steps():
                     path.unlink()
-        barrier("digested")  # none may end before what it saved is known to be sound
+        barrier("digested")  # no process may end before the checkpoint has its digest
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """Returns (step, state) of the newest sound checkpoint, or None.
+        """Returns (step, state) of the newest intact checkpoint, or None if there is none.
 
-        like: a pytree of jax.ShapeDtypeStruct with shardings. Unsound checkpoints are removed,
-        with a line in the log.
+        Damaged and incomplete checkpoints are removed with a warning.
+
+        Args:
+          like: pytree of jax.ShapeDtypeStruct with shardings.
+
         """
         step = int(broadcast_from_primary(self._newest_sound() if is_primary() else 0))
         self._manager.reload()
@@ -68,7 +72,7 @@ class Checkpoints:
         return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
 
     def _newest_sound(self) -> int:
-        """Returns the step of the newest sound checkpoint, -1 for none; removes unsound ones."""
+        """Returns the step of the newest intact checkpoint, or -1; removes damaged ones."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             if _is_sound(self._folder, step):
                 return step
@@ -78,7 +82,7 @@ class Checkpoints:
                 self._folder,
                 "the one before" if step > min(self._manager.all_steps()) else "the start",
             )
-            # Out of the way even where a file cannot be removed, as on NFS while it is open.
+            # Renaming works even if a file cannot be removed, such as an open file on NFS.
             aside = self._folder / f".unsound-{step}"
             shutil.rmtree(aside, ignore_errors=True)
             (self._folder / str(step)).rename(aside)
@@ -94,15 +98,17 @@ class Checkpoints:
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Returns False: the training loop asks itself (`preemption_requested`)."""
+        """Returns False: the training loop calls `preemption_requested` itself."""
         return False
 
 
 def read_params(folder: Path) -> Any | None:
-    """Reads the parameters of another run's newest checkpoint; None where it is not sound.
+    """Reads the parameters of another run's newest checkpoint, without writing anything.
 
-    None too where an older one is sound: it holds what training had not finished. A tree of NumPy
-    arrays, its keys all text; nothing is written.
+    Returns:
+      A tree of NumPy arrays whose keys are all strings, or None if the newest checkpoint is not
+      intact. An older intact checkpoint is not used, since its training was not finished.
+
     """
     names = {path.name.removesuffix(".digest.json") for path in folder.glob("*")}
     newest = max((int(name) for name in names if name.isdigit()), default=None)
@@ -111,7 +117,7 @@ def read_params(folder: Path) -> Any | None:
     path = (folder / str(newest) / "default").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = dict(checkpointer.metadata(path).item_metadata.tree)
-        kept = "best" in tree  # with epochs="auto": the state that was kept, and the last one
+        kept = "best" in tree  # with epochs="auto", there are the best state and the last one
         like = {"params": (dict(tree["best"]) if kept else tree)["params"]}
         like = {"best": like} if kept else like
         host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
@@ -121,14 +127,17 @@ def read_params(folder: Path) -> Any | None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Returns whether a folder seems to hold a checkpoint, without reading it."""
+    """Returns whether a folder appears to hold a checkpoint, without reading it."""
     return any(folder.glob("*.digest.json"))
 
 
 def abstract_state(state: Any, shardings: Any) -> Any:
-    """Returns the shapes, dtypes and shardings of `state`, which `Checkpoints.restore` takes.
+    """Returns the shapes, dtypes and shardings of `state`, as `Checkpoints.restore` takes them.
 
-    shardings: one for all arrays, or a tree of them like `state`.
+    Args:
+      state: pytree of arrays.
+      shardings: one sharding for all arrays, or a tree of shardings with the structure of `state`.
+
     """
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, state)

@@ -1,4 +1,4 @@
-"""Conflict of the exits' gradients in the layers they share (SWEET paper, figures 3 and 9).
+"""Conflict between the exits' gradients in the layers they share (SWEET paper, figures 3 and 9).
 
 Shape letters: E exit, B batch, L length, H hidden, F feed-forward.
 """
@@ -18,16 +18,17 @@ from sweet_jax.training.step import Params, State, dropout_key
 
 
 class GradientComparison(NamedTuple):
-    """Compares the gradients of the exits' losses by W, the last feed-forward matrix of a layer.
+    """Compares the exits' gradients with respect to W, the last feed-forward matrix of a layer.
 
     Attributes:
-      cosines: float32 [E, E, E]. Entry [i, j, k] is of W in exit i's layer: the mean over W's rows
-        of the cosine between the rows of dL_j/dW and dL_k/dW. 1 is full agreement, below 0
-        conflict. NaN where j or k lies below i, whose losses do not depend on W, and where
-        isolation lets no gradient through. Weights of the losses do not change a cosine.
-      norms: float32 [E, E]. Entry [i, j] is the Frobenius norm of dL_j/dW in exit i's layer; 0
-        where the loss does not depend on W.
-      losses: float32 [E], L_j, the mean over the batch.
+      cosines: cosines between gradients, float32 [E, E, E]. Entry [i, j, k] is for W in exit i's
+        layer: the mean over W's rows of the cosine between the rows of dL_j/dW and dL_k/dW. 1 means
+        full agreement, and negative values mean conflict. An entry is NaN if exit j or k is below
+        exit i, because its loss does not depend on W, or if isolation blocks the gradient. Loss
+        weights do not change a cosine.
+      norms: norms of the gradients, float32 [E, E]. Entry [i, j] is the Frobenius norm of dL_j/dW
+        in exit i's layer, and is 0 if the loss does not depend on W.
+      losses: losses L_j, averaged over the batch, float32 [E].
 
     """
 
@@ -44,14 +45,15 @@ def compare_gradients(
     isolation: Isolation = 0.0,
     objective: Objective = SINGLE_LABEL,
 ) -> GradientComparison:
-    """Measures how far the exits' gradients agree in each exit's layer, and how large they are.
+    """Measures how well the exits' gradients agree in each exit's layer, and how large they are.
 
-    One forward pass, and a backward pass for each exit with respect to these E matrices only.
+    This takes one forward pass, and one backward pass for each exit with respect to only these E
+    matrices.
 
     Args:
-      graphdef, params: a model of early_exit.py.
-      batch, key, isolation: as in `whole_gradients`.
-      objective: whose losses they are.
+      graphdef, params: structure and parameters of an `EarlyExit` model.
+      batch, key, isolation: see `whole_gradients`.
+      objective: objective that defines the losses.
 
     """
     exits = nnx.merge(graphdef, params).exits
@@ -62,7 +64,7 @@ def compare_gradients(
 
     layers = params["encoder"]["layers"]
     values, backward = jax.vjp(losses, [layers[e - 1]["output"]["kernel"] for e in exits])
-    # One after the other, not vmapped: only one backward pass's memory is needed.
+    # Backward passes run one after the other, not with vmap, so that memory for one is enough.
     each = [backward(cotangent)[0] for cotangent in jnp.eye(len(exits))]  # [E][E] of [F, H]
     pairs = []
     for i in range(len(exits)):
@@ -74,9 +76,13 @@ def compare_gradients(
 
 
 def conflict_step(settings: StepSettings, state: State, batch: dict) -> jax.Array:
-    """Measures the conflict of the gradients that `train_step` takes of the same, [E, E, E].
+    """Returns the cosines between the gradients of a training step, float32 [E, E, E].
 
-    Those of the losses on labels: distillation is left out.
+    Only the losses on labels are compared: distillation is left out.
+
+    Args:
+      settings, state, batch: see `train_step`.
+
     """
     isolation, key = settings.isolation_at(state.step), dropout_key(state)
     graphdef, objective = settings.graphdef, settings.objective
@@ -84,10 +90,10 @@ def conflict_step(settings: StepSettings, state: State, batch: dict) -> jax.Arra
 
 
 def _unit_rows(gradient: jax.Array) -> jax.Array:
-    """Returns the gradient [F, H] with rows of length 1; NaN where a row has no direction.
+    """Returns the gradient [F, H] with columns of norm 1, or NaN if a column is zero.
 
-    A row of torch's matrix [H, F], which the paper's "rows" are taken to be (the release has no
-    code for it), is a column of ours: the weights of one output unit.
+    The paper's "rows" are taken to be those of torch's matrix [H, F], the weights of one output
+    unit (the paper's released code has no code for this). They are columns here.
     """
     norm = jnp.linalg.norm(gradient, axis=0, keepdims=True)  # [1, H]
     return gradient / jnp.where(norm > 0, norm, jnp.nan)

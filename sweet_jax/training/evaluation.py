@@ -1,7 +1,7 @@
-"""Evaluation of all replicas: the outputs of every exit for every row, in one pass.
+"""Evaluation of all replicas: computes the outputs of every exit for every row in one pass.
 
-Shape letters: R replica, E exit, B batch, N examples, H width of what a classifier reads, C outputs
-of an exit (classes).
+Shape letters: R replica, E exit, B batch, N examples, H width of a classifier's input, C outputs of
+an exit (classes).
 """
 
 import functools
@@ -33,7 +33,7 @@ from sweet_jax.training.step import Params, evaluate_step
 
 log = logging.getLogger(__name__)
 
-# Larger arrays of features are kept in a file: 1 GiB is 170,000 rows of MiniLM at 4 exits.
+# Larger arrays of features are kept in a file. For MiniLM with 4 exits, 1 GiB holds 170,000 rows.
 _IN_MEMORY = 1 << 30
 
 
@@ -45,18 +45,18 @@ def compile_evaluation(
     dropout: bool = False,
     features: bool = False,
 ) -> Callable:
-    """Compiles (params, batch, number) → ModelOutput, all with the axis R.
+    """Returns a compiled function (params, batch, number) → ModelOutput, all with the axis R.
 
-    Compiled once for each size and length of a batch, for all splits together. The same function is
-    returned for the same model.
+    It is compiled once for each batch size and length, and shared by all splits: calls for the same
+    model return the same function.
 
     Args:
-      config: resolved.
+      config: resolved config.
       graphdef: structure of the model.
-      mesh: of the devices of the parameters.
-      dropout: leave dropout on, as the release does on its calibration rows; the masks of a batch
-        follow from its number.
-      features: the outputs include what the classifiers read.
+      mesh: mesh of the devices that hold the parameters.
+      dropout: whether dropout stays on, as it does on the calibration rows in the paper's released
+        code; the masks of a batch depend only on its number.
+      features: whether the outputs include the inputs of the classifiers.
 
     """
     return _compiled(len(config.replicas()), graphdef, mesh, dropout, features)
@@ -84,21 +84,23 @@ def evaluate(
     *,
     features: bool = False,
 ) -> ModelOutput:
-    """Computes the outputs of every exit for every row, in one pass: float32 arrays on the host.
-
-    Logits [R, E, N, C], exit_scores [R, E, N] where the model learned to exit; with `features`,
-    features [R, E, N, H] too, in a temporary file (under TMPDIR) where they are large.
+    """Computes the outputs of every exit for every row in one pass.
 
     Args:
-      config: resolved.
-      program: what `compile_evaluation` returns.
-      params: [R, ...] on the devices, as `fit` returns them.
-      tokens: of the split.
-      rows: int [R, N], the rows of each replica; the result is in their order.
-      features: keep the features, which `program` must give.
+      config: resolved config.
+      program: function returned by `compile_evaluation`.
+      params: parameters [R, ...] on the devices, as `fit` returns them.
+      tokens: tokenized texts of the split.
+      rows: rows of each replica, int [R, N]; the outputs are in the same order.
+      features: whether to return the features too; `program` must compute them.
+
+    Returns:
+      The outputs as float32 arrays on the host: logits [R, E, N, C]; exit_scores [R, E, N] if the
+      model uses learning-to-exit; and, with `features`, features [R, E, N, H], which are kept in a
+      temporary file (under TMPDIR) if they are large.
 
     Raises:
-      PreemptedError: SIGTERM came to one of several processes.
+      PreemptedError: if SIGTERM was received and the run has several processes.
 
     """
     mesh = mesh_of(params)
@@ -113,7 +115,7 @@ def evaluate(
         numbers = np.full(len(rows), number, np.int32)
         given = program(params, batch, numbers)
         found = jax.device_get(given if features else given._replace(features=None))
-        # One process is ended by SIGTERM here; of several, JAX has taken the signal.
+        # SIGTERM simply ends a single process here. With several processes, JAX catches the signal.
         if jax.process_count() > 1 and preemption_requested():
             raise PreemptedError("stopped by SIGTERM while evaluating")
         if whole is None:
@@ -127,16 +129,16 @@ def evaluate(
 
 
 def _unfilled(batch: np.ndarray, rows: int) -> np.ndarray:
-    """Allocates an array of all rows, float32 [R, E, N, ...], like a batch's [R, E, B, ...]."""
+    """Allocates a float32 array [R, E, N, ...] for all rows, given a batch's [R, E, B, ...]."""
     shape = (*batch.shape[:2], rows, *batch.shape[3:])
     if 4 * np.prod(shape, dtype=np.int64) <= _IN_MEMORY:
         return np.full(shape, np.nan, np.float32)
     log.info(
-        "features of %d rows take %.1f GiB: kept in a file under %s",
+        "the features of %d rows take %.1f GiB and are kept in a file under %s",
         rows,
         4 * np.prod(shape, dtype=np.int64) / 2**30,
         tempfile.gettempdir(),
     )
     with tempfile.NamedTemporaryFile(prefix="sweet_jax-", suffix=".features") as file:
-        # Its name goes at once; the space is free when the array is.
+        # The file is unlinked at once; its space is freed together with the array.
         return np.memmap(Path(file.name), np.float32, "w+", shape=shape)

@@ -1,22 +1,22 @@
-"""How long a training will take, said after a few of its steps."""
+"""An estimate of the training time, made after the first few steps."""
 
 import time
 from collections.abc import Callable
 
-_TIMED = 5  # steps, none of which waits for a program to compile
+_TIMED = 5  # number of timed steps, none of which waits for compilation
 
 
 class ExpectedTime:
-    """Times the first steps of a training, and says once how long the run's trainings will take.
+    """Times the first steps of a training and estimates once how long the run will train.
 
-    A step is counted where its length, and that of the step dispatched while it ran, had been seen
-    before: else it may have waited for a program to compile. Time is taken as proportional to the
-    tokens of a step.
+    A step is timed only if its length, and the length of the step dispatched while it ran, occurred
+    before; otherwise it may have waited for compilation. The time of a step is assumed to be
+    proportional to its number of tokens.
 
     Args:
-      steps: of this training, from now on.
-      following: what the trainings that follow take, in steps of this one; None: nothing is said.
-      clock: seconds.
+      steps: number of steps left in this training.
+      following: work of the trainings that follow, in steps of this one; None means no estimate.
+      clock: function that returns the time in seconds.
 
     """
 
@@ -32,14 +32,20 @@ class ExpectedTime:
         self._said = following is None
 
     def dispatched(self, length: int, lag: int) -> None:
-        """Notes that a step of so many tokens was dispatched, up to `lag` before it is done."""
+        """Records that a step with rows of `length` tokens was dispatched.
+
+        Up to `lag` further steps may be dispatched before it is done.
+        """
         if length not in self._seen:
             self._skip = lag + 2
         self._seen.add(length)
         self._lengths.append(length)
 
     def done(self, length: int) -> str:
-        """Notes that the next step, of so many tokens, is done; returns what there is to say."""
+        """Records that the next step is done; returns the estimate as text once it is known.
+
+        Returns "" at all other steps.
+        """
         now = self._clock()
         if self._said:
             return ""
@@ -59,6 +65,6 @@ class ExpectedTime:
         whole = step * (self._steps + (self._following or 0))
         shown = f"{whole / 60:.1f} minutes" if whole >= 60 else f"{whole:.0f} seconds"
         return (
-            f"expected: about {shown} of training, at {step:.2g} s a step (compiling and "
-            "evaluating not counted)"
+            f"expected training time: about {shown}, at {step:.2g} s per step (compilation and "
+            "evaluation not included)"
         )

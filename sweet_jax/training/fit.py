@@ -1,4 +1,4 @@
-"""Training of all replicas, from the newest checkpoint where there is one.
+"""Training of all replicas, starting from the newest checkpoint if there is one.
 
 Shape letters: R replica, E exit, B batch, N examples, M tuning rows, L length, C classes.
 """
@@ -48,27 +48,27 @@ from sweet_jax.training.step import Params, State
 log = logging.getLogger(__name__)
 
 _UNLABELED = zlib.crc32(b"unlabeled")
-_LOOKED_AT = 400  # batches of the first epoch, whose lengths stand for all
+_LOOKED_AT = 400  # maximum number of batches of the first epoch whose lengths are examined
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Holds the wall-clock time of a training, in seconds, and the steps of the kept states."""
+    """Holds the wall-clock time of a training, and the steps of the kept states."""
 
     seconds: float
-    examples: int  # rows of all replicas that were trained on
-    best_steps: tuple[int, ...] = ()  # of every replica, where the best state was kept
+    examples: int  # number of training rows processed, over all replicas
+    best_steps: tuple[int, ...] = ()  # step of each replica's best state, if that is kept
 
 
 def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
-    """Trains one model for all replicas, from its newest checkpoint where there is one.
+    """Trains one model for all replicas, starting from its newest checkpoint if there is one.
 
     Returns:
-      The model's structure, its parameters [R, ...] on the devices, and the time it took.
+      The structure of the model, its parameters [R, ...] on the devices, and the training time.
 
     Raises:
-      UserError: the run that the config grows from will not do.
-      PreemptedError: SIGTERM came; the same call resumes where this one stopped.
+      UserError: if the run that the config grows from is not suitable.
+      PreemptedError: if SIGTERM was received; the same call resumes where this one stopped.
 
     """
     config, model, replicas = job.config, job.model, len(job.rows)
@@ -104,7 +104,7 @@ def fit(job: TrainingJob) -> tuple[nnx.GraphDef, Params, Timing]:
 
 
 def _start(job: TrainingJob) -> tuple[StepSettings, State]:
-    """Returns the constants of the step, and the state [R, ...] before the first one."""
+    """Returns the constants of the training step, and the state [R, ...] before the first step."""
     config, exits = job.config, job.model.exits
     graphdef, state = initial_state(config, job.checkpoint, job.model, job.classes, job.base)
     grown = job.base.exits if job.base is not None else ()
@@ -132,7 +132,7 @@ def _train(
     state: State,
     steps: StepRange,
 ) -> State:
-    """Returns the state after the last step, which is saved and, with a tracker, evaluated."""
+    """Trains; returns the last state, which is saved and, if there is a tracker, evaluated."""
 
     def save(step: int, parts: Any) -> None:
         whole = plan.from_devices(parts)
@@ -152,9 +152,9 @@ def _train(
 
 
 def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any, int]]:
-    """Returns a function of a step's number: (its batch on the devices, the batch's length).
+    """Returns a function of a step's number that returns (batch on the devices, its length).
 
-    Of as many rows without labels as with, where the job has such rows.
+    If the job has unlabeled rows, a batch has as many of them as labeled ones.
     """
     config, tokens = job.config, job.tokens
     seeds = [seed for seed, _ in config.replicas()]
@@ -162,7 +162,7 @@ def _batches(job: TrainingJob, plan: ExecutionPlan) -> Callable[[int], tuple[Any
     if job.unlabeled is not None:
         others = len(tokens) + np.arange(len(job.unlabeled))
         tokens = append_unlabeled(tokens, job.unlabeled)
-        # Another order than that of the rows with labels, should there be as many.
+        # The other seeds give another order than the labeled rows have, even if there are as many.
         sources.append(([others] * len(seeds), [seed ^ _UNLABELED for seed in seeds]))
     grouped = tokens.lengths if config.group_by_length else None
 
@@ -187,13 +187,15 @@ def _lengths(config: Config, rows: int, longest: Callable[[int], int]) -> tuple[
     """Returns the lengths that batches are padded to.
 
     Args:
-      config: of the run.
-      rows: training rows of a replica.
-      longest: tokens of the longest row of a step's batch.
+      config: config of the run.
+      rows: number of training rows of a replica.
+      longest: function of a step's number that returns the number of tokens in the longest row of
+        its batch.
 
     """
     lengths = bucket_lengths(config.max_length)
-    # The rate search's short runs count the steps of the whole training: they share its programs.
+    # Short runs of the learning-rate search count the steps of the whole training too, so that they
+    # share its compiled programs.
     steps = training_steps(config.epochs, rows, config.batch_size)
     if config.max_steps:
         steps = min(steps, config.max_steps)
@@ -207,7 +209,10 @@ def _lengths(config: Config, rows: int, longest: Callable[[int], int]) -> tuple[
 def _restore(
     checkpoints: Checkpoints, plan: ExecutionPlan, tracker: BestStateTracker | None, state: State
 ) -> tuple[int, State]:
-    """Returns (step, state) of the newest checkpoint, or of the start; sets the tracker's best."""
+    """Returns the step and state to start from: the newest checkpoint's, or the initial ones.
+
+    Also sets the best state of the tracker.
+    """
     if tracker is None:
         found = checkpoints.restore(abstract_state(state, plan.shardings))
         return found or (0, reshard(state, plan.shardings))
@@ -229,9 +234,16 @@ def step_settings(
     short: bool = False,
     frozen: int = 0,
 ) -> StepSettings:
-    """Returns the constants of the training step for `rows` training rows.
+    """Returns the constants of the training step.
 
-    short, frozen: see TrainingJob and StepSettings.
+    Args:
+      config: resolved config.
+      graphdef: structure of the model.
+      exits: layer numbers of the exits.
+      rows: number of training rows.
+      short: see `TrainingJob`.
+      frozen: see `StepSettings`.
+
     """
     total = training_steps(config.epochs, rows, config.batch_size)
     if short:

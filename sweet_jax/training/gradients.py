@@ -1,4 +1,4 @@
-"""Gradients of all exits' losses: in one backward pass, or segment by segment.
+"""Gradients of all exits' losses, computed in one backward pass or segment by segment.
 
 Shape letters: E exit, B batch, L length.
 """
@@ -22,16 +22,16 @@ from sweet_jax.training.losses import (
     total_loss,
 )
 
-Params = Any  # pure dict of float32 arrays; of a part of the model, None for all other arrays
+Params = Any  # pure dict of float32 arrays; None for the arrays outside a part of the model
 _EXIT_LOSS = TrainingLoss()
 
 
 class Segments(NamedTuple):
-    """Selects consecutive segments of a model, which are trained together."""
+    """Selects consecutive segments of a model that are trained together."""
 
-    numbers: tuple[int, ...] | None = None  # from 0, ascending, without a gap; None for all
-    carried: SegmentState | None = None  # handed on by the segment before, None for the first
-    frozen: int = 0  # so many first segments of the model get no gradient
+    numbers: tuple[int, ...] | None = None  # ascending from 0 or later, without gaps; None for all
+    carried: SegmentState | None = None  # output of the segment before, None for the first segment
+    frozen: int = 0  # number of segments, counted from the first, that get no gradient
 
 
 def whole_gradients(
@@ -45,11 +45,14 @@ def whole_gradients(
     """Computes the gradient of the weighted sum of the losses in one backward pass.
 
     Args:
-      graphdef, params: a model of early_exit.py; gradients are shaped like the parameters.
-      batch: as in `train_step`.
-      isolation: of all boundaries, or of each.
-      key: typed key of the dropout masks, None for none.
-      loss: what the gradient is taken of.
+      graphdef, params: structure and parameters of an `EarlyExit` model.
+      batch: batch as in `train_step`.
+      isolation: isolation of all boundaries, or a tuple with one value for each.
+      key: typed key for the dropout masks, None for no dropout.
+      loss: loss to differentiate.
+
+    Returns:
+      The gradients, a tree like `params`, and the metrics of the step.
 
     """
 
@@ -73,21 +76,22 @@ def segment_gradients(
     loss: TrainingLoss = _EXIT_LOSS,
     segments: Segments = Segments(),  # noqa: B008 - immutable
 ) -> tuple[Params, StepMetrics, SegmentState | None]:
-    """Computes what `whole_gradients` does at isolation 1, one segment at a time.
+    """Computes the same as `whole_gradients` with isolation 1, but one segment at a time.
 
-    Forward and backward through a segment before the next one begins: only one segment's
-    activations are alive. The barrier tells the compiler so, which else orders all forward passes
-    first and needs as much memory as Early-Exit. Exits that learn from the last one's answer have
-    it from a forward pass of its own, under the same dropout masks.
+    The backward pass of a segment runs before the forward pass of the next one, so that only one
+    segment's activations are in memory. Optimization barriers enforce this order: without them, the
+    compiler runs all forward passes first and needs as much memory as Early-Exit. For distillation,
+    the last exit's outputs come from a separate forward pass with the same dropout masks.
 
     Args:
-      graphdef, params: a model of early_exit.py; of the parameters, those of `segments` at least.
-      batch, key, loss: as in `whole_gradients`; with distillation `segments` are all.
-      segments: which of them.
+      graphdef, params: structure and parameters of an `EarlyExit` model, with at least the
+        parameters of `segments`.
+      batch, key, loss: see `whole_gradients`; with distillation, `segments` must select all.
+      segments: segments to compute.
 
     Returns:
-      Gradients (None for what no one of these segments trains), metrics of these segments' exits,
-      and the state that the last of them hands on.
+      The gradients (None for parameters that none of these segments trains), the metrics of these
+      segments' exits, and the output of the last of these segments for the next one.
 
     """
     model = nnx.merge(graphdef, fill_missing(params))
@@ -96,7 +100,7 @@ def segment_gradients(
     parts, found = [], []
     if loss.distillation is not None:
         teacher = model.forward(batch, 1.0, key).logits[-1]
-        # Nothing of that pass is kept for the segments' own: these begin after it.
+        # The segments start only after that pass, so that its activations need no memory then.
         params, teacher = jax.lax.optimization_barrier((params, teacher))
         batch = batch | {"teacher": teacher}
     for index in range(len(exits)) if segments.numbers is None else segments.numbers:
@@ -107,7 +111,7 @@ def segment_gradients(
             own = jax.tree.map(lambda _: None, owner_of)
         else:
             every, (carried, metrics) = jax.grad(segment_loss, has_aux=True)(params, carried)
-            # All else is exactly zero; None takes neither memory nor time.
+            # All other gradients are exactly zero; None takes neither memory nor time.
             own = jax.tree.map(
                 lambda o, g, e=exits[index]: g if o in (e, SHARED) else None, owner_of, every
             )
@@ -127,7 +131,7 @@ def _segment_loss(
     *,
     last: bool,
 ) -> Callable:
-    """Returns (params, carried) → the segment's loss, and (carried on, metrics) beside it."""
+    """Returns a function (params, carried) → (loss of the segment, (output, metrics))."""
     own = dataclasses.replace(loss, weights=loss.weights[index : index + 1])
 
     def segment_loss(params: Params, carried: SegmentState | None):
@@ -150,7 +154,7 @@ def _sum_present(*parts: jax.Array | None) -> jax.Array | None:
 
 
 def fill_missing(params: Params) -> Params:
-    """Returns parameters that a model can be made of: zeros in place of None."""
+    """Returns parameters with scalar zeros in place of None, so that a model can be built."""
     return jax.tree.map(
         lambda x: jnp.zeros(()) if x is None else x, params, is_leaf=lambda x: x is None
     )

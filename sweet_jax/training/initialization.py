@@ -1,4 +1,4 @@
-"""The initial state of a training: the models of a method, pretrained, random or grown.
+"""The initial state of a training: models with pretrained, random or grown weights.
 
 Shape letters: R replica.
 """
@@ -27,14 +27,14 @@ from sweet_jax.training.step import Params, State, init_state
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Names one model to be trained for all replicas, and the layers of its exits."""
+    """Names one model that is trained for all replicas, and the layers of its exits."""
 
     name: str
     exits: tuple[int, ...]
 
 
 def model_specs(config: Config) -> tuple[ModelSpec, ...]:
-    """Returns the models that the config's method trains: one for each exit, or one in all."""
+    """Returns the models that the config's method trains: one for each exit, or a single one."""
     if METHODS[config.method].model_per_exit:
         return tuple(ModelSpec(f"depth_{e:02d}", (e,)) for e in config.exits)
     return (ModelSpec("exits_" + "_".join(map(str, config.exits)), config.exits),)
@@ -43,7 +43,7 @@ def model_specs(config: Config) -> tuple[ModelSpec, ...]:
 def make_model(
     config: Config, checkpoint: Checkpoint, exits: tuple[int, ...], classes: int, key: jax.Array
 ) -> EarlyExit:
-    """Builds a model as deep as its last exit with random parameters from `key`."""
+    """Builds a model that ends at its last exit, with random parameters drawn from `key`."""
     encoder = with_training_dropout(config, checkpoint).encoder(key, config.dtype, depth=exits[-1])
     encoder.set_attention(config.attention)
     return EarlyExit(
@@ -52,7 +52,7 @@ def make_model(
         classes,
         key,
         ExitConfig(
-            # "": no checkpoint was asked what it declares.
+            # "" means that no checkpoint was checked for the pooling it declares.
             pooling="first" if config.pooling in ("", AUTO) else config.pooling,
             shared_pooler=config.pooler == "shared",
             shared_relative=config.relative == "shared",
@@ -64,9 +64,9 @@ def make_model(
 
 
 def with_training_dropout(config: Config, checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the checkpoint with the dropout that a config trains it with.
+    """Returns the checkpoint with the dropout rates that the config trains it with.
 
-    Raises UserError where the attention that the config asks for does not go with it.
+    Raises UserError if the attention implementation in the config does not support that dropout.
     """
     if config.attention_dropout == "off":
         values = dataclasses.replace(checkpoint.config, attention_probs_dropout_prob=0.0)
@@ -91,8 +91,9 @@ def initial_state(
 ) -> tuple[nnx.GraphDef, State]:
     """Returns the model's structure and the stacked state [R, ...] on the host.
 
-    Parameters are those of the run `base` where it has them, else pretrained where the checkpoint
-    has them, else random by seed. Raises UserError where the base has lost its checkpoints.
+    Each parameter comes from the run `base` if it has it, otherwise from the pretrained checkpoint
+    if it has it, and otherwise it is random, drawn from the replica's seed. Raises UserError if the
+    checkpoints of `base` are missing or damaged.
     """
     encoder = checkpoint.weights.first_layers(model.exits[-1])
     pooler = checkpoint.weights.pooler
@@ -100,13 +101,13 @@ def initial_state(
 
     @jax.jit
     def draw(key: jax.Array) -> tuple[nnx.GraphDef, Params]:
-        """Draws all parameters but the encoder's, which the compiler leaves out."""
+        """Draws all parameters except the encoder's, which the compiler then never computes."""
         graphdef, values = nnx.split(make_model(config, checkpoint, model.exits, classes, key))
         params = nnx.to_pure_dict(values)
         return graphdef, {name: part for name, part in params.items() if name != "encoder"}
 
     def one(seed: int, rate: float) -> tuple[nnx.GraphDef, Params, Params]:
-        """Returns a replica's structure and parameters, and those trained; None for all."""
+        """Returns a replica's structure, parameters and trained parameters (None if all are)."""
         graphdef, drawn = draw(derive_key(jax.random.key(seed), "parameters"))
         params = drawn | {"encoder": encoder}
         if pooler is not None:
@@ -127,7 +128,7 @@ def initial_state(
     replicas = config.replicas()
     graphdefs, params, trained = zip(*(one(*replica) for replica in replicas), strict=True)
     seeds, rates = zip(*replicas, strict=True)
-    # Adam's moments and the step start at zero; np.zeros takes no memory until it is written to.
+    # Adam's moments and the step start at zero; np.zeros uses no memory until it is written to.
     like = jax.eval_shape(init_state, params[0], 0.0, 0, trained[0])
     state = jax.tree.map(lambda x: np.zeros((len(replicas), *x.shape), x.dtype), like)
     return graphdefs[0], state._replace(
@@ -138,7 +139,7 @@ def initial_state(
 
 
 def base_checkpoint_folder(base: BaseRun) -> Path:
-    """Returns the folder of a base's checkpoints; UserError for none."""
+    """Returns the folder of a base run's checkpoints. Raises UserError if there are none."""
     (model,) = model_specs(base.config)
     folder = base.folder / "checkpoints" / model.name
     if not has_checkpoint(folder):
@@ -147,13 +148,14 @@ def base_checkpoint_folder(base: BaseRun) -> Path:
 
 
 def _base_params(base: BaseRun) -> Params:
-    """Reads a base's trained parameters [R', ...], on the host, all keys text."""
+    """Reads a base run's trained parameters [R', ...] to the host; all keys are strings."""
     params = read_params(base_checkpoint_folder(base))
     if params is None:
         raise UserError(_lost(base))
     params = add_replica_axis(params, len(base.replicas))
     only_probe = base.config.epochs == 0 and base.config.head_init == "probe"
-    if base.config.head_refit and not only_probe:  # which was fitted on this encoder, and stayed
+    # With a probe alone, the checkpoint already holds the heads that were fitted on this encoder.
+    if base.config.head_refit and not only_probe:
         (model,) = model_specs(base.config)
         found = read_classifiers(refit_path(base.folder, model.name))
         if found is None:
@@ -164,6 +166,6 @@ def _base_params(base: BaseRun) -> Params:
 
 def _lost(base: BaseRun) -> str:
     return (
-        f"grow_from {str(base.folder)!r} has no sound checkpoint: run its command again, in its "
-        "workdir"
+        f"grow_from {str(base.folder)!r} has no intact checkpoint: run its command again with the "
+        "same workdir"
     )

@@ -22,21 +22,21 @@ class TrainingJob:
     """Holds what `fit` needs to train one model for all replicas."""
 
     config: Config  # resolved
-    checkpoint: Checkpoint  # of the encoder
-    model: ModelSpec  # which of the method's models
+    checkpoint: Checkpoint  # pretrained checkpoint of the encoder
+    model: ModelSpec  # one of the method's models
     classes: int
-    tokens: Tokens  # of the training and tuning rows
+    tokens: Tokens  # tokenized training and tuning rows
     rows: np.ndarray  # int [R, N], rows of `tokens` that each replica trains on
-    tuning: np.ndarray  # int [R, M], rows by which the best state is kept with `epochs="auto"`
-    metric: str  # on the tuning rows
-    workdir: Path  # of checkpoints and metrics
-    base: BaseRun | None = None  # that this run grows from
-    probe: LinearClassifiers | None = None  # the start of the heads of all exits of the config
-    unlabeled: Tokens | None = None  # of rows that are distilled on alone
-    short: bool = False  # a run of a share of the steps, to its end (`rate_search`)
-    objective: Objective = SINGLE_LABEL  # what the outputs of an exit are trained for
-    # The trainings of the run that follow, in steps times layers times replicas, for the expected
-    # time; None where that has been said before.
+    tuning: np.ndarray  # int [R, M], rows that select the best state with `epochs="auto"`
+    metric: str  # metric on the tuning rows
+    workdir: Path  # directory for checkpoints and metrics
+    base: BaseRun | None = None  # run that this run grows from
+    probe: LinearClassifiers | None = None  # initial heads of all exits in the config
+    unlabeled: Tokens | None = None  # tokenized rows that are used only for distillation
+    short: bool = False  # whether this is a short run of a learning-rate search (`rate_search`)
+    objective: Objective = SINGLE_LABEL  # training objective of the exits
+    # Work of the run's trainings that follow, in steps times layers times replicas, which the
+    # expected time includes; None if the expected time was already logged.
     following: float | None = 0.0
 
     @property

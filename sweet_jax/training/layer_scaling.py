@@ -1,8 +1,8 @@
-"""Layer scaling: what training changed in a layer is reduced, most in the first, in the last not.
+"""Layer scaling: reduces the changes that training made to the early layers of the encoder.
 
-"LiNeS" of Wang et al. 2025 (arXiv 2410.17146), linear in depth. The layers that a shallow exit
-reads go back towards the pretrained ones, which read texts in general; the last exit keeps what it
-learned.
+This is "LiNeS" by Wang et al. 2025 (arXiv 2410.17146): the scale grows linearly with depth. The
+layers that a shallow exit reads move back toward the pretrained ones, which are more general; the
+last layer keeps everything it learned.
 
 Shape letters: R replica.
 """
@@ -17,17 +17,17 @@ from sweet_jax.training.step import Params
 
 
 def scale_layer_updates(params: Params, encoder: Any, depth: int, first: float) -> Params:
-    """Returns parameters [R, ...] whose encoder has a share of what training changed in each layer.
+    """Returns parameters [R, ...] that keep only a share of what training changed in each layer.
 
-    Layer l of L keeps first + (1 - first) (l - 1) / (L - 1) of it, embeddings and tables of
-    relative positions what that is for l = 0, at least nothing. A model of one layer keeps all of
-    it, and so do heads.
+    Layer l of L keeps the share first + (1 - first) (l - 1) / (L - 1) of its change. Embeddings and
+    tables of relative positions count as layer 0, and their share is at least 0. A model with one
+    layer keeps the whole change. Heads are never scaled.
 
     Args:
-      params: trained, on the devices, whose sharding is kept.
-      encoder: the pretrained encoder's parameters, without the axis R.
-      depth: L, layers of the model.
-      first: the share of layer 1.
+      params: trained parameters [R, ...] on the devices; their sharding is preserved.
+      encoder: parameters of the pretrained encoder, without the axis R.
+      depth: number of layers of the model, L.
+      first: share of the change that layer 1 keeps.
 
     """
     shardings = jax.tree.map(lambda x: x.sharding, params["encoder"])
@@ -37,14 +37,14 @@ def scale_layer_updates(params: Params, encoder: Any, depth: int, first: float) 
 
 
 def _scale(trained: Any, start: Any, depth: int, first: float) -> Any:
-    """Returns the encoder's parameters of one replica."""
+    """Returns the scaled encoder parameters of one replica."""
 
     def scale(path: tuple, end: jax.Array, begin: jax.Array) -> jax.Array:
         layer = encoder_layer(("encoder", *(part.key for part in path)), depth)
-        assert layer is not None, "all are the encoder's"
+        assert layer is not None, "every path is in the encoder"
         above = (layer - 1) / (depth - 1) if depth > 1 else 1.0
         share = max(0.0, first + (1 - first) * above)
-        # Where all is kept the sum below would differ from it by rounding.
+        # If the whole change is kept, the sum below would only add rounding errors.
         return end if share == 1 else begin + share * (end - begin)
 
     return jax.tree.map_with_path(scale, trained, start)

@@ -1,4 +1,4 @@
-"""The loop around the compiled step: the log, checkpoints, and the end by SIGTERM.
+"""The loop around the compiled step: logging, checkpoints, and a clean stop on SIGTERM.
 
 Shape letters: R replica, E exit.
 """
@@ -28,20 +28,20 @@ log = logging.getLogger(__name__)
 
 
 class StepRange(NamedTuple):
-    """Holds the range of steps that are taken now, and what happens between them."""
+    """Holds the range of steps to take, and the intervals of what happens between them."""
 
     start: int
     stop: int
-    epoch: int  # steps in one
-    every: int  # steps from checkpoint to checkpoint
-    check: int = 0  # steps between two evaluations on tuning rows; 0 for none
+    epoch: int  # steps per epoch
+    every: int  # steps between two checkpoints
+    check: int = 0  # steps between two evaluations on tuning rows; 0 without evaluations
     rates: np.ndarray | None = None  # learning rates, float32 [steps of the whole training, R]
 
 
 class StepLog:
-    """Logs the metrics of `steps` some steps late, so that no device waits for them.
+    """Logs the metrics of each step a few steps later, so that no device waits for the log.
 
-    To the file `metrics`, which is None where this process writes none.
+    Metrics are written to `metrics`, which is None in a process that writes no log.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class StepLog:
         self._diverged: set[tuple[int, int]] = set()
 
     def add(self, number: int, length: int, parts: list[StepMetrics], lag: int) -> None:
-        """Takes the metrics of a step, and logs those of steps at least `lag` steps before."""
+        """Adds the metrics of a step, and logs those of steps at least `lag` steps earlier."""
         self._late.append((number, length, parts))
         self._expected.dispatched(length, lag)
         self._write(left=lag)
 
     def flush(self) -> None:
-        """Logs all steps, and hands them to the operating system."""
+        """Logs all steps added so far, and flushes the log."""
         self._write(left=0)
         if self.metrics is not None:
             self.metrics.flush()
@@ -75,13 +75,13 @@ class StepLog:
             number, length, parts = self._late.popleft()
             each = jax.device_get(parts)
             if said := self._expected.done(length):
-                with self._bar.external_write_mode(sys.stdout):  # beside the bar, not within it
+                with self._bar.external_write_mode(sys.stdout):  # keeps the line out of the bar
                     log.info(said)
             self._bar.update(self._bar.total // self.steps.stop)
             if self.metrics is None:
                 continue
             values = jax.tree.map(lambda *x: np.concatenate(x, axis=-1), *each)  # [R, E]
-            if values.loss.ndim == 1:  # a single replica's, without the axis R
+            if values.loss.ndim == 1:  # a single replica has no axis R
                 values = jax.tree.map(lambda x: x[None], values)
             self._warn_of_divergence(number, values.loss)
             self.metrics.add(number, number // self.steps.epoch, length, values)
@@ -89,7 +89,7 @@ class StepLog:
                 self.metrics.add_rates(number, self.steps.rates[number].tolist())
 
     def _warn_of_divergence(self, number: int, loss: np.ndarray) -> None:
-        """Warns once of every replica and exit whose loss [R, E] is not finite."""
+        """Warns once about each replica and exit whose loss [R, E] is not finite."""
         for replica, index in np.argwhere(~np.isfinite(loss)).tolist():
             if (replica, index) not in self._diverged:
                 where = (replica, self._exits[index], self._training, number)
@@ -99,13 +99,13 @@ class StepLog:
 
 @contextlib.contextmanager
 def open_step_log(job: TrainingJob, steps: StepRange) -> Iterator[StepLog]:
-    """Opens the log and the progress bar of a training; only the first process writes them."""
+    """Opens the log and the progress bar of a training; only the primary process writes them."""
     training, exits = job.model.name, job.model.exits
-    examples = job.config.batch_size * len(job.rows)  # of a step, of all replicas
+    examples = job.config.batch_size * len(job.rows)  # per step, over all replicas
     with contextlib.ExitStack() as stack:
         metrics = None
         if is_primary():
-            # A search for a rate is nobody's result, and its folder is removed.
+            # The folder of a learning-rate search is removed, so no remote tracker should log it.
             name = "tensorboard" if job.short else job.config.log_to
             tracker = open_tracker(name, job.workdir, training, steps.start)
             file = MetricsLog(job.workdir, training, steps.start, exits, tracker)
@@ -123,7 +123,7 @@ def open_step_log(job: TrainingJob, steps: StepRange) -> Iterator[StepLog]:
 
 
 def _bar_title(job: TrainingJob) -> str:
-    """Returns what a progress bar calls a training."""
+    """Returns the title of a training's progress bar."""
     if job.short:
         rates = ", ".join(f"{rate:g}" for rate in job.config.learning_rates)
         return f"learning rate{'s' * (len(job.config.learning_rates) > 1)} {rates}"
@@ -142,13 +142,16 @@ def run_steps(
     """Takes the steps of a training; returns the state after the last one.
 
     Args:
-      plan, state: what a step is, and the state as it takes it.
-      batch: gives the batch of a step on the devices, and its length.
-      step_log: logs metrics, and says which steps.
-      save: saves a state as of a step.
-      evaluate: evaluates a state as of a step, every `check` steps and after the last one.
+      plan: plan that executes each step.
+      state: state before the first step, as the plan's step takes it.
+      batch: function of a step's number that returns (batch on the devices, its length).
+      step_log: log of the metrics; its `steps` are the steps to take.
+      save: function of (number of steps taken, state) that saves a checkpoint.
+      evaluate: function of (number of steps taken, state) that evaluates the state, called every
+        `check` steps and after the last one; None for no evaluation.
 
-    Raises PreemptedError where SIGTERM came; the state was saved.
+    Raises:
+      PreemptedError: if SIGTERM was received; the state is saved first.
 
     """
     steps = step_log.steps
@@ -170,10 +173,10 @@ def run_steps(
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Gives a function that returns whether SIGTERM came; to be called after every step.
+    """Yields a function that returns whether to stop, to be called after every step.
 
-    Several processes stop after the same step, whichever of them got the signal: JAX listens to it
-    then.
+    It returns True once SIGTERM has been received. With several processes, JAX handles the signal,
+    and all of them stop after the same step, whichever of them received it.
     """
     if jax.process_count() > 1:
         yield preemption_requested
@@ -186,9 +189,9 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 def termination_event(
     signals: Sequence[signal.Signals] = (signal.SIGTERM,),
 ) -> Iterator[threading.Event]:
-    """Gives an event that the signals set, instead of ending the process at once.
+    """Yields an event that the signals set, instead of ending the process at once.
 
-    Beside the main thread, which alone may handle signals, nothing sets it.
+    Only the main thread may handle signals: in any other thread, the event is never set.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

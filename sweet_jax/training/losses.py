@@ -1,4 +1,4 @@
-"""The loss that training minimises, and the metrics of a step: pure functions of one replica.
+"""The training loss and the metrics of a step, as pure functions of one replica.
 
 Shape letters: E exit, B batch, C outputs of an exit (classes), V categorical variables with K
 outcomes each.
@@ -16,44 +16,48 @@ from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.objectives.objective import Objective, masked_mean
 from sweet_jax.objectives.single_label import SINGLE_LABEL
 
-Weight = float | jax.Array  # of one exit's loss
+Weight = float | jax.Array  # weight of one exit's loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """Defines what every exit but the last learns from the last exit's answer."""
+    """Defines what every exit except the last learns from the last exit's outputs."""
 
-    weight: float  # of the divergence in the loss of its exit
-    temperature: float = 1.0  # of both answers
+    weight: float  # weight of the divergence in the loss of its exit
+    temperature: float = 1.0  # temperature of both exits' outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLoss:
-    """Defines the loss that is differentiated: the weighted sum of the exits' losses."""
+    """Defines the training loss: the weighted sum of the exits' losses."""
 
-    objective: Objective = SINGLE_LABEL  # compares the outputs of an exit with targets
-    # E of them; () for 1 throughout. Python numbers where they are constant: a weight of 1 is then
-    # no operation of the program.
+    objective: Objective = SINGLE_LABEL  # compares the outputs of an exit with the targets
+    # One weight for each of the E exits; () means 1. Constant weights are Python numbers, so that a
+    # weight of 1 adds no operation to the program.
     weights: tuple[Weight, ...] = ()
     distillation: Distillation | None = None
 
 
 class StepMetrics(NamedTuple):
-    """Holds a step's logged values, unweighted and before its update; of one exit, without E."""
+    """Holds a step's logged values, unweighted and before its update; one exit has no axis E."""
 
     loss: jax.Array  # float32 [E], mean over the rows
-    predicted: jax.Array  # int32 [E], the one prediction of all rows, or -1: see Objective
-    exit_loss: jax.Array | None = None  # float32 [E], learning-to-exit's mean squared error
-    conflict: jax.Array | None = None  # float32 [E, E, E], where measured: see conflict.py
-    distillation: jax.Array | None = None  # float32 [E], the divergence from the last exit's answer
+    predicted: jax.Array  # int32 [E], the only prediction for all rows, or -1: see Objective
+    exit_loss: jax.Array | None = None  # float32 [E], mean squared error of learning-to-exit
+    conflict: jax.Array | None = None  # float32 [E, E, E], if measured: see conflict.py
+    distillation: jax.Array | None = None  # float32 [E], divergence from the last exit's outputs
 
 
 def compute_step_metrics(
     output: ModelOutput, batch: dict[str, jax.Array], objective: Objective = SINGLE_LABEL
 ) -> StepMetrics:
-    """Returns the metrics of the outputs [E, ...] of a batch (or of one exit's).
+    """Returns the metrics of a batch.
 
-    batch: labels, the targets [B, ...] of the objective, and which rows count: see `labeled_rows`.
+    Args:
+      output: outputs of all exits [E, ...], or of one exit without the axis E.
+      batch: labels [B, ...], the targets of the objective, and the masks that `labeled_rows` reads.
+      objective: objective that compares outputs with targets.
+
     """
     logits, scores = output.logits, output.exit_scores
     labels, row_mask = batch["labels"], labeled_rows(batch)
@@ -66,9 +70,12 @@ def compute_step_metrics(
 
 
 def labeled_rows(batch: dict[str, jax.Array]) -> jax.Array:
-    """Returns the rows of a batch that have labels, bool [B]: all but padding where none lacks one.
+    """Returns which rows of a batch have labels, bool [B].
 
-    batch: row_mask bool [B], which rows are no padding; labeled bool [B] where some have no label.
+    Args:
+      batch: row_mask bool [B], False for padding rows; and, if some rows have no labels, labeled
+        bool [B]. Without it, all rows except padding have labels.
+
     """
     return batch.get("labeled", batch["row_mask"])
 
@@ -76,17 +83,19 @@ def labeled_rows(batch: dict[str, jax.Array]) -> jax.Array:
 def distillation_loss(
     loss: TrainingLoss, logits: jax.Array, teacher: jax.Array, row_mask: jax.Array
 ) -> jax.Array:
-    """Computes how far exits are from the last exit's answer, float32 [...], the mean over rows.
+    """Returns the divergence of exits from the last exit, averaged over rows, float32 [...].
 
-    T^2 KL(softmax(teacher / T) || softmax(logits / T)) at the temperature T (Phuong and Lampert
-    2019, ICCV, whose cross-entropy has the same gradient), averaged over the categorical variables
-    of the objective: C of two outcomes where a row has several labels. Where outputs are numbers,
-    the objective's loss against the last exit's prediction. No gradient reaches the teacher.
+    The divergence is T^2 KL(softmax(teacher / T) || softmax(logits / T)) at temperature T (Phuong
+    and Lampert 2019, ICCV, whose cross-entropy has the same gradient), averaged over the
+    categorical variables of the objective; a multi-label objective has C variables with two
+    outcomes each. For regression, it is the objective's loss with the last exit's prediction as the
+    target. No gradient reaches the teacher.
 
     Args:
-      loss: with a distillation.
-      logits, teacher: of exits [..., B, C], and of the last exit [B, C].
-      row_mask: bool [B], which rows are no padding; they need no labels.
+      loss: training loss that includes distillation.
+      logits: logits of the exits [..., B, C].
+      teacher: logits of the last exit [B, C].
+      row_mask: False for padding rows, bool [B]; rows need no labels.
 
     """
     assert loss.distillation is not None
@@ -106,11 +115,11 @@ def distillation_loss(
 
 
 def total_loss(metrics: StepMetrics, loss: TrainingLoss) -> jax.Array:
-    """Returns what training minimises, float32 []: the weighted sum over exits of their losses.
+    """Returns the training loss, float32 []: the weighted sum of the exits' losses.
 
-    Learning-to-exit's squared error is a part of its exit's loss, with a weight of 1 in it (Xin et
-    al. 2021), and so is distillation, with its own. Of metrics of one exit, without the axis E,
-    loss.weights has one number.
+    The loss of an exit includes the squared error of learning-to-exit, with a weight of 1 (Xin et
+    al. 2021), and distillation, with its own weight. If `metrics` are those of one exit, without
+    the axis E, `loss.weights` has at most one element.
     """
     terms = [metrics.loss]
     if metrics.exit_loss is not None:
@@ -125,10 +134,15 @@ def total_loss(metrics: StepMetrics, loss: TrainingLoss) -> jax.Array:
 
 
 def mean_exit_loss(correct: jax.Array, scores: jax.Array, row_mask: jax.Array) -> jax.Array:
-    """Returns the squared error of scores [..., B] against 1 where the exit is right, else 0.
+    """Returns the mean squared error of learning-to-exit (Xin et al. 2021).
 
-    Averaged over the rows of row_mask bool [B] (learning to exit, Xin et al. 2021). No gradient
-    goes through `correct`, bool [..., B] (of regression float, see `Objective.exit_target`), which
-    follows from the exit's own logits.
+    No gradient flows through `correct`, which is computed from the exit's own logits.
+
+    Args:
+      correct: target of the scores, bool [..., B]: whether the exit is right. For regression it is
+        a float, see `Objective.exit_target`.
+      scores: scores of learning-to-exit [..., B].
+      row_mask: rows to average over, bool [B].
+
     """
     return masked_mean((scores - jax.lax.stop_gradient(correct)) ** 2, row_mask)

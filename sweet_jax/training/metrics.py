@@ -1,4 +1,4 @@
-"""The training log: metrics.jsonl, a tracker, and the failures found in it.
+"""The training log (metrics.jsonl and a tracker), and the training failures it shows.
 
 Shape letters: R replica, E exit, N examples, C classes.
 """
@@ -21,12 +21,12 @@ Row = dict[str, Any]
 
 
 def read_metrics(workdir: Path) -> list[Row]:
-    """Returns the steps in metrics.jsonl, in order, without evaluations on tuning rows."""
+    """Returns the training steps in metrics.jsonl, in order, without the tuning-row evaluations."""
     return [row for row in _read(workdir) if "loss" in row]
 
 
 def _read(workdir: Path) -> list[Row]:
-    """Returns the rows of metrics.jsonl, up to a line that was cut off when the process died."""
+    """Returns the rows of metrics.jsonl, up to a line that is incomplete because a process died."""
     path = workdir / "metrics.jsonl"
     rows: list[Row] = []
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -38,14 +38,16 @@ def _read(workdir: Path) -> list[Row]:
 
 
 class MetricsLog:
-    """Appends the steps of one training; drops steps after `step`, which a killed run left.
+    """Appends the steps of one training to metrics.jsonl.
+
+    Rows that a killed run left behind, of steps that will now be repeated, are dropped first.
 
     Args:
-      workdir: of metrics.jsonl.
-      training: its name.
-      step: that it begins with.
-      exits: layer numbers [E].
-      tracker: that gets all numbers too.
+      workdir: directory that holds metrics.jsonl.
+      training: name of the training.
+      step: number of the first step to log.
+      exits: layer numbers of the exits [E].
+      tracker: tracker that receives all values too.
 
     """
 
@@ -56,7 +58,8 @@ class MetricsLog:
             row
             for row in _read(workdir)
             if row["training"] != training
-            # An evaluation is of the state after so many steps; from the start, all is made anew.
+            # An evaluation belongs to the state after `step` steps. A training that starts from the
+            # beginning repeats all of them.
             or (step > 0 and row["step"] + ("area" not in row) <= step)
         ]
         write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
@@ -66,12 +69,12 @@ class MetricsLog:
         self._tracker = tracker
 
     def add_rates(self, step: int, rates: Sequence[float]) -> None:
-        """Hands the learning rates [R] of a step to the tracker; metrics.jsonl has none."""
+        """Passes the learning rates [R] of a step to the tracker; metrics.jsonl has none."""
         for replica, rate in enumerate(rates):
             self._event(f"learning_rate/replica_{replica}", rate, step)
 
     def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
-        """Logs one step: its metrics, NumPy arrays [R, ...]; None stands for what is not finite."""
+        """Logs the metrics of a step, NumPy arrays [R, ...]; nonfinite values become null."""
         found = {k: v for k, v in values._asdict().items() if v is not None}
         logged = {name: replace_nonfinite(array.tolist()) for name, array in found.items()}
         self._write({"step": step, "epoch": epoch, "length": length, **logged})
@@ -87,7 +90,7 @@ class MetricsLog:
                     self._event(name, cosines[i, j, k], step)
 
     def add_tuning(self, step: int, area: np.ndarray, metric: np.ndarray) -> None:
-        """Logs an evaluation on tuning rows after so many steps: area [R], metric [R, E]."""
+        """Logs an evaluation on the tuning rows after `step` steps: area [R], metric [R, E]."""
         logged = {"area": area.tolist(), "metric": metric.tolist()}
         self._write({"step": step, **replace_nonfinite(logged)})
         for replica, (value, each) in enumerate(zip(area, metric, strict=True)):
@@ -103,12 +106,12 @@ class MetricsLog:
             self._tracker.add(name, float(value), step)
 
     def flush(self) -> None:
-        """Flushes the file and the tracker, before each checkpoint."""
+        """Flushes the file and the tracker; called before each checkpoint."""
         self._file.flush()
         self._tracker.flush()
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes the file and the tracker."""
         self._file.close()
         self._tracker.close()
 
@@ -118,20 +121,20 @@ def find_failures(
     trainings: Mapping[str, Sequence[int]],
     outputs: ExitOutputs,
 ) -> list[Row]:
-    """Finds what went wrong in training, one row for each replica and exit that it happened to.
+    """Finds failures of training; returns one row for each replica and exit that failed.
 
-    A loss that stopped being finite (the exit diverged) is reported with the first such step; an
-    exit that predicts the same for all evaluated rows (it collapsed) with that prediction, and the
-    first step of training since which every batch got that prediction only.
+    An exit whose loss stopped being finite has diverged, and is reported with the first such step.
+    An exit that predicts the same for all evaluated rows has collapsed, and is reported with that
+    prediction and with the training step from which on it was the only prediction for every batch.
 
     Args:
-      rows: of metrics.jsonl.
-      trainings: name of each training → the layer numbers of its exits.
-      outputs: of the evaluated rows; its identity names replicas and classes.
+      rows: rows of metrics.jsonl.
+      trainings: layer numbers of the exits of each training, by its name.
+      outputs: outputs for the evaluated rows; its identity names the replicas and classes.
 
     """
     first_bad: dict[tuple[int, int], int] = {}
-    since: dict[tuple[int, int], tuple[int, int]] = {}  # prediction, first step of its present run
+    since: dict[tuple[int, int], tuple[int, int]] = {}  # (prediction, first step it holds since)
     for row in rows:
         for r in range(len(outputs.logits)):
             for e, layer in enumerate(trainings[row["training"]]):

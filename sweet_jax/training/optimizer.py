@@ -1,4 +1,4 @@
-"""AdamW with one learning rate for each replica, and gradients clipped by owner."""
+"""AdamW with one learning rate for each replica, and gradient clipping by owner."""
 
 import math
 
@@ -10,11 +10,12 @@ from sweet_jax.models.ownership import SHARED, encoder_layer, parameter_owners
 from sweet_jax.training.gradients import Params
 from sweet_jax.training.settings import StepSettings
 
-_LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # of a head's parameters
-# SWEET paper, appendix A. Clipping, decay and schedule are written out below: optax's partition,
-# clip_by_global_norm, adamw and join_schedules made a step 13% longer (median of 26 alternating
-# rounds on 2 CPU cores, MiniLM's shape, 16 rows of 32 tokens, quartiles 9% and 24%), want the
-# numbers of steps as constants, and round otherwise (up to 4e-9 in a parameter after one step).
+_LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # key in a head's parameters
+# Values from the SWEET paper, appendix A. Clipping, weight decay and the schedule are written out
+# below because optax's partition, clip_by_global_norm, adamw and join_schedules made a step 13%
+# slower (median of 26 alternating rounds on 2 CPU cores, MiniLM's shape, 16 rows of 32 tokens,
+# quartiles 9% and 24%), require step counts that are constants, and round differently (up to 4e-9
+# in a parameter after one step).
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
 
@@ -25,17 +26,22 @@ def apply_gradients(
     rate: jax.Array,
     settings: StepSettings,
 ) -> tuple[Params, optax.ScaleByAdamState]:
-    """Returns one replica's parameters and moments after AdamW's step.
+    """Returns one replica's parameters and Adam moments after a step of AdamW.
 
-    grads: like params; parameters with None in the place of a gradient stay as they are.
-    rate: the learning rate of this step, float32 [].
+    Args:
+      params: parameters of the replica.
+      grads: gradients, a tree like `params`; parameters whose gradient is None are not changed.
+      adam: Adam moments before the step.
+      rate: learning rate of this step, float32 [].
+      settings: constants of the step.
+
     """
     updates, adam = ADAM.update(clip_gradients(grads, settings), adam)
 
     def update(path: tuple, u: jax.Array | None, p: jax.Array) -> jax.Array:
         if u is None:
             return p
-        decay = settings.weight_decay if p.ndim > 1 else 0.0  # none on biases and norms
+        decay = settings.weight_decay if p.ndim > 1 else 0.0  # biases and norms do not decay
         multiple = learning_rate_multiple(tuple(part.key for part in path), settings)
         return p - (rate if multiple == 1 else rate * multiple) * (u + decay * p)
 
@@ -44,11 +50,11 @@ def apply_gradients(
 
 
 def learning_rate_multiple(path: tuple[str | int, ...], settings: StepSettings) -> float:
-    """Returns what the learning rate of the parameter at a path is multiplied by.
+    """Returns the factor by which the learning rate of the parameter at a path is multiplied.
 
-    A layer's is layer_decay times that of the layer above it, the last layer's is 1 (see
-    `encoder_layer`). "Discriminative fine-tuning" of Howard and Ruder 2018 (arXiv 1801.06146,
-    section 3.2).
+    The factor of the last layer is 1; that of each other layer is layer_decay times that of the
+    layer above it (see `encoder_layer`). Heads have the factor head_learning_rate. This is the
+    "discriminative fine-tuning" of Howard and Ruder 2018 (arXiv 1801.06146, section 3.2).
     """
     depth = settings.exits[-1]
     layer = encoder_layer(path, depth)
@@ -58,11 +64,12 @@ def learning_rate_multiple(path: tuple[str | int, ...], settings: StepSettings) 
 
 
 def clip_gradients(grads: Params, settings: StepSettings) -> Params:
-    """Scales gradients down to clip_norm, over each owner's parameters or over all of them.
+    """Clips the norm of the gradients at clip_norm, by owner or over all parameters.
 
-    One norm over all parameters would let a late exit's gradient shrink the first exit's step;
-    the paper does not state its clipping, and per owner keeps SWEET's exits independent. Detached
-    learning-to-exit heads are groups of their own: in an owner's norm, they would shrink its step.
+    With one norm over all parameters, a late exit's gradient could shrink the first exit's step.
+    The paper does not state how it clips; clipping by owner keeps SWEET's exits independent.
+    Detached learning-to-exit heads form groups of their own, because they would otherwise shrink
+    the step of their owner.
     """
     if settings.clip_norm == math.inf:
         return grads

@@ -1,4 +1,4 @@
-"""Execution of training steps on devices: vmap, shardings and jit of the pure step.
+"""Execution of training steps on devices: the pure step with vmap, shardings and jit.
 
 Shape letters: R replica, E exit, B batch.
 """
@@ -44,32 +44,35 @@ log = logging.getLogger(__name__)
 class ExecutionPlan(NamedTuple):
     """Holds the compiled step of a training and how its arrays are spread over the devices.
 
-    A program may take the state in parts, each on devices of its own; outside of it the state is
-    one tree, which is what checkpoints hold whichever way it is trained.
+    The step may take the state in parts that are on different devices. Everywhere else, the state
+    is a single tree, and checkpoints hold this tree however the model is trained.
     """
 
-    shardings: State  # of the arrays of the whole state
-    to_devices: Callable[[State], Any]  # what `step` takes of a state
-    from_devices: Callable[[Any], State]  # the other way
+    shardings: State  # shardings of the whole state
+    to_devices: Callable[[State], Any]  # splits a state into the parts that `step` takes
+    from_devices: Callable[[Any], State]  # joins the parts into a state
     # (tokens, rows, lengths) → the batch on the devices: see `put_batch`.
     place: Callable[[Tokens, np.ndarray, tuple[int, ...]], Any]
-    step: Callable[[int, Any, Any], tuple[Any, list[StepMetrics]]]  # of (number, parts, batch)
-    lag: int = 1  # steps that are under way at the same time
+    # (step number, parts, batch) → (parts, metrics)
+    step: Callable[[int, Any, Any], tuple[Any, list[StepMetrics]]]
+    lag: int = 1  # number of steps that run at the same time
 
 
 def check_devices(config: Config) -> None:
-    """Warns of devices that stay idle; raises UserError where a process would."""
+    """Warns about idle devices; raises UserError if a whole process would be idle."""
     replicas, rows = len(config.replicas()), config.batch_size
     meshes = [make_mesh(replicas, rows)]
     if config.segment_parallel:
         meshes = [group.mesh for group in make_device_groups(config.exits, replicas, rows)]
         if len(meshes) == 1:
-            log.warning("segment_parallel has no effect with so few devices a process, or exits")
+            log.warning(
+                "segment_parallel has no effect with this number of exits and devices per process"
+            )
     used = sum(mesh.size for mesh in meshes)
     if used < jax.device_count():
         log.warning(
             "%d of %d devices are used: make batch_size (%d) or the number of replicas (%d) a "
-            "multiple of the devices to use all",
+            "multiple of the number of devices to use all of them",
             used,
             jax.device_count(),
             rows,
@@ -78,7 +81,7 @@ def check_devices(config: Config) -> None:
 
 
 def data_parallel_plan(config: Config, settings: StepSettings, state: State) -> ExecutionPlan:
-    """Plans steps that all devices take together: replicas and rows are spread over them."""
+    """Returns a plan whose steps spread replicas and rows over all devices."""
     replicas = len(config.replicas())
     mesh = make_mesh(replicas, config.batch_size)
     shardings = state_shardings(mesh, state, replicas)
@@ -87,7 +90,7 @@ def data_parallel_plan(config: Config, settings: StepSettings, state: State) -> 
 
     def step(number: int, state: State, inputs: dict) -> tuple[State, list[StepMetrics]]:
         every, conflict = config.conflict_every, None
-        if every and number % every == 0:  # first: the step takes the state's memory
+        if every and number % every == 0:  # before the step, which donates the state
             conflict = measured(state, inputs)
         state, values = compiled(state, inputs, schedule)
         return state, [values._replace(conflict=conflict)]
@@ -102,7 +105,7 @@ def data_parallel_plan(config: Config, settings: StepSettings, state: State) -> 
 
 
 def segment_parallel_plan(config: Config, settings: StepSettings, state: State) -> ExecutionPlan:
-    """Plans steps where each group of devices trains its own segments, see segment_parallel.py."""
+    """Returns a plan whose device groups each train their own segments; see segment_parallel.py."""
     replicas = len(config.replicas())
     groups = make_device_groups(settings.exits, replicas, config.batch_size)
     parts = [
@@ -123,7 +126,7 @@ def segment_parallel_plan(config: Config, settings: StepSettings, state: State) 
 
 
 def gather_params(config: Config, params: Params) -> Params:
-    """Moves parameters from the devices of groups to where `data_parallel_plan` has them."""
+    """Moves parameters from the devices of the groups to where `data_parallel_plan` has them."""
     if not config.segment_parallel:
         return params
     replicas = len(config.replicas())
@@ -132,13 +135,17 @@ def gather_params(config: Config, params: Params) -> Params:
 
 
 def compile_step(settings: StepSettings, replicas: int, shardings: State) -> Callable:
-    """Compiles (state, batch, schedule) → (state, metrics), sharded, the old state donated.
+    """Returns a compiled function (state, batch, schedule) → (state, metrics) that donates `state`.
 
-    All arrays but the schedule's have the leading axis R, but a single replica's have none: on a
-    CPU an axis of size 1 makes a step slower. Traced once for each size and length of a batch. The
-    same function is returned for settings that differ in their schedule only.
+    All arrays except the schedule's have the leading axis R. A single replica has no such axis
+    because an axis of size 1 makes a step slower on a CPU. The function is traced once for each
+    batch size and length. Settings that differ only in their schedule share the same function.
 
-    shardings: of the state, from `state_shardings`.
+    Args:
+      settings: constants of the step.
+      replicas: number of replicas, R.
+      shardings: shardings of the state, from `state_shardings`.
+
     """
     settings = dataclasses.replace(settings, total_steps=0, warmup_steps=0)
     leaves, structure = jax.tree.flatten(shardings)
@@ -177,9 +184,10 @@ def _compiled_step(
 
 
 def compile_conflict(settings: StepSettings, replicas: int, shardings: State) -> Callable:
-    """Compiles (state, batch) → the conflict of the step's gradients, float32 [R, E, E, E].
+    """Returns a compiled function (state, batch) → conflict of the gradients, [R, E, E, E] float32.
 
-    The state is left as it is. A program of its own: the training step's does not change by it.
+    It does not change the state. It is a separate program, so that the program of the training step
+    stays the same.
     """
     mesh = mesh_of_shardings(shardings)
 

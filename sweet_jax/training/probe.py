@@ -1,12 +1,12 @@
-"""Linear models on the features of every exit: a start for the heads, and their refit.
+"""Linear models on the features of every exit, used to initialize the heads and to refit them.
 
-Logistic regressions, or what an objective has in their place (`LinearModel`).
+The models are logistic regressions, or the `LinearModel` of another objective.
 
-Linear probing, then fine-tuning: Kumar et al. 2022 (arXiv 2202.10054). Refitting the last layer on
-a trained encoder: Kirichenko et al. 2022 (arXiv 2204.02937).
+For linear probing followed by fine-tuning, see Kumar et al. 2022 (arXiv 2202.10054). For refitting
+the last layer on a trained encoder, see Kirichenko et al. 2022 (arXiv 2204.02937).
 
 Shape letters: R replica, E exit, U rows with features, N training rows, M tuning rows, H width of
-what a classifier reads, C classes.
+a classifier's input, C classes.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.linear_model import LinearModel
 from sweet_jax.training.step import Params
 
-# λ in mean cross-entropy + λ/2 |W|^2, W on standardised features, from the strongest down: each
-# fit starts from the one before.
+# λ in mean cross-entropy + λ/2 |W|^2, where W applies to standardized features. The strongest
+# penalty comes first, and each fit starts from the one before.
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4)
-ROWS = 50_000  # fitted on, at most, and as many that choose the penalty
-_CHUNK = 8192  # rows that are standardised at a time
+ROWS = 50_000  # maximum number of rows to fit on, and of rows that choose the penalty
+_CHUNK = 8192  # number of rows that are standardized at a time
 
 
 def refit_path(workdir: Path, training: str) -> Path:
-    """Returns where a run keeps the classifiers that were refitted after a training."""
+    """Returns the path where a run keeps the classifiers that were refitted after a training."""
     return workdir / "refit" / f"{training}.npz"
 
 
 def read_classifiers(path: Path) -> "LinearClassifiers | None":
-    """Reads what `LinearClassifiers.save` wrote, None where there is nothing."""
+    """Reads the file that `LinearClassifiers.save` wrote, or returns None if there is none."""
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as arrays:
@@ -41,27 +41,27 @@ def read_classifiers(path: Path) -> "LinearClassifiers | None":
 
 
 class LinearClassifiers(NamedTuple):
-    """Holds the dense layers of logistic regressions, on features as they come."""
+    """Holds the dense layers of linear models, which apply to features without standardization."""
 
     kernel: np.ndarray  # float32 [R, E, H, C]
     bias: np.ndarray  # float32 [R, E, C]
-    penalty: np.ndarray  # float64 [R, E], the λ of PENALTIES that tuning rows chose
+    penalty: np.ndarray  # float64 [R, E], the λ of PENALTIES chosen on tuning rows
 
     def select_replicas(self, replicas: Sequence[int]) -> "LinearClassifiers":
         """Returns the classifiers of some replicas."""
         return LinearClassifiers(*(array[list(replicas)] for array in self))
 
     def select_exits(self, exits: Sequence[int], chosen: Sequence[int]) -> "LinearClassifiers":
-        """Returns the classifiers of some of the exits, both by their layers."""
+        """Returns the classifiers of the exits `chosen` out of `exits`, both given as layers."""
         places = [list(exits).index(layer) for layer in chosen]
         return LinearClassifiers(*(array[:, places] for array in self))
 
     def save(self, path: Path, **more: np.ndarray) -> None:
-        """Writes them, and further arrays, to one .npz, whole or not at all."""
+        """Writes the classifiers and further arrays atomically to one .npz file."""
         write_arrays(path, self._asdict() | more)
 
     def predictions(self, features: np.ndarray, objective: Objective = SINGLE_LABEL) -> np.ndarray:
-        """Returns the prediction of every row, [R, E, N, ...], of features [R or 1, E, N, H]."""
+        """Returns the predictions of all rows, [R, E, N, ...], given features [R or 1, E, N, H]."""
         features = np.broadcast_to(features, (len(self.kernel), *features.shape[1:]))
         replicas, exits = features.shape[:2]
 
@@ -72,10 +72,10 @@ class LinearClassifiers(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Holds logistic regressions on the frozen encoder."""
+    """Holds linear models on the frozen encoder."""
 
-    classifiers: LinearClassifiers  # of every replica and exit
-    predictions: np.ndarray  # of the validation rows, of classes int64 [R, E, N]
+    classifiers: LinearClassifiers  # one for every replica and exit
+    predictions: np.ndarray  # predictions for the validation rows; classes are int64 [R, E, N]
 
     def select_replicas(self, replicas: Sequence[int]) -> "Probe":
         """Returns the probe of some replicas."""
@@ -90,17 +90,17 @@ def fit_classifiers(
     classes: int,
     linear: LinearModel = SINGLE_LABEL.linear,
 ) -> LinearClassifiers:
-    """Fits one linear model for every replica and exit, see `fit_classifier`.
+    """Fits one linear model for every replica and exit; see `fit_classifier`.
 
-    One exit's features of one replica are copied at a time.
+    Only one exit's features of one replica are copied at a time.
 
     Args:
-      features: float32 [R or 1, E, U, H]; 1 where all replicas have the same.
-      labels: targets of the same rows, of classes int [R or 1, U].
-      rows: int [R, N], places on the axis U of the training rows.
-      tuning_rows: int [R, M], of the rows that choose the penalty.
-      classes: C.
-      linear: the models of the objective.
+      features: features, float32 [R or 1, E, U, H]; 1 if all replicas have the same ones.
+      labels: targets of the same rows [R or 1, U, ...]; classes are int [R or 1, U].
+      rows: positions of the training rows on the axis U, int [R, N].
+      tuning_rows: positions of the rows that choose the penalty, int [R, M].
+      classes: number of classes, C.
+      linear: kind of linear model, from the objective.
 
     """
     found: list[list[tuple[np.ndarray, np.ndarray, float]]] = []
@@ -110,7 +110,7 @@ def fit_classifiers(
         before = range(r) if len(features) == 1 else ()
         twin = next((s for s in before if np.array_equal(rows[s], own)), None)
         found.append(
-            found[twin]  # another learning rate on the same rows
+            found[twin]  # a replica with another learning rate but the same rows
             if twin is not None
             else [
                 fit_classifier(x[own], y[own], x[held], y[held], classes, linear)
@@ -129,17 +129,19 @@ def fit_classifier(
     classes: int,
     linear: LinearModel = SINGLE_LABEL.linear,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Fits a linear model with an L2 penalty that held-out rows choose.
+    """Fits a linear model with an L2 penalty chosen on held-out rows.
 
-    Features are standardised for the fit, in place and in chunks, so that they may be a memory map;
-    the standardisation is folded into what is returned. The penalties are tried from the strongest
-    down, until the held-out loss has risen twice.
+    Features are standardized for the fit, in place and in chunks, so that they may be a memory map.
+    The returned model includes the standardization: it applies to the original features. Penalties
+    are tried from the strongest to the weakest, until two in a row do not reduce the held-out loss.
 
     Args:
-      x: float32 [N, H]; y: targets [N, ...]; labels int [N] are of two classes or more.
-      held_x: float32 [M, H]; held_y: targets [M, ...].
-      classes: C; a class that y lacks gets the smallest logit of all.
-      linear: the models of the objective; by default multinomial logistic regression.
+      x: features, float32 [N, H].
+      y: targets [N, ...]; labels, int [N], must have at least two classes.
+      held_x: features of the held-out rows, float32 [M, H].
+      held_y: targets of the held-out rows [M, ...].
+      classes: number of classes, C; a class that does not occur in y gets the smallest logit.
+      linear: kind of linear model; by default multinomial logistic regression.
 
     Returns:
       (kernel [H, C], bias [C], penalty).
@@ -165,9 +167,14 @@ def fit_classifier(
 def with_classifiers(
     params: Params, exits: Sequence[int], found: LinearClassifiers, columns: Sequence[int]
 ) -> Params:
-    """Returns parameters [R, ...] whose heads have these dense layers.
+    """Returns parameters [R, ...] whose heads have the dense layers in `found`.
 
-    exits: the layer numbers of the heads; columns: their places on the axis E of `found`.
+    Args:
+      params: parameters [R, ...].
+      exits: layer numbers of the heads.
+      found: dense layers of the heads.
+      columns: positions of `exits` on the axis E of `found`.
+
     """
     heads: dict[str, Any] = dict(params["heads"])
     for layer, e in zip(exits, columns, strict=True):
@@ -177,10 +184,14 @@ def with_classifiers(
 
 
 def _standardise(x: np.ndarray, held_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standardises both in place by the first's moments; returns these, float32 [H] each.
+    """Standardizes both arrays in place with the mean and standard deviation of the first.
 
-    The standard deviation is 1 where a feature is constant. In two passes over chunks:
-    E[x^2] - E[x]^2 loses digits.
+    The moments are computed in two passes because E[x^2] - E[x]^2 loses precision.
+
+    Returns:
+      The mean and the standard deviation, float32 [H] each. The standard deviation of a constant
+      feature is replaced by 1.
+
     """
     chunks = range(0, len(x), _CHUNK)
     mean = sum(x[i : i + _CHUNK].sum(axis=0, dtype=np.float64) for i in chunks) / len(x)

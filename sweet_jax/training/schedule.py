@@ -1,24 +1,29 @@
-"""The number of steps of a training, and of those between its evaluations."""
+"""The number of steps of a training, and the number of steps between its evaluations."""
 
 import math
 
 from sweet_jax.config import AUTO
 
-# Training examples of a run of `epochs="auto"` over N rows: _EXAMPLES * sqrt(N), or N if that is
-# more. Few rows want many epochs: what a fine-tuned encoder lacks on a thousand rows is updates,
-# not rows (Mosbach et al. 2021, arXiv 2006.04884; Zhang et al. 2021, arXiv 2006.05987). Each
-# further row adds less, and the learning rate decays to zero over the whole, so that the length
-# must be known beforehand: 4.8 epochs of 400 rows, 2.4 of 1,600, 1.3 of 5,400, one from 9,216 on.
+# With `epochs="auto"`, a run over N rows sees _EXAMPLES * sqrt(N) training examples, or N if that
+# is more. Small data sets need many epochs: with a thousand rows, a fine-tuned encoder lacks
+# updates, not rows (Mosbach et al. 2021, arXiv 2006.04884; Zhang et al. 2021, arXiv 2006.05987).
+# Each further row adds less. The number of steps must be known in advance because the learning rate
+# decays to zero over the whole training. The formula gives 4.8 epochs for 400 rows, 2.4 for 1,600,
+# 1.3 for 5,400, and one from 9,216 rows on.
 _EXAMPLES = 96
-CHECKS = 8  # evaluations on tuning rows in such a run, the last one after the last step
-# What `rate_search="short"` gives each rate: this share of the steps, and as many steps at least.
+CHECKS = 8  # number of evaluations on tuning rows in such a run, the last after the last step
+# With `rate_search="short"`, each rate gets this share of the steps, and at least _SHORTEST steps.
 _SHORT, _SHORTEST = 0.1, 40
 
 
 def training_steps(epochs: int | str, rows: int, batch_size: int) -> int:
-    """Returns the number of steps of a run over so many rows.
+    """Returns the number of steps of a run over `rows` rows.
 
-    epochs: a number of epochs, the last batch of each partial; or "auto".
+    Args:
+      epochs: number of epochs, or "auto". The last batch of an epoch may be partial.
+      rows: number of training rows.
+      batch_size: number of rows in a batch.
+
     """
     per_epoch = -(-rows // batch_size)
     if epochs != AUTO:
@@ -27,14 +32,14 @@ def training_steps(epochs: int | str, rows: int, batch_size: int) -> int:
 
 
 def search_steps(steps: int) -> int:
-    """Returns the number of steps by which a learning rate is chosen for a run of so many steps."""
+    """Returns the number of steps of a learning-rate search for a run of `steps` steps."""
     return min(steps, max(_SHORTEST, math.ceil(_SHORT * steps)))
 
 
 def check_interval(steps: int) -> int:
-    """Returns the number of steps between two evaluations on tuning rows of a run of so many.
+    """Returns the number of steps between two evaluations on tuning rows in a run of `steps` steps.
 
-    None of them ends training: how good a state is at a large learning rate says little of the last
-    one, at zero (docs/reproduction.md has a case).
+    These evaluations never stop training early: the quality of a state at a large learning rate
+    says little about that of the last state, where the rate is zero (see docs/reproduction.md).
     """
     return -(-steps // CHECKS)

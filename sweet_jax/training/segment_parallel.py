@@ -1,9 +1,10 @@
 """Segment-parallel training of SWEET: each group of devices trains its own segments.
 
-No gradient crosses a boundary: a group hands its hidden states on, updates at once, and nothing
-comes back. While one group is at step t, the group before it is at step t + 1 already; after the
-first steps none waits for another, and the numbers are those of one device. Within a group rows and
-replicas are spread as ever.
+No gradient crosses a segment boundary: a group passes its hidden states to the next group, updates
+its parameters at once, and receives nothing back. While one group is at step t, the group before it
+is already at step t + 1. After the first steps, no group waits for another, and the results match
+those of a single device. Within a group, rows and replicas are spread over the devices as in data-
+parallel training.
 
 Shape letters: R replica, B batch, L length, H hidden.
 """
@@ -32,22 +33,22 @@ from sweet_jax.training.step import State, train_step_segments
 
 
 class DeviceGroup(NamedTuple):
-    """Devices, and the segments that they train, numbered from 0."""
+    """Describes a group of devices and the segments that they train, numbered from 0."""
 
     segments: tuple[int, ...]
     mesh: Mesh
 
 
 def make_device_groups(exits: Sequence[int], replicas: int, batch_size: int) -> list[DeviceGroup]:
-    """Makes as many groups, of equally many devices, as give the busiest device fewest layers.
+    """Divides the devices into groups of equal size, so that the busiest device gets fewest layers.
 
-    Each of several processes has its share of every group, so that hidden states are handed on
-    within a process.
+    With several processes, every group has the same number of devices in each process, so that
+    hidden states never move between processes.
     """
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     local = len(devices) // jax.process_count()
     counts = [n for n in range(2, min(len(exits), local) + 1) if local % n == 0]
-    # A group's layers are spread over local / n devices of each process.
+    # The layers of a group are spread over local / n devices of each process.
     count = min(
         counts, key=lambda n: (n * most_layers(exits, assign_segments(exits, n)), -n), default=1
     )
@@ -59,7 +60,7 @@ def make_device_groups(exits: Sequence[int], replicas: int, batch_size: int) -> 
 
 
 def assign_segments(exits: Sequence[int], groups: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the consecutive segments of each group, so that the busiest has fewest layers."""
+    """Returns consecutive segments for each group, so that the busiest group has fewest layers."""
     cuts = itertools.combinations(range(1, len(exits)), groups - 1)
     ways = (
         tuple(tuple(range(a, b)) for a, b in itertools.pairwise((0, *cut, len(exits))))
@@ -69,15 +70,16 @@ def assign_segments(exits: Sequence[int], groups: int) -> tuple[tuple[int, ...],
 
 
 def most_layers(exits: Sequence[int], way: Sequence[Sequence[int]]) -> int:
-    """Returns the number of layers of the group that has most."""
+    """Returns the number of layers of the group with the most layers."""
     bounds = (0, *exits)
     return max(bounds[segments[-1] + 1] - bounds[segments[0]] for segments in way)
 
 
 def split_state(state: State, groups: Sequence[DeviceGroup], exits: Sequence[int]) -> list[State]:
-    """Splits a state into each group's: the parameters and moments it trains, None for the others.
+    """Splits a state into one part for each group: the parameters and moments that it trains.
 
-    Scalars (step, learning rate, seed) are every group's.
+    All other parameters and moments are None. Every part has the scalars (step, learning rate,
+    seed).
     """
     owner_of = parameter_owners(state.params, exits)
 
@@ -94,7 +96,7 @@ def split_state(state: State, groups: Sequence[DeviceGroup], exits: Sequence[int
 
 
 def join_state(states: Sequence[State]) -> State:
-    """Joins the states that `split_state` made; scalars are the first's."""
+    """Joins the parts that `split_state` returned; the scalars come from the first one."""
 
     def whole(*trees: Any) -> Any:
         def present(*leaves: Any) -> Any:
@@ -112,12 +114,17 @@ def join_state(states: Sequence[State]) -> State:
 def compile_groups(
     settings: StepSettings, groups: Sequence[DeviceGroup], replicas: int, parts: Sequence[State]
 ) -> Callable[[list[State], list[dict]], tuple[list[State], list[StepMetrics]]]:
-    """Compiles a step of all groups, a program for each; takes the batch on each group's devices.
+    """Returns a step of all groups (states, batches) → (states, metrics), one program per group.
 
-    Nothing is waited for: programs of one group run in order, those of different groups at the same
-    time, as soon as what they take is there.
+    The step does not block: the programs of one group run in order, and those of different groups
+    run concurrently as soon as their inputs are available.
 
-    parts: the shardings of each group's state, from `state_shardings`.
+    Args:
+      settings: constants of the step.
+      groups: groups of devices.
+      replicas: number of replicas, R.
+      parts: shardings of each group's state, from `state_shardings`.
+
     """
     programs = [
         compile_group(settings, group, replicas, shardings)
@@ -139,9 +146,14 @@ def compile_groups(
 def compile_group(
     settings: StepSettings, group: DeviceGroup, replicas: int, shardings: State
 ) -> Callable:
-    """Compiles (state, batch, carried) → (state, metrics, carried) of one group.
+    """Returns a compiled function (state, batch, carried) → (state, metrics, carried) of one group.
 
-    shardings: of the group's state, from `state_shardings`.
+    Args:
+      settings: constants of the step.
+      group: group of devices and its segments.
+      replicas: number of replicas, R.
+      shardings: shardings of the group's state, from `state_shardings`.
+
     """
 
     def one(state: State, batch: dict, carried: SegmentState | None) -> tuple:
@@ -169,7 +181,7 @@ def transfer(x: jax.Array, mesh: Mesh) -> jax.Array:
     to = NamedSharding(mesh, x.sharding.spec)
     if x.is_fully_addressable:
         return jax.device_put(x, to)
-    # Devices at the same place of two meshes belong to one process, see make_device_groups.
+    # Devices at the same place in two meshes belong to the same process: see make_device_groups.
     beside = dict(zip(x.sharding.mesh.devices.flat, mesh.devices.flat, strict=True))
     parts = [jax.device_put(s.data, beside[s.device]) for s in x.addressable_shards]
     return jax.make_array_from_single_device_arrays(x.shape, to, parts)

@@ -1,4 +1,4 @@
-"""The constants of a compiled training step, and schedules over its steps.
+"""The constants of a compiled training step, and the schedules that depend on the step.
 
 Shape letters: E exit.
 """
@@ -21,39 +21,39 @@ class StepSettings:
     """Holds the constants of a compiled training step."""
 
     graphdef: nnx.GraphDef  # structure of the model
-    exits: tuple[int, ...]  # layer numbers, E of them
-    total_steps: int  # of the whole training
+    exits: tuple[int, ...]  # layer numbers of the E exits
+    total_steps: int  # number of steps of the whole training
     warmup_steps: int
-    weight_decay: float  # AdamW's, of matrices
-    clip_norm: float  # largest norm of a gradient, infinity for no clipping
-    clip_by_owner: bool  # one norm for each owner of parameters; otherwise one for all
-    isolation: tuple[float, ...]  # of the boundaries: one number, or from, to
-    isolation_schedule: str = "linear"  # in the steps, or "step": at half time
-    boundary_isolation: tuple[float, ...] = ()  # factors of the E - 1 boundaries; () for 1
-    # Of each exit at the first and at the last step, linear in between; () for 1.
+    weight_decay: float  # AdamW's weight decay, applied to matrices only
+    clip_norm: float  # maximum norm of a gradient; infinity for no gradient clipping
+    clip_by_owner: bool  # one norm for each owner of parameters, instead of one for all parameters
+    isolation: tuple[float, ...]  # isolation of the boundaries: (value,) or (start, end)
+    isolation_schedule: str = "linear"  # or "step", which switches halfway through training
+    boundary_isolation: tuple[float, ...] = ()  # factors for the E - 1 boundaries; () means 1
+    # Weight of each exit's loss at the first and at the last step, linear in between; () means 1.
     loss_weights: tuple[tuple[float, float], ...] = ()
-    # Of the steps, the share in which the last exit alone is trained, all boundaries open.
+    # Share of the steps, at the start, that train only the last exit, with all boundaries open.
     last_exit_first: float = 0.0
-    distillation: Distillation | None = None  # what the exits learn from the last one
-    objective: Objective = SINGLE_LABEL  # what the outputs of an exit are trained for
+    distillation: Distillation | None = None  # what the other exits learn from the last one
+    objective: Objective = SINGLE_LABEL  # training objective of the exits
     learning_to_exit: str = ""  # or "joint", "detached"
-    shared_relative: bool = False  # the model's
-    frozen: int = 0  # so many first segments stay as they are: no exit trains them
-    head_learning_rate: float = 1.0  # of the heads, a multiple of the learning rate
-    layer_decay: float = 1.0  # learning rate of a layer, a multiple of that of the layer above it
-    # The numbers of steps as arguments of a compiled program, in place of its constants.
+    shared_relative: bool = False  # whether every exit trains the table of relative positions
+    frozen: int = 0  # number of segments, counted from the first, that are not trained
+    head_learning_rate: float = 1.0  # learning rate of the heads, relative to the base rate
+    layer_decay: float = 1.0  # learning rate of a layer, relative to the layer above it
+    # The step counts as arguments of the compiled program, replacing the constants above.
     traced: "Schedule | None" = None
 
     @property
     def schedule(self) -> "Schedule":
-        """Returns what the step reads of the numbers of steps."""
+        """Returns the step counts that the training step uses."""
         return self.traced or make_schedule(self.total_steps, self.warmup_steps)
 
     def isolation_at(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
         """Returns the isolation of each of the E - 1 boundaries at a step (int32 []).
 
-        A Python number where it is constant: `isolate` takes 0 and 1 literally then, so that a
-        boundary that is closed throughout lets exactly nothing through.
+        A constant isolation is returned as a Python number. `isolate` handles the Python numbers 0
+        and 1 exactly, so a boundary that is always closed lets no gradient through at all.
         """
         values = self._scheduled_isolation(step)
         if not self.last_exit_first:
@@ -67,7 +67,7 @@ class StepSettings:
         )
 
     def _scheduled_isolation(self, step: jax.Array) -> tuple[float | jax.Array, ...]:
-        """Returns the isolation of each boundary as `isolation` and its schedule say."""
+        """Returns the isolation of each boundary according to `isolation` and its schedule."""
         factors = self.boundary_isolation or (1.0,) * (len(self.exits) - 1)
         start, end = self.isolation[0], self.isolation[-1]
         if start == end:
@@ -79,7 +79,7 @@ class StepSettings:
         return tuple(now * factor if factor else 0.0 for factor in factors)
 
     def loss_at(self, step: jax.Array) -> TrainingLoss:
-        """Returns the loss at a step (int32 []); Python numbers for weights that are constant."""
+        """Returns the loss at a step (int32 []); constant weights are Python numbers."""
         weights = tuple(
             start if start == end else self._linear(start, end, step)
             for start, end in self.loss_weights
@@ -91,7 +91,7 @@ class StepSettings:
         return TrainingLoss(self.objective, weights, self.distillation)
 
     def _last_exit_alone(self, step: jax.Array) -> jax.Array:
-        """Returns whether the last exit alone is trained at a step (int32 []), bool []."""
+        """Returns whether only the last exit is trained at a step (int32 []), bool []."""
         return step < self.last_exit_first * self.schedule.total
 
     def _linear(self, start: float, end: float, step: jax.Array) -> jax.Array:
@@ -99,10 +99,10 @@ class StepSettings:
 
 
 class Schedule(NamedTuple):
-    """Holds the numbers of steps as arguments of a compiled program, for runs of any length.
+    """Holds step counts as arguments of a compiled program, which then serves runs of any length.
 
-    Reciprocals, which is what XLA makes of a division by a constant: a run has the same numbers
-    whether these are arguments or constants.
+    Divisors are stored as reciprocals because XLA turns a division by a constant into a
+    multiplication. Results are therefore the same whether the counts are arguments or constants.
     """
 
     total: Any  # int32 []
@@ -113,7 +113,7 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(total: int, warmup: int) -> Schedule:
-    """Returns the schedule of so many steps, the first of them a warm-up."""
+    """Returns the schedule of a run with `total` steps, of which the first `warmup` are warm-up."""
     lengths = (total - 1, warmup, total - warmup)
     each = (np.float32(1) / np.float32(max(1, length)) for length in lengths)
     return Schedule(np.int32(total), np.int32(warmup), *each)

@@ -1,4 +1,4 @@
-"""Meshes ("replica", "data"), and the transfer of arrays onto them and back.
+"""Meshes with the axes ("replica", "data"), and the transfer of arrays to and from their devices.
 
 Shape letters: R replica, B batch.
 """
@@ -19,19 +19,25 @@ from sweet_jax.data.padding import pad_rows, padded_length
 
 log = logging.getLogger(__name__)
 
-# Matrices with fewer rows or columns, such as classifiers, are not worth a message.
+# Matrices with fewer rows or columns, such as classifiers, are not worth the communication.
 _LEAST_WIDTH = 8
-# Of a model's parameters. Their tables are split by columns: what each device then looks up, and
-# sums into its part of the gradient, are parts of hidden states, far fewer than the table's rows.
+# Key of the embeddings in a model's parameters. Their tables are split by columns: each device then
+# looks up, and sums into its part of the gradient, only parts of hidden states, and these are far
+# fewer than the rows of the table.
 _EMBEDDINGS = jax.tree_util.DictKey("embeddings")
 
 
 def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes a mesh whose "replica" axis divides R and whose "data" axis divides B; of all devices.
+    """Makes a mesh whose "replica" axis divides R and whose "data" axis divides B.
 
-    Replicas are spread first: they need no communication. Devices that fit neither stay idle.
+    Replicas are spread first because they need no communication. Devices that fit neither axis stay
+    idle. Raises UserError if all devices of a process would be idle.
 
-    Raises UserError where a process would have nothing to do.
+    Args:
+      replicas: number of replicas, R.
+      batch_size: number of rows in a batch, B.
+      devices: devices to use; None means all.
+
     """
     devices = devices or jax.devices()
     spread = math.gcd(replicas, len(devices))
@@ -40,11 +46,11 @@ def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | No
     idle = {d.process_index for d in devices} - {d.process_index for d in used}
     if idle:
         raise UserError(
-            f"with {replicas} replicas and batch_size {batch_size}, process {min(idle)} would have "
-            "nothing to do: make one of them a multiple of the devices, or start fewer processes"
+            f"with {replicas} replicas and batch_size {batch_size}, process {min(idle)} would be "
+            "idle: make one of these a multiple of the number of devices, or start fewer processes"
         )
-    # Auto axes: under Explicit ones, jax's default, embedding look-ups raise. Not jax.make_mesh: it
-    # wants cuboids of a TPU slice, and may put devices in another order than they are given in.
+    # The axes are Auto because embedding lookups raise an error with Explicit ones, JAX's default.
+    # jax.make_mesh is not used: it requires cuboids of a TPU slice, and may reorder the devices.
     return Mesh(
         np.asarray(used).reshape(spread, data),
         ("replica", "data"),
@@ -53,18 +59,22 @@ def make_mesh(replicas: int, batch_size: int, devices: Sequence[jax.Device] | No
 
 
 def replica_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
-    """Returns the sharding of arrays [R, ...]; of a single replica's, which have no axis R."""
+    """Returns the sharding of arrays [R, ...], or [...] for a single replica."""
     return NamedSharding(mesh, PartitionSpec("replica") if replicas > 1 else PartitionSpec())
 
 
 def state_shardings(mesh: Mesh, state: Any, replicas: int = 2) -> Any:
-    """Returns the sharding of each array of a training state, a tree like it.
+    """Returns the shardings of a training state, as a tree of the same structure.
 
-    AdamW's moments of a matrix are spread over the devices that share its replica's batch: weight-
-    update sharding (Xu et al. 2020, arXiv 2004.13336), also known as ZeRO stage 1. All else of a
-    replica is whole on each of its devices.
+    AdamW's moments of a matrix are spread over the devices that share its replica's batch: this is
+    weight-update sharding (Xu et al. 2020, arXiv 2004.13336), also known as ZeRO stage 1.
+    Everything else is replicated on all devices of its replica.
 
-    state: State of step.py [R, ...], arrays or shapes; of a single replica without the axis R.
+    Args:
+      mesh: mesh of the devices.
+      state: `State` with arrays or shapes [R, ...], or without the axis R for a single replica.
+      replicas: number of replicas, R.
+
     """
     whole = replica_sharding(mesh, replicas)
     leading, data = whole.spec, mesh.shape["data"]
@@ -86,12 +96,15 @@ def state_shardings(mesh: Mesh, state: Any, replicas: int = 2) -> Any:
 
 
 def spread_update(state: Any, shardings: Any) -> Any:
-    """Returns the state after a step, traced, with each parameter computed where its moments are.
+    """Returns a traced state after a step, with each parameter updated where its moments are.
 
-    Gradients are then summed to the parts of each device only, which updates these, and the
-    parameters are gathered: without it all devices would compute all of the update.
+    Each device then sums the gradients of its own part only and updates that part, and the
+    parameters are gathered afterward. Otherwise every device would compute the whole update.
 
-    shardings: of the state, from `state_shardings`.
+    Args:
+      state: state after the step, inside a traced function.
+      shardings: shardings of the state, from `state_shardings`.
+
     """
     if mesh_of_shardings(shardings).shape["data"] == 1:
         return state
@@ -105,13 +118,13 @@ def spread_update(state: Any, shardings: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
-    """Returns the sharding of batches [R, B, ...]; of a single replica's, [B, ...]."""
+    """Returns the sharding of batches [R, B, ...], or [B, ...] for a single replica."""
     axes = ("replica", "data") if replicas > 1 else ("data",)
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of arrays that every device has whole: every process can read them."""
+    """Returns the sharding of arrays replicated on every device, which every process can read."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -128,9 +141,9 @@ def mesh_of_shardings(shardings: Any) -> Mesh:
 def put_batch(
     tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...], sharding: NamedSharding
 ) -> dict[str, jax.Array]:
-    """Puts a batch of rows int [R, B] on devices, see `pad_rows`.
+    """Puts a batch of rows int [R, B] on devices; see `pad_rows`.
 
-    Each process makes the rows of its own devices only, padded to the length that all need.
+    Each process builds only the rows of its own devices, padded to the length of the whole batch.
     """
     length = padded_length(tokens, rows, lengths)
     indices = sharding.addressable_devices_indices_map(rows.shape)
@@ -145,9 +158,10 @@ def put_batch(
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
-    """Moves arrays to `shardings`, a tree like theirs; through the host, one after the other.
+    """Moves a tree of arrays to `shardings`, a tree of the same structure.
 
-    They may be on the host, then the same in all processes, or on any devices.
+    Arrays are moved through the host, one after the other. They may be on any devices, or on the
+    host if they are the same in all processes.
     """
 
     def move(x: Any, sharding: NamedSharding) -> jax.Array:
@@ -160,7 +174,7 @@ def reshard(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(x: Any) -> np.ndarray:
-    """Returns a whole array, wherever its parts are; called by all processes that have any."""
+    """Returns a whole array as NumPy. All processes that hold parts of it must call this."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         x = jax.jit(_same, out_shardings=replicated_sharding(mesh_of(x)))(x)
     return np.asarray(x)
@@ -171,25 +185,26 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 def select_replica(tree: Any, number: int) -> Any:
-    """Returns one replica of arrays [R, ...], on the host; called by all processes."""
+    """Returns one replica of arrays [R, ...] on the host. All processes must call this."""
     pick = jax.jit(lambda x: x[number], out_shardings=replicated_sharding(mesh_of(tree)))
     return jax.tree.map(lambda x: np.asarray(pick(x)), tree)
 
 
 def drop_replica_axis(tree: Any, replicas: int) -> Any:
-    """Returns arrays [R, ...] as they are, or a single replica's without the axis R."""
+    """Returns arrays [R, ...] unchanged, or without the axis R if there is a single replica."""
     return tree if replicas > 1 else jax.tree.map(lambda x: x[0], tree)
 
 
 def add_replica_axis(tree: Any, replicas: int) -> Any:
-    """Returns arrays [R, ...] of what `drop_replica_axis` returned."""
+    """Returns arrays [R, ...], given what `drop_replica_axis` returned."""
     return tree if replicas > 1 else jax.tree.map(lambda x: x[None], tree)
 
 
 def vmap_replicas(function: Callable, replicas: int) -> Callable:
     """Maps a function of one replica over the leading axis R of all arguments and results.
 
-    A single replica is not batched: on a CPU, products batched over an axis of size 1 are slower.
+    A single replica is not batched because matrix products that are batched over an axis of size 1
+    are slower on a CPU.
     """
     if replicas > 1:
         return jax.vmap(function)
@@ -202,9 +217,9 @@ def vmap_replicas(function: Callable, replicas: int) -> Callable:
 
 
 def warn_on_retrace(function: Callable) -> Callable:
-    """Returns `function` with a warning where it is traced again for shapes that it was traced for.
+    """Returns `function`, which then warns if it is traced a second time for the same shapes.
 
-    Of a function that is kept that is a compilation for nothing, unless JAX's caches were cleared.
+    If the compiled function was kept, such a trace is wasted, unless JAX's caches were cleared.
     """
     seen = set()
 

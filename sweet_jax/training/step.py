@@ -19,19 +19,25 @@ from sweet_jax.training.settings import StepSettings
 
 
 class State(NamedTuple):
-    """Holds everything of one replica that training changes, or in which replicas differ."""
+    """Holds what training changes in one replica, and what differs between replicas."""
 
     params: Params
     adam: Any  # optax.ScaleByAdamState
-    step: jax.Array  # int32 [], steps taken
-    learning_rate: jax.Array  # float32 [], the peak
+    step: jax.Array  # int32 [], number of steps taken
+    learning_rate: jax.Array  # float32 [], peak learning rate
     seed: jax.Array  # uint32 []
 
 
 def init_state(params: Params, learning_rate: float, seed: int, trained: Params = None) -> State:
     """Returns the state before the first step.
 
-    trained: the parameters that will get gradients, None for the others; by default all.
+    Args:
+      params: initial parameters.
+      learning_rate: peak learning rate.
+      seed: seed of the replica.
+      trained: a tree like `params` with None for the parameters that get no gradients; by default
+        all parameters get gradients.
+
     """
     return State(
         params,
@@ -45,16 +51,18 @@ def init_state(params: Params, learning_rate: float, seed: int, trained: Params 
 def train_step(
     settings: StepSettings, state: State, batch: dict[str, jax.Array]
 ) -> tuple[State, StepMetrics]:
-    """Takes one step of AdamW on the sum over exits of their losses (SWEET paper, section 3).
+    """Takes one step of AdamW on the sum of the exits' losses (SWEET paper, section 3).
 
     Args:
-      settings, state: constants, and what one replica has.
-      batch: input_ids, token_type_ids int32 [B, L], mask bool [B, L], labels, the targets [B, ...]
-        of the objective, row_mask bool [B] (False: the row is padding, and left out of the loss);
-        where some rows have no labels, labeled bool [B]: others count in distillation alone.
+      settings: constants of the step.
+      state: state of one replica.
+      batch: input_ids and token_type_ids int32 [B, L]; mask bool [B, L]; labels [B, ...], the
+        targets of the objective; row_mask bool [B], False for padding rows, which do not count in
+        the loss; and, if some rows have no labels, labeled bool [B], False for the rows that count
+        only in distillation.
 
     Returns:
-      The state after the step, and metrics from before it.
+      The state after the step, and the metrics before it.
 
     """
     chex.assert_rank((batch["input_ids"], batch["row_mask"]), (2, 1))
@@ -75,16 +83,18 @@ def train_step_segments(
     batch: dict[str, jax.Array],
     carried: SegmentState | None,
 ) -> tuple[State, StepMetrics, SegmentState | None]:
-    """Takes one step of consecutive segments, where no gradient crosses segments.
+    """Takes one step of consecutive segments, between which no gradient flows.
 
     Args:
-      settings, batch: as in `train_step`.
-      numbers: of the segments, from 0.
-      state: of one replica; of the parameters, those of these segments at least.
-      carried: the state that the segment before them handed on, None for the first.
+      settings: constants of the step.
+      numbers: numbers of the segments, from 0.
+      state: state of one replica, with at least the parameters of these segments.
+      batch: batch as in `train_step`.
+      carried: output of the segment before these, None if they include the first.
 
     Returns:
-      The state, metrics of these segments' exits, and the state that the last of them hands on.
+      The state after the step, the metrics of these segments' exits, and the output of the last of
+      these segments for the next one.
 
     """
     segments = Segments(numbers, carried, settings.frozen)
@@ -100,14 +110,14 @@ def train_step_segments(
 
 
 def _update(settings: StepSettings, state: State, grads: Params) -> State:
-    """Returns the state after AdamW's step."""
+    """Returns the state after a step of AdamW."""
     rate = state.learning_rate * learning_rate_share(state.step, settings)
     params, adam = apply_gradients(state.params, grads, state.adam, rate, settings)
     return state._replace(params=params, adam=adam, step=state.step + 1)
 
 
 def dropout_key(state: State) -> jax.Array:
-    """Returns the key of the dropout masks of a replica's next step."""
+    """Returns the key for the dropout masks of a replica's next step."""
     return derive_key(jax.random.key(state.seed), "dropout", state.step)
 
 
@@ -118,9 +128,16 @@ def evaluate_step(
     key: jax.Array | None = None,
     features: bool = False,
 ) -> ModelOutput:
-    """Returns the outputs of every exit, with `features` what it reads; with a key, under dropout.
+    """Returns the outputs of every exit, without dropout if `key` is None.
 
-    Boundaries are closed, so that an exit is computed in one way, whether others follow it or not:
-    the outputs of a run are then those of the run that it grows into, to the last bit.
+    Boundaries are closed, so that an exit is computed in the same way whether or not others follow
+    it: the outputs of a run are then bitwise equal to those of a run that grows from it.
+
+    Args:
+      graphdef, params: structure and parameters of the model.
+      batch: batch as in `train_step`.
+      key: typed key for the dropout masks, or None.
+      features: whether to return the inputs of the classifiers too.
+
     """
     return nnx.merge(graphdef, params).forward(batch, 1.0, key, features)

@@ -1,7 +1,7 @@
-"""Where the numbers of a training go beside metrics.jsonl: TensorBoard, W&B or MLflow.
+"""Trackers that log a training in addition to metrics.jsonl: TensorBoard, W&B or MLflow.
 
-W&B and MLflow are extras, imported when they are asked for. Each run directory is one run of
-theirs, whose id is kept in trackers.json, so that a run which is resumed goes on in it.
+W&B and MLflow are optional and imported only if requested. Each run directory corresponds to one
+run of the tracker, whose id is kept in trackers.json so that a resumed run continues it.
 """
 
 import importlib.util
@@ -18,29 +18,29 @@ from sweet_jax.config import UserError
 from sweet_jax.files import read_json, write_json
 
 _PROJECT = "sweet_jax"
-# What is attached where a tracker holds files.
+# What is attached to a tracker that stores files.
 _REPORT = ("report.html", "results.json", "figures")
 _MODEL = "model"
 
 
 class Tracker(Protocol):
-    """Takes numbers by name and step, and at the end of a run its files."""
+    """Receives values by name and step, and the files of a run at its end."""
 
     def add(self, name: str, value: float, step: int) -> None:
-        """Takes one finite number."""
+        """Logs one finite value."""
 
     def attach(self, workdir: Path) -> None:
-        """Takes the report and the model of a finished run."""
+        """Attaches the report and the model of a finished run."""
 
     def flush(self) -> None:
-        """Hands on what was taken."""
+        """Sends the values that are still pending."""
 
     def close(self) -> None:
-        """Flushes; the last call on it."""
+        """Flushes and closes the tracker."""
 
 
 class _TensorBoard:
-    """Writes event files in the workdir; what a run that was killed wrote later is purged."""
+    """Writes event files to the workdir; purges later events, which a killed run left behind."""
 
     def __init__(self, workdir: Path, training: str, step: int):
         folder = str(workdir / "tensorboard" / training)
@@ -50,7 +50,7 @@ class _TensorBoard:
         self._events.add_scalar(name, value, step)
 
     def attach(self, workdir: Path) -> None:
-        """Does nothing: event files hold no files."""
+        """Does nothing: event files cannot hold other files."""
 
     def flush(self) -> None:
         self._events.flush()
@@ -60,7 +60,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """Logs to a run of W&B; each training has a step of its own."""
+    """Logs to a W&B run; each training has its own step axis."""
 
     def __init__(self, workdir: Path, training: str, step: int):
         import wandb
@@ -106,7 +106,7 @@ class _Wandb:
 
 
 class _MLflow:
-    """Logs to a run of MLflow: at MLFLOW_TRACKING_URI, else in the workdir's folder mlruns."""
+    """Logs to an MLflow run at MLFLOW_TRACKING_URI, by default in the workdir's mlruns folder."""
 
     def __init__(self, workdir: Path, training: str, step: int):
         import mlflow.entities
@@ -133,7 +133,7 @@ class _MLflow:
     def add(self, name: str, value: float, step: int) -> None:
         now = int(1000 * time.time())
         self._pending.append(self._metric(f"{self._training}/{name}", value, now, step))
-        if len(self._pending) >= 500:  # of the 1,000 that a request may have
+        if len(self._pending) >= 500:  # a request may have at most 1,000
             self.flush()
 
     def attach(self, workdir: Path) -> None:
@@ -161,31 +161,31 @@ TRACKERS: Mapping[str, Callable[[Path, str, int], Tracker]] = {
 
 
 def check_tracker(name: str) -> None:
-    """Raises UserError where a tracker's package is not installed."""
+    """Raises UserError if the package of a tracker is not installed."""
     if name != "tensorboard" and importlib.util.find_spec(name) is None:
-        raise UserError(f'log_to={name} needs the package {name}: pip install -e ".[{name}]"')
+        raise UserError(f'log_to={name} requires the package {name}: pip install -e ".[{name}]"')
 
 
 def open_tracker(name: str, workdir: Path, training: str, step: int) -> Tracker:
     """Opens a tracker.
 
     Args:
-      name: one of TRACKERS.
+      name: name of a tracker in TRACKERS.
       workdir: directory of the run.
-      training: name that its numbers stand under.
-      step: that they begin with.
+      training: name of the training, under which its values are logged.
+      step: first step to log.
 
     """
     return TRACKERS[name](workdir, training, step)
 
 
 def track_results(name: str, workdir: Path, results: Mapping[str, Any]) -> None:
-    """Hands a finished run to a tracker: metrics on the validation rows, the report, the model."""
+    """Logs a finished run to a tracker: metrics on validation rows, the report and the model."""
     tracker = open_tracker(name, workdir, "validation", 0)
     for number, replica in enumerate(results["replicas"]):
         for exit in replica["individual"]:
             place = f"{results['metric']}/exit_{exit['layer']}/replica_{number}"
-            if exit["score"] is not None:  # else it diverged
+            if exit["score"] is not None:  # None if the exit diverged
                 tracker.add(place, exit["score"], 0)
     tracker.flush()
     tracker.attach(workdir)
@@ -193,7 +193,7 @@ def track_results(name: str, workdir: Path, results: Mapping[str, Any]) -> None:
 
 
 def _run_id(workdir: Path, tracker: str, new: Callable[[], str]) -> str:
-    """Returns the id of a run directory's run, which is made if there is none."""
+    """Returns the tracker's run id of a run directory; creates the run if there is none."""
     path = workdir / "trackers.json"
     known = read_json(path) if path.exists() else {}
     if tracker not in known:
