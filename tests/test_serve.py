@@ -223,7 +223,7 @@ def test_an_address_that_another_process_took_while_the_model_was_read(
         ({"texts": ["a"], "cots": 1}, 400, "unknown key 'cots'"),
         ({"texts": ["a"], "detail": "yes"}, 400, "detail must be true or false; got 'yes'"),
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
-        ({"texts": ["a"], "threshold": 1e300}, 400, "in size below 1,000,000; got 1e+300"),
+        ({"texts": ["a"], "threshold": 1e300}, 400, "absolute value below 1,000,000; got 1e+300"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
         ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
         ({"texts": ["a"], "level": 0.9}, 400, "give risk or agreement too"),
@@ -298,7 +298,7 @@ def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, 
         first = pool.submit(running.predict, {"texts": texts[:2]})
         running.wait_for(waiting=2)
         status, found = running.predict({"texts": texts[:2]})
-        assert (status, found["error"]) == (503, "too many texts wait: try again")
+        assert (status, found["error"]) == (503, "too many texts are waiting: try again later")
         status, found = running.predict({"texts": texts[:4]})
         assert (status, found["error"]) == (413, "a request may have 3 texts; got 4")
         running.server.should_exit = True  # what SIGTERM does

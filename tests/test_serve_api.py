@@ -157,7 +157,7 @@ def test_a_long_text_is_cut_on_the_side_that_is_asked_for_or_refused(server):
     assert scores(right, truncate=False) == scores(right)
     status, found = ask(server, "/predict", {"inputs": whole, "truncate": False})
     assert status == 422
-    assert "37 tokens, and this model takes 32" in found["error"]
+    assert "37 tokens, but this model takes at most 32" in found["error"]
     assert scores(whole) == scores(right)  # nothing of this stays
 
 
