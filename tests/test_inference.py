@@ -337,7 +337,7 @@ def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
     for change, message in (
         ({"version": 1}, "has version 1, but this release reads versions 4, 5, 6, 7"),
         ({"dials": {}}, "is damaged"),
-        ({"classes": ["a", "b", "c"]}, "missing or misshapen: exits.2.classifier"),
+        ({"classes": ["a", "b", "c"]}, "missing or have the wrong shape: exits.2.classifier"),
     ):
         (folder / "exits.json").write_text(json.dumps(about | change))
         with pytest.raises(UserError, match=message):
@@ -443,8 +443,8 @@ def test_tables_and_arrays_of_texts_are_classified_by_their_text_column(sweet, k
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"text": ["a"]}, "not a dict"),
-        (b"word1", "not one text"),
+        ({"text": ["a"]}, "got a dict"),
+        (b"word1", "got a single text"),
         (pd.DataFrame({"txt": ["a"]}), "unknown column 'text': did you mean 'txt'"),
         (pd.DataFrame({"text": ["a", None]}), "row 2 must be a text; got "),
         (pd.Series(["a", float("nan")]), "row 2 must be a text; got nan"),
