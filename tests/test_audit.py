@@ -159,7 +159,7 @@ def test_a_log_is_bounded_and_read_back(tmp_path):
         file.write('{"time": 1')  # of a server that was killed
     assert read_audit_log(path, ABOUT)[0].shape == logits.shape
     with pytest.raises(
-        UserError, match=r"^line 1 of '.*' is of another model: classes is 2 there and 3 here"
+        UserError, match=r"^line 1 of '.*' is from another model: classes is 2 there and 3 here"
     ):
         read_audit_log(path, ABOUT | {"classes": 3})
     with open(path, "a") as file:
@@ -229,10 +229,10 @@ def test_a_log_of_another_model_or_precision_is_refused(tmp_path):
         (weighing(tmp_path / "again", b"weights", seed=4), "seed is 3 there and 4 here"),
         (weighing(tmp_path / "longer", b"others"), "weights_sha256 is '.{16}' there and '.{16}' h"),
     ):
-        with pytest.raises(UserError, match=f"^line 1 of '.*' is of another model: {words}"):
+        with pytest.raises(UserError, match=f"^line 1 of '.*' is from another model: {words}"):
             read_audit_log(path, describe_audited(other, "float32"))
     for precision, fix in (
-        ("bfloat16", "serve the model in float32 for a log to refit it from"),
+        ("bfloat16", "to refit from a log, write it while serving the model in float32"),
         ("int8", "fitted by sweet-jax quantize --run=DIR and cannot be refitted from a log"),
     ):
         AuditLog(path, {**own, "precision": precision}, 1 << 20).close()
@@ -248,7 +248,7 @@ def test_a_log_is_written_by_one_server_at_a_time(tmp_path):
         first.add(row(number), [1, 2])
     assert (tmp_path / "audit.jsonl.old").exists()
     before = (tmp_path / "audit.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"audit.jsonl' is written by another server: choose"):
+    with pytest.raises(UserError, match=r"audit.jsonl' is in use by another server: choose"):
         AuditLog(path, ABOUT, 400)
     assert (tmp_path / "audit.jsonl").read_bytes() == before
     AuditLog(str(tmp_path / "other.jsonl"), ABOUT, 400).close()
@@ -410,7 +410,7 @@ def test_the_alarm_is_logged_shown_and_posted_once(serve_audited, classifier, sw
     hook.server_close()
     assert sum("AUDIT ALARM" in r.getMessage() for r in caplog.records) == 1
     assert [(p["alarm"], p["target"]) for p in posted] == [("agreement", 0.9)]
-    assert "audited answers with the full model is 0.0000, where 0.9000 is" in posted[0]["text"]
+    assert "with the full model is 0.0000; the target is at least 0.9000" in posted[0]["text"]
     assert "Alarm since" in running.call("GET", "/audit")[1].decode()
     assert "sweet_jax_audit_alarm 1.0" in running.call("GET", "/metrics")[1].decode()
     assert json.dumps(texts[0]) in path.read_text()
@@ -485,8 +485,8 @@ def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sw
         (["--audit=1", "--level=2"], "--level must be from 0.5 to 0.9999; got 2"),
         (["--audit_log=x"], "--audit_log needs --audit=SHARE"),
         (["--audit=1", "--audit_agreement=1.5"], "--audit_agreement must be between 0 and 1"),
-        (["--audit=1", "--audit_webhook=http://example.com/x"], "must be an address of this mach"),
-        (["--audit=1", "--audit_webhook=ftp://127.0.0.1/x"], "must be an address of this machine"),
+        (["--audit=1", "--audit_webhook=http://example.com/x"], "must be a URL on this machine"),
+        (["--audit=1", "--audit_webhook=ftp://127.0.0.1/x"], "must be a URL on this machine"),
         (["--audit=1", "--audit_webhook=http://127.0.0.1:99999/"], "must have a port from 1 to 65"),
         (["--audit=1", "--audit_webhook=http://127.0.0.1:0/"], "must have a port from 1 to 65535"),
         (["--audit=1", "--audit_webhook=http://127.0.0.1:x/"], "must have a port from 1 to 65535"),
@@ -507,9 +507,9 @@ def test_without_scipy_the_agreement_is_to_be_given(classifier, monkeypatch, cap
 
     monkeypatch.setitem(sys.modules, "scipy", None)
     options = ["--model=x", "--audit=0.5"]
-    with pytest.raises(UserError, match=r"^without SciPy, --audit needs --audit_agreement too: gi"):
+    with pytest.raises(UserError, match=r"^without SciPy, --audit needs --audit_agreement too:"):
         make_audit(classifier, serve._parse(options))
     make_audit(classifier, serve._parse([*options, "--audit_agreement=0.9"]))
     # The level of what the calibration rows certify: no target of the answers is needed.
     assert serve._parse([*options, "--level=0.9"]).level == 0.9
-    assert "when agreement falls below 0.9000 (asked for)" in capsys.readouterr().out
+    assert "when the agreement is below 0.9000 (from --audit_agreement)" in capsys.readouterr().out

@@ -146,7 +146,7 @@ def test_an_unknown_engine_is_refused(sweet, model):
 def test_what_an_engine_does_not_take_is_refused(sweet, monkeypatch):
     monkeypatch.setitem(ENGINES, "numpy", "numpy_engine")
     folder = sweet.classifier.model.folder
-    with pytest.raises(UserError, match="the numpy engine has no threads: leave threads out"):
+    with pytest.raises(UserError, match="the numpy engine has no option threads: leave threads"):
         AdaptiveClassifier.from_pretrained(folder, engine="numpy", threads=1)
 
 

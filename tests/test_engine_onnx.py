@@ -95,7 +95,7 @@ def test_no_layer_is_in_two_segments():
 
 def test_what_the_engine_cannot_do_is_refused(sweet):
     model = sweet.classifier.model
-    with pytest.raises(UserError, match="has no precision 'bfloat16': choose engine jax with"):
+    with pytest.raises(UserError, match="does not support precision 'bfloat16': choose engine jax"):
         load_engine("onnxruntime", model, "bfloat16")
     with pytest.raises(UserError, match="threads must be at least 1; got 0"):
         load_engine("onnxruntime", model, threads=0)

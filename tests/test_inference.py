@@ -306,7 +306,7 @@ def test_bfloat16_is_close(sweet):
     [
         ("one text", "must be a list of texts"),
         ([("a", "pair")], "row 1 must be a text; got"),
-        (["\ud800"], "row 1 holds half a surrogate pair"),
+        (["\ud800"], "row 1 has an unpaired surrogate"),
         (["a", None], "row 2 must be a text; got "),
     ],
 )
@@ -325,19 +325,19 @@ def test_models_that_cannot_be_read(sweet, checkpoint, tmp_path):
     with pytest.raises(UserError, match="an encoder without exits"):
         AdaptiveClassifier.from_pretrained(checkpoint)
     run = sweet.classifier.model.folder.parent
-    with pytest.raises(UserError, match=r"is the folder of a run: give '.*/model'"):
+    with pytest.raises(UserError, match=r"is the folder of a run: pass '.*/model'"):
         AdaptiveClassifier.from_pretrained(run)
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "parameters.npz").touch()
-    with pytest.raises(UserError, match=r"exported' was exported to StableHLO, .*: give .* model/"):
+    with pytest.raises(UserError, match=r"exported' is a StableHLO export, .*: pass .* model/"):
         AdaptiveClassifier.from_pretrained(tmp_path / "exported")
     folder = tmp_path / "model"
     shutil.copytree(sweet.classifier.model.folder, folder)
     about = json.loads((folder / "exits.json").read_text())
     for change, message in (
-        ({"version": 1}, "of version 1, this is for version"),
+        ({"version": 1}, "has version 1, but this release reads versions 4, 5, 6, 7"),
         ({"dials": {}}, "is damaged"),
-        ({"classes": ["a", "b", "c"]}, "missing or misshapen: exits.2.classifier"),
+        ({"classes": ["a", "b", "c"]}, "missing or have the wrong shape: exits.2.classifier"),
     ):
         (folder / "exits.json").write_text(json.dumps(about | change))
         with pytest.raises(UserError, match=message):
@@ -443,8 +443,8 @@ def test_tables_and_arrays_of_texts_are_classified_by_their_text_column(sweet, k
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"text": ["a"]}, "not a dict"),
-        (b"word1", "not one text"),
+        ({"text": ["a"]}, "got a dict"),
+        (b"word1", "got a single text"),
         (pd.DataFrame({"txt": ["a"]}), "unknown column 'text': did you mean 'txt'"),
         (pd.DataFrame({"text": ["a", None]}), "row 2 must be a text; got "),
         (pd.Series(["a", float("nan")]), "row 2 must be a text; got nan"),

@@ -63,11 +63,11 @@ def test_what_has_no_operator_is_named(sweet, monkeypatch):
 
     monkeypatch.setattr(BertEmbeddings, "positions", sort)
     assert refusal() == (
-        "the onnxruntime engine cannot compute the primitive sort, in an encoder of model_type "
-        "'bert': use engine=jax"
+        "the onnxruntime engine does not support the primitive sort, which an encoder of "
+        "model_type 'bert' needs: use engine=jax"
     )
     monkeypatch.setattr(BertEmbeddings, "positions", fixed)
-    assert "an array whose size must be known beforehand, in an encoder" in refusal()
+    assert "an array whose size must be known in advance, which an encoder" in refusal()
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "deberta"])
@@ -106,7 +106,7 @@ def test_what_cannot_be_exported_or_read_is_refused(sweet, onnx_model, tmp_path,
         load_engine("onnxruntime", open_model(onnx_model), "int8")
     shutil.copytree(onnx_model, tmp_path / "model")
     (tmp_path / "model" / "onnx" / "graphs.json").write_text("{}")
-    with pytest.raises(UserError, match=r"graphs\.json' is not readable .*: export again"):
+    with pytest.raises(UserError, match=r"graphs\.json' cannot be read .*: export the model"):
         load_engine("onnxruntime", open_model(tmp_path / "model"))
 
 

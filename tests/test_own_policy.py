@@ -153,7 +153,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path)
     shutil.copytree(fine_tuned[0] / "model", tmp_path / "model")
     model = open_model(tmp_path / "model")
     engine = load_engine(model)
-    with pytest.raises(UserError, match=r"calibration\.npz' is not there to do it now: give thr"):
+    with pytest.raises(UserError, match=r"calibration\.npz', which .* does not exist: pass thr"):
         AdaptiveClassifier(model, largest, {"cost": 0.5}, engine)
     assert AdaptiveClassifier(model, largest, {"threshold": 0.5}, engine).threshold == 0.5
     changed = dataclasses.replace(
@@ -161,5 +161,5 @@ def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path)
     )
     resolver = dataclasses.replace(sweet.classifier.model.resolver, calibrator=changed)
     other = dataclasses.replace(sweet.classifier.model, resolver=resolver)
-    with pytest.raises(UserError, match="are not those of this model, which was recalibrated"):
+    with pytest.raises(UserError, match="do not fit this model, which was recalibrated"):
         AdaptiveClassifier(other, largest, {"cost": 0.5}, engine)

@@ -161,7 +161,7 @@ def test_an_interrupted_command_knows_by_what_it_was_begun(
     assert "was made with another threshold, '0.8'" in capsys.readouterr().err
     status, still = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
     assert (status, still) == (2, begun)  # as many bytes, but the rows are others
-    assert "not made by this model, target and input" in capsys.readouterr().err
+    assert "not made with this model, target and input" in capsys.readouterr().err
     status, found = command("in.jsonl", content, "--threshold=0.8")
     assert (status, len(found)) == (0, len(sweet.texts))
     assert found[: len(begun)] == begun
@@ -219,7 +219,7 @@ def test_an_interrupted_table_is_resumed_and_a_finished_one_is_left_alone(
     whole = output.read_bytes()
     assert f"{len(sweet.texts)} rows" in capsys.readouterr().out
     assert call(sweet, *arguments) == 2
-    assert "exists: choose another, or remove it" in capsys.readouterr().err
+    assert "exists: choose another file, or remove it" in capsys.readouterr().err
     assert output.read_bytes() == whole
 
 
@@ -238,7 +238,7 @@ def test_the_input_is_never_emptied(sweet, tmp_path, capsys):
     (tmp_path / "in.txt").write_text("word1\n")
     path = tmp_path / "in.txt"
     assert call(sweet, f"--input={path}", f"--output={path}") == 2
-    assert "--output must be another file than --input" in capsys.readouterr().err
+    assert "--output and --input are the same file" in capsys.readouterr().err
     assert path.read_text() == "word1\n"
     assert call(sweet, f"--input={path}", f"--output={tmp_path}") == 2
     assert "is a folder" in capsys.readouterr().err
@@ -293,7 +293,7 @@ def test_a_column_with_a_comma_is_found_in_a_file_with_semicolons(sweet, tmp_pat
 def test_formats_that_are_not_written_are_refused(sweet, tmp_path, capsys, name):
     (tmp_path / "in.txt").write_text("word1\n")
     assert call(sweet, f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / name}") == 2
-    assert "predictions are written as .jsonl, .csv or .parquet" in capsys.readouterr().err
+    assert "choose .jsonl, .csv or .parquet" in capsys.readouterr().err
     assert not (tmp_path / name).exists()
 
 
@@ -333,7 +333,7 @@ def test_a_file_that_is_no_output_is_left_alone(sweet, tmp_path, capsys, content
     model = sweet.classifier.model.folder
     arguments = [f"--model={model}", f"--input={tmp_path / 'in.txt'}"]
     assert predict.main([*arguments, f"--output={tmp_path / 'out.jsonl'}"]) == 2
-    assert "line 1 is not an output of this command" in capsys.readouterr().err
+    assert "line 1 is not a prediction of this command" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == content
 
 
@@ -345,7 +345,7 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
     assert "was made with another threshold, '0.8'" in capsys.readouterr().err
     status, _ = command("in.jsonl", jsonl(sweet.texts[::-1]), "--threshold=0.8")
     assert status == 2
-    assert "not made by this model, target and input" in capsys.readouterr().err
+    assert "not made with this model, target and input" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -374,7 +374,7 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
         ("in.csv", "text\na\n", ["--cost=0.1"], "infeasible: the best reachable"),
         ("in.csv", "text\na\n", ["--batch_size=0"], "batch_size must be at least 1; got 0"),
-        ("in.csv", "text\na\n", ["--dtype=int4"], "has no precision 'int4': choose"),
+        ("in.csv", "text\na\n", ["--dtype=int4"], "does not support precision 'int4': choose"),
         ("in.csv", "text\na\n", ["--model=nowhere/model"], "neither a local directory nor"),
     ],
 )

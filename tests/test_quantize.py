@@ -78,7 +78,7 @@ def test_an_exit_that_loses_more_than_half_a_point_is_warned_of(run, monkeypatch
     monkeypatch.setattr(quantize, "load_engine", lambda *_, **__: None)
     assert quantize.main([f"--run={again}"]) == 0
     printed = capsys.readouterr()
-    assert "points in int8, whichever layers are in float32" in printed.out
+    assert "points in int8, whichever layers stay in float32" in printed.out
     assert "warning: exit 2 loses 100.0 points in int8 on the validation rows" in printed.err
     rows = len(ExitOutputs.load(again / "exit_outputs" / "validation.npz").labels[0])
     lines = [line.split() for line in printed.out.splitlines()]
@@ -134,7 +134,7 @@ def test_numbers_are_held_to_a_share_of_their_error_whatever_their_unit(unit, ca
 
     kept, _ = select_float32_layers(exact, lambda kept: outputs(kept, 0.1))
     assert kept == [1]
-    told = "exit 1 would have an error more than 1% larger in int8: layer 1 of 2 in float32\n"
+    told = "the error of exit 1 would be more than 1% larger in int8: layer 1 of 2 in float32\n"
     assert capsys.readouterr().out == told
     kept, _ = select_float32_layers(exact, lambda kept: outputs(kept, 0.0))
     assert kept == []
@@ -152,7 +152,7 @@ def test_no_layer_stays_in_float32_for_a_loss_that_chance_explains(capsys):
         assert kept == []
         printed = capsys.readouterr().out
         if probability is None:
-            assert printed.endswith("in int8, whichever layers are in float32\n")
+            assert printed.endswith("in int8, whichever layers stay in float32\n")
         else:
             told = (
                 f"exit 2 loses 3.0 points in int8 on 100 calibration rows ({lost} lost, 0 gained)"
@@ -249,12 +249,12 @@ def test_int8_is_refused_where_it_was_not_fitted(sweet, run, tmp_path, capsys):
     assert default_engine(open_model(folder), "int8") == "onnxruntime"
     with pytest.raises(UserError, match=r"has no thresholds for int8.*run sweet-jax quantize"):
         AdaptiveClassifier.from_pretrained(folder, precision="int8")
-    words = "the jax engine has no precision 'int8': .*, or onnxruntime with float32 or int8$"
+    words = "the jax engine does not support precision 'int8': .*, or onnxruntime with float32 or"
     with pytest.raises(UserError, match=words):
         AdaptiveClassifier.from_pretrained(run / "model", precision="int8", engine="jax")
     shutil.copytree(run / "model", tmp_path / "model")
     (tmp_path / "model" / "int8.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is not readable .*run sweet-jax quantize again"):
+    with pytest.raises(UserError, match=r"cannot be read .*run sweet-jax quantize again"):
         AdaptiveClassifier.from_pretrained(tmp_path / "model", precision="int8")
     assert quantize.main([f"--run={tmp_path}"]) == 2
     assert capsys.readouterr().err.startswith("error: ")

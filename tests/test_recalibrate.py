@@ -175,7 +175,7 @@ def test_an_audit_log_of_several_labels_holds_exits_to_the_labels_of_the_last(sw
 
 def test_numbers_are_not_recalibrated_by_agreement(sweet):
     model = dataclasses.replace(sweet.classifier.model, objective=REGRESSION)
-    with pytest.raises(UserError, match=r"is a regression, .*: give --labelled"):
+    with pytest.raises(UserError, match=r"is a regression, .*: pass --labelled"):
         fit_by_agreement(model, np.zeros((3, 40, 1), np.float32), None)
 
 
@@ -190,7 +190,7 @@ def test_a_log_of_few_texts_is_refused(sweet, tmp_path, capsys):
     path = tmp_path / "audit.jsonl"
     AuditLog(str(path), {"layers": [2, 3, 4], "classes": 2}, 1 << 20).close()
     assert call(sweet, f"--audit_log={path}", f"--output={tmp_path / 'again'}") == 2
-    assert "has no audited text yet" in capsys.readouterr().err
+    assert "does not hold any audited texts yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

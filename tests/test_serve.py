@@ -213,9 +213,9 @@ def test_an_address_that_another_process_took_while_the_model_was_read(
 @pytest.mark.parametrize(
     ("asked", "status", "message"),
     [
-        (b"rubbish", 400, "not JSON"),
-        (b"\xff\xfe", 400, "not JSON"),
-        ([], 400, "must be an object"),
+        (b"rubbish", 400, "not valid JSON"),
+        (b"\xff\xfe", 400, "not valid JSON"),
+        ([], 400, "must be a JSON object"),
         ({}, 400, "texts must be a list"),
         ({"texts": "one"}, 400, "texts must be a list"),
         ({"texts": ["a", 5]}, 400, "row 2 must be a text; got 5"),
@@ -223,17 +223,17 @@ def test_an_address_that_another_process_took_while_the_model_was_read(
         ({"texts": ["a"], "cots": 1}, 400, "unknown key 'cots'"),
         ({"texts": ["a"], "detail": "yes"}, 400, "detail must be true or false; got 'yes'"),
         ({"texts": ["a"], "cost": "x"}, 400, "cost must be a number"),
-        ({"texts": ["a"], "threshold": 1e300}, 400, "in size below 1,000,000; got 1e+300"),
+        ({"texts": ["a"], "threshold": 1e300}, 400, "absolute value below 1,000,000; got 1e+300"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
         ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
         ({"texts": ["a"], "level": 0.9}, 400, "give risk or agreement too"),
-        (b'{"texts": ["\\ud800"]}', 400, "half a surrogate pair"),
+        (b'{"texts": ["\\ud800"]}', 400, "has an unpaired surrogate"),
         ({"texts": ["a"], "accuracy": 1.2}, 400, "accuracy must be from 0 to 1"),
         ({"texts": ["a"], "cost": 1, "accuracy": 1}, 400, "set one target"),
         ({"texts": ["a"], "policy": "sure"}, 400, "unknown policy 'sure'"),
-        ({"texts": ["a"] * 9}, 413, "may have 8 texts; got 9"),
-        ({"texts": ["a" * 5001]}, 413, "may have 5000 characters"),
-        ({"texts": ["a" * 30000]}, 413, "may have 20000 bytes"),
+        ({"texts": ["a"] * 9}, 413, "may have at most 8 texts; got 9"),
+        ({"texts": ["a" * 5001]}, 413, "may have at most 5000 characters"),
+        ({"texts": ["a" * 30000]}, 413, "may have at most 20000 bytes"),
     ],
 )
 def test_what_is_refused(server, asked, status, message):
@@ -254,7 +254,7 @@ def test_a_body_too_large_is_answered_when_the_client_has_sent_it(server):
         time.sleep(0.05)
     found = connection.getresponse()
     assert found.status == 413
-    assert b"may have 20000 bytes" in found.read()
+    assert b"may have at most 20000 bytes" in found.read()
     connection.close()
 
 
@@ -298,9 +298,9 @@ def test_a_full_queue_says_so_and_the_end_answers_what_was_taken_in(classifier, 
         first = pool.submit(running.predict, {"texts": texts[:2]})
         running.wait_for(waiting=2)
         status, found = running.predict({"texts": texts[:2]})
-        assert (status, found["error"]) == (503, "too many texts wait: try again")
+        assert (status, found["error"]) == (503, "too many texts are waiting: try again later")
         status, found = running.predict({"texts": texts[:4]})
-        assert (status, found["error"]) == (413, "a request may have 3 texts; got 4")
+        assert (status, found["error"]) == (413, "a request may have at most 3 texts; got 4")
         running.server.should_exit = True  # what SIGTERM does
         time.sleep(0.3)
         assert not first.done()

@@ -157,7 +157,7 @@ def test_a_long_text_is_cut_on_the_side_that_is_asked_for_or_refused(server):
     assert scores(right, truncate=False) == scores(right)
     status, found = ask(server, "/predict", {"inputs": whole, "truncate": False})
     assert status == 422
-    assert "37 tokens, and this model takes 32" in found["error"]
+    assert "37 tokens, but this model takes at most 32" in found["error"]
     assert scores(whole) == scores(right)  # nothing of this stays
 
 
@@ -189,8 +189,8 @@ def test_pairs_in_both_formats(pair_server):
         ({"inputs": "word1", "raw_scores": 1}, 422, "Validation", "raw_scores must be true"),
         ({"inputs": "word1", "truncation_direction": "up"}, 422, "Validation", "left or right"),
         ({"inputs": "word1", "cost": 0.01}, 422, "Validation", "infeasible"),
-        ({"inputs": [["word1"]] * 5}, 413, "Validation", "may have 4 texts"),
-        ({"inputs": "a" * 301}, 413, "Validation", "may have 300 characters"),
+        ({"inputs": [["word1"]] * 5}, 413, "Validation", "may have at most 4 texts"),
+        ({"inputs": "a" * 301}, 413, "Validation", "may have at most 300 characters"),
     ],
 )
 def test_what_is_refused_as_the_other_server_would(server, body, status, kind, message):

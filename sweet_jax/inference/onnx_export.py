@@ -77,7 +77,7 @@ def _write_graphs(
 
 
 def _located(graph: Graph, file: str, places: Mapping[str, tuple[int, int]]) -> bytes:
-    """Returns a graph that finds its weights in a file beside it."""
+    """Returns a serialized graph that reads its weights from a file in the same folder."""
     model = onnx.load_from_string(graph.model)
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -1,1 +1,1 @@
-"""The HTTP server: the application, and the thread that computes."""
+"""The HTTP server: the application, and the thread that computes predictions."""

@@ -1,7 +1,7 @@
-"""The HTTP application: has the worker classify the texts of each request, and replies.
+"""The HTTP application: has the worker classify the texts of each request, and responds.
 
-The formats of requests and answers are in `formats.py` and `tei.py`, the checks of what is read in
-`requests.py`, errors in `refusals.py`, and the description of all of it in `openapi.py`.
+The formats of requests and responses are in `formats.py` and `tei.py`, checks of requests in
+`requests.py`, errors in `refusals.py`, and the description of the API in `openapi.py`.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class _Metrics:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "sweet_jax_requests",
-            "Requests of predictions by HTTP status",
+            "Prediction requests by HTTP status",
             ["status"],
             registry=self.registry,
         )
@@ -48,7 +48,9 @@ class _Metrics:
             "sweet_jax_texts", "Texts by the layer they exited at", ["exit"], registry=self.registry
         )
         self.seconds = Histogram(
-            "sweet_jax_request_seconds", "Seconds to answer a request", registry=self.registry
+            "sweet_jax_request_seconds",
+            "Seconds to answer a prediction request",
+            registry=self.registry,
         )
         waiting = Gauge(
             "sweet_jax_waiting_texts", "Texts not yet classified", registry=self.registry
@@ -68,7 +70,15 @@ class _Service(NamedTuple):
 def make_app(
     classifier: AdaptiveClassifier, batch_size: int, limits: Limits, audit: Audit | None = None
 ) -> Starlette:
-    """Returns the application; a request without a target is answered at the classifier's own."""
+    """Returns the application.
+
+    Args:
+      classifier: classifier at the operating point of requests that set no policy and no target.
+      batch_size: maximum number of texts computed at once.
+      limits: limits on requests.
+      audit: audit of the answered texts; None for no audit.
+
+    """
     worker = Worker(classifier, batch_size, limits.waiting, audit)
     service = _Service(worker, _Metrics(worker), limits, audit)
     if audit is not None:
@@ -87,7 +97,8 @@ def make_app(
         middleware=after,
         exception_handlers={HTTPException: _refuse_route},
     )
-    app.router.redirect_slashes = False  # another path is not found, as documented
+    # A path with an additional slash is not found, as documented.
+    app.router.redirect_slashes = False
     return app
 
 
@@ -99,7 +110,7 @@ def _make_routes(service: _Service) -> list[Route]:
         async def predict(request: Request) -> Response:
             try:
                 response = await _predict(request, formats, service)
-            except Exception:  # a bug, which Starlette answers
+            except Exception:  # a bug: Starlette responds with status 500
                 service.metrics.requests.labels(500).inc()
                 raise
             service.metrics.requests.labels(response.status_code).inc()
@@ -112,7 +123,7 @@ def _make_routes(service: _Service) -> list[Route]:
             return JSONResponse({"status": "ok", "waiting": worker.waiting})
         return JSONResponse({"status": "the worker stopped"}, 503)
 
-    async def health(_: Request) -> Response:  # as text-embeddings-inference has it
+    async def health(_: Request) -> Response:  # compatible with text-embeddings-inference
         if worker.alive:
             return Response()
         return JSONResponse({"error": "unhealthy", "error_type": "Unhealthy"}, 503)
@@ -146,13 +157,13 @@ def _make_routes(service: _Service) -> list[Route]:
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
-    """Returns the response to a path or a method that there is not: Starlette has plain text."""
+    """Returns a JSON response for an unknown path or method; Starlette's own is plain text."""
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404:
-        message = "there is nothing at this path: /openapi.json lists those that there are"
+        message = "no such path; see /openapi.json for the available ones"
     if error.status_code == 405:
-        message = f"this path does not take {request.method}: /openapi.json lists what it takes"
+        message = f"this path does not support {request.method}; see /openapi.json for its methods"
     return JSONResponse({"error": message}, error.status_code, error.headers)
 
 
@@ -166,7 +177,7 @@ def _render_page(classifier: AdaptiveClassifier) -> str:
 
 
 async def _predict(request: Request, formats: Sequence[Format], service: _Service) -> Response:
-    """Returns the response in the format whose key the body has, the first where none fits."""
+    """Returns the response, in the format whose key the body has, or else in the first format."""
     began, chosen, limits = time.perf_counter(), formats[0], service.limits
     model = service.worker.classifier.model
     try:
@@ -185,10 +196,11 @@ async def _predict(request: Request, formats: Sequence[Format], service: _Servic
 
 
 async def _classify(question: Question, worker: Worker, limits: Limits) -> Answered:
-    """Returns the predictions of a question: those of every request, in any format."""
+    """Returns the predictions for a question."""
     point = question.policy, question.target
     classifier = worker.known(*point)
     if classifier is None:
-        classifier = await asyncio.to_thread(worker.at, *point)  # a certificate takes a while
+        # In a thread, since computing a certificate takes a while.
+        classifier = await asyncio.to_thread(worker.at, *point)
     async with asyncio.timeout(limits.timeout):
         return await worker.predict(classifier, question.texts, question.truncation)

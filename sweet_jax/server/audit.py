@@ -1,7 +1,7 @@
-"""The audit of a server: a share of the texts goes through all layers too, after its answer.
+"""The audit of a server: a share of the texts is also computed by all exits, after the response.
 
-What is audited is computed while no text waits, by the thread that computes the answers: no answer
-waits for its own audit, and another one for at most one small batch of one stage.
+The thread that computes predictions does this while no text waits. A response never waits for its
+own audit, and for other texts' audits it waits for at most one small batch of one stage.
 """
 
 import contextvars
@@ -26,8 +26,8 @@ from sweet_jax.inference.scheduler import ExitRule, Request, Scheduler
 
 log = logging.getLogger(__name__)
 
-_WAITING = 256  # texts that wait for their audit; more are left out, and counted
-_BATCH = 8  # texts of a batch: an answer may have to wait for one
+_WAITING = 256  # maximum number of texts that wait for their audit; others are dropped
+_BATCH = 8  # texts in a batch; small, since a response may have to wait for one
 
 Answered = tuple[Request, Text]
 _answered: contextvars.ContextVar[list[Answered] | None] = contextvars.ContextVar(
@@ -37,18 +37,18 @@ _answered: contextvars.ContextVar[list[Answered] | None] = contextvars.ContextVa
 
 @dataclasses.dataclass(frozen=True)
 class AuditSettings:
-    """Holds what an audit is asked for.
+    """Holds the settings of an audit.
 
     Attributes:
-      share: of the texts that are answered, 0 to 1, drawn at random.
-      seed: of the draws.
-      agreement: the share of answers that are to be those of the full model; None: no alarm.
-      level: 1 - the chance of a false alarm of either kind, ever.
-      webhook: URL that an alarm is posted to, "" for none.
-      log: name of the file that rows are written to, "" for none.
-      log_size: its bound, in bytes.
+      share: share of the answered texts that is audited, from 0 to 1, drawn at random.
+      seed: random seed of the draws.
+      agreement: minimum share of answers that equal the full model's; None for no alarm.
+      level: 1 - the probability that either alarm is ever raised falsely.
+      webhook: URL that an alarm is posted to; "" for none.
+      log: name of the file that rows are written to; "" for none.
+      log_size: maximum size of the log, in bytes.
       texts: whether rows hold the text.
-      precision: that the classifier's engine computes in, which the log names.
+      precision: precision of the classifier's engine, which the log records.
 
     """
 
@@ -64,12 +64,12 @@ class AuditSettings:
 
 
 class AuditCounts(NamedTuple):
-    """Holds the counts of an audit's texts.
+    """Holds the numbers of an audit's texts.
 
     Attributes:
-      answered: at the server's own operating point.
-      dropped: drawn, and left out since too many waited.
-      waiting: for their audit.
+      answered: number of texts answered at the server's own operating point.
+      dropped: number of texts drawn for the audit but dropped, since too many were waiting.
+      waiting: number of texts that wait for their audit.
 
     """
 
@@ -79,27 +79,28 @@ class AuditCounts(NamedTuple):
 
 
 def uniform_draws(seed: int, number: int) -> tuple[float, float]:
-    """Returns two uniform draws for text `number`, which depend on the seed and it alone.
+    """Returns two uniform draws for text `number`, which depend only on the seed and this number.
 
-    By the first it is audited or not, by the second ties of the shift test are broken.
+    The first decides whether the text is audited, the second breaks ties in the shift test.
     """
     first, second = np.random.Philox(key=seed, counter=number).random_raw(2) / 2.0**64
     return float(first), float(second)
 
 
 class Audit:
-    """Audits the texts that were answered at a classifier's own operating point.
+    """Audits texts that were answered at a classifier's own operating point.
 
-    `offer` is called by the thread of the HTTP application, `step` by the one that computes.
+    The thread of the HTTP application calls `offer`; the one that computes predictions calls
+    `step`.
 
     Args:
-      classifier: that the server answers with.
-      settings: what is asked for.
+      classifier: classifier that the server answers with.
+      settings: settings of the audit.
 
     Attributes:
       running: False once an error has ended the audit.
 
-    Raises UserError where the log cannot be written.
+    Raises UserError for a regression, and if the log cannot be written.
 
     """
 
@@ -107,32 +108,32 @@ class Audit:
         self.settings, self.running = settings, True
         model, rule, engine = classifier.model, classifier.rule, classifier.engine
         self._scheduler = Scheduler(engine, engine.stages(), _BATCH)
-        # An infinite patience: no text leaves before the last exit, whatever the outputs mean.
+        # With infinite patience, no text exits before the last exit, whatever the objective.
         self._rule = ExitRule("patience", np.inf, rule.calibrator, model.layers)
         self._chosen: deque[Answered] = deque()
         self._under_way: dict[int, Answered] = {}
         self._answered = self._dropped = 0
         self._statistics = AuditStatistics(model, rule, settings.agreement, settings.level)
-        self._lock = threading.Lock()  # of what several threads read and write
+        self._lock = threading.Lock()  # guards what several threads read and write
         self._log = _open_log(classifier, settings) if settings.log else None
 
     @property
     def waiting(self) -> int:
-        """Returns how many texts are to be computed; 0 once an error has ended the audit."""
+        """Returns the number of texts still to compute; 0 once an error has ended the audit."""
         return len(self._chosen) + len(self._under_way)
 
     def counts(self) -> AuditCounts:
-        """Returns how many texts were answered, left out, and wait."""
+        """Returns the numbers of texts answered, dropped and waiting."""
         with self._lock:
             return AuditCounts(self._answered, self._dropped, self.waiting)
 
     def summary(self) -> AuditSummary:
-        """Returns what was found so far."""
+        """Returns the statistics so far."""
         with self._lock:
             return self._statistics.summary()
 
     def offer(self, answered: Iterable[Answered]) -> None:
-        """Takes texts whose answers were sent, and keeps the share of them that is drawn."""
+        """Takes texts whose responses were sent, and keeps the share that is drawn."""
         texts = list(answered)
         confidences = self._statistics.answer_confidences([request for request, _ in texts])
         ties = []
@@ -152,11 +153,11 @@ class Audit:
             self._warn(
                 "shift",
                 f"the confidences of {self._answered} texts show that the texts have changed since "
-                "the server was started",
+                "the server started",
             )
 
     def step(self) -> None:
-        """Computes one batch of one stage, for texts that were chosen. An error ends the audit."""
+        """Computes one batch of one stage for the chosen texts. An error ends the audit."""
         try:
             while self._chosen and len(self._under_way) < _BATCH:
                 answered = self._chosen.popleft()
@@ -167,20 +168,20 @@ class Audit:
                 self._scheduler.admit(whole)
             for whole in self._scheduler.step():
                 self._record(whole, *self._under_way.pop(id(whole)))
-        except Exception:  # no answer may be lost to it
-            log.exception("the audit has ended; texts are answered without it")
-            with self._lock:  # after which `offer` keeps none
+        except Exception:  # an error in the audit must not affect predictions
+            log.exception("the audit has ended with an error; the server continues without it")
+            with self._lock:  # from here on, `offer` keeps no texts
                 self.running = False
                 self._chosen.clear()
                 self._under_way.clear()
 
     def close(self) -> None:
-        """Closes the log; called once the thread that computes has ended."""
+        """Closes the log; call it once the thread that computes has ended."""
         if self._log is not None:
             self._log.close()
 
     def _record(self, whole: Request, answered: Request, text: Text) -> None:
-        """Adds a text that all exits have computed to what is known."""
+        """Adds a text that all exits have computed to the statistics and the log."""
         scores = np.asarray(whole.exit_scores, np.float32) if whole.exit_scores else None
         kept = text if self.settings.texts else None
         row = self._statistics.row(np.stack(whole.logits), scores, answered.exit, kept)
@@ -189,9 +190,9 @@ class Audit:
         if self._log is not None:
             try:
                 self._log.add(row, self._rule.layers)
-            except OSError as error:  # of a full disk, say: what is watched does not need the log
+            except OSError as error:  # for example a full disk; the statistics do not need the log
                 log.warning(
-                    "the audit goes on without its log: %s cannot be written (%s)",
+                    "the audit continues without its log: %s cannot be written (%s)",
                     self.settings.log,
                     error.strerror,
                 )
@@ -202,14 +203,16 @@ class Audit:
             self._warn(
                 "agreement",
                 f"the agreement of {found.audited} audited answers with the full model is "
-                f"{found.agreement:.4f}, where {found.target:.4f} is to be kept",
+                f"{found.agreement:.4f}; the target is at least {found.target:.4f}",
             )
 
     def _warn(self, kind: str, text: str) -> None:
-        """Says in the log, and at the webhook, that an alarm was raised."""
+        """Reports an alarm in the server's log and to the webhook."""
         found = self.summary()
         log.warning(
-            "AUDIT ALARM: %s; a false alarm has at most a chance of %.3g", text, 1 - found.level
+            "AUDIT ALARM: %s; the probability of a false alarm is at most %.3g",
+            text,
+            1 - found.level,
         )
         if self.settings.webhook:
             body = {"alarm": kind, "text": text, "audited": found.audited, "level": found.level}
@@ -221,7 +224,7 @@ class Audit:
 
 
 def _open_log(classifier: AdaptiveClassifier, settings: AuditSettings) -> AuditLog:
-    """Opens the log. Raises UserError where it cannot be written."""
+    """Opens the log. Raises UserError if it cannot be written."""
     model, threshold = classifier.model, classifier.rule.threshold
     about = describe_audited(model, settings.precision)
     about |= {"model": str(model.folder), "policy": classifier.policy_name}
@@ -231,11 +234,11 @@ def _open_log(classifier: AdaptiveClassifier, settings: AuditSettings) -> AuditL
 
 
 def _post(url: str, body: dict[str, Any]) -> None:
-    """Posts JSON; a failure is logged."""
+    """Posts JSON; logs a failure."""
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
-        # Without the proxies of the environment: the address is of this machine.
+        # No proxies from the environment, since the address is on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         opener.open(request, timeout=5).close()
     except OSError as error:
@@ -243,19 +246,19 @@ def _post(url: str, body: dict[str, Any]) -> None:
 
 
 def note_answered(answered: Iterable[Answered]) -> None:
-    """Notes texts that the present HTTP request had answered, for its end."""
+    """Records texts answered for the current HTTP request, for `AuditMiddleware`."""
     noted = _answered.get()
     if noted is not None:
         noted.extend(answered)
 
 
 class AuditMiddleware:
-    """Offers what an HTTP request had answered to the audit, once the response has been sent.
+    """Offers the answered texts of an HTTP request to the audit, after the response is sent.
 
     Args:
       app: the ASGI application.
-      audit: that is offered the texts.
-      wake: called afterwards, for a thread that waits for work.
+      audit: audit that the texts are offered to.
+      wake: function called afterwards, which wakes the thread that computes.
 
     """
 

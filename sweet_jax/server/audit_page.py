@@ -1,4 +1,4 @@
-"""Shows the statistics of an audit, as a page and as Prometheus gauges."""
+"""Shows the statistics of an audit, as an HTML page and as Prometheus metrics."""
 
 import datetime
 import html
@@ -17,13 +17,13 @@ _PAGE = Path(__file__).parent / "audit.html"
 
 
 def render_page(audit: Audit, task: str) -> str:
-    """Returns the HTML page of an audit; numbers may be unknown."""
+    """Returns the HTML page of an audit."""
     found, counts = audit.summary(), audit.counts()
     state, kind = _state(audit, found)
     agreement = f"{_number(found.agreement)}, {found.level:.0%} confidence sequence "
     agreement += f"{_number(found.low)} to {_number(found.high)}"
     if found.target is not None:
-        agreement += f"; at least {_number(found.target)} is to be kept"
+        agreement += f"; the target is at least {_number(found.target)}"
     values = {
         "title": f"{task}: audit",
         "state": state,
@@ -32,7 +32,7 @@ def render_page(audit: Audit, task: str) -> str:
         "cost": f"{_number(found.cost)} of the layers; {_number(found.expected_cost)} on "
         "calibration rows",
         "texts": f"{counts.answered:,} answered at the server's own operating point, "
-        f"{found.audited:,} audited, {counts.waiting:,} waiting, {counts.dropped:,} left out",
+        f"{found.audited:,} audited, {counts.waiting:,} waiting, {counts.dropped:,} dropped",
     }
     escaped = {name: html.escape(value) for name, value in values.items()}
     escaped["rows"] = "\n".join(map(_row, found.exits))
@@ -40,9 +40,9 @@ def render_page(audit: Audit, task: str) -> str:
 
 
 def _state(audit: Audit, found: AuditSummary) -> tuple[str, str]:
-    """Returns one sentence on the audit, and whether it is good or bad news."""
+    """Returns the state of the audit in words, and its CSS class: "good", "bad" or ""."""
     if not audit.running:
-        return "The audit has ended with an error, see the log of the server.", "bad"
+        return "The audit has ended with an error; see the server's log.", "bad"
     alarms = [
         (found.alarm, "agreement is below its target"),
         (found.shift_alarm, "the texts have changed"),
@@ -56,7 +56,11 @@ def _state(audit: Audit, found: AuditSummary) -> tuple[str, str]:
     if said:
         return " ".join(said), "bad"
     if found.target is None:
-        return "No alarm; no agreement was asked for, only a change of the texts raises one.", ""
+        return (
+            "No alarm. No target was set for the agreement, so only a change of the texts raises "
+            "an alarm.",
+            "",
+        )
     return "No alarm.", "good"
 
 
@@ -72,41 +76,41 @@ def _number(value: float) -> str:
 
 
 class AuditCollector:
-    """Reads an audit whenever Prometheus asks; register it in a `CollectorRegistry`."""
+    """Collects the metrics of an audit for Prometheus; register it in a `CollectorRegistry`."""
 
     def __init__(self, audit: Audit):
         self._audit = audit
 
     def collect(self) -> Iterator[Metric]:
-        """Yields the metrics; those that are not known are NaN."""
+        """Yields the metrics; unknown values are NaN."""
         found, counts = self._audit.summary(), self._audit.counts()
         for name, text, count in (
             ("texts", "Texts computed by all exits", found.audited),
-            ("dropped_texts", "Texts drawn and left out, too many waited", counts.dropped),
+            ("dropped_texts", "Texts drawn but dropped: too many were waiting", counts.dropped),
         ):
             yield CounterMetricFamily(f"sweet_jax_audit_{name}", text, count)
         gauges: tuple[tuple[str, str, float | None], ...] = (
             ("answer_agreement", "Agreement of answers with the full model", found.agreement),
             ("answer_agreement_low", "Lower end of its confidence sequence", found.low),
             ("answer_agreement_high", "Upper end of its confidence sequence", found.high),
-            ("agreement_target", "Agreement to be kept", found.target),
+            ("agreement_target", "Minimum agreement", found.target),
             ("capital", "Largest capital of the test against the target", found.capital),
             ("alarm", "1 once agreement was found below its target", found.alarm is not None),
-            ("shift_capital", "Largest capital of the test of a shift", found.shift_capital),
-            ("shift_alarm", "1 once texts were found to change", found.shift_alarm is not None),
+            ("shift_capital", "Largest capital of the shift test", found.shift_capital),
+            ("shift_alarm", "1 once a shift of the texts was found", found.shift_alarm is not None),
             ("running", "0 once an error has ended the audit", self._audit.running),
-            ("cost", "Mean share of the layers, newest texts", found.cost),
-            ("expected_cost", "Mean share of the layers, calibration rows", found.expected_cost),
+            ("cost", "Mean share of layers computed, newest texts", found.cost),
+            ("expected_cost", "Mean share of layers, calibration rows", found.expected_cost),
         )
         for name, text, number in gauges:
             value = math.nan if number is None else float(number)
             yield GaugeMetricFamily(f"sweet_jax_audit_{name}", text, value)
         for name, text, field in (
             ("exit_agreement", "Agreement of an exit with the full model", "agreement"),
-            ("exit_share", "Share that leaves at an exit, newest texts", "share"),
-            ("expected_exit_share", "The same on calibration rows", "expected_share"),
+            ("exit_share", "Share of the newest texts that exit at an exit", "share"),
+            ("expected_exit_share", "The same share of calibration rows", "expected_share"),
             ("stability_index", "Population stability index of confidences", "stability"),
-            ("shift_p_value", "P-value of one look at the shift", "p_value"),
+            ("shift_p_value", "P-value of a shift, for a single look", "p_value"),
         ):
             family = GaugeMetricFamily(f"sweet_jax_audit_{name}", text, labels=["exit"])
             for exit in found.exits:

@@ -1,4 +1,4 @@
-"""Connections that say nothing: closed in time, so that they take nobody's place."""
+"""Closes connections that send no request, so that they do not block others."""
 
 import asyncio
 from typing import Any, cast
@@ -7,10 +7,15 @@ import uvicorn
 
 
 def close_silent_connections(settings: uvicorn.Config, timeout: float) -> None:
-    """Has the server of these settings close a connection without a request, see `_Watched`.
+    """Makes a server close connections that send no complete request head, see `_Watched`.
 
-    uvicorn itself closes one that is silent after an answer (`timeout_keep_alive`), and not one
-    whose first request, or whose next one's head, does not come.
+    uvicorn itself closes a connection that is silent after a response (`timeout_keep_alive`), but
+    not one whose first request, or whose next request's head, remains incomplete.
+
+    Args:
+      settings: settings of the server, changed in place.
+      timeout: timeout in seconds.
+
     """
     settings.load()
     protocol = cast("Any", settings.http_protocol_class)
@@ -19,14 +24,14 @@ def close_silent_connections(settings: uvicorn.Config, timeout: float) -> None:
 
 
 class _Watched(asyncio.Protocol):
-    """Closes a connection on which a timeout, or two at most, passed without a request.
+    """Closes a connection without a request for one timeout, or at most two.
 
-    A request is one whose head is complete; how long it takes from there is the application's.
+    Only requests with a complete head count. From there on, the application limits the time.
     """
 
     silence_timeout: float
     transport: asyncio.Transport
-    cycle: Any = None  # uvicorn's: the newest request and its answer
+    cycle: Any = None  # set by uvicorn: the newest request and its response
     loop: asyncio.AbstractEventLoop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -34,7 +39,7 @@ class _Watched(asyncio.Protocol):
         self._watch(None)
 
     def _watch(self, before: Any) -> None:
-        """Waits for one timeout; `before` is the newest request when it begins."""
+        """Schedules a check after one timeout; `before` is the newest request at this time."""
         self.loop.call_later(self.silence_timeout, self._check, before)
 
     def _check(self, before: Any) -> None:

@@ -1,4 +1,4 @@
-"""The formats of requests and answers: sweet_jax's own, and what a format consists of."""
+"""The formats of requests and responses: the definition of a format, and sweet_jax's own."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -29,9 +29,9 @@ class Format(NamedTuple):
     """Describes a format.
 
     Attributes:
-      key: of the body's object, by which the format is recognised.
-      parse: returns what a body asks; raises RefusedError.
-      refuse: returns the response of a refused request.
+      key: key of the body by which the format is recognized.
+      parse: function from (body, model, limits) to a question; raises RefusedError.
+      refuse: function from a refusal to the response.
 
     """
 
@@ -50,7 +50,7 @@ def _parse(values: Mapping[str, Any], _: ModelArtifact, limits: Limits) -> Quest
     policy, target = read_target(values)
     texts = values.get("texts")
     if not isinstance(texts, list) or not texts:
-        raise RefusedError(400, "texts must be a list of one text or more")
+        raise RefusedError(400, "texts must be a list of at least one text")
     check_sizes(texts, limits)
     return Question(texts, functools.partial(_answer, detail=bool(detail)), policy, target)
 
@@ -64,7 +64,7 @@ def _answer(model: ModelArtifact, found: Answered, *, detail: bool) -> dict[str,
 
 
 def _as_json(prediction: Prediction, exits: list[ExitPrediction] | None) -> dict[str, Any]:
-    """Returns an element of "answers"; with `exits`, also every exit that the text reached."""
+    """Returns an element of "answers"; with `exits`, it includes every exit that was reached."""
     check_finite(prediction)
     answer: dict[str, Any] = {"label": prediction.label}
     if prediction.probability is not None:  # a regression has none
@@ -74,14 +74,14 @@ def _as_json(prediction: Prediction, exits: list[ExitPrediction] | None) -> dict
         answer["exits"] = [
             exit._asdict()
             if is_finite(exit.label, exit.probability)
-            else {"layer": exit.layer, "label": None, "probability": None}  # its training diverged
+            else {"layer": exit.layer, "label": None, "probability": None}  # the exit diverged
             for exit in exits
         ]
     return answer
 
 
 def check_finite(prediction: Prediction) -> None:
-    """Raises RefusedError for the prediction of a model that diverged."""
+    """Raises RefusedError if a prediction is not finite, since the model's training diverged."""
     if not prediction.is_finite:
         message = "the model's answer is not a number: its training diverged"
         raise RefusedError(500, message, "Backend")

@@ -1,6 +1,6 @@
 """The OpenAPI 3.1 document of the server, for one model and its limits.
 
-It is written by hand; a test compares it with the routes and with what they answer.
+It is written by hand; a test compares it with the routes and their responses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from sweet_jax.server.tei import ERROR_STATUSES
 
 _NATIVE_REFUSALS = {
     400: "The request is malformed, or its target cannot be met",
-    408: "The body comes too slowly",
-    413: "The body, a text or the number of texts is too large",
+    408: "The body was not received in time",
+    413: "The body or a text is too large, or there are too many texts",
     500: "The answer is not a number: the model's training diverged",
-    503: "More texts wait than may, or the model cannot be run any more",
+    503: "Too many texts are waiting, or the model can no longer be run",
     504: "The texts were not classified in time",
 }
 _TEI_REFUSALS = {
@@ -27,7 +27,7 @@ _TEI_REFUSALS = {
     413: _NATIVE_REFUSALS[413],
     422: _NATIVE_REFUSALS[400],
     424: "The model cannot be run, or its answer is not a number",
-    429: "More texts wait than may, or they were not classified in time",
+    429: "Too many texts are waiting, or the texts were not classified in time",
 }
 _STRING = {"type": "string"}
 _FLAG: dict[str, Any] = {"type": ["boolean", "null"], "default": False}
@@ -36,7 +36,9 @@ _PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
 
 def describe_api(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
     """Returns the document, as JSON values."""
-    about = f"Classifies each text at the first of {len(model.layers)} exits that is confident."
+    about = (
+        f"Classifies each text at the first of {len(model.layers)} exits that is confident enough."
+    )
     return {
         "openapi": "3.1.0",
         "info": {
@@ -63,25 +65,26 @@ def _describe_paths() -> dict[str, Any]:
         "/predict": {"post": _post("Classifies texts, in either format", both, statuses)},
         "/v1/predict": {"post": _post("Classifies texts", native, _NATIVE_REFUSALS)},
         "/": {
-            "get": _get("A page to try texts on", _content(_STRING, "text/html")),
+            "get": _get("A page to try the model", _content(_STRING, "text/html")),
             "post": _post("Like /predict of text-embeddings-inference", tei, _TEI_REFUSALS),
         },
-        "/healthz": {"get": _get("Whether texts are classified", _content(health), health)},
-        "/health": {"get": _get("Like text-embeddings-inference", {}, unhealthy)},
-        "/metrics": {"get": _get("For Prometheus", _content(_STRING, "text/plain"))},
+        "/healthz": {"get": _get("Whether the server works", _content(health), health)},
+        "/health": {"get": _get("Like /health of text-embeddings-inference", {}, unhealthy)},
+        "/metrics": {"get": _get("Metrics for Prometheus", _content(_STRING, "text/plain"))},
         "/audit": {"get": _audit_page()},
         "/openapi.json": {"get": _get("This document", _content({"type": "object"}))},
     }
 
 
 def _audit_page() -> dict[str, Any]:
-    found = _get("What the audit has found", _content(_STRING, "text/html"))
-    found["responses"]["404"] = {"description": "No audit"} | _content(_reference("Error"))
+    found = _get("The results of the audit", _content(_STRING, "text/html"))
+    missing = {"description": "The server runs without an audit"}
+    found["responses"]["404"] = missing | _content(_reference("Error"))
     return found
 
 
 def _names(prefix: str) -> list[dict[str, Any]]:
-    """Returns the schemas of a format's request, answer and refusal."""
+    """Returns the schemas of a format's request, response and error."""
     return [_reference(prefix + name) for name in ("PredictRequest", "PredictResponse", "Error")]
 
 
@@ -94,7 +97,7 @@ def _content(schema: Mapping[str, Any], media_type: str = "application/json") ->
 
 
 def _post(summary: str, schemas: Sequence[Any], refusals: Mapping[int, str]) -> dict[str, Any]:
-    """Returns an operation; its schemas are those of request, answer and refusal."""
+    """Returns an operation, whose schemas are those of its request, response and error."""
     request, answer, refusal = schemas
     responses = {"200": {"description": "The predictions"} | _content(answer)}
     for status, text in refusals.items():
@@ -106,7 +109,8 @@ def _post(summary: str, schemas: Sequence[Any], refusals: Mapping[int, str]) -> 
 def _get(summary: str, content: Mapping[str, Any], unhealthy: Any = None) -> dict[str, Any]:
     responses = {"200": {"description": summary, **content}}
     if unhealthy is not None:
-        responses["503"] = {"description": "No text is classified any more"} | _content(unhealthy)
+        description = {"description": "The server can no longer classify texts"}
+        responses["503"] = description | _content(unhealthy)
     return {"summary": summary, "responses": responses}
 
 
@@ -118,9 +122,8 @@ def _object(required: Mapping[str, Any], optional: Mapping[str, Any] | None = No
 def _target_schemas(model: ModelArtifact) -> dict[str, Any]:
     """Returns the schemas of the policy and of the targets, of which a request has at most one."""
     policies = sorted(model.resolver.fronts)
-    found: dict[str, Any] = {
-        "policy": {"enum": [*policies, None], "description": "Exit policy; default the server's"}
-    }
+    about = "Exit policy; defaults to the server's"
+    found: dict[str, Any] = {"policy": {"enum": [*policies, None], "description": about}}
     for name, text in target_descriptions().items():
         low, high = TARGET_RANGES[name]
         bounds: dict[str, float] = {}
@@ -143,7 +146,7 @@ def _native_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
     texts = {"type": "array", "items": text, "minItems": 1}
     texts["maxItems"] = min(limits.texts, limits.waiting)
     label, layer = _label_schema(model), {"enum": list(model.layers)}
-    nothing = {"type": "null"}  # of an exit whose training diverged
+    nothing = {"type": "null"}  # for an exit that diverged
     exits = _object(
         {
             "layer": layer,
@@ -155,7 +158,7 @@ def _native_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
     if model.objective.categorical is not None:
         found["probability"] = _PROBABILITY
     prediction = _object(found, {"exits": {"type": "array", "items": exits}})
-    options = {"detail": _FLAG | {"description": "Show every exit on the way"}}
+    options = {"detail": _FLAG | {"description": "Include every exit that a text reached"}}
     request = _object({"texts": texts}, options | _target_schemas(model))
     return {
         "PredictRequest": request | {"additionalProperties": False},
@@ -166,7 +169,7 @@ def _native_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
 
 
 def _label_schema(model: ModelArtifact) -> dict[str, Any]:
-    """Returns the schema of what a text is given: a class, a list of labels, or a number."""
+    """Returns the schema of a label: a class, a list of labels, or a number."""
     if model.objective.categorical is None:
         return {"type": "number"}
     name = {"enum": list(model.classes)}
@@ -182,8 +185,9 @@ def _tei_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
     rank = _object({"score": {"type": "number"}, "label": {"enum": list(model.classes)}})
     ranks = {"type": "array", "items": rank}
     options = {
-        "raw_scores": _FLAG | {"description": "Logits, and not probabilities"},
-        "truncate": _FLAG | {"default": True, "description": "false refuses what is too long"},
+        "raw_scores": _FLAG | {"description": "Return logits instead of probabilities"},
+        "truncate": _FLAG
+        | {"default": True, "description": "Truncate texts that are too long; false refuses them"},
         "truncation_direction": {"enum": ["left", "right", "Left", "Right", None]},
     }
     inputs = {"anyOf": [*([part] if parts == 1 else []), text, batch]}

@@ -1,4 +1,4 @@
-"""Refusals: the HTTP status and the message of each error that a request can end with."""
+"""The HTTP status and the message of each error that a request can end with."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,8 +13,8 @@ class RefusedError(Exception):
     """Raised for a request that is refused.
 
     Attributes:
-      status: of HTTP.
-      error_type: one of text-embeddings-inference's, see `Refusal`.
+      status: HTTP status.
+      error_type: error type of text-embeddings-inference, see `Refusal`.
 
     """
 
@@ -27,10 +27,11 @@ class Refusal(NamedTuple):
     """Describes a refused request.
 
     Attributes:
-      status: of HTTP, in sweet_jax's own format.
-      message: for whoever sent the request.
-      error_type: of text-embeddings-inference: "Validation", "Empty", "Overloaded" or "Backend".
-      headers: of the response.
+      status: HTTP status, in sweet_jax's own format.
+      message: error message for the client.
+      error_type: error type in text-embeddings-inference's format: "Validation", "Empty",
+        "Overloaded" or "Backend".
+      headers: headers of the response.
 
     """
 
@@ -41,19 +42,22 @@ class Refusal(NamedTuple):
 
 
 def make_refusal(error: Exception, timeout: float) -> Refusal:
-    """Returns the refusal that an exception stands for; raises an exception that is a bug.
+    """Returns the refusal for an exception; reraises an exception that is a bug.
 
-    `timeout` is the number of seconds within which a request is answered.
+    Args:
+      error: the exception.
+      timeout: number of seconds within which a request must be answered.
+
     """
     match error:
         case RefusedError():
-            # A body that was not read to its end would be taken for the next request.
+            # The unread rest of the body would be parsed as the next request.
             close = {"Connection": "close"} if error.status in (408, 413) else None
             return Refusal(error.status, str(error), error.error_type, close)
         case UserError():
             return Refusal(400, str(error), "Validation")
         case QueueFullError():
-            message = "too many texts wait: try again"
+            message = "too many texts are waiting: try again later"
             return Refusal(503, message, "Overloaded", {"Retry-After": "1"})
         case WorkerStoppedError():
             return Refusal(503, "the server cannot compute any more", "Backend")

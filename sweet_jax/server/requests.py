@@ -1,4 +1,4 @@
-"""Reads and checks requests: their body, texts and target."""
+"""Reads and checks HTTP requests: their body, texts and target."""
 
 import asyncio
 import contextlib
@@ -18,33 +18,33 @@ from sweet_jax.inference.scheduler import Request as TextRequest
 from sweet_jax.server.refusals import RefusedError
 
 TARGET_KEYS = ("policy", *TARGET_RANGES)
-LARGEST_NUMBER = 1e6  # of a target, exclusive
+LARGEST_NUMBER = 1e6  # a target's absolute value must be less than this
 
-Answered = Sequence[tuple[Prediction, TextRequest]]  # of each text, in order
+Answered = Sequence[tuple[Prediction, TextRequest]]  # for each text, in order
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Holds the largest values that are accepted."""
+    """Holds the limits on requests."""
 
-    texts: int = 256  # of a request
-    characters: int = 100_000  # of a text
-    body: int = 1 << 20  # bytes of a request
-    waiting: int = 2048  # texts waiting or being computed
-    timeout: float = 30.0  # seconds to read a request, and to answer it
+    texts: int = 256  # maximum number of texts of a request
+    characters: int = 100_000  # maximum number of characters of a text
+    body: int = 1 << 20  # maximum size of a request's body in bytes
+    waiting: int = 2048  # maximum number of texts that wait or are being computed
+    timeout: float = 30.0  # maximum seconds to read a request, and to answer it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Question:
-    """Holds what one request asks.
+    """Holds the contents of one request.
 
     Attributes:
-      texts: to classify.
-      answer: makes the content of the response of their predictions.
+      texts: the texts to classify.
+      answer: function from (model, predictions) to the content of the response.
       policy: name of an exit policy; None for the server's.
-      target: by name in TARGET_RANGES; empty for the server's.
-      truncation: "left" or "right", the side on which a text that is too long is cut; "none" where
-        such a text is refused; None for the model's own side.
+      target: target by name in TARGET_RANGES; empty for the server's.
+      truncation: side on which a text that is too long is truncated, "left" or "right"; "none"
+        refuses such a text; None for the model's own side.
 
     """
 
@@ -55,14 +55,14 @@ class Question:
     truncation: str | None = None
 
 
-# A body up to so many times too large is read to its end, and dropped: a connection closed before
-# the client has sent it would take the response with it.
+# A body of up to this many times the limit is read to its end and dropped: if the connection were
+# closed while the client is still sending, the client would not get the response.
 _DROPPED = 16
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """Reads the body. Raises RefusedError where it is too large or comes too slowly."""
-    too_large = RefusedError(413, f"a request may have {limits.body} bytes")
+    """Reads the body. Raises RefusedError if it is too large or takes too long."""
+    too_large = RefusedError(413, f"a request may have at most {limits.body} bytes")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > limits.body:
         if int(length) <= _DROPPED * limits.body:
@@ -80,23 +80,24 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                     raise too_large
                 parts.append(part)
     except TimeoutError as error:
-        raise RefusedError(408, f"no whole request within {limits.timeout:g} seconds") from error
+        message = f"the request body was not received within {limits.timeout:g} seconds"
+        raise RefusedError(408, message) from error
     return b"".join(parts)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Returns the JSON object that a body is. Raises RefusedError for anything else."""
+    """Parses a body as a JSON object. Raises RefusedError for anything else."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(400, "the body is not JSON") from error
+        raise RefusedError(400, "the body is not valid JSON") from error
     if not isinstance(values, dict):
-        raise RefusedError(400, 'the body must be an object: {"texts": [...]}')
+        raise RefusedError(400, 'the body must be a JSON object, such as {"texts": [...]}')
     return values
 
 
 def check_flags(values: Mapping[str, Any], *names: str) -> list[bool | None]:
-    """Returns the values of some keys. Raises RefusedError for one that is no truth value."""
+    """Returns the values of some keys. Raises RefusedError for a value that is not a boolean."""
     for name in names:
         if not isinstance(values.get(name), bool | None):
             raise RefusedError(400, f"{name} must be true or false; got {values[name]!r:.40}")
@@ -104,30 +105,31 @@ def check_flags(values: Mapping[str, Any], *names: str) -> list[bool | None]:
 
 
 def read_target(values: Mapping[str, Any]) -> tuple[str | None, dict[str, float]]:
-    """Returns the policy and the target that a request names.
+    """Returns the policy and the target of a request.
 
-    Raises RefusedError, and UserError for a policy that there is not.
+    Raises RefusedError for invalid values, and UserError for an unknown policy.
     """
     policy = values.get("policy")
     target = {name: values[name] for name in TARGET_RANGES if values.get(name) is not None}
     if policy is not None and not isinstance(policy, str):
-        raise RefusedError(400, "policy must be a name")
+        raise RefusedError(400, f"policy must be a string; got {policy!r:.40}")
     if policy is not None:
-        check_choice("policy", policy, POLICIES)  # and no name that Python would import
+        # Only these: a name "module:function" would make the server import code.
+        check_choice("policy", policy, POLICIES)
     for name, value in target.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not abs(value) < LARGEST_NUMBER:
-            wanted = f"a number, in size below {LARGEST_NUMBER:,.0f}"
+            wanted = f"a number with an absolute value below {LARGEST_NUMBER:,.0f}"
             raise RefusedError(400, f"{name} must be {wanted}; got {value!r:.40}")
     return policy, target
 
 
 def check_sizes(texts: Sequence[Any], limits: Limits) -> None:
-    """Raises RefusedError for too many texts, or one with too many characters."""
+    """Raises RefusedError for too many texts, or a text with too many characters."""
     most = min(limits.texts, limits.waiting)
     if len(texts) > most:
-        raise RefusedError(413, f"a request may have {most} texts; got {len(texts)}")
+        raise RefusedError(413, f"a request may have at most {most} texts; got {len(texts)}")
     for text in texts:
         parts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
         if any(isinstance(p, str) and len(p) > limits.characters for p in parts):
-            raise RefusedError(413, f"a text may have {limits.characters} characters")
+            raise RefusedError(413, f"a text may have at most {limits.characters} characters")

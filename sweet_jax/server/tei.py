@@ -1,8 +1,8 @@
-"""The format of text-embeddings-inference's POST /predict, version 1.9, for its clients.
+"""The format of POST /predict of text-embeddings-inference 1.9, for its clients.
 
-A request is {"inputs": ...}: a text, a pair of texts, or a batch [[text], [text, text], ...]. Its
-answer is [{"score", "label"}, ...], the likeliest class first, or for a batch a list of such lists.
-Keys that are not known are not read, as there.
+A request is {"inputs": ...}: a text, a pair of texts, or a batch [[text], [text, text], ...]. The
+response is [{"score", "label"}, ...], with the most probable class first; for a batch, it is a list
+of such lists. Unknown keys are ignored, as in text-embeddings-inference.
 
 Shape letters: C classes.
 """
@@ -26,7 +26,7 @@ from sweet_jax.server.requests import (
     read_target,
 )
 
-# The statuses of each error_type; other statuses than 408 and 413 are sweet_jax's own.
+# The status of each error_type in this format, except for errors with status 408 and 413.
 ERROR_STATUSES = {"Empty": 400, "Validation": 422, "Backend": 424, "Overloaded": 429}
 
 
@@ -49,7 +49,7 @@ def _parse(values: Mapping[str, Any], model: ModelArtifact, limits: Limits) -> Q
 
 
 def _read_inputs(inputs: Any) -> tuple[list[list[str]], bool]:
-    """Returns the texts, each as a list of one or two, and whether they are a batch."""
+    """Returns the texts, each as a list of one or two, and whether the request is a batch."""
     if isinstance(inputs, str):
         return [[inputs]], False
     if inputs == []:
@@ -73,9 +73,14 @@ def _is_text(value: Any) -> bool:
 
 
 def _check_texts(texts: list[list[str]], *, pairs: bool) -> None:
-    """Raises RefusedError for a text where the model takes pairs, the reverse, or an empty one."""
+    """Raises RefusedError for empty texts, and for texts that do not match the model.
+
+    A model takes either single texts or pairs of texts.
+    """
     if any(len(text) != 1 + pairs for text in texts):
-        wanted = "pairs: [text, text]" if pairs else "single texts; a batch is [[text], ...]"
+        wanted = (
+            "pairs of texts: [text, text]" if pairs else "single texts; a batch is [[text], ...]"
+        )
         raise RefusedError(400, f"this model takes {wanted}")
     if not all(any(text) for text in texts):
         raise RefusedError(400, "`inputs` cannot be empty", "Empty")
@@ -86,7 +91,7 @@ def _answer(model: ModelArtifact, found: Answered, *, raw_scores: bool, batch: b
     for prediction, request in found:
         check_finite(prediction)
         scores = request.logits[-1] if raw_scores else prediction.probabilities  # [C]
-        if not len(scores):  # a regression has a number in place of probabilities
+        if not len(scores):  # a regression has a number instead of probabilities
             scores = np.asarray([prediction.label], np.float64)
         order = np.argsort(-scores, kind="stable")
         answers.append([{"score": float(scores[c]), "label": model.classes[c]} for c in order])

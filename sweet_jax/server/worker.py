@@ -1,4 +1,4 @@
-"""The thread that runs the scheduler: the texts of all HTTP requests share batches."""
+"""The thread that runs the scheduler, where the texts of all HTTP requests share batches."""
 
 import asyncio
 import dataclasses
@@ -16,47 +16,49 @@ from sweet_jax.inference.scheduler import Request
 from sweet_jax.server.audit import Audit, note_answered
 
 log = logging.getLogger(__name__)
-_CACHED = 256  # operating points of HTTP requests, so that each is resolved once
+_CACHED = 256  # number of operating points of HTTP requests that are kept once resolved
 _WAKE = object()
 
 
 class QueueFullError(Exception):
-    """Raised where more texts wait than the limit."""
+    """Raised if more texts would wait than the limit allows."""
 
 
 class WorkerStoppedError(Exception):
-    """Raised where the thread has ended."""
+    """Raised if the thread has ended."""
 
 
 @dataclasses.dataclass(eq=False)
 class Submission:
-    """Holds the texts of one HTTP request, classified together at its operating point."""
+    """Holds the texts of one HTTP request, which are classified at the same operating point."""
 
-    classifier: AdaptiveClassifier  # at that operating point
+    classifier: AdaptiveClassifier  # classifier at that operating point
     texts: Sequence[Text]
     truncation: str | None = None  # see `encode_requests`
-    # Of the scheduler's requests, one for each text; cancelled where nobody waits for them.
+    # Resolves to the scheduler's requests, one for each text; canceled if nobody waits for them.
     future: Future[list[Request]] = dataclasses.field(default_factory=Future)
-    requests: list[Request] = dataclasses.field(default_factory=list)  # once they are encoded
-    pending: int = 0  # how many of them have not exited
+    requests: list[Request] = dataclasses.field(default_factory=list)  # set once encoded
+    pending: int = 0  # number of requests that have not exited
 
 
 class Worker:
-    """Classifies submissions in one thread, their texts pooled as in throughput mode.
+    """Classifies submissions in one thread; their texts share batches as in throughput mode.
 
-    It is never idle while a text waits: a full batch runs first, else the one that waits longest; a
-    text that 16 batches were admitted after runs before anything else.
+    The thread is never idle while a text waits: it runs a full batch if there is one, or else the
+    batch that has waited longest. A text after which more than 16 batches of texts were admitted
+    runs before anything else.
 
     Args:
-      classifier: at the operating point of HTTP requests that name none.
-      batch_size: texts computed at once, at most.
-      limit: texts that may wait or be under way.
-      audit: computes a share of the texts by all exits, while no text waits; None for none.
+      classifier: classifier at the operating point of HTTP requests that do not set one.
+      batch_size: maximum number of texts computed at once.
+      limit: maximum number of texts that wait or are being computed.
+      audit: audit that computes a share of the texts by all exits while no text waits; None for no
+        audit.
 
     Attributes:
-      scheduler: that the thread runs.
-      waiting: texts submitted and not yet classified.
-      alive: whether it classifies.
+      scheduler: scheduler that the thread runs.
+      waiting: number of texts submitted and not yet classified.
+      alive: whether the thread classifies texts.
 
     """
 
@@ -70,17 +72,19 @@ class Worker:
         self.classifier, self.limit, self.audit = classifier, limit, audit
         self.waiting = 0
         self.alive = False
-        # With all exits even if the server's own operating point is the full model: a request may
-        # have another.
+        # full=False even if the server's own operating point is the full model, since a request may
+        # set another.
         self.scheduler = classifier.make_scheduler(batch_size, 16 * batch_size, full=False)
-        # Beyond these, submissions stay in the inbox, where they can still be cancelled.
+        # With this many texts in the scheduler, submissions stay in the inbox, where they can still
+        # be canceled.
         self._enough = 4 * self.scheduler.slots
-        # None ends the thread, _WAKE has it look at the audit.
+        # None ends the thread; _WAKE makes it check the audit.
         self._inbox: queue.SimpleQueue[Submission | object | None] = queue.SimpleQueue()
-        self._points: dict[Any, AdaptiveClassifier] = {}  # by policy and target, the newest last
-        self._lock = threading.Lock()  # of what several threads read and write
+        # By policy and target, the most recently used last.
+        self._points: dict[Any, AdaptiveClassifier] = {}
+        self._lock = threading.Lock()  # guards what several threads read and write
         self._submissions: dict[int, Submission] = {}  # by number of the scheduler's request
-        self._admitted = 0  # the scheduler's requests so far
+        self._admitted = 0  # number of the scheduler's requests so far
         self._thread = threading.Thread(target=self._loop, name="sweet_jax.worker", daemon=True)
 
     def start(self) -> None:
@@ -89,18 +93,18 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when all that was submitted is classified, and the audit's log is closed."""
+        """Waits until all submitted texts are classified, then closes the audit's log."""
         self._inbox.put(None)
         self._thread.join()
         if self.audit is not None:
             self.audit.close()
 
     def wake(self) -> None:
-        """Has the thread, which may wait for texts, look at the audit."""
+        """Makes the thread check the audit, in case it is waiting for texts."""
         self._inbox.put(_WAKE)
 
     def known(self, policy: str | None, target: Mapping[str, float]) -> AdaptiveClassifier | None:
-        """Returns the classifier at a policy and target that was asked for lately, else None."""
+        """Returns the classifier at a policy and target if it is cached, else None."""
         if policy is None and not target:
             return self.classifier
         key = (policy, *sorted(target.items()))
@@ -128,9 +132,9 @@ class Worker:
     ) -> list[tuple[Prediction, Request]]:
         """Returns the prediction of each text, in order, with the scheduler's request.
 
-        Raises QueueFullError where too many wait, WorkerStoppedError where none will be classified,
-        UserError see `encode_requests`. When it is cancelled before its texts are admitted to the
-        scheduler, they are dropped.
+        If it is canceled before the texts are admitted to the scheduler, they are dropped. Raises
+        QueueFullError if too many texts wait, WorkerStoppedError if the thread has ended, and
+        UserError, see `encode_requests`.
         """
         with self._lock:
             if not self.alive:
@@ -148,9 +152,9 @@ class Worker:
     def _loop(self) -> None:
         try:
             self._serve()
-        except Exception:  # of the device: nothing can be computed any more
+        except Exception:  # for example of the device: nothing can be computed any more
             log.exception("the worker stopped")
-            with self._lock:  # after which `predict` refuses
+            with self._lock:  # from here on, `predict` raises WorkerStoppedError
                 self.alive = False
             for submission in set(self._submissions.values()):
                 self._settle(submission, WorkerStoppedError())
@@ -187,19 +191,22 @@ class Worker:
             submission.requests = submission.classifier.encode(
                 submission.texts, truncation=submission.truncation
             )
-        except Exception as error:  # one submission's texts must not end the others'
+        except Exception as error:  # one submission's error must not affect the others
             self._settle(submission, error)
             return
         submission.pending = len(submission.requests)
         for request in submission.requests:
-            # Numbered within the submission until here, for its errors.
+            # So far, numbers count within the submission, for its error messages.
             request.number += self._admitted
             self._submissions[request.number] = submission
             self.scheduler.admit(request)
         self._admitted += len(submission.requests)
 
     def _claim(self, submission: Submission) -> bool:
-        """Returns whether anybody waits for it, who cannot cancel it any more; else drops it."""
+        """Returns whether somebody waits for a submission, and then prevents its cancellation.
+
+        Otherwise, drops the submission.
+        """
         wanted = submission.future.set_running_or_notify_cancel()
         if not wanted:
             self._forget(submission)
