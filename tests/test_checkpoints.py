@@ -91,7 +91,7 @@ def test_of_two_encoders_none_is_chosen(folder):
     write_tensors(
         folder, {f"{at}.{k}": v for k, v in tensors.items() for at in ("query", "passage")}
     )
-    with pytest.raises(UserError, match=r"several encoders, under passage\., query\.: save one"):
+    with pytest.raises(UserError, match=r"several encoders, under passage\., query\.: save only"):
         encoder_of(folder)
 
 
@@ -177,7 +177,7 @@ def test_a_type_is_guessed_from_the_architecture(kind, architecture, tmp_path, c
     change_json(folder / "config.json", model_type=None, architectures=[named])
     assert open_checkpoint(str(folder)).model_type == kind
     (record,) = caplog.records
-    assert f"taken for {kind!r} by architectures" in record.message
+    assert f"taken for {kind!r} based on architectures" in record.message
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_type_is_guessed_from_the_names_of_tensors(kind, prefixed, tmp_path, c
     same = {"xlm-roberta": "roberta", "camembert": "roberta"}
     found = open_checkpoint(str(folder))
     assert found.model_type == same.get(kind, kind)
-    assert "by the names of its tensors" in caplog.text
+    assert "based on the names of its tensors" in caplog.text
     equal(found.weights.encoder, encoder_of(KINDS[kind]))
 
 
@@ -362,7 +362,7 @@ def test_a_tokenizer_without_a_first_token_gets_one(kind, single, pair, options,
     folder = without_post_processor(write_checkpoint(tmp_path / kind, kind))
     values = options | {"checkpoint": str(folder)}
     tokenizer = prepare(from_mapping(values)).tokenizer
-    (message,) = [r.message for r in caplog.records if "post-processor" in r.message]
+    (message,) = [r.message for r in caplog.records if "adds no special token" in r.message]
     assert "[CLS]" in message
     tokenizer.save_pretrained(tmp_path / "saved")
     for each in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
@@ -372,7 +372,7 @@ def test_a_tokenizer_without_a_first_token_gets_one(kind, single, pair, options,
     caplog.clear()
     tokenizer = prepare(from_mapping(values | {"pooling": "mean"})).tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer("word1")["input_ids"]) == ["word1"]
-    assert "post-processor" not in caplog.text
+    assert "adds no special token" not in caplog.text
 
 
 def test_a_tokenizer_that_has_no_first_token_is_refused(options, tmp_path):
@@ -416,16 +416,16 @@ def test_exits_of_shared_layers_are_not_isolated(changes, fix, options, tmp_path
         ("electra", {"position_embedding_type": "relative_key"}, "only 'absolute'"),
         ("modernbert", {"layer_types": ["full_attention"]}, "one for each of the 3 layers"),
         ("modernbert", {"layer_types": ["chunked"] * 4}, "'full_attention' and 'sliding_"),
-        ("modernbert", {"global_attn_every_n_layers": 0}, "which must be 1 or more"),
+        ("modernbert", {"global_attn_every_n_layers": 0}, "which must be at least 1"),
         ("modernbert", {"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
         ("modernbert", {"rope_parameters": 3}, "rope_parameters 3"),
-        ("modernbert", {"local_attention": 0}, "local_attention 0, which must be 1 or more"),
-        ("modernbert", {"num_attention_heads": 32}, "only an even size of heads"),
-        ("electra", {"embedding_size": 0}, "embedding_size 0, which must be 1 or more"),
+        ("modernbert", {"local_attention": 0}, "local_attention 0, which must be at least 1"),
+        ("modernbert", {"num_attention_heads": 32}, "only an even head size"),
+        ("electra", {"embedding_size": 0}, "embedding_size 0, which must be at least 1"),
         (
             "modernbert",
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
-            "only rope_type 'default' is known",
+            "only rope_type 'default' is supported",
         ),
     ],
 )

@@ -209,11 +209,11 @@ def test_cudnn_s_call_is_lowered_for_a_gpu(monkeypatch):
     ("values", "message"),
     [
         ({}, "add --config.attention_dropout=off"),
-        ({"dropout": 0.0}, "JAX runs on cpu: leave it out, or set it to xla"),
+        ({"dropout": 0.0}, "JAX runs on cpu: remove it, or set it to xla"),
         ({"dropout": 0.0, "backend": "gpu"}, "add --config.dtype=bfloat16"),
         (
             {"model_type": "deberta-v2"},
-            "scores have terms for relative positions; leave attention out",
+            "scores have terms for relative positions; remove attention from the config",
         ),
         ({"dropout": 0.0, "backend": "gpu", "dtype": "bfloat16", "heads": 64}, "have size 12"),
         ({"dropout": 0.0, "backend": "gpu", "dtype": "bfloat16"}, None),

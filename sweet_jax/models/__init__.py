@@ -1,1 +1,1 @@
-"""Encoders, exits, and pretrained parameters."""
+"""Encoders, exits and pretrained parameters."""

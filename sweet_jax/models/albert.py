@@ -1,6 +1,6 @@
-"""ALBERT (Lan et al. 2020, arXiv 1909.11942): BERT with one layer's parameters for all layers.
+"""ALBERT (Lan et al. 2020, arXiv 1909.11942): BERT whose layers all share one set of parameters.
 
-No exit can have layers of its own, so that exits cannot be isolated from each other.
+No exit can have its own layers, so exits cannot be isolated from each other.
 
 Shape letters: B batch, L length, H hidden.
 """
@@ -41,7 +41,7 @@ class AlbertConfig(ElectraConfig):
 
     @property
     def projects(self) -> bool:
-        """True: also where the tables are as wide as the layers."""
+        """Whether the embeddings are projected to H: always, even if they have this width."""
         return True
 
     @property
@@ -96,7 +96,7 @@ ALBERT = EncoderFamily(
         },
         layer={},
         pooler="pooler",
-        ignored=(r"predictions\.", r"sop_classifier\."),  # of pre-training
+        ignored=(r"predictions\.", r"sop_classifier\."),  # pretraining heads
     ),
     isolation_obstacle="layers share one set of parameters",
 )

@@ -33,7 +33,7 @@ class BertConfig(EncoderConfig):
 
 
 class BertEmbeddings(nnx.Module):
-    """Sums word, position and token-type embeddings, and normalises; `width` is H if not given."""
+    """Sums and normalizes word, position and token-type embeddings; `width` is H by default."""
 
     def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs, width: int | None = None):
         width = width or config.hidden_size

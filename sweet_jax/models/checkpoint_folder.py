@@ -1,6 +1,6 @@
-"""The files of a Hugging Face checkpoint: its folder, found by name, config.json and tokenizer.
+"""The files of a Hugging Face checkpoint: its folder, located by name, its config and tokenizer.
 
-Imports no JAX, so that a saved model can be opened for an engine without it.
+This module does not import JAX, so that engines without JAX can open a saved model.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer
 _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exits.json"]
 _FILES += ["int8.json", "onnx/graphs.json", "onnx/segment_*"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
-_FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
+_FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' pooling
 _FILES += [_ADAPTER, *(f"0_Transformer/{name}" for name in _FILES)]
 
 
@@ -38,18 +38,19 @@ class CheckpointFiles:
 
     @property
     def vocab_size(self) -> int | None:
-        """Returns the number of token ids; None where config.json does not say."""
+        """Returns the number of token ids, or None if config.json does not state it."""
         size = self.values.get("vocab_size")
         return size if isinstance(size, int) else None
 
 
 def locate_checkpoint(name: str) -> CheckpointFiles:
-    """Finds a checkpoint by hub id, local directory or `pkg://package/path`; reads config.json.
+    """Locates a checkpoint by hub id, local directory or `pkg://package/path`; reads config.json.
 
-    Raises UserError when it is absent, an adapter alone, or its config.json is unreadable.
+    Raises UserError if the checkpoint is missing, is only an adapter, or has no readable
+    config.json.
     """
     folder = resolve_path(name)
-    if not os.path.isdir(folder):  # also False where permission is lacking
+    if not os.path.isdir(folder):  # also False if access is denied
         if name.startswith(("pkg://", "/", ".", "~")):
             raise UserError(f"checkpoint {name!r} is not a directory")
         folder = _from_hub(name)
@@ -64,25 +65,26 @@ def locate_checkpoint(name: str) -> CheckpointFiles:
 
 
 def _from_hub(name: str) -> Path:
-    import huggingface_hub  # heavy, and not needed for local files
+    import huggingface_hub  # slow to import, and not needed for local files
 
     def fetch(patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
 
     try:
         folder = fetch(_FILES)
-        # Pickles are large, and not wanted beside safetensors.
+        # Pickles are large, and are not needed if there are safetensors.
         return folder if [*folder.glob("*.safetensors")] else fetch([*_FILES, "pytorch_model*"])
-    except Exception as error:  # the client raises many kinds; each means the same to a user
+    except Exception as error:  # the client raises many kinds, which mean the same to a user
         raise UserError(
             f"checkpoint {name!r} is neither a local directory nor found on the hub "
-            f"({one_line(error)}): check the name and the network"
+            f"({one_line(error)}): check the name and the network connection"
         ) from error
 
 
 def encoder_folder(folder: Path) -> Path:
-    """Returns where the encoder's files are: the folder, or the first of sentence-transformers'.
+    """Returns the folder with the encoder's files.
 
+    This is the folder itself, or that of the first module in a sentence-transformers checkpoint.
     Raises UserError for a LoRA adapter that is not merged into its encoder.
     """
     inside = folder / _first_module(folder)
@@ -95,21 +97,22 @@ def encoder_folder(folder: Path) -> Path:
             base = "its encoder"
         raise UserError(
             f"{str(folder)!r} is a LoRA adapter of {base!r} that is not merged ({_ADAPTER}): merge "
-            "it with peft's merge_and_unload and save that, or remove the adapter's files if it is"
+            "it with peft's merge_and_unload and save the result, or remove the adapter's files if "
+            "it is merged"
         )
     return folder
 
 
 def _first_module(folder: Path) -> str:
-    """Returns the path that modules.json gives the encoder; "" for the folder itself."""
+    """Returns the encoder's path according to modules.json; "" for the folder itself."""
     try:
         return str(read_json(folder / "modules.json")[0]["path"])
     except (OSError, ValueError, LookupError, TypeError):
-        return ""  # there is none; `declared_pooling` names what is wrong with one
+        return ""  # missing, or damaged, which `declared_pooling` reports
 
 
 def tokenizer_options(folder: Path, model_type: str) -> dict[str, str]:
-    """Returns what AutoTokenizer has to be given where no file names a tokenizer's class."""
+    """Returns the options that AutoTokenizer needs if no file names a tokenizer class."""
     for file, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
         try:
             if read_json(folder / file).get(key):
@@ -120,18 +123,18 @@ def tokenizer_options(folder: Path, model_type: str) -> dict[str, str]:
 
 
 def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
-    """Loads the checkpoint's own fast tokenizer. Raises UserError where there is none."""
-    import transformers  # heavy, and not needed for the arithmetic
+    """Loads the checkpoint's fast tokenizer. Raises UserError if there is none."""
+    import transformers  # slow to import, and not needed for the arithmetic
 
     where = repr(str(checkpoint.folder))
-    # Without files transformers makes an empty tokenizer, in which every word is unknown.
+    # Without these files, transformers creates an empty tokenizer that knows no words.
     found = [name for name in _VOCABULARIES if (checkpoint.folder / name).exists()]
     if not found:
         raise UserError(f"no {' or '.join(_VOCABULARIES)} in {where}")
     if set(found) <= {*_SENTENCEPIECE} and importlib.util.find_spec("sentencepiece") is None:
         raise UserError(
-            f"the tokenizer in {where} is a SentencePiece model, {found[0]}: "
-            'pip install -e ".[sentencepiece]" to read it'
+            f"the tokenizer in {where} is a SentencePiece model ({found[0]}): to read it, "
+            'pip install -e ".[sentencepiece]"'
         )
     try:
         options = tokenizer_options(checkpoint.folder, checkpoint.model_type)
@@ -139,10 +142,10 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 checkpoint.folder, trust_remote_code=False, local_files_only=True, **options
             )
-            tokenizer("a text")  # some damaged files only fail in use
+            tokenizer("a text")  # some damaged files fail only when the tokenizer is used
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a panic of the tokenizer's Rust code is no Exception
+    except BaseException as error:  # a panic in the tokenizer's Rust code is not an Exception
         raise UserError(f"no tokenizer in {where}: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{where} has no fast tokenizer (tokenizer.json)")
@@ -155,26 +158,26 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
 
 
 def check_vocabulary(vocabulary: Mapping[str, int], checkpoint: CheckpointFiles) -> None:
-    """Raises UserError for a tokenizer that has ids without a row in the checkpoint's table."""
+    """Raises UserError if the tokenizer has ids without a row in the checkpoint's table."""
     size = checkpoint.vocab_size
     if size is not None and max(vocabulary.values(), default=0) >= size:
         raise UserError(
-            f"the tokenizer in {str(checkpoint.folder)!r} has more tokens than the checkpoint's "
-            f"vocab_size, {size}"
+            f"the tokenizer in {str(checkpoint.folder)!r} has token ids beyond the checkpoint's "
+            f"vocab_size {size}: use the tokenizer that the checkpoint was trained with"
         )
 
 
 def separate_pairs_once(tokenizer: Any) -> None:
-    """Sets a tokenizer to one [SEP] between the texts of a pair, as DeBERTa was pretrained on.
+    """Makes a tokenizer put one [SEP] between the texts of a pair, as in DeBERTa's pretraining.
 
-    transformers 5 puts two there. Raises UserError for a tokenizer without these tokens.
+    transformers 5 inserts two. Raises UserError if the tokenizer has no [CLS] or no [SEP] token.
     """
-    from tokenizers import processors  # heavy, and not needed for the arithmetic
+    from tokenizers import processors  # slow to import, and not needed for the arithmetic
 
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise UserError(
             f"the tokenizer in {str(tokenizer.name_or_path)!r} has no cls_token or no sep_token, "
-            "which DeBERTa's inputs need: name them in its tokenizer_config.json"
+            "which DeBERTa's inputs require: set both in its tokenizer_config.json"
         )
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -186,6 +189,7 @@ def separate_pairs_once(tokenizer: Any) -> None:
     )
 
 
-# By model_type: changes a loaded tokenizer, in place, to what the family was pretrained with.
-# At every load: transformers builds these parts anew and does not read them from the files.
+# By model_type: functions that change a loaded tokenizer in place to match the pretraining of the
+# family. They run at every load because transformers rebuilds these parts instead of reading them
+# from the files.
 TOKENIZER_REPAIRS: dict[str, Callable[[Any], None]] = {"deberta": separate_pairs_once}

@@ -1,6 +1,6 @@
 """DeBERTa v1 (He et al. 2020, arXiv 2006.03654), and the modules that v2 and v3 share with it.
 
-Shape letters: B batch, L length, H hidden, W rows of the table of relative positions in use.
+Shape letters: B batch, L length, H hidden, W rows in use of the table of relative positions.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ class DebertaConfig(RelativePositionConfig):
     vocab_size: int = 50265
     type_vocab_size: int = 0
     layer_norm_eps: float = 1e-7
-    embedding_size: int = 0  # of the tables; 0 = hidden_size
-    position_biased_input: bool = True  # absolute positions too, added to the embeddings
+    embedding_size: int = 0  # width of the tables; 0 means hidden_size
+    position_biased_input: bool = True  # adds absolute positions to the embeddings
     pooler_hidden_act: str = "gelu"
 
     FIXED: ClassVar[dict[str, Any]] = {
@@ -53,17 +53,20 @@ class DebertaConfig(RelativePositionConfig):
 
     @property
     def positions(self) -> int | None:
-        """None without absolute positions: far relative ones share the table's last row."""
+        """The longest input, in tokens; None without absolute positions.
+
+        Distant relative positions share a row of their table, so they set no limit.
+        """
         return self.max_position_embeddings if self.position_biased_input else None
 
     @property
     def pooler_act(self) -> str:
-        """The activation of DeBERTa's own pooler (ContextPooler), kept as in SWEET's release."""
+        """The activation of DeBERTa's own pooler (ContextPooler), as in SWEET's released code."""
         return self.pooler_hidden_act
 
 
 class DebertaEmbeddings(nnx.Module):
-    """Sums the embeddings that the config has, widens them to H, normalises, zero at padding."""
+    """Sums the config's embeddings, projects them to H, normalizes them and zeroes the padding."""
 
     def __init__(self, config: DebertaConfig, dtype, rngs: nnx.Rngs):
         hidden = config.hidden_size
@@ -94,7 +97,7 @@ class DebertaEmbeddings(nnx.Module):
 
 
 class DebertaAttention(DisentangledAttention):
-    """Attention with one packed projection, and biases of queries and values only."""
+    """Attention with one packed projection, and with biases for queries and values only."""
 
     def __init__(self, config: DebertaConfig, dtype, rngs: nnx.Rngs):
         hidden = config.hidden_size
@@ -108,7 +111,7 @@ class DebertaAttention(DisentangledAttention):
 
     def project(self, first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def packed(x: jax.Array, parts: slice) -> list[jax.Array]:
-            # By head: query, key, value.
+            # The columns are ordered by head, then query, key, value.
             heads = self.in_proj(x).reshape(x.shape[0], self.heads, 3, -1)
             return [heads[:, :, i].reshape(x.shape) for i in range(3)[parts]]
 
@@ -162,10 +165,10 @@ NAMES = TensorNames(
         "norm": "output.LayerNorm",
     },
     ignored=(
-        *(r"lm_predictions\.", r"mask_predictions\."),  # pre-training heads
-        r"embeddings\.position_embeddings\.",  # pretrained with, but used in the decoder only
+        *(r"lm_predictions\.", r"mask_predictions\."),  # pretraining heads
+        r"embeddings\.position_embeddings\.",  # used only by the decoder in pretraining
         r"embeddings\.word_embeddings\._weight$",  # a second table, left in some v3 checkpoints
-        r"encoder\.LayerNorm\.",  # of a table of relative positions that is not normalised
+        r"encoder\.LayerNorm\.",  # unused if the table of relative positions is not normalized
     ),
 )
 

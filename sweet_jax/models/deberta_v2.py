@@ -1,7 +1,7 @@
 """DeBERTa v2 and v3 (He et al. 2021, arXiv 2111.09543), one architecture with different options.
 
 Shape letters: B batch, L length, Q first tokens, H hidden, W rows of the table of relative
-positions that distances up to L use.
+positions that are used for distances up to L.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from sweet_jax.models.layers import ACTIVATIONS, derive_optional_key
 
 @dataclasses.dataclass(frozen=True)
 class DebertaV2Config(DebertaConfig):
-    """The config.json of model_type "deberta-v2", which v3 checkpoints have too."""
+    """The config.json of model_type "deberta-v2", which v3 checkpoints also use."""
 
     vocab_size: int = 128100
     hidden_size: int = 1536
     num_hidden_layers: int = 24
     num_attention_heads: int = 24
     intermediate_size: int = 6144
-    attention_head_size: int = 0  # 0 = hidden_size / num_attention_heads
-    position_buckets: int = -1  # above 0, far distances share rows, by their logarithm
-    share_att_key: bool = False  # positions are projected as contents are
-    norm_rel_ebd: str = "none"  # or "layer_norm", of the table of relative positions
-    conv_kernel_size: int = 0  # of a convolution beside the first layer; 0 = none
+    attention_head_size: int = 0  # 0 means hidden_size / num_attention_heads
+    position_buckets: int = -1  # if positive, far distances share logarithmic buckets
+    share_att_key: bool = False  # positions use the same projections as contents
+    norm_rel_ebd: str = "none"  # or "layer_norm": norm of the table of relative positions
+    conv_kernel_size: int = 0  # of a convolution parallel to the first layer; 0 means none
     conv_groups: int = 1
     conv_act: str = "tanh"
 
@@ -50,17 +50,17 @@ class DebertaV2Config(DebertaConfig):
             )
         if self.conv_kernel_size > 0 and self.conv_kernel_size % 2 == 0:
             raise UserError(
-                f"conv_kernel_size {self.conv_kernel_size}; only odd ones are supported"
+                f"conv_kernel_size {self.conv_kernel_size}; only odd sizes are supported"
             )
         if self.position_buckets > 0 and not 2 <= self.position_buckets < 2 * (self.reach - 1):
             raise UserError(
-                f"position_buckets {self.position_buckets}; supported are 2 to below twice "
-                f"{self.reach - 1}, the farthest relative position"
+                f"position_buckets {self.position_buckets}; supported are 2 to "
+                f"{2 * (self.reach - 1) - 1}, less than twice the largest relative position"
             )
 
     @property
     def span(self) -> int:
-        """Half the rows of the table of relative positions."""
+        """Half the number of rows in the table of relative positions."""
         return self.position_buckets if self.position_buckets > 0 else self.reach
 
     @property
@@ -76,7 +76,7 @@ class DebertaV2Config(DebertaConfig):
 def log_bucket(distance: np.ndarray, buckets: int, reach: int) -> np.ndarray:
     """Returns the buckets of distances, int: exact up to buckets // 2, then logarithmic to `reach`.
 
-    Computed in float32, as transformers' make_log_bucket_position does.
+    They are computed in float32, as in transformers' make_log_bucket_position.
     """
     middle = buckets // 2
     far = np.maximum(np.abs(distance), middle).astype(np.float32)
@@ -86,7 +86,7 @@ def log_bucket(distance: np.ndarray, buckets: int, reach: int) -> np.ndarray:
 
 
 class DebertaV2Attention(DisentangledAttention):
-    """Attention with three projections; positions have their own or share the contents'."""
+    """Attention with three projections; positions use the same ones or have their own."""
 
     def __init__(self, config: DebertaV2Config, dtype, rngs: nnx.Rngs):
         def dense() -> nnx.Linear:
@@ -111,9 +111,9 @@ class DebertaV2Attention(DisentangledAttention):
 
 
 class Convolution(nnx.Module):
-    """Convolves the embeddings over neighbouring tokens, and adds that to the first layer's output.
+    """Convolves the embeddings over neighboring tokens and adds the result to the first layer's.
 
-    Embeddings are zero at padding and beyond the ends alike, so that padding changes nothing.
+    Embeddings are zero at padding, as they are beyond the ends, so that padding changes nothing.
     """
 
     def __init__(self, config: DebertaV2Config, dtype, rngs: nnx.Rngs):
@@ -133,7 +133,7 @@ class Convolution(nnx.Module):
 
     def __call__(self, embedded: jax.Array, h: jax.Array, mask: jax.Array, key) -> jax.Array:
         count = h.shape[1]
-        # Output token i reads embeddings up to i + half the kernel: further ones change nothing.
+        # Output token i reads embeddings up to i + half the kernel, so later ones are not needed.
         out = self.conv(embedded[:, : count + self.conv.kernel_size[0] // 2])[:, :count]
         out = dropout(key, out, self.dropout_rate, length_axes=(1,))  # [B, Q, H]
         return self.norm(h + self.activation(out)) * mask[:, :count, None].astype(h.dtype)

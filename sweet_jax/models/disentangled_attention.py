@@ -1,10 +1,10 @@
 """Disentangled attention (He et al. 2020, arXiv 2006.03654, section 3.1).
 
-It scores content to content, content to position ("c2p") and position to content ("p2c"). All
-layers share one table of relative positions, and each layer has its own projections of it.
+The attention scores have terms for content to content, content to position ("c2p") and position to
+content ("p2c"). All layers share one table of relative positions, and each layer projects it.
 
 Shape letters: B batch, L length, Q first tokens, H hidden, A attention heads, D = H / A head size,
-S rows of the table, W those that distances up to L use.
+S rows of the table, W rows that are used for distances up to L.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from sweet_jax.models.positions import rows_by_offset
 
 @dataclasses.dataclass(frozen=True)
 class RelativePositionConfig(EncoderConfig):
-    """Adds the keys of relative positions to those of any encoder.
+    """Adds the keys for relative positions to those of any encoder.
 
-    Raises UserError, worded to follow "checkpoint ... has", for values that are not supported.
+    Raises UserError for unsupported values; its message is worded to follow "checkpoint ... has".
     """
 
     relative_attention: bool = False
-    max_relative_positions: int = -1  # below 1 = max_position_embeddings
-    pos_att_type: tuple[str, ...] = ()  # of "c2p", "p2c"
+    max_relative_positions: int = -1  # less than 1 means max_position_embeddings
+    pos_att_type: tuple[str, ...] = ()  # any of "c2p" and "p2c"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,9 +44,9 @@ class RelativePositionConfig(EncoderConfig):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """Returns the config of a config.json.
+        """Returns the config that the contents of a config.json describe.
 
-        pos_att_type may be a list there, text with bars, or null.
+        There, pos_att_type may be a list, a string such as "c2p|p2c", or null.
         """
         kinds = values.get("pos_att_type") or ()
         if isinstance(kinds, str):
@@ -57,30 +57,30 @@ class RelativePositionConfig(EncoderConfig):
 
     @property
     def span(self) -> int:
-        """Half the rows of the table of relative positions: distances from -span to span - 1."""
+        """Half the number of rows in the table of relative positions."""
         return self.reach
 
     @property
     def reach(self) -> int:
-        """The distance in tokens from which on relative positions share a row."""
+        """The distance, in tokens, from which on relative positions share a row."""
         far = self.max_relative_positions
         return far if far >= 1 else self.max_position_embeddings
 
     @property
     def normed(self) -> bool:
-        """Whether the table of relative positions is normalised."""
+        """Whether the table of relative positions is normalized."""
         return False
 
     def rows(self, distance: np.ndarray) -> np.ndarray:
-        """Returns the row of the table, int, for each distance, query minus key position."""
+        """Returns the row of the table, int, for each distance (query minus key position)."""
         return np.clip(distance + self.span, 0, 2 * self.span - 1)
 
 
 def along_diagonals(x: jax.Array) -> jax.Array:
-    """Returns y [..., Q, L] of x [..., Q, 2L] with y[i, j] = x[i, L - 1 + j - i]; Q is at most L.
+    """Returns y [..., Q, L] for x [..., Q, 2L], with y[i, j] = x[i, L - 1 + j - i]; Q is at most L.
 
-    Reshapes to rows that are one element shorter, which shifts each row by one against the row
-    before. A gather would have a scatter as its gradient.
+    The array is reshaped to rows that are one element shorter, which shifts each row by one against
+    the row before. A gather is avoided because its gradient would be a scatter.
     """
     *batch, count, width = x.shape
     length = width // 2
@@ -92,7 +92,7 @@ def along_diagonals(x: jax.Array) -> jax.Array:
 
 
 class RelativePositions(nnx.Module):
-    """Holds the table of relative positions [S, H], normalised where the config says so."""
+    """Holds the table of relative positions [S, H], normalized if the config requires it."""
 
     def __init__(self, config: RelativePositionConfig, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
@@ -107,21 +107,21 @@ class RelativePositions(nnx.Module):
 
 
 class DisentangledAttention(Attention):
-    """Attention that also scores relative positions; subclasses project them."""
+    """Attention with scores for relative positions, which subclasses project."""
 
     def __init__(self, config: RelativePositionConfig, dtype, rngs: nnx.Rngs):
         super().__init__(config, dtype, rngs)
         self.config = config
         self.kinds = config.pos_att_type if config.relative_attention else ()
-        # By the kinds named, whether or not relative_attention is on, as transformers scales.
+        # As in transformers, the named kinds count even if relative_attention is off.
         self.scale *= (1 + len(config.pos_att_type)) ** -0.5
 
     def position_keys(self, relative: jax.Array) -> jax.Array:
-        """Returns the keys [W, H] of rows [W, H] of the table, for "c2p"."""
+        """Returns the keys [W, H] for rows [W, H] of the table, used in "c2p"."""
         raise NotImplementedError  # each version of DeBERTa has its own
 
     def position_queries(self, relative: jax.Array) -> jax.Array:
-        """Returns the queries [W, H] of rows [W, H] of the table, for "p2c"."""
+        """Returns the queries [W, H] for rows [W, H] of the table, used in "p2c"."""
         raise NotImplementedError  # each version of DeBERTa has its own
 
     def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
@@ -129,7 +129,7 @@ class DisentangledAttention(Attention):
         if not self.kinds:
             return total
         count, length = q.shape[2], k.shape[2]
-        # Column c of what `along_diagonals` reads stands for (column - row) = c - (L - 1).
+        # Column c of the input of `along_diagonals` is for the offset column - row = c - (L - 1).
         reach = self.config.reach
         longest = length if isinstance(length, int) else reach
         reached = self.config.rows(np.arange(-longest, longest + 1))

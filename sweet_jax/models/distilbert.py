@@ -22,8 +22,8 @@ from sweet_jax.models.tensor_names import TensorNames
 class DistilBertConfig(EncoderConfig):
     """The config.json of model_type "distilbert".
 
-    `sinusoidal_pos_embds` is not read: it says how the table of positions was initialised, which
-    the checkpoint holds either way.
+    `sinusoidal_pos_embds` is not read: it states how the table of positions was initialized, and
+    the checkpoint has the table in either case.
     """
 
     num_hidden_layers: int = 6
@@ -46,7 +46,7 @@ class DistilBertConfig(EncoderConfig):
 
 
 class DistilBertEmbeddings(nnx.Module):
-    """Sums word and position embeddings, and normalises."""
+    """Sums and normalizes word and position embeddings."""
 
     def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
         hidden = config.hidden_size
@@ -103,6 +103,6 @@ DISTILBERT = EncoderFamily(
             "norm": "output_layer_norm",
         },
         pooler="pre_classifier",
-        ignored=(r"vocab_(transform|layer_norm|projector)\.",),  # of pre-training
+        ignored=(r"vocab_(transform|layer_norm|projector)\.",),  # pretraining head
     ),
 )

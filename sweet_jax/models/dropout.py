@@ -1,4 +1,4 @@
-"""Dropout with masks that do not depend on padding, by a generator that XLA compiles quickly."""
+"""Dropout with masks that do not depend on padding, using a generator that XLA compiles quickly."""
 
 import functools
 
@@ -17,19 +17,19 @@ def dropout(
     packed_axis: int = -1,
     start: int = 0,
 ) -> jax.Array:
-    """Zeroes elements of x with probability `rate` and scales the others up; x where key is None.
+    """Zeroes elements of x with probability `rate` and scales the others up.
 
-    The mask of an element depends on the key and on the element's own coordinates only, never on
-    the extent of `length_axes`: a batch padded further gets the same masks on the same tokens.
-    `jax.random.bernoulli` does not promise that, and draws 32 bits an element where 16 do.
+    The mask of an element depends only on the key and on the element's own coordinates, never on
+    the size of `length_axes`: with more padding, the same tokens get the same masks.
+    `jax.random.bernoulli` does not guarantee this, and draws 32 bits per element where 16 suffice.
 
     Args:
-      key: typed threefry key, or None for inference.
+      key: typed threefry key, or None for inference, which returns x unchanged.
       x: any floating array.
       rate: probability of a zero, rounded to a multiple of 2**-16.
       length_axes: axes along sequence positions, at most two.
-      packed_axis: an axis of fixed size; four of its elements share one 64-bit draw.
-      start: coordinate along length_axes of x's first element, where x is a cut of a longer array.
+      packed_axis: axis of fixed size; four of its elements share one 64-bit draw.
+      start: coordinate of x's first element along length_axes, if x is part of a longer array.
 
     """
     threshold = round(rate * 65536)
@@ -47,12 +47,12 @@ def _keep(
     packed_axis: int,
     start: int,
 ) -> jax.Array:
-    """Returns bool of the given shape: whether the 16-bit number at each counter reaches threshold.
+    """Returns whether the random 16-bit number of each element is at least `threshold`, as bool.
 
-    The backward pass keeps four bits in a byte. They come out of a loop of two passes because XLA
-    never fuses across the edge of a loop: without it, every kernel that reads a mask recomputes the
-    generator once for each of the four, which on a CPU takes 2.5 times as long to compile and up to
-    5 times as long to run.
+    For the backward pass, four bits are kept in each byte. They are computed in a loop of two
+    iterations because XLA never fuses operations across the boundary of a loop. Otherwise every
+    kernel that reads a mask would run the generator again for each of the four bits, which on a CPU
+    takes 2.5 times as long to compile and up to 5 times as long to run.
     """
     rank = len(shape)
     packed, halved = packed_axis % rank, rank - 2
@@ -90,18 +90,19 @@ def _keep(
     return jax.lax.slice_in_dim(kept, 0, shape[packed], axis=packed)
 
 
-@functools.partial(jax.jit, inline=True)  # traced once for each shape, then a part of its caller
+@functools.partial(jax.jit, inline=True)  # traced once for each shape, then inlined in its caller
 def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes Threefry-2x32 with 20 rounds (Salmon et al. 2011, table 2): JAX's own, unrolled.
+    """Computes Threefry-2x32 with 20 rounds (Salmon et al. 2011, table 2), with an unrolled loop.
 
-    On a CPU, JAX lowers it to a loop that copies every word each round, five times slower.
+    The results are those of JAX's own implementation. On a CPU, JAX lowers that to a loop that
+    copies every word in each round and is five times slower.
 
     Args:
-      key: uint32 [2].
-      high, low: the two words of the counters, uint32 of one shape.
+      key: key, uint32 [2].
+      high, low: two words of the counters, uint32 arrays of the same shape.
 
     Returns:
-      Two words of random bits for every counter.
+      Two words of random bits for each counter.
 
     """
     keys = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))

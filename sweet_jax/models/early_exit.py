@@ -1,8 +1,8 @@
-"""An encoder with a classifier at several depths.
+"""An encoder with classifiers at several depths.
 
-A segment is the layers after the previous exit up to this one, with this exit's head; the
-embeddings belong to the first segment (ownership.py). Between segments the hidden state is
-isolated: SWEET lets no gradient through, Early-Exit all of it.
+A segment consists of the layers between the previous exit and this one, and this exit's head; the
+embeddings belong to the first segment (see ownership.py). Between segments, the hidden state is
+isolated: SWEET lets no gradient through, and Early-Exit all of it.
 
 Shape letters: E exit, B batch, L length, H hidden, C classes, S rows of a table of relative
 positions.
@@ -20,7 +20,7 @@ from sweet_jax.models.head import ExitConfig, Head, ModelOutput, make_pooler
 from sweet_jax.models.layers import derive_key, derive_optional_key, rematerialize
 from sweet_jax.models.positions import array_module
 
-# Of all boundaries between segments, or of each of the E - 1.
+# One isolation for all boundaries between segments, or a tuple with one for each of the E - 1.
 Isolation = float | jax.Array | tuple[float | jax.Array, ...]
 # What crosses a boundary: the hidden state [B, L, H], and the encoder's table of relative positions
 # [S, H] (MPNet: [S, A heads]) or None.
@@ -28,11 +28,11 @@ SegmentState = tuple[jax.Array, jax.Array | None]
 
 
 def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
-    """Returns h, an array of any shape, unchanged, with its gradient times (1 - isolation).
+    """Returns h, an array of any shape, unchanged, but multiplies its gradient by (1 - isolation).
 
-    1 is SWEET's stop_gradient, 0 is Early-Exit. Where isolation is one of these as a Python
-    number, no product is made, so that SWEET's backward pass ends at the boundary and frees what
-    lies below.
+    1 is SWEET's stop_gradient, and 0 is Early-Exit. If isolation is a Python number equal to 1 or
+    0, there is no product, so that SWEET's backward pass ends at the boundary and the memory for
+    what lies below is freed.
     """
     if not isinstance(isolation, jax.Array):
         if isolation == 0:
@@ -40,15 +40,15 @@ def isolate(h: jax.Array, isolation: float | jax.Array) -> jax.Array:
         if isolation == 1:
             return jax.lax.stop_gradient(h)
     held = jax.lax.stop_gradient(h)
-    # The second term is zero but for its gradient: the value is h to the last bit.
+    # The second term is zero except for its gradient, so the value is exactly h.
     return held + (1 - jnp.asarray(isolation, h.dtype)) * (h - held)
 
 
 class EarlyExit(nnx.Module):
-    """Classifies at each of `exits` (layer numbers from 1, the last is the encoder's depth).
+    """Classifies at each of `exits`, which are layer numbers from 1; the last is the depth.
 
-    Random parts of head e are derived from (key, "head", e), so that an exit does not depend on
-    which others there are. The encoder is taken over, without its final norm: each head has one.
+    Random parameters of head e are derived from (key, "head", e), so that an exit does not depend
+    on which other exits there are. The final norm of `encoder` is removed, since each head has one.
     """
 
     def __init__(
@@ -89,21 +89,22 @@ class EarlyExit(nnx.Module):
     ) -> tuple[SegmentState | None, ModelOutput]:
         """Computes one segment.
 
-        An exit may read its last layer at the first token only (`Pooling.first_only`). Only that
-        token is then computed where no gradient reaches the others: before a closed boundary, and
-        at the last exit.
+        An exit may read only the first token of its layer (`Pooling.first_only`). Then only that
+        token is computed if no gradient reaches the others, which is so before a closed boundary
+        and at the last exit.
 
         Args:
-          index: of the segment, from 0.
-          carried: the state that the previous segment returned, None for the first.
-          batch: input_ids and token_type_ids int32 [B, L], mask bool [B, L]; for a pooling of
+          index: number of the segment, from 0.
+          carried: state that the previous segment returned, None for the first segment.
+          batch: input_ids and token_type_ids int32 [B, L], and mask bool [B, L]; for a pooling of
             pairs also second_start int32 [B].
-          isolation: of the returned state, 0 to 1.
-          key: typed key of the dropout masks, None for inference.
-          features: whether the output holds what the classifier reads.
+          isolation: isolation of the returned state, from 0 to 1.
+          key: typed key for the dropout masks, None for inference.
+          features: whether the output includes the input of the classifier.
 
         Returns:
-          The state for the next segment, None after the last; and the exit's output, without E.
+          The state for the next segment, or None after the last one, and the exit's output, whose
+          arrays have no axis E.
 
         """
         ids, types, mask = batch["input_ids"], batch["token_type_ids"], batch["mask"]
@@ -133,7 +134,10 @@ class EarlyExit(nnx.Module):
         return jax.tree.map(lambda x: isolate(x, isolation), (whole, relative)), output
 
     def _second(self, batch: dict[str, jax.Array]) -> jax.Array | None:
-        """Returns where a pair's second text is, bool [B, L]; None where the pooling is of none."""
+        """Returns True from the first token of a pair's second text on, bool [B, L].
+
+        Returns None if the pooling does not read pairs.
+        """
         if not self.config.reads.pairs or "second_start" not in batch:
             return None
         length = batch["mask"].shape[1]
@@ -142,8 +146,8 @@ class EarlyExit(nnx.Module):
     def _layer(
         self, number: int, h: jax.Array, mask: jax.Array, key, relative, count: int | None = None
     ) -> jax.Array:
-        """Applies `Encoder.layer`; with remat its activations are recomputed for the gradient."""
-        # Without a key no gradient is taken: evaluation is the same program with remat or without.
+        """Applies `Encoder.layer`; with remat, its activations are recomputed for the gradient."""
+        # Without a key no gradient is taken, so evaluation uses the same program in either case.
         if not self.config.remat or key is None:
             return self.encoder.layer(number, h, mask, key, relative, count=count)
         graphdef, params = nnx.split(self.encoder.layer_module(number))
@@ -163,24 +167,25 @@ class EarlyExit(nnx.Module):
         *,
         whole: bool = False,
     ) -> tuple[jax.Array, ModelOutput]:
-        """Runs inference from layer `start` to the exit at `end`.
+        """Runs inference from layer `start` to the exit at layer `end`.
 
-        Where the exit reads the first token only, layer `end` is computed at that token alone. The
-        call that resumes from there, with start = end, for the rows that do not exit, computes the
-        rest; the keys and values of that layer, a sixth of its work, are then computed twice.
+        If the exit reads only the first token, layer `end` is computed at that token alone. For
+        rows that do not exit, the next call starts again with start = end. The keys and values of
+        that layer, a sixth of its work, are then computed twice.
 
         Args:
-          start: the first layer to compute, from 1.
-          end: the layer of the exit.
-          h: the hidden state [B, L, H] before layer `start`; None for 1, where it is embedded.
-          batch: mask bool [B, L]; where h is None also input_ids, token_type_ids int32 [B, L];
+          start: first layer to compute, from 1.
+          end: layer of the exit.
+          h: hidden state [B, L, H] before layer `start`; None to compute the embeddings, with
+            start = 1.
+          batch: mask bool [B, L]; if h is None also input_ids and token_type_ids int32 [B, L];
             for a pooling of pairs also second_start int32 [B].
-          whole: computes all of layer `end`; needed where the exit reads all tokens and a call
-            resumes from there.
+          whole: whether to compute layer `end` at all tokens; required if the exit reads all
+            tokens and another call continues after it.
 
         Returns:
           The hidden state [B, L, H] before layer `end` (after it, with `whole`), and the exit's
-          output, without E.
+          output, whose arrays have no axis E.
 
         """
         mask, relative = batch["mask"], self.encoder.relative_table()
@@ -209,10 +214,13 @@ class EarlyExit(nnx.Module):
         key: jax.Array | None = None,
         features: bool = False,
     ) -> ModelOutput:
-        """Returns the outputs of every exit, of all segments in one pass.
+        """Returns the outputs of every exit, computing all segments in one pass.
 
-        isolation: of all boundaries, or a tuple with one number for each of the E - 1; key and
-        features as in `segment`.
+        Args:
+          batch: batch as in `segment`.
+          isolation: isolation of all boundaries, or a tuple with one for each of the E - 1.
+          key, features: see `segment`.
+
         """
         boundaries = isolation if isinstance(isolation, tuple) else (isolation,) * len(self.exits)
         carried, each = None, []

@@ -1,4 +1,4 @@
-"""ELECTRA (Clark et al. 2020, arXiv 2003.10555): BERT with tables narrower than its layers.
+"""ELECTRA (Clark et al. 2020, arXiv 2003.10555): BERT with embeddings narrower than its layers.
 
 Shape letters: B batch, L length, H hidden.
 """
@@ -20,7 +20,7 @@ class ElectraConfig(bert.BertConfig):
     hidden_size: int = 256
     num_attention_heads: int = 4
     intermediate_size: int = 1024
-    embedding_size: int = 128  # of the tables
+    embedding_size: int = 128  # width of the tables
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +38,7 @@ class ElectraConfig(bert.BertConfig):
 
 
 class ElectraEmbeddings(bert.BertEmbeddings):
-    """Computes BERT's embeddings, narrow, and projects them to H."""
+    """Computes BERT's embeddings with width embedding_size and projects them to H."""
 
     def __init__(self, config: ElectraConfig, dtype, rngs: nnx.Rngs):
         width, hidden = config.embedding_size, config.hidden_size
@@ -67,6 +67,6 @@ ELECTRA = EncoderFamily(
         prefix="electra",
         encoder={**bert.NAMES.encoder, "embeddings/project": "embeddings_project"},
         pooler="classifier.dense",
-        ignored=(r"(discriminator|generator)_(predictions|lm_head)\.",),  # of pre-training
+        ignored=(r"(discriminator|generator)_(predictions|lm_head)\.",),  # pretraining heads
     ),
 )

@@ -1,12 +1,12 @@
-"""Building blocks of encoders, and the interface by which exits call one.
+"""Building blocks of encoders, and the interface that exits use.
 
-An encoder is `embed`, then `layer` 1, 2, ... each on the hidden state of the one before;
-`relative_table` is what all layers share beside it (None for most).
+An encoder computes `embed`, and then `layer` 1, 2, ..., each on the hidden state of the one before.
+All layers also share `relative_table`, which is None for most encoders.
 
 Shape letters: B batch, L length, H hidden, A attention heads, D = H / A head size, F feed-forward,
-S rows of a table of relative positions, Q tokens whose output is computed: all L, or the first few,
-for an exit that reads only the first. Inside a layer tokens are one axis, B*L: matrix products and
-their gradients then need no copies.
+S rows of a table of relative positions, Q tokens whose output is computed: all L, or the first ones
+for an exit that reads only the first token. Inside a layer, tokens have one axis, B*L, so that
+matrix products and their gradients need no copies.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from sweet_jax.models.layers import (
 def linear(
     config: EncoderConfig, fan_in: int, fan_out: int, dtype, rngs: nnx.Rngs, *, bias: bool = True
 ) -> nnx.Linear:
-    """Returns a dense layer with BERT's initialisation: float32, activations in `dtype`."""
+    """Returns a dense layer with BERT's initialization, float32 parameters and `dtype` outputs."""
     init = nnx.initializers.normal(config.initializer_range)
     return nnx.Linear(fan_in, fan_out, kernel_init=init, use_bias=bias, dtype=dtype, rngs=rngs)
 
@@ -40,26 +40,26 @@ def linear(
 def embedding_table(
     config: EncoderConfig, rows: int, width: int, dtype, rngs: nnx.Rngs
 ) -> Embedding:
-    """Returns a table of embeddings [rows, width] with BERT's initialisation, float32."""
+    """Returns a float32 table of embeddings [rows, width] with BERT's initialization."""
     init = nnx.initializers.normal(config.initializer_range)
     return Embedding(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
 
 
 def first_tokens(x: jax.Array, batch: int, count: int | None) -> jax.Array:
-    """Returns the first `count` tokens of each row, [B*Q, H] of [B*L, H]; all for None."""
+    """Returns the first `count` tokens of each row, [B*Q, H], given x [B*L, H]; None means all."""
     if count is None:
         return x
     return x.reshape(batch, -1, x.shape[-1])[:, :count].reshape(-1, x.shape[-1])
 
 
 def token_dropout(key, x: jax.Array, rate: float, batch: int) -> jax.Array:
-    """Applies dropout to [B*L, H] with masks that depend on (row, position, unit) but not on L."""
+    """Applies dropout to x [B*L, H] with masks that depend on (row, position, unit), not on L."""
     shaped = x.reshape(batch, -1, x.shape[-1])
     return dropout(key, shaped, rate, length_axes=(1,)).reshape(x.shape)
 
 
 class LayerNorm(nnx.Module):
-    """Applies `layer_norm` with its parameters scale and, with `bias`, bias, float32 [H]."""
+    """Applies `layer_norm`; its parameters are scale and, optionally, bias, float32 [H]."""
 
     def __init__(self, size: int, epsilon: float, *, bias: bool = True):
         self.scale = nnx.Param(jnp.ones(size))
@@ -75,7 +75,7 @@ class LayerNorm(nnx.Module):
 class Attention(nnx.Module):
     """Computes multi-head self-attention, its output projection, the residual and its norm.
 
-    After Vaswani et al. 2017 (arXiv 1706.03762), section 3.2. A subclass makes the projections
+    See Vaswani et al. 2017 (arXiv 1706.03762), section 3.2. A subclass creates its projections
     before it calls this constructor, and may add terms to the scores.
     """
 
@@ -90,18 +90,23 @@ class Attention(nnx.Module):
         self.implementation = EINSUM
 
     def project(self, first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns queries of `first`, both [B*Q, H], and keys and values of x, all [B*L, H]."""
+        """Returns queries [B*Q, H] for `first` [B*Q, H], and keys and values [B*L, H] for x."""
         raise NotImplementedError  # each encoder has its own
 
     def scores(self, q: jax.Array, k: jax.Array, relative, key) -> jax.Array:
         """Returns the attention scores before the softmax, [B, A, Q, L].
 
-        q [B, A, Q, D] are scaled queries of the first Q of the L tokens, k [B, A, L, D] keys.
+        Args:
+          q: scaled queries of the first Q of the L tokens, [B, A, Q, D].
+          k: keys [B, A, L, D].
+          relative: table of relative positions, or None.
+          key: typed key for dropout on that table, or None.
+
         """
         return jnp.einsum("bald,bamd->balm", q, k)
 
     def visible(self, mask: jax.Array, count: int) -> jax.Array:
-        """Returns which keys each of the first `count` queries may read, bool [B, 1, Q or 1, L]."""
+        """Returns which keys the first `count` queries may read, bool [B, 1, Q or 1, L]."""
         return mask[:, None, None, :]
 
     def context(
@@ -109,7 +114,14 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Returns the values weighted by attention, [B, Q, A, D].
 
-        q is [B, Q, A, D], not scaled; k and v are [B, L, A, D], mask is bool [B, L].
+        Args:
+          q: queries [B, Q, A, D], not scaled.
+          k: keys [B, L, A, D].
+          v: values [B, L, A, D].
+          mask: True at the tokens that may be attended to, bool [B, L].
+          key: typed key for dropout, or None.
+          relative: table of relative positions, or None.
+
         """
         fused = self.implementation
         if fused != EINSUM and supports_shape(fused, q.shape[1], k.shape[1]):
@@ -129,8 +141,8 @@ class Attention(nnx.Module):
         return jnp.einsum("balm,bamd->bald", weights, v).transpose(0, 2, 1, 3)
 
     def attend(self, first: jax.Array, x: jax.Array, mask: jax.Array, key, relative) -> jax.Array:
-        """Returns what `first` [B*Q, H] gets of x [B*L, H] before the residual, [B*Q, H]."""
-        batch = mask.shape[0]  # not len(): an exported program has a batch without a number
+        """Returns the attention output of `first` [B*Q, H] over x [B*L, H], before the residual."""
+        batch = mask.shape[0]  # not len(): the batch size of an exported program is symbolic
 
         def split(x):
             return x.reshape(batch, -1, self.heads, x.shape[-1] // self.heads)
@@ -175,12 +187,12 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """Runs an encoder layer by layer; base class of every family's encoder.
 
-    Dropout is an explicit function of a typed key: None switches it off.
+    Dropout is an explicit function of a typed key; None disables it.
 
     Args:
-      config: sizes and rates.
-      key: typed key that the random initial parameters are derived from, name by name.
-      dtype: of activations; parameters are float32.
+      config: sizes and dropout rates.
+      key: typed key from which the random initial parameters are derived by their names.
+      dtype: dtype of activations; parameters are float32.
 
     """
 
@@ -197,7 +209,7 @@ class Encoder(nnx.Module):
         self.final_norm = self.make_final_norm()
 
     def set_attention(self, implementation: str) -> None:
-        """Sets the implementation of attention in every layer: see `attention.check_attention`."""
+        """Sets the attention implementation of every layer; see `attention.check_attention`."""
         for number in range(1, self.config.num_hidden_layers + 1):
             self.layer_module(number).attention.implementation = implementation
 
@@ -206,9 +218,9 @@ class Encoder(nnx.Module):
         return Layer(self.config, self.ATTENTION, dtype, rngs)
 
     def make_final_norm(self) -> LayerNorm | None:
-        """Returns a new norm of what leaves the encoder; None where its layers end with one.
+        """Returns a new final norm for the output, or None if the encoder's layers end with a norm.
 
-        Each exit has one of its own, since an exit may leave at any layer (`EarlyExit`).
+        In an `EarlyExit` model, each exit has its own final norm.
         """
         return None
 
@@ -219,13 +231,13 @@ class Encoder(nnx.Module):
     def embed(
         self, input_ids: jax.Array, token_type_ids: jax.Array, mask: jax.Array, key=None
     ) -> jax.Array:
-        """Returns the embeddings [B, L, H] of ids and types, int32 [B, L]; mask as in `layer`."""
+        """Returns the embeddings [B, L, H] of ids and types, int32 [B, L]; see `layer` for mask."""
         return self.embeddings(
             input_ids, token_type_ids, mask, derive_optional_key(key, "embeddings")
         )
 
     def relative_table(self) -> jax.Array | None:
-        """Returns the table of relative positions [S, H] or [S, A] that `layer` takes, or None."""
+        """Returns the table of relative positions that `layer` takes, [S, H] or [S, A], or None."""
         return None
 
     def layer(
@@ -238,11 +250,17 @@ class Encoder(nnx.Module):
         *,
         count: int | None = None,
     ) -> jax.Array:
-        """Returns the hidden state [B, L, H] after layer `number` (from 1), given the one before.
+        """Returns the hidden state after a layer, [B, L, H], or [B, Q, H] with `count`.
 
-        mask is bool [B, L], True at the tokens that may be attended to; relative is
-        `relative_table()`. With `count`, returns the hidden state of that many first tokens
-        [B, Q, H]: the same numbers, at little more than the cost of all keys and values.
+        Args:
+          number: number of the layer, from 1.
+          h: hidden state before the layer, [B, L, H].
+          mask: True at the tokens that may be attended to, bool [B, L].
+          key: typed key for dropout, or None.
+          relative: table that `relative_table` returns.
+          count: number of first tokens to compute, Q; None means all. The results are the same, at
+            little more than the cost of all keys and values.
+
         """
         return self.layer_module(number)(
             h, mask, derive_optional_key(key, "layer", number), relative, count

@@ -1,4 +1,4 @@
-"""Configuration of encoders, from a Hugging Face `config.json`. It holds no arrays."""
+"""Configuration of encoders, read from a Hugging Face `config.json`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Self
 from sweet_jax.config import UserError
 from sweet_jax.models.layers import ACTIVATIONS
 
-_TOO_LARGE = 1 << 31  # of a number of rows, columns or layers
+_TOO_LARGE = 1 << 31  # for a number of rows, columns or layers
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """Holds the values of a Hugging Face `config.json` that change the arithmetic of any encoder.
 
-    Raises UserError, worded to follow "checkpoint ... has", for values that are not supported.
+    Raises UserError for unsupported values; its message is worded to follow "checkpoint ... has".
     """
 
     vocab_size: int = 30522
@@ -30,9 +30,9 @@ class EncoderConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
-    # Keys of config.json whose other values are not implemented.
+    # Keys of config.json with the only value that is implemented.
     FIXED: ClassVar[dict[str, Any]] = {"is_decoder": False, "add_cross_attention": False}
-    # The keys of config.json that a family names otherwise than the fields here.
+    # Keys of config.json, by field, if a family names them differently.
     KEYS: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
@@ -41,10 +41,10 @@ class EncoderConfig:
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, field)
             if not 0 <= value < 1:
-                raise UserError(f"{self.key(field)} {value}, which must be from 0 to below 1")
+                raise UserError(f"{self.key(field)} {value}, which must be at least 0 and below 1")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
-                f"{self.key('hidden_size')} {self.hidden_size}, not a multiple of its "
+                f"{self.key('hidden_size')} {self.hidden_size}, which must be a multiple of its "
                 f"{self.key('num_attention_heads')} {self.num_attention_heads}"
             )
 
@@ -57,7 +57,7 @@ class EncoderConfig:
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """Returns the config that the contents of a config.json describe.
 
-        Raises UserError for values that are not supported, or of a wrong type.
+        Raises UserError for values that are not supported or have the wrong type.
         """
         for key, fixed in cls.FIXED.items():
             if values.get(key, fixed) not in (fixed, None):
@@ -69,7 +69,8 @@ class EncoderConfig:
                 continue  # null there means that nothing was set
             if not isinstance(values[key], (int, float) if kind is float else kind):
                 raise UserError(
-                    f"{key} {values[key]!r} in its config.json, not of type {kind.__name__}"
+                    f"{key} {values[key]!r} in its config.json, which must be of type "
+                    f"{kind.__name__}"
                 )
             if isinstance(values[key], int) and abs(values[key]) >= _TOO_LARGE:
                 raise UserError(f"{key} {str(values[key])[:20]}… in its config.json is too large")
@@ -82,12 +83,12 @@ class EncoderConfig:
 
     @classmethod
     def at_depth(cls, values: Mapping[str, Any], depth: int) -> dict[str, Any]:
-        """Returns the contents of a config.json, changed to those of its first layers alone."""
+        """Returns the contents of a config.json for a model with only the first `depth` layers."""
         return {**values, cls.key("num_hidden_layers"): depth}
 
     @property
     def positions(self) -> int | None:
-        """The longest input, in tokens; None where the encoder sets no limit."""
+        """The longest input, in tokens; None if there is no limit."""
         return self.max_position_embeddings
 
     @property
@@ -96,14 +97,14 @@ class EncoderConfig:
         return "tanh"
 
     def check_positive(self, *fields: str) -> None:
-        """Raises UserError for a field that is below 1."""
+        """Raises UserError if a field is less than 1."""
         for field in fields:
             value = getattr(self, field)
             if value < 1:
-                raise UserError(f"{self.key(field)} {value}, which must be 1 or more")
+                raise UserError(f"{self.key(field)} {value}, which must be at least 1")
 
     def check_activation(self, field: str) -> None:
-        """Raises UserError unless the value of a field is an activation known here."""
+        """Raises UserError unless the value of a field is in ACTIVATIONS."""
         value = getattr(self, field)
         if value not in ACTIVATIONS:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The encoder families of this package. A new one is its own file and a line here."""
+"""The encoder families of this package. A new family has its own file and is listed here."""
 
 from sweet_jax.models.albert import ALBERT
 from sweet_jax.models.bert import BERT

@@ -1,7 +1,8 @@
-"""An encoder family: all that the rest of the package needs to know of one, as a value.
+"""The description of an encoder family: everything that the rest of the package needs to know.
 
-A new family is one file that ends with such a value, and its line in families.py; where
-transformers' tokenizer is not what it was pretrained with, a line in checkpoint_folder.py.
+A new family is a file that ends with such a description, and an entry in families.py. If the
+family was pretrained with another tokenizer than transformers loads, it also needs an entry in
+checkpoint_folder.py.
 """
 
 import dataclasses
@@ -19,18 +20,18 @@ class EncoderFamily:
     Raises ValueError for a pooling that does not exist.
 
     Attributes:
-      model_type: that of the family's config.json.
-      architecture: the transformers class of the encoder alone, for a saved config.json.
-      config: reads config.json; also names its keys (`EncoderConfig.KEYS`).
-      encoder: the modules.
-      names: of tensors in a checkpoint.
-      default_pooling: of exits where neither the run's config nor the checkpoint says. The mean,
-        since the first token of a low layer has hardly seen the text
-        (experiments/results/recipe).
-      fused_attention_obstacle: why fused attention cannot compute the family's layers; "" where it
-        can.
-      isolation_obstacle: why no exit can have layers of its own, worded to follow "whose"; "" where
-        each can.
+      model_type: model_type in the family's config.json.
+      architecture: transformers class of the encoder alone, for a saved config.json.
+      config: config class, which reads config.json and names its keys (`EncoderConfig.KEYS`).
+      encoder: encoder class.
+      names: names of tensors in a checkpoint.
+      default_pooling: pooling of the exits if neither the run's config nor the checkpoint specifies
+        one. The default is the mean because the first token of a low layer has hardly attended to
+        the text (experiments/results/recipe).
+      fused_attention_obstacle: reason why fused attention cannot compute the family's layers; "" if
+        it can.
+      isolation_obstacle: reason why exits cannot have their own layers, worded to follow "whose";
+        "" if they can.
 
     """
 

@@ -1,4 +1,4 @@
-"""The head of an exit: pooling, pooler, dropout and classifier, with learning-to-exit beside it.
+"""The head of an exit: pooling, pooler, dropout, classifier and, optionally, learning-to-exit.
 
 Shape letters: E exit, B batch, L length, H hidden, P width of a pooled vector, C classes.
 """
@@ -20,13 +20,14 @@ from sweet_jax.models.pooling import POOLINGS, Pooling
 class ExitConfig:
     """Describes the exits of a model.
 
-    Raises ValueError for a pooling or a mode of learning-to-exit that does not exist.
+    Raises ValueError for a pooling or a learning-to-exit mode that does not exist.
 
     Attributes:
-      pooling: how an exit reads its layer, a name in POOLINGS.
-      shared_pooler: whether the exits share one pooler; without effect where a pooling has none.
+      pooling: name of the pooling in POOLINGS, which defines how an exit reads its layer.
+      shared_pooler: whether the exits share one pooler; has no effect if the pooling has none.
       shared_relative: whether every exit trains the table of relative positions.
-      learning_to_exit: "" (none), "joint" or "detached", which leaves what it reads untrained.
+      learning_to_exit: mode of learning-to-exit: "" (none), "joint", or "detached", which passes no
+        gradient to its input.
       remat: whether a layer's activations are recomputed in the backward pass.
 
     """
@@ -45,33 +46,33 @@ class ExitConfig:
 
     @property
     def reads(self) -> Pooling:
-        """The pooling itself."""
+        """The `Pooling` with the name `pooling`."""
         return POOLINGS[self.pooling]
 
 
 class ModelOutput(NamedTuple):
-    """The outputs of every exit for a batch; those of one exit are arrays without E."""
+    """The outputs of every exit for a batch; the arrays of a single exit have no axis E."""
 
     logits: jax.Array  # float32 [E, B, C]
-    exit_scores: jax.Array | None = None  # float32 [E, B], learning-to-exit's, from 0 to 1
-    features: jax.Array | None = None  # float32 [E, B, P], what classifiers read, where requested
+    exit_scores: jax.Array | None = None  # float32 [E, B], from learning-to-exit, between 0 and 1
+    features: jax.Array | None = None  # float32 [E, B, P], inputs of the classifiers, if requested
 
 
 class Head(nnx.Module):
-    """Classifies at one exit: pooling, pooler (dense, activation), dropout, dense.
+    """Classifies at one exit: pooling, pooler (dense layer and activation), dropout, classifier.
 
-    With a shared pooler, or a pooling that has none, the head holds no pooler. Where the encoder's
-    layers do not end with a norm, the head begins with one, initially the encoder's.
-    Learning-to-exit (Xin et al. 2021, BERxiT, section 3.3) adds a dense unit with a sigmoid that
-    estimates how likely this exit's class is right; it reads what the classifier reads, the pooled
-    vector after dropout, or that vector without its gradient.
+    The head has no pooler if the exits share one or the pooling uses none. If the encoder's layers
+    do not end with a norm, the head begins with one, which is initialized with the encoder's final
+    norm. Learning-to-exit (Xin et al. 2021, BERxiT, section 3.3) adds a dense unit with a sigmoid
+    that estimates the probability that this exit's class is right. Its input is that of the
+    classifier, the pooled vector after dropout, with or without its gradient.
     """
 
     def __init__(self, encoder: Encoder, classes: int, config: ExitConfig, dtype, key: jax.Array):
         pooled = config.reads.width * encoder.config.hidden_size  # P
 
         def dense(name: str, width: int) -> nnx.Linear:
-            # float32 whatever the activations are: in bfloat16 a target of 2003 would be 2000.
+            # Always float32: in bfloat16, a regression target of 2003 would become 2000.
             rngs = nnx.Rngs(derive_key(key, name))
             return linear(encoder.config, pooled, width, jnp.float32, rngs)
 
@@ -92,11 +93,14 @@ class Head(nnx.Module):
         pooler: nnx.Linear | None,
         second: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns what the classifier reads, before dropout: [B, P] of h [B, L, H].
+        """Returns the input of the classifier before dropout, [B, P].
 
-        mask is bool [B, L]; pooler is the shared one, or None; second, for a pooling of pairs, is
-        True from a pair's second text on, bool [B, L]. Where the pooling reads the first token
-        alone, h may be [B, 1, H].
+        Args:
+          h: hidden state [B, L, H], or [B, 1, H] if the pooling reads only the first token.
+          mask: True at tokens, bool [B, L].
+          pooler: shared pooler, or None.
+          second: for a pooling of pairs, True from the start of the second text on, bool [B, L].
+
         """
         normed = h if self.norm is None else self.norm(h)
         pooled = self.config.reads.read(normed, mask, second)  # [B, P]
@@ -113,9 +117,13 @@ class Head(nnx.Module):
         features: bool = False,
         second: jax.Array | None = None,
     ) -> ModelOutput:
-        """Returns the output of this exit, arrays without E; arguments as in `pooled`.
+        """Returns the output of this exit, whose arrays have no axis E.
 
-        key is that of dropout, None for none; features adds what the classifier reads.
+        Args:
+          h, mask, pooler, second: see `pooled`.
+          key: typed key for dropout, or None.
+          features: whether to return the input of the classifier too.
+
         """
         pooled = self.pooled(h, mask, pooler, second)
         pooled = dropout(key, pooled, self.dropout_rate)  # [B, P]
@@ -130,6 +138,6 @@ class Head(nnx.Module):
 
 
 def make_pooler(encoder: Encoder, dtype, key: jax.Array) -> nnx.Linear:
-    """Returns a dense [H, H] layer with random parameters from `key`."""
+    """Returns a dense layer [H, H] with random parameters drawn from `key`."""
     hidden = encoder.config.hidden_size
     return linear(encoder.config, hidden, hidden, dtype, nnx.Rngs(key))

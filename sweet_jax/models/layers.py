@@ -1,7 +1,7 @@
 """Functions that all encoders share: derived keys, rematerialization, layer norm, softmax, GELU.
 
-The last three carry a backward pass written by hand. Differentiated automatically, XLA on a CPU
-spends a fifth of a training step on them (experiments/benchmarks/train_step.py).
+The last three have hand-written backward passes. With automatic differentiation, they take a fifth
+of a training step on a CPU (experiments/benchmarks/train_step.py).
 
 Shape letters: B batch, L length, H hidden, A attention heads.
 """
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 
 def derive_key(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
-    """Folds names (text or numbers) into a typed key, one after the other.
+    """Folds names (strings or numbers) into a typed key, one after the other.
 
-    A key depends only on its names, so that adding a layer, an exit or a replica leaves the random
-    numbers of all others as they were.
+    The result depends only on the key and the names, so that adding a layer, an exit or a replica
+    does not change the random numbers of the others.
     """
     for name in names:
         key = jax.random.fold_in(key, zlib.crc32(name.encode()) if isinstance(name, str) else name)
@@ -27,21 +27,23 @@ def derive_key(key: jax.Array, *names: str | int | jax.Array) -> jax.Array:
 
 
 def derive_optional_key(key: jax.Array | None, *names: str | int) -> jax.Array | None:
-    """Returns `derive_key(key, *names)`, or None (no dropout) for None."""
+    """Returns `derive_key(key, *names)`, or None (no dropout) if `key` is None."""
     return None if key is None else derive_key(key, *names)
 
 
 def rematerialize(function: Callable[..., jax.Array], h: jax.Array, *others: Any) -> jax.Array:
     """Returns function(h, *others), keeping only the arguments for the backward pass.
 
-    The rest is recomputed once the gradient of the result is known. jax.checkpoint leaves that
-    order to the compiler, and XLA on a CPU recomputes everything beforehand, which saves no memory.
-    So the recomputation starts from h plus a zero that depends on that gradient.
+    Everything else is recomputed once the gradient of the result is known. jax.checkpoint leaves
+    this order to the compiler, and XLA on a CPU recomputes everything earlier, which saves no
+    memory. Here the recomputation starts from h plus a zero that depends on the gradient, which
+    enforces the order.
 
     Args:
-      function: returns a floating array; no gradient is taken of what it closes over.
-      h: floating array.
-      others: further arguments, trees of floating arrays.
+      function: function that returns a floating-point array; no gradient is taken with respect to
+        variables that it closes over.
+      h: floating-point array.
+      others: further arguments, trees of floating-point arrays.
 
     """
 
@@ -51,7 +53,7 @@ def rematerialize(function: Callable[..., jax.Array], h: jax.Array, *others: Any
     def backward(kept, g):
         h, others = kept
         first = g[(0,) * g.ndim]
-        zero = first - first  # not a zero to the compiler: of NaN and infinity it is none
+        zero = first - first  # the compiler keeps this, since it is NaN for NaN and infinity
         return jax.vjp(function, h + zero.astype(h.dtype), *others)[1](g)
 
     again = jax.custom_vjp(function)
@@ -61,12 +63,12 @@ def rematerialize(function: Callable[..., jax.Array], h: jax.Array, *others: Any
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Returns x times the normal distribution function of x (Hendrycks & Gimpel 2016)."""
+    """Returns GELU: x times the normal distribution function of x (Hendrycks & Gimpel 2016)."""
     return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The backward pass keeps the derivative, as large as x, and needs no second erf.
+    # The derivative, as large as x, is kept for the backward pass, which needs no second erf then.
     cdf = 0.5 * (1 + jax.lax.erf(x * 2**-0.5))
     slope = cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
     return x * cdf, slope
@@ -76,16 +78,16 @@ gelu.defvjp(_gelu_forward, lambda slope, g: (g * slope,))
 
 
 def tanh_gelu(x: jax.Array) -> jax.Array:
-    """Returns GELU with a tanh in place of erf (Hendrycks & Gimpel 2016, section 2)."""
+    """Returns the tanh approximation of GELU (Hendrycks & Gimpel 2016, section 2)."""
     return jax.nn.gelu(x, approximate=True)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """Returns GELU with a sigmoid in place of erf (Hendrycks & Gimpel 2016, section 2)."""
+    """Returns the sigmoid approximation of GELU (Hendrycks & Gimpel 2016, section 2)."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-# By transformers' names, of which several mean one function.
+# By the names in transformers, which has several names for some functions.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
     "gelu_python": gelu,
@@ -100,11 +102,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @jax.custom_vjp
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the softmax over the last axis where mask is True, zero elsewhere; in float32.
+    """Returns the softmax over the last axis where mask is True, and 0 elsewhere, in float32.
 
     Args:
-      scores: floating [..., L].
-      mask: bool, broadcastable to scores. A row without a True gets equal weights.
+      scores: floating-point array [..., L].
+      mask: bool array, broadcastable to scores. A row that is all False gets equal weights.
 
     """
     scores = jnp.where(mask, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
@@ -128,9 +130,9 @@ masked_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Normalises [..., H] over H (Ba et al. 2016, arXiv 1607.06450); statistics in float32.
+    """Normalizes x [..., H] over H (Ba et al. 2016, arXiv 1607.06450), with float32 statistics.
 
-    The variance is the mean squared distance from the mean: E[x^2] - E[x]^2 loses digits.
+    The variance is computed from the deviations because E[x^2] - E[x]^2 loses precision.
     """
     return _layer_norm_forward(x, scale, bias, epsilon)[0]
 

@@ -1,7 +1,4 @@
-"""The encoder family of a checkpoint whose config.json does not name one.
-
-No arrays are made here.
-"""
+"""The encoder family of a checkpoint whose config.json does not name one."""
 
 import dataclasses
 import logging
@@ -24,12 +21,14 @@ log = logging.getLogger(__name__)
 def guess_model_type(
     folder: Path, values: Mapping[str, Any], families: Iterable[EncoderFamily]
 ) -> str | None:
-    """Returns the model_type of a config.json that names none, with a warning; None if unknown.
+    """Guesses the model_type for a config.json that names none; returns None if it is unknown.
 
-    Guessed from `architectures`, else from the names of tensors: a family whose tensors are all
-    there, and of several the one that has most of them, or whose prefix stands before them.
+    It is guessed from `architectures`, or else from the names of the tensors: all tensors of the
+    family must be there. If several families match, the one with the most tensors is chosen; ties
+    are resolved by the prefix of the tensor names and then by pad_token_id. A warning names the
+    guess.
 
-    Raises UserError where the tensors are not readable.
+    Raises UserError if the tensors cannot be read.
     """
     families = list(families)
     named, how = _by_architecture(values, families), "architectures"
@@ -38,7 +37,8 @@ def guess_model_type(
     if named is None:
         return None
     log.warning(
-        "%s names no model_type; taken for %r by %s: add it to the file if that is wrong",
+        "%s has no model_type; taken for %r based on %s: if that is wrong, add the right one to "
+        "the file",
         str(folder / "config.json"),
         named,
         how,
@@ -61,7 +61,7 @@ def _by_tensors(
     folder: Path, values: Mapping[str, Any], families: list[EncoderFamily]
 ) -> str | None:
     found = tensor_names(folder)
-    # BERT and RoBERTa differ in how they count positions, which no tensor tells.
+    # BERT and RoBERTa differ in how they count positions, which no tensor shows.
     counted = values.get("pad_token_id") == 1
     fitting = []
     for family in families:
@@ -70,7 +70,7 @@ def _by_tensors(
             present = set(family.names.normalized(found).values())
         except UserError:
             continue
-        # One layer tells: a config that names no type may have a wrong depth, too.
+        # Only one layer is checked: a config without a type may have the wrong depth, too.
         shallow = dataclasses.replace(config, num_hidden_layers=1)
         wanted = nnx.eval_shape(lambda f=family, c=shallow: f.encoder(c, jax.random.key(0)))
         leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.split(wanted)[1]))

@@ -1,8 +1,8 @@
 """ModernBERT (Warner et al. 2024, arXiv 2412.13663).
 
-Norms stand before each part of a layer, positions turn queries and keys (Su et al. 2021, arXiv
-2104.09864), most layers read a window of neighbours only, and the feed-forward network is gated
-(Shazeer 2020, arXiv 2002.05202). Its one final norm is applied before a read-out, at every exit.
+Each part of a layer begins with a norm, positions rotate queries and keys (Su et al. 2021, arXiv
+2104.09864), most layers attend only to a window of neighbors, and the feed-forward network is gated
+(Shazeer 2020, arXiv 2002.05202). At every exit, the final norm is applied before pooling.
 
 Shape letters: B batch, L length, Q first tokens, H hidden, A attention heads, D = H / A head size.
 """
@@ -38,7 +38,7 @@ _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 
 @dataclasses.dataclass(frozen=True)
 class ModernBertConfig(EncoderConfig):
-    """The config.json of model_type "modernbert", of transformers 4 or 5."""
+    """The config.json of model_type "modernbert", written by transformers 4 or 5."""
 
     vocab_size: int = 50368
     num_hidden_layers: int = 22
@@ -53,9 +53,9 @@ class ModernBertConfig(EncoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     classifier_activation: str = "gelu"
-    local_attention: int = 128  # keys that a local layer reads, one more than that
+    local_attention: int = 128  # number of neighbors that a token attends to in a local layer
     global_attn_every_n_layers: int = 3
-    layer_types: tuple[str, ...] = ()  # of each layer; () = by global_attn_every_n_layers
+    layer_types: tuple[str, ...] = ()  # type of each layer; () uses global_attn_every_n_layers
     global_rope_theta: float = 160_000.0
     local_rope_theta: float = 10_000.0
 
@@ -83,24 +83,29 @@ class ModernBertConfig(EncoderConfig):
         if self.hidden_size // self.num_attention_heads % 2:
             raise UserError(
                 f"hidden_size {self.hidden_size} and num_attention_heads "
-                f"{self.num_attention_heads}; only an even size of heads is supported"
+                f"{self.num_attention_heads}; only an even head size is supported"
             )
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """Returns the config of a config.json, with the bases of its rotations under either name.
+        """Returns the config that the contents of a config.json describe.
 
-        transformers 5 writes rope_parameters and layer_types, where transformers 4 wrote
-        global_rope_theta, local_rope_theta and global_attn_every_n_layers.
+        transformers 5 writes rope_parameters and layer_types. transformers 4 wrote
+        global_rope_theta, local_rope_theta and global_attn_every_n_layers instead.
         """
         read = dict(values)
         rotations, kinds = read.get("rope_parameters") or {}, read.get("layer_types") or []
         if not isinstance(rotations, dict) or not isinstance(kinds, list):
-            raise UserError(f"rope_parameters {rotations!r}, layer_types {kinds!r}")
+            raise UserError(
+                f"rope_parameters {rotations!r} and layer_types {kinds!r}, which must be an object "
+                "and a list"
+            )
         for kind, key in ((_GLOBAL, "global_rope_theta"), (_LOCAL, "local_rope_theta")):
             rotation = rotations.get(kind) or {}
             if not isinstance(rotation, dict) or rotation.get("rope_type", "default") != "default":
-                raise UserError(f"rope_parameters {rotation!r}; only rope_type 'default' is known")
+                raise UserError(
+                    f"rope_parameters {rotation!r}; only rope_type 'default' is supported"
+                )
             read[key] = rotation.get("rope_theta", read.get(key))
         read = {key: value for key, value in read.items() if value is not None}
         return super().from_values({**read, "layer_types": tuple(map(str, kinds))})
@@ -116,7 +121,7 @@ class ModernBertConfig(EncoderConfig):
         return self.classifier_activation
 
     def is_global(self, number: int) -> bool:
-        """Returns whether layer `number`, from 1, reads all tokens."""
+        """Returns whether layer `number`, from 1, attends to all tokens."""
         if self.layer_types:
             return self.layer_types[number - 1] == _GLOBAL
         return (number - 1) % self.global_attn_every_n_layers == 0
@@ -127,7 +132,7 @@ class ModernBertConfig(EncoderConfig):
 
 
 class ModernBertEmbeddings(nnx.Module):
-    """Normalises word embeddings; positions come in with the attention."""
+    """Computes normalized word embeddings; positions are added only in the attention."""
 
     def __init__(self, config: ModernBertConfig, dtype, rngs: nnx.Rngs):
         self.word = embedding_table(config, config.vocab_size, config.hidden_size, dtype, rngs)
@@ -140,9 +145,9 @@ class ModernBertEmbeddings(nnx.Module):
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
-    """Turns x [B, L, A, D] by its positions (Su et al. 2021, section 3.2.2), in float32.
+    """Rotates x [B, L, A, D] by its positions (Su et al. 2021, section 3.2.2), in float32.
 
-    Dimension d is paired with d + D/2, and turned by position / theta^(2d / D).
+    Dimension d is paired with d + D/2; the angle is position / theta^(2d / D).
     """
     length, size = x.shape[1], x.shape[-1]
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
@@ -155,14 +160,14 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
 
 
 class ModernBertAttention(Attention):
-    """Attention over all tokens or a window, between a norm and the residual; returns both."""
+    """Attention over all tokens or a window, with a norm before it and the residual after it."""
 
     def __init__(self, config: ModernBertConfig, number: int, dtype, rngs: nnx.Rngs):
         hidden, bias = config.hidden_size, config.attention_bias
         super().__init__(config, dtype, rngs)
         self.packed = linear(config, hidden, 3 * hidden, dtype, rngs, bias=bias)
         self.output = linear(config, hidden, hidden, dtype, rngs, bias=bias)
-        # The embeddings end with a norm: the first layer has none, where `Attention` has one.
+        # The embeddings end with a norm, so the first layer has none, unlike in `Attention`.
         self.norm = config.norm() if number > 1 else None  # type: ignore[assignment]
         self.hidden_dropout = config.attention_probs_dropout_prob
         everywhere = config.is_global(number)
@@ -198,7 +203,7 @@ class ModernBertAttention(Attention):
 
 
 class ModernBertLayer(nnx.Module):
-    """Adds attention, then a gated feed-forward network, each of normalised input."""
+    """Adds attention, then a gated feed-forward network, each with normalized input."""
 
     def __init__(self, config: ModernBertConfig, number: int, dtype, rngs: nnx.Rngs):
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -256,7 +261,7 @@ MODERNBERT = EncoderFamily(
             "intermediate": "mlp.Wi",
             "output": "mlp.Wo",
         },
-        ignored=(r"head\.", r"decoder\."),  # of pre-training
+        ignored=(r"head\.", r"decoder\."),  # pretraining heads
     ),
-    fused_attention_obstacle="most layers of ModernBERT attend to a window of tokens only",
+    fused_attention_obstacle="most layers of ModernBERT attend only to a window of tokens",
 )

@@ -1,7 +1,7 @@
 """MPNet (Song et al. 2020, arXiv 2004.09297): attention with a learned bias for each distance.
 
-All layers share one table of these biases, a row for each bucket of distances, a column for each
-head, as in T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1).
+All layers share one table of these biases, with a row for each bucket of distances and a column for
+each head, as in T5 (Raffel et al. 2020, arXiv 1910.10683, section 2.1).
 
 Shape letters: B batch, L length, Q first tokens, H hidden, A attention heads.
 """
@@ -25,9 +25,9 @@ from sweet_jax.models.positions import rows_by_offset
 from sweet_jax.models.roberta import count_positions
 from sweet_jax.models.tensor_names import TensorNames
 
-_BUCKETS = 32  # half of them for keys after the query
-_FARTHEST = 128  # the distance from which on all share the last bucket
-_PAD = 1  # transformers counts positions by this id, whatever config.json says
+_BUCKETS = 32  # half of them are for keys after the query
+_FARTHEST = 128  # distance from which on all offsets share the last bucket
+_PAD = 1  # padding id that transformers uses to count positions, whatever config.json says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +39,27 @@ class MPNetConfig(EncoderConfig):
 
     FIXED: ClassVar[dict[str, Any]] = {
         **EncoderConfig.FIXED,
-        "relative_attention_num_buckets": _BUCKETS,  # transformers computes no other number
+        "relative_attention_num_buckets": _BUCKETS,  # transformers always uses this number
     }
 
     @property
     def positions(self) -> int:
-        """The longest input, in tokens: positions begin after the padding's own."""
+        """The longest input, in tokens: its positions are counted from _PAD + 1."""
         return self.max_position_embeddings - _PAD - 1
 
 
 class MPNetEmbeddings(DistilBertEmbeddings):
-    """Sums word and position embeddings, with positions counted over what is not padding."""
+    """Sums word and position embeddings, with positions that skip padding."""
 
     def positions(self, input_ids: jax.Array) -> jax.Array:
         return count_positions(input_ids, _PAD)
 
 
 def distance_bucket(offset: np.ndarray) -> np.ndarray:
-    """Returns the bucket, int, of each offset, key minus query position.
+    """Returns the bucket, int, of each offset (key minus query position).
 
-    Exact up to 7 tokens, then logarithmic; computed in float32, as transformers does.
+    Buckets are exact up to 7 tokens, then logarithmic. They are computed in float32, as in
+    transformers.
     """
     half = _BUCKETS // 2
     exact = half // 2
@@ -69,11 +70,11 @@ def distance_bucket(offset: np.ndarray) -> np.ndarray:
 
 
 class MPNetAttention(BertAttention):
-    """BERT's attention with the bias of each distance added to the scores."""
+    """BERT's attention with a bias for each distance added to the scores."""
 
     def scores(self, q: jax.Array, k: jax.Array, relative: jax.Array, key) -> jax.Array:
         count, length = q.shape[2], k.shape[2]
-        # Column c of what `along_diagonals` reads stands for (key - query) = c - (L - 1).
+        # Column c of the input of `along_diagonals` is for the offset key - query = c - (L - 1).
         rows = relative[rows_by_offset(distance_bucket, length, _FARTHEST)]  # [2L, A]
         wide = jnp.broadcast_to(rows.T[:, None], (self.heads, count, 2 * length))
         return super().scores(q, k, relative, key) + along_diagonals(wide)[None]  # [B, A, Q, L]
@@ -91,7 +92,7 @@ class MPNet(Encoder):
         self.relative = embedding_table(config, _BUCKETS, config.num_attention_heads, dtype, rngs)
 
     def relative_table(self) -> jax.Array:
-        """Returns the biases [32, A] of all buckets."""
+        """Returns the biases of all buckets, [32, A]."""
         return self.relative.embedding[...].astype(self.relative.dtype)
 
 

@@ -1,8 +1,8 @@
-"""Ownership of parameters: the exit whose loss alone trains a parameter under SWEET.
+"""Ownership of parameters: under SWEET, only the loss of a parameter's owner trains it.
 
-A segment's layers and head are its exit's; the embeddings belong to the first segment (SWEET paper,
-section 4.1), and so does the table of relative positions, unless it is shared. ALBERT's one layer
-is every exit's. No array is made here: trees have the shape of the parameters.
+An exit owns the layers and the head of its segment. The embeddings belong to the first segment
+(SWEET paper, section 4.1), and so does the table of relative positions unless it is shared.
+ALBERT's only layer is shared by all exits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,23 @@ from typing import Any
 
 import jax
 
-SHARED = 0  # the owner number of parameters that every exit trains
+SHARED = 0  # owner number of parameters that every exit trains
 
 
 def parameter_owners(params: Any, exits: Sequence[int], *, shared_relative: bool = False) -> Any:
-    """Returns the tree of `params` with the layer number of the owning exit, or SHARED.
+    """Returns the owner of each parameter: the layer number of an exit, or SHARED.
 
-    shared_relative: whether every exit trains the table of relative positions.
-    Raises KeyError for a parameter that no rule covers.
+    Args:
+      params: tree of parameters.
+      exits: layer numbers of the exits.
+      shared_relative: whether every exit trains the table of relative positions.
+
+    Returns:
+      A tree with the structure of `params`.
+
+    Raises:
+      KeyError: if no rule covers a parameter.
+
     """
 
     def owner(path: tuple[str | int, ...]) -> int:
@@ -26,7 +35,7 @@ def parameter_owners(params: Any, exits: Sequence[int], *, shared_relative: bool
                 return exits[0]
             case ("encoder", "relative", *_):
                 return SHARED if shared_relative else exits[0]
-            case ("encoder", "shared_layer", *_):  # ALBERT's, which no exit can own
+            case ("encoder", "shared_layer", *_):  # ALBERT's only layer, which no exit can own
                 return SHARED
             case ("encoder", "layers", int(index), *_):
                 return next(e for e in exits if e > index)
@@ -40,10 +49,15 @@ def parameter_owners(params: Any, exits: Sequence[int], *, shared_relative: bool
 
 
 def encoder_layer(path: tuple[str | int, ...], depth: int) -> int | None:
-    """Returns the layer of the parameter at a path, from 1; None for one outside of the encoder.
+    """Returns the layer of the parameter at a path, from 1; None outside the encoder.
 
-    Embeddings and tables of relative positions are layer 0, ALBERT's one layer is the last.
-    depth: layers of the model.
+    Embeddings and tables of relative positions are in layer 0. ALBERT's only layer counts as the
+    last one.
+
+    Args:
+      path: keys of the parameter's path.
+      depth: number of layers of the model.
+
     """
     match path:
         case ("encoder", "layers", int(index), *_):
@@ -56,5 +70,5 @@ def encoder_layer(path: tuple[str | int, ...], depth: int) -> int | None:
 
 
 def leaves_by_owner(tree: Any, exits: Sequence[int]) -> Iterator[tuple[int, jax.Array]]:
-    """Returns (owner, leaf) of every leaf of a tree shaped like the parameters."""
+    """Returns (owner, leaf) for every leaf of a tree with the structure of the parameters."""
     return zip(jax.tree.leaves(parameter_owners(tree, exits)), jax.tree.leaves(tree), strict=True)

@@ -1,4 +1,4 @@
-"""Pooling: one vector from the hidden state of an exit's layer.
+"""Pooling: reduces the hidden state of an exit's layer to one vector.
 
 A new pooling is a function here and a line of `poolings.POOLING_INPUTS`. Its arguments are
 h [B, L, H], mask bool [B, L], True at tokens, and second bool [B, L], True from the second text of
@@ -20,15 +20,15 @@ from sweet_jax.poolings import POOLING_INPUTS
 
 
 def first_token(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
-    """Returns the first token's state [B, H] of h [B, L or 1, H]."""
+    """Returns the hidden state of the first token [B, H], given h [B, L or 1, H]."""
     return h[:, 0]
 
 
 def mean_of_tokens(h: jax.Array, mask: jax.Array, second: jax.Array | None = None) -> jax.Array:
-    """Returns the mean over the tokens where mask [B, L] is True, of h [B, L, H]: [B, H].
+    """Returns the mean of h [B, L, H] over the tokens where mask [B, L] is True, [B, H].
 
-    Summed in float32, special tokens included, as sentence-transformers' mean pooling. A row
-    without a token gives zeros.
+    The mean includes special tokens, as in sentence-transformers, and is computed in float32. It is
+    zero for a row without tokens.
     """
     kept = jnp.where(mask[..., None], h, 0).astype(jnp.float32)  # [B, L, H]
     count = jnp.maximum(mask.sum(axis=1), 1)[:, None]  # [B, 1]
@@ -36,15 +36,17 @@ def mean_of_tokens(h: jax.Array, mask: jax.Array, second: jax.Array | None = Non
 
 
 def means_of_pair(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
-    """Returns (u, v, |u - v|, u v) of the means u and v of a pair's two texts: [B, 4 H].
+    """Returns (u, v, |u - v|, u v) for the means u and v of a pair's two texts, [B, 4 H].
 
-    Special tokens count with the text before them. Matching features of Conneau et al. 2017
-    (InferSent, arXiv 1705.02364, section 3.1), there of two texts encoded apart; here each has
-    attended to the other. A linear classifier on one mean of all tokens cannot compare the texts.
-    Raises ValueError where it is not said which tokens are of the second.
+    Special tokens count with the text before them. These are the matching features of Conneau et
+    al. 2017 (InferSent, arXiv 1705.02364, section 3.1). There, the two texts are encoded
+    separately; here, each attends to the other. With a single mean of all tokens, a linear
+    classifier could not compare the texts.
+
+    Raises ValueError if `second` is None.
     """
     if second is None:
-        raise ValueError("a pair needs second_start, the place where its second text begins")
+        raise ValueError("a pair needs second_start, the position where its second text begins")
     u = mean_of_tokens(h, mask & ~second)  # [B, H]
     v = mean_of_tokens(h, mask & second)  # [B, H]
     return jnp.concatenate([u, v, jnp.abs(u - v), u * v], axis=-1)  # [B, 4 H]
@@ -54,7 +56,7 @@ class Pooling(NamedTuple):
     """Holds a pooling's function, and what it reads: see `PoolingInputs`.
 
     Attributes:
-      read: (h [B, L, H], mask bool [B, L], second bool [B, L] or None) → [B, P].
+      read: function (h [B, L, H], mask bool [B, L], second bool [B, L] or None) → [B, P].
 
     """
 
@@ -74,9 +76,9 @@ _DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mea
 def declared_pooling(folder: Path) -> str | None:
     """Returns the pooling that a checkpoint's sentence-transformers files declare.
 
-    They stand in the folder, or around it where it is their 0_Transformer. None where there are
-    none, or they declare one that is not in POOLINGS. Raises UserError for files that are not
-    readable.
+    These files are in the folder, or in its parent if the folder is named 0_Transformer. Returns
+    None if there are no such files, or if they declare a pooling that is not in POOLINGS. Raises
+    UserError if they cannot be read.
     """
     if folder.name == "0_Transformer" and not (folder / "modules.json").exists():
         folder = folder.parent
@@ -95,7 +97,7 @@ def declared_pooling(folder: Path) -> str | None:
                 return named or (found[0] if len(found) == len(others) == 1 else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{str(path)!r} is not readable ({error!r}): repair it, or remove modules.json and set "
+            f"{str(path)!r} cannot be read ({error!r}): repair it, or remove modules.json and set "
             "--config.pooling"
         ) from error
     return None

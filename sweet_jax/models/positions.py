@@ -1,6 +1,6 @@
-"""Arrays that follow from a length alone, which may be symbolic (`jax.export.symbolic_shape`).
+"""Arrays that depend only on a length, which may be symbolic (`jax.export.symbolic_shape`).
 
-With a length that is a number they are NumPy's: constants of the program.
+If the length is a number, they are NumPy arrays, and thus constants of the program.
 
 Shape letters: L length.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def array_module(*sizes: Any) -> Any:
-    """Returns numpy, or jax.numpy where one of some sizes of arrays is symbolic."""
+    """Returns numpy, or jax.numpy if any of the sizes is symbolic."""
     return np if all(isinstance(size, int) for size in sizes) else jnp
 
 
@@ -21,9 +21,9 @@ def rows_by_offset(row: Callable[[np.ndarray], np.ndarray], length: Any, farthes
     """Returns the row of a table for each offset from -(L - 1) to L, int [2L].
 
     Args:
-      row: of offsets, any int array.
-      length: L.
-      farthest: the distance from which on all offsets of a sign share a row.
+      row: function of offsets, an int array of any shape, that returns their rows.
+      length: length L.
+      farthest: distance from which on all offsets with the same sign share a row.
 
     """
     if isinstance(length, int):

@@ -31,12 +31,12 @@ class Checkpoint(CheckpointFiles):
 
     @property
     def model_type(self) -> str:
-        """Returns the encoder family's name, also where config.json does not say."""
+        """Returns the encoder family's name, even if config.json does not state it."""
         return self.family.model_type
 
     @property
     def vocab_size(self) -> int:
-        """Returns the number of token ids, the family's default where config.json does not say."""
+        """Returns the number of token ids: if config.json has none, the family's default."""
         return self.config.vocab_size
 
     @property
@@ -46,25 +46,30 @@ class Checkpoint(CheckpointFiles):
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """Returns the pretrained weights, read at the first use and kept as long as this value is.
+        """Returns the pretrained weights, which are read at first use and then cached.
 
-        Raises UserError: see `read_weights`.
+        Raises UserError as `read_weights` does.
         """
         return read_weights(self.folder, self.family, self.config)
 
     def encoder(self, key: jax.Array, dtype=jnp.float32, depth: int | None = None) -> Encoder:
-        """Returns the encoder with random parameters from a typed key.
+        """Returns the encoder with random parameters.
 
-        dtype is that of activations; depth is how many of its layers, None for all.
+        Args:
+          key: typed key for the parameters.
+          dtype: dtype of the activations.
+          depth: number of layers to build, None for all.
+
         """
         config = dataclasses.replace(self.config, num_hidden_layers=depth or self.depth)
         return self.family.encoder(config, key, dtype)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Finds a checkpoint, see `locate_checkpoint`, and reads its family's configuration.
+    """Locates a checkpoint (see `locate_checkpoint`) and reads the configuration of its family.
 
-    Raises UserError when it is absent, of another architecture, or its config is unreadable.
+    Raises UserError if the checkpoint is missing, has an unsupported architecture, or has no
+    readable config.json.
     """
     files = locate_checkpoint(name)
     kind = files.values.get("model_type")
@@ -74,7 +79,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     if family is None:
         shown = name if len(name) <= 24 else f"…{name[-23:]}"
         raise UserError(
-            f"checkpoint {shown!r} is of model_type {repr(kind)[:20]}; supported are "
+            f"checkpoint {shown!r} has model_type {repr(kind)[:20]}; supported are "
             f"{', '.join(FAMILIES)}"
         )
     try:
@@ -85,19 +90,19 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def load_encoder(name: str | Path) -> Callable[..., tuple[jax.Array, ...]]:
-    """Loads the pretrained encoder alone, as a function that returns every hidden state.
+    """Loads the pretrained encoder, without exits, as a function that returns all hidden states.
 
     Args:
-      name: hub id, local directory (also a saved `model/`) or `pkg://package/path`.
+      name: hub id, local directory (which may be a saved `model/`) or `pkg://package/path`.
 
     Returns:
-      f(input_ids, attention_mask=None, token_type_ids=None) for integer arrays [B, L], which
-      returns a tuple of float32 [B, L, H]: the embeddings' output and then every layer's. It is
-      compiled once per shape, and raises ValueError for input that is empty or too long and for ids
-      without a row in their table.
+      A function f(input_ids, attention_mask=None, token_type_ids=None) of integer arrays [B, L]. It
+      returns a tuple of float32 arrays [B, L, H]: the output of the embeddings and then of every
+      layer. It is compiled once for each shape, and raises ValueError if the input is empty or too
+      long, or has ids without a row in their table.
 
     Raises:
-      UserError: see `open_checkpoint` and `read_weights`.
+      UserError: as `open_checkpoint` and `read_weights` do.
 
     """
     checkpoint = open_checkpoint(str(name))
@@ -112,8 +117,8 @@ def load_encoder(name: str | Path) -> Callable[..., tuple[jax.Array, ...]]:
         ids = jnp.asarray(input_ids, jnp.int32)
         limit = checkpoint.config.positions
         if ids.ndim != 2 or not ids.size or (limit is not None and ids.shape[1] > limit):
-            most = "" if limit is None else f" with L up to {limit}"
-            raise ValueError(f"input_ids must be [B, L], not empty{most}; got {ids.shape}")
+            most = "" if limit is None else f", with L at most {limit}"
+            raise ValueError(f"input_ids must be a nonempty array [B, L]{most}; got {ids.shape}")
         mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask)
         types = jnp.zeros_like(ids) if token_type_ids is None else jnp.asarray(token_type_ids)
         config = checkpoint.config
@@ -121,12 +126,12 @@ def load_encoder(name: str | Path) -> Callable[..., tuple[jax.Array, ...]]:
             ("input_ids", ids, config.vocab_size),
             ("token_type_ids", types, config.type_vocab_size),
         ):
-            # While another program is traced the values are not known.
+            # The values are unknown while an enclosing function is traced.
             known = rows and values.size and not isinstance(values, jax.core.Tracer)
             if known and not 0 <= int(values.min()) <= int(values.max()) < rows:
                 raise ValueError(
                     f"{name} must be from 0 to {rows - 1}; got {values.min()} to {values.max()}: "
-                    "are they another tokenizer's?"
+                    "use the tokenizer of this checkpoint"
                 )
         return run(params, ids, mask.astype(bool), types.astype(jnp.int32))
 
@@ -134,7 +139,7 @@ def load_encoder(name: str | Path) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def hidden_states(encoder: Encoder, input_ids, mask, token_type_ids) -> tuple[jax.Array, ...]:
-    """Returns the embeddings' output and every layer's, each [B, L, H], without dropout."""
+    """Returns the outputs of the embeddings and of every layer, each [B, L, H], without dropout."""
     h = [encoder.embed(input_ids, token_type_ids, mask)]
     relative = encoder.relative_table()
     for number in range(1, encoder.config.num_hidden_layers + 1):

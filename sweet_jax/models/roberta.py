@@ -1,7 +1,7 @@
-"""RoBERTa (Liu et al. 2019, arXiv 1907.11692): BERT whose positions count what is not padding.
+"""RoBERTa (Liu et al. 2019, arXiv 1907.11692): BERT with positions that skip padding.
 
 XLM-RoBERTa (Conneau et al. 2020, arXiv 1911.02116) and CamemBERT (Martin et al. 2020, arXiv
-1911.03894) are RoBERTas with other tokenizers and other pre-training.
+1911.03894) are RoBERTa models with other tokenizers and other pretraining.
 
 Shape letters: B batch, L length, H hidden.
 """
@@ -26,7 +26,7 @@ class RobertaConfig(bert.BertConfig):
 
     @property
     def positions(self) -> int:
-        """The longest input, in tokens: positions begin after the padding's own."""
+        """The longest input, in tokens: its positions are counted from pad_token_id + 1."""
         return self.max_position_embeddings - self.pad_token_id - 1
 
 
@@ -38,16 +38,16 @@ class XlmRobertaConfig(RobertaConfig):
 
 
 def count_positions(input_ids: jax.Array, pad: int) -> jax.Array:
-    """Returns positions counted from pad + 1 over what is not padding, pad there, int32 [B, L].
+    """Returns positions counted from pad + 1 that skip padding, and pad at padding, int32 [B, L].
 
-    By the padding's id and not by mask, as transformers does.
+    As in transformers, padding is recognized by its id, not by a mask.
     """
     present = (input_ids != pad).astype(jnp.int32)  # [B, L]
     return pad + jnp.cumsum(present, axis=1) * present
 
 
 class RobertaEmbeddings(bert.BertEmbeddings):
-    """BERT's embeddings, with positions counted from the padding's id over what is not padding."""
+    """BERT's embeddings, with positions that are counted from pad_token_id + 1 and skip padding."""
 
     def __init__(self, config: RobertaConfig, dtype, rngs: nnx.Rngs):
         super().__init__(config, dtype, rngs)

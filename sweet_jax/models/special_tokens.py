@@ -1,4 +1,4 @@
-"""The first token of a text, for exits that read it. It holds no arrays."""
+"""The special token before a text, for exits that read the first token."""
 
 import logging
 from typing import Any
@@ -9,16 +9,17 @@ log = logging.getLogger(__name__)
 
 
 def ensure_first_token(tokenizer: Any, name: str) -> None:
-    """Makes a tokenizer put its special tokens around a text, where it puts none, with a warning.
+    """Makes a tokenizer add special tokens around a text, and warns, if it adds none before it.
 
     Args:
-      tokenizer: a fast tokenizer of transformers; changed in place.
-      name: the checkpoint's, for messages.
+      tokenizer: fast tokenizer of transformers, changed in place.
+      name: name of the checkpoint, for messages.
 
-    Raises UserError where the tokenizer has no token to put there.
+    Raises:
+      UserError: if the tokenizer has no such tokens.
 
     """
-    from tokenizers import processors  # heavy, and not needed for the arithmetic
+    from tokenizers import processors  # slow to import, and not needed for the arithmetic
 
     encoded = tokenizer("a", return_special_tokens_mask=True)
     if encoded["special_tokens_mask"][:1] == [1]:
@@ -27,12 +28,12 @@ def ensure_first_token(tokenizer: Any, name: str) -> None:
     absent = [token for token, number in ids.items() if number is None]
     if absent:
         raise UserError(
-            f"pooling is 'first', but the tokenizer of {name!r} puts no token before a text and "
-            f"has no {' and no '.join(absent)}: set --config.pooling=mean, or name them in "
+            f"pooling is 'first', but the tokenizer of {name!r} adds no token before a text and "
+            f"has no {' and no '.join(absent)}: set --config.pooling=mean, or add the tokens to "
             "tokenizer_config.json"
         )
     first, last = str(tokenizer.cls_token), str(tokenizer.sep_token)
-    # As RoBERTa was pretrained, and as BERT was.
+    # As in the pretraining of RoBERTa and of BERT, respectively.
     second = [last, "$B", last] if first == "<s>" else ["$B:1", f"{last}:1"]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=[first, "$A", last],
@@ -40,8 +41,8 @@ def ensure_first_token(tokenizer: Any, name: str) -> None:
         special_tokens=[(first, ids["cls_token"]), (last, ids["sep_token"])],
     )
     log.warning(
-        "the tokenizer of %r has no post-processor: pooling 'first' reads the first token, so %s "
-        "is put before each text and %s after it",
+        "the tokenizer of %r adds no special token before a text, but pooling 'first' reads the "
+        "first token: %s is added before each text and %s after it",
         name,
         first,
         last,

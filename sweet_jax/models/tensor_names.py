@@ -1,4 +1,4 @@
-"""Names of tensors in Hugging Face checkpoints: a table for each family, and what follows from it.
+"""Names of tensors in Hugging Face checkpoints, derived from a table for each family.
 
 Parameters are addressed by their path in the pure dict of an encoder, for example
 ("layers", 0, "attention", "query", "kernel").
@@ -16,29 +16,30 @@ import numpy as np
 
 from sweet_jax.config import UserError
 
-# What stands beside an encoder of any family: buffers, pre-training heads, classifiers of an
-# earlier task, and the exits of a model that this package saved.
+# Tensors that are stored alongside an encoder of any family: buffers, pretraining heads,
+# classifiers of an earlier task, and the exits of a model that this package saved.
 _BESIDE = (
     r"embeddings\.(position|token_type)_ids$",
     *(r"cls\.", r"lm_head\.", r"classifier\.", r"qa_outputs\.", r"exits\."),
 )
-_ROOTS = {"embeddings", "encoder", "layer", "layers", "transformer"}  # of encoders of any family
+_ROOTS = {"embeddings", "encoder", "layer", "layers", "transformer"}  # in encoders of any family
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorNames:
-    """Maps the parameters of a family's encoder to Hugging Face's tensors, and back.
+    """Maps the parameters of a family's encoder to the tensors of Hugging Face.
 
     Attributes:
-      prefix: the module that published files may name before all others, "bert" for `bert.…`.
-      encoder: modules outside the layers, and the one whose name does not follow `layers`: our
-        path joined by "/" → Hugging Face's name.
-      layer: modules of a layer: our path within it → Hugging Face's name within it.
-      layers: where Hugging Face keeps the layers.
-      pooler: the dense layer that a classifier of the family puts on the first token.
-      ignored: regular expressions of tensors that published files hold and the encoder does not.
+      prefix: module name that may precede all others in published files, such as "bert" in
+        `bert.…`.
+      encoder: Hugging Face names of modules, by our path joined with "/": modules outside the
+        layers, and modules in a layer whose names do not begin with `layers`.
+      layer: Hugging Face names of the modules of a layer, by our path; both within the layer.
+      layers: Hugging Face name of the module that holds the layers.
+      pooler: dense layer that the family's classifiers apply to the first token.
+      ignored: regular expressions for tensors in published files that the encoder does not have.
 
     """
 
@@ -52,7 +53,7 @@ class TensorNames:
     def name(self, path: tuple[str | int, ...]) -> str:
         """Returns the Hugging Face name of the parameter at a path.
 
-        Raises KeyError for a parameter that the tables do not name.
+        Raises KeyError if the tables do not name the parameter.
         """
         *module, last = map(str, path)
         leaf = leaf_name(last)
@@ -62,12 +63,12 @@ class TensorNames:
         return f"{self.layers}.{module[1]}.{self.layer['/'.join(module[2:])]}.{leaf}"
 
     def normalized(self, found: Iterable[str]) -> dict[str, str]:
-        """Maps the names in a file to what `name` writes: no prefix, and today's leaves.
+        """Maps the names in a file to those that `name` returns: no prefix, and current leaf names.
 
-        A program that wraps an encoder puts its own name before all others ("module.",
-        "0.auto_model."): whatever stands before the word embeddings is left out.
+        A program that wraps an encoder adds its own prefix ("module.", "0.auto_model."). Whatever
+        precedes the word embeddings is therefore removed from all names.
 
-        Raises UserError where the file holds several encoders.
+        Raises UserError if the file holds several encoders.
         """
         found = list(found)
         word = f"{self.encoder['embeddings/word']}.weight"
@@ -79,7 +80,7 @@ class TensorNames:
         if len(prefixes) > 1 and not known:
             raise UserError(f"there are several encoders, under {', '.join(sorted(prefixes))}")
         prefix = known[0] if known else next(iter(prefixes), usual)
-        around = prefix.removesuffix(usual)  # of a classifier that holds the encoder
+        around = prefix.removesuffix(usual)  # prefix of a classifier that contains the encoder
 
         def normalize(name: str) -> str:
             name = name.removeprefix(prefix if name.startswith(prefix) else around)
@@ -90,17 +91,17 @@ class TensorNames:
         return {name: normalize(name) for name in found}
 
     def is_ignored(self, name: str) -> bool:
-        """Returns whether a tensor, by its normalized name, is known not to be the encoder's."""
+        """Returns whether a tensor, by its normalized name, is known to be outside the encoder."""
         return any(re.match(pattern, name) for pattern in (*_BESIDE, *self.ignored))
 
     def is_inside(self, name: str) -> bool:
-        """Returns whether a tensor, by its normalized name, stands among the encoder's own."""
+        """Returns whether a tensor, by its normalized name, is in a module of the encoder."""
         roots = {place.split(".")[0] for place in (*self.encoder.values(), self.layers)}
         return name.split(".")[0] in roots | _ROOTS
 
 
 def leaf_name(leaf: str | int) -> str:
-    """Returns torch's name of the last key of a path: "weight" or "bias", or the key itself."""
+    """Returns torch's name for the last key of a path: "weight", "bias" or the key itself."""
     return _LEAVES.get(str(leaf), str(leaf))
 
 
@@ -110,17 +111,17 @@ def is_transposed(path: tuple[str | int, ...]) -> bool:
 
 
 def path_keys(path: tuple[Any, ...]) -> tuple[str | int, ...]:
-    """Returns the keys of a path as `jax.tree_util` gives it."""
+    """Returns the keys of a `jax.tree_util` path."""
     return tuple(part.key for part in path)
 
 
 def hugging_face_tensors(
     names: TensorNames, params: Any, exits: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
-    """Returns a trained model's parameters by the names of a saved model, in torch's layout.
+    """Returns a trained model's parameters in torch's layout, by their names in a saved model.
 
-    The encoder's tensors have Hugging Face's names, its pooler and its final norm are the last
-    exit's; heads are `exits.<layer>.…`.
+    The encoder's tensors have Hugging Face's names. Its pooler and its final norm are those of the
+    last exit. Heads are named `exits.<layer>.…`.
     """
     tensors: dict[str, np.ndarray] = {}
 
@@ -133,7 +134,7 @@ def hugging_face_tensors(
     put(params["encoder"])
     for layer in exits:
         head = params["heads"][str(layer)]
-        pooler = head.get("pooler") or params.get("pooler")  # None: a pooling without one
+        pooler = head.get("pooler") or params.get("pooler")  # None if the pooling has none
         dense = {"pooler.dense": pooler} if pooler else {}
         dense |= {k: head[k] for k in ("classifier", "learning_to_exit", "norm") if k in head}
         for name, part in dense.items():

@@ -1,6 +1,7 @@
-"""Files of a checkpoint's tensors: safetensors or torch pickles, whole or in shards.
+"""The tensor files of a checkpoint: safetensors or torch pickles, whole or sharded.
 
-Arrays have the shapes and dtypes of the files.
+Arrays keep the shapes of the files. They also keep the dtypes, except that floating-point tensors
+from torch pickles become float32.
 """
 
 import pickle
@@ -19,10 +20,10 @@ _SAFE, _PICKLE, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of a checkpoint by name, from its safetensors or else its torch pickles.
+    """Reads the tensors of a checkpoint by name, from safetensors or else from torch pickles.
 
-    A whole file is read before shards, as transformers does. Raises UserError when there are
-    neither, or a file is damaged or not readable.
+    As in transformers, a whole file takes precedence over shards. Raises UserError if there are no
+    such files, or a file is damaged or cannot be read.
     """
     tensors: dict[str, np.ndarray] = {}
     for path in _paths(folder):
@@ -31,7 +32,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """Returns the names of a checkpoint's tensors; of safetensors, without reading these.
+    """Returns the names of a checkpoint's tensors, without reading the tensors of safetensors.
 
     Raises UserError as `read_tensors` does.
     """
@@ -69,18 +70,18 @@ def _shards(index: Path) -> list[str]:
     names = sorted(set(read_json(index)["weight_map"].values()))
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{name!r} is not the name of a file beside it")
+            raise ValueError(f"{name!r} is not the name of a file in the same folder")
     return names
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T:
-    """Returns read(path); raises UserError, which names the file, where it is absent or damaged."""
+    """Returns read(path). Raises UserError with the file's name if it is missing or damaged."""
     try:
         return read(path)
     except FileNotFoundError as error:
         raise UserError(
-            f"{str(path.parent)!r} has no {path.name}; a checkpoint in another format must be "
-            "saved as safetensors first (save_pretrained of transformers does)"
+            f"{str(path.parent)!r} has no {path.name}; save a checkpoint in another format as "
+            "safetensors first, with save_pretrained of transformers"
             if path.name == _SAFE
             else f"{str(path.parent)!r} has no {path.name}, which its index names: download it"
         ) from error
@@ -93,22 +94,22 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
-    """Reads a file of torch with the loader that unpickles tensors only.
+    """Reads a torch file with the loader that only unpickles tensors.
 
-    Unpickling can run arbitrary code, so no other loader is used.
+    Other loaders are not used because unpickling can run arbitrary code.
     """
     try:
         import torch
     except ImportError as error:
         raise UserError(
-            f'{str(path)!r} is a pickle of torch: pip install -e ".[torch]" to read it, or save '
-            "the checkpoint as safetensors elsewhere (save_pretrained of transformers does)"
+            f'{str(path)!r} is a torch pickle: pip install -e ".[torch]" to read it, or save the '
+            "checkpoint as safetensors elsewhere, with save_pretrained of transformers"
         ) from error
     try:
         loaded = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{str(path)!r} holds more than tensors, or is damaged: not read"
+            f"{str(path)!r} holds more than tensors, or is damaged: save it as safetensors"
         ) from error
     return {
         name: value.float().numpy() if value.is_floating_point() else value.numpy()

@@ -1,4 +1,4 @@
-"""Pretrained weights: the tensors of a checkpoint, checked and brought into this package's layout.
+"""Pretrained weights: the tensors of a checkpoint, checked and converted to this package's layout.
 
 Shape letters: H hidden.
 """
@@ -27,9 +27,11 @@ class Weights:
     """The tensors of a checkpoint.
 
     Attributes:
-      encoder: pure dict of float32 arrays, as `nnx.split(checkpoint.encoder(key))` has it.
-      pooler: {"kernel": float32 [H, H], "bias": float32 [H]}, or None where the file has none.
-      exits: tensors of a saved model's exits, `exits.<layer>.…`, as the file has them.
+      encoder: pure dict of float32 arrays, with the structure of
+        `nnx.split(checkpoint.encoder(key))[1]`.
+      pooler: parameters {"kernel": float32 [H, H], "bias": float32 [H]}, or None if the file has
+        none.
+      exits: tensors of a saved model's exits, `exits.<layer>.…`, as stored in the file.
 
     """
 
@@ -39,11 +41,11 @@ class Weights:
 
     @property
     def final_norm(self) -> dict[str, np.ndarray] | None:
-        """The encoder's final norm, that the head of each exit begins with; None for none."""
+        """The encoder's final norm, with which the head of each exit begins, or None."""
         return self.encoder.get("final_norm")
 
     def first_layers(self, depth: int) -> Any:
-        """Returns the encoder's parameters with `depth` layers, without its final norm."""
+        """Returns the parameters of the encoder's first `depth` layers, without its final norm."""
         kept = {k: v for k, v in self.encoder.items() if k != "final_norm"}
         if "layers" in kept:
             kept["layers"] = {i: kept["layers"][i] for i in range(depth)}
@@ -51,10 +53,11 @@ class Weights:
 
 
 def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> Weights:
-    """Reads the tensors of a checkpoint's folder.
+    """Reads the tensors in the folder of a checkpoint.
 
-    Tensors of heads that are not known are left out, with a warning. Raises UserError that names
-    missing, unexpected and misshapen tensors, or a damaged file.
+    Unknown tensors outside the encoder are ignored, with a warning. Raises a UserError that names
+    missing, unexpected and misshapen tensors, tensors that are not floating-point, or a damaged
+    file.
     """
     names = family.names
     tensors = _renamed(folder, names, read_tensors(folder))
@@ -87,7 +90,7 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
         raise UserError(f"tensors in {str(folder)!r} do not fit its config: {listed}")
     if others:
         log.warning(
-            "%s holds tensors that are not its encoder's, left out: %s",
+            "%s holds tensors that do not belong to its encoder and are ignored: %s",
             str(folder),
             _listed([name if len(name) <= 40 else f"{name[:39]}…" for name in others], 5),
         )
@@ -111,28 +114,28 @@ def _renamed(
 ) -> dict[str, np.ndarray]:
     """Returns the tensors of a file by their normalized names.
 
-    Raises UserError where there are matrices of LoRA that are not merged, or several encoders.
+    Raises UserError if there are LoRA matrices that are not merged, or several encoders.
     """
     adapter = next((name for name in tensors if ".lora_" in name), None)
     if adapter is not None:
         raise UserError(
             f"{str(folder)!r} holds a LoRA adapter that is not merged ({adapter}): merge it with "
-            "peft's merge_and_unload, and save that"
+            "peft's merge_and_unload and save the result"
         )
     try:
         renamed = names.normalized(tensors)
     except UserError as error:
-        raise UserError(f"in {str(folder)!r} {error}: save one alone") from error
+        raise UserError(f"in {str(folder)!r}, {error}: save only one of them") from error
     return {renamed[name]: value for name, value in tensors.items()}
 
 
 def _listed(names: list[str], most: int) -> str:
-    """Returns the first names, and how many more there are."""
+    """Returns the first names as text, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _parameter(tensor: np.ndarray, *, transposed: bool) -> np.ndarray:
-    """Returns a tensor as float32, C-contiguous, with its axes in this package's order."""
+    """Returns a tensor as C-contiguous float32, with its axes in this package's order."""
     value = tensor.T if transposed else tensor
     return np.ascontiguousarray(value, np.float32)
