@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained encoder so that it can stop early: SWEET, Early-Exit, Multi-Model."""
+"""Fine-tunes pretrained encoders with early exits: SWEET, Early-Exit and Multi-Model."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

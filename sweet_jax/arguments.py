@@ -1,4 +1,4 @@
-"""The argument parser, --help texts and exit statuses that the commands share."""
+"""The argument parser, --help texts and exit statuses shared by the commands."""
 
 import argparse
 import sys
@@ -16,28 +16,29 @@ from sweet_jax.storage_errors import (
     storage_failure,
 )
 
-# The targets that an operating point can be chosen by, and what --help says of each.
+# The targets by which an operating point can be chosen, with the --help text of each.
 _TARGETS = {
-    "cost": "largest mean cost, a share of the full model's layers",
-    "accuracy": "smallest metric over all calibration rows, in the run's own metric; under PCEE "
-    "the accuracy that calibration rows like an example had at the exit where it leaves",
-    "error": "largest error over all calibration rows, where the run's metric is one: the mean "
-    "absolute error of a regression, the Hamming loss of labels",
-    "threshold": "leave at the first exit whose confidence is at least this",
-    "risk": "largest share of examples that the last exit gets right and an earlier one wrong, "
-    "which bounds the loss of accuracy; certified on calibration rows, or refused",
-    "agreement": "smallest share of examples predicted as the last exit would; certified likewise",
+    "cost": "maximum mean cost, as a fraction of the full model's layers",
+    "accuracy": "minimum metric over all calibration rows, in the run's own metric; with PCEE, the "
+    "minimum accuracy that similar calibration rows had at the exit where an example leaves",
+    "error": "maximum error over all calibration rows, if the run's metric is an error: the mean "
+    "absolute error (regression) or the Hamming loss (multi-label)",
+    "threshold": "leave at the first exit whose confidence is at least this value",
+    "risk": "maximum fraction of examples that the last exit classifies correctly and an earlier "
+    "exit does not, which bounds the loss of accuracy; certified on calibration rows, or refused",
+    "agreement": "minimum fraction of examples predicted as the last exit would; certified "
+    "likewise",
 }
 _LATENCY = {
-    "milliseconds": "largest mean time of one text by itself, of the median length, in the model "
-    "alone (tokenizing, evaluating the policy and HTTP are not counted), by the times that "
-    "predict --measure or sweet-jax train FILE kept on this machine",
+    "milliseconds": "maximum mean time of a single text of the median length in the model alone "
+    "(without tokenization, the exit policy and HTTP), according to the times that predict "
+    "--measure or sweet-jax train FILE recorded on this machine",
 }
-_LEVEL = f"confidence of a certificate (default {DEFAULT_LEVEL:g})"
+_LEVEL = f"confidence level of a certificate (default {DEFAULT_LEVEL:g})"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Parses the arguments of a module's command; a wrong one raises UserError."""
+    """Parses the arguments of a module's command; raises UserError for invalid ones."""
 
     def __init__(self, module: str, text: str):
         package, _, name = module.rpartition(".")
@@ -49,14 +50,14 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def print_help(self, file: Any = None) -> None:
-        """Prints the help, which may be longer than its reader wants, such as `| head`."""
+        """Prints the help; a reader that stops early, such as `| head`, is not an error."""
         print_text(self.format_help())
 
-    # The base class is typed by overloads, which differ in what the namespace is.
+    # The overloads of the base class differ in the type of the namespace.
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """Parses arguments; an unknown option is named before an option that is missing."""
+        """Parses arguments; reports an unknown option before a missing one."""
         known = [name for name in self._option_string_actions if name.startswith("--")]
         for argument in sys.argv[1:] if args is None else args:
             if argument.startswith("--") and argument != "--":
@@ -67,27 +68,26 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all options)")
 
     def add_model_arguments(self, engines: Iterable[str] = ()) -> None:
-        """Adds --model, the targets and, given the names of engines, the options of these."""
-        self.add_argument("--model", required=True, help="folder model/ of a run, or a hub id")
+        """Adds --model and the targets; with `engines`, also --engine, --threads, --precision."""
+        self.add_argument("--model", required=True, help="model/ folder of a run, or a hub id")
         if names := list(engines):
-            text = f"what runs the model: {' or '.join(names)} (default: the faster "
-            text += (
-                "one by the times of predict --measure, without them jax, where it is installed)"
-            )
+            text = f"engine that runs the model: {' or '.join(names)} (default: the faster one "
+            text += "according to predict --measure; without measurements jax, if it is installed)"
             self.add_argument("--engine", choices=names, help=text)
-            text = "threads of the onnxruntime engine (default: all physical cores)"
+            text = "number of threads of the onnxruntime engine (default: all physical cores)"
             self.add_argument("--threads", type=int, help=text)
-            text = "of the layers: float32 (default); bfloat16 with engine jax; int8 with "
-            text += "onnxruntime, after sweet-jax quantize. --dtype is an older name of it"
+            text = "precision of the layers: float32 (default); bfloat16 with engine jax; int8 "
+            text += "with onnxruntime, after sweet-jax quantize. --dtype is its former name"
             self.add_argument("--precision", "--dtype", help=text)
         self.add_target_arguments()
 
     def add_target_arguments(self, *, clock: bool = True) -> None:
-        """Adds --policy, --level, and the targets, of which one may be set.
+        """Adds --policy, --level, and the targets, of which at most one may be set.
 
-        Without `clock` there is no --milliseconds: times are known of a model, not of its outputs.
+        clock: whether to add --milliseconds, which needs the measured times of a model and not
+          only its outputs.
         """
-        text = "name of an exit policy, or module:function, your own (default: the run's)"
+        text = "name of an exit policy, or module:function for your own (default: the run's)"
         self.add_argument("--policy", help=text)
         target = self.add_mutually_exclusive_group()
         for name, text in (_TARGETS | (_LATENCY if clock else {})).items():
@@ -96,12 +96,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def target_descriptions() -> dict[str, str]:
-    """Returns what --help says of each target, by name in TARGET_RANGES."""
+    """Returns the --help text of each target and of the level, by name in TARGET_RANGES."""
     return {**_TARGETS, **_LATENCY, "level": _LEVEL}
 
 
 def parse_targets(options: argparse.Namespace) -> dict[str, float]:
-    """Returns the target that was set and the level, by name.
+    """Returns the target and the level that were set, by name.
 
     Raises UserError, see `check_targets`.
     """
@@ -111,7 +111,7 @@ def parse_targets(options: argparse.Namespace) -> dict[str, float]:
 
 
 def policy_help() -> str:
-    """Returns a line of --help for each policy."""
+    """Returns the --help text that lists the policies, one per line."""
     head = (
         "policies (an example leaves at the first exit whose confidence reaches the threshold):\n"
     )
@@ -121,11 +121,11 @@ def policy_help() -> str:
 def run_command(run: Callable[[], int | None], resumes: str = "") -> int:
     """Runs a command; returns its exit status.
 
-    That is its own, or 0; 2 after one line on stderr for input that will not do; 1 for a disk that
-    takes no more writes or an interruption, after such a line, or where nobody reads its output any
-    more.
+    The status is the command's own, or 0 if it returns none. It is 2, after one line on stderr, for
+    invalid input or a file that may not be accessed; 1, after such a line, for a failure to write
+    to the disk or an interruption; and 1 if the reader of stdout has closed it.
 
-    resumes: what is said of the same command, given again after a failure.
+    resumes: text for the messages of failures and interruptions about running the command again.
     """
     escape_characters()
     then = f"; {resumes}" if resumes else ""
@@ -136,7 +136,7 @@ def run_command(run: Callable[[], int | None], resumes: str = "") -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of stdout has seen enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         return 1
     except (Exception, KeyboardInterrupt) as error:
         if any(isinstance(each, KeyboardInterrupt) for each in causes(error)):

@@ -1,4 +1,4 @@
-"""The baselines of a run: what a user would try first, trained on the rows that the run has.
+"""The baselines of a run: models that a user would try first, trained on the rows of the run.
 
 Shape letters: R replica, E exit, N validation rows.
 """
@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 
 
 def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> list[Baseline]:
-    """Returns the baselines that `baselines` asks for, with their predictions of validation rows.
+    """Returns the baselines that the config requests, with their predictions on validation rows.
 
-    "quick": the majority class, TF-IDF with logistic regression, and a frozen encoder with a
-    logistic regression at every exit, with the run's pooling, or the mean where that is of the
-    first token. "full": also the plain fine-tuned full model.
+    "quick": a constant prediction (such as the majority class), a linear model on TF-IDF features,
+    and a linear model at every exit of the frozen encoder, with the run's pooling, or mean pooling
+    if the run pools the first token. "full": also the plain fine-tuned full model.
 
     Args:
-      job: with the probe that its heads started from.
-      rates: the learning rates that the run was to choose from.
-      workdir: what they compute is kept in its folder `baselines`.
+      job: the prepared run, with the probe from which its heads started.
+      rates: the learning rates among which the run chose.
+      workdir: the run directory; intermediate results are kept in its folder `baselines`.
 
     """
     config, probe = job.config, job.probe
@@ -60,8 +60,8 @@ def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> li
 def _without_encoder(job: PreparedRun) -> list[Baseline]:
     """Returns the majority class and TF-IDF, fitted on training and calibration rows together.
 
-    Nothing of them is calibrated, so that a user would fit them on all rows; their strength is
-    chosen on the tuning rows, where there are any.
+    A user would fit them on all rows, since they need no calibration. The strength of TF-IDF's
+    regularization is chosen on the tuning rows, if there are any.
     """
     labels, new, objective = job.labels, job.dataset.validation.texts, job.objective
     by_seed: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -82,7 +82,7 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
 
 
 def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
-    """Returns the probe of a run that has none of its own; None where rows are too few for one."""
+    """Returns a probe fitted as a baseline; None if there are too few rows to fit one."""
     pooling = job.config.pooling
     pooling = "mean" if POOLING_INPUTS[pooling].dense else pooling
     config = dataclasses.replace(job.config, pooling=pooling, learning_to_exit="", grow_from="")
@@ -95,7 +95,7 @@ def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
                 for (seed, _), own in zip(config.replicas(), rows.training, strict=True)
             ]
         except UserError:
-            log.warning("too few training rows for the baseline of a frozen encoder: left out")
+            log.warning("too few training rows for the frozen-encoder baseline, which is left out")
             return None
         own, tuning = (np.stack(part) for part in zip(*split, strict=True))
         rows = RunRows(own, rows.calibration, tuning)
@@ -103,7 +103,7 @@ def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
 
 
 def _plain(config: Config) -> Config:
-    """Returns the config of a plain fine-tune: the last exit alone, the first token, its pooler."""
+    """Returns the config of plain fine-tuning: only the last exit, on the pooled first token."""
     return dataclasses.replace(
         config,
         method="early_exit",
@@ -120,7 +120,7 @@ def _plain(config: Config) -> Config:
         pooler="per_exit",
         head_init="random",
         head_refit=False,
-        epochs=config.epochs or 2,  # 0 of a probe alone
+        epochs=config.epochs or 2,  # a run that only fits probes has 0
         head_learning_rate=1.0,
         layer_decay=1.0,
         layer_scaling=1.0,
@@ -132,19 +132,19 @@ def _plain(config: Config) -> Config:
 
 
 def _fine_tuned(job: PreparedRun, rates: Sequence[float], folder: Path) -> np.ndarray:
-    """Returns the predictions of the plain fine-tuned full model, of classes int64 [R, N].
+    """Returns the predictions of the plain fine-tuned full model, for classes int64 [R, N].
 
-    With the run's own rows and epochs. Where the run searches its learning rate, this one has a
-    search of its own, by the same short runs among the same rates: what suits the exits need not
-    suit it.
+    The model is trained on the run's own rows for the same epochs. If the run searches its learning
+    rate, this model gets its own search with the same short runs over the same rates, since the
+    rate that is best for the exits may not be the best for it.
     """
     log.info("baseline: the plain fine-tuned full model")
     config = _plain(job.config)
     replicas = list(range(len(config.replicas())))
-    if config.rate_search == "short":  # the exits' search left one replica of each seed
+    if config.rate_search == "short":  # the exits' search left one replica for each seed
         config = dataclasses.replace(config, learning_rates=tuple(rates))
         replicas = [seed for seed in replicas for _ in rates]
-        folder /= "fine_tuned"  # an earlier version trained at the exits' rate in `folder`
+        folder /= "fine_tuned"  # `folder` may hold an earlier version's training at the exits' rate
     job = job.select_replicas(config, replicas)
     job = dataclasses.replace(job, base=None, probe=None, unlabeled=None)
     job, _ = search_rate(job, folder)

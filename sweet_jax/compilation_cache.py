@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, enabled unless JAX's own variables say otherwise."""
+"""JAX's persistent compilation cache, enabled unless JAX's own variables configure it."""
 
 import hashlib
 import logging
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 def enable_compilation_cache(
     folder: str | Path | None = None, *, least_seconds: float = 0.0
 ) -> None:
-    """Caches compiled programs on disk, for later processes that compile the same programs.
+    """Caches compiled programs on disk for later processes that compile the same programs.
 
-    A folder that JAX is already configured with (JAX_COMPILATION_CACHE_DIR) stays, with JAX's own
-    thresholds, and JAX_ENABLE_COMPILATION_CACHE=0 disables the cache. A folder that cannot be
-    written to is logged, and nothing is cached.
+    If JAX is already configured with a folder (JAX_COMPILATION_CACHE_DIR), that folder is used with
+    JAX's own thresholds. JAX_ENABLE_COMPILATION_CACHE=0 disables the cache. If the folder cannot be
+    written to, this is logged and nothing is cached.
 
     Args:
-      folder: default `default_folder()`.
-      least_seconds: programs that take less time to compile are not cached.
+      folder: directory of the cache; default `default_folder()`.
+      least_seconds: minimum compilation time of the programs that are cached.
 
     """
     _write_whole_entries()
@@ -44,11 +44,11 @@ def enable_compilation_cache(
 
 
 def _write_whole_entries() -> None:
-    """Has JAX write each entry beside its place, and rename it.
+    """Makes JAX write each entry to a temporary file, and rename it.
 
-    JAX writes it in place: where the process is killed, or the disk is full, half an entry stays,
-    which no later process replaces; each would warn of it and compile anew. The class is private:
-    under a version of JAX that has another, entries are written as that version does.
+    JAX writes entries in place. If the process is killed or the disk is full, a truncated entry
+    remains that no later process replaces; each of them would warn and compile the program again.
+    The patched class is private: with a version of JAX that does not have it, nothing is patched.
     """
     try:
         from jax._src import lru_cache
@@ -71,8 +71,8 @@ def _write_whole_entries() -> None:
 def default_folder() -> Path:
     """Returns sweet_jax/xla/<processor> in XDG_CACHE_HOME, by default ~/.cache.
 
-    A program compiled for one CPU may use instructions that another lacks, and JAX's cache key does
-    not tell them apart; several machines may share a home directory.
+    A program compiled for one CPU may use instructions that another CPU lacks. JAX's cache key does
+    not distinguish them, and several machines may share a home directory.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "sweet_jax" / "xla" / processor_name()

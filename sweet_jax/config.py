@@ -7,21 +7,21 @@ from typing import Any
 
 from sweet_jax.config_checks import check_values
 from sweet_jax.config_values import check_type
-from sweet_jax.errors import UserError as UserError  # most of the package has it from here
+from sweet_jax.errors import UserError as UserError  # most of the package imports it from here
 from sweet_jax.errors import check_choice
 from sweet_jax.methods import METHODS
 from sweet_jax.poolings import POOLING_INPUTS
 from sweet_jax.presets import PRESETS
 
-AUTO = "auto"  # of epochs, and of pooling
+AUTO = "auto"  # a value of epochs and of pooling
 METRICS = ("accuracy", "matthews", "f1", "macro_f1", "balanced_accuracy")
-# objectives/ has what these are.
+# Implemented in objectives/.
 OBJECTIVE_METRICS = {
     "single_label": METRICS,
     "multi_label": ("micro_f1", "macro_f1", "subset_accuracy", "neg_hamming_loss"),
     "regression": ("neg_mean_absolute_error", "pearson"),
 }
-# The exit policy of each where the config names none.
+# The exit policy of each objective if the config names none.
 OBJECTIVE_POLICIES = {
     "single_label": "",  # the preset's
     "multi_label": "min_confidence",
@@ -58,9 +58,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Holds the keys of a recipe, validated; `config_keys` says what each one means.
+    """Holds the validated config of a run; `config_keys` describes each key.
 
-    Raises UserError for an impossible value.
+    Raises UserError for an invalid value.
     """
 
     task: str = "sst2"
@@ -141,7 +141,7 @@ class Config:
         check_values(self)
 
     def resolved(self) -> "Config":
-        """Returns the config with the choices of its preset and method where it has none."""
+        """Returns the config with unset keys filled in by its preset, objective and method."""
         choices: dict[str, Any] = {
             k: v for k, v in PRESETS[self.preset].items() if not getattr(self, k)
         }
@@ -156,32 +156,37 @@ class Config:
 
     @property
     def policy(self) -> str:
-        """Returns the exit policy of a resolved config: learning-to-exit's where that is on."""
+        """Returns the exit policy of a resolved config: `exit_score` with learning-to-exit."""
         return self.exit_score if self.learning_to_exit else self.confidence
 
     @property
     def tunes(self) -> bool:
-        """Returns whether tuning rows are held out: for the probe, the rate or the last step."""
+        """Returns whether tuning rows are held out.
+
+        They are used for the probe, the refit, the search of the learning rate, and the choice of
+        the kept state with epochs="auto".
+        """
         searches = self.rate_search == "short" and len(self.learning_rates) > 1
         return self.epochs == AUTO or self.head_init == "probe" or self.head_refit or searches
 
     def replicas(self) -> tuple[tuple[int, float], ...]:
-        """Returns (seed, learning rate) of every replica, in the order of the R axis."""
+        """Returns the (seed, learning rate) of every replica, in the order of the R axis."""
         return tuple((seed, rate) for seed in self.seeds for rate in self.learning_rates)
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """Builds a Config of keys and values; raises UserError for an unknown key or a wrong value."""
+    """Builds a Config from values by key; raises UserError for an unknown key or invalid value."""
     return Config(**convert_values(values))
 
 
 def convert_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts values of a file or a command line to the types of their keys.
+    """Converts values from a file or a command line to the types of their keys.
 
-    Lists become tuples, one number a tuple of one, a tuple of names text. Ranges, and which values
-    go together, are not checked: others may replace these yet.
+    For a key that takes several numbers, a list or a single number becomes a tuple; for a key that
+    takes text, a list of names becomes comma-separated text. Ranges and combinations of values are
+    not checked, because other values may still replace these.
 
-    Raises UserError for an unknown key, with the nearest, and for a value of another type.
+    Raises UserError for an unknown key, naming the nearest one, and for a value of the wrong type.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     for key in values:
@@ -193,7 +198,7 @@ def convert_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Splits a comma-separated list of names, without blanks around them."""
+    """Splits a comma-separated list of names, and strips the blanks around them."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
@@ -202,7 +207,7 @@ def _as_field(name: str, value: Any) -> Any:
     if name == "loss_weights":
         return _as_loss_weights(value)
     if name == "epochs" and isinstance(value, str) and value.strip().isdigit():
-        return int(value)  # as a command line has it
+        return int(value)  # a command line passes it as text
     if isinstance(default, tuple):
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
         whole = name in ("exits", "seeds")
@@ -215,7 +220,7 @@ def _as_field(name: str, value: Any) -> Any:
 
 
 def _as_loss_weights(value: Any) -> Any:
-    """Converts numbers, or text of numbers separated by commas, to a tuple; leaves a name as is."""
+    """Converts numbers, or text of comma-separated numbers, to a tuple; returns names unchanged."""
     if isinstance(value, str):
         names = split_names(value)
         try:

@@ -1,4 +1,4 @@
-"""Checks of the config: what does not go together."""
+"""Checks of the config for values that cannot be combined."""
 
 import math
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_values(config: "Config") -> None:
-    """Raises UserError for a value out of its range, or values that do not go together."""
+    """Raises UserError for a value out of its range, or values that cannot be combined."""
     check_ranges(config)
     least = 0 if config.head_init == "probe" or config.head_refit else 1
     if isinstance(config.epochs, int) and config.epochs < least:
@@ -31,7 +31,7 @@ def check_values(config: "Config") -> None:
 
 
 def _check_objective(config: "Config") -> None:
-    """Raises UserError for keys that are of another objective."""
+    """Raises UserError for keys that do not apply to the config's objective."""
     objective = config.objective
     for key, value, needed in (
         ("class_weights", config.class_weights, "single_label"),
@@ -40,53 +40,52 @@ def _check_objective(config: "Config") -> None:
     ):
         if value and objective != needed:
             raise UserError(
-                f"{key} is {value!r}, but is of objective {needed}, and this one is {objective}: "
-                "leave it out"
+                f"{key}={value!r} applies only to objective={needed}; this run has "
+                f"objective={objective}: remove it"
             )
     if config.class_weights not in ("", "balanced"):
         weights = _as_numbers(config.class_weights)
         if not weights or not all(0 < w < math.inf for w in weights):
             raise UserError(
-                'class_weights must be "balanced" or one positive number for each class, in their '
-                f"order, such as 1,5; got {config.class_weights!r}"
+                'class_weights must be "balanced" or one positive number for each class, in the '
+                f"order of the classes, such as 1,5; got {config.class_weights!r}"
             )
     if config.focal_gamma and config.head_refit:
         raise UserError(
-            f"focal_gamma is {config.focal_gamma:g}, but head_refit replaces the classifiers by "
-            "logistic regressions, which are fitted by the cross-entropy: set "
+            f"focal_gamma={config.focal_gamma:g} cannot be combined with head_refit, which "
+            "replaces the classifiers by logistic regressions fitted with the cross-entropy: set "
             "--config.head_refit=False"
         )
     if objective == "single_label" and config.confidence in ("min_confidence", "stability"):
         raise UserError(
-            f"confidence is {config.confidence!r}, which is not of objective single_label: leave "
-            "it out"
+            f"confidence={config.confidence!r} does not apply to objective=single_label: remove it"
         )
     own = ":" in config.confidence
     if objective == "regression" and not own and config.confidence not in ("", "stability"):
         raise UserError(
-            f"confidence is {config.confidence!r}, a probability, which objective regression has "
-            "none of: leave it out"
+            f"confidence={config.confidence!r} is computed from probabilities, which a regression "
+            "does not have: remove it"
         )
 
 
 def _check_layer_scaling(config: "Config") -> None:
-    """Raises UserError where layers are to be scaled that heads, or a deeper run, rely on."""
+    """Raises UserError if layer_scaling would change layers that must stay as they are."""
     if config.layer_scaling == 1:
         return
     if not config.head_refit:
         raise UserError(
-            f"layer_scaling is {config.layer_scaling:g}, but the heads were trained on the layers "
-            "as they were: set --config.head_refit=True with it"
+            f"layer_scaling={config.layer_scaling:g} changes the layers after the heads were "
+            "trained on them: also set --config.head_refit=True"
         )
     if config.grow_from:
         raise UserError(
-            f"layer_scaling is {config.layer_scaling:g}, but grow_from keeps a run's layers as "
-            "they are: leave one of the two out"
+            f"layer_scaling={config.layer_scaling:g} cannot be combined with grow_from, which "
+            "keeps a run's layers unchanged: remove one of the two"
         )
 
 
 def _as_numbers(text: str) -> tuple[float, ...]:
-    """Returns numbers separated by commas, () where one is none."""
+    """Returns comma-separated numbers; () if any of them is not a number."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -98,21 +97,22 @@ def _check_isolation(config: "Config") -> None:
     isolation = config.isolation or method.isolation
     if config.isolation_schedule != "linear" and len(isolation) != 2:
         raise UserError(
-            f"isolation_schedule {config.isolation_schedule!r} needs a pair, such as "
+            f"isolation_schedule={config.isolation_schedule!r} needs a pair of numbers, such as "
             f"--config.isolation=0,1; isolation is {isolation!r}"
         )
     if method.model_per_exit:
-        # A constant 0 is what the method resolves to.
+        # A constant 0 is the method's own default.
         if factors or any(isolation):
             name = "boundary_isolation" if factors else "isolation"
             raise UserError(
-                f"{name} is {factors or isolation!r}, but {method.name}'s models have no "
-                "boundaries between exits: leave it out, or set --config.method=early_exit"
+                f"{name}={factors or isolation!r} does not apply to method={method.name}, whose "
+                "models have no boundaries between exits: remove it, or set "
+                "--config.method=early_exit"
             )
     elif factors and not any(isolation):
         raise UserError(
-            f"boundary_isolation is {factors!r}, but it is times isolation, which is 0: set "
-            "--config.isolation=1 with it"
+            f"boundary_isolation={factors!r} is multiplied by isolation, which is 0: also set "
+            "--config.isolation=1"
         )
     elif factors and len(factors) != len(config.exits) - 1:
         raise UserError(
@@ -122,12 +122,12 @@ def _check_isolation(config: "Config") -> None:
 
 
 def _check_loss_weights(config: "Config") -> None:
-    """Raises UserError unless each exit has a weight, or all have a schedule of that name."""
+    """Raises UserError unless loss_weights is a number for each exit or the name of a schedule."""
     weights = config.loss_weights
     if METHODS[config.method].model_per_exit and weights not in ("", "uniform"):
         raise UserError(
-            f"loss_weights is {weights!r}, but every model of {config.method} has one exit: leave "
-            "it out"
+            f"loss_weights={weights!r} does not apply to method={config.method}, each of whose "
+            "models has one exit: remove it"
         )
     if isinstance(weights, str):
         check_choice("loss_weights", weights, ("", *LOSS_WEIGHTS))
@@ -139,47 +139,48 @@ def _check_loss_weights(config: "Config") -> None:
 
 
 def _check_last_exit(config: "Config") -> None:
-    """Raises UserError where exits are to follow the last one that they have no part in."""
+    """Raises UserError for last_exit_first and the keys of distillation where they do not apply."""
     several = len(config.exits) > 1 and not METHODS[config.method].model_per_exit
     for key in ("last_exit_first", "distillation_weight"):
         value = getattr(config, key)
         if value and not several:
             what = "the model has" if len(config.exits) == 1 else f"a {config.method} model has"
-            raise UserError(f"{key} is {value:g}, but {what} one exit: leave it out")
+            raise UserError(f"{key}={value:g} needs several exits, but {what} one: remove it")
     for key, default in (("unlabeled_files", ""), ("distillation_temperature", 1.0)):
         value = getattr(config, key)
         if value != default and not config.distillation_weight:
             raise UserError(
-                f"{key} is {value!r}, but is of distillation, which is off: set "
-                "--config.distillation_weight=1 with it"
+                f"{key}={value!r} applies only with distillation, which is off: also set "
+                "--config.distillation_weight=1"
             )
     if config.distillation_temperature != 1 and config.objective == "regression":
         raise UserError(
-            f"distillation_temperature is {config.distillation_temperature:g}, but is of "
-            "probabilities, which objective regression has none of: leave it out"
+            f"distillation_temperature={config.distillation_temperature:g} applies to "
+            "probabilities, which a regression does not have: remove it"
         )
 
 
 def _check_conflict(config: "Config") -> None:
-    """Raises UserError where gradients are to be compared that no two exits have in common."""
+    """Raises UserError for conflict_every if no two exits train the same layer."""
     method = METHODS[config.method]
     isolation = config.isolation or method.isolation
     closed = min(*isolation, *config.boundary_isolation, 1.0) == 1
     one = len(config.exits) == 1
     if config.conflict_every and (method.model_per_exit or closed or one):
-        what = f"isolation {config.isolation!r}"
+        what = f"isolation={config.isolation!r}"
         if method.model_per_exit or (closed and not config.isolation):
-            what = f"method {config.method!r}"
+            what = f"method={config.method}"
         elif one:
             what = "one exit"
         raise UserError(
-            f"conflict_every is {config.conflict_every}, but with {what} no two exits train the "
-            "same layer: leave it out, or use --config.method=early_exit with open boundaries"
+            f"conflict_every={config.conflict_every} compares the gradients of exits that train "
+            f"the same layer, but with {what} no two exits do: remove it, or use "
+            "--config.method=early_exit with several exits and open boundaries"
         )
 
 
 def _check_independent(config: "Config") -> None:
-    """Raises UserError where exits are coupled that are to be trained independently."""
+    """Raises UserError if exits that must be trained independently are coupled."""
     if not (config.segment_parallel or config.grow_from):
         return
     asked = "segment_parallel" if config.segment_parallel else "grow_from"
@@ -196,20 +197,20 @@ def _check_independent(config: "Config") -> None:
     ):
         if not sound:
             raise UserError(
-                f"{asked} needs exits that are trained independently, but {name} is "
-                f"{getattr(config, name)!r}: leave one of the two out"
+                f"{asked} needs one model whose exits are trained independently, which "
+                f"{name}={getattr(config, name)!r} rules out: remove one of the two"
             )
 
 
 def _check_learning_to_exit(config: "Config") -> None:
-    """Raises UserError for learning-to-exit with classifiers that are not trained beside its heads.
+    """Raises UserError for learning-to-exit if its heads are not trained with the classifiers.
 
-    Such a head learns from the classifier of its exit, while that is trained.
+    Such a head learns from its exit's classifier while that classifier is trained.
     """
     if config.learning_to_exit and (config.epochs == 0 or config.head_refit):
         name = "epochs" if config.epochs == 0 else "head_refit"
         raise UserError(
-            f"learning_to_exit is {config.learning_to_exit!r}, but {name} is "
-            f"{getattr(config, name)!r}: its heads would judge classifiers that they did not see "
-            "in training; leave one of the two out"
+            f"learning_to_exit={config.learning_to_exit!r} cannot be combined with "
+            f"{name}={getattr(config, name)!r}, because its heads would judge classifiers that "
+            "they did not see in training: remove one of the two"
         )

@@ -1,4 +1,4 @@
-"""The type and the range of each key of the config."""
+"""The type and the range of each config key."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _KINDS = {
 }
 SCHEDULES = ", ".join(map(repr, LOSS_WEIGHTS))
 
-# Keys, what holds of the value of each, and how messages and --help say it.
+# (keys, condition on the value of each, the condition in words for messages and --help).
 RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
     (("exits",), len, "at least one layer number"),
     (("exits",), lambda v: min(v) >= 1, "layer numbers from 1"),
@@ -46,13 +46,13 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
         lambda v: 0 < v < 1,
         "between 0 and 1, both excluded",
     ),
-    (("warmup_fraction",), lambda v: 0 <= v < 1, "from 0 to below 1"),
+    (("warmup_fraction",), lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     (("weight_decay",), lambda v: 0 <= v < math.inf, "0 or more"),
     (("clip_norm",), lambda v: v > 0, "positive (inf switches clipping off)"),
     (("focal_gamma", "distillation_weight"), lambda v: 0 <= v < math.inf, "0 or more"),
-    (("layer_decay",), lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    (("layer_decay",), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     (("layer_scaling",), lambda v: 0 <= v <= 1, "from 0 to 1"),
-    (("last_exit_first",), lambda v: 0 <= v < 1, "from 0 to below 1"),
+    (("last_exit_first",), lambda v: 0 <= v < 1, "at least 0 and less than 1"),
     (
         ("head_learning_rate", "distillation_temperature"),
         lambda v: 0 < v < math.inf,
@@ -64,7 +64,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], Any], str], ...] = (
 
 
 def check_type(name: str, value: Any, default: Any) -> None:
-    """Raises UserError unless a value is of the type of its key, whose default is given."""
+    """Raises UserError unless a value has the type of its key, given the key's default."""
     if isinstance(default, tuple):
         kind = int if name in ("exits", "seeds") else float
         if not isinstance(value, tuple) or any(type(v) is not kind for v in value):

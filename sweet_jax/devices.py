@@ -1,4 +1,4 @@
-"""The devices that JAX computes on."""
+"""The check that JAX finds a device."""
 
 import os
 
@@ -9,11 +9,11 @@ from sweet_jax.files import one_line
 
 
 def check_devices() -> None:
-    """Raises UserError where JAX finds no device of the platforms it is to use."""
+    """Raises UserError if JAX finds no device of the platforms that it is configured to use."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        cause = f" ({one_line(error)})" if str(error) else ""  # an assertion of JAX has no words
+        cause = f" ({one_line(error)})" if str(error) else ""  # JAX's assertions have no message
         chosen = os.environ.get("JAX_PLATFORMS", "")
         raise UserError(
             f"JAX finds no device with JAX_PLATFORMS={chosen!r}{cause}: unset it, or name a "

@@ -1,4 +1,4 @@
-"""Directories locked for one process, and written anew: whole or not at all, whenever it dies."""
+"""Directories that are locked for one process, and written completely or not at all."""
 
 import contextlib
 import fcntl
@@ -10,13 +10,14 @@ from pathlib import Path
 
 from sweet_jax.errors import UserError
 
-_REPLACED = ".replaced"  # ends the name that a directory has while another takes its place
+_REPLACED = ".replaced"  # suffix of the name of a directory while another one takes its place
 
 
 def replace_directory(new: Path, directory: Path) -> None:
-    """Puts a directory in the place of another, if there is one.
+    """Moves a directory to the place of another one, which need not exist.
 
-    A process that is killed meanwhile leaves one of them there, or what `mend_directories` mends.
+    If the process is killed meanwhile, one of the two is in that place, or `mend_directories` puts
+    it there.
     """
     mend_directories(directory.parent)
     before = directory.with_name(f".{directory.name}{_REPLACED}")
@@ -27,9 +28,9 @@ def replace_directory(new: Path, directory: Path) -> None:
 
 
 def mend_directories(folder: Path) -> None:
-    """Mends what `replace_directory` left in a folder when its process was killed.
+    """Repairs what `replace_directory` left in a folder when its process was killed.
 
-    The old directory is put back where the new one had not taken its place, and else removed.
+    The old directory is put back if the new one had not yet taken its place, and removed otherwise.
     """
     for before in folder.glob(f".*{_REPLACED}"):
         directory = before.with_name(before.name[1:].removesuffix(_REPLACED))
@@ -40,9 +41,9 @@ def mend_directories(folder: Path) -> None:
 
 
 def check_new_output(output: Path) -> None:
-    """Raises UserError where the directory of --output is there already."""
+    """Raises UserError if the directory of --output already exists."""
     if output.exists():
-        raise UserError(f"--output {str(output)!r} exists: choose another, or remove it")
+        raise UserError(f"--output {str(output)!r} already exists: choose another, or remove it")
 
 
 @contextlib.contextmanager
@@ -50,8 +51,8 @@ def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
     """Locks a directory for this process, until the block ends or the process dies.
 
     Args:
-      folder: the directory, made if it does not exist.
-      name: what errors call it.
+      folder: the directory, created if it does not exist.
+      name: name of the directory in error messages.
 
     Raises UserError if it is in use, cannot be written to, or cannot be locked.
 
@@ -69,13 +70,13 @@ def _lock(folder: Path, what: str) -> Iterator[None]:
         raise UserError(
             f"{what} cannot be written to ({error.strerror}): choose another"
         ) from error
-    # filelock would fall back to a file that marks the lock where the file system has no flock. A
-    # process that is killed leaves that file behind, and other hosts cannot tell.
+    # Without flock on the file system, the package filelock would fall back to a marker file. A
+    # process that is killed leaves that file behind, and other hosts cannot detect this.
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-                raise BlockingIOError  # the owner of before removed this file, and another made one
+                raise BlockingIOError  # the former owner removed this file, and another created one
         except (BlockingIOError, FileNotFoundError) as error:
             raise UserError(
                 f"{what} is in use by another run: wait for it, or choose another"
@@ -90,9 +91,9 @@ def _lock(folder: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_directory(output: Path) -> Iterator[Path]:
-    """Yields an empty directory, which is renamed to `output` at the end, and removed on an error.
+    """Yields an empty directory, which is renamed to `output` at the end, or removed on an error.
 
-    Raises UserError where that is there already, cannot be made, or is being made by another
+    Raises UserError if `output` already exists, cannot be created, or is being created by another
     process.
     """
     check_new_output(output)
@@ -100,20 +101,21 @@ def whole_directory(output: Path) -> Iterator[Path]:
     aside = around / output.name
     with _lock(around, f"--output {str(output)!r}"):
         try:
-            shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
             aside.mkdir()
             yield aside
-            check_new_output(output)  # it may have been made meanwhile
+            check_new_output(output)  # it may have been created meanwhile
             aside.rename(output)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)  # before the lock, by which another begins
+            # Before the lock file, whose removal lets another process begin.
+            shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(around, ignore_errors=True)
 
 
 def copy_files(source: Path, target: Path, ignored: Collection[str] = ()) -> None:
-    """Copies the files of a directory into an empty one, but for those of some names.
+    """Copies the files of a directory into an empty one, except those with an ignored name.
 
-    With the permissions of new files: copies of read-only ones could not be changed.
+    The copies get the permissions of new files, so that copies of read-only files can be changed.
     """
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
@@ -124,7 +126,9 @@ def copy_files(source: Path, target: Path, ignored: Collection[str] = ()) -> Non
 
 
 def copy_additions(old: Path, new: Path, ignored: Collection[str]) -> None:
-    """Copies what an old directory has besides to a new one, if the new one's files are as there.
+    """Copies the additional files of an old directory to a new one, if their common files agree.
+
+    Nothing is copied unless every file of the new directory is also in the old one, unchanged.
 
     ignored: names of files that may differ.
     """

@@ -1,8 +1,8 @@
-"""One command on several processes, on one host or many, each with devices of its own.
+"""Commands that run in several processes, on one or more hosts, each with devices of its own.
 
-Every process runs the same command, reads the same files, and takes part in every step; the primary
-process, number 0, writes. Arrays span the devices of all processes (training/sharding.py); here is
-how the processes find each other, agree, and stop together.
+Every process runs the same command, reads the same files and takes part in every step; only the
+primary process, number 0, writes. Arrays span the devices of all processes (training/sharding.py).
+This module connects the processes, lets them agree on values, and stops them together.
 """
 
 import contextlib
@@ -28,26 +28,26 @@ from sweet_jax.config import UserError
 from sweet_jax.files import write_text
 from sweet_jax.storage_errors import RESUMES, storage_failure
 
-_HEARTBEAT_SECONDS = 30  # without one, a process or its host counts as lost
-_SHUTDOWN_SECONDS = 300  # in which the other processes end too
+_HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as lost
+_SHUTDOWN_SECONDS = 300  # time for the other processes to end too
 _MESSAGE_BYTES = 2000
-_sync_points = itertools.count(1)  # of `preemption_requested`
+_sync_points = itertools.count(1)  # numbers the calls of `preemption_requested`
 
 
 class PreemptedError(Exception):
-    """Raised after SIGTERM, when the state is saved."""
+    """Raised after SIGTERM, once the state is saved."""
 
 
 def initialize(address: str | None, count: int | None, number: int | None) -> None:
-    """Joins the processes of a command, before any device is touched.
+    """Connects the processes of a command, before any device is used.
 
-    On Cloud TPU and in a Slurm step of several tasks they find each other; elsewhere the arguments
-    say where, and without them the process is the only one.
+    On Cloud TPU and in a Slurm step of several tasks they find each other. Elsewhere the arguments
+    say how to connect; without them this process is the only one.
 
     Args:
       address: host:port at which the primary process listens.
       count: number of processes.
-      number: of this process, from 0.
+      number: number of this process, from 0.
 
     Raises UserError if the arguments are incomplete or out of range, or the processes do not
     connect.
@@ -58,8 +58,8 @@ def initialize(address: str | None, count: int | None, number: int | None) -> No
         return
     if any(g is not None for g in given) and None in given:
         raise UserError(
-            "--coordinator_address, --num_processes and --process_id go together: give all three, "
-            "or none on Cloud TPU and in a Slurm step"
+            "--coordinator_address, --num_processes and --process_id must be set together: set all "
+            "three, or none of them on Cloud TPU and in a Slurm step"
         )
     if count is not None and number is not None and not 0 <= number < count:
         raise UserError(f"--process_id must be from 0 to --num_processes - 1; got {number}")
@@ -75,8 +75,8 @@ def initialize(address: str | None, count: int | None, number: int | None) -> No
         )
     except (ValueError, RuntimeError, OSError) as error:
         if address is None and "coordinator_address should be defined" in str(error):
-            return  # libtpu is installed, but this is no TPU's host
-        where = address or "the address that the cluster names"
+            return  # libtpu is installed, but this host has no TPU
+        where = address or "the address that the cluster specifies"
         raise UserError(
             f"the processes could not connect at {where} ({_first_line(error)}): start all of "
             "them, on hosts that can reach that address"
@@ -98,7 +98,7 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def raise_on_all() -> Iterator[None]:
-    """Waits at its end for all processes; raises a UserError of one of them in all."""
+    """Waits for all processes at the end of its block; raises a UserError of any in all of them."""
     error = None
     try:
         yield
@@ -117,10 +117,16 @@ def raise_on_all() -> Iterator[None]:
 def claim_on_primary(
     workdir: Path, identity: Mapping[str, Any], claim: Callable[[], AbstractContextManager[None]]
 ) -> Iterator[None]:
-    """Holds a run directory, which the primary process claims, for all processes.
+    """Claims a run directory in the primary process, and holds it for all processes.
 
-    Raises UserError in all of them if the claim fails, or a process has another identity or sees
-    another directory.
+    Args:
+      workdir: the run directory.
+      identity: JSON values that must be equal in all processes.
+      claim: function that returns the context manager holding the directory.
+
+    Raises UserError in all processes if the claim fails, or if the identity or the directory of one
+    of them differs from the primary process's.
+
     """
     with contextlib.ExitStack() as stack:
         with raise_on_all():
@@ -128,8 +134,8 @@ def claim_on_primary(
             digests = _all_gather(hashlib.sha256(text.encode()).digest())
             if digests[jax.process_index()] != digests[0]:
                 raise UserError(
-                    "this process was started with another config, or reads other data than the "
-                    "primary process: give all of them the same command and files"
+                    "this process has a different config or reads different data than the primary "
+                    "process: run the same command on the same files in all processes"
                 )
         token = workdir / ".shared"
         with raise_on_all():
@@ -152,16 +158,16 @@ def _check_shared(workdir: Path, token: Path) -> None:
         time.sleep(1)
     if found[jax.process_index()] != found[0]:
         raise UserError(
-            f"workdir {str(workdir)!r} is not that of the primary process: give a directory that "
-            "all hosts share"
+            f"workdir {str(workdir)!r} is not the directory of the primary process: choose a "
+            "directory that all hosts share"
         )
 
 
 def preemption_requested() -> bool:
-    """Returns whether all processes must stop now, since one of them received SIGTERM.
+    """Returns whether all processes must stop now because one of them received SIGTERM.
 
-    All processes must call it equally often. JAX has them agree on a sync point that none has
-    passed yet, once in the life of a process: so calls are numbered, not the steps of a training.
+    All processes must call this equally often. JAX makes them agree on a sync point that none has
+    passed yet, once in the life of a process; therefore calls are counted, not training steps.
     """
     return multihost_utils.reached_preemption_sync_point(next(_sync_points))
 
@@ -172,28 +178,28 @@ def broadcast_from_primary(tree: Any) -> Any:
     Two hosts may round the same computation differently, or see a file at different times.
 
     Args:
-      tree: pytree of arrays and numbers, of equal shapes in all processes.
+      tree: pytree of arrays and numbers, with equal shapes in all processes.
 
     Returns:
-      The tree unchanged where there is one process; else with NumPy arrays, of at most 32 bits a
-      number, as its leaves.
+      The tree, unchanged if there is one process; otherwise its leaves are NumPy arrays with at
+      most 32 bits per number.
 
     """
     if jax.process_count() == 1:
         return tree
-    # Python's integers have no width, and a truth value is broadcast as a number.
+    # Python's integers have no width, and booleans are broadcast as numbers.
     tree = jax.tree.map(lambda x: np.int32(x) if isinstance(x, int) else x, tree)
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has called it."""
+    """Waits until every process has called this."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def _all_gather(value: bytes) -> list[bytes]:
-    """Returns the bytes of every process: at most _MESSAGE_BYTES, without zeros at their end."""
+    """Returns the bytes of every process, at most _MESSAGE_BYTES each, without trailing zeros."""
     if jax.process_count() == 1:
         return [value]
     padded = np.zeros(_MESSAGE_BYTES, np.uint8)
@@ -205,10 +211,10 @@ def _all_gather(value: bytes) -> list[bytes]:
 def abort_together() -> Iterator[None]:
     """Ends this process at once with status 1 if its block fails, so that the others end too.
 
-    JAX would have a failing process wait at its exit for the others, which wait for it in the next
-    step. When it exits instead, their next step fails, or JAX's heartbeat aborts them and reports
-    that another task died. A UserError or PreemptedError is raised in all processes: they end as
-    one process does.
+    By default a failing JAX process waits at its exit for the others, which wait for it in the next
+    step. If it exits at once, their next step fails, or JAX's heartbeat aborts them and reports
+    that another task died. A UserError or PreemptedError is re-raised instead: all processes raise
+    it, and end normally.
     """
     try:
         yield
@@ -218,8 +224,8 @@ def abort_together() -> Iterator[None]:
         which = f"process {jax.process_index()} of {jax.process_count()}"
         if _is_lost_process(error):
             print(
-                f"{which}: another process is gone ({_first_line(error)}). The same command on all "
-                "of them resumes from the last checkpoint",
+                f"{which}: another process is gone ({_first_line(error)}); the same command in all "
+                "processes resumes from the last checkpoint",
                 file=sys.stderr,
             )
         elif failure := storage_failure(error):
@@ -234,11 +240,11 @@ def abort_together() -> Iterator[None]:
 
 
 def _is_lost_process(error: BaseException) -> bool:
-    """Returns whether a computation failed because a process that takes part in it is gone."""
+    """Returns whether a computation failed because one of its processes is gone."""
     signs: tuple[str, ...] = ("Gloo", "NCCL")
     if isinstance(error, jax.errors.JaxRuntimeError):
         signs += ("UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat")
-    elif not isinstance(error, ValueError):  # of a computation that JAX dispatches at once
+    elif not isinstance(error, ValueError):  # raised if JAX dispatches the computation at once
         return False
     return any(sign in str(error) for sign in signs)
 

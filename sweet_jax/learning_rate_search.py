@@ -1,4 +1,4 @@
-"""The choice of a learning rate by short runs, compared on tuning rows.
+"""The choice of a learning rate by short runs that are compared on tuning rows.
 
 Shape letters: R replica, E exit, M tuning rows, C classes.
 """
@@ -30,15 +30,16 @@ log = logging.getLogger(__name__)
 
 
 def search_rate(job: PreparedRun, workdir: Path) -> tuple[PreparedRun, dict[str, Any] | None]:
-    """Chooses the learning rate by short runs, of the first seed, of every rate.
+    """Chooses the learning rate by a short run of every rate, with the first seed.
 
-    Each has its whole schedule over a share of the steps. The first rate of `learning_rates` is
-    kept, for all seeds, unless another has an area on tuning rows that is larger by more than a
-    standard error: then the one with the largest.
+    A short run has the complete learning-rate schedule over a fraction of the steps. The first of
+    `learning_rates` is kept for all seeds, unless the largest area on tuning rows exceeds its area
+    by more than a standard error; then the rate with the largest area is chosen.
 
     Returns:
-      The job of the replicas of that rate, and a record: learning_rates, area of each, steps, seed,
-      tuning_rows, learning_rate. (job, None) where there is nothing to choose.
+      The job with the replicas of the chosen rate, and a record with learning_rates, the area of
+      each, steps, seed, tuning_rows and learning_rate; the record is None if there is nothing to
+      choose.
 
     """
     config, rates = job.config, job.config.learning_rates
@@ -60,7 +61,7 @@ def search_rate(job: PreparedRun, workdir: Path) -> tuple[PreparedRun, dict[str,
 
 
 def _select_rate(job: PreparedRun, rate: float) -> PreparedRun:
-    """Returns the job of the replicas of one of the learning rates."""
+    """Returns the job with only the replicas of one learning rate."""
     replicas = [r for r, (_, own) in enumerate(job.config.replicas()) if own == rate]
     return job.select_replicas(dataclasses.replace(job.config, learning_rates=(rate,)), replicas)
 
@@ -84,7 +85,7 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
     together = [[place] for place in places] if alone else [list(places)]
     depths = [model.exits[-1] for model in model_specs(config)]
     work = sum(depths) * (steps * len(rates) + total * len(config.seeds))
-    # Said once: for this search and the training after it.
+    # The expected time is logged once, for this search and the training after it.
     following = [float(work - depths[0] * steps * len(together[0])), *[None] * len(rates)]
     each = zip(together, following, strict=False)
     found = [_short_runs(job, chosen, workdir, left) for chosen, left in each]
@@ -102,11 +103,11 @@ def _search(job: PreparedRun, workdir: Path) -> dict[str, Any]:
 
 
 def _one_rate_at_a_time(config: Config, steps: int) -> bool:
-    """Returns whether the short runs follow one another, rather than share one program.
+    """Returns whether the short runs are trained one after the other, not in one program.
 
-    On one CPU device, whose cores one replica fills. On one accelerator, with one seed: they and
-    the training after them then share a program, unless the runs take longer than compiling a
-    second one (experiments/results/benchmarks/gpu.md).
+    This is faster on one CPU device, whose cores one replica fills. On one accelerator with one
+    seed, the runs and the training after them then share a program; this is faster unless the runs
+    take longer than compiling a second program (experiments/results/benchmarks/gpu.md).
     """
     if len(jax.devices()) > 1:
         return False
@@ -118,14 +119,14 @@ def _one_rate_at_a_time(config: Config, steps: int) -> bool:
 def _describe_choice(
     rates: Sequence[float], area: np.ndarray, error: np.ndarray, rows: int, metric: str
 ) -> str:
-    """Says what each rate's area [R] is on tuning rows, and by which rule one was chosen."""
+    """Describes each rate's area [R] on tuning rows, and the rule by which one was chosen."""
     each = ", ".join(f"{rate:g}: {value:.4f}" for rate, value in zip(rates, area, strict=True))
     place = choose_rate(area, error)
-    kept = f"kept {rates[0]:g}, the first: no other is better by more than a standard error"
+    kept = f"kept {rates[0]:g}, the first: no other one is better by more than a standard error"
     chosen = f"chosen {rates[place]:g}: better than the first by more than a standard error"
     name = metric.replace("_", " ")
     return (
-        f"area (mean {name} over the costs) on {rows} tuning rows: {each}; "
+        f"area (mean {name} over costs) on {rows} tuning rows: {each}; "
         f"{chosen if place else kept} ({error[area.argmax()]:.4f})"
     )
 
@@ -133,12 +134,13 @@ def _describe_choice(
 def _short_runs(
     job: PreparedRun, places: Sequence[int], workdir: Path, following: float | None
 ) -> np.ndarray:
-    """Returns the areas on tuning rows of short runs of the first seed, and their errors.
+    """Returns the areas on tuning rows of short runs of the first seed, and their standard errors.
 
-    float64 [2, R]: see `tuning_area` and `standard_error`.
+    Both in one array, float64 [2, R]; see `tuning_area` and `standard_error`.
 
-    places: of their learning rates in the config.
-    following: of the first of them, see `TrainingJob`.
+    places: indices of the runs' learning rates in the config.
+    workdir: directory of the search; each group of runs gets a folder in it.
+    following: work that follows the first of the runs, see `TrainingJob`.
     """
     rates = tuple(job.config.learning_rates[place] for place in places)
     config = dataclasses.replace(
@@ -161,11 +163,12 @@ def _short_runs(
 
 
 def choose_rate(area: np.ndarray, error: np.ndarray) -> int:
-    """Returns the place of the rate with the largest area; 0 where it does not clearly beat that.
+    """Returns the index of the rate with the largest area if it is clearly better than the first.
 
-    Clearly is by more than its standard error.
+    Clearly means by more than its standard error; otherwise the index is 0.
 
-    area, error: float [R], minus infinity and 0 where it diverged.
+    area, error: areas and their standard errors, float [R]; minus infinity and 0 for a rate that
+      diverged.
     """
     best = int(np.argmax(area))
     return best if area[best] > area[0] + error[best] else 0

@@ -70,15 +70,16 @@ def parsed(tmp_path):
         ({"boundary_isolation": (1,)}, "boundary_isolation must be one number for each of the 3"),
         (
             {"method": "multi_model", "boundary_isolation": (1.0, 1.0, 1.0)},
-            "boundary_isolation is (1.0, 1.0, 1.0), but multi_model's models have no boundaries",
+            "boundary_isolation=(1.0, 1.0, 1.0) does not apply to method=multi_model, whose models "
+            "have no boundaries between exits",
         ),
         (
             {"method": "early_exit", "boundary_isolation": (1.0, 0.5, 0.0)},
-            "it is times isolation, which is 0: set --config.isolation=1 with it",
+            "is multiplied by isolation, which is 0: also set --config.isolation=1",
         ),
         (
             {"method": "multi_model", "isolation": 1},
-            "isolation is (1.0,), but multi_model's",
+            "isolation=(1.0,) does not apply to method=multi_model",
         ),
         ({"loss_weights": "dept"}, "unknown loss_weights 'dept': did you mean 'depth'?"),
         (
@@ -93,21 +94,21 @@ def parsed(tmp_path):
         ({"layer_scaling": 1.5}, "layer_scaling must be from 0 to 1; got 1.5"),
         (
             {"layer_scaling": 0.5},
-            "layer_scaling is 0.5, but the heads were trained on the layers as they were: set "
-            "--config.head_refit=True with it",
+            "layer_scaling=0.5 changes the layers after the heads were trained on them: also set "
+            "--config.head_refit=True",
         ),
         (
             {"layer_scaling": 0.5, "head_refit": True, "grow_from": "run"},
-            "layer_scaling is 0.5, but grow_from keeps a run's layers as they are",
+            "layer_scaling=0.5 cannot be combined with grow_from, which keeps a run's layers unch",
         ),
-        ({"last_exit_first": 1.0}, "last_exit_first must be from 0 to below 1; got 1.0"),
+        ({"last_exit_first": 1.0}, "last_exit_first must be at least 0 and less than 1; got 1.0"),
         (
             {"last_exit_first": 0.5, "exits": (12,)},
-            "last_exit_first is 0.5, but the model has one exit: leave it out",
+            "last_exit_first=0.5 needs several exits, but the model has one: remove it",
         ),
         (
             {"distillation_weight": 1.0, "method": "multi_model"},
-            "distillation_weight is 1, but a multi_model model has one exit: leave it out",
+            "distillation_weight=1 needs several exits, but a multi_model model has one: remove it",
         ),
         ({"distillation_weight": -1.0}, "distillation_weight must be 0 or more; got -1.0"),
         (
@@ -116,29 +117,29 @@ def parsed(tmp_path):
         ),
         (
             {"distillation_temperature": 2.0},
-            "distillation_temperature is 2.0, but is of distillation, which is off: set "
-            "--config.distillation_weight=1 with it",
+            "distillation_temperature=2.0 applies only with distillation, which is off: also set "
+            "--config.distillation_weight=1",
         ),
-        ({"unlabeled_files": "more.csv"}, "unlabeled_files is 'more.csv', but is of distillation"),
+        ({"unlabeled_files": "more.csv"}, "unlabeled_files='more.csv' applies only with distil"),
         (
             {
                 "objective": "regression",
                 "distillation_weight": 1.0,
                 "distillation_temperature": 2.0,
             },
-            "distillation_temperature is 2, but is of probabilities, which objective regression",
+            "distillation_temperature=2 applies to probabilities, which a regression does not have",
         ),
         ({"isolation_schedule": "stop"}, "unknown isolation_schedule 'stop': did you mean 'step'?"),
-        ({"isolation_schedule": "step"}, "needs a pair, such as --config.isolation=0,1"),
+        ({"isolation_schedule": "step"}, "needs a pair of numbers, such as --config.isolation=0,1"),
         ({"isolation_schedule": "step", "method": "sweet"}, "isolation is (1.0,)"),
         ({"isolation_schedule": "step", "isolation": 0.5}, "isolation is (0.5,)"),
         ({"conflict_every": -1}, "conflict_every must be 0 or more"),
         ({"max_steps": -1}, "max_steps must be 0 or more"),
-        ({"conflict_every": 5}, "but with method 'sweet' no two exits train the same layer"),
-        ({"conflict_every": 5, "method": "multi_model"}, "but with method 'multi_model' no two"),
+        ({"conflict_every": 5}, "train the same layer, but with method=sweet no two exits do"),
+        ({"conflict_every": 5, "method": "multi_model"}, "but with method=multi_model no two"),
         (
             {"conflict_every": 5, "method": "early_exit", "isolation": 1},
-            "but with isolation (1.0,) no two",
+            "but with isolation=(1.0,) no two",
         ),
         ({"conflict_every": 5, "method": "early_exit", "exits": 12}, "but with one exit no two"),
         ({"learning_to_exit": "jiont"}, "unknown learning_to_exit 'jiont': did you mean 'joint'?"),
@@ -151,7 +152,7 @@ def parsed(tmp_path):
         ({"max_length": 7}, "max_length must be 8 tokens or more"),
         ({"calibration_fraction": 1.0}, "calibration_fraction must be between 0 and 1"),
         ({"validation_fraction": 0.0}, "validation_fraction must be between 0 and 1"),
-        ({"warmup_fraction": 1.0}, "warmup_fraction must be from 0 to below 1"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction must be at least 0 and less than 1"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"task": ""}, "task must be a name"),
@@ -238,7 +239,7 @@ def test_resolved_loss_weights_are_the_methods_unless_set(method):
     assert Config(method=method).resolved().loss_weights == METHODS[method].loss_weights
     values = {"method": method, "loss_weights": [1, 1, 2, 4]}
     if METHODS[method].model_per_exit:
-        with pytest.raises(UserError, match="every model of multi_model has one exit"):
+        with pytest.raises(UserError, match="each of whose models has one exit"):
             from_mapping(values)
     else:
         assert from_mapping(values).resolved().loss_weights == (1.0, 1.0, 2.0, 4.0)

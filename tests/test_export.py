@@ -91,7 +91,7 @@ def test_an_exported_model_gives_the_same_answers(method, request, tmp_path, mon
         assert said.count("\n") == 1
     assert export.main([*arguments, "--policy=confidence"]) == 2  # it exists
     assert export.main([*arguments, "--policy=entropy"]) == 2
-    assert "only the policies confidence, raw_confidence" in capsys.readouterr().err
+    assert "needs --policy=confidence or raw_confidence" in capsys.readouterr().err
 
 
 def test_an_objective_that_the_program_does_not_have_is_refused(sweet, tmp_path):
@@ -100,7 +100,9 @@ def test_an_objective_that_the_program_does_not_have_is_refused(sweet, tmp_path)
     classifier = AdaptiveClassifier(
         model, target={"threshold": 0.5}, engine=sweet.classifier.engine
     )
-    with pytest.raises(UserError, match="'ordinal', but single_label, multi_label, regression: us"):
+    with pytest.raises(
+        UserError, match="'ordinal', only single_label, multi_label, regression: us"
+    ):
         export.export(classifier, classifier.engine, tmp_path / "exported", 16)
 
 

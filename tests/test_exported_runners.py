@@ -146,9 +146,9 @@ def test_a_policy_that_the_programs_lack(sweet, tmp_path, capsys):
     (folder / "exits.json").write_text(json.dumps(values))
     options = [f"--model={folder}", f"--output={tmp_path / 'out'}", "--format=onnx"]
     assert export.main([*options, "--policy=patience"]) == 2
-    assert "--policy is one of confidence, raw_confidence, " in capsys.readouterr().err
+    assert "--policy must be one of confidence, raw_confidence, " in capsys.readouterr().err
     assert export.main(options) == 0
-    assert "do not have the policy 'patience' and follow 'confidence'" in capsys.readouterr().err
+    assert "do not implement the policy 'patience' and use 'confidence'" in capsys.readouterr().err
     about = json.loads((tmp_path / "out" / "model.json").read_text())
     assert about["policy"] == "confidence"
     assert open_model(tmp_path / "out").policy == "patience"
@@ -163,10 +163,10 @@ def test_objectives_that_the_programs_lack(sweet, tmp_path, capsys, objective):
     options = [f"--model={folder}", f"--output={output}", "--format=onnx"]
     for more in ("--policy=confidence", "--cost=0.5"):
         assert export.main([*options, more]) == 2
-        assert f"do not have the objective '{objective}': leave" in capsys.readouterr().err
+        assert f"do not implement objective='{objective}': remove" in capsys.readouterr().err
         assert not output.exists()
     assert export.main(options) == 0
-    assert f"do not have the objective '{objective}' and are not" in capsys.readouterr().err
+    assert f"do not implement objective='{objective}' and are not" in capsys.readouterr().err
     assert not {path.name for path in output.iterdir()} & {"run.py", "run.mjs", "model.json"}
     assert open_model(output).objective.name == objective
 

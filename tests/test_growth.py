@@ -125,7 +125,7 @@ def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
         ({"exits": (1, 2), "depth": 2}, "exits must be these and deeper ones"),
         ({"max_length": 16}, "has max_length=32, but the new run has 16"),
         ({"seeds": (0, 7)}, "has seeds 0,1, but not 7"),
-        ({"method": "early_exit"}, "grow_from needs exits that are trained independently"),
+        ({"method": "early_exit"}, "grow_from needs one model whose exits are trained independ"),
         ({"grow_from": "nowhere"}, "'nowhere' is not the directory of a run"),
         ({"grow_from": "~nobody.at.all/run"}, "~nobody.at.all/run: Could not determine home"),
         ({"depth": 3}, "exits must end with depth 3"),

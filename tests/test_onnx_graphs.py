@@ -98,7 +98,7 @@ def test_what_cannot_be_exported_or_read_is_refused(sweet, onnx_model, tmp_path,
     model, output = sweet.classifier.model.folder, f"--output={tmp_path / 'out'}"
     assert "was exported to ONNX" in refusal(onnx_model, output)
     assert "exists: choose another" in refusal(model, f"--output={tmp_path}")
-    assert "leave out --length" in refusal(model, output, "--length=16")
+    assert "--length applies only to --format=stablehlo" in refusal(model, output, "--length=16")
     assert "set --cost" in refusal(model, output, "--milliseconds=3")
     assert "infeasible" in refusal(model, output, "--risk=0.0001")
     assert not [*tmp_path.iterdir()]

@@ -185,18 +185,18 @@ def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_
     found = ended(start_two(config, workdir, second=(recipe(other, options, epochs=3), workdir)))
     for status, _, errors in found:
         assert status == 2
-        assert "started with another config, or reads other data" in errors.splitlines()[-1]
+        assert "has a different config or reads different data" in errors.splitlines()[-1]
     assert not workdir.exists()
     found = ended(start_two(config, workdir, second=(config, other / "run")))
     for status, _, errors in found:
         assert status == 2
-        assert "give a directory that all hosts share" in errors.splitlines()[-1]
+        assert "choose a directory that all hosts share" in errors.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num_processes=2"], "go together"),
+        (["--num_processes=2"], "must be set together"),
         (["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"], "from 0 to --num"),
         (["--coordinator_address=a", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
         (["--num_processes=two"], "num_processes"),

@@ -464,7 +464,7 @@ def test_the_rows_of_a_resumed_run_may_lie_elsewhere(options, tmp_path, monkeypa
 def test_a_directory_that_is_no_run_s_is_left_alone(options, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "precious").write_text("mine")
-    with pytest.raises(UserError, match="not empty and holds no run"):
+    with pytest.raises(UserError, match="not empty and contains no run"):
         run(from_mapping(options), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "precious").read_text() == "mine"

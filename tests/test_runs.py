@@ -183,9 +183,11 @@ def test_data_that_is_no_table_is_refused(tmp_path, data, message):
 
 
 def test_a_comma_in_the_name_of_one_of_two_files_is_refused(table, tmp_path):
-    with pytest.raises(UserError, match=r"runs,1/rows/train\.arrow' has a comma, which separates"):
+    with pytest.raises(
+        UserError, match=r"runs,1/rows/train\.arrow' contains a comma, which separates"
+    ):
         sweet_jax.train(table, validation=table, workdir=tmp_path / "runs,1")
-    with pytest.raises(UserError, match=r"'v,1\.csv' has a comma, which separates files"):
+    with pytest.raises(UserError, match=r"'v,1\.csv' contains a comma, which separates files"):
         sweet_jax.train(table, validation="v,1.csv", workdir=tmp_path / "run")
     assert not list(tmp_path.iterdir())
 

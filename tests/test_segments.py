@@ -133,7 +133,7 @@ def test_the_benchmark_prints_all_sides(capsys):
 )
 def test_exits_that_are_coupled_are_refused(changes, named, options):
     values = {"segment_parallel": True, "exits": (1, 2, 3)} | changes
-    with pytest.raises(UserError, match=f"segment_parallel needs .* {named} is"):
+    with pytest.raises(UserError, match=f"segment_parallel needs .* {named}="):
         dataclasses.replace(from_mapping(options), **values).resolved()
 
 

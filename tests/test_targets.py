@@ -81,11 +81,11 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
         (["0.1"] * 40, {"objective": "regression"}, "all training rows have the same number, 0.1"),
         (["2.5"] * 40, {"objective": "regression"}, "all training rows have the same number, 2.5"),
         (["a", "b"] * 20, {"metric": "accuracy"}, "unknown metric 'accuracy'"),
-        (["a", "b"] * 20, {"class_weights": "balanced"}, "is of objective single_label"),
+        (["a", "b"] * 20, {"class_weights": "balanced"}, "applies only to objective=sing"),
         (
             ["1", "2"] * 20,
             {"objective": "regression", "confidence": "confidence"},
-            "a probability, which objective regression has none of",
+            "probabilities, which a regression does not have",
         ),
     ],
 )
@@ -166,7 +166,7 @@ def test_the_loss_is_weighted_by_the_classes_of_the_training_rows(options):
     assert len(job.dataset.train.labels) > counts.sum()
     with pytest.raises(UserError, match="class_weights has 3 numbers, but there are 2 classes"):
         prepare(from_mapping(options | {"class_weights": "1,2,3"}))
-    with pytest.raises(UserError, match="focal_gamma is 2, but head_refit replaces"):
+    with pytest.raises(UserError, match="focal_gamma=2 cannot be combined with head_refit"):
         from_mapping(options | {"focal_gamma": 2.0, "head_refit": True})
 
 

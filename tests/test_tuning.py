@@ -403,7 +403,7 @@ def test_values_that_go_with_no_training_are_refused(recipe):
         from_mapping(recipe | {"epochs": "some"})
     assert from_mapping(recipe | {"epochs": "3"}).epochs == 3
     for changes in ({"epochs": 0}, {"head_refit": True}):
-        with pytest.raises(UserError, match="learning_to_exit is 'joint', but"):
+        with pytest.raises(UserError, match="learning_to_exit='joint' cannot be combined"):
             from_mapping(recipe | {"learning_to_exit": "joint"} | changes)
 
 

@@ -1,4 +1,4 @@
-"""The `sweet-jax` command: one name for the programs that are also run by `python -m`."""
+"""The `sweet-jax` command, whose subcommands can also be run with `python -m`."""
 
 import sys
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from sweet_jax.arguments import run_command
 from sweet_jax.config import UserError, check_choice
 from sweet_jax.standard_output import print_text
 
-# Subcommand → (the module that has its main, what it does).
+# Subcommand → (module with its main, its description).
 COMMANDS = {
-    "train": ("sweet_jax.main", "trains on a labelled file or a config, evaluates and reports"),
-    "report": ("sweet_jax.report_command", "writes a run's report anew, for a target, or as a PNG"),
+    "train": ("sweet_jax.main", "trains on a labeled file or a config, evaluates and reports"),
+    "report": ("sweet_jax.report_command", "rewrites a run's report, for a target, or as a PNG"),
     "simulate": ("sweet_jax.simulate", "chooses operating points from a run's saved outputs"),
-    "predict": ("sweet_jax.predict", "labels the texts of a file, or times the model's stages"),
+    "predict": ("sweet_jax.predict", "classifies the texts of a file, or times a model's stages"),
     "serve": ("sweet_jax.serve", "serves a model over HTTP"),
     "quantize": ("sweet_jax.quantize", "fits a model's thresholds for int8"),
     "export": ("sweet_jax.export", "writes a model as StableHLO programs or ONNX graphs"),
     "recalibrate": (
         "sweet_jax.recalibrate",
-        "refits a model's thresholds on labelled rows or an audit log",
+        "refits a model's thresholds on labeled rows or an audit log",
     ),
     "version": ("", "prints the version"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns its exit status, 2 for one that does not exist."""
+    """Runs a subcommand; returns its exit status, which is 2 if there is no such subcommand."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     return run_command(lambda: _run(name, rest))
 
@@ -43,7 +43,7 @@ def _run(name: str, rest: Sequence[str]) -> int:
         check_choice("command", name, COMMANDS)
     except UserError as error:
         raise UserError(f"{error} (sweet-jax --help lists them)") from error
-    module = import_module(COMMANDS[name][0])  # only now: most of them import JAX
+    module = import_module(COMMANDS[name][0])  # not before: most of these modules import JAX
     # absl takes the program's name as the first argument, argparse does not.
     status: int = module.main([f"sweet-jax {name}", *rest] if name == "train" else rest)
     return status
