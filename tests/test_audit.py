@@ -481,7 +481,7 @@ def test_what_is_certified_is_that_of_the_next_candidate_that_lets_more_leave(sw
     ("arguments", "message"),
     [
         (["--audit=2"], "--audit must be a share from 0 to 1; got 2"),
-        (["--level=0.9"], "--level is of a certificate: give --risk or --agreement too"),
+        (["--level=0.9"], "--level applies to certified targets: also set --risk or --agreement"),
         (["--audit=1", "--level=2"], "--level must be from 0.5 to 0.9999; got 2"),
         (["--audit_log=x"], "--audit_log needs --audit=SHARE"),
         (["--audit=1", "--audit_agreement=1.5"], "--audit_agreement must be between 0 and 1"),

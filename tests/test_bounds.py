@@ -275,7 +275,7 @@ def test_a_run_s_certificate_tests_rows_that_fitted_nothing():
     point = simulate(validation, "pcee_isotonic", calibrators=[half], thresholds=threshold)
     np.testing.assert_allclose(found.validation, (point.cost[0, 0], point.score[0, 0]))
     reported = dataclasses.replace(calibration, identity=RunIdentity(fitted_on="validation"))
-    with pytest.raises(UserError, match="two calibration rows or more that are held out"):
+    with pytest.raises(UserError, match="at least two held-out calibration rows"):
         analyse(reported, validation).operating_point(0, {"risk": 0.3})
 
 
@@ -349,8 +349,11 @@ def test_targets_that_cannot_be_met_name_the_best():
         ({"cost": "0.5"}, "cost must be a number; got '0.5'"),
         ({"accuracy": 1.2}, "accuracy must be from 0 to 1; got 1.2"),
         ({"cost": 0.5, "risk": 0.1}, "set one target, not 2: cost, risk"),
-        ({"level": 0.9}, "level is of a certificate: give risk or agreement too"),
-        ({"cost": 0.5, "level": 0.9}, "level is of a certificate: give risk or agreement too"),
+        ({"level": 0.9}, "level applies to certified targets: also set risk or agreement"),
+        (
+            {"cost": 0.5, "level": 0.9},
+            "level applies to certified targets: also set risk or agreement",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             resolver.threshold("pcee", **target)

@@ -250,7 +250,9 @@ def test_certificates_are_of_what_the_metric_calls_right(multi_label):
     assert resolver.certificate("confidence", "risk", 0.5).threshold is not None
     restored = ThresholdResolver.from_dict(json.loads(json.dumps(resolver.as_dict())))
     assert restored.resolve("confidence", {"error": 0.2}) is not None
-    with pytest.raises(UserError, match="metric of this run is neg_hamming_loss: set error"):
+    with pytest.raises(
+        UserError, match="metric of this run is neg_hamming_loss: set a maximum error"
+    ):
         restored.resolve("confidence", {"accuracy": 0.9})
 
 
@@ -260,11 +262,15 @@ def test_an_error_is_a_target_where_the_metric_is_one(multi_label, policy):
     by_label = dataclasses.replace(multi_label, metric="neg_hamming_loss")
     resolver = make_resolver(outputs, (policy,))
     assert resolver.resolve(policy, {"accuracy": 0.75}).threshold is not None
-    with pytest.raises(UserError, match=r"error is 0\.25, but the metric of this run is not an"):
+    with pytest.raises(
+        UserError, match=r"error=0\.25 is set, but the metric of this run is not an"
+    ):
         resolver.resolve(policy, {"error": 0.25})
     resolver = make_resolver(dataclasses.replace(outputs, identity=by_label), (policy,))
     assert resolver.resolve(policy, {"error": 0.25}).threshold is not None
-    with pytest.raises(UserError, match=r"accuracy is 0\.75, but the metric of this run is neg_h"):
+    with pytest.raises(
+        UserError, match=r"accuracy=0\.75 is set, but the metric of this run is neg_h"
+    ):
         resolver.resolve(policy, {"accuracy": 0.75})
 
 
@@ -408,12 +414,12 @@ def test_numbers_have_operating_points_and_no_certificates(numbers, tmp_path):
         numbers.logits, numbers.labels, [1, 2, 4], None, "pearson", numbers.objective
     )
     assert 0.5 < area[0] < 1
-    for target, refusal in (("risk", "cannot be certified of a regression"), ("accuracy", "error")):
+    for target, refusal in (("risk", "cannot be certified for regression"), ("accuracy", "error")):
         with pytest.raises(UserError, match=refusal):
             analysis.operating_point(0, {target: 0.1})
-    with pytest.raises(UserError, match="of the objective 'regression' are not probabilities"):
+    with pytest.raises(UserError, match="of objective='regression' are not probabilities"):
         simulate(numbers, "confidence")
-    with pytest.raises(UserError, match="'patience' is not for the objective 'regression'"):
+    with pytest.raises(UserError, match="'patience' does not apply to objective='regression'"):
         simulate(numbers, "patience")
     targets, given = numbers.labels[0], numbers.predictions[0, 1]
     measured = {name: measure(given, targets) for name, measure in REGRESSION.measures}

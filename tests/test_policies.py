@@ -366,7 +366,7 @@ def test_what_does_not_fit_the_outputs_is_refused():
     two = ExitOutputs(np.zeros((2, 2, 3, 2)), [0, 1, 0], [1, 2])
     one = ExitOutputs(np.zeros((1, 2, 3, 2)), [0, 1, 0], [1, 2])
     for policy in ("confidence", "pcee"):
-        with pytest.raises(ValueError, match="need calibrators of as many replicas and exits"):
+        with pytest.raises(ValueError, match="need calibrators for as many replicas and exits"):
             simulate(two, policy, calibrators=fit_calibrators(one))
     with pytest.raises(UserError, match="did you mean 'confidence'"):
         cross_fitted_confidences(one, "confidense")
@@ -377,8 +377,8 @@ def test_calibration_rows_of_another_model_are_refused(tmp_path):
     ours = ExitOutputs(logits, labels, [1, 2], identity=RunIdentity(classes=("a", "b")))
     simulate(ours, "pcee", calibration=ExitOutputs(logits, labels, [1, 2]))  # names are not known
     for message, theirs in (
-        (r"layers \[1, 3\], but \[1, 2\] of", ExitOutputs(logits, labels, [1, 3])),
-        ("outputs of an exit 3, but 2 of", ExitOutputs(np.zeros((1, 2, 3, 3)), labels, [1, 2])),
+        (r"layers \[1, 3\], but \[1, 2\] for", ExitOutputs(logits, labels, [1, 3])),
+        ("outputs of an exit 3, but 2 for", ExitOutputs(np.zeros((1, 2, 3, 3)), labels, [1, 2])),
         ("number of replicas 2", ExitOutputs(np.zeros((2, 2, 3, 2)), labels, [1, 2])),
         ("costs ", ExitOutputs(logits, labels, [1, 2], [0.4, 1.0])),
         ("classes ", dataclasses.replace(ours, identity=RunIdentity(classes=("a", "c")))),
@@ -388,7 +388,7 @@ def test_calibration_rows_of_another_model_are_refused(tmp_path):
             lambda c: analyse(c, ours),
             lambda c: analyse(ours, ours, tuning=c),
         ):
-            with pytest.raises(UserError, match=f"not of the same run: {message}"):
+            with pytest.raises(UserError, match=f"not from the same run: {message}"):
                 call(theirs)
     for split in ("calibration", "validation"):
         path = tmp_path / "exit_outputs" / f"{split}.npz"

@@ -1,1 +1,1 @@
-"""Outputs of the exits, policies, calibration, exact curves and operating points."""
+"""Exit outputs, policies, calibration, exact curves and operating points."""

@@ -1,6 +1,6 @@
 """Analysis of one run's saved outputs: calibrators, curves, operating points, the best replica.
 
-Everything is fitted on the calibration rows and applied to the validation rows.
+Calibrators and thresholds are fitted on the calibration rows and applied to the validation rows.
 
 Shape letters: R replica, E exit, N examples, T thresholds, B breakpoints.
 """
@@ -30,20 +30,20 @@ from sweet_jax.exits.thresholds import breakpoints
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """Holds what follows from the saved outputs of one run.
+    """Holds the results that are computed from the saved outputs of one run.
 
     Attributes:
-      calibration, validation: outputs of the rows fitted on and of the rows reported.
-      policy: name of that whose confidences the curves are of.
-      calibrators: of the replicas [R], fitted on the calibration rows.
-      calibration_curve, curve: exact curves on either. A policy that reads reliability curves is
-        cross-fitted on the calibration rows.
-      grid: the validation curve at the paper's 11 thresholds.
-      area: float64 [R], mean metric over the cost range of the exact curve on the tuning rows,
-        which choose between replicas; on the calibration rows where there are none. NaN where a
-        replica diverged.
+      calibration, validation: outputs of the calibration and validation rows.
+      policy: name of the exit policy.
+      calibrators: calibrator of each replica [R], fitted on the calibration rows.
+      calibration_curve, curve: exact curves of the policy on the calibration and validation rows.
+        On the calibration rows, a policy that reads reliability curves is cross-fitted.
+      grid: validation curve at the paper's 11 thresholds.
+      area: mean metric over the cost range of each replica's exact curve on the tuning rows, by
+        which replicas are chosen, float64 [R]. Calibration rows are used if there are no tuning
+        rows. NaN for replicas that diverged.
       tuned: whether there are tuning rows.
-      function: the policy itself, where it is a function of the user's own.
+      function: the policy itself if it is a user-defined function, otherwise None.
 
     """
 
@@ -62,7 +62,7 @@ class Analysis:
     def resolver(
         self, replica: int, policies: tuple[str | PolicyFunction, ...] | None = None
     ) -> ThresholdResolver:
-        """Returns the resolver of one replica, by default of this policy only; made once."""
+        """Returns the resolver of one replica, by default for this policy only; cached."""
         wanted = policies or (self.function or self.policy,)
         if (replica, wanted) not in self._resolvers:
             rows = self.calibration.replica(replica)
@@ -76,12 +76,12 @@ class Analysis:
     ) -> OperatingPoint:
         """Chooses the threshold for a target and evaluates it on both sets of rows.
 
-        Arguments and errors as in `ThresholdResolver.resolve`.
+        See `ThresholdResolver.resolve` for the targets and the errors raised.
         """
         return self.evaluate(replica, self.resolver(replica).resolve(self.policy, targets))
 
     def evaluate(self, replica: int, found: Resolution) -> OperatingPoint:
-        """Evaluates what a resolver of this replica found on both sets of rows."""
+        """Evaluates the resolution of a target for this replica on both sets of rows."""
         threshold, certificate = found.threshold, found.certificate
         if threshold is None:
             return OperatingPoint(None, found.reachable, certificate=certificate)
@@ -89,7 +89,7 @@ class Analysis:
             calibration = _point_at(self.calibration_curve, replica, threshold)
             validation = _point_at(self.curve, replica, threshold)
             return OperatingPoint(threshold, found.reachable, calibration, validation)
-        # Confidences by a calibrator that half of the rows fitted are on another curve.
+        # A certificate's calibrator is fitted on half of the rows, so its curve differs.
         rows, calibrators = self.validation.replica(replica), (found.calibrator,)
         curve = simulate(rows, self.function or self.policy, calibrators=calibrators)
         point = _point_at(curve, 0, threshold)
@@ -104,9 +104,12 @@ class Analysis:
         return leaves.argmax(axis=0)
 
     def breakpoints(self, replica: int, calibrator: Calibrator | None = None) -> np.ndarray:
-        """Returns the confidences that decide for a row of either set, see `row_breakpoints`.
+        """Returns the thresholds at which some row of either set changes its exit.
 
-        calibrator: that a certificate's confidences are by; default the replica's own.
+        Args:
+          replica: index of the replica.
+          calibrator: calibrator of a certificate; default the replica's own. See `row_breakpoints`.
+
         """
         pair = self.calibration.replica(replica), self.validation.replica(replica)
         policy = self.function or self.policy
@@ -121,24 +124,24 @@ class Analysis:
 
     @property
     def replicas(self) -> list[tuple[int, float]]:
-        """Returns (seed, learning rate) of each replica; (0, 0.0), (1, 0.0), ... where unknown."""
+        """Returns the (seed, learning rate) of each replica; (0, 0.0), (1, 0.0), ... if unknown."""
         known = self.validation.identity.replicas
         return list(known) or [(i, 0.0) for i in range(len(self.validation.logits))]
 
     @property
     def best(self) -> int:
-        """Returns the replica that is saved: of those `chosen`, the one with the largest area.
+        """Returns the index of the replica to save: the one of `chosen` with the largest area.
 
-        The model that is saved is thus one of those whose mean is reported.
+        The saved model is therefore one of the replicas whose mean is reported.
         """
         return max(self.chosen, key=lambda r: -np.inf if np.isnan(self.area[r]) else self.area[r])
 
     @property
     def chosen(self) -> list[int]:
-        """Returns the replicas of the learning rate that is best by `curve_area`.
+        """Returns the replicas of the best learning rate.
 
-        Best is first the rate with the fewest diverged replicas, then the largest mean area.
-        Diverged replicas are left out, unless all are.
+        Learning rates are compared by the number of replicas that did not diverge, then by their
+        mean area, see `curve_area`. Diverged replicas are left out, unless all diverged.
         """
         sound = np.flatnonzero(np.isfinite(self.area)).tolist()
         if not sound:
@@ -158,12 +161,12 @@ def analyse(
     """Fits calibrators to a run's calibration rows and computes its curves.
 
     Args:
-      calibration, validation: outputs of the rows to fit on and to report.
-      policy: an exit policy; default the one in the outputs' identity.
-      tuning: rows to choose between replicas on; default the calibration rows.
+      calibration, validation: outputs of the rows to fit on and of the rows to report.
+      policy: exit policy; default the one in the outputs' identity.
+      tuning: outputs of the rows on which replicas are compared; default the calibration rows.
 
-    Raises UserError for an unknown policy, or one that needs scores which the outputs lack, and for
-    calibration or tuning rows of another model.
+    Raises UserError for an unknown policy, for a policy that needs scores which the outputs lack,
+    and for calibration or tuning rows of another model.
 
     """
     policy = policy or validation.identity.policy
@@ -201,7 +204,10 @@ def analyse(
 
 
 def load_analysis(run: Path, policy: str | PolicyFunction | None = None) -> Analysis:
-    """Analyses a run directory, see `analyse`. Raises UserError for absent or damaged outputs."""
+    """Analyzes a run directory, see `analyse`.
+
+    Raises UserError if outputs are missing or damaged.
+    """
     folder = run / "exit_outputs"
     if not (folder / "validation.npz").exists():
         raise UserError(f"{str(run)!r} is not a finished run: there is no {folder}/validation.npz")
@@ -214,12 +220,12 @@ def load_analysis(run: Path, policy: str | PolicyFunction | None = None) -> Anal
 
 
 def _load_split(folder: Path, split: str) -> ExitOutputs:
-    """Reads the outputs of a split. Raises UserError for those of another one under its name."""
+    """Reads the outputs of a split. Raises UserError if the file holds those of another split."""
     outputs = ExitOutputs.load(folder / f"{split}.npz")
     if outputs.identity.split not in ("", split):
         raise UserError(
-            f"'{folder / f'{split}.npz'}' holds the outputs of {outputs.identity.split} rows: give "
-            "the run's own file"
+            f"'{folder / f'{split}.npz'}' holds the outputs of {outputs.identity.split} rows, not "
+            f"of {split} rows: restore the run's own file"
         )
     return outputs
 
@@ -232,14 +238,14 @@ def row_breakpoints(
     *,
     cross_fitted: bool = True,
 ) -> np.ndarray:
-    """Returns the numbers where a threshold changes some row's exit, ascending, float64 [B].
+    """Returns the thresholds at which some row changes its exit, ascending, float64 [B].
 
     Args:
-      calibration, validation: the rows, of one replica.
-      policy: its name.
-      calibrator: that it reads.
+      calibration, validation: outputs of one replica on the calibration and validation rows.
+      policy: exit policy.
+      calibrator: calibrator that the policy reads.
       cross_fitted: whether a policy that reads reliability curves is cross-fitted on the
-        calibration rows, as it is where thresholds are chosen.
+        calibration rows, as it is when thresholds are chosen.
 
     """
     fitted = (calibrator,)
@@ -254,21 +260,21 @@ def _point_at(curve: Curve, replica: int, threshold: float) -> tuple[float, floa
 
 
 def curve_area(cost: np.ndarray, metric: np.ndarray) -> float:
-    """Computes the mean metric of a curve [T] over its own range of cost, by trapezoids.
+    """Computes the mean metric of a curve [T] over its range of cost, by the trapezoidal rule.
 
-    The exact curve is meant wherever this is called an area. The SWEET paper chooses learning rates
-    by the area under its 11 points; `experiments.comparison` reports that as the grid area.
+    Elsewhere, "area" refers to this mean for the exact curve. The SWEET paper chooses learning
+    rates by the area under its 11 points, which `experiments.comparison` reports as the grid area.
     """
     spread = cost[-1] - cost[0]
     return float(np.trapezoid(metric, cost) / spread) if spread > 0 else float(metric[-1])
 
 
 def scores_at_costs(curve: Curve, replica: int, costs: Sequence[float]) -> dict[str, float | None]:
-    """Interpolates the metric at set costs linearly between a curve's points.
+    """Interpolates the metric linearly between a curve's points at given costs.
 
-    The curve is the exact one, or the SWEET paper's grid of 11 thresholds for the numbers that are
-    compared with the paper's: where two of its points are far apart, the exact curve may differ
-    between them. Returns the metric by cost as text, None where the curve does not reach it.
+    The curve is the exact one, or the SWEET paper's grid of 11 thresholds for comparisons with the
+    paper, which may differ from the exact curve between distant points. Returns a dict from the
+    cost, as text, to the metric, or to None if the curve does not reach this cost.
     """
     cost, metric = curve.cost[replica], curve.score[replica]
     return {

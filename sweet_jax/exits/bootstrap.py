@@ -1,6 +1,7 @@
 """Bootstrap intervals of a curve of cost against metric.
 
-Shape letters: R replica, E exit, N examples, K thresholds, S statistics of a row, U of a target.
+Shape letters: R replica, E exit, N examples, K thresholds, S statistics of a row, U statistics of a
+target.
 """
 
 import dataclasses
@@ -15,17 +16,17 @@ from sweet_jax.exits.policies import PolicyFunction, exit_confidences
 from sweet_jax.exits.simulation import Curve, exact_curve, read_curve
 from sweet_jax.objectives import Metric
 
-_DRAWN_TOGETHER = 100  # bootstrap draws in one matrix product: a bound on memory
-_HELD = 1 << 26  # numbers of a bootstrap that are held in memory at once, about
+_DRAWN_TOGETHER = 100  # bootstrap draws in one matrix product, which bounds the memory used
+_HELD = 1 << 26  # approximate number of values that a bootstrap holds in memory at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BootstrapBand:
-    """Holds the intervals of a curve over rows drawn anew.
+    """Holds the intervals of a curve over resampled rows.
 
     Attributes:
-      threshold, cost, score: float64 [R, K], points of the curve; score is the metric.
-      score_interval: float64 [R, K, 2], 95% percentile intervals of the metric over the draws.
+      threshold, cost, score: points of the curve, float64 [R, K]; score is the metric.
+      score_interval: 95% percentile intervals of the metric over the draws, float64 [R, K, 2].
 
     """
 
@@ -44,12 +45,18 @@ def bootstrap_curve(
     points: int = 200,
     draws: int = 1000,
 ) -> BootstrapBand:
-    """Computes intervals of a curve over rows drawn with replacement, thresholds fixed.
+    """Computes intervals of a curve over rows resampled with replacement.
 
-    At `points` thresholds, evenly among the distinct ones. At fixed thresholds an example's part in
-    the statistics is fixed too, so that all draws are one matrix product [draws, N] x [N, K], where
-    `scipy.stats.bootstrap` would simulate each draw. The same draws at every call. Other arguments
-    and errors as in `simulate`.
+    At a fixed threshold, an example's contribution to the statistics does not depend on the draw.
+    All draws are therefore one matrix product [draws, N] x [N, K], whereas `scipy.stats.bootstrap`
+    would simulate each draw. Every call uses the same draws.
+
+    Args:
+      outputs, policy, calibrators: arguments of `simulate`, which also lists the errors raised.
+      metric: name of the metric; default the one in outputs.identity.
+      points: number of thresholds, K, evenly spaced among the distinct ones.
+      draws: number of bootstrap draws.
+
     """
     chosen = outputs.objective.metric(metric or outputs.metric)
     confidences = exit_confidences(outputs, policy, calibrators)
@@ -74,13 +81,13 @@ def _draw(
 ) -> np.ndarray:
     """Computes the metric of each draw at each threshold, float64 [draws, K].
 
-    Of one replica's outputs and confidences float64 [E, N].
+    `outputs` and `confidences`, float64 [E, N], are those of one replica.
     """
     targets, classes = outputs.labels[0], outputs.logits.shape[-1]
     count = len(targets)
     levels = np.maximum.accumulate(confidences[:-1], axis=0)  # [E - 1, N]
     rows = metric.row_statistics(outputs.predictions[0], targets, classes)  # [E, N, S]
-    # Whether a row counts, and how many do, is exact in float32.
+    # Boolean statistics and counts of rows are exact in float32.
     rows = rows.astype(np.result_type(np.float32, rows))
     totals = metric.target_statistics(targets, classes).astype(np.float64)  # [N, U]
     found = np.empty((draws, len(thresholds)))

@@ -1,4 +1,4 @@
-"""Bounds of what a policy can reach: oracles above, the single exits below.
+"""Bounds on what a policy can reach: oracles above, the single exits below.
 
 Shape letters: E exit, N examples, T thresholds, P points of a front.
 """
@@ -14,33 +14,33 @@ from sweet_jax.exits.pareto import ParetoFront, mean_metric
 from sweet_jax.exits.simulation import exact_curve
 from sweet_jax.objectives.objective import accuracy_metric
 
-_SLOPES = 25  # weights of cost against accuracy that `best_thresholds` optimises
+_SLOPES = 25  # number of cost weights for which `best_thresholds` optimizes
 
 
 def any_correct(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the first exit that is right.
 
-    Inflated by luck: four independent exits that are right in 60% of the cases reach 97.4% (Hor et
-    al. 2024, arXiv 2402.04359).
+    This oracle is inflated by luck: four independent exits that are right in 60% of the cases reach
+    97.4% (Hor et al. 2024, arXiv 2402.04359).
     """
     place = right.argmax(axis=0)
     return place, place
 
 
 def stable(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the first exit from which on all are right: the metric is the last exit's own."""
+    """Chooses the first exit from which all exits are right; answers are those of the last exit."""
     lasting = np.logical_and.accumulate(right[::-1])[::-1]  # [E', N]
     return lasting.argmax(axis=0), np.full(right.shape[1], -1)
 
 
 def agreement(right: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the first exit that predicts what the last one does; it reads no label."""
+    """Chooses the first exit that predicts the same as the last one, without reading labels."""
     return agrees.argmax(axis=0), np.full(right.shape[1], -1)
 
 
-# From whether each of the first E' exits is right, and predicts what the last of them does, bool
-# [E', N] each, to the exit where each example leaves and the exit that answers, int [N] each. Where
-# no exit is right, the first: it is the cheapest.
+# Functions of whether each of the first E' exits is right, and whether it predicts the same as the
+# last of them, bool [E', N] each. They return the exit where each example leaves and the exit that
+# answers, int [N] each. If no exit is right, an example leaves at the first, which is the cheapest.
 ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "stable": stable,
     "agreement": agreement,
@@ -49,12 +49,19 @@ ORACLES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarr
 
 
 def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str | None = None) -> ParetoFront:
-    """Computes what an oracle would cost and reach, exactly, in O(N E^2).
+    """Computes the exact cost and metric of an oracle, in O(N E^2).
 
-    The upper hull, as far as it rises, of the oracle's points on the first exit alone, the first
-    two, and so on: of the model truncated after each exit. Exits that diverged are left out.
-    Raises UserError where predictions are numbers, which are not right or wrong.
-    `kind` is a name in ORACLES; `metric` is by default the one in outputs.identity.
+    Returns the rising part of the upper hull of the oracle's points for the model truncated after
+    each of its exits. Exits that diverged are left out.
+
+    Args:
+      outputs: outputs of the rows.
+      replica: index of the replica.
+      kind: name of the oracle in ORACLES.
+      metric: name of the metric; default the one in outputs.identity.
+
+    Raises UserError for regression, whose predictions are not right or wrong.
+
     """
     given, labels, cost = _sound(outputs, replica)
     chosen, agrees = outputs.objective.metric(metric or outputs.metric), outputs.objective.same
@@ -66,14 +73,14 @@ def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str | None = N
         value = compute_metric(chosen, answers, labels, outputs.logits.shape[-1])
         points.append((float(cost[place].mean()), value))
     hull = ParetoFront.upper_hull(points)
-    best = int(hull.score.argmax()) + 1  # an oracle never continues to worse exits
+    best = int(hull.score.argmax()) + 1  # an oracle does not continue to worse exits
     return ParetoFront(hull.cost[:best], hull.score[:best])
 
 
 def single_exit_hull(outputs: ExitOutputs, replica: int, metric: str | None = None) -> ParetoFront:
-    """Computes the upper hull of the single exits: what sending examples to them at random reaches.
+    """Computes the upper hull of the single exits, which random assignment to exits reaches.
 
-    Exits that diverged are left out. `metric` is by default the one in outputs.identity.
+    Exits that diverged are left out. `metric` defaults to the one in outputs.identity.
     """
     given, labels, cost = _sound(outputs, replica)
     chosen, classes = outputs.objective.metric(metric or outputs.metric), outputs.logits.shape[-1]
@@ -84,7 +91,7 @@ def single_exit_hull(outputs: ExitOutputs, replica: int, metric: str | None = No
 def _sound(outputs: ExitOutputs, replica: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (predictions [E', N], labels [N], cost [E']) of the exits that did not diverge.
 
-    Of all exits where all diverged.
+    If all exits diverged, all are returned.
     """
     finite = np.isfinite(outputs.logits[replica]).all(axis=(1, 2))
     keep = np.flatnonzero(finite if finite.any() else ~finite)
@@ -94,11 +101,12 @@ def _sound(outputs: ExitOutputs, replica: int) -> tuple[np.ndarray, np.ndarray, 
 def share_of_gap(
     cost: np.ndarray, metric: np.ndarray, low: ParetoFront, high: ParetoFront
 ) -> float | None:
-    """Computes how much of the gap between two bounds a curve closes, by mean metric over cost.
+    """Computes the share of the gap between two bounds that a curve closes, by mean metric.
 
-    0 is no better than sending examples to exits at random, 1 as good as the oracle; more than 1
-    where early exits correct the last, which the stable oracle does not. None where the bounds
-    coincide, or no range of cost is common. Arguments as in `mean_metrics`.
+    0 is no better than assigning examples to exits at random, and 1 is as good as the oracle. The
+    share exceeds 1 if early exits correct the last exit, which the stable oracle does not count.
+    Returns None if the bounds coincide or have no common range of cost with the curve. See
+    `mean_metrics` for the arguments.
     """
     found = mean_metrics(cost, metric, low, high)
     if found is None:
@@ -110,13 +118,13 @@ def share_of_gap(
 def mean_metrics(
     cost: np.ndarray, metric: np.ndarray, low: ParetoFront, high: ParetoFront
 ) -> tuple[float, float, float] | None:
-    """Computes the mean metric of a lower bound, a curve and an upper bound over cost.
+    """Computes the mean metric over cost of a lower bound, a curve and an upper bound.
 
-    Over the range of cost that all three have; None where there is none.
+    The mean is over the range of cost that all three share; None if there is no such range.
 
     Args:
-      cost: float64 [T], of the curve, ascending.
-      metric: float64 [T].
+      cost: cost of the curve's points, ascending, float64 [T].
+      metric: metric of the curve's points, float64 [T].
       low, high: the bounds.
 
     """
@@ -130,15 +138,22 @@ def mean_metrics(
 
 
 def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray) -> ParetoFront:
-    """Finds thresholds of each exit's own, fitted on the very rows reported: an optimistic bound.
+    """Fits a separate threshold for each exit on the reported rows, as an optimistic bound.
 
-    For 25 slopes of accuracy against cost, accuracy - slope x cost is raised one exit's threshold
-    at a time, each step exact in O(N) once the confidences are sorted, until none helps; started at
-    the best single threshold of the exact curve. The upper hull of what is found and of that curve:
-    no single threshold lies above it. These are local optima, so that the true bound can.
+    For each of 25 slopes, accuracy - slope x cost is maximized by coordinate ascent: starting from
+    the best single threshold, one exit's threshold is changed at a time until no change helps. Each
+    step is exact, in O(N) once the confidences are sorted. The results are local optima, so the
+    true bound may lie above them.
 
-    confidences: float64 [E, N], of a policy; -inf never leaves early. Returns the front of
-    accuracy, its thresholds float64 [P, E - 1].
+    Args:
+      outputs: outputs of the rows.
+      replica: index of the replica.
+      confidences: confidences of a policy, float64 [E, N]; -inf never leaves early.
+
+    Returns:
+      The upper hull of the results and of the exact curve of single thresholds, which therefore
+      never lies above it. The score is the accuracy, and thresholds are float64 [P, E - 1].
+
     """
     objective, labels = outputs.objective, outputs.labels[replica]
     right = objective.is_correct(outputs.logits[replica], labels).astype(np.float64)  # [E, N]
@@ -170,10 +185,15 @@ def _ascend(
     start: np.ndarray,
     value: np.ndarray,
 ) -> np.ndarray:
-    """Finds thresholds [E - 1] where changing any one cannot raise the mean of value [E, N].
+    """Returns thresholds [E - 1] such that changing any one cannot raise the mean value.
 
-    orders int [E - 1, N] sorts the examples of each exit but the last by falling confidence, levels
-    float64 [E - 1, N] are the confidences in that order.
+    Args:
+      confidences: confidences of a policy, float64 [E, N].
+      orders: examples of each exit but the last, sorted by descending confidence, int [E - 1, N].
+      levels: confidences in that order, float64 [E - 1, N].
+      start: thresholds to start from, float64 [E - 1].
+      value: value of leaving at each exit, float64 [E, N].
+
     """
     limits, total, rows = start.copy(), -np.inf, np.arange(value.shape[1])
     while (now := float(value[_exits(confidences, limits), rows].mean())) > total + 1e-12:
@@ -192,5 +212,5 @@ def _ascend(
 
 
 def _exits(confidences: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Returns the exit of each example, int [N], with thresholds [E - 1] of each but the last."""
+    """Returns the exit of each example, int [N], given thresholds [E - 1] of all but the last."""
     return (confidences >= np.append(limits, -np.inf)[:, None]).argmax(axis=0)

@@ -1,7 +1,7 @@
-"""Calibrators: the temperatures and reliability curves that calibration rows give each exit.
+"""Calibrators: the temperature and reliability curves of each exit, fitted on calibration rows.
 
 Shape letters: R replica, E exit, N examples, C outputs of an exit (classes), V categorical
-variables with K outcomes each (for single-label classification one, with C).
+variables with K outcomes each (single-label classification has one variable with C outcomes).
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ from sweet_jax.exits.reliability import CURVES, ReliabilityCurve, fit_reliabilit
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.objective import CategoricalVariables, softmax
 
-# Where every calibration row is right, the likelihood rises without end as T falls (and where the
-# logits carry no information, as T grows): T stops here.
+# If every calibration row is right, the likelihood increases without bound as T falls; if the
+# logits carry no information, it increases as T grows. T is clipped to this range.
 TEMPERATURE_RANGE = (1e-2, 1e2)
 
-BELOW_ONE = float(np.nextafter(1.0, 0.0))  # the largest confidence of what is never quite certain
+BELOW_ONE = float(np.nextafter(1.0, 0.0))  # largest confidence of policies that never reach 1
 
 
 def softmax_with_temperature(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
     """Computes softmax(logits [..., C] / temperatures), float64 [..., C].
 
-    Temperatures have a shape that broadcasts against logits.
+    The temperatures must broadcast against the logits.
     """
     with np.errstate(invalid="ignore"):  # logits that diverged give NaN
         return softmax(logits.astype(np.float64) / temperatures)
@@ -35,10 +35,10 @@ def softmax_with_temperature(logits: np.ndarray, temperatures: np.ndarray) -> np
 def outcome_probabilities(
     logits: np.ndarray, temperatures: np.ndarray, objective: Objective = SINGLE_LABEL
 ) -> np.ndarray:
-    """Computes the probabilities of outcomes by logits [E, N, C] / temperatures [E], [E, N, V, K].
+    """Computes outcome probabilities from logits [E, N, C] / temperatures [E], [E, N, V, K].
 
-    In the dtype of the temperatures. Raises UserError where the objective's outputs are not logits
-    of probabilities.
+    They have the dtype of the temperatures. Raises UserError if the objective's outputs are not
+    logits of probabilities.
     """
     scaled = logits.astype(temperatures.dtype) / temperatures[:, None, None]
     with np.errstate(invalid="ignore"):  # logits that diverged give NaN
@@ -48,22 +48,22 @@ def outcome_probabilities(
 def max_probability(
     logits: np.ndarray, temperatures: np.ndarray, objective: Objective = SINGLE_LABEL
 ) -> np.ndarray:
-    """Computes the largest probability, its mean over the variables, below 1, float64 [E, N].
+    """Computes the largest probability, averaged over the variables, below 1, float64 [E, N].
 
-    A threshold of 1 then sends every example to the last exit, as the SWEET paper's experimental
-    setup has it: rounded to 1, an example that is certain would leave early all the same. Arguments
-    and errors as in `outcome_probabilities`.
+    The upper limit ensures that a threshold of 1 sends every example to the last exit, as in the
+    SWEET paper's experimental setup; otherwise a probability that rounds to 1 would leave early.
+    See `outcome_probabilities` for the arguments and errors.
     """
     found = outcome_probabilities(logits, temperatures, objective)
     return np.minimum(found.max(axis=-1).mean(axis=-1), BELOW_ONE)
 
 
 def categorical_variables(objective: Objective) -> CategoricalVariables:
-    """Returns the likelihood of an objective's targets. Raises UserError where there is none."""
+    """Returns the likelihood of an objective's targets. Raises UserError if there is none."""
     if objective.categorical is None:
         raise UserError(
-            f"the outputs of the objective {objective.name!r} are not probabilities: choose a "
-            "policy that reads none, such as 'stability'"
+            f"the outputs of objective={objective.name!r} are not probabilities: choose a "
+            "policy that does not read probabilities, such as 'stability'"
         )
     return objective.categorical
 
@@ -71,20 +71,21 @@ def categorical_variables(objective: Objective) -> CategoricalVariables:
 def fit_temperature(
     logits: np.ndarray, targets: np.ndarray, objective: Objective = SINGLE_LABEL
 ) -> float:
-    """Finds the T in TEMPERATURE_RANGE that minimises the mean NLL of targets by logits / T.
+    """Returns the T in TEMPERATURE_RANGE that minimizes the mean NLL of targets under logits / T.
 
-    Temperature scaling (Guo et al. 2017, arXiv 1706.04599), exactly: the NLL is convex in 1/T, so
-    its derivative, E_p[z] - z_y summed over the variables, on average, has one zero, found by
-    Brent's method. Where every outcome is right there is none, the less the more certain: T is 1,
-    since such rows do not show how uncertain to be. NaN where logits are not finite.
+    This is exact temperature scaling (Guo et al. 2017, arXiv 1706.04599). The NLL is convex in 1/T,
+    so its derivative, the mean over rows of E_p[z] - z_y summed over the variables, has one zero,
+    which is found by Brent's method. If every outcome is predicted correctly, there is no zero and
+    the rows do not show how uncertain the exit should be: T is then 1. NaN if logits are not
+    finite.
 
     Args:
-      logits: float [N, C].
-      targets: of the objective; labels int [N].
-      objective: what the logits mean.
+      logits: logits of one exit, float [N, C].
+      targets: targets of the objective; for single-label classification int [N].
+      objective: objective that defines what the logits mean.
 
     """
-    from scipy.optimize import brentq  # here: a served model needs no SciPy
+    from scipy.optimize import brentq  # imported here because a served model does not need SciPy
 
     variables = categorical_variables(objective)
     z = variables.logits(np.asarray(logits, np.float64))  # [N, V, K]
@@ -110,13 +111,14 @@ def fit_temperature(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibrator:
-    """Holds what calibration rows give each exit of one replica, before any threshold is chosen.
+    """Holds the temperature and reliability curves of each exit of one replica.
 
     Attributes:
-      temperatures: float64 [E], 1 where nothing was fitted, NaN where an exit diverged.
-      curves: by kind (see CURVES), for every exit [E]: the share of right answers (the mean credit,
-        where the metric gives credit) as a function of the largest probability, after temperature.
-        Empty where nothing was fitted.
+      temperatures: temperature of each exit, float64 [E]; 1 if not fitted, NaN if the exit
+        diverged.
+      curves: reliability curves of all exits [E], by kind (see CURVES): the share of right answers
+        (or the mean credit, for metrics that give credit) as a function of the largest probability
+        after temperature scaling. Empty if not fitted.
 
     """
 
@@ -129,12 +131,12 @@ class Calibrator:
         return cls(np.ones(exits))
 
     def first_exits(self, count: int) -> "Calibrator":
-        """Returns the part of the first `count` exits."""
+        """Returns the calibrator of the first `count` exits."""
         curves = {kind: every[:count] for kind, every in self.curves.items()}
         return Calibrator(self.temperatures[:count], curves)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what exits.json holds; `from_dict` restores it exactly."""
+        """Returns the entries of exits.json; `from_dict` restores the calibrator exactly."""
         temperatures = self.temperatures.tolist()
         return {
             "temperatures": [t if np.isfinite(t) else None for t in temperatures],
@@ -143,7 +145,7 @@ class Calibrator:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibrator":
-        """Restores what `as_dict` returned."""
+        """Restores a calibrator from the result of `as_dict`."""
         temperatures = np.asarray(values["temperatures"], np.float64)  # None becomes NaN
         curves = {
             kind: tuple(ReliabilityCurve.from_dict(c) for c in every)
@@ -157,11 +159,11 @@ def fit_calibrators(
 ) -> tuple[Calibrator, ...]:
     """Fits the temperature and the reliability curves of every exit, for every replica [R].
 
-    Nothing is fitted where the objective's outputs are not logits of probabilities.
+    Returns unfitted calibrators if the objective's outputs are not logits of probabilities.
 
     Args:
       calibration: outputs of rows that were not trained on.
-      kinds: of curves, some of CURVES.
+      kinds: kinds of reliability curves to fit, a subset of CURVES.
 
     """
     objective, variables = calibration.objective, calibration.objective.categorical

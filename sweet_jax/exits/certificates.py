@@ -1,4 +1,4 @@
-"""Certified thresholds: an upper bound of the accuracy lost against the full model.
+"""Certified thresholds: upper bounds on the accuracy lost against the full model.
 
 Shape letters: E exit, N examples, K candidates.
 """
@@ -14,8 +14,8 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.targets import DEFAULT_LEVEL
 
 CERTIFICATE_KINDS = ("risk", "agreement")
-NEVER = float(np.finfo(np.float64).max)  # a threshold that no confidence reaches, valid in JSON
-LARGEST = float(np.nextafter(NEVER, 0))  # the largest confidence: what +inf is taken as
+NEVER = float(np.finfo(np.float64).max)  # threshold that no confidence reaches, valid in JSON
+LARGEST = float(np.nextafter(NEVER, 0))  # largest confidence, which replaces +inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +24,14 @@ class Certificate:
 
     Attributes:
       kind: "risk" or "agreement"; see `exit_losses`.
-      limit: the largest share of harmed examples that was asked for.
-      level: 1 - alpha, the confidence level of the certificate.
-      threshold: None where no candidate was certified.
-      bound: upper confidence bound of the share of harmed examples at the threshold; where none was
-        certified, at the strictest candidate: the best that could have been certified.
-      harmed, rows: examples harmed, of those tested; the sum of what they are harmed, where that is
-        from 0 to 1 for each.
+      limit: requested maximum share of harmed examples.
+      level: confidence level of the certificate, 1 - alpha.
+      threshold: the certified threshold; None if no candidate was certified.
+      bound: upper confidence bound on the share of harmed examples at the threshold. If no
+        candidate was certified, the bound at the strictest candidate: the smallest limit that could
+        have been certified.
+      harmed, rows: number of harmed and of tested examples. If examples are harmed to a degree from
+        0 to 1, `harmed` is the sum of these degrees.
 
     """
 
@@ -43,18 +44,22 @@ class Certificate:
     rows: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what results.json and the report hold."""
+        """Returns the certificate as results.json and the report store it."""
         return dataclasses.asdict(self)
 
 
 def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
     """Returns whether leaving at an exit harms an example, bool [E, N].
 
-    "risk": the last exit is right and this one is not. Their share bounds the accuracy lost against
-    the full model from above: what early exits correct is not counted. "agreement": the prediction
-    is not the last exit's; no label is read. Where the metric gives credit to a row, how much it is
-    harmed, float from 0 to 1: the credit lost against the last exit, or the part of the prediction
-    that is not the last exit's. Raises ValueError for another kind.
+    For kind "risk", an example is harmed if the last exit is right and this one is not. The share
+    of harmed examples bounds the accuracy lost against the full model from above, since answers
+    that early exits correct are not counted. For "agreement", an example is harmed if the
+    prediction differs from the last exit's; labels are not read.
+
+    For metrics that give credit, returns the degree of harm instead, float from 0 to 1: the credit
+    lost against the last exit, or the part of the prediction that differs from the last exit's.
+
+    Raises ValueError for another kind.
     """
     given, labels = outputs.predictions[replica], outputs.labels[replica]
     if kind == "risk":
@@ -68,9 +73,13 @@ def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
 
 
 def candidate_thresholds(confidences: np.ndarray) -> np.ndarray:
-    """Chooses thresholds to test, the strictest first, float64 [K]: 101, evenly by how many leave.
+    """Returns thresholds to test, strictest first, float64 [K].
 
-    confidences: float64 [E, N] of rows that are not those to be tested.
+    At most 101 thresholds, spaced evenly among the sorted confidences at which examples leave.
+
+    Args:
+      confidences: confidences of rows other than those to be tested, float64 [E, N].
+
     """
     levels = np.maximum.accumulate(confidences[:-1], axis=0).ravel()
     levels = np.sort(levels[np.isfinite(levels)])[::-1]
@@ -80,13 +89,14 @@ def candidate_thresholds(confidences: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossCounts:
-    """Holds the counts from which certificates of any limit and level follow.
+    """Holds the counts from which certificates for any limit and level are computed.
 
     Attributes:
       kind: "risk" or "agreement"; see `exit_losses`.
-      thresholds: float64 [K], the candidates, the strictest first.
-      harmed: int64 [K], examples harmed at each; float64, sums of what each is harmed.
-      rows: examples tested.
+      thresholds: candidate thresholds, strictest first, float64 [K].
+      harmed: number of examples harmed at each candidate, int64 [K], or the sum of their degrees of
+        harm, float64 [K].
+      rows: number of examples tested.
 
     """
 
@@ -96,18 +106,20 @@ class LossCounts:
     rows: int
 
     def kept_at(self, threshold: float, level: float = DEFAULT_LEVEL, compared: int = 1) -> float:
-        """Computes a lower confidence bound of the share not harmed at a threshold.
+        """Computes a lower confidence bound on the share of examples not harmed at a threshold.
 
-        At the candidate of `share_kept`, see `candidate_bounds`; 1 where nothing leaves early.
+        The bound is computed at the same candidate as in `share_kept`, see `candidate_bounds`. It
+        is 1 if no example leaves early.
         """
         at = self._candidate(threshold)
         return 1.0 if at is None else float(1 - candidate_bounds(self, level, compared)[at])
 
     def share_kept(self, threshold: float) -> float:
-        """Returns the share not harmed at the strictest candidate that is no stricter.
+        """Returns the share of examples not harmed at a threshold.
 
-        At least as many left early there as at the threshold. At the least strict candidate where
-        all are stricter; 1 where nothing leaves early.
+        It is computed at the strictest candidate that is no stricter than the threshold, at which
+        at least as many examples leave early, or at the least strict candidate if all are stricter.
+        It is 1 if no example leaves early.
         """
         at = self._candidate(threshold)
         return 1.0 if at is None else float(1 - self.harmed[at] / self.rows)
@@ -118,13 +130,13 @@ class LossCounts:
         return min(int((self.thresholds > threshold).sum()), len(self.thresholds) - 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what exits.json holds; `from_dict` restores it exactly."""
+        """Returns the entries of exits.json; `from_dict` restores the counts exactly."""
         lists = {"thresholds": self.thresholds.tolist(), "harmed": self.harmed.tolist()}
         return {"kind": self.kind, **lists, "rows": self.rows}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LossCounts":
-        """Restores what `as_dict` returned."""
+        """Restores counts from the result of `as_dict`."""
         thresholds = np.asarray(values["thresholds"], np.float64)
         harmed = np.asarray(values["harmed"])
         harmed = harmed.astype(np.float64 if harmed.dtype.kind == "f" else np.int64)
@@ -136,8 +148,13 @@ def count_losses(
 ) -> LossCounts:
     """Counts the examples of one replica that each threshold harms, see `exit_losses`.
 
-    confidences float64 [E, N] are of the same rows, on which neither they nor the thresholds
-    float64 [K], descending, may have been fitted.
+    Args:
+      outputs: outputs of rows on which neither confidences nor thresholds were fitted.
+      replica: index of the replica.
+      confidences: confidences of these rows, float64 [E, N].
+      thresholds: candidate thresholds, descending, float64 [K].
+      kind: "risk" or "agreement".
+
     """
     harmful = exit_losses(outputs, replica, kind)  # [E, N]
     points = np.maximum.accumulate(confidences[:-1], axis=0)  # [E - 1, N]
@@ -152,15 +169,16 @@ def count_losses(
 def certify(
     counts: LossCounts, limit: float, level: float = DEFAULT_LEVEL, compared: int = 1
 ) -> Certificate:
-    """Certifies the least strict threshold with at most `limit` harmed, at confidence `level`.
+    """Certifies the least strict threshold that harms at most `limit`, at confidence `level`.
 
-    Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) by fixed-sequence testing: from the
-    strictest threshold on, each is tested at alpha = 1 - level, and the first that fails ends it,
-    so that the chance of certifying a threshold above the limit is at most alpha. A threshold
-    passes where its bound is at most the limit, see `candidate_bounds`.
+    This is Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) with fixed-sequence
+    testing: starting from the strictest, each threshold is tested at alpha = 1 - level, and the
+    first that fails ends the test. The probability of certifying a threshold that exceeds the limit
+    is therefore at most alpha. A threshold passes if its bound is at most the limit, see
+    `candidate_bounds`.
     """
     about = (counts.kind, limit, level)
-    if not len(counts.thresholds):  # nothing leaves early, and nothing can be lost
+    if not len(counts.thresholds):  # no example leaves early, so none can be harmed
         return Certificate(*about, NEVER, 0.0, 0, counts.rows)
     bounds = candidate_bounds(counts, level, compared)
     passed = int(np.searchsorted(sequential_limits(bounds), limit, side="right"))
@@ -172,18 +190,19 @@ def certify(
 def candidate_bounds(
     counts: LossCounts, level: float = DEFAULT_LEVEL, compared: int = 1
 ) -> np.ndarray:
-    """Computes the upper confidence bound of the share that each candidate harms, float64 [K].
+    """Computes an upper confidence bound on the share that each candidate harms, float64 [K].
 
-    The exact binomial one, see `upper_bound`. A model chosen out of several by these rows is tested
-    at alpha / compared (Bonferroni): chosen for its luck, it would exceed its limit more often.
+    The bound is the exact binomial one, see `upper_bound`. If these rows also chose the model among
+    `compared` models, the test uses alpha / compared (Bonferroni), since a model that was chosen by
+    luck would exceed its limit more often.
 
-    Where rows are harmed in part, Bentkus' inequality (2004), by which e times the binomial
-    probability bounds the tail of any sum of such parts (as Bates et al. 2021, arXiv 2101.02703,
-    use it): the bound is the binomial one at alpha / e, of the sum rounded up.
+    For degrees of harm, the bound is the binomial one at alpha / e for the sum rounded up. This
+    follows from Bentkus' inequality (2004): e times the binomial probability bounds the tail of the
+    sum (as used by Bates et al. 2021, arXiv 2101.02703).
     """
     alpha = (1 - level) / compared
     if counts.harmed.dtype.kind == "f":
-        sums = np.ceil(counts.harmed - 1e-9).astype(np.int64)  # their rounding
+        sums = np.ceil(counts.harmed - 1e-9).astype(np.int64)  # 1e-9: rounding errors of the sums
         return upper_bound(sums, counts.rows, 1 - alpha / np.e)
     return upper_bound(counts.harmed, counts.rows, 1 - alpha)
 
@@ -191,18 +210,20 @@ def candidate_bounds(
 def sequential_limits(bounds: np.ndarray) -> np.ndarray:
     """Computes the smallest limit at which each candidate is certified, float64 [K], ascending.
 
-    That is the largest bound up to and with its own: the first candidate that fails ends the test.
+    It is the maximum over the bounds of this and all stricter candidates, since the first candidate
+    that fails ends the test.
     """
     return np.maximum.accumulate(bounds)
 
 
 def upper_bound(hits: np.ndarray | int, total: int, level: float) -> np.ndarray:
-    """Computes the upper end of Clopper & Pearson's (1934) one-sided interval of hits / total.
+    """Computes the upper end of Clopper & Pearson's (1934) one-sided interval for hits / total.
 
-    In closed form: `scipy.stats.binomtest` searches for it. Raises UserError without SciPy.
+    It uses the closed form, whereas `scipy.stats.binomtest` searches. Raises UserError if SciPy is
+    not installed.
     """
     try:
-        from scipy import stats  # here: a served model needs it for certified targets alone
+        from scipy import stats  # imported here because only certified targets need it
     except ImportError as error:
         message = "certified targets (risk, agreement) need SciPy: pip install scipy"
         raise UserError(message) from error

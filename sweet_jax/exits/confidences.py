@@ -1,7 +1,7 @@
-"""The named exit policies: functions from the logits of the exits so far to exit confidences.
+"""The named exit policies: functions that map the logits of the exits so far to confidences.
 
 Shape letters: E' exits so far, N examples, C outputs of an exit (classes), V categorical variables
-with K outcomes each (for single-label classification one, with C).
+with K outcomes each (single-label classification has one variable with C outcomes).
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ from sweet_jax.objectives.objective import log_softmax
 
 
 class PolicyInput(NamedTuple):
-    """Holds what a policy reads of one replica.
+    """Holds what a policy reads from one replica.
 
     Attributes:
-      logits: float32 [E', N, C].
-      learned: float32 [E', N], learning-to-exit scores, or None.
-      calibrator: of these exits.
-      objective: what the logits mean.
+      logits: logits of the exits so far, float32 [E', N, C].
+      learned: learning-to-exit scores, float32 [E', N], or None.
+      calibrator: calibrator of these exits.
+      objective: objective that defines what the logits mean.
 
     """
 
@@ -40,7 +40,7 @@ class PolicyInput(NamedTuple):
     objective: Objective = SINGLE_LABEL
 
 
-# To exit confidences float64 [E', N]: higher means "answer here"; NaN never leaves early.
+# Returns exit confidences float64 [E', N]: higher means "answer here", and NaN never leaves early.
 ConfidenceFunction = Callable[[PolicyInput], np.ndarray]
 
 
@@ -57,8 +57,8 @@ def raw_confidence(given: PolicyInput) -> np.ndarray:
 def confidence_float32(given: PolicyInput) -> np.ndarray:
     """Computes the largest probability in float32, as SWEET's release does, [E', N].
 
-    It rounds to 1.0 at a logit gap of about 17, so that examples leave early at a threshold of 1
-    too.
+    In float32 it rounds to 1.0 at a logit gap of about 17, so that examples may leave early even at
+    a threshold of 1.
     """
     temperatures = given.calibrator.temperatures.astype(np.float32)
     found = outcome_probabilities(given.logits, temperatures, given.objective)
@@ -66,14 +66,14 @@ def confidence_float32(given: PolicyInput) -> np.ndarray:
 
 
 def entropy(given: PolicyInput) -> np.ndarray:
-    """Computes 1 - entropy / log K, below 1, [E', N]: 0 where all outcomes are equally likely.
+    """Computes 1 - entropy / log K, below 1, [E', N]; 0 if all outcomes are equally likely.
 
-    Averaged over the variables. BranchyNet's rule (Teerapittayanon et al. 2016), reversed so that
-    higher means more certain.
+    It is averaged over the variables. This is BranchyNet's rule (Teerapittayanon et al. 2016),
+    reversed so that higher means more certain.
     """
     scaled = given.logits.astype(np.float64) / given.calibrator.temperatures[:, None, None]
     logs = log_softmax(categorical_variables(given.objective).logits(scaled))
-    with np.errstate(invalid="ignore"):  # 0 times -inf, of a probability that is 0
+    with np.errstate(invalid="ignore"):  # 0 times -inf for probabilities of 0
         terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)  # [E', N, V, K]
     share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))
     return np.clip(1 + share.mean(axis=-1), 0, BELOW_ONE)
@@ -82,19 +82,19 @@ def entropy(given: PolicyInput) -> np.ndarray:
 def min_confidence(given: PolicyInput) -> np.ndarray:
     """Computes the largest probability of the least certain variable, below 1, [E', N].
 
-    After temperature scaling; of one variable the same as `confidence`.
+    Temperature scaling is applied. With a single variable it equals `confidence`.
     """
     found = outcome_probabilities(given.logits, given.calibrator.temperatures, given.objective)
     return np.minimum(found.max(axis=-1).min(axis=-1), BELOW_ONE)
 
 
 def stability(given: PolicyInput) -> np.ndarray:
-    """Computes 1 / (1 + |change|) of the number since the exit before, below 1, [E', N].
+    """Computes 1 / (1 + |change|), where the change is from the previous exit, below 1, [E', N].
 
-    In the targets' units: a threshold t lets a text leave where two exits in a row differ by at
-    most 1 / t - 1. The first exit has none before it and never leaves early. The difference of
-    successive exits is PABEE's rule for regression (Zhou et al. 2020, section 3.3), with a patience
-    of one.
+    The change of the predicted number is in the targets' units: with a threshold t, a text leaves
+    where two consecutive exits differ by at most 1 / t - 1. No text leaves at the first exit, which
+    has no previous exit. This is PABEE's rule for regression (Zhou et al. 2020, section 3.3) with a
+    patience of one.
     """
     values = given.objective.predict(given.logits).astype(np.float64)  # [E', N]
     change = np.abs(np.diff(values, axis=0))
@@ -103,9 +103,9 @@ def stability(given: PolicyInput) -> np.ndarray:
 
 
 def margin(given: PolicyInput) -> np.ndarray:
-    """Computes the largest probability minus the second, its mean over variables, [E', N].
+    """Computes the difference of the two largest probabilities, below 1, [E', N].
 
-    Below 1.
+    Temperature scaling is applied, and the difference is averaged over the variables.
     """
     found = outcome_probabilities(given.logits, given.calibrator.temperatures, given.objective)
     ordered = np.sort(found, axis=-1)  # [E', N, V, K]
@@ -114,23 +114,23 @@ def margin(given: PolicyInput) -> np.ndarray:
 
 
 def patience(given: PolicyInput) -> np.ndarray:
-    """Counts the exits in a row, up to this one, with this exit's prediction, 1 to E', [E', N].
+    """Counts the consecutive exits, up to this one, with the same prediction, 1 to E', [E', N].
 
-    PABEE (Zhou et al. 2020, arXiv 2006.04152): its patience p is a threshold of p + 1.
+    This is PABEE (Zhou et al. 2020, arXiv 2006.04152), whose patience p is a threshold of p + 1.
     """
     predicted, finite = given.objective.predict(given.logits), np.isfinite(given.logits).all(-1)
     found = np.ones(finite.shape)  # [E', N]
     for e in range(1, len(predicted)):
-        # An exit that diverged agrees with none: it predicts the first class for every text.
+        # An exit that diverged predicts the first class for every text: it agrees with none.
         agrees = given.objective.same(predicted[e], predicted[e - 1]) & finite[e - 1]
         found[e] += np.where(agrees, found[e - 1], 0)
     return np.where(finite, found, np.nan)
 
 
 def voting(given: PolicyInput) -> np.ndarray:
-    """Sums the confidences of the exits so far with this exit's prediction, up to E', [E', N].
+    """Sums the confidences of the exits so far that predict the same as this one, [E', N].
 
-    Confidence and patience in one number.
+    The sum, at most E', combines confidence and patience in one number.
     """
     predicted = given.objective.predict(given.logits)  # [E', N, ...]
     agree = given.objective.same(predicted[:, None], predicted[None])  # [E', earlier E', N]
@@ -143,17 +143,17 @@ def voting(given: PolicyInput) -> np.ndarray:
 def learning_to_exit(given: PolicyInput) -> np.ndarray:
     """Returns the score of each exit's learning-to-exit head, below 1, [E', N].
 
-    Temperatures are not read. As with confidence, a threshold of 1 sends every example to the last
-    exit. Raises UserError where there are no such scores.
+    Temperatures are not used. As with `confidence`, a threshold of 1 sends every example to the
+    last exit. Raises UserError if there are no such scores.
     """
     return np.minimum(_learned_scores(given), BELOW_ONE)
 
 
 def learning_to_exit_min_max(given: PolicyInput) -> np.ndarray:
-    """Normalises learning-to-exit scores of each exit over the N rows, as SWEET's release does.
+    """Normalizes the learning-to-exit scores of each exit over the N rows, as SWEET's release does.
 
-    NaN (never leaves early) where an exit has one score for all rows. Raises UserError where there
-    are no scores.
+    NaN, which never leaves early, if an exit has the same score for all rows. Raises UserError if
+    there are no scores.
     """
     scores = _learned_scores(given)
     low, high = scores.min(axis=-1, keepdims=True), scores.max(axis=-1, keepdims=True)
@@ -164,17 +164,17 @@ def learning_to_exit_min_max(given: PolicyInput) -> np.ndarray:
 def _learned_scores(given: PolicyInput) -> np.ndarray:
     if given.learned is None:
         raise UserError(
-            "these outputs hold no learning-to-exit scores: train with "
+            "these outputs have no learning-to-exit scores: train with "
             "--config.learning_to_exit=joint, or choose the policy 'confidence'"
         )
     return given.learned.astype(np.float64)
 
 
 def calibrated_accuracy(given: PolicyInput, *, kind: str) -> np.ndarray:
-    """Reads the accuracy that calibration rows of the same confidence had at this exit, [E', N].
+    """Returns the accuracy of calibration rows with the same confidence at this exit, [E', N].
 
-    PCEE (Mofakhami et al. 2024, arXiv 2412.19325): the threshold is an accuracy. `kind` is that of
-    the reliability curve.
+    This is PCEE (Mofakhami et al. 2024, arXiv 2412.19325): the threshold is an accuracy. `kind` is
+    the kind of reliability curve.
     """
     pairs = zip(given.calibrator.curves[kind], confidence(given), strict=True)
     return np.stack([curve(row) for curve, row in pairs])
@@ -185,18 +185,20 @@ class Policy:
     """Describes a named policy.
 
     Attributes:
-      confidences: the function.
+      confidences: function that computes the confidences.
       about: one line of help.
-      curve: kind of the reliability curve that it reads, if any; then the threshold is an accuracy.
+      curve: kind of the reliability curve that it reads, or "". If set, the threshold is an
+        accuracy.
       by_exits: whether its largest value is the number of exits rather than 1.
-      low: its smallest value; None = 1 / K.
-      needs_all_rows: whether the confidence of a row depends on the rows beside it, so that it can
-        neither be served nor certified.
+      low: smallest value; None stands for 1 / K.
+      needs_all_rows: whether the confidence of a row depends on the other rows, so that the policy
+        can neither be served nor certified.
       needs_probabilities: whether it reads probabilities, which not every objective has.
-      needs_agreement: whether it asks if two predictions are the same, which numbers never are.
-      needs_numbers: whether it reads predictions as numbers.
+      needs_agreement: whether it compares predictions for equality, which does not apply to
+        regression.
+      needs_numbers: whether it reads predictions as numbers, as only regression has.
       needs_exit_scores: whether it reads learning-to-exit scores, which few runs have.
-      of_several: whether it differs from another policy only where a row has several labels.
+      of_several: whether it differs from another policy only for multi-label classification.
 
     """
 
@@ -213,7 +215,7 @@ class Policy:
     of_several: bool = False
 
     def suits(self, objective: Objective) -> bool:
-        """Returns whether it can be computed of outputs of an objective."""
+        """Returns whether the policy can be computed from the outputs of an objective."""
         if self.needs_probabilities and objective.categorical is None:
             return False
         numbers = objective.agrees is None
@@ -225,16 +227,16 @@ def _pcee(kind: str, about: str) -> Policy:
 
 
 POLICIES: dict[str, Policy] = {
-    "confidence": Policy(confidence, "largest probability, after temperature", low=None),
-    "raw_confidence": Policy(raw_confidence, "largest probability, no temperature", low=None),
+    "confidence": Policy(confidence, "largest probability, after temperature scaling", low=None),
+    "raw_confidence": Policy(raw_confidence, "largest probability, without scaling", low=None),
     "confidence_float32": Policy(
-        confidence_float32, "largest probability in float32, as SWEET's release", low=None
+        confidence_float32, "largest probability in float32, as in SWEET's release", low=None
     ),
-    "entropy": Policy(entropy, "1 - entropy / log C, after temperature"),
-    "margin": Policy(margin, "largest probability less the second, after temperature"),
+    "entropy": Policy(entropy, "1 - entropy / log C, after temperature scaling"),
+    "margin": Policy(margin, "largest minus second largest probability, after temperature scaling"),
     "patience": Policy(
         patience,
-        "exits in a row that agree: 1, 2, ...",
+        "number of consecutive exits that agree: 1, 2, ...",
         by_exits=True,
         low=1.0,
         needs_probabilities=False,
@@ -243,30 +245,30 @@ POLICIES: dict[str, Policy] = {
     "voting": Policy(voting, "summed confidence of the exits that agree", by_exits=True),
     "learning_to_exit": Policy(
         learning_to_exit,
-        "score of the learning-to-exit heads",
+        "score of the learning-to-exit head",
         needs_probabilities=False,
         needs_exit_scores=True,
     ),
     "learning_to_exit_min_max": Policy(
         learning_to_exit_min_max,
-        "that score over its range on these rows, as SWEET's release",
+        "learning-to-exit score, min-max normalized over these rows, as in SWEET's release",
         needs_all_rows=True,
         needs_probabilities=False,
         needs_exit_scores=True,
     ),
     "pcee": _pcee("equal_width", "accuracy of calibration rows in bins of equal width"),
     "pcee_equal_mass": _pcee("equal_mass", "accuracy of calibration rows in bins of equal counts"),
-    "pcee_isotonic": _pcee("isotonic", "accuracy of calibration rows, rising with confidence"),
+    "pcee_isotonic": _pcee("isotonic", "accuracy of calibration rows, by isotonic regression"),
     "pcee_ws": _pcee("kernel", "accuracy of calibration rows, smoothed (PCEE-WS)"),
     "min_confidence": Policy(
         min_confidence,
-        "certainty of the least certain label, after temperature (multi_label)",
+        "confidence of the least certain label, after temperature scaling (multi_label)",
         low=None,
         of_several=True,
     ),
     "stability": Policy(
         stability,
-        "1 / (1 + change since the exit before) (regression)",
+        "1 / (1 + change from the previous exit) (regression)",
         needs_probabilities=False,
         needs_numbers=True,
     ),

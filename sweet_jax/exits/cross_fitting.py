@@ -1,4 +1,4 @@
-"""Confidences of the calibration rows themselves.
+"""Confidences of the calibration rows themselves, cross-fitted where needed.
 
 Shape letters: R replica, E exit, N examples.
 """
@@ -15,17 +15,17 @@ from sweet_jax.exits.policies import PolicyFunction, exit_confidences, policy_ru
 def calibration_confidences(
     calibration: ExitOutputs, policy: str | PolicyFunction, calibrators: Sequence[Calibrator]
 ) -> np.ndarray:
-    """Computes confidences [R, E, N] of calibration rows, cross-fitted where curves are read."""
+    """Computes confidences [R, E, N] of calibration rows, cross-fitted if curves are read."""
     if policy_rule(policy).curve:
         return cross_fitted_confidences(calibration, policy)
     return exit_confidences(calibration, policy, calibrators)
 
 
 def cross_fitted_confidences(calibration: ExitOutputs, policy: str | PolicyFunction) -> np.ndarray:
-    """Computes the confidences of calibration rows, each by calibrators of the other four folds.
+    """Computes confidences of calibration rows with calibrators fitted on the other four folds.
 
-    A threshold chosen on confidences read off a curve that the same rows fitted would promise too
-    much. The folds are drawn by a fixed seed; a single row is left to its own fit.
+    Thresholds chosen on confidences from a curve that was fitted on the same rows would be too
+    optimistic. The folds are drawn with a fixed seed; a single row is fitted on itself.
 
     Returns float64 [R, E, N]. Raises UserError for an unknown policy.
     """

@@ -1,6 +1,7 @@
-"""Confidence intervals of a metric, and of the difference of two on the same rows.
+"""Confidence intervals for a metric, and for the difference of two metrics on the same rows.
 
-Shape letters: N rows, C outputs of an exit (classes), K distinct (target, ours, theirs) among them.
+Shape letters: N rows, C outputs of an exit (classes), K distinct combinations of target and
+predictions.
 """
 
 import numpy as np
@@ -21,8 +22,8 @@ def score_interval(
 ) -> tuple[float, float]:
     """Computes the 95% interval of a metric over rows: (low, high).
 
-    Wilson's (1927) for a share of rows, such as accuracy; a bootstrap over rows for others.
-    Arguments as in `compute_metric`.
+    Uses Wilson's interval (1927) for a share of rows, such as accuracy, and a bootstrap over rows
+    for other metrics. See `compute_metric` for the arguments.
     """
     metric = SINGLE_LABEL.metric(metric)
     if metric.is_share:
@@ -36,14 +37,17 @@ def score_interval(
 def paired_difference(
     metric: str | Metric, ours: np.ndarray, theirs: np.ndarray, targets: np.ndarray, classes: int
 ) -> tuple[float, float, float]:
-    """Computes the metric of `ours` minus that of `theirs` on one set of rows.
+    """Computes the metric of `ours` minus that of `theirs` on the same rows.
 
-    Returns (difference, low, high), the 95% interval.
+    For a share of rows, the interval is Newcombe's for paired proportions: it combines the Wilson
+    intervals of both shares with their correlation, whose numerator is corrected for continuity
+    (Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10). For other metrics, it is the
+    percentile interval of a bootstrap over rows, see `draw_sums`. See `compute_metric` for the
+    arguments.
 
-    For a share of rows Newcombe's interval for paired proportions: Wilson's intervals of both,
-    squared and added with the correlation of the two, its numerator corrected for continuity
-    (Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10). For others the percentile
-    interval of a bootstrap over rows, see `draw_sums`. Arguments as in `compute_metric`.
+    Returns:
+      (difference, low, high), where low and high are the bounds of the 95% interval.
+
     """
     metric = SINGLE_LABEL.metric(metric)
     values = [compute_metric(metric, given, targets, classes) for given in (ours, theirs)]

@@ -1,4 +1,4 @@
-"""Metrics of predictions, and intervals of them.
+"""Metrics of predictions, and their intervals.
 
 Shape letters: E exit, N rows, C outputs of an exit (classes), K distinct rows, D draws, S
 statistics of a row.
@@ -9,18 +9,24 @@ import numpy as np
 from sweet_jax.objectives import SINGLE_LABEL, Metric
 from sweet_jax.objectives.objective import share_standard_error
 
-_DRAWS = 1000  # of a bootstrap
-_LEVEL = 0.95  # of confidence, of all intervals
+_DRAWS = 1000  # number of bootstrap draws
+_LEVEL = 0.95  # confidence level of all intervals
 TAILS = (0.5 - _LEVEL / 2, 0.5 + _LEVEL / 2)  # quantiles of a percentile interval
 
 
 def compute_metric(
     metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
 ) -> float:
-    """Computes a metric of predictions [N, ...] and targets [N, ...].
+    """Computes a metric of predictions [N, ...] for targets [N, ...].
 
-    A name is one of single-label classification's: "accuracy", "matthews", "f1", "macro_f1" or
-    "balanced_accuracy", of predictions and labels int [N]. `classes` is C, the number of outputs.
+    Args:
+      metric: the metric, or the name of a metric of single-label classification ("accuracy",
+        "matthews", "f1", "macro_f1" or "balanced_accuracy"), for which predictions and targets are
+        int [N].
+      predictions: predictions of the objective, [N, ...].
+      targets: targets of the objective, [N, ...].
+      classes: number of outputs of an exit, C.
+
     """
     metric = SINGLE_LABEL.metric(metric)
     sums = metric.row_statistics(predictions, targets, classes).sum(axis=0)  # [S]
@@ -31,16 +37,17 @@ def compute_metric(
 def jackknife_error(
     metric: Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
 ) -> float:
-    """Computes the standard error of the mean metric of some exits, which saw the same rows.
+    """Computes the standard error of the mean metric of several exits on the same rows.
 
-    By the jackknife, from the metrics without each row (Efron and Stein 1981, "The jackknife
-    estimate of variance", eq. 1.4). Where that is 0, as it is of rows that are all right, or there
-    is a single row, it is that of a share of right rows, see `share_standard_error`.
+    The jackknife recomputes the metric without each row (Efron and Stein 1981, "The jackknife
+    estimate of variance", eq. 1.4). If the result is 0, as when all rows are right, or if there is
+    a single row, returns the standard error of a share of 1 instead, see `share_standard_error`.
 
     Args:
-      metric: of each exit.
-      predictions, targets: [E, N, ...] and [N, ...].
-      classes: C.
+      metric: the metric of each exit.
+      predictions: predictions of the exits, [E, N, ...].
+      targets: targets of the rows, [N, ...].
+      classes: number of outputs of an exit, C.
 
     """
     count = len(targets)
@@ -55,11 +62,11 @@ def jackknife_error(
 
 
 def wilson_interval(right: np.ndarray, total: int) -> np.ndarray:
-    """Computes Wilson's (1927) 95% interval of shares of `total`, float64 [..., 2].
+    """Computes Wilson's (1927) 95% interval of right / total, float64 [..., 2].
 
-    right: int, of any shape.
+    `right` is an integer array of any shape.
     """
-    from scipy import stats  # here: a served model needs no SciPy
+    from scipy import stats  # imported here because a served model does not need SciPy
 
     counts = np.asarray(right, np.int64)
     each = [
@@ -72,15 +79,15 @@ def wilson_interval(right: np.ndarray, total: int) -> np.ndarray:
 def bootstrap_interval(
     metric: str | Metric, predictions: np.ndarray, targets: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Computes the 95% percentile interval of a metric over rows drawn anew, float64 [2].
+    """Computes the 95% percentile bootstrap interval of a metric over rows, float64 [2].
 
-    Arguments as in `compute_metric`; see `draw_sums`.
+    See `compute_metric` for the arguments and `draw_sums` for the draws.
     """
     metric = SINGLE_LABEL.metric(metric)
     first, counts = distinct_rows(targets, predictions)  # [K]
     last = np.append(targets[first[-1]], predictions[first[-1]])
     if (last != classes - 1).any():
-        # The draws are those of a whole confusion matrix, whose last cell may be empty.
+        # The draws are then the same as for a whole confusion matrix, whose last cell may be empty.
         first, counts = np.append(first, first[-1]), np.append(counts, 0)
     predictions, targets = predictions[first], targets[first]
     rows = metric.row_statistics(predictions, targets, classes)  # [K, S]
@@ -89,9 +96,9 @@ def bootstrap_interval(
 
 
 def distinct_rows(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the place of each distinct row of columns [N, ...], and its count: int [K] each.
+    """Returns the first index and the count of each distinct row of columns [N, ...], int [K] each.
 
-    In the order of their values, the first column's first.
+    Distinct rows are sorted lexicographically.
     """
     table = np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
     _, first, counts = np.unique(table, axis=0, return_index=True, return_counts=True)
@@ -99,17 +106,17 @@ def distinct_rows(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_sums(counts: np.ndarray, *statistics: np.ndarray) -> list[np.ndarray]:
-    """Draws as many rows as there are, with replacement, and sums their statistics.
+    """Resamples rows with replacement, as many as there are, and sums their statistics.
 
-    Rows that are alike are drawn as one, where `scipy.stats.bootstrap` would draw each. The same
-    draws at every call.
+    Only the counts of distinct rows are drawn, whereas `scipy.stats.bootstrap` would draw each row.
+    Every call uses the same draws.
 
     Args:
-      counts: int [K], of distinct rows.
-      statistics: bool or numbers [K, S] each.
+      counts: number of rows equal to each distinct row, int [K].
+      statistics: statistics of the distinct rows, bool or numbers [K, S] each.
 
     Returns:
-      The sums over each draw, float64 [D, S] each.
+      The sums of each of the statistics over each draw, float64 [D, S] each.
 
     """
     rng, share = np.random.default_rng(0), counts / counts.sum()
@@ -119,11 +126,14 @@ def draw_sums(counts: np.ndarray, *statistics: np.ndarray) -> list[np.ndarray]:
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Computes (mean, half width of Student's 95% interval) over the first axis; None for one."""
+    """Computes the mean over the first axis and the half width of Student's 95% interval.
+
+    The half width is None for a single value.
+    """
     count = len(values)
     if count < 2:
         return values.mean(axis=0), None
-    from scipy import stats  # here: a served model needs no SciPy
+    from scipy import stats  # imported here because a served model does not need SciPy
 
     half = stats.t.ppf(TAILS[1], count - 1) * stats.sem(values, axis=0)
     return values.mean(axis=0), half

@@ -1,4 +1,4 @@
-"""Operating points, and the resolver of thresholds that calibration rows make.
+"""Operating points, and construction of the threshold resolver from calibration rows.
 
 Shape letters: R replica, E exit, N examples.
 """
@@ -34,15 +34,15 @@ from sweet_jax.files import replace_nonfinite
 
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
-    """Holds the threshold chosen for a target, and what it does.
+    """Holds the threshold chosen for a target, with its cost and metric.
 
     Attributes:
-      threshold: None where the calibration rows cannot meet the target.
-      reachable: the best value of the target's quantity that they can; NaN where the target is the
-        threshold.
-      calibration, validation: (cost, metric) at the threshold on either set of rows, None where
-        there is no threshold; calibration also for a certificate, whose rows are halved.
-      certificate: of a risk or an agreement.
+      threshold: the threshold; None if the target cannot be met on the calibration rows.
+      reachable: best value of the target's quantity on the calibration rows; NaN if the target is
+        the threshold itself.
+      calibration, validation: (cost, metric) at the threshold on each set of rows; None if there is
+        no threshold. `calibration` is also None for certificates, which split these rows in half.
+      certificate: certificate for a target of risk or agreement, otherwise None.
 
     """
 
@@ -53,9 +53,9 @@ class OperatingPoint:
     certificate: Certificate | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what results.json and exits.json hold of a point that is not certified.
+        """Returns the entries of results.json and exits.json for a point without certificate.
 
-        None stands for a metric that is not finite.
+        Metrics that are not finite become None.
         """
         both = {"calibration": self.calibration, "validation": self.validation}
         return {"threshold": self.threshold, **replace_nonfinite(both)}
@@ -67,13 +67,13 @@ def make_resolver(
     compared: int = 1,
     calibrator: Calibrator | None = None,
 ) -> ThresholdResolver:
-    """Makes the resolver of thresholds for one replica.
+    """Makes the threshold resolver of one replica.
 
     Args:
-      calibration: R = 1.
-      policies: names or functions of the user's own; default those that can be deployed.
-      compared: how many replicas the rows had to choose from.
-      calibrator: fitted on the rows; default it is fitted here.
+      calibration: outputs of one replica on the calibration rows, R = 1.
+      policies: names of policies or user-defined functions; default all deployable policies.
+      compared: number of replicas among which these rows chose.
+      calibrator: calibrator fitted on these rows; default a newly fitted one.
 
     """
     if calibrator is None:
@@ -100,21 +100,21 @@ def _count_losses(
     fitting: ExitOutputs,
     tested: ExitOutputs,
 ) -> dict[str, LossCounts]:
-    """Counts the losses of either kind on rows that fitted neither calibrator nor candidates."""
+    """Counts losses of each kind on `tested`, which fitted neither calibrator nor candidates."""
     pair = [exit_confidences(rows, policy, (calibrator,))[0] for rows in (fitting, tested)]
     candidates = candidate_thresholds(pair[0])
     return {k: count_losses(tested, 0, pair[1], candidates, k) for k in CERTIFICATE_KINDS}
 
 
 def deployable_policies(outputs: ExitOutputs) -> tuple[str, ...]:
-    """Returns the names of the policies that are `is_deployable`, and the run's own policy's."""
+    """Returns the names of the deployable policies, including the run's user-defined policy."""
     names = tuple(name for name in POLICIES if is_deployable(name, outputs))
     own = outputs.identity.policy
     return (*names, own) if ":" in own else names
 
 
 def is_deployable(policy: str | PolicyFunction, outputs: ExitOutputs) -> bool:
-    """Returns whether a policy can answer one example at a time, given outputs like these."""
+    """Returns whether a policy can be applied to one example at a time, given such outputs."""
     rule = policy_rule(policy)
     learned = outputs.exit_scores is not None
     readable = rule.suits(outputs.objective)
@@ -123,9 +123,10 @@ def is_deployable(policy: str | PolicyFunction, outputs: ExitOutputs) -> bool:
 
 
 def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:
-    """Splits rows into those to fit on and to test, by a fixed seed; None where it may not.
+    """Splits rows, with a fixed seed, into halves to fit and to test certificates on.
 
-    Nothing is certified of numbers.
+    Returns None if there are no certificates: for regression, for fewer than two rows, and for rows
+    that are not held out.
     """
     count = calibration.labels.shape[1]
     if calibration.identity.fitted_on != "held_out" or count < 2:
@@ -137,6 +138,6 @@ def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:
 
 
 def calibration_halves(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the calibration rows that certificates are fitted and tested on, int [N / 2] each."""
+    """Returns the indices of the rows that certificates are fitted and tested on, int [N / 2]."""
     rows = np.random.default_rng(0).permutation(count)
     return rows[: count // 2], rows[count // 2 :]

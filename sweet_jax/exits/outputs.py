@@ -1,4 +1,4 @@
-"""ExitOutputs: the logits of every exit on every example, the hub between training and analysis.
+"""ExitOutputs: the logits of every exit on every example, the link between training and analysis.
 
 Shape letters: R replica, E exit, N examples, C outputs of an exit (classes).
 """
@@ -17,26 +17,26 @@ from sweet_jax.files import write_arrays
 from sweet_jax.methods import METHODS
 from sweet_jax.objectives import OBJECTIVES, Metric, Objective
 
-# What NumPy raises for a file that is not its own, or cut off.
+# Exceptions that NumPy raises for truncated files and for files that it did not write.
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunIdentity:
-    """Identifies the run and the rows that outputs are of.
+    """Identifies the run and the rows that outputs belong to.
 
     Attributes:
       split: "calibration", "tuning" or "validation".
-      task, method, checkpoint, preset, learning_to_exit: as in the run's config.
-      fitted_on: rows that calibration uses: "held_out" of training, or "validation" and
-        "validation_dropout", the rows that are reported.
-      policy: the run's exit policy.
-      metric: one of the objective's; by default its first.
-      classes: names of the classes [C]; empty where they are not known.
-      replicas: (seed, learning rate) of each replica [R]; empty where they are not known.
-      objective: that the model was trained for, a name in OBJECTIVES.
+      task, method, checkpoint, preset, learning_to_exit: values from the run's config.
+      fitted_on: rows that calibration uses: "held_out" for rows held out from training,
+        "validation" or "validation_dropout" for the reported rows.
+      policy: exit policy of the run.
+      metric: name of one of the objective's metrics; default its first.
+      classes: names of the classes [C]; empty if unknown.
+      replicas: (seed, learning rate) of each replica [R]; empty if unknown.
+      objective: name, in OBJECTIVES, of the objective that the model was trained for.
 
-    Raises UserError for an unknown objective, or a metric that it does not have.
+    Raises UserError for an unknown objective, or for a metric that the objective does not have.
 
     """
 
@@ -64,7 +64,7 @@ class RunIdentity:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunIdentity":
-        """Reads what `dataclasses.asdict` gave; keys of other versions are ignored."""
+        """Restores the result of `dataclasses.asdict`, ignoring unknown keys of other versions."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -74,18 +74,19 @@ class ExitOutputs:
     """Holds the logits of every exit on one split, and the cost of reaching each exit.
 
     Attributes:
-      logits: float32 [R, E, N, C]; [E, N, C] is taken as one replica.
-      labels: the targets. Of single-label classification int64 [R, N]; [N] is broadcast, since
-        calibration rows differ by seed. [R, N, C] where every output has a target of its own.
-      layers: int64 [E], the layer number of each exit, ascending.
-      cost: float64 [E], share of the full model's layers spent when exit e answers, ascending.
-        Default layers / layers[-1]: Early-Exit and SWEET.
-      exit_scores: float32 [R, E, N] or None, learning-to-exit scores.
-      identity: of the run; its metric is the one that curves and tables report.
+      logits: logits, float32 [R, E, N, C]; [E, N, C] is interpreted as one replica.
+      labels: targets of the objective. For single-label classification int64 [R, N], since
+        calibration rows differ by seed; [N] is broadcast. [R, N, C] if every output has its own
+        target.
+      layers: layer number of each exit, ascending, int64 [E].
+      cost: share of the full model's layers spent when each exit answers, ascending, float64 [E].
+        Default layers / layers[-1], which holds for Early-Exit and SWEET.
+      exit_scores: learning-to-exit scores, float32 [R, E, N], or None.
+      identity: identity of the run; its metric is the one that curves and tables report.
 
     Raises:
-      ValueError: shapes that do not match, labels that the objective does not allow, layers or
-        cost not ascending, or an identity that is not a RunIdentity.
+      ValueError: shapes do not match, labels are invalid for the objective, layers or cost are not
+        ascending, or identity is not a RunIdentity.
 
     """
 
@@ -128,32 +129,32 @@ class ExitOutputs:
 
     @property
     def objective(self) -> Objective:
-        """Returns what the logits mean, by the identity's name."""
+        """Returns the objective that defines what the logits mean."""
         return OBJECTIVES[self.identity.objective]
 
     @property
     def metric(self) -> Metric:
-        """Returns the metric that curves and tables report, by the identity's name."""
+        """Returns the metric that curves and tables report."""
         return self.objective.metric(self.identity.metric)
 
     @property
     def predictions(self) -> np.ndarray:
-        """Returns the objective's predictions of each exit: of classes int64 [R, E, N]."""
+        """Returns the predictions of each exit; for single-label classification int64 [R, E, N]."""
         return self.objective.predict(self.logits)
 
     def credit(self, given: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Returns how right predictions are, by others or by targets: [..., N].
+        """Returns how right predictions are compared with other predictions or targets, [..., N].
 
-        Whether they are the same, bool; float from 0 to 1 where the metric says how right each is.
-        Raises UserError where predictions are numbers.
+        Returns whether they are the same, bool, or the credit of each row, float from 0 to 1, for
+        metrics that define it. Raises UserError for regression.
         """
         measure = self.metric.credit or self.objective.same
         return measure(given, others)
 
     def check_same_run(self, others: "ExitOutputs") -> None:
-        """Raises UserError for calibration or tuning rows of another model than these rows.
+        """Raises UserError if calibration or tuning rows come from another model than these rows.
 
-        Compared is what both say: replicas and names of classes may not be known.
+        Replicas and names of classes are compared only if both are known.
         """
         ours, theirs = (
             {
@@ -170,16 +171,16 @@ class ExitOutputs:
         for name, value in ours.items():
             if None not in (value, theirs[name]) and value != theirs[name]:
                 raise UserError(
-                    f"the {others.identity.split or 'calibration'} rows are not of the same run: "
-                    f"{name} {theirs[name]}, but {value} of the rows to simulate"
+                    f"the {others.identity.split or 'calibration'} rows are not from the same run: "
+                    f"{name} {theirs[name]}, but {value} for the rows to simulate"
                 )
 
     def replica(self, index: int) -> "ExitOutputs":
-        """Returns one replica alone, R = 1."""
+        """Returns the outputs of one replica, R = 1."""
         return self._part(slice(index, index + 1), slice(None))
 
     def rows(self, index: np.ndarray) -> "ExitOutputs":
-        """Returns some of the examples, the same of every replica: index int [N']."""
+        """Returns the outputs of some examples, the same for every replica: index int [N']."""
         return self._part(slice(None), index)
 
     def _part(self, replicas: slice, rows: slice | np.ndarray) -> "ExitOutputs":
@@ -201,7 +202,7 @@ class ExitOutputs:
 
     @classmethod
     def load(cls, path: str | Path) -> "ExitOutputs":
-        """Reads what `save` wrote, without unpickling. Raises UserError for any other file."""
+        """Reads a file written by `save`, without unpickling. Raises UserError for other files."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in arrays.files}
@@ -218,8 +219,8 @@ class ExitOutputs:
 def layer_cost(layers: Sequence[int], method: str) -> np.ndarray:
     """Returns the share of the full model's layers spent when each exit answers, float64 [E].
 
-    By the method's rule (SWEET paper, section 3): Multi-Model runs its models one after the other,
-    and spends the running sum of their depths.
+    The rule depends on the method (SWEET paper, section 3): Multi-Model runs its models one after
+    the other, so that its cost is the cumulative sum of their depths.
     """
     depth = np.asarray(layers, np.float64)
     return METHODS[method].cost(depth) / depth[-1]

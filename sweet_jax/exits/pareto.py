@@ -1,4 +1,4 @@
-"""Pareto fronts of cost against metric: of thresholds, of oracles, and of the single exits.
+"""Pareto fronts of cost against metric, for thresholds, oracles and single exits.
 
 Shape letters: R replica, E exit, T thresholds, P points of a front, Q levels.
 """
@@ -11,8 +11,8 @@ import numpy as np
 
 from sweet_jax.exits.simulation import Curve
 
-_ROUNDING = 1e-12  # of a metric: what is larger by less is the same
-_LEVELS = 65  # at most, of the thresholds whose shares are kept
+_ROUNDING = 1e-12  # metrics that differ by less are considered equal
+_LEVELS = 65  # maximum number of thresholds whose shares are kept
 _FIELDS = ("threshold", "cost", "score", "shares", "levels", "left")  # order in exits.json
 
 
@@ -22,16 +22,16 @@ def _empty() -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParetoFront:
-    """Holds the Pareto-optimal points: each the cheapest with its metric, the best at its cost.
+    """Holds Pareto-optimal points: none has a better metric at the same or a lower cost.
 
     Attributes:
-      cost: float64 [P], ascending.
-      score: float64 [P], the metric; ascending too, except where a hull spans all costs.
-      threshold: float64 [P], or [P, E - 1] where each exit has its own; empty where the points are
-        not those of thresholds.
-      shares: float64 [P, E], of the examples that leave at each exit; empty likewise.
-      levels: float64 [Q], some of all thresholds, ascending; empty likewise.
-      left: float64 [Q, E], the shares at these.
+      cost: cost of each point, ascending, float64 [P].
+      score: metric of each point, float64 [P]; ascending, except for a hull that spans all costs.
+      threshold: threshold of each point, float64 [P], or [P, E - 1] if each exit has its own;
+        empty if the points do not correspond to thresholds.
+      shares: share of the examples that leave at each exit, float64 [P, E]; empty likewise.
+      levels: sample of all thresholds, ascending, float64 [Q]; empty likewise.
+      left: shares that leave at each exit at these levels, float64 [Q, E].
 
     """
 
@@ -44,7 +44,7 @@ class ParetoFront:
 
     @classmethod
     def from_curve(cls, curve: Curve, replica: int) -> "ParetoFront":
-        """Returns the front of one replica's curve."""
+        """Returns the Pareto front of one replica's curve."""
         threshold, cost, metric, shares = (
             getattr(curve, name)[replica] for name in ("threshold", "cost", "score", "shares")
         )
@@ -57,17 +57,17 @@ class ParetoFront:
 
     @classmethod
     def upper_hull(cls, points: Iterable[tuple[float, float]]) -> "ParetoFront":
-        """Returns the corners of the upper hull of points (cost, metric): what mixing them reaches.
+        """Returns the corners of the upper hull of points (cost, metric).
 
-        It spans all costs, so that its metric may fall at the end.
+        It spans all costs, so that its metric may fall at the end. Mixing the points reaches it.
         """
         hull: list[tuple[float, float]] = []
         for point in sorted(points):
-            if hull and point[0] - hull[-1][0] < 1e-12:  # one cost, but for rounding
+            if hull and point[0] - hull[-1][0] < 1e-12:  # same cost up to rounding
                 if point[1] <= hull[-1][1]:
                     continue
                 hull.pop()
-            # A point below the line from the one before it to the new one is no corner.
+            # A point below the line between its neighbors is not a corner.
             while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
                 hull.pop()
             hull.append(point)
@@ -75,7 +75,7 @@ class ParetoFront:
         return cls(cost, metric)
 
     def leaving(self, threshold: float) -> list[float]:
-        """Returns the share that leaves at each exit of the examples that reach it: E numbers.
+        """Returns the share of the examples reaching each exit that leave there: E numbers.
 
         See `shares_at`.
         """
@@ -84,22 +84,22 @@ class ParetoFront:
         return (shares / np.maximum(arriving, 1e-12)).tolist()
 
     def shares_at(self, threshold: float) -> np.ndarray:
-        """Returns the shares of all examples that leave at each exit, float64 [E].
+        """Returns the share of all examples that leave at each exit, float64 [E].
 
-        Read at the nearest of the levels that is not below the threshold.
+        The share is read at the smallest level that is not below the threshold.
         """
         return self.left[min(int(np.searchsorted(self.levels, threshold)), len(self.left) - 1)]
 
     def as_dict(self) -> dict[str, list]:
-        """Returns what exits.json holds; `from_dict` restores it exactly."""
+        """Returns the entries of exits.json; `from_dict` restores the front exactly."""
         return {name: getattr(self, name).tolist() for name in _FIELDS}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ParetoFront":
-        """Restores what `as_dict` returned."""
+        """Restores a front from the result of `as_dict`."""
         arrays = {name: np.asarray(values[name]) for name in _FIELDS}
         shares, left = arrays["shares"], arrays["left"]
-        # Without a point, as of a model that diverged, the list does not say how many exits.
+        # A front without points, as of a model that diverged, has an empty list without E.
         return cls(**arrays | {"shares": shares.reshape(-1, *left.shape[1:])})
 
 
@@ -110,8 +110,8 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
 def mean_metric(cost: np.ndarray, metric: np.ndarray, low: float, high: float) -> float:
     """Computes the mean of a metric over a range of cost.
 
-    Linear between the points, cost float64 [T] ascending and metric float64 [T]; the last metric
-    holds beyond them.
+    The metric, float64 [T], is interpolated linearly between costs, ascending float64 [T], and held
+    constant beyond them.
     """
     inside = cost[(cost > low) & (cost < high)]
     x = np.concatenate([[low], inside, [high]])

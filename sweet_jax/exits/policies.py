@@ -1,7 +1,7 @@
-"""Applies exit policies: the confidences of outputs, for evaluation and serving alike.
+"""Applies exit policies: computes confidences from outputs, for both evaluation and serving.
 
 An example leaves at the first exit whose confidence reaches the threshold; the last exit takes the
-rest. `confidences` has the named policies; a policy of the user's own is a function, or the name
+rest. `confidences` defines the named policies. A user-defined policy is a function, or the name
 "module:function" of one, by which it is saved.
 
 Shape letters: R replica, E exit, E' exits so far, N examples, C outputs of an exit (classes).
@@ -23,18 +23,19 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import one_line
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 
-# A user's own policy: from outputs and temperatures [R, E'] to exit confidences [R, E', N].
+# A user-defined policy: function of (outputs, temperatures [R, E']) that returns exit confidences
+# [R, E', N].
 PolicyFunction = Callable[..., np.ndarray]
 
 
 class UnlabeledOutputs(NamedTuple):
-    """Holds the outputs that a user's own policy reads, under ExitOutputs' names, without labels.
+    """Holds the outputs that a user-defined policy reads, named as in ExitOutputs, without labels.
 
     Attributes:
-      logits: float32 [R, E', N, C].
-      layers: int64 [E'], layer numbers.
-      exit_scores: float32 [R, E', N] or None, learning-to-exit scores.
-      objective: what the logits mean.
+      logits: logits of the exits so far, float32 [R, E', N, C].
+      layers: layer numbers of the exits, int64 [E'].
+      exit_scores: learning-to-exit scores, float32 [R, E', N], or None.
+      objective: objective that defines what the logits mean.
 
     """
 
@@ -45,53 +46,54 @@ class UnlabeledOutputs(NamedTuple):
 
     @property
     def predictions(self) -> np.ndarray:
-        """Returns the objective's predictions of each exit: of classes int64 [R, E', N]."""
+        """Returns the predictions of each exit; for single-label models int64 [R, E', N]."""
         return self.objective.predict(self.logits)
 
 
 def policy_name(policy: str | PolicyFunction) -> str:
-    """Returns a policy's name; of a function "module:function"."""
+    """Returns a policy's name, which is "module:function" for a function."""
     if isinstance(policy, str):
         return policy
     return f"{policy.__module__}:{getattr(policy, '__qualname__', type(policy).__qualname__)}"
 
 
 def policy_reference(function: PolicyFunction) -> str:
-    """Returns the name that a function is saved by. Raises UserError where it does not lead back.
+    """Returns the name that a function is saved by.
 
-    As of a function within a function, or of a notebook.
+    Raises UserError if the function cannot be imported by that name, for example because it is
+    defined inside another function or in a notebook.
     """
     name = policy_name(function)
     if function.__module__ == "__main__" or load_policy(name) is not function:
         raise UserError(
-            f"the policy {name!r} cannot be saved by its name: define it as a function at the top "
-            'of a module, or give "module:name" as text'
+            f"the policy {name!r} cannot be saved by its name: define it at the top level of an "
+            'importable module, or pass "module:function" as a string'
         )
     return name
 
 
 def load_policy(name: str) -> PolicyFunction:
-    """Imports the function "module:function"; modules of the working directory are found too.
+    """Imports the function "module:function", also from modules of the working directory.
 
-    Raises UserError where there is none.
+    Raises UserError if it cannot be imported.
     """
     module, _, place = name.partition(":")
-    if "" not in sys.path:  # not there in an installed command
+    if "" not in sys.path:  # installed commands do not search the working directory
         sys.path.append("")
     try:
         found: Any = functools.reduce(getattr, place.split("."), import_module(module))
         if not callable(found):
-            raise TypeError(f"{place} is no function")
-    except Exception as error:  # whatever the module does when it is imported
+            raise TypeError(f"{place} is not a function")
+    except Exception as error:  # importing a module can raise anything
         raise UserError(
-            f"policy {name!r}: {type(error).__name__}: {one_line(error)}; give module:function, "
-            "importable from here"
+            f"policy {name!r}: {type(error).__name__}: {one_line(error)}; set policy to "
+            "module:function, importable from the working directory"
         ) from error
     return found
 
 
 def policy_rule(policy: str | PolicyFunction) -> Policy:
-    """Returns what is known of a policy; a user's own may have any confidence, and reads no curve.
+    """Returns the properties of a policy. A user-defined policy is assumed to read no curve.
 
     Raises UserError for an unknown name.
     """
@@ -100,20 +102,21 @@ def policy_rule(policy: str | PolicyFunction) -> Policy:
         return POLICIES[policy]
     if isinstance(policy, str):
         load_policy(policy)
-    about = f"a policy of your own, {policy_name(policy)}"
+    about = f"user-defined policy {policy_name(policy)}"
     return Policy(_read_outputs, about, needs_probabilities=False)
 
 
 def _read_outputs(given: PolicyInput) -> np.ndarray:
-    """Stands for a user's own function, which reads whole outputs: see `exit_confidences`."""
-    raise TypeError("a policy of the user's own is a function of outputs and temperatures")
+    """Takes the place of a user-defined function, which `exit_confidences` calls instead."""
+    raise TypeError("a user-defined policy is a function of (outputs, temperatures)")
 
 
 def grid_thresholds(policy: str | PolicyFunction, outcomes: int, exits: int) -> np.ndarray:
     """Returns 11 thresholds evenly spaced over the range of a policy's confidences, float64 [11].
 
-    That is (1/K, 1) for a largest probability of K outcomes (classes), as in the SWEET paper's
-    experimental setup, (0, 1) for most others; patience counts, and has one for each exit.
+    The range is [1/K, 1] for the largest probability of K outcomes (classes), as in the SWEET
+    paper's experimental setup, and [0, 1] for most other policies. Patience, which counts exits,
+    has E thresholds instead: 1, 2, ..., E.
     """
     rule = policy_rule(policy)
     if rule.by_exits and rule.low == 1:
@@ -129,20 +132,19 @@ def exit_confidences(
 ) -> np.ndarray:
     """Computes the exit confidences of a policy, float64 [R, E, N].
 
-    A confidence that is not a number becomes -inf: an exit that diverged never answers before the
-    last. One of +inf becomes the largest that a finite threshold is reached by, `LARGEST`: it is
-    tested by certificates as others are, and at an infinite threshold all reach the last exit.
+    NaN becomes -inf, so that an exit that diverged does not answer unless it is the last. +inf
+    becomes `LARGEST`, so that certificates can test it and an infinite threshold still sends all
+    examples to the last exit.
 
     Args:
-      outputs: of any rows.
-      policy: a name in POLICIES, or the user's own function or its name "module:function".
-      calibrators: of the replicas [R]; without, temperatures are 1.
+      outputs: outputs of any rows.
+      policy: name in POLICIES, user-defined function, or its name "module:function".
+      calibrators: calibrator of each replica [R]; if None, temperatures are 1.
 
     Raises:
-      UserError: an unknown name, or a policy that reads curves, learned scores or probabilities
-        where there are none.
-      ValueError: calibrators of other replicas or exits, or (a UserError) a function that returns
-        another shape.
+      UserError: the name is unknown, the policy reads curves, learned scores or probabilities that
+        are not available, or a user-defined function fails or returns another shape.
+      ValueError: the calibrators are for other numbers of replicas or exits.
 
     """
     replicas, exits = outputs.logits.shape[:2]
@@ -150,8 +152,8 @@ def exit_confidences(
         calibrators = [Calibrator.unfitted(exits)] * replicas
     if [c.temperatures.shape for c in calibrators] != [(exits,)] * replicas:
         raise ValueError(
-            f"outputs of {replicas} replicas with {exits} exits need calibrators of as many "
-            f"replicas and exits; got {[c.temperatures.shape for c in calibrators]}"
+            f"outputs of {replicas} replicas with {exits} exits need calibrators for as many "
+            f"replicas and exits; got shapes {[c.temperatures.shape for c in calibrators]}"
         )
     if not isinstance(policy, str) or ":" in policy:
         temperatures = np.stack([c.temperatures for c in calibrators])  # [R, E]
@@ -162,11 +164,12 @@ def exit_confidences(
             categorical_variables(objective)
         if not rule.suits(objective):
             raise UserError(
-                f"the policy {policy!r} is not for the objective {objective.name!r}: choose "
+                f"the policy {policy!r} does not apply to objective={objective.name!r}: choose one "
+                "of "
                 f"{', '.join(name for name, other in POLICIES.items() if other.suits(objective))}"
             )
         if rule.curve and any(rule.curve not in c.curves for c in calibrators):
-            raise UserError(f"the policy {policy!r} needs calibration rows: give them too")
+            raise UserError(f"the policy {policy!r} needs calibration rows: pass them as well")
         learned = [None] * replicas if outputs.exit_scores is None else outputs.exit_scores
         each = zip(outputs.logits, learned, calibrators, strict=True)
         found = np.stack([rule.confidences(PolicyInput(*one, objective)) for one in each])
@@ -183,9 +186,10 @@ def _call_function(
     outputs: ExitOutputs | UnlabeledOutputs,
     temperatures: np.ndarray,
 ) -> np.ndarray:
-    """Returns what a user's own policy does, float64; it reads the same of saved outputs and texts.
+    """Returns the result of a user-defined policy, float64.
 
-    Raises UserError where it fails, as by writing into the outputs, which others read after it.
+    The function gets the same read-only fields for saved outputs and for new texts. Raises
+    UserError if it fails, for example because it tries to write to the outputs.
     """
     function = load_policy(policy) if isinstance(policy, str) else policy
     scores = outputs.exit_scores
@@ -197,10 +201,10 @@ def _call_function(
     )
     try:
         return np.asarray(function(given, temperatures), np.float64)
-    except Exception as error:  # whatever the function does
+    except Exception as error:  # the function can raise anything
         raise UserError(
             f"the policy {policy_name(policy)!r} failed ({type(error).__name__}: "
-            f"{one_line(error)}): mend it; it reads outputs and temperatures, and returns an array"
+            f"{one_line(error)}): fix it: it must take (outputs, temperatures) and return an array"
         ) from error
 
 

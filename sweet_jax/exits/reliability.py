@@ -1,7 +1,8 @@
-"""Reliability curves of an exit's confidence, and measures of how good a confidence is.
+"""Reliability curves of an exit's confidence, and measures of the quality of confidences.
 
 Shape letters: E exit, N examples, C outputs of an exit (classes), V categorical variables with K
-outcomes each (for single-label classification one, with C); of a curve, K knots.
+outcomes each (single-label classification has one variable with C outcomes). In curves, K is the
+number of knots.
 """
 
 import dataclasses
@@ -13,26 +14,26 @@ import numpy as np
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.objective import log_softmax
 
-# The four kinds of reliability curve. The PCEE paper does not give its bins and smoothing: ten bins
-# over (1/C, 1), the range of a largest probability, and a Gaussian kernel whose width is half a
-# bin.
+# The four kinds of reliability curve. The PCEE paper does not specify its bins and smoothing: we
+# use ten bins over (1/C, 1), the range of a largest probability, and a Gaussian kernel of half a
+# bin width.
 CURVES = ("equal_width", "equal_mass", "isotonic", "kernel")
 _BINS = 10
-_KNOTS = 201  # of the smoothed curve; linear between them
-# A bin's share of right answers is shrunk towards the exit's own by as much as this many rows that
-# had the exit's share would: a bin of one row must not claim 100%.
+_KNOTS = 201  # number of knots of the smoothed curve, which is linear between them
+# Each bin's share of right answers is shrunk towards the exit's overall share by this many
+# additional rows, so that a bin with one row does not claim 100%.
 _PRIOR_ROWS = 5.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReliabilityCurve:
-    """Maps a confidence to the share of right answers that held-out rows had at it.
+    """Maps a confidence to the share of right answers among held-out rows with that confidence.
 
     Attributes:
-      x: float64 [K], ascending.
-      y: float64 [K]; where `steps`, y[i] holds from x[i] up to x[i + 1], else linear between. The
-        first and last hold beyond the ends.
-      steps: piecewise constant, or linear.
+      x: confidences of the knots, ascending, float64 [K].
+      y: shares at the knots, float64 [K]. If `steps`, y[i] holds from x[i] up to x[i + 1];
+        otherwise the curve is linear in between. It is constant beyond the first and last knot.
+      steps: whether the curve is piecewise constant rather than piecewise linear.
 
     """
 
@@ -41,24 +42,24 @@ class ReliabilityCurve:
     steps: bool
 
     def __call__(self, confidence: np.ndarray) -> np.ndarray:
-        """Reads the curve at confidences of any shape, float64 of that shape; NaN at NaN."""
+        """Returns the curve at confidences of any shape, float64 of that shape; NaN for NaN."""
         confidence = np.asarray(confidence, np.float64)
         if self.steps:
             at = np.searchsorted(self.x, confidence, side="right") - 1
             found = self.y[np.clip(at, 0, len(self.y) - 1)]
         else:
             found = np.interp(confidence, self.x, self.y)
-        # Averages and interpolation can exceed 1 by rounding.
+        # Rounding can make averages and interpolated values exceed 1.
         return np.where(np.isnan(confidence), np.nan, np.clip(found, 0, 1))
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what exits.json holds; `from_dict` restores it exactly."""
+        """Returns the entries of exits.json; `from_dict` restores the curve exactly."""
         y = [v if np.isfinite(v) else None for v in self.y.tolist()]
         return {"x": self.x.tolist(), "y": y, "steps": self.steps}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ReliabilityCurve":
-        """Restores what `as_dict` returned."""
+        """Restores a curve from the result of `as_dict`."""
         x, y = (np.asarray(values[k], np.float64) for k in ("x", "y"))
         return cls(x, y, bool(values["steps"]))
 
@@ -68,22 +69,22 @@ def fit_reliability_curve(
 ) -> ReliabilityCurve:
     """Fits the reliability curve of one exit.
 
-    Bins, the blocks of an isotonic fit, and kernel averages alike are shrunk towards the exit's
-    mean as if by five more rows. A confidence that is not finite gives a curve that is NaN.
+    Bins, blocks of the isotonic fit and kernel averages are all shrunk towards the exit's mean, as
+    if by five additional rows. If a confidence is not finite, the curve is NaN.
 
     Args:
-      kind: "equal_width", "equal_mass" (bins), "isotonic" (the rising curve of least squares,
-        Zadrozny & Elkan 2002), or "kernel" (Nadaraya-Watson, linear between knots).
-      confidence: float [N], from `low` to 1.
-      right: bool [N], or how right each is, float from 0 to 1.
-      low: the smallest confidence there can be.
+      kind: "equal_width" or "equal_mass" (bins), "isotonic" (isotonic regression, Zadrozny & Elkan
+        2002), or "kernel" (Nadaraya-Watson, linear between knots).
+      confidence: confidences from `low` to 1, float [N].
+      right: whether each row is right, bool [N], or its credit, float [N] from 0 to 1.
+      low: smallest possible confidence.
 
     """
     if not np.isfinite(confidence).all():
         return ReliabilityCurve(np.zeros(1), np.full(1, np.nan), True)
     if kind == "kernel":
         return _fit_kernel(confidence, right, low)
-    from scipy.optimize import isotonic_regression  # here: a served model needs no SciPy
+    from scipy.optimize import isotonic_regression  # here because serving does not need SciPy
 
     order = np.argsort(confidence, kind="stable")
     confidence, right = confidence[order], right[order]
@@ -96,18 +97,18 @@ def fit_reliability_curve(
         x, first = np.unique(confidence, return_index=True)
         count = np.diff(np.append(first, len(confidence)))
         rising = isotonic_regression(np.add.reduceat(right, first) / count, weights=count).x
-        # Rows that tie in the fit are one block.
+        # Rows with the same fitted value form one block.
         x = x[np.append(True, np.diff(rising) > 1e-12)]
     place = np.clip(np.searchsorted(x, confidence, side="right") - 1, 0, len(x) - 1)
     count = np.bincount(place, minlength=len(x))
     y = _shrunk(np.bincount(place, right, len(x)), count, float(right.mean()))
-    if kind == "isotonic":  # shrunk by their counts, small blocks can fall below larger ones
-        y = np.clip(isotonic_regression(y, weights=count + _PRIOR_ROWS).x, 0, 1)  # its rounding
+    if kind == "isotonic":  # shrinking depends on the block size, so the order must be restored
+        y = np.clip(isotonic_regression(y, weights=count + _PRIOR_ROWS).x, 0, 1)  # clips rounding
     return ReliabilityCurve(x, y, True)
 
 
 def _fit_kernel(confidence: np.ndarray, right: np.ndarray, low: float) -> ReliabilityCurve:
-    """Fits Nadaraya & Watson's (1964) average by a Gaussian kernel at knots [K] from `low` to 1."""
+    """Fits a Nadaraya-Watson (1964) average with a Gaussian kernel at knots [K] from `low` to 1."""
     x = np.linspace(low, 1, _KNOTS)
     width = (1 - low) / _BINS / 2
     weight = np.exp(-0.5 * ((x[:, None] - confidence) / width) ** 2)  # [K, N]
@@ -122,9 +123,16 @@ def _shrunk(hits: np.ndarray, count: np.ndarray, mean: float) -> np.ndarray:
 def reliability_diagram(
     confidence: np.ndarray, correct: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Computes a reliability diagram over ten bins of [0, 1], of confidences [N] and bool [N].
+    """Computes a reliability diagram over ten bins of [0, 1].
 
-    Returns (mean confidence, share correct, count), each [10]; NaN where a bin is empty.
+    Args:
+      confidence: confidences, float [N].
+      correct: whether each row is correct, bool [N], or the share of its labels that are, float.
+
+    Returns:
+      (mean confidence, share correct, count) of the bins, each [10]. The first two are NaN for
+      empty bins.
+
     """
     place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     count = np.bincount(place, minlength=_BINS)
@@ -147,12 +155,13 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> f
 def classwise_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray) -> float:
     """Computes the calibration error of the probability of each outcome, averaged over outcomes.
 
-    The class-wise expected calibration error of Kull et al. (2019, arXiv 1910.12656, eq. 3), in ten
-    bins: small only where every class's own probability can be believed, the rare ones' too.
+    This is the class-wise expected calibration error of Kull et al. (2019, arXiv 1910.12656, eq. 3)
+    with ten bins. It is small only if the probabilities of all classes, including rare ones, are
+    well calibrated.
 
     Args:
-      probabilities: float64 [N, V, K].
-      outcomes: int [N, V].
+      probabilities: probabilities of the outcomes, float64 [N, V, K].
+      outcomes: true outcomes, int [N, V].
 
     """
     return float(_outcome_gaps(probabilities, outcomes).sum() / probabilities.size)
@@ -161,15 +170,15 @@ def classwise_calibration_error(probabilities: np.ndarray, outcomes: np.ndarray)
 def calibration_error_by_outcome(probabilities: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
     """Computes the calibration error of the probability of each outcome, float64 [V, K].
 
-    What `classwise_calibration_error`, whose arguments these are, is the mean of.
+    `classwise_calibration_error` is the mean of these errors and takes the same arguments.
     """
     return _outcome_gaps(probabilities, outcomes).sum(axis=-1) / len(probabilities)
 
 
 def _outcome_gaps(probabilities: np.ndarray, outcomes: np.ndarray) -> np.ndarray:
-    """Returns |sum of probabilities - number of rows that have the outcome|, of each bin.
+    """Returns |sum of probabilities - number of rows with the outcome| for each outcome and bin.
 
-    Of outcomes [V, K] in ten bins of their probability, float64 [V, K, bins].
+    There are ten bins over the probability of the outcome: float64 [V, K, bins].
     """
     _, variables, count = probabilities.shape
     place = np.minimum((probabilities * _BINS).astype(int), _BINS - 1)  # [N, V, K]
@@ -181,9 +190,10 @@ def _outcome_gaps(probabilities: np.ndarray, outcomes: np.ndarray) -> np.ndarray
 
 
 def shares_right(logits: np.ndarray, targets: np.ndarray, objective: Objective) -> np.ndarray:
-    """Returns whether rows are right, bool [E, N]; of several labels the share that is, float.
+    """Returns whether rows are right, bool [E, N]; for multi-label, the share of right labels.
 
-    That is what the mean confidence over the labels is to be compared with. Of logits [E, N, C].
+    The share, float [E, N], is comparable with the mean confidence over the labels. The logits are
+    [E, N, C].
     """
     if not objective.target_per_output:
         return objective.is_correct(logits, targets)
@@ -199,20 +209,23 @@ def confidence_quality(
     temperatures: np.ndarray,
     objective: Objective = SINGLE_LABEL,
 ) -> list[dict[str, float | None]]:
-    """Measures how good the confidence of each exit of one replica is; None where it diverged.
-
-    ece: expected calibration error of the largest probability, ten bins. classwise_ece: see
-    `classwise_calibration_error`. nll: mean negative log
-    likelihood of the target. brier: mean squared distance of the probabilities from the target's
-    (Brier 1950, summed over outcomes: 0 to 2 for classes). auroc: the chance that a right answer
-    has a larger confidence than a wrong one, ties counted half; None where all are right, or none.
-    Of several labels, the ece is of their mean confidence and of the share of them that is right.
+    """Measures the quality of the confidences of each exit of one replica.
 
     Args:
-      logits: float32 [E, N, C].
-      targets: of the objective; labels int64 [N].
-      temperatures: float [E].
-      objective: what the logits mean; all are None where they are not probabilities'.
+      logits: logits of the exits, float32 [E, N, C].
+      targets: targets of the objective; for single-label classification int64 [N].
+      temperatures: temperature of each exit, float [E].
+      objective: objective that defines what the logits mean.
+
+    Returns:
+      A dict for each exit. "ece" is the expected calibration error of the largest probability, in
+      ten bins; for multi-label classification, of the mean confidence against the share of right
+      labels. "classwise_ece" is described in `classwise_calibration_error`. "nll" is the mean
+      negative log-likelihood of the target. "brier" is the mean squared distance of the
+      probabilities from the target (Brier 1950, summed over outcomes: 0 to 2 for classes). "auroc"
+      is the probability that a right answer has a larger confidence than a wrong one, counting
+      ties as half; None if all answers are right or all are wrong. All values are None if the exit
+      diverged or the outputs are not logits of probabilities.
 
     """
     if objective.categorical is None:
@@ -228,8 +241,8 @@ def confidence_quality(
 
 
 def _quality(logs: np.ndarray, outcomes: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
-    """Measures log probabilities [N, V, K] against outcomes [N, V]; right: see `shares_right`."""
-    from scipy.stats import rankdata  # here: a served model needs no SciPy
+    """Measures log probabilities [N, V, K] against outcomes [N, V]; `right` is `shares_right`'s."""
+    from scipy.stats import rankdata  # imported here because a served model does not need SciPy
 
     p, at = np.exp(logs), outcomes[..., None]  # [N, V, K], [N, V, 1]
     confidence = p.max(axis=-1).mean(axis=-1)  # [N]
@@ -237,7 +250,7 @@ def _quality(logs: np.ndarray, outcomes: np.ndarray, right: np.ndarray) -> dict[
     whole = right == 1
     hits, misses = int(whole.sum()), int((~whole).sum())
     auroc = None
-    if hits and misses:  # Mann-Whitney's U
+    if hits and misses:  # Mann-Whitney U statistic
         auroc = float((rankdata(confidence)[whole].sum() - hits * (hits + 1) / 2) / (hits * misses))
     return {
         "ece": expected_calibration_error(confidence, right),

@@ -1,6 +1,6 @@
-"""Resolves targets to thresholds: the one resolver that every command and page uses.
+"""Resolves targets to thresholds, for all commands and pages.
 
-Thresholds are chosen on calibration rows; see `targets` for what can be asked for.
+Thresholds are chosen on calibration rows; see `targets` for the available targets.
 
 Shape letters: E exit, K rows of a table, P points of a front.
 """
@@ -28,38 +28,39 @@ from sweet_jax.exits.policies import POLICIES, policy_rule
 from sweet_jax.exits.targets import DEFAULT_LEVEL, TargetTable, check_targets
 from sweet_jax.objectives import OBJECTIVES
 
-_ROUNDING = 1e-12  # of a cost or a metric
-# Under PCEE an accuracy is the threshold itself: a table holds these.
+_ROUNDING = 1e-12  # tolerance for costs and metrics
+# Under PCEE an accuracy is the threshold itself, so that tables list these values.
 _ACCURACIES = np.round(np.arange(200, -1, -1) / 200, 3)
 
 
 def reads_curve(policy: str) -> bool:
-    """Returns whether a threshold of the policy is an accuracy: a user's own is never one."""
+    """Returns whether thresholds of the policy are accuracies; never for user-defined policies."""
     return policy in POLICIES and bool(POLICIES[policy].curve)
 
 
 class Resolution(NamedTuple):
     """Holds the threshold that a target resolved to."""
 
-    threshold: float | None  # None where the calibration rows cannot meet the target
-    calibrator: Calibrator  # that the policy reads at the threshold
-    reachable: float = np.nan  # see OperatingPoint; NaN too where no threshold has a metric
+    threshold: float | None  # None if the target cannot be met on the calibration rows
+    calibrator: Calibrator  # the calibrator that the policy reads at this threshold
+    reachable: float = np.nan  # see OperatingPoint; also NaN if no threshold has a metric
     certificate: Certificate | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ThresholdResolver:
-    """Resolves targets to thresholds by the calibration rows of one trained model.
+    """Resolves targets to thresholds with the calibration rows of one trained model.
 
     Attributes:
-      calibrator: fitted on all calibration rows.
-      full: the last exit's metric on them; NaN where it diverged and has none.
-      fronts: of each policy, on calibration rows (cross-fitted where the policy reads curves).
-      half_calibrator: fitted on half of the rows, for certificates; None where they may not or
-        cannot be halved.
-      losses: of each policy and kind of certificate, on the other half.
-      compared: how many models these rows had to choose from.
-      objective, metric: of the outputs; `as_dict` has them unless it is single-label.
+      calibrator: calibrator fitted on all calibration rows.
+      full: metric of the last exit on these rows; NaN if it diverged.
+      fronts: Pareto front of each policy on these rows, cross-fitted if the policy reads curves.
+      half_calibrator: calibrator for certificates, fitted on half of the rows; None if there are no
+        certificates.
+      losses: loss counts by policy and kind of certificate, on the other half of the rows.
+      compared: number of models among which these rows chose.
+      objective, metric: names of the objective and metric; `as_dict` omits them for single-label
+        classification.
 
     """
 
@@ -77,8 +78,8 @@ class ThresholdResolver:
     ) -> tuple[float, Calibrator]:
         """Returns the threshold for a target, and the calibrator that the policy reads at it.
 
-        Raises UserError as `resolve` does, and where the target cannot be met, with the best that
-        can.
+        Raises UserError as `resolve` does, and also if the target cannot be met; the message then
+        names the best reachable value.
         """
         found = self.resolve(policy, targets, clock)
         if found.threshold is not None:
@@ -91,8 +92,8 @@ class ThresholdResolver:
             )
         if np.isnan(found.reachable):
             raise UserError(
-                "infeasible: the training of this model diverged, so that no threshold has a "
-                "metric on the calibration rows; train it with a smaller learning rate"
+                "infeasible: the training of this model diverged, so no threshold has a metric on "
+                "the calibration rows: train it with a smaller learning rate"
             )
         if targets.get("milliseconds") is not None:
             best = f"{found.reachable:.2f} milliseconds"
@@ -111,25 +112,29 @@ class ThresholdResolver:
     ) -> Resolution:
         """Chooses the threshold for a target.
 
-        Within a cost or a time the one with the best metric; for an accuracy the cheapest with such
-        a metric, or under PCEE the accuracy itself; for a risk or an agreement the least strict
-        that is certified; without a target, the cheapest that keeps the last exit's metric.
+        For a cost or a time, it is the threshold with the best metric within that limit; for an
+        accuracy or an error, the cheapest threshold that reaches it, or under PCEE the accuracy
+        itself; for a risk or an agreement, the least strict certified threshold; without a target,
+        the cheapest threshold that keeps the last exit's metric.
 
         Args:
-          policy: its name.
-          targets: at most one of TARGET_RANGES, by name, and the level of a certificate.
-          clock: float64 [E], milliseconds until each exit has answered; needed for milliseconds.
+          policy: name of the exit policy.
+          targets: value of at most one target in TARGET_RANGES, by name, and optionally the level
+            of a certificate.
+          clock: milliseconds until each exit has answered, float64 [E]; required for the target
+            milliseconds.
 
         Raises:
-          UserError: an unknown policy, one that was not calibrated, two targets, a value out of its
-            range, an error where the metric is none (an accuracy where it is one), milliseconds
-            without a clock, or a certificate where there can be none.
+          UserError: the policy is unknown or was not calibrated, two targets are set, a value is
+            out of range, the target is an error but the metric is not (or an accuracy but the
+            metric is an error), milliseconds are set without a clock, or certificates are not
+            available.
 
         """
         values = {k: v for k, v in (targets or {}).items() if v is not None}
         check_targets(values)
         if policy not in self.fronts:
-            policy_rule(policy)  # an unknown name is another mistake
+            policy_rule(policy)  # raises another error for an unknown name
             raise UserError(
                 f"this model was not calibrated for the policy {policy!r}: set policy to one of "
                 f"{', '.join(self.fronts)}"
@@ -137,7 +142,7 @@ class ThresholdResolver:
         level = values.pop("level", DEFAULT_LEVEL)
         name, value = next(iter(values.items()), ("", self.full))
         if name == "threshold":
-            # Minus infinity is the confidence of an exit that nothing may leave at.
+            # A confidence of minus infinity means "never leave", so no threshold may equal it.
             return Resolution(max(value, -LARGEST), self.calibrator)
         if name in ("accuracy", "error"):
             self._check_metric(name, value)
@@ -160,31 +165,31 @@ class ThresholdResolver:
         return Resolution(threshold, self.calibrator, reachable)
 
     def _check_metric(self, target: str, value: float) -> None:
-        """Raises UserError for an error where the metric is none, or the other way round."""
+        """Raises UserError if the target is an error but the metric is not, or vice versa."""
         objective = OBJECTIVES[self.objective]
         is_error = bool(self.metric) and objective.metric(self.metric).is_error
         if target == "error" and not is_error:
             errors = [metric.name for metric in objective.metrics if metric.is_error]
             advice = f"train with --config.metric={errors[0]}" if errors else "set accuracy"
             raise UserError(
-                f"error is {value:g}, but the metric of this run is not an error: {advice}"
+                f"error={value:g} is set, but the metric of this run is not an error: {advice}"
             )
         if target == "accuracy" and is_error:
             raise UserError(
-                f"accuracy is {value:g}, but the metric of this run is {self.metric}: set error, "
-                "the largest that it may be"
+                f"accuracy={value:g} is set, but the metric of this run is {self.metric}: set a "
+                "maximum error instead"
             )
 
     def table(self, policy: str, target: str, level: float = DEFAULT_LEVEL) -> TargetTable:
         """Tabulates what `resolve` chooses for every value of "cost", "accuracy" or a certificate.
 
-        Under PCEE, where an accuracy is the threshold itself, in steps of 0.005. Raises UserError
-        where there can be no certificate.
+        Under PCEE, where an accuracy is the threshold itself, the table has steps of 0.005. Raises
+        UserError if certificates are not available.
         """
         if target in CERTIFICATE_KINDS:
             counts = self._loss_counts(policy, target)
             bounds, thresholds = candidate_bounds(counts, level, self.compared), counts.thresholds
-            if not len(bounds):  # nothing leaves early
+            if not len(bounds):  # no example leaves early
                 bounds, thresholds = np.zeros(1), np.full(1, NEVER)
             limits = sequential_limits(bounds)
             if target == "risk":
@@ -204,11 +209,11 @@ class ThresholdResolver:
             return TargetTable(front.score[::-1], front.threshold[::-1], False, _ROUNDING)
         if clock is None:
             raise UserError(
-                "milliseconds are not known for this model: sweet-jax predict "
-                "--model=... --measure finds them on this machine"
+                "milliseconds are not known for this model: measure them on this machine with "
+                "sweet-jax predict --model=... --measure"
             )
         time = front.shares @ clock  # [P]
-        # A point that takes as long as a later one, whose metric is higher, is never chosen.
+        # A point that takes at least as long as a later one, whose metric is better, is dropped.
         later = np.append(np.minimum.accumulate(time[::-1])[::-1][1:], np.inf)
         use = time < later
         return TargetTable(time[use], front.threshold[use], True)
@@ -216,29 +221,29 @@ class ThresholdResolver:
     def certificate(
         self, policy: str, kind: str, limit: float, level: float = DEFAULT_LEVEL
     ) -> Certificate:
-        """Certifies a policy's threshold, see `certify`. Raises UserError where none can be."""
+        """Certifies a threshold of a policy, see `certify`. Raises UserError if not available."""
         return certify(self._loss_counts(policy, kind), limit, level, self.compared)
 
     def _loss_counts(self, policy: str, kind: str) -> LossCounts:
         if OBJECTIVES[self.objective].agrees is None:
             raise UserError(
-                f"{kind} cannot be certified of a regression, whose numbers are not right or "
+                f"{kind} cannot be certified for regression, whose predictions are not right or "
                 "wrong: set error or cost"
             )
         if self.half_calibrator is None:
             raise UserError(
-                "a certificate needs two calibration rows or more that are held out, and this run "
-                "has none: raise train_size, and set no preset that fits on the validation rows"
+                "a certificate needs at least two held-out calibration rows, which this run does "
+                "not have: raise train_size, and do not set a preset that fits on validation rows"
             )
         if policy not in self.losses:
             raise UserError(
-                f"the confidence of the policy {policy!r} depends on the other rows: its threshold "
-                "cannot be certified"
+                f"the confidence of the policy {policy!r} depends on the other rows, so its "
+                "thresholds cannot be certified: choose another policy"
             )
         return self.losses[policy][kind]
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns what exits.json holds; `from_dict` restores it exactly."""
+        """Returns the contents of exits.json; `from_dict` restores the resolver exactly."""
         losses = {
             policy: {kind: counts.as_dict() for kind, counts in every.items()}
             for policy, every in self.losses.items()
@@ -259,7 +264,7 @@ class ThresholdResolver:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ThresholdResolver":
-        """Restores what `as_dict` returned."""
+        """Restores a resolver from the result of `as_dict`."""
         certificates = values["certificates"] or {"fitted": None, "trials": {}}
         half = certificates["fitted"]
         return cls(

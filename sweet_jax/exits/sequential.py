@@ -1,9 +1,9 @@
-"""Anytime-valid tests by betting: of a mean, with its confidence sequence, and of a shift.
+"""Anytime-valid tests by betting: tests of a mean, its confidence sequence, and tests of a shift.
 
-Values come one at a time. However often the results are looked at, and whenever one stops, the
-chance of an error stays at most 1 - level: the capital of a bettor against what is true is a
-nonnegative supermartingale, which exceeds 1 / (1 - level) with at most that probability (Ville's
-inequality).
+Values arrive one at a time. No matter how often one looks at the results or when one stops, the
+probability of an error is at most 1 - level: the capital of a bettor who bets against a true
+hypothesis is a nonnegative supermartingale, which ever reaches 1 / (1 - level) with at most that
+probability (Ville's inequality).
 
 Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", JRSS B
 86(1), doi 10.1093/jrsssb/qkad009, sections 4 (capital processes, theorem 3) and B.3 (bets).
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 _CANDIDATES = np.arange(1, 1000) / 1000  # [M]
-_BOUNDED = 0.5  # the share of its capital that a bet may lose, the paper's c
+_BOUNDED = 0.5  # maximum share of the capital that a bet may lose, c in the paper
 
 
 def _zeros() -> np.ndarray:
@@ -29,15 +29,15 @@ def _zeros() -> np.ndarray:
 class ConfidenceSequence:
     """Holds the capital of bets against each candidate mean, which bound the mean at any time.
 
-    The hedged capital process with predictable plug-in bets (section 4, theorem 3): half of the
-    capital bets that the mean is above a candidate, half that it is below; a candidate is ruled out
-    where either half reaches 2 / (1 - level).
+    This is the hedged capital process with predictable plug-in bets (section 4, theorem 3). Half of
+    the capital bets that the mean is above a candidate, and half that it is below. A candidate is
+    ruled out once either half reaches 2 / (1 - level).
 
     Attributes:
-      level: of confidence.
-      count, total: of the values so far, and their sum.
-      spread: sum of squared distances from the running mean.
-      above, below: float64 [M], the logarithm of the capital of either half.
+      level: confidence level.
+      count, total: number and sum of the values so far.
+      spread: 0.25 plus the sum of squared distances from the running mean.
+      above, below: logarithm of the capital of each half, float64 [M].
 
     """
 
@@ -49,7 +49,7 @@ class ConfidenceSequence:
     below: np.ndarray = dataclasses.field(default_factory=_zeros)
 
     def observe(self, value: float) -> "ConfidenceSequence":
-        """Returns the state after one more value, 0 to 1."""
+        """Returns the state after one more value, from 0 to 1."""
         t = self.count + 1
         variance = self.spread / t
         bet = math.sqrt(2 * math.log(2 / (1 - self.level)) / (variance * t * math.log1p(t)))
@@ -68,45 +68,48 @@ class ConfidenceSequence:
 
     @property
     def mean(self) -> float:
-        """Returns the mean of the values so far, NaN of none."""
+        """Returns the mean of the values so far, NaN if there are none."""
         return self.total / self.count if self.count else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Returns the bounds of the mean, rounded outwards to the next candidate.
+        """Returns the bounds of the mean, rounded outward to the next candidate.
 
-        Capital that bets on a mean above a candidate is the larger the smaller the candidate is, so
-        that what it rules out is all up to one candidate; the other half rules out all from one on.
+        The capital that bets on a mean above a candidate grows as the candidate decreases, so it
+        rules out all candidates up to some value. Likewise, the other half rules out all candidates
+        from some value on.
         """
         limit = math.log(2 / (1 - self.level))
         low = _CANDIDATES[self.above >= limit].max(initial=0.0)
         high = _CANDIDATES[self.below >= limit].min(initial=1.0)
-        if low >= high:  # the mean has moved, and none explains all values
+        if low >= high:  # the mean has changed, so no candidate explains all values
             return self.mean, self.mean
         return float(low), float(high)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MeanTest:
-    """Holds a test of whether a mean is still at least `null`, to be looked at after every value.
+    """Holds a test of whether a mean is still at least `null`, which may be read after every value.
 
-    Each bettor bets that the mean is below, in proportion to what it has seen (approximate GRAPA,
-    section B.3), and nothing while that is not below. So that a late change is found soon, one more
-    bettor starts after every `every` values, with 1 / ((k + 1)(k + 2)) of the capital for start k:
-    the sum over all starts is one, and a mixture of supermartingales is one itself. What is given
-    to later starts waits. All but the first and the last 64 starts are given up, with their
-    capital, so that the state stays small.
+    Each bettor bets that the mean is below `null`, with a stake that depends on the values it has
+    seen (approximate GRAPA, section B.3), and bets nothing while their mean is not below `null`. To
+    detect late changes quickly, another bettor starts after every `every` values. Start k gets
+    1 / ((k + 1)(k + 2)) of the capital; these shares sum to one, and a mixture of supermartingales
+    is a supermartingale. The shares of later starts are held in reserve. To keep the state small,
+    all starts but the first and the last 64 are dropped, together with their capital.
 
     Attributes:
-      null: the mean that is to be kept.
-      level: the chance that the test never rejects while the mean is at least `null`.
-      every: values between two starts.
-      seen: values so far.
-      start: int64 [K], the number of each start, from 0.
-      count, total, spread: float64 [K], of the values since, their sum, and the sum of their
-        squared distances from the running mean, with one value of mean `null` before them.
-      log_capital: float64 [K], of a unit given to each.
-      largest: the largest capital so far.
+      null: the mean to be maintained.
+      level: lower bound on the probability that the test never rejects while the mean is at least
+        `null`.
+      every: number of values between two starts.
+      seen: number of values so far.
+      start: index of each start, from 0, int64 [K].
+      count: number of values since each start, float64 [K].
+      total, spread: sum of the values since each start, and of their squared distances from the
+        running mean, float64 [K]. Both include one prior value with mean `null`.
+      log_capital: logarithm of the capital that a unit of each start has become, float64 [K].
+      largest: largest total capital so far.
 
     """
 
@@ -123,11 +126,11 @@ class MeanTest:
 
     @property
     def rejected(self) -> bool:
-        """Returns whether the mean was found to have been below `null`."""
+        """Returns whether the test has found that the mean fell below `null`."""
         return self.largest >= 1 / (1 - self.level)
 
     def observe(self, value: float) -> "MeanTest":
-        """Returns the state after one more value, 0 to 1."""
+        """Returns the state after one more value, from 0 to 1."""
         test = self._with_start() if self.seen % self.every == 0 else self
         null, count = test.null, test.count + 1
         estimate = test.total / count  # [K], before this value
@@ -166,25 +169,25 @@ class MeanTest:
 
 
 _BINS, _JUMP = 1000, 0.01
-_COMPARED = 100  # values that others are compared with before anything is bet
+_COMPARED = 100  # number of values to observe before the first bet
 _SLOPES = np.asarray([-1.0, 0.0, 1.0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShiftTest:
-    """Holds a test of whether values come in any order, to be looked at after every value.
+    """Holds a test of whether values are exchangeable, which may be read after every value.
 
-    A conformal test martingale: the rank of a value among all so far, ties broken at random, is
-    uniform and independent of the others as long as the order of the values means nothing (Vovk,
-    Nouretdinov and Gammerman 2003, "Testing exchangeability on-line"). Bets that ranks are low,
-    or high, for a while: the simple jumper (Vovk et al. 2021, "Retrain or not retrain: conformal
-    test martingales for change-point detection", PMLR 152, algorithm 1).
+    This is a conformal test martingale. If the values are exchangeable, the rank of each value
+    among all so far, with ties broken at random, is uniform and independent of the other ranks
+    (Vovk, Nouretdinov and Gammerman 2003, "Testing exchangeability on-line"). The simple jumper
+    bets that ranks stay low, or high, for some time (Vovk et al. 2021, "Retrain or not retrain:
+    conformal test martingales for change-point detection", PMLR 152, algorithm 1).
 
     Attributes:
-      level: 1 - the chance of a rejection, ever, where the values do not shift.
-      counts: int64 [B], of the values so far.
-      capital: float64 [3], of each bet.
-      largest: the largest capital so far.
+      level: 1 minus the maximum probability that the test ever rejects exchangeable values.
+      counts: number of values so far in each bin, int64 [B].
+      capital: capital of each bet, float64 [3].
+      largest: largest total capital so far.
 
     """
 
@@ -195,11 +198,11 @@ class ShiftTest:
 
     @property
     def rejected(self) -> bool:
-        """Returns whether the values were found to have shifted."""
+        """Returns whether the test has found a shift of the values."""
         return self.largest >= 1 / (1 - self.level)
 
     def observe(self, value: float, draw: float) -> "ShiftTest":
-        """Returns the state after one more value, any number, and a uniform draw for its ties."""
+        """Returns the state after one more value, any number; `draw`, uniform, breaks its ties."""
         place, counts = _bin(value), self.counts.copy()
         counts[place] += 1
         rank = (counts[place + 1 :].sum() + draw * counts[place]) / counts.sum()
@@ -207,16 +210,17 @@ class ShiftTest:
             return dataclasses.replace(self, counts=counts)
         capital = (1 - _JUMP) * self.capital + _JUMP / 3 * self.capital.sum()
         capital = capital * (1 + _SLOPES * (rank - 0.5))
-        # Beyond any level there is nothing to learn.
+        # The cap only prevents overflow: the test has rejected long before.
         capital = capital / max(1.0, capital.sum() / 1e12)
         largest = max(self.largest, float(capital.sum()))
         return dataclasses.replace(self, counts=counts, capital=capital, largest=largest)
 
 
 def _bin(value: float) -> int:
-    """Returns the bin of a value, 0 to B - 1, rising with it: fine close to 1, as confidences are.
+    """Returns the bin of a value, 0 to B - 1, which increases with the value.
 
-    Equal bins of -log(1 - value) below 1, an eighth of all for what is larger.
+    Below 1, bins are equally wide in -log(1 - value), so that they are fine near 1, where most
+    confidences lie. An eighth of all bins is for values of 1 and above.
     """
     if math.isnan(value) or value <= 0:
         return 0

@@ -1,4 +1,4 @@
-"""The shift of a distribution of confidences against the calibration rows.
+"""The shift of the distribution of confidences relative to the calibration rows.
 
 Shape letters: E exit, N examples, Q levels, B bins.
 """
@@ -14,11 +14,12 @@ _BINS = 10
 
 
 class Histogram(NamedTuple):
-    """Holds shares of the calibration rows in bins of about equal counts.
+    """Holds the shares of the calibration rows in bins with about equal counts.
 
     Attributes:
-      edges: float64 [B - 1], ascending; a value equal to an edge is in the bin above it.
-      shares: float64 [B].
+      edges: edges between bins, ascending, float64 [B - 1]; a value equal to an edge belongs to the
+        bin above it.
+      shares: share of the rows in each bin, float64 [B].
 
     """
 
@@ -33,17 +34,17 @@ class Histogram(NamedTuple):
 
 
 def calibration_histograms(front: ParetoFront) -> list[Histogram]:
-    """Returns the histogram of each early exit's largest confidence so far, E - 1 of them.
+    """Returns a histogram, for each of the E - 1 early exits, of the largest confidence so far.
 
-    That is what decides whether an example has left by then. Its distribution on the calibration
-    rows stands in a saved model: the shares that leave at some of all thresholds.
+    This maximum determines whether an example has left by that exit. Its distribution on the
+    calibration rows follows from the saved shares that leave at a sample of thresholds.
     """
     found = []
     for reached in np.cumsum(front.left[:, :-1], axis=1).T:  # [Q], P(confidence >= level)
         targets = 1 - np.arange(1, _BINS) / _BINS
         near = np.unique(np.abs(reached - targets[:, None]).argmin(axis=1))
         chance = reached[near]
-        # Of equal confidences quantiles coincide; a bin without rows says nothing.
+        # Quantiles coincide if confidences are equal; bins without rows are dropped.
         use = np.append(chance[:-1] > chance[1:], True) & (chance > 0) & (chance < 1)
         shares = -np.diff(np.concatenate([[1.0], chance[use], [0.0]]))
         found.append(Histogram(front.levels[near][use], shares))
@@ -51,10 +52,11 @@ def calibration_histograms(front: ParetoFront) -> list[Histogram]:
 
 
 def population_stability_index(expected: np.ndarray, counts: np.ndarray) -> float:
-    """Computes sum((p - q) log(p / q)) of expected shares q [B] and observed counts [B].
+    """Computes sum((p - q) log(p / q)) from expected shares q [B] and observed counts [B].
 
-    Half a count more in each bin, so that none is empty (Siddiqi 2006, "Credit Risk Scorecards",
-    which calls up to 0.1 no change, above 0.25 a large one). NaN of no observations.
+    Half a count is added to each bin, so that no observed share p is 0. Siddiqi (2006, "Credit Risk
+    Scorecards") considers values up to 0.1 no change and values above 0.25 a large one. NaN if
+    there are no observations.
     """
     if not counts.sum():
         return math.nan
@@ -64,15 +66,15 @@ def population_stability_index(expected: np.ndarray, counts: np.ndarray) -> floa
 
 
 def two_sample_p_value(expected: np.ndarray, rows: int, counts: np.ndarray) -> float:
-    """Computes the p-value of the chi-square test that two samples have one distribution.
+    """Computes the p-value of the chi-square test that two samples have the same distribution.
 
-    It is valid for one look at a time fixed beforehand, and not for many. NaN where a sample is
-    empty or there is one bin.
+    It is valid for a single test at a time fixed in advance, not for repeated tests. NaN if a
+    sample is empty or if fewer than two bins have values.
 
     Args:
-      expected: shares [B] of the first sample.
-      rows: how many the first sample has.
-      counts: of the second sample [B].
+      expected: shares of the first sample in each bin, [B].
+      rows: number of rows of the first sample.
+      counts: number of values of the second sample in each bin, [B].
 
     """
     first, second, n = expected * rows, counts, float(counts.sum())
@@ -80,16 +82,17 @@ def two_sample_p_value(expected: np.ndarray, rows: int, counts: np.ndarray) -> f
     use = both > 0
     if not rows or not n or use.sum() < 2:
         return math.nan
-    # Pearson's statistic of a 2 x B table of counts.
+    # Pearson's statistic for a 2 x B table of counts.
     a, b = math.sqrt(n / rows), math.sqrt(rows / n)
     statistic = ((a * first - b * second)[use] ** 2 / both[use]).sum()
     return _chi_square_tail(float(statistic), int(use.sum()) - 1)
 
 
 def _chi_square_tail(statistic: float, freedom: int) -> float:
-    """Computes P(X >= statistic) of chi-square by the recurrence in degrees of freedom.
+    """Computes P(X >= statistic) for a chi-square variable by recurrence over degrees of freedom.
 
-    Abramowitz and Stegun 1964, 26.4.4 and 26.4.5. A served model needs no SciPy.
+    See Abramowitz and Stegun 1964, 26.4.4 and 26.4.5. This avoids SciPy, which a served model does
+    not need.
     """
     half = statistic / 2
     if freedom % 2:

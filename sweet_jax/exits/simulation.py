@@ -1,12 +1,13 @@
-"""The exact curve of cost against metric, over every distinct threshold at once.
+"""The exact curve of cost against metric, for all distinct thresholds at once.
 
-With the running maximum m_e of the confidences over exits, an example leaves at the first e whose
-m_e reaches the threshold. So its exit changes only at its own E - 1 breakpoints m_1 <= ... <=
-m_{E-1}: when the threshold falls through m_e it moves from exit e + 1 to exit e. All breakpoints
-sorted once, sums of those moves give cost and the statistics of the metric everywhere.
+Let m_e be the running maximum of an example's confidences over exits. The example leaves at the
+first e whose m_e reaches the threshold, so its exit changes only at its own E - 1 breakpoints
+m_1 <= ... <= m_{E-1}: as the threshold falls through m_e, it moves from exit e + 1 to exit e. After
+sorting all breakpoints once, cumulative sums over these moves give the cost and the statistics of
+the metric at every threshold.
 
 Shape letters: R replica, E exit, N examples, T thresholds, M moves of an example from one exit to
-the one before, G groups of equal breakpoints, S statistics of a row, U of a target.
+the previous one, G groups of equal breakpoints, S statistics of a row, U statistics of a target.
 """
 
 import dataclasses
@@ -23,14 +24,14 @@ from sweet_jax.objectives import Metric
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curve:
-    """Holds cost against metric at thresholds that ascend along T.
+    """Holds cost and metric at thresholds that ascend along T.
 
-    The last threshold lies above every confidence: all examples reach the last exit. Replicas with
-    fewer distinct thresholds repeat their last point.
+    The last threshold of an exact curve lies above every confidence, so that all examples reach the
+    last exit. Replicas with fewer distinct thresholds repeat their last point.
 
     Attributes:
-      threshold, cost, score: float64 [R, T]; score is the metric.
-      shares: float64 [R, T, E], share of the examples leaving at each exit.
+      threshold, cost, score: points of the curve, float64 [R, T]; score is the metric.
+      shares: share of the examples that leave at each exit, float64 [R, T, E].
 
     """
 
@@ -49,24 +50,25 @@ def simulate(
     metric: str | Metric | None = None,
     thresholds: np.ndarray | None = None,
 ) -> Curve:
-    """Computes the cost and metric of every threshold of a policy, exactly, in O(N E log(N E)).
+    """Computes the exact cost and metric of every threshold of a policy, in O(N E log(N E)).
 
     Args:
-      outputs: of the rows to simulate.
+      outputs: outputs of the rows to simulate.
       policy: name of a policy, or a function of (outputs, temperatures [R, E]) that returns exit
         confidences [R, E, N]; an example leaves at the first exit whose confidence is at least the
-        threshold, the last exit takes the rest.
-      calibration: of held-out rows of the same replicas: temperatures are fitted on them, and the
-        reliability curves that PCEE reads (its threshold is an accuracy).
-      calibrators: of the replicas [R], fitted before, instead; without both, temperatures are 1.
-      metric: one of the objective's (for single-label classification "accuracy", "matthews", "f1",
-        "macro_f1" or "balanced_accuracy"); default the one in outputs.identity.
-      thresholds: float [T], to read the curve there; default every distinct one.
+        threshold, and the last exit takes the rest.
+      calibration: outputs of the same replicas on held-out rows, on which temperatures and PCEE's
+        reliability curves are fitted (PCEE's threshold is an accuracy).
+      calibrators: calibrators of the replicas [R] to use instead of fitting them; without both,
+        temperatures are 1.
+      metric: one of the objective's metrics (for single-label classification "accuracy",
+        "matthews", "f1", "macro_f1" or "balanced_accuracy"); default the one in outputs.identity.
+      thresholds: thresholds at which to read the curve, float [T]; default every distinct one.
 
     Raises:
-      UserError: an unknown policy, or one that needs calibration rows, learned scores or
-        probabilities where there are none; calibration rows of another model; an unknown metric; a
-        threshold that is not a number.
+      UserError: the policy is unknown, or needs calibration rows, learned scores or probabilities
+        that are not available; the calibration rows are of another model; the metric is unknown; or
+        a threshold is NaN.
 
     """
     chosen = outputs.objective.metric(metric or outputs.metric)
@@ -96,7 +98,7 @@ def exact_curve(
 
 def read_curve(curve: Curve, thresholds: np.ndarray) -> Curve:
     """Returns the points of an exact curve at any thresholds [T]."""
-    # Between two distinct thresholds examples leave as at the higher one.
+    # Between two distinct thresholds, examples leave as at the higher one.
     at = np.stack([np.searchsorted(own, thresholds) for own in curve.threshold])  # [R, T]
     at = np.minimum(at, curve.threshold.shape[1] - 1)
     rows = np.arange(len(at))[:, None]
@@ -112,7 +114,7 @@ def _simulate_one(outputs: ExitOutputs, confidences: np.ndarray, metric: Metric)
     move = move[points.ravel()[move] > -np.inf]  # no threshold is that low
     leaving, example = np.unravel_index(move, points.shape)  # [M]
     level = points[leaving, example]  # [M]
-    # One situation after each group of equal breakpoints, and one above them all.
+    # One point of the curve after each group of equal breakpoints, and one above them all.
     changes = np.append(level[1:] != level[:-1], True)[: len(level)]
     ends = np.concatenate([[0], np.flatnonzero(changes) + 1])  # [1 + G]
 

@@ -1,4 +1,4 @@
-"""Targets of an operating point: a threshold itself, or a bound of what it is to reach.
+"""Targets of an operating point: a threshold, or a bound on a quantity such as cost or accuracy.
 
 Shape letters: K rows of a table.
 """
@@ -12,8 +12,8 @@ import numpy as np
 
 from sweet_jax.config import UserError, check_choice
 
-DEFAULT_LEVEL = 0.95  # confidence of a certificate
-# The values that each target may have, and those of the confidence level of a certificate.
+DEFAULT_LEVEL = 0.95  # confidence level of a certificate
+# Allowed values of each target, and of the confidence level of a certificate.
 TARGET_RANGES = {
     "threshold": (-np.inf, np.inf),
     "cost": (0.0, np.inf),
@@ -27,25 +27,25 @@ TARGET_RANGES = {
 
 
 class Target(TypedDict, total=False):
-    """Names the targets that an operating point can be chosen by: at most one, and the level.
+    """Defines the targets by which an operating point can be chosen: at most one, and the level.
 
-    Without any, the operating point is the cheapest threshold that keeps the last exit's metric on
-    calibration rows.
+    Without a target, the operating point is the cheapest threshold that keeps the last exit's
+    metric on calibration rows.
 
     Attributes:
-      threshold: exit at the first confidence of at least this; infinity runs the full model alone.
-      cost: largest mean share of the full model's layers.
-      accuracy: least metric on calibration rows, the run's own; under PCEE the accuracy that
-        calibration rows like a text must have had.
-      error: largest error on calibration rows, where the run's metric is one: the mean absolute
-        error of a regression, the Hamming loss of labels.
-      risk: largest share of texts that the last exit gets right and an earlier one wrong,
+      threshold: confidence from which on a text leaves; infinity always runs the full model.
+      cost: maximum mean share of the full model's layers.
+      accuracy: minimum of the run's metric on calibration rows; under PCEE, minimum accuracy of
+        calibration rows similar to a text.
+      error: maximum error on calibration rows, for runs whose metric is an error: the mean absolute
+        error for regression, or the Hamming loss for multi-label classification.
+      risk: maximum share of texts that the last exit gets right and an earlier exit gets wrong,
         certified.
-      agreement: least share of texts classified as the last exit would, certified.
-      milliseconds: largest mean time in the stages, without tokenization and the policy, of a text
-        by itself and of the median length, by what `predict --measure` or `sweet-jax train FILE`
-        measured on this machine.
-      level: confidence of a certificate; default 0.95.
+      agreement: minimum share of texts with the same prediction as at the last exit, certified.
+      milliseconds: maximum mean time of a single text of median length in the stages, excluding
+        tokenization and the policy, as measured on this machine by `predict --measure` or
+        `sweet-jax train FILE`.
+      level: confidence level of a certificate; default 0.95.
 
     """
 
@@ -60,13 +60,13 @@ class Target(TypedDict, total=False):
 
 
 def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
-    """Raises UserError for an unknown target, a value out of its range, or two that are set.
+    """Raises UserError for an unknown target, a value out of range, or more than one target.
 
-    A level alone, or with another target than a certificate's, is refused too.
+    A level without a certified target, risk or agreement, also raises UserError.
 
     Args:
-      values: by name in TARGET_RANGES; None where a target is not set.
-      prefix: stands before the names in the error.
+      values: value of each target, by name in TARGET_RANGES; None if not set.
+      prefix: prefix of the names in error messages.
 
     """
     for name, value in values.items():
@@ -83,24 +83,25 @@ def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
         raise UserError(f"set one target, not {len(given)}: {names}")
     if values.get("level") is not None and not {"risk", "agreement"} & {*given}:
         raise UserError(
-            f"{prefix}level is of a certificate: give {prefix}risk or {prefix}agreement too"
+            f"{prefix}level applies to certified targets: also set {prefix}risk or "
+            f"{prefix}agreement"
         )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TargetTable:
-    """Lists the thresholds that one kind of target can choose, the strictest target first.
+    """Lists the thresholds that one kind of target can choose, strictest target first.
 
     A target chooses the last row whose value it allows.
 
     Attributes:
-      value: float64 [K], of the target's quantity on calibration rows: cost, milliseconds or risk,
-        ascending, or accuracy or agreement, descending.
-      threshold: float64 [K].
-      at_most: whether a value is allowed up to the target, or else from the target on.
-      tolerance: of the comparison.
-      reached: float64 [K], what is certified at the threshold; empty where nothing is certified. It
-        may be better than the value, as the rows before have to be certified too.
+      value: value of the target's quantity on calibration rows, float64 [K]: cost, milliseconds or
+        risk, ascending, or accuracy or agreement, descending.
+      threshold: threshold of each row, float64 [K].
+      at_most: whether the target is a maximum rather than a minimum.
+      tolerance: tolerance of the comparison with the target.
+      reached: value certified at each threshold, float64 [K]; empty for targets without a
+        certificate. It may be better than `value`, since all earlier rows must be certified too.
 
     """
 
@@ -111,7 +112,7 @@ class TargetTable:
     reached: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def choose(self, target: float) -> int | None:
-        """Returns the index of the row for a target, None where even the first is not allowed."""
+        """Returns the index of the row for a target, None if even the first is not allowed."""
         sign = 1.0 if self.at_most else -1.0
         allowed = np.searchsorted(sign * self.value, sign * target + self.tolerance, side="right")
         return int(allowed) - 1 if allowed else None

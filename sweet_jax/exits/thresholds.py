@@ -1,4 +1,4 @@
-"""Thresholds as text: as many digits as decide which exit each known row takes.
+"""Formats thresholds with as many digits as determine the exit of each known row.
 
 Shape letters: R replica, E exit, N examples, T thresholds, B breakpoints.
 """
@@ -9,14 +9,14 @@ import numpy as np
 
 from sweet_jax.exits.certificates import LARGEST, NEVER
 
-_SHORT = 8  # characters: a number that a user may have written stays as it is
+_SHORT = 8  # characters: shorter numbers may have been written by a user and are not rounded
 
 
 def breakpoints(*confidences: np.ndarray) -> np.ndarray:
     """Returns the distinct finite numbers of arrays of any shape, ascending, float64 [B].
 
-    Of the confidences of all rows that a threshold is said to be chosen or evaluated on, or of
-    their running maximum over exits: where a row's exit changes.
+    For the confidences of rows, or their running maximum over exits, these are the thresholds at
+    which the exit of some row changes.
     """
     every = np.unique(np.concatenate([np.ravel(c) for c in confidences]))
     return every[np.isfinite(every)]
@@ -31,17 +31,18 @@ def format_threshold(threshold: float, points: np.ndarray) -> str:
 def format_thresholds(thresholds: Iterable[float], points: np.ndarray) -> list[str]:
     """Formats thresholds with the fewest decimals that send the same rows to the same exits.
 
-    A row leaves where its confidence is at least the threshold: any number above the next lower
-    breakpoint and up to the next one does the same. Of those with the fewest decimals, the nearest
-    to the threshold; `float` of the text is such a number. What is short already is not rounded.
+    A row leaves where its confidence is at least the threshold, so any number above the next lower
+    breakpoint, up to and including the next higher one, has the same effect. Among the numbers with
+    the fewest decimals, the one nearest to the threshold is used. Numbers that are already short
+    are not rounded. `float` of the text has the same effect as the threshold.
 
     Args:
-      thresholds: T numbers.
-      points: of the rows, see `breakpoints`; float64 [B].
+      thresholds: thresholds to format, T numbers.
+      points: breakpoints of the rows, see `breakpoints`, float64 [B].
 
     """
     values = np.asarray(list(thresholds), np.float64)  # [T]
-    at = np.searchsorted(points, values)  # of the next breakpoint from the threshold on
+    at = np.searchsorted(points, values)  # index of the first breakpoint at or above the threshold
     lower = np.append(-np.inf, points)[at]
     upper = np.append(points, np.inf)[at]
     triples = zip(values.tolist(), lower.tolist(), upper.tolist(), strict=True)
@@ -53,7 +54,7 @@ def _shortest(value: float, lower: float, upper: float) -> str:
     if value >= NEVER:
         return "inf"
     text = repr(value)
-    if len(text) <= _SHORT or value >= LARGEST:  # which has 309 digits before the point
+    if len(text) <= _SHORT or value >= LARGEST:  # LARGEST has 309 digits before the point
         return text
     for decimals in range(2, 17):
         step = 10.0**-decimals
