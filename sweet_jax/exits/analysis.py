@@ -80,26 +80,26 @@ class Analysis:
         """
         return self.evaluate(replica, self.resolver(replica).resolve(self.policy, targets))
 
-    def evaluate(self, replica: int, found: Resolution) -> OperatingPoint:
+    def evaluate(self, replica: int, resolution: Resolution) -> OperatingPoint:
         """Evaluates the resolution of a target for this replica on both sets of rows."""
-        threshold, certificate = found.threshold, found.certificate
+        threshold, certificate = resolution.threshold, resolution.certificate
         if threshold is None:
-            return OperatingPoint(None, found.reachable, certificate=certificate)
+            return OperatingPoint(None, resolution.reachable, certificate=certificate)
         if certificate is None:
             calibration = _point_at(self.calibration_curve, replica, threshold)
             validation = _point_at(self.curve, replica, threshold)
-            return OperatingPoint(threshold, found.reachable, calibration, validation)
+            return OperatingPoint(threshold, resolution.reachable, calibration, validation)
         # A certificate's calibrator is fitted on half of the rows, so its curve differs.
-        rows, calibrators = self.validation.replica(replica), (found.calibrator,)
+        rows, calibrators = self.validation.replica(replica), (resolution.calibrator,)
         curve = simulate(rows, self.function or self.policy, calibrators=calibrators)
         point = _point_at(curve, 0, threshold)
-        return OperatingPoint(threshold, found.reachable, None, point, certificate)
+        return OperatingPoint(threshold, resolution.reachable, None, point, certificate)
 
     def exits_taken(self, replica: int, threshold: float) -> np.ndarray:
         """Returns the index of the exit that each validation row takes at a threshold, int [N]."""
         rows, calibrators = self.validation.replica(replica), [self.calibrators[replica]]
-        found = exit_confidences(rows, self.function or self.policy, calibrators)[0]  # [E, N]
-        leaves = found >= threshold
+        confidences = exit_confidences(rows, self.function or self.policy, calibrators)[0]  # [E, N]
+        leaves = confidences >= threshold
         leaves[-1] = True
         return leaves.argmax(axis=0)
 

@@ -90,7 +90,7 @@ def _draw(
     # Boolean statistics and counts of rows are exact in float32.
     rows = rows.astype(np.result_type(np.float32, rows))
     totals = metric.target_statistics(targets, classes).astype(np.float64)  # [N, U]
-    found = np.empty((draws, len(thresholds)))
+    metrics = np.empty((draws, len(thresholds)))
     size = max(1, _HELD // (rows.shape[-1] * count))  # thresholds at once
     for low in range(0, len(thresholds), size):
         at = slice(low, low + size)
@@ -104,5 +104,5 @@ def _draw(
             times = np.stack([np.bincount(d, minlength=count) for d in drawn]).astype(rows.dtype)
             sums = (times @ parts.T).reshape(len(times), rows.shape[-1], -1).astype(np.float64)
             sums = np.moveaxis(sums, 1, -1)  # [draws, K, S]
-            found[several, at] = metric.value(sums, (times @ totals)[:, None])
-    return found
+            metrics[several, at] = metric.value(sums, (times @ totals)[:, None])
+    return metrics

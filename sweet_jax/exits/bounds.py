@@ -63,15 +63,16 @@ def oracle(outputs: ExitOutputs, replica: int, kind: str, metric: str | None = N
     Raises UserError for regression, whose predictions are not right or wrong.
 
     """
-    given, labels, cost = _sound(outputs, replica)
+    predictions, labels, cost = _sound(outputs, replica)
     chosen, agrees = outputs.objective.metric(metric or outputs.metric), outputs.objective.same
-    right, rows = agrees(given, labels), np.arange(len(labels))  # [E', N], [N]
+    right, rows = agrees(predictions, labels), np.arange(len(labels))  # [E', N], [N]
     points = []
-    for count in range(1, len(given) + 1):
-        place, answering = ORACLES[kind](right[:count], agrees(given[:count], given[count - 1]))
-        answers = given[:count][answering, rows]
+    for count in range(1, len(predictions) + 1):
+        so_far = predictions[:count]
+        taken, answering = ORACLES[kind](right[:count], agrees(so_far, so_far[-1]))
+        answers = so_far[answering, rows]
         value = compute_metric(chosen, answers, labels, outputs.logits.shape[-1])
-        points.append((float(cost[place].mean()), value))
+        points.append((float(cost[taken].mean()), value))
     hull = ParetoFront.upper_hull(points)
     best = int(hull.score.argmax()) + 1  # an oracle does not continue to worse exits
     return ParetoFront(hull.cost[:best], hull.score[:best])
@@ -82,9 +83,9 @@ def single_exit_hull(outputs: ExitOutputs, replica: int, metric: str | None = No
 
     Exits that diverged are left out. `metric` defaults to the one in outputs.identity.
     """
-    given, labels, cost = _sound(outputs, replica)
+    predictions, labels, cost = _sound(outputs, replica)
     chosen, classes = outputs.objective.metric(metric or outputs.metric), outputs.logits.shape[-1]
-    values = [compute_metric(chosen, p, labels, classes) for p in given]
+    values = [compute_metric(chosen, p, labels, classes) for p in predictions]
     return ParetoFront.upper_hull(zip(cost.tolist(), values, strict=True))
 
 
@@ -108,10 +109,10 @@ def share_of_gap(
     Returns None if the bounds coincide or have no common range of cost with the curve. See
     `mean_metrics` for the arguments.
     """
-    found = mean_metrics(cost, metric, low, high)
-    if found is None:
+    means = mean_metrics(cost, metric, low, high)
+    if means is None:
         return None
-    bottom, own, top = found
+    bottom, own, top = means
     return (own - bottom) / (top - bottom) if top > bottom + 1e-12 else None
 
 
@@ -162,7 +163,7 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
     metric = accuracy_metric(objective.same)
     curve = exact_curve(outputs.replica(replica), confidences[None], metric)
     single, cost, accuracy = (v[0] for v in (curve.threshold, curve.cost, curve.score))  # [T]
-    found = {
+    limits_at = {
         (float(c), float(a)): np.full(len(orders), t)
         for t, c, a in zip(single, cost, accuracy, strict=True)
     }
@@ -172,10 +173,10 @@ def best_thresholds(outputs: ExitOutputs, replica: int, confidences: np.ndarray)
         limits = _ascend(confidences, orders, levels, start, gains)
         taken = _exits(confidences, limits)
         reached = right[taken, np.arange(len(taken))].mean()
-        found[float(outputs.cost[taken].mean()), float(reached)] = limits
-    hull = ParetoFront.upper_hull(found)
+        limits_at[float(outputs.cost[taken].mean()), float(reached)] = limits
+    hull = ParetoFront.upper_hull(limits_at)
     points = zip(hull.cost.tolist(), hull.score.tolist(), strict=True)
-    return dataclasses.replace(hull, threshold=np.stack([found[point] for point in points]))
+    return dataclasses.replace(hull, threshold=np.stack([limits_at[point] for point in points]))
 
 
 def _ascend(

@@ -54,8 +54,8 @@ def max_probability(
     SWEET paper's experimental setup; otherwise a probability that rounds to 1 would leave early.
     See `outcome_probabilities` for the arguments and errors.
     """
-    found = outcome_probabilities(logits, temperatures, objective)
-    return np.minimum(found.max(axis=-1).mean(axis=-1), BELOW_ONE)
+    probabilities = outcome_probabilities(logits, temperatures, objective)
+    return np.minimum(probabilities.max(axis=-1).mean(axis=-1), BELOW_ONE)
 
 
 def categorical_variables(objective: Objective) -> CategoricalVariables:
@@ -169,12 +169,12 @@ def fit_calibrators(
     objective, variables = calibration.objective, calibration.objective.categorical
     if variables is None:
         return (Calibrator.unfitted(len(calibration.layers)),) * len(calibration.logits)
-    low, found = 1 / variables.outcome_count(calibration.logits.shape[-1]), []
+    low, calibrators = 1 / variables.outcome_count(calibration.logits.shape[-1]), []
     for logits, targets in zip(calibration.logits, calibration.labels, strict=True):
         temperatures = np.asarray([fit_temperature(z, targets, objective) for z in logits])  # [E]
         confidences = max_probability(logits, temperatures, objective)  # [E, N]
         credit = calibration.credit(objective.predict(logits), targets)  # [E, N]
         pairs = list(zip(confidences, credit, strict=True))
         curves = {k: tuple(fit_reliability_curve(k, *pair, low) for pair in pairs) for k in kinds}
-        found.append(Calibrator(temperatures, curves))
-    return tuple(found)
+        calibrators.append(Calibrator(temperatures, curves))
+    return tuple(calibrators)

@@ -61,13 +61,13 @@ def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
 
     Raises ValueError for another kind.
     """
-    given, labels = outputs.predictions[replica], outputs.labels[replica]
+    predictions, labels = outputs.predictions[replica], outputs.labels[replica]
     if kind == "risk":
-        right = outputs.credit(given, labels)
+        right = outputs.credit(predictions, labels)
         partial = right.dtype != bool
         return np.maximum(right[-1] - right, 0) if partial else right[-1] & ~right
     if kind == "agreement":
-        same = outputs.credit(given, given[-1])
+        same = outputs.credit(predictions, predictions[-1])
         return ~same if same.dtype == bool else 1 - same
     raise ValueError(f"kind must be one of {', '.join(CERTIFICATE_KINDS)}; got {kind!r}")
 
@@ -177,14 +177,16 @@ def certify(
     is therefore at most alpha. A threshold passes if its bound is at most the limit, see
     `candidate_bounds`.
     """
-    about = (counts.kind, limit, level)
+    settings = (counts.kind, limit, level)
     if not len(counts.thresholds):  # no example leaves early, so none can be harmed
-        return Certificate(*about, NEVER, 0.0, 0, counts.rows)
+        return Certificate(*settings, NEVER, 0.0, 0, counts.rows)
     bounds = candidate_bounds(counts, level, compared)
     passed = int(np.searchsorted(sequential_limits(bounds), limit, side="right"))
     at = max(passed - 1, 0)
     threshold = float(counts.thresholds[at]) if passed else None
-    return Certificate(*about, threshold, float(bounds[at]), counts.harmed[at].item(), counts.rows)
+    return Certificate(
+        *settings, threshold, float(bounds[at]), counts.harmed[at].item(), counts.rows
+    )
 
 
 def candidate_bounds(
@@ -229,5 +231,5 @@ def upper_bound(hits: np.ndarray | int, total: int, level: float) -> np.ndarray:
         raise UserError(message) from error
 
     hits = np.asarray(hits)
-    found = stats.beta.ppf(level, hits + 1, np.maximum(total - hits, 1))
-    return np.where(hits < total, found, 1.0)
+    bound = stats.beta.ppf(level, hits + 1, np.maximum(total - hits, 1))
+    return np.where(hits < total, bound, 1.0)

@@ -44,51 +44,51 @@ class PolicyInput(NamedTuple):
 ConfidenceFunction = Callable[[PolicyInput], np.ndarray]
 
 
-def confidence(given: PolicyInput) -> np.ndarray:
+def confidence(inputs: PolicyInput) -> np.ndarray:
     """Computes the largest probability after temperature scaling, below 1, [E', N]."""
-    return max_probability(given.logits, given.calibrator.temperatures, given.objective)
+    return max_probability(inputs.logits, inputs.calibrator.temperatures, inputs.objective)
 
 
-def raw_confidence(given: PolicyInput) -> np.ndarray:
+def raw_confidence(inputs: PolicyInput) -> np.ndarray:
     """Computes the largest probability without temperature scaling, below 1, [E', N]."""
-    return max_probability(given.logits, np.ones(len(given.logits)), given.objective)
+    return max_probability(inputs.logits, np.ones(len(inputs.logits)), inputs.objective)
 
 
-def confidence_float32(given: PolicyInput) -> np.ndarray:
+def confidence_float32(inputs: PolicyInput) -> np.ndarray:
     """Computes the largest probability in float32, as SWEET's release does, [E', N].
 
     In float32 it rounds to 1.0 at a logit gap of about 17, so that examples may leave early even at
     a threshold of 1.
     """
-    temperatures = given.calibrator.temperatures.astype(np.float32)
-    found = outcome_probabilities(given.logits, temperatures, given.objective)
-    return found.max(axis=-1).mean(axis=-1).astype(np.float64)
+    temperatures = inputs.calibrator.temperatures.astype(np.float32)
+    probs = outcome_probabilities(inputs.logits, temperatures, inputs.objective)
+    return probs.max(axis=-1).mean(axis=-1).astype(np.float64)
 
 
-def entropy(given: PolicyInput) -> np.ndarray:
+def entropy(inputs: PolicyInput) -> np.ndarray:
     """Computes 1 - entropy / log K, below 1, [E', N]; 0 if all outcomes are equally likely.
 
     It is averaged over the variables. This is BranchyNet's rule (Teerapittayanon et al. 2016),
     reversed so that higher means more certain.
     """
-    scaled = given.logits.astype(np.float64) / given.calibrator.temperatures[:, None, None]
-    logs = log_softmax(categorical_variables(given.objective).logits(scaled))
+    scaled = inputs.logits.astype(np.float64) / inputs.calibrator.temperatures[:, None, None]
+    logs = log_softmax(categorical_variables(inputs.objective).logits(scaled))
     with np.errstate(invalid="ignore"):  # 0 times -inf for probabilities of 0
         terms = np.where(np.isneginf(logs), 0, np.exp(logs) * logs)  # [E', N, V, K]
     share = terms.sum(axis=-1) / np.log(max(2, logs.shape[-1]))
     return np.clip(1 + share.mean(axis=-1), 0, BELOW_ONE)
 
 
-def min_confidence(given: PolicyInput) -> np.ndarray:
+def min_confidence(inputs: PolicyInput) -> np.ndarray:
     """Computes the largest probability of the least certain variable, below 1, [E', N].
 
     Temperature scaling is applied. With a single variable it equals `confidence`.
     """
-    found = outcome_probabilities(given.logits, given.calibrator.temperatures, given.objective)
-    return np.minimum(found.max(axis=-1).min(axis=-1), BELOW_ONE)
+    probs = outcome_probabilities(inputs.logits, inputs.calibrator.temperatures, inputs.objective)
+    return np.minimum(probs.max(axis=-1).min(axis=-1), BELOW_ONE)
 
 
-def stability(given: PolicyInput) -> np.ndarray:
+def stability(inputs: PolicyInput) -> np.ndarray:
     """Computes 1 / (1 + |change|), where the change is from the previous exit, below 1, [E', N].
 
     The change of the predicted number is in the targets' units: with a threshold t, a text leaves
@@ -96,87 +96,87 @@ def stability(given: PolicyInput) -> np.ndarray:
     has no previous exit. This is PABEE's rule for regression (Zhou et al. 2020, section 3.3) with a
     patience of one.
     """
-    values = given.objective.predict(given.logits).astype(np.float64)  # [E', N]
+    values = inputs.objective.predict(inputs.logits).astype(np.float64)  # [E', N]
     change = np.abs(np.diff(values, axis=0))
     first = np.full_like(values[:1], np.nan)
     return np.concatenate([first, np.minimum(1 / (1 + change), BELOW_ONE)])
 
 
-def margin(given: PolicyInput) -> np.ndarray:
+def margin(inputs: PolicyInput) -> np.ndarray:
     """Computes the difference of the two largest probabilities, below 1, [E', N].
 
     Temperature scaling is applied, and the difference is averaged over the variables.
     """
-    found = outcome_probabilities(given.logits, given.calibrator.temperatures, given.objective)
-    ordered = np.sort(found, axis=-1)  # [E', N, V, K]
+    probs = outcome_probabilities(inputs.logits, inputs.calibrator.temperatures, inputs.objective)
+    ordered = np.sort(probs, axis=-1)  # [E', N, V, K]
     second = ordered[..., -2] if ordered.shape[-1] > 1 else 0.0
     return np.minimum((ordered[..., -1] - second).mean(axis=-1), BELOW_ONE)
 
 
-def patience(given: PolicyInput) -> np.ndarray:
+def patience(inputs: PolicyInput) -> np.ndarray:
     """Counts the consecutive exits, up to this one, with the same prediction, 1 to E', [E', N].
 
     This is PABEE (Zhou et al. 2020, arXiv 2006.04152), whose patience p is a threshold of p + 1.
     """
-    predicted, finite = given.objective.predict(given.logits), np.isfinite(given.logits).all(-1)
-    found = np.ones(finite.shape)  # [E', N]
+    predicted, finite = inputs.objective.predict(inputs.logits), np.isfinite(inputs.logits).all(-1)
+    counts = np.ones(finite.shape)  # [E', N]
     for e in range(1, len(predicted)):
         # An exit that diverged predicts the first class for every text: it agrees with none.
-        agrees = given.objective.same(predicted[e], predicted[e - 1]) & finite[e - 1]
-        found[e] += np.where(agrees, found[e - 1], 0)
-    return np.where(finite, found, np.nan)
+        agrees = inputs.objective.same(predicted[e], predicted[e - 1]) & finite[e - 1]
+        counts[e] += np.where(agrees, counts[e - 1], 0)
+    return np.where(finite, counts, np.nan)
 
 
-def voting(given: PolicyInput) -> np.ndarray:
+def voting(inputs: PolicyInput) -> np.ndarray:
     """Sums the confidences of the exits so far that predict the same as this one, [E', N].
 
     The sum, at most E', combines confidence and patience in one number.
     """
-    predicted = given.objective.predict(given.logits)  # [E', N, ...]
-    agree = given.objective.same(predicted[:, None], predicted[None])  # [E', earlier E', N]
+    predicted = inputs.objective.predict(inputs.logits)  # [E', N, ...]
+    agree = inputs.objective.same(predicted[:, None], predicted[None])  # [E', earlier E', N]
     earlier = np.tri(len(predicted), dtype=bool)[..., None]
-    found = confidence(given)
-    votes = np.where(agree & earlier, np.nan_to_num(found), 0).sum(axis=1)
-    return np.where(np.isnan(found), np.nan, votes)
+    confidences = confidence(inputs)
+    votes = np.where(agree & earlier, np.nan_to_num(confidences), 0).sum(axis=1)
+    return np.where(np.isnan(confidences), np.nan, votes)
 
 
-def learning_to_exit(given: PolicyInput) -> np.ndarray:
+def learning_to_exit(inputs: PolicyInput) -> np.ndarray:
     """Returns the score of each exit's learning-to-exit head, below 1, [E', N].
 
     Temperatures are not used. As with `confidence`, a threshold of 1 sends every example to the
     last exit. Raises UserError if there are no such scores.
     """
-    return np.minimum(_learned_scores(given), BELOW_ONE)
+    return np.minimum(_learned_scores(inputs), BELOW_ONE)
 
 
-def learning_to_exit_min_max(given: PolicyInput) -> np.ndarray:
+def learning_to_exit_min_max(inputs: PolicyInput) -> np.ndarray:
     """Normalizes the learning-to-exit scores of each exit over the N rows, as SWEET's release does.
 
     NaN, which never leaves early, if an exit has the same score for all rows. Raises UserError if
     there are no scores.
     """
-    scores = _learned_scores(given)
+    scores = _learned_scores(inputs)
     low, high = scores.min(axis=-1, keepdims=True), scores.max(axis=-1, keepdims=True)
     span = np.where(high > low, high - low, np.nan)
     return (scores - low) / span
 
 
-def _learned_scores(given: PolicyInput) -> np.ndarray:
-    if given.learned is None:
+def _learned_scores(inputs: PolicyInput) -> np.ndarray:
+    if inputs.learned is None:
         raise UserError(
             "these outputs have no learning-to-exit scores: train with "
             "--config.learning_to_exit=joint, or choose the policy 'confidence'"
         )
-    return given.learned.astype(np.float64)
+    return inputs.learned.astype(np.float64)
 
 
-def calibrated_accuracy(given: PolicyInput, *, kind: str) -> np.ndarray:
+def calibrated_accuracy(inputs: PolicyInput, *, kind: str) -> np.ndarray:
     """Returns the accuracy of calibration rows with the same confidence at this exit, [E', N].
 
     This is PCEE (Mofakhami et al. 2024, arXiv 2412.19325): the threshold is an accuracy. `kind` is
     the kind of reliability curve.
     """
-    pairs = zip(given.calibrator.curves[kind], confidence(given), strict=True)
+    pairs = zip(inputs.calibrator.curves[kind], confidence(inputs), strict=True)
     return np.stack([curve(row) for curve, row in pairs])
 
 

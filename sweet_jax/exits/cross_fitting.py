@@ -31,11 +31,11 @@ def cross_fitted_confidences(calibration: ExitOutputs, policy: str | PolicyFunct
     """
     curve = policy_rule(policy).curve
     kinds = [curve] if curve else []
-    part = np.random.default_rng(0).permutation(calibration.labels.shape[1]) % 5  # [N]
-    found = np.empty(calibration.logits.shape[:3])
-    for fold in np.unique(part):
-        own = np.flatnonzero(part == fold)
-        others = np.flatnonzero(part != fold)
-        calibrators = fit_calibrators(calibration.rows(others if len(others) else own), kinds)
-        found[..., own] = exit_confidences(calibration.rows(own), policy, calibrators)
-    return found
+    folds = np.random.default_rng(0).permutation(calibration.labels.shape[1]) % 5  # [N]
+    confidences = np.empty(calibration.logits.shape[:3])
+    for fold in np.unique(folds):
+        held = np.flatnonzero(folds == fold)
+        others = np.flatnonzero(folds != fold)
+        calibrators = fit_calibrators(calibration.rows(others if len(others) else held), kinds)
+        confidences[..., held] = exit_confidences(calibration.rows(held), policy, calibrators)
+    return confidences

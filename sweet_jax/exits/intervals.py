@@ -50,14 +50,14 @@ def paired_difference(
 
     """
     metric = SINGLE_LABEL.metric(metric)
-    values = [compute_metric(metric, given, targets, classes) for given in (ours, theirs)]
+    values = [compute_metric(metric, side, targets, classes) for side in (ours, theirs)]
     if metric.is_share:
-        right = [metric.row_statistics(given, targets, classes)[:, 0] for given in (ours, theirs)]
+        right = [metric.row_statistics(side, targets, classes)[:, 0] for side in (ours, theirs)]
         low, high = _newcombe(*right)
     else:
         first, counts = distinct_rows(targets, ours, theirs)  # [K]
         drawn = targets[first]
-        pair = [metric.row_statistics(given[first], drawn, classes) for given in (ours, theirs)]
+        pair = [metric.row_statistics(side[first], drawn, classes) for side in (ours, theirs)]
         *sums, totals = draw_sums(counts, *pair, metric.target_statistics(drawn, classes))
         differences = metric.value(sums[0], totals) - metric.value(sums[1], totals)
         low, high = np.quantile(differences, TAILS)

@@ -86,8 +86,8 @@ def make_resolver(
         (half,) = fit_calibrators(halves[0])
     for policy in policies or deployable_policies(calibration):
         name = policy_name(policy)
-        found = calibration_confidences(calibration, policy, (calibrator,))
-        fronts[name] = ParetoFront.from_curve(exact_curve(calibration, found), 0)
+        confidences = calibration_confidences(calibration, policy, (calibrator,))
+        fronts[name] = ParetoFront.from_curve(exact_curve(calibration, confidences), 0)
         if halves is not None and half is not None and is_deployable(policy, calibration):
             losses[name] = _count_losses(policy, half, *halves)
     about = calibration.identity.objective, calibration.metric.name

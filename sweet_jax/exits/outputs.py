@@ -142,14 +142,14 @@ class ExitOutputs:
         """Returns the predictions of each exit; for single-label classification int64 [R, E, N]."""
         return self.objective.predict(self.logits)
 
-    def credit(self, given: np.ndarray, others: np.ndarray) -> np.ndarray:
+    def credit(self, predictions: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Returns how right predictions are compared with other predictions or targets, [..., N].
 
         Returns whether they are the same, bool, or the credit of each row, float from 0 to 1, for
         metrics that define it. Raises UserError for regression.
         """
         measure = self.metric.credit or self.objective.same
-        return measure(given, others)
+        return measure(predictions, others)
 
     def check_same_run(self, others: "ExitOutputs") -> None:
         """Raises UserError if calibration or tuning rows come from another model than these rows.
@@ -205,9 +205,9 @@ class ExitOutputs:
         """Reads a file written by `save`, without unpickling. Raises UserError for other files."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
-            identity = RunIdentity.from_dict(json.loads(str(found.pop("identity", "{}"))))
-            return cls(**found, identity=identity)
+                fields = {name: arrays[name] for name in arrays.files}
+            identity = RunIdentity.from_dict(json.loads(str(fields.pop("identity", "{}"))))
+            return cls(**fields, identity=identity)
         except FileNotFoundError as error:
             raise UserError(f"there are no exit outputs at {str(path)!r}") from error
         except _UNREADABLE as error:

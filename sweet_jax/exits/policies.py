@@ -81,15 +81,15 @@ def load_policy(name: str) -> PolicyFunction:
     if "" not in sys.path:  # installed commands do not search the working directory
         sys.path.append("")
     try:
-        found: Any = functools.reduce(getattr, place.split("."), import_module(module))
-        if not callable(found):
+        function: Any = functools.reduce(getattr, place.split("."), import_module(module))
+        if not callable(function):
             raise TypeError(f"{place} is not a function")
     except Exception as error:  # importing a module can raise anything
         raise UserError(
             f"policy {name!r}: {type(error).__name__}: {one_line(error)}; set policy to "
             "module:function, importable from the working directory"
         ) from error
-    return found
+    return function
 
 
 def policy_rule(policy: str | PolicyFunction) -> Policy:
@@ -106,7 +106,7 @@ def policy_rule(policy: str | PolicyFunction) -> Policy:
     return Policy(_read_outputs, about, needs_probabilities=False)
 
 
-def _read_outputs(given: PolicyInput) -> np.ndarray:
+def _read_outputs(inputs: PolicyInput) -> np.ndarray:
     """Takes the place of a user-defined function, which `exit_confidences` calls instead."""
     raise TypeError("a user-defined policy is a function of (outputs, temperatures)")
 
@@ -157,7 +157,7 @@ def exit_confidences(
         )
     if not isinstance(policy, str) or ":" in policy:
         temperatures = np.stack([c.temperatures for c in calibrators])  # [R, E]
-        found = _call_function(policy, outputs, temperatures)
+        confidences = _call_function(policy, outputs, temperatures)
     else:
         rule, objective = policy_rule(policy), outputs.objective
         if rule.needs_probabilities:
@@ -172,13 +172,13 @@ def exit_confidences(
             raise UserError(f"the policy {policy!r} needs calibration rows: pass them as well")
         learned = [None] * replicas if outputs.exit_scores is None else outputs.exit_scores
         each = zip(outputs.logits, learned, calibrators, strict=True)
-        found = np.stack([rule.confidences(PolicyInput(*one, objective)) for one in each])
-    if found.shape != outputs.logits.shape[:3]:
+        confidences = np.stack([rule.confidences(PolicyInput(*one, objective)) for one in each])
+    if confidences.shape != outputs.logits.shape[:3]:
         raise UserError(
             f"the policy {policy_name(policy)!r} must return confidences [R, E, N] = "
-            f"{outputs.logits.shape[:3]}; got {found.shape}"
+            f"{outputs.logits.shape[:3]}; got {confidences.shape}"
         )
-    return np.minimum(np.where(np.isnan(found), -np.inf, found), LARGEST)
+    return np.minimum(np.where(np.isnan(confidences), -np.inf, confidences), LARGEST)
 
 
 def _call_function(
@@ -193,14 +193,14 @@ def _call_function(
     """
     function = load_policy(policy) if isinstance(policy, str) else policy
     scores = outputs.exit_scores
-    given = UnlabeledOutputs(
+    read_only = UnlabeledOutputs(
         _read_only(outputs.logits),
         _read_only(outputs.layers),
         None if scores is None else _read_only(scores),
         outputs.objective,
     )
     try:
-        return np.asarray(function(given, temperatures), np.float64)
+        return np.asarray(function(read_only, temperatures), np.float64)
     except Exception as error:  # the function can raise anything
         raise UserError(
             f"the policy {policy_name(policy)!r} failed ({type(error).__name__}: "

@@ -46,11 +46,11 @@ class ReliabilityCurve:
         confidence = np.asarray(confidence, np.float64)
         if self.steps:
             at = np.searchsorted(self.x, confidence, side="right") - 1
-            found = self.y[np.clip(at, 0, len(self.y) - 1)]
+            values = self.y[np.clip(at, 0, len(self.y) - 1)]
         else:
-            found = np.interp(confidence, self.x, self.y)
+            values = np.interp(confidence, self.x, self.y)
         # Rounding can make averages and interpolated values exceed 1.
-        return np.where(np.isnan(confidence), np.nan, np.clip(found, 0, 1))
+        return np.where(np.isnan(confidence), np.nan, np.clip(values, 0, 1))
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the entries of exits.json; `from_dict` restores the curve exactly."""

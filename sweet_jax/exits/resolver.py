@@ -81,27 +81,27 @@ class ThresholdResolver:
         Raises UserError as `resolve` does, and also if the target cannot be met; the message then
         names the best reachable value.
         """
-        found = self.resolve(policy, targets, clock)
-        if found.threshold is not None:
-            return found.threshold, found.calibrator
-        if found.certificate is not None:
-            kind, level = found.certificate.kind, found.certificate.level
+        resolution = self.resolve(policy, targets, clock)
+        if resolution.threshold is not None:
+            return resolution.threshold, resolution.calibrator
+        if resolution.certificate is not None:
+            kind, level = resolution.certificate.kind, resolution.certificate.level
             raise UserError(
-                f"infeasible: the best certified is {kind} {found.reachable:.4f} with confidence "
-                f"{level:g}"
+                f"infeasible: the best certified is {kind} {resolution.reachable:.4f} with "
+                f"confidence {level:g}"
             )
-        if np.isnan(found.reachable):
+        if np.isnan(resolution.reachable):
             raise UserError(
                 "infeasible: the training of this model diverged, so no threshold has a metric on "
                 "the calibration rows: train it with a smaller learning rate"
             )
         if targets.get("milliseconds") is not None:
-            best = f"{found.reachable:.2f} milliseconds"
+            best = f"{resolution.reachable:.2f} milliseconds"
         else:
             name = "metric" if targets.get("cost") is None else "cost"
-            best = f"{name} {found.reachable:.4f}"
+            best = f"{name} {resolution.reachable:.4f}"
             if targets.get("error") is not None:
-                best = f"error {-found.reachable:.4g}"
+                best = f"error {-resolution.reachable:.4g}"
         raise UserError(f"infeasible: the best reachable on the calibration rows is {best}")
 
     def resolve(

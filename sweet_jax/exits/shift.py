@@ -39,7 +39,7 @@ def calibration_histograms(front: ParetoFront) -> list[Histogram]:
     This maximum determines whether an example has left by that exit. Its distribution on the
     calibration rows follows from the saved shares that leave at a sample of thresholds.
     """
-    found = []
+    histograms = []
     for reached in np.cumsum(front.left[:, :-1], axis=1).T:  # [Q], P(confidence >= level)
         targets = 1 - np.arange(1, _BINS) / _BINS
         near = np.unique(np.abs(reached - targets[:, None]).argmin(axis=1))
@@ -47,8 +47,8 @@ def calibration_histograms(front: ParetoFront) -> list[Histogram]:
         # Quantiles coincide if confidences are equal; bins without rows are dropped.
         use = np.append(chance[:-1] > chance[1:], True) & (chance > 0) & (chance < 1)
         shares = -np.diff(np.concatenate([[1.0], chance[use], [0.0]]))
-        found.append(Histogram(front.levels[near][use], shares))
-    return found
+        histograms.append(Histogram(front.levels[near][use], shares))
+    return histograms
 
 
 def population_stability_index(expected: np.ndarray, counts: np.ndarray) -> float:

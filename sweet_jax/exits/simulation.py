@@ -120,10 +120,10 @@ def _simulate_one(outputs: ExitOutputs, confidences: np.ndarray, metric: Metric)
 
     def sums(rows: np.ndarray) -> np.ndarray:
         """Sums rows [E, N, S] over the examples, each at its exit: float64 [1 + G, S]."""
-        found = np.zeros((1 + len(move), rows.shape[-1]))
-        np.subtract(rows[leaving, example], rows[leaving + 1, example], out=found[1:], dtype=float)
-        np.cumsum(found, axis=0, out=found)
-        return rows[-1].sum(axis=0) + found[ends]
+        moved = np.zeros((1 + len(move), rows.shape[-1]))
+        np.subtract(rows[leaving, example], rows[leaving + 1, example], out=moved[1:], dtype=float)
+        np.cumsum(moved, axis=0, out=moved)
+        return rows[-1].sum(axis=0) + moved[ends]
 
     targets, classes = outputs.labels[0], outputs.logits.shape[-1]
     statistics = metric.row_statistics(outputs.predictions[0], targets, classes)  # [E, N, S]

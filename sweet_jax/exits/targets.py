@@ -77,11 +77,11 @@ def check_targets(values: Mapping[str, float | None], prefix: str = "") -> None:
         if value is not None and not low <= value <= high:
             allowed = f"from {low:g} to {high:g}" if high < np.inf else f"{low:g} or more"
             raise UserError(f"{prefix}{name} must be {allowed}; got {value:g}")
-    given = [name for name, value in values.items() if value is not None and name != "level"]
-    if len(given) > 1:
-        names = ", ".join(prefix + name for name in given)
-        raise UserError(f"set one target, not {len(given)}: {names}")
-    if values.get("level") is not None and not {"risk", "agreement"} & {*given}:
+    requested = [name for name, value in values.items() if value is not None and name != "level"]
+    if len(requested) > 1:
+        names = ", ".join(prefix + name for name in requested)
+        raise UserError(f"set one target, not {len(requested)}: {names}")
+    if values.get("level") is not None and not {"risk", "agreement"} & {*requested}:
         raise UserError(
             f"{prefix}level applies to certified targets: also set {prefix}risk or "
             f"{prefix}agreement"
