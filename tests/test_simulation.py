@@ -131,7 +131,7 @@ def test_learning_to_exit_equals_brute_force(outputs, data, policy):
 @pytest.mark.parametrize("policy", ["learning_to_exit", "learning_to_exit_min_max"])
 def test_outputs_without_learned_scores_are_refused_in_one_line(policy):
     outputs = ExitOutputs(np.zeros((1, 3, 2)), [0, 1, 1], [2])
-    with pytest.raises(UserError, match="hold no learning-to-exit scores: train with") as error:
+    with pytest.raises(UserError, match="have no learning-to-exit scores: train with") as error:
         simulate(outputs, policy)
     assert "\n" not in str(error.value)
 
