@@ -323,7 +323,7 @@ def test_baselines_of_other_rows_are_refused():
     for given, message in (
         (np.zeros(ROWS + 1, int), "has predictions"),
         (np.zeros((3, ROWS), int), "has predictions"),
-        (np.full(ROWS, 2), "answers classes from 2 on"),
+        (np.full(ROWS, 2), "predicts class 2, but there are only 2 classes"),
     ):
         with pytest.raises(ValueError, match=message):
             shortfall_results(shown, 0, [Baseline("tfidf", given, 0)], "accuracy")
@@ -383,18 +383,18 @@ SEARCHED = {"best_steps": {"exits_1_2_4": [39]}, "rate_search": {"steps": 40}}
     ("given", "name", "advice"),
     [
         ({}, "tfidf", "train longer (epochs=auto), search the learning rate, use head_init=probe "),
-        (FITTED, "tfidf", "the words may be enough here"),
+        (FITTED, "tfidf", "word counts may be enough for this task"),
         (FITTED, "probe_1", "train longer (epochs=auto), search the learning rate, or lower iso"),
         (SEARCHED, "fine_tuned", "lower isolation"),
         (
             FITTED | SEARCHED | {"method": "early_exit"},
             "probe_1",
-            "more labelled rows or a larger checkpoint may help, or leave the exit out (exits)",
+            "more labeled rows or a larger checkpoint may help, or leave the exit out (exits)",
         ),
         (
             FITTED | SEARCHED | {"best_steps": {"exits_1_2_4": [0]}},
             "probe_1",
-            "training changed nothing that was kept",
+            "fine-tuning did not change the saved encoder",
         ),
     ],
 )
@@ -484,9 +484,7 @@ def test_the_page_has_the_table_and_a_line_for_each_exit(analysis, tmp_path):
     assert "100% of the texts leave there at the recommended threshold" in red[0]
     page = body({"threshold": 2.0})  # all texts reach the last exit, whose accuracy is 0.9
     assert '<p class="warning">' not in page
-    assert (
-        "2 exits by themselves are below a baseline; the recommended operating point is not" in page
-    )
+    assert "2 exits alone are below a baseline; the recommended operating point is not" in page
     grey = page.split(start)[1]
     assert "0% of the texts leave there at the recommended threshold" in grey
     assert '<td class="name">frozen encoder + probe at layer 2</td><td>0.500</td>' in page

@@ -242,7 +242,7 @@ def test_the_page_says_what_can_be_certified(report, browser):
             (0.81, 0.84, 0.9),
             "is 0.8100 with exits chosen at random, 0.8400 with confidence",
         ),
-        ((0.81, 0.79, 0.8103), "Here it gains nothing over exits chosen at random"),
+        ((0.81, 0.79, 0.8103), "Here it is no better than choosing exits at random"),
     ],
 )
 def test_the_page_says_how_near_the_oracle_a_policy_is(report, analysis, tmp_path, means, words):
@@ -261,7 +261,7 @@ def test_text_from_data_is_text(report, browser):
     assert NASTY in browser.find_element("css selector", "h1").text
     warning = browser.find_element("css selector", ".warning").text
     assert warning.startswith("collapsed: replica 1 ")
-    assert warning.endswith("exit 2 gives every row the class 'no', since step 7")
+    assert warning.endswith("exit 2 predicts class 'no' for every row, since step 7")
     errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
     assert not errors
 
@@ -422,7 +422,7 @@ def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
         (["--cost=0.5", "--threshold=0.5"], "not allowed with argument"),
         (["--risk=2"], "--risk must be from 0 to 1; got 2"),
         (["--risk=0.1", "--level=1"], "--level must be from 0.5 to 0.9999; got 1"),
-        (["--policy=learning_to_exit"], "hold no learning-to-exit scores: train with"),
+        (["--policy=learning_to_exit"], "have no learning-to-exit scores: train with"),
         (["--output=x.html"], "--output is the page that overlays several runs"),
         (["--run=nowhere"], "'nowhere' is not a finished run"),
     ],
@@ -491,10 +491,10 @@ def test_the_verdict_and_the_second_axis_are_in_milliseconds(report, analysis, t
     )
     assert f"the model is right {right:.1f}% of the time on 300 validation rows" in words
     assert (
-        f" and on average {clock[exits].mean():.3g} ms a text of the median length, instead of 5 ms"
+        f" and on average {clock[exits].mean():.3g} ms per text of median length, instead of 5 ms"
         in words
     )
-    assert f"; all layers give {last:.1f}%: " in words
+    assert f"; with all layers it is {last:.1f}%: " in words
     theirs = 100 * (analysis.validation.labels[best] == 0).mean()
     text = (
         "TF-IDF + logistic regression, the best baseline, is right 50.0% of the time: the model is "
@@ -582,7 +582,7 @@ def test_numbers_that_diverged_are_null_and_everything_is_written(places, tmp_pa
     check_replaceable(tmp_path / "compare.html")
     check_replaceable(tmp_path / "absent.html")
     (tmp_path / "kept.json").write_text("{}")
-    with pytest.raises(UserError, match=r"kept.json' exists, and is not a page of this command"):
+    with pytest.raises(UserError, match=r"kept.json' exists and is not a page of this command"):
         check_replaceable(tmp_path / "kept.json")
     assert "NaN" not in (tmp_path / "compare.html").read_text()
     exits_figure(results)
@@ -635,7 +635,7 @@ def test_the_page_of_a_regression_that_diverged_works(tmp_path, browser):
     browser.get_log("browser")
     browser.get((tmp_path / "report.html").as_uri())
     assert browser.find_element("id", "at-score").text == "\N{EN DASH}"
-    assert ask_page(browser, "cost", 0.5) == "infeasible: its training diverged"
+    assert ask_page(browser, "cost", 0.5) == "infeasible: the training of this replica diverged"
     assert browser.get_log("browser") == []
 
 

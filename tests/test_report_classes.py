@@ -196,7 +196,7 @@ def test_texts_that_were_cut_are_counted_with_their_metric(few, tmp_path):
     page = " ".join((tmp_path / "report.html").read_text().split())
     assert "60 of 240 validation texts (25%) are longer than 16 tokens" in page
     assert f"accuracy is {right[cut].mean():.4f} [" in page
-    assert f"on the 60 cut texts and {right[~cut].mean():.4f} [" in page
+    assert f"on the 60 truncated texts and {right[~cut].mean():.4f} [" in page
 
 
 def test_many_classes_are_listed_by_their_confusions():

@@ -87,7 +87,7 @@ def test_the_report_has_the_times_and_is_written_anew_for_a_target(trained, caps
     monkeypatch.setenv("PATH", "")  # where there is no browser, the picture is drawn
     assert cli.main(["report", str(folder), "--milliseconds=1e-6", "--png"]) == 0
     page = (folder / "report.html").read_text()
-    assert "No threshold gives the best accuracy within 1e-06 ms a text on average: what is" in page
+    assert "No threshold reaches the best accuracy within 1e-06 ms per text on average: the" in page
     assert "<h1>rows.csv " in page
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.endswith(f"first screen: {folder / 'report.png'}\n")
@@ -157,12 +157,12 @@ def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trai
     assert (
         " calibration rows: the best accuracy within 0.7 of the layers, of equals the " in printed
     )
-    assert "by the length and the exit of each of the " in printed
+    assert "estimated from length and exit, the " in printed
     text = recommend(folder, {"milliseconds": 1e6})
     assert re.search(r"ms on average in the model, and 95% of them at most .* ms: the budget", text)
-    assert "the budget of 1e+06 ms on average is kept (0% of the texts take more)" in text
+    assert "the budget of 1e+06 ms on average is kept (0% of the texts take longer)" in text
     page = (folder / "report.html").read_text()
-    assert "Milliseconds are a mean. By the length and the exit of each of " in page
+    assert "Milliseconds are means. Estimated from length and exit, the " in page
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(trained):

@@ -15,8 +15,8 @@ from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.objective import log_softmax
 
 # The four kinds of reliability curve. The PCEE paper does not specify its bins and smoothing: we
-# use ten bins over (1/C, 1), the range of a largest probability, and a Gaussian kernel of half a
-# bin width.
+# use ten bins over (1/C, 1), the range of a largest probability, and a Gaussian kernel whose
+# standard deviation is half a bin.
 CURVES = ("equal_width", "equal_mass", "isotonic", "kernel")
 _BINS = 10
 _KNOTS = 201  # number of knots of the smoothed curve, which is linear between them

@@ -1,8 +1,9 @@
-"""Baselines: what a user would try first, on the validation rows of the report.
+"""Baselines that a user would try first, evaluated on the validation rows of the report.
 
-Names: "majority", "tfidf", "probe_<layer>" (the frozen encoder with a logistic-regression probe at
-that layer) and "fine_tuned" (the plain fine-tuned full model). Of several labels and of numbers
-"constant" and "tfidf_one_vs_rest" or "tfidf_ridge" stand in place of the first two.
+Their names are "majority", "tfidf", "probe_<layer>" (the frozen encoder with a logistic-regression
+probe at that layer) and "fine_tuned" (the plain fine-tuned full model). For multi-label and
+regression objectives, "constant" replaces "majority", and "tfidf_one_vs_rest" or "tfidf_ridge"
+replaces "tfidf".
 
 Shape letters: R replica, N examples, M training examples, K baselines.
 """
@@ -25,21 +26,21 @@ from sweet_jax.objectives import SINGLE_LABEL, Objective
 _TITLES = {
     "majority": "majority class",
     "tfidf": "TF-IDF + logistic regression",
-    "constant": "one answer for all rows",
-    "tfidf_one_vs_rest": "TF-IDF + logistic regression of each label",
+    "constant": "same prediction for all rows",
+    "tfidf_one_vs_rest": "TF-IDF + logistic regression for each label",
     "tfidf_ridge": "TF-IDF + ridge regression",
     "fine_tuned": "plain fine-tuned full model",
 }
-_STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression: the inverse of its penalty
-_USUAL_STRENGTH = 10.0  # without tuning rows
-# Bounds on time and memory for any data; none applies to a few thousand rows.
-_ROWS = 50_000  # fitted or tuned on
-_CHARACTERS = 20_000_000  # of these rows together
-_LONGEST = 5_000  # characters of one text that are read: an encoder's 512 tokens are about 2,500
-_FEATURES = 200_000  # of all columns together
-_WEIGHTS = 2_000_000  # of all classes together: L-BFGS keeps some 25 copies
-_WORK = 20_000_000_000  # products of features and classes: a bound on L-BFGS's iterations
-_AT_ONCE = 10_000  # rows that are turned into features to be predicted
+_STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression, the inverse of its penalty
+_USUAL_STRENGTH = 10.0  # used without tuning rows
+# Bounds on time and memory for large data sets; a few thousand rows stay below all of them.
+_ROWS = 50_000  # maximum number of rows to fit or tune on
+_CHARACTERS = 20_000_000  # maximum number of characters of these rows
+_LONGEST = 5_000  # characters read per text; an encoder's 512 tokens are about 2,500
+_FEATURES = 200_000  # maximum number of features of all columns
+_WEIGHTS = 2_000_000  # maximum number of weights; L-BFGS keeps about 25 copies
+_WORK = 20_000_000_000  # products of features and classes, which bounds L-BFGS's iterations
+_AT_ONCE = 10_000  # number of rows to predict at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,12 +49,13 @@ class Baseline:
 
     Attributes:
       name: one of the names above; any other name is shown unchanged.
-      predictions: of the objective: class indices, int64 [R, N], where [N] stands for [1, N], the
-        same for all replicas; labels, bool [R, N, C]; numbers, float32 [R, N].
+      predictions: predictions of the objective: class indices int64 [R, N], labels bool [R, N, C],
+        or numbers float32 [R, N]. R may be 1 if they are the same for all replicas; class indices
+        may also be [N].
       cost: share of the full model's layers; 0 without an encoder.
 
     Raises:
-      ValueError: predictions that are no class indices of such a shape, or a negative cost.
+      ValueError: predictions have another shape or type, or cost is negative.
 
     """
 
@@ -77,7 +79,7 @@ class Baseline:
         object.__setattr__(self, "predictions", given.astype(dtype))
 
     def for_replica(self, replica: int) -> np.ndarray:
-        """Returns the predictions of one replica, of classes int64 [N]."""
+        """Returns the predictions of one replica; class indices are int64 [N]."""
         return self.predictions[replica if len(self.predictions) > 1 else 0]
 
 
@@ -90,9 +92,9 @@ def baseline_title(name: str) -> str:
 def constant_predictions(
     targets: np.ndarray, n: int, classes: int, objective: Objective = SINGLE_LABEL
 ) -> np.ndarray:
-    """Returns the best prediction without features for targets [M, ...], n times: [n, ...].
+    """Returns the best prediction without features for targets [M, ...], repeated n times.
 
-    Of classes the most frequent, the first of equals, int64.
+    For classes it is the most frequent class, the first among ties, int64 [n].
     """
     one = np.asarray(objective.linear.constant(targets, classes))
     return np.broadcast_to(one, (n, *one.shape)).copy()
@@ -109,30 +111,31 @@ def tfidf_predictions(
 ) -> np.ndarray:
     """Predicts the classes of texts by logistic regression on TF-IDF features, int64 [N].
 
-    Of another objective its targets [N, ...], by its own linear model (`LinearModel.text_model`).
+    For other objectives, predicts their targets [N, ...] with their linear model, see
+    `LinearModel.text_model`.
 
-    Words and pairs of neighbouring words, with sublinear frequencies. The two texts of a pair have
-    features of their own: a word of the hypothesis says something else than in the premise, and no
-    pair of words reaches over the border. C is the one of 1, 10 and 100 with the best accuracy (of
-    other objectives: their first metric) on the tuning rows, the smallest of equals; 10 without
-    such rows.
+    Features are words and pairs of adjacent words, with sublinear frequencies. The two texts of a
+    pair have separate features, since a word of the hypothesis means something else than in the
+    premise, and no pair of words spans both texts. C is the value of 1, 10 and 100 with the best
+    accuracy (for other objectives, their first metric) on the tuning rows, the smallest among ties;
+    10 without tuning rows.
 
-    Bounded for data of any size: fitted on at most 50,000 rows, drawn with a fixed seed, and on
-    20 million characters; 5,000 characters of a text are read; at most 200,000 features, fewer with
-    more than ten classes. That is about 1 GB and two minutes of one core at worst, and then the
-    time to predict, in proportion to N.
+    Time and memory are bounded for data of any size: the model is fitted on at most 50,000 rows,
+    drawn with a fixed seed, and 20 million characters. It reads 5,000 characters per text and has
+    at most 200,000 features, fewer with more than ten classes. This takes at most about 1 GB and
+    two minutes on one core, and prediction takes time proportional to N.
 
-    Where the training rows are of one class or hold no word, the answer is their majority class.
-    Words are what scikit-learn takes for words, two letters or more between boundaries: a weak
+    If the training rows have a single class or contain no words, predicts their majority class.
+    Words are those of scikit-learn, two or more letters between boundaries, so this is a weak
     baseline for languages written without spaces.
 
     Args:
-      train_texts: M tuples of one text, or of two for pairs.
-      train_labels: targets of the objective, of classes int [M].
-      texts: N tuples, as many texts each as in the training rows.
-      tuning: (texts, labels int) of rows to choose C on, not trained on and not reported.
-      seed: of the draw of training rows.
-      objective: of the targets.
+      train_texts: M tuples of one text each, or of two texts for pairs.
+      train_labels: targets of the training rows; for single-label classification int [M].
+      texts: N tuples with as many texts each as in the training rows.
+      tuning: (texts, targets) of rows on which C is chosen, neither trained on nor reported.
+      seed: random seed of the draw of training rows.
+      objective: objective that defines the targets.
 
     """
     use = _drawn(train_texts, seed)
@@ -158,7 +161,7 @@ def tfidf_predictions(
         rows, truth = _features(fitted, [tuning[0][i] for i in held]), np.asarray(tuning[1])[held]
         metric = objective.metrics[0]
         models = [fit(strength) for strength in _STRENGTHS]
-        # The first, of equals.
+        # max() returns the first among ties.
         model = max(models, key=lambda m: compute_metric(metric, predict(m, rows), truth, outputs))
     else:
         model = fit(_USUAL_STRENGTH)
@@ -167,10 +170,10 @@ def tfidf_predictions(
 
 
 def _fit_model(model: Any, features: Any, labels: np.ndarray) -> Any:
-    """Fits a linear model, without its warnings.
+    """Fits a linear model without warnings that users cannot act on.
 
-    Close to the optimum the predictions are the same; users cannot act on that warning, nor on that
-    of a label that all rows lack.
+    They concern convergence, although predictions near the optimum are the same, and labels that no
+    row has.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -178,7 +181,7 @@ def _fit_model(model: Any, features: Any, labels: np.ndarray) -> Any:
 
 
 def _drawn(texts: Sequence[tuple[str, ...]], seed: int) -> np.ndarray:
-    """Returns the indices of the rows to fit on, ascending: all, or a sample within the bounds."""
+    """Returns the ascending indices of the rows to fit on: all, or a sample within the bounds."""
     order = np.random.default_rng(seed).permutation(len(texts))[:_ROWS]
     size = np.cumsum([sum(min(len(text), _LONGEST) for text in texts[i]) for i in order])
     return np.sort(order[: max(1, int((size <= _CHARACTERS).sum()))])
@@ -190,7 +193,7 @@ def _columns(texts: Iterable[tuple[str, ...]]) -> list[list[str]]:
 
 def _fit_features(texts: Sequence[tuple[str, ...]], classes: int) -> list[Any]:
     """Fits a vectorizer for each text column; None for a column without words."""
-    # Imported here: it takes a second, and reading a finished run does not need it.
+    # Imported here because it takes a second, and reading a finished run does not need it.
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     columns = _columns(texts)
@@ -198,7 +201,7 @@ def _fit_features(texts: Sequence[tuple[str, ...]], classes: int) -> list[Any]:
     fitted = []
     for column in columns:
         found = None
-        # Of many rows, drop terms that occur in one row only, unless none is left.
+        # With many rows, drop terms that occur in a single row, unless that drops all terms.
         for least in (2, 1) if len(texts) >= 1000 else (1,):
             vectorizer = TfidfVectorizer(
                 ngram_range=(1, 2), sublinear_tf=True, min_df=least, max_features=most
@@ -206,7 +209,7 @@ def _fit_features(texts: Sequence[tuple[str, ...]], classes: int) -> list[Any]:
             try:
                 found = vectorizer.fit(column)
                 break
-            except ValueError:  # no word is left
+            except ValueError:  # there are no words
                 continue
         fitted.append(found)
     return fitted
@@ -221,10 +224,10 @@ def _features(fitted: Sequence[Any], texts: Sequence[tuple[str, ...]]) -> Any:
 
 
 def save_baselines(path: str | Path, baselines: Sequence[Baseline]) -> None:
-    """Writes baselines of the same rows as one .npz, whole or not at all.
+    """Writes baselines for the same rows to one .npz file, atomically.
 
-    Names [K], cost float64 [K] and predictions [K, R, N, ...], of classes int32. Raises ValueError
-    for none, or where their shapes do not fit each other.
+    The file holds names [K], cost float64 [K] and predictions [K, R, N, ...], int32 for classes.
+    Raises ValueError for an empty list, or if the shapes are not compatible.
     """
     given = np.stack(np.broadcast_arrays(*(b.predictions for b in baselines)))  # [K, R, N]
     arrays = {
@@ -236,7 +239,7 @@ def save_baselines(path: str | Path, baselines: Sequence[Baseline]) -> None:
 
 
 def load_baselines(path: str | Path) -> list[Baseline]:
-    """Reads what `save_baselines` wrote, without unpickling. Raises UserError for other files."""
+    """Reads a file written by `save_baselines`, without unpickling. Raises UserError otherwise."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             columns = [arrays[name] for name in ("names", "predictions", "cost")]

@@ -1,7 +1,7 @@
 "use strict";
-// Draws a chart as inline SVG: axes, lines, bands, markers, a legend whose entries show and hide.
-// spec: {title, x, y, traces, zero, top: {title, points: [[x, value]]}, height, square}; traces are
-// those of traces.py. Returns {update(number, changes), traces}; an element's is element.chart.
+// Draws a chart as inline SVG: axes, lines, bands, markers, and a legend that shows or hides traces.
+// spec: {title, x, y, traces, zero, top: {title, points: [[x, value]]}, height, square, legend};
+// traces are those of traces.py. Returns {update(changes), traces}, also kept as element.chart.
 
 const SVG = "http://www.w3.org/2000/svg";
 const DASHES = {solid: "", dot: "1 4", dash: "6 4", dashdot: "8 3 1 3"};
@@ -27,7 +27,7 @@ function node(parent, name, attributes, text) {
   return made;
 }
 
-// Round numbers between two, about so many.
+// Returns about `count` round numbers between low and high, with their text.
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].find(s => s * power >= rough) * power;
@@ -58,8 +58,8 @@ function chart(element, spec) {
   tip.className = "tip";
   tip.hidden = true;
   element.append(legend, tip);
-  let drawn = null, groups = [], points = [];  // of each trace: what it is drawn in, [pixel x, pixel y, words]
-  let wide = element.clientWidth;  // kept: to ask for it lays the page out anew
+  let drawn = null, groups = [], points = [];  // groups and points of each trace: SVG group, [pixel x, pixel y, index]
+  let wide = element.clientWidth;  // cached, since reading it triggers a layout of the page
 
   function frame() {
     const width = Math.max(240, wide), height = spec.height || (spec.square ? width : 400);
@@ -90,7 +90,7 @@ function chart(element, spec) {
     side.setAttribute("transform", `translate(13 ${(f.above + f.below) / 2}) rotate(-90)`);
     if (!spec.top) return;
     text((f.left + f.right) / 2, 14, spec.top.title);
-    let free = -Infinity;  // exits close to one another would overlap
+    let free = -Infinity;  // labels of exits close to each other would overlap
     for (const [at, value] of spec.top.points) {
       node(svg, "line", {class: "tick", x1: f.px(at), x2: f.px(at), y1: f.above - 6, y2: f.above});
       if (f.px(at) < free) continue;
@@ -191,7 +191,7 @@ function chart(element, spec) {
   draw();
   element.chart = {
     traces,
-    update(changes) {  // {number of a trace: {x, y, text}}, drawn once
+    update(changes) {  // {index of a trace: {x, y, text}}, drawn once
       for (const [number, values] of Object.entries(changes)) Object.assign(traces[number], values);
       const f = frame(), same = [...f.x, ...f.y].every((v, i) => v === [...drawn.x, ...drawn.y][i]);
       if (!same) return draw();

@@ -1,4 +1,4 @@
-"""Charts of the page as JSON, which charts.js draws; the page fills in what its slider changes.
+"""Charts of the page as JSON, which charts.js draws and page.js updates with the slider.
 
 Shape letters: E exit.
 """
@@ -24,7 +24,7 @@ COST_AXIS = "share of the full model's layers"
 def make_chart(
     title: str, x: str, y: str, traces: Sequence[Trace | None], **options: Any
 ) -> dict[str, Any]:
-    """Returns a chart: titles, traces without None, and options that charts.js describes."""
+    """Returns a chart with titles, the traces that are not None, and options (see charts.js)."""
     return {
         "title": title,
         "x": x,
@@ -35,7 +35,7 @@ def make_chart(
 
 
 def _trace(trace: Trace) -> dict[str, Any]:
-    """Returns the fields of a trace that say something, numbers rounded, None for not finite."""
+    """Returns the non-default fields of a trace, with rounded numbers; None if not finite."""
     values = {k: v for k, v in dataclasses.asdict(trace).items() if v != () and v is not False}
     for name in ("x", "y", "low"):
         numbers = np.asarray(values.get(name, ()), np.float64)  # NaN for None
@@ -49,10 +49,10 @@ def curve_chart(
 ) -> dict[str, Any]:
     """Returns the chart of the metric against cost.
 
-    Its traces are 0 the curve, 1 the paper's grid, 2 single exits, 3 the recommended point, 4 the
-    slider's, then the bounds in the order of BOUNDS, all of which the page fills in; then the
-    baselines, and the band of several seeds. A second x axis has the milliseconds of each exit at
-    its share of the layers, linear between: what a text takes that goes no further.
+    The traces are, in order: 0 the curve, 1 the paper's grid, 2 single exits, 3 the recommended
+    point, 4 the slider's point, the bounds in the order of BOUNDS, the baselines, and the band of
+    several seeds. The page fills in all traces up to the bounds. A second x axis shows the
+    milliseconds of a text that leaves at each exit, at the exit's share of the layers.
     """
     exits = results["replicas"][results["best_replica"]]["individual"]
     curve = Trace("every threshold", "#21918c", dash="solid", steps=True)

@@ -1,4 +1,4 @@
-"""Classes and single texts in a report: precision, recall, confusions, exits, mistakes.
+"""Results per class and per text in a report: precision, recall, confusions, exits, mistakes.
 
 Shape letters: N validation rows, E exit, C classes, V categorical variables with K outcomes each.
 """
@@ -15,11 +15,11 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.reliability import calibration_error_by_outcome
 from sweet_jax.objectives.objective import log_softmax
 
-_SHOWN = 20  # classes that are listed at once
-_MATRIX = 12  # up to so many classes the confusion matrix is drawn
-_PAIRS = 20  # of classes that are confused most, where there are more
-_TEXTS = 50
-_CHARACTERS = 400  # of a text
+_SHOWN = 20  # number of classes that are shown at once
+_MATRIX = 12  # maximum number of classes for which the confusion matrix is drawn
+_PAIRS = 20  # maximum number of pairs of confused classes that are listed
+_TEXTS = 50  # maximum number of texts in each list
+_CHARACTERS = 400  # characters shown of a text
 
 
 def class_report(
@@ -31,22 +31,24 @@ def class_report(
     """Describes each class and the worst mistakes of a replica at a threshold.
 
     Args:
-      analysis: of the run.
-      replica: its number.
-      threshold: of the run's own policy; infinity for the last exit alone.
-      texts: of the validation rows [N]; None leaves the mistakes out.
+      analysis: analysis of the run.
+      replica: index of the replica.
+      threshold: threshold of the run's own policy; infinity for the last exit alone.
+      texts: texts of the validation rows [N]; None to omit the mistakes.
 
     Returns:
-      None where the outputs are not of classes or labels. Else a dict: "classes" lists number,
-      name, support, precision, recall, f1, shares (of the rows that leave at each exit; None
-      without rows), and last, the precision, recall and f1 of the last exit; the least f1 first.
-      "matrices", the confusion matrices at the threshold and of the last exit as lists (row:
-      label), or None for many classes and where rows have several labels; "pairs" lists cell (its
-      place in a matrix, row by row), label, prediction, count and last (the last exit's count) of
-      the most frequent confusions; "mistakes" and "suspects" list label, prediction, probability,
-      layer and text of the most confident mistakes, and of those among them that every exit makes;
-      "calibration" lists name, support, probability (the mean over rows), share (of the rows that
-      have it) and error of each class by the last exit's calibrated probabilities, the largest
+      None if the outputs are not classes or labels, otherwise a dict:
+      "classes" lists the number, name, support, precision, recall, f1 and shares of each class
+      (shares: of its rows that leave at each exit, None without rows), and under "last" the
+      precision, recall and f1 of the last exit; smallest f1 first.
+      "matrices" holds the confusion matrices at the threshold and of the last exit as lists (rows:
+      labels); None for many classes and for multi-label classification.
+      "pairs" lists the cell (its index in the flattened matrix), label, prediction, count and last
+      (the last exit's count) of the most frequent confusions.
+      "mistakes" lists the label, prediction, probability, layer and text of the most confident
+      mistakes; "suspects" lists the same for mistakes that every exit makes.
+      "calibration" lists the name, support, probability (mean over rows), share (of rows with the
+      class) and error of each class, for the calibrated probabilities of the last exit; largest
       calibration error first.
 
     """
@@ -88,10 +90,10 @@ def _mistakes(
     """Returns "mistakes" and "suspects", see `class_report`.
 
     Args:
-      rows: of one replica.
+      rows: outputs of one replica.
       exits: index of the exit that each row takes, int [N].
-      temperatures: of each exit, float64 [E], NaN where it diverged.
-      texts: of the rows [N].
+      temperatures: temperature of each exit, float64 [E]; NaN if it diverged.
+      texts: texts of the rows [N].
 
     """
     names, labels, each = _shown_names(rows), rows.labels[0], rows.predictions[0]
@@ -126,7 +128,7 @@ def _mistakes(
 
 
 def _probabilities(logits: np.ndarray, rows: ExitOutputs) -> np.ndarray:
-    """Returns the probability of each row's answer, float64 [N], by calibrated logits [N, C]."""
+    """Returns the probability of each row's answer, float64 [N], from calibrated logits [N, C]."""
     with np.errstate(invalid="ignore"):  # logits that diverged give NaN
         found = rows.objective.probabilities(logits)  # [N, C]
     if rows.labels.ndim == 2:
@@ -144,11 +146,11 @@ def _class_rows(
     """Returns a dict for each class, see `class_report`.
 
     Args:
-      labels: int [N]; of several labels bool [N, C].
-      answers: predictions at the threshold and of the last exit, likewise.
+      labels: targets of the rows, int [N], or bool [N, C] for multi-label classification.
+      answers: predictions at the threshold and of the last exit, each shaped like labels.
       exits: index of the exit that each row takes, int [N].
-      count: of exits, E.
-      names: of the classes [C].
+      count: number of exits, E.
+      names: names of the classes [C].
 
     """
     numbers = np.arange(len(names))
@@ -171,11 +173,11 @@ def _class_rows(
 
 
 def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, Any]]:
-    """Returns "calibration", see `class_report`; [] where the last exit diverged.
+    """Returns "calibration", see `class_report`; [] if the last exit diverged.
 
     Args:
-      rows: of one replica.
-      temperature: of the last exit.
+      rows: outputs of one replica.
+      temperature: temperature of the last exit.
 
     """
     variables, logits = rows.objective.categorical, rows.logits[0, -1].astype(np.float64)
@@ -183,7 +185,9 @@ def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, A
         return []
     each = np.exp(log_softmax(variables.logits(logits / temperature)))  # [N, V, K]
     outcomes = variables.outcomes(rows.labels[0])  # [N, V]
-    several = rows.labels[0].ndim == 2  # a class is a variable of its own: its outcome is 1
+    several = (
+        rows.labels[0].ndim == 2
+    )  # each label is a variable, and is present if its outcome is 1
     place = np.s_[:, 1] if several else np.s_[0]
     errors = calibration_error_by_outcome(each, outcomes)[place]  # [C]
     mean = each.mean(axis=0)[place]  # [C]
@@ -204,7 +208,7 @@ def _calibration_rows(rows: ExitOutputs, temperature: float) -> list[dict[str, A
 def _confused_pairs(
     matrix: np.ndarray, last: np.ndarray, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Returns the most frequent confusions of a matrix [C, C], with those of the last exit's."""
+    """Returns the most frequent confusions of a matrix [C, C], with the last exit's counts."""
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS]
     cells = zip(*np.unravel_index(order, wrong.shape), strict=True)

@@ -20,15 +20,15 @@ _TITLE = "sweet_jax: runs compared"
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises UserError for a file that is no such page, OSError for one that cannot be read."""
+    """Raises UserError for a file that is not a comparison page, OSError if it cannot be read."""
     if not path.exists():
         return
     with path.open("rb") as file:
         beginning = file.read(1000)
     if f"<title>{_TITLE}</title>".encode() not in beginning:
         raise UserError(
-            f"--output {str(path)!r} exists, and is not a page of this command: choose another, or "
-            "remove it"
+            f"--output {str(path)!r} exists and is not a page of this command: choose another path "
+            "or remove the file"
         )
 
 
@@ -36,9 +36,9 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
     """Writes one page that overlays the curves of several runs, (name, analysis) each.
 
     A run's line is the mean over the replicas of its chosen learning rate, read at common costs,
-    with a band from the lowest to the highest of them; the means of its floor and of its stable
-    oracle in the same color are hidden until their names are clicked. A run that spends the same on
-    every text, such as one with a single exit, is a point.
+    with a band from the lowest to the highest replica. The means of its floor and of its stable
+    oracle have the same color and are hidden until their names are clicked. A run with the same
+    cost for every text, such as one with a single exit, is a point.
     """
     traces: list[Trace | None] = []
     rows = []

@@ -8,13 +8,15 @@ from sweet_jax.report.baselines import baseline_title
 
 
 def format_number(value: float | None) -> str:
-    """Returns a number with four decimals, a dash where there is none, as of what diverged."""
+    """Returns a number with four decimals, or a dash for None and numbers that are not finite."""
     return "\N{EN DASH}" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
 def exit_table(results: Mapping[str, Any]) -> str:
-    """Formats the best replica's exits, the baselines, the threshold that keeps the full score, and
-    the mean over seeds.
+    """Formats the table of exits that training prints.
+
+    It lists the best replica's exits, the baselines, the threshold that keeps the full model's
+    metric, and the mean over seeds.
     """
     replica = results["replicas"][results["best_replica"]]
     metric, mean = results["metric"], results["mean"]
@@ -30,7 +32,7 @@ def exit_table(results: Mapping[str, Any]) -> str:
     keep = replica["full_score"]
     if keep is not None:
         cost, value = keep["validation"]
-        shown = keep.get("text", keep["threshold"])  # older runs have no text
+        shown = keep.get("text", keep["threshold"])  # results of older versions have no text
         lines.append(
             f"threshold {shown}, the cheapest that kept full {metric} on "
             f"{results['n']['calibration']} {fitted_rows(results)}: {format_number(value)} at cost "
@@ -45,18 +47,18 @@ def exit_table(results: Mapping[str, Any]) -> str:
         )
         lines.append(
             f"mean of {len(mean['seeds'])} seeds at learning rate {mean['learning_rate']:g}, with "
-            f"95% interval: {each}"
+            f"95% intervals: {each}"
         )
     return "\n".join(heading + lines)
 
 
 def exit_lines(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
-    """Formats what `individual_exits` returns, under a heading."""
+    """Formats the result of `individual_exits`, under a heading."""
     return _table("exit", [(str(row["layer"]), row) for row in rows], metric, ">")
 
 
 def baseline_lines(rows: Mapping[str, Mapping[str, Any]], metric: str) -> list[str]:
-    """Formats `baselines` of results.json, under a heading; no lines where there are none."""
+    """Formats `baselines` of results.json, under a heading; no lines without baselines."""
     named = [(baseline_title(name), row) for name, row in rows.items()]
     return _table("baseline", named, metric, "<") if named else []
 
@@ -83,19 +85,19 @@ def _table(
 
 
 def other_measures(row: Mapping[str, Any], metric: str) -> list[str]:
-    """Returns the names of a row's `measures` but the metric's own; [] where it has none."""
+    """Returns the names of a row's `measures` except the metric's own; [] if there are none."""
     same = metric.removeprefix("neg_")
     return [name for name in row.get("measures", {}) if name != same]
 
 
 def fitted_rows(results: Mapping[str, Any]) -> str:
-    """Names the rows that temperatures and thresholds were fitted on."""
+    """Returns the name of the rows that temperatures and thresholds were fitted on."""
     held_out = results["fitted_on"] == "held_out"
     return "calibration rows" if held_out else "validation rows (the preset's choice)"
 
 
 def describe_divergence(row: Mapping[str, Any]) -> str:
-    """Describes in one line a replica's exit that collapsed or diverged."""
+    """Describes, in one line, an exit of a replica that collapsed or diverged."""
     since = "" if row["step"] is None else f", since step {row['step']}"
     who = (
         f"replica {row['replica']} (seed {row['seed']}, learning rate {row['learning_rate']:g}), "
@@ -103,6 +105,5 @@ def describe_divergence(row: Mapping[str, Any]) -> str:
     )
     what, _, name = row["what"].partition(" to ")
     if what == "collapsed":
-        given = name.replace("class ", "the class ", 1)
-        return f"collapsed: {who} gives every row {given}{since}"
+        return f"collapsed: {who} predicts {name} for every row{since}"
     return f"diverged: {who}: {row['what']}{since}"

@@ -1,4 +1,4 @@
-"""Details that a report shows beside saved outputs: texts, times, baselines, the point asked for.
+"""Details that a report shows in addition to saved outputs: texts, times, baselines, the target.
 
 Shape letters: N validation rows, E exit.
 """
@@ -19,16 +19,16 @@ from sweet_jax.report.baselines import Baseline
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExitTimes:
-    """Holds the measured time until each exit of one text by itself.
+    """Holds the measured time until each exit for a single text.
 
     Attributes:
-      milliseconds: float64 [E], until each exit has answered.
-      tokens: of the text, padded.
-      machine: that it was measured on, with the engine.
-      slow: milliseconds of a long text through all layers; None where its length was not measured.
-      slow_tokens: of that text: 95% of the texts have no more.
-      by_text: float64 [N, E], predicted for each validation text at its own length; None where
-        the texts are not there.
+      milliseconds: time until each exit has answered, float64 [E].
+      tokens: number of tokens of the text, including padding.
+      machine: machine on which the time was measured, and the engine.
+      slow: milliseconds of a long text through all layers; None if that length was not measured.
+      slow_tokens: number of tokens of that text, which 95% of the texts do not exceed.
+      by_text: predicted milliseconds until each exit for each validation text at its own length,
+        float64 [N, E]; None if the texts are not available.
 
     """
 
@@ -42,19 +42,19 @@ class ExitTimes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReportDetails:
-    """Holds what a report shows that does not follow from its outputs.
+    """Holds the contents of a report that cannot be computed from saved outputs.
 
     Attributes:
-      title: of the page; empty for the task's name.
-      texts: of the validation rows [N]; None leaves single texts out.
-      times: None where none were measured.
-      baselines: with their predictions on the validation rows.
-      cut: whether a validation text is longer than the model reads, bool [N]; None: not known.
-      max_length: tokens that it reads.
-      target: of the operating point that is recommended: cost, accuracy, error, milliseconds (with
-        times) or threshold; empty for the cheapest that keeps the last exit's metric on
-        calibration rows.
-      split: where the validation rows are from; "" where they were given.
+      title: title of the page; empty for the task's name.
+      texts: texts of the validation rows [N]; None to omit single texts.
+      times: measured times; None if there are none.
+      baselines: baselines with their predictions on the validation rows.
+      cut: whether each validation text is truncated, bool [N]; None if unknown.
+      max_length: maximum number of tokens that the model reads.
+      target: target of the recommended operating point: cost, accuracy, error, milliseconds
+        (requires times) or threshold. If empty, the cheapest threshold that keeps the last exit's
+        metric on calibration rows is recommended.
+      split: description of how the validation rows were drawn; "" if they have their own file.
 
     """
 
@@ -69,7 +69,7 @@ class ReportDetails:
 
 
 def describe_split(config: Config) -> str:
-    """Says how the validation rows were drawn from a file of one's own; "" where it was another."""
+    """Describes how validation rows were drawn from the user's file; "" if they were not."""
     if not config.data_files or "," in config.data_files:
         return ""
     strata = OBJECTIVES[config.objective].column.strata_name
@@ -80,9 +80,9 @@ def describe_split(config: Config) -> str:
 
 
 def report_title(config: Config) -> str:
-    """Returns the name of the file of a run on one's own data, which says more than its task.
+    """Returns the file name of a run on the user's own data; "" for other runs.
 
-    With its folder where it is called like any other.
+    Common names, such as train.csv, are prefixed with their folder.
     """
     path = PurePath(config.data_files.partition(",")[0].partition("+")[0])
     if config.task != OWN_DATA["task"] or path.parent.name == RUN_ROWS:
@@ -96,9 +96,9 @@ def recommended_threshold(
 ) -> tuple[float, bool]:
     """Returns the threshold that a report recommends, and whether it meets the target.
 
-    Where the target cannot be met, the one that there would be without; where there is none either,
-    infinity: all layers. Raises UserError for a target out of its range, or milliseconds without
-    times.
+    If the target cannot be met, returns the threshold that would be chosen without a target. If
+    there is none either, returns infinity, which runs all layers. Raises UserError for a target out
+    of range, or for milliseconds without times.
     """
     clock = None if details.times is None else details.times.milliseconds
     resolver = analysis.resolver(replica)

@@ -26,7 +26,7 @@ from sweet_jax.report.traces import (
     seed_band,
 )
 
-# Matplotlib's names for those of traces.
+# Matplotlib's names for the markers and dashes of traces.
 _MARKERS = {
     "": "",
     "circle": "o",
@@ -54,7 +54,7 @@ def write_figures(
         "curve": curve_figure(analysis, results),
         "exits": exits_figure(results),
     }
-    if traces := reliability_traces(analysis, best):  # a regression has no confidences
+    if traces := reliability_traces(analysis, best):  # empty for regression
         figures["reliability"] = reliability_figure(traces)
     figures["loss"], axes = _figure("", *LOSS_AXES)
     _plot(axes, loss_traces(metrics, best, trainings))
@@ -71,8 +71,10 @@ def write_figure(folder: Path, name: str, figure: Figure) -> None:
 
 
 def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
-    """Draws the metric against cost: the best replica's exact curve, its single exits and the
-    paper's grid, the band of several seeds, the bounds, and the baselines.
+    """Draws the metric against cost.
+
+    The figure shows the best replica's exact curve, its single exits, the paper's grid, the band of
+    several seeds, the bounds and the baselines.
     """
     figure, axes = _figure(
         f"{results['task']}, {results['method']}",
@@ -93,14 +95,14 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     _plot(axes, [*operating_point_traces(results), *bound_traces(results), *baselines])
     if baselines:
         axes.set_xlim(left=0)
-    # Below the axes: inside them it would cover a baseline's mark.
+    # Inside the axes, the legend would cover the markers of baselines.
     axes.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.set_size_inches(6.4, 5.4)
     return figure
 
 
 def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
-    """Draws traces, markers above lines; of what is far below the rest, only the name and value."""
+    """Draws traces, with markers above lines; traces far below the others only have a legend."""
     for trace in traces:
         points: tuple[Sequence[float], Sequence[float]] = (trace.x, trace.y)
         label = trace.name
@@ -116,12 +118,12 @@ def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
             markersize=0.7 * trace.size,
             zorder=4 if trace.symbol else 2,
             fillstyle="none" if trace.symbol == "ring" else "full",
-            clip_on=not trace.symbol,  # at cost 0 a marker reaches beyond the axis
+            clip_on=not trace.symbol,  # at cost 0 a marker extends beyond the axis
         )
 
 
 def reliability_figure(diagrams: Mapping[str, Sequence[Trace]]) -> Figure:
-    """Draws the reliability diagram of each exit in axes of its own."""
+    """Draws the reliability diagram of each exit in its own axes."""
     columns = max(1, min(4, len(diagrams)))
     rows = -(-max(1, len(diagrams)) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
@@ -140,7 +142,7 @@ def reliability_figure(diagrams: Mapping[str, Sequence[Trace]]) -> Figure:
 def exits_figure(results: Mapping[str, Any]) -> Figure:
     """Draws the metric of every exit of the best replica, with its 95% interval over rows.
 
-    An exit that diverged and has none keeps its place.
+    An exit that diverged has no marker but keeps its tick.
     """
     metric = f"{results['metric']} (n = {results['n']['validation']})"
     figure, axes = _figure("each exit alone, 95% interval over rows", "", metric)
@@ -158,7 +160,7 @@ def exits_figure(results: Mapping[str, Any]) -> Figure:
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    # A data set's name may hold $, which matplotlib would read as mathematics.
+    # The name of a data set may contain $, which matplotlib would parse as math.
     axes.set_title(title, parse_math=False)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -1,4 +1,4 @@
-"""A picture of the report's first screen: by Chromium where there is one, else by matplotlib."""
+"""A picture of the report's first screen, by Chromium if available, otherwise by matplotlib."""
 
 import shutil
 import subprocess
@@ -19,8 +19,8 @@ from sweet_jax.report.verdict import describe_training, verdict
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _SIZE = "1200,900"  # pixels
-_SECONDS = 60  # for the browser to start and draw
-# Nothing but the page: no network, no profile of the user's, no scroll bars in the picture.
+_SECONDS = 60  # time limit for the browser to start and draw
+# No network, no user profile, and no scroll bars in the picture.
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
@@ -29,7 +29,7 @@ _FLAGS = (
 
 
 def photograph_page(page: Path, picture: Path) -> bool:
-    """Takes a PNG of the top of a page with Chromium; returns whether there was one that could."""
+    """Writes a PNG of the top of a page with Chromium; returns whether that succeeded."""
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser is None:
         return False
@@ -51,7 +51,7 @@ def photograph_page(page: Path, picture: Path) -> bool:
 def draw_first_screen(
     picture: Path, analysis: Analysis, results: Mapping[str, Any], details: ReportDetails
 ) -> None:
-    """Draws what the first screen says, and the curve, as a PNG."""
+    """Draws the text of the first screen and the curve as a PNG."""
     best = results["best_replica"]
     threshold, _ = recommended_threshold(analysis, best, details)
     words = [
@@ -64,7 +64,7 @@ def draw_first_screen(
     point = row.cost[best, 0], row.score[best, 0]
     axes.plot(*point, "o", color="#c0392b", fillstyle="none", markersize=12, markeredgewidth=2)
     if details.times is not None and len(analysis.validation.cost) > 1:
-        above = axes.secondary_xaxis("top")  # linear between the exits: see `curve_chart`
+        above = axes.secondary_xaxis("top")  # see `curve_chart`
         above.set_xticks(analysis.validation.cost, [f"{v:.3g}" for v in details.times.milliseconds])
         above.set_xlabel(f"milliseconds until each exit, a text of {details.times.tokens} tokens")
     axes.set_title("")

@@ -1,4 +1,4 @@
-"""The model card: what a saved model is, its metric at each cost, and how to use it."""
+"""The model card, which describes a saved model, its metric at each cost, and how to use it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ def model_card(
     text_columns: Sequence[str],
     max_length: int,
 ) -> str:
-    """Returns the Markdown of README.md, for the best replica in the contents of results.json.
+    """Returns the Markdown of README.md for the best replica in results.json.
 
-    `model_type` is Hugging Face's name of the encoder family, `max_length` in tokens.
+    `model_type` is Hugging Face's name of the encoder family; `max_length` is in tokens.
     """
     layers, checkpoint = [str(layer) for layer in results["exits"]], results["checkpoint"]
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint) and not Path(checkpoint).exists()

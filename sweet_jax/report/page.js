@@ -1,11 +1,11 @@
-// What the page does: the slider over thresholds, the choice of a policy and of a replica, targets,
-// and the tables of classes that follow the slider.
+// The behavior of the page: the slider over thresholds, the choice of a policy, replica or target,
+// and the class tables that follow the slider.
 const element = id => document.getElementById(id);
 const read = id => JSON.parse(element(id).textContent);
 const data = read("data"), specs = read("charts");
 const slider = element("threshold"), chooser = element("replica"), chosen = element("policy");
 let replica = data.best;
-const number = value => value === null ? "–" : value.toFixed(4);  // null: it diverged
+const number = value => value === null ? "–" : value.toFixed(4);  // null if the model diverged
 const write = (cell, text) => { if (cell.textContent !== text) cell.textContent = text; };
 const policy = () => data.policies[replica][chosen.value];
 const [CURVE, GRID, SINGLE, RECOMMENDED, SLIDER, BOUNDS] = [0, 1, 2, 3, 4, 5];  // traces of the curve
@@ -13,7 +13,7 @@ const [CURVE, GRID, SINGLE, RECOMMENDED, SLIDER, BOUNDS] = [0, 1, 2, 3, 4, 5];  
 for (const [id, spec] of Object.entries(specs)) chart(element(id), spec);
 const curveChart = element("curve").chart;
 
-// A table lists thresholds from the strictest target on: a target gets the last row it allows.
+// A table lists thresholds, strictest target first: a target chooses the last row it allows.
 function lookUp(table, target) {
   const sign = table.at_most ? 1 : -1;
   return table.value.filter(value => sign * value <= sign * target + table.tolerance).length - 1;
@@ -32,7 +32,7 @@ function showTarget() {
   const row = lookUp(table, target);
   if (row < 0) {
     if (!table.value.length) {
-      output.textContent = "infeasible: its training diverged";
+      output.textContent = "infeasible: the training of this replica diverged";
       return;
     }
     const best = `${name === "accuracy" ? data.metric : name} ${table.value[0].toFixed(4)}`;
@@ -50,10 +50,10 @@ function showTarget() {
   let words = `threshold ${threshold}; validation rows: cost ${cost.toFixed(4)}, ${data.metric} ${number(metric)}`;
   if (certified) {
     words = `certified with 95% confidence: ${name} ${table.reached[row].toFixed(4)} at ${words} ` +
-      "(of confidences that half of the calibration rows fitted)";
+      "(for confidences fitted on half of the calibration rows)";
   } else if (name === "cost" || data.metric === "accuracy") {
     const gap = (name === "cost" ? cost : metric) - target;
-    words += `; ${Math.abs(gap).toFixed(4)} ${gap < 0 ? "below" : "above"} what was asked for`;
+    words += `; ${Math.abs(gap).toFixed(4)} ${gap < 0 ? "below" : "above"} the target`;
   }
   output.textContent = words;
 }
@@ -81,7 +81,7 @@ function showPoint() {
 
 function showReplica() {
   const {curve, start} = policy(), exits = data.exits[replica], bounds = data.bounds[replica];
-  const own = chosen.selectedIndex === 0;  // the grid is of the policy that the run was made with
+  const own = chosen.selectedIndex === 0;  // the grid exists only for the run's own policy
   const grid = own ? data.grids[replica] : {cost: [], score: [], threshold: []};
   const changes = {
     [CURVE]: {x: curve.cost, y: curve.score, text: curve.threshold.map(t => `threshold ${t}`)},
@@ -90,7 +90,7 @@ function showReplica() {
     [RECOMMENDED]: {x: [curve.cost[start]], y: [curve.score[start]], text: [`threshold ${curve.threshold[start]}`]},
   };
   data.bound_names.forEach((name, i) => {
-    const bound = own || name !== "best_thresholds" ? bounds[name] : undefined;  // a policy's own
+    const bound = own || name !== "best_thresholds" ? bounds[name] : undefined;  // depends on the policy
     changes[BOUNDS + i] = bound ? {x: bound.cost, y: bound.score} : {x: [], y: []};
   });
   curveChart.update(changes);
@@ -101,7 +101,7 @@ function showReplica() {
   showTarget();
 }
 
-// Tables of classes: the rows' labels, predictions and exits are on the page, of the best replica.
+// Class tables, from the labels, predictions and exits of the best replica's rows in the page.
 function classTables(rows) {
   const unpack = text => new Uint16Array(Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer);
   const labels = unpack(rows.labels), predictions = unpack(rows.predictions), count = labels.length;
@@ -126,7 +126,7 @@ function classTables(rows) {
   function show(at) {
     const left = leaves[chosen.value], fits = left && replica === data.best;
     element("classes-at").textContent = fits
-      ? `At the threshold ${policy().curve.threshold[at]} of the slider, on ${count.toLocaleString("en")} validation rows.`
+      ? `At the slider's threshold ${policy().curve.threshold[at]}, on ${count.toLocaleString("en")} validation rows.`
       : data.classes_at;
     if (!fits) return;
     const [matrix, taken] = tally(left, at), support = new Uint32Array(classes), given = new Uint32Array(classes);
@@ -157,7 +157,7 @@ chosen.addEventListener("change", showReplica);
 for (const id of ["target", "target-value"]) element(id).addEventListener("input", showTarget);
 if (chooser) chooser.addEventListener("change", () => {
   replica = Number(chooser.value);
-  const known = data.policies[replica];  // of the best replica all, of others the run's own
+  const known = data.policies[replica];  // all for the best replica, only the run's own for others
   if (!known[chosen.value]) chosen.selectedIndex = 0;
   for (const option of chosen.options) option.disabled = !known[option.value];
   showReplica();

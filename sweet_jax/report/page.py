@@ -52,12 +52,12 @@ ENVIRONMENT = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 ENVIRONMENT.filters["number"] = format_number
-_RAISED = 0.001  # of an ECE that temperature scaling makes worse: smaller differences do not show
-_AT = "Of the run's own policy at the recommended threshold, on {:,} validation rows."
+_RAISED = 0.001  # increase of the ECE by temperature scaling from which on the page warns
+_AT = "For the run's own policy at the recommended threshold, on {:,} validation rows."
 
 
 def read_script(name: str) -> markupsafe.Markup:
-    """Returns a script of this folder, to stand in a page as it is."""
+    """Returns a script of this folder for inclusion in a page without escaping."""
     return markupsafe.Markup((Path(__file__).parent / f"{name}.js").read_text(encoding="utf-8"))
 
 
@@ -69,15 +69,15 @@ def write_report(
     trainings: Mapping[str, Sequence[int]],
     details: ReportDetails | None = None,
 ) -> None:
-    """Writes the page of one run. Text that comes from the user or the data is escaped.
+    """Writes the page of one run. Text from the user or the data is escaped.
 
     Args:
-      path: of the page.
-      analysis: of the run.
-      results: the contents of results.json.
+      path: path of the page.
+      analysis: analysis of the run.
+      results: contents of results.json.
       metrics: rows of metrics.jsonl.
-      trainings: the layer numbers of the exits of each training in them.
-      details: texts, times and what else does not follow from these.
+      trainings: layer numbers of the exits of each training in `metrics`, by its name.
+      details: texts, times and other contents that cannot be computed from these.
 
     """
     details = details or ReportDetails()
@@ -126,7 +126,7 @@ def write_report(
 def _policies(
     analysis: Analysis, best: int, details: ReportDetails
 ) -> list[dict[str, dict[str, Any]]]:
-    """Returns `policy_series` of each replica: of the best with all policies."""
+    """Returns `policy_series` of each replica, with all policies for the best one."""
     found = []
     for replica in range(len(analysis.replicas)):
         threshold, _ = recommended_threshold(analysis, replica, details)
@@ -140,7 +140,7 @@ def _page_data(
     policies: Sequence[dict[str, dict[str, Any]]],
     details: ReportDetails,
 ) -> dict[str, Any]:
-    """Returns what page.js reads."""
+    """Returns the data that page.js reads."""
     best, validation = results["best_replica"], analysis.validation
     rows = row_series(validation.replica(best), analysis.resolver(best), policies[best])
     shown = [
@@ -163,19 +163,19 @@ def _page_data(
 
 
 def _describe_target(target: Mapping[str, float], metric: str) -> str:
-    """Says how the recommended threshold was chosen."""
+    """Describes how the recommended threshold was chosen."""
     for name, value in target.items():
         match name:
             case "cost":
                 return f"the best {metric} within {value:g} of the layers"
             case "milliseconds":
-                return f"the best {metric} within {value:g} ms a text on average"
+                return f"the best {metric} within {value:g} ms per text on average"
             case "accuracy":
-                return f"the cheapest with {metric} {value:g}"
+                return f"the cheapest with {metric} of at least {value:g}"
             case "error":
                 return f"the cheapest with an error ({metric}) of at most {value:g}"
             case "threshold":
-                return "as it was asked for"
+                return "as requested"
     return f"the cheapest that keeps the last exit's {metric}"
 
 
@@ -184,8 +184,8 @@ def _warnings(
 ) -> dict[str, list[str]]:
     """Returns a line for each exit that diverged, collapsed, or is below a baseline.
 
-    Under "warnings"; under "remarks" those of exits below a baseline that the recommended operating
-    point is not below.
+    Lines are listed under "warnings", or under "remarks" if an exit is below a baseline but the
+    recommended operating point is not.
     """
     lines = [describe_divergence(row) for r in results["replicas"] for row in r["diverged"]]
     best, findings = results["best_replica"], worst_shortfalls(results)
@@ -203,7 +203,7 @@ def _warnings(
 
 
 def _spread(analysis: Analysis, replica: int, threshold: float, details: ReportDetails) -> str:
-    """Says what the slow texts take at a threshold; "" where that is not known."""
+    """Describes the time of slow texts at a threshold; "" if unknown."""
     each = None if details.times is None else details.times.by_text
     if each is None or not np.isfinite(analysis.area[replica]):
         return ""
@@ -212,7 +212,7 @@ def _spread(analysis: Analysis, replica: int, threshold: float, details: ReportD
 
 
 def _raised_errors(results: Mapping[str, Any]) -> list[str]:
-    """Describes the exits of the best replica whose ECE temperature scaling raises."""
+    """Describes the exits of the best replica whose ECE increases with temperature scaling."""
     found = []
     for row in results["replicas"][results["best_replica"]]["quality"]:
         before, after = row["before"]["ece"], row["after"]["ece"]
@@ -224,7 +224,7 @@ def _raised_errors(results: Mapping[str, Any]) -> list[str]:
 def _describe_cut(
     analysis: Analysis, replica: int, threshold: float, details: ReportDetails
 ) -> dict[str, Any] | None:
-    """Describes the texts that were cut: how many, and the metric on them and on the others."""
+    """Describes truncated texts: their number, and the metric on them and on the other texts."""
     cut = details.cut
     if cut is None or not cut.any() or not np.isfinite(analysis.area[replica]):
         return None
@@ -232,7 +232,7 @@ def _describe_cut(
     exits, labels = analysis.exits_taken(replica, threshold), rows.labels[0]
     given = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
     parts = []
-    for name, use in (("cut texts", cut), ("whole texts", ~cut)):
+    for name, use in (("truncated texts", cut), ("other texts", ~cut)):
         if use.any():
             arguments = rows.metric, given[use], labels[use], rows.logits.shape[-1]
             score, interval = compute_metric(*arguments), score_interval(*arguments)

@@ -1,4 +1,4 @@
-"""The curves of every policy, the tables of targets and the rows that the page looks up.
+"""The curves of every policy, the tables of targets and the rows that page.js reads.
 
 Shape letters: E exit, N validation rows, T positions of the slider.
 """
@@ -19,28 +19,30 @@ from sweet_jax.exits.simulation import Curve, read_curve, simulate
 from sweet_jax.exits.targets import TargetTable
 from sweet_jax.exits.thresholds import format_threshold, format_thresholds
 
-_LIMITS = (0.01, 0.02, 0.05, 0.1)  # on the share of harmed examples: what the report certifies
-_POINTS, _POINTS_OF_OTHERS = 2000, 200  # of a curve on the page; the saved outputs hold all
-_ENTRIES = 150_000  # exits of rows that the page holds, of all policies: some 400 kB
+_LIMITS = (0.01, 0.02, 0.05, 0.1)  # limits on the share of harmed examples that are certified
+_POINTS, _POINTS_OF_OTHERS = 2000, 200  # points of a curve, for the run's own policy and for others
+_ENTRIES = 150_000  # maximum number of exits of rows on the page, over all policies: about 400 kB
 
 
 def policy_series(
     analysis: Analysis, replica: int, threshold: float, *, every: bool
 ) -> dict[str, dict[str, Any]]:
-    """Returns what the page shows of one replica's policies, the run's own first.
-
-    curve: of the validation rows at the positions of the slider: thresholds (as text), cost, score
-    (the metric) and shares; distinct thresholds, 2,000 of those of the run's own policy, 200 of
-    others, and those below. start: the position where the slider starts. targets: a table of each
-    kind of target, see `_target_series`.
+    """Returns what the page shows for one replica's policies, by name, the run's own first.
 
     Args:
-      analysis: of the run.
-      replica: its number.
-      threshold: that is recommended for the run's own policy; another's slider starts at the
-        cheapest that keeps the last exit's metric on calibration rows.
-      every: whether to show every policy that can be deployed; else the run's own alone, with as
-        few points as the others.
+      analysis: analysis of the run.
+      replica: index of the replica.
+      threshold: threshold recommended for the run's own policy. For other policies, the slider
+        starts at the cheapest threshold that keeps the last exit's metric on calibration rows.
+      every: whether to include every deployable policy. Otherwise only the run's own policy is
+        included, with as few points as other policies.
+
+    Returns:
+      A dict for each policy. "curve" holds the thresholds (as text), cost, score (the metric) and
+      shares on the validation rows at each position of the slider: at most 2,000 distinct
+      thresholds for the run's own policy and 200 for others, and those of the targets. "positions"
+      holds these thresholds as numbers, "start" is the initial position of the slider, and
+      "targets" has a table for each kind of target, see `_target_series`.
 
     """
     own, validation = analysis.policy, analysis.validation.replica(replica)
@@ -79,10 +81,10 @@ def policy_series(
 
 
 def _positions(exact: Curve, chosen: np.ndarray, points: int) -> np.ndarray:
-    """Returns the thresholds where the slider can stand, ascending, float64 [T].
+    """Returns the thresholds at the positions of the slider, ascending, float64 [T].
 
-    Distinct ones of an exact curve of one replica, at most `points`, with both ends; and the chosen
-    ones themselves, so that the page and the commands show the same.
+    They are at most `points` distinct thresholds of one replica's exact curve, including both ends,
+    and the chosen thresholds, so that the page shows the same numbers as the commands.
     """
     distinct = np.unique(exact.threshold[0])
     distinct = distinct[np.isfinite(distinct)]
@@ -91,7 +93,7 @@ def _positions(exact: Curve, chosen: np.ndarray, points: int) -> np.ndarray:
 
 
 def _target_series(table: TargetTable) -> dict[str, Any]:
-    """Returns the values of a table of targets, and how one is looked up, see `TargetTable`."""
+    """Returns the fields of a table of targets that are needed to look up a target."""
     return {
         "at_most": table.at_most,
         "tolerance": table.tolerance,
@@ -103,10 +105,10 @@ def _target_series(table: TargetTable) -> dict[str, Any]:
 def _certified_series(
     analysis: Analysis, replica: int, policy: str, resolver: ThresholdResolver
 ) -> dict[str, dict[str, Any]]:
-    """Returns the tables of risk and agreement at 95% confidence; none where none is certified.
+    """Returns the tables of risk and agreement at 95% confidence; {} without certificates.
 
-    Their thresholds are of confidences that half of the calibration rows fitted: they have columns
-    threshold (as text), cost and score of their own.
+    Their thresholds apply to confidences fitted on half of the calibration rows, so the tables have
+    their own columns threshold (as text), cost and score.
     """
     half = resolver.half_calibrator
     if half is None or policy not in resolver.losses:
@@ -133,16 +135,18 @@ def row_series(
     resolver: ThresholdResolver,
     policies: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any] | None:
-    """Returns the validation rows of one replica, for the tables of classes that follow the slider.
-
-    labels, predictions (of each exit) and, under leaves, for each policy and exit but the last the
-    number of positions of the slider at which a row has left: uint16 in base 64. Without the other
-    policies, or None, where the rows are too many for a page, or not of classes.
+    """Returns the validation rows of one replica, for class tables that follow the slider.
 
     Args:
-      validation: of one replica.
-      resolver: of the replica, with its calibrator.
-      policies: what `policy_series` returned.
+      validation: outputs of one replica on the validation rows.
+      resolver: threshold resolver of the replica.
+      policies: result of `policy_series`.
+
+    Returns:
+      A dict of "labels", "predictions" (of each exit) and "leaves" (for each policy and exit but
+      the last, the number of slider positions at which a row has left), all uint16 in base64. With
+      many rows, some policies are left out. None if there are too many rows for a page, or if the
+      outputs are not classes.
 
     """
     exits, count = validation.predictions.shape[1:3]
@@ -172,11 +176,11 @@ def _packed(values: np.ndarray) -> str:
 
 
 def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
-    """Certifies limits on either kind of harm for one replica, at 95% confidence.
+    """Certifies limits on each kind of harm for one replica, at 95% confidence.
 
-    Returns one dict for each kind and limit: the certificate's values with the threshold as text,
-    and the cost and score of its threshold on validation rows (None where the limit cannot be
-    certified). Empty where the run cannot certify anything.
+    Returns one dict for each kind and limit, with the certificate's fields, the threshold as text,
+    and the cost and score at this threshold on validation rows (None if the limit cannot be
+    certified). The list is empty if the run has no certificates.
     """
     resolver = analysis.resolver(replica)
     if resolver.half_calibrator is None or not resolver.losses:

@@ -1,4 +1,4 @@
-"""Builds results.json: the numbers of a report.
+"""Builds results.json, the numbers of a report.
 
 Shape letters: R replica, E exit, N examples, T thresholds.
 """
@@ -31,17 +31,18 @@ from sweet_jax.files import replace_nonfinite
 from sweet_jax.report.baselines import Baseline
 from sweet_jax.report.shortfalls import shortfall_results
 
-# Where the SWEET paper reads its speed-accuracy curves; Multi-Model's reach beyond the full model.
+# Costs at which the SWEET paper reads its speed-accuracy curves. Those above 1 are reached only by
+# Multi-Model.
 _COSTS = (1 / 4, 1 / 2, 3 / 4, 1.0, 1 + 3 / 8, 1 + 3 / 4)
-_CURVE_POINTS = 2000  # in results.json; the saved outputs have all thresholds
+_CURVE_POINTS = 2000  # maximum number of points in results.json; saved outputs have all thresholds
 
 
 def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]:
     """Evaluates every exit alone: layer, cost, score (the metric), n and 95% interval over rows.
 
-    Wilson's interval for accuracy, a percentile bootstrap over rows for the other metrics. Where
-    the objective has them, its `measures` by name. None stands for what is not finite, as of the
-    numbers of an exit that diverged.
+    The interval is Wilson's for accuracy, and a percentile bootstrap over rows for other metrics.
+    The objective's `measures` are added by name if it has any. Numbers that are not finite, such as
+    those of an exit that diverged, become None.
     """
     metric = outputs.metric
     classes, labels = outputs.logits.shape[-1], outputs.labels[replica]
@@ -64,12 +65,12 @@ def individual_exits(outputs: ExitOutputs, replica: int) -> list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingRecord:
-    """Holds what a report says of a run that does not follow from its outputs.
+    """Holds the facts about a run's training that a report cannot compute from its outputs.
 
-    The last four are keys of results.json, as they are there.
+    The last four fields are keys of results.json.
     """
 
-    rows: int  # that it was trained on
+    rows: int  # number of training rows
     tuning_rows: int = 0
     failures: Sequence[Mapping[str, Any]] = ()  # see `find_failures`
     baselines: Sequence[Baseline] = ()  # on the validation rows; the best replica's are reported
@@ -80,8 +81,8 @@ class TrainingRecord:
 
 
 def build_results(config: Config, analysis: Analysis, training: TrainingRecord) -> dict[str, Any]:
-    """Returns the contents of results.json, None for what is not finite; `config` is resolved."""
-    # The first exit of a model of this depth, and the paper's other costs within reach.
+    """Returns the contents of results.json for a resolved config; None if not finite."""
+    # The cost of one layer, and those of the paper's costs that this model reaches.
     reach = float(np.asarray(analysis.validation.cost)[-1]) + 1e-12
     costs = [c for c in (1 / config.exits[-1], *_COSTS) if c <= reach]
     replicas = [
@@ -153,7 +154,7 @@ def _quality(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
 
 
 def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
-    """Returns the hull of single exits, the oracles, and the share of the gap the policy closes."""
+    """Returns the bounds, the share of their gap that the policy closes, and the mean metrics."""
     outputs, metric = analysis.validation, analysis.validation.identity.metric
     scores = exit_confidences(outputs, analysis.policy, analysis.calibrators)[replica]  # [E, N]
     bounds = {kind: bound_curve(analysis, replica, kind) for kind in bound_kinds(outputs)}
@@ -164,7 +165,7 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
     reached = {}
     for kind, bound in bounds.items():
         cost, values = bound.cost.tolist(), bound.score.tolist()
-        if cost[-1] < end:  # a bound that ends before the last exit is constant from there on
+        if cost[-1] < end:  # extends a bound that ends before the last exit by a constant
             cost, values = [*cost, end], [*values, values[-1]]
         reached[kind] = {"cost": cost, "score": values}
     gap = named = None
@@ -176,12 +177,12 @@ def _bounds(analysis: Analysis, replica: int) -> dict[str, Any]:
 
 
 def bound_kinds(outputs: ExitOutputs) -> tuple[str, ...]:
-    """Returns the kinds of `bound_curve`; of numbers, which are not right or wrong, the floor."""
+    """Returns the kinds of `bound_curve` for these outputs; only the floor for regression."""
     return ("floor",) if outputs.objective.agrees is None else ("floor", *ORACLES)
 
 
 def bound_curve(analysis: Analysis, replica: int, kind: str) -> ParetoFront:
-    """Returns the hull of single exits ("floor") or one of ORACLES on the validation rows."""
+    """Returns the hull of single exits ("floor"), or an oracle in ORACLES, on validation rows."""
     metric = analysis.validation.identity.metric
     if kind == "floor":
         return single_exit_hull(analysis.validation, replica, metric)
@@ -200,7 +201,7 @@ def thin_curve(curve: Curve, replica: int, points: int) -> dict[str, np.ndarray]
 
 
 def _over_seeds(replicas: Sequence[Mapping[str, Any]]) -> tuple[dict, dict]:
-    """Returns mean and half width of the 95% interval over seeds, for exits and for set costs."""
+    """Returns the mean and half width of the 95% interval over seeds, for exits and fixed costs."""
     layers = [row["layer"] for row in replicas[0]["individual"]]
     every = [replica["at_cost"] for replica in replicas]
     keys = [k for k in every[0] if all(costs[k] is not None for costs in every)]

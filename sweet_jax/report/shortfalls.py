@@ -1,4 +1,4 @@
-"""Finds exits that a baseline of no greater cost beats on the same validation rows.
+"""Finds exits that are below a baseline of the same or lower cost on the same validation rows.
 
 Shape letters: R replica, E exit, N examples.
 """
@@ -15,9 +15,10 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.methods import METHODS
 from sweet_jax.report.baselines import Baseline, baseline_title
 
-_TOLERANCE = 1e-9  # of costs that differ by rounding: 2 / 12 and 1 / 6
+_TOLERANCE = 1e-9  # for costs that differ only by rounding, such as 2 / 12 and 1 / 6
 _FIX_BELOW_TFIDF = (
-    "the words may be enough here: raise max_length if texts are cut, or try a larger checkpoint"
+    "word counts may be enough for this task: raise max_length if texts are truncated, or try a "
+    "larger checkpoint"
 )
 
 
@@ -25,26 +26,27 @@ _FIX_BELOW_TFIDF = (
 class Shortfall:
     """Describes an exit that is below a baseline."""
 
-    exit: int  # its layer number
-    score: float  # its metric
-    baseline: str  # name
-    baseline_score: float  # its metric
+    exit: int  # layer number of the exit
+    score: float  # metric of the exit
+    baseline: str  # name of the baseline
+    baseline_score: float  # metric of the baseline
     difference: float  # score - baseline_score, below zero
-    interval: Sequence[float]  # (low, high), 95% interval of the difference, wholly below zero
-    n: int  # validation rows
+    interval: Sequence[float]  # (low, high), 95% interval of the difference, entirely below zero
+    n: int  # number of validation rows
 
 
 def find_shortfalls(
     outputs: ExitOutputs, replica: int, baselines: Sequence[Baseline], metric: str
 ) -> list[Shortfall]:
-    """Finds the exits that are significantly below a baseline of no greater cost.
+    """Finds the exits that are significantly below a baseline of the same or lower cost.
 
     An exit is compared with each baseline whose cost is at most its own, and with the probe at its
-    own layer, and reported where the 95% interval of the paired difference lies below zero. The
-    intervals are not corrected for multiple comparisons: 1 in 40 between equals is reported.
+    own layer. It is reported if the 95% interval of the paired difference lies below zero. The
+    intervals are not corrected for multiple comparisons: 1 in 40 comparisons between equals is
+    reported.
 
-    Returns them in order of depth, and for each exit the largest shortfall first. Raises ValueError
-    for a baseline of other rows, replicas or classes than the outputs'.
+    Returns the shortfalls in order of depth, and for each exit the largest first. Raises ValueError
+    for a baseline with other rows, replicas or classes than the outputs.
     """
     labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
     given, chosen = outputs.replica(replica).predictions[0], outputs.objective.metric(metric)
@@ -56,7 +58,7 @@ def find_shortfalls(
                 continue
             theirs = _predictions(baseline, outputs, replica)
             other = compute_metric(chosen, theirs, labels, classes)
-            if not value < other:  # no need for a bootstrap; nor where either diverged
+            if not value < other:  # also skips the bootstrap if either is NaN
                 continue
             gap, low, high = paired_difference(chosen, ours, theirs, labels, classes)
             if high < 0:
@@ -71,17 +73,17 @@ def shortfall_results(
 ) -> dict[str, Any]:
     """Returns the keys `baselines` and `below_baseline` of results.json for one replica.
 
-    baselines is {name: {score, cost, n, interval}}, with the score's 95% interval over rows;
-    below_baseline has a row for each Shortfall, in the order of `find_shortfalls`. Both are empty
-    where there are no baselines. Raises ValueError for a baseline of other rows, replicas or
-    classes, or two of one name.
+    `baselines` is {name: {score, cost, n, interval}}, with the score's 95% interval over rows.
+    `below_baseline` has an entry for each Shortfall, in the order of `find_shortfalls`. Both are
+    empty without baselines. Raises ValueError for a baseline with other rows, replicas or classes,
+    or for two baselines of the same name.
     """
     labels, classes = outputs.labels[replica], outputs.logits.shape[-1]
     rows: dict[str, Any] = {}
     chosen = outputs.objective.metric(metric)
     for baseline in baselines:
         if baseline.name in rows:
-            raise ValueError(f"there are two baselines {baseline.name!r}")
+            raise ValueError(f"there are two baselines {baseline.name!r}: names must be unique")
         given = _predictions(baseline, outputs, replica)
         rows[baseline.name] = {
             "score": compute_metric(chosen, given, labels, classes),
@@ -95,7 +97,7 @@ def shortfall_results(
 
 
 def describe_shortfall(finding: Shortfall, results: Mapping[str, Any]) -> str:
-    """Says in one line which exit is below which baseline, by how much, and what to change."""
+    """Describes, in one line, which exit is below which baseline, by how much, and what to do."""
     low, high = finding.interval
     return (
         f"exit {finding.exit} alone ({results['metric']} {finding.score:.3f}) is below the "
@@ -106,9 +108,9 @@ def describe_shortfall(finding: Shortfall, results: Mapping[str, Any]) -> str:
 
 
 def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:
-    """Returns what helps: of the keys of a recipe those that the run of results.json lacks."""
+    """Returns advice on a shortfall: the recommended settings that this run does not use."""
     if keeps_encoder(results):
-        return "training changed nothing that was kept: only the fit of the heads differs"
+        return "fine-tuning did not change the saved encoder: only the fit of the heads differs"
     fitted = results.get("head_init") == "probe" and bool(results.get("head_refit"))
     if fitted and finding.baseline.startswith("tfidf"):
         return _FIX_BELOW_TFIDF
@@ -122,23 +124,23 @@ def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:
     if any(METHODS[results["method"]].isolation):
         found.append("lower isolation")
     if not found:
-        found.append("more labelled rows or a larger checkpoint may help")
+        found.append("more labeled rows or a larger checkpoint may help")
         if finding.exit != results["exits"][-1]:
             found.append("leave the exit out (exits)")
     return ", or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
 
 
 def keeps_encoder(results: Mapping[str, Any]) -> bool:
-    """Returns whether the best replica's encoder is the pretrained one: no step's state was kept.
+    """Returns whether the best replica kept the pretrained encoder unchanged.
 
-    That is where the tuning rows found every later state worse (`epochs="auto"`).
+    This happens with `epochs="auto"` if every later state was worse on the tuning rows.
     """
     steps = list((results.get("best_steps") or {}).values())
     return bool(steps) and not any(each[results["best_replica"]] for each in steps)
 
 
 class Effect(NamedTuple):
-    """Says what an exit that is below a baseline is to an operating point."""
+    """Describes how an exit that is below a baseline affects an operating point."""
 
     text: str
     harmless: bool  # the operating point is not below that baseline
@@ -147,14 +149,14 @@ class Effect(NamedTuple):
 def describe_effects(
     findings: Sequence[Shortfall], rows: ExitOutputs, exits: np.ndarray
 ) -> dict[int, Effect]:
-    """Says of each finding what it is to the operating point where rows take these exits.
+    """Describes how each finding affects the operating point at which rows take these exits.
 
     Args:
-      findings: at most one of each exit.
-      rows: validation rows, of one replica.
+      findings: shortfalls, at most one for each exit.
+      rows: outputs of one replica on the validation rows.
       exits: index of the exit that each row takes, int [N].
 
-    Returns them by the exit's layer number.
+    Returns the effects by the layer number of the exit.
 
     """
     given = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
@@ -164,8 +166,8 @@ def describe_effects(
         share = float((layers[exits] == finding.exit).mean())
         harmless = value >= finding.baseline_score
         found[finding.exit] = Effect(
-            f"{share:.0%} of the texts leave there at the recommended threshold, where "
-            f"{rows.metric.name} is {value:.3f} in all: {'not ' if harmless else ''}below that "
+            f"{share:.0%} of the texts leave there at the recommended threshold, where the overall "
+            f"{rows.metric.name} is {value:.3f}: {'not ' if harmless else ''}below that "
             f"baseline ({finding.baseline_score:.3f})",
             harmless,
         )
@@ -175,15 +177,15 @@ def describe_effects(
 def worst_shortfalls(results: Mapping[str, Any]) -> list[Shortfall]:
     """Returns the largest shortfall of each exit in results.json; [] for runs without baselines."""
     worst: dict[int, Shortfall] = {}
-    for row in results.get("below_baseline", []):  # the largest of an exit comes first
+    for row in results.get("below_baseline", []):  # the largest shortfall of an exit comes first
         worst.setdefault(row["exit"], Shortfall(**row))
     return list(worst.values())
 
 
 def shortfall_warning(results: Mapping[str, Any]) -> str | None:
-    """Returns one line for the terminal: the exit with the largest shortfall and how many others.
+    """Returns one line for the terminal about the exit with the largest shortfall.
 
-    None where no exit is below a baseline.
+    It also counts the other exits below a baseline. None if no exit is below a baseline.
     """
     found = worst_shortfalls(results)
     if not found:
@@ -197,14 +199,17 @@ def shortfall_warning(results: Mapping[str, Any]) -> str | None:
 
 
 def _predictions(baseline: Baseline, outputs: ExitOutputs, replica: int) -> np.ndarray:
-    """Returns the baseline's predictions on the rows of outputs, of classes int64 [N]."""
+    """Returns the baseline's predictions on the rows of outputs; class indices are int64 [N]."""
     replicas, _, rows, classes = outputs.logits.shape
     if baseline.predictions.shape[:2] not in ((1, rows), (replicas, rows)):
         raise ValueError(
-            f"baseline {baseline.name!r} has predictions {baseline.predictions.shape}, the outputs "
-            f"[R, N] = {(replicas, rows)}"
+            f"baseline {baseline.name!r} has predictions of shape {baseline.predictions.shape}, "
+            f"but the outputs have [R, N] = {(replicas, rows)}"
         )
     given = baseline.for_replica(replica)
     if given.dtype.kind == "i" and given.max() >= classes:
-        raise ValueError(f"baseline {baseline.name!r} answers classes from {classes} on")
+        raise ValueError(
+            f"baseline {baseline.name!r} predicts class {given.max()}, but there are only "
+            f"{classes} classes"
+        )
     return given

@@ -1,4 +1,4 @@
-"""Traces of the report's figures, whichever draws them: charts.js in the page, matplotlib in files.
+"""Traces of the report's figures, drawn by charts.js in the page and by matplotlib in files.
 
 Shape letters: E exit, T points, R' replicas of the chosen learning rate.
 """
@@ -18,24 +18,24 @@ from sweet_jax.exits.reliability import (
 )
 from sweet_jax.report.baselines import baseline_title
 
-# Viridis from dark to light: exits in order of depth, told apart without color vision too.
+# Viridis from dark to light for exits in order of depth, distinguishable without color vision.
 _COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
-_FAR = 0.15  # of a baseline below the lowest exit
-_SMOOTHED = 20  # steps
-_FEW = 5  # rows of a bin
+_FAR = 0.15  # distance below the lowest exit from which on a baseline is not drawn by default
+_SMOOTHED = 20  # number of steps over which the loss is averaged
+_FEW = 5  # minimum number of rows of a bin
 LOSS_AXES = ("step", "training loss, mean of 20 steps")
 RELIABILITY_AXES = ("confidence", "share correct")
 
-# What a figure calls each bound of results.json, its color and dash, in order.
+# Title, color and dash of each bound of results.json, in the order of the figures.
 BOUNDS = {
     "floor": ("floor: exits at random", "#7f7f7f", "dot"),
     "stable": ("stable oracle", "#3b528b", "dash"),
     "agreement": ("agreement oracle", "#b5a90f", "dash"),
     "any_correct": ("any-correct oracle (inflated by luck)", "#c0392b", "dash"),
-    "best_thresholds": ("a threshold for each exit, fitted on these rows", "#5ec962", "dashdot"),
+    "best_thresholds": ("one threshold per exit, fitted on these rows", "#5ec962", "dashdot"),
 }
 
-# Markers of the baselines: all probes share one, other names the last.
+# Markers of the baselines. All probes share one; "" is for other names.
 _SYMBOLS = {
     "majority": "x",
     "tfidf": "diamond",
@@ -50,21 +50,21 @@ _SYMBOLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Describes a line, or markers, and its entry in the legend."""
+    """Describes a line, a band or markers, and the entry in the legend."""
 
-    name: str  # in the legend; "" for no entry there
+    name: str  # name in the legend; "" for no entry
     color: str
     x: Sequence[float] = ()  # [T]
     y: Sequence[float] = ()  # [T]
     low: Sequence[float] = ()  # [T], the lower edge of a band whose upper edge is y
-    dash: str = ""  # of the line, a key of `figures`' dashes; "" for no line
-    width: float = 2  # of the line, in pixels of the page
-    symbol: str = ""  # of the markers, a key of `figures`' markers; "" for none
-    size: int = 8  # of the markers, in pixels of the page
-    text: Sequence[str] = ()  # of each point, shown beside the pointer
-    steps: bool = False  # whether y holds until the next x, rather than a line to it
-    optional: bool = False  # whether the page shows it only when its name is clicked
-    far: bool = False  # whether it is so far below the rest that it would flatten them
+    dash: str = ""  # dash of the line, a key of the dashes in figures.py; "" for no line
+    width: float = 2  # width of the line, in CSS pixels
+    symbol: str = ""  # symbol of the markers, a key of the markers in figures.py; "" for none
+    size: int = 8  # size of the markers, in CSS pixels
+    text: Sequence[str] = ()  # text of each point, shown next to the pointer
+    steps: bool = False  # whether y is constant until the next x, rather than interpolated
+    optional: bool = False  # whether the page shows it only after a click on its name
+    far: bool = False  # whether it is so far below the other traces that it would flatten them
 
 
 def exit_color(exit_index: int) -> str:
@@ -73,7 +73,7 @@ def exit_color(exit_index: int) -> str:
 
 
 def operating_point_traces(results: Mapping[str, Any]) -> list[Trace]:
-    """Returns the best replica's grid of 11 thresholds, and each exit used for all rows."""
+    """Returns traces of the best replica's grid of 11 thresholds, and of each exit for all rows."""
     replica = results["replicas"][results["best_replica"]]
     grid, exits = replica["grid"], replica["individual"]
     costs, values = ([row[key] for row in exits] for key in ("cost", "score"))
@@ -93,9 +93,9 @@ def operating_point_traces(results: Mapping[str, Any]) -> list[Trace]:
 
 
 def seed_band(analysis: Analysis, color: str = "#21918c") -> Trace | None:
-    """Returns the band between the lowest and the highest curve of several seeds, else None.
+    """Returns the band between the lowest and the highest curve of several seeds, otherwise None.
 
-    Of the replicas of the chosen learning rate, read at 200 common costs.
+    The curves are those of the chosen learning rate, read at 200 common costs.
     """
     cost, each = common_curves(analysis)
     if len(each) < 2:
@@ -113,9 +113,9 @@ def common_curves(analysis: Analysis) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bound_traces(results: Mapping[str, Any]) -> list[Trace]:
-    """Returns the best replica's bounds in the order of BOUNDS; without points where it has none.
+    """Returns the best replica's bounds in the order of BOUNDS; missing bounds have no points.
 
-    The page shows all but the floor and the stable oracle on demand.
+    The page initially hides all bounds except the floor and the stable oracle.
     """
     bounds = results["replicas"][results["best_replica"]]["bounds"]
     none: dict[str, list[float]] = {"cost": [], "score": []}
@@ -134,9 +134,9 @@ def bound_traces(results: Mapping[str, Any]) -> list[Trace]:
 
 
 def baseline_traces(results: Mapping[str, Any]) -> list[Trace]:
-    """Returns the baselines of results.json as black markers; [] without any.
+    """Returns the baselines of results.json as black markers; [] if there are none.
 
-    The probes of all layers are one entry of the legend.
+    The probes of all layers share one entry of the legend.
     """
     groups: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name, row in results.get("baselines", {}).items():
@@ -163,9 +163,10 @@ def baseline_traces(results: Mapping[str, Any]) -> list[Trace]:
 def reliability_traces(analysis: Analysis, replica: int) -> dict[str, list[Trace]]:
     """Returns the reliability diagram (Guo et al. 2017) of each exit on validation rows, by title.
 
-    Mean confidence and share correct in ten bins: dotted before, solid after temperature scaling.
-    Bins of few rows (less than 1%, or than 5) are left out: their shares are chance. So are exits
-    that diverged; {} without probabilities.
+    The traces show mean confidence and share correct in ten bins, dotted before and solid after
+    temperature scaling. Bins with fewer than 5 rows, or fewer than 1% of all rows, are left out,
+    since their shares are mostly noise. Exits that diverged are left out too. Returns {} if outputs
+    are not probabilities.
     """
     logits, labels = analysis.validation.logits[replica], analysis.validation.labels[replica]
     objective = analysis.validation.objective
@@ -198,9 +199,9 @@ def reliability_traces(analysis: Analysis, replica: int) -> dict[str, list[Trace
 def loss_traces(
     metrics: Sequence[Mapping[str, Any]], replica: int, trainings: Mapping[str, Sequence[int]]
 ) -> list[Trace]:
-    """Returns the training loss of each exit, the mean of 20 steps.
+    """Returns the training loss of each exit, averaged over 20 steps.
 
-    trainings gives the layer numbers of the exits of each training in the log.
+    `trainings` holds the layer numbers of the exits of each training in the log, by its name.
     """
     traces: list[Trace] = []
     for name, layers in trainings.items():

@@ -1,4 +1,4 @@
-"""The first screen in words: what was trained, and what the recommended operating point is worth.
+"""The text of the first screen: what was trained, and how good the recommended threshold is.
 
 Shape letters: N validation rows, E exit.
 """
@@ -20,11 +20,11 @@ from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.details import ReportDetails
 from sweet_jax.report.shortfalls import keeps_encoder
 
-_ERROR = "neg_"  # begins the name of a metric that is an error with its sign changed
+_ERROR = "neg_"  # prefix of metrics that are negated errors
 
 
 def describe_training(results: Mapping[str, Any], classes: int) -> str:
-    """Says in one sentence what was trained on what, from the contents of results.json."""
+    """Describes what was trained on which data, from the contents of results.json."""
     layers = [str(layer) for layer in results["exits"]]
     several = ", ".join(layers[:-1]) + " or " + layers[-1] if len(layers) > 1 else layers[0]
     name = PurePath(results["checkpoint"].removeprefix("pkg://"))
@@ -35,14 +35,14 @@ def describe_training(results: Mapping[str, Any], classes: int) -> str:
     what = f"{checkpoint} with {layers[-1]} layers, fine-tuned ({method})"
     if keeps_encoder(results):
         what = (
-            f"{checkpoint} with {layers[-1]} layers, its weights as they were (no step of "
+            f"{checkpoint} with {layers[-1]} layers, its weights unchanged (no step of "
             "fine-tuning was better on the tuning rows), and heads fitted"
         )
     if METHODS[results["method"]].model_per_exit:
         what = f"{len(layers)} models from {checkpoint} ({method})"
     return (
         f"{what} on {results['n']['train']:,} rows{kinds}. A text gets its answer after layer "
-        f"{several}: at the first where the model is confident enough."
+        f"{several}: the first at which the model is confident enough."
     )
 
 
@@ -53,10 +53,10 @@ def verdict(
     threshold: float,
     details: ReportDetails,
 ) -> list[str]:
-    """Says in two sentences what a threshold gives against all layers, and against the baselines.
+    """Compares, in two sentences, a threshold with all layers and with the baselines.
 
-    All on the validation rows, with 95% intervals over rows: of the metric as in `score_interval`,
-    of differences as in `paired_difference`.
+    All numbers are measured on the validation rows. Their 95% intervals over rows are those of
+    `score_interval` for the metric and of `paired_difference` for differences.
     """
     if not np.isfinite(analysis.area[replica]):
         return ["Training diverged: there is no operating point to recommend."]
@@ -70,7 +70,7 @@ def verdict(
     if metric.name.startswith(_ERROR):
         interval = interval[::-1]
     whole = np.isinf(threshold) or len(rows.layers) == 1
-    lead = "Through all layers"
+    lead = "With all layers"
     if not whole:
         shown = format_threshold(threshold, analysis.breakpoints(replica))
         lead = f"At the recommended threshold {shown}"
@@ -82,24 +82,24 @@ def verdict(
     if not whole:
         value = compute_metric(metric, last, labels, classes)
         gap = paired_difference(metric, given, last, labels, classes)
-        first += f"; all layers give {_number(metric, value)}: {_difference(metric, *gap)}"
+        first += f"; with all layers it is {_number(metric, value)}: {_difference(metric, *gap)}"
     theirs = {b.name: b.for_replica(replica) for b in details.baselines}
     spent = float(rows.cost[exits].mean())
     return [f"{first}.", _against_baselines(rows, results, (given, spent), theirs)]
 
 
 def describe_spread(times: np.ndarray, exits: np.ndarray, target: Mapping[str, float]) -> str:
-    """Says what the slow ones of the validation texts take, and how many are above a budget.
+    """Describes the time of slow validation texts, and how many exceed a budget.
 
     Args:
-      times: milliseconds until each exit of each text by itself, float64 [N, E].
+      times: milliseconds until each exit for each single text, float64 [N, E].
       exits: index of the exit that each row takes, int [N].
-      target: of the operating point; the budget is its milliseconds, if any.
+      target: target of the operating point; its milliseconds, if set, are the budget.
 
     """
     taken = times[np.arange(len(exits)), exits]
     words = (
-        f"by the length and the exit of each of the {len(exits):,} validation texts they take "
+        f"estimated from length and exit, the {len(exits):,} validation texts take "
         f"{_milliseconds(float(taken.mean()))} on average in the model, and 95% of them at most "
         f"{_milliseconds(float(np.quantile(taken, 0.95)))}"
     )
@@ -108,18 +108,18 @@ def describe_spread(times: np.ndarray, exits: np.ndarray, target: Mapping[str, f
         kept = "kept" if taken.mean() <= limit else "NOT kept"
         words += (
             f": the budget of {limit:g} ms on average is {kept} ({(taken > limit).mean():.0%} of "
-            "the texts take more)"
+            "the texts take longer)"
         )
     return words
 
 
 def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
-    """Says what rows that take these exits [N] spend, in layers and in time."""
-    words = f"for {cost[exits].mean():.0%} of the layers"
+    """Describes what rows that take these exits [N] spend, in layers and in time."""
+    words = f"using {cost[exits].mean():.0%} of the layers"
     if details.times is None:
         return words
     clock = details.times.milliseconds
-    words += f" and on average {_milliseconds(clock[exits].mean())} a text of the median length"
+    words += f" and on average {_milliseconds(clock[exits].mean())} per text of median length"
     if exits.min() < len(clock) - 1:
         words += f", instead of {_milliseconds(clock[-1])}"
     return words
@@ -131,13 +131,13 @@ def _against_baselines(
     point: tuple[np.ndarray, float],
     baselines: Mapping[str, np.ndarray],
 ) -> str:
-    """Says how predictions [N, ...] compare with the best of results.json's baselines.
+    """Compares predictions [N, ...] with the best baseline of results.json.
 
     Args:
-      rows: of the replica.
-      results: the contents of results.json.
-      point: the predictions, and their mean cost.
-      baselines: predictions of each baseline, as far as they are there.
+      rows: outputs of the replica.
+      results: contents of results.json.
+      point: predictions, and their mean cost.
+      baselines: predictions of each baseline, if available, by name.
 
     """
     tried, metric = results.get("baselines", {}), rows.metric
@@ -154,18 +154,18 @@ def _against_baselines(
         text += f": {_difference(metric, gap, low, high, 'the model is ')}"
         if low <= 0 <= high:
             if name.startswith("probe_"):
-                text += ". Fine-tuning has gained no accuracy that these rows can show"
+                text += ". Fine-tuning has not gained any accuracy that these rows can show"
             text += f". {_decide(point[1], known[name]['cost'])}"
     return f"{text}."
 
 
 def _decide(cost: float, baseline: float) -> str:
-    """Says what it means that a baseline is as good as the model, given the costs of both."""
+    """Describes the consequence of a baseline being as good as the model, given both costs."""
     if baseline == 0:
         return "It needs no encoder: on texts like these it is the cheaper choice"
     if cost < baseline:
-        return f"What the exits gain is time: {cost / baseline:.0%} of that baseline's layers"
-    return "That baseline costs no more, and is the simpler choice"
+        return f"The exits save time: they use {cost / baseline:.0%} of that baseline's layers"
+    return "That baseline costs no more and is simpler"
 
 
 def _reaches(metric: Metric, value: float) -> str:
@@ -181,12 +181,12 @@ def _number(metric: Metric, value: float) -> str:
 
 
 def _difference(metric: Metric, gap: float, low: float, high: float, subject: str = "") -> str:
-    """Says how a difference of two metrics is to be read, with its 95% interval."""
+    """Describes a difference between two metrics, with its 95% interval."""
     scale, unit, digits = (100, " points", 1) if metric.name == "accuracy" else (1, "", 3)
     side = "better" if gap > 0 else "worse"
-    if metric.name.startswith(_ERROR):  # of the errors that are shown
+    if metric.name.startswith(_ERROR):  # the interval is for the errors, which are shown
         low, high = -high, -low
-    # A minus that is as wide as the plus; no negative zero.
+    # Uses a minus sign as wide as the plus sign; + 0.0 avoids a negative zero.
     ends = [f"{scale * v + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}") for v in (low, high)]
     span = f"95% interval of the difference {ends[0]} to {ends[1]}{unit}"
     if low <= 0 <= high:
