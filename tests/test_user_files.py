@@ -298,7 +298,7 @@ def test_a_data_set_saved_on_disk(tmp_path):
 def test_invalid_rows_are_left_out_only_when_asked(tmp_path, caplog):
     content = csv_text() + ",ham\nno label,\nthree,fields,here\n \t,spam\n"
     (tmp_path / "rows.csv").write_text(content)
-    with pytest.raises(UserError, match=r"row 15 \(line 16\): 3 fields where the header has 2"):
+    with pytest.raises(UserError, match=r"row 15 \(line 16\): 3 fields, but the header has 2"):
         load(tmp_path / "rows.csv")
     with caplog.at_level(logging.WARNING):
         dataset = load(tmp_path / "rows.csv", skip_invalid=True)

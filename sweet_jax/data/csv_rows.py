@@ -159,7 +159,7 @@ def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
             if len(lines.taken) > 1:
                 lines.put_back()
                 rows = csv.reader(lines, delimiter=delimiter)
-            yield CsvRow([], f"{len(fields)} fields where the header has {width}", start)
+            yield CsvRow([], f"{len(fields)} fields, but the header has {width}", start)
         else:
             width = len(fields)
             yield CsvRow(fields, None, start)
