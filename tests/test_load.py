@@ -310,7 +310,7 @@ def test_a_header_without_end_is_refused(tmp_path):
 
 
 def test_one_place_to_read_from(good, tmp_path):
-    assert "give one of them" in refusal(good, data_dir=str(tmp_path))
+    assert "set only one of them" in refusal(good, data_dir=str(tmp_path))
 
 
 def test_text_columns_are_one_or_two(good):
@@ -331,7 +331,7 @@ def test_the_text_column_is_found_or_asked_for(tmp_path):
     assert dataset("id", "Review", "label") == ("Review",)
     assert dataset("id", "premise", "hypothesis", "label") == ("premise", "hypothesis")
     with pytest.raises(
-        UserError, match=r"--config\.text_columns: the columns are 'a', 'b', 'label'"
+        UserError, match=r"--config\.text_columns .*: the columns are 'a', 'b', 'label'"
     ):
         dataset("a", "b", "label")
 
@@ -370,8 +370,8 @@ def test_data_files_are_one_or_two(good):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (" ", "takes the training rows"),
-        (" , ", "takes the training rows"),
+        (" ", "takes a source of training rows"),
+        (" , ", "takes a source of training rows"),
         (" + ", "names no file"),
         ("a" * 5000 + ".csv", "File name too long"),
     ],
@@ -516,7 +516,7 @@ def test_the_first_row_of_glue_mrpc_is_the_published_one(glue_dir):
 def test_an_unknown_task_names_the_nearest(tmp_path):
     with pytest.raises(UserError, match="unknown task 'sst': did you mean 'sst2'"):
         load_dataset(Config(task="sst", data_dir=str(tmp_path)))
-    with pytest.raises(UserError, match=r"unknown task 'own': .* by --config\.data_files=FILE"):
+    with pytest.raises(UserError, match=r"unknown task 'own': .* pass --config\.data_files=FILE"):
         load_dataset(Config(task="own"))
 
 
@@ -528,7 +528,8 @@ def test_a_data_directory_without_the_task_names_the_file(tmp_path):
 def test_the_metric_is_the_configs_and_f1_is_for_two_classes(tmp_path, good):
     assert load(good, metric="matthews").task.metric == "matthews"
     path = write(tmp_path / "rows.csv", {"text": ["a", "b", "c"], "label": ["x", "y", "z"]})
-    assert "metric 'f1' is for two classes; this task has 3" in refusal(path, path, metric="f1")
+    message = "metric='f1' applies only to two classes, but this task has 3"
+    assert message in refusal(path, path, metric="f1")
 
 
 @pytest.mark.parametrize(
@@ -652,5 +653,5 @@ def test_the_hub_s_data_sets_give_the_rows_of_the_files(glue_dir, monkeypatch, t
 
 
 def test_a_hub_that_does_not_answer_is_one_line():
-    with pytest.raises(UserError, match=r"from the hub: .*--config\.data_dir"):
+    with pytest.raises(UserError, match=r"could not read the data set .*--config\.data_dir"):
         load_dataset(Config(task="rte"))

@@ -81,7 +81,7 @@ def test_the_command_answers_every_row_in_order(sweet, command, capsys):
             "in.csv",
             'label,text\nx,word1\ny,\nz,"word2\nword3"\nz,too,many\nq,word4\n',
             5,
-            {1: "column 'text' is empty", 3: "3 fields where the header has 2"},
+            {1: "column 'text' is empty", 3: "3 fields, but the header has 2"},
         ),
         ("in.tsv", "text\tn\nword1\t2\n\t3\n", 2, {1: "column 'text' is empty"}),
         (

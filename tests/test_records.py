@@ -164,7 +164,7 @@ def test_the_rows_of_a_csv_have_the_lines_they_begin_in(tmp_path):
         ((), 2, 6),
         ((None,), 3, 7),
     ]
-    assert found[1].error == "3 fields where the header has 2"
+    assert found[1].error == "3 fields, but the header has 2"
     assert found[-1].position == last_position(path) == len(content)
 
 

@@ -56,14 +56,14 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
         # Each set of labels in proportion.
         assert split.labels.sum(axis=0).tolist() == [rows // 2, rows // 4, rows // 4]
     if suffix != "csv":
-        with pytest.raises(UserError, match=r"need --config\.objective=multi_label"):
+        with pytest.raises(UserError, match=r"require --config\.objective=multi_label"):
             load(path, objective="single_label")
 
 
 @pytest.mark.parametrize(
     ("labels", "changes", "refusal"),
     [
-        ([["a|b"]] * 40, {}, "separates labels, rename it"),
+        ([["a|b"]] * 40, {}, "rename it, since .* separates labels"),
         (["['a', 'b']", "['a']"] * 20, {}, r"label \"\['a', 'b'\]\" .* write it as a\|b"),
         (["a", "[]"] * 20, {}, r"label '\[\]' .* is a list that is written as text"),
         ([""] * 40, {}, "no row has a label in column 'label'"),
@@ -101,10 +101,10 @@ def test_lists_of_a_fixed_size_are_labels_and_nan_in_one_is_none(tmp_path):
     fixed = pa.table({"text": TEXTS, "label": pa.array(sets, pa.list_(pa.string(), 2))})
     pq.write_table(fixed, tmp_path / "rows.parquet")
     assert load(tmp_path / "rows.parquet").classes == ("a", "b", "c")
-    with pytest.raises(UserError, match=r"need --config\.objective=multi_label"):
+    with pytest.raises(UserError, match=r"require --config\.objective=multi_label"):
         load(tmp_path / "rows.parquet", objective="single_label")
     pq.write_table(pa.table({"text": TEXTS, "label": [[1.0, np.nan]] * 40}), tmp_path / "n.parquet")
-    with pytest.raises(UserError, match="a list with nan in it, which is no label"):
+    with pytest.raises(UserError, match="a list with nan in it, which is not a label"):
         load(tmp_path / "n.parquet")
 
 

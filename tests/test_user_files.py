@@ -292,20 +292,22 @@ def test_a_data_set_saved_on_disk(tmp_path):
         read("one")
     with pytest.raises(UserError, match=r"unknown split of .*'tests': did you mean 'test'\?"):
         read("two", splits="train,tests")
-    with pytest.raises(UserError, match="data_files is 'a' and dataset is 'b': give one of them"):
+    with pytest.raises(
+        UserError, match="data_files is 'a' and dataset is 'b': set only one of them"
+    ):
         load_dataset(Config(task="own", dataset="b", data_files="a"))
 
 
 def test_invalid_rows_are_left_out_only_when_asked(tmp_path, caplog):
     content = csv_text() + ",ham\nno label,\nthree,fields,here\n \t,spam\n"
     (tmp_path / "rows.csv").write_text(content)
-    with pytest.raises(UserError, match=r"row 15 \(line 16\): 3 fields where the header has 2"):
+    with pytest.raises(UserError, match=r"row 15 \(line 16\): 3 fields, but the header has 2"):
         load(tmp_path / "rows.csv")
     with caplog.at_level(logging.WARNING):
         dataset = load(tmp_path / "rows.csv", skip_invalid=True)
     assert sorted(dataset.train.texts + dataset.validation.texts) == sorted((t,) for t in TEXTS)
     (line,) = caplog.messages
-    assert line.startswith("4 rows of ")
+    assert line.startswith("skipped 4 invalid rows of ")
     assert "row 13 (line 14): column 'text' is empty; row 14 (line 15): column 'label'" in line
 
 
@@ -317,7 +319,7 @@ def test_empty_files_of_a_folder_are_left_out_when_asked(tmp_path, caplog):
         dataset = load(tmp_path, skip_invalid=True)
     assert sorted(dataset.train.texts + dataset.validation.texts) == sorted((t,) for t in TEXTS)
     (line,) = caplog.messages
-    assert line.startswith("1 rows of ")
+    assert line.startswith("skipped 1 invalid rows of ")
     assert "ham/12.txt' is empty" in line
 
 
@@ -398,7 +400,7 @@ def test_labels_that_look_like_measurements_or_ids_are_named():
 
 def test_an_id_is_no_label(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{i},{i}\n" for i in range(40)))
-    with pytest.raises(UserError, match=r"each of the 40 rows has another label .*--config\.label"):
+    with pytest.raises(UserError, match=r"all 40 rows have different labels .*--config\.label"):
         load(tmp_path / "rows.csv")
 
 
@@ -554,14 +556,14 @@ def test_what_is_not_read_of_a_folder_or_pattern_is_named(tmp_path, caplog):
         (tmp_path / "parts" / name).write_text(csv_text())
     load(tmp_path / "parts")
     listed = ", ".join(repr(f"{tmp_path}/parts/{n}") for n in ("c.csv.zip", "notes.txt", "old"))
-    assert caplog.messages == [f"not read of '{tmp_path}/parts': {listed} and 1 more"]
+    assert caplog.messages == [f"ignored in '{tmp_path}/parts': {listed} and 1 more"]
     caplog.clear()
     (tmp_path / "parts" / "c.csv").symlink_to("gone.csv")
     for source in (tmp_path / "parts", tmp_path / "parts" / "*.csv"):
         with pytest.raises(UserError, match=r"c\.csv' is a link to a file that does not exist"):
             load(source)
     assert len(expand_files(f"{tmp_path}/parts/[ao]*")) == 1
-    assert caplog.messages[-1] == f"not read of '{tmp_path}/parts/[ao]*': '{tmp_path}/parts/old'"
+    assert caplog.messages[-1] == f"ignored in '{tmp_path}/parts/[ao]*': '{tmp_path}/parts/old'"
 
 
 def test_texts_of_a_folder_have_suffixes_in_any_case_and_no_tables_beside_them(tmp_path, caplog):
@@ -570,8 +572,8 @@ def test_texts_of_a_folder_have_suffixes_in_any_case_and_no_tables_beside_them(t
         (tmp_path / name).write_text("a text")
     assert load(tmp_path, tmp_path).classes == ("x", "y")
     listed = ", ".join(repr(f"{tmp_path}/{name}") for name in ("y/2.md", "y/deep", "z"))
-    assert caplog.messages == [f"not read of '{tmp_path}': {listed}"] * 2
+    assert caplog.messages == [f"ignored in '{tmp_path}': {listed}"] * 2
     (tmp_path / "notes.csv").write_text(csv_text())
-    refusal = r"has tables, such as 'notes.csv', and folders of texts, such as 'x': give .*/\*\.csv"
+    refusal = r"has tables, such as 'notes.csv', and folders of texts, such as 'x': pass .*/\*\.csv"
     with pytest.raises(UserError, match=refusal):
         load(tmp_path)

@@ -1,1 +1,1 @@
-"""Tasks, records of files, splits, and batches of tokens."""
+"""Tasks, records from files, splits, and batches of tokens."""

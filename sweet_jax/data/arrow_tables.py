@@ -1,4 +1,4 @@
-"""Tables of Parquet and Arrow files."""
+"""Tables from Parquet and Arrow files."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -11,12 +11,12 @@ import pyarrow.parquet
 
 from sweet_jax.data.tables import ColumnError, Columns, Record, Table, find_column, make_record
 
-_BATCH = 1024  # rows of a Parquet file that are held at once
+_BATCH = 1024  # number of rows of a Parquet file that are in memory at once
 
 
 @contextlib.contextmanager
 def parquet_table(path: Path) -> Iterator[Table]:
-    """Opens a Parquet file; its path says nothing of its columns."""
+    """Opens a Parquet file as a table."""
     with pa.parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
 
@@ -30,19 +30,19 @@ def parquet_table(path: Path) -> Iterator[Table]:
 
 
 def parquet_rows(path: Path) -> int:
-    """Returns the number of rows of a Parquet file."""
+    """Returns the number of rows in a Parquet file."""
     return pa.parquet.ParquetFile(path).metadata.num_rows
 
 
 @contextlib.contextmanager
 def ipc_table(path: Path) -> Iterator[Table]:
-    """Opens an Arrow IPC file, or a stream as `datasets` saves it."""
+    """Opens an Arrow IPC file or stream as a table; `datasets` saves streams."""
     with pa.memory_map(str(path)) as source:
         batches: Iterable[pa.RecordBatch]
         try:
             reader = pa.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pa.ArrowInvalid:  # a stream
+        except pa.ArrowInvalid:  # it is a stream
             source.seek(0)
             batches = reader = pa.ipc.open_stream(source)
 
@@ -54,7 +54,7 @@ def ipc_table(path: Path) -> Iterator[Table]:
 
 
 def check_schema(schema: pa.Schema, columns: Columns) -> None:
-    """Raises ColumnError unless a table has each column once, and of a type that can be read."""
+    """Raises ColumnError unless a table has each column once, with a type that can be read."""
     for name in columns.kept:
         find_column(name, schema.names)
     for name in columns.checked:
@@ -63,9 +63,9 @@ def check_schema(schema: pa.Schema, columns: Columns) -> None:
             tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
             lists = any(test(kind) for test in tests)
             if pa.types.is_nested(kind) and not (columns.several_labels and lists):
-                more = "; lists of labels need --config.objective=multi_label" if lists else ""
+                more = "; lists of labels require --config.objective=multi_label" if lists else ""
                 raise ColumnError(
-                    f"column {name!r} holds values of type {kind}, not single ones{more}"
+                    f"column {name!r} holds values of type {kind}, not single values{more}"
                 )
         elif not is_text(kind):
             raise ColumnError(f"column {name!r} holds values of type {kind}, not text")
@@ -85,7 +85,7 @@ def arrow_records(batches: Iterable[pa.RecordBatch], columns: Columns) -> Iterat
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Returns whether a type can hold text: strings, bytes, and dictionaries of these."""
+    """Returns whether a type can hold text: strings, bytes, or dictionaries of these."""
     if pa.types.is_dictionary(kind):  # a categorical column of pandas
         kind = kind.value_type
     return any(
@@ -99,12 +99,12 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """Returns the values of a column as text, lists as they are, None for null and NaN."""
+    """Returns the values of a column as text, lists unchanged, and None for null and NaN."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
         found = column.to_pylist()
-    except UnicodeDecodeError:  # `make_record` reports in which row
+    except UnicodeDecodeError:  # `make_record` reports the row
         found = column.cast(pa.large_binary()).to_pylist()
     if is_text(column.type):
         return [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in found]

@@ -1,4 +1,4 @@
-"""Tokens of rows, and the rows of each batch.
+"""The tokens of rows, and the selection of the rows of each batch.
 
 Shape letters: R replica, B batch, N rows, L length.
 """
@@ -12,41 +12,41 @@ import numpy as np
 
 from sweet_jax.data.splits import Split
 
-UNLIMITED = 1 << 30  # tokens
+UNLIMITED = 1 << 30  # a max_length that truncates no text
 
-_AT_ONCE = 4096  # texts tokenised by one call: the tokenizer's own output is large
-_COUNTED = 1000  # texts that may have been cut whose whole length is counted
-_GROUP = 50  # batches whose rows are sorted by length together
-_SHUFFLE = zlib.crc32(b"groups")  # seed of the order of batches grouped by length
+_AT_ONCE = 4096  # number of texts tokenized in one call, since the tokenizer's output is large
+_COUNTED = 1000  # maximum number of possibly truncated texts whose full length is counted
+_GROUP = 50  # number of batches whose rows are sorted by length together
+_SHUFFLE = zlib.crc32(b"groups")  # seed for the order of batches that are grouped by length
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Holds the tokens of a split: rows of different lengths, end to end."""
+    """Holds the tokens of a split as concatenated rows of different lengths."""
 
     input_ids: np.ndarray  # int32 [total]
     token_type_ids: np.ndarray  # int32 [total]
     starts: np.ndarray  # int64 [N + 1], row n is starts[n]:starts[n + 1]
-    labels: np.ndarray  # the objective's targets [N, ...], as they are trained on
+    labels: np.ndarray  # the objective's targets [N, ...], as used in training
     pad_id: int
-    labeled: np.ndarray | None = None  # bool [N], where some rows have no label
-    second_starts: np.ndarray | None = None  # int32 [N], of pairs, see `second_start`
+    labeled: np.ndarray | None = None  # bool [N], if some rows have no label
+    second_starts: np.ndarray | None = None  # int32 [N], for pairs: see `second_start`
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each row, int64 [N]."""
+        """The number of tokens of each row, int64 [N]."""
         return np.diff(self.starts)
 
 
 def encode(
     tokenizer, texts: Sequence[tuple[str, ...]], max_length: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the input_ids and the token_type_ids of each text or pair, int32 [its length] each.
+    """Returns the input_ids and the token_type_ids of each text or pair, int32 [length] each.
 
-    A row is truncated to max_length tokens, the longer text of a pair first.
+    Rows are truncated to max_length tokens. The longer text of a pair is truncated first.
     """
     ids, types, _ = encode_pairs(tokenizer, texts, max_length)
     return ids, types
@@ -55,7 +55,7 @@ def encode(
 def encode_pairs(
     tokenizer, texts: Sequence[tuple[str, ...]], max_length: int
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[int]]:
-    """Returns what `encode` does, and the `second_start` of each pair; of single texts none."""
+    """Returns what `encode` does, and the `second_start` of each pair; [] for single texts."""
     columns = [list(column) for column in zip(*texts, strict=True)]
     encoded = tokenizer(
         *columns,
@@ -72,21 +72,21 @@ def encode_pairs(
 
 
 def second_start(sequence_ids: list[int | None]) -> int:
-    """Returns the place of the first token of a pair's second text.
+    """Returns the position of the first token of a pair's second text.
 
-    Of an empty one that of the row's last token, which ends it. Not by token types, which some
-    tokenizers do not have.
+    If the second text is empty, this is the position of the last token of the row. Token types are
+    not used because some tokenizers have none.
 
     Args:
-      sequence_ids: of a `tokenizers.Encoding`: for each token 0 or 1, the text that it is of, None
-        for a special token.
+      sequence_ids: sequence ids of a `tokenizers.Encoding`: for each token, 0 or 1 for the text it
+        belongs to, or None for a special token.
 
     """
     return sequence_ids.index(1) if 1 in sequence_ids else max(len(sequence_ids) - 1, 0)
 
 
 def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
-    """Returns the tokens of every row, see `encode`."""
+    """Returns the tokens of every row; see `encode`."""
     ids, types, seconds = [], [], []
     for start in range(0, len(rows.texts), _AT_ONCE):
         found = encode_pairs(tokenizer, rows.texts[start : start + _AT_ONCE], max_length)
@@ -105,7 +105,7 @@ def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
 
 
 def append_unlabeled(tokens: Tokens, others: Tokens) -> Tokens:
-    """Returns the rows of `tokens`, then others, which count as rows without labels."""
+    """Returns the rows of `tokens` followed by those of `others`, which are marked as unlabeled."""
     starts = np.concatenate([tokens.starts, tokens.starts[-1] + others.starts[1:]])
     seconds = [each.second_starts for each in (tokens, others) if each.second_starts is not None]
     return Tokens(
@@ -120,14 +120,15 @@ def append_unlabeled(tokens: Tokens, others: Tokens) -> Tokens:
 
 
 def whole_lengths(tokenizer, texts: Sequence[tuple[str, ...]], tokens: Tokens) -> np.ndarray:
-    """Returns the number of tokens of rows before they were cut, int64 [N].
+    """Returns the number of tokens of each row before truncation, int64 [N].
 
-    Of many rows that may have been cut, 1,000 drawn by a fixed seed are counted, and stand for all.
+    If many rows may have been truncated, only a sample of 1,000, drawn with a fixed seed, is
+    counted, and the lengths of the others are taken from it.
 
     Args:
-      tokenizer: of the rows.
-      texts: of the rows [N].
-      tokens: theirs, cut.
+      tokenizer: tokenizer of the rows.
+      texts: texts of the rows [N].
+      tokens: truncated tokens of the rows.
 
     """
     lengths = tokens.lengths.astype(np.int64)
@@ -143,9 +144,14 @@ def whole_lengths(tokenizer, texts: Sequence[tuple[str, ...]], tokens: Tokens) -
 def longer_than(
     tokenizer, texts: Sequence[tuple[str, ...]], tokens: int, lengths: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns whether each row has more tokens than these, bool [N].
+    """Returns whether each row has more than `tokens` tokens, bool [N].
 
-    lengths: of the rows cut to so many tokens, int [N], where they are known.
+    Args:
+      tokenizer: tokenizer of the rows.
+      texts: texts of the rows [N].
+      tokens: number of tokens.
+      lengths: lengths of the rows truncated to `tokens` tokens, int [N], if known.
+
     """
     found = np.zeros(len(texts), bool)
     rows = np.arange(len(texts)) if lengths is None else np.flatnonzero(lengths >= tokens)
@@ -156,7 +162,7 @@ def longer_than(
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """Returns the number of batches of an epoch, of which the last may be partial."""
+    """Returns the number of batches in an epoch; the last one may be partial."""
     return -(-rows // batch_size)
 
 
@@ -168,9 +174,10 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 def random_batch_indices(
     rows: np.ndarray, seed: int, epoch: int, batch: int, size: int
 ) -> np.ndarray:
-    """Returns the rows of one uniformly random batch, int [B]; -1 fills the last batch.
+    """Returns the rows of one uniformly random batch, int [B]; a partial batch is filled with -1.
 
-    A pure function of (seed, epoch, batch): a resumed run reads the batches it would have read.
+    This is a pure function of (seed, epoch, batch), so that a resumed run reads the same batches as
+    an uninterrupted one.
     """
     order = _epoch_order(seed, epoch, len(rows))[batch * size : (batch + 1) * size]
     return _fill(rows[order], size)
@@ -187,9 +194,9 @@ def training_batch_indices(
 
     Args:
       rows: training rows of each replica.
-      seeds: of each replica.
-      step: from 0.
-      size: B.
+      seeds: seed of each replica.
+      step: number of the step, from 0.
+      size: batch size, B.
       lengths: number of tokens of each row of the split, int [N], to batch rows of similar length;
         None for uniformly random batches.
 
@@ -197,7 +204,7 @@ def training_batch_indices(
     per_epoch = steps_per_epoch(len(rows[0]), size)
     epoch, batch = divmod(step, per_epoch)
     if lengths is not None:
-        # The order of batches is that of all replicas, so that these have similar lengths.
+        # All replicas use the same order of batches, so that their batches have similar lengths.
         batch = int(_epoch_order(_SHUFFLE, epoch, per_epoch)[batch])
     return np.stack(
         [
@@ -212,10 +219,10 @@ def training_batch_indices(
 def _grouped_batch_indices(
     rows: np.ndarray, seed: int, epoch: int, batch: int, size: int, lengths: np.ndarray
 ) -> np.ndarray:
-    """Returns a batch as `random_batch_indices`, of rows sorted by length within _GROUP batches.
+    """Returns a batch like `random_batch_indices`, with rows sorted by length in _GROUP batches.
 
-    As with `group_by_length` of transformers' Trainer, groups are random, so that batches differ
-    from epoch to epoch.
+    As with `group_by_length` in transformers' Trainer, groups are random, so that batches differ
+    between epochs.
     """
     order = _epoch_order(seed, epoch, len(rows))
     start = batch // _GROUP * _GROUP * size
@@ -231,12 +238,12 @@ def evaluation_batch_indices(
     """Yields every row once, in batches of similar length.
 
     Args:
-      tokens: of the split.
-      rows: of each replica, int [R, N].
-      size: B.
+      tokens: tokens of the split.
+      rows: rows of each replica, int [R, N].
+      size: batch size, B.
 
     Yields:
-      (positions in `rows`, rows), int [R, B] each; -1 fills the last batch.
+      (positions in `rows`, rows), int [R, B] each; the last batch is filled with -1.
 
     """
     order = np.argsort(tokens.lengths[rows], axis=1, kind="stable")  # [R, N]

@@ -1,4 +1,4 @@
-"""The names of columns: parsed from a key or an option, or found among those of a file."""
+"""The names of columns, parsed from a config key or an option, or found in a file."""
 
 import csv
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sweet_jax.config import UserError
 from sweet_jax.data.tasks import Task
 
-# What published data sets call their texts, and the two texts of a pair.
+# Column names that published data sets use for their texts, and for the two texts of a pair.
 _TEXTS = ("text", "sentence", "content", "review", "comment", "utterance", "message", "document")
 _PAIRS = (
     ("sentence1", "sentence2"),
@@ -21,29 +21,30 @@ _PAIRS = (
 
 
 def parse_names(text: str, present: Sequence[str] = ()) -> tuple[str, ...]:
-    """Splits a comma-separated list of column names; one that holds a comma stands in quotes.
+    """Splits a comma-separated list of column names; a name with a comma must be in quotes.
 
-    A text that is itself the name of one of the columns present is that name.
+    If the whole text is the name of a column in `present`, it is not split.
     """
     if text in present or text.strip() in {name.strip() for name in present}:
         return (text.strip(),) if text.strip() else ()
-    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)  # of several lines, too
+    rows = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)  # may have many lines
     return tuple(name.strip() for fields in rows for name in fields if name.strip())
 
 
 def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[str] = ()) -> Task:
-    """Returns the task with its columns; those that it does not name are found.
+    """Returns the task with its columns, including those that it does not name.
 
-    The text column is then the only one beside the label, or the only one with a usual name, or the
-    two are a usual pair. A label column that is absent is the only one of classes.
+    A text column that is not named must be the only column besides the label or the only one with a
+    usual name; or there must be the two columns of a usual pair. If the label column is missing,
+    the only column that declares classes is used.
 
     Args:
-      task: whose text columns may be ().
-      present: names of the columns that hold text, and of the label.
-      class_columns: names of those that declare classes.
+      task: task whose text columns may be ().
+      present: names of the columns that hold text, and of the label column.
+      class_columns: names of the columns that declare classes.
 
     Raises:
-      UserError: they cannot be found, are more than two, or are one column twice.
+      UserError: if there are no such columns, more than two text columns, or the same one twice.
 
     """
     label = task.label_column
@@ -54,13 +55,13 @@ def choose_columns(task: Task, present: Sequence[str], class_columns: Sequence[s
         texts = _find_texts([name.strip() for name in present if name.strip() != label])
         if not texts:
             raise UserError(
-                "name the column of the text, or the two of a pair, by --config.text_columns: the "
-                f"columns are {', '.join(map(repr, present)) or 'unknown'}"
+                "set --config.text_columns to the column of the text, or the two columns of a "
+                f"pair: the columns are {', '.join(map(repr, present)) or 'unknown'}"
             )
     if len(texts) > 2 or len(set(texts)) < len(texts):
         raise UserError(
-            "text_columns must name one column, or two different ones for pairs (a name that "
-            f"holds a comma in double quotes); got {', '.join(map(repr, texts))}"
+            "text_columns must name one column, or two different ones for pairs (put a name with "
+            f"a comma in double quotes); got {', '.join(map(repr, texts))}"
         )
     return dataclasses.replace(task, text_columns=texts, label_column=label)
 

@@ -1,9 +1,10 @@
-"""Tables of CSV and TSV files, whose rows are recovered after a stray or unclosed quote.
+"""Tables from CSV and TSV files, with recovery after a stray or unclosed quote.
 
-The csv module reads a field with an unclosed quote up to the next quote, including whole rows. Here
-a row of several lines must be quoted strictly (RFC 4180: a closing quote is followed by a separator
-or the end of the line) and end within a number of lines, and its lines must not look like rows of
-their own. Otherwise its first line is an error, and the lines after it are read again as rows.
+The csv module reads a field with an unclosed quote up to the next quote, even across rows. Here, a
+row that spans several lines must be quoted strictly (RFC 4180: a closing quote is followed by a
+separator or the end of the line), must end within a number of lines, and its lines must not look
+like separate rows. Otherwise its first line is an error, and the other lines are read again as
+rows.
 """
 
 import collections
@@ -18,34 +19,34 @@ from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
 from sweet_jax.data.text_files import TextFile
 
-_LONGEST = 1 << 24  # characters of a row
-_MOST_LINES = 10_000  # of a row
-_MOST_LINES_ALONE = 100  # of a row of one field, whose lines no separator tells from rows
-_HEADER_LINES = 16  # that are searched for the header
-_MIN_ROWS = 2  # lines with commas as in rows, from which a text is taken for rows
+_LONGEST = 1 << 24  # maximum number of characters in a row
+_MOST_LINES = 10_000  # maximum number of lines in a row
+_MOST_LINES_ALONE = 100  # the same with a single column, where no separator tells lines from rows
+_HEADER_LINES = 16  # number of lines that are searched for the header
+_MIN_ROWS = 2  # number of lines that look like rows, from which on a text is taken for rows
 
-_OTHERS = (",", ";", "\t", "|")  # separators that spreadsheets of other countries write
+_OTHERS = (",", ";", "\t", "|")  # separators that spreadsheets write, depending on the country
 _FIX = 'double the quote (""), remove it, or save the file as JSONL'
 
 
 class CsvRow(NamedTuple):
-    """Holds the fields of one row, the header included, or its error."""
+    """Holds the fields of one row or of the header, or its error."""
 
-    fields: list[str]  # [] for an error
+    fields: list[str]  # [] if there is an error
     error: str | None
-    line: int  # number of its first line, from 1
+    line: int  # number of the row's first line, from 1
 
 
 class _Lines:
-    """Feeds the lines of a file to the csv module, one row at a time, and takes lines back."""
+    """Feeds the lines of a file to the csv module row by row, and can put lines back."""
 
     def __init__(self, file: Iterable[str]):
         self._file = iter(file)
         self._again: collections.deque[str] = collections.deque()
-        self._size = 0  # characters of `taken`
+        self._size = 0  # number of characters in `taken`
         self.taken: list[str] = []  # lines of the current row
-        self.number = 0  # of the last line taken, from 1
-        self.stopped = False  # whether the current row lacks its end: at the file's, or the limit
+        self.number = 0  # number of the last line taken, from 1
+        self.stopped = False  # whether the row is incomplete at the file's end or at a limit
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -66,7 +67,7 @@ class _Lines:
         self.taken, self._size = [], 0
 
     def put_back(self) -> None:
-        """Takes back all lines of the current row but the first, to be read again."""
+        """Puts back all lines of the current row except the first, to be read again."""
         self._again.extendleft(reversed(self.taken[1:]))
         self.number -= len(self.taken) - 1
 
@@ -74,17 +75,20 @@ class _Lines:
 def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
     """Returns the table of a CSV or TSV file.
 
-    Args:
-      file: of the table.
-      delimiter: the separator of fields that its suffix stands for.
-      wanted: names of columns, or lists of them as `parse_names` reads. Another separator is used
-        where a line "sep=" before the header names it, where the header has these columns only
-        with it, or else more than one.
+    The separator is the one in a line "sep=" before the header, if there is such a line. Otherwise
+    it is the first separator, starting with `delimiter`, that gives the header all `wanted`
+    columns; or else the first one that gives it more than one column.
 
-    Raises UserError for a file without a header.
+    Args:
+      file: file of the table.
+      delimiter: field separator according to the suffix of the file.
+      wanted: names of columns, or lists of names as in `parse_names`.
+
+    Raises:
+      UserError: if the file has no header.
 
     """
-    csv.field_size_limit(_LONGEST)  # of the whole process
+    csv.field_size_limit(_LONGEST)  # applies to the whole process
     begun = list(itertools.islice(file.lines, _HEADER_LINES))
     found = _find_delimiter(begun, delimiter, wanted)
     rows = read_rows(itertools.chain(begun, file.lines), found)
@@ -101,7 +105,7 @@ def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
             if error is not None:
                 yield Record((), error, file.position(), row, line)
             else:
-                # An empty field is a missing text; the words "NA" or "null" are texts.
+                # An empty field is a missing value; the words "NA" and "null" are texts.
                 values = tuple([fields[place] or None for place in places])
                 yield make_record(values, columns, file.position(), row, line)
 
@@ -109,7 +113,7 @@ def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
 
 
 def _find_delimiter(lines: Sequence[str], usual: str, wanted: Sequence[str]) -> str:
-    """Returns the separator of the fields of a file that begins with these lines."""
+    """Returns the field separator of a file that begins with these lines."""
     header = next((line.strip("\r\n") for line in lines if line.strip()), "")
     if named := re.fullmatch("sep=(.)", header):
         return named[1]
@@ -122,17 +126,17 @@ def _find_delimiter(lines: Sequence[str], usual: str, wanted: Sequence[str]) -> 
 
 
 def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
-    """Yields the rows of a file in order, the header first. Empty lines are skipped.
+    """Yields the rows of a file in order, starting with the header.
 
-    So is a line "sep=" before the header, by which Excel knows the separator. A row whose number of
-    fields is not that of the header is an error.
+    Empty lines are skipped, and so is a line "sep=" before the header, which tells Excel the
+    separator. A row with another number of fields than the header is an error.
 
     Args:
-      file: lines with their ends, of a file opened with newline="".
-      delimiter: the separator of fields.
+      file: lines, including their ends, of a file opened with newline="".
+      delimiter: field separator.
 
     """
-    lines, width = _Lines(file), 0  # fields of the header
+    lines, width = _Lines(file), 0  # number of fields in the header
     rows = csv.reader(lines, delimiter=delimiter)
     while True:
         lines.begin_row()
@@ -142,7 +146,7 @@ def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
         except StopIteration:
             return
         except csv.Error as raised:
-            error = f"not a row of CSV: {raised}"
+            error = f"not a valid CSV row: {raised}"
         if not error and (len(lines.taken) > 1 or lines.stopped):
             error = _quote_error(lines, fields, width, delimiter)
         if error:
@@ -155,14 +159,14 @@ def read_rows(file: Iterable[str], delimiter: str) -> Iterator[CsvRow]:
             if len(lines.taken) > 1:
                 lines.put_back()
                 rows = csv.reader(lines, delimiter=delimiter)
-            yield CsvRow([], f"{len(fields)} fields where the header has {width}", start)
+            yield CsvRow([], f"{len(fields)} fields, but the header has {width}", start)
         else:
             width = len(fields)
             yield CsvRow(fields, None, start)
 
 
 def _quote_error(lines: _Lines, fields: list[str], width: int, delimiter: str) -> str | None:
-    """Returns the error of the quotes of a row of several lines, or None."""
+    """Returns the quoting error of a row that spans several lines, or None."""
     taken, last = lines.taken, lines.number
     start = last - len(taken) + 1
     try:
@@ -178,20 +182,21 @@ def _quote_error(lines: _Lines, fields: list[str], width: int, delimiter: str) -
     ):
         return (
             f"looks like several rows: a quote in line {start} is closed only in line {last}, and "
-            "each line has the fields of a row: close the quote, or, if this is one text, save the "
-            "file as JSONL"
+            "each line has as many fields as a row: close the quote or, if this is one text, save "
+            "the file as JSONL"
         )
     return None
 
 
 def _are_separate(lines: Sequence[str], width: int, delimiter: str) -> bool:
-    """Returns whether lines with as many separators each as the header are rows rather than prose.
+    """Returns whether lines with as many separators as the header are rows rather than prose.
 
-    A comma in prose is mostly followed by a blank or the end of the line. Several lines must have
-    other commas, so that a text of several lines is not taken for rows. Tabs are rare in prose.
+    A comma in prose is mostly followed by a space or the end of the line. Several lines must have
+    only other commas, so that a text of several lines is not taken for rows. Tabs are rare in
+    prose.
     """
     if width < 2 or delimiter == "\t":
         return width > 1
     prose = re.compile(re.escape(delimiter) + r"(\s|$)")
-    least = _MIN_ROWS + (width == 2)  # one comma in a line says less than several
+    least = _MIN_ROWS + (width == 2)  # a single comma per line is weaker evidence
     return sum(not prose.search(line) for line in lines) >= least

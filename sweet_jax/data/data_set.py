@@ -1,4 +1,4 @@
-"""Data sets of the hub, or saved on disk by the library `datasets`."""
+"""Data sets from the hub, or saved to disk by the library `datasets`."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,24 +14,24 @@ from sweet_jax.data.tasks import Task
 from sweet_jax.files import one_line, resolve_path
 
 _GLUE = "nyu-mll/glue"
-_VALIDATION = ("validation", "valid", "val", "dev", "test")  # usual names, the first is taken
+_VALIDATION = ("validation", "valid", "val", "dev", "test")  # the first one that exists is used
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DataSplit:
-    """A split of a data set, and what messages call it."""
+    """A split of a data set, and its name in messages."""
 
     rows: datasets.Dataset
     title: str
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema of its columns, which may declare class names."""
+        """The schema of the columns, which may declare class names."""
         return self.rows.features.arrow_schema
 
     @property
     def names(self) -> list[str]:
-        """Names of the columns that hold text, and of those of classes."""
+        """Names of the columns that hold text or declare classes."""
         texts = [field.name for field in self.schema if is_text(field.type)]
         return [*texts, *(name for name in self.class_columns if name not in texts)]
 
@@ -42,7 +42,7 @@ class DataSplit:
         return [name for name, kind in kinds if isinstance(kind, datasets.ClassLabel)]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yields its rows as Arrow batches."""
+        """Yields the rows as Arrow batches."""
         for part in self.rows.with_format("arrow").iter(batch_size=1024):
             yield from part.to_batches()
 
@@ -50,10 +50,10 @@ class DataSplit:
 def read_data_set(config: Config, task: Task) -> list[DataSplit]:
     """Returns the training split and, if there is one, the validation split of a data set.
 
-    `config.dataset` is a folder that `save_to_disk` wrote, or a name of the hub, "owner/name" or
-    "owner/name:subset"; without it, the task is one of GLUE.
+    `config.dataset` is a folder that `save_to_disk` wrote, or a name on the hub, "owner/name" or
+    "owner/name:subset". If it is empty, the data set is the GLUE task.
 
-    Raises UserError where it cannot be read, or lacks a split that `config.splits` names.
+    Raises UserError if the data set cannot be read, or has no split with a name in `config.splits`.
     """
     name = config.dataset or f"{_GLUE}:{task.name}"
     loaded = _load(name)
@@ -64,24 +64,26 @@ def read_data_set(config: Config, task: Task) -> list[DataSplit]:
         check_choice(f"split of {name!r}", "train", loaded)
         wanted = ("train", *[split for split in _VALIDATION if split in loaded][:1])
     if len(wanted) > 2:
-        raise UserError(f"splits names one of training, one of validation; got {config.splits!r}")
+        raise UserError(
+            f"splits takes a training split and at most one validation split; got {config.splits!r}"
+        )
     for split in wanted:
         check_choice(f"split of {name!r}", split, loaded)
     return [DataSplit(loaded[split], f"{name!r}, {split}") for split in wanted]
 
 
 def _load(name: str) -> Mapping[str, Any]:
-    """Returns the splits of a data set by name."""
+    """Returns the splits of a data set, by their names."""
     folder = resolve_path(name)
     if _is_saved(folder):
         return _load_saved(folder)
     try:
         owner, _, subset = name.partition(":")
         return datasets.load_dataset(owner, subset or None)
-    except Exception as error:  # the client raises many kinds; each means the same to a user
+    except Exception as error:  # the client raises many kinds, which mean the same to a user
         raise UserError(
-            f"could not read the data set {name!r} from the hub: {one_line(error)}; check the name "
-            "and the network, or give a local copy with --config.data_dir or --config.data_files"
+            f"could not read the data set {name!r}: {one_line(error)}; check the name and the "
+            "network connection, or pass a local copy with --config.data_dir or --config.data_files"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The files that one key or option names: a list, a folder, a pattern, or several joined by "+"."""
+"""The files that a config key or option names: a list, a folder, a pattern, or several with "+"."""
 
 import glob
 import os
@@ -12,22 +12,22 @@ from sweet_jax.files import resolve_path
 
 
 def split_files(text: str) -> tuple[str, ...]:
-    """Splits a comma-separated list of sources, unless the whole text is the name of a file."""
+    """Splits a comma-separated list of sources, unless the whole text names an existing file."""
     return (text,) if os.path.exists(resolve_path(text)) else split_names(text)
 
 
 def expand_files(name: str) -> list[Path]:
-    """Returns the files of one source, in order of their names.
+    """Returns the files of one source, ordered by name.
 
-    A name is a file, a folder of label folders, a folder of tables (CSV, Parquet, …), or a pattern
-    such as "part-*.parquet"; several are joined by "+". Hidden files of a folder are left out; a
-    warning names what else is.
+    The name can be a file, a folder of label folders, a folder of tables (CSV, Parquet, …), or a
+    pattern such as "part-*.parquet"; several of them are joined with "+". Hidden files in a folder
+    are ignored; a warning names other files that are ignored.
 
     Raises UserError for a pattern without files, a folder that has both tables and label folders,
     and an empty name.
     """
     if not name.strip(" +"):
-        raise UserError(f"{name!r} names no file: give the name of one")
+        raise UserError(f"{name!r} names no file: pass the name of a file")
     path = resolve_path(name)  # os.path below: a list of many files is too long for Path's methods
     if os.path.isdir(path):
         return _files_of_folder(path)
@@ -48,9 +48,9 @@ def expand_files(name: str) -> list[Path]:
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    """Returns the tables of a folder, or the folder itself where it has label folders, or neither.
+    """Returns the tables in a folder, or the folder itself if there are none.
 
-    A link to nothing is one of its tables: it is refused when it is read.
+    Broken links count as tables; an error is raised when they are read.
     """
     entries = {path for path in folder.iterdir() if not is_hidden(path)}
     tables = {p for p in entries if format_of(p) not in ("", ".txt") and not p.is_dir()}
@@ -63,6 +63,6 @@ def _files_of_folder(folder: Path) -> list[Path]:
         table, pattern = min(tables), folder / f"*{min(tables).suffix}"
         raise UserError(
             f"{str(folder)!r} has tables, such as {table.name!r}, and folders of texts, such as "
-            f"{min(labels).name!r}: give the tables as {str(pattern)!r}, or move them elsewhere"
+            f"{min(labels).name!r}: pass the tables as {str(pattern)!r}, or move them elsewhere"
         )
-    return [folder]  # whose reader warns of what else is in it
+    return [folder]  # its reader warns about ignored files

@@ -1,4 +1,4 @@
-"""Labelled rows in memory, kept in a run's directory: DataFrames, data sets, tables and dicts."""
+"""Labeled rows in memory (DataFrames, data sets, tables, dicts), saved in a run's directory."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from sweet_jax.files import atomic_write, is_unclaimed
 
 
 def write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> None:
-    """Writes rows in memory to a file of the workdir, unless a run has them already.
+    """Writes rows in memory to a file in the workdir, unless a run there has the same rows.
 
-    Raises UserError for data that is no table, and where a run has other rows.
+    Raises UserError if the data cannot be read as a table, or the run has other rows.
     """
     table = _table_of(data)
-    if columns:  # the others are nobody's business, and may be large
+    if columns:  # the other columns are not needed, and may be large or private
         table = table.select([find_column(name, table.column_names) for name in columns])
     try:
         if path.exists() and not is_unclaimed(workdir):
@@ -33,23 +33,23 @@ def write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> 
             writer.write_table(table)
     except OSError as error:
         raise UserError(
-            f"workdir {str(workdir)!r} cannot be used ({error}): choose another"
+            f"workdir {str(workdir)!r} cannot be used ({error}): choose another workdir"
         ) from error
 
 
 def _same_rows(one: pa.Table, other: pa.Table) -> bool:
-    """Returns whether two tables have the same columns and values, of whichever types of Arrow."""
+    """Returns whether two tables have the same columns and values, regardless of Arrow types."""
     ours, theirs = one.to_pydict(), other.to_pydict()
     return ours.keys() == theirs.keys() and all(
         len(values) == len(theirs[name])
-        # A missing number, NaN, equals no other.
+        # NaN, a missing number, is not equal to itself.
         and all(a == b or repr(a) == repr(b) for a, b in zip(values, theirs[name], strict=True))
         for name, values in ours.items()
     )
 
 
 def _table_of(data: Any) -> pa.Table:
-    """Returns rows in memory as a table. Raises UserError for anything that is none."""
+    """Returns rows in memory as a table. Raises UserError if they cannot be read as one."""
     try:
         if isinstance(data, pa.Table):
             return data

@@ -1,4 +1,4 @@
-"""Tables of JSON files: an object in each line or over several, an array, an object of columns."""
+"""Tables from JSON files: an object per line or over several, an array, an object of columns."""
 
 import contextlib
 import itertools
@@ -12,27 +12,27 @@ from sweet_jax.data.tables import Columns, Record, Table, find_column, make_reco
 from sweet_jax.data.text_files import TextFile
 from sweet_jax.files import one_line
 
-_MOST_LINES = 1000  # of an object, but the first: it may be the whole file
-_MOST_TRIES = 1000  # to parse an element of an array, one each time that an object may end
-_LONGEST = 1 << 22  # characters of an element
-_LISTS = ("data", "rows", "records", "examples")  # keys that a list of objects may be under
-_OPENING, _BETWEEN = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")  # of an array's elements
-_CHECKED = 1000  # objects that are searched for a column before it counts as unknown
+_MOST_LINES = 1000  # maximum lines of an object, except the first, which may be the whole file
+_MOST_TRIES = 1000  # maximum attempts to parse an array element, one wherever an object may end
+_LONGEST = 1 << 22  # maximum number of characters in an element
+_LISTS = ("data", "rows", "records", "examples")  # keys that may hold a list of objects
+_OPENING, _BETWEEN = re.compile(r"\s*\[\s*"), re.compile(r"[\s,]*")  # before an array's elements
+_CHECKED = 1000  # number of objects that are searched for a column before it counts as unknown
 
 
 class JsonObject(NamedTuple):
     """Holds one object of a file, or its error."""
 
-    values: dict[str, Any] | None  # None for an error
+    values: dict[str, Any] | None  # None if there is an error
     error: str | None
-    line: int  # number of its first line, from 1
-    position: int  # bytes of the file read so far
+    line: int  # number of the object's first line, from 1
+    position: int  # number of bytes of the file read so far
 
 
 def json_table(file: TextFile) -> Table:
-    """Returns the table of a JSON file of any of these layouts; its columns are the objects' keys.
+    """Returns the table of a JSON file in any of these layouts; its columns are the objects' keys.
 
-    Raises UserError for an array that is damaged: where its next element begins cannot be told.
+    Raises UserError for a damaged array, since there is no way to find its next element.
     """
     objects = _read_any(file)
     ahead = list(itertools.islice(objects, _CHECKED))
@@ -60,9 +60,9 @@ def json_table(file: TextFile) -> Table:
 
 
 def _read_any(file: TextFile) -> Iterator[JsonObject]:
-    """Yields the objects of a file of any layout."""
+    """Yields the objects of a file in any layout."""
     lines = iter(file.lines)
-    begun: list[str] = []  # up to the first line that is not blank
+    begun: list[str] = []  # lines up to the first one that is not blank
     for line in lines:
         begun.append(line)
         if line.strip():
@@ -82,12 +82,12 @@ def _read_any(file: TextFile) -> Iterator[JsonObject]:
 
 
 def _rows_of(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the rows of a file that is one object: a list of them, columns, or it is a row."""
+    """Returns the rows of a file with one object: a list of rows, columns, or a single row."""
     for key in _LISTS:
         found = values.get(key)
         if isinstance(found, list) and found and all(isinstance(v, dict) for v in found):
             return found
-    # pandas writes columns as {"text": {"0": …}} by default, not always in one order.
+    # By default, pandas writes columns as {"text": {"0": …}}, and their key order may differ.
     first = next(iter(values.values()), None)
     keys = first.keys() if isinstance(first, dict) else ()
     if keys and all(isinstance(v, dict) and v.keys() == keys for v in values.values()):
@@ -99,19 +99,19 @@ def _rows_of(values: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
-    """Yields the elements of a JSON array; one that is not an object is an error.
+    """Yields the elements of a JSON array; an element that is not an object is an error.
 
-    Raises UserError where the array is damaged.
+    Raises UserError if the array is damaged.
     """
     decoder, opened, tries = json.JSONDecoder(), False, 0
-    text, at, number = "", 0, 1  # text[at:] is to be parsed, from line `number`
+    text, at, number = "", 0, 1  # text[at:], which begins in line `number`, is parsed next
     while True:
         if found := (_BETWEEN if opened else _OPENING).match(text, at):
             opened, number = True, number + text.count("\n", at, found.end())
             at = found.end()
         if opened and text.startswith("]", at):
             text, at, opened = text[at + 1 :], 0, False
-            while not text.strip():  # another array may follow
+            while not text.strip():  # another array may follow this one
                 if (line := next(lines, None)) is None:
                     return
                 text += line
@@ -124,7 +124,7 @@ def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
             if not more or len(text) > _LONGEST:
                 raise UserError(
                     f"{str(file.path)!r} is a JSON array that is damaged in line {number}: "
-                    f"{one_line(error)}"
+                    f"{one_line(error)}; fix the file"
                 ) from error
             text += more
             continue
@@ -134,7 +134,7 @@ def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
 
 
 def _is_cut(text: str, error: Exception) -> bool:
-    """Returns whether JSON that cannot be parsed is merely incomplete."""
+    """Returns whether JSON that cannot be parsed is only incomplete."""
     return isinstance(error, json.JSONDecodeError) and error.pos >= len(text.rstrip())
 
 
@@ -153,18 +153,18 @@ def _lines_to_a_brace(lines: Iterator[str]) -> str:
 def read_objects(lines: Iterable[str], position: Callable[[], int]) -> Iterator[JsonObject]:
     """Yields the objects of JSON lines in order. Blank lines are skipped.
 
-    An object that is incomplete at the end of its line continues in the next lines, up to a line
-    that begins with a brace. If these lines are no object together, each of them is an error.
+    An object that is incomplete at the end of its line continues on the next lines, up to a line
+    that begins with a brace. If these lines together are not an object, each one is read by itself.
 
     Args:
-      lines: of the file.
-      position: returns the number of bytes read so far.
+      lines: lines of the file.
+      position: function that returns the number of bytes read so far.
 
     """
     begun: list[str] = []  # lines of an incomplete object
     first, number = True, 0
     for number, line in enumerate(lines, start=1):
-        inside = bool(begun) and begun[0].rstrip().endswith("[")  # of a list of objects
+        inside = bool(begun) and begun[0].rstrip().endswith("[")  # in a list of objects
         if begun and (
             (line.startswith("{") and not inside) or (not first and len(begun) >= _MOST_LINES)
         ):
@@ -172,7 +172,7 @@ def read_objects(lines: Iterable[str], position: Callable[[], int]) -> Iterator[
             begun, first = [], False
         if begun:
             begun.append(line)
-            # A long object is not parsed again at the end of each object within it.
+            # A long object is not parsed again at the end of each object inside it.
             if not line.rstrip().endswith("}") or (
                 len(begun) > _MOST_LINES and not line.startswith("}")
             ):
@@ -196,36 +196,36 @@ def read_objects(lines: Iterable[str], position: Callable[[], int]) -> Iterator[
 
 
 class LabelTexts:
-    """Converts labels to text; all must be of the type of the first.
+    """Converts labels to text; all labels must have the type of the first one.
 
-    Integers and floats are one type: both are written as the first number is, so that 1 and 1.0 are
-    one class.
+    Integers and floats count as one type. All numbers are written in the type of the first one, so
+    that 1 and 1.0 are the same class.
     """
 
     def __init__(self) -> None:
         self._first: Any = None
 
     def __call__(self, value: Any) -> tuple[str | None, str | None]:
-        """Returns (text or None if missing, None), or (None, error)."""
+        """Returns (text, None), where text is None for a missing label, or (None, error)."""
         if value is None or value != value:  # NaN
             return None, None
         if not isinstance(value, str | bool | int | float):
             more = ""
             if isinstance(value, list):
-                more = "; lists of labels need --config.objective=multi_label"
+                more = "; lists of labels require --config.objective=multi_label"
             return None, f"is not a single value but {value!a:.40}{more}"
         first = self._first = value if self._first is None else self._first
         if type(value) is not type(first):
             if {type(value), type(first)} != {int, float}:
-                return None, f"is {value!a:.40}, of another type than the first, {first!a:.40}"
-            with contextlib.suppress(OverflowError):  # of an integer that no float holds
+                return None, f"is {value!a:.40}, not of the type of the first, {first!a:.40}"
+            with contextlib.suppress(OverflowError):  # for an integer too large for a float
                 if isinstance(first, float) or (isinstance(value, float) and value.is_integer()):
                     value = type(first)(value)
         return str(value), None
 
 
 def _parse(text: str) -> tuple[dict[str, Any] | None, str | None, bool]:
-    """Returns (object, None, False), or (None, error, whether the text is merely incomplete)."""
+    """Returns (object, None, False), or (None, error, whether the text is only incomplete)."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:

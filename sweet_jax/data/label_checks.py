@@ -1,4 +1,4 @@
-"""Labels that are probably not what their file's owner means: look-alikes, measurements, ids."""
+"""Checks for labels that are probably unintended: look-alikes, measurements and ids."""
 
 import collections
 import decimal
@@ -8,43 +8,43 @@ from collections.abc import Mapping, Sequence
 
 from sweet_jax.config import UserError
 
-_CHARACTERS = 60  # of a label that is shown
-_SHOWN = 10  # of the largest and of the smallest classes, or of the first labels
-_MOST_MEASUREMENTS = 10  # distinct numbers with a fraction that are taken for classes
-_IDS = 20  # rows of which no two have the same label, from which a column is taken for ids
+_CHARACTERS = 60  # maximum number of characters of a label that are shown
+_SHOWN = 10  # number of the largest and of the smallest classes, or of the first labels, shown
+_MOST_MEASUREMENTS = 10  # maximum number of distinct labels with fractions that may be classes
+_IDS = 20  # number of rows from which on labels that are all different are taken for ids
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")
 
 
 def cut_label(label: str) -> str:
-    """Returns a label as it is shown: the beginning of a long one."""
+    """Returns a label for display: a long one is truncated."""
     return label if len(label) <= _CHARACTERS else f"{label[:_CHARACTERS]}…"
 
 
 def list_labels(labels: Sequence[str]) -> str:
-    """Returns the first labels as a message names them."""
+    """Returns the first labels for display in a message."""
     return ", ".join(repr(cut_label(label)) for label in labels[:_SHOWN])
 
 
 def check_label_column(labels: Sequence[str], column: str) -> None:
-    """Raises UserError where each of many rows has a label of its own, as an id column has."""
+    """Raises UserError if each of many rows has a different label, as in an id column."""
     if len(labels) >= _IDS and len(set(labels)) == len(labels):
         raise UserError(
-            f"each of the {len(labels)} rows has another label in column {column!r}, such as "
-            f"{cut_label(labels[0])!r}: is it an id? Name the label's column by "
-            "--config.label_column"
+            f"all {len(labels)} rows have different labels in column {column!r}, such as "
+            f"{cut_label(labels[0])!r}, as in a column of ids: set --config.label_column to the "
+            "column of the label"
         )
 
 
 def is_written_list(label: str) -> bool:
-    """Returns whether a label is a list as Python or JSON writes it, as to_csv of pandas does.
+    """Returns whether a label is a list written by Python or JSON, for example by pandas' to_csv.
 
-    Square brackets around quotes, commas, numbers or nothing; [spam] may be the name of a class.
+    It has square brackets around quotes, commas, numbers or nothing; [spam] may be a class name.
     """
     return bool(re.fullmatch(r"\[(.*[\"',].*|[\s0-9]*)\]", label, re.DOTALL))
 
 
 def describe_classes(counts: Mapping[str, int]) -> str:
-    """Describes the classes and their numbers of rows, of many the largest and the smallest."""
+    """Describes the classes and their numbers of rows; of many, only the largest and smallest."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     shown = [f"{cut_label(name)!r} {count}" for name, count in ordered]
     if len(shown) > 2 * _SHOWN:
@@ -53,9 +53,11 @@ def describe_classes(counts: Mapping[str, int]) -> str:
 
 
 def label_warnings(counts: Mapping[str, int]) -> list[str]:
-    """Returns warnings of labels that look alike, like measurements, or like ids.
+    """Returns warnings about labels that look alike, like measurements, or like ids.
 
-    counts: number of rows by label.
+    Args:
+      counts: number of rows of each label.
+
     """
     found = []
     alike = collections.defaultdict(list)
@@ -65,8 +67,8 @@ def label_warnings(counts: Mapping[str, int]) -> list[str]:
         if len(names) > 1:
             listed = ", ".join(f"{cut_label(name)!a} ({counts[name]})" for name in sorted(names))
             found.append(
-                f"labels that differ only by case, blanks or spelling are classes of their own: "
-                f"{listed}; if they mean the same, write them alike in the file"
+                f"labels that differ only in case, spaces or spelling are separate classes: "
+                f"{listed}; if they mean the same, write them the same way in the file"
             )
     rows = sum(counts.values())
     measured = all(_NUMBER.fullmatch(name) for name in counts)
@@ -74,34 +76,34 @@ def label_warnings(counts: Mapping[str, int]) -> list[str]:
     if fractions and len(counts) > _MOST_MEASUREMENTS:
         found.append(
             f"the labels are {len(counts)} different numbers, such as {next(iter(counts))}: "
-            "they look like measurements, and each of them becomes a class; group them into "
-            "classes, or predict the numbers with --config.objective=regression"
+            "they look like measurements, but each of them becomes a class; group them into "
+            "classes, or predict numbers with --config.objective=regression"
         )
     elif rows >= _IDS and len(counts) > rows / 2:
         found.append(
             f"{rows} rows have {len(counts)} different labels, such as "
-            f"{cut_label(next(iter(counts)))!r}: is the label's column an id or a text?"
+            f"{cut_label(next(iter(counts)))!r}: check that the label column is not an id or a text"
         )
     barred = next((name for name in counts if "|" in name), None)
     if barred is not None:
         found.append(
-            f"labels such as {cut_label(barred)!r} are one class each: if they name several "
-            "labels of a row, set --config.objective=multi_label"
+            f"labels such as {cut_label(barred)!r} are one class each: if they list several labels "
+            "of a row, set --config.objective=multi_label"
         )
     return found
 
 
 def is_number(label: str) -> bool:
-    """Returns whether a label is a decimal number; Python's float takes 1_000 and ١٢ as well."""
+    """Returns whether a label is a decimal number; unlike Python's float, rejects 1_000 and ١٢."""
     return bool(_NUMBER.fullmatch(label.strip()))
 
 
 def without_fraction(label: str) -> str:
-    """Returns a whole number without the zeros after its point, and any other label unchanged."""
+    """Returns an integer label without zeros after its point, and any other label unchanged."""
     return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", label)
 
 
 def _folded(name: str) -> str | decimal.Decimal:
-    """Returns what labels that look alike have in common: 1, 1.0 and 01 are the number 1."""
+    """Returns a key that is equal for labels that look alike: 1, 1.0 and 01 are the number 1."""
     text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
     return decimal.Decimal(text) if _NUMBER.fullmatch(text) else text

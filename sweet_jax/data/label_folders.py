@@ -10,14 +10,15 @@ from sweet_jax.data.tables import Columns, Record, Table, find_column, make_reco
 log = logging.getLogger(__name__)
 
 _COLUMNS = ("text", "label")
-_LISTED = 3  # entries not read that are named
+_LISTED = 3  # maximum number of ignored entries that a warning names
 
 
 def folder_table(path: Path) -> Table:
-    """Returns the table of a folder; an empty file is an error. Raises UserError without files.
+    """Returns the table of a folder, in which an empty file is an error.
 
-    What editors, file managers and archives leave there is left out: hidden files and folders,
-    and __MACOSX. Whoever has read all rows is warned of what else is not among them.
+    Hidden files and folders and __MACOSX, which editors, file managers and archives create, are
+    ignored. After the last row, a warning names the other files that are ignored. Reading raises
+    UserError if there are no files.
     """
 
     def records(columns: Columns) -> Iterator[Record]:
@@ -40,7 +41,7 @@ def folder_table(path: Path) -> Table:
 
 
 def text_files(path: Path) -> list[Path]:
-    """Returns the <label>/<name>.txt files of a folder, in order of their paths."""
+    """Returns the <label>/<name>.txt files in a folder, ordered by path."""
     return [
         file
         for file in sorted(path.glob("*/*"))
@@ -49,15 +50,15 @@ def text_files(path: Path) -> list[Path]:
 
 
 def warn_of_unread(source: str, unread: Collection[Path]) -> None:
-    """Logs a warning of entries of a source that no rows come from."""
+    """Logs a warning about entries of a source that are ignored."""
     if unread:
         listed = ", ".join(repr(str(path)) for path in sorted(unread)[:_LISTED])
         more = f" and {len(unread) - _LISTED} more" if len(unread) > _LISTED else ""
-        log.warning("not read of %r: %s%s", source, listed, more)
+        log.warning("ignored in %r: %s%s", source, listed, more)
 
 
 def is_hidden(path: Path) -> bool:
-    """Returns whether a name is one that editors, file managers and archives leave."""
+    """Returns whether an entry is hidden or __MACOSX, as editors and archives create them."""
     return path.name.startswith(".") or path.name == "__MACOSX"
 
 
@@ -68,4 +69,4 @@ def _read_text(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return raw.decode("cp1252", errors="replace")  # what older corpora are written in
+        return raw.decode("cp1252", errors="replace")  # the encoding of many older corpora

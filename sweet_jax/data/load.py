@@ -1,4 +1,4 @@
-"""Labelled texts from the hub, from a directory of GLUE files, or from a user's own files.
+"""Labeled texts from the hub, from a directory of GLUE files, or from a user's own files.
 
 Shape letters: N examples.
 """
@@ -20,28 +20,28 @@ from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Holds the training and validation rows of a task, under one list of class names."""
+    """Holds the training and validation rows of a task, with a common list of class names."""
 
     task: Task
     classes: tuple[str, ...]
     train: Split
     validation: Split
-    left_out: int = 0  # training rows that repeat a text of the validation rows split off
-    repeated: int = 0  # validation rows of a file of their own whose text is a training row's
-    unlabeled: Sequence[tuple[str, ...]] = ()  # texts of rows without labels, as in their files
+    left_out: int = 0  # dropped training rows, whose texts are in the validation rows split off
+    repeated: int = 0  # validation rows from a separate file whose texts are in the training rows
+    unlabeled: Sequence[tuple[str, ...]] = ()  # texts of unlabeled rows, in file order
 
     @property
     def objective(self) -> Objective:
-        """Returns the objective, by which labels are read and predicted."""
+        """Returns the objective, which defines how labels are read and predicted."""
         return OBJECTIVES[self.task.objective]
 
     @property
     def strata(self) -> np.ndarray:
-        """By what training rows are split in proportion, int [N]."""
+        """The strata of the training rows for stratified splits, int [N]."""
         return self.objective.column.strata(self.train.labels)
 
     def digest(self) -> str:
-        """Returns the SHA-256 of all texts and labels: equal for two runs on the same data."""
+        """Returns the SHA-256 of all texts and labels, which is equal for runs on the same data."""
         sha = hashlib.sha256(json.dumps(self.classes).encode())
         for split in (self.train, self.validation):
             sha.update(json.dumps(split.texts).encode())
@@ -54,9 +54,9 @@ class Dataset:
 def load_dataset(config: Config) -> Dataset:
     """Reads the data that a config names.
 
-    Raises UserError for an unknown task or column, a file that is absent, unreadable or of another
-    format, a row without text or label, no rows, a single class, or a validation label that no
-    training row has.
+    Raises UserError for an unknown task or column; a file that is missing, cannot be read or has an
+    unknown format; a row without a text or label; a source without rows; a single class; or a
+    validation label that no training row has.
     """
     task, sources = read_sources(config, task_of(config))
     places = source_names(len(sources))
@@ -85,7 +85,7 @@ def load_dataset(config: Config) -> Dataset:
 
 
 def task_of(config: Config) -> Task:
-    """Returns the task that a config names, with its metric and the columns that it names.
+    """Returns the task that a config names, with the metric and the columns in the config.
 
     Raises UserError for an unknown task.
     """
@@ -96,7 +96,7 @@ def task_of(config: Config) -> Task:
             check_choice("task", config.task, GLUE)
         except UserError as error:
             raise UserError(
-                f"{error} (rows of your own are named by --config.data_files=FILE)"
+                f"{error} (to use your own data, pass --config.data_files=FILE)"
             ) from error
         task = GLUE[config.task]
     columns = parse_names(config.text_columns) or task.text_columns
@@ -115,9 +115,13 @@ def _check_labels(train: Split, validation: Split, names: tuple[str, ...], task:
     for rows, what in ((train, "training"), (validation, "validation")):
         if not len(rows.labels):
             raise UserError(
-                f"the data has too few distinct texts to split: no {what} rows are left"
+                f"the data has too few distinct texts to split, since no {what} rows are left: add "
+                "rows with other texts"
             )
     column = OBJECTIVES[task.objective].column
     column.check(train.labels, validation.labels, names, task.label_column)
     if task.metric == "f1" and len(names) != 2:
-        raise UserError(f"metric 'f1' is for two classes; this task has {len(names)}")
+        raise UserError(
+            f"metric='f1' applies only to two classes, but this task has {len(names)}: choose "
+            "another metric"
+        )

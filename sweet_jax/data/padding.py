@@ -1,4 +1,4 @@
-"""Batches padded to a few fixed lengths, since each length is compiled for.
+"""Padding of batches to a few fixed lengths, since each length requires compilation.
 
 Shape letters: B batch, L length.
 """
@@ -10,32 +10,34 @@ import numpy as np
 
 from sweet_jax.data.batches import Tokens
 
-_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # each length used is compiled for
-_SHORT = (16, 24)  # compiled for where enough batches of a run are as short, see `with_short`
-# Tokens per row, summed over the steps of a run, that another length must save: as many as are
-# trained on in the time that compiling for it takes, about. With 16 rows and one replica on one
-# core that is 27 steps of 32 tokens at MiniLM's shape, 6 at MPNet-base's
-# (experiments/benchmarks/short_texts.py); with more rows it is fewer.
+_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+_SHORT = (16, 24)  # used only if a run has enough batches that are this short: see `with_short`
+# Number of tokens per row, summed over the steps of a run, that another length must save. It is
+# about the number of tokens that a run trains on in the time of one compilation. With 16 rows and
+# one replica on one core, this is 27 steps of 32 tokens at MiniLM's shape, and 6 at MPNet-base's
+# (experiments/benchmarks/short_texts.py); with more rows, it is fewer.
 _WORTH_COMPILING = 1024
-# On accelerators compiling a step takes tens of seconds, and a step milliseconds: the tokens that
-# are trained on meanwhile, of all rows and replicas. Measured with BERT-base on an H100: 16 million
-# with one replica, 24 million with 15 (experiments/results/benchmarks/gpu.md).
+# On accelerators, a step takes milliseconds, but its compilation takes tens of seconds. This is the
+# number of tokens, over all rows and replicas, that a run trains on in that time. Measured with
+# BERT-base on an H100, it was 16 million with one replica and 24 million with 15
+# (experiments/results/benchmarks/gpu.md).
 TOKENS_WHILE_COMPILING = 1 << 24
-_COARSE = (64, 128, 256, 512)  # for programs that compile for longer than they run
+_COARSE = (64, 128, 256, 512)  # for programs whose compilation takes longer than their execution
 
 Batch = dict[str, np.ndarray]
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """Returns the lengths that batches are padded to, ascending; the last is max_length."""
+    """Returns the lengths that batches are padded to, in ascending order up to max_length."""
     return (*(length for length in _LENGTHS if length < max_length), max_length)
 
 
 def evaluation_lengths(max_length: int, rows: int) -> tuple[int, ...]:
-    """Returns the lengths that an accelerator pads the batches of an evaluation to, ascending.
+    """Returns the lengths that evaluation batches are padded to on an accelerator, ascending.
 
-    Those of `bucket_lengths` for many rows; for fewer, which would not repay compiling, four at
-    most, the same for all such splits, so that they share their programs.
+    For many rows, these are the lengths of `bucket_lengths`. Fewer rows do not justify compiling
+    for so many lengths: they get at most five, which are the same for all such splits, so that
+    these share their compiled programs.
     """
     if rows * max_length > TOKENS_WHILE_COMPILING:
         return bucket_lengths(max_length)
@@ -43,12 +45,12 @@ def evaluation_lengths(max_length: int, rows: int) -> tuple[int, ...]:
 
 
 def with_short(lengths: tuple[int, ...], longest: np.ndarray, steps: int) -> tuple[int, ...]:
-    """Returns `lengths`, and before them the shorter ones that are worth compiling a step for.
+    """Returns `lengths`, preceded by the shorter ones that are worth compiling a step for.
 
     Args:
-      lengths: that batches are padded to, see `bucket_lengths`.
-      longest: tokens of the longest row of some of the run's batches, int [batches].
-      steps: of the run.
+      lengths: lengths that batches are padded to; see `bucket_lengths`.
+      longest: numbers of tokens in the longest rows of some of the run's batches, int [batches].
+      steps: number of steps of the run.
 
     """
     usual = smallest_fit(longest, lengths)
@@ -66,9 +68,10 @@ def worth_compiling(lengths: tuple[int, ...], longest: np.ndarray, rows: int) ->
     """Returns those of `lengths` that are worth compiling a step for on an accelerator.
 
     Args:
-      lengths: that batches can be padded to, ascending; the last holds every row, and is kept.
-      longest: tokens of the longest row of some of the run's batches, int [batches].
-      rows: that the run trains on, counted anew in each epoch and replica.
+      lengths: lengths that batches can be padded to, ascending; the last, which fits every row, is
+        always kept.
+      longest: numbers of tokens in the longest rows of some of the run's batches, int [batches].
+      rows: number of rows that the run trains on, counted again in each epoch and replica.
 
     """
 
@@ -82,12 +85,12 @@ def worth_compiling(lengths: tuple[int, ...], longest: np.ndarray, rows: int) ->
 
 
 def smallest_fit(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """Returns the smallest of ascending `lengths` that holds each number of tokens, int [...]."""
+    """Returns the smallest of ascending `lengths` that fits each number of tokens, int [...]."""
     return np.asarray(lengths)[np.searchsorted(lengths, tokens)]
 
 
 def longest_row(tokens: Tokens, rows: np.ndarray) -> int:
-    """Returns the number of tokens of the longest of some rows; a row of -1 is empty."""
+    """Returns the number of tokens in the longest of `rows`; a row of -1 is empty."""
     return int(np.where(rows < 0, 0, tokens.lengths[rows]).max())
 
 
@@ -100,10 +103,13 @@ def padded_length(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) ->
 def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batch:
     """Pads rows [..., B] to the smallest of `lengths` that fits them all.
 
-    Returns input_ids, token_type_ids int32 [..., B, L], mask bool [..., B, L], labels [..., B, ...]
-    of their dtype, 0 where there is no row, and row_mask bool [..., B]: False for a row of -1,
-    which is padding. Where some rows of the split have no label, also labeled bool [..., B]; where
-    they are pairs, second_start int32 [..., B], see `Tokens`.
+    Returns:
+      A batch with input_ids and token_type_ids int32 [..., B, L]; mask bool [..., B, L]; labels
+      [..., B, ...], which keep their dtype and are 0 for padding rows; and row_mask bool [..., B],
+      False for padding rows, which are given as -1. If some rows of the split have no label, it
+      also has labeled bool [..., B]; if the rows are pairs, second_start int32 [..., B] (see
+      `Tokens`).
+
     """
     sizes = np.where(rows < 0, 0, tokens.lengths[rows])
     length = padded_length(tokens, rows, lengths)

@@ -1,7 +1,7 @@
-"""Records of files of every format: the one reader for training and for prediction.
+"""Records from files of all formats, read in the same way for training and for prediction.
 
-Records are streamed: memory does not grow with the file, but of a spreadsheet, and of JSON that is
-one object. Nothing is unpickled or executed.
+Records are streamed: memory does not grow with the size of the file, except for spreadsheets and
+for JSON files that are one object. Nothing is unpickled or executed.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON = (".jsonl", ".json", ".ndjson")
 _ROWS = {".parquet": parquet_table, ".arrow": ipc_table, ".feather": ipc_table}
 _COMPRESSED = (".gz", ".bz2", ".xz")
-_DAMAGED = (  # what the readers of these formats raise for a damaged file
+_DAMAGED = (  # errors that the readers of these formats raise for a damaged file
     *(OSError, EOFError, UnicodeError, OverflowError, csv.Error, pa.ArrowException),
     *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, ElementTree.ParseError),
 )
-FORMATS = (*_SEPARATORS, *_JSON, *_ROWS, ".xlsx")  # with one record in a row
+FORMATS = (*_SEPARATORS, *_JSON, *_ROWS, ".xlsx")  # formats of tables
 
 
 def format_of(path: Path) -> str:
-    """Returns the suffix that names a file's format: of "a.csv.gz" ".csv", "" of an unknown one."""
+    """Returns the suffix of a file's format, such as ".csv" for "a.csv.gz"; "" if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -48,7 +48,7 @@ def format_of(path: Path) -> str:
 
 
 def last_position(path: Path) -> int | None:
-    """Returns the largest `Record.position` of a file; None where only reading it would tell."""
+    """Returns the largest `Record.position` of a file, or None if it is unknown before reading."""
     kind = format_of(path)
     if kind == ".parquet":
         return parquet_rows(path)
@@ -58,31 +58,33 @@ def last_position(path: Path) -> int | None:
 def read_records(path: Path, columns: Columns) -> Generator[Record]:
     """Yields the records of a file in order.
 
-    CSV, TSV, JSON (one object a line, an array, an object of columns) and .txt, also compressed
-    (.gz, .bz2, .xz); Parquet, Arrow, Excel. A .txt file, one text in a line, has no labels. With a
-    label column also a folder of <label>/<name>.txt files, whose columns are "text" and "label".
+    The file may be CSV, TSV, JSON (one object per line, an array, or an object of columns) or .txt,
+    all of them optionally compressed (.gz, .bz2, .xz); or Parquet, Arrow or Excel. A .txt file has
+    one text per line and no labels. With a label column, `path` may also be a folder of
+    <label>/<name>.txt files, whose columns are "text" and "label".
 
-    Text columns must hold text. A label is the text that stands in the file; numbers, booleans and
-    dates of JSON, Parquet and Excel are converted by str. An empty field of a CSV is missing.
+    Text columns must hold text. Labels are the texts in the file; numbers, booleans and dates in
+    JSON, Parquet and Excel are converted with str. An empty field in a CSV is a missing value.
 
-    Raises UserError for a file that is absent, unreadable or of another format, or a column that is
-    unknown, occurs twice, or is of a type that cannot be read.
+    Raises UserError if the file is missing, cannot be read or has an unknown format, or if a column
+    is unknown, occurs twice, or has a type that cannot be read.
     """
     with open_table(path, columns) as table:
         yield from table.records(columns)
 
 
 def column_names(path: Path, wanted: str = "") -> tuple[str, ...]:
-    """Returns the names of a file's columns; `wanted` ones, in a list, tell a CSV's separator.
+    """Returns the names of a file's columns.
 
-    Raises UserError as `read_records` does.
+    `wanted`, a list of column names, helps to find the separator of a CSV. Raises UserError as
+    `read_records` does.
     """
     with open_table(path, Columns((wanted,) if wanted else ())) as table:
         return tuple(table.names)
 
 
 def check_files(paths: Iterable[Path], columns: Columns) -> None:
-    """Raises UserError as `read_records` does, for what can be known before a file is read."""
+    """Raises UserError as `read_records` does, for errors up to the first record of each file."""
     for path in paths:
         with contextlib.closing(read_records(path, columns)) as records:
             next(records, None)
@@ -90,9 +92,9 @@ def check_files(paths: Iterable[Path], columns: Columns) -> None:
 
 @contextlib.contextmanager
 def open_table(path: Path, columns: Columns) -> Iterator[Table]:
-    """Opens a file of any format; `columns` are those that will be read.
+    """Opens a file of any format as a table, of which `columns` will be read.
 
-    Raises UserError as `read_records` does, also for errors while the records are read.
+    Raises UserError as `read_records` does, including for errors while the records are read.
     """
     kind = format_of(path)
     try:

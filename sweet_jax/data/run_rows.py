@@ -18,17 +18,17 @@ log = logging.getLogger(__name__)
 
 
 class RunRows(NamedTuple):
-    """Holds the rows of every replica by what reads them; no row is in two of the three."""
+    """Holds the rows of every replica by their use; the three sets are disjoint."""
 
     training: np.ndarray  # int [R, N]
     calibration: np.ndarray  # int [R, K]; K is 0 unless `calibration` is "held_out"
-    tuning: np.ndarray  # int [R, M]; M is 0 where nothing is tuned
+    tuning: np.ndarray  # int [R, M]; M is 0 if nothing is tuned
 
 
 def draw_rows(config: Config, dataset: Dataset) -> RunRows:
     """Draws the rows of each replica, numbered as in the data set.
 
-    Raises UserError where a class of the validation rows is in none of the training rows drawn.
+    Raises UserError if a class of the validation rows does not occur in the training rows drawn.
     """
     labels, texts, strata = dataset.train.labels, dataset.train.texts, dataset.strata
     seeds = [seed for seed, _ in config.replicas()]
@@ -36,9 +36,9 @@ def draw_rows(config: Config, dataset: Dataset) -> RunRows:
     split, repeats = drop_duplicates(texts, split, strata, seeds)
     training, calibration = zip(*split, strict=True)
     if repeats:
-        said = "%d training rows repeat a calibration text: left out"
+        said = "%d training rows that repeat a calibration text are dropped"
         if len(set(seeds)) > 1:
-            said = "up to %d training rows repeat a calibration text: each seed leaves out as many"
+            said = "up to %d training rows repeat a calibration text: each seed drops this many"
         log.info(said, repeats)
     tuning = [np.empty(0, int)] * len(seeds)
     if config.tunes:
@@ -50,9 +50,9 @@ def draw_rows(config: Config, dataset: Dataset) -> RunRows:
             raise UserError(
                 f"label {cut_label(dataset.classes[unseen[0]])!r} occurs in validation rows, "
                 f"but in none of the {len(rows)} training rows drawn for seed {seed}: raise "
-                "train_size, or give more distinct texts"
+                "train_size, or add more distinct texts"
             )
-    size = min(map(len, calibration))  # differs where most classes have one row
+    size = min(map(len, calibration))  # sizes differ if most classes have one row
     return RunRows(
         np.stack(training), np.stack([rows[:size] for rows in calibration]), np.stack(tuning)
     )
@@ -61,7 +61,7 @@ def draw_rows(config: Config, dataset: Dataset) -> RunRows:
 def _hold_out_tuning_rows(
     config: Config, dataset: Dataset, training: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Splits each replica's training rows into training rows and equally many tuning rows."""
+    """Splits each replica's rows into training and tuning rows, as many for every replica."""
     strata, targets = dataset.strata, dataset.train.labels
     seeds = [seed for seed, _ in config.replicas()]
     split = [

@@ -1,4 +1,4 @@
-"""Labelled rows of a user's files, of a directory of GLUE files, or of a data set, in memory."""
+"""Labeled rows from a user's files, from a directory of GLUE files, or from a data set."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from sweet_jax.objectives.label_column import SEPARATOR, split_labels
 
 log = logging.getLogger(__name__)
 
-_LISTED = 3  # rows left out that are named
+_LISTED = 3  # maximum number of invalid rows that a warning names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +34,26 @@ class SourceRows:
 
     texts: list[tuple[str, ...]]
     labels: list[str]
-    declared: tuple[str, ...]  # class names of the labels 0, 1, ...; () if not declared
+    declared: tuple[str, ...]  # declared class names of the labels 0, 1, ...; () if there are none
 
 
 def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
-    """Reads the training rows and, if they are a source of their own, the validation rows.
+    """Reads the training rows and, if they have a separate source, the validation rows.
 
-    Returns the task, with the columns found where the config names none, and one or two sources.
-    Raises UserError for rows that will not do, unless `skip_invalid` leaves them out.
+    Returns the task, including columns that the config does not name, and one or two sources.
+    Raises UserError for invalid rows, unless the config has `skip_invalid`.
     """
     given = {key: getattr(config, key) for key in ("data_files", "data_dir", "dataset")}
     given = {key: value for key, value in given.items() if value}
     if len(given) > 1:
         named = " and ".join(f"{key} is {value!r}" for key, value in given.items())
-        raise UserError(f"{named}: give one of them")
+        raise UserError(f"{named}: set only one of them")
     if config.data_files:
         parts = split_files(config.data_files)
         if not 1 <= len(parts) <= 2:
             raise UserError(
-                "data_files takes the training rows and at most one source of validation rows "
-                f'(join several files of one by "+"); got {config.data_files!r}'
+                "data_files takes a source of training rows and at most one source of validation "
+                f'rows (join several files of a source with "+"); got {config.data_files!r}'
             )
         splits = [expand_files(part) for part in parts]
     elif config.data_dir:
@@ -74,9 +74,9 @@ def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
 
 
 def read_unlabeled(config: Config, task: Task) -> list[tuple[str, ...]]:
-    """Reads the texts of `unlabeled_files`, of the task's text columns; a label is not asked for.
+    """Reads the task's text columns of `unlabeled_files`, which need no labels.
 
-    Raises UserError for rows that will not do, unless `skip_invalid` leaves them out.
+    Raises UserError for invalid rows, unless the config has `skip_invalid`.
     """
     columns, texts = Columns(task.text_columns), []
     with naming_source("unlabeled_files"):
@@ -88,17 +88,17 @@ def read_unlabeled(config: Config, task: Task) -> list[tuple[str, ...]]:
 
 
 def source_names(count: int) -> tuple[str, ...]:
-    """Returns what messages call each of one or two sources."""
+    """Returns the names of one or two sources in messages."""
     return ("the training file", "the validation file") if count > 1 else ("the data",)
 
 
 def _with_columns(config: Config, task: Task, path: Path) -> Task:
-    """Returns the task with the text columns of its first file."""
+    """Returns the task with the text columns, found in its first file if not named."""
     names: Sequence[str] = ()
     if not task.text_columns or "," in config.text_columns:
         with open_table(path, Columns((), task.label_column)) as table:
             names = table.names
-            if not names:  # the error of the first row, if it has one, says why
+            if not names:  # the first row may have an error that explains this
                 first = itertools.islice(table.records(Columns(())), 1)
                 _collect(first, Columns(()), repr(str(path)), skip_invalid=False)
     texts = parse_names(config.text_columns, names) or task.text_columns
@@ -137,12 +137,12 @@ def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
         feature = datasets.Features.from_arrow_schema(described)[field.name]
     except (KeyError, TypeError, ValueError):  # metadata that another program wrote
         return ()
-    feature = getattr(feature, "feature", feature)  # of the elements of a list
+    feature = getattr(feature, "feature", feature)  # the feature of a list's elements
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
 
 def label_columns(task: Task) -> Columns:
-    """Returns the columns of a task's texts and label."""
+    """Returns the columns with a task's texts and label."""
     several = OBJECTIVES[task.objective].column.several
     return Columns(task.text_columns, task.label_column, several_labels=several)
 
@@ -164,9 +164,9 @@ def _with_labels(
 
 
 def _join(parts: Sequence[SourceRows]) -> SourceRows:
-    """Joins the files of one split; class names are declared where all files declare the same."""
+    """Joins the files of one split; class names are declared only if all files declare the same."""
     declared = {part.declared for part in parts}
-    # 1 in one file and 1.0 in another are one label, written as in the first.
+    # 1 in one file and 1.0 in another are the same label, written as in the first file.
     first = {without_fraction(label): label for label in dict.fromkeys(parts[0].labels)}
     known = set(parts[0].labels)
     labels = parts[0].labels + [
@@ -184,12 +184,12 @@ def _join(parts: Sequence[SourceRows]) -> SourceRows:
 def _collect(
     records: Iterable[Record], columns: Columns, source: str, skip_invalid: bool
 ) -> list[tuple[str, ...]]:
-    """Returns the values of the records without an error or a missing value.
+    """Returns the values of the valid records, those without an error or a missing value.
 
-    Raises UserError for another record, unless they are to be left out.
+    Raises UserError for invalid records unless `skip_invalid` is set.
     """
     rows: list[tuple[str, ...]] = []
-    invalid: list[tuple[str, str]] = []  # the row and line of each, and what is wrong
+    invalid: list[tuple[str, str]] = []  # the row and line of each record, and what is wrong
     for record in records:
         place = f"row {record.row}" + (f" (line {record.line})" if record.line else "")
         missing = missing_column(record.values, columns)
@@ -205,12 +205,12 @@ def _collect(
         place, wrong = invalid[0]
         more = f", and {len(invalid) - 1} more such rows" if len(invalid) > 1 else ""
         raise UserError(
-            f"{wrong} in {place} of {source}, the header not counted{more}: fill it, remove such "
-            "rows, or leave them out with --config.skip_invalid=True"
+            f"{wrong} in {place} of {source}, not counting the header{more}: fill it, remove such "
+            "rows, or skip them with --config.skip_invalid=True"
         )
     if invalid:
         listed = "; ".join(f"{place}: {wrong}" for place, wrong in invalid[:_LISTED])
-        log.warning("%d rows of %s are left out: %s …", len(invalid), source, listed)
+        log.warning("skipped %d invalid rows of %s: %s …", len(invalid), source, listed)
     return rows
 
 

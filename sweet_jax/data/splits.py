@@ -1,4 +1,4 @@
-"""Splits of rows: training, validation, calibration, tuning.
+"""Splits into training, validation, calibration and tuning rows.
 
 Shape letters: N rows.
 """
@@ -16,12 +16,12 @@ from sweet_jax.config import Config, UserError
 class Split:
     """Holds the rows of one split, in file order."""
 
-    texts: list[tuple[str, ...]]  # [N] of one text, or of two for pairs
-    labels: np.ndarray  # the objective's targets [N, ...]: of classes int32 [N], their indices
+    texts: list[tuple[str, ...]]  # [N], each with one text, or two for pairs
+    labels: np.ndarray  # the objective's targets [N, ...]; for classes, their indices int32 [N]
 
 
 def select_rows(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
-    """Returns the rows of the given indices, in the order of these."""
+    """Returns the rows with the given indices, in that order."""
     picked = np.asarray(indices, int)
     return Split([rows.texts[i] for i in picked], rows.labels[picked])
 
@@ -29,18 +29,18 @@ def select_rows(rows: Split, indices: Sequence[int] | np.ndarray) -> Split:
 def stratified_split(
     labels: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits rows 0..N-1 at random, every class in proportion (largest remainders).
+    """Splits rows 0..N-1 at random, with every class in proportion (largest remainder method).
 
-    A row at least of every class is kept.
+    At least one row of every class is kept.
 
     Args:
-      labels: int [N].
-      fraction: of the rows that are held out.
-      rng: draws them.
+      labels: classes of the rows, int [N].
+      fraction: fraction of the rows to hold out.
+      rng: random generator.
 
     Returns:
-      (kept, held out) rows, both ascending; round(fraction * N) rows are held out, fewer where
-      classes of one row leave no others.
+      (kept rows, held-out rows), both ascending. round(fraction * N) rows are held out, or fewer
+      if the classes have too few rows.
 
     """
     order = rng.permutation(len(labels))
@@ -62,8 +62,15 @@ def split_off_validation(
 ) -> list[Split]:
     """Splits rows into training and validation; drops training rows that repeat a held-out text.
 
-    A class that would have no training row then, because its rows repeat one text, is not held out.
-    strata: the classes int [N] of the rows, or what stands for them.
+    If this would leave a class without training rows, because its rows repeat the same text, none
+    of its rows are held out.
+
+    Args:
+      rows: rows to split.
+      strata: classes of the rows, or strata that replace them, int [N].
+      fraction: fraction of the rows to hold out.
+      seed: seed of the split.
+
     """
     kept, held = stratified_split(strata, fraction, np.random.default_rng(seed))
     distinct = _without_texts(rows.texts, kept, held)
@@ -78,7 +85,7 @@ def split_off_validation(
 def _without_texts(
     texts: Sequence[tuple[str, ...]], kept: np.ndarray, held: np.ndarray
 ) -> np.ndarray:
-    """Returns those of the kept rows whose texts are not held out."""
+    """Returns the kept rows whose texts are not held out."""
     known = {texts[i] for i in held}
     return np.asarray([i for i in kept if texts[i] not in known], int)
 
@@ -88,19 +95,27 @@ def split_calibration_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws the (training, calibration) rows of one seed, as ascending indices.
 
-    They depend on the labels int [N], the sizes and the seed, never on the method, so that methods
-    are compared on the same rows: a row of each class, as far as train_size allows, and others at
-    random. There are no calibration rows unless `calibration` is "held_out". The labels are the
-    strata of an objective without classes, whose targets [N, ...] are `targets`.
-    Raises UserError if the rows are too few to hold some out, or there is nothing to learn.
+    Rows depend on the labels, the sizes and the seed but never on the method, so that methods are
+    compared on the same rows. One row of each class is drawn, as far as train_size allows, and the
+    others at random. There are no calibration rows unless `calibration` is "held_out".
+
+    Args:
+      labels: classes of the rows, or the strata of an objective without classes, int [N].
+      config: resolved config.
+      seed: seed of the replica.
+      targets: targets of the rows [N, ...]; the labels by default.
+
+    Raises:
+      UserError: if there are too few rows to hold some out, or all of them have the same target.
+
     """
     size = min(config.train_size, len(labels))
     rng = np.random.default_rng([zlib.crc32(b"subset"), seed])
-    if config.subset == "first":  # as in the paper's code, which discards what it shuffled
+    if config.subset == "first":  # as in the paper's code, which discards its shuffled rows
         subset = np.arange(size)
     else:
         order = rng.permutation(len(labels))
-        first = np.sort(np.unique(labels[order], return_index=True)[1])  # place of each class
+        first = np.sort(np.unique(labels[order], return_index=True)[1])  # one row of each class
         others = np.setdiff1d(np.arange(len(order)), first)
         subset = np.sort(order[np.concatenate([first, others])[:size]])
     if config.calibration != "held_out":
@@ -111,14 +126,14 @@ def split_calibration_rows(
         what = "are all of one class" if drawn.dtype.kind == "i" else "all have the same labels"
         what = f"all have the number {drawn[0]:g}" if drawn.dtype.kind == "f" else what
         raise UserError(
-            f"the {size} training rows drawn {what}: raise train_size, or give training rows with "
+            f"the {size} training rows drawn {what}: raise train_size, or add training rows with "
             "other labels"
         )
     if not len(held):
         raise UserError(
             f"{size} training rows are too few to hold out a fraction of "
-            f"{config.calibration_fraction} for calibration: give more rows, or raise train_size "
-            "or the fraction"
+            f"{config.calibration_fraction} for calibration: add rows, or raise train_size or "
+            "calibration_fraction"
         )
     return subset[kept], subset[held]
 
@@ -136,17 +151,18 @@ def split_tuning_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits training rows into (training rows, tuning rows), both ascending.
 
-    Tuning rows choose the penalty of a probe, the learning rate and the step that training stops
-    at; they never fit temperatures, thresholds or certificates.
+    Tuning rows choose the penalty of a probe, the learning rate and the state that is kept; they
+    are never used to fit temperatures, thresholds or certificates.
 
     Args:
-      labels: of all rows, int [N], or their strata.
-      rows: the training rows, ascending.
-      fraction: of `rows`, every class in proportion.
-      seed: of the replica.
-      targets: of all rows [N, ...]; default the labels.
+      labels: classes or strata of all rows, int [N].
+      rows: training rows, ascending.
+      fraction: fraction of `rows` to hold out, with every class in proportion.
+      seed: seed of the replica.
+      targets: targets of all rows [N, ...]; the labels by default.
 
-    Raises UserError if the rows are too few.
+    Raises:
+      UserError: if there are too few rows.
 
     """
     rng = np.random.default_rng([zlib.crc32(b"tuning"), seed])
@@ -154,8 +170,8 @@ def split_tuning_rows(
     if not len(held) or _is_constant((labels if targets is None else targets)[rows[kept]]):
         raise UserError(
             f"{len(rows)} training rows are too few to hold out a fraction of {fraction:g} for "
-            "tuning: give more rows (or a larger train_size or tuning_fraction), or set epochs to "
-            "a number, head_init to random, head_refit to False and rate_search to full"
+            "tuning: add rows, raise train_size or tuning_fraction, or set epochs to a number, "
+            "head_init to random, head_refit to False and rate_search to full"
         )
     return rows[kept], rows[held]
 
@@ -166,19 +182,20 @@ def drop_duplicates(
     strata: np.ndarray,
     seeds: Sequence[int],
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-    """Removes training rows whose text is also a calibration text, which would be leaked.
+    """Drops training rows whose text is also a held-out text, since that text would be leaked.
 
-    All replicas lose as many as the one with the most such rows, the others of them at random,
-    every class in proportion: they stay equally many, for one program.
+    All replicas lose as many rows as the one with the most such rows: the others also lose random
+    rows, with every class in proportion. All replicas thus have the same number of rows, and share
+    a compiled program.
 
     Args:
-      texts: of all rows.
-      rows: (training, calibration) rows of each replica, ascending.
-      strata: the classes int [N] of all rows, or what stands for them.
-      seeds: of the replicas.
+      texts: texts of all rows.
+      rows: (training, held-out) rows of each replica, ascending.
+      strata: classes of all rows, or strata that replace them, int [N].
+      seeds: seeds of the replicas.
 
     Returns:
-      (the rows that are left, how many training rows each replica lost).
+      (remaining rows, number of training rows that each replica lost).
 
     """
     distinct = [_without_texts(texts, trained, held) for trained, held in rows]
@@ -189,6 +206,6 @@ def drop_duplicates(
             rng = np.random.default_rng([zlib.crc32(b"repeats"), seed])
             own = own[stratified_split(strata[own], (most - count) / len(own), rng)[0]]
         found.append(own)
-    size = min(map(len, found))  # differs where most classes have one row
+    size = min(map(len, found))  # sizes differ if most classes have one row
     pairs = zip(found, rows, strict=True)
     return [(own[:size], held) for own, (_, held) in pairs], most

@@ -1,4 +1,4 @@
-"""Tables of Excel files: the first sheet, its first row the names of the columns."""
+"""Tables from Excel files: the first sheet, whose first row has the column names."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from sweet_jax.files import one_line
 
 @contextlib.contextmanager
 def excel_table(path: Path) -> Iterator[Table]:
-    """Opens an Excel file; formulas have the values that Excel saved.
+    """Opens an Excel file as a table; formulas have the values that Excel saved.
 
-    Raises UserError without the extra `excel`, or for a file that is damaged or has no header.
+    Raises UserError if the extra `excel` is not installed, or the file is damaged or has no header.
     """
     try:
-        import openpyxl  # an extra
+        import openpyxl  # optional
     except ImportError as error:
         raise UserError(
             f'{str(path)!r} is an Excel file: pip install -e ".[excel]" to read it, or save it as '
@@ -28,16 +28,16 @@ def excel_table(path: Path) -> Iterator[Table]:
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
     with contextlib.closing(book):
         sheet = book.worksheets[0]
-        sheet.reset_dimensions()  # those that the file states may be wrong
+        sheet.reset_dimensions()  # the dimensions stated in the file may be wrong
         rows = sheet.iter_rows(values_only=True)
         header = ["" if name is None else str(name) for name in next(rows, ())]
         if not any(header):
-            raise UserError(f"could not read {str(path)!r}: no first row with column names")
+            raise UserError(f"could not read {str(path)!r}: its first row has no column names")
 
         def records(columns: Columns) -> Iterator[Record]:
             places = [find_column(name, header) for name in columns.names]
             label = None if columns.label is None else len(columns.texts)
-            empty = 0  # rows just before: sheets often end in formatted, empty ones
+            empty = 0  # number of empty rows just before; empty rows at the end are ignored
             for row, cells in enumerate(rows, start=1):
                 if all(cell is None for cell in cells):
                     empty += 1

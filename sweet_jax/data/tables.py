@@ -1,4 +1,4 @@
-"""Tables: the columns of an opened file, and the records of the wanted ones."""
+"""Tables: the columns of an opened file, and the records of the selected columns."""
 
 import dataclasses
 import math
@@ -7,34 +7,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sweet_jax.config import UserError, check_choice
 
-if TYPE_CHECKING:  # names of columns are looked up where there is no PyArrow, too
+if TYPE_CHECKING:  # this module is also used without PyArrow
     import pyarrow as pa
 
 
 class ColumnError(UserError):
-    """Raised for columns that a table lacks or that cannot be read; `open_table` names the file."""
+    """Raised for columns that are missing or cannot be read; `open_table` adds the file's name."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """Holds the wanted values of one row of a file, or its error."""
+    """Holds the selected values of one row of a file, or its error."""
 
-    values: tuple[Any, ...]  # of the wanted columns, None if missing; () for a row not parsed
+    values: tuple[Any, ...]  # None for a missing value; () for a row that could not be parsed
     error: str | None
-    position: int  # bytes of the file read so far; rows of Parquet, Arrow, Excel; files of a folder
-    row: int  # from 1, the header not counted
-    line: int  # number of its first line, from 1; 0 in formats without lines
+    # Number of bytes read so far; for Parquet, Arrow and Excel, of rows; for a folder, of files.
+    position: int
+    row: int  # number of the row, from 1, not counting the header
+    line: int  # number of the row's first line, from 1; 0 in formats without lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Names the columns that are read.
+    """Names the columns to read.
 
     Attributes:
-      texts: must hold text.
-      label: None for texts alone, to predict.
-      kept: carried along as JSON has them: text, numbers, truth values; others as str.
-      several_labels: whether a label may be a list of labels, or empty; a list is read as a|b.
+      texts: names of the columns of texts.
+      label: name of the label column; None to read texts for prediction.
+      kept: names of further columns, whose values are kept as in JSON: text, numbers and booleans
+        unchanged, and others converted with str.
+      several_labels: whether a label may be empty or a list of labels, which is read as a|b.
 
     """
 
@@ -45,7 +47,7 @@ class Columns:
 
     @property
     def checked(self) -> tuple[str, ...]:
-        """The text columns, then the label column: they hold text, or are converted to it."""
+        """The text columns and the label column, whose values must be, or become, text."""
         return self.texts if self.label is None else (*self.texts, self.label)
 
     @property
@@ -58,9 +60,9 @@ class Table(NamedTuple):
     """An opened file: its columns, and a function that yields its records.
 
     Attributes:
-      names: of the columns; of JSON, the keys of the first 1,000 objects; of .txt, none.
-      records: yields the records of some of the columns; once.
-      schema: of a Parquet or Arrow file, which may declare the names of classes.
+      names: names of the columns; for JSON, the keys of the first 1,000 objects; () for .txt.
+      records: function that yields the records of some columns; it can be called only once.
+      schema: schema of a Parquet or Arrow file, which may declare class names; otherwise None.
 
     """
 
@@ -70,9 +72,9 @@ class Table(NamedTuple):
 
 
 def find_column(name: str, present: Sequence[str]) -> int:
-    """Returns the index of a column; blanks around names do not count, unless both are present.
+    """Returns the index of a column, ignoring spaces around names unless the exact name is present.
 
-    Raises ColumnError for a name that is absent, or occurs more than once.
+    Raises ColumnError for a name that is missing or occurs more than once.
     """
     if name not in present:
         name, present = name.strip(), [other.strip() for other in present]
@@ -86,15 +88,15 @@ def find_column(name: str, present: Sequence[str]) -> int:
 
 
 def missing_column(values: Sequence[Any], columns: Columns) -> str | None:
-    """Returns the first column without a value, None where all have one.
+    """Returns the first column without a value, or None if all have one.
 
-    Blank text counts as missing, except in pairs: some of GLUE's QQP have one blank text.
-    An empty field of a CSV has no value.
+    A blank text counts as missing, except in pairs, since some pairs in GLUE's QQP have one. An
+    empty field in a CSV has no value.
     """
     for name, value in zip(columns.checked, values, strict=False):
         may_be_blank = len(columns.texts) > 1 and name != columns.label
         if columns.several_labels and name == columns.label:
-            continue  # no label at all
+            continue  # a row may have no labels
         if value is None or not (may_be_blank or value.strip()):
             return name
     return None
@@ -103,9 +105,9 @@ def missing_column(values: Sequence[Any], columns: Columns) -> str | None:
 def make_record(
     values: tuple[Any, ...], columns: Columns, position: int, row: int, line: int = 0
 ) -> Record:
-    """Returns a record of the values, or of the error that one is not text or not UTF-8.
+    """Returns a record with the values, or with an error if one is not text or not UTF-8.
 
-    A record with an error has the values that are carried along, and None for the others.
+    A record with an error has the values of the `kept` columns, and None for the others.
     """
     count = len(columns.checked)
     kept = tuple(map(_as_json, values[count:]))
@@ -130,17 +132,17 @@ def make_record(
 
 
 def _join_labels(labels: list[Any]) -> tuple[str, str | None]:
-    """Returns (the labels of a row as a|b, None), or ("", what is wrong with them)."""
+    """Returns (the labels of a row as a|b, None), or ("", error)."""
     for label in labels:
         if not isinstance(label, str | int | float) or label != label:  # NaN
-            return "", f"is a list with {label!a:.40} in it, which is no label"
+            return "", f"is a list with {label!a:.40} in it, which is not a label"
         if "|" in str(label):
-            return "", f"is a list with {label!a:.40} in it: | separates labels, rename it"
+            return "", f"is a list with {label!a:.40} in it: rename it, since | separates labels"
     return "|".join(map(str, labels)), None
 
 
 def _as_json(value: Any) -> Any:
-    """Returns a value that JSON can hold: None for NaN, text without half a surrogate pair."""
+    """Returns a value that JSON can hold: None for NaN and infinity, text without surrogates."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, str):

@@ -5,17 +5,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Names the columns, the objective, the metric and the reported split of a task."""
+    """Names the columns, the objective, the metric and the validation split of a task."""
 
     name: str
-    text_columns: tuple[str, ...]  # one, or two for pairs
+    text_columns: tuple[str, ...]  # one column, or two for pairs
     label_column: str = "label"
     metric: str = "accuracy"
-    validation: str = "validation"  # name of the split that is reported
-    objective: str = "single_label"  # a name in OBJECTIVES
+    validation: str = "validation"  # name of the split that results are reported on
+    objective: str = "single_label"  # name of an objective in OBJECTIVES
 
 
-# The seven tasks of the SWEET paper's experimental setup, and its metrics.
+# The seven tasks and the metrics of the SWEET paper's experimental setup.
 GLUE: dict[str, Task] = {
     task.name: task
     for task in (

@@ -1,4 +1,4 @@
-"""Text files: decompressed, and decoded by their byte order mark or else as UTF-8."""
+"""Text files, decompressed and decoded according to their byte order mark, or else as UTF-8."""
 
 import bz2
 import contextlib
@@ -28,9 +28,10 @@ class TextFile(NamedTuple):
     """An opened text file.
 
     Attributes:
-      path: of the file.
-      lines: its text; a byte that is not UTF-8 is a lone surrogate, which `make_record` reports.
-      position: returns the number of bytes of the file read so far.
+      path: path of the file.
+      lines: stream of the file's text; a byte that is not UTF-8 is decoded as a lone surrogate,
+        which `make_record` reports.
+      position: function that returns the number of bytes of the file read so far.
 
     """
 
@@ -43,8 +44,8 @@ class TextFile(NamedTuple):
 def open_text(path: Path) -> Iterator[TextFile]:
     """Opens a text file.
 
-    Raises OSError, EOFError or UnicodeError, also while it is read; UnicodeError for a null
-    character among the first, as UTF-16 without a byte order mark has.
+    Raises OSError, EOFError or UnicodeError, also while the file is read. A null character near the
+    start raises UnicodeError, since it indicates UTF-16 without a byte order mark.
     """
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(path.open("rb"))
@@ -57,20 +58,21 @@ def open_text(path: Path) -> Iterator[TextFile]:
             raise UnicodeError("UTF-16 without a byte order mark, or not text: save it as UTF-8")
         errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"
         text = io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline="")
-        # The text's own position is slow, or refused; a decompressed stream's has no end known.
+        # The position in the compressed file is used: that of the text is slow or unavailable, and
+        # the decompressed size is unknown.
         yield TextFile(path, stack.enter_context(text), raw.tell)
 
 
 def lines_table(file: TextFile) -> Table:
-    """Returns the table of a file with one text in each line."""
+    """Returns the table of a file with one text per line."""
 
     def records(columns: Columns) -> Iterator[Record]:
         if len(columns.texts) != 1:
             raise ColumnError(
-                "a .txt file has one text in a row, and this model takes pairs: give a CSV"
+                "a .txt file has one text per row, but this model takes pairs: use a CSV"
             )
         if columns.kept:
-            raise ColumnError(f"a .txt file has no column {columns.kept[0]!r}: give a CSV")
+            raise ColumnError(f"a .txt file has no column {columns.kept[0]!r}: use a CSV")
         for row, line in enumerate(file.lines, start=1):
             yield make_record((line.rstrip("\r\n"),), columns, file.position(), row, row)
 

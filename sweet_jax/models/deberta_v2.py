@@ -31,7 +31,7 @@ class DebertaV2Config(DebertaConfig):
     position_buckets: int = -1  # if positive, far distances share logarithmic buckets
     share_att_key: bool = False  # positions use the same projections as contents
     norm_rel_ebd: str = "none"  # or "layer_norm": norm of the table of relative positions
-    conv_kernel_size: int = 0  # of a convolution parallel to the first layer; 0 means none
+    conv_kernel_size: int = 0  # size for a convolution parallel to the first layer; 0 means none
     conv_groups: int = 1
     conv_act: str = "tanh"
 

@@ -43,7 +43,7 @@ class ModernBertConfig(EncoderConfig):
     vocab_size: int = 50368
     num_hidden_layers: int = 22
     intermediate_size: int = 1152
-    hidden_dropout_prob: float = 0.0  # in the feed-forward network
+    hidden_dropout_prob: float = 0.0  # dropout rate in the feed-forward network
     attention_probs_dropout_prob: float = 0.0
     max_position_embeddings: int = 8192
     type_vocab_size: int = 0

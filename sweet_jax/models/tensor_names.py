@@ -22,7 +22,7 @@ _BESIDE = (
     r"embeddings\.(position|token_type)_ids$",
     *(r"cls\.", r"lm_head\.", r"classifier\.", r"qa_outputs\.", r"exits\."),
 )
-_ROOTS = {"embeddings", "encoder", "layer", "layers", "transformer"}  # in encoders of any family
+_ROOTS = {"embeddings", "encoder", "layer", "layers", "transformer"}  # first modules of encoders
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 

@@ -24,9 +24,9 @@ class ExpectedTime:
         self, steps: int, following: float | None, clock: Callable[[], float] = time.perf_counter
     ):
         self._steps, self._following, self._clock = steps, following, clock
-        self._seen: set[int] = set()  # lengths
-        self._lengths: list[int] = []  # of the steps so far
-        self._skip = 0  # steps to come that are not counted
+        self._seen: set[int] = set()  # lengths that occurred so far
+        self._lengths: list[int] = []  # lengths of the steps so far
+        self._skip = 0  # number of the next steps that are not timed
         self._last: float | None = None
         self._count, self._seconds, self._tokens = 0, 0.0, 0
         self._said = following is None
