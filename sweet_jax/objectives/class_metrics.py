@@ -23,18 +23,18 @@ def matthews(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
       totals: number of rows of each class, [..., C].
 
     """
-    right, given = sums[..., 0], sums[..., 1:].astype(np.float64)
+    right, pred = sums[..., 0], sums[..., 1:].astype(np.float64)
     true = totals.astype(np.float64)
     count = true.sum(axis=-1)
-    covariance = right * count - (given * true).sum(axis=-1)
-    spread = (count**2 - (given**2).sum(axis=-1)) * (count**2 - (true**2).sum(axis=-1))
+    covariance = right * count - (pred * true).sum(axis=-1)
+    spread = (count**2 - (pred**2).sum(axis=-1)) * (count**2 - (true**2).sum(axis=-1))
     return ratio(covariance, np.sqrt(np.maximum(spread, 0)))
 
 
 MATTHEWS = Metric(
     "matthews",
-    lambda given, labels, classes: np.concatenate(
-        [(given == labels)[..., None], one_hot(given, classes)], axis=-1
+    lambda pred, labels, classes: np.concatenate(
+        [(pred == labels)[..., None], one_hot(pred, classes)], axis=-1
     ),
     one_hot,
     matthews,
@@ -43,15 +43,15 @@ MATTHEWS = Metric(
 # The F1 of class 1. Its row statistics are the true positives and the predicted positives.
 F1 = Metric(
     "f1",
-    lambda given, labels, classes: np.stack([(given == labels) & (given == 1), given == 1], -1),
+    lambda pred, labels, classes: np.stack([(pred == labels) & (pred == 1), pred == 1], -1),
     lambda labels, classes: (labels == 1)[..., None],
     lambda sums, totals: ratio(2.0 * sums[..., 0], sums[..., 1] + totals[..., 0]),
 )
 
 
-def _right_of_class(given: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+def _right_of_class(pred: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Returns whether each row belongs to each class and is predicted as it, bool [..., N, C]."""
-    return one_hot(given, classes) & one_hot(labels, classes)
+    return one_hot(pred, classes) & one_hot(labels, classes)
 
 
 def macro_f1(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
@@ -63,15 +63,15 @@ def macro_f1(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
       totals: number of rows of each class, [..., C].
 
     """
-    right, given = np.split(np.asarray(sums, np.float64), 2, axis=-1)
-    count = given + totals
+    right, pred = np.split(np.asarray(sums, np.float64), 2, axis=-1)
+    count = pred + totals
     return ratio(ratio(2 * right, count).sum(axis=-1), (count > 0).sum(axis=-1))
 
 
 MACRO_F1 = Metric(
     "macro_f1",
-    lambda given, labels, classes: np.concatenate(
-        [_right_of_class(given, labels, classes), one_hot(given, classes)], axis=-1
+    lambda pred, labels, classes: np.concatenate(
+        [_right_of_class(pred, labels, classes), one_hot(pred, classes)], axis=-1
     ),
     one_hot,
     macro_f1,

@@ -47,7 +47,7 @@ def _best_f1_shift(logits: np.ndarray, targets: np.ndarray) -> float:
     middles = (levels[places] + levels[places + 1]) / 2
     allowed = np.abs(middles) <= _LARGEST_SHIFT
     places, middles = places[allowed], middles[allowed]
-    given = np.append((logits > 0).sum(), places + 1)
+    predicted = np.append((logits > 0).sum(), places + 1)
     hits = np.append(targets[logits > 0].sum(), np.cumsum(targets[order])[places])
-    best = int((2 * hits / (given + targets.sum() + _PRIOR_ROWS)).argmax())
+    best = int((2 * hits / (predicted + targets.sum() + _PRIOR_ROWS)).argmax())
     return 0.0 if best == 0 else float(middles[best - 1])

@@ -44,10 +44,10 @@ class LabelColumn:
     several: bool = False
 
 
-def ordered_names(found: set[str]) -> tuple[str, ...]:
+def ordered_names(names: set[str]) -> tuple[str, ...]:
     """Returns labels in order: numerically if all are integers, otherwise alphabetically."""
-    numeric = all(re.fullmatch("-?[0-9]{1,18}", name) for name in found)
-    return tuple(sorted(found, key=lambda name: (int(name), name)) if numeric else sorted(found))
+    numeric = all(re.fullmatch("-?[0-9]{1,18}", name) for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names))
 
 
 def split_labels(text: str) -> list[str]:

@@ -24,8 +24,8 @@ class LinearModel:
       loss: function of (logits float64 [N, C], targets) that returns the mean loss.
       constant: function of (targets, C) that returns the best prediction without features, [] or
         [C].
-      text_model: function of (inverse of the penalty's strength, maximum number of iterations)
-        that returns a scikit-learn estimator for sparse features [N, H] and targets.
+      text_model: function of (inverse_penalty, max_iter), scikit-learn's C and its maximum number
+        of iterations, that returns an estimator for sparse features [N, H] and targets.
       baselines: names of the baselines that use `constant` and `text_model`.
 
     """

@@ -75,13 +75,13 @@ def answer(
     logits: np.ndarray, probabilities: np.ndarray, names: tuple[str, ...]
 ) -> tuple[list[str], float]:
     """Returns the labels with a positive logit, and the confidence in the least certain label."""
-    given = [name for name, logit in zip(names, logits.tolist(), strict=True) if logit > 0]
-    return given, float(np.maximum(probabilities, 1 - probabilities).min())
+    chosen = [name for name, logit in zip(names, logits.tolist(), strict=True) if logit > 0]
+    return chosen, float(np.maximum(probabilities, 1 - probabilities).min())
 
 
-def describe_prediction(given: np.ndarray, names: tuple[str, ...]) -> str:
+def describe_prediction(pred: np.ndarray, names: tuple[str, ...]) -> str:
     """Returns a description of the labels of a row, bool [C]."""
-    return " and ".join(repr(cut_label(n)) for n in np.asarray(names)[given].tolist()) or "no label"
+    return " and ".join(repr(cut_label(n)) for n in np.asarray(names)[pred].tolist()) or "no label"
 
 
 def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) -> tuple[str, ...]:
@@ -89,10 +89,10 @@ def read_names(labels: Sequence[str], declared: tuple[str, ...], column: str) ->
 
     Raises UserError if no row has a label.
     """
-    found = {name for text in labels for name in split_labels(text)}
-    if not found:
+    names = {name for text in labels for name in split_labels(text)}
+    if not names:
         raise UserError(f"no row has a label in column {column!r}: write labels as a|b")
-    return declared or ordered_names(found)
+    return declared or ordered_names(names)
 
 
 def read_label_sets(
@@ -103,7 +103,7 @@ def read_label_sets(
     Raises UserError for an unknown label, and for a list that is written as text in one field.
     """
     index = {name: number for number, name in enumerate(names)}
-    found = np.zeros((len(labels), len(names)), bool)
+    targets = np.zeros((len(labels), len(names)), bool)
     for row, text in enumerate(labels):
         for name in split_labels(text):
             if is_written_list(name):
@@ -117,8 +117,8 @@ def read_label_sets(
                     f"training labels {list_labels(names)}: correct it, or add training rows with "
                     "this label"
                 )
-            found[row, index[name]] = True
-    return found
+            targets[row, index[name]] = True
+    return targets
 
 
 def check_label_sets(
@@ -204,12 +204,12 @@ def mean_binary_cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
     return float(np.logaddexp(0, -signed).mean())
 
 
-def one_vs_rest_estimator(strength: float, iterations: int) -> Any:
+def one_vs_rest_estimator(inverse_penalty: float, max_iter: int) -> Any:
     """Returns one logistic regression for each label, see `LinearModel.text_model`."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
 
-    return OneVsRestClassifier(LogisticRegression(C=strength, max_iter=iterations))
+    return OneVsRestClassifier(LogisticRegression(C=inverse_penalty, max_iter=max_iter))
 
 
 MULTI_LABEL = Objective(

@@ -73,10 +73,10 @@ def answer(
 
 def read_targets(targets: Any, outputs: int) -> np.ndarray:
     """Returns targets as float32. Raises ValueError if one is not finite."""
-    found = np.asarray(targets, np.float32)
-    if not np.isfinite(found).all():
+    values = np.asarray(targets, np.float32)
+    if not np.isfinite(values).all():
         raise ValueError("targets must be finite")
-    return found
+    return values
 
 
 def read_numbers(
@@ -89,21 +89,21 @@ def read_numbers(
     """
     numbers = np.asarray([float(text) if is_number(text) else np.nan for text in labels])
     with np.errstate(over="ignore"):
-        found = numbers.astype(np.float32)
-    if not np.isfinite(found).all():
-        row = int(np.isfinite(found).argmin())
+        rounded = numbers.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        row = int(np.isfinite(rounded).argmin())
         what = "is too large for float32" if np.isfinite(numbers[row]) else "is not a finite number"
         raise UserError(
             f"label {cut_label(labels[row])!r} (the text {texts[row][0]!r:.40}) {what}, which "
             "objective=regression requires: correct it, or leave objective out"
         )
     low, high = numbers.min(), numbers.max()
-    if low < high and abs(found - numbers).max() > _ROUNDED * numbers.std():
+    if low < high and abs(rounded - numbers).max() > _ROUNDED * numbers.std():
         raise UserError(
             f"the numbers from {low:.16g} to {high:.16g} differ by too little for float32, which "
             f"would round them: subtract {low:.16g} from each"
         )
-    return found
+    return rounded
 
 
 def check_numbers(
@@ -162,11 +162,12 @@ def mean_squared_error(logits: np.ndarray, targets: np.ndarray) -> float:
     return float(((logits[:, 0] - targets) ** 2).mean(dtype=np.float64))
 
 
-def ridge_estimator(strength: float, iterations: int) -> Any:
+def ridge_estimator(inverse_penalty: float, max_iter: int) -> Any:
     """Returns a ridge regression, see `LinearModel.text_model`."""
     from sklearn.linear_model import Ridge
 
-    return Ridge(alpha=10 / strength, solver="sparse_cg")
+    # The middle one of the usual inverse penalties, 10, gives scikit-learn's default of 1.
+    return Ridge(alpha=10 / inverse_penalty, solver="sparse_cg")  # needs no limit of iterations
 
 
 def units(targets: np.ndarray) -> tuple[float, float]:
@@ -174,21 +175,21 @@ def units(targets: np.ndarray) -> tuple[float, float]:
     return float(targets.mean(dtype=np.float64)), float(targets.std(dtype=np.float64))
 
 
-def absolute_error(given: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def absolute_error(predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Returns the absolute errors, float64 [..., N]."""
-    return np.abs(np.asarray(given, np.float64) - targets)
+    return np.abs(np.asarray(predicted, np.float64) - targets)
 
 
-def mean_absolute_error(given: np.ndarray, targets: np.ndarray) -> float:
+def mean_absolute_error(predicted: np.ndarray, targets: np.ndarray) -> float:
     """Returns the mean absolute error of predictions for targets [N]."""
-    return float(absolute_error(given, targets).mean())
+    return float(absolute_error(predicted, targets).mean())
 
 
 # Negated, and named as in scikit-learn, so that larger is better. If errors are normally
 # distributed, the standard deviation of |error| is sqrt(pi / 2 - 1) times its mean.
 NEG_MEAN_ABSOLUTE_ERROR = Metric(
     "neg_mean_absolute_error",
-    lambda given, targets, outputs: absolute_error(given, targets)[..., None],
+    lambda predicted, targets, outputs: absolute_error(predicted, targets)[..., None],
     lambda targets, outputs: np.ones((len(targets), 1), bool),
     lambda sums, totals: 0.0 - sums[..., 0] / totals[..., 0],  # no negative zero
     standard_error=lambda value, rows: math.sqrt((math.pi / 2 - 1) / rows) * np.abs(value),
@@ -196,10 +197,10 @@ NEG_MEAN_ABSOLUTE_ERROR = Metric(
 )
 
 
-def _products(given: np.ndarray, targets: np.ndarray, outputs: int) -> np.ndarray:
+def _products(predicted: np.ndarray, targets: np.ndarray, outputs: int) -> np.ndarray:
     targets, centre = _centred(targets)
-    given = np.asarray(given, np.float64) - centre
-    return np.stack([given, given**2, given * targets], axis=-1)  # [..., N, 3]
+    predicted = np.asarray(predicted, np.float64) - centre
+    return np.stack([predicted, predicted**2, predicted * targets], axis=-1)  # [..., N, 3]
 
 
 def _moments(targets: np.ndarray, outputs: int) -> np.ndarray:
@@ -236,8 +237,8 @@ def correlation(sums: np.ndarray, totals: np.ndarray) -> np.ndarray:
     # A spread below the rounding error of the sums counts as zero.
     sound = [s > 1e-12 * np.maximum(q, 1e-300) for s, q in zip(spreads, squares, strict=True)]
     product = np.sqrt(np.where(sound[0] & sound[1], spreads[0] * spreads[1], 1.0))
-    found = np.where(sound[0] & sound[1], np.clip(covariance / product, -1, 1), 0.0)
-    return np.where(np.isnan(covariance), np.nan, found)  # NaN for exits that diverged
+    correlation = np.where(sound[0] & sound[1], np.clip(covariance / product, -1, 1), 0.0)
+    return np.where(np.isnan(covariance), np.nan, correlation)  # NaN for exits that diverged
 
 
 PEARSON = Metric(
@@ -245,16 +246,16 @@ PEARSON = Metric(
 )
 
 
-def pearson(given: np.ndarray, targets: np.ndarray) -> float:
+def pearson(predicted: np.ndarray, targets: np.ndarray) -> float:
     """Returns Pearson's correlation of predictions and targets [N], 0 if either is constant."""
-    return float(correlation(_products(given, targets, 1).sum(0), _moments(targets, 1).sum(0)))
+    return float(correlation(_products(predicted, targets, 1).sum(0), _moments(targets, 1).sum(0)))
 
 
-def spearman(given: np.ndarray, targets: np.ndarray) -> float:
+def spearman(predicted: np.ndarray, targets: np.ndarray) -> float:
     """Returns Spearman's correlation: Pearson's correlation of the ranks, with average ties."""
     from scipy.stats import rankdata  # imported here because a served model does not need SciPy
 
-    return pearson(rankdata(given), rankdata(targets))
+    return pearson(rankdata(predicted), rankdata(targets))
 
 
 REGRESSION = Objective(
@@ -282,7 +283,7 @@ REGRESSION = Objective(
     probabilities=lambda logits: logits[..., :0],
     answer=answer,
     constant_prediction=constant_value,
-    describe=lambda given, names: f"{given:g}",
+    describe=lambda predicted, names: f"{predicted:g}",
     read_targets=read_targets,
     tuning_policy="stability",
     exit_target=error_head_target,

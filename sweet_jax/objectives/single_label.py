@@ -68,8 +68,8 @@ def single_predicted_class(logits: Array, row_mask: Array) -> Array:
 
 def read_labels(labels: Any, classes: int) -> np.ndarray:
     """Returns labels as int64. Raises ValueError for labels that are not indices of classes."""
-    given = np.asarray(labels)
-    if given.dtype.kind == "f" and not (np.isfinite(given) & (given == np.trunc(given))).all():
+    values = np.asarray(labels)
+    if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.trunc(values))).all():
         raise ValueError("labels must be integers: the indices of their classes")
     labels = np.asarray(labels, np.int64)
     if labels.min() < 0 or labels.max() >= classes:
@@ -94,16 +94,16 @@ def read_classes(
     # 1 in one file and 1.0 in another are the same label, unless the names contain both.
     whole = {without_fraction(name): number for name, number in index.items()}
     whole = whole if len(whole) == len(index) else {}
-    found = [index.get(name, whole.get(without_fraction(name), -1)) for name in labels]
-    if -1 in found:
-        row = found.index(-1)
+    indices = [index.get(name, whole.get(without_fraction(name), -1)) for name in labels]
+    if -1 in indices:
+        row = indices.index(-1)
         count = labels.count(labels[row])
         raise UserError(
             f"label {cut_label(labels[row])!r} ({count} row{'s' * (count > 1)}, the text "
             f"{texts[row][0]!r:.40}) is not among the training labels "
             f"{list_labels(names)}: correct it, or add training rows with this label"
         )
-    return np.asarray(found, np.int32)
+    return np.asarray(indices, np.int32)
 
 
 def check_classes(
@@ -192,11 +192,11 @@ def most_frequent(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.asarray(np.bincount(np.asarray(labels, np.int64), minlength=classes).argmax())
 
 
-def logistic_regression(strength: float, iterations: int) -> Any:
+def logistic_regression(inverse_penalty: float, max_iter: int) -> Any:
     """Returns a logistic regression, see `LinearModel.text_model`."""
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=strength, max_iter=iterations)
+    return LogisticRegression(C=inverse_penalty, max_iter=max_iter)
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:

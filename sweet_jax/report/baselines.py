@@ -31,8 +31,8 @@ _TITLES = {
     "tfidf_ridge": "TF-IDF + ridge regression",
     "fine_tuned": "plain fine-tuned full model",
 }
-_STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression, the inverse of its penalty
-_USUAL_STRENGTH = 10.0  # used without tuning rows
+_INVERSE_PENALTIES = (1.0, 10.0, 100.0)  # C of the logistic regression, the inverse of its penalty
+_USUAL_INVERSE_PENALTY = 10.0  # used without tuning rows
 # Bounds on time and memory for large data sets; a few thousand rows stay below all of them.
 _ROWS = 50_000  # maximum number of rows to fit or tune on
 _CHARACTERS = 20_000_000  # maximum number of characters of these rows
@@ -149,8 +149,9 @@ def tfidf_predictions(
     features = _features(fitted, [train_texts[i] for i in use])
     iterations = int(np.clip(_WORK // (features.nnz * classes + 1), 20, 1000))
 
-    def fit(strength: float) -> Any:
-        return _fit_model(objective.linear.text_model(strength, iterations), features, labels)
+    def fit(inverse_penalty: float) -> Any:
+        model = objective.linear.text_model(inverse_penalty, iterations)
+        return _fit_model(model, features, labels)
 
     def predict(model: Any, rows: Any) -> np.ndarray:
         found = model.predict(rows)
@@ -160,11 +161,11 @@ def tfidf_predictions(
         held = _drawn(tuning[0], seed)
         rows, truth = _features(fitted, [tuning[0][i] for i in held]), np.asarray(tuning[1])[held]
         metric = objective.metrics[0]
-        models = [fit(strength) for strength in _STRENGTHS]
+        models = [fit(c) for c in _INVERSE_PENALTIES]
         # max() returns the first among ties.
         model = max(models, key=lambda m: compute_metric(metric, predict(m, rows), truth, outputs))
     else:
-        model = fit(_USUAL_STRENGTH)
+        model = fit(_USUAL_INVERSE_PENALTY)
     parts = [texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE)]
     return np.concatenate([predict(model, _features(fitted, part)) for part in parts])
 
