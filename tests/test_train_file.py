@@ -112,7 +112,7 @@ def test_the_report_has_the_times_of_the_engine_that_is_recommended(trained, tmp
     write_tables(model.folder, [*tables, table("onnxruntime", f"other-{here}", 0.1, 0.2)])
     assert cli.main(["report", str(run)]) == 0
     page = html.unescape((run / "report.html").read_text())
-    assert f"measured on {here}, onnxruntime: tokenizing" in page
+    assert f"measured on {here}, onnxruntime; tokenization" in page
     (run / "model" / "clock.json").unlink()
     write_tables(model.folder, [table("jax", f"other-{here}", 0.1, 0.2)])
     assert cli.main(["report", str(run), "--milliseconds=1"]) == 2
