@@ -144,7 +144,7 @@ def test_tfidf_tunes_c_on_the_tuning_rows(monkeypatch):
     # With 95 rows of class 0 to 5 of class 1, a strong penalty answers 0 everywhere.
     texts = [("bad",)] * 95 + [("good",)] * 5
     labels = np.repeat([0, 1], [95, 5])
-    monkeypatch.setattr(module, "_STRENGTHS", (1e-4, 100.0))
+    monkeypatch.setattr(module, "_INVERSE_PENALTIES", (1e-4, 100.0))
     given = tfidf_predictions(
         texts, labels, [("bad",), ("good",)], tuning=([("good",)], np.asarray([1]))
     )
