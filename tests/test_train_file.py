@@ -216,18 +216,21 @@ def test_a_share_is_at_most_what_all_layers_cost():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a share"),
-        (["a.csv", "--output="], "--output is empty: give it a value, or leave it out"),
-        (["--config=", "--workdir=a"], "--config is empty: give it a value"),
+        (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a fract"),
+        (["a.csv", "--output="], "--output is empty: set a value, or remove it"),
+        (["--config=", "--workdir=a"], "--config is empty: set a value"),
         ([""], "the file name is empty"),
         (["a.csv", "--budget=0"], "got '0'"),
         (["a.csv", "--budget=5"], "at most 1: for milliseconds write --budget=5ms"),
-        (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir are one directory"),
+        (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir set the same directory"),
         (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
-        (["--text=a"], "--text goes with a file: sweet-jax train FILE --text="),
+        (["--text=a"], "--text applies only to a run on a file: sweet-jax train FILE --text="),
         (["nowhere.csv"], "'nowhere.csv' does not exist"),
-        (["my,data.csv", "--test=v.csv"], "'my,data.csv' contains a comma, which separates files"),
-        (["a.csv", "--test=v,1.csv"], "'v,1.csv' contains a comma, which separates files"),
+        (
+            ["my,data.csv", "--test=v.csv"],
+            "'my,data.csv' contains a comma, which separates the files",
+        ),
+        (["a.csv", "--test=v,1.csv"], "'v,1.csv' contains a comma, which separates the files"),
     ],
 )
 def test_a_wrong_command_gets_one_line(arguments, words, capsys):
