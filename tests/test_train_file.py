@@ -126,7 +126,7 @@ def test_a_report_without_texts_says_where_they_are_found(trained, tmp_path, mon
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     assert cli.main(["report", str(run)]) == 0
     printed = capsys.readouterr().err
-    assert printed.startswith("warning: the report lacks its mistakes, which quote texts: ")
+    assert printed.startswith("warning: the report lists no mistakes, which quote texts: ")
     assert "'absent.csv' does not exist; run this in the folder where the run was" in printed
 
 
@@ -155,7 +155,7 @@ def test_what_is_recommended_keeps_within_the_budget(trained):
 def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trained):
     folder, printed = trained
     assert (
-        " calibration rows: the best accuracy within 0.7 of the layers, of equals the " in printed
+        " calibration rows: the best accuracy within 0.7 of the layers, or the cheapest " in printed
     )
     assert "by the length and the exit of each of the " in printed
     text = recommend(folder, {"milliseconds": 1e6})
@@ -167,7 +167,7 @@ def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trai
 
 def test_a_budget_that_cannot_be_met_says_what_can(trained):
     text = recommend(trained[0], {"milliseconds": 1e-6})
-    assert text.startswith("no operating point keeps within 1e-06 ms: the least is ")
+    assert text.startswith("no operating point meets the budget of 1e-06 ms; the smallest possible")
     assert "recommended operating point" in text
     assert "--milliseconds" not in text
 
