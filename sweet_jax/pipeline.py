@@ -1,4 +1,4 @@
-"""The run of one config: data, training, evaluation, calibration, simulation, report.
+"""Runs one config: data, training, evaluation, calibration, simulation and report.
 
 Shape letters: R replica, E exit, N examples.
 """
@@ -39,8 +39,8 @@ from sweet_jax.training.sharding import mesh_of, select_replica
 from sweet_jax.training.step import Params
 from sweet_jax.training.trackers import check_tracker, track_results
 
-# Keys that may differ when a run is resumed: beyond rounding, they change no number. All rows, also
-# those without labels, are compared by their digest, wherever they lie.
+# Keys that may differ when a run is resumed: they change no results beyond rounding. The rows
+# themselves, with or without labels, are compared by their digest, wherever the files are.
 FREE_KEYS = (
     *("data_dir", "data_files", "unlabeled_files", "dataset"),
     *("checkpoint_every", "segment_parallel", "baselines", "report_texts", "log_to"),
@@ -59,16 +59,16 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
     """Runs one config in one directory; returns the contents of results.json.
 
     Args:
-      config: of the run.
-      workdir: its directory.
-      report: also write report.html, figures/ and model/, and print the table of exits.
+      config: the config of the run.
+      workdir: the run directory.
+      report: whether to write report.html, figures/ and model/, and to print the table of exits.
 
-    Of several processes, the first writes; the others return an empty dict.
+    With several processes, only the primary one writes; the others return an empty dict.
 
     Raises:
-      UserError: the config, the data, the checkpoint or the workdir will not do; nothing was
+      UserError: the config, the data, the checkpoint or the workdir is invalid; nothing was
         written.
-      PreemptedError: SIGTERM came; the same call resumes where this one stopped.
+      PreemptedError: SIGTERM was received; the same call resumes where this one stopped.
 
     """
     with raise_on_all():
@@ -88,7 +88,8 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
         analysis = None
         if is_primary():
             analysis = analyse(outcome.calibration, outcome.validation, tuning=outcome.tuning)
-        # Part of the program that takes it: hosts whose last bits differ must not differ in it.
+        # The index is a constant of a jitted program: all hosts must use the same one even if their
+        # results differ by rounding.
         number = int(broadcast_from_primary(analysis.best if analysis else 0))
         best = [TrainedModel(m.exits, select_replica(m.params, number)) for m in outcome.models]
         with raise_on_all():
@@ -101,13 +102,13 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
 
 
 def _older_defaults(config: Config) -> dict[str, Any]:
-    """Returns the values of keys for runs made before there was the key: what its default does."""
+    """Returns the values of keys that older runs did not record: their behavior was the default."""
     usual = Config(preset=config.preset, method=config.method)
     return dataclasses.asdict(usual.resolved()) | {"pooling": "first"}
 
 
 def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
-    """Trains the method's models one after the other, and evaluates all their exits."""
+    """Trains the method's models one after another, and evaluates all of their exits."""
     config = job.config
     found: list[SplitOutputs] = []
     models: list[TrainedModel] = []
@@ -124,14 +125,14 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
         if config.layer_scaling != 1:
             pretrained = job.checkpoint.weights.first_layers(model.exits[-1])
             params = scale_layer_updates(params, pretrained, model.exits[-1], config.layer_scaling)
-        # A probe alone was fitted on this very encoder.
+        # With 0 epochs, a probe was fitted on this very encoder.
         if job.config.head_refit and not (job.config.epochs == 0 and job.probe):
             params = refit_heads(job, model, graphdef, params, workdir, spent.best_steps)
             timing["refit_seconds"] = timing.get("refit_seconds", 0) + time.perf_counter() - began
             began = time.perf_counter()
         if spent.best_steps:
             best_steps[model.name] = list(spent.best_steps)
-        if job.units:  # outputs from here on are in the targets' own units
+        if job.units:  # from here on, outputs are in the targets' own units
             mean, deviation = job.units
             params = transform_outputs(params, model.exits, deviation, mean)
         outputs = _evaluate_splits(job, graphdef, params)
@@ -162,7 +163,7 @@ def _calibration_targets(job: PreparedRun) -> np.ndarray:
 
 
 def _fits_decisions(job: PreparedRun) -> bool:
-    """Returns whether each label's threshold is fitted on calibration rows."""
+    """Returns whether a decision threshold for each label is fitted on calibration rows."""
     metric, chosen = job.dataset.task.metric, job.config.decision_thresholds
     wanted = chosen == "f1" or (not chosen and metric.endswith("_f1"))
     return job.objective.decision_shifts is not None and wanted
@@ -174,8 +175,8 @@ def _with_decisions(
     """Returns parameters and outputs whose logits are 0 at each label's decision threshold.
 
     The thresholds are fitted for each replica, exit and label, and subtracted from the bias of the
-    classifiers, so that all that reads the model decides at 0. Of the calibration rows those fit
-    them on which no certificate is tested.
+    classifiers, so that every user of the model decides at 0. They are fitted on the half of the
+    calibration rows that no certificate is tested on.
     """
     fit_shifts = job.objective.decision_shifts
     assert fit_shifts is not None
@@ -198,9 +199,10 @@ def _with_decisions(
 
 
 def _evaluate_splits(job: PreparedRun, graphdef: nnx.GraphDef, params: Params) -> SplitOutputs:
-    """Evaluates a model's exits on the rows of each split, all without dropout.
+    """Evaluates a model's exits on the rows of each split.
 
-    But under the release's preset, which fits on validation rows with dropout left on.
+    Dropout is off, except for calibration="validation_dropout", which the preset of the authors'
+    release uses.
     """
     config, mesh, shown = job.config, mesh_of(params), (job.validation, job.validation_rows)
     program = compile_evaluation(config, graphdef, mesh, features=config.tunes)

@@ -1,16 +1,16 @@
-"""Classifies the texts of a file with a saved model, each at the first exit that is confident.
+"""Classifies the texts of a file with a saved model, each at the first confident exit.
 
   sweet-jax predict --model=runs/x/model --input=new.csv --output=new.jsonl --cost=0.5
   sweet-jax predict --model=runs/x/model --measure
 
-The input has the text columns that the model was trained on, in any format of training, or is a
-.txt file with a text in each line; it may be larger than memory. The output is JSONL, one object
-for each row of the input, in its order: label, probability, exit (the layer it exited at) and cost
-(share of the full model's layers), or error for a row whose text is missing or blank (of a pair,
-missing); a name that ends in .csv or .parquet makes such a table of it. An interrupted command, run
-again, resumes where the output ends. Without a target, the cheapest threshold that kept the full
-model's metric on calibration rows. Exit status: 0 done, 2 the input is wrong, 3 no row could be
-classified, 1 anything else.
+The input has the text columns that the model was trained on, in any format supported for training,
+or is a .txt file with one text per line; it may be larger than memory. The output is JSONL, with
+one object per row of the input, in the same order: label, probability, exit (the layer at which the
+text left) and cost (fraction of the full model's layers), or error for a row whose text is missing
+or blank (for pairs: missing). If its name ends in .csv or .parquet, it is a table instead. An
+interrupted command that is run again resumes where the output ends. Without a target, the threshold
+is the cheapest one that kept the full model's metric on calibration rows. Exit status: 0 done, 2
+the input is wrong, 3 no row could be classified, 1 anything else.
 
 """
 
@@ -67,40 +67,42 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.predict", f"{__doc__ or ''}{policy_help()}")
     parser.add_model_arguments(ENGINES)
     parser.add_argument(
-        "--input", help='file of texts; also a folder, a pattern, or several joined by "+"'
+        "--input", help='file of texts; also a folder, a glob pattern, or several joined by "+"'
     )
     parser.add_argument(
         "--output", help="file of the predictions: .jsonl, .csv or .parquet, or /dev/stdout"
     )
     parser.add_argument(
-        "--keep", help="columns of the input to carry along, such as id,text; label is input_label"
+        "--keep",
+        help="input columns to copy to the output, such as id,text; label becomes input_label",
     )
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="instead, time every stage on this machine, alone and in batches of --batch_size, in "
-        "each engine and precision there is or the one that is named, and keep the tables in the "
-        "model's folder: --milliseconds and the choice of the engine read them",
+        help="instead of predicting, time every stage on this machine, for single texts and "
+        "batches of --batch_size, with every available engine and precision or those that are set, "
+        "and save the tables in the model's folder for --milliseconds and the choice of the engine",
     )
     parser.add_argument(
         "--warm_up", action="store_true", help="compile every program before the first text"
     )
     parser.add_argument(
-        "--text_columns", help="the input's text columns, if not named as in training: a or a,b"
+        "--text_columns",
+        help="text columns of the input if they are not named as in training: a or a,b",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=32, help="texts computed at once, at most (default 32)"
+        "--batch_size", type=int, default=32, help="maximum texts per batch (default 32)"
     )
     options = parser.parse_args(argv)
     parse_targets(options)
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1; got {options.batch_size}")
     if options.measure and (options.input or options.output):
-        raise UserError("--measure times the model alone: leave --input and --output out")
+        raise UserError("--measure times the model without a file: remove --input and --output")
     if options.output and os.path.isdir(options.output):
         raise UserError(f"--output {options.output!r} is a folder: name a file in it")
     if not options.measure and not (options.input and options.output):
-        raise UserError("give --input=FILE and --output=FILE, or --measure")
+        raise UserError("pass --input=FILE and --output=FILE, or --measure")
     return options
 
 
@@ -121,7 +123,7 @@ def _run(options: argparse.Namespace) -> int:
     }
     if columns.kept:
         identity["keep"] = list(columns.kept)
-    check_files(sources, columns)  # before an output is begun
+    check_files(sources, columns)  # before an output is started
     with contextlib.closing(_read_all(sources, columns)) as rows:
         with output.open(sources) as file, output.recorded(identity, file) as known:
             tally, last, end = output.read_existing(file)
@@ -129,7 +131,7 @@ def _run(options: argparse.Namespace) -> int:
             predicted = _predict_rows(classifier, rest, columns, options.batch_size)
             output.check_same_rows(last, predicted)
             output.truncate(file, end)
-            if options.engine is None:  # said once nothing can be wrong with the input any more
+            if options.engine is None:  # printed only after the checks of the input
                 precision = options.precision or "float32"
                 print(describe_default(classifier.model, precision), file=sys.stderr, flush=True)
             if options.warm_up:
@@ -144,24 +146,24 @@ def _run(options: argparse.Namespace) -> int:
                     bar.update(position - bar.n)
             seconds = time.perf_counter() - began
         output.finish()
-    # Where the predictions go to the terminal or a pipe, the summary must not be among them.
+    # If the predictions are streamed to stdout, the summary must not be mixed with them.
     summary = tally.summary((tally.rows - start) / max(seconds, 1e-9))
     print(summary, file=sys.stderr if output.streams else sys.stdout)
     if start and start == tally.rows:
+        compared = "its model, target and" if known else "only its"
         print(
-            f"note: {str(output.path)!r} had all rows already, and nothing was predicted; compared "
-            f"were {'the model, the target and' if known else 'only'} the last {CHECKED} rows: "
-            "remove it to predict all again",
+            f"note: {str(output.path)!r} already contains every row, so nothing was predicted; "
+            f"{compared} last {CHECKED} rows were compared. Delete it to predict everything again",
             file=sys.stderr,
         )
     return _ALL_FAILED if tally.rows and tally.errors == tally.rows else 0
 
 
 def _input_files(name: str) -> list[Path]:
-    """Returns the files of --input. Raises UserError for one that is absent, or no file."""
+    """Returns the files of --input. Raises UserError for one that does not exist or is no file."""
     files = expand_files(name)
     for path in files:
-        if not os.path.isfile(path):  # not Path.is_file, which a name that is too long breaks
+        if not os.path.isfile(path):  # not Path.is_file, which raises OSError for long names
             what = "is not a file of texts" if os.path.exists(path) else "does not exist"
             raise UserError(f"input {str(path)!r} {what}")
     return files
@@ -170,15 +172,16 @@ def _input_files(name: str) -> list[Path]:
 def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source: Path) -> Columns:
     """Returns the columns to read.
 
-    Raises UserError for another number of texts, or two columns to keep under one key.
+    Raises UserError for a wrong number of text columns, or if two columns to keep have the same key
+    in the output.
     """
     asked = [text for text in (options.text_columns, options.keep) if text]
-    listed = [text for text in asked if "," in text]  # or one name that holds a comma
+    listed = [text for text in asked if "," in text]  # a list, or one name that contains a comma
     present = [name for text in listed for name in column_names(source, text)]
     texts = parse_names(options.text_columns or "", present) or tuple(classifier.text_columns)
     if len(texts) != len(classifier.text_columns):
         raise UserError(
-            f"this model takes {len(classifier.text_columns)} text column(s), as "
+            f"this model takes {len(classifier.text_columns)} text column(s), such as "
             f"{','.join(classifier.text_columns)}; got {','.join(texts)}"
         )
     kept = parse_names(options.keep or "", present)
@@ -186,19 +189,19 @@ def _columns(options: argparse.Namespace, classifier: AdaptiveClassifier, source
         key = _output_key(name)
         if key != name and key in kept:
             raise UserError(
-                f"--keep names {name!r} and {key!r}, which are both {key!r} in the output: leave "
-                "one out, or rename it in the input"
+                f"--keep has {name!r} and {key!r}, which would both be {key!r} in the output: "
+                "remove one of them, or rename it in the input"
             )
     return Columns(texts, kept=kept)
 
 
 def _output_key(name: str) -> str:
-    """Returns the key of the output under which a column of the input is carried along."""
+    """Returns the key in the output of a kept column of the input."""
     return f"input_{name}" if name in PREDICTED else name
 
 
 def _read_all(sources: Sequence[Path], columns: Columns) -> Generator[Record]:
-    """Yields the records of several files, with positions that ascend from file to file."""
+    """Yields the records of several files, with positions that increase across files."""
     before = 0
     for path in sources:
         for record in read_records(path, columns):
@@ -219,9 +222,9 @@ def _load_classifier(options: argparse.Namespace) -> AdaptiveClassifier:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    """Times the engines that there are, in each precision, or what the options name alone.
+    """Times every available engine and precision, or only those set by the options.
 
-    Raises UserError where none of them runs.
+    Raises UserError if none of them runs.
     """
     model, refused = open_model(options.model), []
     tables: list[LatencyTable] = []
@@ -244,14 +247,14 @@ def _measure(options: argparse.Namespace) -> None:
     for reason in refused:
         print(f"not measured: {reason}")
     print("\n".join(describe_fastest(model, tables)))
-    print(f"kept in {write_tables(model.folder, tables)}")
+    print(f"saved in {write_tables(model.folder, tables)}")
     print(f"without --engine and --precision, predict and serve use {describe_default(model)}")
 
 
 def _predict_rows(
     classifier: AdaptiveClassifier, rows: Iterable[Record], columns: Columns, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yields (an object of the output, the position in the input) of every row, in order."""
+    """Yields (object for the output, position in the input) of every row, in order."""
     taken: collections.deque[Record] = collections.deque()  # not yet predicted
     count = len(columns.texts)
     kept = [_output_key(name) for name in columns.kept]
@@ -268,7 +271,7 @@ def _predict_rows(
         if isinstance(prediction, InvalidRow):
             found: dict[str, Any] = {"error": prediction.reason}
         elif not prediction.is_finite:
-            found = {"error": "the model's answer is not a number: its training diverged"}
+            found = {"error": "the model's output is not finite: its training diverged"}
         else:
             found = {"label": prediction.label}
             if prediction.probability is not None:

@@ -1,4 +1,4 @@
-"""Reads and checks everything that a config names, before anything is written.
+"""Reads and checks everything that a config refers to, before anything is written.
 
 Shape letters: R replica, U training rows that any replica uses, N training rows, K calibration
 rows, M tuning rows, V validation rows.
@@ -40,27 +40,27 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedRun:
-    """Holds a resolved config and everything it names, read once and checked.
+    """Holds a resolved config and everything it refers to, read once and checked.
 
-    Row numbers index `texts` and `train`, which hold those training rows of the data set that a
-    replica uses.
+    Row numbers index `texts` and `train`, which hold the training rows of the data set that at
+    least one replica uses.
     """
 
     config: Config
-    checkpoint: Checkpoint  # with its weights
+    checkpoint: Checkpoint  # weights included
     dataset: Dataset
-    digest: str  # of the data set
-    base: BaseRun | None  # that this one grows from
+    digest: str  # digest of the data set
+    base: BaseRun | None  # the run that this one grows from
     tokenizer: Any
-    texts: list[tuple[str, ...]]  # U of them
+    texts: list[tuple[str, ...]]  # U texts, or pairs of texts
     train: Tokens  # U rows
     validation: Tokens
     rows: RunRows
-    unlabeled: Tokens | None = None  # of rows without labels, whose texts are in no other
-    objective: Objective = SINGLE_LABEL  # with the weights that the config trains it by
-    targets: np.ndarray | None = None  # of `texts` in their own units; None: those of `train`
-    units: tuple[float, float] | None = None  # mean and deviation that `train` has them without
-    probe: Probe | None = None  # that the heads start from, once it is fitted
+    unlabeled: Tokens | None = None  # rows without labels, whose texts occur in no other rows
+    objective: Objective = SINGLE_LABEL  # includes the class weights of the config's loss
+    targets: np.ndarray | None = None  # targets of `texts` in their own units; None: as in `train`
+    units: tuple[float, float] | None = None  # mean and deviation by which `train` is standardized
+    probe: Probe | None = None  # the probe that initializes the heads, once it is fitted
 
     @property
     def labels(self) -> np.ndarray:
@@ -69,18 +69,18 @@ class PreparedRun:
 
     @property
     def validation_rows(self) -> np.ndarray:
-        """Returns the rows that each replica is reported on: all of `validation`, int [R, V]."""
+        """Returns the validation rows of each replica, which are all of them, int [R, V]."""
         replicas = len(self.rows.training)
         return np.tile(np.arange(len(self.validation)), (replicas, 1))
 
     def select_replicas(self, config: Config, replicas: Sequence[int]) -> "PreparedRun":
-        """Returns the run of some replicas alone, which are those of `config`."""
+        """Returns the run restricted to some replicas, which must be those of `config`."""
         rows = RunRows(*(each[list(replicas)] for each in self.rows))
         probe = self.probe.select_replicas(replicas) if self.probe else None
         return dataclasses.replace(self, config=config, rows=rows, probe=probe)
 
     def training_job(self, model: ModelSpec, workdir: Path, *, short: bool = False) -> TrainingJob:
-        """Returns the training of one of the method's models; see TrainingJob for the arguments."""
+        """Returns the job that trains one of the method's models; see `TrainingJob`."""
         return TrainingJob(
             config=self.config,
             checkpoint=self.checkpoint,
@@ -100,10 +100,13 @@ class PreparedRun:
 
 
 def prepare(config: Config) -> PreparedRun:
-    """Reads and checks all that a config names; raises UserError, and writes nothing."""
+    """Reads and checks everything that a config refers to, and writes nothing.
+
+    Raises UserError if anything is invalid.
+    """
     config = config.resolved()
-    task_of(config)  # a misspelt name is an error before the hub is asked for anything
-    policy_rule(config.policy)  # likewise one of the user's own
+    task_of(config)  # so that a misspelled name is an error before anything is downloaded
+    policy_rule(config.policy)  # likewise for the user's own policy
     checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
     _try_policy(config, dataset)
@@ -117,7 +120,7 @@ def prepare(config: Config) -> PreparedRun:
     if POOLINGS[config.pooling].first_only:
         ensure_first_token(tokenizer, config.checkpoint)
     drawn = draw_rows(config, dataset)
-    # A few rows are drawn from a large file: only these are tokenised, and numbered anew.
+    # Few rows may be drawn from a large file: only these are tokenized, and renumbered.
     used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))
     kept = select_rows(dataset.train, used)
     train, units = tokenize(tokenizer, kept, config.max_length), None
@@ -144,7 +147,7 @@ def prepare(config: Config) -> PreparedRun:
 
 
 def _try_policy(config: Config, dataset: Dataset) -> None:
-    """Raises UserError for an exit policy that fails on outputs of the shapes to come."""
+    """Raises UserError for an exit policy that fails on outputs of the run's shapes."""
     shape = (1, len(config.exits), 2, len(dataset.classes))
     logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     scores = logits[..., 0] if config.learning_to_exit else None
@@ -159,12 +162,13 @@ def _tokenize_unlabeled(
     tokenizer: Any,
     targets: np.ndarray,
 ) -> Tokens | None:
-    """Returns the tokens of the rows without labels; None where the config names none.
+    """Returns the tokens of the rows without labels; None if the config has no unlabeled_files.
 
-    Each text once, and none that any replica trains, tunes or calibrates on (`drawn`), or that is a
-    validation text: what a run is chosen and reported by has then no part in its training. Their
-    labels are zeros of the shape and dtype of `targets`, and never read.
-    Raises UserError where no text is left.
+    Duplicates are dropped, and so are texts that any replica trains, tunes or calibrates on
+    (`drawn`) and validation texts: rows that choose or evaluate a model must not take part in its
+    training. The labels are zeros with the shape and dtype of `targets`, and are never read.
+
+    Raises UserError if no text is left.
     """
     if not config.unlabeled_files:
         return None
@@ -172,11 +176,11 @@ def _tokenize_unlabeled(
     texts = [text for text in dict.fromkeys(dataset.unlabeled) if text not in known]
     if not texts:
         raise UserError(
-            f"unlabeled_files {config.unlabeled_files!r} has no text that is not among the "
-            "training or validation rows: give other rows, or leave it out"
+            f"unlabeled_files={config.unlabeled_files!r} has no text that is not among the "
+            "training or validation rows: choose other files, or remove it"
         )
     log.info(
-        "%d rows without labels; %d more repeat another text of the run: left out",
+        "%d rows without labels; %d more repeat another text of the run and are left out",
         *(len(texts), len(dataset.unlabeled) - len(texts)),
     )
     labels = np.zeros((len(texts), *targets.shape[1:]), targets.dtype)
@@ -184,12 +188,12 @@ def _tokenize_unlabeled(
 
 
 def _training_objective(config: Config, dataset: Dataset, labels: np.ndarray) -> Objective:
-    """Returns the data's objective, with the weights of the config's loss.
+    """Returns the data's objective, with the class weights and focal loss of the config.
 
-    labels: of the rows that each replica trains on, [R, N, ...]. One program trains all replicas:
-    they share their weights.
+    labels: labels of the rows that each replica trains on, [R, N, ...]. All replicas share their
+      class weights, because one program trains them.
 
-    Raises UserError for weights of another number of classes.
+    Raises UserError unless there is a weight for each class.
     """
     if not (config.class_weights or config.focal_gamma):
         return dataset.objective
@@ -201,39 +205,39 @@ def _training_objective(config: Config, dataset: Dataset, labels: np.ndarray) ->
         weights = tuple(map(float, config.class_weights.split(",")))
         if len(weights) != classes:
             raise UserError(
-                f"class_weights has {len(weights)} numbers, but there are {classes} classes: "
-                f"{list_labels(dataset.classes)}"
+                f"class_weights must have one number for each of the {classes} classes "
+                f"{list_labels(dataset.classes)}; got {len(weights)}"
             )
     return reweighted(dataset.objective, weights, config.focal_gamma)
 
 
 def _read_checkpoint(config: Config) -> Checkpoint:
-    """Returns the checkpoint, which fits the config."""
+    """Returns the checkpoint. Raises UserError if it is damaged, or does not fit the config."""
     checkpoint = open_checkpoint(config.checkpoint)
     _check_against(checkpoint, config)
     with_training_dropout(config, checkpoint)
-    _ = checkpoint.weights  # a damaged file must be known before anything is written
+    _ = checkpoint.weights  # read now, to detect a damaged file before anything is written
     return checkpoint
 
 
 def _check_token_types(checkpoint: Checkpoint, tokens: Tokens) -> None:
-    """Raises UserError for token types that the checkpoint has no embedding of.
+    """Raises UserError for token types for which the checkpoint has no embedding.
 
-    A checkpoint of one type gives it to every token, one of none reads no types.
+    A checkpoint with one type uses it for every token; one without types ignores them.
     """
     types, largest = checkpoint.config.type_vocab_size, int(tokens.token_type_ids.max(initial=0))
     if 1 < types <= largest:
         raise UserError(
-            f"the tokenizer in {str(checkpoint.folder)!r} gives token type {largest}, but the "
-            f"checkpoint has type_vocab_size {types}: take the tokenizer that it was trained with"
+            f"the tokenizer in {str(checkpoint.folder)!r} produces token type {largest}, but the "
+            f"checkpoint has type_vocab_size={types}: use the tokenizer it was trained with"
         )
 
 
 def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) -> Config:
-    """Returns the config with a pooling by name.
+    """Returns the config with "" and "auto" replaced by the name of a pooling.
 
-    "" is the one that the checkpoint declares, or its family's. "auto" is that too, but of pairs of
-    texts "pair" in place of "mean". Raises UserError for "pair" without pairs.
+    "" becomes the pooling that the checkpoint declares, else its family's default. So does "auto",
+    except that "mean" becomes "pair" for pairs of texts. Raises UserError for "pair" without pairs.
     """
     pooling, columns = config.pooling, dataset.task.text_columns
     if pooling in ("", AUTO):
@@ -242,9 +246,8 @@ def _choose_pooling(config: Config, checkpoint: Checkpoint, dataset: Dataset) ->
             pooling = "pair"
     if POOLINGS[pooling].pairs and len(columns) != 2:
         raise UserError(
-            f"pooling is {pooling!r}, which compares two texts, but a row has one, "
-            f"{columns[0]!r}: set --config.pooling=mean, or name two columns by "
-            "--config.text_columns"
+            f"pooling={pooling!r} compares two texts, but a row has one, {columns[0]!r}: set "
+            "--config.pooling=mean, or two columns with --config.text_columns"
         )
     return dataclasses.replace(config, pooling=pooling)
 
@@ -253,18 +256,18 @@ def _check_against(checkpoint: Checkpoint, config: Config) -> None:
     depth, positions = config.depth or checkpoint.depth, checkpoint.config.positions
     obstacle = checkpoint.family.isolation_obstacle
     if obstacle and (any(config.isolation) or config.conflict_every):
-        asked = f"method {config.method!r} with isolation {config.isolation[-1]:g}"
+        asked = f"method={config.method} with isolation={config.isolation[-1]:g}"
         fix = "set --config.method=early_exit"
         if not any(config.isolation):
-            asked, fix = f"conflict_every {config.conflict_every}", "leave it out"
+            asked, fix = f"conflict_every={config.conflict_every}", "remove it"
         raise UserError(
-            f"{asked} needs exits with layers of their own, but {config.checkpoint!r} is of "
-            f"model_type {checkpoint.model_type}, whose {obstacle}: {fix}"
+            f"{asked} needs exits with layers of their own, but {config.checkpoint!r} has "
+            f"model_type={checkpoint.model_type}, whose {obstacle}: {fix}"
         )
     if depth > checkpoint.depth:
         raise UserError(
-            f"depth is {depth}, but {config.checkpoint!r} has {checkpoint.depth} layers: leave it "
-            "out to use all"
+            f"depth={depth} is more than the {checkpoint.depth} layers of "
+            f"{config.checkpoint!r}: remove it to use all of them"
         )
     if config.exits[-1] != depth:
         what = "depth" if config.depth else f"the encoder's last layer, {depth} for"
@@ -274,6 +277,6 @@ def _check_against(checkpoint: Checkpoint, config: Config) -> None:
         )
     if positions is not None and config.max_length > positions:
         raise UserError(
-            f"max_length is {config.max_length}, but {config.checkpoint!r} has {positions} "
-            f"positions: set --config.max_length={positions} or less"
+            f"max_length={config.max_length} is more than the {positions} positions of "
+            f"{config.checkpoint!r}: set --config.max_length={positions} or less"
         )

@@ -1,17 +1,17 @@
-"""Values of the presets: where the paper and the authors' release differ."""
+"""Values of the presets, which cover the differences between the paper and the authors' release."""
 
-# The decisions a preset stands for. Each can also be set alone, for an ablation.
-#   pooler: a copy per exit | one for all exits, which then gets every exit's gradient
-#   relative: the table of relative positions (DeBERTa, MPNet) is the first exit's | all exits'
-#   clipping: norm per owner of parameters | one norm over all parameters, coupling the exits
-#   subset: train_size rows drawn by seed | the first train_size rows whatever the seed
-#   calibration: rows held out of the subset | the validation rows | those with dropout left on
+# The keys that a preset sets. Each can also be set by itself, for an ablation.
+#   pooler: a copy per exit | one for all exits, which then receives every exit's gradient
+#   relative: the table of relative positions (DeBERTa, MPNet) belongs to the first exit | to all
+#   clipping: a norm per owner of parameters | one norm over all parameters, which couples exits
+#   subset: train_size rows drawn by seed | the first train_size rows, whatever the seed
+#   calibration: rows held out from the subset | the validation rows | those, with dropout left on
 #   confidence: p = 1 never reaches t = 1 | float32 softmax, which reaches 1.0 at a gap of 17
 #   pooling: how an exit reads its layer; "" = as the checkpoint declares, see models/pooling.py;
-#     "auto", which no preset has, compares the texts of a pair
-#   head_init: classifiers begin random | as logistic regressions on the frozen encoder
-#   exit_score: learning-to-exit's sigmoid | that, min-max normalised over the evaluated rows
-# The SWEET paper's method and experimental setup, but nothing is fitted on the rows reported.
+#     "auto", which no preset sets, compares the texts of a pair
+#   head_init: classifiers start random | as logistic regressions on the frozen encoder
+#   exit_score: learning-to-exit's sigmoid | that, min-max normalized over the evaluated rows
+# The SWEET paper's method and experimental setup, except that nothing is fitted on reported rows.
 _DEFAULT = {
     "pooler": "per_exit",
     "relative": "first",
@@ -25,7 +25,7 @@ _DEFAULT = {
 }
 PRESETS: dict[str, dict[str, str]] = {
     "": _DEFAULT,
-    # SWEET paper: temperatures are fitted on the evaluation set.
+    # The SWEET paper fits temperatures on the evaluation set.
     "paper": _DEFAULT | {"calibration": "validation", "pooling": "first"},
     # What the authors' released code does.
     "reference": {

@@ -1,18 +1,17 @@
-"""Fits the thresholds of a run's saved model for int8, whose answers differ a little.
+"""Fits the thresholds of a run's saved model for int8, whose outputs differ slightly.
 
   sweet-jax quantize --run=runs/x
   sweet-jax predict --model=runs/x/model --precision=int8 --input=new.csv --output=new.jsonl
 
-The layers of the model multiply int8 (engine=onnxruntime); what an exit then answers on the run's
-calibration rows fits its temperatures, curves, thresholds and certificates anew, in
-model/int8.json. The rows are not in the model: they are read as the run's own config names them,
-on the kind of processor that will serve the model, since processors round int8 products
-differently. Where an exit loses more than 0.5 points on these rows (of numbers: where its error
-grows by more than 1%), and more rows than chance explains, the layers that cost it most stay in
-float32: those are found by trying each, and said.
---float32_layers names them instead. Prints the metric of every exit on the validation rows before
-and after, and how many predictions changed. Exit status: 0 done, 2 the run
-or its data will not do, 1 anything else.
+The layers of the model multiply int8 matrices (engine=onnxruntime). Temperatures, curves,
+thresholds and certificates are refitted on the outputs that the exits then have on the run's
+calibration rows, and written to model/int8.json. The rows are not part of the model: they are read
+from the files in the run's config. Run this on the kind of processor that will serve the model,
+since processors round int8 products differently. If an exit loses more than 0.5 points on these
+rows (regression: if its error grows by more than 1%), significantly so, the layers responsible are
+kept in float32; they are found by trying each layer, and printed. --float32_layers sets them
+instead. Prints the metric of every exit on the validation rows before and after, and how many
+predictions changed. Exit status: 0 done, 2 the run or its data cannot be used, 1 anything else.
 
 Shape letters: E exit, N rows.
 """
@@ -56,11 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.quantize", __doc__ or "")
-    parser.add_argument("--run", required=True, help="directory of a run that is complete")
-    parser.add_argument("--data_dir", help="where its data set lies now, if it was moved")
+    parser.add_argument("--run", required=True, help="directory of a finished run")
+    parser.add_argument("--data_dir", help="new location of its data set, if it was moved")
     parser.add_argument(
         "--float32_layers",
-        help="comma-separated layers that stay in float32, from 1, or none; default: those needed",
+        help="comma-separated layers, numbered from 1, that stay in float32, or none; default: the "
+        "layers that need it",
     )
     return parser.parse_args(argv)
 
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> None:
     engine = functools.partial(load_engine, "onnxruntime", model, "int8")
     shared = _shares_layers(model)
     asked = _read_layers(options.float32_layers, model.layers[-1], shared)
-    every = engine(float32_layers=asked or ())  # before the data is read: it may not be installed
+    every = engine(float32_layers=asked or ())  # before the data: it may not be installed
     from sweet_jax.preparation import prepare  # imports JAX
 
     try:
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
     except AbsentFileError as error:
         raise UserError(f"{error}; {SAME_FOLDER}") from error
     if job.digest != digest:
-        raise UserError(f"{options.run!r} was trained on other data: give the same files")
+        raise UserError(f"{options.run!r} was trained on different data: restore the same files")
     about = json.loads((model.folder / "exits.json").read_text())
     seed, rate = about["seed"], about["learning_rate"]
     shown = job.dataset.validation.texts
@@ -116,17 +116,17 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _shares_layers(model: ModelArtifact) -> bool:
-    """Returns whether all layers of a model have one set of parameters, as ALBERT's do."""
+    """Returns whether all layers of a model share one set of parameters, as in ALBERT."""
     from sweet_jax.models.pretrained import open_checkpoint  # imports JAX
 
     return bool(open_checkpoint(str(model.networks[0][0])).family.isolation_obstacle)
 
 
 def _read_layers(given: str | None, last: int, shared: bool) -> list[int] | None:
-    """Returns the layers of --float32_layers, ascending; None where it is not given.
+    """Returns the layers of --float32_layers in ascending order; None if it is not set.
 
-    Raises UserError for what is not the number of a layer of the model, and for some of several
-    layers that share their parameters (`shared`).
+    Raises UserError for a value that is not the number of a layer of the model, and for some, but
+    not all, of several layers that share their parameters (`shared`).
     """
     if given is None:
         return None
@@ -153,7 +153,7 @@ def _read_outputs(folder: Path, split: str) -> ExitOutputs:
 def quantized_outputs(
     model: ModelArtifact, engine: Engine, texts: Sequence[Any], like: ExitOutputs
 ) -> ExitOutputs:
-    """Returns the outputs of every exit on some texts; all but logits and scores are `like`'s."""
+    """Returns the outputs of every exit on some texts; other fields are copied from `like`."""
     rows = [text[0] if len(text) == 1 else text for text in texts]
     logits, scores = compute_all_exits(model, engine, rows)  # [E, N, C], [E, N]
     learned = None if scores is None else scores[None]
@@ -161,7 +161,7 @@ def quantized_outputs(
 
 
 def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:
-    """Prints what `compare_exits` found, with a warning where the metric falls by too much."""
+    """Prints the comparison of `compare_exits`, and a warning for each exit that loses too much."""
     rows = before.labels.shape[1]
     heads = "".join(f" {name:>9}" for name in paired)
     print(f"{'exit':>6}{heads}  {before.metric.name} and rows, of {rows} validation rows")
@@ -174,7 +174,7 @@ def _print_table(before: ExitOutputs, paired: dict[str, list[Any]]) -> None:
             chance = f" (p = {sign_test(*counts[1:]):.2f} by chance)" if counts else ""
             print(
                 f"warning: exit {layer} {text} in int8 on the validation rows{chance}: keep layers "
-                "in float32 (--float32_layers names them), or serve this model in float32",
+                "in float32 (--float32_layers), or serve this model in float32",
                 file=sys.stderr,
             )
 

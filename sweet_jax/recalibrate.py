@@ -1,15 +1,15 @@
-"""Refits a saved model's temperatures and thresholds on new rows, without touching weights.
+"""Refits a saved model's temperatures and thresholds on new rows, without changing its weights.
 
   sweet-jax recalibrate --model=runs/x/model --labelled=new.csv
   sweet-jax recalibrate --model=runs/x/model --audit_log=audit.jsonl
 
-For a model whose texts have changed since it was trained. Labelled rows, which must not be those
-that it was trained on, are computed by all exits. The log of sweet-jax serve --audit holds what all
-exits computed, and no labels: exits are held to the predictions of the full model, so that the
-metric, in the new copy, is the agreement with it. Temperatures, curves, thresholds and certificates
-are fitted anew, in a copy of the model beside it (--output names another place). What changed is
-printed, and kept in the copy as recalibration.json. Exit status: 0 done, 2 the model or the rows
-will not do, 1 anything else.
+Use this if the texts have changed since the model was trained. Labeled rows, which must not be
+rows that it was trained on, are run through all exits. The log of sweet-jax serve --audit contains
+the outputs of all exits but no labels: the predictions of the full model take their place, so the
+metric in the new copy is the agreement with the full model. Temperatures, curves, thresholds and
+certificates are refitted in a copy of the model next to it (--output sets another folder). The
+changes are printed, and saved in the copy as recalibration.json. Exit status: 0 done, 2 the model
+or the rows cannot be used, 1 anything else.
 
 """
 
@@ -49,7 +49,7 @@ from sweet_jax.inference.recalibration import (
     updated_exits,
 )
 
-_FEW = 30  # rows: one of fewer is more than 3 points of accuracy
+_FEW = 30  # minimum rows: with fewer, one row is more than 3 points of accuracy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.recalibrate", __doc__ or "")
-    parser.add_argument("--model", required=True, help="folder model/ of a run")
+    parser.add_argument("--model", required=True, help="model/ folder of a run")
     rows = parser.add_mutually_exclusive_group(required=True)
-    rows.add_argument("--labelled", help="file of labelled rows, as in training")
+    rows.add_argument("--labelled", help="file of labeled rows, as in training")
     rows.add_argument("--audit_log", help="log of sweet-jax serve --audit, which needs no labels")
-    parser.add_argument("--text", help="its text columns, if not named as in training: a or a,b")
-    parser.add_argument("--label", default="label", help="its label column (default label)")
-    parser.add_argument("--output", help="folder to make (default: MODEL-recalibrated)")
+    parser.add_argument(
+        "--text", help="text columns of the file if not named as in training: a or a,b"
+    )
+    parser.add_argument("--label", default="label", help="label column of the file (default label)")
+    parser.add_argument("--output", help="folder to create (default: MODEL-recalibrated)")
     return parser.parse_args(argv)
 
 
@@ -91,16 +93,16 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _read_log(path: str, model: ModelArtifact) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns what all exits computed of audited texts, see `read_audit_log`.
+    """Returns the logits and scores of all exits for the audited texts, see `read_audit_log`.
 
-    Raises UserError for too few of them, or a log of another model or of another precision than
-    exits.json is of.
+    Raises UserError for too few texts, or a log of another model or of a precision other than
+    float32, to which exits.json applies.
     """
     logits, scores = read_audit_log(path, describe_audited(model, "float32"))
     if logits.shape[1] < _FEW:
         raise UserError(
-            f"{path!r} has {logits.shape[1]} audited texts: thresholds fitted on fewer than {_FEW} "
-            "say little of others; let the server run longer, or raise --audit"
+            f"{path!r} has {logits.shape[1]} audited texts, but reliable thresholds need at least "
+            f"{_FEW}: let the server run longer, or raise --audit"
         )
     return logits, scores
 
@@ -108,9 +110,9 @@ def _read_log(path: str, model: ModelArtifact) -> tuple[np.ndarray, np.ndarray |
 def read_labelled(
     options: argparse.Namespace, model: ModelArtifact
 ) -> tuple[list[Any], np.ndarray]:
-    """Returns the texts of the labelled rows, and their targets, of classes int32 [N].
+    """Returns the texts and the targets of the labeled rows; targets that are classes: int32 [N].
 
-    Raises UserError for a row without text or label, a label that the model does not have, and too
+    Raises UserError for a row without text or label, a label that the model does not know, or too
     few rows.
     """
     files = expand_files(options.labelled)
@@ -124,7 +126,7 @@ def read_labelled(
         for record in read_records(path, columns):
             where = f"row {record.row} of {str(path)!r}"
             *parts, label = record.values or (None,)
-            label = "" if label is None and column.several else label  # none at all
+            label = "" if label is None and column.several else label  # a row with no labels
             missing = missing_column(record.values, columns)
             if record.error is not None or missing is not None:
                 raise UserError(f"{where}: {record.error or f'column {missing!r} is empty'}")
@@ -134,31 +136,31 @@ def read_labelled(
                 if model.objective.agrees is None:
                     raise UserError(f"{where}: {error}") from error
                 raise UserError(
-                    f"{where}: label {cut_label(label)!r} is none of the model's: "
+                    f"{where}: label {cut_label(label)!r} is not one of the model's labels: "
                     f"{list_labels(model.classes)}"
                 ) from error
             texts.append(parts[0] if len(parts) == 1 else tuple(parts))
             labels.append(label)
     if len(texts) < _FEW:
         raise UserError(
-            f"{options.labelled!r} has {len(texts)} labelled rows: thresholds fitted on fewer than "
-            f"{_FEW} say little of others; label more"
+            f"{options.labelled!r} has {len(texts)} labeled rows, but reliable thresholds need at "
+            f"least {_FEW}: label more"
         )
     return texts, column.read(labels, model.classes, [(str(text),) for text in texts])
 
 
 def _write_copy(folder: Path, output: Path, files: Mapping[str, Any]) -> None:
-    """Writes a copy of a model's folder with other JSON files, whole or not at all.
+    """Writes a copy of a model's folder with other JSON files, completely or not at all.
 
-    Left out is what the thresholds of before were fitted for or written into: int8.json, the model
-    card, and the programs of an exported folder. The times of stages stay: they have no threshold.
+    The copy lacks the files that depend on the former thresholds: int8.json, the model card, and
+    the programs of an exported folder. The times of stages do not depend on them, and are copied.
     """
     stale = {INT8_FILE, "README.md"}
     if (folder / "run.py").exists():
         stale |= {*PROGRAMS, "run.py", "model.json"}
         print(
-            "note: run.py, run.mjs and index.html follow the thresholds of before and are left "
-            "out; predict, serve and AdaptiveClassifier run the copy",
+            "note: run.py, run.mjs and index.html use the former thresholds and are left out; "
+            "predict, serve and AdaptiveClassifier can run the copy",
             file=sys.stderr,
         )
     with whole_directory(output) as aside:

@@ -1,7 +1,7 @@
-"""The recipe for labelled texts of one's own: configs/own.py and `sweet_jax.train` start from it.
+"""The recipe for your own labeled texts, from which configs/own.py and `sweet_jax.train` start.
 
-The studies in experiments/results/recipe and panel compare it with the methods as published; the
-first with the mean of a pair's tokens.
+The studies in experiments/results/recipe and experiments/results/panel compare it with the methods
+as published; the former study pools pairs of texts by the mean of their tokens.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The operating point that a run on a file recommends at its end, with its time on this machine.
+"""The operating point recommended at the end of a run on a file, with its time on this machine.
 
 Shape letters: E exit, N examples.
 """
@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 
 def recommend(run: Path, target: Mapping[str, float]) -> str:
-    """Chooses the operating point for a budget, and says in a few lines what it does.
+    """Chooses the operating point for a budget, and describes it in a few lines.
 
-    Times the stages of each installed engine in float32, on one text of the median length and on
-    one that 95% of the training texts do not exceed. The times are kept beside the model, where
-    the target milliseconds and the choice of the engine read them.
+    Times the stages of each installed engine in float32, on a text of the median length and on one
+    of the length that 95% of the training texts do not exceed. The times are saved in the model's
+    folder, where the target milliseconds and the choice of the engine read them.
 
     Args:
       run: directory of a finished run.
@@ -60,7 +60,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     if found.threshold is None and target:
         lines.append(_refusal(target, found.reachable))
         target, found, option = {}, resolver.resolve(analysis.policy), ""
-    # Where no threshold keeps the last exit's metric, all layers do.
+    # If no threshold keeps the last exit's metric, all layers are used.
     threshold = np.inf if found.threshold is None else found.threshold
     lengths = _validation_lengths(run, model) if model.long_tokens else None
     exits = analysis.exits_taken(replica, threshold)
@@ -75,27 +75,27 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     lines += _describe_engines(run, model, tables, target)
     if times[:, -1].mean() <= target.get("milliseconds", 0):
         lines.append(
-            "  all layers keep within the budget too: a larger encoder may be more accurate "
+            "  all layers meet the budget too: a larger encoder may be more accurate "
             "(--config.checkpoint, with its own --config.exits)"
         )
     folder = shlex.quote(str(model.folder))
     missing = importlib.util.find_spec("uvicorn") is None
     install = '  (after pip install -e ".[serve]")' if missing else ""
-    warm = " --warm_up" if table.engine == "jax" else ""  # which compiles
+    warm = " --warm_up" if table.engine == "jax" else ""  # jax compiles programs
     lines.append(f"next: sweet-jax serve --model={folder}{option} --port=8000{warm}{install}")
     lines.append(f"next: sweet-jax predict --model={folder} --input=FILE --output=FILE{option}")
     return "\n".join(lines)
 
 
 def _measure(model: ModelArtifact) -> list[LatencyTable]:
-    """Returns times of every engine on single texts of two lengths, and keeps what is measured.
+    """Returns times of every engine on single texts of two lengths; new measurements are saved.
 
-    Where `predict --measure` kept a table with these lengths, that one is used.
+    A table with these lengths that `predict --measure` saved is used instead of measuring again.
     """
     each = (model.median_tokens, max(model.long_tokens, model.median_tokens))
     lengths = sorted({padded_length(tokens, model.max_length) for tokens in each})
     choices = available_engines(model, precision="float32")
-    log.info("measuring the time of a text: %s", ", ".join(choice.engine for choice in choices))
+    log.info("measuring the time per text: %s", ", ".join(choice.engine for choice in choices))
     tables = []
     for choice in choices:
         try:
@@ -116,25 +116,25 @@ def _measure(model: ModelArtifact) -> list[LatencyTable]:
 def _kept_table(
     model: ModelArtifact, engine: Engine, lengths: Sequence[int]
 ) -> LatencyTable | None:
-    """Returns the table that `predict --measure` kept of an engine on this machine.
+    """Returns the saved table of an engine on this machine, or None if it lacks a length.
 
-    None unless it has all of the lengths. To measure these alone would replace it.
+    Measuring only these lengths would replace a table of `predict --measure` that has more.
     """
     try:
         table = read_latency(model, engine)
-    except UserError:  # damaged, or of another machine
+    except UserError:  # damaged, or from another machine
         return None
     return table if table is not None and set(lengths) <= set(table.lengths) else None
 
 
 def padded_token_counts(model: ModelArtifact, texts: Sequence[tuple[str, ...]]) -> np.ndarray:
-    """Returns the length that each text is padded to when it is alone, in tokens, int [N]."""
+    """Returns the number of tokens that each text is padded to if it is alone, int [N]."""
     ids, _ = encode(model.tokenizer, texts, model.max_length)
     return np.asarray([padded_length(len(row), model.max_length) for row in ids])
 
 
 def _validation_lengths(run: Path, model: ModelArtifact) -> np.ndarray | None:
-    """Returns `padded_token_counts` of the validation texts; None where they cannot be read."""
+    """Returns `padded_token_counts` of the validation texts; None if they cannot be read."""
     config, digest = read_saved_config(run, any_version=True)
     try:
         dataset = load_dataset(config)
@@ -146,17 +146,20 @@ def _validation_lengths(run: Path, model: ModelArtifact) -> np.ndarray | None:
 
 
 def _refusal(target: Mapping[str, float], least: float) -> str:
-    """Says that a budget cannot be met, and what can be done."""
+    """Describes a budget that cannot be met, and what can be done.
+
+    least: the smallest budget that can be met.
+    """
     (name, value), *_ = target.items()
     unit = " ms" if name == "milliseconds" else " of the layers"
     return (
-        f"no operating point keeps within {value:g}{unit}: the least is {least:.3g}{unit}; add an "
-        "earlier exit, shorten max_length, or take a smaller encoder"
+        f"no operating point meets the budget of {value:g}{unit}; the smallest possible is "
+        f"{least:.3g}{unit}: add an earlier exit, reduce max_length, or use a smaller encoder"
     )
 
 
 def _describe(analysis: Analysis, threshold: float, times: np.ndarray) -> str:
-    """Says what a threshold gives on the validation rows, beside all layers.
+    """Describes a threshold on the validation rows, in comparison with all layers.
 
     times: milliseconds of each row until each exit, float64 [N, E].
     """
@@ -172,17 +175,17 @@ def _describe(analysis: Analysis, threshold: float, times: np.ndarray) -> str:
         value = compute_metric(metric, given, labels, classes)
         parts.append(
             f"{metric.name} {value:.4f} [{low:.4f}, {high:.4f}], {rows.cost[taken].mean():.0%} of "
-            f"the layers, {times[np.arange(len(taken)), taken].mean():.2f} ms a text on average"
+            f"the layers, {times[np.arange(len(taken)), taken].mean():.2f} ms per text on average"
         )
     return (
         f"recommended operating point: {parts[0]}\n"
         f"           through all layers: {parts[1]}\n"
-        f"  on {len(labels)} validation rows, with their 95% intervals"
+        f"  on {len(labels)} validation rows, with 95% intervals"
     )
 
 
 def _describe_choice(analysis: Analysis, found: Resolution, target: Mapping[str, float]) -> str:
-    """Says by which rule, and on which rows, the threshold was chosen."""
+    """Describes the rule and the rows by which the threshold was chosen."""
     replica, metric = analysis.best, analysis.validation.metric.name
     rows = (
         f"{analysis.calibration.labels.shape[1]} "
@@ -190,15 +193,15 @@ def _describe_choice(analysis: Analysis, found: Resolution, target: Mapping[str,
     )
     full = analysis.resolver(replica).full
     if found.threshold is None:
-        return f"  no threshold keeps the {metric} of all layers on {rows}: all layers it is"
+        return f"  no threshold keeps the {metric} of all layers on {rows}, so all layers are used"
     point = analysis.evaluate(replica, found).calibration
-    assert point is not None  # of a target that is not certified
+    assert point is not None, "budgets are not certified"
     shown = format_threshold(found.threshold, analysis.breakpoints(replica))
     rule = f"the cheapest that keeps the {metric} of all layers"
     if target:
         (name, limit), *_ = target.items()
         unit = " ms on average" if name == "milliseconds" else " of the layers"
-        rule = f"the best {metric} within {limit:g}{unit}, of equals the cheapest"
+        rule = f"the best {metric} within {limit:g}{unit}, or the cheapest of equally good ones"
     return (
         f"  threshold {shown}, chosen on {rows}: {rule} ({point[1]:.4f} there; all layers "
         f"{full:.4f})"
@@ -206,7 +209,7 @@ def _describe_choice(analysis: Analysis, found: Resolution, target: Mapping[str,
 
 
 def _describe_effects(run: Path, analysis: Analysis, threshold: float) -> list[str]:
-    """Says what the exits that are below a baseline are to the operating point; [] of none."""
+    """Describes how exits below a baseline affect the operating point; [] if there are none."""
     results: Mapping[str, Any] = read_json(run / "results.json")
     exits = analysis.exits_taken(analysis.best, threshold)
     effects = describe_effects(
@@ -216,7 +219,7 @@ def _describe_effects(run: Path, analysis: Analysis, threshold: float) -> list[s
 
 
 def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | None) -> str:
-    """Says what the milliseconds are, and what the slow texts take."""
+    """Describes what the milliseconds measure, and the time of slow texts."""
     tokens, longest = table.lengths[0], table.lengths[-1]
     where = "at each text's own length" if spread else f"at the median length, {tokens} tokens"
     slow = f"all layers take {table.until_exit(tokens)[-1]:.2f} ms at {tokens} tokens, the median"
@@ -224,8 +227,8 @@ def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | Non
         slow += f", {table.until_exit(longest)[-1]:.2f} ms at {longest}, which 95% do not exceed"
     lines = [
         *([f"  {spread}"] if spread else []),
-        f"  ({where}, in the model alone, on {table.machine}: tokenizing, some 0.1 ms, and HTTP "
-        f"come on top; {slow})",
+        f"  ({where}, in the model alone, on {table.machine}, without tokenization, about 0.1 ms, "
+        f"and HTTP; {slow})",
     ]
     return "\n".join(lines)
 
@@ -233,15 +236,15 @@ def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | Non
 def _describe_engines(
     run: Path, model: ModelArtifact, tables: Sequence[LatencyTable], target: Mapping[str, float]
 ) -> list[str]:
-    """Says which engine is faster where there are several, and of int8 where a budget is tight."""
+    """Describes the times of several engines, and suggests int8 if long texts exceed the budget."""
     times = {table.engine: typical_milliseconds(table, model) for table in tables}
     lines = []
     if len(times) > 1:
         each = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
         fastest = min(times, key=times.__getitem__)
         lines.append(
-            f"  engines, all layers, mean of texts of the two lengths: {each}; without --engine it "
-            f"is {fastest}"
+            f"  engines, all layers, mean over texts of the two lengths: {each}; the default "
+            f"without --engine is {fastest}"
         )
     limit = target.get("milliseconds", np.inf)
     if any(table.until_exit(model.long_tokens)[-1] > limit for table in tables):

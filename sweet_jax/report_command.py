@@ -1,13 +1,13 @@
-"""Writes the report of a finished run anew, for a target, with the times measured since.
+"""Rewrites the report of a finished run, for a target, with the times measured since then.
 
   sweet-jax report runs/quickstart                  report.html, with the recommended threshold
   sweet-jax report runs/quickstart --cost=0.5       the best metric within half of the layers
-  sweet-jax report runs/quickstart --milliseconds=5 by the times that predict --measure found
-  sweet-jax report runs/quickstart --png            report.png too: a picture of the first screen
+  sweet-jax report runs/quickstart --milliseconds=5 by the times measured by predict --measure
+  sweet-jax report runs/quickstart --png            also report.png, a picture of the first screen
 
-Nothing is computed by the model. The report quotes texts only if the data files are unchanged. The
-picture is taken by Chromium where there is one, and drawn by matplotlib elsewhere. Exit status: 0
-done, 2 the input is wrong, 1 anything else.
+The model is not run. The report quotes texts only if the data files are unchanged. The picture is
+taken by Chromium if it is installed, and otherwise drawn by matplotlib. Exit status: 0 done, 2 the
+input is wrong, 1 anything else.
 
 """
 
@@ -22,17 +22,17 @@ from sweet_jax.files import expand_user
 from sweet_jax.run_report import render_report
 
 _TARGETS = {
-    "cost": "largest mean cost, a share of the full model's layers",
-    "accuracy": "smallest metric on calibration rows",
-    "error": "largest error on calibration rows, where the run's metric is one",
-    "milliseconds": "largest mean time of one text by itself, in the model alone, by the times "
-    "that predict --measure or train FILE kept on this machine",
+    "cost": "maximum mean cost, as a fraction of the full model's layers",
+    "accuracy": "minimum metric on calibration rows",
+    "error": "maximum error on calibration rows, if the run's metric is an error",
+    "milliseconds": "maximum mean time of a single text in the model alone, according to the times "
+    "that predict --measure or train FILE recorded on this machine",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    logging.basicConfig(format="warning: %(message)s")  # unless a caller has a format of its own
+    logging.basicConfig(format="warning: %(message)s")  # no effect if a caller configured logging
     return run_command(lambda: _run(_parse(argv)))
 
 

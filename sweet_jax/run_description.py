@@ -1,4 +1,4 @@
-"""The log of a run's data before training: rows, classes, and what looks wrong.
+"""Logs a run's data before training: rows, classes, and possible problems.
 
 Shape letters: N rows.
 """
@@ -16,31 +16,31 @@ from sweet_jax.report.details import describe_split
 log = logging.getLogger(__name__)
 
 _TASKS = {"own": "your own rows"}
-_FEW = 30  # calibration or tuning rows: one of fewer is more than 3 points of accuracy
+_FEW = 30  # calibration or tuning rows: with fewer, one row is more than 3 points of accuracy
 
 
 def log_description(job: PreparedRun) -> None:
-    """Logs what will be trained, on how many rows and devices, and what looks wrong in the data."""
+    """Logs what is trained, on how many rows and devices, and warns of problems in the data."""
     _, calibration, tuning = (rows.shape[1] for rows in job.rows)
     _log_labels(job)
     _log_lengths(job)
     if job.config.calibration == "held_out" and calibration < _FEW:
         log.warning(
-            "only %d calibration rows: temperatures and thresholds fitted on them say little of "
-            "other rows; give more rows, or a larger calibration_fraction",
+            "only %d calibration rows: temperatures and thresholds fitted on so few may not suit "
+            "other rows; use more rows, or a larger calibration_fraction",
             calibration,
         )
     if 0 < tuning < _FEW:
         log.warning(
-            "only %d tuning rows: the penalties, the learning rate and the state that is kept, "
-            "which they choose, may be chosen by chance; give more rows",
+            "only %d tuning rows: the penalties, the learning rate and the kept state, which they "
+            "choose, depend much on chance; use more rows",
             tuning,
         )
     if job.dataset.left_out:
-        log.info("%d training rows repeat a validation text: left out", job.dataset.left_out)
+        log.info("%d training rows repeat a validation text and are left out", job.dataset.left_out)
     if job.dataset.repeated:
         log.warning(
-            "%d of %d validation texts are training texts too, and the scores may flatter",
+            "%d of %d validation texts are also training texts, so the metrics may be too high",
             *(job.dataset.repeated, len(job.dataset.validation.texts)),
         )
     log.info(describe_rows(job))
@@ -54,7 +54,7 @@ def log_description(job: PreparedRun) -> None:
 
 
 def describe_rows(job: PreparedRun) -> str:
-    """Says how many rows there are of each use, and of train_size where it leaves rows out."""
+    """Describes the number of rows of each kind, and train_size if it leaves out rows."""
     train, calibration, tuning = (rows.shape[1] for rows in job.rows)
     known, limit = len(job.dataset.train.labels), job.config.train_size
     drawn = describe_split(job.config)
@@ -66,19 +66,19 @@ def describe_rows(job: PreparedRun) -> str:
 
 
 def describe_models(config: Config) -> str:
-    """Says how many models a config trains: of each seed and learning rate one, or the best."""
+    """Describes how many models a config trains, for its seeds and learning rates."""
     seeds, rates = len(config.seeds), len(config.learning_rates)
     of_seeds = f"{seeds} seed{'s' * (seeds > 1)}"
     of_rates = f"{rates} learning rate{'s' * (rates > 1)}"
     if rates > 1 and config.rate_search == "short":
-        return f"{of_seeds}, {of_rates}: each is tried briefly, and one is trained to the end"
+        return f"{of_seeds}, {of_rates}: each rate is tried briefly, one is trained to the end"
     if seeds * rates == 1:
         return f"{of_seeds}, {of_rates}"
     return f"{of_seeds} x {of_rates} = {seeds * rates} models (replicas)"
 
 
 def _log_labels(job: PreparedRun) -> None:
-    """Logs the labels with their rows, and warns of those that look wrong or are too rare."""
+    """Logs the labels with their row counts, and warns of labels that look wrong or are rare."""
     splits, names = (job.dataset.train, job.dataset.validation), job.dataset.classes
     column = job.objective.column
     said, warnings = column.describe(np.concatenate([s.labels for s in splits]), names)
@@ -90,13 +90,13 @@ def _log_labels(job: PreparedRun) -> None:
     if job.config.calibration == "held_out" and len(missing := np.setdiff1d(train, calibration)):
         listed = ", ".join(repr(names[c]) for c in missing[:5]) + ("…" if len(missing) > 5 else "")
         log.warning(
-            "no calibration row is of class %s: thresholds say nothing of it; give more such rows",
+            "no calibration row has class %s: thresholds ignore it; use more rows of this class",
             listed,
         )
 
 
 def _log_lengths(job: PreparedRun) -> None:
-    """Warns of texts that are cut, with the length that would keep 95% of them whole."""
+    """Warns of texts that are truncated, with the length that would keep 95% of them whole."""
     limit, positions = job.config.max_length, job.checkpoint.config.positions
     cut = float((job.train.lengths >= limit).mean())
     if not cut:
@@ -107,9 +107,9 @@ def _log_lengths(job: PreparedRun) -> None:
         return
     advice = f"--config.max_length={enough} keeps 95% of them whole" if enough > limit else ""
     if positions is not None and enough > positions:
-        advice = f"95% of them have up to {enough} tokens, this encoder takes {positions}"
+        advice = f"95% of them have up to {enough} tokens, but this encoder takes {positions}"
     log.warning(
-        "%s%% of the training texts are longer than max_length, %d tokens, and are cut%s",
+        "%s%% of the training texts are longer than max_length, %d tokens, and are truncated%s",
         f"{100 * cut:.0f}" if cut >= 0.01 else f"{100 * cut:.1g}",
         limit,
         f"; {advice}" if advice else "",

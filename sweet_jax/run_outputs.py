@@ -1,4 +1,4 @@
-"""The outputs of a run, and the files that they are written to.
+"""The outputs of a run, and the files to which they are written.
 
 Shape letters: R replica, E exit, N examples, C classes.
 """
@@ -38,10 +38,10 @@ class Outcome:
 
     calibration: ExitOutputs
     validation: ExitOutputs
-    tuning: ExitOutputs | None  # None where no rows were held out for tuning
+    tuning: ExitOutputs | None  # None if no rows were held out for tuning
     models: list[TrainedModel]
     timing: dict[str, float]
-    best_steps: dict[str, list[int]]  # by model, where the best state was kept
+    best_steps: dict[str, list[int]]  # by model: each replica's kept step, if the best is kept
     baselines: Sequence[Baseline] = ()
     rate_search: dict[str, Any] | None = None
 
@@ -84,10 +84,11 @@ def write_run(
     *,
     report: bool,
 ) -> dict[str, Any]:
-    """Writes all files of a run that is trained; returns the contents of results.json.
+    """Writes all files of a trained run; returns the contents of results.json.
 
-    best: its models, of the best replica.
-    report: also write report.html, figures/ and model/, and print the table of exits.
+    best: the models of the best replica.
+    workdir: the run directory.
+    report: whether to write report.html, figures/ and model/, and to print the table of exits.
     """
     for split in ("calibration", "validation", "tuning"):
         outputs: ExitOutputs | None = getattr(outcome, split)
@@ -104,7 +105,7 @@ def write_run(
         details = _details(job, outcome)
         page.write_report(workdir / "report.html", analysis, results, metrics, trained, details)
         _save_model(job, analysis, best, results, workdir / "model")
-    write_json(workdir / "results.json", results)  # last: its presence means a complete run
+    write_json(workdir / "results.json", results)  # last: its presence marks a complete run
     for row in failures:
         log.warning(console.describe_divergence(row))
     if report:
@@ -116,7 +117,7 @@ def write_run(
 
 
 def _details(job: PreparedRun, outcome: Outcome) -> ReportDetails:
-    """Returns what the report shows beside the outputs; a new model has no times yet."""
+    """Returns what the report shows in addition to the outputs; a new model has no times yet."""
     texts, most = job.dataset.validation.texts, job.config.max_length
     return ReportDetails(
         title=report_title(job.config),

@@ -1,4 +1,4 @@
-"""The report of a finished run, written anew from what its directory holds."""
+"""Rewrites the report of a finished run from the files in its directory."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 
 
 def render_report(run: Path, target: Mapping[str, float], *, picture: bool = False) -> None:
-    """Writes report.html of a finished run anew.
+    """Rewrites report.html of a finished run.
 
     Args:
-      run: its directory.
-      target: of the operating point that is recommended, see `ReportDetails`.
-      picture: also write report.png, of the first screen; else one of a report before is removed.
+      run: the run directory.
+      target: target of the operating point that is recommended, see `ReportDetails`.
+      picture: whether to write report.png, a picture of the first screen; an old one is removed.
 
-    Raises UserError where there is no finished run, or a target that cannot be looked up.
+    Raises UserError if there is no finished run, or if the target needs times that are not known.
 
     """
     from sweet_jax.training.initialization import model_specs  # imports JAX
@@ -46,7 +46,7 @@ def render_report(run: Path, target: Mapping[str, float], *, picture: bool = Fal
     trained = {model.name: model.exits for model in model_specs(config)}
     page = run / "report.html"
     write_report(page, analysis, results, read_metrics(run), trained, details)
-    page.with_suffix(".png").unlink(missing_ok=True)  # of the report of before
+    page.with_suffix(".png").unlink(missing_ok=True)  # it shows the former report
     if picture:
         from sweet_jax.report.first_screen import draw_first_screen, photograph_page
 
@@ -57,20 +57,20 @@ def render_report(run: Path, target: Mapping[str, float], *, picture: bool = Fal
 def _read_details(
     run: Path, config: Config, digest: str, target: Mapping[str, float]
 ) -> ReportDetails:
-    """Reads what the report shows beside the outputs, as far as it is there.
+    """Reads what the report shows in addition to the outputs, as far as it is available.
 
-    Raises UserError for a damaged file, and for milliseconds where no times are known.
+    Raises UserError for a damaged file, and for a target in milliseconds if no times are known.
     """
     model, baselines = open_model(run / "model"), run / "exit_outputs" / "baselines.npz"
     times, texts = None, _read_texts(config, digest)
     tables = tables_of_this_machine(model, "float32").values()
-    if tables:  # of the faster engine
+    if tables:  # use the times of the faster engine
         table = min(tables, key=lambda table: typical_milliseconds(table, model))
         times = _exit_times(model, table, texts)
     elif "milliseconds" in target:
         raise UserError(
-            f"--milliseconds needs times of this machine: sweet-jax predict --model={model.folder} "
-            "--measure finds them"
+            "--milliseconds needs times measured on this machine: run sweet-jax predict "
+            f"--model={model.folder} --measure"
         )
     return ReportDetails(
         title=report_title(config),
@@ -87,7 +87,7 @@ def _read_details(
 def _exit_times(
     model: ModelArtifact, table: LatencyTable, texts: Sequence[tuple[str, ...]] | None
 ) -> ExitTimes:
-    """Returns the times of a text of the median length, of a long one, and of each one there is."""
+    """Returns the times of a text of median length, of a long text, and of each validation text."""
     tokens = next((n for n in table.lengths if n >= model.median_tokens), table.lengths[-1])
     slow = None
     if tokens < model.long_tokens <= table.lengths[-1]:
@@ -100,17 +100,16 @@ def _exit_times(
 
 
 def _read_texts(config: Config, digest: str) -> Sequence[tuple[str, ...]] | None:
-    """Returns the validation texts; None where the data are not those that the run was made on."""
+    """Returns the validation texts; None, with a warning, if the data are missing or changed."""
     try:
         dataset = load_dataset(config)
     except UserError as error:
         cure = f"; {SAME_FOLDER}" if isinstance(error, AbsentFileError) else ""
-        log.warning("the report lacks its mistakes, which quote texts: %s%s", error, cure)
+        log.warning("the report lists no mistakes, which quote texts: %s%s", error, cure)
         return None
     if dataset.digest() != digest:
         log.warning(
-            "the report lacks its mistakes, which quote texts: the data are not those of the run "
-            "any more"
+            "the report lists no mistakes, which quote texts: the data have changed since the run"
         )
         return None
     return dataset.validation.texts

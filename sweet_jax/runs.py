@@ -1,4 +1,4 @@
-"""Training from Python, and what a finished run holds.
+"""Training from Python, and access to finished runs.
 
 Shape letters: R replica, E exit, N examples, C classes, T thresholds.
 """
@@ -36,23 +36,23 @@ def train(
     workdir: str | Path,
     **config: Any,
 ) -> "Run":
-    """Trains, evaluates, calibrates and reports on labelled texts, as `sweet-jax train` does.
+    """Trains, evaluates, calibrates and reports on labeled texts, as `sweet-jax train` does.
 
-    What the command says at its end of a budget, `Run.recommend` says. The same call in the same
-    workdir resumes an interrupted run, and returns a finished one.
+    For the recommendation that the command prints at its end, call `Run.recommend`. The same call
+    in the same workdir resumes an interrupted run, and returns a finished one.
 
     Args:
       data: name of a file, in any format of the command; or a pandas DataFrame, a
-        `datasets.Dataset`, a PyArrow table or a dict of columns, whose two or three columns are
-        kept in the workdir.
-      text: name of its text column, or the two names of pairs; default it is found.
-      label: name of its label column.
-      validation: rows to report on, like `data`; default a fifth of `data` is split off.
+        `datasets.Dataset`, a PyArrow table or a dict of columns. Rows in memory are written to the
+        workdir: only the text and label columns if `text` is set, otherwise all columns.
+      text: name of the text column, or the two names of a pair; by default they are found.
+      label: name of the label column.
+      validation: rows to report on, like `data`; by default a fifth of `data` is split off.
       workdir: the directory of the run.
-      **config: keys of `Config`, in place of those of the recipe `OWN_DATA`; `confidence` may be a
-        function of your own, which is saved by its module and name.
+      **config: keys of `Config` that override those of the recipe `OWN_DATA`; `confidence` may be
+        your own function, which is saved by its module and name.
 
-    Raises UserError for data, keys or a workdir that will not do, and where JAX finds no device.
+    Raises UserError for invalid data, keys or workdir, or if JAX finds no device.
 
     """
     folder = expand_user(str(workdir))
@@ -78,7 +78,7 @@ def run_config(
 ) -> Config:
     """Returns the config of a run on some data; rows in memory are written to the workdir.
 
-    See `train` for the arguments, and the errors raised.
+    See `train` for the arguments and errors; `values` are its `config`.
     """
     names = [text] if isinstance(text, str) and text else list(text)
     kept = [*names, label] if names else []
@@ -96,12 +96,12 @@ def run_config(
 
 
 def _join(names: Sequence[str]) -> str:
-    """Returns names as the config key takes them, those with a comma in quotes."""
+    """Returns names in the format of the config key, those with a comma in quotes."""
     return names[0] if len(names) == 1 else ",".join(f'"{n}"' if "," in n else n for n in names)
 
 
 def _file_of(data: Any, name: str, workdir: Path) -> str:
-    """Returns the name of a file of rows; rows in memory get one in the workdir."""
+    """Returns the name of the file of some rows; rows in memory get a file in the workdir."""
     if isinstance(data, str | Path):
         return str(data)
     return str(workdir.resolve() / RUN_ROWS / f"{name}.arrow")
@@ -111,10 +111,10 @@ class Run:
     """Reads a finished run.
 
     Attributes:
-      directory: of the run.
+      directory: the run directory.
       record: the contents of results.json.
 
-    Raises UserError for a directory that is no finished run.
+    Raises UserError if the directory is not that of a finished run.
 
     """
 
@@ -130,7 +130,7 @@ class Run:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Run":
-        """Returns the run in a directory. Raises UserError where there is no finished one."""
+        """Returns the run in a directory. Raises UserError if there is no finished run."""
         return cls(directory)
 
     @functools.cached_property
@@ -158,9 +158,9 @@ class Run:
     def operating_point(
         self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]
     ) -> OperatingPoint:
-        """Chooses the threshold for a target on calibration rows, for the replica that is saved.
+        """Chooses the threshold for a target on calibration rows, for the saved replica.
 
-        Raises UserError for milliseconds, which are of a model: see `AdaptiveClassifier`.
+        Raises UserError for milliseconds, which need a model's times: use `classifier` instead.
         """
         analysis = self.analysis(policy)
         return analysis.operating_point(
@@ -170,10 +170,11 @@ class Run:
 
     @property
     def results(self) -> "pd.DataFrame":
-        """A row for each exit of the saved replica, then one for each baseline.
+        """A table with a row for each exit of the saved replica, then one for each baseline.
 
-        Columns: exit (a layer, none of a baseline), baseline (its name), cost, the metric by its
-        name, low and high (its 95% interval over rows), n. NaN where an exit diverged.
+        Columns: exit (the layer; missing for a baseline), baseline (its name; None for an exit),
+        cost, the metric under its name, low and high (its 95% interval over rows), and n (number of
+        rows). The metric is NaN if an exit diverged.
         """
         import pandas as pd
 
@@ -200,22 +201,23 @@ class Run:
     def recommend(self, *, milliseconds: float | None = None, cost: float | None = None) -> str:
         """Times the saved model on this machine, and recommends an operating point for a budget.
 
-        That is what `sweet-jax train FILE --budget` ends with. The times are kept beside the model,
-        so that `classifier` takes milliseconds from then on; the report is written anew with them.
+        `sweet-jax train FILE --budget` prints the same at its end. The times are saved with the
+        model, so that `classifier` takes milliseconds from then on, and the report is rewritten
+        with them. Without a budget, the cheapest threshold that keeps the last exit's metric is
+        recommended.
 
         Args:
-          milliseconds: largest mean time of a text.
-          cost: largest mean share of the layers; without either, the cheapest threshold that keeps
-            the last exit's metric.
+          milliseconds: maximum mean time of a text.
+          cost: maximum mean fraction of the layers.
 
         Returns:
-          A few lines: what the operating point gives and takes, beside all layers, and the commands
-          that serve and predict at it.
+          A few lines with the metric and cost of the operating point, compared with all layers, and
+          the commands to serve and predict with it.
 
         Raises UserError for more than one budget, or one out of range.
 
         """
-        from sweet_jax.recommendation import recommend  # imports JAX, where that is installed
+        from sweet_jax.recommendation import recommend  # imports JAX if it is installed
         from sweet_jax.run_report import render_report
 
         budgets = {"milliseconds": milliseconds, "cost": cost}
@@ -226,7 +228,7 @@ class Run:
         return found
 
     def classifier(self, **options: Any) -> "AdaptiveClassifier":
-        """Reads the saved model; options are those of `AdaptiveClassifier.from_pretrained`."""
+        """Loads the saved model; options are those of `AdaptiveClassifier.from_pretrained`."""
         from sweet_jax.inference.classifier import AdaptiveClassifier
 
         return AdaptiveClassifier.from_pretrained(self.directory / "model", **options)
@@ -235,5 +237,5 @@ class Run:
         return f"Run({str(self.directory)!r})\n{self.results.to_string(index=False, na_rep='')}"
 
     def _repr_html_(self) -> str:
-        """Returns the table that a notebook shows."""
+        """Returns the HTML table shown in notebooks."""
         return self.results.to_html(index=False, na_rep="")

@@ -1,4 +1,4 @@
-"""The config of a run as its directory keeps it, in config.json."""
+"""The config of a run as saved in config.json."""
 
 import dataclasses
 import math
@@ -8,12 +8,12 @@ from typing import Any
 from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.files import read_json
 
-# What to do where the data of a run, which its config names as its command did, are not found.
+# Advice if the data of a run are not found: its config may have relative paths.
 SAME_FOLDER = "run this in the folder where the run was trained, with the same files"
 
 
 def config_values(config: Config, data_sha256: str) -> dict[str, Any]:
-    """Returns what config.json holds: JSON has no infinity, which clip_norm may be."""
+    """Returns the contents of config.json; infinity (clip_norm), which JSON lacks, is text."""
     values = dataclasses.asdict(config) | {"data_sha256": data_sha256}
     return {k: str(v) if v == math.inf else v for k, v in values.items()}
 
@@ -25,14 +25,14 @@ def read_saved_config(
 
     Args:
       folder: directory of the run.
-      name: what errors call it; default its path.
-      any_version: whether keys that this version does not know are left out, which will do to show
-        a run; else they are refused.
+      name: name of the run in error messages; default its path.
+      any_version: whether to ignore keys that this version does not know, which suffices to show a
+        run; otherwise they are refused.
 
     Returns:
-      (the config, resolved as far as the run wrote it; the digest of the run's data).
+      (the config, with the keys that the run resolved; the digest of the run's data).
 
-    Raises UserError where there is no finished run.
+    Raises UserError if there is no finished run.
 
     """
     name = name or repr(str(folder))
@@ -43,7 +43,7 @@ def read_saved_config(
         raise UserError(f"{name} is not the directory of a run ({error!r})") from error
     if not (folder / "results.json").exists():
         raise UserError(f"{name} is not finished: run its command again, in its workdir")
-    values.setdefault("pooling", "first")  # before there was the key, all runs had that
+    values.setdefault("pooling", "first")  # the only pooling of versions without this key
     for field in dataclasses.fields(Config):
         if isinstance(field.default, float) and values.get(field.name) == "inf":
             values[field.name] = math.inf

@@ -1,32 +1,33 @@
-"""Serves a saved model over HTTP; the texts of all requests share batches.
+"""Serves a saved model over HTTP, with the texts of all requests sharing batches.
 
   pip install -e ".[serve]"
   sweet-jax serve --model=runs/x/model --port=8000 --cost=0.5
   curl localhost:8000/predict -d '{"texts": ["a text", "another"], "accuracy": 0.9}'
 
-POST /predict   {"texts": [...]} and, if not the server's own, policy and one of cost, accuracy,
+POST /predict   {"texts": [...]} and, to override the server's, policy and one of cost, accuracy,
                 error, threshold, milliseconds, risk, agreement (the last two with level) →
                 {"answers": [{"label", "probability", "exit", "cost"}, ...]}; with "detail": true
                 also every exit that the text reached. A pair of texts is a list of two.
-                {"inputs": ...} is answered as text-embeddings-inference would: [{"score",
-                "label"}, ...]
-POST /v1/predict  the same, {"texts": [...]} alone
+                {"inputs": ...} is answered as by text-embeddings-inference: [{"score", "label"},
+                ...]
+POST /v1/predict  the same, but only for {"texts": [...]}
 GET /openapi.json  all requests and answers, as an OpenAPI document
 GET /healthz    200 while texts are classified (/health for text-embeddings-inference's clients)
-GET /metrics    in Prometheus' text format
-GET /           a page to try texts on
-GET /audit      with --audit, what the audit has found
+GET /metrics    metrics in Prometheus' text format
+GET /           a page to try the model
+GET /audit      with --audit, the results of the audit
 
-With --audit=0.02 two texts of a hundred go through all layers too, after their answers were sent
-and while no other text waits. The agreement of the answers with the full model is watched: an alarm
-is raised when it has fallen below --audit_agreement, by default what the calibration rows certify
-at the operating point; another one when the texts are no longer what they were. They may be looked
-at at any time (Waudby-Smith and Ramdas 2024; Vovk et al. 2021).
+With --audit=0.02, two out of a hundred texts also go through all layers, after their answers are
+sent and while no other text waits. The agreement of the answers with the full model is monitored:
+an alarm is raised when it has fallen below --audit_agreement, by default the agreement that the
+calibration rows certify at the operating point. Another alarm is raised when the texts are no
+longer like those that the model was calibrated on. Both tests are anytime-valid: they may be read
+at any time (Waudby-Smith and Ramdas 2024; Vovk et al. 2021).
 
-Statuses: 400 malformed, 408 a body that arrives too slowly, 413 a body or a text that is too large,
-503 more texts than may wait, 504 not answered in time. On SIGTERM the server answers the requests
-it has accepted, and ends. A connection without a request is closed after --timeout seconds, and 5
-seconds after an answer.
+Statuses: 400 malformed request, 408 body arrives too slowly, 413 body or text too large, 503 too
+many texts waiting, 504 not answered in time. On SIGTERM the server answers the requests it has
+accepted, and exits. A connection is closed after --timeout seconds without a request, or 5 seconds
+after an answer.
 
 """
 
@@ -65,7 +66,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.serve", f"{__doc__ or ''}{policy_help()}")
     parser.add_model_arguments(ENGINES)
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="(default 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="port to bind (default 8000)")
     limits = {
         "batch_size": (32, "maximum texts in a batch"),
         "max_texts": (256, "maximum texts per request"),
@@ -94,7 +95,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} must be more than 0; got {getattr(options, name)}")
     if not 0 <= options.port < 1 << 16:
-        raise UserError(f"--port must be from 0 (any free one) to 65535; got {options.port}")
+        raise UserError(f"--port must be from 0 (any free port) to 65535; got {options.port}")
     check_audit_arguments(options)
     return options
 
@@ -102,8 +103,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _parse_target(options: argparse.Namespace) -> dict[str, float]:
     """Returns the target of the answers. Raises UserError, see `check_targets`.
 
-    Beside an audit a level without a certificate is that of what the calibration rows certify, see
-    `make_audit`.
+    With --audit, --level without --risk or --agreement sets the confidence of the default alarm
+    threshold, see `make_audit`.
     """
     if options.audit and options.risk is None and options.agreement is None:
         check_targets({"agreement": 0, "level": options.level}, "--")
@@ -132,7 +133,7 @@ def _run(options: argparse.Namespace) -> None:
             **target,  # type: ignore[arg-type] # mypy cannot tell a dict's keys
         )
         if options.warm_up:
-            # With all exits, as the worker: a request may have another target than the server.
+            # The worker may need all exits: a request may have another target than the server.
             warm_up(classifier, options.batch_size, full=False)
         limits = Limits(
             options.max_texts,
@@ -147,18 +148,18 @@ def _run(options: argparse.Namespace) -> None:
             app,
             log_level="warning",
             limit_concurrency=options.max_connections,
-            # A request may be read for one timeout, and answered for another.
+            # Reading a request may take one timeout, and answering it another.
             timeout_graceful_shutdown=2 * math.ceil(options.timeout) + 1,
             ws="none",
         )
         close_silent_connections(settings, options.timeout)
-        _listen(listener)  # from here on a request waits, and is not refused
+        _listen(listener)  # from here on, requests wait instead of being refused
         if options.engine is None:
             precision = options.precision or "float32"
             print(describe_default(classifier.model, precision), file=sys.stderr, flush=True)
         host, port = listener.getsockname()[:2]
         print(f"serving {options.model} at http://{host}:{port}", flush=True)
-        # uvicorn answers what it has accepted, and then raises the signal again: all is done then.
+        # uvicorn answers the accepted requests and then raises the signal again, which is ignored.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         uvicorn.Server(settings).run(sockets=[listener])
@@ -171,15 +172,15 @@ def _bound(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except UnicodeError as error:  # a part is empty, or longer than 63 characters
-        raise UserError(f"cannot serve at {host}:{port}: not the name of a host") from error
+    except UnicodeError as error:  # a part of the name is empty, or longer than 63 characters
+        raise UserError(f"cannot serve at {host}:{port}: this is not a host name") from error
     except OSError as error:
         raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
     return listener
 
 
 def _listen(listener: socket.socket) -> None:
-    """Listens. Another process may have bound the address too, while both were loading."""
+    """Listens on a socket. Raises UserError if another process bound the address meanwhile."""
     try:
         listener.listen(1024)
     except OSError as error:

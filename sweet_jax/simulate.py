@@ -1,15 +1,15 @@
-"""Chooses an operating point from a run's saved outputs alone: no model, no accelerator.
+"""Chooses an operating point from a run's saved outputs, without its model or an accelerator.
 
   sweet-jax simulate --run=runs/quickstart                  the table of exits
   sweet-jax simulate --run=runs/quickstart --cost=0.5       best metric within a mean cost
-  sweet-jax simulate --run=runs/quickstart --accuracy=0.95  cheapest with this metric
-  sweet-jax simulate --run=runs/quickstart --threshold=0.9  what a threshold gives
-  sweet-jax simulate --run=runs/quickstart --risk=0.1       certified bound of the loss
+  sweet-jax simulate --run=runs/quickstart --accuracy=0.95  lowest cost with this metric
+  sweet-jax simulate --run=runs/quickstart --threshold=0.9  cost and metric of a threshold
+  sweet-jax simulate --run=runs/quickstart --risk=0.1       certified bound on the loss
   sweet-jax simulate --run=runs/quickstart --policy=pcee --accuracy=0.9
   sweet-jax simulate --run=runs/a --run=runs/b --output=compare.html
 
-Thresholds are chosen on the calibration rows. Prints the cost and the metric there and on the
-validation rows; where no threshold meets the target, the best that one can reach, with status 0
+Thresholds are chosen on the calibration rows. Prints the cost and the metric on the calibration and
+validation rows. If no threshold meets the target, prints the best reachable value, with status 0
 (predict, serve and export refuse such a target). Several --run are overlaid in one page. Exit
 status: 0 done, 2 the input is wrong, 1 anything else.
 
@@ -34,21 +34,28 @@ from sweet_jax.report.results import individual_exits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+    """Runs the command; returns its exit status."""
     return run_command(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.simulate", f"{__doc__ or ''}{policy_help()}")
     parser.add_argument(
-        "--run", action="append", required=True, metavar="DIR", help="run directory; may repeat"
+        "--run",
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="run directory; may be repeated",
     )
     parser.add_target_arguments(clock=False)
     parser.add_argument("--output", help="page that overlays several runs (default compare.html)")
     options = parser.parse_args(argv)
     parse_targets(options)
     if options.output and len(options.run) < 2:
-        raise UserError("--output is the page that overlays several runs: give --run twice or more")
+        raise UserError(
+            "--output applies only to several runs, which its page overlays: pass --run at least "
+            "twice, or remove --output"
+        )
     return options
 
 
@@ -57,7 +64,9 @@ def _run(options: argparse.Namespace) -> None:
     metrics = {name: analysis.validation.identity.metric for name, analysis in runs}
     if len(set(metrics.values())) > 1:
         each = ", ".join(f"{metric} of {name}" for name, metric in metrics.items())
-        raise UserError(f"one page cannot hold curves of several metrics ({each}): give --run once")
+        raise UserError(
+            f"one page cannot show curves of different metrics ({each}): pass --run only once"
+        )
     if len(runs) > 1:
         _write_page(Path(options.output or "compare.html"), runs)
     for name, analysis in runs:
@@ -68,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _write_page(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
-    """Writes the page that overlays several runs. Raises UserError where that cannot be."""
+    """Writes the page that overlays several runs. Raises UserError if it cannot be written."""
     from sweet_jax.report.comparison import (  # imports scikit-learn
         check_replaceable,
         write_comparison,
@@ -83,7 +92,7 @@ def _write_page(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
 
 
 def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
-    """Returns what is printed of one run."""
+    """Returns the lines to print for one run."""
     replicas = [r for r in analysis.chosen if math.isfinite(analysis.area[r])]
     if not replicas:
         raise UserError("every replica of this run diverged: there is nothing to choose from")
@@ -112,7 +121,7 @@ def _answers(analysis: Analysis, options: argparse.Namespace) -> list[str]:
 def _describe(
     analysis: Analysis, replica: int, point: OperatingPoint, targets: Mapping[str, float]
 ) -> str:
-    """Says what an operating point does, or what the best is that can be reached."""
+    """Describes an operating point, or the best reachable value if there is none."""
     metric = analysis.validation.identity.metric
     if point.certificate is not None:
         return _describe_certificate(analysis, replica, point, targets)
@@ -123,7 +132,7 @@ def _describe(
             name, asked, reachable = "error", targets["error"], -reachable
         return (
             f"infeasible: the best reachable is {name} {reachable:.4f} on the calibration rows "
-            f"(asked for {asked:g})"
+            f"(requested: {asked:g})"
         )
     parts = [
         f"cost {cost:.4f}, {metric} {value:.4f} on {outputs.labels.shape[1]} {name} rows"
@@ -140,9 +149,9 @@ def _describe(
 
 
 def _describe_gap(point: OperatingPoint, found: float, targets: Mapping[str, float]) -> str:
-    """Says how far the validation rows are from an accuracy, or an error, asked for.
+    """Describes how far the validation rows are from a requested accuracy or error.
 
-    found: the metric there, of an error its negative.
+    found: the metric on the validation rows; for an error, its negative.
     """
     if "error" in targets:
         found, reachable, asked, most = -found, -point.reachable, targets["error"], "least"
@@ -151,39 +160,39 @@ def _describe_gap(point: OperatingPoint, found: float, targets: Mapping[str, flo
         reachable, asked, most = point.reachable, targets["accuracy"], "most"
         missed = reachable < asked
     gap = found - asked
-    text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} what was asked for"
+    text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} the requested value"
     if missed:
-        text += f" (out of reach: the calibration rows reach {reachable:.4f} at {most})"
+        text += f" (out of reach: the calibration rows reach at {most} {reachable:.4f})"
     return text
 
 
 def _describe_certificate(
     analysis: Analysis, replica: int, point: OperatingPoint, targets: Mapping[str, float]
 ) -> str:
-    """Says what a certificate guarantees, or the best that could be certified."""
+    """Describes what a certificate guarantees, or the best value that could be certified."""
     tested, metric = point.certificate, analysis.validation.identity.metric
     assert tested is not None
     risk = tested.kind == "risk"
-    what = "lost against the last exit" if risk else "classified otherwise than by it"
+    what = "lost against the last exit" if risk else "classified differently from the last exit"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
     if point.validation is None:
         return (
             f"infeasible: the best certified is {tested.kind} {point.reachable:.4f} with "
-            f"confidence {tested.level:g} ({seen}); asked for {targets[tested.kind]:g}"
+            f"confidence {tested.level:g} ({seen}); requested: {targets[tested.kind]:g}"
         )
     cost, value = point.validation
     assert tested.threshold is not None
     fitted = analysis.resolver(replica).half_calibrator
     shown = format_threshold(tested.threshold, analysis.breakpoints(replica, fitted))
     return (
-        f"threshold {shown} of confidences that half of the rows fitted: at most "
+        f"threshold {shown}, for confidences fitted on half of the calibration rows: at most "
         f"{tested.bound:.4f} {what} with confidence {tested.level:g} ({seen}); cost {cost:.4f}, "
         f"{metric} {value:.4f} on {analysis.validation.labels.shape[1]} validation rows"
     )
 
 
 class _Module(types.ModuleType):
-    """Makes this module callable: importing it hides the function `sweet_jax.simulate`."""
+    """Makes this module callable, since importing it hides the function `sweet_jax.simulate`."""
 
     __call__ = staticmethod(simulate)
 

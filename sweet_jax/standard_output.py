@@ -1,4 +1,4 @@
-"""Standard output: a reader that leaves, as `| head` does, and characters that it cannot encode."""
+"""Standard output whose reader stops early, like `| head`, or that lacks some characters."""
 
 import io
 import logging
@@ -7,7 +7,7 @@ import sys
 
 
 def print_text(text: str) -> None:
-    """Prints a text, also where nobody reads standard output any more."""
+    """Prints a text; does nothing if the reader of standard output has closed it."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -15,14 +15,14 @@ def print_text(text: str) -> None:
 
 
 def discard_output() -> None:
-    """Discards what is written to standard output from now on, and what waits in its buffer."""
+    """Discards the buffer of standard output, and everything written to it from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def flush_output() -> None:
-    """Writes what waits in the buffer of standard output, or discards it if that fails.
+    """Flushes the buffer of standard output, or discards it if that fails.
 
-    Python would report the failure at its end, with an exit status of its own.
+    Otherwise Python would report the failure at exit, with an exit status of its own.
     """
     try:
         print(end="", flush=True)
@@ -37,13 +37,13 @@ def escape_characters() -> None:
 
 
 class LogHandler(logging.StreamHandler):
-    """Writes log records to standard output; that it takes no more does not stop the program."""
+    """Writes log records to standard output, whose failures do not stop the program."""
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Discards what follows if nobody reads it; says nothing of another error of the disk."""
+        """Discards further output if nobody reads it; ignores other errors of the file."""
         error = sys.exception()
         if isinstance(error, BrokenPipeError):
             discard_output()

@@ -1,4 +1,4 @@
-"""Errors of a disk that is full, read-only or broken: what they are called, and what they print."""
+"""Errors of a disk that is full, read-only or broken: their detection and their messages."""
 
 import atexit
 import contextlib
@@ -10,22 +10,22 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 
-RESUMES = "the same command resumes from the last checkpoint"  # of a training
+RESUMES = "the same command resumes from the last checkpoint"  # for a training run
 
-# What writing to a disk that is full, read-only or broken fails with.
+# Errors of writing to a disk that is full, read-only or broken.
 _STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE)
 )
 _ACCESS_ERRORS = frozenset((errno.EACCES, errno.EPERM))
-# Of Rust, "(os error 28)"; of tensorstore, "[os_error_code='28']", after the file in quotes.
+# Rust writes "(os error 28)"; tensorstore "[os_error_code='28']", after the file in quotes.
 _NATIVE_ERROR = re.compile(r"\bos[ _]error(?:_code)?[ :='\"]+(\d+)", re.IGNORECASE)
 _NATIVE_FILE = re.compile(r'file "([^"]+)"')
 
-_STRAGGLERS = 0.5  # seconds in which threads that failed too have printed so
+_STRAGGLERS = 0.5  # seconds to wait for the messages of other threads that failed
 
 
 def storage_failure(error: BaseException) -> str | None:
-    """Returns a sentence on an error of a disk that takes no more writes; None for other errors."""
+    """Returns a message for an error of a disk that cannot be written; None for other errors."""
     what = _find_cause(error, _STORAGE_ERRORS)
     if what is None:
         return None
@@ -33,18 +33,18 @@ def storage_failure(error: BaseException) -> str | None:
 
 
 def access_failure(error: BaseException) -> str | None:
-    """Returns a sentence on a file that may not be read or written; None for other errors."""
+    """Returns a message for a file without permission to access; None for other errors."""
     what = _find_cause(error, _ACCESS_ERRORS)
     if what is None:
         return None
-    return f"a file cannot be read or written ({what}): change its permissions, or name another"
+    return f"a file cannot be read or written ({what}): change its permissions, or choose another"
 
 
 def _find_cause(error: BaseException, numbers: Collection[int]) -> str | None:
-    """Returns the operating system's words for one of some errors, with the file's name, or None.
+    """Returns the system's message, with the file's name, if an error is one of `numbers`, or None.
 
-    Libraries in other languages raise errors of their own, whose text has the number of the
-    operating system's.
+    Libraries in other languages raise errors of their own, whose text contains the number of the
+    operating system's error.
     """
     for cause in causes(error):
         number = cause.errno if isinstance(cause, OSError) else None
@@ -58,7 +58,7 @@ def _find_cause(error: BaseException, numbers: Collection[int]) -> str | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yields an error, and those that it was raised from or in the handling of."""
+    """Yields an error, and the errors from which or during whose handling it was raised."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -67,9 +67,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def discard_after_storage_failure() -> Iterator[None]:
-    """Discards what libraries print about an error of the disk that the block raises.
+    """Discards what libraries print about a disk error that the block raises.
 
-    Of a checkpoint that cannot be written, tensorstore's threads print a traceback for each array.
+    If a checkpoint cannot be written, tensorstore's threads print a traceback for each array.
     """
     outside, printed = sys.stderr, io.StringIO()
     with contextlib.redirect_stderr(printed):
@@ -85,8 +85,8 @@ def discard_after_storage_failure() -> Iterator[None]:
 
 
 def discard_errors_at_exit() -> None:
-    """Discards what is written to standard error once the interpreter has begun to end.
+    """Discards what is written to standard error while the interpreter exits.
 
-    After an error of the disk, coroutines that nobody awaits are each reported there.
+    After a disk error, every coroutine that was not awaited would be reported there.
     """
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))

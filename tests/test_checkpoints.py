@@ -394,7 +394,7 @@ def test_a_tokenizer_that_has_no_first_token_is_refused(options, tmp_path):
     [
         ({}, "set --config.method=early_exit"),
         ({"method": "early_exit", "isolation": (0.5,)}, "set --config.method=early_exit"),
-        ({"method": "early_exit", "conflict_every": 2}, "leave it out"),
+        ({"method": "early_exit", "conflict_every": 2}, "remove it"),
     ],
 )
 def test_exits_of_shared_layers_are_not_isolated(changes, fix, options, tmp_path):

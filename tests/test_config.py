@@ -405,13 +405,13 @@ def test_an_argument_for_a_recipe_that_takes_none_is_an_error(parsed):
 
 
 def test_a_misspelt_flag_is_named():
-    with pytest.raises(UserError, match="unknown argument '--workdr=x': give FILE, a file of "):
+    with pytest.raises(UserError, match="unknown argument '--workdr=x': pass FILE, a file of "):
         parse(["main", "--config=configs/quickstart.py", "--workdr=x"])
 
 
 @pytest.mark.parametrize("given", ["--config=configs/own.py", "--workdir=run", ""])
 def test_config_and_workdir_must_both_be_given(given):
-    with pytest.raises(UserError, match=r"give FILE, .* or --config=FILE and --workdir=DIR"):
+    with pytest.raises(UserError, match=r"pass FILE, .* or --config=FILE and --workdir=DIR"):
         parse(["main", *given.split()])
 
 

@@ -129,7 +129,7 @@ def test_a_grown_run_grows_again_and_goes_on_where_it_stopped(base, tmp_path):
         ({"grow_from": "nowhere"}, "'nowhere' is not the directory of a run"),
         ({"grow_from": "~nobody.at.all/run"}, "~nobody.at.all/run: Could not determine home"),
         ({"depth": 3}, "exits must end with depth 3"),
-        ({"depth": 9}, "depth is 9, but"),
+        ({"depth": 9}, "depth=9 is more than"),
     ],
 )
 def test_what_cannot_grow_is_refused(base, changes, message):

@@ -134,7 +134,7 @@ def test_a_command_cut_short_resumes_where_the_output_ends(sweet, command, tmp_p
         assert "note" not in printed.err
     assert command("in.jsonl", content, "--threshold=0.8") == (0, again)
     printed = capsys.readouterr().err
-    assert "had all rows already, and nothing was predicted; compared were the model" in printed
+    assert "already contains every row, so nothing was predicted; its model, target" in printed
     # A finished output of another target is no output of this one, whatever its last rows are.
     assert command("in.jsonl", content, "--threshold=0.80001") == (2, again)
     assert "was made with another threshold, '0.8'" in capsys.readouterr().err
@@ -365,9 +365,9 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ),
         (
             *("in.csv", "text,label,input_label\na,b,c\n", ["--keep=label,input_label"]),
-            "--keep names 'label' and 'input_label', which are both 'input_label' in the output",
+            "--keep has 'label' and 'input_label', which would both be 'input_label' in the output",
         ),
-        ("in.csv", "text\na\n", ["--measure"], "leave --input and --output out"),
+        ("in.csv", "text\na\n", ["--measure"], "remove --input and --output"),
         ("in.xls", "text\na\n", [], "must end in one of .csv"),
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
         ("in.csv", "text\na\n", ["--level=0.9"], "give --risk or --agreement too"),

@@ -196,10 +196,10 @@ def test_a_log_of_few_texts_is_refused(sweet, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("text,label\nword1,other\n", "label 'other' is none of the model's"),
+        ("text,label\nword1,other\n", "label 'other' is not one of the model's"),
         ("text,label\nword1,\n", "row 1 of"),
         ("text,label\n ,{label}\n", "column 'text' is empty"),
-        ("text,label\n" + "word1,{label}\n" * 5, "has 5 labelled rows"),
+        ("text,label\n" + "word1,{label}\n" * 5, "has 5 labeled rows, but reliable"),
         ("words,label\nword1,x\n", "unknown column 'text'"),
     ],
 )

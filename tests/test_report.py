@@ -357,9 +357,9 @@ def test_simulate_answers_from_saved_outputs(runs, analysis):
     assert "exit   cost" in ask(f"--run={runs[0]}").stdout
     done = ask(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.8")
     assert "threshold 0.8: cost" in done.stdout
-    assert "what was asked for" in done.stdout
+    assert "the requested value" in done.stdout
     done = ask(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.999")
-    assert "(out of reach: the calibration rows reach 0." in done.stdout
+    assert "(out of reach: the calibration rows reach at most 0." in done.stdout
 
 
 def test_simulate_certifies_or_refuses(runs):
@@ -367,7 +367,7 @@ def test_simulate_certifies_or_refuses(runs):
     assert "lost against the last exit with confidence 0.95 (" in done.stdout, done.stderr
     done = ask(f"--run={runs[0]}", "--agreement=0.999", "--level=0.9")
     assert "infeasible: the best certified is agreement 0." in done.stdout
-    assert "asked for 0.999" in done.stdout
+    assert "requested: 0.999" in done.stdout
 
 
 def test_simulate_explains_every_policy_and_target_in_a_line():
@@ -381,9 +381,9 @@ def test_simulate_explains_every_policy_and_target_in_a_line():
 def test_simulate_says_how_far_an_error_is_from_what_was_asked_for():
     point = SimpleNamespace(reachable=-0.34)
     found = _describe_gap(point, -0.35, {"error": 0.3})
-    assert found.startswith("; 0.0500 above what was asked for (out of reach: the calibration rows")
-    assert found.endswith(" reach 0.3400 at least)")
-    assert _describe_gap(point, -0.3, {"error": 0.4}) == "; 0.1000 below what was asked for"
+    assert found.startswith("; 0.0500 above the requested value (out of reach: the calibration")
+    assert found.endswith(" rows reach at least 0.3400)")
+    assert _describe_gap(point, -0.3, {"error": 0.4}) == "; 0.1000 below the requested value"
 
 
 def test_simulate_overlays_runs_of_one_metric_only(monkeypatch, capsys, tmp_path):

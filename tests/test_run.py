@@ -227,13 +227,13 @@ def test_what_looks_wrong_in_the_data_is_warned_of(options, tmp_path, caplog):
         log_description(prepare(from_mapping(options | own | {"max_length": 16})))
     assert "4 classes (rows of each): 'pos' 40, 'Neg' 20, 'neg' 20, 'rare' 1" in caplog.messages
     assert any("'Neg' (20), 'neg' (20)" in line for line in caplog.messages)
-    assert any("no calibration row is of class 'rare'" in line for line in caplog.messages)
+    assert any("no calibration row has class 'rare'" in line for line in caplog.messages)
     (rows_line,) = [line for line in caplog.messages if line.startswith("rows: ")]
     assert "train_size" not in rows_line  # which leaves none out
     assert "validation: 20% of the file, drawn at random, each class in proportion" in rows_line
     (cut,) = [line for line in caplog.messages if "are longer than max_length" in line]
     assert re.fullmatch(
-        r"\d+% of the training texts are longer than max_length, 16 tokens, and are cut; "
+        r"\d+% of the training texts are longer than max_length, 16 tokens, and are truncated; "
         r"--config.max_length=\d\d keeps 95% of them whole",
         cut,
     )

@@ -187,7 +187,7 @@ def test_a_comma_in_the_name_of_one_of_two_files_is_refused(table, tmp_path):
         UserError, match=r"runs,1/rows/train\.arrow' contains a comma, which separates"
     ):
         sweet_jax.train(table, validation=table, workdir=tmp_path / "runs,1")
-    with pytest.raises(UserError, match=r"'v,1\.csv' contains a comma, which separates files"):
+    with pytest.raises(UserError, match=r"'v,1\.csv' contains a comma, which separates the files"):
         sweet_jax.train(table, validation="v,1.csv", workdir=tmp_path / "run")
     assert not list(tmp_path.iterdir())
 

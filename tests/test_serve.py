@@ -426,7 +426,7 @@ def test_bad_options(capsys, tmp_path):
     error = capsys.readouterr().err.splitlines()
     assert "config.json" in error[0]
     assert error[1] == "error: --timeout must be more than 0; got 0.0"
-    assert error[2] == "error: --port must be from 0 (any free one) to 65535; got 99999"
+    assert error[2] == "error: --port must be from 0 (any free port) to 65535; got 99999"
     assert error[3].startswith("error: cannot serve at not.a.host.invalid:8000")
-    assert error[4] == "error: cannot serve at a..b:8000: not the name of a host"
+    assert error[4] == "error: cannot serve at a..b:8000: this is not a host name"
     assert len(error) == 5

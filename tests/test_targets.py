@@ -164,7 +164,7 @@ def test_the_loss_is_weighted_by_the_classes_of_the_training_rows(options):
     np.testing.assert_allclose(found, np.log(2) * counts.sum() / (2 * counts), rtol=1e-5)
     # Not of the file, of which few rows may be drawn: with a row of each class, however rare.
     assert len(job.dataset.train.labels) > counts.sum()
-    with pytest.raises(UserError, match="class_weights has 3 numbers, but there are 2 classes"):
+    with pytest.raises(UserError, match=r"one number for each of the 2 classes .*; got 3"):
         prepare(from_mapping(options | {"class_weights": "1,2,3"}))
     with pytest.raises(UserError, match="focal_gamma=2 cannot be combined with head_refit"):
         from_mapping(options | {"focal_gamma": 2.0, "head_refit": True})

@@ -126,7 +126,7 @@ def test_a_report_without_texts_says_where_they_are_found(trained, tmp_path, mon
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     assert cli.main(["report", str(run)]) == 0
     printed = capsys.readouterr().err
-    assert printed.startswith("warning: the report lacks its mistakes, which quote texts: ")
+    assert printed.startswith("warning: the report lists no mistakes, which quote texts: ")
     assert "'absent.csv' does not exist; run this in the folder where the run was" in printed
 
 
@@ -155,7 +155,7 @@ def test_what_is_recommended_keeps_within_the_budget(trained):
 def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trained):
     folder, printed = trained
     assert (
-        " calibration rows: the best accuracy within 0.7 of the layers, of equals the " in printed
+        " calibration rows: the best accuracy within 0.7 of the layers, or the cheapest " in printed
     )
     assert "estimated from length and exit, the " in printed
     text = recommend(folder, {"milliseconds": 1e6})
@@ -167,7 +167,7 @@ def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trai
 
 def test_a_budget_that_cannot_be_met_says_what_can(trained):
     text = recommend(trained[0], {"milliseconds": 1e-6})
-    assert text.startswith("no operating point keeps within 1e-06 ms: the least is ")
+    assert text.startswith("no operating point meets the budget of 1e-06 ms; the smallest possible")
     assert "recommended operating point" in text
     assert "--milliseconds" not in text
 
@@ -216,18 +216,21 @@ def test_a_share_is_at_most_what_all_layers_cost():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a share"),
-        (["a.csv", "--output="], "--output is empty: give it a value, or leave it out"),
-        (["--config=", "--workdir=a"], "--config is empty: give it a value"),
+        (["a.csv", "--budget=5s"], "--budget must be a time, such as 5ms, or a fract"),
+        (["a.csv", "--output="], "--output is empty: set a value, or remove it"),
+        (["--config=", "--workdir=a"], "--config is empty: set a value"),
         ([""], "the file name is empty"),
         (["a.csv", "--budget=0"], "got '0'"),
         (["a.csv", "--budget=5"], "at most 1: for milliseconds write --budget=5ms"),
-        (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir are one directory"),
+        (["a.csv", "--workdir=a", "--output=b"], "--output and --workdir set the same directory"),
         (["a.csv", "b.csv"], "unknown argument 'b.csv'"),
-        (["--text=a"], "--text goes with a file: sweet-jax train FILE --text="),
+        (["--text=a"], "--text applies only to a run on a file: sweet-jax train FILE --text="),
         (["nowhere.csv"], "'nowhere.csv' does not exist"),
-        (["my,data.csv", "--test=v.csv"], "'my,data.csv' contains a comma, which separates files"),
-        (["a.csv", "--test=v,1.csv"], "'v,1.csv' contains a comma, which separates files"),
+        (
+            ["my,data.csv", "--test=v.csv"],
+            "'my,data.csv' contains a comma, which separates the files",
+        ),
+        (["a.csv", "--test=v,1.csv"], "'v,1.csv' contains a comma, which separates the files"),
     ],
 )
 def test_a_wrong_command_gets_one_line(arguments, words, capsys):

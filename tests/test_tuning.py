@@ -267,7 +267,7 @@ def test_the_rate_with_the_largest_area_is_trained(devices, recipe, tmp_path, re
     config |= {"seeds": (0, 1), "epochs": 1}
     with caplog.at_level("INFO"):
         results = run(from_mapping(config), tmp_path / "run")
-    assert "2 seeds, 3 learning rates: each is tried briefly, and one is trained" in caplog.text
+    assert "2 seeds, 3 learning rates: each rate is tried briefly, one is trained" in caplog.text
     assert "chosen 0.001: better than the first by more than a standard error" in caplog.text
     kept = [(r["seed"], r["learning_rate"]) for r in results["replicas"]]
     assert kept == [(0, 1e-3), (1, 1e-3)]
