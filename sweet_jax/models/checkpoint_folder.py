@@ -12,6 +12,7 @@ from typing import Any
 
 from sweet_jax.config import UserError
 from sweet_jax.files import discard_native_errors, one_line, read_json, resolve_path
+from sweet_jax.models.tokenizer_json import with_steps_of_file
 
 _ADAPTER = "adapter_config.json"
 _SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
@@ -139,6 +140,7 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 checkpoint.folder, trust_remote_code=False, local_files_only=True, **options
             )
+            tokenizer = with_steps_of_file(tokenizer, checkpoint.folder)
             tokenizer("a text")  # some damaged files only fail in use
     except KeyboardInterrupt:
         raise
@@ -187,5 +189,5 @@ def separate_pairs_once(tokenizer: Any) -> None:
 
 
 # By model_type: changes a loaded tokenizer, in place, to what the family was pretrained with.
-# At every load: transformers builds these parts anew and does not read them from the files.
+# At every load, since a tokenizer.json that transformers 5 wrote has to be changed as well.
 TOKENIZER_REPAIRS: dict[str, Callable[[Any], None]] = {"deberta": separate_pairs_once}
