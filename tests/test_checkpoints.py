@@ -303,11 +303,13 @@ def test_activations_by_all_names_of_transformers(folder, name, formula):
     np.testing.assert_allclose(ACTIVATIONS[name](x), wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("typed", [True, False])
-def test_a_folder_of_sentence_transformers(tmp_path, typed):
-    inside = write_checkpoint(tmp_path / "0_Transformer")
+@pytest.mark.parametrize(
+    ("name", "typed"), [("0_Transformer", True), ("0_Transformer", False), ("0_BERT", True)]
+)
+def test_a_folder_of_sentence_transformers(tmp_path, name, typed):
+    inside = write_checkpoint(tmp_path / name)
     kinds = ({"type": "models.Transformer"}, {"type": "models.Pooling"}) if typed else ({}, {})
-    modules = [{"path": "0_Transformer"} | kinds[0], {"path": "1_Pooling"} | kinds[1]]
+    modules = [{"path": name} | kinds[0], {"path": "1_Pooling"} | kinds[1]]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "config.json").write_text('{"__version__": {"sentence_transformers": "2.0.0"}}')
     (tmp_path / "1_Pooling").mkdir()

@@ -22,7 +22,7 @@ _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exit
 _FILES += ["int8.json", "onnx/graphs.json", "onnx/segment_*"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
 _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' read-out
-_FILES += [_ADAPTER, *(f"0_Transformer/{name}" for name in _FILES)]
+_FILES += [_ADAPTER, *(f"0_*/{name}" for name in _FILES)]  # sentence-transformers' first module
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ def encoder_folder(folder: Path) -> Path:
 
     Raises UserError for a LoRA adapter that is not merged into its encoder.
     """
-    inside = folder / _first_module(folder)
+    inside = folder / first_module(folder)
     if (inside / "config.json").exists() and inside.resolve().is_relative_to(folder.resolve()):
         folder = inside
     if (folder / _ADAPTER).exists():
@@ -101,7 +101,7 @@ def encoder_folder(folder: Path) -> Path:
     return folder
 
 
-def _first_module(folder: Path) -> str:
+def first_module(folder: Path) -> str:
     """Returns the path that modules.json gives the encoder; "" for the folder itself."""
     try:
         return str(read_json(folder / "modules.json")[0]["path"])

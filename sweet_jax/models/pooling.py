@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sweet_jax.config import UserError
 from sweet_jax.files import read_json
+from sweet_jax.models.checkpoint_folder import first_module
 from sweet_jax.poolings import POOLING_INPUTS
 
 
@@ -74,12 +75,13 @@ _DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mea
 def declared_pooling(folder: Path) -> str | None:
     """Returns the pooling that a checkpoint's sentence-transformers files declare.
 
-    They stand in the folder, or around it where it is their 0_Transformer. None where there are
+    They stand in the folder, or around it where it is their first module's. None where there are
     none, or they declare one that is not in POOLINGS. Raises UserError for files that are not
     readable.
     """
-    if folder.name == "0_Transformer" and not (folder / "modules.json").exists():
-        folder = folder.parent
+    around = folder.parent
+    if not (folder / "modules.json").exists() and around / first_module(around) == folder:
+        folder = around
     modules = folder / "modules.json"
     if not modules.exists():
         return None
@@ -89,7 +91,9 @@ def declared_pooling(folder: Path) -> str | None:
             if str(module.get("type") or module["path"]).endswith("Pooling"):
                 path = folder / module["path"] / "config.json"
                 values = read_json(path)
-                named = {"cls": "first", "mean": "mean"}.get(values.get("pooling_mode"))
+                mode = values.get("pooling_mode")
+                mode = "+".join(map(str, mode)) if isinstance(mode, list) else mode  # of several
+                named = {"cls": "first", "mean": "mean"}.get(mode)
                 found = [name for key, name in _DECLARED.items() if values.get(key) is True]
                 others = [k for k, v in values.items() if k.startswith("pooling_mode_") and v]
                 return named or (found[0] if len(found) == len(others) == 1 else None)
