@@ -303,11 +303,13 @@ def test_activations_by_all_names_of_transformers(folder, name, formula):
     np.testing.assert_allclose(ACTIVATIONS[name](x), wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("typed", [True, False])
-def test_a_folder_of_sentence_transformers(tmp_path, typed):
-    inside = write_checkpoint(tmp_path / "0_Transformer")
+@pytest.mark.parametrize(
+    ("name", "typed"), [("0_Transformer", True), ("0_Transformer", False), ("0_BERT", True)]
+)
+def test_a_folder_of_sentence_transformers(tmp_path, name, typed):
+    inside = write_checkpoint(tmp_path / name)
     kinds = ({"type": "models.Transformer"}, {"type": "models.Pooling"}) if typed else ({}, {})
-    modules = [{"path": "0_Transformer"} | kinds[0], {"path": "1_Pooling"} | kinds[1]]
+    modules = [{"path": name} | kinds[0], {"path": "1_Pooling"} | kinds[1]]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "config.json").write_text('{"__version__": {"sentence_transformers": "2.0.0"}}')
     (tmp_path / "1_Pooling").mkdir()
@@ -427,6 +429,21 @@ def test_exits_of_shared_layers_are_not_isolated(changes, fix, options, tmp_path
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
             "only rope_type 'default' is supported",
         ),
+        (
+            "modernbert",
+            {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
+            "only rope_type 'default' is known",
+        ),
+        (
+            "modernbert",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+            "supported are the keys 'full_attention' and 'sliding_attention'",
+        ),
+        (
+            "modernbert",
+            {"local_attention": 128, "sliding_window": 2},
+            "sliding_window 2, but half of its local_attention 128 is 64: remove",
+        ),
     ],
 )
 def test_what_is_not_implemented_is_refused(tmp_path, kind, change, message):
@@ -435,6 +452,12 @@ def test_what_is_not_implemented_is_refused(tmp_path, kind, change, message):
     with pytest.raises(UserError, match=message) as error:
         open_checkpoint(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_distilbert_s_epsilon_is_not_that_of_config_json():
+    for kind, wanted in (("distilbert", 1e-12), ("mpnet", 0.1)):
+        config = FAMILIES[kind].config.from_values({"layer_norm_eps": 0.1})
+        assert config.layer_norm_eps == wanted
 
 
 def test_modernbert_s_config_as_transformers_4_wrote_it(tmp_path):
@@ -447,6 +470,9 @@ def test_modernbert_s_config_as_transformers_4_wrote_it(tmp_path):
     assert [found.is_global(n) for n in range(1, 5)] == [True, False, False, True]
     assert found.global_rope_theta == wanted.global_rope_theta == 160000
     assert found.local_rope_theta == wanted.local_rope_theta == 10000
+    for given in (old | {"local_rope_theta": None}, {"local_rope_theta": None}):
+        assert FAMILIES["modernbert"].config.from_values(given).local_rope_theta == 160000
+    assert FAMILIES["modernbert"].config.from_values({"local_attention": 9, "sliding_window": 4})
     cut = type(found).at_depth(values, 2)
     assert cut["layer_types"] == ["full_attention", "sliding_attention"]
     assert cut["num_hidden_layers"] == 2

@@ -104,6 +104,8 @@ def declare(folder, pooling, **modules):
         ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}, None),
         ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, None),
         ({"pooling_mode": "lasttoken"}, None),
+        ({"pooling_mode": ["mean", "cls"]}, None),
+        ({"pooling_mode": ["mean"]}, "mean"),
     ],
 )
 def test_what_sentence_transformers_declare(tmp_path, pooling, wanted):

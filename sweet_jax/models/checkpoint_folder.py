@@ -12,6 +12,7 @@ from typing import Any
 
 from sweet_jax.config import UserError
 from sweet_jax.files import discard_native_errors, one_line, read_json, resolve_path
+from sweet_jax.models.tokenizer_json import with_steps_of_file
 
 _ADAPTER = "adapter_config.json"
 _SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model")
@@ -21,7 +22,7 @@ _FILES += [*_VOCABULARIES, "special_tokens_map.json", "added_tokens.json", "exit
 _FILES += ["int8.json", "onnx/graphs.json", "onnx/segment_*"]
 _FILES += ["depth_*/config.json"]  # a saved Multi-Model's shallower models
 _FILES += ["modules.json", "*_Pooling/config.json"]  # sentence-transformers' pooling
-_FILES += [_ADAPTER, *(f"0_Transformer/{name}" for name in _FILES)]
+_FILES += [_ADAPTER, *(f"0_*/{name}" for name in _FILES)]  # sentence-transformers' first module
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def encoder_folder(folder: Path) -> Path:
     This is the folder itself, or that of the first module in a sentence-transformers checkpoint.
     Raises UserError for a LoRA adapter that is not merged into its encoder.
     """
-    inside = folder / _first_module(folder)
+    inside = folder / first_module(folder)
     if (inside / "config.json").exists() and inside.resolve().is_relative_to(folder.resolve()):
         folder = inside
     if (folder / _ADAPTER).exists():
@@ -103,7 +104,7 @@ def encoder_folder(folder: Path) -> Path:
     return folder
 
 
-def _first_module(folder: Path) -> str:
+def first_module(folder: Path) -> str:
     """Returns the encoder's path according to modules.json; "" for the folder itself."""
     try:
         return str(read_json(folder / "modules.json")[0]["path"])
@@ -142,6 +143,7 @@ def load_tokenizer(checkpoint: CheckpointFiles) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 checkpoint.folder, trust_remote_code=False, local_files_only=True, **options
             )
+            tokenizer = with_steps_of_file(tokenizer, checkpoint.folder)
             tokenizer("a text")  # some damaged files fail only when the tokenizer is used
     except KeyboardInterrupt:
         raise
@@ -190,6 +192,5 @@ def separate_pairs_once(tokenizer: Any) -> None:
 
 
 # By model_type: functions that change a loaded tokenizer in place to match the pretraining of the
-# family. They run at every load because transformers rebuilds these parts instead of reading them
-# from the files.
+# family. They run at every load, since a tokenizer.json that transformers 5 wrote needs them too.
 TOKENIZER_REPAIRS: dict[str, Callable[[Any], None]] = {"deberta": separate_pairs_once}

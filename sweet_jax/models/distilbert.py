@@ -4,7 +4,8 @@ Shape letters: B batch, L length, H hidden.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,15 @@ class DistilBertConfig(EncoderConfig):
         "hidden_dropout_prob": "dropout",
         "attention_probs_dropout_prob": "attention_dropout",
     }
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the config of a config.json, without its layer_norm_eps.
+
+        transformers does not read that key of a DistilBERT: its norms always have an epsilon of
+        1e-12.
+        """
+        return super().from_values({k: v for k, v in values.items() if k != "layer_norm_eps"})
 
     @property
     def pooler_act(self) -> str:

@@ -100,15 +100,30 @@ class ModernBertConfig(EncoderConfig):
                 f"rope_parameters {rotations!r} and layer_types {kinds!r}, which must be an object "
                 "and a list"
             )
+        if not set(rotations) <= {_GLOBAL, _LOCAL}:
+            raise UserError(
+                f"rope_parameters {rotations!r}, where only the keys {_GLOBAL!r} and {_LOCAL!r} are "
+                "supported"
+            )
         for kind, key in ((_GLOBAL, "global_rope_theta"), (_LOCAL, "local_rope_theta")):
             rotation = rotations.get(kind) or {}
-            if not isinstance(rotation, dict) or rotation.get("rope_type", "default") != "default":
+            if not isinstance(rotation, dict) or _rope_type(rotation) != "default":
                 raise UserError(
                     f"rope_parameters {rotation!r}; only rope_type 'default' is supported"
                 )
             read[key] = rotation.get("rope_theta", read.get(key))
+        if "local_rope_theta" in values and read["local_rope_theta"] is None:
+            # As in transformers 4, null stands for that of the global layers.
+            read["local_rope_theta"] = read["global_rope_theta"] or cls.global_rope_theta
         read = {key: value for key, value in read.items() if value is not None}
-        return super().from_values({**read, "layer_types": tuple(map(str, kinds))})
+        config = super().from_values({**read, "layer_types": tuple(map(str, kinds))})
+        # transformers 5 reads this key in place of local_attention, transformers 4 ignores it.
+        if read.get("sliding_window", half := config.local_attention // 2) != half:
+            raise UserError(
+                f"sliding_window {read['sliding_window']!r}, but half of its local_attention "
+                f"{config.local_attention} is {half}: remove sliding_window, or correct one of them"
+            )
+        return config
 
     @classmethod
     def at_depth(cls, values: Mapping[str, Any], depth: int) -> dict[str, Any]:
@@ -129,6 +144,11 @@ class ModernBertConfig(EncoderConfig):
     def norm(self) -> LayerNorm:
         """Returns a norm of hidden states."""
         return LayerNorm(self.hidden_size, self.layer_norm_eps, bias=self.norm_bias)
+
+
+def _rope_type(rotation: Mapping[str, Any]) -> Any:
+    """Returns the type of a rotation, under its old key or its new one."""
+    return rotation.get("rope_type", rotation.get("type", "default"))
 
 
 class ModernBertEmbeddings(nnx.Module):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sweet_jax.config import UserError
 from sweet_jax.files import read_json
+from sweet_jax.models.checkpoint_folder import first_module
 from sweet_jax.poolings import POOLING_INPUTS
 
 
@@ -76,12 +77,13 @@ _DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mea
 def declared_pooling(folder: Path) -> str | None:
     """Returns the pooling that a checkpoint's sentence-transformers files declare.
 
-    These files are in the folder, or in its parent if the folder is named 0_Transformer. Returns
-    None if there are no such files, or if they declare a pooling that is not in POOLINGS. Raises
-    UserError if they cannot be read.
+    These files are in the folder, or in its parent if the folder is the parent's first module.
+    Returns None if there are no such files, or if they declare a pooling that is not in POOLINGS.
+    Raises UserError if they cannot be read.
     """
-    if folder.name == "0_Transformer" and not (folder / "modules.json").exists():
-        folder = folder.parent
+    around = folder.parent
+    if not (folder / "modules.json").exists() and around / first_module(around) == folder:
+        folder = around
     modules = folder / "modules.json"
     if not modules.exists():
         return None
@@ -91,7 +93,9 @@ def declared_pooling(folder: Path) -> str | None:
             if str(module.get("type") or module["path"]).endswith("Pooling"):
                 path = folder / module["path"] / "config.json"
                 values = read_json(path)
-                named = {"cls": "first", "mean": "mean"}.get(values.get("pooling_mode"))
+                mode = values.get("pooling_mode")
+                mode = "+".join(map(str, mode)) if isinstance(mode, list) else mode  # of several
+                named = {"cls": "first", "mean": "mean"}.get(mode)
                 found = [name for key, name in _DECLARED.items() if values.get(key) is True]
                 others = [k for k, v in values.items() if k.startswith("pooling_mode_") and v]
                 return named or (found[0] if len(found) == len(others) == 1 else None)
