@@ -102,7 +102,7 @@ class ModernBertConfig(EncoderConfig):
             )
         if not set(rotations) <= {_GLOBAL, _LOCAL}:
             raise UserError(
-                f"rope_parameters {rotations!r}, where only the keys {_GLOBAL!r} and {_LOCAL!r} are "
+                f"rope_parameters {rotations!r}; only the keys {_GLOBAL!r} and {_LOCAL!r} are "
                 "supported"
             )
         for kind, key in ((_GLOBAL, "global_rope_theta"), (_LOCAL, "local_rope_theta")):
