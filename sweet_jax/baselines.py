@@ -152,5 +152,5 @@ def _fine_tuned(job: PreparedRun, rates: Sequence[float], folder: Path) -> np.nd
     graphdef, params, _ = fit(job.training_job(model, folder))
     program = compile_evaluation(config, graphdef, mesh_of(params), features=config.tunes)
     output = evaluate(config, program, params, job.validation, job.validation_rows)
-    found = job.objective.predict(np.asarray(output.logits)[:, 0])
-    return found * job.units[1] + job.units[0] if job.units else found
+    predictions = job.objective.predict(np.asarray(output.logits)[:, 0])
+    return job.scaler.unscale(predictions) if job.scaler else predictions

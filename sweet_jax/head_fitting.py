@@ -90,8 +90,8 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
     found = broadcast_from_primary(found)
     shown = features(job.validation, job.validation_rows[: len(rows)])
     predictions = found.predictions(shown, objective)
-    if job.units:
-        predictions = predictions * job.units[1] + job.units[0]
+    if job.scaler:
+        predictions = job.scaler.unscale(predictions)
     probe = Probe(found, predictions)
     if is_primary():
         found.save(path, predictions=probe.predictions)

@@ -132,9 +132,8 @@ def train_and_evaluate(job: PreparedRun, workdir: Path) -> Outcome:
             began = time.perf_counter()
         if spent.best_steps:
             best_steps[model.name] = list(spent.best_steps)
-        if job.units:  # from here on, outputs are in the targets' own units
-            mean, deviation = job.units
-            params = transform_outputs(params, model.exits, deviation, mean)
+        if job.scaler:  # from here on, outputs are in the targets' own units
+            params = transform_outputs(params, model.exits, job.scaler.std, job.scaler.mean)
         outputs = _evaluate_splits(job, graphdef, params)
         if _fits_decisions(job):
             params, outputs = _with_decisions(job, model.exits, params, outputs)

@@ -24,6 +24,7 @@ from sweet_jax.models.pooling import POOLINGS, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.models.special_tokens import ensure_first_token
 from sweet_jax.objectives import SINGLE_LABEL, Objective
+from sweet_jax.objectives.objective import TargetScaler
 from sweet_jax.objectives.single_label import balanced_weights, reweighted
 from sweet_jax.training.growth import BaseRun, read_base_run
 from sweet_jax.training.initialization import (
@@ -59,7 +60,7 @@ class PreparedRun:
     unlabeled: Tokens | None = None  # rows without labels, whose texts occur in no other rows
     objective: Objective = SINGLE_LABEL  # includes the class weights of the config's loss
     targets: np.ndarray | None = None  # targets of `texts` in their own units; None: as in `train`
-    units: tuple[float, float] | None = None  # mean and deviation by which `train` is standardized
+    scaler: TargetScaler | None = None  # by which the targets of `train` are standardized
     probe: Probe | None = None  # the probe that initializes the heads, once it is fitted
 
     @property
@@ -123,11 +124,11 @@ def prepare(config: Config) -> PreparedRun:
     # Few rows may be drawn from a large file: only these are tokenized, and renumbered.
     used = np.unique(np.concatenate([rows.ravel() for rows in drawn]))
     kept = select_rows(dataset.train, used)
-    train, units = tokenize(tokenizer, kept, config.max_length), None
+    train, scaler = tokenize(tokenizer, kept, config.max_length), None
     _check_token_types(checkpoint, train)
-    if dataset.objective.units is not None:
-        mean, deviation = units = dataset.objective.units(dataset.train.labels)
-        train = dataclasses.replace(train, labels=(kept.labels - mean) / deviation)
+    if dataset.objective.fit_scaler is not None:
+        scaler = dataset.objective.fit_scaler(dataset.train.labels)
+        train = dataclasses.replace(train, labels=scaler.scale(kept.labels))
     return PreparedRun(
         config=config,
         checkpoint=checkpoint,
@@ -141,8 +142,8 @@ def prepare(config: Config) -> PreparedRun:
         rows=RunRows(*(np.searchsorted(used, rows) for rows in drawn)),
         unlabeled=_tokenize_unlabeled(config, dataset, kept.texts, tokenizer, train.labels),
         objective=_training_objective(config, dataset, dataset.train.labels[drawn.training]),
-        targets=kept.labels if units else None,
-        units=units,
+        targets=kept.labels if scaler else None,
+        scaler=scaler,
     )
 
 

@@ -122,7 +122,7 @@ def test_numbers_are_standardised_for_training_alone(options, tmp_path):
     pd.DataFrame({"text": TEXTS, "label": numbers}).to_csv(tmp_path / "rows.csv", index=False)
     changes = {"data_files": str(tmp_path / "rows.csv"), "objective": "regression"}
     job = prepare(from_mapping(options | changes))
-    mean, deviation = job.units
+    mean, deviation = job.scaler
     train = job.dataset.train.labels
     np.testing.assert_allclose([mean, deviation], [train.mean(), train.std()], rtol=1e-5)
     np.testing.assert_allclose(job.train.labels, (job.labels - mean) / deviation, atol=1e-6)

@@ -9,7 +9,7 @@ each, S statistics of a row, U statistics of a target.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,21 @@ def share_standard_error(value: np.ndarray, rows: int) -> np.ndarray:
 def correlation_standard_error(value: np.ndarray, rows: int) -> np.ndarray:
     """Computes the standard error of a correlation over `rows` rows, float [...]."""
     return (1 - np.clip(value, -1, 1) ** 2) / np.sqrt(rows)
+
+
+class TargetScaler(NamedTuple):
+    """Standardizes targets, and converts predictions back to the targets' units."""
+
+    mean: float
+    std: float  # standard deviation
+
+    def scale(self, targets: np.ndarray) -> np.ndarray:
+        """Returns standardized targets, in their dtype."""
+        return (targets - self.mean) / self.std
+
+    def unscale(self, predictions: np.ndarray) -> np.ndarray:
+        """Returns predictions of standardized targets in the targets' units, in their dtype."""
+        return predictions * self.std + self.mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +150,9 @@ class Objective:
         [..., N] from 0 to 1; None if it estimates whether the prediction is right.
       measures: pairs of a name and a function of (predictions [N, ...], targets [N, ...]) that
         returns a float, reported for each exit in addition to the metric.
-      units: function of the targets that returns the (mean, standard deviation) by which they are
-        standardized for training; None to train on the targets as they are. Saved models and
-        outputs use the original units.
+      fit_scaler: function of the targets that returns the scaler that standardizes them for
+        training; None to train on the targets as they are. Saved models and outputs use the
+        original units.
       decision_shifts: function of (logits float32 [N, C], targets) that returns what to subtract
         from the logits to maximize the metric on these rows, float [C]; None to subtract nothing.
       outputs: word for the C outputs of an exit.
@@ -161,7 +176,7 @@ class Objective:
     tuning_policy: str = "raw_confidence"
     exit_target: Callable[[Array, Array], Array] | None = None
     measures: tuple[tuple[str, Callable[[np.ndarray, np.ndarray], float]], ...] = ()
-    units: Callable[[np.ndarray], tuple[float, float]] | None = None
+    fit_scaler: Callable[[np.ndarray], TargetScaler] | None = None
     decision_shifts: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     outputs: str = "outputs"
 

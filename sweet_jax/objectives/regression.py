@@ -19,6 +19,7 @@ from sweet_jax.objectives.objective import (
     Array,
     Metric,
     Objective,
+    TargetScaler,
     correlation_standard_error,
 )
 
@@ -170,9 +171,9 @@ def ridge_estimator(inverse_penalty: float, max_iter: int) -> Any:
     return Ridge(alpha=10 / inverse_penalty, solver="sparse_cg")  # needs no limit of iterations
 
 
-def units(targets: np.ndarray) -> tuple[float, float]:
-    """Returns the mean and the standard deviation of targets float [N]."""
-    return float(targets.mean(dtype=np.float64)), float(targets.std(dtype=np.float64))
+def fit_scaler(targets: np.ndarray) -> TargetScaler:
+    """Returns the scaler of targets float [N]."""
+    return TargetScaler(float(targets.mean(dtype=np.float64)), float(targets.std(dtype=np.float64)))
 
 
 def absolute_error(predicted: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -292,6 +293,6 @@ REGRESSION = Objective(
         ("pearson", pearson),
         ("spearman", spearman),
     ),
-    units=units,
+    fit_scaler=fit_scaler,
     outputs="output",
 )
