@@ -26,7 +26,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """
     tensors: dict[str, np.ndarray] = {}
     for path in _paths(folder):
-        tensors |= _read(path, _read_pickle if _is_pickle(path) else safetensors.numpy.load_file)
+        tensors |= _read(path, _read_pickle if _is_pickle(path) else _read_safetensors)
     return tensors
 
 
@@ -92,10 +92,21 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
         ) from error
 
 
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except AttributeError as error:  # which NumPy raises for a dtype that it does not have
+        raise UserError(
+            f"{str(path)!r} holds tensors of a dtype that is not supported ({one_line(error)}): "
+            "save the checkpoint in float32"
+        ) from error
+
+
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     """Reads a file of torch with the loader that unpickles tensors only.
 
-    Unpickling can run arbitrary code, so no other loader is used.
+    Unpickling can run arbitrary code, so no other loader is used. The tensors are the values of a
+    dict, or of its entry "state_dict"; what else a training loop saved there is left out.
     """
     try:
         import torch
@@ -110,7 +121,12 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{str(path)!r} holds more than tensors, or is damaged: not read"
         ) from error
+    tensors = {
+        name: value.detach()  # of a parameter, which is no array while it can have a gradient
+        for name, value in loaded.get("state_dict", loaded).items()
+        if isinstance(value, torch.Tensor)
+    }
     return {
         name: value.float().numpy() if value.is_floating_point() else value.numpy()
-        for name, value in loaded.items()
+        for name, value in tensors.items()
     }
