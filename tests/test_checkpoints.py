@@ -201,6 +201,20 @@ def test_a_type_is_guessed_from_the_names_of_tensors(kind, prefixed, tmp_path, c
     equal(found.weights.encoder, encoder_of(KINDS[kind]))
 
 
+def test_a_guess_names_the_other_types_that_fit_the_tensors(tmp_path, caplog):
+    folder = shutil.copytree(KINDS["roberta"], tmp_path / "copy")
+    change_json(folder / "config.json", model_type=None, architectures=None, pad_token_id=None)
+    assert open_checkpoint(str(folder)).model_type == "bert"
+    assert "of its tensors, which fit 'roberta', 'xlm-roberta', 'camembert' as" in caplog.text
+    write_tensors(folder, {f"roberta.{k}": v for k, v in tensors_of(folder).items()})
+    assert open_checkpoint(str(folder)).model_type == "roberta"
+    caplog.clear()
+    shutil.copytree(KINDS["electra"], tmp_path / "electra")
+    change_json(tmp_path / "electra" / "config.json", model_type=None, architectures=None)
+    open_checkpoint(str(tmp_path / "electra"))
+    assert "taken for 'electra' by the names of its tensors: add it" in caplog.text
+
+
 def test_a_vocabulary_alone_is_a_tokenizer_of_the_guessed_type(tmp_path):
     folder = write_checkpoint(tmp_path / "bert")
     words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]

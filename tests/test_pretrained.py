@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pickle
 import shutil
+import struct
 import sys
 import types
 from pathlib import Path
@@ -265,6 +266,32 @@ def test_pickles_are_read_as_tensors_alone(tmp_path, shards):
     found = open_checkpoint(str(folder)).weights.encoder
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("saved", ["parameters", "epoch", "state_dict"])
+def test_a_pickle_that_a_training_loop_wrote_is_read(tmp_path, saved):
+    torch = pytest.importorskip("torch", reason="only torch writes pickles")
+    folder = shutil.copytree(GOLDEN.parent / "deberta_base", tmp_path / "copy")
+    wanted = open_checkpoint(str(folder)).weights.encoder
+    pickled(folder, torch)
+    path = folder / "pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    values = {
+        "parameters": {k: torch.nn.Parameter(v, v.is_floating_point()) for k, v in state.items()},
+        "epoch": {**state, "epoch": 3},
+        "state_dict": {"state_dict": state, "epoch": 3},
+    }
+    torch.save(values[saved], path)
+    found = open_checkpoint(str(folder)).weights.encoder
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_dtype_that_numpy_lacks_is_not_taken_for_damage(folder):
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    contents = struct.pack("<Q", len(header)) + header + b"\0\1"
+    (folder / "model.safetensors").write_bytes(contents)
+    with pytest.raises(UserError, match=r"not supported \(.*float8.*\): save .* in float32"):
+        _ = open_checkpoint(str(folder)).weights
 
 
 class Harmful:

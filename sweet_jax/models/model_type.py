@@ -33,7 +33,10 @@ def guess_model_type(
     families = list(families)
     named, how = _by_architecture(values, families), "architectures"
     if named is None:
-        named, how = _by_tensors(folder, values, families), "the names of its tensors"
+        named, *others = _by_tensors(folder, values, families) or (None,)
+        how = "the names of its tensors"
+        if others:
+            how += f", which fit {', '.join(map(repr, others))} as well"
     if named is None:
         return None
     log.warning(
@@ -59,7 +62,8 @@ def _by_architecture(values: Mapping[str, Any], families: list[EncoderFamily]) -
 
 def _by_tensors(
     folder: Path, values: Mapping[str, Any], families: list[EncoderFamily]
-) -> str | None:
+) -> list[str]:
+    """Returns the model_type that fits the tensors best, then those whose tensors fit as well."""
     found = tensor_names(folder)
     # BERT and RoBERTa differ in how they count positions, which no tensor shows.
     counted = values.get("pad_token_id") == 1
@@ -82,7 +86,10 @@ def _by_tensors(
             if family.names.is_inside(n) and not family.names.is_ignored(n) and not later.match(n)
         }
         if inside <= names <= present:
-            prefixed = any(f"{family.names.prefix}." in name for name in found)
-            rank = (len(names), prefixed, ("roberta" in family.model_type) == counted)
+            prefixed = any(f".{family.names.prefix}." in f".{name}" for name in found)
+            rank = (len(names), prefixed, (family.model_type != "bert") == counted)
             fitting.append((rank, family.model_type))
-    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+    if not fitting:
+        return []
+    best, named = max(fitting, key=lambda pair: pair[0])
+    return [named, *(kind for rank, kind in fitting if rank[:2] == best[:2] and kind != named)]

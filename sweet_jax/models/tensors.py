@@ -27,7 +27,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """
     tensors: dict[str, np.ndarray] = {}
     for path in _paths(folder):
-        tensors |= _read(path, _read_pickle if _is_pickle(path) else safetensors.numpy.load_file)
+        tensors |= _read(path, _read_pickle if _is_pickle(path) else _read_safetensors)
     return tensors
 
 
@@ -93,10 +93,21 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
         ) from error
 
 
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except AttributeError as error:  # raised by NumPy for an unsupported dtype
+        raise UserError(
+            f"{str(path)!r} holds tensors of a dtype that is not supported ({one_line(error)}): "
+            "save the checkpoint in float32"
+        ) from error
+
+
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     """Reads a torch file with the loader that only unpickles tensors.
 
-    Other loaders are not used because unpickling can run arbitrary code.
+    Other loaders are not used because unpickling can run arbitrary code. The tensors are the values
+    of a dict, or of its entry "state_dict"; anything else that a training loop saved is ignored.
     """
     try:
         import torch
@@ -111,7 +122,12 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{str(path)!r} holds more than tensors, or is damaged: save it as safetensors"
         ) from error
+    tensors = {
+        name: value.detach()  # a parameter with a gradient cannot become an array
+        for name, value in loaded.get("state_dict", loaded).items()
+        if isinstance(value, torch.Tensor)
+    }
     return {
         name: value.float().numpy() if value.is_floating_point() else value.numpy()
-        for name, value in loaded.items()
+        for name, value in tensors.items()
     }
