@@ -20,9 +20,9 @@ GET /audit      with --audit, the results of the audit
 With --audit=0.02, two out of a hundred texts also go through all layers, after their answers are
 sent and while no other text waits. The agreement of the answers with the full model is monitored:
 an alarm is raised when it has fallen below --audit_agreement, by default the agreement that the
-calibration rows certify at the operating point. Another alarm is raised when the texts are no
-longer like those that the model was calibrated on. Both tests are anytime-valid: they may be read
-at any time (Waudby-Smith and Ramdas 2024; Vovk et al. 2021).
+calibration rows certify at the operating point. Another alarm is raised when recent texts are no
+longer like earlier ones. Both tests are anytime-valid: they may be read at any time (Waudby-Smith
+and Ramdas 2024; Vovk et al. 2021).
 
 Statuses: 400 malformed request, 408 body arrives too slowly, 413 body or text too large, 503 too
 many texts waiting, 504 not answered in time. On SIGTERM the server answers the requests it has

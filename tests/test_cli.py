@@ -209,7 +209,7 @@ def test_train_is_the_main_module(line, capsys):
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["simulate", "--run=absent"], "'absent' is not a finished run"),
         (["predict", "--modl=absent"], "unknown option '--modl': did you mean '--model'?"),
-        (["predict", "--model=absent"], "give --input=FILE and --output=FILE, or --measure"),
+        (["predict", "--model=absent"], "pass --input=FILE and --output=FILE, or --measure"),
     ],
 )
 def test_a_wrong_command_gets_one_line(arguments, words, capsys):
@@ -245,7 +245,7 @@ def test_the_process_exits_2_with_one_line(line, tmp_path):
         ("--config.exits=0,3", "exits must be layer numbers from 1"),
         ("--config.method=swet", "unknown method 'swet': did you mean 'sweet'?"),
         ("--config.isolation=2", "isolation must be from 0 to 1"),
-        ("--config.max_length=65", "64 positions: set --config.max_length=64 or less"),
+        ("--config.max_length=65", "set --config.max_length=64 or less"),
         ("--config.text_columns=txt", "unknown column 'txt': did you mean 'text'?"),
         ("--config.label_column=lable", "unknown column 'lable': did you mean 'label'?"),
         ("--config.data_files=absent.csv", "the data: 'absent.csv' does not exist"),

@@ -143,7 +143,7 @@ def test_a_command_cut_short_resumes_where_the_output_ends(sweet, command, tmp_p
     assert (status, longer[: len(again)], len(longer)) == (0, again, len(again) + 3)
     (tmp_path / ".out.jsonl.identity.json").unlink()  # of an output that was moved
     assert command("in.jsonl", more, "--threshold=0.80001") == (0, longer)
-    assert "compared were only the last 32 rows" in capsys.readouterr().err
+    assert "only its last 32 rows were compared" in capsys.readouterr().err
     assert not (tmp_path / ".out.jsonl.identity.json").exists()  # nor is it known now
 
 

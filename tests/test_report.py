@@ -394,7 +394,7 @@ def test_simulate_overlays_runs_of_one_metric_only(monkeypatch, capsys, tmp_path
     monkeypatch.setattr("sweet_jax.simulate.load_analysis", loaded)
     page = tmp_path / "page.html"
     assert simulate_command(["--run=a", "--run=b", f"--output={page}"]) == 2
-    assert "several metrics (accuracy of a, matthews of b): give --run once" in (
+    assert "different metrics (accuracy of a, matthews of b): pass --run only once" in (
         capsys.readouterr().err
     )
     assert not page.exists()
@@ -423,7 +423,7 @@ def test_simulate_overlays_runs_in_one_page(runs, tmp_path, browser):
         (["--risk=2"], "--risk must be from 0 to 1; got 2"),
         (["--risk=0.1", "--level=1"], "--level must be from 0.5 to 0.9999; got 1"),
         (["--policy=learning_to_exit"], "have no learning-to-exit scores: train with"),
-        (["--output=x.html"], "--output is the page that overlays several runs"),
+        (["--output=x.html"], "--output applies only to several runs"),
         (["--run=nowhere"], "'nowhere' is not a finished run"),
     ],
 )
