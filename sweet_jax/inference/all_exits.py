@@ -32,8 +32,8 @@ def compute_all_exits(
     """
     # No confidence is above 1, so every text reaches the last exit.
     objective = model.objective
-    about = (2.0, model.resolver.calibrator, model.layers, objective)
-    rule = ExitRule(objective.tuning_policy, *about)
+    arguments = (2.0, model.resolver.calibrator, model.layers, objective)
+    rule = ExitRule(objective.tuning_policy, *arguments)
     scheduler = Scheduler(engine, engine.stages(), batch_size)
     requests = encode_requests(model, texts, rule)
     for request in requests:

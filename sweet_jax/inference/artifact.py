@@ -104,9 +104,9 @@ def save_model(
     shutil.rmtree(aside, ignore_errors=True)
     written = []
     for model in models:
-        place = "." if model is models[-1] else f"depth_{model.exits[-1]:02d}"
-        _write_network(aside / place, checkpoint, model)
-        written.append({"folder": place, "exits": list(model.exits)})
+        subfolder = "." if model is models[-1] else f"depth_{model.exits[-1]:02d}"
+        _write_network(aside / subfolder, checkpoint, model)
+        written.append({"folder": subfolder, "exits": list(model.exits)})
     tokenizer.save_pretrained(aside)
     write_json(aside / "exits.json", {**exits, "models": written})
     write_text(aside / "README.md", card)
@@ -149,8 +149,8 @@ def describe_exits(
     temperatures = analysis.temperatures[best]
     single = config.objective == "single_label"
     version = EXITS_VERSION if single else OBJECTIVES_VERSION
-    about = {} if single else {"objective": config.objective}
-    return about | {
+    fields = {} if single else {"objective": config.objective}
+    return fields | {
         "version": PAIRS_VERSION if POOLING_INPUTS[config.pooling].pairs else version,
         "task": config.task,
         "method": config.method,

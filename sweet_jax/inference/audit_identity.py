@@ -74,13 +74,13 @@ def check_same_model(line: Mapping[str, Any], model: Mapping[str, Any], where: s
     raise UserError(f"{where} is from another precision: {values}; {fix}")
 
 
-def _flatten(about: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values to compare, by their names in error messages; precision comes last.
 
     Raises KeyError if version, layers or classes are missing.
     """
-    found = {key: about[key] for key in ("version", "layers", "classes")}
-    names = enumerate(about.get("class_names", ()))
-    found |= {f"class_names[{place}]": name for place, name in names}
-    found |= dict(about.get("weights", {}))
-    return found | {key: about[key] for key in ("precision",) if key in about}
+    values = {key: identity[key] for key in ("version", "layers", "classes")}
+    names = enumerate(identity.get("class_names", ()))
+    values |= {f"class_names[{index}]": name for index, name in names}
+    values |= dict(identity.get("weights", {}))
+    return values | {key: identity[key] for key in ("precision",) if key in identity}

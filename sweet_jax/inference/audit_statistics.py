@@ -122,27 +122,27 @@ class AuditStatistics:
         self._agreeing = np.zeros(len(model.layers))  # [E], sum over all audited texts
         self._newest: deque[AuditRow] = deque(maxlen=_WINDOW)
         self._sequence = ConfidenceSequence(level)
-        each = 1 - (1 - level) / 2  # level of each of two tests, which together have `level`
-        self._test = None if target is None else MeanTest(target, each)
-        self._shift = ShiftTest(each)
+        test_level = 1 - (1 - level) / 2  # level of each of two tests, which together have `level`
+        self._test = None if target is None else MeanTest(target, test_level)
+        self._shift = ShiftTest(test_level)
         self.alarm: float | None = None
         self.shift_alarm: float | None = None
 
     def answer_confidences(self, requests: Sequence[Request]) -> np.ndarray:
         """Computes the confidence of answered texts at the exit that answered, float64 [N]."""
-        found = np.empty(len(requests))
+        confidences = np.empty(len(requests))
         counts = np.asarray([len(request.logits) for request in requests])
         for count in set(counts.tolist()):
-            places = np.flatnonzero(counts == count).tolist()
-            own = [requests[place] for place in places]
-            logits = np.stack([request.logits for request in own], axis=1)[None]  # [1, E', N, C]
-            learned = [request.exit_scores for request in own]
+            indices = np.flatnonzero(counts == count).tolist()
+            group = [requests[index] for index in indices]
+            logits = np.stack([request.logits for request in group], axis=1)[None]  # [1, E', N, C]
+            learned = [request.exit_scores for request in group]
             scores = np.asarray(learned, np.float32).T[None] if learned[0] else None
             layers = np.asarray(self._rule.layers[:count])
             outputs = UnlabeledOutputs(logits, layers, scores, self._rule.objective)
             calibrator = self._rule.calibrator.first_exits(count)
-            found[places] = exit_confidences(outputs, self._rule.policy, [calibrator])[0, -1]
-        return found
+            confidences[indices] = exit_confidences(outputs, self._rule.policy, [calibrator])[0, -1]
+        return confidences
 
     def add_answered(self, confidences: Iterable[float], draws: Iterable[float]) -> bool:
         """Adds the `answer_confidences` of texts, each with a uniform draw.
@@ -174,10 +174,10 @@ class AuditStatistics:
             None if scores is None else scores[None, :, None],
             self._rule.objective,
         )
-        found = exit_confidences(outputs, self._rule.policy, [self._rule.calibrator])
-        given = outputs.predictions[0]  # [E, 1] or [E, 1, C]
-        agrees = self._agrees(given, given[-1])[:, 0]
-        return AuditRow(time.time(), exit, agrees, found[0, :, 0], logits, scores, text)
+        confidences = exit_confidences(outputs, self._rule.policy, [self._rule.calibrator])
+        predictions = outputs.predictions[0]  # [E, 1] or [E, 1, C]
+        agrees = self._agrees(predictions, predictions[-1])[:, 0]
+        return AuditRow(time.time(), exit, agrees, confidences[0, :, 0], logits, scores, text)
 
     def add(self, row: AuditRow) -> bool:
         """Adds a row; returns whether it raises the alarm that the target is missed."""
@@ -196,8 +196,8 @@ class AuditStatistics:
     def summary(self) -> AuditSummary:
         """Returns the statistics so far."""
         cost, audited = self._model.cost, self._sequence.count
-        taken = np.bincount([row.exit for row in self._newest], minlength=len(cost))
-        shares = taken / len(self._newest) if audited else np.full(len(cost), np.nan)
+        counts = np.bincount([row.exit for row in self._newest], minlength=len(cost))
+        shares = counts / len(self._newest) if audited else np.full(len(cost), np.nan)
         expected = np.full(len(cost), np.nan)
         if self._front is not None:
             expected = self._front.shares_at(self._rule.threshold)
@@ -218,7 +218,7 @@ class AuditStatistics:
 
     def _exits(self, shares: np.ndarray, expected: np.ndarray) -> list[ExitAudit]:
         """Returns the statistics of each exit; shares and expected are float64 [E]."""
-        layers, found = self._rule.layers, []
+        layers, exits = self._rule.layers, []
         rows = [row.confidence for row in self._newest]
         reached = np.maximum.accumulate(np.asarray(rows).reshape(-1, len(layers)), axis=1)  # [N, E]
         agreement = self._agreeing / self._sequence.count if rows else np.full(len(layers), np.nan)
@@ -229,9 +229,9 @@ class AuditStatistics:
                 counts = histogram.count_in_bins(reached[:, e])
                 stability = population_stability_index(histogram.shares, counts)
                 p_value = two_sample_p_value(histogram.shares, self._calibration_rows, counts)
-            one = (agreement[e], shares[e], expected[e], stability, p_value)
-            found.append(ExitAudit(layer, *map(float, one)))
-        return found
+            values = (agreement[e], shares[e], expected[e], stability, p_value)
+            exits.append(ExitAudit(layer, *map(float, values)))
+        return exits
 
 
 def certified_agreement(model: ModelArtifact, rule: ExitRule, level: float) -> float | None:

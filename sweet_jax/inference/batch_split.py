@@ -92,10 +92,10 @@ def split_by_length(tokens: np.ndarray, most: int) -> list[np.ndarray]:
         return [np.arange(len(tokens))]
     order = np.argsort(tokens, kind="stable")
     parts: list[list[int]] = [[]]
-    for place in order.tolist():
-        if parts[-1] and (len(parts[-1]) + 1) * int(tokens[place]) > most:
+    for index in order.tolist():
+        if parts[-1] and (len(parts[-1]) + 1) * int(tokens[index]) > most:
             parts.append([])
-        parts[-1].append(place)
+        parts[-1].append(index)
     return [np.asarray(part) for part in parts]
 
 

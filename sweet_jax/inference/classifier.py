@@ -91,8 +91,8 @@ class AdaptiveClassifier:
         self.threshold, self.calibrator = self._resolve(target)
         if front := self.model.resolver.fronts.get(self.policy_name):
             self._exit_rates = front.leaving(self.threshold)
-        about = (self.threshold, self.calibrator, model.layers, model.objective)
-        self.rule = ExitRule(self.policy, *about)
+        arguments = (self.threshold, self.calibrator, model.layers, model.objective)
+        self.rule = ExitRule(self.policy, *arguments)
         self.full = self.threshold == math.inf
         self._idle: dict[tuple[int, int | None], list[Scheduler]] = {}  # by batch size and wait
 
@@ -152,12 +152,12 @@ class AdaptiveClassifier:
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`.
 
         """
-        given = _given(target)
-        check_targets(given)  # before anything is read
+        targets = _given(target)
+        check_targets(targets)  # before anything is read
         dtype = precision or dtype
         model = open_model(name, dtype)
         engine = engine or default_engine(model, dtype)
-        return cls(model, policy, given, load_engine(engine, model, dtype, cache_dir, threads))
+        return cls(model, policy, targets, load_engine(engine, model, dtype, cache_dir, threads))
 
     def at(
         self, policy: str | PolicyFunction | None = None, **target: Unpack[Target]
@@ -170,9 +170,9 @@ class AdaptiveClassifier:
         """
         # Two functions may have the same name, for example if one factory made both.
         model = self.model if policy is None else self._saved
-        found = AdaptiveClassifier(model, policy or self.policy, _given(target), self.engine)
-        found._saved = self._saved
-        return found
+        classifier = AdaptiveClassifier(model, policy or self.policy, _given(target), self.engine)
+        classifier._saved = self._saved
+        return classifier
 
     def warm_up(
         self,

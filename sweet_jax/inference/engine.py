@@ -177,17 +177,17 @@ def load_engine(
 
     """
     check_choice("engine", name, ENGINES)
-    given = {"threads": threads, "float32_layers": float32_layers}
-    options = {name: value for name, value in given.items() if value is not None}
+    arguments = {"threads": threads, "float32_layers": float32_layers}
+    options = {name: value for name, value in arguments.items() if value is not None}
     try:
         module = import_module(ENGINES[name])
     except ImportError as error:
         package = missing_package(error)
         fix = _INSTALL.get(name, "install it")
         raise UserError(f"the {name} engine needs {package}: {fix}") from error
-    known = inspect.signature(module.load_engine).parameters
+    parameters = inspect.signature(module.load_engine).parameters
     for option in options:
-        if option not in known:
+        if option not in parameters:
             raise UserError(
                 f"the {name} engine has no option {option}: leave {option} out, or choose another "
                 "engine"

@@ -48,12 +48,12 @@ def available_engines(
     if installed("onnxruntime") and (exported or (installed("jax") and installed("onnx"))):
         names.append("onnxruntime")
     quantized = (model.folder / INT8_FILE).exists()
-    found = []
+    choices = []
     for name in names if engine is None else [engine]:
-        for each in PRECISIONS.get(name, ("float32",)):
-            if each == precision or (precision is None and (each != "int8" or quantized)):
-                found.append(EngineChoice(name, each))
-    return found
+        for candidate in PRECISIONS.get(name, ("float32",)):
+            if candidate == precision or (precision is None and (candidate != "int8" or quantized)):
+                choices.append(EngineChoice(name, candidate))
+    return choices
 
 
 def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
@@ -61,14 +61,14 @@ def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
     if precision in PRECISIONS[engine]:
         return
     exported = has_graphs(model.folder)
-    known = [
-        f"{name} with {' or '.join(each)}"
-        for name, each in PRECISIONS.items()
+    supported = [
+        f"{name} with {' or '.join(precisions)}"
+        for name, precisions in PRECISIONS.items()
         if name != "jax" or not exported
     ]
     raise UserError(
         f"the {engine} engine does not support precision {precision!r}: choose engine "
-        f"{', or '.join(known)}"
+        f"{', or '.join(supported)}"
     )
 
 
@@ -106,8 +106,8 @@ def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
             f"{others} is installed too: run sweet-jax predict --measure to find the faster one"
         )
     name = min(names, key=times.__getitem__)
-    each = ", ".join(f"{other} {times[other]:.2f} ms" for other in names)
-    return name, f"the faster one according to {model.folder / LATENCY_FILE}: {each}"
+    measured = ", ".join(f"{engine} {times[engine]:.2f} ms" for engine in names)
+    return name, f"the faster one according to {model.folder / LATENCY_FILE}: {measured}"
 
 
 def typical_milliseconds(table: LatencyTable, model: ModelArtifact) -> float:

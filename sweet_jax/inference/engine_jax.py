@@ -112,14 +112,14 @@ class JaxEngine:
             self._plans[key] = self._plan(*key)
         plan, outputs, first = self._plans[key], [], 0
         for size, program in plan.parts:
-            part = _part(batch, first, size, slots, pairs=self._pairs)
-            found, written = program(plan.params, *part, states)
+            inputs = _part(batch, first, size, slots, pairs=self._pairs)
+            output, written = program(plan.params, *inputs, states)
             states = states if written is None else written
-            outputs.append(found)
+            outputs.append(output)
             first += size
         values = np.asarray(outputs[0])  # [B, C + K], or [B, C + K + 1] with learning-to-exit's
         if first > count or len(outputs) > 1:
-            values = np.concatenate([np.asarray(found) for found in outputs])[:count]
+            values = np.concatenate([np.asarray(output) for output in outputs])[:count]
         last = plan.classes + len(PLAIN_POLICIES)
         scores = values[:, last] if values.shape[1] > last else None  # [B]
         complements = values[:, plan.classes : last]
@@ -197,8 +197,8 @@ class JaxEngine:
 
     def _of(self, stage: Stage) -> list[jax.Array]:
         if stage not in self._params:
-            own = stage_parameters(stage, self._on_device[stage.network])
-            self._params[stage] = list(own.values())
+            parameters = stage_parameters(stage, self._on_device[stage.network])
+            self._params[stage] = list(parameters.values())
         return self._params[stage]
 
     def _states(self, slots: int, length: int) -> jax.ShapeDtypeStruct:

@@ -227,16 +227,16 @@ class OnnxEngine:
         if len(parts) == 1:
             values = self._run_part(stage, rows, batch.texts, states, batch.second_starts)
             return StageOutput(values["logits"], values.get("exit_scores"), states)
-        found = []
+        outputs = []
         for part in parts:
             texts = None if batch.texts is None else batch.texts[:, part]
             starts = None if batch.second_starts is None else batch.second_starts[part]
-            found.append(self._run_part(stage, rows[:, part], texts, states, starts))
+            outputs.append(self._run_part(stage, rows[:, part], texts, states, starts))
         back = np.argsort(np.concatenate(parts))  # [N], to the order of the batch
-        logits = np.concatenate([values["logits"] for values in found])[back]  # [N, C]
+        logits = np.concatenate([values["logits"] for values in outputs])[back]  # [N, C]
         scores = None
-        if "exit_scores" in found[0]:
-            scores = np.concatenate([values["exit_scores"] for values in found])[back]  # [N]
+        if "exit_scores" in outputs[0]:
+            scores = np.concatenate([values["exit_scores"] for values in outputs])[back]  # [N]
         return StageOutput(logits, scores, states)
 
     def _run_part(

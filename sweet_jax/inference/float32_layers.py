@@ -57,20 +57,20 @@ def select_float32_layers(
 
     ranked = sorted(groups, key=lambda group: error(quantize(group)))
     named = ", ".join(str(exact.layers[exit]) for exit in losing)
-    told = f"exit {named} would lose more than {100 * _LOSS} points in int8"
+    text = f"exit {named} would lose more than {100 * _LOSS} points in int8"
     if has_unit(exact):
-        told = f"the error of exit {named} would be more than {_GROWTH:.0%} larger in int8"
+        text = f"the error of exit {named} would be more than {_GROWTH:.0%} larger in int8"
     for count in range(1, len(ranked) + 1):
-        kept = sorted(itertools.chain(*ranked[:count]))
-        found = quantize(kept)
-        if not _find_losses(exact, found):
-            print(f"{told}: layer {', '.join(map(str, kept))} of {exact.layers[-1]} in float32")
-            return kept, found
-    print(f"{told}, whichever layers stay in float32")
+        layers = sorted(itertools.chain(*ranked[:count]))
+        quantized = quantize(layers)
+        if not _find_losses(exact, quantized):
+            print(f"{text}: layer {', '.join(map(str, layers))} of {exact.layers[-1]} in float32")
+            return layers, quantized
+    print(f"{text}, whichever layers stay in float32")
     return [], first
 
 
-def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) -> list[int]:
+def _find_losses(exact: ExitOutputs, quantized: ExitOutputs, *, tell: bool = False) -> list[int]:
     """Returns the indices of the exits that lose too much, and more than chance explains.
 
     Too much is more than _LOSS of the metric or, if the metric is an error in the targets' units,
@@ -78,17 +78,17 @@ def _find_losses(exact: ExitOutputs, found: ExitOutputs, *, tell: bool = False) 
 
     Args:
       exact: outputs in float32.
-      found: outputs in int8, on the same rows.
+      quantized: outputs in int8, on the same rows.
       tell: whether to print losses that chance explains.
 
     """
-    paired = compare_exits(exact, found)
+    paired = compare_exits(exact, quantized)
     losing = []
     for exit, (before, after) in enumerate(zip(paired["float32"], paired["int8"], strict=True)):
         loses, text = describe_loss(exact, before, after)
         if not loses:
             continue
-        lost, gained = _changed_rows(exact, found, exit, paired)
+        lost, gained = _changed_rows(exact, quantized, exit, paired)
         probability = sign_test(lost, gained)
         if probability <= _CHANCE:
             losing.append(exit)

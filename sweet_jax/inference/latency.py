@@ -49,9 +49,9 @@ def measure_latency(
     sizes = tuple(sorted({1, *batch_sizes}))
     stages = engine.stages()
     times = np.zeros((len(sizes), len(lengths), len(stages)))  # [number of B, number of L, E]
-    for place in np.ndindex(times.shape):
-        size, length, stage = sizes[place[0]], lengths[place[1]], stages[place[2]]
-        times[place] = _time_stage(engine, stage, size, length)
+    for index in np.ndindex(times.shape):
+        size, length, stage = sizes[index[0]], lengths[index[1]], stages[index[2]]
+        times[index] = _time_stage(engine, stage, size, length)
         progress()
     return LatencyTable(*choice, engine.threads, describe_machine(engine), sizes, lengths, times)
 
@@ -63,23 +63,23 @@ def usual_lengths(max_length: int) -> tuple[int, ...]:
 
 def measured_lengths(model: ModelArtifact) -> tuple[int, ...]:
     """Returns the lengths to measure: the usual ones, and those of median and of long texts."""
-    own = {
+    typical = {
         padded_length(n, model.max_length) for n in (model.median_tokens, model.long_tokens) if n
     }
-    return tuple(sorted({*usual_lengths(model.max_length), *own}))
+    return tuple(sorted({*usual_lengths(model.max_length), *typical}))
 
 
 def describe_fastest(model: ModelArtifact, tables: Sequence[LatencyTable]) -> list[str]:
     """Describes which engine and precision is fastest for single texts of two lengths."""
     lines = []
-    about = {model.median_tokens: "the median of the training texts"}
+    descriptions = {model.median_tokens: "the median of the training texts"}
     if model.long_tokens > model.median_tokens:
-        about[model.long_tokens] = "95% of the training texts are no longer"
-    for tokens, what in about.items():
+        descriptions[model.long_tokens] = "95% of the training texts are no longer"
+    for tokens, description in descriptions.items():
         times = [(float(table.until_exit(tokens)[-1]), table) for table in tables]
         times.sort(key=lambda pair: pair[0])
-        each = ", ".join(f"{t.engine} {t.precision} {value:.2f} ms" for value, t in times)
-        lines.append(f"one text of {tokens} tokens ({what}) through all layers: {each}")
+        measured = ", ".join(f"{t.engine} {t.precision} {value:.2f} ms" for value, t in times)
+        lines.append(f"one text of {tokens} tokens ({description}) through all layers: {measured}")
     return lines
 
 
@@ -111,17 +111,17 @@ def read_latency(model: ModelArtifact, engine: Engine) -> LatencyTable | None:
     tables, here = read_tables(model.folder), describe_machine(engine)
     if not tables:
         return None
-    found = [table for table in tables if table.machine == here]
+    matching = [table for table in tables if table.machine == here]
     path = str(model.folder / LATENCY_FILE)
-    if not found:
+    if not matching:
         measured = "; ".join(table.machine for table in tables)
         raise UserError(
             f"the times in {path!r} were measured on {measured}, but this is {here}: measure again "
             f"with sweet-jax predict --model={model.folder} --measure and the same --engine, "
             "--precision and --threads"
         )
-    if found[-1].milliseconds.shape[-1] != len(model.layers):
+    if matching[-1].milliseconds.shape[-1] != len(model.layers):
         raise UserError(
             f"{path!r} is damaged (its number of exits is not the model's): measure again"
         )
-    return found[-1]
+    return matching[-1]

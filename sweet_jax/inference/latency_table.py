@@ -31,8 +31,8 @@ class LatencyTable:
     def until_exit(self, tokens: int) -> np.ndarray:
         """Returns the milliseconds until each exit for a text by itself, float64 [E]."""
         long_enough = [i for i, length in enumerate(self.lengths) if length >= tokens]
-        place = long_enough[0] if long_enough else -1
-        return np.cumsum(self.milliseconds[0, place])
+        index = long_enough[0] if long_enough else -1
+        return np.cumsum(self.milliseconds[0, index])
 
     def interpolate_until_exit(self, lengths: np.ndarray) -> np.ndarray:
         """Predicts the milliseconds until each exit for texts by themselves, float64 [N, E].
@@ -43,13 +43,14 @@ class LatencyTable:
           lengths: padded lengths of the texts, int [N].
 
         """
-        known, each = np.asarray(self.lengths), np.cumsum(self.milliseconds[0], axis=-1)  # [L, E]
-        if len(known) == 1:
-            return np.repeat(each, len(lengths), axis=0)
-        place = np.clip(np.searchsorted(known, lengths) - 1, 0, len(known) - 2)  # [N]
-        share = (lengths - known[place]) / (known[place + 1] - known[place])  # [N]
-        found = each[place] + share[:, None] * (each[place + 1] - each[place])
-        return np.maximum(found, 0.0)
+        measured = np.asarray(self.lengths)  # [L]
+        times = np.cumsum(self.milliseconds[0], axis=-1)  # [L, E]
+        if len(measured) == 1:
+            return np.repeat(times, len(lengths), axis=0)
+        index = np.clip(np.searchsorted(measured, lengths) - 1, 0, len(measured) - 2)  # [N]
+        share = (lengths - measured[index]) / (measured[index + 1] - measured[index])  # [N]
+        predicted = times[index] + share[:, None] * (times[index + 1] - times[index])
+        return np.maximum(predicted, 0.0)
 
     def lines(self, layers: Iterable[int]) -> list[str]:
         """Formats the milliseconds of each stage as a table; `layers` are those of the exits."""
@@ -57,8 +58,8 @@ class LatencyTable:
         table = [f"{'batch':>6}{'length':>8}{heads}{'all':>9}  milliseconds, {self.machine}"]
         for size, by_length in zip(self.batch_sizes, self.milliseconds, strict=True):
             for length, stages in zip(self.lengths, by_length, strict=True):
-                each = "".join(f"{value:9.2f}" for value in stages)
-                table.append(f"{size:6d}{length:8d}{each}{stages.sum():9.2f}")
+                cells = "".join(f"{value:9.2f}" for value in stages)
+                table.append(f"{size:6d}{length:8d}{cells}{stages.sum():9.2f}")
         return table
 
 
@@ -70,12 +71,12 @@ def write_tables(folder: Path, tables: Sequence[LatencyTable]) -> Path:
     """
     path, new = folder / LATENCY_FILE, {table.machine for table in tables}
     try:
-        kept = [table for table in read_tables(folder) if table.machine not in new]
+        unchanged = [table for table in read_tables(folder) if table.machine not in new]
     except UserError:  # a damaged file is replaced
-        kept = []
+        unchanged = []
     rows = [
         dataclasses.asdict(table) | {"milliseconds": table.milliseconds.tolist()}
-        for table in [*kept, *tables]
+        for table in [*unchanged, *tables]
     ]
     try:
         write_json(path, {"rows": rows})

@@ -97,8 +97,8 @@ def _pick_heads(shapes: Any, tensors: Mapping[str, np.ndarray], checkpoint: Chec
 
     def pick(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         layer, *module, kind = (p.key for p in path)
-        part = "pooler.dense" if module == ["pooler"] else module[0]
-        name = f"exits.{layer}.{part}.{'bias' if kind == 'bias' else 'weight'}"
+        module_name = "pooler.dense" if module == ["pooler"] else module[0]
+        name = f"exits.{layer}.{module_name}.{'bias' if kind == 'bias' else 'weight'}"
         value = tensors.get(name, np.empty(0))
         value = value.T if kind == "kernel" else value
         if value.shape != leaf.shape:

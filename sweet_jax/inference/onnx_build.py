@@ -128,9 +128,9 @@ def build_segment(
         raise _refusal(network, "an array whose size must be known in advance") from error
 
 
-def _refusal(network: Network, what: str) -> UserError:
+def _refusal(network: Network, feature: str) -> UserError:
     return UserError(
-        f"the onnxruntime engine does not support {what}, which an encoder of model_type "
+        f"the onnxruntime engine does not support {feature}, which an encoder of model_type "
         f"{network.model_type!r} needs: use engine=jax"
     )
 
@@ -161,17 +161,17 @@ def segment_function(
         for number in range(segment.start, segment.end + 1):
             only = last if number == segment.end and segment.exits else None
             h = encoder.layer(number, h, mask, relative=relative, count=only)
-        found: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         if segment.returns_states:
-            found["next_states"] = h
+            outputs["next_states"] = h
         if segment.exits:
             head, second = model.heads[str(segment.end)], inputs.get("second")
             output = head(h, mask, model.pooler, None, second=second)
-            found["logits"] = output.logits
+            outputs["logits"] = output.logits
             if output.exit_scores is not None:
-                found["exit_scores"] = output.exit_scores
-        names[:] = found
-        return list(found.values())
+                outputs["exit_scores"] = output.exit_scores
+        names[:] = outputs
+        return list(outputs.values())
 
     return run
 
@@ -184,21 +184,21 @@ def _write(program: Program, names: list[str], count: Any, graph: GraphBuilder) 
     """Returns the graph of a program; `names` are the names of its outputs."""
     inputs = dict(program.inputs)
     mask, second = inputs.pop("mask"), inputs.pop("second", None)
-    given = {name: graph.input(name, x.dtype, x.shape) for name, x in inputs.items()}
+    input_names = {name: graph.input(name, x.dtype, x.shape) for name, x in inputs.items()}
     tokens = graph.input("tokens", np.int32, mask.shape[:1])
     if count is not None:
         graph.size_input("count", count)
     writer = GraphWriter(graph, tokens, OPERATORS)
     for name, value in inputs.items():
-        writer.give(value, given[name])
+        writer.give(value, input_names[name])
     length = graph.op("Squeeze", graph.size(mask.shape[1]))
-    places = graph.op("Range", graph.constant(0), length, graph.constant(1))  # [L]
+    positions = graph.op("Range", graph.constant(0), length, graph.constant(1))  # [L]
     ends = graph.op("Unsqueeze", graph.cast(tokens, np.int64), graph.constant([1]))  # [B, 1]
-    writer.give(mask, graph.op("Less", places, ends))
+    writer.give(mask, graph.op("Less", positions, ends))
     if second is not None:
         start = graph.input("second_start", np.int32, mask.shape[:1])
         starts = graph.op("Unsqueeze", graph.cast(start, np.int64), graph.constant([1]))  # [B, 1]
-        writer.give(second, graph.op("Not", graph.op("Less", places, starts)))
+        writer.give(second, graph.op("Not", graph.op("Less", positions, starts)))
     fused = Fuser(program, mask).run()
     writer.write(fused)
     for name, value in zip(names, fused.outputs, strict=True):

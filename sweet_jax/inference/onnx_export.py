@@ -59,29 +59,29 @@ def _write_graphs(
 ) -> list[list[dict[str, Any]]]:
     """Writes a file for each graph and one for all weights; returns their part of graphs.json."""
     described: list[list[dict[str, Any]]] = []
-    places: dict[str, tuple[int, int]] = {}  # offset and length of each weight in bytes
+    locations: dict[str, tuple[int, int]] = {}  # offset and length of each weight in bytes
     weights = folder / weights_name(precision)
     with weights.open("wb") as file:
         for number, network in enumerate(networks):
             described.append([])
-            for place, (segment, graph) in enumerate(network):
+            for index, (segment, graph) in enumerate(network):
                 for name, value in graph.weights.items():
-                    if name not in places:
+                    if name not in locations:
                         file.write(bytes(-file.tell() % _ALIGNMENT))
-                        places[name] = (file.tell(), value.nbytes)
+                        locations[name] = (file.tell(), value.nbytes)
                         file.write(np.ascontiguousarray(value).tobytes())
-                name = f"segment_{number:02d}_{place:02d}.{precision}.onnx"
-                (folder / name).write_bytes(_located(graph, weights.name, places))
+                name = f"segment_{number:02d}_{index:02d}.{precision}.onnx"
+                (folder / name).write_bytes(_located(graph, weights.name, locations))
                 described[-1].append({"file": name, **segment._asdict()})
     return described
 
 
-def _located(graph: Graph, file: str, places: Mapping[str, tuple[int, int]]) -> bytes:
+def _located(graph: Graph, file: str, locations: Mapping[str, tuple[int, int]]) -> bytes:
     """Returns a serialized graph that reads its weights from a file in the same folder."""
     model = onnx.load_from_string(graph.model)
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            offset, length = places[tensor.name]
+            offset, length = locations[tensor.name]
             del tensor.external_data[:]
             for key, value in (("location", file), ("offset", offset), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))

@@ -51,8 +51,8 @@ def _attention(writer: GraphWriter, operation: Operation) -> str:
     bias = terms[0] if terms else ""
     for term in terms[1:]:
         bias = graph.op("Add", bias, term)
-    own = operation.params["bias"]
-    added = "" if own is None else writer.name(own)
+    projection_bias = operation.params["bias"]
+    added = "" if projection_bias is None else writer.name(projection_bias)
     lengths = (count, k.shape[2])
     if terms and not any(tuple(shape[2:]) == lengths for shape in shapes):
         bias = graph.op("Expand", bias, graph.shape((1, 1, *lengths)))

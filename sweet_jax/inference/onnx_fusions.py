@@ -32,7 +32,7 @@ class Fuser:
     def __init__(self, program: Program, mask: Value):
         self.program, self.mask = program, mask
         self.made: dict[Value, Operation] = {}
-        self.uses = Counter(value for each in program.operations for value in each.inputs)
+        self.uses = Counter(value for op in program.operations for value in op.inputs)
         self.uses.update(program.outputs)
 
     def run(self) -> Program:
@@ -40,10 +40,10 @@ class Fuser:
         operations: list[Operation] = []
         for operation in self.program.operations:
             fuse = FUSIONS.get(operation.kind)
-            found = (fuse(self, operation) if fuse else None) or [operation]
-            operations += found
-            for each in found:
-                self.made |= dict.fromkeys(each.outputs, each)
+            replacements = (fuse(self, operation) if fuse else None) or [operation]
+            operations += replacements
+            for replacement in replacements:
+                self.made |= dict.fromkeys(replacement.outputs, replacement)
         return self.program._replace(operations=used(operations, self.program.outputs))
 
     def inputs(self, value: Any, *kinds: str, alone: bool = False) -> tuple[Any, Any, Any]:
@@ -57,10 +57,10 @@ class Fuser:
           alone: whether to require that the value is used only once.
 
         """
-        made = self.made.get(value)
-        if made is None or made.kind not in kinds or (alone and self.uses[value] > 1):
+        op = self.made.get(value)
+        if op is None or op.kind not in kinds or (alone and self.uses[value] > 1):
             return (None, None, None)
-        first, second, third = (*made.inputs, None, None, None)[:3]
+        first, second, third = (*op.inputs, None, None, None)[:3]
         return first, second, third
 
 
@@ -82,8 +82,8 @@ def _dimensions(dot: Operation) -> Any:
 def fuse_bias(fuser: Fuser, add: Operation) -> list[Operation] | None:
     """Fuses a linear operation and the addition of its bias [1, ..., O]."""
     out, bias = add.inputs
-    x, kernel, other = fuser.inputs(out, "linear", alone=True)
-    if x is None or other is not None or bias.constant is None:
+    x, kernel, existing = fuser.inputs(out, "linear", alone=True)
+    if x is None or existing is not None or bias.constant is None:
         return None
     if bias.constant.size != out.shape[-1]:
         return None
@@ -93,21 +93,21 @@ def fuse_bias(fuser: Fuser, add: Operation) -> list[Operation] | None:
 
 def fuse_split(fuser: Fuser, split: Operation) -> list[Operation] | None:
     """Replaces a split of a linear operation's features by one linear operation for each part."""
-    made = fuser.made.get(split.inputs[0])
-    if made is None or made.kind != "linear":
+    linear = fuser.made.get(split.inputs[0])
+    if linear is None or linear.kind != "linear":
         return None
     if split.params["axis"] != len(split.inputs[0].shape) - 1:
         return None
-    found, start = [], 0
+    operations, start = [], 0
     for size, out in zip(split.params["sizes"], split.outputs, strict=True):
         weights = [
-            as_constant(each.constant[..., start : start + size], f"{each.name}[{start}:]")
-            for each in made.inputs[1:]
-            if each.constant is not None
+            as_constant(value.constant[..., start : start + size], f"{value.name}[{start}:]")
+            for value in linear.inputs[1:]
+            if value.constant is not None
         ]
-        found.append(Operation("linear", (made.inputs[0], *weights), (out,), {}))
+        operations.append(Operation("linear", (linear.inputs[0], *weights), (out,), {}))
         start += size
-    return found
+    return operations
 
 
 def fuse_norm(_: Fuser, norm: Operation) -> list[Operation]:
@@ -122,9 +122,9 @@ def fuse_norm(_: Fuser, norm: Operation) -> list[Operation]:
 
 def _epsilon(jaxpr: Any) -> float:
     """Returns the constant that `layers.layer_norm` adds to the variance."""
-    rsqrt = next(each for each in jaxpr.eqns if each.primitive.name == "rsqrt")
-    made = next(each for each in jaxpr.eqns if rsqrt.invars[0] in each.outvars)
-    return next(float(atom.val) for atom in made.invars if hasattr(atom, "val"))
+    rsqrt = next(equation for equation in jaxpr.eqns if equation.primitive.name == "rsqrt")
+    addition = next(equation for equation in jaxpr.eqns if rsqrt.invars[0] in equation.outvars)
+    return next(float(atom.val) for atom in addition.invars if hasattr(atom, "val"))
 
 
 def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
@@ -141,8 +141,8 @@ def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
     terms: list[Value] = []
     products: list[Value] = []
     for term in _leaves(fuser, scores, "add"):
-        made = fuser.made.get(term)
-        product = made is not None and made.kind == "dot_general" and _dimensions(made) == _SCORES
+        op = fuser.made.get(term)
+        product = op is not None and op.kind == "dot_general" and _dimensions(op) == _SCORES
         (products if product else terms).append(term)
     masks = [_unbroadcast(fuser, each) for each in _leaves(fuser, mask, "and")]
     windows = [each for each in masks if each is not fuser.mask]
@@ -161,8 +161,8 @@ def fuse_attention(fuser: Fuser, dot: Operation) -> list[Operation] | None:
         params["bias"] = as_constant(np.concatenate(biases), "attention.bias")
     else:
         before = []
-    made_here = Operation("attention", (q, k, v, *windows, *terms), dot.outputs, params)
-    return [*before, made_here]
+    attention = Operation("attention", (q, k, v, *windows, *terms), dot.outputs, params)
+    return [*before, attention]
 
 
 def _without_bias(fuser: Fuser, heads: Value) -> tuple[list[Operation], Value, np.ndarray] | None:
@@ -174,12 +174,12 @@ def _without_bias(fuser: Fuser, heads: Value) -> tuple[list[Operation], Value, n
         return None
     values = [Value(each.shape, each.dtype) for each in (flat, wide, heads)]
     turn = fuser.made[heads]._replace(inputs=(values[1],), outputs=(values[2],))
-    made = [
+    operations = [
         Operation("linear", (x, kernel), (values[0],), {}),
         Operation("reshape", (values[0],), (values[1],), {}),
         turn,
     ]
-    return made, values[2], bias.constant
+    return operations, values[2], bias.constant
 
 
 def _leaves(fuser: Fuser, value: Value, kind: str) -> list[Value]:
@@ -194,8 +194,8 @@ def _leaves(fuser: Fuser, value: Value, kind: str) -> list[Value]:
 def _unbroadcast(fuser: Fuser, value: Value) -> Value:
     """Returns the mask [B, L] if the value is it broadcast to [B, 1, Q or 1, L]; else the value."""
     below, axes = value, list(range(len(value.shape)))
-    while (made := fuser.made.get(below)) and made.kind == "broadcast_in_dim":
-        below, axes = made.inputs[0], [axes[i] for i in made.params["broadcast_dimensions"]]
+    while (op := fuser.made.get(below)) and op.kind == "broadcast_in_dim":
+        below, axes = op.inputs[0], [axes[i] for i in op.params["broadcast_dimensions"]]
     return below if below is fuser.mask and axes == [0, 3] else value
 
 

@@ -84,7 +84,7 @@ class GraphBuilder:
         """Adds a node with `count` outputs; returns their names."""
         key = (kind, domain, inputs, repr(sorted(attributes.items())))
         if key not in self._named:
-            names = tuple(f"{kind}_{len(self._nodes)}_{place}" for place in range(count))
+            names = tuple(f"{kind}_{len(self._nodes)}_{index}" for index in range(count))
             node = helper.make_node(kind, inputs, names, domain=domain, **attributes)
             self._nodes.append(node)
             self._named[key] = names
@@ -119,8 +119,8 @@ class GraphBuilder:
         names: dict[str, Any] = {name: _Size(self, value) for name, value in self._sizes.items()}
         two = {"max": "Max", "min": "Min", "floordiv": "Div", "mod": "Mod"}
         names |= {name: _Size(self).function(kind) for name, kind in two.items()}
-        found = eval(str(size).replace("^", "**"), {"__builtins__": {}}, names)
-        return found.name if isinstance(found, _Size) else self.constant([found])
+        result = eval(str(size).replace("^", "**"), {"__builtins__": {}}, names)
+        return result.name if isinstance(result, _Size) else self.constant([result])
 
     def shape(self, shape: Sequence[Any]) -> str:
         """Returns a shape whose sizes may be symbolic, int64 [number of sizes]."""
@@ -132,14 +132,14 @@ class GraphBuilder:
         """Multiplies x [..., I] by a kernel [I, O]; `exact` forces float32."""
         if exact or self._precision == "float32" or name.startswith(self._exact):
             return self.op("MatMul", x, self.weight(kernel, name))
-        own = np.maximum(np.abs(kernel).max(axis=0), _SMALLEST) / _LARGEST  # [O]
+        kernel_scales = np.maximum(np.abs(kernel).max(axis=0), _SMALLEST) / _LARGEST  # [O]
         integers, scales = self._quantize(x, len(kernel))
         out = self.op(
             "MatMulIntegerToFloat",
             integers,
-            self.weight(np.rint(kernel / own).astype(np.int8), name),
+            self.weight(np.rint(kernel / kernel_scales).astype(np.int8), name),
             self.constant(1, np.float32),
-            self.weight(own.astype(np.float32), f"{name}.scale"),
+            self.weight(kernel_scales.astype(np.float32), f"{name}.scale"),
             self.constant(_ZERO, np.uint8),
             domain=MICROSOFT,
         )
@@ -184,8 +184,8 @@ class _Size:
     def function(self, kind: str) -> Any:
         return lambda a, b: _Size(self.graph, self.graph.op(kind, *map(self._name, (a, b))))
 
-    def _name(self, other: Any) -> str:
-        return other.name if isinstance(other, _Size) else self.graph.constant([other])
+    def _name(self, value: Any) -> str:
+        return value.name if isinstance(value, _Size) else self.graph.constant([value])
 
     def __add__(self, other: Any) -> "_Size":
         return self.function("Add")(self, other)

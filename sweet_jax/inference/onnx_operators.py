@@ -28,13 +28,13 @@ def _transpose(writer: GraphWriter, operation: Operation) -> str:
 
 def _broadcast_in_dim(writer: GraphWriter, operation: Operation) -> str:
     x, out = operation.inputs[0], operation.outputs[0]
-    places = operation.params["broadcast_dimensions"]
+    axes = operation.params["broadcast_dimensions"]
     sizes = [1] * len(out.shape)
-    for place, size in zip(places, writer.shape(x), strict=True):
-        sizes[place] = size
+    for dimension, size in zip(axes, writer.shape(x), strict=True):
+        sizes[dimension] = size
     if x.constant is not None:
         return writer.give(out, writer.graph.weight(x.constant.reshape(sizes)), sizes)
-    added = [axis for axis in range(len(sizes)) if axis not in places]
+    added = [axis for axis in range(len(sizes)) if axis not in axes]
     name = writer.name(x)
     if added:
         name = writer.graph.op("Unsqueeze", name, writer.graph.constant(added))
@@ -116,11 +116,11 @@ def _pad(writer: GraphWriter, operation: Operation) -> str:
 
 def _gather(writer: GraphWriter, operation: Operation) -> str:
     """Gathers one block of an array; `take` looks up rows by index."""
-    x, places = operation.inputs
+    x, indices = operation.inputs
     numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
-    if len(places.shape) != 1 or numbers.operand_batching_dims:
+    if len(indices.shape) != 1 or numbers.operand_batching_dims:
         raise UnsupportedOperationError("gather of anything but rows or one block")
-    starts = writer.graph.cast(writer.full(places), np.int64)
+    starts = writer.graph.cast(writer.full(indices), np.int64)
     name = _block(writer, writer.full(x), x.shape, starts, sizes, numbers.start_index_map)
     if collapsed := numbers.collapsed_slice_dims:
         name = writer.graph.op("Squeeze", name, writer.graph.constant(collapsed))
@@ -130,8 +130,8 @@ def _gather(writer: GraphWriter, operation: Operation) -> str:
 def _dynamic_slice(writer: GraphWriter, operation: Operation) -> str:
     (x, *starts), sizes = operation.inputs, operation.params["slice_sizes"]
     graph = writer.graph
-    each = [graph.op("Unsqueeze", writer.name(s), graph.constant([0])) for s in starts]
-    vector = graph.cast(graph.op("Concat", *each, axis=0), np.int64)
+    offsets = [graph.op("Unsqueeze", writer.name(s), graph.constant([0])) for s in starts]
+    vector = graph.cast(graph.op("Concat", *offsets, axis=0), np.int64)
     return _block(writer, writer.full(x), x.shape, vector, sizes, range(len(starts)))
 
 
@@ -146,13 +146,13 @@ def _block(writer: GraphWriter, x: str, shape: Any, starts: str, sizes: Any, axe
 
 def _take(writer: GraphWriter, operation: Operation) -> str:
     table, rows = operation.inputs
-    out, axis, place = operation.outputs[0], operation.params["axis"], writer.name(rows)
+    out, axis, idx = operation.outputs[0], operation.params["axis"], writer.name(rows)
     if operation.params["column"]:
-        place = writer.graph.op("Squeeze", writer.full(rows), writer.graph.constant([-1]))
-        return writer.graph.op("Gather", writer.full(table), place, axis=axis)
+        idx = writer.graph.op("Squeeze", writer.full(rows), writer.graph.constant([-1]))
+        return writer.graph.op("Gather", writer.full(table), idx, axis=axis)
     sizes = writer.shape(rows)
     shape = (*table.shape[:axis], *sizes, *table.shape[axis + 1 :])
-    return writer.give(out, writer.graph.op("Gather", writer.full(table), place, axis=axis), shape)
+    return writer.give(out, writer.graph.op("Gather", writer.full(table), idx, axis=axis), shape)
 
 
 def _dot_general(writer: GraphWriter, operation: Operation) -> str:
@@ -166,11 +166,11 @@ def _dot_general(writer: GraphWriter, operation: Operation) -> str:
         order = [*batch, *rest, *over] if first else [*batch, *over, *rest]
         name = writer.transpose(writer.full(value), order)
         shape = tuple(value.shape[i] for i in order)
-        each = [tuple(value.shape[i] for i in axes) for axes in (rest, over)]
-        merged = [math.prod(sizes) for sizes in (each if first else each[::-1])]
-        wanted = (*(value.shape[i] for i in batch), *merged)
-        names.append(writer.reshape(name, shape, wanted))
-        free.append(each[0])
+        groups = [tuple(value.shape[i] for i in axes) for axes in (rest, over)]
+        merged = [math.prod(sizes) for sizes in (groups if first else groups[::-1])]
+        matrix_shape = (*(value.shape[i] for i in batch), *merged)
+        names.append(writer.reshape(name, shape, matrix_shape))
+        free.append(groups[0])
     product = writer.graph.op("MatMul", *names)
     batch_sizes = tuple(a.shape[i] for i in batches[0])
     return writer.reshape(product, (*batch_sizes, *map(math.prod, free)), out.shape)

@@ -43,10 +43,10 @@ def write_runners(
         for precision, model in models.items()
     }
     (model, *_) = models.values()
-    about = {"format": "onnx", "version": _VERSION, "task": model.task, "policy": policy}
-    about |= {"classes": list(model.classes), "text_columns": list(model.text_columns)}
-    about |= _describe_tokens(model, folder)
-    write_json(folder / "model.json", about | {"precisions": precisions})
+    metadata = {"format": "onnx", "version": _VERSION, "task": model.task, "policy": policy}
+    metadata |= {"classes": list(model.classes), "text_columns": list(model.text_columns)}
+    metadata |= _describe_tokens(model, folder)
+    write_json(folder / "model.json", metadata | {"precisions": precisions})
     for name in PROGRAMS:
         shutil.copyfile(_SOURCE / name, folder / name)
     shutil.copyfile(run_onnx.__file__, folder / "run.py")
@@ -112,13 +112,13 @@ def _describe_tokens(model: ModelArtifact, folder: Path) -> dict[str, Any]:
     row = backend.encode("a", "a" if len(model.text_columns) == 2 else None)
     template: list[dict[str, int]] = []
     for text, token, kind in zip(row.sequence_ids, row.ids, row.type_ids, strict=True):
-        part = {"id": token, "type": kind} if text is None else {"text": text, "type": kind}
-        if text is None or part not in template:  # a text may be several tokens
-            template.append(part)
-    about = read_json(folder / "tokenizer_config.json")
+        item = {"id": token, "type": kind} if text is None else {"text": text, "type": kind}
+        if text is None or item not in template:  # a text may be several tokens
+            template.append(item)
+    config = read_json(folder / "tokenizer_config.json")
     return {
-        "truncation": {"max_length": model.max_length, "direction": about["truncation_side"]},
+        "truncation": {"max_length": model.max_length, "direction": config["truncation_side"]},
         "pad_id": model.tokenizer.pad_token_id,
-        "split_special_tokens": bool(about.get("split_special_tokens", False)),
+        "split_special_tokens": bool(config.get("split_special_tokens", False)),
         "template": template,
     }

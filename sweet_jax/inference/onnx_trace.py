@@ -80,21 +80,21 @@ def trace(
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in parameters.items()}
     jaxpr = jax.make_jaxpr(function)(shapes, dict(inputs))
     # Sorted, since JAX sorts the keys of dicts.
-    given = [as_constant(parameters[name], name) for name in sorted(parameters)]
+    constants = [as_constant(parameters[name], name) for name in sorted(parameters)]
     variables = {name: Value(x.shape, np.dtype(x.dtype)) for name, x in sorted(inputs.items())}
     walk = _Walk()
-    outputs = walk.inline(jaxpr, [*given, *variables.values()])
+    outputs = walk.inline(jaxpr, [*constants, *variables.values()])
     return Program(variables, used(walk.operations, outputs), outputs)
 
 
 def used(operations: Sequence[Operation], outputs: Sequence[Value]) -> list[Operation]:
     """Returns the operations that some outputs depend on."""
-    needed, kept = set(outputs), []
+    needed, selected = set(outputs), []
     for operation in reversed(operations):
         if not needed.isdisjoint(operation.outputs):
-            kept.append(operation)
+            selected.append(operation)
             needed.update(operation.inputs)
-    return kept[::-1]
+    return selected[::-1]
 
 
 class _Walk:
@@ -113,8 +113,8 @@ class _Walk:
             return as_constant(atom.val) if hasattr(atom, "val") else values[atom]
 
         for equation in jaxpr.jaxpr.eqns:
-            found = self._add(equation, [read(atom) for atom in equation.invars])
-            values |= zip(equation.outvars, found, strict=True)
+            outputs = self._add(equation, [read(atom) for atom in equation.invars])
+            values |= zip(equation.outvars, outputs, strict=True)
         return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
     def _add(self, equation: Any, inputs: list[Value]) -> Sequence[Value]:
@@ -122,17 +122,18 @@ class _Walk:
         kind, params = equation.primitive.name, equation.params
         shapes = [variable.aval for variable in equation.outvars]
         # A symbolic size is not a constant, although it has no inputs.
-        known = kind != "dim_as_value" and all(x.constant is not None for x in inputs)
+        is_constant = kind != "dim_as_value" and all(x.constant is not None for x in inputs)
         if kind in _CALLS:
             inner = params[_CALLS[kind]]
             name = inner.jaxpr.debug_info.func_name
-            if known or kind != "custom_vjp_call" or name not in KEPT:
+            if is_constant or kind != "custom_vjp_call" or name not in KEPT:
                 return self.inline(inner, inputs)
             kind, params = name, {"jaxpr": inner}
-        elif known and all(isinstance(size, int) for aval in shapes for size in aval.shape):
-            found = equation.primitive.bind(*[value.constant for value in inputs], **params)
+        elif is_constant and all(isinstance(size, int) for aval in shapes for size in aval.shape):
+            results = equation.primitive.bind(*[value.constant for value in inputs], **params)
             return [
-                as_constant(x) for x in (found if equation.primitive.multiple_results else [found])
+                as_constant(x)
+                for x in (results if equation.primitive.multiple_results else [results])
             ]
         outputs = tuple(Value(aval.shape, np.dtype(aval.dtype)) for aval in shapes)
         return self._simplified(Operation(kind, tuple(inputs), outputs, params))

@@ -43,8 +43,8 @@ class GraphWriter:
         for operation in program.operations:
             if operation.kind not in self.operators:
                 raise UnsupportedOperationError(operation.kind)
-            found = self.operators[operation.kind](self, operation)
-            names = [found] if isinstance(found, str) else found
+            written = self.operators[operation.kind](self, operation)
+            names = [written] if isinstance(written, str) else written
             for value, name in zip(operation.outputs, names, strict=True):
                 self._names[value] = name
 
@@ -76,11 +76,11 @@ class GraphWriter:
         source, before = self._reshaped.get(name, (name, before))
         if before == after:
             return source
-        kept = [0 if i < len(before) and n == before[i] else n for i, n in enumerate(after)]
-        unknown = [i for i, n in enumerate(kept) if not isinstance(n, int)]
+        sizes = [0 if i < len(before) and n == before[i] else n for i, n in enumerate(after)]
+        unknown = [i for i, n in enumerate(sizes) if not isinstance(n, int)]
         if unknown:
-            kept[unknown[-1]] = -1
-        out = self.graph.op("Reshape", source, self.graph.shape(kept))
+            sizes[unknown[-1]] = -1
+        out = self.graph.op("Reshape", source, self.graph.shape(sizes))
         self._reshaped[out] = (source, before)
         return out
 

@@ -40,13 +40,13 @@ def calibrate_policy(model: ModelArtifact, policy: str | PolicyFunction) -> Mode
             "folder model/ in its run"
         ) from error
     tuned = (run / "exit_outputs" / "tuning.npz").exists()
-    found = make_resolver(rows, (policy,), 1 if tuned else len(every.logits))
-    known, ours = (r.calibrator.temperatures for r in (model.resolver, found))
-    if known.shape != ours.shape or not np.allclose(known, ours, equal_nan=True):
+    fitted = make_resolver(rows, (policy,), 1 if tuned else len(every.logits))
+    saved, new = (r.calibrator.temperatures for r in (model.resolver, fitted))
+    if saved.shape != new.shape or not np.allclose(saved, new, equal_nan=True):
         raise UserError(
             f"the calibration rows in {str(run)!r} do not fit this model, which was recalibrated "
             f"or runs in int8: pass threshold= with the policy {name!r}"
         )
-    fronts, losses = {**model.resolver.fronts, **found.fronts}, dict(model.resolver.losses)
-    resolver = dataclasses.replace(model.resolver, fronts=fronts, losses=losses | {**found.losses})
+    fronts, losses = {**model.resolver.fronts, **fitted.fronts}, dict(model.resolver.losses)
+    resolver = dataclasses.replace(model.resolver, fronts=fronts, losses=losses | {**fitted.losses})
     return dataclasses.replace(model, resolver=resolver)

@@ -40,14 +40,14 @@ def plain_complements(logits: Any, temperatures: Any) -> Any:
     terms = xp.where(weights == 0, 0, weights * scaled).sum(axis=1)
     entropy = (xp.log1p(others) + terms / (1 + others)) / math.log(max(2, gaps.shape[1]))
     second = xp.where(predicted, 0, weights).max(axis=1)
-    found = {
+    values = {
         "confidence": others / (1 + others),
         "raw_confidence": others_raw / (1 + others_raw),
         "entropy": entropy,
         "margin": (others + second) / (1 + others),
     }
     # An entropy may round to more than 1, and a confidence must stay below 1, see BELOW_ONE.
-    return xp.clip(xp.stack([found[name] for name in PLAIN_POLICIES], axis=1), 1 - BELOW_ONE, 1)
+    return xp.clip(xp.stack([values[name] for name in PLAIN_POLICIES], axis=1), 1 - BELOW_ONE, 1)
 
 
 def _sum_others(weights: Any, gaps: Any, predicted: Any) -> Any:
@@ -77,13 +77,13 @@ def plain_complement(policy: str, logits: Sequence[float], temperature: float) -
     weights = [math.exp(-gap) for gap in gaps]
     others = sum(weights)
     if policy == "margin":
-        found = (others + max(weights, default=0.0)) / (1 + others)
+        complement = (others + max(weights, default=0.0)) / (1 + others)
     elif policy == "entropy":
         terms = sum(weight * gap for weight, gap in zip(weights, gaps, strict=True) if weight)
-        found = (math.log1p(others) + terms / (1 + others)) / math.log(max(2, len(logits)))
+        complement = (math.log1p(others) + terms / (1 + others)) / math.log(max(2, len(logits)))
     else:
-        found = others / (1 + others)
-    return min(max(found, 1 - BELOW_ONE), 1.0)
+        complement = others / (1 + others)
+    return min(max(complement, 1 - BELOW_ONE), 1.0)
 
 
 def _complement_by_numpy(policy: str, logits: Sequence[float], temperature: float) -> float:

@@ -140,10 +140,10 @@ class OutputFile:
             return
         ours = json.loads(json.dumps(identity))
         begins = not file.seek(0, os.SEEK_END)
-        known = begins or self._note.exists()
+        has_identity = begins or self._note.exists()
         if begins:
             write_json(self._note, ours)
-        elif known:
+        elif has_identity:
             theirs = read_json(self._note)
             if "input" not in theirs:
                 del ours["input"]
@@ -155,10 +155,10 @@ class OutputFile:
                     f"{theirs.get(key)!r}; here it is {ours.get(key)!r}: choose another file, or "
                     f"remove {self._rows.name!r}"
                 )
-        yield known
+        yield has_identity
         if self._convert is not None:
             self._note.unlink(missing_ok=True)
-        elif known:
+        elif has_identity:
             ours.pop("input", None)
             write_json(self._note, ours)
 

@@ -37,12 +37,12 @@ def write_parquet(rows: Path, table: Path) -> None:
     """Writes the rows of a JSONL file as Parquet; missing values are null."""
     schema = _schema(rows)
     text = [field.name for field in schema if pa.types.is_string(field.type)]
-    found = _read(rows)
+    records = _read(rows)
     with pa.parquet.ParquetWriter(table, schema) as writer:
-        while several := list(itertools.islice(found, _AT_ONCE)):
-            for row in several:
+        while batch := list(itertools.islice(records, _AT_ONCE)):
+            for row in batch:
                 row |= {name: _as_text(row[name]) for name in text if name in row}
-            writer.write_table(pa.Table.from_pylist(several, schema))
+            writer.write_table(pa.Table.from_pylist(batch, schema))
 
 
 TABLE_WRITERS: dict[str, Callable[[Path, Path], None]] = {
@@ -70,7 +70,7 @@ def _schema(rows: Path) -> pa.Schema:
     elif float in kinds["label"]:  # regression, which has no probabilities
         types["label"] = pa.float64()
         del types["probability"], kinds["probability"]
-    return pa.schema({name: types.get(name) or _type(found) for name, found in kinds.items()})
+    return pa.schema({name: types.get(name) or _type(seen) for name, seen in kinds.items()})
 
 
 def _type(kinds: set[type]) -> pa.DataType:

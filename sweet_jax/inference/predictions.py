@@ -104,13 +104,13 @@ def collect_predictions(predictions: Sequence[Prediction], model: ModelArtifact)
     several, outputs = model.objective.target_per_output, len(model.classes)
     if model.objective.categorical is None:
         outputs = 0
-    found = np.empty(len(labels), object) if several else np.asarray(labels)
+    label_array = np.empty(len(labels), object) if several else np.asarray(labels)
     if several:
-        found[:] = labels
+        label_array[:] = labels
     elif model.objective.agrees is not None:
-        found = found.astype(np.str_)
+        label_array = label_array.astype(np.str_)
     return Predictions(
-        found,
+        label_array,
         np.asarray(probabilities, np.float64).reshape(len(predictions), outputs),
         np.asarray(exits, np.int64),
         np.asarray(cost, np.float64),
@@ -128,18 +128,18 @@ def rows_of(texts: Any, columns: Sequence[str]) -> Iterable[Any]:
 
     """
     if isinstance(texts, str | bytes | Mapping):
-        what = "a single text" if isinstance(texts, str | bytes) else "a dict"
-        raise UserError(f"texts must be a list of texts or a table; got {what}")
+        kind = "a single text" if isinstance(texts, str | bytes) else "a dict"
+        raise UserError(f"texts must be a list of texts or a table; got {kind}")
     names = getattr(texts, "column_names", None)
     if names is None and hasattr(texts, "iterrows"):
         names = list(texts.columns)
     if not isinstance(names, list):
         return _values(texts)
-    found = []
+    column_texts = []
     for name in columns:
         column = texts[names[find_column(name, [str(other) for other in names])]]
-        found.append(list(_values(column)))
-    return found[0] if len(found) == 1 else zip(*found, strict=True)
+        column_texts.append(list(_values(column)))
+    return column_texts[0] if len(column_texts) == 1 else zip(*column_texts, strict=True)
 
 
 def _values(column: Any) -> Iterable[Any]:
@@ -158,15 +158,15 @@ def validate_text(text: Text, pairs: bool, number: int) -> tuple[str, ...]:
     Raises UserError for anything else.
 
     """
-    several = tuple(text) if isinstance(text, tuple | list | np.ndarray) else ()
-    parts = (text,) if isinstance(text, str) else several
-    if len(parts) != 1 + pairs or not all(isinstance(part, str) for part in parts):
-        wanted = "a pair of texts (a tuple of two)" if pairs else "a text"
-        raise UserError(f"row {number + 1} must be {wanted}; got {text!r:.80}")
+    items = tuple(text) if isinstance(text, tuple | list | np.ndarray) else ()
+    texts = (text,) if isinstance(text, str) else items
+    if len(texts) != 1 + pairs or not all(isinstance(item, str) for item in texts):
+        expected = "a pair of texts (a tuple of two)" if pairs else "a text"
+        raise UserError(f"row {number + 1} must be {expected}; got {text!r:.80}")
     try:
-        "".join(parts).encode()
+        "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"row {number + 1} has an unpaired surrogate, which is not valid Unicode: {text!a:.80}"
         ) from error
-    return parts
+    return texts

@@ -85,7 +85,7 @@ def fit_by_agreement(
     metric = objective.metric(model.metric)
     # With a metric that gives partial credit, agreement is partial too, as for certificates.
     if metric.credit is None:
-        metric = next(known for known in objective.metrics if known.is_share)
+        metric = next(candidate for candidate in objective.metrics if candidate.is_share)
     outputs = _outputs(model, logits, scores, objective.predict(logits[-1]), metric.name)
     (fitted,) = fit_calibrators(outputs)
     temperatures = fitted.temperatures.copy()
@@ -130,44 +130,44 @@ def _agreement_before(model: ModelArtifact) -> float:
     return losses["agreement"].share_kept(threshold) if losses and threshold is not None else 1.0
 
 
-def updated_exits(values: Mapping[str, Any], found: Recalibration) -> dict[str, Any]:
+def updated_exits(values: Mapping[str, Any], refit: Recalibration) -> dict[str, Any]:
     """Returns the contents of exits.json, `values`, with the refitted values."""
-    temperatures = found.resolver.calibrator.temperatures.tolist()
-    policy = found.outputs.identity.policy
-    threshold = found.resolver.resolve(policy).threshold
+    temperatures = refit.resolver.calibrator.temperatures.tolist()
+    policy = refit.outputs.identity.policy
+    threshold = refit.resolver.resolve(policy).threshold
     point = None
     if threshold is not None:
-        pair = _read(found.outputs, policy, found.resolver.calibrator, threshold)
+        pair = _read(refit.outputs, policy, refit.resolver.calibrator, threshold)
         point = OperatingPoint(threshold, calibration=pair, validation=pair).as_dict()
     return {
         **values,
         "temperatures": [t if np.isfinite(t) else None for t in temperatures],
-        "dials": found.resolver.as_dict() | {"full_score": point},
-        "recalibrated_on": found.outputs.labels.shape[1],
-        "recalibrated_by": found.by,
+        "dials": refit.resolver.as_dict() | {"full_score": point},
+        "recalibrated_on": refit.outputs.labels.shape[1],
+        "recalibrated_by": refit.by,
     }
 
 
-def describe_changes(model: ModelArtifact, found: Recalibration) -> dict[str, Any]:
+def describe_changes(model: ModelArtifact, refit: Recalibration) -> dict[str, Any]:
     """Returns the changes, as recalibration.json holds them.
 
     They include each operating point before and now, with its cost and metric on these rows; None
     if the target cannot be met.
     """
-    outputs, labels, name = found.outputs, found.outputs.labels[0], found.outputs.metric.name
-    before, now = (r.calibrator.temperatures.tolist() for r in (model.resolver, found.resolver))
+    outputs, labels, name = refit.outputs, refit.outputs.labels[0], refit.outputs.metric.name
+    before, now = (r.calibrator.temperatures.tolist() for r in (model.resolver, refit.resolver))
     exits = [
         {
             "layer": layer,
-            "metric": compute_metric(outputs.metric, given, labels, len(model.classes)),
+            "metric": compute_metric(outputs.metric, pred, labels, len(model.classes)),
             "temperature": [t if np.isfinite(t) else None for t in (before[e], now[e])],
         }
-        for e, (layer, given) in enumerate(zip(model.layers, outputs.predictions[0], strict=True))
+        for e, (layer, pred) in enumerate(zip(model.layers, outputs.predictions[0], strict=True))
     ]
     return {
         "model": str(model.folder),
-        "by": found.by,
-        "metric": "agreement" if found.by == "agreement" and outputs.metric.is_share else name,
+        "by": refit.by,
+        "metric": "agreement" if refit.by == "agreement" and outputs.metric.is_share else name,
         "rows": len(labels),
         "policy": model.policy,
         "exits": exits,
@@ -175,7 +175,7 @@ def describe_changes(model: ModelArtifact, found: Recalibration) -> dict[str, An
             {
                 "target": target,
                 "before": _point(outputs, model.policy, model.resolver, target),
-                "now": _point(outputs, model.policy, found.resolver, target),
+                "now": _point(outputs, model.policy, refit.resolver, target),
             }
             for target in _TARGETS
         ],
@@ -200,8 +200,8 @@ def _read(
     outputs: ExitOutputs, policy: str, calibrator: Calibrator, threshold: float
 ) -> tuple[float, float]:
     """Returns the cost and the metric at a threshold."""
-    at = simulate(outputs, policy, calibrators=[calibrator], thresholds=np.asarray([threshold]))
-    return float(at.cost[0, 0]), float(at.score[0, 0])
+    curve = simulate(outputs, policy, calibrators=[calibrator], thresholds=np.asarray([threshold]))
+    return float(curve.cost[0, 0]), float(curve.score[0, 0])
 
 
 def change_lines(changes: Mapping[str, Any]) -> Iterator[str]:
@@ -212,13 +212,13 @@ def change_lines(changes: Mapping[str, Any]) -> Iterator[str]:
         before, now = ("none" if t is None else f"{t:.3f}" for t in exit["temperature"])
         yield f"{exit['layer']:6d} {exit['metric']:9.4f}  {before} -> {now}"
     for point in changes["operating_points"]:
-        asked = ", ".join(f"{name}={value:g}" for name, value in point["target"].items())
-        yield f"{asked or 'without a target'}:"
+        target = ", ".join(f"{name}={value:g}" for name, value in point["target"].items())
+        yield f"{target or 'without a target'}:"
         for when in ("before", "now"):
-            found = point[when]
+            values = point[when]
             yield f"  {when:>6}: " + (
                 "no threshold meets it"
-                if found is None
-                else f"threshold {found['threshold']:.4f}, on these rows {metric} "
-                f"{found['metric']:.4f} at cost {found['cost']:.3f}"
+                if values is None
+                else f"threshold {values['threshold']:.4f}, on these rows {metric} "
+                f"{values['metric']:.4f} at cost {values['cost']:.3f}"
             )

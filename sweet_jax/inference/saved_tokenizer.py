@@ -70,11 +70,12 @@ class SavedTokenizer:
         else:
             self.backend_tokenizer.no_truncation()
         rows = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        found = self.backend_tokenizer.encode_batch_fast(rows)  # without offsets
+        encodings = self.backend_tokenizer.encode_batch_fast(rows)  # without offsets
         encoded = EncodedRows(
-            input_ids=[row.ids for row in found], token_type_ids=[row.type_ids for row in found]
+            input_ids=[row.ids for row in encodings],
+            token_type_ids=[row.type_ids for row in encodings],
         )
-        encoded.encodings = found
+        encoded.encodings = encodings
         return encoded
 
 
@@ -111,8 +112,8 @@ def _read_tokenizer(checkpoint: CheckpointFiles, *, repaired: bool) -> SavedToke
     """
     path = checkpoint.folder / "tokenizer.json"
     try:
-        about = read_json(checkpoint.folder / "tokenizer_config.json")
-        pad = about["pad_token"]
+        config = read_json(checkpoint.folder / "tokenizer_config.json")
+        pad = config["pad_token"]
         pad = pad["content"] if isinstance(pad, dict) else pad
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -127,7 +128,7 @@ def _read_tokenizer(checkpoint: CheckpointFiles, *, repaired: bool) -> SavedToke
             backend.encode("a text")  # some damaged files only fail in use
         number = backend.token_to_id(pad)
         side = (backend.truncation or {}).get("direction", "right")
-        backend.encode_special_tokens = bool(about.get("split_special_tokens", False))
+        backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic in the Rust code is not a subclass of Exception
@@ -135,4 +136,4 @@ def _read_tokenizer(checkpoint: CheckpointFiles, *, repaired: bool) -> SavedToke
     if number is None:
         return None
     check_vocabulary(backend.get_vocab(with_added_tokens=True), checkpoint)
-    return SavedTokenizer(backend, number, about.get("truncation_side", side))
+    return SavedTokenizer(backend, number, config.get("truncation_side", side))

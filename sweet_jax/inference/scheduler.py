@@ -84,8 +84,8 @@ class ExitRule:
           Probabilities float64 [N, C], or [N, 0] for an objective without probabilities.
 
         """
-        found = [self.temperatures[exit] for exit in exits]  # [N], NaN where an exit diverged
-        scales = np.asarray([t if math.isfinite(t) else 1.0 for t in found])[:, None]
+        fitted = [self.temperatures[exit] for exit in exits]  # [N], NaN where an exit diverged
+        scales = np.asarray([t if math.isfinite(t) else 1.0 for t in fitted])[:, None]
         with np.errstate(invalid="ignore"):  # logits that diverged give NaN
             return self.objective.probabilities(logits.astype(np.float64) / scales)
 
@@ -276,20 +276,20 @@ def _leaves(rows: Sequence[Request], exit: int, complements: np.ndarray | None) 
       complements: complements of their confidences, see `StageOutput`.
 
     """
-    found = [False] * len(rows)
+    exiting = [False] * len(rows)
     for rule in {id(row.rule): row.rule for row in rows}.values():
-        own = [place for place, row in enumerate(rows) if row.rule is rule]
+        indices = [index for index, row in enumerate(rows) if row.rule is rule]
         if rule.plain is None:
-            leaves = rule.leaves([rows[place] for place in own]).tolist()
+            leaves = rule.leaves([rows[index] for index in indices]).tolist()
         else:
             # Python floats, which are float64, are faster than NumPy for few rows.
             if complements is None:
                 policy, fitted = PLAIN_POLICIES[rule.plain], rule.temperatures[exit]
-                logits = [rows[place].logits[-1].tolist() for place in own]
+                logits = [rows[index].logits[-1].tolist() for index in indices]
                 values = [plain_complement(policy, each, fitted) for each in logits]
             else:
-                values = complements[own, rule.plain].tolist()
+                values = complements[indices, rule.plain].tolist()
             leaves = [1 - value >= rule.threshold for value in values]
-        for place, leaf in zip(own, leaves, strict=True):
-            found[place] = leaf
-    return found
+        for index, leaf in zip(indices, leaves, strict=True):
+            exiting[index] = leaf
+    return exiting

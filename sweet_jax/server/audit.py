@@ -138,14 +138,14 @@ class Audit:
         confidences = self._statistics.answer_confidences([request for request, _ in texts])
         ties = []
         with self._lock:
-            for each in texts:
+            for entry in texts:
                 self._answered += 1
                 draw, tie = uniform_draws(self.settings.seed, self._answered)
                 ties.append(tie)
                 if draw >= self.settings.share or not self.running:
                     continue
                 if self.waiting < _WAITING:
-                    self._chosen.append(each)
+                    self._chosen.append(entry)
                 else:
                     self._dropped += 1
             raised = self._statistics.add_answered(confidences, ties)
@@ -161,9 +161,9 @@ class Audit:
         try:
             while self._chosen and len(self._under_way) < _BATCH:
                 answered = self._chosen.popleft()
-                given = answered[0]
-                tokens = (given.input_ids, given.token_type_ids, given.length)
-                whole = Request(given.number, *tokens, self._rule, given.second_start)
+                request = answered[0]
+                tokens = (request.input_ids, request.token_type_ids, request.length)
+                whole = Request(request.number, *tokens, self._rule, request.second_start)
                 self._under_way[id(whole)] = answered
                 self._scheduler.admit(whole)
             for whole in self._scheduler.step():
@@ -183,8 +183,8 @@ class Audit:
     def _record(self, whole: Request, answered: Request, text: Text) -> None:
         """Adds a text that all exits have computed to the statistics and the log."""
         scores = np.asarray(whole.exit_scores, np.float32) if whole.exit_scores else None
-        kept = text if self.settings.texts else None
-        row = self._statistics.row(np.stack(whole.logits), scores, answered.exit, kept)
+        kept_text = text if self.settings.texts else None
+        row = self._statistics.row(np.stack(whole.logits), scores, answered.exit, kept_text)
         with self._lock:
             raised = self._statistics.add(row)
         if self._log is not None:
@@ -199,24 +199,24 @@ class Audit:
                 self._log.close()
                 self._log = None
         if raised:
-            found = self.summary()
+            summary = self.summary()
             self._warn(
                 "agreement",
-                f"the agreement of {found.audited} audited answers with the full model is "
-                f"{found.agreement:.4f}; the target is at least {found.target:.4f}",
+                f"the agreement of {summary.audited} audited answers with the full model is "
+                f"{summary.agreement:.4f}; the target is at least {summary.target:.4f}",
             )
 
     def _warn(self, kind: str, text: str) -> None:
         """Reports an alarm in the server's log and to the webhook."""
-        found = self.summary()
+        summary = self.summary()
         log.warning(
             "AUDIT ALARM: %s; the probability of a false alarm is at most %.3g",
             text,
-            1 - found.level,
+            1 - summary.level,
         )
         if self.settings.webhook:
-            body = {"alarm": kind, "text": text, "audited": found.audited, "level": found.level}
-            body |= {"agreement": found.agreement, "target": found.target}
+            body = {"alarm": kind, "text": text, "audited": summary.audited, "level": summary.level}
+            body |= {"agreement": summary.agreement, "target": summary.target}
             # JSON has no NaN: nothing may have been audited yet.
             body = {k: None if v != v else v for k, v in body.items()}
             arguments = (self.settings.webhook, body)
@@ -226,11 +226,11 @@ class Audit:
 def _open_log(classifier: AdaptiveClassifier, settings: AuditSettings) -> AuditLog:
     """Opens the log. Raises UserError if it cannot be written."""
     model, threshold = classifier.model, classifier.rule.threshold
-    about = describe_audited(model, settings.precision)
-    about |= {"model": str(model.folder), "policy": classifier.policy_name}
-    about |= {"threshold": min(threshold, NEVER)}
-    about |= {"share": settings.share, "seed": settings.seed}
-    return AuditLog(settings.log, about, settings.log_size)
+    header = describe_audited(model, settings.precision)
+    header |= {"model": str(model.folder), "policy": classifier.policy_name}
+    header |= {"threshold": min(threshold, NEVER)}
+    header |= {"share": settings.share, "seed": settings.seed}
+    return AuditLog(settings.log, header, settings.log_size)
 
 
 def _post(url: str, body: dict[str, Any]) -> None:

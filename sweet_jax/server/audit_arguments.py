@@ -44,9 +44,9 @@ def check_audit_arguments(options: argparse.Namespace) -> None:
         )
     if options.audit_seed < 0:
         raise UserError(f"--audit_seed must be at least 0; got {options.audit_seed}")
-    given = [n for n in ("agreement", "log", "webhook", "texts") if getattr(options, f"audit_{n}")]
-    if given and not share:
-        raise UserError(f"--audit_{given[0]} needs --audit=SHARE, such as --audit=0.02")
+    names = [n for n in ("agreement", "log", "webhook", "texts") if getattr(options, f"audit_{n}")]
+    if names and not share:
+        raise UserError(f"--audit_{names[0]} needs --audit=SHARE, such as --audit=0.02")
     if options.audit_webhook:
         _check_webhook(options.audit_webhook)
 

@@ -41,10 +41,10 @@ class Format(NamedTuple):
 
 
 def _parse(values: Mapping[str, Any], _: ModelArtifact, limits: Limits) -> Question:
-    known = ("texts", TARGET_KEYS[0], "detail", *TARGET_KEYS[1:])
-    unknown = sorted(values.keys() - set(known))
+    keys = ("texts", TARGET_KEYS[0], "detail", *TARGET_KEYS[1:])
+    unknown = sorted(values.keys() - set(keys))
     if unknown:
-        choices = ", ".join(known)
+        choices = ", ".join(keys)
         raise RefusedError(400, f"unknown key {unknown[0]!r}: choose from {choices}")
     (detail,) = check_flags(values, "detail")
     policy, target = read_target(values)
@@ -55,9 +55,9 @@ def _parse(values: Mapping[str, Any], _: ModelArtifact, limits: Limits) -> Quest
     return Question(texts, functools.partial(_answer, detail=bool(detail)), policy, target)
 
 
-def _answer(model: ModelArtifact, found: Answered, *, detail: bool) -> dict[str, Any]:
+def _answer(model: ModelArtifact, answered: Answered, *, detail: bool) -> dict[str, Any]:
     answers = []
-    for prediction, request in found:
+    for prediction, request in answered:
         exits = make_exit_predictions(model, request) if detail else None
         answers.append(_as_json(prediction, exits))
     return {"answers": answers}

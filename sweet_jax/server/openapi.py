@@ -36,14 +36,14 @@ _PROBABILITY = {"type": "number", "minimum": 0, "maximum": 1}
 
 def describe_api(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
     """Returns the document, as JSON values."""
-    about = (
+    description = (
         f"Classifies each text at the first of {len(model.layers)} exits that is confident enough."
     )
     return {
         "openapi": "3.1.0",
         "info": {
             "title": f"sweet_jax: {model.task}",
-            "description": about,
+            "description": description,
             "version": __version__,
         },
         "paths": _describe_paths(),
@@ -77,10 +77,10 @@ def _describe_paths() -> dict[str, Any]:
 
 
 def _audit_page() -> dict[str, Any]:
-    found = _get("The results of the audit", _content(_STRING, "text/html"))
+    operation = _get("The results of the audit", _content(_STRING, "text/html"))
     missing = {"description": "The server runs without an audit"}
-    found["responses"]["404"] = missing | _content(_reference("Error"))
-    return found
+    operation["responses"]["404"] = missing | _content(_reference("Error"))
+    return operation
 
 
 def _names(prefix: str) -> list[dict[str, Any]]:
@@ -122,8 +122,8 @@ def _object(required: Mapping[str, Any], optional: Mapping[str, Any] | None = No
 def _target_schemas(model: ModelArtifact) -> dict[str, Any]:
     """Returns the schemas of the policy and of the targets, of which a request has at most one."""
     policies = sorted(model.resolver.fronts)
-    about = "Exit policy; defaults to the server's"
-    found: dict[str, Any] = {"policy": {"enum": [*policies, None], "description": about}}
+    description = "Exit policy; defaults to the server's"
+    properties: dict[str, Any] = {"policy": {"enum": [*policies, None], "description": description}}
     for name, text in target_descriptions().items():
         low, high = TARGET_RANGES[name]
         bounds: dict[str, float] = {}
@@ -135,8 +135,8 @@ def _target_schemas(model: ModelArtifact) -> dict[str, Any]:
             bounds["maximum"] = high
         else:
             bounds["exclusiveMaximum"] = LARGEST_NUMBER
-        found[name] = {"type": ["number", "null"], **bounds, "description": text}
-    return found
+        properties[name] = {"type": ["number", "null"], **bounds, "description": text}
+    return properties
 
 
 def _native_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
@@ -154,10 +154,10 @@ def _native_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
             "probability": {"anyOf": [_PROBABILITY, nothing]},
         }
     )
-    found = {"label": label, "exit": layer, "cost": {"type": "number"}}
+    properties = {"label": label, "exit": layer, "cost": {"type": "number"}}
     if model.objective.categorical is not None:
-        found["probability"] = _PROBABILITY
-    prediction = _object(found, {"exits": {"type": "array", "items": exits}})
+        properties["probability"] = _PROBABILITY
+    prediction = _object(properties, {"exits": {"type": "array", "items": exits}})
     options = {"detail": _FLAG | {"description": "Include every exit that a text reached"}}
     request = _object({"texts": texts}, options | _target_schemas(model))
     return {
@@ -177,9 +177,9 @@ def _label_schema(model: ModelArtifact) -> dict[str, Any]:
 
 
 def _tei_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
-    parts = len(model.text_columns)
-    part = {"type": "string", "minLength": 1, "maxLength": limits.characters}
-    text = {"type": "array", "items": part, "minItems": parts, "maxItems": parts}
+    count = len(model.text_columns)
+    string = {"type": "string", "minLength": 1, "maxLength": limits.characters}
+    text = {"type": "array", "items": string, "minItems": count, "maxItems": count}
     batch = {"type": "array", "items": text, "minItems": 1}
     batch["maxItems"] = min(limits.texts, limits.waiting)
     rank = _object({"score": {"type": "number"}, "label": {"enum": list(model.classes)}})
@@ -190,7 +190,7 @@ def _tei_schemas(model: ModelArtifact, limits: Limits) -> dict[str, Any]:
         | {"default": True, "description": "Truncate texts that are too long; false refuses them"},
         "truncation_direction": {"enum": ["left", "right", "Left", "Right", None]},
     }
-    inputs = {"anyOf": [*([part] if parts == 1 else []), text, batch]}
+    inputs = {"anyOf": [*([string] if count == 1 else []), text, batch]}
     kinds = {"enum": [*ERROR_STATUSES, "Unhealthy"]}
     return {
         "TeiPredictRequest": _object({"inputs": inputs}, options | _target_schemas(model)),

@@ -119,8 +119,8 @@ def read_target(values: Mapping[str, Any]) -> tuple[str | None, dict[str, float]
     for name, value in target.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not abs(value) < LARGEST_NUMBER:
-            wanted = f"a number with an absolute value below {LARGEST_NUMBER:,.0f}"
-            raise RefusedError(400, f"{name} must be {wanted}; got {value!r:.40}")
+            expected = f"a number with an absolute value below {LARGEST_NUMBER:,.0f}"
+            raise RefusedError(400, f"{name} must be {expected}; got {value!r:.40}")
     return policy, target
 
 
@@ -130,6 +130,6 @@ def check_sizes(texts: Sequence[Any], limits: Limits) -> None:
     if len(texts) > most:
         raise RefusedError(413, f"a request may have at most {most} texts; got {len(texts)}")
     for text in texts:
-        parts = [text] if isinstance(text, str) else text if isinstance(text, list) else []
-        if any(isinstance(p, str) and len(p) > limits.characters for p in parts):
+        strings = [text] if isinstance(text, str) else text if isinstance(text, list) else []
+        if any(isinstance(p, str) and len(p) > limits.characters for p in strings):
             raise RefusedError(413, f"a text may have at most {limits.characters} characters")

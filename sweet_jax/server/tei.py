@@ -78,17 +78,19 @@ def _check_texts(texts: list[list[str]], *, pairs: bool) -> None:
     A model takes either single texts or pairs of texts.
     """
     if any(len(text) != 1 + pairs for text in texts):
-        wanted = (
+        expected = (
             "pairs of texts: [text, text]" if pairs else "single texts; a batch is [[text], ...]"
         )
-        raise RefusedError(400, f"this model takes {wanted}")
+        raise RefusedError(400, f"this model takes {expected}")
     if not all(any(text) for text in texts):
         raise RefusedError(400, "`inputs` cannot be empty", "Empty")
 
 
-def _answer(model: ModelArtifact, found: Answered, *, raw_scores: bool, batch: bool) -> list[Any]:
+def _answer(
+    model: ModelArtifact, answered: Answered, *, raw_scores: bool, batch: bool
+) -> list[Any]:
     answers = []
-    for prediction, request in found:
+    for prediction, request in answered:
         check_finite(prediction)
         scores = request.logits[-1] if raw_scores else prediction.probabilities  # [C]
         if not len(scores):  # a regression has a number instead of probabilities

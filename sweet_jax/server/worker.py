@@ -109,23 +109,23 @@ class Worker:
             return self.classifier
         key = (policy, *sorted(target.items()))
         with self._lock:
-            found = self._points.pop(key, None)
-            if found is not None:
-                self._points[key] = found
-        return found
+            classifier = self._points.pop(key, None)
+            if classifier is not None:
+                self._points[key] = classifier
+        return classifier
 
     def at(self, policy: str | None, target: Mapping[str, float]) -> AdaptiveClassifier:
         """Returns the classifier at an HTTP request's policy and target.
 
         Raises UserError, see `AdaptiveClassifier`.
         """
-        if (found := self.known(policy, target)) is None:
-            found = self.classifier.at(policy, **cast("Target", target))
+        if (classifier := self.known(policy, target)) is None:
+            classifier = self.classifier.at(policy, **cast("Target", target))
             with self._lock:
-                self._points[policy, *sorted(target.items())] = found
+                self._points[policy, *sorted(target.items())] = classifier
                 while len(self._points) > _CACHED:
                     del self._points[next(iter(self._points))]
-        return found
+        return classifier
 
     async def predict(
         self, classifier: AdaptiveClassifier, texts: Sequence[Text], truncation: str | None = None
@@ -207,10 +207,10 @@ class Worker:
 
         Otherwise, drops the submission.
         """
-        wanted = submission.future.set_running_or_notify_cancel()
-        if not wanted:
+        claimed = submission.future.set_running_or_notify_cancel()
+        if not claimed:
             self._forget(submission)
-        return wanted
+        return claimed
 
     def _settle(self, submission: Submission, error: Exception | None = None) -> None:
         self._forget(submission)
