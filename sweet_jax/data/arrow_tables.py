@@ -75,11 +75,11 @@ def arrow_records(batches: Iterable[pa.RecordBatch], columns: Columns) -> Iterat
     """Yields the records of Arrow batches whose schema passed `check_schema`."""
     row = 0
     for batch in batches:
-        places = [find_column(name, batch.schema.names) for name in columns.names]
+        indices = [find_column(name, batch.schema.names) for name in columns.names]
         count = len(columns.checked)
-        found: list[list[Any]] = [_values(batch.column(place)) for place in places[:count]]
-        found += [batch.column(place).to_pylist() for place in places[count:]]
-        for values in zip(*found, strict=True):
+        by_column: list[list[Any]] = [_values(batch.column(index)) for index in indices[:count]]
+        by_column += [batch.column(index).to_pylist() for index in indices[count:]]
+        for values in zip(*by_column, strict=True):
             row += 1
             yield make_record(values, columns, row, row)
 
@@ -103,11 +103,11 @@ def _values(column: pa.Array) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     try:
-        found = column.to_pylist()
+        values = column.to_pylist()
     except UnicodeDecodeError:  # `make_record` reports the row
-        found = column.cast(pa.large_binary()).to_pylist()
+        values = column.cast(pa.large_binary()).to_pylist()
     if is_text(column.type):
-        return [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in found]
+        return [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values]
     if pa.types.is_nested(column.type):  # lists of labels, which `make_record` joins
-        return found
-    return [None if v is None or v != v else str(v) for v in found]
+        return values
+    return [None if v is None or v != v else str(v) for v in values]

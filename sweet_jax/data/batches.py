@@ -89,10 +89,10 @@ def tokenize(tokenizer, rows: Split, max_length: int) -> Tokens:
     """Returns the tokens of every row; see `encode`."""
     ids, types, seconds = [], [], []
     for start in range(0, len(rows.texts), _AT_ONCE):
-        found = encode_pairs(tokenizer, rows.texts[start : start + _AT_ONCE], max_length)
-        ids += found[0]
-        types += found[1]
-        seconds += found[2]
+        encoded = encode_pairs(tokenizer, rows.texts[start : start + _AT_ONCE], max_length)
+        ids += encoded[0]
+        types += encoded[1]
+        seconds += encoded[2]
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
     return Tokens(
         np.concatenate(ids),
@@ -153,12 +153,12 @@ def longer_than(
       lengths: lengths of the rows truncated to `tokens` tokens, int [N], if known.
 
     """
-    found = np.zeros(len(texts), bool)
+    longer = np.zeros(len(texts), bool)
     rows = np.arange(len(texts)) if lengths is None else np.flatnonzero(lengths >= tokens)
     if rows.size:
         ids, _ = encode(tokenizer, [texts[i] for i in rows.tolist()], tokens + 1)
-        found[rows] = [len(row) > tokens for row in ids]
-    return found
+        longer[rows] = [len(row) > tokens for row in ids]
+    return longer
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -228,8 +228,8 @@ def _grouped_batch_indices(
     start = batch // _GROUP * _GROUP * size
     group = order[start : start + _GROUP * size]
     group = group[np.argsort(lengths[rows[group]], kind="stable")]
-    place = batch * size - start
-    return _fill(rows[group[place : place + size]], size)
+    offset = batch * size - start
+    return _fill(rows[group[offset : offset + size]], size)
 
 
 def evaluation_batch_indices(
@@ -248,9 +248,9 @@ def evaluation_batch_indices(
     """
     order = np.argsort(tokens.lengths[rows], axis=1, kind="stable")  # [R, N]
     for start in range(0, rows.shape[1], size):
-        places = np.stack([_fill(o, size) for o in order[:, start : start + size]])  # [R, B]
-        picked = np.take_along_axis(rows, np.maximum(places, 0), axis=1)
-        yield places, np.where(places < 0, -1, picked)
+        positions = np.stack([_fill(o, size) for o in order[:, start : start + size]])  # [R, B]
+        picked = np.take_along_axis(rows, np.maximum(positions, 0), axis=1)
+        yield positions, np.where(positions < 0, -1, picked)
 
 
 def _fill(rows: np.ndarray, size: int) -> np.ndarray:

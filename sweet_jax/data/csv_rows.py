@@ -72,17 +72,17 @@ class _Lines:
         self.number -= len(self.taken) - 1
 
 
-def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
+def csv_table(file: TextFile, delimiter: str, column_names: Sequence[str]) -> Table:
     """Returns the table of a CSV or TSV file.
 
     The separator is the one in a line "sep=" before the header, if there is such a line. Otherwise
-    it is the first separator, starting with `delimiter`, that gives the header all `wanted`
-    columns; or else the first one that gives it more than one column.
+    it is the first separator, starting with `delimiter`, that gives the header all `column_names`;
+    or else the first one that gives it more than one column.
 
     Args:
       file: file of the table.
       delimiter: field separator according to the suffix of the file.
-      wanted: names of columns, or lists of names as in `parse_names`.
+      column_names: names of columns, or lists of names as in `parse_names`.
 
     Raises:
       UserError: if the file has no header.
@@ -90,8 +90,8 @@ def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
     """
     csv.field_size_limit(_LONGEST)  # applies to the whole process
     begun = list(itertools.islice(file.lines, _HEADER_LINES))
-    found = _find_delimiter(begun, delimiter, wanted)
-    rows = read_rows(itertools.chain(begun, file.lines), found)
+    separator = _find_delimiter(begun, delimiter, column_names)
+    rows = read_rows(itertools.chain(begun, file.lines), separator)
     header = next(rows, None)
     wrong = "no first line with the names of its columns" if header is None else header.error
     if header is not None and re.search("[\ud800-\udfff]", "".join(header.fields)):
@@ -100,27 +100,29 @@ def csv_table(file: TextFile, delimiter: str, wanted: Sequence[str]) -> Table:
         raise UserError(f"could not read {str(file.path)!r}: {wrong}")
 
     def records(columns: Columns) -> Iterator[Record]:
-        places = [find_column(name, header.fields) for name in columns.names]
+        indices = [find_column(name, header.fields) for name in columns.names]
         for row, (fields, error, line) in enumerate(rows, start=1):
             if error is not None:
                 yield Record((), error, file.position(), row, line)
             else:
                 # An empty field is a missing value; the words "NA" and "null" are texts.
-                values = tuple([fields[place] or None for place in places])
+                values = tuple([fields[index] or None for index in indices])
                 yield make_record(values, columns, file.position(), row, line)
 
     return Table(header.fields, records)
 
 
-def _find_delimiter(lines: Sequence[str], usual: str, wanted: Sequence[str]) -> str:
+def _find_delimiter(lines: Sequence[str], usual: str, column_names: Sequence[str]) -> str:
     """Returns the field separator of a file that begins with these lines."""
     header = next((line.strip("\r\n") for line in lines if line.strip()), "")
     if named := re.fullmatch("sep=(.)", header):
         return named[1]
     fields = {d: next(csv.reader([header], delimiter=d), []) for d in (usual, *_OTHERS)}
     for delimiter, names in fields.items():
-        known = {*names, *(name.strip() for name in names)}
-        if wanted and all(known.issuperset(parse_names(name, names)) for name in wanted):
+        header_names = {*names, *(name.strip() for name in names)}
+        if column_names and all(
+            header_names.issuperset(parse_names(name, names)) for name in column_names
+        ):
             return delimiter
     return next((delimiter for delimiter, names in fields.items() if len(names) > 1), usual)
 

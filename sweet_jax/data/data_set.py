@@ -43,8 +43,8 @@ class DataSplit:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yields the rows as Arrow batches."""
-        for part in self.rows.with_format("arrow").iter(batch_size=1024):
-            yield from part.to_batches()
+        for table in self.rows.with_format("arrow").iter(batch_size=1024):
+            yield from table.to_batches()
 
 
 def read_data_set(config: Config, task: Task) -> list[DataSplit]:
@@ -57,19 +57,19 @@ def read_data_set(config: Config, task: Task) -> list[DataSplit]:
     """
     name = config.dataset or f"{_GLUE}:{task.name}"
     loaded = _load(name)
-    wanted = split_names(config.splits)
+    selected = split_names(config.splits)
     if not config.dataset:
-        wanted = ("train", task.validation)
-    if not wanted:
+        selected = ("train", task.validation)
+    if not selected:
         check_choice(f"split of {name!r}", "train", loaded)
-        wanted = ("train", *[split for split in _VALIDATION if split in loaded][:1])
-    if len(wanted) > 2:
+        selected = ("train", *[split for split in _VALIDATION if split in loaded][:1])
+    if len(selected) > 2:
         raise UserError(
             f"splits takes a training split and at most one validation split; got {config.splits!r}"
         )
-    for split in wanted:
+    for split in selected:
         check_choice(f"split of {name!r}", split, loaded)
-    return [DataSplit(loaded[split], f"{name!r}, {split}") for split in wanted]
+    return [DataSplit(loaded[split], f"{name!r}, {split}") for split in selected]
 
 
 def _load(name: str) -> Mapping[str, Any]:

@@ -35,11 +35,11 @@ def expand_files(name: str) -> list[Path]:
         return [path]
     if any(sign in name for sign in "*?["):
         matches = sorted(map(Path, glob.glob(str(path))))
-        found = [match for match in matches if not match.is_dir()]
-        if not found:
+        files = [match for match in matches if not match.is_dir()]
+        if not files:
             raise AbsentFileError(f"no file matches {name!r}")
-        warn_of_unread(name, set(matches).difference(found))
-        return found
+        warn_of_unread(name, set(matches).difference(files))
+        return files
     if "+" in name:
         return [
             file for part in name.split("+") if part.strip() for file in expand_files(part.strip())

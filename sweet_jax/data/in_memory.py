@@ -37,9 +37,9 @@ def write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> 
         ) from error
 
 
-def _same_rows(one: pa.Table, other: pa.Table) -> bool:
+def _same_rows(left: pa.Table, right: pa.Table) -> bool:
     """Returns whether two tables have the same columns and values, regardless of Arrow types."""
-    ours, theirs = one.to_pydict(), other.to_pydict()
+    ours, theirs = left.to_pydict(), right.to_pydict()
     return ours.keys() == theirs.keys() and all(
         len(values) == len(theirs[name])
         # NaN, a missing number, is not equal to itself.

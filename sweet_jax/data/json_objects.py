@@ -36,23 +36,23 @@ def json_table(file: TextFile) -> Table:
     """
     objects = _read_any(file)
     ahead = list(itertools.islice(objects, _CHECKED))
-    keys = tuple(dict.fromkeys(key for found in ahead for key in found.values or ()))
+    keys = tuple(dict.fromkeys(key for obj in ahead for key in obj.values or ()))
 
     def records(columns: Columns) -> Iterator[Record]:
         names = list(columns.names)
-        if any(found.values is not None for found in ahead):
+        if any(obj.values is not None for obj in ahead):
             names = [keys[find_column(name, keys)] for name in names]
         label_texts = LabelTexts()
         rows = enumerate(itertools.chain(ahead, objects), start=1)
         for row, (values, error, line, position) in rows:
-            found = [] if values is None else [values.get(name) for name in names]
+            fields = [] if values is None else [values.get(name) for name in names]
             if values is not None and columns.label is not None:
-                place, wrong = len(columns.texts), None
-                if not (columns.several_labels and isinstance(found[place], list)):
-                    found[place], wrong = label_texts(found[place])
+                label_index, wrong = len(columns.texts), None
+                if not (columns.several_labels and isinstance(fields[label_index], list)):
+                    fields[label_index], wrong = label_texts(fields[label_index])
                 error = wrong and f"column {columns.label!r} {wrong}"
             if error is None:
-                yield make_record(tuple(found), columns, position, row, line)
+                yield make_record(tuple(fields), columns, position, row, line)
             else:
                 yield Record((), error, position, row, line)
 
@@ -77,16 +77,16 @@ def _read_any(file: TextFile) -> Iterator[JsonObject]:
         for values in _rows_of(first.values):
             yield first._replace(values=values)
     else:
-        yield from (found for found in (first, second) if found is not None)
+        yield from (obj for obj in (first, second) if obj is not None)
         yield from objects
 
 
 def _rows_of(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the rows of a file with one object: a list of rows, columns, or a single row."""
     for key in _LISTS:
-        found = values.get(key)
-        if isinstance(found, list) and found and all(isinstance(v, dict) for v in found):
-            return found
+        rows = values.get(key)
+        if isinstance(rows, list) and rows and all(isinstance(v, dict) for v in rows):
+            return rows
     # By default, pandas writes columns as {"text": {"0": …}}, and their key order may differ.
     first = next(iter(values.values()), None)
     keys = first.keys() if isinstance(first, dict) else ()
@@ -104,22 +104,22 @@ def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
     Raises UserError if the array is damaged.
     """
     decoder, opened, tries = json.JSONDecoder(), False, 0
-    text, at, number = "", 0, 1  # text[at:], which begins in line `number`, is parsed next
+    text, start, number = "", 0, 1  # text[start:], which begins in line `number`, is parsed next
     while True:
-        if found := (_BETWEEN if opened else _OPENING).match(text, at):
-            opened, number = True, number + text.count("\n", at, found.end())
-            at = found.end()
-        if opened and text.startswith("]", at):
-            text, at, opened = text[at + 1 :], 0, False
+        if match := (_BETWEEN if opened else _OPENING).match(text, start):
+            opened, number = True, number + text.count("\n", start, match.end())
+            start = match.end()
+        if opened and text.startswith("]", start):
+            text, start, opened = text[start + 1 :], 0, False
             while not text.strip():  # another array may follow this one
                 if (line := next(lines, None)) is None:
                     return
                 text += line
             continue
         try:
-            values, end = decoder.raw_decode(text, at)
+            values, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            text, at, tries = text[at:], 0, tries + 1
+            text, start, tries = text[start:], 0, tries + 1
             more = _lines_to_a_brace(lines) if _is_cut(text, error) and tries <= _MOST_TRIES else ""
             if not more or len(text) > _LONGEST:
                 raise UserError(
@@ -130,7 +130,7 @@ def read_array(lines: Iterator[str], file: TextFile) -> Iterator[JsonObject]:
             continue
         wrong = None if isinstance(values, dict) else f"not an object but {values!a:.40}"
         yield JsonObject(None if wrong else values, wrong, number, file.position())
-        number, at, tries = number + text.count("\n", at, end), end, 0
+        number, start, tries = number + text.count("\n", start, end), end, 0
 
 
 def _is_cut(text: str, error: Exception) -> bool:
@@ -140,14 +140,14 @@ def _is_cut(text: str, error: Exception) -> bool:
 
 def _lines_to_a_brace(lines: Iterator[str]) -> str:
     """Returns the next lines, up to one that may end an object; "" at the end of the file."""
-    found: list[str] = []
+    taken: list[str] = []
     size = 0
     for line in lines:
-        found.append(line)
+        taken.append(line)
         size += len(line)
         if "}" in line or size > _LONGEST:
             break
-    return "".join(found)
+    return "".join(taken)
 
 
 def read_objects(lines: Iterable[str], position: Callable[[], int]) -> Iterator[JsonObject]:
@@ -227,15 +227,15 @@ class LabelTexts:
 def _parse(text: str) -> tuple[dict[str, Any] | None, str | None, bool]:
     """Returns (object, None, False), or (None, error, whether the text is only incomplete)."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text.rstrip())
         return None, f"not JSON: {error.msg} at character {error.pos + 1}", cut
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {one_line(error)}", False
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         return None, f"not an object but {text.strip()!a:.40}", False
-    return found, None, False
+    return value, None, False
 
 
 def _single_lines(lines: list[str], last: int, position: int) -> Iterator[JsonObject]:

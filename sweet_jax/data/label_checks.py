@@ -46,10 +46,10 @@ def is_written_list(label: str) -> bool:
 def describe_classes(counts: Mapping[str, int]) -> str:
     """Describes the classes and their numbers of rows; of many, only the largest and smallest."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    shown = [f"{cut_label(name)!r} {count}" for name, count in ordered]
-    if len(shown) > 2 * _SHOWN:
-        shown[_SHOWN:-_SHOWN] = [f"… {len(shown) - 2 * _SHOWN} others …"]
-    return f"{len(counts)} classes (rows of each): {', '.join(shown)}"
+    descriptions = [f"{cut_label(name)!r} {count}" for name, count in ordered]
+    if len(descriptions) > 2 * _SHOWN:
+        descriptions[_SHOWN:-_SHOWN] = [f"… {len(descriptions) - 2 * _SHOWN} others …"]
+    return f"{len(counts)} classes (rows of each): {', '.join(descriptions)}"
 
 
 def label_warnings(counts: Mapping[str, int]) -> list[str]:
@@ -59,14 +59,14 @@ def label_warnings(counts: Mapping[str, int]) -> list[str]:
       counts: number of rows of each label.
 
     """
-    found = []
+    warnings = []
     alike = collections.defaultdict(list)
     for name in counts:
         alike[_folded(name)].append(name)
     for names in alike.values():
         if len(names) > 1:
             listed = ", ".join(f"{cut_label(name)!a} ({counts[name]})" for name in sorted(names))
-            found.append(
+            warnings.append(
                 f"labels that differ only in case, spaces or spelling are separate classes: "
                 f"{listed}; if they mean the same, write them the same way in the file"
             )
@@ -74,23 +74,23 @@ def label_warnings(counts: Mapping[str, int]) -> list[str]:
     measured = all(_NUMBER.fullmatch(name) for name in counts)
     fractions = sum(not float(name).is_integer() for name in counts) if measured else 0
     if fractions and len(counts) > _MOST_MEASUREMENTS:
-        found.append(
+        warnings.append(
             f"the labels are {len(counts)} different numbers, such as {next(iter(counts))}: "
             "they look like measurements, but each of them becomes a class; group them into "
             "classes, or predict numbers with --config.objective=regression"
         )
     elif rows >= _IDS and len(counts) > rows / 2:
-        found.append(
+        warnings.append(
             f"{rows} rows have {len(counts)} different labels, such as "
             f"{cut_label(next(iter(counts)))!r}: check that the label column is not an id or a text"
         )
     barred = next((name for name in counts if "|" in name), None)
     if barred is not None:
-        found.append(
+        warnings.append(
             f"labels such as {cut_label(barred)!r} are one class each: if they list several labels "
             "of a row, set --config.objective=multi_label"
         )
-    return found
+    return warnings
 
 
 def is_number(label: str) -> bool:

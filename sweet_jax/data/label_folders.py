@@ -22,19 +22,19 @@ def folder_table(path: Path) -> Table:
     """
 
     def records(columns: Columns) -> Iterator[Record]:
-        places = [find_column(name, _COLUMNS) for name in columns.names]
+        indices = [find_column(name, _COLUMNS) for name in columns.names]
         files = text_files(path)
         if not files:
             raise UserError(f"folder {str(path)!r} has no <label>/<name>.txt files")
         for row, file in enumerate(files, start=1):
-            found = (_read_text(file), file.parent.name)
-            if found[0].strip():
-                yield make_record(tuple(found[place] for place in places), columns, row, row)
+            values = (_read_text(file), file.parent.name)
+            if values[0].strip():
+                yield make_record(tuple(values[index] for index in indices), columns, row, row)
             else:
                 error = f"{str(file)!r} is empty: fill it, remove it, or set skip_invalid to True"
                 yield Record((), error, row, row, line=0)
         labels = {file.parent for file in files}
-        every = {p for place in (path, *labels) for p in place.iterdir() if not is_hidden(p)}
+        every = {p for folder in (path, *labels) for p in folder.iterdir() if not is_hidden(p)}
         warn_of_unread(str(path), every.difference(labels, files))
 
     return Table(_COLUMNS, records)

@@ -59,15 +59,15 @@ def load_dataset(config: Config) -> Dataset:
     validation label that no training row has.
     """
     task, sources = read_sources(config, task_of(config))
-    places = source_names(len(sources))
-    for rows, place in zip(sources, places, strict=True):
+    titles = source_names(len(sources))
+    for rows, title in zip(sources, titles, strict=True):
         if not rows.labels:
-            raise UserError(f"{place} has no rows")
+            raise UserError(f"{title} has no rows")
     column, first = OBJECTIVES[task.objective].column, sources[0]
     names = column.read_names(first.labels, first.declared, task.label_column)
     splits = []
-    for rows, place in zip(sources, places, strict=True):
-        with naming_source(place):
+    for rows, title in zip(sources, titles, strict=True):
+        with naming_source(title):
             splits.append(Split(rows.texts, column.read(rows.labels, names, rows.texts)))
     if len(splits) == 1:
         strata, fraction = column.strata(splits[0].labels), config.validation_fraction
@@ -78,8 +78,8 @@ def load_dataset(config: Config) -> Dataset:
     if len(sources) == 1:
         left_out = len(sources[0].labels) - len(train.labels) - len(validation.labels)
     else:
-        known = set(train.texts)
-        repeated = sum(text in known for text in validation.texts)
+        train_texts = set(train.texts)
+        repeated = sum(text in train_texts for text in validation.texts)
     unlabeled = read_unlabeled(config, task) if config.unlabeled_files else ()
     return Dataset(task, names, train, validation, left_out, repeated, unlabeled)
 

@@ -118,10 +118,10 @@ def pad_rows(tokens: Tokens, rows: np.ndarray, lengths: tuple[int, ...]) -> Batc
     labels = tokens.labels[rows]  # [..., B, ...]
     absent = np.reshape(rows < 0, rows.shape + (1,) * (labels.ndim - rows.ndim))
     source = np.where(mask, tokens.starts[rows][..., None] + position, 0)
-    known = {} if tokens.labeled is None else {"labeled": (rows >= 0) & tokens.labeled[rows]}
+    optional = {} if tokens.labeled is None else {"labeled": (rows >= 0) & tokens.labeled[rows]}
     if tokens.second_starts is not None:
-        known["second_start"] = np.where(rows < 0, 0, tokens.second_starts[rows])
-    return known | {
+        optional["second_start"] = np.where(rows < 0, 0, tokens.second_starts[rows])
+    return optional | {
         "input_ids": np.where(mask, tokens.input_ids[source], tokens.pad_id).astype(np.int32),
         "token_type_ids": np.where(mask, tokens.token_type_ids[source], 0).astype(np.int32),
         "mask": mask,

@@ -73,13 +73,13 @@ def read_records(path: Path, columns: Columns) -> Generator[Record]:
         yield from table.records(columns)
 
 
-def column_names(path: Path, wanted: str = "") -> tuple[str, ...]:
+def column_names(path: Path, text_columns: str = "") -> tuple[str, ...]:
     """Returns the names of a file's columns.
 
-    `wanted`, a list of column names, helps to find the separator of a CSV. Raises UserError as
-    `read_records` does.
+    `text_columns`, a list of column names, helps to find the separator of a CSV. Raises UserError
+    as `read_records` does.
     """
-    with open_table(path, Columns((wanted,) if wanted else ())) as table:
+    with open_table(path, Columns((text_columns,) if text_columns else ())) as table:
         return tuple(table.names)
 
 
@@ -107,8 +107,8 @@ def open_table(path: Path, columns: Columns) -> Iterator[Table]:
             if not path.exists():
                 raise AbsentFileError(f"{str(path)!r} does not exist")
             if not kind or (kind == ".txt" and columns.label is not None):
-                known = ", ".join((*FORMATS, *(() if columns.label else (".txt",))))
-                raise UserError(f"{str(path)!r} must end in one of {known} (text also in .gz)")
+                supported = ", ".join((*FORMATS, *(() if columns.label else (".txt",))))
+                raise UserError(f"{str(path)!r} must end in one of {supported} (text also in .gz)")
             if kind in _ROWS:
                 yield stack.enter_context(_ROWS[kind](path))
             elif kind == ".xlsx":

@@ -36,10 +36,10 @@ def draw_rows(config: Config, dataset: Dataset) -> RunRows:
     split, repeats = drop_duplicates(texts, split, strata, seeds)
     training, calibration = zip(*split, strict=True)
     if repeats:
-        said = "%d training rows that repeat a calibration text are dropped"
+        message = "%d training rows that repeat a calibration text are dropped"
         if len(set(seeds)) > 1:
-            said = "up to %d training rows repeat a calibration text: each seed drops this many"
-        log.info(said, repeats)
+            message = "up to %d training rows repeat a calibration text: each seed drops this many"
+        log.info(message, repeats)
     tuning = [np.empty(0, int)] * len(seeds)
     if config.tunes:
         training, tuning = _hold_out_tuning_rows(config, dataset, training)
@@ -65,9 +65,9 @@ def _hold_out_tuning_rows(
     strata, targets = dataset.strata, dataset.train.labels
     seeds = [seed for seed, _ in config.replicas()]
     split = [
-        split_tuning_rows(strata, own, config.tuning_fraction, seed, targets)
-        for seed, own in zip(seeds, training, strict=True)
+        split_tuning_rows(strata, rows, config.tuning_fraction, seed, targets)
+        for seed, rows in zip(seeds, training, strict=True)
     ]
     split, _ = drop_duplicates(dataset.train.texts, split, strata, seeds)
     size = min(len(tuning) for _, tuning in split)
-    return [own for own, _ in split], [tuning[:size] for _, tuning in split]
+    return [rows for rows, _ in split], [tuning[:size] for _, tuning in split]

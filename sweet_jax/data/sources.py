@@ -43,19 +43,19 @@ def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
     Returns the task, including columns that the config does not name, and one or two sources.
     Raises UserError for invalid rows, unless the config has `skip_invalid`.
     """
-    given = {key: getattr(config, key) for key in ("data_files", "data_dir", "dataset")}
-    given = {key: value for key, value in given.items() if value}
-    if len(given) > 1:
-        named = " and ".join(f"{key} is {value!r}" for key, value in given.items())
+    options = {key: getattr(config, key) for key in ("data_files", "data_dir", "dataset")}
+    options = {key: value for key, value in options.items() if value}
+    if len(options) > 1:
+        named = " and ".join(f"{key} is {value!r}" for key, value in options.items())
         raise UserError(f"{named}: set only one of them")
     if config.data_files:
-        parts = split_files(config.data_files)
-        if not 1 <= len(parts) <= 2:
+        patterns = split_files(config.data_files)
+        if not 1 <= len(patterns) <= 2:
             raise UserError(
                 "data_files takes a source of training rows and at most one source of validation "
                 f'rows (join several files of a source with "+"); got {config.data_files!r}'
             )
-        splits = [expand_files(part) for part in parts]
+        splits = [expand_files(pattern) for pattern in patterns]
     elif config.data_dir:
         folder = resolve_path(config.data_dir) / task.name
         validation = folder / f"{task.validation}.parquet"
@@ -65,12 +65,12 @@ def read_sources(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
     else:
         return _from_data_set(config, task)
     task = _with_columns(config, task, splits[0][0])
-    found = []
-    for paths, place in zip(splits, source_names(len(splits)), strict=True):
-        with naming_source(place):
-            each = [_read_file(path, task, config.skip_invalid) for path in paths]
-            found.append(_join(each))
-    return task, found
+    sources = []
+    for paths, name in zip(splits, source_names(len(splits)), strict=True):
+        with naming_source(name):
+            file_rows = [_read_file(path, task, config.skip_invalid) for path in paths]
+            sources.append(_join(file_rows))
+    return task, sources
 
 
 def read_unlabeled(config: Config, task: Task) -> list[tuple[str, ...]]:
@@ -109,9 +109,9 @@ def _read_file(path: Path, task: Task, skip_invalid: bool) -> SourceRows:
     columns = label_columns(task)
     with open_table(path, columns) as table:
         records = table.records(columns)
-        found = _collect(records, columns, repr(str(path)), skip_invalid)
+        rows = _collect(records, columns, repr(str(path)), skip_invalid)
         declared = () if table.schema is None else _declared(table.schema, task.label_column)
-    return _with_labels(found, declared, columns.several_labels)
+    return _with_labels(rows, declared, columns.several_labels)
 
 
 def _from_data_set(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
@@ -124,9 +124,9 @@ def _from_data_set(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
 def _read_split(split: DataSplit, columns: Columns, skip_invalid: bool) -> SourceRows:
     check_schema(split.schema, columns)
     records = arrow_records(split.batches(), columns)
-    found = _collect(records, columns, split.title, skip_invalid)
+    rows = _collect(records, columns, split.title, skip_invalid)
     assert columns.label is not None
-    return _with_labels(found, _declared(split.schema, columns.label), columns.several_labels)
+    return _with_labels(rows, _declared(split.schema, columns.label), columns.several_labels)
 
 
 def _declared(schema: pa.Schema, name: str) -> tuple[str, ...]:
@@ -163,19 +163,19 @@ def _with_labels(
     return SourceRows([row[:-1] for row in rows], labels, declared)
 
 
-def _join(parts: Sequence[SourceRows]) -> SourceRows:
+def _join(files: Sequence[SourceRows]) -> SourceRows:
     """Joins the files of one split; class names are declared only if all files declare the same."""
-    declared = {part.declared for part in parts}
+    declared = {file.declared for file in files}
     # 1 in one file and 1.0 in another are the same label, written as in the first file.
-    first = {without_fraction(label): label for label in dict.fromkeys(parts[0].labels)}
-    known = set(parts[0].labels)
-    labels = parts[0].labels + [
-        label if label in known else first.get(without_fraction(label), label)
-        for part in parts[1:]
-        for label in part.labels
+    first = {without_fraction(label): label for label in dict.fromkeys(files[0].labels)}
+    first_labels = set(files[0].labels)
+    labels = files[0].labels + [
+        label if label in first_labels else first.get(without_fraction(label), label)
+        for file in files[1:]
+        for label in file.labels
     ]
     return SourceRows(
-        [text for part in parts for text in part.texts],
+        [text for file in files for text in file.texts],
         labels,
         declared.pop() if len(declared) == 1 else (),
     )
@@ -191,33 +191,33 @@ def _collect(
     rows: list[tuple[str, ...]] = []
     invalid: list[tuple[str, str]] = []  # the row and line of each record, and what is wrong
     for record in records:
-        place = f"row {record.row}" + (f" (line {record.line})" if record.line else "")
+        location = f"row {record.row}" + (f" (line {record.line})" if record.line else "")
         missing = missing_column(record.values, columns)
         if record.error is not None:
             if not skip_invalid:
-                raise UserError(f"could not read {source}: {place}: {record.error}")
-            invalid.append((place, record.error))
+                raise UserError(f"could not read {source}: {location}: {record.error}")
+            invalid.append((location, record.error))
         elif missing is not None:
-            invalid.append((place, f"column {missing!r} is empty"))
+            invalid.append((location, f"column {missing!r} is empty"))
         else:
             rows.append(tuple(value or "" for value in record.values))
     if invalid and not skip_invalid:
-        place, wrong = invalid[0]
+        location, wrong = invalid[0]
         more = f", and {len(invalid) - 1} more such rows" if len(invalid) > 1 else ""
         raise UserError(
-            f"{wrong} in {place} of {source}, not counting the header{more}: fill it, remove such "
-            "rows, or skip them with --config.skip_invalid=True"
+            f"{wrong} in {location} of {source}, not counting the header{more}: fill it, remove "
+            "such rows, or skip them with --config.skip_invalid=True"
         )
     if invalid:
-        listed = "; ".join(f"{place}: {wrong}" for place, wrong in invalid[:_LISTED])
+        listed = "; ".join(f"{location}: {wrong}" for location, wrong in invalid[:_LISTED])
         log.warning("skipped %d invalid rows of %s: %s …", len(invalid), source, listed)
     return rows
 
 
 @contextlib.contextmanager
-def naming_source(place: str) -> Iterator[None]:
+def naming_source(name: str) -> Iterator[None]:
     """Prefixes the message of a UserError with the name of a source."""
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{place}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error

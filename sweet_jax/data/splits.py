@@ -45,10 +45,10 @@ def stratified_split(
     """
     order = rng.permutation(len(labels))
     counts = np.bincount(labels)
-    wanted = counts * fraction
-    quota = np.floor(wanted).astype(int)
+    exact = counts * fraction
+    quota = np.floor(exact).astype(int)
     missing = round(fraction * len(labels)) - quota.sum()
-    by_remainder = np.argsort(-(wanted - quota), kind="stable")
+    by_remainder = np.argsort(-(exact - quota), kind="stable")
     while missing > 0 and (quota < counts - 1).any():
         spare = [c for c in by_remainder if quota[c] < counts[c] - 1][:missing]
         quota[spare] += 1
@@ -86,8 +86,8 @@ def _without_texts(
     texts: Sequence[tuple[str, ...]], kept: np.ndarray, held: np.ndarray
 ) -> np.ndarray:
     """Returns the kept rows whose texts are not held out."""
-    known = {texts[i] for i in held}
-    return np.asarray([i for i in kept if texts[i] not in known], int)
+    held_texts = {texts[i] for i in held}
+    return np.asarray([i for i in kept if texts[i] not in held_texts], int)
 
 
 def split_calibration_rows(
@@ -199,13 +199,15 @@ def drop_duplicates(
 
     """
     distinct = [_without_texts(texts, trained, held) for trained, held in rows]
-    repeats = [len(trained) - len(own) for (trained, _), own in zip(rows, distinct, strict=True)]
-    most, found = max(repeats), []
-    for own, count, seed in zip(distinct, repeats, seeds, strict=True):
-        if count < most and len(own):
+    repeats = [
+        len(trained) - len(unique) for (trained, _), unique in zip(rows, distinct, strict=True)
+    ]
+    most, remaining = max(repeats), []
+    for unique, count, seed in zip(distinct, repeats, seeds, strict=True):
+        if count < most and len(unique):
             rng = np.random.default_rng([zlib.crc32(b"repeats"), seed])
-            own = own[stratified_split(strata[own], (most - count) / len(own), rng)[0]]
-        found.append(own)
-    size = min(map(len, found))  # sizes differ if most classes have one row
-    pairs = zip(found, rows, strict=True)
-    return [(own[:size], held) for own, (_, held) in pairs], most
+            unique = unique[stratified_split(strata[unique], (most - count) / len(unique), rng)[0]]
+        remaining.append(unique)
+    size = min(map(len, remaining))  # sizes differ if most classes have one row
+    pairs = zip(remaining, rows, strict=True)
+    return [(unique[:size], held) for unique, (_, held) in pairs], most

@@ -35,7 +35,7 @@ def excel_table(path: Path) -> Iterator[Table]:
             raise UserError(f"could not read {str(path)!r}: its first row has no column names")
 
         def records(columns: Columns) -> Iterator[Record]:
-            places = [find_column(name, header) for name in columns.names]
+            indices = [find_column(name, header) for name in columns.names]
             label = None if columns.label is None else len(columns.texts)
             empty = 0  # number of empty rows just before; empty rows at the end are ignored
             for row, cells in enumerate(rows, start=1):
@@ -43,11 +43,11 @@ def excel_table(path: Path) -> Iterator[Table]:
                     empty += 1
                     continue
                 for before in range(row - empty, row):
-                    yield make_record((None,) * len(places), columns, before, before)
+                    yield make_record((None,) * len(indices), columns, before, before)
                 empty = 0
-                found = [cells[place] if place < len(cells) else None for place in places]
-                if label is not None and found[label] is not None:
-                    found[label] = str(found[label])
-                yield make_record(tuple(found), columns, row, row)
+                values = [cells[index] if index < len(cells) else None for index in indices]
+                if label is not None and values[label] is not None:
+                    values[label] = str(values[label])
+                yield make_record(tuple(values), columns, row, row)
 
         yield Table(header, records)

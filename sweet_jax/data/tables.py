@@ -77,7 +77,7 @@ def find_column(name: str, present: Sequence[str]) -> int:
     Raises ColumnError for a name that is missing or occurs more than once.
     """
     if name not in present:
-        name, present = name.strip(), [other.strip() for other in present]
+        name, present = name.strip(), [column.strip() for column in present]
     try:
         check_choice("column", name, present)
     except UserError as error:

@@ -63,27 +63,27 @@ def check_attention(
     """
     if implementation == EINSUM:
         return
-    asked = f"attention is {implementation!r}, but"
+    prefix = f"attention is {implementation!r}, but"
     if obstacle:
         raise UserError(
-            f"{asked} fused attention cannot compute the layers of {name!r}: {obstacle}; remove "
+            f"{prefix} fused attention cannot compute the layers of {name!r}: {obstacle}; remove "
             "attention from the config"
         )
     if config.attention_probs_dropout_prob > 0:
         raise UserError(
-            f"{asked} fused attention supports no dropout on its weights, and {name!r} has a rate "
+            f"{prefix} fused attention supports no dropout on its weights, and {name!r} has a rate "
             f"of {config.attention_probs_dropout_prob}: add --config.attention_dropout=off, or "
             "remove attention from the config"
         )
     if implementation != "cudnn":
         return
     if backend != "gpu":
-        raise UserError(f"{asked} JAX runs on {backend}: remove it, or set it to xla")
+        raise UserError(f"{prefix} JAX runs on {backend}: remove it, or set it to xla")
     if dtype != "bfloat16":
-        raise UserError(f"{asked} dtype is {dtype!r}: add --config.dtype=bfloat16")
+        raise UserError(f"{prefix} dtype is {dtype!r}: add --config.dtype=bfloat16")
     size = config.hidden_size // config.num_attention_heads
     if size % 8 or size > 128:
         raise UserError(
-            f"{asked} the attention heads of {name!r} have size {size}, and cuDNN requires a "
+            f"{prefix} the attention heads of {name!r} have size {size}, and cuDNN requires a "
             "multiple of 8 that is at most 128: set it to xla"
         )

@@ -110,10 +110,10 @@ class DebertaAttention(DisentangledAttention):
             self.pos_q_proj = linear(config, hidden, hidden, dtype, rngs)
 
     def project(self, first: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def packed(x: jax.Array, parts: slice) -> list[jax.Array]:
+        def packed(x: jax.Array, selection: slice) -> list[jax.Array]:
             # The columns are ordered by head, then query, key, value.
             heads = self.in_proj(x).reshape(x.shape[0], self.heads, 3, -1)
-            return [heads[:, :, i].reshape(x.shape) for i in range(3)[parts]]
+            return [heads[:, :, i].reshape(x.shape) for i in range(3)[selection]]
 
         (k, v), (q,) = packed(x, slice(1, 3)), packed(first, slice(0, 1))
         q_bias, v_bias = (b[...].astype(x.dtype)[None] for b in (self.q_bias, self.v_bias))

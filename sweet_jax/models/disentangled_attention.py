@@ -140,14 +140,14 @@ class DisentangledAttention(Attention):
 
         def rows(projected: jax.Array, sign: int) -> jax.Array:
             heads = projected.reshape(len(projected), self.heads, -1)  # [W, A, D]
-            places = rows_by_offset(lambda o: self.config.rows(sign * o) - low, length, reach)
-            return heads[places]  # [2L, A, D]
+            table_rows = rows_by_offset(lambda o: self.config.rows(sign * o) - low, length, reach)
+            return heads[table_rows]  # [2L, A, D]
 
         if "c2p" in self.kinds:  # row query, column key: the distance is row - column
             keys = rows(self.position_keys(relative), -1)
             total += along_diagonals(jnp.einsum("bald,rad->balr", q, keys))
         if "p2c" in self.kinds:  # row key, column query
             queries = rows(self.position_queries(relative) * self.scale, 1)
-            found = along_diagonals(jnp.einsum("bald,rad->balr", k, queries))
-            total += found.swapaxes(-1, -2)[..., :count, :]
+            position_scores = along_diagonals(jnp.einsum("bald,rad->balr", k, queries))
+            total += position_scores.swapaxes(-1, -2)[..., :count, :]
         return total

@@ -84,10 +84,10 @@ def _keep(
     # Element (part, group) of the packed axis is bit `part` of its group.
     bits = jnp.expand_dims(bits, packed)
     bits = jnp.broadcast_to(bits, [*counted[:packed], 4, *counted[packed:]])
-    parts = jax.lax.broadcasted_iota(jnp.uint8, bits.shape, packed)
+    shifts = jax.lax.broadcasted_iota(jnp.uint8, bits.shape, packed)
     counted[packed] *= 4
-    kept = ((bits >> parts) & 1).astype(bool).reshape(counted)
-    return jax.lax.slice_in_dim(kept, 0, shape[packed], axis=packed)
+    keep = ((bits >> shifts) & 1).astype(bool).reshape(counted)
+    return jax.lax.slice_in_dim(keep, 0, shape[packed], axis=packed)
 
 
 @functools.partial(jax.jit, inline=True)  # traced once for each shape, then inlined in its caller

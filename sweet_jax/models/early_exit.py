@@ -223,11 +223,11 @@ class EarlyExit(nnx.Module):
 
         """
         boundaries = isolation if isinstance(isolation, tuple) else (isolation,) * len(self.exits)
-        carried, each = None, []
+        carried, outputs = None, []
         for index in range(len(self.exits)):
             # The last segment has no boundary above it.
             carried, output = self.segment(
                 index, carried, batch, (*boundaries, 0.0)[index], key, features
             )
-            each.append(output)
-        return jax.tree.map(lambda *x: jnp.stack(x), *each)
+            outputs.append(output)
+        return jax.tree.map(lambda *x: jnp.stack(x), *outputs)

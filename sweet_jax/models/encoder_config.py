@@ -62,7 +62,7 @@ class EncoderConfig:
         for key, fixed in cls.FIXED.items():
             if values.get(key, fixed) not in (fixed, None):
                 raise UserError(f"{key} {values[key]!r}; only {fixed!r} is supported")
-        found = {}
+        fields = {}
         for field in dataclasses.fields(cls):
             key, kind = cls.key(field.name), type(field.default)
             if key not in values or (values[key] is None and key == "pad_token_id"):
@@ -74,8 +74,8 @@ class EncoderConfig:
                 )
             if isinstance(values[key], int) and abs(values[key]) >= _TOO_LARGE:
                 raise UserError(f"{key} {str(values[key])[:20]}… in its config.json is too large")
-            found[field.name] = values[key]
-        return cls(**found)
+            fields[field.name] = values[key]
+        return cls(**fields)
 
     def to_values(self) -> dict[str, Any]:
         """Returns the fields by their keys in config.json."""

@@ -128,13 +128,13 @@ class Head(nnx.Module):
         pooled = self.pooled(h, mask, pooler, second)
         pooled = dropout(key, pooled, self.dropout_rate)  # [B, P]
         logits = self.classifier(pooled)  # [B, C]
-        kept = pooled.astype(jnp.float32) if features else None
+        classifier_input = pooled.astype(jnp.float32) if features else None
         if self.learning_to_exit is None:
-            return ModelOutput(logits, features=kept)
+            return ModelOutput(logits, features=classifier_input)
         if self.config.learning_to_exit == "detached":
             pooled = jax.lax.stop_gradient(pooled)
         unit = self.learning_to_exit(pooled)[:, 0]  # [B]
-        return ModelOutput(logits, jax.nn.sigmoid(unit), kept)
+        return ModelOutput(logits, jax.nn.sigmoid(unit), classifier_input)
 
 
 def make_pooler(encoder: Encoder, dtype, key: jax.Array) -> nnx.Linear:

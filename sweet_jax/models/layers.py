@@ -50,8 +50,8 @@ def rematerialize(function: Callable[..., jax.Array], h: jax.Array, *others: Any
     def forward(h, *others):
         return function(h, *others), (h, others)
 
-    def backward(kept, g):
-        h, others = kept
+    def backward(residuals, g):
+        h, others = residuals
         first = g[(0,) * g.ndim]
         zero = first - first  # the compiler keeps this, since it is NaN for NaN and infinity
         return jax.vjp(function, h + zero.astype(h.dtype), *others)[1](g)

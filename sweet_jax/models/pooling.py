@@ -31,9 +31,9 @@ def mean_of_tokens(h: jax.Array, mask: jax.Array, second: jax.Array | None = Non
     The mean includes special tokens, as in sentence-transformers, and is computed in float32. It is
     zero for a row without tokens.
     """
-    kept = jnp.where(mask[..., None], h, 0).astype(jnp.float32)  # [B, L, H]
+    masked = jnp.where(mask[..., None], h, 0).astype(jnp.float32)  # [B, L, H]
     count = jnp.maximum(mask.sum(axis=1), 1)[:, None]  # [B, 1]
-    return (kept.sum(axis=1) / count).astype(h.dtype)
+    return (masked.sum(axis=1) / count).astype(h.dtype)
 
 
 def means_of_pair(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
@@ -96,9 +96,9 @@ def declared_pooling(folder: Path) -> str | None:
                 mode = values.get("pooling_mode")
                 mode = "+".join(map(str, mode)) if isinstance(mode, list) else mode  # of several
                 named = {"cls": "first", "mean": "mean"}.get(mode)
-                found = [name for key, name in _DECLARED.items() if values.get(key) is True]
+                declared = [name for key, name in _DECLARED.items() if values.get(key) is True]
                 others = [k for k, v in values.items() if k.startswith("pooling_mode_") and v]
-                return named or (found[0] if len(found) == len(others) == 1 else None)
+                return named or (declared[0] if len(declared) == len(others) == 1 else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{str(path)!r} cannot be read ({error!r}): repair it, or remove modules.json and set "

@@ -77,9 +77,9 @@ def open_checkpoint(name: str) -> Checkpoint:
         kind = guess_model_type(files.folder, files.values, FAMILIES.values())
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        shown = name if len(name) <= 24 else f"…{name[-23:]}"
+        short_name = name if len(name) <= 24 else f"…{name[-23:]}"
         raise UserError(
-            f"checkpoint {shown!r} has model_type {repr(kind)[:20]}; supported are "
+            f"checkpoint {short_name!r} has model_type {repr(kind)[:20]}; supported are "
             f"{', '.join(FAMILIES)}"
         )
     try:
@@ -127,8 +127,8 @@ def load_encoder(name: str | Path) -> Callable[..., tuple[jax.Array, ...]]:
             ("token_type_ids", types, config.type_vocab_size),
         ):
             # The values are unknown while an enclosing function is traced.
-            known = rows and values.size and not isinstance(values, jax.core.Tracer)
-            if known and not 0 <= int(values.min()) <= int(values.max()) < rows:
+            concrete = rows and values.size and not isinstance(values, jax.core.Tracer)
+            if concrete and not 0 <= int(values.min()) <= int(values.max()) < rows:
                 raise ValueError(
                     f"{name} must be from 0 to {rows - 1}; got {values.min()} to {values.max()}: "
                     "use the tokenizer of this checkpoint"

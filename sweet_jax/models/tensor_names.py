@@ -57,12 +57,12 @@ class TensorNames:
         """
         *module, last = map(str, path)
         leaf = leaf_name(last)
-        place = "/".join(module)
-        if place in self.encoder:
-            return f"{self.encoder[place]}.{leaf}"
+        module_path = "/".join(module)
+        if module_path in self.encoder:
+            return f"{self.encoder[module_path]}.{leaf}"
         return f"{self.layers}.{module[1]}.{self.layer['/'.join(module[2:])]}.{leaf}"
 
-    def normalized(self, found: Iterable[str]) -> dict[str, str]:
+    def normalized(self, names: Iterable[str]) -> dict[str, str]:
         """Maps the names in a file to those that `name` returns: no prefix, and current leaf names.
 
         A program that wraps an encoder adds its own prefix ("module.", "0.auto_model."). Whatever
@@ -70,16 +70,16 @@ class TensorNames:
 
         Raises UserError if the file holds several encoders.
         """
-        found = list(found)
+        names = list(names)
         word = f"{self.encoder['embeddings/word']}.weight"
         usual = f"{self.prefix}."
         prefixes = {
-            name.removesuffix(word) for name in found if name == word or name.endswith(f".{word}")
+            name.removesuffix(word) for name in names if name == word or name.endswith(f".{word}")
         }
-        known = [prefix for prefix in ("", usual) if prefix in prefixes]
-        if len(prefixes) > 1 and not known:
+        usual_prefixes = [prefix for prefix in ("", usual) if prefix in prefixes]
+        if len(prefixes) > 1 and not usual_prefixes:
             raise UserError(f"there are several encoders, under {', '.join(sorted(prefixes))}")
-        prefix = known[0] if known else next(iter(prefixes), usual)
+        prefix = usual_prefixes[0] if usual_prefixes else next(iter(prefixes), usual)
         around = prefix.removesuffix(usual)  # prefix of a classifier that contains the encoder
 
         def normalize(name: str) -> str:
@@ -88,7 +88,7 @@ class TensorNames:
                 r"LayerNorm\.(gamma|beta)$", lambda old: f"LayerNorm.{_OLD_LEAVES[old[1]]}", name
             )
 
-        return {name: normalize(name) for name in found}
+        return {name: normalize(name) for name in names}
 
     def is_ignored(self, name: str) -> bool:
         """Returns whether a tensor, by its normalized name, is known to be outside the encoder."""
@@ -96,7 +96,7 @@ class TensorNames:
 
     def is_inside(self, name: str) -> bool:
         """Returns whether a tensor, by its normalized name, is in a module of the encoder."""
-        roots = {place.split(".")[0] for place in (*self.encoder.values(), self.layers)}
+        roots = {module.split(".")[0] for module in (*self.encoder.values(), self.layers)}
         return name.split(".")[0] in roots | _ROOTS
 
 
@@ -137,8 +137,8 @@ def hugging_face_tensors(
         pooler = head.get("pooler") or params.get("pooler")  # None if the pooling has none
         dense = {"pooler.dense": pooler} if pooler else {}
         dense |= {k: head[k] for k in ("classifier", "learning_to_exit", "norm") if k in head}
-        for name, part in dense.items():
-            put(part, f"exits.{layer}.{name}")
+        for name, module_params in dense.items():
+            put(module_params, f"exits.{layer}.{name}")
     if "norm" in head:
         put({"final_norm": head["norm"]})
     for leaf in ("weight", "bias"):

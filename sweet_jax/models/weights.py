@@ -46,10 +46,10 @@ class Weights:
 
     def first_layers(self, depth: int) -> Any:
         """Returns the parameters of the encoder's first `depth` layers, without its final norm."""
-        kept = {k: v for k, v in self.encoder.items() if k != "final_norm"}
-        if "layers" in kept:
-            kept["layers"] = {i: kept["layers"][i] for i in range(depth)}
-        return kept
+        params = {k: v for k, v in self.encoder.items() if k != "final_norm"}
+        if "layers" in params:
+            params["layers"] = {i: params["layers"][i] for i in range(depth)}
+        return params
 
 
 def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> Weights:
@@ -62,9 +62,9 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
     names = family.names
     tensors = _renamed(folder, names, read_tensors(folder))
     random = nnx.eval_shape(lambda: family.encoder(config, jax.random.key(0)))
-    wanted = nnx.to_pure_dict(nnx.split(random)[1])
+    abstract_params = nnx.to_pure_dict(nnx.split(random)[1])
     shapes = {}  # in torch's layout
-    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params):
         keys, shape = path_keys(path), tuple(leaf.shape)
         shapes[names.name(keys)] = shape[::-1] if is_transposed(keys) else shape
     hidden = config.hidden_size
@@ -73,7 +73,7 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
     others = [name for name in tensors if name not in shapes and not names.is_ignored(name)]
     others = [name for name in others if tensors[name].shape != pooler.get(name)]
     present = {name: tensors[name] for name in shapes if name in tensors}
-    found = {
+    problems = {
         "missing": [name for name in shapes if name not in tensors],
         "unexpected": [name for name in others if names.is_inside(name)],
         "misshapen": [
@@ -85,8 +85,10 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
             f"{name} {value.dtype}" for name, value in present.items() if value.dtype.kind in "biu"
         ],
     }
-    if any(found.values()):
-        listed = "; ".join(f"{kind}: {_listed(each, 10)}" for kind, each in found.items() if each)
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{kind}: {_listed(affected, 10)}" for kind, affected in problems.items() if affected
+        )
         raise UserError(f"tensors in {str(folder)!r} do not fit its config: {listed}")
     if others:
         log.warning(
@@ -106,7 +108,7 @@ def read_weights(folder: Path, family: EncoderFamily, config: EncoderConfig) -> 
             "bias": _parameter(tensors[bias], transposed=False),
         }
     exits = {name: value for name, value in tensors.items() if name.startswith("exits.")}
-    return Weights(jax.tree.map_with_path(pick, wanted), dense, exits)
+    return Weights(jax.tree.map_with_path(pick, abstract_params), dense, exits)
 
 
 def _renamed(

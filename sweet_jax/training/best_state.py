@@ -95,11 +95,11 @@ def standard_error(
     """
     chosen, sound = objective.metric(metric), np.isfinite(area)
     if chosen.standard_error is not None:
-        found = chosen.standard_error(np.where(sound, area, 0.0), labels.shape[1])
+        errors = chosen.standard_error(np.where(sound, area, 0.0), labels.shape[1])
     else:
         rows = zip(objective.predict(logits), labels, strict=True)
-        found = np.asarray([jackknife_error(chosen, *row, logits.shape[-1]) for row in rows])
-    return np.where(sound, found, 0.0)
+        errors = np.asarray([jackknife_error(chosen, *row, logits.shape[-1]) for row in rows])
+    return np.where(sound, errors, 0.0)
 
 
 class BestStateTracker:
@@ -116,15 +116,15 @@ class BestStateTracker:
         """Returns the tree that a checkpoint stores."""
         return {"state": state, "best": reshard(self.best, self.shardings)}
 
-    def evaluate(self, step: int, parts: Any) -> None:
+    def evaluate(self, step: int, device_state: Any) -> None:
         """Evaluates a state and updates the best state.
 
         Args:
           step: number of steps taken.
-          parts: state as the plan's step takes it.
+          device_state: state as the plan's step takes it.
 
         """
-        params = self._plan.from_devices(parts).params
+        params = self._plan.from_devices(device_state).params
         area, by_exit, error = self._evaluate(params)
         area, error = broadcast_from_primary((area, error))
         if self.log is not None:
@@ -138,11 +138,11 @@ class BestStateTracker:
         if (steps == last).all():
             return ""
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {', '.join(map(str, steps))}"
-        kept = f"the model of {which} is kept"
+        message = f"the model of {which} is kept"
         if not steps.any():
-            kept = "the encoder is kept as it was (step 0): fine-tuning did not help"
+            message = "the encoder is kept as it was (step 0): fine-tuning did not help"
         return (
-            f"{kept}; on the tuning rows, later models, up to step {last}, were more than one "
+            f"{message}; on the tuning rows, later models, up to step {last}, were more than one "
             "standard error below the best"
         )
 
@@ -205,7 +205,7 @@ def tuning_metrics(
     chosen, outputs = objective.metric(metric), logits.shape[-1]
     return np.asarray(
         [
-            [compute_metric(chosen, objective.predict(exit), own, outputs) for exit in replica]
-            for replica, own in zip(logits, labels, strict=True)
+            [compute_metric(chosen, objective.predict(exit), targets, outputs) for exit in replica]
+            for replica, targets in zip(logits, labels, strict=True)
         ]
     )

@@ -117,13 +117,13 @@ def read_params(folder: Path) -> Any | None:
     path = (folder / str(newest) / "default").absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = dict(checkpointer.metadata(path).item_metadata.tree)
-        kept = "best" in tree  # with epochs="auto", there are the best state and the last one
-        like = {"params": (dict(tree["best"]) if kept else tree)["params"]}
-        like = {"best": like} if kept else like
+        has_best = "best" in tree  # with epochs="auto", there are the best state and the last one
+        like = {"params": (dict(tree["best"]) if has_best else tree)["params"]}
+        like = {"best": like} if has_best else like
         host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         restore = ocp.args.PyTreeRestore(item=like, restore_args=host, partial_restore=True)
-        found = checkpointer.restore(path, args=restore)
-        return (found["best"] if kept else found)["params"]
+        restored = checkpointer.restore(path, args=restore)
+        return (restored["best"] if has_best else restored)["params"]
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -152,10 +152,10 @@ def _digest_path(folder: Path, step: int) -> Path:
 
 def _is_sound(folder: Path, step: int) -> bool:
     try:
-        wanted = read_json(_digest_path(folder, step))
+        expected = read_json(_digest_path(folder, step))
     except (OSError, ValueError):
         return False
-    return wanted == _digest(folder / str(step))
+    return expected == _digest(folder / str(step))
 
 
 def _digest(folder: Path) -> dict[str, str]:

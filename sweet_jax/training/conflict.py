@@ -65,13 +65,13 @@ def compare_gradients(
     layers = params["encoder"]["layers"]
     values, backward = jax.vjp(losses, [layers[e - 1]["output"]["kernel"] for e in exits])
     # Backward passes run one after the other, not with vmap, so that memory for one is enough.
-    each = [backward(cotangent)[0] for cotangent in jnp.eye(len(exits))]  # [E][E] of [F, H]
+    grads = [backward(cotangent)[0] for cotangent in jnp.eye(len(exits))]  # [E][E] of [F, H]
     pairs = []
     for i in range(len(exits)):
-        units = jnp.stack([_unit_rows(each[j][i]) for j in range(i, len(exits))])  # [E - i, F, H]
+        units = jnp.stack([_unit_rows(grads[j][i]) for j in range(i, len(exits))])  # [E - i, F, H]
         cosines = jnp.einsum("jfh,kfh->jkh", units, units)  # [E - i, E - i, H]
         pairs.append(jnp.pad(jnp.nanmean(cosines, axis=-1), (i, 0), constant_values=jnp.nan))
-    norms = [[jnp.linalg.norm(each[j][i]) for j in range(len(exits))] for i in range(len(exits))]
+    norms = [[jnp.linalg.norm(grads[j][i]) for j in range(len(exits))] for i in range(len(exits))]
     return GradientComparison(jnp.stack(pairs), jnp.asarray(norms), values)
 
 

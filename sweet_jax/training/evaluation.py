@@ -110,20 +110,20 @@ def evaluate(
     if jax.default_backend() != "cpu":
         lengths = evaluation_lengths(config.max_length, rows.size)
     whole: ModelOutput | None = None
-    for number, (places, picked) in enumerate(evaluation_batch_indices(tokens, rows, size)):
+    for number, (positions, picked) in enumerate(evaluation_batch_indices(tokens, rows, size)):
         batch = put_batch(tokens, picked, lengths, batch_sharding(mesh))
         numbers = np.full(len(rows), number, np.int32)
-        given = program(params, batch, numbers)
-        found = jax.device_get(given if features else given._replace(features=None))
+        outputs = program(params, batch, numbers)
+        fetched = jax.device_get(outputs if features else outputs._replace(features=None))
         # SIGTERM simply ends a single process here. With several processes, JAX catches the signal.
         if jax.process_count() > 1 and preemption_requested():
             raise PreemptedError("stopped by SIGTERM while evaluating")
         if whole is None:
-            whole = jax.tree.map(lambda x, n=rows.shape[1]: _unfilled(x, n), found)
-        for replica, place in enumerate(places):
-            present = place >= 0
-            for into, values in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
-                into[replica, :, place[present]] = values[replica][:, present].swapaxes(0, 1)
+            whole = jax.tree.map(lambda x, n=rows.shape[1]: _unfilled(x, n), fetched)
+        for replica, index in enumerate(positions):
+            present = index >= 0
+            for into, values in zip(jax.tree.leaves(whole), jax.tree.leaves(fetched), strict=True):
+                into[replica, :, index[present]] = values[replica][:, present].swapaxes(0, 1)
     assert whole is not None, "rows is empty"
     return whole
 

@@ -63,8 +63,8 @@ class ExpectedTime:
     def _estimate(self) -> str:
         step = self._seconds / self._tokens * sum(self._lengths) / len(self._lengths)
         whole = step * (self._steps + (self._following or 0))
-        shown = f"{whole / 60:.1f} minutes" if whole >= 60 else f"{whole:.0f} seconds"
+        duration = f"{whole / 60:.1f} minutes" if whole >= 60 else f"{whole:.0f} seconds"
         return (
-            f"expected training time: about {shown}, at {step:.2g} s per step (compilation and "
+            f"expected training time: about {duration}, at {step:.2g} s per step (compilation and "
             "evaluation not included)"
         )

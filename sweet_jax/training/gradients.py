@@ -61,8 +61,8 @@ def whole_gradients(
         metrics = compute_step_metrics(output, batch, loss.objective)
         if loss.distillation is not None:
             students, teacher = output.logits[:-1], output.logits[-1]
-            found = distillation_loss(loss, students, teacher, batch["row_mask"])  # [E - 1]
-            metrics = metrics._replace(distillation=jnp.append(found, 0.0))
+            losses = distillation_loss(loss, students, teacher, batch["row_mask"])  # [E - 1]
+            metrics = metrics._replace(distillation=jnp.append(losses, 0.0))
         return total_loss(metrics, loss), metrics
 
     return jax.grad(total, has_aux=True)(params)
@@ -97,7 +97,7 @@ def segment_gradients(
     model = nnx.merge(graphdef, fill_missing(params))
     exits, carried = model.exits, segments.carried
     owner_of = parameter_owners(params, exits, shared_relative=model.shared_relative)
-    parts, found = [], []
+    grads_by_segment, metrics_by_segment = [], []
     if loss.distillation is not None:
         teacher = model.forward(batch, 1.0, key).logits[-1]
         # The segments start only after that pass, so that its activations need no memory then.
@@ -108,18 +108,18 @@ def segment_gradients(
         segment_loss = _segment_loss(graphdef, batch, key, loss, index, last=last)
         if index < segments.frozen:
             _, (carried, metrics) = segment_loss(jax.lax.stop_gradient(params), carried)
-            own = jax.tree.map(lambda _: None, owner_of)
+            segment_grads = jax.tree.map(lambda _: None, owner_of)
         else:
             every, (carried, metrics) = jax.grad(segment_loss, has_aux=True)(params, carried)
             # All other gradients are exactly zero; None takes neither memory nor time.
-            own = jax.tree.map(
+            segment_grads = jax.tree.map(
                 lambda o, g, e=exits[index]: g if o in (e, SHARED) else None, owner_of, every
             )
-        carried, own = jax.lax.optimization_barrier((carried, own))
-        parts.append(own)
-        found.append(metrics)
-    grads = jax.tree.map(_sum_present, *parts, is_leaf=lambda x: x is None)
-    return grads, jax.tree.map(lambda *x: jnp.stack(x), *found), carried
+        carried, segment_grads = jax.lax.optimization_barrier((carried, segment_grads))
+        grads_by_segment.append(segment_grads)
+        metrics_by_segment.append(metrics)
+    grads = jax.tree.map(_sum_present, *grads_by_segment, is_leaf=lambda x: x is None)
+    return grads, jax.tree.map(lambda *x: jnp.stack(x), *metrics_by_segment), carried
 
 
 def _segment_loss(
@@ -132,24 +132,24 @@ def _segment_loss(
     last: bool,
 ) -> Callable:
     """Returns a function (params, carried) → (loss of the segment, (output, metrics))."""
-    own = dataclasses.replace(loss, weights=loss.weights[index : index + 1])
+    single_exit_loss = dataclasses.replace(loss, weights=loss.weights[index : index + 1])
 
     def segment_loss(params: Params, carried: SegmentState | None):
         model = nnx.merge(graphdef, fill_missing(params))
         carried, output = model.segment(index, carried, batch, 1.0, key)
         metrics = compute_step_metrics(output, batch, loss.objective)
         if loss.distillation is not None:
-            rows, found = batch["row_mask"], jnp.zeros(())
+            rows, distillation = batch["row_mask"], jnp.zeros(())
             if not last:
-                found = distillation_loss(loss, output.logits, batch["teacher"], rows)
-            metrics = metrics._replace(distillation=found)
-        return total_loss(metrics, own), (carried, metrics)
+                distillation = distillation_loss(loss, output.logits, batch["teacher"], rows)
+            metrics = metrics._replace(distillation=distillation)
+        return total_loss(metrics, single_exit_loss), (carried, metrics)
 
     return segment_loss
 
 
-def _sum_present(*parts: jax.Array | None) -> jax.Array | None:
-    present = [part for part in parts if part is not None]
+def _sum_present(*terms: jax.Array | None) -> jax.Array | None:
+    present = [term for term in terms if term is not None]
     return functools.reduce(jnp.add, present) if present else None
 
 

@@ -43,8 +43,8 @@ class BaseRun:
 
         If the base run has no replica with this learning rate, the one it chose is used.
         """
-        known = (seed, rate) in self.replicas
-        return self.replicas.index((seed, rate if known else self.learning_rate))
+        has_rate = (seed, rate) in self.replicas
+        return self.replicas.index((seed, rate if has_rate else self.learning_rate))
 
 
 def read_base_run(config: Config, data_sha256: str) -> BaseRun | None:

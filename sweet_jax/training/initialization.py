@@ -157,10 +157,10 @@ def _base_params(base: BaseRun) -> Params:
     # With a probe alone, the checkpoint already holds the heads that were fitted on this encoder.
     if base.config.head_refit and not only_probe:
         (model,) = model_specs(base.config)
-        found = read_classifiers(refit_path(base.folder, model.name))
-        if found is None:
+        classifiers = read_classifiers(refit_path(base.folder, model.name))
+        if classifiers is None:
             raise UserError(_lost(base))
-        params = with_classifiers(params, base.exits, found, range(len(base.exits)))
+        params = with_classifiers(params, base.exits, classifiers, range(len(base.exits)))
     return params
 
 

@@ -106,10 +106,10 @@ def distillation_loss(
     else:
         variables = objective.categorical.logits
         teacher = jnp.broadcast_to(teacher, logits.shape)
-        wanted, own = (
+        log_target, log_pred = (
             jax.nn.log_softmax(variables(x / temperature)) for x in (teacher, logits)
         )  # [..., B, V, K]
-        divergence = (jnp.exp(wanted) * (wanted - own)).sum(axis=-1)  # [..., B, V]
+        divergence = (jnp.exp(log_target) * (log_target - log_pred)).sum(axis=-1)  # [..., B, V]
         rows = temperature**2 * divergence.mean(axis=-1)
     return masked_mean(rows, row_mask)
 

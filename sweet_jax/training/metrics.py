@@ -54,7 +54,7 @@ class MetricsLog:
     def __init__(
         self, workdir: Path, training: str, step: int, exits: Sequence[int], tracker: Tracker
     ):
-        kept = [
+        rows = [
             row
             for row in _read(workdir)
             if row["training"] != training
@@ -62,7 +62,7 @@ class MetricsLog:
             # beginning repeats all of them.
             or (step > 0 and row["step"] + ("area" not in row) <= step)
         ]
-        write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self._file = (workdir / "metrics.jsonl").open("a")
         self._training = training
         self._exits = exits
@@ -75,14 +75,14 @@ class MetricsLog:
 
     def add(self, step: int, epoch: int, length: int, values: StepMetrics) -> None:
         """Logs the metrics of a step, NumPy arrays [R, ...]; nonfinite values become null."""
-        found = {k: v for k, v in values._asdict().items() if v is not None}
-        logged = {name: replace_nonfinite(array.tolist()) for name, array in found.items()}
+        arrays = {k: v for k, v in values._asdict().items() if v is not None}
+        logged = {name: replace_nonfinite(array.tolist()) for name, array in arrays.items()}
         self._write({"step": step, "epoch": epoch, "length": length, **logged})
         for name in ("loss", "exit_loss", "distillation"):
-            for replica, losses in enumerate(found.get(name, ())):
+            for replica, losses in enumerate(arrays.get(name, ())):
                 for layer, value in zip(self._exits, losses, strict=True):
                     self._event(f"{name}/exit_{layer}/replica_{replica}", value, step)
-        for replica, cosines in enumerate(found.get("conflict", ())):
+        for replica, cosines in enumerate(arrays.get("conflict", ())):
             for i, j, k in itertools.combinations_with_replacement(range(len(self._exits)), 3):
                 if j < k:
                     layer, *pair = (self._exits[e] for e in (i, j, k))
@@ -93,9 +93,9 @@ class MetricsLog:
         """Logs an evaluation on the tuning rows after `step` steps: area [R], metric [R, E]."""
         logged = {"area": area.tolist(), "metric": metric.tolist()}
         self._write({"step": step, **replace_nonfinite(logged)})
-        for replica, (value, each) in enumerate(zip(area, metric, strict=True)):
+        for replica, (value, by_exit) in enumerate(zip(area, metric, strict=True)):
             self._event(f"tuning_area/replica_{replica}", value, step)
-            for layer, of_exit in zip(self._exits, each, strict=True):
+            for layer, of_exit in zip(self._exits, by_exit, strict=True):
                 self._event(f"tuning_metric/exit_{layer}/replica_{replica}", of_exit, step)
 
     def _write(self, row: Row) -> None:
@@ -138,24 +138,24 @@ def find_failures(
     for row in rows:
         for r in range(len(outputs.logits)):
             for e, layer in enumerate(trainings[row["training"]]):
-                place, only = (r, layer), row["predicted"][r][e]
+                key, only = (r, layer), row["predicted"][r][e]
                 if any(row[k][r][e] is None for k in ("loss", "exit_loss") if k in row):
-                    first_bad.setdefault(place, row["step"])
-                if since.get(place, (-2, 0))[0] != only:
-                    since[place] = (only, row["step"])
-    objective, found = outputs.objective, []
+                    first_bad.setdefault(key, row["step"])
+                if since.get(key, (-2, 0))[0] != only:
+                    since[key] = (only, row["step"])
+    objective, failures = outputs.objective, []
     for r, (seed, rate) in enumerate(outputs.identity.replicas):
         for e, layer in enumerate(outputs.layers.tolist()):
             who = {"replica": r, "seed": seed, "learning_rate": rate, "exit": layer}
             logits = outputs.logits[r, e]  # [N, C]
-            given = int(objective.constant_prediction(logits, np.ones(len(logits), bool)))
+            pred = int(objective.constant_prediction(logits, np.ones(len(logits), bool)))
             if (r, layer) in first_bad or not np.isfinite(logits).all():
                 step = first_bad.get((r, layer))
-                found.append(who | {"what": "loss is not finite", "step": step})
-            elif len(logits) > 1 and given >= 0:
+                failures.append(who | {"what": "loss is not finite", "step": step})
+            elif len(logits) > 1 and pred >= 0:
                 only, step = since.get((r, layer), (-1, 0))
                 first = objective.describe(objective.predict(logits)[0], outputs.identity.classes)
-                found.append(
-                    who | {"what": f"collapsed to {first}", "step": step if only == given else None}
+                failures.append(
+                    who | {"what": f"collapsed to {first}", "step": step if only == pred else None}
                 )
-    return found
+    return failures

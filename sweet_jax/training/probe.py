@@ -53,8 +53,8 @@ class LinearClassifiers(NamedTuple):
 
     def select_exits(self, exits: Sequence[int], chosen: Sequence[int]) -> "LinearClassifiers":
         """Returns the classifiers of the exits `chosen` out of `exits`, both given as layers."""
-        places = [list(exits).index(layer) for layer in chosen]
-        return LinearClassifiers(*(array[:, places] for array in self))
+        columns = [list(exits).index(layer) for layer in chosen]
+        return LinearClassifiers(*(array[:, columns] for array in self))
 
     def save(self, path: Path, **more: np.ndarray) -> None:
         """Writes the classifiers and further arrays atomically to one .npz file."""
@@ -103,21 +103,21 @@ def fit_classifiers(
       linear: kind of linear model, from the objective.
 
     """
-    found: list[list[tuple[np.ndarray, np.ndarray, float]]] = []
-    for r, (own, held) in enumerate(zip(rows, tuning_rows, strict=True)):
+    fitted: list[list[tuple[np.ndarray, np.ndarray, float]]] = []
+    for r, (training, held) in enumerate(zip(rows, tuning_rows, strict=True)):
         source = r if len(features) > 1 else 0
         y = labels[source]
         before = range(r) if len(features) == 1 else ()
-        twin = next((s for s in before if np.array_equal(rows[s], own)), None)
-        found.append(
-            found[twin]  # a replica with another learning rate but the same rows
+        twin = next((s for s in before if np.array_equal(rows[s], training)), None)
+        fitted.append(
+            fitted[twin]  # a replica with another learning rate but the same rows
             if twin is not None
             else [
-                fit_classifier(x[own], y[own], x[held], y[held], classes, linear)
+                fit_classifier(x[training], y[training], x[held], y[held], classes, linear)
                 for x in features[source]
             ]
         )
-    kernel, bias, penalty = (np.asarray([[e[i] for e in r] for r in found]) for i in range(3))
+    kernel, bias, penalty = (np.asarray([[e[i] for e in r] for r in fitted]) for i in range(3))
     return LinearClassifiers(kernel.astype(np.float32), bias.astype(np.float32), penalty)
 
 
@@ -165,20 +165,20 @@ def fit_classifier(
 
 
 def with_classifiers(
-    params: Params, exits: Sequence[int], found: LinearClassifiers, columns: Sequence[int]
+    params: Params, exits: Sequence[int], classifiers: LinearClassifiers, columns: Sequence[int]
 ) -> Params:
-    """Returns parameters [R, ...] whose heads have the dense layers in `found`.
+    """Returns parameters [R, ...] whose heads have the dense layers in `classifiers`.
 
     Args:
       params: parameters [R, ...].
       exits: layer numbers of the heads.
-      found: dense layers of the heads.
-      columns: positions of `exits` on the axis E of `found`.
+      classifiers: dense layers of the heads.
+      columns: positions of `exits` on the axis E of `classifiers`.
 
     """
     heads: dict[str, Any] = dict(params["heads"])
     for layer, e in zip(exits, columns, strict=True):
-        dense = {"kernel": found.kernel[:, e], "bias": found.bias[:, e]}
+        dense = {"kernel": classifiers.kernel[:, e], "bias": classifiers.bias[:, e]}
         heads[str(layer)] = heads[str(layer)] | {"classifier": dense}
     return params | {"heads": heads}
 

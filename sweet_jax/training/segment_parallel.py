@@ -54,8 +54,8 @@ def make_device_groups(exits: Sequence[int], replicas: int, batch_size: int) -> 
     )
     grid = np.array(devices).reshape(jax.process_count(), count, -1).swapaxes(0, 1)
     return [
-        DeviceGroup(segments, make_mesh(replicas, batch_size, list(each.flat)))
-        for segments, each in zip(assign_segments(exits, count), grid, strict=True)
+        DeviceGroup(segments, make_mesh(replicas, batch_size, list(group_devices.flat)))
+        for segments, group_devices in zip(assign_segments(exits, count), grid, strict=True)
     ]
 
 
@@ -84,10 +84,10 @@ def split_state(state: State, groups: Sequence[DeviceGroup], exits: Sequence[int
     owner_of = parameter_owners(state.params, exits)
 
     def of(group: DeviceGroup) -> State:
-        own = {exits[index] for index in group.segments}
+        owners = {exits[index] for index in group.segments}
 
         def pick(tree: Any) -> Any:
-            return jax.tree.map(lambda o, x: x if o in own else None, owner_of, tree)
+            return jax.tree.map(lambda o, x: x if o in owners else None, owner_of, tree)
 
         adam = state.adam._replace(mu=pick(state.adam.mu), nu=pick(state.adam.nu))
         return state._replace(params=pick(state.params), adam=adam)
@@ -112,7 +112,10 @@ def join_state(states: Sequence[State]) -> State:
 
 
 def compile_groups(
-    settings: StepSettings, groups: Sequence[DeviceGroup], replicas: int, parts: Sequence[State]
+    settings: StepSettings,
+    groups: Sequence[DeviceGroup],
+    replicas: int,
+    group_shardings: Sequence[State],
 ) -> Callable[[list[State], list[dict]], tuple[list[State], list[StepMetrics]]]:
     """Returns a step of all groups (states, batches) → (states, metrics), one program per group.
 
@@ -123,12 +126,12 @@ def compile_groups(
       settings: constants of the step.
       groups: groups of devices.
       replicas: number of replicas, R.
-      parts: shardings of each group's state, from `state_shardings`.
+      group_shardings: shardings of each group's state, from `state_shardings`.
 
     """
     programs = [
         compile_group(settings, group, replicas, shardings)
-        for group, shardings in zip(groups, parts, strict=True)
+        for group, shardings in zip(groups, group_shardings, strict=True)
     ]
 
     def step(states: list[State], batches: list[dict]) -> tuple[list[State], list[StepMetrics]]:
@@ -183,5 +186,5 @@ def transfer(x: jax.Array, mesh: Mesh) -> jax.Array:
         return jax.device_put(x, to)
     # Devices at the same place in two meshes belong to the same process: see make_device_groups.
     beside = dict(zip(x.sharding.mesh.devices.flat, mesh.devices.flat, strict=True))
-    parts = [jax.device_put(s.data, beside[s.device]) for s in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, to, parts)
+    shards = [jax.device_put(s.data, beside[s.device]) for s in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, to, shards)

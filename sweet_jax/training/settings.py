@@ -115,5 +115,5 @@ class Schedule(NamedTuple):
 def make_schedule(total: int, warmup: int) -> Schedule:
     """Returns the schedule of a run with `total` steps, of which the first `warmup` are warm-up."""
     lengths = (total - 1, warmup, total - warmup)
-    each = (np.float32(1) / np.float32(max(1, length)) for length in lengths)
-    return Schedule(np.int32(total), np.int32(warmup), *each)
+    reciprocals = (np.float32(1) / np.float32(max(1, length)) for length in lengths)
+    return Schedule(np.int32(total), np.int32(warmup), *reciprocals)

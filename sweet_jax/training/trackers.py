@@ -70,9 +70,9 @@ class _Wandb:
         run = wandb.run
         if run is None or run.id != number:
             config = read_json(path) if (path := workdir / "config.json").exists() else {}
-            about = {"name": workdir.resolve().name, "config": config}
+            metadata = {"name": workdir.resolve().name, "config": config}
             where = {"project": os.environ.get("WANDB_PROJECT", _PROJECT), "dir": str(workdir)}
-            run = wandb.init(id=number, resume="allow", **where, **about)
+            run = wandb.init(id=number, resume="allow", **where, **metadata)
         self._run = run
         run.define_metric(f"{training}/step", hidden=True)
         run.define_metric(f"{training}/*", step_metric=f"{training}/step")
@@ -122,8 +122,8 @@ class _MLflow:
 
     def _new_run(self, workdir: Path) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        known = self._client.get_experiment_by_name(name)
-        number = known.experiment_id if known else self._client.create_experiment(name)
+        experiment = self._client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
         run = self._client.create_run(number, run_name=workdir.resolve().name)
         config = read_json(path) if (path := workdir / "config.json").exists() else {}
         for key, value in config.items():
@@ -184,9 +184,9 @@ def track_results(name: str, workdir: Path, results: Mapping[str, Any]) -> None:
     tracker = open_tracker(name, workdir, "validation", 0)
     for number, replica in enumerate(results["replicas"]):
         for exit in replica["individual"]:
-            place = f"{results['metric']}/exit_{exit['layer']}/replica_{number}"
+            metric_name = f"{results['metric']}/exit_{exit['layer']}/replica_{number}"
             if exit["score"] is not None:  # None if the exit diverged
-                tracker.add(place, exit["score"], 0)
+                tracker.add(metric_name, exit["score"], 0)
     tracker.flush()
     tracker.attach(workdir)
     tracker.close()
@@ -195,8 +195,8 @@ def track_results(name: str, workdir: Path, results: Mapping[str, Any]) -> None:
 def _run_id(workdir: Path, tracker: str, new: Callable[[], str]) -> str:
     """Returns the tracker's run id of a run directory; creates the run if there is none."""
     path = workdir / "trackers.json"
-    known = read_json(path) if path.exists() else {}
-    if tracker not in known:
-        known |= {tracker: new()}
-        write_json(path, known)
-    return known[tracker]
+    run_ids = read_json(path) if path.exists() else {}
+    if tracker not in run_ids:
+        run_ids |= {tracker: new()}
+        write_json(path, run_ids)
+    return run_ids[tracker]
