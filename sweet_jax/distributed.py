@@ -6,10 +6,8 @@ how the processes find each other, agree, and stop together.
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import itertools
-import json
 import os
 import secrets
 import sys
@@ -115,22 +113,26 @@ def raise_on_all() -> Iterator[None]:
 
 @contextlib.contextmanager
 def claim_on_primary(
-    workdir: Path, identity: Mapping[str, Any], claim: Callable[[], AbstractContextManager[None]]
+    workdir: Path,
+    digests: Callable[[], Mapping[str, str]],
+    claim: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Holds a run directory, which the primary process claims, for all processes.
 
-    Raises UserError in all of them if the claim fails, or a process has another identity or sees
+    Args:
+      workdir: directory of the run.
+      digests: function that returns what must be the same in all processes, see `input_digests`;
+        called only if there are several.
+      claim: function that claims the directory.
+
+    Raises UserError in all of them if the claim fails, or a process has other inputs or sees
     another directory.
+
     """
     with contextlib.ExitStack() as stack:
-        with raise_on_all():
-            text = json.dumps(identity, sort_keys=True)
-            digests = _all_gather(hashlib.sha256(text.encode()).digest())
-            if digests[jax.process_index()] != digests[0]:
-                raise UserError(
-                    "this process was started with another config, or reads other data than the "
-                    "primary process: give all of them the same command and files"
-                )
+        if jax.process_count() > 1:
+            with raise_on_all():
+                _check_same(digests())
         token = workdir / ".shared"
         with raise_on_all():
             if is_primary():
@@ -141,6 +143,18 @@ def claim_on_primary(
             with raise_on_all():
                 _check_shared(workdir, token)
         yield
+
+
+def _check_same(digests: Mapping[str, str]) -> None:
+    """Raises UserError unless this process has the digests of the primary process."""
+    found = _all_gather(" ".join(digests.values()).encode())
+    own, first = found[jax.process_index()].split(), found[0].split()
+    for what, ours, theirs in zip(digests, own, first, strict=True):
+        if ours != theirs:
+            raise UserError(
+                f"this process {what} than the primary process: give all of them the same command, "
+                "files and packages"
+            )
 
 
 def _check_shared(workdir: Path, token: Path) -> None:

@@ -12,11 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from tiny import write_checkpoint
 
-from sweet_jax import ExitOutputs
+from sweet_jax import ExitOutputs, distributed
+from sweet_jax.config import UserError, from_mapping
+from sweet_jax.input_digest import input_digests
 from sweet_jax.main import main
+from sweet_jax.preparation import prepare
 
 # Of the line of each rank, as Gloo writes them.
 GLOO = (
@@ -191,6 +196,33 @@ def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_
     for status, _, errors in found:
         assert status == 2
         assert "give a directory that all hosts share" in errors.splitlines()[-1]
+
+
+def test_processes_that_read_other_files_are_told_which(options, tmp_path, monkeypatch):
+    """Copies of an encoder under one name: the config and the data are the same."""
+    name = tmp_path / "encoder"
+    found, identity = [], {"exits": [1, 2, 3], "data_sha256": "0"}
+    for seed in (0, 0, 1):
+        copy = write_checkpoint(tmp_path / f"host{len(found)}", seed=seed)
+        name.unlink(missing_ok=True)
+        name.symlink_to(copy)
+        job = prepare(from_mapping(options | {"checkpoint": str(name)}))
+        found.append(input_digests(job, identity))
+    assert found[0] == found[1]
+    other = input_digests(job, identity | {"data_sha256": "1"})
+    assert sum(a != b for a, b in zip(found[2].values(), other.values(), strict=True)) == 1
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+
+    def check(first: dict[str, str], own: dict[str, str]) -> None:
+        both = [" ".join(each.values()).encode() for each in (first, own)]
+        monkeypatch.setattr(distributed, "_all_gather", lambda _: both)
+        distributed._check_same(own)
+
+    check(*found[:2])
+    with pytest.raises(UserError, match=f"this process reads other weights from .*{name.name}"):
+        check(found[0], found[2])
+    with pytest.raises(UserError, match="was started with another config, or reads other data"):
+        check(found[2], other)
 
 
 @pytest.mark.parametrize(
