@@ -162,8 +162,13 @@ class Config:
     @property
     def tunes(self) -> bool:
         """Returns whether tuning rows are held out: for the probe, the rate or the last step."""
-        searches = self.rate_search == "short" and len(self.learning_rates) > 1
-        return self.epochs == AUTO or self.head_init == "probe" or self.head_refit or searches
+        fits = self.head_init == "probe" or self.head_refit
+        return self.epochs == AUTO or fits or self.searches_rate
+
+    @property
+    def searches_rate(self) -> bool:
+        """Returns whether short runs choose one of several learning rates."""
+        return self.rate_search == "short" and len(self.learning_rates) > 1
 
     def replicas(self) -> tuple[tuple[int, float], ...]:
         """Returns (seed, learning rate) of every replica, in the order of the R axis."""

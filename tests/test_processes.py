@@ -1,6 +1,7 @@
 """Two processes of two devices each: the same numbers as one, and no process left waiting."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -18,10 +19,11 @@ import pytest
 from tiny import write_checkpoint
 
 from sweet_jax import ExitOutputs, distributed
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.input_digest import input_digests
 from sweet_jax.main import main
 from sweet_jax.preparation import prepare
+from sweet_jax.training.parallel import check_devices as check_layout
 
 # Of the line of each rank, as Gloo writes them.
 GLOO = (
@@ -223,6 +225,41 @@ def test_processes_that_read_other_files_are_told_which(options, tmp_path, monke
         check(found[0], found[2])
     with pytest.raises(UserError, match="was started with another config, or reads other data"):
         check(found[2], other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    process_index: int
+    id: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"seeds": (0, 1)}, ""),
+        ({"seeds": (0, 1), "learning_rates": (1e-4, 1e-3)}, ""),
+        ({"seeds": (0,)}, "1 replicas and batch_size 7"),
+        # The search trains both rates, the training after it one.
+        ({"learning_rates": (1e-4, 1e-3)}, ""),
+        ({"learning_rates": (1e-4, 1e-3), "rate_search": "short"}, "1 replicas and batch_size 7"),
+        (
+            {"seeds": (0, 1), "learning_rates": (1e-4, 1e-3, 1e-2), "rate_search": "short"},
+            "3 replicas and batch_size 7",
+        ),
+        ({"learning_rates": (1e-4, 1e-3), "epochs": 0, "head_init": "probe"}, "1 replicas and"),
+    ],
+)
+def test_a_process_that_would_be_idle_is_found_before_anything_is_trained(
+    changes, refused, monkeypatch
+):
+    config = Config(**{"batch_size": 7, "learning_rates": (1e-4,)} | changes)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1)])
+    if not refused:
+        return check_layout(config)
+    with pytest.raises(UserError, match=refused):
+        check_layout(config)
 
 
 @pytest.mark.parametrize(
