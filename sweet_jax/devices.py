@@ -1,6 +1,7 @@
 """The devices that JAX computes on."""
 
 import os
+from collections import Counter
 
 import jax
 
@@ -9,9 +10,12 @@ from sweet_jax.files import one_line
 
 
 def check_devices() -> None:
-    """Raises UserError where JAX finds no device of the platforms it is to use."""
+    """Raises UserError where JAX finds no device of the platforms it is to use.
+
+    Raises it in all processes if these have different numbers of devices.
+    """
     try:
-        jax.devices()
+        devices = jax.devices()
     except (RuntimeError, AssertionError) as error:
         cause = f" ({one_line(error)})" if str(error) else ""  # an assertion of JAX has no words
         chosen = os.environ.get("JAX_PLATFORMS", "")
@@ -19,3 +23,10 @@ def check_devices() -> None:
             f"JAX finds no device with JAX_PLATFORMS={chosen!r}{cause}: unset it, or name a "
             "platform that this machine has, such as JAX_PLATFORMS=cpu"
         ) from error
+    counts = Counter(device.process_index for device in devices).most_common()
+    (most, many), (least, few) = counts[0], counts[-1]
+    if many != few:
+        raise UserError(
+            f"process {most} has {many} devices, but process {least} has {few}: start all "
+            "processes with the same number of devices"
+        )

@@ -13,7 +13,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sweet_jax.config import UserError
+from sweet_jax.directories import check_writable
 from sweet_jax.files import write_text
-from sweet_jax.storage_errors import RESUMES, storage_failure
+from sweet_jax.storage_errors import RESUMES, access_failure, storage_failure
 
 _HEARTBEAT_SECONDS = 30  # without one, a process or its host counts as lost
 _SHUTDOWN_SECONDS = 300  # in which the other processes end too
+_REPORT_SECONDS = 2  # in which the other processes have reported an error that they share
 _MESSAGE_BYTES = 2000
 _sync_points = itertools.count(1)  # of `preemption_requested`
+
+
+class SharedUserError(UserError):
+    """Raised in all processes for a UserError that at least one of them raised."""
 
 
 class PreemptedError(Exception):
@@ -96,17 +102,22 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def raise_on_all() -> Iterator[None]:
-    """Waits at its end for all processes; raises a UserError of one of them in all."""
+    """Waits at its end for all processes; raises a UserError of one of them in all.
+
+    With several processes, the error that is raised is a SharedUserError.
+    """
     error = None
     try:
         yield
     except UserError as raised:
         error = raised
     if jax.process_count() > 1:
-        texts = _all_gather(str(error or "").encode()[:_MESSAGE_BYTES])
+        texts = all_gather(str(error or "").encode()[:_MESSAGE_BYTES])
         for number, text in enumerate(texts):
             if text and error is None:
                 error = UserError(f"process {number}: {text.decode(errors='replace')}")
+        if error is not None:
+            raise SharedUserError(str(error)) from error
     if error is not None:
         raise error
 
@@ -114,15 +125,14 @@ def raise_on_all() -> Iterator[None]:
 @contextlib.contextmanager
 def claim_on_primary(
     workdir: Path,
-    digests: Callable[[], Mapping[str, str]],
+    check_inputs: Callable[[], None],
     claim: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Holds a run directory, which the primary process claims, for all processes.
 
     Args:
       workdir: directory of the run.
-      digests: function that returns what must be the same in all processes, see `input_digests`;
-        called only if there are several.
+      check_inputs: function that compares the inputs of several processes; see `check_inputs`.
       claim: function that claims the directory.
 
     Raises UserError in all of them if the claim fails, or a process has other inputs or sees
@@ -132,7 +142,7 @@ def claim_on_primary(
     with contextlib.ExitStack() as stack:
         if jax.process_count() > 1:
             with raise_on_all():
-                _check_same(digests())
+                check_inputs()
         token = workdir / ".shared"
         with raise_on_all():
             if is_primary():
@@ -142,33 +152,33 @@ def claim_on_primary(
         if jax.process_count() > 1:
             with raise_on_all():
                 _check_shared(workdir, token)
+                check_writable(workdir)
         yield
-
-
-def _check_same(digests: Mapping[str, str]) -> None:
-    """Raises UserError unless this process has the digests of the primary process."""
-    found = _all_gather(" ".join(digests.values()).encode())
-    own, first = found[jax.process_index()].split(), found[0].split()
-    for what, ours, theirs in zip(digests, own, first, strict=True):
-        if ours != theirs:
-            raise UserError(
-                f"this process {what} than the primary process: give all of them the same command, "
-                "files and packages"
-            )
 
 
 def _check_shared(workdir: Path, token: Path) -> None:
     """Raises UserError unless all processes read the same token in their workdir."""
     for _ in range(10):  # a shared directory may be seen some seconds late
-        found = _all_gather(token.read_bytes() if token.exists() else b"")
+        found = all_gather(_read_token(token))
         if all(each == found[0] for each in found):
             return
         time.sleep(1)
     if found[jax.process_index()] != found[0]:
         raise UserError(
-            f"workdir {str(workdir)!r} is not that of the primary process: give a directory that "
-            "all hosts share"
+            f"workdir {str(workdir)!r} is not that of the primary process, or cannot be read: give "
+            "a directory that all hosts share"
         )
+
+
+def _read_token(token: Path) -> bytes:
+    """Returns the contents of the file, or b"" if it cannot be read.
+
+    It raises no error because the processes must take part in the same number of exchanges.
+    """
+    try:
+        return token.read_bytes()
+    except OSError:
+        return b""
 
 
 def preemption_requested() -> bool:
@@ -206,7 +216,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _all_gather(value: bytes) -> list[bytes]:
+def all_gather(value: bytes) -> list[bytes]:
     """Returns the bytes of every process: at most _MESSAGE_BYTES, without zeros at their end."""
     if jax.process_count() == 1:
         return [value]
@@ -217,20 +227,26 @@ def _all_gather(value: bytes) -> list[bytes]:
 
 @contextlib.contextmanager
 def abort_together() -> Iterator[None]:
-    """Ends this process at once with status 1 if its block fails, so that the others end too.
+    """Ends this process at once if its block fails, so that the others end too.
+
+    The exit status is 2 for wrong input, as in a single process, and 1 for any other failure.
 
     JAX would have a failing process wait at its exit for the others, which wait for it in the next
     step. When it exits instead, their next step fails, or JAX's heartbeat aborts them and reports
-    that another task died. A UserError or PreemptedError is raised in all processes: they end as
-    one process does.
+    that another task died. A SharedUserError or PreemptedError is raised in all processes: they
+    end as one process does.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if jax.process_count() == 1 or isinstance(error, UserError | PreemptedError):
+        if jax.process_count() == 1 or isinstance(error, SharedUserError | PreemptedError):
             raise
+        status = 1
         which = f"process {jax.process_index()} of {jax.process_count()}"
-        if _is_lost_process(error):
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        elif _is_lost_process(error):
             print(
                 f"{which}: another process is gone ({_first_line(error)}). The same command on all "
                 "of them resumes from the last checkpoint",
@@ -238,13 +254,19 @@ def abort_together() -> Iterator[None]:
             )
         elif failure := storage_failure(error):
             print(f"{which}: {failure}; {RESUMES}", file=sys.stderr)
+        elif denied := access_failure(error):
+            print(f"{which}: {denied}", file=sys.stderr)
+            status = 2
         else:
             if not isinstance(error, KeyboardInterrupt):
                 traceback.print_exc()
             print(f"{which} failed; the others stop too", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        if status == 2 and is_primary():
+            # Its end aborts the other processes, which may be about to report the same.
+            time.sleep(_REPORT_SECONDS)
+        os._exit(status)
 
 
 def _is_lost_process(error: BaseException) -> bool:

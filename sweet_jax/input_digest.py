@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sweet_jax.config import UserError
+from sweet_jax.distributed import all_gather
 from sweet_jax.preparation import PreparedRun
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
@@ -49,6 +51,21 @@ def input_digests(job: PreparedRun, identity: Mapping[str, Any]) -> dict[str, st
         f"reads another tokenizer from checkpoint {name!r}": _digest([tokens, tuple(job.rows)]),
         f"reads another run from grow_from {job.config.grow_from!r}": _digest(base),
     }
+
+
+def check_inputs(digests: Mapping[str, str]) -> None:
+    """Compares the digests of all processes; all of them must call this.
+
+    Raises UserError in a process whose digests differ from those of the primary process.
+    """
+    found = all_gather(" ".join(digests.values()).encode())
+    own, first = found[jax.process_index()].split(), found[0].split()
+    for what, ours, theirs in zip(digests, own, first, strict=True):
+        if ours != theirs:
+            raise UserError(
+                f"this process {what} than the primary process: give all of them the same command, "
+                "files and packages"
+            )
 
 
 def _digest(tree: Any) -> str:

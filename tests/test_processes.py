@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from tiny import write_checkpoint
 
-from sweet_jax import ExitOutputs, distributed
+from sweet_jax import ExitOutputs, input_digest
 from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.devices import check_devices
 from sweet_jax.input_digest import input_digests
 from sweet_jax.main import main
 from sweet_jax.preparation import prepare
@@ -55,7 +56,11 @@ def start(
 
 
 def start_two(
-    config: Path, workdir: Path, *, second: tuple[Path, Path] | None = None
+    config: Path,
+    workdir: Path,
+    *,
+    second: tuple[Path, Path] | None = None,
+    devices: tuple[int, int] = (2, 2),
 ) -> list[subprocess.Popen]:
     """Two processes; `second` is the config and the workdir of the second, if other ones."""
     with socket.socket() as free:
@@ -63,7 +68,7 @@ def start_two(
         port = free.getsockname()[1]
     both = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
     return [
-        start(*place, 2, *both, f"--process_id={number}")
+        start(*place, devices[number], *both, f"--process_id={number}")
         for number, place in enumerate([(config, workdir), second or (config, workdir)])
     ]
 
@@ -194,6 +199,9 @@ def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_
         assert status == 2
         assert "started with another config, or reads other data" in errors.splitlines()[-1]
     assert not workdir.exists()
+    for status, _, errors in ended(start_two(config, workdir, devices=(2, 1))):
+        assert status == 2
+        assert errors.splitlines()[-1].startswith("error: process 0 has 2 devices, but process 1")
     found = ended(start_two(config, workdir, second=(config, other / "run")))
     for status, _, errors in found:
         assert status == 2
@@ -217,8 +225,8 @@ def test_processes_that_read_other_files_are_told_which(options, tmp_path, monke
 
     def check(first: dict[str, str], own: dict[str, str]) -> None:
         both = [" ".join(each.values()).encode() for each in (first, own)]
-        monkeypatch.setattr(distributed, "_all_gather", lambda _: both)
-        distributed._check_same(own)
+        monkeypatch.setattr(input_digest, "all_gather", lambda _: both)
+        input_digest.check_inputs(own)
 
     check(*found[:2])
     with pytest.raises(UserError, match=f"this process reads other weights from .*{name.name}"):
@@ -233,6 +241,14 @@ class Device:
     id: int
     platform: str = "cpu"
     device_kind: str = "cpu"
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1)])
+    check_devices()
+    monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1), Device(1, 2)])
+    with pytest.raises(UserError, match="process 1 has 2 devices, but process 0 has 1: start all"):
+        check_devices()
 
 
 @pytest.mark.parametrize(
