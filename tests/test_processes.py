@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tiny import write_checkpoint
 
-from sweet_jax import ExitOutputs, input_digest
+from sweet_jax import ExitOutputs, distributed, input_digest
 from sweet_jax.config import Config, UserError, from_mapping
 from sweet_jax.devices import check_devices
 from sweet_jax.input_digest import input_digests
@@ -293,6 +293,23 @@ def test_flags_that_do_not_go_together_are_refused(arguments, message, options, 
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_other_processes_wait_for_the_recommendation_of_the_first(options, tmp_path, monkeypatch):
+    """At their exit they would wait for some minutes only."""
+    done = []
+
+    @contextlib.contextmanager
+    def raise_on_all():
+        done.append("enter")
+        yield
+        done.append("leave")
+
+    monkeypatch.setattr("sweet_jax.pipeline.run", lambda *_: done.append("run"))
+    monkeypatch.setattr("sweet_jax.main._recommend", lambda *_: done.append("recommend"))
+    monkeypatch.setattr(distributed, "raise_on_all", raise_on_all)
+    assert main(["main", options["data_files"], f"--output={tmp_path / 'run'}"]) == 0
+    assert done == ["run", "enter", "recommend", "leave"]
 
 
 @pytest.mark.slow
