@@ -77,7 +77,9 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
     """Returns read(path); raises UserError, which names the file, where it is absent or damaged."""
     try:
         return read(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:
+        if path.exists():  # safetensors raises the same error for a file that it may not open
+            raise UserError(f"{str(path)!r} cannot be read: change its permissions") from error
         raise UserError(
             f"{str(path.parent)!r} has no {path.name}; a checkpoint in another format must be "
             "saved as safetensors first (save_pretrained of transformers does)"
