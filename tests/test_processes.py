@@ -295,6 +295,32 @@ def test_flags_that_do_not_go_together_are_refused(arguments, message, options, 
     assert message in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("status", "printed", "requeued"),
+    [
+        (0, "", False),
+        (1, "0: stopped by SIGTERM after step 3 of 9", True),
+        (1, "0: a mistake", False),
+        (143, "", True),  # SIGTERM outside the training loop of a single task
+        (137, "", False),
+    ],
+)
+def test_a_slurm_job_that_was_asked_to_stop_is_requeued(status, printed, requeued, tmp_path):
+    script = Path(__file__).parent.parent / "experiments" / "launch" / "slurm.sh"
+    log = tmp_path / "sweet_jax-7.log"
+    log.write_text("0: stopped by SIGTERM\n")  # by an earlier start of the job
+    commands = {"srun": f'echo "{printed}" >> "{log}"; exit {status}', "scontrol": 'echo "$@"'}
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "sweet_jax", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    variables = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(script), "--config=a.py"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ("requeue 7\n" if requeued else "")
+
+
 def test_other_processes_wait_for_the_recommendation_of_the_first(options, tmp_path, monkeypatch):
     """At their exit they would wait for some minutes only."""
     done = []
