@@ -166,8 +166,13 @@ class Config:
         They are used for the probe, the refit, the search of the learning rate, and the choice of
         the kept state with epochs="auto".
         """
-        searches = self.rate_search == "short" and len(self.learning_rates) > 1
-        return self.epochs == AUTO or self.head_init == "probe" or self.head_refit or searches
+        fits = self.head_init == "probe" or self.head_refit
+        return self.epochs == AUTO or fits or self.searches_rate
+
+    @property
+    def searches_rate(self) -> bool:
+        """Returns whether short runs choose one of several learning rates."""
+        return self.rate_search == "short" and len(self.learning_rates) > 1
 
     def replicas(self) -> tuple[tuple[int, float], ...]:
         """Returns the (seed, learning rate) of every replica, in the order of the R axis."""

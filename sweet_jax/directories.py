@@ -5,6 +5,7 @@ import fcntl
 import filecmp
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def check_new_output(output: Path) -> None:
     """Raises UserError if the directory of --output already exists."""
     if output.exists():
         raise UserError(f"--output {str(output)!r} already exists: choose another, or remove it")
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises UserError unless this process can create a file in the workdir."""
+    try:
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"workdir {str(workdir)!r} cannot be written to ({error.strerror}): give a directory "
+            "that the processes on all hosts can write to"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -6,16 +6,14 @@ This module connects the processes, lets them agree on values, and stops them to
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import itertools
-import json
 import os
 import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sweet_jax.config import UserError
+from sweet_jax.directories import check_writable
 from sweet_jax.files import write_text
-from sweet_jax.storage_errors import RESUMES, storage_failure
+from sweet_jax.storage_errors import RESUMES, access_failure, storage_failure
 
 _HEARTBEAT_SECONDS = 30  # a process without a heartbeat for this long counts as lost
 _SHUTDOWN_SECONDS = 300  # time for the other processes to end too
+_REPORT_SECONDS = 2  # time for the other processes to report an error that they share
 _MESSAGE_BYTES = 2000
 _sync_points = itertools.count(1)  # numbers the calls of `preemption_requested`
+
+
+class SharedUserError(UserError):
+    """Raised in all processes for a UserError that at least one of them raised."""
 
 
 class PreemptedError(Exception):
@@ -98,45 +102,48 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def raise_on_all() -> Iterator[None]:
-    """Waits for all processes at the end of its block; raises a UserError of any in all of them."""
+    """Waits for all processes at the end of its block; raises a UserError of any in all of them.
+
+    With several processes, the error that is raised is a SharedUserError.
+    """
     error = None
     try:
         yield
     except UserError as raised:
         error = raised
     if jax.process_count() > 1:
-        texts = _all_gather(str(error or "").encode()[:_MESSAGE_BYTES])
+        texts = all_gather(str(error or "").encode()[:_MESSAGE_BYTES])
         for number, text in enumerate(texts):
             if text and error is None:
                 error = UserError(f"process {number}: {text.decode(errors='replace')}")
+        if error is not None:
+            raise SharedUserError(str(error)) from error
     if error is not None:
         raise error
 
 
 @contextlib.contextmanager
 def claim_on_primary(
-    workdir: Path, identity: Mapping[str, Any], claim: Callable[[], AbstractContextManager[None]]
+    workdir: Path,
+    check_inputs: Callable[[], None],
+    claim: Callable[[], AbstractContextManager[None]],
 ) -> Iterator[None]:
     """Claims a run directory in the primary process, and holds it for all processes.
 
     Args:
       workdir: the run directory.
-      identity: JSON values that must be equal in all processes.
+      check_inputs: function that compares the inputs of several processes; see
+        `input_digest.check_inputs`.
       claim: function that returns the context manager holding the directory.
 
-    Raises UserError in all processes if the claim fails, or if the identity or the directory of one
-    of them differs from the primary process's.
+    Raises UserError in all processes if the claim fails, or if the inputs or the directory of one
+    of them differ from the primary process's.
 
     """
     with contextlib.ExitStack() as stack:
-        with raise_on_all():
-            text = json.dumps(identity, sort_keys=True)
-            digests = _all_gather(hashlib.sha256(text.encode()).digest())
-            if digests[jax.process_index()] != digests[0]:
-                raise UserError(
-                    "this process has a different config or reads different data than the primary "
-                    "process: run the same command on the same files in all processes"
-                )
+        if jax.process_count() > 1:
+            with raise_on_all():
+                check_inputs()
         token = workdir / ".shared"
         with raise_on_all():
             if is_primary():
@@ -146,21 +153,33 @@ def claim_on_primary(
         if jax.process_count() > 1:
             with raise_on_all():
                 _check_shared(workdir, token)
+                check_writable(workdir)
         yield
 
 
 def _check_shared(workdir: Path, token: Path) -> None:
     """Raises UserError unless all processes read the same token in their workdir."""
     for _ in range(10):  # a shared directory may be seen some seconds late
-        found = _all_gather(token.read_bytes() if token.exists() else b"")
+        found = all_gather(_read_token(token))
         if all(each == found[0] for each in found):
             return
         time.sleep(1)
     if found[jax.process_index()] != found[0]:
         raise UserError(
-            f"workdir {str(workdir)!r} is not the directory of the primary process: choose a "
-            "directory that all hosts share"
+            f"workdir {str(workdir)!r} is not the directory of the primary process, or cannot be "
+            "read: choose a directory that all hosts share"
         )
+
+
+def _read_token(token: Path) -> bytes:
+    """Returns the contents of the file, or b"" if it cannot be read.
+
+    It raises no error because the processes must take part in the same number of exchanges.
+    """
+    try:
+        return token.read_bytes()
+    except OSError:
+        return b""
 
 
 def preemption_requested() -> bool:
@@ -198,7 +217,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _all_gather(value: bytes) -> list[bytes]:
+def all_gather(value: bytes) -> list[bytes]:
     """Returns the bytes of every process, at most _MESSAGE_BYTES each, without trailing zeros."""
     if jax.process_count() == 1:
         return [value]
@@ -209,20 +228,26 @@ def _all_gather(value: bytes) -> list[bytes]:
 
 @contextlib.contextmanager
 def abort_together() -> Iterator[None]:
-    """Ends this process at once with status 1 if its block fails, so that the others end too.
+    """Ends this process at once if its block fails, so that the others end too.
+
+    The exit status is 2 for wrong input, as in a single process, and 1 for any other failure.
 
     By default a failing JAX process waits at its exit for the others, which wait for it in the next
     step. If it exits at once, their next step fails, or JAX's heartbeat aborts them and reports
-    that another task died. A UserError or PreemptedError is re-raised instead: all processes raise
-    it, and end normally.
+    that another task died. A SharedUserError or PreemptedError is re-raised instead: all processes
+    raise it, and end normally.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if jax.process_count() == 1 or isinstance(error, UserError | PreemptedError):
+        if jax.process_count() == 1 or isinstance(error, SharedUserError | PreemptedError):
             raise
+        status = 1
         which = f"process {jax.process_index()} of {jax.process_count()}"
-        if _is_lost_process(error):
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        elif _is_lost_process(error):
             print(
                 f"{which}: another process is gone ({_first_line(error)}); the same command in all "
                 "processes resumes from the last checkpoint",
@@ -230,13 +255,19 @@ def abort_together() -> Iterator[None]:
             )
         elif failure := storage_failure(error):
             print(f"{which}: {failure}; {RESUMES}", file=sys.stderr)
+        elif denied := access_failure(error):
+            print(f"{which}: {denied}", file=sys.stderr)
+            status = 2
         else:
             if not isinstance(error, KeyboardInterrupt):
                 traceback.print_exc()
             print(f"{which} failed; the others stop too", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        if status == 2 and is_primary():
+            # Its end aborts the other processes, which may be about to report the same.
+            time.sleep(_REPORT_SECONDS)
+        os._exit(status)
 
 
 def _is_lost_process(error: BaseException) -> bool:

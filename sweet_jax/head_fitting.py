@@ -68,7 +68,7 @@ def fit_probe(job: PreparedRun, workdir: Path) -> Probe:
         params = jax.tree.map(lambda x: x[:1], params)
         used = np.unique(rows)
         rows, places = used[None], np.searchsorted(used, rows)  # [1, U], [R, N + M]
-    mesh = make_mesh(len(rows), config.batch_size)
+    mesh = make_mesh(len(rows), len(jax.devices()))  # `evaluate` fills its batches up for all
     params = reshard(params, jax.tree.map(lambda _: replica_sharding(mesh, len(rows)), params))
     program = compile_evaluation(config, graphdef, mesh, features=True)
 

@@ -45,7 +45,7 @@ def search_rate(job: PreparedRun, workdir: Path) -> tuple[PreparedRun, dict[str,
     config, rates = job.config, job.config.learning_rates
     if config.epochs == 0:  # the rate does not matter
         return _select_rate(job, rates[0]), None
-    if config.rate_search != "short" or len(rates) == 1:
+    if not config.searches_rate:
         return job, None
     path = workdir / "rate_search.json"
     if broadcast_from_primary(path.exists()):

@@ -265,16 +265,24 @@ def _train(command: Command) -> int:
     try:
         with distributed.abort_together():
             run(command.config, command.workdir)
+            if command.target is not None:
+                with distributed.raise_on_all():  # the others wait here, not at their exit
+                    _recommend(command.workdir, command.target)
     except distributed.PreemptedError as stop:
         print(f"{stop}; the same command resumes from there", file=sys.stderr)
         return 1
-    if command.target is not None and distributed.is_primary():
-        from sweet_jax.recommendation import recommend
-        from sweet_jax.run_report import render_report
-
-        print_text(recommend(command.workdir, command.target))
-        render_report(command.workdir, command.target)  # again, with the times just measured
     return 0
+
+
+def _recommend(workdir: Path, target: Mapping[str, float]) -> None:
+    """Prints the recommended operating point of a finished run, in the primary process."""
+    from sweet_jax.distributed import is_primary
+    from sweet_jax.recommendation import recommend
+    from sweet_jax.run_report import render_report
+
+    if is_primary():
+        print_text(recommend(workdir, target))
+        render_report(workdir, target)  # now with times
 
 
 if __name__ == "__main__":

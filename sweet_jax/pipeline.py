@@ -24,6 +24,7 @@ from sweet_jax.exits.operating_point import calibration_halves
 from sweet_jax.files import claim_run_directory
 from sweet_jax.head_fitting import fit_probe, refit_heads, transform_outputs
 from sweet_jax.inference.artifact import TrainedModel
+from sweet_jax.input_digest import check_inputs, input_digests
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun, prepare
@@ -76,7 +77,9 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
         job = prepare(config)
     identity, before = config_values(job.config, job.digest), _older_defaults(config)
     with claim_on_primary(
-        workdir, identity, lambda: claim_run_directory(workdir, identity, FREE_KEYS, before)
+        workdir,
+        lambda: check_inputs(input_digests(job, identity)),
+        lambda: claim_run_directory(workdir, identity, FREE_KEYS, before),
     ):
         log_description(job)
         if job.config.head_init == "probe":

@@ -277,6 +277,18 @@ def test_an_error_of_a_shard_names_that_shard(folder, number):
         encoder_of(folder)
 
 
+@pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError])
+def test_tensors_that_may_not_be_read_are_not_said_to_be_absent(kind, folder, monkeypatch):
+    """safetensors raises the first of these errors for a file that it may not open."""
+
+    def denied(path):
+        raise kind(path)
+
+    monkeypatch.setattr("sweet_jax.models.tensors.safetensors.numpy.load_file", denied)
+    with pytest.raises(UserError, match=r"model\.safetensors' cannot be read: change its perm"):
+        encoder_of(folder)
+
+
 @pytest.mark.parametrize("text", ["{", '{"weight_map": 3}', '{"weight_map": {"a": "../x"}}'])
 def test_a_damaged_index_is_named(folder, text):
     shard(folder)

@@ -204,7 +204,7 @@ LEVELS = [
     {"training", "inference", "report"},
     {
         *("preparation", "run_description", "baselines", "head_fitting"),
-        *("learning_rate_search", "run_outputs", "recommendation", "run_report"),
+        *("learning_rate_search", "run_outputs", "recommendation", "run_report", "input_digest"),
     },
     {"pipeline", "runs", "server"},
     {

@@ -22,7 +22,13 @@ from experiments.faults.phases import Watch
 from sweet_jax import distributed
 from sweet_jax.arguments import run_command
 from sweet_jax.config import Config, UserError
-from sweet_jax.directories import copy_additions, copy_files, replace_directory, whole_directory
+from sweet_jax.directories import (
+    check_writable,
+    copy_additions,
+    copy_files,
+    replace_directory,
+    whole_directory,
+)
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.main import main
 from sweet_jax.storage_errors import storage_failure
@@ -346,6 +352,39 @@ def test_a_process_that_is_gone_is_said_in_a_line_whatever_jax_raises(kind, monk
     assert ended == [1, 1]
     assert lines[0].startswith("process 0 of 2: another process is gone (UNKNOWN: Gloo AllGather")
     assert lines[1] == "Traceback (most recent call last):"
+
+
+def test_wrong_input_of_one_process_ends_it_in_a_line_and_of_all_as_usual(monkeypatch, capsys):
+    """Its exit must not wait for the others, which wait for it in the next step."""
+    ended = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with distributed.abort_together():
+        raise UserError("it is wrong: change it")
+    with distributed.abort_together():
+        raise ValueError("not written") from PermissionError(errno.EACCES, "", "/run/a.npz")
+    lines = capsys.readouterr().err.splitlines()
+    assert ended == [2, 2]
+    assert lines[0] == "error: it is wrong: change it"
+    assert lines[1].startswith("process 1 of 2: a file cannot be read or written (Permission den")
+    monkeypatch.setattr(distributed, "all_gather", lambda own: [b"it is wrong", own])
+    shared = pytest.raises(distributed.SharedUserError, match="process 0: it is wrong")
+    with shared, distributed.abort_together(), distributed.raise_on_all():
+        pass
+    assert ended == [2, 2]
+
+
+def test_a_workdir_that_a_process_cannot_write_to_is_refused(tmp_path, monkeypatch):
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    def denied(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("sweet_jax.directories.tempfile.TemporaryFile", denied)
+    with pytest.raises(UserError, match=r"cannot be written to \(Permission denied\): give a dir"):
+        check_writable(tmp_path)
 
 
 def test_modes_that_were_not_run_again_keep_their_counts(tmp_path):

@@ -133,7 +133,7 @@ def test_stablehlo_answers_as_the_classifier(tmp_path):
     runner = load_runner(folder)
     assert len(runner.read(tmp_path / "tokens.npz", LONGEST, pairs=True)) == 4
     np.savez(tmp_path / "lacks.npz", **dict(zip(names[:3], arrays[:3], strict=True)))
-    with pytest.raises(ValueError, match="it has no second_start"):
+    with pytest.raises(ValueError, match="the array second_start is missing"):
         runner.read(tmp_path / "lacks.npz", LONGEST, pairs=True)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
+from sweet_jax import head_fitting
 from sweet_jax.config import from_mapping
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.head_fitting import fit_probe
@@ -146,3 +147,19 @@ def test_of_a_large_file_some_rows_are_fitted_on(
     assert (job.rows.training.shape, job.rows.tuning.shape) == ((1, 81), (1, 9))
     fit_probe(job, tmp_path)
     assert "features of 29 rows at 3 exits" in caplog.text  # tuning rows are fewer than 20
+
+
+def test_a_probe_uses_all_devices_whatever_the_batch_size(options, tmp_path, monkeypatch):
+    """One replica: two that differ only in their seed share the features."""
+    used, compile_evaluation = [], head_fitting.compile_evaluation
+
+    def compile_and_count(config, graphdef, mesh, **more):
+        used.append(mesh.size)
+        return compile_evaluation(config, graphdef, mesh, **more)
+
+    monkeypatch.setattr(head_fitting, "compile_evaluation", compile_and_count)
+    monkeypatch.setattr(head_fitting, "ROWS", 20)
+    changes = {"seeds": (0, 1), "batch_size": 7, "evaluation_batch_size": 6, "head_init": "probe"}
+    found = fit_probe(prepare(from_mapping(options | changes)), tmp_path)
+    assert used == [4]
+    assert np.isfinite(found.classifiers.kernel).all()

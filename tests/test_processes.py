@@ -1,6 +1,7 @@
 """Two processes of two devices each: the same numbers as one, and no process left waiting."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -12,11 +13,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from tiny import write_checkpoint
 
-from sweet_jax import ExitOutputs
+from sweet_jax import ExitOutputs, distributed, input_digest
+from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.devices import check_devices
+from sweet_jax.input_digest import input_digests
 from sweet_jax.main import main
+from sweet_jax.preparation import prepare
+from sweet_jax.training.parallel import check_devices as check_layout
 
 # Of the line of each rank, as Gloo writes them.
 GLOO = (
@@ -48,7 +56,11 @@ def start(
 
 
 def start_two(
-    config: Path, workdir: Path, *, second: tuple[Path, Path] | None = None
+    config: Path,
+    workdir: Path,
+    *,
+    second: tuple[Path, Path] | None = None,
+    devices: tuple[int, int] = (2, 2),
 ) -> list[subprocess.Popen]:
     """Two processes; `second` is the config and the workdir of the second, if other ones."""
     with socket.socket() as free:
@@ -56,7 +68,7 @@ def start_two(
         port = free.getsockname()[1]
     both = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
     return [
-        start(*place, 2, *both, f"--process_id={number}")
+        start(*place, devices[number], *both, f"--process_id={number}")
         for number, place in enumerate([(config, workdir), second or (config, workdir)])
     ]
 
@@ -187,10 +199,83 @@ def test_processes_that_do_not_go_together_are_refused_in_one_line(options, tmp_
         assert status == 2
         assert "has a different config or reads different data" in errors.splitlines()[-1]
     assert not workdir.exists()
+    for status, _, errors in ended(start_two(config, workdir, devices=(2, 1))):
+        assert status == 2
+        assert errors.splitlines()[-1].startswith("error: process 0 has 2 devices, but process 1")
     found = ended(start_two(config, workdir, second=(config, other / "run")))
     for status, _, errors in found:
         assert status == 2
         assert "choose a directory that all hosts share" in errors.splitlines()[-1]
+
+
+def test_processes_that_read_other_files_are_told_which(options, tmp_path, monkeypatch):
+    """Copies of an encoder under one name: the config and the data are the same."""
+    name = tmp_path / "encoder"
+    found, identity = [], {"exits": [1, 2, 3], "data_sha256": "0"}
+    for seed in (0, 0, 1):
+        copy = write_checkpoint(tmp_path / f"host{len(found)}", seed=seed)
+        name.unlink(missing_ok=True)
+        name.symlink_to(copy)
+        job = prepare(from_mapping(options | {"checkpoint": str(name)}))
+        found.append(input_digests(job, identity))
+    assert found[0] == found[1]
+    other = input_digests(job, identity | {"data_sha256": "1"})
+    assert sum(a != b for a, b in zip(found[2].values(), other.values(), strict=True)) == 1
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+
+    def check(first: dict[str, str], own: dict[str, str]) -> None:
+        both = [" ".join(each.values()).encode() for each in (first, own)]
+        monkeypatch.setattr(input_digest, "all_gather", lambda _: both)
+        input_digest.check_inputs(own)
+
+    check(*found[:2])
+    with pytest.raises(UserError, match=f"this process reads other weights from .*{name.name}"):
+        check(found[0], found[2])
+    with pytest.raises(UserError, match="was started with another config, or reads other data"):
+        check(found[2], other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    process_index: int
+    id: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1)])
+    check_devices()
+    monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1), Device(1, 2)])
+    with pytest.raises(UserError, match="process 1 has 2 devices, but process 0 has 1: start all"):
+        check_devices()
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"seeds": (0, 1)}, ""),
+        ({"seeds": (0, 1), "learning_rates": (1e-4, 1e-3)}, ""),
+        ({"seeds": (0,)}, "1 replicas and batch_size 7"),
+        # The search trains both rates, the training after it one.
+        ({"learning_rates": (1e-4, 1e-3)}, ""),
+        ({"learning_rates": (1e-4, 1e-3), "rate_search": "short"}, "1 replicas and batch_size 7"),
+        (
+            {"seeds": (0, 1), "learning_rates": (1e-4, 1e-3, 1e-2), "rate_search": "short"},
+            "3 replicas and batch_size 7",
+        ),
+        ({"learning_rates": (1e-4, 1e-3), "epochs": 0, "head_init": "probe"}, "1 replicas and"),
+    ],
+)
+def test_a_process_that_would_be_idle_is_found_before_anything_is_trained(
+    changes, refused, monkeypatch
+):
+    config = Config(**{"batch_size": 7, "learning_rates": (1e-4,)} | changes)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(0, 0), Device(1, 1)])
+    if not refused:
+        return check_layout(config)
+    with pytest.raises(UserError, match=refused):
+        check_layout(config)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +293,49 @@ def test_flags_that_do_not_go_together_are_refused(arguments, message, options, 
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "requeued"),
+    [
+        (0, "", False),
+        (1, "0: stopped by SIGTERM after step 3 of 9", True),
+        (1, "0: a mistake", False),
+        (143, "", True),  # SIGTERM outside the training loop of a single task
+        (137, "", False),
+    ],
+)
+def test_a_slurm_job_that_was_asked_to_stop_is_requeued(status, printed, requeued, tmp_path):
+    script = Path(__file__).parent.parent / "experiments" / "launch" / "slurm.sh"
+    log = tmp_path / "sweet_jax-7.log"
+    log.write_text("0: stopped by SIGTERM\n")  # by an earlier start of the job
+    commands = {"srun": f'echo "{printed}" >> "{log}"; exit {status}', "scontrol": 'echo "$@"'}
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "sweet_jax", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    variables = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(script), "--config=a.py"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ("requeue 7\n" if requeued else "")
+
+
+def test_other_processes_wait_for_the_recommendation_of_the_first(options, tmp_path, monkeypatch):
+    """At their exit they would wait for some minutes only."""
+    done = []
+
+    @contextlib.contextmanager
+    def raise_on_all():
+        done.append("enter")
+        yield
+        done.append("leave")
+
+    monkeypatch.setattr("sweet_jax.pipeline.run", lambda *_: done.append("run"))
+    monkeypatch.setattr("sweet_jax.main._recommend", lambda *_: done.append("recommend"))
+    monkeypatch.setattr(distributed, "raise_on_all", raise_on_all)
+    assert main(["main", options["data_files"], f"--output={tmp_path / 'run'}"]) == 0
+    assert done == ["run", "enter", "recommend", "leave"]
 
 
 @pytest.mark.slow

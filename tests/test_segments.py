@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from tiny import write_checkpoint
+from tqdm.auto import tqdm
 
 from experiments.benchmarks import segments as benchmark
 from experiments.benchmarks.shapes import SHAPES, Size
 from sweet_jax.config import UserError, from_mapping
 from sweet_jax.preparation import prepare
+from sweet_jax.training.expected_time import ExpectedTime
 from sweet_jax.training.fit import fit
 from sweet_jax.training.initialization import model_specs
+from sweet_jax.training.loop import StepLog, StepRange, run_steps
+from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.segment_parallel import assign_segments, make_device_groups, most_layers
 
 
@@ -94,6 +99,24 @@ def test_either_way_goes_on_from_the_checkpoint_of_the_other(deep, options, tmp_
         )
     assert_close(ours, whole)
     assert [json.loads(line)["step"] for line in log.splitlines()] == list(range(12))
+
+
+def test_an_evaluation_is_logged_after_the_steps_before_it_however_late_the_log_is():
+    logged, values = [], StepMetrics(np.zeros(1, np.float32), np.zeros(1, np.int32))
+    metrics = SimpleNamespace(add=lambda step, *_: logged.append(step), flush=lambda: None)
+    steps = StepRange(0, 4, epoch=2, every=4, check=2)
+    plan = SimpleNamespace(step=lambda number, state, inputs: (state, [values]), lag=2)
+    with tqdm(total=4, disable=True) as bar:
+        step_log = StepLog("exits_1", (1,), steps, metrics, bar, ExpectedTime(4, None))
+        run_steps(
+            plan,
+            state=None,
+            batch=lambda number: (None, 8),
+            step_log=step_log,
+            save=lambda step, state: None,
+            evaluate=lambda step, state: logged.append(f"evaluation {step}"),
+        )
+    assert logged == [0, 1, "evaluation 2", 2, 3, "evaluation 4"]
 
 
 def test_segments_are_shared_out_so_that_the_busiest_group_has_fewest_layers():

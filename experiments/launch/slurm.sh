@@ -27,7 +27,9 @@ before="$(stat -c %s "$log" 2>/dev/null || echo 0)" # what earlier starts of thi
 status=0
 # A task that is lost ends the step; tasks that were asked to stop save first.
 srun --kill-on-bad-exit=1 --label python -m sweet_jax.main "$@" || status=$?
-if [ "$status" != 0 ] && tail -c "+$((before + 1))" "$log" | grep "stopped by SIGTERM" >/dev/null; then
+stopped() { tail -c "+$((before + 1))" "$log" | grep "stopped by SIGTERM" >/dev/null; }
+# 143 = 128 + SIGTERM: a single task saves its state in the training loop only; elsewhere it just ends.
+if [ "$status" = 143 ] || { [ "$status" != 0 ] && stopped; }; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

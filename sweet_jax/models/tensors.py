@@ -78,7 +78,9 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
     """Returns read(path). Raises UserError with the file's name if it is missing or damaged."""
     try:
         return read(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:
+        if path.exists():  # safetensors raises the same error for a file that it may not open
+            raise UserError(f"{str(path)!r} cannot be read: change its permissions") from error
         raise UserError(
             f"{str(path.parent)!r} has no {path.name}; save a checkpoint in another format as "
             "safetensors first, with save_pretrained of transformers"

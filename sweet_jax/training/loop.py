@@ -162,6 +162,7 @@ def run_steps(
             step_log.add(number, length, values, plan.lag)
             last, stopped = number + 1 == steps.stop, stops_now()
             if evaluate is not None and (last or (number + 1) % steps.check == 0):
+                step_log.flush()  # an evaluation is logged after the steps before it
                 evaluate(number + 1, state)
             if last or (number + 1) % steps.every == 0 or stopped:
                 step_log.flush()

@@ -60,14 +60,15 @@ class ExecutionPlan(NamedTuple):
 
 def check_devices(config: Config) -> None:
     """Warns about idle devices; raises UserError if a whole process would be idle."""
-    replicas, rows = len(config.replicas()), config.batch_size
-    meshes = [make_mesh(replicas, rows)]
-    if config.segment_parallel:
-        meshes = [group.mesh for group in make_device_groups(config.exits, replicas, rows)]
-        if len(meshes) == 1:
-            log.warning(
-                "segment_parallel has no effect with this number of exits and devices per process"
-            )
+    rows = config.batch_size
+    for replicas in _replica_counts(config):  # the warnings are about the last, the training
+        meshes = [make_mesh(replicas, rows)]
+        if config.segment_parallel:
+            meshes = [group.mesh for group in make_device_groups(config.exits, replicas, rows)]
+    if config.segment_parallel and len(meshes) == 1:
+        log.warning(
+            "segment_parallel has no effect with this number of exits and devices per process"
+        )
     used = sum(mesh.size for mesh in meshes)
     if used < jax.device_count():
         log.warning(
@@ -78,6 +79,17 @@ def check_devices(config: Config) -> None:
             rows,
             replicas,
         )
+
+
+def _replica_counts(config: Config) -> tuple[int, ...]:
+    """Returns the numbers of replicas that a run places on the devices one after the other.
+
+    A learning-rate search places all rates of one seed, and the training after it all seeds.
+    """
+    seeds, rates = len(config.seeds), len(config.learning_rates)
+    if config.epochs == 0:  # nothing is trained, so the rates do not matter
+        return (seeds,)
+    return (rates, seeds) if config.searches_rate else (seeds * rates,)
 
 
 def data_parallel_plan(config: Config, settings: StepSettings, state: State) -> ExecutionPlan:
