@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -264,6 +265,12 @@ def test_text_from_data_is_text(report, browser):
     assert warning.endswith("exit 2 gives every row the class 'no', since step 7")
     errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
     assert not errors
+
+
+def test_a_file_s_name_that_is_not_utf_8_does_not_stop_the_report(report, analysis, tmp_path):
+    details = ReportDetails(title=os.fsdecode(b"caf\xe9.jsonl"))
+    write_report(tmp_path / "report.html", analysis, report[1], [], {}, details)
+    assert "<title>caf?.jsonl, " in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_page_asks_nothing_of_a_network(report):
