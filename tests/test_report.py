@@ -33,6 +33,7 @@ from sweet_jax.report.figures import exits_figure, write_figures
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
 from sweet_jax.report.results import TrainingRecord, build_results
+from sweet_jax.report.shortfalls import Shortfall, describe_shortfall
 from sweet_jax.report.verdict import describe_training, verdict
 from sweet_jax.simulate import _describe_gap
 from sweet_jax.simulate import main as simulate_command
@@ -622,6 +623,12 @@ def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
     assert "the model is " in told
     assert " worse (95% interval of the difference +" in told
     assert low < gap < high
+    words = verdict(analysis, results, 0, 0.0, details)[0]
+    assert re.search(r"all layers give 0[.]\d+: this threshold is 0[.]\d+ worse [(]", words)
+    row = (1, -0.9, "constant", -0.01, -0.89, (-1.0, -0.8), 60)
+    line = describe_shortfall(Shortfall(*row), results)
+    assert line.startswith("exit 1 alone (mean absolute error 0.900) is above the baseline ")
+    assert "(0.010) on the same 60 rows: difference 0.890, 95% interval 0.800 to 1.000; " in line
     words = describe_training(results, 1)
     assert "classes" not in words
 
