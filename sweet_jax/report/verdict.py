@@ -82,7 +82,8 @@ def verdict(
     if not whole:
         value = compute_metric(metric, last, labels, classes)
         gap = paired_difference(metric, given, last, labels, classes)
-        first += f"; all layers give {_number(metric, value)}: {_difference(metric, *gap, 'this threshold is ')}"
+        difference = _difference(metric, *gap, "this threshold is ")
+        first += f"; all layers give {_number(metric, value)}: {difference}"
     theirs = {b.name: b.for_replica(replica) for b in details.baselines}
     spent = float(rows.cost[exits].mean())
     return [f"{first}.", _against_baselines(rows, results, (given, spent), theirs)]
