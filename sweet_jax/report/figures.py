@@ -102,6 +102,8 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
 def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
     """Draws traces, markers above lines; of what is far below the rest, only the name and value."""
     for trace in traces:
+        if not len(trace.x):
+            continue
         points: tuple[Sequence[float], Sequence[float]] = (trace.x, trace.y)
         label = trace.name
         if trace.far:
