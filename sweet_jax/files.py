@@ -105,9 +105,12 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically, in UTF-8."""
+    """Writes a text file atomically, in UTF-8.
+
+    What UTF-8 cannot hold, such as a byte of a file's name in another encoding, becomes "?".
+    """
     with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], *, compressed: bool = False) -> None:

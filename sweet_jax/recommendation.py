@@ -28,7 +28,7 @@ from sweet_jax.inference.latency import measure_latency, read_latency
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.report.console import fitted_rows
 from sweet_jax.report.shortfalls import describe_effects, worst_shortfalls
-from sweet_jax.report.verdict import describe_spread
+from sweet_jax.report.verdict import describe_spread, format_milliseconds
 from sweet_jax.saved_config import read_saved_config
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,8 @@ def _describe(analysis: Analysis, threshold: float, times: np.ndarray) -> str:
         value = compute_metric(metric, given, labels, classes)
         parts.append(
             f"{metric.name} {value:.4f} [{low:.4f}, {high:.4f}], {rows.cost[taken].mean():.0%} of "
-            f"the layers, {times[np.arange(len(taken)), taken].mean():.2f} ms per text on average"
+            f"the layers, {format_milliseconds(times[np.arange(len(taken)), taken].mean())} per "
+            "text on average"
         )
     return (
         f"recommended operating point: {parts[0]}\n"
@@ -209,22 +210,27 @@ def _describe_choice(analysis: Analysis, found: Resolution, target: Mapping[str,
 
 
 def _describe_effects(run: Path, analysis: Analysis, threshold: float) -> list[str]:
-    """Describes how exits below a baseline affect the operating point; [] if there are none."""
+    """Describes how exits below a baseline affect the operating point; [] if there are none.
+
+    Exits that no validation text takes there are left out.
+    """
     results: Mapping[str, Any] = read_json(run / "results.json")
     exits = analysis.exits_taken(analysis.best, threshold)
     effects = describe_effects(
         worst_shortfalls(results), analysis.validation.replica(analysis.best), exits
     )
-    return [f"  exit {exit}: {effect.text}" for exit, effect in effects.items()]
+    taken = set(np.asarray(analysis.validation.layers)[exits].tolist())
+    return [f"  exit {exit}: {effect.text}" for exit, effect in effects.items() if exit in taken]
 
 
 def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | None) -> str:
     """Describes what the milliseconds measure, and the time of slow texts."""
     tokens, longest = table.lengths[0], table.lengths[-1]
     where = "at each text's own length" if spread else f"at the median length, {tokens} tokens"
-    slow = f"all layers take {table.until_exit(tokens)[-1]:.2f} ms at {tokens} tokens, the median"
+    last = [format_milliseconds(table.until_exit(length)[-1]) for length in (tokens, longest)]
+    slow = f"all layers take {last[0]} at {tokens} tokens, the median"
     if longest > tokens:
-        slow += f", {table.until_exit(longest)[-1]:.2f} ms at {longest}, which 95% do not exceed"
+        slow += f", {last[1]} at {longest}, which 95% do not exceed"
     lines = [
         *([f"  {spread}"] if spread else []),
         f"  ({where}, in the model alone, on {table.machine}, without tokenization, about 0.1 ms, "
@@ -240,7 +246,7 @@ def _describe_engines(
     times = {table.engine: typical_milliseconds(table, model) for table in tables}
     lines = []
     if len(times) > 1:
-        each = ", ".join(f"{name} {value:.2f} ms" for name, value in times.items())
+        each = ", ".join(f"{name} {format_milliseconds(value)}" for name, value in times.items())
         fastest = min(times, key=times.__getitem__)
         lines.append(
             f"  engines, all layers, mean over texts of the two lengths: {each}; the default "

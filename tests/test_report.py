@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -31,7 +32,9 @@ from sweet_jax.report.details import ExitTimes, ReportDetails
 from sweet_jax.report.figures import exits_figure, write_figures
 from sweet_jax.report.model_card import model_card
 from sweet_jax.report.page import write_report
+from sweet_jax.report.page_tables import _rounded, policy_series
 from sweet_jax.report.results import TrainingRecord, build_results
+from sweet_jax.report.shortfalls import Shortfall, describe_shortfall
 from sweet_jax.report.verdict import describe_training, verdict
 from sweet_jax.simulate import _describe_gap
 from sweet_jax.simulate import main as simulate_command
@@ -223,12 +226,37 @@ def test_the_page_certifies_what_the_resolver_certifies(report, analysis, browse
     assert "infeasible: the best certified is risk 0." in ask_page(browser, "risk", 0.001)
 
 
+def test_the_page_bounds_an_error_as_the_command_does(browser, tmp_path, capsys):
+    analysis = numbers_that_diverged((slice(0), slice(0)))
+    for split in ("calibration", "validation"):
+        best = getattr(analysis, split).replica(analysis.best)
+        best.save(tmp_path / "exit_outputs" / f"{split}.npz")
+    config = from_mapping({"objective": "regression", "exits": (1, 2, 4), "seeds": (0, 1)})
+    results = build_results(config.resolved(), analysis, TrainingRecord(900))
+    write_report(tmp_path / "report.html", analysis, results, [], {})
+    browser.get((tmp_path / "report.html").as_uri())
+    option = browser.find_element("css selector", "#target [value=error]").text
+    assert option == "mean absolute error at most"
+    words = r"threshold (\S+?)[:;] .*cost (\S+), neg_mean_absolute_error ([-.\d]+).*?; ([.\d]+ \w+)"
+    for value in (0.3, 0.5):
+        shown = ask_page(browser, "error", value)
+        assert simulate_command([f"--run={tmp_path}", f"--error={value}"]) == 0
+        (line,) = re.findall(r"threshold .* what was asked for", capsys.readouterr().out)
+        assert re.findall(words, shown) == re.findall(words, line) != []
+    names = [key.text for key in browser.find_elements("css selector", "#curve .legend button")]
+    assert "stable oracle" not in names  # a regression has none
+    assert "floor: exits at random" in names
+    assert "infeasible: the best reachable on calibration rows is error " in (
+        ask_page(browser, "error", 0.001)
+    )
+
+
 def test_the_page_says_what_can_be_certified(report, browser):
     browser.get((report[0] / "report.html").as_uri())
     text = browser.find_element("tag name", "body").text
     assert "Certified thresholds" in text
     assert "infeasible: the best certified is" in text  # 1% of 100 rows
-    assert "lost against the last exit" in text
+    assert "right at the last exit, wrong earlier" in text
     points = {trace["name"]: len(trace["x"]) for trace in traces(browser, "curve")}
     assert points["stable oracle"] == 4  # three exits, and on to the full cost
     assert points["any-correct oracle (inflated by luck)"] == 4
@@ -264,6 +292,48 @@ def test_text_from_data_is_text(report, browser):
     assert warning.endswith("exit 2 predicts class 'no' for every row, since step 7")
     errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
     assert not errors
+
+
+def test_a_file_s_name_that_is_not_utf_8_does_not_stop_the_report(report, analysis, tmp_path):
+    details = ReportDetails(title=os.fsdecode(b"caf\xe9.jsonl"))
+    write_report(tmp_path / "report.html", analysis, report[1], [], {}, details)
+    assert "<title>caf?.jsonl, " in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_says_where_texts_leave_without_a_script(report):
+    page = (report[0] / "report.html").read_text()
+    cells = re.findall(r"<td>([.\d]+)%</td><td [^>]*><span style=.*?; width: ([.\d]+)%", page)
+    assert len(cells) == 3
+    assert sum(float(text) for text, _ in cells) == pytest.approx(100, abs=0.2)
+    assert all(float(text) == pytest.approx(float(width), abs=0.06) for text, width in cells)
+    assert "<noscript>" in page
+
+
+def test_what_is_folded_is_printed(report, browser):
+    browser.get((report[0] / "report.html").as_uri())
+    folded = "return document.querySelectorAll('details:not([open])').length"
+    before = browser.execute_script(folded)
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert before > browser.execute_script(folded) == 0
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert browser.execute_script(folded) == before
+
+
+def test_the_page_s_numbers_are_rounded_as_the_command_rounds(analysis):
+    found = policy_series(analysis, 0, 0.8, every=False)["confidence"]
+    for series in (found["curve"], *found["targets"].values()):
+        numbers = series.get("cost", []) + series.get("score", []) + series.get("reached", [])
+        assert numbers == [float(f"{value:.4f}") for value in numbers]
+    assert _rounded(np.asarray([0.03125, 0.09375])) == [0.0312, 0.0938]
+
+
+def test_lines_of_many_runs_are_told_apart(analysis, tmp_path):
+    write_comparison(tmp_path / "x.html", [(f"run {n}", analysis) for n in range(12)])
+    (chart,) = re.findall(r'id="chart" .*?>(.*?)</script>', (tmp_path / "x.html").read_text())
+    lines = [t for t in json.loads(chart)["traces"] if re.fullmatch(r"run \d+", t["name"])]
+    assert len({(line["color"], line["dash"]) for line in lines}) == 12
+    assert len({line["dash"] for line in lines[:4]}) == 4
+    assert json.loads(chart)["y"] == "accuracy"
 
 
 def test_the_page_asks_nothing_of_a_network(report):
@@ -615,6 +685,12 @@ def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
     assert "the model is " in told
     assert " worse (95% interval of the difference +" in told
     assert low < gap < high
+    words = verdict(analysis, results, 0, 0.0, details)[0]
+    assert re.search(r"all layers give 0[.]\d+: this threshold is 0[.]\d+ worse [(]", words)
+    row = (1, -0.9, "constant", -0.01, -0.89, (-1.0, -0.8), 60)
+    line = describe_shortfall(Shortfall(*row), results)
+    assert line.startswith("exit 1 alone (mean absolute error 0.900) is above the baseline ")
+    assert "(0.010) on the same 60 rows: difference 0.890, 95% interval 0.800 to 1.000; " in line
     words = describe_training(results, 1)
     assert "classes" not in words
 

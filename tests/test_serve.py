@@ -359,21 +359,27 @@ def test_a_long_text_is_not_starved_by_short_ones(classifier, texts):
 def test_the_page_in_a_browser(server, browser, classifier, texts):
     browser.get(f"http://127.0.0.1:{server.port}/")
     browser.find_element("css selector", "textarea").send_keys(texts[0])
-    browser.execute_script("document.getElementById('target').value = 'threshold'")
     value = browser.find_element("id", "value")
+    assert not value.is_enabled()
+    browser.find_element("css selector", "#target [value=threshold]").click()
     value.clear()
-    value.send_keys("2")
+    assert browser.execute_script("return document.getElementById('form').checkValidity()") is False
+    value.send_keys("2.5")
     browser.find_element("id", "go").click()
     deadline = time.monotonic() + 30
     while len(rows := browser.find_elements("css selector", "#exits tr")) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    wanted = classifier.at(threshold=2.0).predict(texts[:1], 2)
+    wanted = classifier.at(threshold=2.5).predict(texts[:1], 2)
     shown = browser.find_element("id", "result").text
     assert shown.startswith(f"{wanted.labels[0]} ({100 * wanted.probabilities.max():.1f}%)")
     assert "exited at layer 4, cost 1.000" in shown
     assert [row.get_attribute("class") for row in rows] == ["", "", "taken"]
     assert [entry for entry in browser.get_log("browser") if "favicon" not in str(entry)] == []
+    browser.execute_script("fetch = async () => new Response('<h1>Proxy</h1>', {status: 502})")
+    browser.find_element("id", "go").click()
+    result = browser.find_element("css selector", "#result.error")
+    assert result.text == "the server answered with status 502"
 
 
 def test_the_command_answers_what_it_took_in_before_it_ends(fine_tuned, texts):

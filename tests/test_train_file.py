@@ -157,12 +157,12 @@ def test_the_recommendation_says_how_it_was_chosen_and_what_slow_texts_take(trai
     assert (
         " calibration rows: the best accuracy within 0.7 of the layers, or the cheapest " in printed
     )
-    assert "estimated from length and exit, the " in printed
+    assert "estimated from each text's length and exit, the " in printed
     text = recommend(folder, {"milliseconds": 1e6})
     assert re.search(r"ms on average in the model, and 95% of them at most .* ms: the budget", text)
     assert "the budget of 1e+06 ms on average is kept (0% of the texts take longer)" in text
     page = (folder / "report.html").read_text()
-    assert "Milliseconds are means. Estimated from length and exit, the " in page
+    assert "Milliseconds are means. Estimated from each text&#39;s length and exit, the " in page
 
 
 def test_a_budget_that_cannot_be_met_says_what_can(trained):

@@ -58,7 +58,7 @@ function chart(element, spec) {
   tip.className = "tip";
   tip.hidden = true;
   element.append(legend, tip);
-  let drawn = null, groups = [], points = [];  // groups and points of each trace: SVG group, [pixel x, pixel y, index]
+  let drawn = null, keys = [], groups = [], points = [];  // groups and points of each trace: SVG group, [pixel x, pixel y, index]
   let wide = element.clientWidth;  // cached, since reading it triggers a layout of the page
 
   function frame() {
@@ -124,6 +124,7 @@ function chart(element, spec) {
     const trace = traces[number], group = groups[number], color = paint(trace.color);
     group.replaceChildren();
     points[number] = [];
+    if (keys[number]) keys[number].hidden = !trace.x.length;
     if (!f.shown.includes(trace)) return;
     if (trace.low.length) {
       const back = {...trace, x: [...trace.x].reverse()};
@@ -184,7 +185,8 @@ function chart(element, spec) {
     tip.style.left = `${Math.min(best[0], Math.max(0, element.clientWidth - tip.offsetWidth))}px`;
   });
   svg.addEventListener("pointerleave", () => { tip.hidden = true; });
-  if (spec.legend !== false) legend.append(...traces.filter(trace => trace.name).map(key));
+  if (spec.legend !== false) keys = traces.map(trace => trace.name && key(trace));
+  legend.append(...keys.filter(Boolean));
   new ResizeObserver(() => {
     if (element.clientWidth !== wide) { wide = element.clientWidth; draw(); }
   }).observe(element);

@@ -14,7 +14,7 @@ from sweet_jax.files import write_text
 from sweet_jax.report.charts import COST_AXIS, make_chart
 from sweet_jax.report.page import ENVIRONMENT, read_script
 from sweet_jax.report.results import bound_curve, bound_kinds
-from sweet_jax.report.traces import BOUNDS, Trace, common_curves, exit_color, seed_band
+from sweet_jax.report.traces import BOUNDS, Trace, common_curves, exit_color, line_dash, seed_band
 
 _TITLE = "sweet_jax: runs compared"
 
@@ -51,7 +51,7 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
             traces.append(Trace(f"{name}: one exit", color, *at, symbol="diamond", size=12))
         else:
             points = cost.tolist(), mean.tolist()
-            traces += [Trace(name, color, *points, dash="solid", width=2.5)]
+            traces += [Trace(name, color, *points, dash=line_dash(number, each=True), width=2.5)]
             traces += [seed_band(analysis, color), *_bounds(name, analysis, color, cost)]
         rows.append(
             {
@@ -64,11 +64,12 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Analysis]]) -> None:
                 "last": float(each[:, -1].mean()),
             }
         )
+    metric = runs[0][1].validation.identity.metric.replace("_", " ")  # all runs have the same
     page = ENVIRONMENT.get_template("comparison.html").render(
         title=_TITLE,
         rows=rows,
         scripts={"charts": read_script("charts")},
-        chart=make_chart("metric against cost", COST_AXIS, "metric", traces),
+        chart=make_chart(f"{metric} against cost", COST_AXIS, metric, traces),
     )
     write_text(path, page)
 

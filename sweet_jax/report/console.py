@@ -30,7 +30,7 @@ def exit_table(results: Mapping[str, Any]) -> str:
     lines = exit_lines(replica["individual"], metric)
     lines += baseline_lines(results.get("baselines", {}), metric)
     keep = replica["full_score"]
-    if keep is not None:
+    if keep is not None and replica.get("calibration_area", 0) is not None:  # else it diverged
         cost, value = keep["validation"]
         shown = keep.get("text", keep["threshold"])  # results of older versions have no text
         lines.append(

@@ -104,6 +104,8 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
 def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
     """Draws traces, with markers above lines; traces far below the others only have a legend."""
     for trace in traces:
+        if not len(trace.x):
+            continue
         points: tuple[Sequence[float], Sequence[float]] = (trace.x, trace.y)
         label = trace.name
         if trace.far:

@@ -35,7 +35,7 @@ function showTarget() {
       output.textContent = "infeasible: the training of this replica diverged";
       return;
     }
-    const best = `${name === "accuracy" ? data.metric : name} ${table.value[0].toFixed(4)}`;
+    const best = `${name === "accuracy" ? data.metric : name} ${table.best[0].toFixed(4)}`;
     output.textContent = `infeasible: the best ${certified ? "certified" : "reachable on calibration rows"} is ${best}`;
     return;
   }
@@ -51,8 +51,8 @@ function showTarget() {
   if (certified) {
     words = `certified with 95% confidence: ${name} ${table.reached[row].toFixed(4)} at ${words} ` +
       "(for confidences fitted on half of the calibration rows)";
-  } else if (name === "cost" || data.metric === "accuracy") {
-    const gap = (name === "cost" ? cost : metric) - target;
+  } else if (name !== "accuracy" || data.metric === "accuracy") {
+    const gap = ({cost, error: -metric}[name] ?? metric) - target;
     words += `; ${Math.abs(gap).toFixed(4)} ${gap < 0 ? "below" : "above"} the target`;
   }
   output.textContent = words;
@@ -100,6 +100,14 @@ function showReplica() {
   showPoint();
   showTarget();
 }
+
+// Collapsed sections are printed too.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const part of folded) part.open = true;
+});
+addEventListener("afterprint", () => { for (const part of folded) part.open = false; });
 
 // Class tables, from the labels, predictions and exits of the best replica's rows in the page.
 function classTables(rows) {

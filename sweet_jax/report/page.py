@@ -92,6 +92,7 @@ def write_report(
         made = make_chart(title, *RELIABILITY_AXES, traces)
         charts[f"reliability-{number}"] = made | {"square": True, "legend": False}
     policies = _policies(analysis, best, details)
+    own = next(iter(policies[best].values()))
     page = ENVIRONMENT.get_template("page.html").render(
         results=results,
         title=details.title or results["task"],
@@ -114,8 +115,10 @@ def write_report(
         times=details.times,
         split=details.split,
         spread=_spread(analysis, best, threshold, details),
+        shares=own["curve"]["shares"][own["start"]],
         colors=[f"var(--c-{c[1:]}, {c})" for c in map(exit_color, range(len(results["exits"])))],
         reliability=list(reliability),
+        error="error" in own["targets"],
         data=replace_nonfinite(_page_data(analysis, results, policies, details)),
         charts=charts,
         scripts={name: read_script(name) for name in ("charts", "page")},

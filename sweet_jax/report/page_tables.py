@@ -4,6 +4,7 @@ Shape letters: E exit, N validation rows, T positions of the slider.
 """
 
 import base64
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from sweet_jax.exits.certificates import CERTIFICATE_KINDS
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import exit_confidences
-from sweet_jax.exits.resolver import Resolution
+from sweet_jax.exits.resolver import Resolution, reads_curve
 from sweet_jax.exits.simulation import Curve, read_curve, simulate
 from sweet_jax.exits.targets import TargetTable
 from sweet_jax.exits.thresholds import format_threshold, format_thresholds
@@ -51,7 +52,12 @@ def policy_series(
     found = {}
     for name in (own, *others):
         exact = simulate(validation, name, calibrators=[resolver.calibrator])
-        tables = {target: resolver.table(name, target) for target in ("cost", "accuracy")}
+        tables = {
+            "cost": resolver.table(name, "cost"),
+            "accuracy": resolver.table(name, "accuracy"),
+        }
+        if validation.metric.is_error:
+            tables["error"] = _error_table(tables.pop("accuracy"), name)
         start = threshold if name == own else resolver.resolve(name).threshold
         if start is None or start > exact.threshold[0, -1]:  # all examples reach the last exit
             start = float(exact.threshold[0, -1])
@@ -64,8 +70,8 @@ def policy_series(
         found[name] = {
             "curve": {
                 "threshold": format_thresholds(at, points),
-                "cost": curve.cost[0].round(6).tolist(),
-                "score": curve.score[0].round(6).tolist(),
+                "cost": _rounded(curve.cost[0]),
+                "score": _rounded(curve.score[0]),
                 "shares": curve.shares[0].round(4).tolist(),
             },
             "positions": at,
@@ -92,14 +98,26 @@ def _positions(exact: Curve, chosen: np.ndarray, points: int) -> np.ndarray:
     return np.union1d(distinct[places], chosen)
 
 
+def _error_table(table: TargetTable, policy: str) -> TargetTable:
+    """Returns a policy's table of accuracies, or of a metric that is an error, as one of errors."""
+    value = float(reads_curve(policy)) - table.value  # the metric is the negative error
+    return dataclasses.replace(table, value=value, at_most=True, tolerance=1e-12)
+
+
 def _target_series(table: TargetTable) -> dict[str, Any]:
     """Returns the fields of a table of targets that are needed to look up a target."""
     return {
         "at_most": table.at_most,
         "tolerance": table.tolerance,
         "value": table.value.tolist(),
-        "reached": table.reached.round(6).tolist(),
+        "reached": _rounded(table.reached),
+        "best": _rounded(table.value[:1]),
     }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """Returns values [T] with the four decimals that the page shows, rounded as commands round."""
+    return [round(value, 4) for value in values.tolist()]
 
 
 def _certified_series(
@@ -124,8 +142,8 @@ def _certified_series(
         curve = read_curve(exact, table.threshold)
         found[kind] = _target_series(table) | {
             "threshold": format_thresholds(table.threshold, points),
-            "cost": curve.cost[0].round(6).tolist(),
-            "score": curve.score[0].round(6).tolist(),
+            "cost": _rounded(curve.cost[0]),
+            "score": _rounded(curve.score[0]),
         }
     return found
 

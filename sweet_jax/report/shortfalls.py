@@ -98,13 +98,20 @@ def shortfall_results(
 
 def describe_shortfall(finding: Shortfall, results: Mapping[str, Any]) -> str:
     """Describes, in one line, which exit is below which baseline, by how much, and what to do."""
-    low, high = finding.interval
+    name, worse, sign = _shown_metric(results["metric"])
+    low, high = sorted(sign * end for end in finding.interval)
     return (
-        f"exit {finding.exit} alone ({results['metric']} {finding.score:.3f}) is below the "
-        f"baseline {baseline_title(finding.baseline)} ({finding.baseline_score:.3f}) on the same "
-        f"{finding.n:,} rows: difference {finding.difference:.3f}, 95% interval {low:.3f} to "
-        f"{high:.3f}; {_advice(finding, results)}"
+        f"exit {finding.exit} alone ({name} {sign * finding.score:.3f}) is {worse} the baseline "
+        f"{baseline_title(finding.baseline)} ({sign * finding.baseline_score:.3f}) on the same "
+        f"{finding.n:,} rows: difference {sign * finding.difference:.3f}, 95% interval {low:.3f} "
+        f"to {high:.3f}; {_advice(finding, results)}"
     )
+
+
+def _shown_metric(metric: str) -> tuple[str, str, int]:
+    """Returns a metric's name, the word for worse and the sign, as shown: errors are positive."""
+    error = metric.removeprefix("neg_")
+    return (metric, "below", 1) if error == metric else (error.replace("_", " "), "above", -1)
 
 
 def _advice(finding: Shortfall, results: Mapping[str, Any]) -> str:
@@ -161,14 +168,15 @@ def describe_effects(
     """
     given = rows.predictions[0][exits, np.arange(len(exits))]  # [N, ...]
     value = compute_metric(rows.metric, given, rows.labels[0], rows.logits.shape[-1])
+    name, worse, sign = _shown_metric(rows.metric.name)
     layers, found = np.asarray(rows.layers), {}
     for finding in findings:
         share = float((layers[exits] == finding.exit).mean())
         harmless = value >= finding.baseline_score
         found[finding.exit] = Effect(
             f"{share:.0%} of the texts leave there at the recommended threshold, where the overall "
-            f"{rows.metric.name} is {value:.3f}: {'not ' if harmless else ''}below that "
-            f"baseline ({finding.baseline_score:.3f})",
+            f"{name} is {sign * value:.3f}: {'not ' if harmless else ''}{worse} that "
+            f"baseline ({sign * finding.baseline_score:.3f})",
             harmless,
         )
     return found

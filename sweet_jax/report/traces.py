@@ -19,7 +19,8 @@ from sweet_jax.exits.reliability import (
 from sweet_jax.report.baselines import baseline_title
 
 # Viridis from dark to light for exits in order of depth, distinguishable without color vision.
-_COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#b5a90f", "#e8833a", "#c0392b", "#7f7f7f")
+_COLORS = ("#440154", "#3b528b", "#21918c", "#2f8f3a", "#8f8500", "#cc6a1f", "#c0392b", "#7f7f7f")
+_DASHES = ("solid", "dash", "dot", "dashdot")
 _FAR = 0.15  # distance below the lowest exit from which on a baseline is not drawn by default
 _SMOOTHED = 20  # number of steps over which the loss is averaged
 _FEW = 5  # minimum number of rows of a bin
@@ -30,9 +31,9 @@ RELIABILITY_AXES = ("confidence", "share correct")
 BOUNDS = {
     "floor": ("floor: exits at random", "#7f7f7f", "dot"),
     "stable": ("stable oracle", "#3b528b", "dash"),
-    "agreement": ("agreement oracle", "#b5a90f", "dash"),
+    "agreement": ("agreement oracle", "#8f8500", "dash"),
     "any_correct": ("any-correct oracle (inflated by luck)", "#c0392b", "dash"),
-    "best_thresholds": ("one threshold per exit, fitted on these rows", "#5ec962", "dashdot"),
+    "best_thresholds": ("one threshold per exit, fitted on these rows", "#2f8f3a", "dashdot"),
 }
 
 # Markers of the baselines. All probes share one; "" is for other names.
@@ -72,6 +73,12 @@ def exit_color(exit_index: int) -> str:
     return _COLORS[exit_index % len(_COLORS)]
 
 
+def line_dash(number: int, *, each: bool = False) -> str:
+    """Returns the dash of a line, another one whenever the colors begin again, or for each line."""
+    rounds = number // len(_COLORS)
+    return _DASHES[(rounds + number * each) % len(_DASHES)]
+
+
 def operating_point_traces(results: Mapping[str, Any]) -> list[Trace]:
     """Returns traces of the best replica's grid of 11 thresholds, and of each exit for all rows."""
     replica = results["replicas"][results["best_replica"]]
@@ -88,7 +95,7 @@ def operating_point_traces(results: Mapping[str, Any]) -> list[Trace]:
         optional=True,
     )
     layers = [f"exit {row['layer']} for all" for row in exits]
-    alone = Trace("one exit for all", "#e8833a", costs, values, symbol="square", text=layers)
+    alone = Trace("one exit for all", "#cc6a1f", costs, values, symbol="square", text=layers)
     return [paper, alone]
 
 
@@ -213,7 +220,7 @@ def loss_traces(
             width = np.minimum(np.arange(1, len(values) + 1), _SMOOTHED)
             smooth = (total[1:] - total[np.arange(1, len(values) + 1) - width]) / width
             finite = np.isfinite(smooth)
-            color = exit_color(len(traces))
+            color, dash = exit_color(len(traces)), line_dash(len(traces))
             points = steps[finite].tolist(), smooth[finite].tolist()
-            traces.append(Trace(f"exit {layer}", color, *points, dash="solid"))
+            traces.append(Trace(f"exit {layer}", color, *points, dash=dash))
     return traces

@@ -82,7 +82,8 @@ def verdict(
     if not whole:
         value = compute_metric(metric, last, labels, classes)
         gap = paired_difference(metric, given, last, labels, classes)
-        first += f"; with all layers it is {_number(metric, value)}: {_difference(metric, *gap)}"
+        difference = _difference(metric, *gap, "this threshold is ")
+        first += f"; all layers give {_number(metric, value)}: {difference}"
     theirs = {b.name: b.for_replica(replica) for b in details.baselines}
     spent = float(rows.cost[exits].mean())
     return [f"{first}.", _against_baselines(rows, results, (given, spent), theirs)]
@@ -99,9 +100,9 @@ def describe_spread(times: np.ndarray, exits: np.ndarray, target: Mapping[str, f
     """
     taken = times[np.arange(len(exits)), exits]
     words = (
-        f"estimated from length and exit, the {len(exits):,} validation texts take "
-        f"{_milliseconds(float(taken.mean()))} on average in the model, and 95% of them at most "
-        f"{_milliseconds(float(np.quantile(taken, 0.95)))}"
+        f"estimated from each text's length and exit, the {len(exits):,} validation texts take "
+        f"{format_milliseconds(float(taken.mean()))} on average in the model, and 95% of them at "
+        f"most {format_milliseconds(float(np.quantile(taken, 0.95)))}"
     )
     limit = target.get("milliseconds")
     if limit is not None:
@@ -119,9 +120,10 @@ def _spend(cost: np.ndarray, exits: np.ndarray, details: ReportDetails) -> str:
     if details.times is None:
         return words
     clock = details.times.milliseconds
-    words += f" and on average {_milliseconds(clock[exits].mean())} per text of median length"
+    mean = format_milliseconds(clock[exits].mean())
+    words += f" and on average {mean} per text of median length"
     if exits.min() < len(clock) - 1:
-        words += f", instead of {_milliseconds(clock[-1])}"
+        words += f", instead of {format_milliseconds(clock[-1])}"
     return words
 
 
@@ -194,5 +196,6 @@ def _difference(metric: Metric, gap: float, low: float, high: float, subject: st
     return f"{subject}{scale * abs(gap):.{digits}f}{unit} {side} ({span})"
 
 
-def _milliseconds(value: float) -> str:
+def format_milliseconds(value: float) -> str:
+    """Returns milliseconds with three significant digits, without a fraction from 100 on."""
     return f"{value:.3g} ms" if value < 100 else f"{value:,.0f} ms"

@@ -173,7 +173,8 @@ def _render_page(classifier: AdaptiveClassifier) -> str:
         "layers": list(classifier.layers),
         "columns": list(classifier.text_columns),
     }
-    return _PAGE.read_text().replace("__ABOUT__", json.dumps(values).replace("<", "\\u003c"))
+    page = _PAGE.read_text(encoding="utf-8")
+    return page.replace("__ABOUT__", json.dumps(values).replace("<", "\\u003c"))
 
 
 async def _predict(request: Request, formats: Sequence[Format], service: _Service) -> Response:

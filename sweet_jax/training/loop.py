@@ -128,7 +128,7 @@ def _bar_title(job: TrainingJob) -> str:
         rates = ", ".join(f"{rate:g}" for rate in job.config.learning_rates)
         return f"learning rate{'s' * (len(job.config.learning_rates) > 1)} {rates}"
     exits = job.model.exits
-    return f"training, exit{'s' * (len(exits) > 1)} {', '.join(map(str, exits))}"
+    return f"training, {len(exits)} exits" if len(exits) > 1 else f"training, exit {exits[0]}"
 
 
 def run_steps(
