@@ -564,7 +564,7 @@ def test_the_verdict_and_the_second_axis_are_in_milliseconds(report, analysis, t
         f" and on average {clock[exits].mean():.3g} ms per text of median length, instead of 5 ms"
         in words
     )
-    assert f"; with all layers it is {last:.1f}%: " in words
+    assert f"; all layers give {last:.1f}%: " in words
     theirs = 100 * (analysis.validation.labels[best] == 0).mean()
     text = (
         "TF-IDF + logistic regression, the best baseline, is right 50.0% of the time: the model is "
