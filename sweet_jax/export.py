@@ -162,11 +162,10 @@ def _announce_no_programs(objective: str, policy: str | None, target: Mapping[st
     if policy is not None or target:
         raise UserError(
             "with --format=onnx --policy and targets are for run.py, run.mjs and index.html, which "
-            f"do not have the objective {objective!r}: leave them out, and name them to predict or "
-            "serve"
+            f"cannot run a {objective} model: leave them out, and name them to predict or serve"
         )
     print(
-        f"note: run.py, run.mjs and index.html do not have the objective {objective!r} and are not "
+        f"note: run.py, run.mjs and index.html cannot run a {objective} model, so they are not "
         "written; predict, serve and AdaptiveClassifier run this folder",
         file=sys.stderr,
     )
