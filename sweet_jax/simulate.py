@@ -164,7 +164,9 @@ def _describe_certificate(
     tested, metric = point.certificate, analysis.validation.identity.metric
     assert tested is not None
     risk = tested.kind == "risk"
-    what = "lost against the last exit" if risk else "classified otherwise than by it"
+    what = "answered differently from the last exit"
+    if risk:
+        what = "right at the last exit, wrong earlier"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
     if point.validation is None:
         return (
@@ -177,7 +179,7 @@ def _describe_certificate(
     shown = format_threshold(tested.threshold, analysis.breakpoints(replica, fitted))
     return (
         f"threshold {shown} of confidences that half of the rows fitted: at most "
-        f"{tested.bound:.4f} {what} with confidence {tested.level:g} ({seen}); cost {cost:.4f}, "
+        f"{tested.bound:.4f} {what}, with confidence {tested.level:g} ({seen}); cost {cost:.4f}, "
         f"{metric} {value:.4f} on {analysis.validation.labels.shape[1]} validation rows"
     )
 

@@ -102,8 +102,6 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
 def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
     """Draws traces, markers above lines; of what is far below the rest, only the name and value."""
     for trace in traces:
-        if not len(trace.x):
-            continue
         points: tuple[Sequence[float], Sequence[float]] = (trace.x, trace.y)
         label = trace.name
         if trace.far:
@@ -118,7 +116,8 @@ def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
             markersize=0.7 * trace.size,
             zorder=4 if trace.symbol else 2,
             fillstyle="none" if trace.symbol == "ring" else "full",
-            clip_on=not trace.symbol,  # at cost 0 a marker reaches beyond the axis
+            # At cost 0 a marker reaches beyond the axis; without points, the layout would fail.
+            clip_on=not (trace.symbol and len(points[0])),
         )
 
 
