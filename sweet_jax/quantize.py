@@ -83,7 +83,7 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError(f"{error}; {SAME_FOLDER}") from error
     if job.digest != digest:
         raise UserError(f"{options.run!r} was trained on different data: restore the same files")
-    about = json.loads((model.folder / "exits.json").read_text())
+    about = json.loads((model.folder / "exits.json").read_text(encoding="utf-8"))
     seed, rate = about["seed"], about["learning_rate"]
     shown = job.dataset.validation.texts
     texts = shown

@@ -173,7 +173,9 @@ def _describe_certificate(
     tested, metric = point.certificate, analysis.validation.identity.metric
     assert tested is not None
     risk = tested.kind == "risk"
-    what = "lost against the last exit" if risk else "classified differently from the last exit"
+    what = "answered differently from the last exit"
+    if risk:
+        what = "right at the last exit, wrong earlier"
     seen = f"{tested.harmed} of {tested.rows} calibration rows {what}"
     if point.validation is None:
         return (
@@ -186,7 +188,7 @@ def _describe_certificate(
     shown = format_threshold(tested.threshold, analysis.breakpoints(replica, fitted))
     return (
         f"threshold {shown}, for confidences fitted on half of the calibration rows: at most "
-        f"{tested.bound:.4f} {what} with confidence {tested.level:g} ({seen}); cost {cost:.4f}, "
+        f"{tested.bound:.4f} {what}, with confidence {tested.level:g} ({seen}); cost {cost:.4f}, "
         f"{metric} {value:.4f} on {analysis.validation.labels.shape[1]} validation rows"
     )
 

@@ -513,3 +513,10 @@ def test_without_scipy_the_agreement_is_to_be_given(classifier, monkeypatch, cap
     # The level of what the calibration rows certify: no target of the answers is needed.
     assert serve._parse([*options, "--level=0.9"]).level == 0.9
     assert "when the agreement is below 0.9000 (from --audit_agreement)" in capsys.readouterr().out
+
+
+def test_a_share_of_nothing_is_zero_on_the_page():
+    from sweet_jax.server.audit_page import _number
+
+    shown = [_number(value) for value in (0.0, 1e-5, 0.5, float("nan"))]
+    assert shown == ["0.0000", "below 0.0001", "0.5000", "unknown"]

@@ -110,6 +110,22 @@ def test_the_command_of_python(onnx_model):
         assert refused.stderr.count("\n") == 1
 
 
+def test_the_command_of_python_reads_and_prints_utf_8(onnx_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_model, folder)
+    about = json.loads((folder / "model.json").read_text())
+    about["classes"] = ["\N{SNOWMAN}" + name for name in about["classes"]]
+    (folder / "model.json").write_text(json.dumps(about))
+    done = subprocess.run(
+        [sys.executable, folder / "run.py"],
+        input=b'"word0 caf\xc3\xa9"\n',
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        check=True,
+    )
+    assert json.loads(done.stdout.decode("utf-8"))["label"] in about["classes"]
+
+
 def test_the_rows_that_python_reads(onnx_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(onnx_model, folder)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -434,7 +435,9 @@ def test_simulate_answers_from_saved_outputs(runs, analysis):
 
 def test_simulate_certifies_or_refuses(runs):
     done = ask(f"--run={runs[0]}", "--risk=0.2")
-    assert "lost against the last exit with confidence 0.95 (" in done.stdout, done.stderr
+    assert "right at the last exit, wrong earlier, with confidence 0.95 (" in done.stdout, (
+        done.stderr
+    )
     done = ask(f"--run={runs[0]}", "--agreement=0.999", "--level=0.9")
     assert "infeasible: the best certified is agreement 0." in done.stdout
     assert "requested: 0.999" in done.stdout
@@ -693,6 +696,9 @@ def test_the_verdict_on_an_error_has_the_sign_of_the_numbers_beside_it():
     assert "(0.010) on the same 60 rows: difference 0.890, 95% interval 0.800 to 1.000; " in line
     words = describe_training(results, 1)
     assert "classes" not in words
+    words = describe_training(results | {"exits": [1]}, 1)
+    assert " with 1 layer, fine-tuned " in words
+    assert words.endswith(" A text gets its answer after layer 1.")
 
 
 def test_equal_metrics_of_unlike_costs_are_one_point_of_the_front():
@@ -728,3 +734,12 @@ def test_the_function_outlives_an_import_of_the_command():
     code += "print(simulate(ExitOutputs([[[[1.0, 0.0]]]], [0], [1])).score)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[[1.]]\n"
+
+
+def test_figures_of_very_few_rows_can_be_laid_out(tmp_path):
+    analysis = analyse(outputs("calibration", 6, 1), outputs("validation", 2, 1))
+    config = from_mapping({"exits": (1, 2, 4)}).resolved()
+    results = build_results(config, analysis, TrainingRecord(6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where it gives up
+        write_figures(tmp_path, analysis, results, [], {"t": (1, 2, 4)})

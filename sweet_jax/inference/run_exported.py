@@ -55,7 +55,7 @@ def predict(folder, input_ids, token_type_ids, tokens, *second_start):
 
     Answers are classes int [N]; for multi-label, labels bool [N, C]; for regression, float [N].
     """
-    about = json.loads((Path(folder) / "model.json").read_text())
+    about = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
     values = np.load(Path(folder) / "parameters.npz", allow_pickle=False)
     # The texts that have not exited; their hidden states h [rows, L, H].
     rows, h, before = np.arange(len(tokens)), None, None
@@ -105,7 +105,8 @@ def read(path, length, pairs=False):
 
 if __name__ == "__main__":
     here = Path(__file__).parent
-    about = json.loads((here / "model.json").read_text())
+    about = json.loads((here / "model.json").read_text(encoding="utf-8"))
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         sys.exit(2)

@@ -104,8 +104,6 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
 def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
     """Draws traces, with markers above lines; traces far below the others only have a legend."""
     for trace in traces:
-        if not len(trace.x):
-            continue
         points: tuple[Sequence[float], Sequence[float]] = (trace.x, trace.y)
         label = trace.name
         if trace.far:
@@ -120,7 +118,8 @@ def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
             markersize=0.7 * trace.size,
             zorder=4 if trace.symbol else 2,
             fillstyle="none" if trace.symbol == "ring" else "full",
-            clip_on=not trace.symbol,  # at cost 0 a marker extends beyond the axis
+            # At cost 0 a marker extends beyond the axis; without points, the layout would fail.
+            clip_on=not (trace.symbol and len(points[0])),
         )
 
 

@@ -31,7 +31,7 @@ def model_card(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     environment.filters["number"] = format_number
-    return environment.from_string(_TEMPLATE.read_text()).render(
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         results=results,
         best=results["replicas"][results["best_replica"]],
         base_model=checkpoint if on_hub else "",

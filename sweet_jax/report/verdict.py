@@ -32,17 +32,18 @@ def describe_training(results: Mapping[str, Any], classes: int) -> str:
     method = results["method"].replace("_", "-")
     objective = OBJECTIVES[results.get("objective") or "single_label"]
     kinds = f" of {classes:,} {objective.outputs}" if classes and objective.agrees else ""
-    what = f"{checkpoint} with {layers[-1]} layers, fine-tuned ({method})"
+    depth = "1 layer" if layers[-1] == "1" else f"{layers[-1]} layers"
+    what = f"{checkpoint} with {depth}, fine-tuned ({method})"
     if keeps_encoder(results):
         what = (
-            f"{checkpoint} with {layers[-1]} layers, its weights unchanged (no step of "
+            f"{checkpoint} with {depth}, its weights unchanged (no step of "
             "fine-tuning was better on the tuning rows), and heads fitted"
         )
     if METHODS[results["method"]].model_per_exit:
         what = f"{len(layers)} models from {checkpoint} ({method})"
     return (
         f"{what} on {results['n']['train']:,} rows{kinds}. A text gets its answer after layer "
-        f"{several}: the first at which the model is confident enough."
+        f"{several}{': the first at which the model is confident enough' * (len(layers) > 1)}."
     )
 
 

@@ -70,7 +70,7 @@ def _row(exit: ExitAudit) -> str:
 
 
 def _number(value: float) -> str:
-    if 0 <= value < 0.00005:
+    if 0 < value < 0.00005:
         return "below 0.0001"
     return f"{value:.4f}" if math.isfinite(value) else "unknown"
 
