@@ -365,6 +365,8 @@ def test_results_are_json_with_the_contract_s_keys(report):
     assert [key for key in results.keys() | replica.keys() if f"{key}`" not in described] == []
     assert any(row["score"] > 0 for row in results["ci95"]["individual"])
     assert " kept full accuracy on " in exit_table(results)
+    results["replicas"][results["best_replica"]]["calibration_area"] = None  # it diverged
+    assert " kept full accuracy on " not in exit_table(results)
 
 
 def test_choices_are_made_on_calibration_rows(analysis):
