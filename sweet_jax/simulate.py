@@ -160,7 +160,7 @@ def _describe_gap(point: OperatingPoint, found: float, targets: Mapping[str, flo
         reachable, asked, most = point.reachable, targets["accuracy"], "most"
         missed = reachable < asked
     gap = found - asked
-    text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} the requested value"
+    text = f"; {abs(gap):.4f} {'above' if gap >= 0 else 'below'} the target"
     if missed:
         text += f" (out of reach: the calibration rows reach at {most} {reachable:.4f})"
     return text

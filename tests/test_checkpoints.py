@@ -212,7 +212,7 @@ def test_a_guess_names_the_other_types_that_fit_the_tensors(tmp_path, caplog):
     shutil.copytree(KINDS["electra"], tmp_path / "electra")
     change_json(tmp_path / "electra" / "config.json", model_type=None, architectures=None)
     open_checkpoint(str(tmp_path / "electra"))
-    assert "taken for 'electra' by the names of its tensors: add it" in caplog.text
+    assert "taken for 'electra' based on the names of its tensors: if" in caplog.text
 
 
 def test_a_vocabulary_alone_is_a_tokenizer_of_the_guessed_type(tmp_path):
@@ -458,12 +458,12 @@ def test_exits_of_shared_layers_are_not_isolated(changes, fix, options, tmp_path
         (
             "modernbert",
             {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
-            "only rope_type 'default' is known",
+            "only rope_type 'default' is supported",
         ),
         (
             "modernbert",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
-            "supported are the keys 'full_attention' and 'sliding_attention'",
+            "only the keys 'full_attention' and 'sliding_attention' are supported",
         ),
         (
             "modernbert",

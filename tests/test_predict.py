@@ -370,7 +370,7 @@ def test_an_output_of_another_target_or_input_is_left_alone(sweet, command, tmp_
         ("in.csv", "text\na\n", ["--measure"], "remove --input and --output"),
         ("in.xls", "text\na\n", [], "must end in one of .csv"),
         ("in.csv", "text\na\n", ["--accuracy=1.2"], "--accuracy must be from 0 to 1; got 1.2"),
-        ("in.csv", "text\na\n", ["--level=0.9"], "give --risk or --agreement too"),
+        ("in.csv", "text\na\n", ["--level=0.9"], "also set --risk or --agreement"),
         ("in.csv", "text\na\n", ["--policy=sure"], "unknown policy 'sure'"),
         ("in.csv", "text\na\n", ["--cost=0.1"], "infeasible: the best reachable"),
         ("in.csv", "text\na\n", ["--batch_size=0"], "batch_size must be at least 1; got 0"),

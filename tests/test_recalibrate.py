@@ -93,9 +93,7 @@ def test_the_programs_of_an_exported_folder_are_left_out_of_the_copy(tmp_path, c
         "clock.json", "exits.json", "onnx", "onnx/graphs.json"
     }  # fmt: skip
     assert json.loads((tmp_path / "new" / "exits.json").read_text()) == {"threshold": 2}
-    assert "run.py, run.mjs and index.html follow the thresholds of before" in (
-        capsys.readouterr().err
-    )
+    assert "run.py, run.mjs and index.html use the former thresholds" in (capsys.readouterr().err)
 
 
 def test_an_audit_log_is_enough(sweet, tmp_path, capsys):

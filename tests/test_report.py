@@ -242,7 +242,7 @@ def test_the_page_bounds_an_error_as_the_command_does(browser, tmp_path, capsys)
     for value in (0.3, 0.5):
         shown = ask_page(browser, "error", value)
         assert simulate_command([f"--run={tmp_path}", f"--error={value}"]) == 0
-        (line,) = re.findall(r"threshold .* what was asked for", capsys.readouterr().out)
+        (line,) = re.findall(r"threshold .* the target", capsys.readouterr().out)
         assert re.findall(words, shown) == re.findall(words, line) != []
     names = [key.text for key in browser.find_elements("css selector", "#curve .legend button")]
     assert "stable oracle" not in names  # a regression has none
@@ -430,7 +430,7 @@ def test_simulate_answers_from_saved_outputs(runs, analysis):
     assert "exit   cost" in ask(f"--run={runs[0]}").stdout
     done = ask(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.8")
     assert "threshold 0.8: cost" in done.stdout
-    assert "the requested value" in done.stdout
+    assert "the target" in done.stdout
     done = ask(f"--run={runs[0]}", "--policy=pcee", "--accuracy=0.999")
     assert "(out of reach: the calibration rows reach at most 0." in done.stdout
 
@@ -456,9 +456,9 @@ def test_simulate_explains_every_policy_and_target_in_a_line():
 def test_simulate_says_how_far_an_error_is_from_what_was_asked_for():
     point = SimpleNamespace(reachable=-0.34)
     found = _describe_gap(point, -0.35, {"error": 0.3})
-    assert found.startswith("; 0.0500 above the requested value (out of reach: the calibration")
+    assert found.startswith("; 0.0500 above the target (out of reach: the calibration")
     assert found.endswith(" rows reach at least 0.3400)")
-    assert _describe_gap(point, -0.3, {"error": 0.4}) == "; 0.1000 below the requested value"
+    assert _describe_gap(point, -0.3, {"error": 0.4}) == "; 0.1000 below the target"
 
 
 def test_simulate_overlays_runs_of_one_metric_only(monkeypatch, capsys, tmp_path):

@@ -327,8 +327,9 @@ def test_a_collapsed_exit_is_reported_with_its_step(options, tmp_path, one_devic
             since = step["step"]
         assert row["step"] == since
         said = (
-            f"collapsed: replica 0 (seed 3, learning rate 1e-09), exit {row['exit']} gives every "
-            f"row the class 'class {given}'" + ("" if since is None else f", since step {since}")
+            f"collapsed: replica 0 (seed 3, learning rate 1e-09), exit {row['exit']} predicts "
+            f"class 'class {given}' for every row"
+            + ("" if since is None else f", since step {since}")
         )
         assert said in caplog.text
         assert said in html.unescape((tmp_path / "report.html").read_text())

@@ -226,7 +226,7 @@ def test_an_address_that_another_process_took_while_the_model_was_read(
         ({"texts": ["a"], "threshold": 1e300}, 400, "absolute value below 1,000,000; got 1e+300"),
         (b'{"texts": ["a"], "cost": NaN}', 400, "cost must be a number"),
         ({"texts": ["a"], "cost": 0.01}, 400, "infeasible"),
-        ({"texts": ["a"], "level": 0.9}, 400, "give risk or agreement too"),
+        ({"texts": ["a"], "level": 0.9}, 400, "also set risk or agreement"),
         (b'{"texts": ["\\ud800"]}', 400, "has an unpaired surrogate"),
         ({"texts": ["a"], "accuracy": 1.2}, 400, "accuracy must be from 0 to 1"),
         ({"texts": ["a"], "cost": 1, "accuracy": 1}, 400, "set one target"),
