@@ -33,7 +33,7 @@ from sweet_jax.training.initialization import (
     with_training_dropout,
 )
 from sweet_jax.training.job import TrainingJob
-from sweet_jax.training.parallel import check_devices
+from sweet_jax.training.parallel import check_layout
 from sweet_jax.training.probe import Probe
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def prepare(config: Config) -> PreparedRun:
     base = read_base_run(config, digest)
     if base is not None:
         base_checkpoint_folder(base)
-    check_devices(config)
+    check_layout(config)
     tokenizer = load_tokenizer(checkpoint)
     if POOLINGS[config.pooling].first_only:
         ensure_first_token(tokenizer, config.checkpoint)

@@ -24,7 +24,7 @@ from sweet_jax.devices import check_devices
 from sweet_jax.input_digest import input_digests
 from sweet_jax.main import main
 from sweet_jax.preparation import prepare
-from sweet_jax.training.parallel import check_devices as check_layout
+from sweet_jax.training.parallel import check_layout
 
 # Of the line of each rank, as Gloo writes them.
 GLOO = (

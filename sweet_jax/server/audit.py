@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 _WAITING = 256  # maximum number of texts that wait for their audit; others are dropped
 _BATCH = 8  # texts in a batch; small, since a response may have to wait for one
 
-Answered = tuple[Request, Text]
-_answered: contextvars.ContextVar[list[Answered] | None] = contextvars.ContextVar(
+ServedText = tuple[Request, Text]
+_answered: contextvars.ContextVar[list[ServedText] | None] = contextvars.ContextVar(
     "answered", default=None
 )
 
@@ -110,8 +110,8 @@ class Audit:
         self._scheduler = Scheduler(engine, engine.stages(), _BATCH)
         # With infinite patience, no text exits before the last exit, whatever the objective.
         self._rule = ExitRule("patience", np.inf, rule.calibrator, model.layers)
-        self._chosen: deque[Answered] = deque()
-        self._under_way: dict[int, Answered] = {}
+        self._chosen: deque[ServedText] = deque()
+        self._under_way: dict[int, ServedText] = {}
         self._answered = self._dropped = 0
         self._statistics = AuditStatistics(model, rule, settings.agreement, settings.level)
         self._lock = threading.Lock()  # guards what several threads read and write
@@ -132,7 +132,7 @@ class Audit:
         with self._lock:
             return self._statistics.summary()
 
-    def offer(self, answered: Iterable[Answered]) -> None:
+    def offer(self, answered: Iterable[ServedText]) -> None:
         """Takes texts whose responses were sent, and keeps the share that is drawn."""
         texts = list(answered)
         confidences = self._statistics.answer_confidences([request for request, _ in texts])
@@ -245,7 +245,7 @@ def _post(url: str, body: dict[str, Any]) -> None:
         log.warning("the alarm could not be posted to %s: %s", url, error)
 
 
-def note_answered(answered: Iterable[Answered]) -> None:
+def note_answered(answered: Iterable[ServedText]) -> None:
     """Records texts answered for the current HTTP request, for `AuditMiddleware`."""
     noted = _answered.get()
     if noted is not None:
@@ -267,7 +267,7 @@ class AuditMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handles one request."""
-        noted: list[Answered] = []
+        noted: list[ServedText] = []
         token = _answered.set(noted)
         try:
             await self._app(scope, receive, send)

@@ -58,7 +58,7 @@ class ExecutionPlan(NamedTuple):
     lag: int = 1  # number of steps that run at the same time
 
 
-def check_devices(config: Config) -> None:
+def check_layout(config: Config) -> None:
     """Warns about idle devices; raises UserError if a whole process would be idle."""
     rows = config.batch_size
     for replicas in _replica_counts(config):  # the warnings are about the last, the training
