@@ -43,13 +43,13 @@ def input_digests(job: PreparedRun, identity: Mapping[str, Any]) -> dict[str, st
     package = [path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))]
     versions = [version(name) for name in _PACKAGES]
     return {
-        "was started with another config, or reads other data": _digest(
+        "has a different config or reads different data": _digest(
             json.dumps(identity, sort_keys=True)
         ),
-        "runs other versions of sweet_jax or its packages": _digest([package, versions]),
-        f"reads other weights from checkpoint {name!r}": _digest(checkpoint),
-        f"reads another tokenizer from checkpoint {name!r}": _digest([tokens, tuple(job.rows)]),
-        f"reads another run from grow_from {job.config.grow_from!r}": _digest(base),
+        "runs different versions of sweet_jax or its packages": _digest([package, versions]),
+        f"reads different weights from checkpoint {name!r}": _digest(checkpoint),
+        f"reads a different tokenizer from checkpoint {name!r}": _digest([tokens, tuple(job.rows)]),
+        f"reads a different run from grow_from {job.config.grow_from!r}": _digest(base),
     }
 
 
@@ -63,8 +63,8 @@ def check_inputs(digests: Mapping[str, str]) -> None:
     for what, ours, theirs in zip(digests, own, first, strict=True):
         if ours != theirs:
             raise UserError(
-                f"this process {what} than the primary process: give all of them the same command, "
-                "files and packages"
+                f"this process {what} than the primary process: run the same command with the "
+                "same files and packages in all processes"
             )
 
 

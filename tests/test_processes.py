@@ -229,9 +229,9 @@ def test_processes_that_read_other_files_are_told_which(options, tmp_path, monke
         input_digest.check_inputs(own)
 
     check(*found[:2])
-    with pytest.raises(UserError, match=f"this process reads other weights from .*{name.name}"):
+    with pytest.raises(UserError, match=f"this process reads different weights from .*{name.name}"):
         check(found[0], found[2])
-    with pytest.raises(UserError, match="was started with another config, or reads other data"):
+    with pytest.raises(UserError, match="has a different config or reads different data"):
         check(found[2], other)
 
 
