@@ -3,6 +3,7 @@
 Shape letters: E exit, N examples.
 """
 
+import dataclasses
 import importlib.util
 import logging
 import shlex
@@ -38,8 +39,9 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     """Chooses the operating point for a budget, and describes it in a few lines.
 
     Times the stages of each installed engine in float32, on a text of the median length and on one
-    of the length that 95% of the training texts do not exceed. The times are saved in the model's
-    folder, where the target milliseconds and the choice of the engine read them.
+    of the length that 95% of the training texts do not exceed, unless `predict --measure` has. The
+    times are saved in the model's folder, where the target milliseconds and the choice of the
+    engine read them.
 
     Args:
       run: directory of a finished run.
@@ -116,15 +118,24 @@ def _measure(model: ModelArtifact) -> list[LatencyTable]:
 def _kept_table(
     model: ModelArtifact, engine: Engine, lengths: Sequence[int]
 ) -> LatencyTable | None:
-    """Returns the saved table of an engine on this machine, or None if it lacks a length.
+    """Returns these lengths of the table that `predict --measure` saved on this machine.
 
-    Measuring only these lengths would replace a table of `predict --measure` that has more.
+    Measuring only these lengths would replace that table, which has more of them. Returns None if
+    there is no such table, so that the times are measured again.
     """
     try:
         table = read_latency(model, engine)
     except UserError:  # damaged, or from another machine
         return None
-    return table if table is not None and set(lengths) <= set(table.lengths) else None
+    if table is None or not set(lengths) < set(table.lengths):
+        return None
+    columns = [table.lengths.index(length) for length in lengths]
+    return dataclasses.replace(
+        table,
+        batch_sizes=table.batch_sizes[:1],
+        lengths=tuple(lengths),
+        milliseconds=table.milliseconds[:1, columns],
+    )
 
 
 def padded_token_counts(model: ModelArtifact, texts: Sequence[tuple[str, ...]]) -> np.ndarray:
