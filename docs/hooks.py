@@ -10,10 +10,10 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# This checkout, wherever another one is installed, and what stands beside this file.
+# This checkout, wherever another one is installed, and the modules next to this file.
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-import notebook  # noqa: E402 - beside this file
+import notebook  # noqa: E402 - next to this file
 
 from sweet_jax.config_keys import describe_keys  # noqa: E402 - after the path
 from sweet_jax.presets import PRESETS  # noqa: E402 - after the path

@@ -106,7 +106,7 @@ def read(path, length, pairs=False):
 if __name__ == "__main__":
     here = Path(__file__).parent
     about = json.loads((here / "model.json").read_text(encoding="utf-8"))
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr] # a TextIOWrapper here
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         sys.exit(2)

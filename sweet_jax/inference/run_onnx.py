@@ -117,7 +117,7 @@ class Classifier:
 
 if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+        stream.reconfigure(encoding="utf-8")  # type: ignore[union-attr] # a TextIOWrapper here
     try:
         rows = [json.loads(line) for line in sys.stdin if line.strip()]
         for answer in Classifier(precision=[*sys.argv[1:], "float32"][0]).predict(rows):

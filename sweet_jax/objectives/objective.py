@@ -35,6 +35,11 @@ def correlation_standard_error(value: np.ndarray, rows: int) -> np.ndarray:
     return (1 - np.clip(value, -1, 1) ** 2) / np.sqrt(rows)
 
 
+def name_without_sign(metric: str) -> str:
+    """Returns a metric's name without the "neg_" of a negated error, such as hamming_loss."""
+    return metric.removeprefix("neg_")
+
+
 class TargetScaler(NamedTuple):
     """Standardizes targets, and converts predictions back to the targets' units."""
 

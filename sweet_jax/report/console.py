@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sweet_jax.objectives.objective import name_without_sign
 from sweet_jax.report.baselines import baseline_title
 
 
@@ -86,8 +87,8 @@ def _table(
 
 def other_measures(row: Mapping[str, Any], metric: str) -> list[str]:
     """Returns the names of a row's `measures` except the metric's own; [] if there are none."""
-    same = metric.removeprefix("neg_")
-    return [name for name in row.get("measures", {}) if name != same]
+    own = name_without_sign(metric)
+    return [name for name in row.get("measures", {}) if name != own]
 
 
 def fitted_rows(results: Mapping[str, Any]) -> str:

@@ -16,11 +16,10 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.thresholds import format_threshold
 from sweet_jax.methods import METHODS
 from sweet_jax.objectives import OBJECTIVES, Metric
+from sweet_jax.objectives.objective import name_without_sign
 from sweet_jax.report.baselines import baseline_title
 from sweet_jax.report.details import ReportDetails
 from sweet_jax.report.shortfalls import keeps_encoder
-
-_ERROR = "neg_"  # prefix of metrics that are negated errors
 
 
 def describe_training(results: Mapping[str, Any], classes: int) -> str:
@@ -68,7 +67,7 @@ def verdict(
     classes = rows.logits.shape[-1]
     found = compute_metric(metric, given, labels, classes)
     interval = score_interval(metric, given, labels, classes)
-    if metric.name.startswith(_ERROR):
+    if metric.is_error:
         interval = interval[::-1]
     whole = np.isinf(threshold) or len(rows.layers) == 1
     lead = "With all layers"
@@ -174,11 +173,11 @@ def _decide(cost: float, baseline: float) -> str:
 def _reaches(metric: Metric, value: float) -> str:
     if metric.name == "accuracy":
         return f"is right {_number(metric, value)} of the time"
-    return f"has {metric.name.removeprefix(_ERROR).replace('_', ' ')} {_number(metric, value)}"
+    return f"has {name_without_sign(metric.name).replace('_', ' ')} {_number(metric, value)}"
 
 
 def _number(metric: Metric, value: float) -> str:
-    if metric.name.startswith(_ERROR):
+    if metric.is_error:
         value = -value
     return f"{100 * value:.1f}%" if metric.name == "accuracy" else f"{value:.3f}"
 
@@ -187,7 +186,7 @@ def _difference(metric: Metric, gap: float, low: float, high: float, subject: st
     """Describes a difference between two metrics, with its 95% interval."""
     scale, unit, digits = (100, " points", 1) if metric.name == "accuracy" else (1, "", 3)
     side = "better" if gap > 0 else "worse"
-    if metric.name.startswith(_ERROR):  # the interval is for the errors, which are shown
+    if metric.is_error:  # the interval is for the errors, which are shown
         low, high = -high, -low
     # Uses a minus sign as wide as the plus sign; + 0.0 avoids a negative zero.
     ends = [f"{scale * v + 0.0:+.{digits}f}".replace("-", "\N{MINUS SIGN}") for v in (low, high)]
