@@ -15,8 +15,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import notebook  # noqa: E402 - next to this file
 
-from sweet_jax.config_keys import describe_keys  # noqa: E402 - after the path
-from sweet_jax.presets import PRESETS  # noqa: E402 - after the path
+from sweet_jax.config import describe_keys  # noqa: E402 - after the path
+from sweet_jax.config.presets import PRESETS  # noqa: E402 - after the path
 
 RESULTS = ROOT / "experiments" / "results"
 NOTEBOOKS = {  # by the name of their page

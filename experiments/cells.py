@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.distributed import PreemptedError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs, layer_cost
 from sweet_jax.files import write_json
 from sweet_jax.pipeline import run

@@ -22,8 +22,8 @@ from typing import Any
 
 from experiments.cells import Cell, time_left
 from experiments.cluster_worker import run_task
-from sweet_jax.config import UserError
 from sweet_jax.distributed import PreemptedError
+from sweet_jax.errors import UserError
 from sweet_jax.training.loop import termination_event
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Cell, is_finished, run_cell
-from sweet_jax.config import UserError
 from sweet_jax.directories import lock_directory
 from sweet_jax.distributed import PreemptedError
+from sweet_jax.errors import UserError
 
 _LEASE = 120.0  # seconds that network storage may keep the lock of a node that is gone
 

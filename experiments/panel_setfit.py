@@ -43,7 +43,8 @@ from experiments.panel_tables import render
 from experiments.panel_variants import CELLS, SETFIT, VALIDATION_ROWS, config_of
 from experiments.runner import exit_status
 from experiments.variant_runs import row_counts, with_fewer_validation_rows
-from sweet_jax.config import UserError, check_choice, split_names
+from sweet_jax.config import split_names
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.objectives.single_label import SINGLE_LABEL
 from sweet_jax.preparation import PreparedRun, prepare

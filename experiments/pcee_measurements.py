@@ -18,7 +18,7 @@ from experiments.cells import is_finished, outputs_folder
 from experiments.comparison import Records, chosen
 from experiments.records import replace_rows
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.certificates import exit_losses
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.policies import exit_confidences

@@ -56,8 +56,9 @@ from experiments.runner import exit_status
 from experiments.variant_runs import with_fewer_validation_rows
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.config import Config, split_names
 from sweet_jax.directories import lock_directory
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import write_text
 from sweet_jax.preparation import PreparedRun, prepare

@@ -59,9 +59,10 @@ from experiments.runner import exit_status
 from experiments.variant_runs import row_counts, train_variant, with_probe
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.config import UserError, check_choice, split_names
+from sweet_jax.config import split_names
 from sweet_jax.directories import lock_directory
 from sweet_jax.distributed import PreemptedError
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.report.baselines import Baseline
 

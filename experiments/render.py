@@ -39,7 +39,7 @@ from experiments.records import read_study
 from experiments.rendering import Section, markdown, signed, write_figures
 from experiments.runner import Script, load, study_options
 from sweet_jax.arguments import ArgumentParser
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
 
 RESULTS = Path("experiments/results")

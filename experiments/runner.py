@@ -23,10 +23,11 @@ from experiments.comparison import Record, Records
 from experiments.options import chosen_tasks, default_output, parser, shared_words
 from experiments.records import measure, read_study, write_study
 from experiments.rendering import Section, markdown, signed, write_figures
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.tasks import GLUE
 from sweet_jax.directories import lock_directory
 from sweet_jax.distributed import PreemptedError
+from sweet_jax.errors import UserError
 from sweet_jax.files import write_json
 
 Options = argparse.Namespace

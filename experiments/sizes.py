@@ -35,7 +35,8 @@ from experiments.curves import COLOURS, at_costs, curve_rows, draw
 from experiments.options import cell, chosen_methods, chosen_tasks, method_cells, settings
 from experiments.rendering import Section, legend, panels
 from experiments.runner import Script, main
-from sweet_jax.config import Config, UserError, split_names
+from sweet_jax.config import Config, split_names
+from sweet_jax.errors import UserError
 from sweet_jax.exits.metrics import mean_interval
 
 SIZES = "500,1500,3000"

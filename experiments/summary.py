@@ -42,7 +42,7 @@ from experiments.options import cell, parser
 from experiments.panel_statistics import Found, load
 from experiments.records import exact_costs, read_study
 from experiments.rendering import table_lines
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
 
 EXITS = (1, 2, 4, 6)

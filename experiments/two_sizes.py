@@ -34,7 +34,7 @@ from experiments.recipe_results import read_record
 from experiments.rendering import table_lines
 from experiments.runner import exit_status
 from sweet_jax.compilation_cache import enable_compilation_cache
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.files import atomic_write, write_text
 

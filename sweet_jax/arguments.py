@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import DEFAULT_LEVEL, TARGET_RANGES, check_targets
 from sweet_jax.standard_output import escape_characters, flush_output, print_text

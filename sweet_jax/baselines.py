@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.run_rows import RunRows
 from sweet_jax.data.splits import split_tuning_rows
+from sweet_jax.errors import UserError
 from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.poolings import POOLING_INPUTS

@@ -5,7 +5,7 @@ from collections import Counter
 
 import jax
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import one_line
 
 

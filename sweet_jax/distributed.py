@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sweet_jax.config import UserError
 from sweet_jax.directories import check_writable
+from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
 from sweet_jax.storage_errors import RESUMES, access_failure, storage_failure
 

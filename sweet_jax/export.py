@@ -38,9 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, run_command
-from sweet_jax.config import UserError
 from sweet_jax.directories import whole_directory
-from sweet_jax.errors import missing_package
+from sweet_jax.errors import UserError, missing_package
 from sweet_jax.files import write_json
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
 from sweet_jax.directories import lock_directory, mend_directories
+from sweet_jax.errors import UserError
 
 RUN_ROWS = "rows"  # folder of a run directory for rows passed in memory, written before the run
 

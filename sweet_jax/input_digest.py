@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sweet_jax.config import UserError
 from sweet_jax.distributed import all_gather
+from sweet_jax.errors import UserError
 from sweet_jax.preparation import PreparedRun
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")

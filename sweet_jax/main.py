@@ -57,11 +57,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sweet_jax import config as configuration
 from sweet_jax.arguments import run_command
-from sweet_jax.config import Config, UserError
-from sweet_jax.config_keys import describe_keys
-from sweet_jax.config_values import check_type
+from sweet_jax.config import (
+    Config,
+    check_type,
+    convert_values,
+    describe_keys,
+    from_mapping,
+)
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.files import expand_user, join_sources, one_line
 from sweet_jax.recipe import OWN_DATA
@@ -209,7 +213,7 @@ def _recipe(name: str) -> ConfigDict:
 
 def _with_defaults(chosen: Mapping[str, Any]) -> ConfigDict:
     """Returns all keys, in types that flags can override, with the chosen values."""
-    values = dataclasses.asdict(Config()) | configuration.convert_values(chosen)
+    values = dataclasses.asdict(Config()) | convert_values(chosen)
     # Numbers or a name: text, so that a flag may replace one kind by the other.
     weights = values["loss_weights"]
     weights = weights if isinstance(weights, str) else ",".join(map(str, weights))
@@ -218,13 +222,13 @@ def _with_defaults(chosen: Mapping[str, Any]) -> ConfigDict:
 
 def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
     """Returns the config of a recipe, overridden by the --config.KEY=VALUE arguments."""
-    names = [field.name for field in dataclasses.fields(Config)]
+    fields = {field.name: field for field in dataclasses.fields(Config)}
     last: dict[str, str] = {}  # repeated flags of a tuple would be concatenated
     for argument in arguments[1:]:
         key = argument.lstrip("-").partition("=")[0]
         if not argument.startswith("-") or not key.startswith("config."):
             raise UserError(f"unknown argument {argument!r}: write --config.KEY=VALUE")
-        configuration.check_choice("config key", key.removeprefix("config."), names)
+        check_choice("config key", key.removeprefix("config."), fields)
         last[key] = argument
     values = flags.FlagValues()
     line = [arguments[0], *last.values()]
@@ -234,10 +238,9 @@ def _overridden(recipe: ConfigDict, arguments: Sequence[str]) -> Config:
     except (flags.Error, ValueError, TypeError) as error:
         for key, argument in last.items():
             if str(error).startswith(f"flag --{key}="):
-                name = key.removeprefix("config.")
-                check_type(name, argument.partition("=")[2], getattr(Config, name))
+                check_type(fields[key.removeprefix("config.")], argument.partition("=")[2])
         raise UserError(one_line(error)) from error
-    return configuration.from_mapping(values.config.to_dict())
+    return from_mapping(values.config.to_dict())
 
 
 def main(argv: Sequence[str] = ()) -> int:

@@ -34,11 +34,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from tqdm import tqdm
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
-from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
 from sweet_jax.data.records import check_files, column_names, last_position, read_records
 from sweet_jax.data.tables import Columns, Record, missing_column
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES, load_engine

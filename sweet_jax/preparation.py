@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import AUTO, Config, UserError
+from sweet_jax.config import AUTO, Config
 from sweet_jax.data.batches import Tokens, tokenize
-from sweet_jax.data.label_checks import list_labels
 from sweet_jax.data.load import Dataset, load_dataset, task_of
 from sweet_jax.data.run_rows import RunRows, draw_rows
 from sweet_jax.data.splits import Split, select_rows
+from sweet_jax.errors import UserError
 from sweet_jax.exits.policies import UnlabeledOutputs, exit_confidences, policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pooling import POOLINGS, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.models.special_tokens import ensure_first_token
 from sweet_jax.objectives import SINGLE_LABEL, Objective
+from sweet_jax.objectives.label_checks import list_labels
 from sweet_jax.objectives.objective import TargetScaler
 from sweet_jax.objectives.single_label import balanced_weights, reweighted
 from sweet_jax.training.growth import BaseRun, read_base_run

@@ -30,8 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.config import UserError
-from sweet_jax.errors import AbsentFileError, join_numbers
+from sweet_jax.errors import AbsentFileError, UserError, join_numbers
 from sweet_jax.exits.operating_point import deployable_policies, make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import replace_nonfinite, write_json

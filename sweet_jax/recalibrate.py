@@ -26,13 +26,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import numpy as np
 
 from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
-from sweet_jax.data.label_checks import cut_label, list_labels
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns, missing_column
 from sweet_jax.directories import check_new_output, copy_files, whole_directory
+from sweet_jax.errors import UserError
 from sweet_jax.files import expand_user, read_json, replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
@@ -48,6 +47,7 @@ from sweet_jax.inference.recalibration import (
     fit_by_labels,
     updated_exits,
 )
+from sweet_jax.objectives.label_checks import cut_label, list_labels
 
 _FEW = 30  # minimum rows: with fewer, one row is more than 3 points of accuracy
 

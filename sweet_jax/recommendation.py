@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.intervals import score_interval
 from sweet_jax.exits.metrics import compute_metric

@@ -4,10 +4,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.batches import longer_than
 from sweet_jax.data.load import load_dataset
-from sweet_jax.errors import AbsentFileError
+from sweet_jax.errors import AbsentFileError, UserError
 from sweet_jax.exits.analysis import load_analysis
 from sweet_jax.files import read_json
 from sweet_jax.inference.artifact import ModelArtifact, open_model

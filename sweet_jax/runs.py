@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import Config, from_mapping
 from sweet_jax.data.in_memory import write_rows
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.outputs import ExitOutputs

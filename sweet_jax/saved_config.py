@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import Config, from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.files import read_json
 
 # Advice if the data of a run are not found: its config may have relative paths.

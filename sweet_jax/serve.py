@@ -43,8 +43,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
-from sweet_jax.config import UserError
-from sweet_jax.errors import missing_package
+from sweet_jax.errors import UserError, missing_package
 from sweet_jax.exits.targets import check_targets
 from sweet_jax.inference.classifier import AdaptiveClassifier
 from sweet_jax.inference.engine import ENGINES

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_command
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.simulation import simulate

@@ -34,11 +34,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tiny import write_checkpoint
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.records import read_records
 from sweet_jax.data.tables import Columns
+from sweet_jax.errors import UserError
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
 

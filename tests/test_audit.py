@@ -15,7 +15,7 @@ from numpy_engine import load_engine
 from scipy import stats
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.certificates import LossCounts
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.outputs import RunIdentity

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sweet_jax import ExitOutputs
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.intervals import paired_difference, score_interval
 from sweet_jax.exits.metrics import compute_metric

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.batches import (
     Tokens,
     evaluation_batch_indices,
@@ -22,6 +22,7 @@ from sweet_jax.data.padding import (
     worth_compiling,
 )
 from sweet_jax.data.splits import Split, drop_duplicates, split_calibration_rows
+from sweet_jax.errors import UserError
 from sweet_jax.methods import METHODS
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint

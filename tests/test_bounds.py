@@ -11,7 +11,7 @@ from test_policies import known_table
 from test_simulation import tables
 
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.bounds import best_thresholds, oracle, share_of_gap, single_exit_hull
 from sweet_jax.exits.certificates import (

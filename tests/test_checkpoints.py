@@ -13,7 +13,8 @@ import safetensors.numpy
 import transformers
 from tiny import FAMILIES, TINIES, write_checkpoint
 
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.models.pooling import declared_pooling

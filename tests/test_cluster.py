@@ -20,7 +20,7 @@ from tiny import WORDS, write_checkpoint
 from experiments import cluster, grid
 from experiments.options import parser
 from experiments.records import read_study
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from experiments import (
 from experiments.comparison import Record, Run
 from experiments.options import encoder_note, parser
 from experiments.records import read_study, read_table, replace_rows, write_study, write_table
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 
 
 def record(scores, rate=1e-4, chosen=None, diverged=(), **of_run):

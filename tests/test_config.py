@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sweet_jax.config import CHOICES, Config, UserError, from_mapping
+from sweet_jax.config import Config, describe_keys, from_mapping
+from sweet_jax.config.presets import PRESETS
+from sweet_jax.errors import UserError
+from sweet_jax.exits.confidences import POLICIES
 from sweet_jax.files import write_json
 from sweet_jax.main import parse
 from sweet_jax.methods import METHODS, loss_weights
-from sweet_jax.presets import PRESETS
+from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.saved_config import config_values, read_saved_config
 
 
@@ -127,7 +130,7 @@ def parsed(tmp_path):
                 "distillation_weight": 1.0,
                 "distillation_temperature": 2.0,
             },
-            "distillation_temperature=2 applies to probabilities, which a regression does not have",
+            "distillation_temperature=2 applies to probabilities, which objective=regression does ",
         ),
         ({"isolation_schedule": "stop"}, "unknown isolation_schedule 'stop': did you mean 'step'?"),
         ({"isolation_schedule": "step"}, "needs a pair of numbers, such as --config.isolation=0,1"),
@@ -425,6 +428,29 @@ def test_an_absent_recipe_is_named(tmp_path):
 def test_a_method_s_own_isolation_may_be_scheduled(monkeypatch):
     opening = dataclasses.replace(METHODS["sweet"], name="opening", isolation=(1.0, 0.0))
     monkeypatch.setitem(METHODS, "opening", opening)
-    monkeypatch.setitem(CHOICES, "method", tuple(METHODS))
     config = from_mapping({"method": "opening", "isolation_schedule": "step"}).resolved()
     assert config.isolation == (1.0, 0.0)
+
+
+def test_an_entry_of_a_table_is_all_that_a_name_needs(monkeypatch):
+    """A method, an objective with its metric and policy, and a policy, from another package."""
+    score = dataclasses.replace(OBJECTIVES["single_label"].metrics[0], name="own_score")
+    monkeypatch.setitem(METHODS, "own", dataclasses.replace(METHODS["sweet"], name="own"))
+    monkeypatch.setitem(
+        OBJECTIVES,
+        "ordinal",
+        dataclasses.replace(
+            OBJECTIVES["single_label"], name="ordinal", metrics=(score,), default_policy="own"
+        ),
+    )
+    monkeypatch.setitem(POLICIES, "own", POLICIES["margin"])
+    config = from_mapping({"method": "own", "objective": "ordinal", "metric": "own_score"})
+    assert config.resolved().confidence == "own"
+    allowed = {key.name: key.allowed for key in describe_keys()}
+    for key, name in (
+        ("method", "own"),
+        ("objective", "ordinal"),
+        ("metric", "own_score"),
+        ("confidence", "own"),
+    ):
+        assert name in allowed[key].split(", ")

@@ -14,8 +14,9 @@ from flax import nnx
 from test_early_exit import BATCH, EXITS, build, untrained
 from test_step import settings
 
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
 from sweet_jax.data.padding import pad_rows
+from sweet_jax.errors import UserError
 from sweet_jax.models.ownership import leaves_by_owner
 from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.preparation import prepare

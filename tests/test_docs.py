@@ -20,7 +20,7 @@ import pytest
 
 import sweet_jax
 from sweet_jax import serve
-from sweet_jax.config_keys import describe_keys
+from sweet_jax.config import describe_keys
 from sweet_jax.exits.targets import TARGET_RANGES
 
 ROOT = Path(__file__).parents[1]
@@ -185,22 +185,14 @@ def test_the_reference_page_describes_every_key():
 # From what is imported to what imports; docs/architecture.md has the same table.
 LEVELS = [
     {
-        *(
-            "errors",
-            "config",
-            "config_checks",
-            "config_values",
-            "config_keys",
-            "methods",
-            "poolings",
-            "presets",
-        ),
-        *("recipe", "files", "directories", "saved_config"),
-        *("storage_errors", "standard_output", "devices", "distributed"),
-        "compilation_cache",
+        *("errors", "methods", "poolings", "recipe", "files", "directories"),
+        *("storage_errors", "standard_output", "devices", "distributed", "compilation_cache"),
     },
-    {"data", "exits", "objectives"},
-    {"models", "arguments"},
+    {"objectives"},
+    {"exits"},
+    {"config", "saved_config"},
+    {"data", "arguments"},
+    {"models"},
     {"training", "inference", "report"},
     {
         *("preparation", "run_description", "baselines", "head_fitting"),

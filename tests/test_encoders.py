@@ -12,7 +12,7 @@ from flax import nnx
 from tiny import ENCODERS, TINIES
 
 from sweet_jax import load_encoder
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.models.attention import check_attention, fused_attention, supports_shape
 from sweet_jax.models.bert import BertConfig
 from sweet_jax.models.deberta_v2 import log_bucket

@@ -13,8 +13,8 @@ from numpy_engine import NumpyEngine
 from numpy_engine import load_engine as load_numpy
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
-from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
+from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact

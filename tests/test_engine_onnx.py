@@ -6,8 +6,8 @@ from saved_models import LONGEST, Saved, check, check_logits
 from tiny import ENCODERS, Reference
 
 from sweet_jax import AdaptiveClassifier
-from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine import StageBatch, load_engine
 from sweet_jax.inference.engine_choice import EngineChoice

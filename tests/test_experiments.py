@@ -44,7 +44,8 @@ from experiments.comparison import areas_to_full, chosen
 from experiments.options import cell, parser
 from experiments.records import measure, read_study, read_table, write_study
 from experiments.runner import Script, main
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.pipeline import run

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sweet_jax import AdaptiveClassifier, export
-from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
+from sweet_jax.errors import UserError
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.objectives import SINGLE_LABEL
 

@@ -21,7 +21,7 @@ from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
 from sweet_jax import distributed
 from sweet_jax.arguments import run_command
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.directories import (
     check_writable,
     copy_additions,
@@ -29,6 +29,7 @@ from sweet_jax.directories import (
     replace_directory,
     whole_directory,
 )
+from sweet_jax.errors import UserError
 from sweet_jax.files import claim_run_directory, write_json
 from sweet_jax.main import main
 from sweet_jax.storage_errors import storage_failure

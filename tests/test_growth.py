@@ -9,7 +9,8 @@ import safetensors.numpy
 from tiny import write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.pipeline import run
 from sweet_jax.preparation import prepare
 

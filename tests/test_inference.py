@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export, predict
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference.engine_choice import default_engine

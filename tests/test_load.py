@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.records import read_records
 from sweet_jax.data.splits import stratified_split
 from sweet_jax.data.tables import Columns
+from sweet_jax.errors import UserError
 from sweet_jax.files import resolve_path
 
 # What spreadsheets and data frames are fond of converting, and what breaks naive readers.

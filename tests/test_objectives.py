@@ -16,7 +16,7 @@ from test_early_exit import BATCH, EXITS, build
 from test_step import settings
 
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.config import OBJECTIVE_METRICS, UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.exits.calibration import fit_calibrators
@@ -49,8 +49,6 @@ def test_single_label_predicts_and_gives_probabilities_of_either_kind_of_array(m
     assert isinstance(found, type(logits))
     np.testing.assert_allclose(found, softmax(LOGITS, axis=-1), rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(objective.predict(logits), LOGITS.argmax(axis=-1))
-    for name, each in OBJECTIVES.items():
-        assert tuple(metric.name for metric in each.metrics) == OBJECTIVE_METRICS[name]
 
 
 def test_the_loss_is_the_mean_over_rows_that_are_no_padding():

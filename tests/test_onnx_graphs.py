@@ -14,8 +14,8 @@ from saved_models import EXITS, LONGEST, Saved, check, check_logits, middle
 from tiny import ENCODERS, TINIES
 
 from sweet_jax import AdaptiveClassifier, export
-from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine import load_engine
 from sweet_jax.inference.saved_tokenizer import SavedTokenizer

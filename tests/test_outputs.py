@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sweet_jax import ExitOutputs
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import RunIdentity, layer_cost
 
 RNG = np.random.default_rng(0)

@@ -12,7 +12,8 @@ import pytest
 from numpy_engine import load_engine
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, Run, simulate
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.policies import exit_confidences, load_policy, policy_reference
 from sweet_jax.inference.artifact import describe_exits, open_model

@@ -15,8 +15,9 @@ from test_pooling import declare
 from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.batches import encode_pairs
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.saved_tokenizer import SavedTokenizer, load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint

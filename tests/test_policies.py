@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_simulation import brute_force, tables
 
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse, load_analysis
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators, outcome_probabilities
 from sweet_jax.exits.confidences import Policy

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from tiny import TINIES, write_checkpoint
 
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.head import ExitConfig

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 from tiny import write_checkpoint, write_rows
 
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.models.layers import derive_key
 from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.preparation import prepare

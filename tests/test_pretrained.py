@@ -17,9 +17,10 @@ import safetensors.numpy
 from tiny import TINIES, write_checkpoint
 
 from sweet_jax import load_encoder
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
 from sweet_jax.data.batches import tokenize
 from sweet_jax.data.splits import Split
+from sweet_jax.errors import UserError
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.preparation import prepare

@@ -19,8 +19,9 @@ import pytest
 from tiny import write_checkpoint
 
 from sweet_jax import ExitOutputs, distributed, input_digest
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import Config, from_mapping
 from sweet_jax.devices import check_devices
+from sweet_jax.errors import UserError
 from sweet_jax.input_digest import input_digests
 from sweet_jax.main import main
 from sweet_jax.preparation import prepare

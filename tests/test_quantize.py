@@ -9,7 +9,7 @@ import pytest
 from saved_models import Saved
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, export, quantize
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine import StageBatch, load_engine

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, cli
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import fit_calibrators, fit_temperature
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.outputs import RunIdentity

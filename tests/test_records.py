@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.records import last_position, read_records
 from sweet_jax.data.tables import Columns
+from sweet_jax.errors import UserError
 
 TEXT = Columns(("text",))
 

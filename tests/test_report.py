@@ -17,7 +17,8 @@ import pytest
 
 from sweet_jax import ExitOutputs, Run
 from sweet_jax import simulate as simulate_curve
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import Analysis, analyse, scores_at_costs
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.pareto import ParetoFront

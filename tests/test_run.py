@@ -15,11 +15,12 @@ import transformers
 from tiny import FAMILIES, TINIES, write_checkpoint, write_rows
 
 from sweet_jax import ExitOutputs, load_encoder
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
 from sweet_jax.data import padding
 from sweet_jax.data.batches import tokenize
 from sweet_jax.data.padding import pad_rows
 from sweet_jax.data.splits import split_calibration_rows
+from sweet_jax.errors import UserError
 from sweet_jax.exits.operating_point import ThresholdResolver, make_resolver
 from sweet_jax.models.layers import ACTIVATIONS
 from sweet_jax.pipeline import run, train_and_evaluate

@@ -15,7 +15,8 @@ import pytest
 
 import sweet_jax
 from sweet_jax import Run
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.inference.latency_table import read_tables, write_tables
 from sweet_jax.pipeline import run

@@ -9,8 +9,8 @@ import tokenizers
 from tiny import TINIES, write_checkpoint
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from sweet_jax.config import UserError
 from sweet_jax.data.batches import encode
+from sweet_jax.errors import UserError
 from sweet_jax.files import resolve_path
 from sweet_jax.inference.saved_tokenizer import SavedTokenizer, load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from experiments.benchmarks import segments as benchmark
 from experiments.benchmarks.shapes import SHAPES, Size
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.preparation import prepare
 from sweet_jax.training.expected_time import ExpectedTime
 from sweet_jax.training.fit import fit

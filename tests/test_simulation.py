@@ -11,12 +11,14 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import softmax
 
 from sweet_jax import ExitOutputs, simulate
-from sweet_jax.config import METRICS, UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.bootstrap import bootstrap_curve
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.outputs import layer_cost
 from sweet_jax.exits.policies import exit_confidences, grid_thresholds
+from sweet_jax.objectives import SINGLE_LABEL
 
+METRICS = [metric.name for metric in SINGLE_LABEL.metrics]
 # Few distinct values make ties, between examples and between the exits of one.
 VALUES = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 1.0, 3.0])
 

@@ -13,11 +13,12 @@ from test_export import load_runner
 from tiny import WORDS, fine_tune
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs, cli
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import Config, from_mapping
 from sweet_jax.data.batches import encode
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.padding import pad_rows
 from sweet_jax.data.splits import split_calibration_rows, split_tuning_rows
+from sweet_jax.errors import UserError
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference import run_exported
 from sweet_jax.inference.all_exits import compute_all_exits

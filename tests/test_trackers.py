@@ -9,7 +9,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tiny import read_tuning
 
-from sweet_jax.config import UserError, from_mapping
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UserError
 from sweet_jax.pipeline import run
 from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.metrics import MetricsLog, read_metrics

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sweet_jax import cli
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.main import parse, parse_budget

@@ -10,9 +10,10 @@ import pytest
 from tiny import read_tuning
 
 from sweet_jax import ExitOutputs
-from sweet_jax.config import Config, UserError, from_mapping
+from sweet_jax.config import Config, from_mapping
 from sweet_jax.data.batches import steps_per_epoch, training_batch_indices
 from sweet_jax.data.splits import split_tuning_rows
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.metrics import compute_metric, jackknife_error
 from sweet_jax.exits.outputs import RunIdentity

@@ -21,14 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.file_lists import expand_files
-from sweet_jax.data.label_checks import describe_classes, label_warnings
 from sweet_jax.data.load import load_dataset
 from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.splits import split_calibration_rows, stratified_split
 from sweet_jax.data.tables import Columns
+from sweet_jax.errors import UserError
+from sweet_jax.objectives.label_checks import describe_classes, label_warnings
 
 TEXTS = [f"text {i}, or so" for i in range(12)]
 LABELS = [("ham", "spam")[i % 2] for i in range(12)]

@@ -33,9 +33,10 @@ from flax import nnx
 
 from experiments.benchmarks.shapes import SHAPES, head_line, parser, row, table_head
 from experiments.benchmarks.simulate import plain
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.batches import Tokens, encode
 from sweet_jax.data.padding import Batch, pad_rows
+from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import simulate

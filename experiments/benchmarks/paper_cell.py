@@ -35,7 +35,8 @@ from flax import nnx
 
 from experiments.benchmarks.job import ROOT, clocked
 from experiments.benchmarks.shapes import SHAPES, head_line, parser, row, table_head
-from sweet_jax.config import DTYPES, UserError
+from sweet_jax.config import DTYPES
+from sweet_jax.errors import UserError
 from sweet_jax.files import resolve_path
 from sweet_jax.models.tensor_names import hugging_face_tensors
 

@@ -12,7 +12,7 @@ from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.kills import Plan, await_moment, setup_of, undisturbed
 from experiments.faults.launch import Setup, finish, started
 from experiments.faults.phases import Watch
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 
 _SECONDS = 600.0  # in which the command must have ended
 

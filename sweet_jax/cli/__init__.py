@@ -6,7 +6,7 @@ from importlib import import_module
 
 from sweet_jax import __version__
 from sweet_jax.arguments import run_command
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.standard_output import print_text
 
 # Subcommand → (module with its main, its description).

@@ -5,8 +5,8 @@ import dataclasses
 import io
 from collections.abc import Sequence
 
-from sweet_jax.config import UserError
 from sweet_jax.data.tasks import Task
+from sweet_jax.errors import UserError
 
 # Column names that published data sets use for their texts, and for the two texts of a pair.
 _TEXTS = ("text", "sentence", "content", "review", "comment", "utterance", "message", "document")

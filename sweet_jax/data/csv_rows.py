@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from sweet_jax.config import UserError
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
 from sweet_jax.data.text_files import TextFile
+from sweet_jax.errors import UserError
 
 _LONGEST = 1 << 24  # maximum number of characters in a row
 _MOST_LINES = 10_000  # maximum number of lines in a row

@@ -8,9 +8,10 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from sweet_jax.config import Config, UserError, check_choice, split_names
+from sweet_jax.config import Config, split_names
 from sweet_jax.data.arrow_tables import is_text
 from sweet_jax.data.tasks import Task
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.files import one_line, resolve_path
 
 _GLUE = "nyu-mll/glue"

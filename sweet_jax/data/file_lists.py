@@ -4,10 +4,10 @@ import glob
 import os
 from pathlib import Path
 
-from sweet_jax.config import UserError, split_names
+from sweet_jax.config import split_names
 from sweet_jax.data.label_folders import is_hidden, text_files, warn_of_unread
 from sweet_jax.data.records import format_of
-from sweet_jax.errors import AbsentFileError
+from sweet_jax.errors import AbsentFileError, UserError
 from sweet_jax.files import resolve_path
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc
 
-from sweet_jax.config import UserError
 from sweet_jax.data.tables import find_column
+from sweet_jax.errors import UserError
 from sweet_jax.files import atomic_write, is_unclaimed
 
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from sweet_jax.config import UserError
 from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
 from sweet_jax.data.text_files import TextFile
+from sweet_jax.errors import UserError
 from sweet_jax.files import one_line
 
 _MOST_LINES = 1000  # maximum lines of an object, except the first, which may be the whole file

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from sweet_jax.config import UserError
 from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
+from sweet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError, check_choice
+from sweet_jax.config import Config
 from sweet_jax.data.column_names import parse_names
 from sweet_jax.data.sources import naming_source, read_sources, read_unlabeled, source_names
 from sweet_jax.data.splits import Split, split_off_validation
 from sweet_jax.data.tasks import GLUE, Task
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
 
 

@@ -15,7 +15,6 @@ from xml.etree import ElementTree
 
 import pyarrow as pa
 
-from sweet_jax.config import UserError
 from sweet_jax.data.arrow_tables import ipc_table, parquet_rows, parquet_table
 from sweet_jax.data.csv_rows import csv_table
 from sweet_jax.data.json_objects import json_table
@@ -23,7 +22,7 @@ from sweet_jax.data.label_folders import folder_table
 from sweet_jax.data.spreadsheets import excel_table
 from sweet_jax.data.tables import ColumnError, Columns, Record, Table
 from sweet_jax.data.text_files import TextFile, lines_table, open_text
-from sweet_jax.errors import AbsentFileError
+from sweet_jax.errors import AbsentFileError, UserError
 from sweet_jax.files import one_line
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError
-from sweet_jax.data.label_checks import cut_label
+from sweet_jax.config import Config
 from sweet_jax.data.load import Dataset
 from sweet_jax.data.splits import drop_duplicates, split_calibration_rows, split_tuning_rows
+from sweet_jax.errors import UserError
+from sweet_jax.objectives.label_checks import cut_label
 
 log = logging.getLogger(__name__)
 

@@ -10,17 +10,18 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
 from sweet_jax.data.arrow_tables import arrow_records, check_schema
 from sweet_jax.data.column_names import choose_columns, parse_names
 from sweet_jax.data.data_set import DataSplit, read_data_set
 from sweet_jax.data.file_lists import expand_files, split_files
-from sweet_jax.data.label_checks import without_fraction
 from sweet_jax.data.records import open_table
 from sweet_jax.data.tables import Columns, Record, find_column, missing_column
 from sweet_jax.data.tasks import Task
+from sweet_jax.errors import UserError
 from sweet_jax.files import resolve_path
 from sweet_jax.objectives import OBJECTIVES
+from sweet_jax.objectives.label_checks import without_fraction
 from sweet_jax.objectives.label_column import SEPARATOR, split_labels
 
 log = logging.getLogger(__name__)

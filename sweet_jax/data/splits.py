@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sweet_jax.config import Config, UserError
+from sweet_jax.config import Config
+from sweet_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

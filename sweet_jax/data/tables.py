@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice
 
 if TYPE_CHECKING:  # this module is also used without PyArrow
     import pyarrow as pa

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.cross_fitting import calibration_confidences
 from sweet_jax.exits.operating_point import OperatingPoint, make_resolver

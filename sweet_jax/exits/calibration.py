@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.reliability import CURVES, ReliabilityCurve, fit_reliability_curve
 from sweet_jax.objectives import SINGLE_LABEL, Objective

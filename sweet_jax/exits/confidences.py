@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import (
     BELOW_ONE,
     Calibrator,

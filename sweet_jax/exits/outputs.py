@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.files import write_arrays
 from sweet_jax.methods import METHODS
 from sweet_jax.objectives import OBJECTIVES, Metric, Objective

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator, categorical_variables
 from sweet_jax.exits.certificates import LARGEST
 from sweet_jax.exits.confidences import POLICIES, Policy, PolicyInput

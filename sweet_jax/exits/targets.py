@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice
 
 DEFAULT_LEVEL = 0.95  # confidence level of a certificate
 # Allowed values of each target, and of the confidence level of a certificate.

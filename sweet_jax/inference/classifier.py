@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import PolicyFunction, policy_name, policy_rule
 from sweet_jax.exits.targets import Target, check_targets

@@ -3,8 +3,8 @@
 import copy
 from collections.abc import Sequence
 
-from sweet_jax.config import UserError
 from sweet_jax.data.batches import UNLIMITED, encode_pairs
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import padded_length
 from sweet_jax.inference.predictions import InvalidRow, Text, validate_text

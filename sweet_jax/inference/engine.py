@@ -24,8 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sweet_jax.config import UserError, check_choice
-from sweet_jax.errors import missing_package
+from sweet_jax.errors import UserError, check_choice, missing_package
 from sweet_jax.inference.artifact import ModelArtifact
 
 # The module of each engine, imported when the engine is loaded.

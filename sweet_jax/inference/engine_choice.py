@@ -9,7 +9,7 @@ import logging
 import platform
 from typing import NamedTuple
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact
 from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 from sweet_jax.inference.onnx_files import has_graphs

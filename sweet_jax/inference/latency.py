@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import (
     Engine,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import read_json, write_json
 
 LATENCY_FILE = "clock.json"

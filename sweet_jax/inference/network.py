@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import UserError
 from sweet_jax.devices import check_devices
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine_choice import check_precision
 from sweet_jax.inference.onnx_files import check_not_exported

@@ -13,7 +13,7 @@ import jax.export
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import ModelArtifact, read_float32_layers
 from sweet_jax.inference.network import Network, load_networks
 from sweet_jax.inference.onnx_files import SavedGraphs

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, policy_name

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import UserError
 from sweet_jax.data.tables import find_column
+from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.scheduler import Request
 

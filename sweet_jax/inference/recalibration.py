@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import Calibrator, fit_calibrators
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.exits.operating_point import OperatingPoint, deployable_policies, make_resolver

@@ -6,7 +6,7 @@ That file holds everything that determines token ids, as it was when the model w
 from collections.abc import Sequence
 from typing import Any
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import discard_native_errors, one_line, read_json
 from sweet_jax.inference.onnx_files import has_graphs
 from sweet_jax.models.checkpoint_folder import (

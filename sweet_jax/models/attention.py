@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import jax
 import jax.numpy as jnp
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 
 EINSUM = "einsum"  # not fused: supports dropout on the weights and further terms in the scores
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import discard_native_errors, one_line, read_json, resolve_path
 from sweet_jax.models.tokenizer_json import with_steps_of_file
 

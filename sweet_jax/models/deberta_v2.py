@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.models.deberta import DEBERTA, NAMES, Deberta, DebertaConfig
 from sweet_jax.models.disentangled_attention import DisentangledAttention
 from sweet_jax.models.dropout import dropout

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Attention, LayerNorm
 from sweet_jax.models.encoder_config import EncoderConfig

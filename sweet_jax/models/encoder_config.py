@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.models.layers import ACTIVATIONS
 
 _TOO_LARGE = 1 << 31  # for a number of rows, columns or layers

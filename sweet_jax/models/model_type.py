@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.tensor_names import path_keys
 from sweet_jax.models.tensors import tensor_names

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import read_json
 from sweet_jax.models.checkpoint_folder import first_module
 from sweet_jax.poolings import POOLING_INPUTS

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.models.checkpoint_folder import CheckpointFiles, locate_checkpoint
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 
 # Tensors that are stored alongside an encoder of any family: buffers, pretraining heads,
 # classifiers of an earlier task, and the exits of a model that this package saved.

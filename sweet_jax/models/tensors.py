@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import safetensors.numpy
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import one_line, read_json
 
 T = TypeVar("T")

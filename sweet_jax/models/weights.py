@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.tensor_names import TensorNames, is_transposed, path_keys

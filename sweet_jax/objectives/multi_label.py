@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
-from sweet_jax.data.label_checks import (
+from sweet_jax.errors import UserError
+from sweet_jax.objectives.decision_thresholds import best_f1_shifts
+from sweet_jax.objectives.label_checks import (
     cut_label,
     describe_classes,
     is_written_list,
     label_warnings,
     list_labels,
 )
-from sweet_jax.objectives.decision_thresholds import best_f1_shifts
 from sweet_jax.objectives.label_column import LabelColumn, ordered_names, split_labels
 from sweet_jax.objectives.label_metrics import (
     MACRO_F1,
@@ -245,6 +245,7 @@ MULTI_LABEL = Objective(
         logits=two_outcomes,
         outcomes=lambda targets: targets.astype(int),
     ),
+    default_policy="min_confidence",
     measures=(
         ("micro_f1", as_measure(MICRO_F1)),
         ("macro_f1", as_measure(MACRO_F1)),

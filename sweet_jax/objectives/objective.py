@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.config import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.objectives.label_column import LabelColumn
 from sweet_jax.objectives.linear_model import LinearModel
 
@@ -149,6 +149,8 @@ class Objective:
       target_per_output: whether a row has C targets, [N, C], rather than one, [N].
       categorical: likelihood of the targets; None if outputs are not logits of probabilities, so
         that policies that read probabilities cannot be used.
+      default_policy: name of the exit policy of a run whose config names none; the preset's if
+        empty.
       tuning_policy: name of the exit policy by which training states and learning rates are
         compared on tuning rows.
       exit_target: function of (logits, targets) that returns what learning-to-exit estimates, float
@@ -178,6 +180,7 @@ class Objective:
     read_targets: Callable[[Any, int], np.ndarray]
     target_per_output: bool = False
     categorical: CategoricalVariables | None = None
+    default_policy: str = ""
     tuning_policy: str = "raw_confidence"
     exit_target: Callable[[Array, Array], Array] | None = None
     measures: tuple[tuple[str, Callable[[np.ndarray, np.ndarray], float]], ...] = ()

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
-from sweet_jax.data.label_checks import cut_label, is_number
+from sweet_jax.errors import UserError
+from sweet_jax.objectives.label_checks import cut_label, is_number
 from sweet_jax.objectives.label_column import LabelColumn
 from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import (
@@ -286,6 +286,7 @@ REGRESSION = Objective(
     constant_prediction=constant_value,
     describe=lambda predicted, names: f"{predicted:g}",
     read_targets=read_targets,
+    default_policy="stability",
     tuning_policy="stability",
     exit_target=error_head_target,
     measures=(

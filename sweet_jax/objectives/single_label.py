@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
-from sweet_jax.data.label_checks import (
+from sweet_jax.errors import UserError
+from sweet_jax.objectives.class_metrics import BALANCED_ACCURACY, F1, MACRO_F1, MATTHEWS
+from sweet_jax.objectives.label_checks import (
     check_label_column,
     cut_label,
     describe_classes,
@@ -19,7 +20,6 @@ from sweet_jax.data.label_checks import (
     list_labels,
     without_fraction,
 )
-from sweet_jax.objectives.class_metrics import BALANCED_ACCURACY, F1, MACRO_F1, MATTHEWS
 from sweet_jax.objectives.label_column import LabelColumn, ordered_names
 from sweet_jax.objectives.linear_model import LinearModel, Solve
 from sweet_jax.objectives.objective import (

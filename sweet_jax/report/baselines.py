@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.metrics import compute_metric
 from sweet_jax.files import write_arrays
 from sweet_jax.objectives import SINGLE_LABEL, Objective

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from sweet_jax.data.label_checks import cut_label
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.reliability import calibration_error_by_outcome
+from sweet_jax.objectives.label_checks import cut_label
 from sweet_jax.objectives.objective import log_softmax
 
 _SHOWN = 20  # number of classes that are shown at once

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import Analysis, curve_area
 from sweet_jax.files import write_text
 from sweet_jax.report.charts import COST_AXIS, make_chart

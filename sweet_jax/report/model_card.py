@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from sweet_jax.data.label_checks import cut_label
+from sweet_jax.objectives.label_checks import cut_label
 from sweet_jax.report.console import format_number
 
 _TEMPLATE = Path(__file__).parent / "model_card.md"

@@ -5,7 +5,7 @@ import ipaddress
 import urllib.parse
 
 from sweet_jax.arguments import ArgumentParser
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.exits.targets import DEFAULT_LEVEL
 from sweet_jax.inference.audit_statistics import certified_agreement
 from sweet_jax.inference.classifier import AdaptiveClassifier

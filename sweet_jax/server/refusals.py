@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from starlette.requests import ClientDisconnect
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.server.worker import QueueFullError, WorkerStoppedError
 
 

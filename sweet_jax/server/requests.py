@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from sweet_jax.config import check_choice
+from sweet_jax.errors import check_choice
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import TARGET_RANGES
 from sweet_jax.inference.artifact import ModelArtifact

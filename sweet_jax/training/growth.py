@@ -8,8 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sweet_jax.config import Config, UserError
-from sweet_jax.errors import join_numbers
+from sweet_jax.config import Config
+from sweet_jax.errors import UserError, join_numbers
 from sweet_jax.files import expand_user, read_json
 from sweet_jax.saved_config import read_saved_config
 

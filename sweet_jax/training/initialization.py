@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sweet_jax.config import AUTO, Config, UserError
+from sweet_jax.config import AUTO, Config
+from sweet_jax.errors import UserError
 from sweet_jax.methods import METHODS
 from sweet_jax.models.attention import check_attention
 from sweet_jax.models.early_exit import EarlyExit

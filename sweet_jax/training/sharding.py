@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sweet_jax.config import UserError
 from sweet_jax.data.batches import Tokens
 from sweet_jax.data.padding import pad_rows, padded_length
+from sweet_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from tensorboardX import SummaryWriter
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 from sweet_jax.files import read_json, write_json
 
 _PROJECT = "sweet_jax"

@@ -1,19 +1,17 @@
 """Checks of the config for values that cannot be combined."""
 
 import math
-from typing import TYPE_CHECKING
 
-from sweet_jax.config_values import SCHEDULES, check_ranges
+from sweet_jax.config.keys import Keys
+from sweet_jax.config.model_keys import SCHEDULES
 from sweet_jax.errors import UserError, check_choice, join_numbers
+from sweet_jax.exits.confidences import POLICIES
 from sweet_jax.methods import LOSS_WEIGHTS, METHODS
-
-if TYPE_CHECKING:
-    from sweet_jax.config import Config
+from sweet_jax.objectives import OBJECTIVES
 
 
-def check_values(config: "Config") -> None:
-    """Raises UserError for a value out of its range, or values that cannot be combined."""
-    check_ranges(config)
+def check_combinations(config: Keys) -> None:
+    """Raises UserError for values that cannot be combined."""
     least = 0 if config.head_init == "probe" or config.head_refit else 1
     if isinstance(config.epochs, int) and config.epochs < least:
         raise UserError(
@@ -30,7 +28,7 @@ def check_values(config: "Config") -> None:
     _check_objective(config)
 
 
-def _check_objective(config: "Config") -> None:
+def _check_objective(config: Keys) -> None:
     """Raises UserError for keys that do not apply to the config's objective."""
     objective = config.objective
     for key, value, needed in (
@@ -56,19 +54,15 @@ def _check_objective(config: "Config") -> None:
             "replaces the classifiers by logistic regressions fitted with the cross-entropy: set "
             "--config.head_refit=False"
         )
-    if objective == "single_label" and config.confidence in ("min_confidence", "stability"):
+    policy = POLICIES.get(config.confidence)  # None if it is not set, or module:function
+    several = OBJECTIVES[objective].target_per_output
+    if policy and not (policy.suits(OBJECTIVES[objective]) and (several or not policy.of_several)):
         raise UserError(
-            f"confidence={config.confidence!r} does not apply to objective=single_label: remove it"
-        )
-    own = ":" in config.confidence
-    if objective == "regression" and not own and config.confidence not in ("", "stability"):
-        raise UserError(
-            f"confidence={config.confidence!r} is computed from probabilities, which a regression "
-            "does not have: remove it"
+            f"confidence={config.confidence!r} does not apply to objective={objective}: remove it"
         )
 
 
-def _check_layer_scaling(config: "Config") -> None:
+def _check_layer_scaling(config: Keys) -> None:
     """Raises UserError if layer_scaling would change layers that must stay as they are."""
     if config.layer_scaling == 1:
         return
@@ -92,7 +86,7 @@ def _as_numbers(text: str) -> tuple[float, ...]:
         return ()
 
 
-def _check_isolation(config: "Config") -> None:
+def _check_isolation(config: Keys) -> None:
     method, factors = METHODS[config.method], config.boundary_isolation
     isolation = config.isolation or method.isolation
     if config.isolation_schedule != "linear" and len(isolation) != 2:
@@ -121,7 +115,7 @@ def _check_isolation(config: "Config") -> None:
         )
 
 
-def _check_loss_weights(config: "Config") -> None:
+def _check_loss_weights(config: Keys) -> None:
     """Raises UserError unless loss_weights is a number for each exit or the name of a schedule."""
     weights = config.loss_weights
     if METHODS[config.method].model_per_exit and weights not in ("", "uniform"):
@@ -138,7 +132,7 @@ def _check_loss_weights(config: "Config") -> None:
         )
 
 
-def _check_last_exit(config: "Config") -> None:
+def _check_last_exit(config: Keys) -> None:
     """Raises UserError for last_exit_first and the keys of distillation where they do not apply."""
     several = len(config.exits) > 1 and not METHODS[config.method].model_per_exit
     for key in ("last_exit_first", "distillation_weight"):
@@ -153,14 +147,14 @@ def _check_last_exit(config: "Config") -> None:
                 f"{key}={value!r} applies only with distillation, which is off: also set "
                 "--config.distillation_weight=1"
             )
-    if config.distillation_temperature != 1 and config.objective == "regression":
+    if config.distillation_temperature != 1 and not OBJECTIVES[config.objective].categorical:
         raise UserError(
             f"distillation_temperature={config.distillation_temperature:g} applies to "
-            "probabilities, which a regression does not have: remove it"
+            f"probabilities, which objective={config.objective} does not have: remove it"
         )
 
 
-def _check_conflict(config: "Config") -> None:
+def _check_conflict(config: Keys) -> None:
     """Raises UserError for conflict_every if no two exits train the same layer."""
     method = METHODS[config.method]
     isolation = config.isolation or method.isolation
@@ -179,7 +173,7 @@ def _check_conflict(config: "Config") -> None:
         )
 
 
-def _check_independent(config: "Config") -> None:
+def _check_independent(config: Keys) -> None:
     """Raises UserError if exits that must be trained independently are coupled."""
     if not (config.segment_parallel or config.grow_from):
         return
@@ -202,7 +196,7 @@ def _check_independent(config: "Config") -> None:
             )
 
 
-def _check_learning_to_exit(config: "Config") -> None:
+def _check_learning_to_exit(config: Keys) -> None:
     """Raises UserError for learning-to-exit if its heads are not trained with the classifiers.
 
     Such a head learns from its exit's classifier while that classifier is trained.

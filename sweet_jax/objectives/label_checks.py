@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from sweet_jax.config import UserError
+from sweet_jax.errors import UserError
 
 _CHARACTERS = 60  # maximum number of characters of a label that are shown
 _SHOWN = 10  # number of the largest and of the smallest classes, or of the first labels, shown
