@@ -45,6 +45,11 @@ def test_a_policy_that_fails_is_found_before_training(options):
     assert number.policy == own["confidence"]
 
 
+@pytest.mark.parametrize("policy", ["entropy", "patience", "pcee"])
+def test_every_policy_of_classes_can_be_a_run_s_own(options, policy):
+    assert prepare(from_mapping(options | {"confidence": policy})).config.policy == policy
+
+
 def test_heads_are_those_that_a_whole_random_model_has_and_moments_are_zero(options):
     job = prepare(from_mapping(options | {"seeds": (3, 5), "learning_rates": (1e-3, 2e-3)}))
     (spec,) = model_specs(job.config)
