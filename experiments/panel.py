@@ -92,7 +92,8 @@ from sweet_jax.config import split_names
 from sweet_jax.directories import lock_directory
 from sweet_jax.distributed import PreemptedError
 from sweet_jax.errors import UserError, check_choice
-from sweet_jax.files import resolve_path, write_text
+from sweet_jax.files import write_text
+from sweet_jax.paths import resolve_path
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.report.baselines import Baseline
 

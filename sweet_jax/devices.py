@@ -5,8 +5,7 @@ from collections import Counter
 
 import jax
 
-from sweet_jax.errors import UserError
-from sweet_jax.files import one_line
+from sweet_jax.errors import UserError, one_line
 
 
 def check_devices() -> None:

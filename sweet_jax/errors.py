@@ -12,6 +12,11 @@ class AbsentFileError(UserError):
     """Raised for a file of rows that does not exist."""
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the message of an error on one line, with at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def missing_package(error: ImportError) -> str:
     """Returns the name of the package that is not installed.
 

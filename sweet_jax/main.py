@@ -65,9 +65,9 @@ from sweet_jax.config import (
     describe_keys,
     from_mapping,
 )
-from sweet_jax.errors import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice, one_line
 from sweet_jax.exits.outputs import layer_cost
-from sweet_jax.files import expand_user, join_sources, one_line
+from sweet_jax.paths import expand_user, join_sources
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.standard_output import LogHandler, print_text
 from sweet_jax.storage_errors import RESUMES

@@ -21,7 +21,6 @@ from sweet_jax.distributed import (
 )
 from sweet_jax.exits.analysis import analyse
 from sweet_jax.exits.operating_point import calibration_halves
-from sweet_jax.files import claim_run_directory
 from sweet_jax.head_fitting import fit_probe, refit_heads, transform_outputs
 from sweet_jax.inference.artifact import TrainedModel
 from sweet_jax.input_digest import check_inputs, input_digests
@@ -29,6 +28,7 @@ from sweet_jax.learning_rate_search import search_rate
 from sweet_jax.models.early_exit import ModelOutput
 from sweet_jax.preparation import PreparedRun, prepare
 from sweet_jax.run_description import log_description
+from sweet_jax.run_directory import claim_run_directory
 from sweet_jax.run_outputs import Outcome, exit_outputs, write_run
 from sweet_jax.saved_config import config_values
 from sweet_jax.training.evaluation import compile_evaluation, evaluate

@@ -32,7 +32,7 @@ from sweet_jax.data.records import column_names, read_records
 from sweet_jax.data.tables import Columns, missing_column
 from sweet_jax.directories import check_new_output, copy_files, whole_directory
 from sweet_jax.errors import UserError
-from sweet_jax.files import expand_user, read_json, replace_nonfinite, write_json
+from sweet_jax.files import read_json, replace_nonfinite, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact, open_model
 from sweet_jax.inference.audit_identity import describe_audited
@@ -48,6 +48,7 @@ from sweet_jax.inference.recalibration import (
     updated_exits,
 )
 from sweet_jax.objectives.label_checks import cut_label, list_labels
+from sweet_jax.paths import expand_user
 
 _FEW = 30  # minimum rows: with fewer, one row is more than 3 points of accuracy
 

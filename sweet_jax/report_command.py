@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from sweet_jax.arguments import ArgumentParser, run_command
 from sweet_jax.exits.targets import check_targets
-from sweet_jax.files import expand_user
+from sweet_jax.paths import expand_user
 from sweet_jax.run_report import render_report
 
 _TARGETS = {

@@ -19,8 +19,10 @@ from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.policies import PolicyFunction, policy_reference
 from sweet_jax.exits.simulation import Curve, simulate
 from sweet_jax.exits.targets import Target, check_targets
-from sweet_jax.files import RUN_ROWS, expand_user, join_sources, read_json
+from sweet_jax.files import read_json
+from sweet_jax.paths import expand_user, join_sources
 from sweet_jax.recipe import OWN_DATA
+from sweet_jax.run_directory import RUN_ROWS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -28,7 +28,7 @@ from sweet_jax.exits.analysis import Analysis, load_analysis
 from sweet_jax.exits.operating_point import OperatingPoint
 from sweet_jax.exits.simulation import simulate
 from sweet_jax.exits.thresholds import format_threshold
-from sweet_jax.files import expand_user
+from sweet_jax.paths import expand_user
 from sweet_jax.report.console import exit_lines
 from sweet_jax.report.results import individual_exits
 

@@ -90,3 +90,20 @@ def discard_errors_at_exit() -> None:
     After a disk error, every coroutine that was not awaited would be reported there.
     """
     atexit.register(lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), 2))
+
+
+@contextlib.contextmanager
+def discard_native_errors() -> Iterator[None]:
+    """Discards what native code writes to standard error, such as the message of a Rust panic.
+
+    The panic also raises an exception with the same message.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

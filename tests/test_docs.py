@@ -185,8 +185,15 @@ def test_the_reference_page_describes_every_key():
 # From what is imported to what imports; docs/architecture.md has the same table.
 LEVELS = [
     {
-        *("errors", "methods", "poolings", "recipe", "files", "directories"),
-        *("storage_errors", "standard_output", "devices", "distributed", "compilation_cache"),
+        *("errors", "methods", "poolings", "recipe", "paths", "files", "directories"),
+        *(
+            "run_directory",
+            "storage_errors",
+            "standard_output",
+            "devices",
+            "distributed",
+            "compilation_cache",
+        ),
     },
     {"objectives"},
     {"exits"},

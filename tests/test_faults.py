@@ -30,8 +30,9 @@ from sweet_jax.directories import (
     whole_directory,
 )
 from sweet_jax.errors import UserError
-from sweet_jax.files import claim_run_directory, write_json
+from sweet_jax.files import write_json
 from sweet_jax.main import main
+from sweet_jax.run_directory import claim_run_directory
 from sweet_jax.storage_errors import storage_failure
 
 

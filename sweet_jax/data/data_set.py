@@ -11,8 +11,8 @@ import pyarrow as pa
 from sweet_jax.config import Config, split_names
 from sweet_jax.data.arrow_tables import is_text
 from sweet_jax.data.tasks import Task
-from sweet_jax.errors import UserError, check_choice
-from sweet_jax.files import one_line, resolve_path
+from sweet_jax.errors import UserError, check_choice, one_line
+from sweet_jax.paths import resolve_path
 
 _GLUE = "nyu-mll/glue"
 _VALIDATION = ("validation", "valid", "val", "dev", "test")  # the first one that exists is used

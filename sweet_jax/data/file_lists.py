@@ -8,7 +8,7 @@ from sweet_jax.config import split_names
 from sweet_jax.data.label_folders import is_hidden, text_files, warn_of_unread
 from sweet_jax.data.records import format_of
 from sweet_jax.errors import AbsentFileError, UserError
-from sweet_jax.files import resolve_path
+from sweet_jax.paths import resolve_path
 
 
 def split_files(text: str) -> tuple[str, ...]:

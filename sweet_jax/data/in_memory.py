@@ -9,7 +9,8 @@ import pyarrow.ipc
 
 from sweet_jax.data.tables import find_column
 from sweet_jax.errors import UserError
-from sweet_jax.files import atomic_write, is_unclaimed
+from sweet_jax.files import atomic_write
+from sweet_jax.run_directory import is_unclaimed
 
 
 def write_rows(data: Any, columns: Sequence[str], path: Path, workdir: Path) -> None:

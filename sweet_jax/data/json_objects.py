@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
 from sweet_jax.data.text_files import TextFile
-from sweet_jax.errors import UserError
-from sweet_jax.files import one_line
+from sweet_jax.errors import UserError, one_line
 
 _MOST_LINES = 1000  # maximum lines of an object, except the first, which may be the whole file
 _MOST_TRIES = 1000  # maximum attempts to parse an array element, one wherever an object may end

@@ -22,8 +22,7 @@ from sweet_jax.data.label_folders import folder_table
 from sweet_jax.data.spreadsheets import excel_table
 from sweet_jax.data.tables import ColumnError, Columns, Record, Table
 from sweet_jax.data.text_files import TextFile, lines_table, open_text
-from sweet_jax.errors import AbsentFileError, UserError
-from sweet_jax.files import one_line
+from sweet_jax.errors import AbsentFileError, UserError, one_line
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON = (".jsonl", ".json", ".ndjson")

@@ -19,10 +19,10 @@ from sweet_jax.data.records import open_table
 from sweet_jax.data.tables import Columns, Record, find_column, missing_column
 from sweet_jax.data.tasks import Task
 from sweet_jax.errors import UserError
-from sweet_jax.files import resolve_path
 from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.objectives.label_checks import without_fraction
 from sweet_jax.objectives.label_column import SEPARATOR, split_labels
+from sweet_jax.paths import resolve_path
 
 log = logging.getLogger(__name__)
 

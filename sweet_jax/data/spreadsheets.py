@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sweet_jax.data.tables import Columns, Record, Table, find_column, make_record
-from sweet_jax.errors import UserError
-from sweet_jax.files import one_line
+from sweet_jax.errors import UserError, one_line
 
 
 @contextlib.contextmanager

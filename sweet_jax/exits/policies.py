@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.errors import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice, one_line
 from sweet_jax.exits.calibration import Calibrator, categorical_variables
 from sweet_jax.exits.certificates import LARGEST
 from sweet_jax.exits.confidences import POLICIES, Policy, PolicyInput
 from sweet_jax.exits.outputs import ExitOutputs
-from sweet_jax.files import one_line
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 
 # A user-defined policy: function of (outputs, temperatures [R, E']) that returns exit confidences

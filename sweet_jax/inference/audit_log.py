@@ -14,8 +14,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from sweet_jax.errors import UserError
-from sweet_jax.files import expand_user
 from sweet_jax.inference.audit_identity import check_same_model
+from sweet_jax.paths import expand_user
 
 _VERSION = 1
 

@@ -19,8 +19,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime import OrtValue
 
-from sweet_jax.errors import UserError, missing_package
-from sweet_jax.files import one_line
+from sweet_jax.errors import UserError, missing_package, one_line
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.batch_split import split_by_length, tokens_of_part
 from sweet_jax.inference.engine import Stage, StageBatch, StageOutput, plan_stages

@@ -6,8 +6,8 @@ That file holds everything that determines token ids, as it was when the model w
 from collections.abc import Sequence
 from typing import Any
 
-from sweet_jax.errors import UserError
-from sweet_jax.files import discard_native_errors, one_line, read_json
+from sweet_jax.errors import UserError, one_line
+from sweet_jax.files import read_json
 from sweet_jax.inference.onnx_files import has_graphs
 from sweet_jax.models.checkpoint_folder import (
     TOKENIZER_REPAIRS,
@@ -16,6 +16,7 @@ from sweet_jax.models.checkpoint_folder import (
     load_tokenizer,
 )
 from sweet_jax.models.special_tokens import ensure_first_token
+from sweet_jax.storage_errors import discard_native_errors
 
 
 class EncodedRows(dict[str, list[list[int]]]):

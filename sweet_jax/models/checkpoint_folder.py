@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sweet_jax.errors import UserError
-from sweet_jax.files import discard_native_errors, one_line, read_json, resolve_path
+from sweet_jax.errors import UserError, one_line
+from sweet_jax.files import read_json
 from sweet_jax.models.tokenizer_json import with_steps_of_file
+from sweet_jax.paths import resolve_path
+from sweet_jax.storage_errors import discard_native_errors
 
 _ADAPTER = "adapter_config.json"
 _SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model")

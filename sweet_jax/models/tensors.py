@@ -12,8 +12,8 @@ from typing import TypeVar
 import numpy as np
 import safetensors.numpy
 
-from sweet_jax.errors import UserError
-from sweet_jax.files import one_line, read_json
+from sweet_jax.errors import UserError, one_line
+from sweet_jax.files import read_json
 
 T = TypeVar("T")
 _SAFE, _PICKLE, _INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"

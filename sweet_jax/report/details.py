@@ -11,10 +11,10 @@ import numpy as np
 
 from sweet_jax.config import Config
 from sweet_jax.exits.analysis import Analysis
-from sweet_jax.files import RUN_ROWS
 from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.recipe import OWN_DATA
 from sweet_jax.report.baselines import Baseline
+from sweet_jax.run_directory import RUN_ROWS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from typing import Any
 
 from sweet_jax.config import Config
 from sweet_jax.errors import UserError, join_numbers
-from sweet_jax.files import expand_user, read_json
+from sweet_jax.files import read_json
+from sweet_jax.paths import expand_user
 from sweet_jax.saved_config import read_saved_config
 
 # Keys that determine the outputs of the exits or the rows that they are calibrated on.
