@@ -212,7 +212,7 @@ def _describe_choice(analysis: Analysis, found: Resolution, target: Mapping[str,
     rule = f"the cheapest that keeps the {metric} of all layers"
     if target:
         (name, limit), *_ = target.items()
-        unit = " ms on average" if name == "milliseconds" else " of the layers"
+        unit = " ms for a text of median length" if name == "milliseconds" else " of the layers"
         rule = f"the best {metric} within {limit:g}{unit}, or the cheapest of equally good ones"
     return (
         f"  threshold {shown}, chosen on {rows}: {rule} ({point[1]:.4f} there; all layers "
@@ -237,11 +237,15 @@ def _describe_effects(run: Path, analysis: Analysis, threshold: float) -> list[s
 def _describe_times(model: ModelArtifact, table: LatencyTable, spread: str | None) -> str:
     """Describes what the milliseconds measure, and the time of slow texts."""
     tokens, longest = table.lengths[0], table.lengths[-1]
-    where = "at each text's own length" if spread else f"at the median length, {tokens} tokens"
+    where = (
+        "at each text's own length"
+        if spread
+        else f"at the median length, padded to {tokens} tokens"
+    )
     last = [format_milliseconds(table.until_exit(length)[-1]) for length in (tokens, longest)]
-    slow = f"all layers take {last[0]} at {tokens} tokens, the median"
+    slow = f"all layers take {last[0]} at {tokens} tokens, the padded median length"
     if longest > tokens:
-        slow += f", {last[1]} at {longest}, which 95% do not exceed"
+        slow += f", {last[1]} at {longest}, which 95% of the texts do not exceed"
     lines = [
         *([f"  {spread}"] if spread else []),
         f"  ({where}, in the model alone, on {table.machine}, without tokenization, about 0.1 ms, "

@@ -25,8 +25,8 @@ _TARGETS = {
     "cost": "maximum mean cost, as a fraction of the full model's layers",
     "accuracy": "minimum metric on calibration rows",
     "error": "maximum error on calibration rows, if the run's metric is an error",
-    "milliseconds": "maximum mean time of a single text in the model alone, according to the times "
-    "that predict --measure or train FILE recorded on this machine",
+    "milliseconds": "maximum mean time of a single text of median length in the model alone, "
+    "according to the times that predict --measure or train FILE recorded on this machine",
 }
 
 

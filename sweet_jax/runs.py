@@ -210,7 +210,7 @@ class Run:
         recommended.
 
         Args:
-          milliseconds: maximum mean time of a text.
+          milliseconds: maximum mean time of a text of median length.
           cost: maximum mean fraction of the layers.
 
         Returns:

@@ -115,9 +115,9 @@ class MethodKeys:
         (
             "Weight of each exit's loss, for exits that share layers: numbers, or a schedule: "
             '"uniform", "depth" (proportional to the layer, as in PABEE) or "shallow_deep" '
-            "(rising during training). Under SWEET the weights have almost no effect: each "
-            "parameter gets the gradient of one exit only, and neither Adam nor clipping per "
-            "owner depends on its scale."
+            "(rising during training). Under SWEET the weights have little effect: each "
+            "parameter gets the gradient of one exit only, and Adam does not depend on its "
+            "scale; a weight only changes which steps are clipped."
         ),
         allowed="a positive number for each exit, or a schedule; empty for the method's",
         type_condition=(
@@ -137,8 +137,8 @@ class MethodKeys:
     distillation_weight: float = key(
         0.0,
         (
-            "Weight, in each exit's loss, of the divergence from the last exit's prediction; 0 "
-            "switches distillation off."
+            "Weight of the divergence from the last exit's prediction, in the loss of each other "
+            "exit; 0 switches distillation off."
         ),
         NOT_NEGATIVE,
     )
@@ -221,7 +221,7 @@ class HeadsKeys:
         "",
         (
             'Whether to train heads that predict if their exit is right; with "detached" '
-            "everything else is trained as without them."
+            'everything else is trained as without them, and "" trains none.'
         ),
         choices=("joint", "detached"),
     )

@@ -16,8 +16,9 @@ from sweet_jax.exits.reliability import CURVES, ReliabilityCurve, fit_reliabilit
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.objective import CategoricalVariables, softmax
 
-# If every calibration row is right, the likelihood increases without bound as T falls; if the
-# logits carry no information, it increases as T grows. T is clipped to this range.
+# If nearly all calibration rows are right, the likelihood may be largest at a T near 0; if the
+# logits carry no information, at a very large T. T is clipped to this range, and is 1 if all are
+# right.
 TEMPERATURE_RANGE = (1e-2, 1e2)
 
 BELOW_ONE = float(np.nextafter(1.0, 0.0))  # largest confidence of policies that never reach 1

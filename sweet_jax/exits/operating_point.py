@@ -138,6 +138,6 @@ def _halves(calibration: ExitOutputs) -> tuple[ExitOutputs, ExitOutputs] | None:
 
 
 def calibration_halves(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the indices of the rows that certificates are fitted and tested on, int [N / 2]."""
+    """Returns the rows that certificates are fitted and tested on, int [N // 2], [N - N // 2]."""
     rows = np.random.default_rng(0).permutation(count)
     return rows[: count // 2], rows[count // 2 :]

@@ -143,7 +143,7 @@ def reliability_diagram(
 
 
 def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Computes the mean |confidence - accuracy| over bins, weighted by counts (Guo et al., eq. 5).
+    """Computes the mean |confidence - accuracy| over bins, weighted by counts (Guo et al., eq. 3).
 
     The bins are those of `reliability_diagram`.
     """

@@ -236,9 +236,12 @@ class ThresholdResolver:
                 "not have: raise train_size, and do not set a preset that fits on validation rows"
             )
         if policy not in self.losses:
+            reason = f"does not apply to objective={self.objective}"
+            if policy_rule(policy).needs_all_rows:
+                reason = "computes confidences that depend on the other rows"
             raise UserError(
-                f"the confidence of the policy {policy!r} depends on the other rows, so its "
-                "thresholds cannot be certified: choose another policy"
+                f"the policy {policy!r} {reason}, so its thresholds cannot be certified: choose "
+                "another policy"
             )
         return self.losses[policy][kind]
 

@@ -29,7 +29,7 @@ def format_threshold(threshold: float, points: np.ndarray) -> str:
 
 
 def format_thresholds(thresholds: Iterable[float], points: np.ndarray) -> list[str]:
-    """Formats thresholds with the fewest decimals that send the same rows to the same exits.
+    """Formats thresholds with the fewest decimals, at least two, that send rows to the same exits.
 
     A row leaves where its confidence is at least the threshold, so any number above the next lower
     breakpoint, up to and including the next higher one, has the same effect. Among the numbers with

@@ -141,7 +141,7 @@ class AdaptiveClassifier:
             `default_engine`.
           precision: precision of the layers: "float32" (default), "bfloat16" (engine jax only), or
             "int8" (engine onnxruntime only, after `sweet-jax quantize`).
-          dtype: older name of `precision`, which takes precedence.
+          dtype: older name of `precision`; if both are set, `precision` counts.
           cache_dir: directory that keeps compiled programs between processes; defaults to
             ~/.cache/sweet_jax/xla. This is JAX's own compilation cache: if JAX already has a cache
             directory, it is kept.

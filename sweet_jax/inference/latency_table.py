@@ -29,7 +29,10 @@ class LatencyTable:
     milliseconds: np.ndarray  # float64 [number of B, number of L, E], of a batch in each stage
 
     def until_exit(self, tokens: int) -> np.ndarray:
-        """Returns the milliseconds until each exit for a text by itself, float64 [E]."""
+        """Returns the milliseconds until each exit for a text by itself, float64 [E].
+
+        They are those of the smallest measured length that fits the text, or else of the longest.
+        """
         long_enough = [i for i, length in enumerate(self.lengths) if length >= tokens]
         index = long_enough[0] if long_enough else -1
         return np.cumsum(self.milliseconds[0, index])

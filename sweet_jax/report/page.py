@@ -172,7 +172,7 @@ def _describe_target(target: Mapping[str, float], metric: str) -> str:
             case "cost":
                 return f"the best {metric} within {value:g} of the layers"
             case "milliseconds":
-                return f"the best {metric} within {value:g} ms per text on average"
+                return f"the best {metric} within {value:g} ms for a text of median length"
             case "accuracy":
                 return f"the cheapest with {metric} of at least {value:g}"
             case "error":

@@ -149,8 +149,8 @@ class BestStateTracker:
     def _evaluate(self, params: Params) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the area on tuning rows [R], each exit's metric [R, E] and the area's error [R].
 
-        All are float64. The standard error is that of the larger area: the one of these parameters
-        or the best one so far.
+        All are float64. The standard error is that of the larger area, the one of these parameters
+        or the best one so far; for a metric without a formula, it is that of these parameters.
         """
         config, tokens, rows = self._job.config, self._job.tokens, self._job.tuning
         params = add_replica_axis(gather_params(config, params), len(rows))

@@ -22,10 +22,10 @@ class GradientComparison(NamedTuple):
 
     Attributes:
       cosines: cosines between gradients, float32 [E, E, E]. Entry [i, j, k] is for W in exit i's
-        layer: the mean over W's rows of the cosine between the rows of dL_j/dW and dL_k/dW. 1 means
-        full agreement, and negative values mean conflict. An entry is NaN if exit j or k is below
-        exit i, because its loss does not depend on W, or if isolation blocks the gradient. Loss
-        weights do not change a cosine.
+        layer: the mean over output units (columns of W [F, H], rows of torch's matrix) of the
+        cosine between those of dL_j/dW and dL_k/dW. 1 means full agreement, and negative values
+        mean conflict. An entry is NaN if exit j or k is below exit i, because its loss does not
+        depend on W, or if isolation blocks the gradient. Loss weights do not change a cosine.
       norms: norms of the gradients, float32 [E, E]. Entry [i, j] is the Frobenius norm of dL_j/dW
         in exit i's layer, and is 0 if the loss does not depend on W.
       losses: losses L_j, averaged over the batch, float32 [E].

@@ -11,7 +11,9 @@ from sweet_jax.config import AUTO
 # decays to zero over the whole training. The formula gives 4.8 epochs for 400 rows, 2.4 for 1,600,
 # 1.3 for 5,400, and one from 9,216 rows on.
 _EXAMPLES = 96
-CHECKS = 8  # number of evaluations on tuning rows in such a run, the last after the last step
+# Number of evaluations on tuning rows during such a run, the last after the last step; there is one
+# more before it.
+CHECKS = 8
 # With `rate_search="short"`, each rate gets this share of the steps, and at least _SHORTEST steps.
 _SHORT, _SHORTEST = 0.1, 40
 
