@@ -86,7 +86,7 @@ def test_several_labels_are_lists_or_separated_by_bars(suffix, tmp_path):
         (
             ["1", "2"] * 20,
             {"objective": "regression", "confidence": "confidence"},
-            "probabilities, which a regression does not have",
+            "probabilities, which objective=regression does not have",
         ),
     ],
 )

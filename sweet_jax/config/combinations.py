@@ -55,7 +55,15 @@ def _check_objective(config: Keys) -> None:
             "--config.head_refit=False"
         )
     policy = POLICIES.get(config.confidence)  # None if it is not set, or module:function
-    several = OBJECTIVES[objective].target_per_output
+    categorical, several = (
+        OBJECTIVES[objective].categorical,
+        OBJECTIVES[objective].target_per_output,
+    )
+    if policy and policy.needs_probabilities and not categorical:
+        raise UserError(
+            f"confidence={config.confidence!r} is computed from probabilities, which "
+            f"objective={objective} does not have: remove it"
+        )
     if policy and not (policy.suits(OBJECTIVES[objective]) and (several or not policy.of_several)):
         raise UserError(
             f"confidence={config.confidence!r} does not apply to objective={objective}: remove it"
