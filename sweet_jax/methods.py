@@ -5,8 +5,11 @@ Shape letters: E exit.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from types import FunctionType
 
 import numpy as np
+
+from sweet_jax.registry import Registry
 
 # From layer numbers [E] to the loss weights at the first and at the last step, float64 [E] each.
 LossWeightSchedule = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -42,14 +45,18 @@ def summed_layers(layers: np.ndarray) -> np.ndarray:
 
 
 # The three methods of the SWEET paper (Rotem et al. 2023, arXiv 2306.02307), sections 3 and 4.
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("sweet", False, (1.0,), "uniform", shared_layers),
-        Method("early_exit", False, (0.0,), "uniform", shared_layers),
-        Method("multi_model", True, (0.0,), "uniform", summed_layers),
-    )
-}
+METHODS = Registry(
+    "method",
+    Method,
+    {
+        method.name: method
+        for method in (
+            Method("sweet", False, (1.0,), "uniform", shared_layers),
+            Method("early_exit", False, (0.0,), "uniform", shared_layers),
+            Method("multi_model", True, (0.0,), "uniform", summed_layers),
+        )
+    },
+)
 
 
 def uniform(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,11 +84,11 @@ def shallow_deep(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(end < 1, 0.01, 1.0), end
 
 
-LOSS_WEIGHTS: dict[str, LossWeightSchedule] = {
-    "uniform": uniform,
-    "depth": by_depth,
-    "shallow_deep": shallow_deep,
-}
+LOSS_WEIGHTS: Registry[LossWeightSchedule] = Registry(
+    "loss_weights",
+    FunctionType,
+    {"uniform": uniform, "depth": by_depth, "shallow_deep": shallow_deep},
+)
 
 
 def loss_weights(

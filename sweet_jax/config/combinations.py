@@ -4,8 +4,8 @@ import math
 
 from sweet_jax.config.keys import Keys
 from sweet_jax.config.model_keys import SCHEDULES
-from sweet_jax.errors import UserError, check_choice, join_numbers
-from sweet_jax.exits.confidences import POLICIES
+from sweet_jax.errors import UserError, join_numbers
+from sweet_jax.exits.policies import policy_rule
 from sweet_jax.methods import LOSS_WEIGHTS, METHODS
 from sweet_jax.objectives import OBJECTIVES
 
@@ -54,7 +54,7 @@ def _check_objective(config: Keys) -> None:
             "replaces the classifiers by logistic regressions fitted with the cross-entropy: set "
             "--config.head_refit=False"
         )
-    policy = POLICIES.get(config.confidence)  # None if it is not set, or module:function
+    policy = policy_rule(config.confidence) if config.confidence else None
     categorical, several = (
         OBJECTIVES[objective].categorical,
         OBJECTIVES[objective].target_per_output,
@@ -132,7 +132,8 @@ def _check_loss_weights(config: Keys) -> None:
             "models has one exit: remove it"
         )
     if isinstance(weights, str):
-        check_choice("loss_weights", weights, ("", *LOSS_WEIGHTS))
+        if weights:
+            LOSS_WEIGHTS[weights]  # raises UserError for an unknown name
     elif len(weights) != len(config.exits) or not all(0 < w < math.inf for w in weights):
         raise UserError(
             f"loss_weights must be one positive number for each of the {len(config.exits)} exits "

@@ -20,6 +20,7 @@ class DataKeys:
         "single_label",
         "Kind of label: one class, any number of labels (lists, or a|b), or a number.",
         choices=OBJECTIVES,
+        allows_reference=True,
     )
     train_size: int = key(
         6000, "Maximum number of training rows, including tuning and calibration rows.", AT_LEAST_1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sweet_jax.errors import UserError, check_choice
+from sweet_jax.registry import import_extensions
 
 AUTO = "auto"  # a value of epochs and of pooling
 SEED_RANGE = "from 0 to 2147483647"
@@ -45,7 +46,7 @@ class KeyMetadata:
     example: str
     type_condition: Condition | None
     convert: Callable[[Any], Any] | None
-    allows_function: bool
+    allows_reference: bool
 
     def names(self, default: Any) -> list[str]:
         """Returns the choices, including the default; empty if the key has none."""
@@ -62,7 +63,7 @@ def key(
     example: str = "",
     type_condition: Condition | None = None,
     convert: Callable[[Any], Any] | None = None,
-    allows_function: bool = False,
+    allows_reference: bool = False,
 ) -> Any:
     """Declares a config key, as a field of a dataclass.
 
@@ -76,14 +77,15 @@ def key(
       type_condition: condition that replaces the check of the value's type.
       convert: function that converts a value of a file or a command line, if the key needs more
         than `convert_value` does.
-      allows_function: whether "module:function" is allowed in addition to the choices.
+      allows_reference: whether "module:OBJECT" is allowed in addition to the choices; see
+        `registry`.
 
     Returns:
       the field.
 
     """
     metadata = KeyMetadata(
-        meaning, conditions, choices, allowed, example, type_condition, convert, allows_function
+        meaning, conditions, choices, allowed, example, type_condition, convert, allows_reference
     )
     return dataclasses.field(default=default, metadata={"key": metadata})
 
@@ -136,8 +138,12 @@ def check_name(field: dataclasses.Field, value: Any) -> None:
     """Raises UserError unless a value is one of the choices of its key, if it has choices."""
     metadata = key_metadata(field)
     names = metadata.names(field.default)
-    if names and not (metadata.allows_function and ":" in value):
-        check_choice(field.name, value, names)
+    if not names or (metadata.allows_reference and ":" in value):
+        return  # a reference is imported where it is used
+    if value not in names:
+        import_extensions()
+        names = metadata.names(field.default)
+    check_choice(field.name, value, names)
 
 
 def check_conditions(field: dataclasses.Field, value: Any) -> None:

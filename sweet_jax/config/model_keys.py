@@ -73,6 +73,7 @@ class MethodKeys:
             "(early_exit), or one exit in a model of its own (multi_model)."
         ),
         choices=METHODS,
+        allows_reference=True,
     )
     preset: str = key(
         "",

@@ -130,7 +130,7 @@ class EvaluationKeys:
             "default of the objective, else the preset's choice."
         ),
         choices=_policies,
-        allows_function=True,
+        allows_reference=True,
     )
     exit_score: str = key(
         "",

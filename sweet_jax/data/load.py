@@ -102,7 +102,8 @@ def task_of(config: Config) -> Task:
         task = GLUE[config.task]
     columns = parse_names(config.text_columns) or task.text_columns
     objective = OBJECTIVES[config.objective]
-    usual = task.metric if objective is SINGLE_LABEL else objective.metrics[0].name
+    named = [metric.name for metric in objective.metrics]
+    usual = task.metric if task.metric in named else named[0]
     return dataclasses.replace(
         task,
         text_columns=columns,

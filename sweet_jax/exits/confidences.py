@@ -21,6 +21,7 @@ from sweet_jax.exits.calibration import (
 )
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.objective import log_softmax
+from sweet_jax.registry import Registry
 
 
 class PolicyInput(NamedTuple):
@@ -226,50 +227,60 @@ def _pcee(kind: str, about: str) -> Policy:
     return Policy(partial(calibrated_accuracy, kind=kind), about, kind)
 
 
-POLICIES: dict[str, Policy] = {
-    "confidence": Policy(confidence, "largest probability, after temperature scaling", low=None),
-    "raw_confidence": Policy(raw_confidence, "largest probability, without scaling", low=None),
-    "confidence_float32": Policy(
-        confidence_float32, "largest probability in float32, as in SWEET's release", low=None
-    ),
-    "entropy": Policy(entropy, "1 - entropy / log C, after temperature scaling"),
-    "margin": Policy(margin, "largest minus second largest probability, after temperature scaling"),
-    "patience": Policy(
-        patience,
-        "number of consecutive exits that agree: 1, 2, ...",
-        by_exits=True,
-        low=1.0,
-        needs_probabilities=False,
-        needs_agreement=True,
-    ),
-    "voting": Policy(voting, "summed confidence of the exits that agree", by_exits=True),
-    "learning_to_exit": Policy(
-        learning_to_exit,
-        "score of the learning-to-exit head",
-        needs_probabilities=False,
-        needs_exit_scores=True,
-    ),
-    "learning_to_exit_min_max": Policy(
-        learning_to_exit_min_max,
-        "learning-to-exit score, min-max normalized over these rows, as in SWEET's release",
-        needs_all_rows=True,
-        needs_probabilities=False,
-        needs_exit_scores=True,
-    ),
-    "pcee": _pcee("equal_width", "accuracy of calibration rows in bins of equal width"),
-    "pcee_equal_mass": _pcee("equal_mass", "accuracy of calibration rows in bins of equal counts"),
-    "pcee_isotonic": _pcee("isotonic", "accuracy of calibration rows, by isotonic regression"),
-    "pcee_ws": _pcee("kernel", "accuracy of calibration rows, smoothed (PCEE-WS)"),
-    "min_confidence": Policy(
-        min_confidence,
-        "confidence of the least certain label, after temperature scaling (multi_label)",
-        low=None,
-        of_several=True,
-    ),
-    "stability": Policy(
-        stability,
-        "1 / (1 + change from the previous exit) (regression)",
-        needs_probabilities=False,
-        needs_numbers=True,
-    ),
-}
+POLICIES = Registry(
+    "policy",
+    Policy,
+    {
+        "confidence": Policy(
+            confidence, "largest probability, after temperature scaling", low=None
+        ),
+        "raw_confidence": Policy(raw_confidence, "largest probability, without scaling", low=None),
+        "confidence_float32": Policy(
+            confidence_float32, "largest probability in float32, as in SWEET's release", low=None
+        ),
+        "entropy": Policy(entropy, "1 - entropy / log C, after temperature scaling"),
+        "margin": Policy(
+            margin, "largest minus second largest probability, after temperature scaling"
+        ),
+        "patience": Policy(
+            patience,
+            "number of consecutive exits that agree: 1, 2, ...",
+            by_exits=True,
+            low=1.0,
+            needs_probabilities=False,
+            needs_agreement=True,
+        ),
+        "voting": Policy(voting, "summed confidence of the exits that agree", by_exits=True),
+        "learning_to_exit": Policy(
+            learning_to_exit,
+            "score of the learning-to-exit head",
+            needs_probabilities=False,
+            needs_exit_scores=True,
+        ),
+        "learning_to_exit_min_max": Policy(
+            learning_to_exit_min_max,
+            "learning-to-exit score, min-max normalized over these rows, as in SWEET's release",
+            needs_all_rows=True,
+            needs_probabilities=False,
+            needs_exit_scores=True,
+        ),
+        "pcee": _pcee("equal_width", "accuracy of calibration rows in bins of equal width"),
+        "pcee_equal_mass": _pcee(
+            "equal_mass", "accuracy of calibration rows in bins of equal counts"
+        ),
+        "pcee_isotonic": _pcee("isotonic", "accuracy of calibration rows, by isotonic regression"),
+        "pcee_ws": _pcee("kernel", "accuracy of calibration rows, smoothed (PCEE-WS)"),
+        "min_confidence": Policy(
+            min_confidence,
+            "confidence of the least certain label, after temperature scaling (multi_label)",
+            low=None,
+            of_several=True,
+        ),
+        "stability": Policy(
+            stability,
+            "1 / (1 + change from the previous exit) (regression)",
+            needs_probabilities=False,
+            needs_numbers=True,
+        ),
+    },
+)

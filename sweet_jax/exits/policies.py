@@ -2,25 +2,23 @@
 
 An example leaves at the first exit whose confidence reaches the threshold; the last exit takes the
 rest. `confidences` defines the named policies. A user-defined policy is a function, or the name
-"module:function" of one, by which it is saved.
+"module:OBJECT" of a function or Policy, by which it is saved.
 
 Shape letters: R replica, E exit, E' exits so far, N examples, C outputs of an exit (classes).
 """
 
-import functools
-import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sweet_jax.errors import UserError, check_choice, one_line
+from sweet_jax.errors import UserError, one_line
 from sweet_jax.exits.calibration import Calibrator, categorical_variables
 from sweet_jax.exits.certificates import LARGEST
 from sweet_jax.exits.confidences import POLICIES, Policy, PolicyInput
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.objectives import SINGLE_LABEL, Objective
+from sweet_jax.registry import import_object
 
 # A user-defined policy: function of (outputs, temperatures [R, E']) that returns exit confidences
 # [R, E', N].
@@ -71,36 +69,27 @@ def policy_reference(function: PolicyFunction) -> str:
     return name
 
 
-def load_policy(name: str) -> PolicyFunction:
-    """Imports the function "module:function", also from modules of the working directory.
+def load_policy(reference: str) -> PolicyFunction | Policy:
+    """Imports the function or Policy "module:OBJECT", also from modules of the working directory.
 
     Raises UserError if it cannot be imported.
     """
-    module, _, place = name.partition(":")
-    if "" not in sys.path:  # installed commands do not search the working directory
-        sys.path.append("")
-    try:
-        function: Any = functools.reduce(getattr, place.split("."), import_module(module))
-        if not callable(function):
-            raise TypeError(f"{place} is not a function")
-    except Exception as error:  # importing a module can raise anything
-        raise UserError(
-            f"policy {name!r}: {type(error).__name__}: {one_line(error)}; set policy to "
-            "module:function, importable from the working directory"
-        ) from error
-    return function
+    policy = import_object("policy", reference)
+    if not (isinstance(policy, Policy) or callable(policy)):
+        raise UserError(f"policy {reference!r} is neither a function nor a Policy")
+    return policy
 
 
 def policy_rule(policy: str | PolicyFunction) -> Policy:
-    """Returns the properties of a policy. A user-defined policy is assumed to read no curve.
+    """Returns the properties of a policy.
 
-    Raises UserError for an unknown name.
+    A function is assumed to read no curve, and to return confidences from 0 to 1. Raises UserError
+    for an unknown name.
     """
-    if isinstance(policy, str) and ":" not in policy:
-        check_choice("policy", policy, POLICIES)
-        return POLICIES[policy]
     if isinstance(policy, str):
-        load_policy(policy)
+        found = load_policy(policy) if ":" in policy else POLICIES[policy]
+        if isinstance(found, Policy):
+            return found
     about = f"user-defined policy {policy_name(policy)}"
     return Policy(_read_outputs, about, needs_probabilities=False)
 
@@ -154,11 +143,11 @@ def exit_confidences(
             f"outputs of {replicas} replicas with {exits} exits need calibrators for as many "
             f"replicas and exits; got shapes {[c.temperatures.shape for c in calibrators]}"
         )
-    if not isinstance(policy, str) or ":" in policy:
+    rule, objective = policy_rule(policy), outputs.objective
+    if rule.confidences is _read_outputs:
         temperatures = np.stack([c.temperatures for c in calibrators])  # [R, E]
         confidences = _call_function(policy, outputs, temperatures)
     else:
-        rule, objective = policy_rule(policy), outputs.objective
         if rule.needs_probabilities:
             categorical_variables(objective)
         if not rule.suits(objective):
@@ -190,7 +179,7 @@ def _call_function(
     The function gets the same read-only fields for saved outputs and for new texts. Raises
     UserError if it fails, for example because it tries to write to the outputs.
     """
-    function = load_policy(policy) if isinstance(policy, str) else policy
+    function: Any = load_policy(policy) if isinstance(policy, str) else policy
     scores = outputs.exit_scores
     read_only = UnlabeledOutputs(
         _read_only(outputs.logits),

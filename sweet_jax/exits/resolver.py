@@ -24,7 +24,7 @@ from sweet_jax.exits.certificates import (
     sequential_limits,
 )
 from sweet_jax.exits.pareto import ParetoFront
-from sweet_jax.exits.policies import POLICIES, policy_rule
+from sweet_jax.exits.policies import policy_rule
 from sweet_jax.exits.targets import DEFAULT_LEVEL, TargetTable, check_targets
 from sweet_jax.objectives import OBJECTIVES
 
@@ -34,8 +34,8 @@ _ACCURACIES = np.round(np.arange(200, -1, -1) / 200, 3)
 
 
 def reads_curve(policy: str) -> bool:
-    """Returns whether thresholds of the policy are accuracies; never for user-defined policies."""
-    return policy in POLICIES and bool(POLICIES[policy].curve)
+    """Returns whether thresholds of the policy are accuracies; never for a user's function."""
+    return bool(policy_rule(policy).curve)
 
 
 class Resolution(NamedTuple):

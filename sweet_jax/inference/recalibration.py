@@ -85,7 +85,7 @@ def fit_by_agreement(
     metric = objective.metric(model.metric)
     # With a metric that gives partial credit, agreement is partial too, as for certificates.
     if metric.credit is None:
-        metric = next(candidate for candidate in objective.metrics if candidate.is_share)
+        metric = accuracy_metric(objective.agrees)
     outputs = _outputs(model, logits, scores, objective.predict(logits[-1]), metric.name)
     (fitted,) = fit_calibrators(outputs)
     temperatures = fitted.temperatures.copy()

@@ -41,9 +41,9 @@ class ExitRule:
     def plain(self) -> int | None:
         """Returns the index of the policy in PLAIN_POLICIES, or None for other policies.
 
-        It is None for other objectives too: engines compute plain policies only for single-label.
+        It is None for other outputs too: engines compute plain policies of one class per row only.
         """
-        if self.objective is not SINGLE_LABEL:
+        if self.objective.categorical is not SINGLE_LABEL.categorical:
             return None
         named = isinstance(self.policy, str) and self.policy in PLAIN_POLICIES
         return PLAIN_POLICIES.index(self.policy) if named else None

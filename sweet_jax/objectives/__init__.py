@@ -7,9 +7,12 @@ from sweet_jax.objectives.multi_label import MULTI_LABEL
 from sweet_jax.objectives.objective import Metric, Objective
 from sweet_jax.objectives.regression import REGRESSION
 from sweet_jax.objectives.single_label import SINGLE_LABEL
+from sweet_jax.registry import Registry
 
-OBJECTIVES: dict[str, Objective] = {
-    objective.name: objective for objective in (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
-}
+OBJECTIVES = Registry(
+    "objective",
+    Objective,
+    {objective.name: objective for objective in (SINGLE_LABEL, MULTI_LABEL, REGRESSION)},
+)
 
 __all__ = ["OBJECTIVES", "SINGLE_LABEL", "Metric", "Objective"]
