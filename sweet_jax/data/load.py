@@ -16,7 +16,7 @@ from sweet_jax.data.sources import naming_source, read_sources, read_unlabeled, 
 from sweet_jax.data.splits import Split, split_off_validation
 from sweet_jax.data.tasks import GLUE, Task
 from sweet_jax.errors import UserError, check_choice
-from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
+from sweet_jax.objectives import OBJECTIVES, Objective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,13 @@ def fit_by_agreement(
     metric = objective.metric(model.metric)
     # With a metric that gives partial credit, agreement is partial too, as for certificates.
     if metric.credit is None:
-        metric = accuracy_metric(objective.agrees)
+        shares = [candidate for candidate in objective.metrics if candidate.is_share]
+        if not shares:
+            raise UserError(
+                f"no metric of objective={objective.name} is a share of the rows, as agreement with "
+                "the last exit is: pass --labelled instead of --audit_log"
+            )
+        metric = shares[0]
     outputs = _outputs(model, logits, scores, objective.predict(logits[-1]), metric.name)
     (fitted,) = fit_calibrators(outputs)
     temperatures = fitted.temperatures.copy()
