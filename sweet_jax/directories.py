@@ -1,7 +1,6 @@
 """Directories that are locked for one process, and written completely or not at all."""
 
 import contextlib
-import fcntl
 import filecmp
 import os
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sweet_jax.errors import UserError
+from sweet_jax.file_lock import lock_file
 
 _REPLACED = ".replaced"  # suffix of the name of a directory while another one takes its place
 
@@ -78,16 +78,14 @@ def lock_directory(folder: Path, name: str = "workdir") -> Iterator[None]:
 def _lock(folder: Path, what: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held by the with below
+        lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held by the with below
     except OSError as error:
         raise UserError(
             f"{what} cannot be written to ({error.strerror}): choose another"
         ) from error
-    # Without flock on the file system, the package filelock would fall back to a marker file. A
-    # process that is killed leaves that file behind, and other hosts cannot detect this.
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
             if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
                 raise BlockingIOError  # the former owner removed this file, and another created one
         except (BlockingIOError, FileNotFoundError) as error:

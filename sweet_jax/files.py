@@ -24,7 +24,7 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
     try:
         yield aside
         if durable:
-            with aside.open("rb") as file:
+            with aside.open("r+b") as file:  # Windows flushes no file that is open for reading
                 os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
@@ -32,12 +32,12 @@ def atomic_write(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically, in UTF-8.
+    """Writes a text file atomically, in UTF-8 with Unix line endings.
 
     What UTF-8 cannot hold, such as a byte of a file's name in another encoding, becomes "?".
     """
     with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8", errors="replace")
+        aside.write_text(text, encoding="utf-8", errors="replace", newline="\n")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], *, compressed: bool = False) -> None:

@@ -39,8 +39,8 @@ def input_digests(job: PreparedRun, identity: Mapping[str, Any]) -> dict[str, st
         if each is not None
     ]
     checkpoint = (str(job.checkpoint.config), weights.encoder, weights.pooler, dict(weights.exits))
-    base = (job.base.folder / "results.json").read_text() if job.base else ""
-    package = [path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    base = (job.base.folder / "results.json").read_text("utf-8") if job.base else ""
+    package = [path.read_text("utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))]
     versions = [version(name) for name in _PACKAGES]
     return {
         "has a different config or reads different data": _digest(

@@ -196,7 +196,9 @@ def _key_lines() -> Iterator[str]:
 
 def _recipe(name: str) -> ConfigDict:
     """Returns all keys, with the values set by a config file and otherwise the defaults."""
-    path, _, argument = name.partition(":")
+    # A path may contain colons too, as on Windows.
+    path, _, argument = (name, "", "") if Path(name).is_file() else name.rpartition(":")
+    path = path or name
     if not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist")
     try:

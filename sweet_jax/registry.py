@@ -51,6 +51,7 @@ class Registry(dict[str, Entry]):
         return dict.__getitem__(self, name)
 
 
+@functools.cache
 def import_entry(what: str, reference: str, kind: type) -> Any:
     """Imports the object "module:OBJECT"; its field `name`, if it has one, becomes the reference.
 

@@ -143,7 +143,7 @@ def _describe(
     ]
     shown = format_threshold(point.threshold, analysis.breakpoints(replica))
     line = f"threshold {shown}: " + "; ".join(parts)
-    if "error" in targets or ("accuracy" in targets and metric in ("accuracy", "subset_accuracy")):
+    if "error" in targets or ("accuracy" in targets and analysis.validation.metric.is_share):
         line += _describe_gap(point, point.validation[1], targets)
     return line
 

@@ -413,7 +413,7 @@ def test_a_file_system_without_locks_is_refused(refused, tmp_path, monkeypatch):
     def lacks(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("sweet_jax.directories.fcntl.flock", lacks)
+    monkeypatch.setattr("sweet_jax.file_lock.fcntl.flock", lacks)
     assert "without locks (Function not implemented)" in refused()
 
 

@@ -342,6 +342,15 @@ def test_what_follows_the_colon_is_the_recipes_argument(parsed):
     assert parsed(source=source, argument=":mrpc").task == "mrpc"
 
 
+@pytest.mark.parametrize("argument", ["", ":mrpc"])
+def test_the_path_of_a_config_file_may_contain_a_colon(argument, tmp_path):
+    path = tmp_path / "a:b" / "own.py"
+    path.parent.mkdir()
+    path.write_text("def get_config(task='sst2'): return {'task': task}")
+    config = parse(["main", f"--config={path}{argument}", f"--workdir={tmp_path / 'run'}"])[0]
+    assert config.task == (argument[1:] or "sst2")
+
+
 @pytest.mark.parametrize(
     ("recipe", "task"),
     [

@@ -185,7 +185,17 @@ def test_the_reference_page_describes_every_key():
 # From what is imported to what imports; docs/architecture.md has the same table.
 LEVELS = [
     {
-        *("errors", "registry", "methods", "poolings", "recipe", "paths", "files", "directories"),
+        *(
+            "errors",
+            "registry",
+            "methods",
+            "poolings",
+            "recipe",
+            "paths",
+            "file_lock",
+            "files",
+            "directories",
+        ),
         *(
             "run_directory",
             "storage_errors",

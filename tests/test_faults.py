@@ -19,13 +19,14 @@ from experiments.faults import kills, launch, summary
 from experiments.faults.compare import count_bits, differing_bits
 from experiments.faults.inputs import write_inputs
 from experiments.faults.phases import Watch
-from sweet_jax import distributed
+from sweet_jax import distributed, file_lock
 from sweet_jax.arguments import run_command
 from sweet_jax.config import Config
 from sweet_jax.directories import (
     check_writable,
     copy_additions,
     copy_files,
+    lock_directory,
     replace_directory,
     whole_directory,
 )
@@ -430,3 +431,11 @@ def test_killed_runs_are_counted_and_have_no_differing_bit(tmp_path):
     summary.report(tmp_path, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "kills.json").read_text())
     assert found["total"] == {"kills": 1, "runs": 1, "bits_compared": bits, "differing_bits": 0}
+
+
+def test_where_the_operating_system_has_no_such_locks_a_run_is_refused(tmp_path, monkeypatch):
+    """As on Windows, where the package is imported and models can be opened."""
+    monkeypatch.setattr(file_lock, "fcntl", None)
+    refusal = r"^this command locks files, which needs Linux or macOS"
+    with pytest.raises(UserError, match=refusal), lock_directory(tmp_path / "run"):
+        pass

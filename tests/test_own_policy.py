@@ -145,7 +145,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(sweet, fine_tuned, tmp_path)
     assert policy_reference(largest) == NAME
     with pytest.raises(UserError, match="AttributeError"):
         policy_reference(lambda outputs, temperatures: None)
-    with pytest.raises(UserError, match="NAME is not a function"):
+    with pytest.raises(UserError, match="is neither a function nor a Policy"):
         load_policy("test_own_policy:NAME")
     with pytest.raises(UserError, match="unknown policy 'largest'"):
         exit_confidences(sweet.outputs, "largest")

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from sweet_jax import __version__
 from sweet_jax.arguments import run_command
-from sweet_jax.errors import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice, missing_package
 from sweet_jax.standard_output import print_text
 
 # Subcommand → (module with its main, its description).
@@ -43,7 +43,13 @@ def _run(name: str, rest: Sequence[str]) -> int:
         check_choice("command", name, COMMANDS)
     except UserError as error:
         raise UserError(f"{error} (sweet-jax --help lists them)") from error
-    module = import_module(COMMANDS[name][0])  # not before: most of these modules import JAX
+    try:
+        module = import_module(COMMANDS[name][0])  # not before: most of these modules import JAX
+    except ModuleNotFoundError as error:  # with the extra "runtime" alone
+        package = missing_package(error)
+        raise UserError(
+            f"sweet-jax {name} needs the package {package}: pip install {package}"
+        ) from error
     # absl takes the program's name as the first argument, argparse does not.
     status: int = module.main([f"sweet-jax {name}", *rest] if name == "train" else rest)
     return status

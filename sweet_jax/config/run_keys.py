@@ -138,7 +138,10 @@ class EvaluationKeys:
         choices=_exit_score_policies,
     )
     metric: str = key(
-        "", "The reported metric, one of the objective's; \"\" uses the task's.", choices=_metrics
+        "",
+        "The reported metric, one of the objective's; \"\" uses the task's.",
+        choices=_metrics,
+        allows_reference=True,
     )
 
 

@@ -14,7 +14,7 @@ from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.exits.reliability import CURVES, ReliabilityCurve, fit_reliability_curve
 from sweet_jax.objectives import SINGLE_LABEL, Objective
-from sweet_jax.objectives.objective import CategoricalVariables, softmax
+from sweet_jax.objectives.objective import CategoricalVariables, log_softmax, softmax
 
 # If nearly all calibration rows are right, the likelihood may be largest at a T near 0; if the
 # logits carry no information, at a very large T. T is clipped to this range, and is 1 if all are
@@ -74,11 +74,12 @@ def fit_temperature(
 ) -> float:
     """Returns the T in TEMPERATURE_RANGE that minimizes the mean NLL of targets under logits / T.
 
-    This is exact temperature scaling (Guo et al. 2017, arXiv 1706.04599). The NLL is convex in 1/T,
-    so its derivative, the mean over rows of E_p[z] - z_y summed over the variables, has one zero,
-    which is found by Brent's method. If every outcome is predicted correctly, there is no zero and
-    the rows do not show how uncertain the exit should be: T is then 1. NaN if logits are not
-    finite.
+    This is exact temperature scaling (Guo et al. 2017, arXiv 1706.04599). If the variables' logits
+    z are linear in an exit's, the NLL is convex in 1/T, so its derivative, the mean over rows of
+    E_p[z] - z_y summed over the variables, has one zero, which is found by Brent's method;
+    otherwise the NLL is minimized over log T. If every outcome is predicted correctly, there is no
+    minimum and the rows do not show how uncertain the exit should be: T is then 1. NaN if logits
+    are not finite.
 
     Args:
       logits: logits of one exit, float [N, C].
@@ -86,7 +87,8 @@ def fit_temperature(
       objective: objective that defines what the logits mean.
 
     """
-    from scipy.optimize import brentq  # imported here because a served model does not need SciPy
+    # Imported here because a served model does not need SciPy.
+    from scipy.optimize import brentq, minimize_scalar
 
     variables = categorical_variables(objective)
     z = variables.logits(np.asarray(logits, np.float64))  # [N, V, K]
@@ -99,9 +101,16 @@ def fit_temperature(
         expected = np.sum(softmax(inverse * z) * z, axis=-1)  # [N, V]
         return float((expected - right).sum(axis=-1).mean())
 
+    def nll(log_temperature: float) -> float:
+        scaled = log_softmax(variables.logits(np.asarray(logits) / np.exp(log_temperature)))
+        return -float(np.take_along_axis(scaled, outcomes, axis=-1).sum(axis=(1, 2)).mean())
+
     others = np.where(np.arange(z.shape[-1]) == outcomes, -np.inf, z).max(axis=-1)
     if (right > others).all():
         return 1.0
+    if not variables.is_linear:
+        found = minimize_scalar(nll, bounds=np.log(TEMPERATURE_RANGE), method="bounded")
+        return float(np.exp(found.x))
     low, high = 1 / TEMPERATURE_RANGE[1], 1 / TEMPERATURE_RANGE[0]
     if slope(low) >= 0:
         return TEMPERATURE_RANGE[1]

@@ -4,7 +4,6 @@ Shape letters: E exit, N texts, C classes.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from sweet_jax.errors import UserError
+from sweet_jax.file_lock import lock_file
 from sweet_jax.inference.audit_identity import check_same_model
 from sweet_jax.paths import expand_user
 
@@ -128,9 +128,9 @@ def _lock_beside(path: Path) -> IO[str]:
 
     Raises UserError if another process holds the lock.
     """
-    lock = path.with_name(f".{path.name}.lock").open("w")
+    lock = path.with_name(f".{path.name}.lock").open("w", encoding="utf-8")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock)
     except BlockingIOError as error:
         lock.close()
         raise UserError(

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sweet_jax.errors import UserError
+from sweet_jax.file_lock import lock_file
 from sweet_jax.files import atomic_write, read_json, write_json
 from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 
@@ -109,7 +109,7 @@ class OutputFile:
         with file:
             if not self.streams:
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock_file(file)
                 except OSError as error:
                     raise UserError(
                         f"--output {str(self.path)!r} is in use by another process: wait for it, "

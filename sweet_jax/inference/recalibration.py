@@ -88,8 +88,8 @@ def fit_by_agreement(
         shares = [candidate for candidate in objective.metrics if candidate.is_share]
         if not shares:
             raise UserError(
-                f"no metric of objective={objective.name} is a share of the rows, as agreement with "
-                "the last exit is: pass --labelled instead of --audit_log"
+                f"objective={objective.name} has no metric that is a share of the rows, as the "
+                "agreement with the last exit is: pass --labelled instead of --audit_log"
             )
         metric = shares[0]
     outputs = _outputs(model, logits, scores, objective.predict(logits[-1]), metric.name)

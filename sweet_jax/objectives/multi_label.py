@@ -244,6 +244,7 @@ MULTI_LABEL = Objective(
     categorical=CategoricalVariables(
         logits=two_outcomes,
         outcomes=lambda targets: targets.astype(int),
+        is_linear=True,
     ),
     default_policy="min_confidence",
     measures=(

@@ -16,6 +16,7 @@ import numpy as np
 from sweet_jax.errors import UserError, check_choice
 from sweet_jax.objectives.label_column import LabelColumn
 from sweet_jax.objectives.linear_model import LinearModel
+from sweet_jax.registry import import_entry
 
 Array = Any  # jax.Array or np.ndarray
 
@@ -103,11 +104,14 @@ class CategoricalVariables:
       logits: function of the outputs [..., C] that returns the logits of the variables
         [..., V, K], for JAX and NumPy arrays.
       outcomes: function of the targets that returns the outcome of each variable, int [..., V].
+      is_linear: whether `logits` is linear, so that the best temperature is the root of a monotone
+        function.
 
     """
 
     logits: Callable[[Array], Array]
     outcomes: Callable[[np.ndarray], np.ndarray]
+    is_linear: bool = False
 
     def outcome_count(self, outputs: int) -> int:
         """Returns K, the number of outcomes, for an exit with `outputs` outputs."""
@@ -210,9 +214,14 @@ class Objective:
         return self.agrees(predictions, others)
 
     def metric(self, metric: str | Metric) -> Metric:
-        """Returns the metric with a name, or a Metric unchanged. Raises UserError if unknown."""
+        """Returns the metric with a name, or a Metric unchanged.
+
+        The name "module:METRIC" is that of a user-defined metric. Raises UserError if unknown.
+        """
         if isinstance(metric, Metric):
             return metric
+        if ":" in metric:
+            return import_entry("metric", metric, Metric)
         named = {known.name: known for known in self.metrics}
         check_choice("metric", metric, named)
         return named[metric]

@@ -283,6 +283,7 @@ SINGLE_LABEL = Objective(
     categorical=CategoricalVariables(
         logits=lambda logits: logits[..., None, :],
         outcomes=lambda labels: labels[..., None],
+        is_linear=True,
     ),
     outputs="classes",
 )

@@ -17,7 +17,10 @@ from sweet_jax.report.details import ReportDetails, recommended_threshold
 from sweet_jax.report.figures import curve_figure
 from sweet_jax.report.verdict import describe_training, verdict
 
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_BROWSERS = (
+    *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"),
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
 _SIZE = "1200,900"  # pixels
 _SECONDS = 60  # time limit for the browser to start and draw
 # No network, no user profile, and no scroll bars in the picture.

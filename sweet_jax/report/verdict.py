@@ -171,7 +171,7 @@ def _decide(cost: float, baseline: float) -> str:
 
 
 def _reaches(metric: Metric, value: float) -> str:
-    if metric.name == "accuracy":
+    if metric.is_share:
         return f"is right {_number(metric, value)} of the time"
     return f"has {name_without_sign(metric.name).replace('_', ' ')} {_number(metric, value)}"
 
@@ -179,12 +179,12 @@ def _reaches(metric: Metric, value: float) -> str:
 def _number(metric: Metric, value: float) -> str:
     if metric.is_error:
         value = -value
-    return f"{100 * value:.1f}%" if metric.name == "accuracy" else f"{value:.3f}"
+    return f"{100 * value:.1f}%" if metric.is_share else f"{value:.3f}"
 
 
 def _difference(metric: Metric, gap: float, low: float, high: float, subject: str = "") -> str:
     """Describes a difference between two metrics, with its 95% interval."""
-    scale, unit, digits = (100, " points", 1) if metric.name == "accuracy" else (1, "", 3)
+    scale, unit, digits = (100, " points", 1) if metric.is_share else (1, "", 3)
     side = "better" if gap > 0 else "worse"
     if metric.is_error:  # the interval is for the errors, which are shown
         low, high = -high, -low

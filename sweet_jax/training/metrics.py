@@ -29,7 +29,7 @@ def _read(workdir: Path) -> list[Row]:
     """Returns the rows of metrics.jsonl, up to a line that is incomplete because a process died."""
     path = workdir / "metrics.jsonl"
     rows: list[Row] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -63,7 +63,7 @@ class MetricsLog:
             or (step > 0 and row["step"] + ("area" not in row) <= step)
         ]
         write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = (workdir / "metrics.jsonl").open("a")
+        self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
         self._training = training
         self._exits = exits
         self._tracker = tracker
