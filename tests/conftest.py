@@ -30,8 +30,11 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from tiny import Reference, fine_tune, write_checkpoint, write_rows
+from tiny import WORDS, Reference, fine_tune, write_checkpoint, write_rows
 
 from sweet_jax.report import figures
 
@@ -205,6 +208,25 @@ def one_device_in_module():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
         yield
+
+
+@pytest.fixture(scope="module")
+def cell_options(tmp_path_factory) -> list[str]:
+    """Options of cells of the experiments that take seconds: two layers, learnable rows."""
+    data = tmp_path_factory.mktemp("glue")
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "shallow", layers=2)
+    rng = np.random.default_rng(0)
+    (data / "sst2").mkdir()
+    for split, count in (("train", 80), ("validation", 40)):
+        labels = rng.integers(0, 2, count)
+        noise = [" ".join(rng.choice(WORDS[2:], rng.integers(1, 12))) for _ in labels]
+        texts = [f"{WORDS[y]} {words}" for y, words in zip(labels, noise, strict=True)]
+        table = pa.table({"sentence": texts, "label": labels, "idx": np.arange(count)})
+        pq.write_table(table, data / "sst2" / f"{split}.parquet")
+    return [
+        *(f"--data_dir={data}", f"--checkpoint={checkpoint}", "--exits=1,2", "--tasks=sst2"),
+        *("--seeds=0,1", "--max_length=32"),
+    ]
 
 
 @pytest.fixture(scope="session")

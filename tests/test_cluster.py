@@ -10,12 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from tiny import WORDS, write_checkpoint
 
 from experiments import cluster, grid
 from experiments.options import parser
@@ -26,15 +22,7 @@ from sweet_jax.exits.outputs import ExitOutputs
 ROOT = Path(__file__).parent.parent
 METHODS = ("sweet", "early_exit", "multi_model")
 CELLS = tuple(f"sst2-{method}" for method in METHODS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """This process has one device, as the workers have."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device_in_module")  # as many as the workers have
 
 
 CLUSTER = """
@@ -74,21 +62,10 @@ def two_workers():
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory) -> list[str]:
+def arguments(cell_options) -> list[str]:
     """Options of cells of 2 replicas and 28 steps, with a checkpoint after each fourth."""
-    data = tmp_path_factory.mktemp("glue")
-    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "shallow", layers=2)
-    rng = np.random.default_rng(0)
-    (data / "sst2").mkdir()
-    for split, count in (("train", 80), ("validation", 40)):
-        labels = rng.integers(0, 2, count)
-        noise = [" ".join(rng.choice(WORDS[2:], rng.integers(1, 12))) for _ in labels]
-        texts = [f"{WORDS[y]} {words}" for y, words in zip(labels, noise, strict=True)]
-        table = pa.table({"sentence": texts, "label": labels, "idx": np.arange(count)})
-        pq.write_table(table, data / "sst2" / f"{split}.parquet")
     return [
-        *(f"--data_dir={data}", f"--checkpoint={checkpoint}", "--exits=1,2", "--tasks=sst2"),
-        *("--seeds=0,1", "--learning_rates=3e-3", "--max_length=32", "--train_size=70"),
+        *(*cell_options, "--learning_rates=3e-3", "--train_size=70"),
         *("--set", "epochs=4", "--set", "batch_size=8", "--set", "checkpoint_every=4"),
     ]
 

@@ -16,12 +16,10 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import jax
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import WORDS, write_checkpoint
+from tiny import write_checkpoint
 
 from experiments import (
     ablation,
@@ -55,33 +53,14 @@ SCRIPTS = (
     *(individual, rates, curves, sizes, ablation, isolation, learning_to_exit),
     *(pcee_control, large_at_small_cost, read_outs, grid),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Runs of seconds are compiled for one device, which is quicker than for four."""
-    first = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sweet_jax.training.sharding.jax.devices", lambda: first)
-        yield
+pytestmark = pytest.mark.usefixtures("one_device_in_module")
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory) -> list[str]:
+def arguments(cell_options) -> list[str]:
     """Options of cells that take seconds: two layers, learnable rows, two seeds, two rates."""
-    data = tmp_path_factory.mktemp("glue")
-    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "shallow", layers=2)
-    rng = np.random.default_rng(0)
-    (data / "sst2").mkdir()
-    for split, count in (("train", 80), ("validation", 40)):
-        labels = rng.integers(0, 2, count)
-        noise = [" ".join(rng.choice(WORDS[2:], rng.integers(1, 12))) for _ in labels]
-        texts = [f"{WORDS[y]} {words}" for y, words in zip(labels, noise, strict=True)]
-        table = pa.table({"sentence": texts, "label": labels, "idx": np.arange(count)})
-        pq.write_table(table, data / "sst2" / f"{split}.parquet")
     return [
-        *(f"--data_dir={data}", f"--checkpoint={checkpoint}", "--exits=1,2"),
-        *("--tasks=sst2", "--seeds=0,1", "--learning_rates=1e-3,3e-3", "--max_length=32"),
+        *(*cell_options, "--learning_rates=1e-3,3e-3"),
         *("--set", "epochs=1", "--set", "batch_size=8", "--set", "train_size=70"),
     ]
 
