@@ -43,10 +43,6 @@ class Certificate:
     harmed: float
     rows: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the certificate as results.json and the report store it."""
-        return dataclasses.asdict(self)
-
 
 def exit_losses(outputs: ExitOutputs, replica: int, kind: str) -> np.ndarray:
     """Returns whether leaving at an exit harms an example, bool [E, N].

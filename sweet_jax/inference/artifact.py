@@ -288,23 +288,3 @@ def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
             NetworkFiles(folder / m["folder"], tuple(m["exits"])) for m in values["models"]
         ),
     }
-
-
-def push_to_hub(folder: Path, name: str, *, private: bool = False) -> str:
-    """Uploads a folder model/ to the Hugging Face hub; returns its URL.
-
-    Args:
-      folder: the folder model/.
-      name: repository, as "owner/name"; it is created if it does not exist.
-      private: whether a repository that is created is private.
-
-    Raises UserError if the upload fails.
-
-    """
-    import huggingface_hub  # slow to import, and not needed for local files
-
-    try:
-        huggingface_hub.create_repo(name, private=private, exist_ok=True)
-        return str(huggingface_hub.upload_folder(repo_id=name, folder_path=folder))
-    except Exception as error:  # the client raises many types; to a user they all mean the same
-        raise UserError(f"could not push {str(folder)!r} to {name!r}: {one_line(error)}") from error

@@ -15,7 +15,7 @@ from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import PolicyFunction, policy_name, policy_rule
 from sweet_jax.exits.targets import Target, check_targets
-from sweet_jax.inference import artifact
+from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.encoding import encode_requests
 from sweet_jax.inference.engine import (
@@ -266,7 +266,15 @@ class AdaptiveClassifier:
         Raises UserError if the upload fails.
 
         """
-        return artifact.push_to_hub(self.model.folder, name, private=private)
+        import huggingface_hub  # slow to import, and not needed for local files
+
+        folder = self.model.folder
+        try:
+            huggingface_hub.create_repo(name, private=private, exist_ok=True)
+            return str(huggingface_hub.upload_folder(repo_id=name, folder_path=folder))
+        except Exception as error:  # the client raises many types; to a user they mean the same
+            message = f"could not push {str(folder)!r} to {name!r}: {one_line(error)}"
+            raise UserError(message) from error
 
     def make_scheduler(
         self, batch_size: int, wait: int | None = None, *, full: bool | None = None

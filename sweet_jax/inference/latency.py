@@ -56,17 +56,15 @@ def measure_latency(
     return LatencyTable(*choice, engine.threads, describe_machine(engine), sizes, lengths, times)
 
 
-def usual_lengths(max_length: int) -> tuple[int, ...]:
-    """Returns every other padded length, ascending, including the longest."""
-    return padded_lengths(max_length)[::-2][::-1]
-
-
 def measured_lengths(model: ModelArtifact) -> tuple[int, ...]:
-    """Returns the lengths to measure: the usual ones, and those of median and of long texts."""
+    """Returns the lengths to measure: every other padded length, and those of typical texts.
+
+    The longest length is one of them. Typical texts are those of median length, and long ones.
+    """
     typical = {
         padded_length(n, model.max_length) for n in (model.median_tokens, model.long_tokens) if n
     }
-    return tuple(sorted({*usual_lengths(model.max_length), *typical}))
+    return tuple(sorted({*padded_lengths(model.max_length)[::-2], *typical}))
 
 
 def describe_fastest(model: ModelArtifact, tables: Sequence[LatencyTable]) -> list[str]:

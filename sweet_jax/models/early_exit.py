@@ -73,11 +73,6 @@ class EarlyExit(nnx.Module):
             }
         )
 
-    @property
-    def shared_relative(self) -> bool:
-        """Whether every exit trains the table of relative positions."""
-        return self.config.shared_relative
-
     def segment(
         self,
         index: int,

@@ -213,5 +213,6 @@ def certificate_table(analysis: Analysis, replica: int) -> list[dict[str, Any]]:
             shown = None
             if found.threshold is not None:
                 shown = format_threshold(found.threshold, points)
-            rows.append(found.as_dict() | {"text": shown, "cost": cost, "score": value})
+            row = dataclasses.asdict(found) | {"text": shown, "cost": cost, "score": value}
+            rows.append(row)
     return rows
