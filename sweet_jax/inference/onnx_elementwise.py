@@ -1,73 +1,40 @@
 """Elementwise operators, by JAX primitive."""
 
+from collections.abc import Callable
 from typing import Any
 
-from sweet_jax.inference.onnx_trace import Operation, Value
+from sweet_jax.inference.onnx_graph import GraphBuilder
+from sweet_jax.inference.onnx_trace import Operation
 from sweet_jax.inference.onnx_writer import GraphWriter, Operator
 
 
-def elementwise(kind: str, **attributes: Any) -> Operator:
-    """Returns an operator that writes a single ONNX node."""
+def elementwise(nodes: Callable[..., str]) -> Operator:
+    """Returns an operator whose output has the shape that its inputs are broadcast to.
+
+    nodes: function of (graph, operation, names of the inputs) that adds the nodes, and returns the
+      name of the output.
+    """
 
     def write(writer: GraphWriter, operation: Operation) -> str:
-        out = operation.outputs[0]
-        name = writer.graph.op(kind, *map(writer.name, operation.inputs), **attributes)
-        return broadcast(writer, operation, out, name)
+        (out,), shapes = operation.outputs, [writer.shape(value) for value in operation.inputs]
+        name = nodes(writer.graph, operation, *map(writer.name, operation.inputs))
+        sizes = [
+            next((s[i] for s in shapes if len(s) == len(out.shape) and s[i] != 1), 1)
+            for i in range(len(out.shape))
+        ]
+        return writer.give(out, name, sizes)
 
     return write
 
 
-def broadcast(writer: GraphWriter, operation: Operation, out: Value, name: str) -> str:
-    """Names the output of an elementwise operation, whose shape is broadcast from its inputs."""
-    shapes = [writer.shape(value) for value in operation.inputs]
-    sizes = [
-        next((s[i] for s in shapes if len(s) == len(out.shape) and s[i] != 1), 1)
-        for i in range(len(out.shape))
-    ]
-    return writer.give(out, name, sizes)
+def _node(kind: str, **attributes: Any) -> Operator:
+    """Returns an elementwise operator that is a single ONNX node."""
+    return elementwise(lambda graph, operation, *names: graph.op(kind, *names, **attributes))
 
 
-def _select(writer: GraphWriter, operation: Operation) -> str:
-    which, no, yes = operation.inputs
-    name = writer.graph.op("Where", *map(writer.name, (which, yes, no)))
-    return broadcast(writer, operation, operation.outputs[0], name)
-
-
-def _not_equal(writer: GraphWriter, operation: Operation) -> str:
-    equal = writer.graph.op("Equal", *map(writer.name, operation.inputs))
-    name = writer.graph.op("Not", equal)
-    return broadcast(writer, operation, operation.outputs[0], name)
-
-
-def _rsqrt(writer: GraphWriter, operation: Operation) -> str:
-    root = writer.graph.op("Sqrt", writer.name(operation.inputs[0]))
-    name = writer.graph.op("Reciprocal", root)
-    return broadcast(writer, operation, operation.outputs[0], name)
-
-
-def _power(writer: GraphWriter, operation: Operation) -> str:
-    x = operation.inputs[0]
-    exponent = writer.graph.constant(operation.params["y"], x.dtype)
-    name = writer.graph.op("Pow", writer.name(x), exponent)
-    return broadcast(writer, operation, operation.outputs[0], name)
-
-
-def _square(writer: GraphWriter, operation: Operation) -> str:
-    x = writer.name(operation.inputs[0])
-    name = writer.graph.op("Mul", x, x)
-    return broadcast(writer, operation, operation.outputs[0], name)
-
-
-def _clamp(writer: GraphWriter, operation: Operation) -> str:
-    low, x, high = map(writer.name, operation.inputs)
-    name = writer.graph.op("Min", writer.graph.op("Max", x, low), high)
-    return broadcast(writer, operation, operation.outputs[0], name)
-
-
-def _cast(writer: GraphWriter, operation: Operation) -> str:
-    out = operation.outputs[0]
-    name = writer.graph.cast(writer.name(operation.inputs[0]), out.dtype)
-    return broadcast(writer, operation, out, name)
+def _power(graph: GraphBuilder, operation: Operation, x: str) -> str:
+    dtype = operation.inputs[0].dtype
+    return graph.op("Pow", x, graph.constant(operation.params["y"], dtype))
 
 
 _SIMPLE = {
@@ -78,14 +45,17 @@ _SIMPLE = {
     **{"abs": "Abs", "neg": "Neg", "sign": "Sign", "floor": "Floor", "ceil": "Ceil", "sin": "Sin"},
     **{"cos": "Cos", "gelu": "Gelu"},
 }
-ELEMENTWISE: dict[str, Operator] = {
-    **{primitive: elementwise(kind) for primitive, kind in _SIMPLE.items()},
-    "tanh_gelu": elementwise("Gelu", approximate="tanh"),
-    "select_n": _select,
-    "ne": _not_equal,
-    "rsqrt": _rsqrt,
+_COMPOSED: dict[str, Callable[..., str]] = {
+    "select_n": lambda graph, _, which, no, yes: graph.op("Where", which, yes, no),
+    "ne": lambda graph, _, a, b: graph.op("Not", graph.op("Equal", a, b)),
+    "rsqrt": lambda graph, _, x: graph.op("Reciprocal", graph.op("Sqrt", x)),
     "integer_pow": _power,
-    "square": _square,
-    "clamp": _clamp,
-    "convert_element_type": _cast,
+    "square": lambda graph, _, x: graph.op("Mul", x, x),
+    "clamp": lambda graph, _, low, x, high: graph.op("Min", graph.op("Max", x, low), high),
+    "convert_element_type": lambda graph, cast, x: graph.cast(x, cast.outputs[0].dtype),
+}
+ELEMENTWISE: dict[str, Operator] = {
+    **{primitive: _node(kind) for primitive, kind in _SIMPLE.items()},
+    **{primitive: elementwise(nodes) for primitive, nodes in _COMPOSED.items()},
+    "tanh_gelu": _node("Gelu", approximate="tanh"),
 }
