@@ -78,7 +78,6 @@ class StageBatch(NamedTuple):
     rows: np.ndarray  # int32 [2, B]: the slot of each request (P for no slot), its number of tokens
     # int32 [2, B, L]: input_ids and token_type_ids; None if the stage does not embed token ids.
     texts: np.ndarray | None = None
-    requests: int | None = None  # number of rows, from the first, that are not padding; None = all
     temperatures: np.ndarray | None = None  # float32 [B], temperatures at this exit; None = 1
     largest: int = 0  # maximum B of later batches, for engines that compile; 0 = this batch's B
     # int32 [B], index of the token at which the second text of a pair begins; None = at the end.
@@ -88,7 +87,7 @@ class StageBatch(NamedTuple):
 class StageOutput(NamedTuple):
     """Holds the outputs of an exit for one batch, on the host, and the hidden states to keep."""
 
-    logits: np.ndarray  # float32 [B, C]; padding rows may be left out
+    logits: np.ndarray  # float32 [B, C]
     exit_scores: np.ndarray | None  # float32 [B], from 0 to 1; None without learning-to-exit
     states: HiddenStates | None  # the buffer to pass to the next run; None if the stage uses none
     # float32 [B, K], 1 minus the confidences of PLAIN_POLICIES; None if they are not computed.

@@ -2,8 +2,8 @@
 
 Each segment of a network (`onnx_segments.py`) is one session of ONNX Runtime. For an exported
 model, its graph is read from a file; otherwise, it is traced with JAX, which is not used after
-that. A batch is run without its padding rows. It is split into parts that fit into the cache, of
-texts of similar length, and each part is padded only to its longest text.
+that. A batch is split into parts that fit into the cache, of texts of similar length, and each part
+is padded only to its longest text.
 
 Shape letters: B batch, N requests, L length, Q first tokens, H hidden, C classes, P slots.
 """
@@ -220,7 +220,7 @@ class OnnxEngine:
 
     def run(self, stage: Stage, batch: StageBatch, states: np.ndarray | None) -> StageOutput:
         """Runs a stage on a batch, in parts; changes `states` in place if it writes states."""
-        rows = batch.rows[:, : batch.requests]  # [2, N], without padding rows
+        rows = batch.rows  # [2, N]
         parts = split_by_length(rows[1], tokens_of_part(self._sizes.threads))
         if len(parts) == 1:
             values = self._run_part(stage, rows, batch.texts, states, batch.second_starts)
@@ -250,18 +250,18 @@ class OnnxEngine:
         Args:
           stage: the stage to run.
           rows: slots and numbers of tokens, int32 [2, N].
-          texts: int32 [2, at least N, L], if the stage embeds, else None.
+          texts: int32 [2, N, L], if the stage embeds, else None.
           states: all hidden states, changed in place if the stage writes states.
-          starts: indices of the tokens at which the second text of each pair begins, int32 [at
-            least N]; None = at the end.
+          starts: indices of the tokens at which the second text of each pair begins, int32 [N];
+            None = at the end.
 
         """
         slots, tokens = rows  # [N] each
         length = max(int(tokens.max()), 1)
         values: dict[str, np.ndarray] = {"tokens": tokens}
-        values["second_start"] = tokens if starts is None else starts[: len(tokens)]
+        values["second_start"] = tokens if starts is None else starts
         if texts is not None:
-            texts = texts[:, : len(tokens), :length]
+            texts = texts[:, :, :length]
             values |= dict(zip(("input_ids", "token_type_ids"), texts, strict=True))
         elif states is not None:
             # Copying rows out of the buffer and back takes 1% of a layer's time, also at batch
