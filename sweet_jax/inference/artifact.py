@@ -15,7 +15,7 @@ import numpy as np
 
 from sweet_jax.config import Config
 from sweet_jax.directories import copy_additions, replace_directory
-from sweet_jax.errors import UserError, one_line
+from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import read_json, write_json, write_text

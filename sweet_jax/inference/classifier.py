@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from sweet_jax.errors import UserError, check_choice
+from sweet_jax.errors import UserError, check_choice, one_line
 from sweet_jax.exits.calibration import Calibrator
 from sweet_jax.exits.policies import PolicyFunction, policy_name, policy_rule
 from sweet_jax.exits.targets import Target, check_targets
-from sweet_jax.files import one_line
 from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.encoding import encode_requests
 from sweet_jax.inference.engine import (
