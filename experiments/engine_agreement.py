@@ -31,7 +31,7 @@ import numpy as np
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.errors import UserError
-from sweet_jax.exits.calibration import fit_calibrators, softmax_with_temperature
+from sweet_jax.exits.calibration import fit_calibrators
 from sweet_jax.exits.certificates import candidate_thresholds, certify, count_losses, exit_losses
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.exits.simulation import exact_curve
@@ -39,6 +39,7 @@ from sweet_jax.files import read_json, write_json
 from sweet_jax.inference.all_exits import compute_all_exits
 from sweet_jax.inference.artifact import INT8_FILE, open_model
 from sweet_jax.inference.engine import load_engine
+from sweet_jax.objectives.objective import softmax
 from sweet_jax.preparation import prepare
 from sweet_jax.quantize import quantized_outputs
 from sweet_jax.saved_config import read_saved_config
@@ -64,7 +65,7 @@ def compare_float32(folder: Path, texts: list[Any]) -> dict[str, Any]:
         confidences = exit_confidences(outputs, model.policy, [every.calibrator])[0]  # [E, N]
         thresholds = thresholds or _thresholds(outputs, confidences)
         taken = [every.at(threshold=each).predict(texts).exits for each in thresholds]  # [N] each
-        found[name] = (softmax_with_temperature(logits, scale), confidences, taken)
+        found[name] = (softmax(logits / scale), confidences, taken)
     (first, near, ours), (second, _, theirs) = found["jax"], found["onnxruntime"]
     others, ties = [], 0
     for cost, threshold, exits, other in zip(COSTS, thresholds, ours, theirs, strict=True):

@@ -5,7 +5,7 @@ Shape letters: N training rows, M other rows, H features, C classes.
 
 import numpy as np
 
-from sweet_jax.exits.calibration import softmax_with_temperature
+from sweet_jax.objectives.objective import softmax
 
 
 def laplace_confidences(
@@ -35,7 +35,7 @@ def laplace_confidences(
         return np.column_stack([(values - mean) / scale, np.ones(len(values))])
 
     own, others = standardise(x), standardise(rows)
-    p = softmax_with_temperature((x @ kernel + bias)[None], np.ones(1))[0].astype(np.float64)
+    p = softmax((x @ kernel + bias).astype(np.float64))
     count = len(x)
     inputs, across = np.linalg.eigh(own.T @ own / count)
     curvature = np.diag(p.mean(axis=0)) - p.T @ p / count  # [C, C]
@@ -45,4 +45,4 @@ def laplace_confidences(
     precision = count * (np.outer(np.clip(inputs, 0, None), outputs[told]) + penalty)  # [H + 1, C]
     variance = (others @ across) ** 2 @ (1 / precision) @ (between[:, told] ** 2).T  # [M, C]
     logits = (rows @ kernel + bias) / np.sqrt(1 + np.pi / 8 * variance)
-    return softmax_with_temperature(logits[None], np.ones(1))[0].max(axis=-1).astype(np.float64)
+    return softmax(logits.astype(np.float64)).max(axis=-1)

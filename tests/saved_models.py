@@ -9,7 +9,6 @@ from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.data.batches import encode_pairs
-from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import TrainedModel, open_model, save_model
 from sweet_jax.inference.engine import StageBatch, load_engine
@@ -17,6 +16,7 @@ from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pretrained import open_checkpoint
+from sweet_jax.objectives.objective import softmax
 
 EXITS, CLASSES, LONGEST = (1, 2, 3), 3, 32
 
@@ -83,11 +83,11 @@ class Saved:
         exits = leaves.argmax(axis=0)
         taken = self.logits[exits, np.arange(len(exits))]
         fitted = classifier.calibrator.temperatures[exits, None]
-        return exits, softmax_with_temperature(taken, fitted)
+        return exits, softmax(taken / fitted)
 
     def confidence(self) -> np.ndarray:
         """raw_confidence, [E, N]."""
-        return softmax_with_temperature(self.logits, np.ones((*self.logits.shape[:2], 1))).max(-1)
+        return softmax(self.logits.astype(np.float64)).max(-1)
 
 
 def middle(confidence) -> float:

@@ -15,7 +15,6 @@ from numpy_engine import load_engine as load_numpy
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.data.batches import encode
 from sweet_jax.errors import UserError
-from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.engine import ENGINES, load_engine, padded_lengths, plan_stages
@@ -23,6 +22,7 @@ from sweet_jax.inference.predictions import InvalidRow
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
 from sweet_jax.objectives import SINGLE_LABEL
+from sweet_jax.objectives.objective import softmax
 
 ROOT = Path(__file__).parents[1]
 LAYERS, CLASSES, VOCABULARY = (1, 3, 4), 3, 50
@@ -75,7 +75,7 @@ def test_a_second_engine_gives_the_predictions_of_its_one_pass(
 ):
     ids, _ = encode(model.tokenizer, [(text,) for text in texts], model.max_length)
     logits = np.stack([engine.one_pass(row) for row in ids])  # [N, E, C]
-    probabilities = softmax_with_temperature(logits, np.ones((len(texts), len(LAYERS), 1)))
+    probabilities = softmax(logits.astype(np.float64))
     confidence = probabilities.max(axis=-1)  # [N, E]
     threshold = float(np.median(confidence)) + 1e-6
     takes = confidence >= threshold
@@ -88,7 +88,7 @@ def test_a_second_engine_gives_the_predictions_of_its_one_pass(
     taken = logits[np.arange(len(texts)), exits]
     assert found.labels.tolist() == [model.classes[c] for c in taken.argmax(axis=1)]
     temperatures = classifier.calibrator.temperatures.reshape(-1, 1)[exits]  # [N, 1]
-    wanted = softmax_with_temperature(taken, temperatures)
+    wanted = softmax(taken / temperatures)
     np.testing.assert_allclose(found.probabilities, wanted, atol=1e-6)
     np.testing.assert_allclose(found.cost, model.cost[exits])
     sizes, lengths = (set(values) for values in zip(*engine.shapes, strict=True))

@@ -18,7 +18,6 @@ from tiny import WORDS, write_checkpoint
 
 from sweet_jax import AdaptiveClassifier, export, predict
 from sweet_jax.errors import UserError
-from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.inference.engine_choice import default_engine
 from sweet_jax.inference.engine_jax import JaxEngine, stage_parameters
@@ -29,6 +28,7 @@ from sweet_jax.models.checkpoint_folder import load_tokenizer, locate_checkpoint
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.pretrained import open_checkpoint
+from sweet_jax.objectives.objective import softmax
 
 POLICIES = ("confidence", "entropy", "patience", "voting", "learning_to_exit", "pcee_isotonic")
 
@@ -186,7 +186,7 @@ def test_exits_that_read_the_mean_of_the_tokens(mean_pooled, mode):
     alone = mean_pooled.classifier.at(threshold=float("inf")).predict(mean_pooled.texts[:5], 5)
     logits = mean_pooled.outputs.logits[0, -1, :5]
     temperatures = mean_pooled.classifier.model.resolver.calibrator.temperatures[-1]
-    wanted = softmax_with_temperature(logits, np.full((5, 1), temperatures))
+    wanted = softmax(logits / temperatures)
     np.testing.assert_allclose(alone.probabilities, wanted, atol=1e-5)
 
 

@@ -15,7 +15,6 @@ from flax import nnx
 from sweet_jax import AdaptiveClassifier, ExitOutputs
 from sweet_jax.config import from_mapping
 from sweet_jax.data.load import load_dataset
-from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.exits.policies import exit_confidences
 from sweet_jax.models.albert import AlbertConfig
 from sweet_jax.models.bert import BertConfig
@@ -30,6 +29,7 @@ from sweet_jax.models.modernbert import ModernBertConfig
 from sweet_jax.models.mpnet import MPNetConfig
 from sweet_jax.models.roberta import RobertaConfig, XlmRobertaConfig
 from sweet_jax.models.tensor_names import hugging_face_tensors
+from sweet_jax.objectives.objective import softmax
 from sweet_jax.pipeline import run
 
 WORDS = [f"word{i}" for i in range(40)]
@@ -262,4 +262,4 @@ class Reference:
         exits = leaves.argmax(axis=0)
         close = (np.abs(scores[:-1] - classifier.threshold) < 1e-5).any(axis=0)
         logits = self.outputs.logits[0, exits, np.arange(len(exits))]
-        return exits, softmax_with_temperature(logits, fitted.temperatures[exits, None]), close
+        return exits, softmax(logits / fitted.temperatures[exits, None]), close

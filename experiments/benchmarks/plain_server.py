@@ -21,12 +21,12 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from sweet_jax.data.batches import encode
-from sweet_jax.exits.calibration import softmax_with_temperature
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.engine_onnx import physical_cores, start_session
 from sweet_jax.inference.network import load_networks
 from sweet_jax.inference.onnx_build import build_segment
 from sweet_jax.inference.onnx_segments import Segment
+from sweet_jax.objectives.objective import softmax
 
 
 def make_app(folder: str, precision: str) -> Starlette:
@@ -45,7 +45,7 @@ def make_app(folder: str, precision: str) -> Starlette:
             row[: len(values)] = values
         inputs = {"input_ids": padded, "token_type_ids": np.zeros_like(padded), "tokens": tokens}
         (logits,) = session.run(["logits"], inputs)  # [B, C]
-        found = softmax_with_temperature(logits, temperature)
+        found = softmax(logits / temperature)
         return [{"label": model.classes[p.argmax()], "probability": float(p.max())} for p in found]
 
     async def predict(request: Request) -> JSONResponse:

@@ -24,15 +24,6 @@ TEMPERATURE_RANGE = (1e-2, 1e2)
 BELOW_ONE = float(np.nextafter(1.0, 0.0))  # largest confidence of policies that never reach 1
 
 
-def softmax_with_temperature(logits: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """Computes softmax(logits [..., C] / temperatures), float64 [..., C].
-
-    The temperatures must broadcast against the logits.
-    """
-    with np.errstate(invalid="ignore"):  # logits that diverged give NaN
-        return softmax(logits.astype(np.float64) / temperatures)
-
-
 def outcome_probabilities(
     logits: np.ndarray, temperatures: np.ndarray, objective: Objective = SINGLE_LABEL
 ) -> np.ndarray:
