@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sweet_jax.models.dropout import dropout
-from sweet_jax.models.embedding import token_type_rows
+from sweet_jax.models.embedding import Embedding, token_type_rows
 from sweet_jax.models.encoder import Attention, Encoder, LayerNorm, embedding_table, linear
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
@@ -35,11 +35,16 @@ class BertConfig(EncoderConfig):
 class BertEmbeddings(nnx.Module):
     """Sums and normalizes word, position and token-type embeddings; `width` is H by default."""
 
-    def __init__(self, config: BertConfig, dtype, rngs: nnx.Rngs, width: int | None = None):
+    TOKEN_TYPES: ClassVar[bool] = True  # whether there are embeddings of token types
+
+    def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs, width: int | None = None):
         width = width or config.hidden_size
-        self.word = embedding_table(config, config.vocab_size, width, dtype, rngs)
-        self.position = embedding_table(config, config.max_position_embeddings, width, dtype, rngs)
-        self.token_type = embedding_table(config, config.type_vocab_size, width, dtype, rngs)
+
+        def rows(count: int) -> Embedding:
+            return embedding_table(config, count, width, dtype, rngs)
+
+        self.word, self.position = rows(config.vocab_size), rows(config.max_position_embeddings)
+        self.token_type = rows(config.type_vocab_size) if self.TOKEN_TYPES else None
         self.norm = LayerNorm(width, config.layer_norm_eps)
         self.dropout_rate = config.hidden_dropout_prob
 
@@ -48,7 +53,9 @@ class BertEmbeddings(nnx.Module):
         return jnp.arange(input_ids.shape[1])[None]
 
     def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array, mask, key) -> jax.Array:
-        h = self.word(input_ids) + token_type_rows(self.token_type, token_type_ids)  # [B, L, H]
+        h = self.word(input_ids)  # [B, L, H]
+        if self.token_type is not None:
+            h = h + token_type_rows(self.token_type, token_type_ids)
         h = h + self.position(self.positions(input_ids))  # [B, L, H]
         return dropout(key, self.norm(h), self.dropout_rate, length_axes=(1,))
 

@@ -1,19 +1,13 @@
-"""DistilBERT (Sanh et al. 2019, arXiv 1910.01108): BERT without token types and without a pooler.
-
-Shape letters: B batch, L length, H hidden.
-"""
+"""DistilBERT (Sanh et al. 2019, arXiv 1910.01108): BERT without token types and pooler."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from sweet_jax.models.bert import BertAttention
-from sweet_jax.models.dropout import dropout
-from sweet_jax.models.encoder import Encoder, LayerNorm, embedding_table
+from sweet_jax.models.bert import BertAttention, BertEmbeddings
+from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.tensor_names import TensorNames
@@ -55,23 +49,10 @@ class DistilBertConfig(EncoderConfig):
         return "relu"
 
 
-class DistilBertEmbeddings(nnx.Module):
+class DistilBertEmbeddings(BertEmbeddings):
     """Sums and normalizes word and position embeddings."""
 
-    def __init__(self, config: EncoderConfig, dtype, rngs: nnx.Rngs):
-        hidden = config.hidden_size
-        self.word = embedding_table(config, config.vocab_size, hidden, dtype, rngs)
-        self.position = embedding_table(config, config.max_position_embeddings, hidden, dtype, rngs)
-        self.norm = LayerNorm(hidden, config.layer_norm_eps)
-        self.dropout_rate = config.hidden_dropout_prob
-
-    def positions(self, input_ids: jax.Array) -> jax.Array:
-        """Returns the rows of the position table to add, int32 [B or 1, L]."""
-        return jnp.arange(input_ids.shape[1])[None]
-
-    def __call__(self, input_ids: jax.Array, token_type_ids: Any, mask: Any, key) -> jax.Array:
-        h = self.word(input_ids) + self.position(self.positions(input_ids))  # [B, L, H]
-        return dropout(key, self.norm(h), self.dropout_rate, length_axes=(1,))
+    TOKEN_TYPES = False
 
 
 class DistilBertAttention(BertAttention):
