@@ -16,18 +16,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sweet_jax.arguments import ArgumentParser, run_command
-from sweet_jax.exits.targets import check_targets
+from sweet_jax.arguments import ArgumentParser, parse_targets, run_command, target_descriptions
 from sweet_jax.paths import expand_user
 from sweet_jax.run_report import render_report
 
-_TARGETS = {
-    "cost": "maximum mean cost, as a fraction of the full model's layers",
-    "accuracy": "minimum metric on calibration rows",
-    "error": "maximum error on calibration rows, if the run's metric is an error",
-    "milliseconds": "maximum mean time of a single text of median length in the model alone, "
-    "according to the times that predict --measure or train FILE recorded on this machine",
-}
+_TARGETS = ("cost", "accuracy", "error", "milliseconds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,17 +33,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser("sweet_jax.report", __doc__ or "")
     parser.add_argument("run", metavar="DIR", help="directory of a finished run")
     target = parser.add_mutually_exclusive_group()
-    for name, text in _TARGETS.items():
-        target.add_argument(f"--{name}", type=float, help=text)
+    for name in _TARGETS:
+        target.add_argument(f"--{name}", type=float, help=target_descriptions()[name])
     parser.add_argument("--png", action="store_true", help="also report.png, of the first screen")
     return parser.parse_args(argv)
 
 
 def _run(options: argparse.Namespace) -> None:
-    values = {name: getattr(options, name) for name in _TARGETS}
-    check_targets(values, "--")
-    run, target = expand_user(options.run), {k: v for k, v in values.items() if v is not None}
-    render_report(run, target, picture=options.png)
+    run = expand_user(options.run)
+    render_report(run, parse_targets(options), picture=options.png)
     print(f"report: {run / 'report.html'}")
     if options.png:
         print(f"first screen: {run / 'report.png'}")
