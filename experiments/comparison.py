@@ -258,7 +258,7 @@ def interval(values: ArrayLike, sign: bool = False) -> str:
     if not np.isfinite(values).all():
         return ""
     mean, half = mean_interval(values)
-    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
+    text = f"{mean:+z.1f}" if sign else f"{mean:.1f}"
     if half is None:
         return text
     text = f"{text} ± {half:.1f}"

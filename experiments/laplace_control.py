@@ -102,7 +102,7 @@ def render(output: Path) -> None:
         for title, of_tasks in errors.items():
             values = np.asarray([v.mean(axis=0) for v in of_tasks.values()])  # [tasks, 3]
             error, signed, cost = values.T
-            cells = [f"{v[:, 0].mean():.1f}, {v[:, 1].mean():+.1f}" for v in of_tasks.values()]
+            cells = [f"{v[:, 0].mean():.1f}, {v[:, 1].mean():+z.1f}" for v in of_tasks.values()]
             means = [interval(error), interval(signed, sign=True), f"{cost.mean():.3f}"]
             table.append([title, *means, *cells])
         heading = ["rule", "error", "achieved - asked", "cost", *tasks]

@@ -129,7 +129,7 @@ def title(cell: str) -> str:
 
 def interval_text(gap: Comparison, p: float) -> str:
     """Returns a difference with its interval, in points; bold where it is significant."""
-    text = f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+    text = f"{100 * gap.value:+z.1f} [{100 * gap.low:+z.1f}, {100 * gap.high:+z.1f}]"
     return f"**{text}**" if p < LEVEL else text
 
 
@@ -196,7 +196,7 @@ def _differences(
         text = ""
         if gaps:
             mean = 100 * np.mean([gap.value for gap in gaps])
-            text = f"{mean:+.1f}; {sure.count(1)} above, {sure.count(-1)} below of {len(gaps)}"
+            text = f"{mean:+z.1f}; {sure.count(1)} above, {sure.count(-1)} below of {len(gaps)}"
         shown.setdefault((sizes, row), []).append(text)
     header = ("rows", what, *dict.fromkeys(column for _, column in pairs))
     return header, [[*key, *row] for key, row in shown.items() if any(row)]

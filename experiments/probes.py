@@ -182,7 +182,7 @@ def pairs_table(output: Path, model: str) -> Table:
             one, other = (record.scores[f"probe_{layer}"] for record in records if record)
             gap = 100 * (one.exits.mean() - other.exits.mean())
             width = _interval_width((one.drawn_exits - other.drawn_exits)[:, :, 0])
-            texts.append(f"{100 * one.exits.mean():.1f} ({gap:+.1f} ± {50 * width:.1f})")
+            texts.append(f"{100 * one.exits.mean():.1f} ({gap:+z.1f} ± {50 * width:.1f})")
         rows.append(texts)
     return ["task", *(f"layer {i + 1}" for i in range(layers))], rows
 

@@ -158,7 +158,7 @@ def _differences(options: argparse.Namespace) -> Section:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row, p in zip(measured, adjusted.tolist(), strict=True):
         value, low, high = (100 * float(row[key]) for key in ("value", "low", "high"))
-        text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+        text = f"{value:+z.1f} [{low:+z.1f}, {high:+z.1f}]"
         key = (titles[row["one"], row["other"]], row["task"])
         rows.setdefault(key, {})[row["of"]] = f"**{text}**" if p < LEVEL else text
     order = list(titles.values())

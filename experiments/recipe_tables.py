@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
     def text(self) -> str:
         """Returns the difference in points, bold where the interval leaves out zero."""
-        said = f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        said = f"{100 * self.value:+z.1f} [{100 * self.low:+z.1f}, {100 * self.high:+z.1f}]"
         return f"**{said}**" if self.low > 0 or self.high < 0 else said
 
 

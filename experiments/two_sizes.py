@@ -136,7 +136,7 @@ class Gap(NamedTuple):
 
     def __str__(self) -> str:
         low, high = np.quantile(self.drawn, [0.025, 0.975])
-        return f"{100 * self.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        return f"{100 * self.value:+z.1f} [{100 * low:+z.1f}, {100 * high:+z.1f}]"
 
 
 def compare(one: np.ndarray, other: np.ndarray, seed: int) -> Gap:
@@ -181,7 +181,7 @@ def render(output: Path, records: Path) -> None:
         texts = [name, str(r.small.shape[1]), _percent(r.small), "", _percent(r.first)]
         if (best := best_layer(records, task)) is not None:
             over.append(r.adaptive[0].mean() - best)
-            texts[3] = f"{100 * best:.1f}, {100 * over[-1]:+.1f}"
+            texts[3] = f"{100 * best:.1f}, {100 * over[-1]:+z.1f}"
         for b, gap in enumerate(gaps[number]):
             bold = "**" if p[number, b] < LEVEL else ""
             texts.append(f"{_percent(r.adaptive[b])}, {bold}{gap}{bold} ({r.cost[b].mean():.2f})")
@@ -190,7 +190,7 @@ def render(output: Path, records: Path) -> None:
         Gap(float(np.mean([g.value for g in column])), np.mean([g.drawn for g in column], axis=0))
         for column in zip(*gaps, strict=True)
     ]
-    mean_over = f"{100 * np.mean(over):+.1f}" if len(over) == len(found) else ""
+    mean_over = f"{100 * np.mean(over):+z.1f}" if len(over) == len(found) else ""
     table.append([f"mean of {len(found)}", "", "", mean_over, "", *map(str, means), ""])
     heading = ("task", "n", "MiniLM", "its best layer", "MPNet, exit 1")
     heading += (*(f"at MiniLM's {b}" for b in BUDGETS), "MPNet, all layers")
@@ -235,7 +235,7 @@ def _run(argv: Sequence[str] | None) -> bool:
             if read_rows(options.output, task) is None:
                 rows = measure(task, options)
                 write_rows(options.output, task, rows)
-                gaps = [f"{100 * (a.mean() - rows.small.mean()):+.1f}" for a in rows.adaptive]
+                gaps = [f"{100 * (a.mean() - rows.small.mean()):+z.1f}" for a in rows.adaptive]
                 print(task, *gaps, flush=True)
     render(options.output, options.probes)
     return True
