@@ -87,7 +87,7 @@ class ArgumentParser(argparse.ArgumentParser):
         clock: whether to add --milliseconds, which needs the measured times of a model and not
           only its outputs.
         """
-        text = "name of an exit policy, or module:function for your own (default: the run's)"
+        text = "name of an exit policy, or module:OBJECT for your own (default: the run's)"
         self.add_argument("--policy", help=text)
         target = self.add_mutually_exclusive_group()
         for name, text in (_TARGETS | (_LATENCY if clock else {})).items():

@@ -117,7 +117,9 @@ def test_the_choices_in_help_are_the_values_that_are_taken():
     for field in dataclasses.fields(Config):
         names = key_metadata(field).names(field.default)
         if names:
-            assert described[field.name].allowed.split(", ") == [name or '""' for name in names]
+            allowed = [name or '""' for name in names]
+            allowed += ["module:OBJECT"] if key_metadata(field).allows_reference else []
+            assert described[field.name].allowed.split(", ") == allowed
 
 
 def test_help_may_be_cut_short():

@@ -68,7 +68,8 @@ def _allowed(field: dataclasses.Field) -> str:
         return metadata.allowed
     if metadata.conditions:
         return metadata.conditions[-1][1]
-    return ", ".join(_shown(v) for v in metadata.names(field.default) or (True, False))
+    names = [_shown(v) for v in metadata.names(field.default) or (True, False)]
+    return ", ".join([*names, "module:OBJECT"] if metadata.allows_reference else names)
 
 
 def _shown(value: object) -> str:

@@ -120,7 +120,9 @@ class MethodKeys:
             "parameter gets the gradient of one exit only, and Adam does not depend on its "
             "scale; a weight only changes which steps are clipped."
         ),
-        allowed="a positive number for each exit, or a schedule; empty for the method's",
+        allowed=(
+            "a positive number for each exit, a schedule, or module:OBJECT; empty for the method's"
+        ),
         type_condition=(
             _are_numbers_or_name,
             f"one positive number for each exit, or one of {SCHEDULES}",

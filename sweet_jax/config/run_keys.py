@@ -126,7 +126,7 @@ class EvaluationKeys:
     confidence: str = key(
         "",
         (
-            'Exit policy of the run; module:function is a policy of your own; "" uses the '
+            'Exit policy of the run; module:OBJECT is a policy of your own; "" uses the '
             "default of the objective, else the preset's choice."
         ),
         choices=_policies,

@@ -126,7 +126,7 @@ def exit_confidences(
 
     Args:
       outputs: outputs of any rows.
-      policy: name in POLICIES, user-defined function, or its name "module:function".
+      policy: name in POLICIES, user-defined function, or "module:OBJECT".
       calibrators: calibrator of each replica [R]; if None, temperatures are 1.
 
     Raises:

@@ -53,7 +53,7 @@ class AdaptiveClassifier:
     Args:
       model: saved model, from `open_model`.
       policy: name of an exit policy; or a function of (outputs, temperatures) that reads the
-        outputs of the exits so far; or the name of such a function, as "module:function". Targets
+        outputs of the exits so far; or the name "module:OBJECT" of such a function or of a Policy. Targets
         are resolved for a function too, on the run's calibration rows, which are in the folder of
         the run. Defaults to the run's policy.
       target: see `Target`.
