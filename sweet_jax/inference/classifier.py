@@ -53,9 +53,9 @@ class AdaptiveClassifier:
     Args:
       model: saved model, from `open_model`.
       policy: name of an exit policy; or a function of (outputs, temperatures) that reads the
-        outputs of the exits so far; or the name "module:OBJECT" of such a function or of a Policy. Targets
-        are resolved for a function too, on the run's calibration rows, which are in the folder of
-        the run. Defaults to the run's policy.
+        outputs of the exits so far; or the name "module:OBJECT" of such a function or of a Policy.
+        Targets are resolved for these too, on the run's calibration rows, which are in the folder
+        of the run. Defaults to the run's policy.
       target: see `Target`.
       engine: engine with the model's weights; defaults to `default_engine` in float32.
 
