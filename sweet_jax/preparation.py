@@ -20,13 +20,14 @@ from sweet_jax.data.splits import Split, select_rows
 from sweet_jax.errors import UserError
 from sweet_jax.exits.policies import POLICIES, UnlabeledOutputs, exit_confidences, policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
-from sweet_jax.models.pooling import POOLINGS, declared_pooling
+from sweet_jax.models.pooling import check_pooling, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.models.special_tokens import ensure_first_token
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.label_checks import list_labels
 from sweet_jax.objectives.objective import TargetScaler
 from sweet_jax.objectives.single_label import balanced_weights, reweighted
+from sweet_jax.poolings import POOLINGS
 from sweet_jax.training.growth import BaseRun, read_base_run
 from sweet_jax.training.initialization import (
     ModelSpec,
@@ -109,10 +110,13 @@ def prepare(config: Config) -> PreparedRun:
     config = config.resolved()
     task_of(config)  # so that a misspelled name is an error before anything is downloaded
     policy_rule(config.policy)  # likewise for the user's own policy
+    if config.pooling not in ("", AUTO):
+        _ = POOLINGS[config.pooling]  # and for the user's own pooling
     checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
     _try_policy(config, dataset)
     config = _choose_pooling(config, checkpoint, dataset)
+    check_pooling(config.pooling, checkpoint.config.hidden_size)
     digest = dataset.digest()
     base = read_base_run(config, digest)
     if base is not None:

@@ -9,15 +9,15 @@ import dataclasses
 
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.pooling import POOLINGS
 from sweet_jax.models.tensor_names import TensorNames
+from sweet_jax.poolings import POOLINGS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncoderFamily:
     """Describes an encoder family.
 
-    Raises ValueError for a pooling that does not exist.
+    Raises UserError for a pooling that cannot be found.
 
     Attributes:
       model_type: model_type in the family's config.json.
@@ -45,5 +45,4 @@ class EncoderFamily:
     isolation_obstacle: str = ""
 
     def __post_init__(self) -> None:
-        if self.default_pooling not in POOLINGS:
-            raise ValueError(f"default_pooling {self.default_pooling!r} of {self.model_type}")
+        _ = POOLINGS[self.default_pooling]
