@@ -20,6 +20,7 @@ from sweet_jax.data.splits import Split, select_rows
 from sweet_jax.errors import UserError
 from sweet_jax.exits.policies import POLICIES, UnlabeledOutputs, exit_confidences, policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
+from sweet_jax.models.ownership import parameter_owners
 from sweet_jax.models.pooling import check_pooling, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.models.special_tokens import ensure_first_token
@@ -224,7 +225,9 @@ def _read_checkpoint(config: Config) -> Checkpoint:
     checkpoint = open_checkpoint(config.checkpoint)
     _check_against(checkpoint, config)
     with_training_dropout(config, checkpoint)
-    _ = checkpoint.weights  # read now, to detect a damaged file before anything is written
+    # Weights are read now, to detect a damaged file before anything is written.
+    encoder = {"encoder": checkpoint.weights.first_layers(config.exits[-1])}
+    parameter_owners(encoder, config.exits, owners=checkpoint.family.owners.items())
     return checkpoint
 
 
@@ -271,6 +274,14 @@ def _check_against(checkpoint: Checkpoint, config: Config) -> None:
         raise UserError(
             f"{asked} needs exits with layers of their own, but {config.checkpoint!r} has "
             f"model_type={checkpoint.model_type}, whose {obstacle}: {fix}"
+        )
+    shared = [g for g, owner in checkpoint.family.owners.items() if owner == "shared"]
+    if shared and (config.segment_parallel or config.grow_from):
+        asked = "segment_parallel" if config.segment_parallel else "grow_from"
+        raise UserError(
+            f"{asked} needs exits that are trained independently, but {config.checkpoint!r} has "
+            f"model_type={checkpoint.model_type}, in which all exits train "
+            f"{' and '.join(map(repr, shared))}: remove it"
         )
     if depth > checkpoint.depth:
         raise UserError(

@@ -42,14 +42,11 @@ class Registry(dict[str, Entry]):
         """
         super().__init__(entries)
         self.what, self.kind = what, kind
-        self._referred: dict[str, Entry] = {}
 
     def __missing__(self, name: str) -> Entry:
         """Finds an entry of another package or module, and keeps it."""
         if ":" in name:
-            if name not in self._referred:
-                self._referred[name] = import_entry(self.what, name, self.kind)
-            return self._referred[name]
+            return import_entry(self.what, name, self.kind)
         import_extensions()
         check_choice(self.what, name, self)
         return dict.__getitem__(self, name)

@@ -13,6 +13,7 @@ from flax import nnx
 from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Encoder, linear
 from sweet_jax.models.layers import ACTIVATIONS, derive_key
+from sweet_jax.models.ownership import Owners
 from sweet_jax.poolings import POOLINGS, Pooling
 
 
@@ -30,6 +31,7 @@ class ExitConfig:
       learning_to_exit: mode of learning-to-exit: "" (none), "joint", or "detached", which passes no
         gradient to its input.
       remat: whether a layer's activations are recomputed in the backward pass.
+      owners: exits that train the groups of parameters that the encoder's family declares.
 
     """
 
@@ -38,6 +40,7 @@ class ExitConfig:
     shared_relative: bool = False
     learning_to_exit: str = ""
     remat: bool = False
+    owners: Owners = ()
 
     def __post_init__(self) -> None:
         _ = POOLINGS[self.pooling]
