@@ -215,7 +215,7 @@ class Encoder(nnx.Module):
         Raises UserError for a fused implementation if a layer has no `attention` to set it for.
         """
         for number in range(1, self.config.num_hidden_layers + 1):
-            attention = getattr(self.layer_module(number), "attention", None)
+            attention: Any = getattr(self.layer_module(number), "attention", None)
             if hasattr(attention, "implementation"):
                 attention.implementation = implementation
             elif implementation != EINSUM:
