@@ -16,7 +16,7 @@ from sweet_jax.data.splits import split_tuning_rows
 from sweet_jax.errors import UserError
 from sweet_jax.head_fitting import fit_probe
 from sweet_jax.learning_rate_search import search_rate
-from sweet_jax.poolings import POOLING_INPUTS
+from sweet_jax.poolings import POOLINGS
 from sweet_jax.preparation import PreparedRun
 from sweet_jax.report.baselines import Baseline, constant_predictions, tfidf_predictions
 from sweet_jax.training.evaluation import compile_evaluation, evaluate
@@ -45,7 +45,7 @@ def run_baselines(job: PreparedRun, rates: Sequence[float], workdir: Path) -> li
     if config.baselines == "none":
         return []
     folder = workdir / "baselines"
-    if probe is None or POOLING_INPUTS[config.pooling].dense or config.grow_from:
+    if probe is None or POOLINGS[config.pooling].dense or config.grow_from:
         probe = _frozen_probe(job, folder)
     log.info("baselines: TF-IDF with a linear model")
     found = _without_encoder(job)
@@ -85,7 +85,7 @@ def _without_encoder(job: PreparedRun) -> list[Baseline]:
 def _frozen_probe(job: PreparedRun, folder: Path) -> Probe | None:
     """Returns a probe fitted as a baseline; None if there are too few rows to fit one."""
     pooling = job.config.pooling
-    pooling = "mean" if POOLING_INPUTS[pooling].dense else pooling
+    pooling = "mean" if POOLINGS[pooling].dense else pooling
     config = dataclasses.replace(job.config, pooling=pooling, learning_to_exit="", grow_from="")
     rows = job.rows
     if not config.tunes:

@@ -12,6 +12,19 @@ class AbsentFileError(UserError):
     """Raised for a file of rows that does not exist."""
 
 
+class UnknownNameError(UserError):
+    """Raised for a name that cannot be found, as in a table that other packages extend.
+
+    Attributes:
+      reason: why it cannot be found, worded to follow the name and a comma.
+
+    """
+
+    def __init__(self, message: str, reason: str = "which is unknown") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def one_line(error: BaseException) -> str:
     """Returns the message of an error on one line, with at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -33,7 +46,7 @@ def join_numbers(numbers: Iterable[int]) -> str:
 
 
 def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises UserError, naming the nearest allowed value, unless value is an allowed one."""
+    """Raises UnknownNameError, with the nearest allowed value, unless value is an allowed one."""
     allowed = list(allowed)
     if value in allowed:
         return
@@ -41,4 +54,4 @@ def check_choice(what: str, value: str, allowed: Iterable[str]) -> None:
     hint = (
         f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(map(repr, allowed))}"
     )
-    raise UserError(f"unknown {what} {value!r}: {hint}")
+    raise UnknownNameError(f"unknown {what} {value!r}: {hint}")

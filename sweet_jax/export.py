@@ -48,7 +48,7 @@ from sweet_jax.inference.engine import Stage
 from sweet_jax.inference.engine_jax import JaxEngine, load_engine, run_stage, stage_parameters
 from sweet_jax.inference.network import Network
 from sweet_jax.inference.onnx_files import check_not_exported
-from sweet_jax.models.pooling import POOLINGS
+from sweet_jax.poolings import POOLINGS
 
 _FORMATS = ("stablehlo", "onnx")
 _SHORTEST = 8  # the minimum of max_length too: fewer tokens leave hardly any room for text

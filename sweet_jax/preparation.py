@@ -20,13 +20,15 @@ from sweet_jax.data.splits import Split, select_rows
 from sweet_jax.errors import UserError
 from sweet_jax.exits.policies import POLICIES, UnlabeledOutputs, exit_confidences, policy_rule
 from sweet_jax.models.checkpoint_folder import load_tokenizer
-from sweet_jax.models.pooling import POOLINGS, declared_pooling
+from sweet_jax.models.ownership import parameter_owners
+from sweet_jax.models.pooling import check_pooling, declared_pooling
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
 from sweet_jax.models.special_tokens import ensure_first_token
 from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.label_checks import list_labels
 from sweet_jax.objectives.objective import TargetScaler
 from sweet_jax.objectives.single_label import balanced_weights, reweighted
+from sweet_jax.poolings import POOLINGS
 from sweet_jax.training.growth import BaseRun, read_base_run
 from sweet_jax.training.initialization import (
     ModelSpec,
@@ -109,10 +111,13 @@ def prepare(config: Config) -> PreparedRun:
     config = config.resolved()
     task_of(config)  # so that a misspelled name is an error before anything is downloaded
     policy_rule(config.policy)  # likewise for the user's own policy
+    if config.pooling not in ("", AUTO):
+        _ = POOLINGS[config.pooling]  # and for the user's own pooling
     checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
     _try_policy(config, dataset)
     config = _choose_pooling(config, checkpoint, dataset)
+    check_pooling(config.pooling, checkpoint.config.hidden_size)
     digest = dataset.digest()
     base = read_base_run(config, digest)
     if base is not None:
@@ -220,7 +225,9 @@ def _read_checkpoint(config: Config) -> Checkpoint:
     checkpoint = open_checkpoint(config.checkpoint)
     _check_against(checkpoint, config)
     with_training_dropout(config, checkpoint)
-    _ = checkpoint.weights  # read now, to detect a damaged file before anything is written
+    # Weights are read now, to detect a damaged file before anything is written.
+    encoder = {"encoder": checkpoint.weights.first_layers(config.exits[-1])}
+    parameter_owners(encoder, config.exits, owners=checkpoint.family.owners.items())
     return checkpoint
 
 
@@ -267,6 +274,14 @@ def _check_against(checkpoint: Checkpoint, config: Config) -> None:
         raise UserError(
             f"{asked} needs exits with layers of their own, but {config.checkpoint!r} has "
             f"model_type={checkpoint.model_type}, whose {obstacle}: {fix}"
+        )
+    shared = [g for g, owner in checkpoint.family.owners.items() if owner == "shared"]
+    if shared and (config.segment_parallel or config.grow_from):
+        asked = "segment_parallel" if config.segment_parallel else "grow_from"
+        raise UserError(
+            f"{asked} needs exits that are trained independently, but {config.checkpoint!r} has "
+            f"model_type={checkpoint.model_type}, in which all exits train "
+            f"{' and '.join(map(repr, shared))}: remove it"
         )
     if depth > checkpoint.depth:
         raise UserError(

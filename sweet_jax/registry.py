@@ -8,6 +8,7 @@ There are three ways to add an entry, and none of them edits this package:
 - refer to it: the name "module:OBJECT" is the object of that module.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -16,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from sweet_jax.errors import UserError, check_choice, one_line
+from sweet_jax.errors import UnknownNameError, check_choice, one_line
 
 Entry = TypeVar("Entry")
 
@@ -26,7 +27,8 @@ ENTRY_POINTS = "sweet_jax"  # the group
 class Registry(dict[str, Entry]):
     """Maps names to entries; `registry[name]` also finds those of other packages and modules.
 
-    Looking up a name that cannot be found raises UserError.
+    Looking up a name that cannot be found raises UnknownNameError. The table lists the entries that
+    have names, and not those that were referred to as "module:OBJECT".
     """
 
     def __init__(self, what: str, kind: type, entries: Mapping[str, Entry]) -> None:
@@ -44,9 +46,8 @@ class Registry(dict[str, Entry]):
     def __missing__(self, name: str) -> Entry:
         """Finds an entry of another package or module, and keeps it."""
         if ":" in name:
-            self[name] = import_entry(self.what, name, self.kind)
-        else:
-            import_extensions()
+            return import_entry(self.what, name, self.kind)
+        import_extensions()
         check_choice(self.what, name, self)
         return dict.__getitem__(self, name)
 
@@ -55,13 +56,12 @@ class Registry(dict[str, Entry]):
 def import_entry(what: str, reference: str, kind: type) -> Any:
     """Imports the object "module:OBJECT"; its field `name`, if it has one, becomes the reference.
 
-    Raises UserError if it cannot be imported, or is not of the kind.
+    Raises UnknownNameError if it cannot be imported, or is not of the kind.
     """
     entry = import_object(what, reference)
     if not isinstance(entry, kind):
-        raise UserError(
-            f"{what} {reference!r} is of type {type(entry).__name__}, not {kind.__name__}"
-        )
+        problem = f"is of type {type(entry).__name__}, not {kind.__name__}"
+        raise UnknownNameError(f"{what} {reference!r} {problem}", f"which {problem}")
     if dataclasses.is_dataclass(entry) and hasattr(entry, "name"):
         # Saved under this name, from which it is found again.
         entry = dataclasses.replace(entry, name=reference)  # type: ignore[type-var]
@@ -71,17 +71,21 @@ def import_entry(what: str, reference: str, kind: type) -> Any:
 def import_object(what: str, reference: str) -> Any:
     """Imports the object "module:OBJECT", also from modules of the working directory.
 
-    Raises UserError if it cannot be imported.
+    Raises UnknownNameError if it cannot be imported.
     """
     module, _, path = reference.partition(":")
-    if "" not in sys.path:  # installed commands do not search the working directory
-        sys.path.append("")
     try:
+        if "" not in sys.path:  # installed commands do not search the working directory
+            with contextlib.suppress(ImportError):
+                return functools.reduce(getattr, path.split("."), import_module(module))
+            sys.path.append("")
         return functools.reduce(getattr, path.split("."), import_module(module))
     except Exception as error:  # importing a module can raise anything
-        raise UserError(
-            f"{what} {reference!r}: {type(error).__name__}: {one_line(error)}; write "
-            "module:OBJECT, importable from the working directory"
+        cause = f"{type(error).__name__}: {one_line(error)}"
+        raise UnknownNameError(
+            f"{what} {reference!r}: {cause}; write module:OBJECT, importable from the working "
+            "directory",
+            f"which cannot be imported: {cause}",
         ) from error
 
 
@@ -89,13 +93,14 @@ def import_object(what: str, reference: str) -> Any:
 def import_extensions() -> None:
     """Imports the modules that installed packages name in their entry points, once.
 
-    Raises UserError if one of them cannot be imported.
+    Raises UnknownNameError if one of them cannot be imported.
     """
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()
         except Exception as error:  # importing a module can raise anything
-            raise UserError(
+            problem = (
                 f"the extension {point.name!r} ({point.value}) cannot be imported: "
                 f"{type(error).__name__}: {one_line(error)}"
-            ) from error
+            )
+            raise UnknownNameError(problem, f"which is unknown, and {problem}") from error

@@ -14,16 +14,11 @@ from sweet_jax.errors import UserError
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.head import ExitConfig
-from sweet_jax.models.pooling import POOLINGS, declared_pooling, mean_of_tokens
+from sweet_jax.models.pooling import declared_pooling, mean_of_tokens
 from sweet_jax.models.pretrained import hidden_states
-from sweet_jax.poolings import POOLING_INPUTS
 from sweet_jax.preparation import prepare
 
 MASK = np.arange(6)[None] < np.array([6, 3, 1, 0])[:, None]
-
-
-def test_the_names_in_the_config_are_those_that_are_implemented():
-    assert tuple(POOLINGS) == tuple(POOLING_INPUTS)
 
 
 def test_mean_is_over_the_tokens_of_each_row():

@@ -13,8 +13,10 @@ from sweet_jax import registry
 from sweet_jax.config import from_mapping
 from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import TEMPERATURE_RANGE, fit_temperature
+from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.policies import grid_thresholds
 from sweet_jax.methods import METHODS, loss_weights
+from sweet_jax.objectives import OBJECTIVES
 from sweet_jax.objectives.objective import log_softmax
 from sweet_jax.run_report import render_report
 
@@ -131,3 +133,9 @@ def test_a_reference_that_will_not_do_is_named(changes, words):
 def test_a_metric_of_a_module_is_a_metric_of_every_objective():
     assert LEVELS.metric("extension:WITHIN_ONE").value is WITHIN_ONE.value
     assert LEVELS.metric("extension:WITHIN_ONE").name == "extension:WITHIN_ONE"
+
+
+def test_the_outputs_of_a_module_s_objective_are_read_in_a_process_that_never_named_it():
+    registry.import_entry.cache_clear()
+    assert RunIdentity(objective="extension:LEVELS").objective == "extension:LEVELS"
+    assert "extension:LEVELS" not in tuple(OBJECTIVES)

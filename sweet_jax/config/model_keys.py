@@ -14,7 +14,7 @@ from sweet_jax.config.key import (
 )
 from sweet_jax.config.presets import PRESETS
 from sweet_jax.methods import LOSS_WEIGHTS, METHODS
-from sweet_jax.poolings import POOLING_INPUTS
+from sweet_jax.poolings import POOLINGS
 
 SCHEDULES = ", ".join(map(repr, LOSS_WEIGHTS))
 
@@ -216,9 +216,11 @@ class HeadsKeys:
             "What an exit reads: the first token through the pretrained pooler, the mean of all"
             " tokens, or, for a pair of texts, both means, their difference and their product. "
             '"" uses the preset\'s choice, else the checkpoint\'s, else the mean; "auto" does the'
-            ' same, but uses "pair" instead of the mean for pairs of texts.'
+            ' same, but uses "pair" instead of the mean for pairs of texts. "module:OBJECT" is a'
+            " Pooling of your own."
         ),
-        choices=lambda: (AUTO, *POOLING_INPUTS),
+        choices=lambda: (AUTO, *POOLINGS),
+        allows_reference=True,
     )
     learning_to_exit: str = key(
         "",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sweet_jax.errors import UserError, check_choice
+from sweet_jax.errors import UserError
 from sweet_jax.files import write_arrays
 from sweet_jax.methods import METHODS
 from sweet_jax.objectives import OBJECTIVES, Metric, Objective
@@ -54,7 +54,6 @@ class RunIdentity:
     objective: str = "single_label"
 
     def __post_init__(self) -> None:
-        check_choice("objective", self.objective, OBJECTIVES)
         objective = OBJECTIVES[self.objective]
         metric = objective.metric(self.metric or objective.metrics[0])
         object.__setattr__(self, "metric", metric.name)

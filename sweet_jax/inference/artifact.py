@@ -9,24 +9,28 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from sweet_jax.config import Config
 from sweet_jax.directories import copy_additions, replace_directory
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UnknownNameError, UserError
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.operating_point import ThresholdResolver, deployable_policies
 from sweet_jax.files import read_json, write_json, write_text
+from sweet_jax.inference.onnx_files import has_graphs
 from sweet_jax.inference.saved_tokenizer import load_saved_tokenizer
 from sweet_jax.models.checkpoint_folder import locate_checkpoint
 from sweet_jax.objectives import OBJECTIVES, SINGLE_LABEL, Objective
-from sweet_jax.poolings import POOLING_INPUTS
+from sweet_jax.poolings import POOLINGS
+from sweet_jax.registry import Registry
 
 if TYPE_CHECKING:  # these modules import datasets and JAX
     from sweet_jax.data.load import Dataset
     from sweet_jax.models.pretrained import Checkpoint
+
+Entry = TypeVar("Entry")
 
 EXITS_VERSION = 5  # of exits.json
 # For objectives other than single-label: older releases would take the outputs for class logits.
@@ -61,7 +65,7 @@ class ModelArtifact:
     task: str  # name of the task it was trained on
     policy: str  # name of the exit policy of the run
     metric: str  # name of the run's metric, one of OBJECTIVE_METRICS for its objective
-    pooling: str  # how an exit reads its layer, one of POOLING_INPUTS
+    pooling: str  # how an exit reads its layer, a name in POOLINGS
     text_columns: tuple[str, ...]  # names of the one or two text columns it was trained on
     classes: tuple[str, ...]  # names of the outputs [C]
     layers: tuple[int, ...]  # layers of the exits [E]
@@ -148,11 +152,11 @@ def describe_exits(
     keep = analysis.operating_point(best)
     seed, rate = analysis.replicas[best]
     temperatures = analysis.temperatures[best]
-    single = config.objective == "single_label"
+    single, pooling = config.objective == "single_label", POOLINGS[config.pooling]
     version = EXITS_VERSION if single else OBJECTIVES_VERSION
     fields = {} if single else {"objective": config.objective}
     return fields | {
-        "version": PAIRS_VERSION if POOLING_INPUTS[config.pooling].pairs else version,
+        "version": PAIRS_VERSION if pooling.pairs else version,
         "task": config.task,
         "method": config.method,
         "seed": seed,
@@ -161,6 +165,7 @@ def describe_exits(
         "text_columns": list(dataset.task.text_columns),
         "max_length": config.max_length,
         "pooling": config.pooling,
+        "first_only": pooling.first_only,  # read where the pooling itself is not needed
         "layers": list(config.exits),
         "cost": np.asarray(analysis.validation.cost).tolist(),
         "policy": config.policy,
@@ -181,7 +186,9 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
       precision: precision that an engine will run it in; "int8" has its own thresholds, in
         int8.json.
 
-    Raises UserError if there is no such model, or its files are damaged or have another version.
+    Raises UserError if there is no such model, its files are damaged or have another version, or
+    its objective cannot be found, or its pooling, which only a model exported to ONNX can do
+    without.
 
     """
     if (inside := Path(name) / "model" / "exits.json").exists():
@@ -196,16 +203,15 @@ def open_model(name: str | Path, precision: str = "float32") -> ModelArtifact:
     if precision == "int8":
         values["dials"] = _read_int8(checkpoint.folder)["dials"]
     try:
-        values.setdefault("pooling", "first")
-        if values["pooling"] not in POOLING_INPUTS:
-            raise ValueError(f"pooling {values['pooling']!r}")
+        reads_first = _reads_first(checkpoint.folder, values)
         fields = _parse_exits(checkpoint.folder, values)
+    except UnknownNameError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{str(checkpoint.folder / 'exits.json')!r} is damaged ({error!r}): run the command of "
             "its run again, in the same workdir"
         ) from error
-    reads_first = POOLING_INPUTS[fields["pooling"]].first_only
     tokenizer = load_saved_tokenizer(checkpoint, first_token=reads_first)
     return ModelArtifact(tokenizer=tokenizer, **fields)
 
@@ -264,18 +270,45 @@ def _read_int8(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def _reads_first(folder: Path, values: Mapping[str, Any]) -> bool:
+    """Returns whether the exits of a saved model read the first token alone.
+
+    The graphs of an exported model contain its pooling, which then need not be found here. Raises
+    TypeError for an invalid value, and UnknownNameError as `_find` does.
+    """
+    saved = values.get("first_only")  # missing in models of older releases
+    if has_graphs(folder) and isinstance(saved, bool):
+        return saved
+    return _find(POOLINGS, values.get("pooling", "first"), folder).first_only
+
+
+def _find(table: Registry[Entry], name: str, folder: Path) -> Entry:
+    """Returns the entry that exits.json names.
+
+    Raises UnknownNameError if it cannot be found, for example in a package that is not installed.
+    """
+    try:
+        return table[name]
+    except UnknownNameError as error:
+        raise UnknownNameError(
+            f"{str(folder / 'exits.json')!r} needs the {table.what} {name!r}, {error.reason}: "
+            "install or import the package that defines it"
+        ) from error
+
+
 def _parse_exits(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `ModelArtifact`, except the tokenizer.
 
-    Raises KeyError, TypeError or ValueError if a value is missing or invalid.
+    Raises KeyError, TypeError or ValueError if a value is missing or invalid, and UnknownNameError
+    if its objective cannot be found.
     """
     return {
         "folder": folder,
         "task": str(values["task"]),
-        "objective": OBJECTIVES[values.get("objective", "single_label")],
+        "objective": _find(OBJECTIVES, values.get("objective", "single_label"), folder),
         "policy": str(values["policy"]),
         "metric": str(values.get("metric", "accuracy")),  # missing in models of older releases
-        "pooling": values["pooling"],
+        "pooling": str(values.get("pooling", "first")),
         "text_columns": tuple(values["text_columns"]),
         "classes": tuple(values["classes"]),
         "layers": tuple(values["layers"]),

@@ -29,7 +29,7 @@ from sweet_jax.inference.engine import (
 )
 from sweet_jax.inference.network import Network, load_networks
 from sweet_jax.inference.plain_confidences import plain_complements
-from sweet_jax.models.pooling import POOLINGS
+from sweet_jax.poolings import POOLINGS
 
 
 def load_engine(

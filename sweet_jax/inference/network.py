@@ -18,8 +18,8 @@ from sweet_jax.inference.engine_choice import check_precision
 from sweet_jax.inference.onnx_files import check_not_exported
 from sweet_jax.models.early_exit import EarlyExit
 from sweet_jax.models.head import ExitConfig
-from sweet_jax.models.pooling import POOLINGS
 from sweet_jax.models.pretrained import Checkpoint, open_checkpoint
+from sweet_jax.poolings import POOLINGS
 
 
 class Network(NamedTuple):

@@ -23,7 +23,7 @@ from sweet_jax.inference.onnx_operators import OPERATORS
 from sweet_jax.inference.onnx_segments import Segment, plan_segments
 from sweet_jax.inference.onnx_trace import Program, trace
 from sweet_jax.inference.onnx_writer import GraphWriter, UnsupportedOperationError
-from sweet_jax.models.pooling import POOLINGS
+from sweet_jax.poolings import POOLINGS
 
 # Constraints on the sizes: there is at least one token, and Q is at most L.
 _SIZES = ("q <= l", "l*q >= q", "l*l >= l")

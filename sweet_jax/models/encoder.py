@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sweet_jax.errors import UserError
 from sweet_jax.models.attention import EINSUM, fused_attention, supports_shape
 from sweet_jax.models.dropout import dropout
 from sweet_jax.models.embedding import Embedding
@@ -209,9 +210,19 @@ class Encoder(nnx.Module):
         self.final_norm = self.make_final_norm()
 
     def set_attention(self, implementation: str) -> None:
-        """Sets the attention implementation of every layer; see `attention.check_attention`."""
+        """Sets the attention implementation of every layer; see `attention.check_attention`.
+
+        Raises UserError for a fused implementation if a layer has no `attention` to set it for.
+        """
         for number in range(1, self.config.num_hidden_layers + 1):
-            self.layer_module(number).attention.implementation = implementation
+            attention: Any = getattr(self.layer_module(number), "attention", None)
+            if hasattr(attention, "implementation"):
+                attention.implementation = implementation
+            elif implementation != EINSUM:
+                raise UserError(
+                    f"attention is {implementation!r}, but layer {number} of {type(self).__name__} "
+                    "has no attention that can be fused: remove attention from the config"
+                )
 
     def make_layer(self, number: int, dtype, rngs: nnx.Rngs) -> nnx.Module:
         """Returns layer `number`, from 1, with random parameters."""

@@ -1,4 +1,4 @@
-"""The encoder families of this package. A new family has its own file and is listed here."""
+"""The encoder families, by model_type. A family of this package has its own file."""
 
 from sweet_jax.models.albert import ALBERT
 from sweet_jax.models.bert import BERT
@@ -10,20 +10,25 @@ from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.modernbert import MODERNBERT
 from sweet_jax.models.mpnet import MPNET
 from sweet_jax.models.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
+from sweet_jax.registry import Registry
 
-FAMILIES: dict[str, EncoderFamily] = {  # by model_type
-    family.model_type: family
-    for family in (
-        BERT,
-        ROBERTA,
-        DEBERTA,
-        DEBERTA_V2,
-        DISTILBERT,
-        XLM_ROBERTA,
-        CAMEMBERT,
-        ELECTRA,
-        MPNET,
-        MODERNBERT,
-        ALBERT,
-    )
-}
+FAMILIES = Registry(
+    "model_type",
+    EncoderFamily,
+    {
+        family.model_type: family
+        for family in (
+            BERT,
+            ROBERTA,
+            DEBERTA,
+            DEBERTA_V2,
+            DISTILBERT,
+            XLM_ROBERTA,
+            CAMEMBERT,
+            ELECTRA,
+            MPNET,
+            MODERNBERT,
+            ALBERT,
+        )
+    },
+)

@@ -6,18 +6,20 @@ checkpoint_folder.py.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from sweet_jax.models.encoder import Encoder
 from sweet_jax.models.encoder_config import EncoderConfig
-from sweet_jax.models.pooling import POOLINGS
+from sweet_jax.models.ownership import BUILT_IN_GROUPS, OWNERS
 from sweet_jax.models.tensor_names import TensorNames
+from sweet_jax.poolings import POOLINGS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncoderFamily:
     """Describes an encoder family.
 
-    Raises ValueError for a pooling that does not exist.
+    Raises UserError for a pooling that cannot be found, and ValueError for invalid owners.
 
     Attributes:
       model_type: model_type in the family's config.json.
@@ -32,6 +34,9 @@ class EncoderFamily:
         it can.
       isolation_obstacle: reason why exits cannot have their own layers, worded to follow "whose";
         "" if they can.
+      owners: for each group of the encoder's parameters (a top-level attribute) other than
+        `ownership.BUILT_IN_GROUPS`, which exits train it: "first", the first one, if only `embed`
+        and `relative_table` read it; "shared", all of them, if layers do.
 
     """
 
@@ -43,7 +48,13 @@ class EncoderFamily:
     default_pooling: str = "mean"
     fused_attention_obstacle: str = ""
     isolation_obstacle: str = ""
+    owners: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.default_pooling not in POOLINGS:
-            raise ValueError(f"default_pooling {self.default_pooling!r} of {self.model_type}")
+        for group, owner in self.owners.items():
+            if group in BUILT_IN_GROUPS or owner not in OWNERS:
+                raise ValueError(
+                    f"owners of {self.model_type}: {group!r}: {owner!r}; declare other groups than "
+                    f"{', '.join(BUILT_IN_GROUPS)}, as one of {', '.join(map(repr, OWNERS))}"
+                )
+        _ = POOLINGS[self.default_pooling]

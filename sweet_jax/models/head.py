@@ -13,14 +13,16 @@ from flax import nnx
 from sweet_jax.models.dropout import dropout
 from sweet_jax.models.encoder import Encoder, linear
 from sweet_jax.models.layers import ACTIVATIONS, derive_key
-from sweet_jax.models.pooling import POOLINGS, Pooling
+from sweet_jax.models.ownership import Owners
+from sweet_jax.poolings import POOLINGS, Pooling
 
 
 @dataclasses.dataclass(frozen=True)
 class ExitConfig:
     """Describes the exits of a model.
 
-    Raises ValueError for a pooling or a learning-to-exit mode that does not exist.
+    Raises UserError for a pooling that cannot be found, and ValueError for a learning-to-exit mode
+    that does not exist.
 
     Attributes:
       pooling: name of the pooling in POOLINGS, which defines how an exit reads its layer.
@@ -29,6 +31,7 @@ class ExitConfig:
       learning_to_exit: mode of learning-to-exit: "" (none), "joint", or "detached", which passes no
         gradient to its input.
       remat: whether a layer's activations are recomputed in the backward pass.
+      owners: exits that train the groups of parameters that the encoder's family declares.
 
     """
 
@@ -37,10 +40,10 @@ class ExitConfig:
     shared_relative: bool = False
     learning_to_exit: str = ""
     remat: bool = False
+    owners: Owners = ()
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling {self.pooling!r}; known are {', '.join(POOLINGS)}")
+        _ = POOLINGS[self.pooling]
         if self.learning_to_exit not in ("", "joint", "detached"):
             raise ValueError(f"learning_to_exit {self.learning_to_exit!r}")
 
@@ -103,7 +106,7 @@ class Head(nnx.Module):
 
         """
         normed = h if self.norm is None else self.norm(h)
-        pooled = self.config.reads.read(normed, mask, second)  # [B, P]
+        pooled = self.config.reads(normed, mask, second)  # [B, P]
         if not self.config.reads.dense:
             return pooled
         return self.activation((pooler or self.pooler)(pooled))

@@ -65,7 +65,8 @@ def _by_tensors(
 ) -> list[str]:
     """Returns the model_type that fits the tensors best, then those whose tensors fit as well."""
     found = tensor_names(folder)
-    # BERT and RoBERTa differ in how they count positions, which no tensor shows.
+    # BERT and RoBERTa differ in what positions are counted from, which no tensor shows: RoBERTa
+    # counts from its padding id, so that fewer positions than rows of their table are left.
     counted = values.get("pad_token_id") == 1
     fitting = []
     for family in families:
@@ -87,7 +88,8 @@ def _by_tensors(
         }
         if inside <= names <= present:
             prefixed = any(f".{family.names.prefix}." in f".{name}" for name in found)
-            rank = (len(names), prefixed, (family.model_type != "bert") == counted)
+            fewer = config.positions != config.max_position_embeddings
+            rank = (len(names), prefixed, fewer == counted)
             fitting.append((rank, family.model_type))
     if not fitting:
         return []

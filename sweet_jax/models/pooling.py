@@ -1,23 +1,17 @@
-"""Pooling: reduces the hidden state of an exit's layer to one vector.
-
-A new pooling is a function here and a line of `poolings.POOLING_INPUTS`. Its arguments are
-h [B, L, H], mask bool [B, L], True at tokens, and second bool [B, L], True from the second text of
-a pair on, which is None unless the pooling reads pairs.
+"""The functions of the poolings in `poolings.POOLINGS`, which describes their arguments.
 
 Shape letters: B batch, L length, H hidden, P width of a pooled vector.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UnknownNameError, UserError, one_line
 from sweet_jax.files import read_json
 from sweet_jax.models.checkpoint_folder import first_module
-from sweet_jax.poolings import POOLING_INPUTS
+from sweet_jax.poolings import POOLINGS
 
 
 def first_token(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> jax.Array:
@@ -53,23 +47,30 @@ def means_of_pair(h: jax.Array, mask: jax.Array, second: jax.Array | None) -> ja
     return jnp.concatenate([u, v, jnp.abs(u - v), u * v], axis=-1)  # [B, 4 H]
 
 
-class Pooling(NamedTuple):
-    """Holds a pooling's function, and what it reads: see `PoolingInputs`.
+def check_pooling(name: str, hidden: int) -> None:
+    """Checks a pooling on the shapes of two rows with H = `hidden`, without computing it.
 
-    Attributes:
-      read: function (h [B, L, H], mask bool [B, L], second bool [B, L] or None) → [B, P].
-
+    Raises UserError unless the pooling exists and returns [B, P] with the width that it declares.
     """
+    pooling = POOLINGS[name]
+    mask = jax.ShapeDtypeStruct((2, 8), bool)  # [B, L]
+    h = jax.ShapeDtypeStruct((2, 1 if pooling.first_only else 8, hidden), jnp.float32)
+    try:
+        found = jax.eval_shape(pooling, h, mask, mask if pooling.pairs else None)
+    except UnknownNameError:
+        raise
+    except Exception as error:  # a function of the user's own can raise anything
+        raise UserError(
+            f"pooling {name!r} failed on h {list(h.shape)} and mask {list(mask.shape)}: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+    wanted, shape = (2, pooling.width * hidden), getattr(found, "shape", None)
+    if shape != wanted:
+        raise UserError(
+            f"pooling {name!r} must return an array of shape {list(wanted)} for h "
+            f"{list(h.shape)}, [B, width H]; got {shape and list(shape)}"
+        )
 
-    read: Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
-    first_only: bool
-    dense: bool
-    width: int
-    pairs: bool
-
-
-_READ = {"first": first_token, "mean": mean_of_tokens, "pair": means_of_pair}
-POOLINGS = {name: Pooling(read, *POOLING_INPUTS[name]) for name, read in _READ.items()}
 
 _DECLARED = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
 

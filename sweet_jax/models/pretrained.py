@@ -20,6 +20,7 @@ from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.model_type import guess_model_type
 from sweet_jax.models.weights import Weights, read_weights
+from sweet_jax.registry import import_extensions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,11 +69,17 @@ class Checkpoint(CheckpointFiles):
 def open_checkpoint(name: str) -> Checkpoint:
     """Locates a checkpoint (see `locate_checkpoint`) and reads the configuration of its family.
 
+    A model_type that no family of this package has may be that of an installed extension, see
+    `registry`.
+
     Raises UserError if the checkpoint is missing, has an unsupported architecture, or has no
     readable config.json.
     """
     files = locate_checkpoint(name)
     kind = files.values.get("model_type")
+    # Not by FAMILIES[kind], which imports "module:OBJECT": the files name a kind, and no code.
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        import_extensions()
     if not kind:
         kind = guess_model_type(files.folder, files.values, FAMILIES.values())
     family = FAMILIES.get(kind) if isinstance(kind, str) else None

@@ -28,9 +28,9 @@ def ensure_first_token(tokenizer: Any, name: str) -> None:
     absent = [token for token, number in ids.items() if number is None]
     if absent:
         raise UserError(
-            f"pooling is 'first', but the tokenizer of {name!r} adds no token before a text and "
-            f"has no {' and no '.join(absent)}: set --config.pooling=mean, or add the tokens to "
-            "tokenizer_config.json"
+            f"the pooling reads the first token, but the tokenizer of {name!r} adds none before a "
+            f"text and has no {' and no '.join(absent)}: set --config.pooling=mean, or add the "
+            "tokens to tokenizer_config.json"
         )
     first, last = str(tokenizer.cls_token), str(tokenizer.sep_token)
     # As in the pretraining of RoBERTa and of BERT, respectively.
@@ -41,8 +41,8 @@ def ensure_first_token(tokenizer: Any, name: str) -> None:
         special_tokens=[(first, ids["cls_token"]), (last, ids["sep_token"])],
     )
     log.warning(
-        "the tokenizer of %r adds no special token before a text, but pooling 'first' reads the "
-        "first token: %s is added before each text and %s after it",
+        "the tokenizer of %r adds no special token before a text, but the pooling reads the first "
+        "token: %s is added before each text and %s after it",
         name,
         first,
         last,

@@ -26,6 +26,7 @@ from sweet_jax.data.padding import (
     worth_compiling,
 )
 from sweet_jax.methods import loss_weights
+from sweet_jax.models.ownership import Owners
 from sweet_jax.training.best_state import BestStateTracker
 from sweet_jax.training.checkpoint import Checkpoints, abstract_state
 from sweet_jax.training.initialization import initial_state
@@ -114,7 +115,15 @@ def _start(job: TrainingJob) -> tuple[StepSettings, State]:
         params = with_classifiers(state.params, new, job.probe, columns)
         state = state._replace(params=params)
     rows, frozen = job.rows.shape[1], len(grown)
-    settings = step_settings(config, graphdef, exits, rows, short=job.short, frozen=frozen)
+    settings = step_settings(
+        config,
+        graphdef,
+        exits,
+        rows,
+        short=job.short,
+        frozen=frozen,
+        owners=tuple(job.checkpoint.family.owners.items()),
+    )
     return dataclasses.replace(settings, objective=job.objective), state
 
 
@@ -233,6 +242,7 @@ def step_settings(
     *,
     short: bool = False,
     frozen: int = 0,
+    owners: Owners = (),
 ) -> StepSettings:
     """Returns the constants of the training step.
 
@@ -242,7 +252,7 @@ def step_settings(
       exits: layer numbers of the exits.
       rows: number of training rows.
       short: see `TrainingJob`.
-      frozen: see `StepSettings`.
+      frozen, owners: see `StepSettings`.
 
     """
     total = training_steps(config.epochs, rows, config.batch_size)
@@ -269,6 +279,7 @@ def step_settings(
         distillation=distillation,
         learning_to_exit=config.learning_to_exit,
         shared_relative=config.relative == "shared",
+        owners=owners,
         frozen=frozen,
         head_learning_rate=config.head_learning_rate,
         layer_decay=config.layer_decay,

@@ -96,8 +96,10 @@ def segment_gradients(
     """
     model = nnx.merge(graphdef, fill_missing(params))
     exits, carried = model.exits, segments.carried
-    shared_relative = model.config.shared_relative
-    owner_of = parameter_owners(params, exits, shared_relative=shared_relative)
+    config = model.config
+    owner_of = parameter_owners(
+        params, exits, shared_relative=config.shared_relative, owners=config.owners
+    )
     grads_by_segment, metrics_by_segment = [], []
     if loss.distillation is not None:
         teacher = model.forward(batch, 1.0, key).logits[-1]

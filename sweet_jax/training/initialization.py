@@ -59,6 +59,7 @@ def make_model(
             shared_relative=config.relative == "shared",
             learning_to_exit=config.learning_to_exit,
             remat=config.remat,
+            owners=tuple(checkpoint.family.owners.items()),
         ),
         config.dtype,
     )
@@ -122,7 +123,8 @@ def initial_state(
         if base is not None:
             number = base.replica_of(seed, rate)
             params = merge_grown_params(params, jax.tree.map(lambda x: x[number], trunks))
-            owner_of = parameter_owners(params, model.exits)
+            owners = checkpoint.family.owners.items()
+            owner_of = parameter_owners(params, model.exits, owners=owners)
             trained = jax.tree.map(lambda o, x: None if o in base.exits else x, owner_of, params)
         return graphdef, params, trained
 

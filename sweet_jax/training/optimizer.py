@@ -79,7 +79,12 @@ def clip_gradients(grads: Params, settings: StepSettings) -> Params:
             return -owner
         return owner if settings.clip_by_owner else SHARED
 
-    owner_of = parameter_owners(grads, settings.exits, shared_relative=settings.shared_relative)
+    owner_of = parameter_owners(
+        grads,
+        settings.exits,
+        shared_relative=settings.shared_relative,
+        owners=settings.owners,
+    )
     groups = jax.tree.map_with_path(group, owner_of)
     squares: dict[int, jax.Array] = {}
     for number, leaf in zip(jax.tree.leaves(groups), jax.tree.leaves(grads), strict=True):

@@ -120,14 +120,18 @@ def segment_parallel_plan(config: Config, settings: StepSettings, state: State) 
     """Returns a plan whose device groups each train their own segments; see segment_parallel.py."""
     replicas = len(config.replicas())
     groups = make_device_groups(settings.exits, replicas, config.batch_size)
+
+    def split(state: State) -> list[State]:
+        return split_state(state, groups, settings.exits, settings.owners)
+
     parts = [
         state_shardings(group.mesh, part, replicas)
-        for group, part in zip(groups, split_state(state, groups, settings.exits), strict=True)
+        for group, part in zip(groups, split(state), strict=True)
     ]
     compiled = compile_groups(settings, groups, replicas, parts)
     return ExecutionPlan(
         join_state(parts),
-        lambda state: reshard(split_state(state, groups, settings.exits), parts),
+        lambda state: reshard(split(state), parts),
         join_state,
         lambda tokens, rows, sizes: [
             put_batch(tokens, rows, sizes, batch_sharding(group.mesh, replicas)) for group in groups

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sweet_jax.models.early_exit import SegmentState
-from sweet_jax.models.ownership import parameter_owners
+from sweet_jax.models.ownership import Owners, parameter_owners
 from sweet_jax.training.losses import StepMetrics
 from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import (
@@ -75,13 +75,22 @@ def most_layers(exits: Sequence[int], way: Sequence[Sequence[int]]) -> int:
     return max(bounds[segments[-1] + 1] - bounds[segments[0]] for segments in way)
 
 
-def split_state(state: State, groups: Sequence[DeviceGroup], exits: Sequence[int]) -> list[State]:
+def split_state(
+    state: State, groups: Sequence[DeviceGroup], exits: Sequence[int], owners: Owners = ()
+) -> list[State]:
     """Splits a state into one part for each group: the parameters and moments that it trains.
 
     All other parameters and moments are None. Every part has the scalars (step, learning rate,
     seed).
+
+    Args:
+      state: the state of all parameters, none of which every exit trains.
+      groups: the groups of devices.
+      exits: layer numbers of the exits.
+      owners: see `StepSettings`.
+
     """
-    owner_of = parameter_owners(state.params, exits)
+    owner_of = parameter_owners(state.params, exits, owners=owners)
 
     def of(group: DeviceGroup) -> State:
         owners = {exits[index] for index in group.segments}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sweet_jax.models.ownership import Owners
 from sweet_jax.objectives.objective import Objective
 from sweet_jax.objectives.single_label import SINGLE_LABEL
 from sweet_jax.training.losses import Distillation, TrainingLoss
@@ -38,6 +39,7 @@ class StepSettings:
     objective: Objective = SINGLE_LABEL  # training objective of the exits
     learning_to_exit: str = ""  # or "joint", "detached"
     shared_relative: bool = False  # whether every exit trains the table of relative positions
+    owners: Owners = ()  # exits that train the groups of parameters that the family declares
     frozen: int = 0  # number of segments, counted from the first, that are not trained
     head_learning_rate: float = 1.0  # learning rate of the heads, relative to the base rate
     layer_decay: float = 1.0  # learning rate of a layer, relative to the layer above it

@@ -1,0 +1,311 @@
+"""A pooling and an encoder family of other modules: from training to every way of predicting."""
+
+import dataclasses
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from tiny import TINIES, TINY, Reference, fine_tune, write_checkpoint
+
+from sweet_jax import AdaptiveClassifier, export, registry
+from sweet_jax.config import from_mapping
+from sweet_jax.errors import UnknownNameError, UserError
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.models import bert
+from sweet_jax.models.early_exit import EarlyExit
+from sweet_jax.models.encoder import Encoder, LayerNorm, first_tokens, linear
+from sweet_jax.models.families import FAMILIES
+from sweet_jax.models.family import EncoderFamily
+from sweet_jax.models.head import ExitConfig
+from sweet_jax.models.ownership import SHARED, parameter_owners
+from sweet_jax.models.pooling import check_pooling, first_token
+from sweet_jax.models.pretrained import open_checkpoint
+from sweet_jax.models.tensor_names import TensorNames
+from sweet_jax.poolings import POOLINGS, Pooling
+from sweet_jax.preparation import prepare
+
+# As a user writes it. JAX is imported when the pooling computes, by its function alone.
+FACTS = """from sweet_jax.poolings import Pooling
+MAX = Pooling("own_pooling_function:read_max")
+SECOND = Pooling("own_pooling_function:nothing", first_only=True)
+NARROW = Pooling(lambda h, mask, second: h[:, 0, :3])
+"""
+FUNCTION = """import jax.numpy as jnp
+def read_max(h, mask, second):
+    return jnp.max(jnp.where(mask[..., None], h, -100.0), axis=1)
+"""
+EXITS = (1, 3)
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """The modules of a user, which the processes of a test can import."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "own_pooling.py").write_text(FACTS)
+    (folder / "own_pooling_function.py").write_text(FUNCTION)
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    forget()
+
+
+def forget():
+    registry.import_entry.cache_clear()
+    for name in ("own_pooling", "own_pooling_function"):
+        sys.modules.pop(name, None)
+
+
+def lose(folder):
+    """Removes the modules again."""
+    shutil.rmtree(folder)
+    forget()
+    importlib.invalidate_caches()
+
+
+def check_engines(reference: Reference) -> None:
+    """Every engine gives the outputs of the run's own evaluation, at the last exit."""
+    model = reference.classifier.model.folder
+    for engine in ("jax", "onnxruntime"):
+        classifier = AdaptiveClassifier.from_pretrained(model, engine=engine)
+        classifier = classifier.at(threshold=float("inf"))
+        _, probabilities, _ = reference.answers(classifier)
+        found = classifier.predict(reference.texts, 8)
+        np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-4)
+
+
+def test_a_pooling_of_a_user_s_module(own_modules, checkpoint, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+    run, values = fine_tune(checkpoint, tmp_path, pooling="own_pooling:MAX", exits=EXITS, epochs=3)
+    about = json.loads((run / "model" / "exits.json").read_text())
+    assert (about["pooling"], about["first_only"]) == ("own_pooling:MAX", False)
+    assert "own_pooling:MAX" not in tuple(POOLINGS)  # its name is not one of the table's
+    reference = Reference(run, values)
+    check_engines(reference)
+    texts = reference.texts[:8]
+    wanted = reference.classifier.predict(texts)
+    folders = {"stablehlo": tmp_path / "programs", "onnx": tmp_path / "graphs"}
+    for kind, folder in folders.items():
+        options = [f"--model={run / 'model'}", f"--output={folder}", f"--format={kind}"]
+        assert export.main(options) == 0, capsys.readouterr().err
+    lose(own_modules)
+    # The graphs contain the pooling; a folder of an older release does not say what it reads.
+    found = AdaptiveClassifier.from_pretrained(folders["onnx"]).predict(texts)
+    np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-5)
+    problem = (
+        "exits.json' needs the pooling 'own_pooling:MAX', which cannot be imported: "
+        "ModuleNotFoundError: No module named 'own_pooling': install or import the package that"
+    )
+    path = folders["onnx"] / "exits.json"
+    path.write_text(json.dumps({k: v for k, v in about.items() if k != "first_only"}))
+    for folder in (run / "model", folders["onnx"]):
+        with pytest.raises(UnknownNameError, match=problem):
+            open_model(folder)
+
+
+def test_the_facts_of_a_pooling_need_no_jax(own_modules):
+    program = "import sys, sweet_jax.poolings as p; x = p.POOLINGS['own_pooling:MAX'].first_only"
+    program += "; print(x, p.POOLINGS['mean'].width, 'jax' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=own_modules, capture_output=True, text=True
+    )
+    assert found.stdout == "False 1 False\n", found.stderr
+
+
+def test_a_pooling_added_by_assignment(options, monkeypatch):
+    monkeypatch.setitem(POOLINGS, "begin", Pooling(first_token, first_only=True))
+    assert prepare(from_mapping(options | {"pooling": "begin"})).config.pooling == "begin"
+    found = ExitConfig("begin").reads(jnp.ones((2, 1, 3)), jnp.ones((2, 4), bool))
+    assert found.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [
+        ("own_pooling:MIN", "pooling 'own_pooling:MIN': AttributeError: .*; write module:OBJECT"),
+        ("own_pooling:Pooling", "pooling 'own_pooling:Pooling' is of type type, not Pooling"),
+        ("nowhere:MAX", "pooling 'nowhere:MAX': ModuleNotFoundError: No module named 'nowhere'"),
+        ("meam", "unknown pooling 'meam': did you mean 'mean'"),
+        ("own_pooling:SECOND", "pooling 'own_pooling_function:nothing': AttributeError"),
+        (
+            "own_pooling:NARROW",
+            r"pooling 'own_pooling:NARROW' must return an array of shape \[2, 16\].* got \[2, 3\]",
+        ),
+    ],
+)
+def test_a_pooling_that_cannot_be_used(own_modules, options, pooling, message):
+    with pytest.raises(UserError, match=message) as refused:
+        prepare(from_mapping(options | {"pooling": pooling}))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_pooling_that_fails_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.setitem(POOLINGS, "own", Pooling(lambda h, mask, second: h[second.shape]))
+    with pytest.raises(UserError, match=r"^pooling 'own' failed on h \[2, 8, 4\] and mask .*Error"):
+        check_pooling("own", 4)
+    with pytest.raises(ValueError, match="width 2 with dense=True"):
+        Pooling(first_token, dense=True, width=2)
+
+
+def test_an_objective_that_cannot_be_found_is_named(sweet, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sweet.classifier.model.folder, folder)
+    about = json.loads((folder / "exits.json").read_text())
+    for change, message in (
+        ({"objective": "nowhere:MINE"}, "needs the objective 'nowhere:MINE', which cannot be impo"),
+        ({"objective": "ranking"}, "needs the objective 'ranking', which is unknown: install or"),
+        ({"pooling": "median"}, "needs the pooling 'median', which is unknown: install or import"),
+        ({"pooling": ["mean"]}, "is damaged"),
+        ({"objective": 5}, "is damaged"),
+    ):
+        (folder / "exits.json").write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match=message):
+            open_model(folder)
+
+
+class ToyLayer(nnx.Module):
+    """Adds a product with the mean of all tokens: there is no attention."""
+
+    def __init__(self, config, dtype, rngs):
+        self.mix = linear(config, config.hidden_size, config.hidden_size, dtype, rngs)
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def __call__(self, h, mask, key, relative=None, count=None):
+        shown = jnp.where(mask[..., None], h, 0).sum(axis=1) / 8.0  # [B, H]
+        first = first_tokens(h.reshape(-1, h.shape[-1]), h.shape[0], count)
+        first = first.reshape(h.shape[0], -1, h.shape[-1])  # [B, Q, H]
+        return self.norm(first + self.mix(first + shown[:, None]))
+
+
+class Offset(nnx.Module):
+    def __init__(self, size):
+        self.bias = nnx.Param(jnp.zeros(size))
+
+
+class Toy(Encoder):
+    """An encoder with a group of parameters of its own, `offset`."""
+
+    EMBEDDINGS = bert.BertEmbeddings
+
+    def __init__(self, config, key, dtype=jnp.float32):
+        super().__init__(config, key, dtype)
+        self.offset = Offset(config.hidden_size)
+
+    def make_layer(self, number, dtype, rngs):
+        return ToyLayer(self.config, dtype, rngs)
+
+    def embed(self, input_ids, token_type_ids, mask, key=None):
+        return (
+            super().embed(input_ids, token_type_ids, mask, key) + self.offset.bias[...][None, None]
+        )
+
+
+TOY = EncoderFamily(
+    model_type="toy",
+    architecture="ToyModel",
+    config=bert.BertConfig,
+    encoder=Toy,
+    names=TensorNames(
+        prefix="toy",
+        encoder=dict(bert.NAMES.encoder) | {"offset": "offset"},
+        layer={"mix": "mix", "norm": "LayerNorm"},
+    ),
+    fused_attention_obstacle="its layers have no attention",
+    owners={"offset": "first"},
+)
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path) -> Path:
+    """A checkpoint of a family that no table has."""
+    monkeypatch.setitem(FAMILIES, "toy", TOY)
+    monkeypatch.setitem(TINIES, "toy", TINY)
+    monkeypatch.setitem(tiny.WRITERS, "toy", tiny.write_words)
+    return write_checkpoint(tmp_path / "toy", "toy")
+
+
+def test_a_family_of_another_package(toy, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
+    run, values = fine_tune(toy, tmp_path, exits=EXITS, epochs=3, pooling="mean")
+    trained = open_checkpoint(str(run / "model"))
+    assert trained.model_type == "toy"
+    assert np.any(trained.weights.encoder["offset"]["bias"])
+    reference = Reference(run, values)
+    check_engines(reference)
+    texts = reference.texts[:8]
+    wanted = reference.classifier.predict(texts)
+    options = [f"--model={run / 'model'}", f"--output={tmp_path / 'graphs'}", "--format=onnx"]
+    assert export.main(options) == 0, capsys.readouterr().err
+    monkeypatch.delitem(FAMILIES, "toy")
+    found = AdaptiveClassifier.from_pretrained(tmp_path / "graphs").predict(texts)
+    np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-5)
+    with pytest.raises(UserError, match=r"has model_type 'toy'; supported are bert, roberta"):
+        open_checkpoint(str(run / "model"))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_entry_point_adds_a_family(toy, monkeypatch, named):
+    monkeypatch.delitem(FAMILIES, "toy")
+    if not named:
+        values = json.loads((toy / "config.json").read_text())
+        values.pop("model_type")
+        (toy / "config.json").write_text(json.dumps(values))
+    point = SimpleNamespace(
+        name="toys", value="toys", load=lambda: monkeypatch.setitem(FAMILIES, "toy", TOY)
+    )
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    registry.import_extensions.cache_clear()
+    try:
+        assert open_checkpoint(str(toy)).family is TOY
+    finally:
+        registry.import_extensions.cache_clear()
+
+
+def test_a_checkpoint_names_no_code_to_import(toy):
+    values = json.loads((toy / "config.json").read_text())
+    (toy / "config.json").write_text(json.dumps(values | {"model_type": "test_extensions:TOY"}))
+    with pytest.raises(UserError, match="has model_type 'test_extensions:TO"):
+        open_checkpoint(str(toy))
+
+
+def test_layers_without_attention(options, toy):
+    encoder = TOY.encoder(TINY, jax.random.key(0))
+    encoder.set_attention("einsum")
+    with pytest.raises(UserError, match="attention is 'xla', but layer 1 of Toy has no attention"):
+        encoder.set_attention("xla")
+    with pytest.raises(UserError, match="its layers have no attention; remove attention"):
+        prepare(from_mapping(options | {"checkpoint": str(toy), "attention": "xla"}))
+
+
+def test_the_owner_of_a_group_that_a_family_declares(options, toy, monkeypatch):
+    key = jax.random.key(0)
+    config = ExitConfig("mean", owners=tuple(TOY.owners.items()))
+    model = EarlyExit(TOY.encoder(TINY, key), EXITS, 2, key, config)
+    params = nnx.to_pure_dict(nnx.split(model)[1])
+    for owner, wanted in (("first", EXITS[0]), ("shared", SHARED)):
+        found = parameter_owners(params, EXITS, owners=[("offset", owner)])
+        assert found["encoder"]["offset"] == {"bias": wanted}
+    with pytest.raises(UserError, match=r"parameters 'offset', .* EncoderFamily\.owners"):
+        parameter_owners(params, EXITS)
+    values = options | {"checkpoint": str(toy)}
+    monkeypatch.setitem(FAMILIES, "toy", dataclasses.replace(TOY, owners={}))
+    with pytest.raises(UserError, match=r"'offset', which no exit owns"):
+        prepare(from_mapping(values))
+    monkeypatch.setitem(FAMILIES, "toy", dataclasses.replace(TOY, owners={"offset": "shared"}))
+    with pytest.raises(UserError, match=r"segment_parallel needs .* all exits train 'offset'"):
+        prepare(from_mapping(values | {"segment_parallel": True}))
+
+
+@pytest.mark.parametrize("owners", [{"layers": "first"}, {"offset": "last"}])
+def test_owners_that_cannot_be_declared(owners):
+    with pytest.raises(ValueError, match="owners of toy"):
+        dataclasses.replace(TOY, owners=owners)
