@@ -188,6 +188,7 @@ LEVELS = [
         *("errors", "registry", "methods", "poolings", "recipe", "paths", "files", "directories"),
         *(
             "run_directory",
+            "trackers",
             "storage_errors",
             "standard_output",
             "devices",
