@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import DEFAULT_LEVEL, TARGET_RANGES, check_targets
+from sweet_jax.registry import Registry, import_extensions
 from sweet_jax.standard_output import escape_characters, flush_output, print_text
 from sweet_jax.storage_errors import (
     access_failure,
@@ -67,17 +68,24 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (--help lists all options)")
 
-    def add_model_arguments(self, engines: Iterable[str] = ()) -> None:
-        """Adds --model and the targets; with `engines`, also --engine, --threads, --precision."""
+    def add_model_arguments(self, engines: Registry[Any] | None = None) -> None:
+        """Adds --model and the targets; with `engines`, also --engine, --threads, --precision.
+
+        engines: table whose entries have `precisions`.
+        """
         self.add_argument("--model", required=True, help="model/ folder of a run, or a hub id")
-        if names := list(engines):
-            text = f"engine that runs the model: {' or '.join(names)} (default: the faster one "
-            text += "according to predict --measure; without measurements jax, if it is installed)"
-            self.add_argument("--engine", choices=names, help=text)
-            text = "number of threads of the onnxruntime engine (default: all physical cores)"
-            self.add_argument("--threads", type=int, help=text)
-            text = "precision of the layers: float32 (default); bfloat16 with engine jax; int8 "
-            text += "with onnxruntime, after sweet-jax quantize. --dtype is its former name"
+        if engines is not None:
+            names = list(engines)
+            text = f"engine that runs the model: {' or '.join(names)}, the name of one that an "
+            text += "installed package adds, or module:ENTRY (default: the fastest one according "
+            text += f"to predict --measure; without measurements {names[0]}, if it is installed)"
+            self.add_argument("--engine", choices=_Names(engines), metavar="ENGINE", help=text)
+            text = "number of threads of an engine with this option, such as onnxruntime (default: "
+            self.add_argument("--threads", type=int, help=f"{text}all physical cores)")
+            text = "precision of the layers, if the engine has it: float32 (default); bfloat16; "
+            text += "int8, after sweet-jax quantize ("
+            each = (f"{name}: {' or '.join(engines[name].precisions)}" for name in names)
+            text += f"{'; '.join(each)}). --dtype is its former name"
             self.add_argument("--precision", "--dtype", help=text)
         self.add_target_arguments()
 
@@ -93,6 +101,27 @@ class ArgumentParser(argparse.ArgumentParser):
         for name, text in (_TARGETS | (_LATENCY if clock else {})).items():
             target.add_argument(f"--{name}", type=float, help=text)
         self.add_argument("--level", type=float, help=_LEVEL)
+
+
+class _Names(Container[str]):
+    """Contains the names of a table, including those of other packages and modules.
+
+    Iterates only over those that need no import, which messages list.
+    """
+
+    def __init__(self, table: Registry[Any]):
+        self._table = table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __contains__(self, name: object) -> bool:
+        """Raises UserError for a reference, or an extension, that cannot be imported."""
+        if ":" in str(name):
+            return bool(self._table[str(name)])
+        if name not in self._table:
+            import_extensions()
+        return name in self._table
 
 
 def target_descriptions() -> dict[str, str]:

@@ -38,7 +38,7 @@ from sweet_jax.training.layer_scaling import scale_layer_updates
 from sweet_jax.training.schedule import training_steps
 from sweet_jax.training.sharding import mesh_of, select_replica
 from sweet_jax.training.step import Params
-from sweet_jax.training.trackers import check_tracker, track_results
+from sweet_jax.training.trackers import check_trackers, track_results
 
 # Keys that may differ when a run is resumed: they change no results beyond rounding. The rows
 # themselves, with or without labels, are compared by their digest, wherever the files are.
@@ -73,7 +73,7 @@ def run(config: Config, workdir: Path, *, report: bool = True) -> dict[str, Any]
 
     """
     with raise_on_all():
-        check_tracker(config.log_to)
+        check_trackers(config.log_to)
         job = prepare(config)
     identity, before = config_values(job.config, job.digest), _older_defaults(config)
     with claim_on_primary(

@@ -41,8 +41,13 @@ from sweet_jax.data.tables import Columns, Record, missing_column
 from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import open_model
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import ENGINES, load_engine
-from sweet_jax.inference.engine_choice import available_engines, describe_default
+from sweet_jax.inference.engine import load_engine, takes_threads
+from sweet_jax.inference.engine_choice import (
+    available_engines,
+    check_available,
+    describe_default,
+)
+from sweet_jax.inference.engine_table import ENGINES
 from sweet_jax.inference.latency import (
     TABLE_NOTE,
     describe_fastest,
@@ -227,10 +232,13 @@ def _measure(options: argparse.Namespace) -> None:
     Raises UserError if none of them runs.
     """
     model, refused = open_model(options.model), []
+    check_available(model, options.engine, options.precision)
     tables: list[LatencyTable] = []
     for choice in available_engines(model, options.engine, options.precision):
-        threads = options.threads if choice.engine == "onnxruntime" or options.engine else None
         try:
+            # Of an engine that is not named, an option that it lacks is no error.
+            asked = options.engine is not None or takes_threads(choice.engine)
+            threads = options.threads if asked else None
             engine = load_engine(choice.engine, model, choice.precision, threads=threads)
         except UserError as error:
             refused.append(f"{choice.engine}, {choice.precision}: {error}")
@@ -243,7 +251,7 @@ def _measure(options: argparse.Namespace) -> None:
         print("\n".join(table.lines(model.layers)))
         tables.append(table)
     if not tables:
-        raise UserError("; ".join(refused) or f"no engine has precision {options.precision!r}")
+        raise UserError("; ".join(refused))
     for reason in refused:
         print(f"not measured: {reason}")
     print("\n".join(describe_fastest(model, tables)))

@@ -25,6 +25,7 @@ from sweet_jax.files import read_json
 from sweet_jax.inference.artifact import ModelArtifact, open_model
 from sweet_jax.inference.engine import Engine, load_engine, padded_length
 from sweet_jax.inference.engine_choice import available_engines, typical_milliseconds
+from sweet_jax.inference.engine_table import ENGINES
 from sweet_jax.inference.latency import measure_latency, read_latency
 from sweet_jax.inference.latency_table import LatencyTable, write_tables
 from sweet_jax.report.console import fitted_rows
@@ -83,7 +84,7 @@ def recommend(run: Path, target: Mapping[str, float]) -> str:
     folder = shlex.quote(str(model.folder))
     missing = importlib.util.find_spec("uvicorn") is None
     install = '  (after pip install -e ".[serve]")' if missing else ""
-    warm = " --warm_up" if table.engine == "jax" else ""  # jax compiles programs
+    warm = " --warm_up" if ENGINES[table.engine].compiles else ""
     lines.append(f"next: sweet-jax serve --model={folder}{option} --port=8000{warm}{install}")
     lines.append(f"next: sweet-jax predict --model={folder} --input=FILE --output=FILE{option}")
     return "\n".join(lines)
@@ -270,7 +271,8 @@ def _describe_engines(
     limit = target.get("milliseconds", np.inf)
     if any(table.until_exit(model.long_tokens)[-1] > limit for table in tables):
         folder = shlex.quote(str(run))
-        needs = "" if "onnxruntime" in times else ' (needs pip install -e ".[onnx]")'
+        engine = next(name for name, entry in ENGINES.items() if "int8" in entry.precisions)
+        needs = "" if engine in times else f" (needs {ENGINES[engine].install})"
         lines.append(
             f"  int8 is faster on many CPUs: sweet-jax quantize --run={folder}{needs}, then "
             f"sweet-jax predict --model={shlex.quote(str(model.folder))} --measure"

@@ -46,8 +46,8 @@ from sweet_jax.arguments import ArgumentParser, parse_targets, policy_help, run_
 from sweet_jax.errors import UserError, missing_package
 from sweet_jax.exits.targets import check_targets
 from sweet_jax.inference.classifier import AdaptiveClassifier
-from sweet_jax.inference.engine import ENGINES
 from sweet_jax.inference.engine_choice import describe_default
+from sweet_jax.inference.engine_table import ENGINES
 from sweet_jax.inference.warm_up import warm_up
 from sweet_jax.server.audit_arguments import (
     add_audit_arguments,

@@ -198,6 +198,7 @@ LEVELS = [
         ),
         *(
             "run_directory",
+            "trackers",
             "storage_errors",
             "standard_output",
             "devices",

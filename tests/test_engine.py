@@ -17,7 +17,8 @@ from sweet_jax.data.batches import encode
 from sweet_jax.errors import UserError
 from sweet_jax.exits.operating_point import make_resolver
 from sweet_jax.inference.artifact import ModelArtifact
-from sweet_jax.inference.engine import ENGINES, load_engine, padded_lengths, plan_stages
+from sweet_jax.inference.engine import load_engine, padded_lengths, plan_stages
+from sweet_jax.inference.engine_table import ENGINES, EngineEntry
 from sweet_jax.inference.predictions import InvalidRow
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import open_checkpoint
@@ -144,7 +145,7 @@ def test_an_unknown_engine_is_refused(sweet, model):
 
 
 def test_what_an_engine_does_not_take_is_refused(sweet, monkeypatch):
-    monkeypatch.setitem(ENGINES, "numpy", "numpy_engine")
+    monkeypatch.setitem(ENGINES, "numpy", EngineEntry("numpy_engine"))
     folder = sweet.classifier.model.folder
     with pytest.raises(UserError, match="the numpy engine has no option threads: leave threads"):
         AdaptiveClassifier.from_pretrained(folder, engine="numpy", threads=1)
@@ -184,8 +185,8 @@ def test_a_command_imports_jax_through_its_engine_alone(sweet, request, tmp_path
     if engine == "onnxruntime":
         folder = request.getfixturevalue("onnx_model")
     program = """
-from sweet_jax.inference.engine import ENGINES
-ENGINES["numpy"] = "numpy_engine"
+from sweet_jax.inference.engine_table import ENGINES, EngineEntry
+ENGINES["numpy"] = EngineEntry("numpy_engine")
 """
     if command == "serve":
         pytest.importorskip("uvicorn", reason='the server\'s packages: pip install -e ".[serve]"')

@@ -116,6 +116,29 @@ def test_wandb_takes_them_without_a_network(tmp_path, monkeypatch):
     assert path.name == f"run-{json.loads((tmp_path / 'trackers.json').read_text())['wandb']}.wandb"
 
 
+def test_every_row_is_in_the_file_at_once_and_dropped_if_it_is_repeated(tmp_path):
+    """A program that follows metrics.jsonl sees it; a run that is killed then leaves more rows."""
+    path, fields = tmp_path / "metrics.jsonl", dict.fromkeys(StepMetrics._fields)
+    values = StepMetrics(**(fields | {"loss": LOSSES}))
+
+    def log_steps(start: int, stop: int) -> MetricsLog:
+        tracker = open_tracker("tensorboard", tmp_path, "short", start)
+        log = MetricsLog(tmp_path, "short", start, (1, 3), tracker)
+        for step in range(start, stop):
+            log.add(step, 0, 16, values)
+        return log
+
+    logs = [log_steps(0, 5)]  # not flushed, not closed
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    logs.append(log_steps(3, 4))  # from the checkpoint after step 2
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+    resumed = path.read_bytes()
+    logs.append(log_steps(0, 4))
+    assert path.read_bytes() == resumed
+    for log in logs:
+        log.close()
+
+
 @pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tracker, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

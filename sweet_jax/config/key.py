@@ -47,6 +47,7 @@ class KeyMetadata:
     type_condition: Condition | None
     convert: Callable[[Any], Any] | None
     allows_reference: bool
+    several: bool
 
     def names(self, default: Any) -> list[str]:
         """Returns the choices, including the default; empty if the key has none."""
@@ -64,6 +65,7 @@ def key(
     type_condition: Condition | None = None,
     convert: Callable[[Any], Any] | None = None,
     allows_reference: bool = False,
+    several: bool = False,
 ) -> Any:
     """Declares a config key, as a field of a dataclass.
 
@@ -79,13 +81,15 @@ def key(
         than `convert_value` does.
       allows_reference: whether "module:OBJECT" is allowed in addition to the choices; see
         `registry`.
+      several: whether a value may be several of the choices, separated by commas.
 
     Returns:
       the field.
 
     """
     metadata = KeyMetadata(
-        meaning, conditions, choices, allowed, example, type_condition, convert, allows_reference
+        *(meaning, conditions, choices, allowed, example, type_condition, convert),
+        *(allows_reference, several),
     )
     return dataclasses.field(default=default, metadata={"key": metadata})
 
@@ -135,15 +139,19 @@ def check_type(field: dataclasses.Field, value: Any) -> None:
 
 
 def check_name(field: dataclasses.Field, value: Any) -> None:
-    """Raises UserError unless a value is one of the choices of its key, if it has choices."""
+    """Raises UserError unless a value is one of the choices of its key, if it has choices.
+
+    For a key that takes several of them, the value is a comma-separated list of at least one.
+    """
     metadata = key_metadata(field)
-    names = metadata.names(field.default)
-    if not names or (metadata.allows_reference and ":" in value):
-        return  # a reference is imported where it is used
-    if value not in names:
-        import_extensions()
-        names = metadata.names(field.default)
-    check_choice(field.name, value, names)
+    if not metadata.names(field.default):
+        return
+    for name in (metadata.several and split_names(value)) or (value,):
+        if metadata.allows_reference and ":" in name:
+            continue  # a reference is imported where it is used
+        if name not in metadata.names(field.default):
+            import_extensions()
+        check_choice(field.name, name, metadata.names(field.default))
 
 
 def check_conditions(field: dataclasses.Field, value: Any) -> None:

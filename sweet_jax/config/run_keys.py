@@ -17,6 +17,7 @@ from sweet_jax.config.key import (
 )
 from sweet_jax.exits.confidences import POLICIES
 from sweet_jax.objectives import OBJECTIVES
+from sweet_jax.trackers import TRACKERS
 
 DTYPES = ("float32", "bfloat16")
 
@@ -185,9 +186,12 @@ class RunKeys:
         "tensorboard",
         (
             "Where losses, learning rates and the metrics on tuning rows are logged in addition"
-            " to metrics.jsonl; wandb and mlflow also get the report and the model."
+            " to metrics.jsonl: one or several names separated by commas. wandb and mlflow also "
+            "get the report and the model; module:Class is a tracker of your own."
         ),
-        choices=("tensorboard", "wandb", "mlflow"),
+        choices=TRACKERS,
+        allows_reference=True,
+        several=True,
     )
     checkpoint_every: int = key(200, "Number of steps between checkpoints.", AT_LEAST_1)
     conflict_every: int = key(

@@ -108,6 +108,6 @@ def _values(column: pa.Array) -> list[Any]:
         values = column.cast(pa.large_binary()).to_pylist()
     if is_text(column.type):
         return [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values]
-    if pa.types.is_nested(column.type):  # lists of labels, which `make_record` joins
+    if pa.types.is_nested(column.type):  # lists of labels, which `read_labels` joins
         return values
     return [None if v is None or v != v else str(v) for v in values]

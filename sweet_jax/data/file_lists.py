@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sweet_jax.config import split_names
 from sweet_jax.data.label_folders import is_hidden, text_files, warn_of_unread
-from sweet_jax.data.records import format_of
+from sweet_jax.data.records import is_table
 from sweet_jax.errors import AbsentFileError, UserError
 from sweet_jax.paths import resolve_path
 
@@ -53,7 +53,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     Broken links count as tables; an error is raised when they are read.
     """
     entries = {path for path in folder.iterdir() if not is_hidden(path)}
-    tables = {p for p in entries if format_of(p) not in ("", ".txt") and not p.is_dir()}
+    tables = {p for p in entries if not p.is_dir() and is_table(p)}
     texts = text_files(folder)
     if not texts:
         warn_of_unread(str(folder), entries - tables if tables else ())

@@ -1,6 +1,5 @@
 """Tables from JSON files: an object per line or over several, an array, an object of columns."""
 
-import contextlib
 import itertools
 import json
 import re
@@ -41,19 +40,13 @@ def json_table(file: TextFile) -> Table:
         names = list(columns.names)
         if any(obj.values is not None for obj in ahead):
             names = [keys[find_column(name, keys)] for name in names]
-        label_texts = LabelTexts()
         rows = enumerate(itertools.chain(ahead, objects), start=1)
         for row, (values, error, line, position) in rows:
-            fields = [] if values is None else [values.get(name) for name in names]
-            if values is not None and columns.label is not None:
-                label_index, wrong = len(columns.texts), None
-                if not (columns.several_labels and isinstance(fields[label_index], list)):
-                    fields[label_index], wrong = label_texts(fields[label_index])
-                error = wrong and f"column {columns.label!r} {wrong}"
-            if error is None:
-                yield make_record(tuple(fields), columns, position, row, line)
-            else:
+            if values is None:
                 yield Record((), error, position, row, line)
+            else:
+                fields = tuple(values.get(name) for name in names)
+                yield make_record(fields, columns, position, row, line)
 
     return Table(keys, records)
 
@@ -192,35 +185,6 @@ def read_objects(lines: Iterable[str], position: Callable[[], int]) -> Iterator[
                 first = False
                 yield JsonObject(values, error, number, position())
     yield from _single_lines(begun, number, position())
-
-
-class LabelTexts:
-    """Converts labels to text; all labels must have the type of the first one.
-
-    Integers and floats count as one type. All numbers are written in the type of the first one, so
-    that 1 and 1.0 are the same class.
-    """
-
-    def __init__(self) -> None:
-        self._first: Any = None
-
-    def __call__(self, value: Any) -> tuple[str | None, str | None]:
-        """Returns (text, None), where text is None for a missing label, or (None, error)."""
-        if value is None or value != value:  # NaN
-            return None, None
-        if not isinstance(value, str | bool | int | float):
-            more = ""
-            if isinstance(value, list):
-                more = "; lists of labels require --config.objective=multi_label"
-            return None, f"is not a single value but {value!a:.40}{more}"
-        first = self._first = value if self._first is None else self._first
-        if type(value) is not type(first):
-            if {type(value), type(first)} != {int, float}:
-                return None, f"is {value!a:.40}, not of the type of the first, {first!a:.40}"
-            with contextlib.suppress(OverflowError):  # for an integer too large for a float
-                if isinstance(first, float) or (isinstance(value, float) and value.is_integer()):
-                    value = type(first)(value)
-        return str(value), None
 
 
 def _parse(text: str) -> tuple[dict[str, Any] | None, str | None, bool]:

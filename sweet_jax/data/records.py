@@ -5,52 +5,48 @@ for JSON files that are one object. Nothing is unpickled or executed.
 """
 
 import contextlib
-import csv
-import lzma
-import zipfile
-import zlib
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from xml.etree import ElementTree
 
-import pyarrow as pa
-
-from sweet_jax.data.arrow_tables import ipc_table, parquet_rows, parquet_table
-from sweet_jax.data.csv_rows import csv_table
-from sweet_jax.data.json_objects import json_table
 from sweet_jax.data.label_folders import folder_table
-from sweet_jax.data.spreadsheets import excel_table
+from sweet_jax.data.labels import read_labels
+from sweet_jax.data.readers import COMPRESSED, READERS
 from sweet_jax.data.tables import ColumnError, Columns, Record, Table
-from sweet_jax.data.text_files import TextFile, lines_table, open_text
 from sweet_jax.errors import AbsentFileError, UserError, one_line
+from sweet_jax.registry import import_extensions
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_JSON = (".jsonl", ".json", ".ndjson")
-_ROWS = {".parquet": parquet_table, ".arrow": ipc_table, ".feather": ipc_table}
-_COMPRESSED = (".gz", ".bz2", ".xz")
-_DAMAGED = (  # errors that the readers of these formats raise for a damaged file
-    *(OSError, EOFError, UnicodeError, OverflowError, csv.Error, pa.ArrowException),
-    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, ElementTree.ParseError),
-)
-FORMATS = (*_SEPARATORS, *_JSON, *_ROWS, ".xlsx")  # formats of tables
+_DAMAGED = (OSError, EOFError, UnicodeError, OverflowError)  # for a damaged file of any format
 
 
 def format_of(path: Path) -> str:
-    """Returns the suffix of a file's format, such as ".csv" for "a.csv.gz"; "" if unknown."""
+    """Returns the suffix of a file's format, such as ".csv" for "a.csv.gz"; "" if unknown.
+
+    Raises UserError for an unknown suffix if an installed extension cannot be imported.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
+    if compressed:
         suffixes.pop()
-        if not suffixes or suffixes[-1] not in (*_SEPARATORS, *_JSON, ".txt"):
-            return ""
-    return suffixes[-1] if suffixes and suffixes[-1] in (*FORMATS, ".txt") else ""
+    if not suffixes:
+        return ""
+    if suffixes[-1] not in READERS:
+        import_extensions()
+    reader = READERS.get(suffixes[-1])
+    return "" if reader is None or (compressed and not reader.compressed) else suffixes[-1]
+
+
+def is_table(path: Path) -> bool:
+    """Returns whether the format of a file is known and has columns."""
+    kind = format_of(path)
+    return bool(kind) and READERS[kind].has_columns
 
 
 def last_position(path: Path) -> int | None:
     """Returns the largest `Record.position` of a file, or None if it is unknown before reading."""
-    kind = format_of(path)
-    if kind == ".parquet":
-        return parquet_rows(path)
-    return None if kind in (".arrow", ".feather", ".xlsx") else path.stat().st_size
+    reader = READERS.get(format_of(path))
+    if reader is None or reader.counts_bytes:
+        return path.stat().st_size
+    return None if reader.count_rows is None else reader.count_rows(path)
 
 
 def read_records(path: Path, columns: Columns) -> Generator[Record]:
@@ -61,8 +57,8 @@ def read_records(path: Path, columns: Columns) -> Generator[Record]:
     one text per line and no labels. With a label column, `path` may also be a folder of
     <label>/<name>.txt files, whose columns are "text" and "label".
 
-    Text columns must hold text. Labels are the texts in the file; numbers, booleans and dates in
-    JSON, Parquet and Excel are converted with str. An empty field in a CSV is a missing value.
+    Text columns must hold text. Labels are the texts in the file, see `read_labels`; dates in
+    Parquet and Excel are converted with str too. An empty field in a CSV is a missing value.
 
     Raises UserError if the file is missing, cannot be read or has an unknown format, or if a column
     is unknown, occurs twice, or has a type that cannot be read.
@@ -95,33 +91,30 @@ def open_table(path: Path, columns: Columns) -> Iterator[Table]:
     Raises UserError as `read_records` does, including for errors while the records are read.
     """
     kind = format_of(path)
+    reader = READERS.get(kind)
+    damaged: tuple[type[Exception], ...] = (*_DAMAGED, *(reader.errors if reader else ()))
     try:
-        with contextlib.ExitStack() as stack:
-            if path.is_dir() and columns.label is not None:
-                yield folder_table(path)
-                return
-            if path.is_symlink() and not path.exists():
-                raise AbsentFileError(f"{str(path)!r} is a link to a file that does not exist")
-            if not path.exists():
-                raise AbsentFileError(f"{str(path)!r} does not exist")
-            if not kind or (kind == ".txt" and columns.label is not None):
-                supported = ", ".join((*FORMATS, *(() if columns.label else (".txt",))))
-                raise UserError(f"{str(path)!r} must end in one of {supported} (text also in .gz)")
-            if kind in _ROWS:
-                yield stack.enter_context(_ROWS[kind](path))
-            elif kind == ".xlsx":
-                yield stack.enter_context(excel_table(path))
-            else:
-                yield _text_table(stack.enter_context(open_text(path)), kind, columns)
+        if path.is_dir() and columns.label is not None:
+            yield _labeled(folder_table(path))
+            return
+        if path.is_symlink() and not path.exists():
+            raise AbsentFileError(f"{str(path)!r} is a link to a file that does not exist")
+        if not path.exists():
+            raise AbsentFileError(f"{str(path)!r} does not exist")
+        if reader is None or not (reader.has_columns or columns.label is None):
+            known = (suffix for suffix, each in READERS.items() if each.has_columns)
+            supported = ", ".join((*known, *(() if columns.label else (".txt",))))
+            raise UserError(f"{str(path)!r} must end in one of {supported} (text also in .gz)")
+        with reader.open(path, columns) as table:
+            yield _labeled(table)
     except ColumnError as error:
         raise UserError(f"{str(path)!r}: {error}") from error
-    except _DAMAGED as error:
+    except UserError:  # which is a ValueError, as a reader's errors may be
+        raise
+    except damaged as error:
         raise UserError(f"could not read {str(path)!r}: {one_line(error)}") from error
 
 
-def _text_table(file: TextFile, kind: str, columns: Columns) -> Table:
-    if kind == ".txt":
-        return lines_table(file)
-    if kind in _JSON:
-        return json_table(file)
-    return csv_table(file, _SEPARATORS[kind], columns.names)
+def _labeled(table: Table) -> Table:
+    """Returns a table whose records have their labels as text."""
+    return table._replace(records=lambda columns: read_labels(table.records(columns), columns))

@@ -15,6 +15,7 @@ from sweet_jax.data.arrow_tables import arrow_records, check_schema
 from sweet_jax.data.column_names import choose_columns, parse_names
 from sweet_jax.data.data_set import DataSplit, read_data_set
 from sweet_jax.data.file_lists import expand_files, split_files
+from sweet_jax.data.labels import read_labels
 from sweet_jax.data.records import open_table
 from sweet_jax.data.tables import Columns, Record, find_column, missing_column
 from sweet_jax.data.tasks import Task
@@ -124,7 +125,7 @@ def _from_data_set(config: Config, task: Task) -> tuple[Task, list[SourceRows]]:
 
 def _read_split(split: DataSplit, columns: Columns, skip_invalid: bool) -> SourceRows:
     check_schema(split.schema, columns)
-    records = arrow_records(split.batches(), columns)
+    records = read_labels(arrow_records(split.batches(), columns), columns)
     rows = _collect(records, columns, split.title, skip_invalid)
     assert columns.label is not None
     return _with_labels(rows, _declared(split.schema, columns.label), columns.several_labels)

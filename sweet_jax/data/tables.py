@@ -105,40 +105,29 @@ def missing_column(values: Sequence[Any], columns: Columns) -> str | None:
 def make_record(
     values: tuple[Any, ...], columns: Columns, position: int, row: int, line: int = 0
 ) -> Record:
-    """Returns a record with the values, or with an error if one is not text or not UTF-8.
+    """Returns a record with the values, or with an error if a text is not text or not UTF-8.
 
-    A record with an error has the values of the `kept` columns, and None for the others.
+    The label stays as it is; `read_labels` makes it text. A record with an error has the label, the
+    values of the `kept` columns, and None for the texts.
     """
-    count = len(columns.checked)
-    kept = tuple(map(_as_json, values[count:]))
-    if columns.several_labels and isinstance(values[count - 1], list):
-        text, wrong = _join_labels(values[count - 1])
-        if wrong is not None:
-            error = f"column {columns.label!r} {wrong}"
-            return Record((None,) * count + kept, error, position, row, line)
-        values = (*values[: count - 1], text, *values[count:])
-    for value, name in zip(values, columns.checked, strict=False):
-        if value is None:
-            continue
-        if not isinstance(value, str):
-            error = f"column {name!r} is not text but {value!a:.40}"
-            return Record((None,) * count + kept, error, position, row, line)
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            error = f"column {name!r} holds text that is not UTF-8, {value!a:.60}; save it as UTF-8"
-            return Record((None,) * count + kept, error, position, row, line)
-    return Record((*values[:count], *kept), None, position, row, line)
+    texts, count = values[: len(columns.texts)], len(columns.checked)
+    label, kept = values[len(texts) : count], tuple(map(_as_json, values[count:]))
+    for value, name in zip(texts, columns.texts, strict=False):
+        error = None if value is None else text_error(value, name)
+        if error is not None:
+            return Record((None,) * len(texts) + label + kept, error, position, row, line)
+    return Record((*texts, *label, *kept), None, position, row, line)
 
 
-def _join_labels(labels: list[Any]) -> tuple[str, str | None]:
-    """Returns (the labels of a row as a|b, None), or ("", error)."""
-    for label in labels:
-        if not isinstance(label, str | int | float) or label != label:  # NaN
-            return "", f"is a list with {label!a:.40} in it, which is not a label"
-        if "|" in str(label):
-            return "", f"is a list with {label!a:.40} in it: rename it, since | separates labels"
-    return "|".join(map(str, labels)), None
+def text_error(value: Any, column: str) -> str | None:
+    """Returns what is wrong with a value that must be text in UTF-8; None if nothing is."""
+    if not isinstance(value, str):
+        return f"column {column!r} is not text but {value!a:.40}"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"column {column!r} holds text that is not UTF-8, {value!a:.60}; save it as UTF-8"
+    return None
 
 
 def _as_json(value: Any) -> Any:

@@ -136,16 +136,16 @@ class AdaptiveClassifier:
         Args:
           name: folder model/ of a run, or id of the hub repository it was pushed to.
           policy: see the class.
-          engine: name of the engine that runs the model, one of ENGINES; defaults to
-            `default_engine`.
-          precision: precision of the layers: "float32" (default), "bfloat16" (engine jax only), or
-            "int8" (engine onnxruntime only, after `sweet-jax quantize`).
+          engine: name of the engine that runs the model, "jax", "onnxruntime" or that of an
+            extension, or "module:ENTRY" (`EngineEntry`); defaults to `default_engine`.
+          precision: precision of the layers: "float32" (default), "bfloat16" (engine jax), or
+            "int8" (engine onnxruntime, after `sweet-jax quantize`).
           dtype: older name of `precision`; if both are set, `precision` counts.
           cache_dir: directory that keeps compiled programs between processes; defaults to
             ~/.cache/sweet_jax/xla. This is JAX's own compilation cache: if JAX already has a cache
             directory, it is kept.
-          threads: number of threads that compute a batch in the onnxruntime engine; defaults to the
-            number of physical cores.
+          threads: number of threads that compute a batch, for an engine with this option, such as
+            onnxruntime; defaults to the number of physical cores.
           **target: see `Target`.
 
         Raises UserError, see `open_model`, `load_engine` and `ThresholdResolver.threshold`.

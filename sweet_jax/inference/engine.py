@@ -1,4 +1,4 @@
-"""The interface between the scheduler and an inference engine, and the table of engines.
+"""The interface between the scheduler and an inference engine.
 
 A stage is the computation between two exits: from the previous exit (or the token ids) to the next.
 The hidden states of requests that continue stay on the engine's device, each in a slot of a buffer,
@@ -6,11 +6,12 @@ so that they need not be gathered into a new batch: the next stage reads and wri
 its batch names.
 
 To add an engine, write a module with a function `load_engine(model, dtype, cache_dir)` that returns
-an `Engine`, and add it to ENGINES. The function may also take the keywords `threads` and
-`float32_layers`; setting them is an error for an engine whose function does not. `plan_stages`
-divides a model into stages for any engine. The `compile` method of an engine that compiles nothing
-returns immediately. This module does not import jax: the scheduler and the engine exchange NumPy
-arrays and the engine's own buffers, which the scheduler only stores and passes back.
+an `Engine`, and add an entry to ENGINES (`inference/engine_table.py`). The function may also take
+the keywords `threads` and `float32_layers`; setting them is an error for an engine whose function
+does not. `plan_stages` divides a model into stages for any engine. The `compile` method of an
+engine that compiles nothing returns immediately. This module does not import jax: the scheduler and
+the engine exchange NumPy arrays and the engine's own buffers, which the scheduler only stores and
+passes back.
 
 Shape letters: E exit, B batch, L length, H hidden, C classes, K plain policies, P slots.
 """
@@ -20,19 +21,15 @@ import inspect
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from sweet_jax.errors import UserError, check_choice, missing_package
+from sweet_jax.errors import UserError, missing_package
 from sweet_jax.inference.artifact import ModelArtifact
-
-# The module of each engine, imported when the engine is loaded.
-ENGINES = {
-    "jax": "sweet_jax.inference.engine_jax",
-    "onnxruntime": "sweet_jax.inference.engine_onnx",
-}
-_INSTALL = {"jax": "pip install -e .", "onnxruntime": 'pip install -e ".[onnx]"'}
+from sweet_jax.inference.engine_choice import check_precision
+from sweet_jax.inference.engine_table import ENGINES
 
 # The policies that read only the logits of one exit, so that an engine may compute their
 # confidences itself, in the order of `StageOutput.complements`.
@@ -160,7 +157,7 @@ def load_engine(
     """Reads a saved model's weights into an engine.
 
     Args:
-      name: one of ENGINES.
+      name: a name in ENGINES, or "module:ENTRY" for an `EngineEntry` of another module.
       model: the saved model.
       dtype: precision of parameters and activations.
       cache_dir: directory that keeps compiled programs between processes; defaults to the engine's
@@ -174,23 +171,40 @@ def load_engine(
     threads or float32_layers, and if weights are missing or have the wrong shape.
 
     """
-    check_choice("engine", name, ENGINES)
+    check_precision(name, dtype, model)
     arguments = {"threads": threads, "float32_layers": float32_layers}
     options = {name: value for name, value in arguments.items() if value is not None}
-    try:
-        module = import_module(ENGINES[name])
-    except ImportError as error:
-        package = missing_package(error)
-        fix = _INSTALL.get(name, "install it")
-        raise UserError(f"the {name} engine needs {package}: {fix}") from error
-    parameters = inspect.signature(module.load_engine).parameters
+    module = _import_module(name)
     for option in options:
-        if option not in parameters:
+        if not _has_option(module, option):
             raise UserError(
                 f"the {name} engine has no option {option}: leave {option} out, or choose another "
                 "engine"
             )
     return module.load_engine(model, dtype, cache_dir, **options)
+
+
+def takes_threads(name: str) -> bool:
+    """Returns whether an engine has the option `threads`.
+
+    Raises UserError if the engine is unknown or not installed.
+    """
+    return _has_option(_import_module(name), "threads")
+
+
+def _has_option(module: ModuleType, option: str) -> bool:
+    return option in inspect.signature(module.load_engine).parameters
+
+
+def _import_module(name: str) -> ModuleType:
+    """Imports the module of an engine; raises UserError if it needs what is not installed."""
+    entry = ENGINES[name]
+    try:
+        return import_module(entry.module)
+    except ImportError as error:
+        package = missing_package(error)
+        fix = entry.install or "install it"
+        raise UserError(f"the {name} engine needs {package}: {fix}") from error
 
 
 def plan_stages(

@@ -1,23 +1,18 @@
-"""The engines and precisions that can run a saved model, and the choice of a default.
-
-Whether an engine is installed is determined without importing it.
-"""
+"""The engines and precisions that can run a saved model, and the choice of a default."""
 
 import functools
-import importlib.util
 import logging
 import platform
 from typing import NamedTuple
 
-from sweet_jax.errors import UserError
+from sweet_jax.errors import UserError, check_choice
 from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact
+from sweet_jax.inference.engine_table import ENGINES
 from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 from sweet_jax.inference.onnx_files import has_graphs
+from sweet_jax.registry import import_extensions
 
 log = logging.getLogger(__name__)
-
-# The precisions of each engine; engines not listed here have only float32.
-PRECISIONS = {"jax": ("float32", "bfloat16"), "onnxruntime": ("float32", "int8")}
 
 
 class EngineChoice(NamedTuple):
@@ -32,39 +27,59 @@ def available_engines(
 ) -> list[EngineChoice]:
     """Returns the engines, each with a precision, that can run a model here.
 
-    Without measured times, the first is the default.
+    Without measured times, the first is the default. The engines are those of ENGINES, including
+    those of installed extensions, and those named "module:ENTRY" that were measured before.
 
     Args:
       model: the saved model.
       engine: engine to restrict the choices to, whether it is installed or not.
       precision: precision to restrict the choices to, whether the model has it or not.
 
+    Raises UserError for an unknown engine, or an extension that cannot be imported.
+
     """
-    installed = importlib.util.find_spec
-    exported = has_graphs(model.folder)
-    names = []
-    if installed("jax") and not exported:  # an exported model lacks the weights that JAX reads
-        names.append("jax")
-    if installed("onnxruntime") and (exported or (installed("jax") and installed("onnx"))):
-        names.append("onnxruntime")
     quantized = (model.folder / INT8_FILE).exists()
     choices = []
-    for name in names if engine is None else [engine]:
-        for candidate in PRECISIONS.get(name, ("float32",)):
-            if candidate == precision or (precision is None and (candidate != "int8" or quantized)):
+    for name in _known_engines(model) if engine is None else [engine]:
+        for candidate in ENGINES[name].precisions:
+            if candidate != precision and (
+                precision is not None or (candidate == "int8" and not quantized)
+            ):
+                continue
+            if engine is not None or ENGINES[name].why_not(model, candidate) is None:
                 choices.append(EngineChoice(name, candidate))
     return choices
 
 
+def _known_engines(model: ModelArtifact) -> list[str]:
+    """Returns the names in ENGINES, and references to engines that were measured on this machine.
+
+    A reference is found in no table: only the times that `predict --measure` saved name it. One
+    that can no longer be imported is left out.
+    """
+    import_extensions()
+    try:
+        measured = {table.engine for table in _tables_of_this_machine(model)}
+    except UserError:  # clock.json is damaged; only a target in milliseconds needs it
+        measured = set()
+    for name in sorted(measured - ENGINES.keys()):
+        if ":" in name:
+            try:
+                ENGINES[name]  # keeps it
+            except UserError as error:
+                log.warning("not considered: %s", error)
+    return list(ENGINES)
+
+
 def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
-    """Raises UserError if an engine of PRECISIONS does not support a precision."""
-    if precision in PRECISIONS[engine]:
+    """Raises UserError if an engine is unknown or does not support a precision."""
+    if precision in ENGINES[engine].precisions:
         return
     exported = has_graphs(model.folder)
     supported = [
-        f"{name} with {' or '.join(precisions)}"
-        for name, precisions in PRECISIONS.items()
-        if name != "jax" or not exported
+        f"{name} with {' or '.join(entry.precisions)}"
+        for name, entry in ENGINES.items()
+        if entry.runs_exported or not exported
     ]
     raise UserError(
         f"the {engine} engine does not support precision {precision!r}: choose engine "
@@ -72,13 +87,28 @@ def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
     )
 
 
+def check_available(model: ModelArtifact, engine: str | None, precision: str | None) -> None:
+    """Raises UserError, which says why, if `available_engines` has no choice."""
+    if available_engines(model, engine, precision):
+        return
+    if precision is not None:
+        if engine is not None:
+            check_precision(engine, precision, model)
+        known = (each for entry in ENGINES.values() for each in entry.precisions)
+        check_choice("precision", precision, dict.fromkeys(known))
+    reasons = []
+    for name, entry in ENGINES.items():
+        wanted = entry.precisions[0] if precision is None else precision
+        reasons.append(f"{name} {entry.why_not(model, wanted)}")
+    raise UserError(f"no engine can run {str(model.folder)!r} here: {'; '.join(reasons)}")
+
+
 def default_engine(model: ModelArtifact, dtype: str = "float32") -> str:
     """Returns the engine to use when the caller does not name one.
 
-    For int8, and for a model exported to ONNX, this is onnxruntime; for bfloat16, it is jax. For
-    float32, it is the faster engine according to the times that `sweet-jax train FILE` or
-    `predict --measure` measured on this machine, see `typical_milliseconds`; without such times, it
-    is jax if that is installed.
+    Of the engines that can run the model in the precision, this is the fastest according to the
+    times that `sweet-jax train FILE` or `predict --measure` measured on this machine, see
+    `typical_milliseconds`; without such times, it is the first in ENGINES: jax, if it is installed.
     """
     name, reason = _choose(model, dtype)
     if reason:
@@ -96,7 +126,7 @@ def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
     """Returns the default engine and the reason; the reason is "" if there is no other engine."""
     names = [choice.engine for choice in available_engines(model, precision=dtype)]
     if not names:
-        return "onnxruntime" if dtype == "int8" or has_graphs(model.folder) else "jax", ""
+        return _engine_to_install(model, dtype), ""
     if len(names) < 2:
         return names[0], ""
     times = _measured_times(model, dtype)
@@ -108,6 +138,15 @@ def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
     name = min(names, key=times.__getitem__)
     measured = ", ".join(f"{engine} {times[engine]:.2f} ms" for engine in names)
     return name, f"the faster one according to {model.folder / LATENCY_FILE}: {measured}"
+
+
+def _engine_to_install(model: ModelArtifact, precision: str) -> str:
+    """Returns the engine that could run a model if its packages were installed.
+
+    Loading the engine then says what it needs.
+    """
+    readers = [e for e in ENGINES if ENGINES[e].runs_exported or not has_graphs(model.folder)]
+    return next((e for e in readers if precision in ENGINES[e].precisions), readers[0])
 
 
 def typical_milliseconds(table: LatencyTable, model: ModelArtifact) -> float:
@@ -125,11 +164,13 @@ def tables_of_this_machine(model: ModelArtifact, precision: str) -> dict[str, La
 
     Raises UserError if clock.json is damaged.
     """
-    return {
-        table.engine: table
-        for table in read_tables(model.folder)
-        if table.precision == precision and table.machine.startswith(f"{platform.node()}, ")
-    }
+    tables = _tables_of_this_machine(model)
+    return {table.engine: table for table in tables if table.precision == precision}
+
+
+def _tables_of_this_machine(model: ModelArtifact) -> list[LatencyTable]:
+    here = f"{platform.node()}, "
+    return [table for table in read_tables(model.folder) if table.machine.startswith(here)]
 
 
 def _measured_times(model: ModelArtifact, precision: str) -> dict[str, float]:

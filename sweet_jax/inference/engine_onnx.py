@@ -23,7 +23,6 @@ from sweet_jax.errors import UserError, missing_package, one_line
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.batch_split import split_by_length, tokens_of_part
 from sweet_jax.inference.engine import Stage, StageBatch, StageOutput, plan_stages
-from sweet_jax.inference.engine_choice import check_precision
 from sweet_jax.inference.onnx_files import SavedGraphs, has_graphs, read_graphs
 from sweet_jax.inference.onnx_segments import LOW_EXIT_RATE, Segment
 
@@ -46,12 +45,10 @@ def load_engine(
       float32_layers: layers, counted from 1, that stay in float32 with int8; defaults to those
         listed in int8.json. Not used for an exported model, whose graphs are already written.
 
-    Raises UserError for another dtype, for fewer than 1 thread, and if the model is not exported
-    and JAX or onnx is not installed; see also `onnx_files.read_graphs` and
-    `onnx_build.build_graphs`.
+    Raises UserError for fewer than 1 thread, and if the model is not exported and JAX or onnx is
+    not installed; see also `onnx_files.read_graphs` and `onnx_build.build_graphs`.
 
     """
-    check_precision("onnxruntime", dtype, model)
     threads = physical_cores() if threads is None else threads
     if threads < 1:
         raise UserError(f"threads must be at least 1; got {threads}")

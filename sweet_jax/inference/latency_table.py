@@ -20,7 +20,7 @@ LATENCY_FILE = "clock.json"
 class LatencyTable:
     """Holds measured times of one engine in one precision."""
 
-    engine: str  # one of ENGINES
+    engine: str  # a name of ENGINES, or module:ENTRY
     precision: str
     threads: int  # number of threads that compute a batch
     machine: str  # host, device and versions, which must match for a target in milliseconds
@@ -72,9 +72,9 @@ def write_tables(folder: Path, tables: Sequence[LatencyTable]) -> Path:
     Tables of other engines, precisions or machines are kept. Raises UserError if the file cannot be
     written.
     """
-    path, new = folder / LATENCY_FILE, {table.machine for table in tables}
+    path, new = folder / LATENCY_FILE, {_identity(table) for table in tables}
     try:
-        unchanged = [table for table in read_tables(folder) if table.machine not in new]
+        unchanged = [table for table in read_tables(folder) if _identity(table) not in new]
     except UserError:  # a damaged file is replaced
         unchanged = []
     rows = [
@@ -102,6 +102,11 @@ def read_tables(folder: Path) -> list[LatencyTable]:
         return [_parse(row) for row in read_json(path)["rows"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error!r}): measure again") from error
+
+
+def _identity(table: LatencyTable) -> tuple[str, str, str]:
+    """Returns what a new table of replaces the old one."""
+    return table.engine, table.precision, table.machine
 
 
 def _parse(row: Any) -> LatencyTable:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sweet_jax.data.readers import COMPRESSED
+from sweet_jax.data.records import format_of
 from sweet_jax.errors import UserError
 from sweet_jax.file_lock import lock_file
 from sweet_jax.files import atomic_write, read_json, write_json
@@ -16,8 +18,8 @@ from sweet_jax.inference.prediction_tables import TABLE_WRITERS
 
 PREDICTED = ("label", "probability", "exit", "cost", "error")  # keys of a row of the output
 _BEGINNINGS = (b'{"label": ', b'{"error": ')  # the beginnings of a line of the output
-# Formats that are read as input but not written.
-_NOT_WRITTEN = (".tsv", ".xlsx", ".arrow", ".feather", ".gz", ".bz2", ".xz")
+# Suffixes of input files under which rows are written as JSONL; other ones are refused.
+_ROWS_AS_JSON = (".jsonl", ".json", ".ndjson", ".txt")
 CHECKED = 32  # number of rows of an output that are computed again before it is resumed
 
 
@@ -75,6 +77,11 @@ class OutputFile:
         self._rows = path if self._convert is None else aside
         self._note = self._rows.with_name(f".{path.name}.identity.json")
 
+    def _has_other_format(self) -> bool:
+        """Returns whether the file's format is one of input files that is not written."""
+        written = ("", *_ROWS_AS_JSON, *TABLE_WRITERS)
+        return self.path.suffix.lower() in COMPRESSED or format_of(self.path) not in written
+
     @contextlib.contextmanager
     def open(self, sources: Sequence[Path]) -> Iterator[BinaryIO]:
         """Opens the file of rows for reading and appending, and locks it for this process.
@@ -82,7 +89,7 @@ class OutputFile:
         Raises UserError if the file cannot be written, is one of the input files `sources`, or is
         in use by another process, if a table already exists, or for a format that is not written.
         """
-        if not self.streams and self.path.suffix.lower() in _NOT_WRITTEN:
+        if not self.streams and self._has_other_format():
             raise UserError(
                 f"--output {str(self.path)!r} has a format that predictions are not written in: "
                 "choose .jsonl, .csv or .parquet"

@@ -14,8 +14,8 @@ import numpy as np
 
 from sweet_jax.exits.outputs import ExitOutputs
 from sweet_jax.files import replace_nonfinite, write_text
+from sweet_jax.trackers import Tracker
 from sweet_jax.training.losses import StepMetrics
-from sweet_jax.training.trackers import Tracker
 
 Row = dict[str, Any]
 
@@ -40,7 +40,8 @@ def _read(workdir: Path) -> list[Row]:
 class MetricsLog:
     """Appends the steps of one training to metrics.jsonl.
 
-    Rows that a killed run left behind, of steps that will now be repeated, are dropped first.
+    Each row is in the file as soon as it is logged. Rows that a killed run left behind, of steps
+    that will now be repeated, are dropped first, by replacing the file.
 
     Args:
       workdir: directory that holds metrics.jsonl.
@@ -63,7 +64,8 @@ class MetricsLog:
             or (step > 0 and row["step"] + ("area" not in row) <= step)
         ]
         write_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        # Line-buffered, so that a program that follows the file sees every row as it is written.
+        self._file = (workdir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self._training = training
         self._exits = exits
         self._tracker = tracker
@@ -106,7 +108,7 @@ class MetricsLog:
             self._tracker.add(name, float(value), step)
 
     def flush(self) -> None:
-        """Flushes the file and the tracker; called before each checkpoint."""
+        """Flushes the tracker, and the file; called before each checkpoint."""
         self._file.flush()
         self._tracker.flush()
 

@@ -1,187 +1,73 @@
-"""Trackers that log a training in addition to metrics.jsonl: TensorBoard, W&B or MLflow.
-
-W&B and MLflow are optional and imported only if requested. Each run directory corresponds to one
-run of the tracker, whose id is kept in trackers.json so that a resumed run continues it.
-"""
+"""The trackers of a run: those that the config key `log_to` names, checked and opened as one."""
 
 import importlib.util
-import os
-import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from tensorboardX import SummaryWriter
-
+from sweet_jax.config import split_names
 from sweet_jax.errors import UserError
-from sweet_jax.files import read_json, write_json
+from sweet_jax.trackers import TRACKERS, Tracker
 
-_PROJECT = "sweet_jax"
-# What is attached to a tracker that stores files.
-_REPORT = ("report.html", "results.json", "figures")
-_MODEL = "model"
+_METHODS = ("add", "attach", "flush", "close")
 
 
-class Tracker(Protocol):
-    """Receives values by name and step, and the files of a run at its end."""
+class _Trackers:
+    """Passes everything to several trackers."""
 
-    def add(self, name: str, value: float, step: int) -> None:
-        """Logs one finite value."""
-
-    def attach(self, workdir: Path) -> None:
-        """Attaches the report and the model of a finished run."""
-
-    def flush(self) -> None:
-        """Sends the values that are still pending."""
-
-    def close(self) -> None:
-        """Flushes and closes the tracker."""
-
-
-class _TensorBoard:
-    """Writes event files to the workdir; purges later events, which a killed run left behind."""
-
-    def __init__(self, workdir: Path, training: str, step: int):
-        folder = str(workdir / "tensorboard" / training)
-        self._events = SummaryWriter(folder, purge_step=step, write_to_disk=True)
+    def __init__(self, trackers: Sequence[Tracker]):
+        self._trackers = trackers
 
     def add(self, name: str, value: float, step: int) -> None:
-        self._events.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.add(name, value, step)
 
     def attach(self, workdir: Path) -> None:
-        """Does nothing: event files cannot hold other files."""
+        for tracker in self._trackers:
+            tracker.attach(workdir)
 
     def flush(self) -> None:
-        self._events.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
-        self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
-class _Wandb:
-    """Logs to a W&B run; each training has its own step axis."""
-
-    def __init__(self, workdir: Path, training: str, step: int):
-        import wandb
-
-        self._training, self._pending, self._step = training, {}, step  # type: ignore[var-annotated]
-        number = _run_id(workdir, "wandb", lambda: uuid.uuid4().hex[:12])
-        run = wandb.run
-        if run is None or run.id != number:
-            config = read_json(path) if (path := workdir / "config.json").exists() else {}
-            metadata = {"name": workdir.resolve().name, "config": config}
-            where = {"project": os.environ.get("WANDB_PROJECT", _PROJECT), "dir": str(workdir)}
-            run = wandb.init(id=number, resume="allow", **where, **metadata)
-        self._run = run
-        run.define_metric(f"{training}/step", hidden=True)
-        run.define_metric(f"{training}/*", step_metric=f"{training}/step")
-
-    def add(self, name: str, value: float, step: int) -> None:
-        if step != self._step:
-            self.flush()
-        self._step = step
-        self._pending[f"{self._training}/{name}"] = value
-
-    def attach(self, workdir: Path) -> None:
-        import wandb
-
-        for name, files in (("report", _REPORT), ("model", (_MODEL,))):
-            artifact = wandb.Artifact(f"{workdir.resolve().name}-{name}", name)
-            for path in (workdir / file for file in files):
-                if path.is_dir():
-                    artifact.add_dir(str(path), path.name)
-                elif path.exists():
-                    artifact.add_file(str(path))
-            self._run.log_artifact(artifact)
-        self._run.finish()
-
-    def flush(self) -> None:
-        if self._pending:
-            self._run.log(self._pending | {f"{self._training}/step": self._step})
-        self._pending = {}
-
-    def close(self) -> None:
-        self.flush()
+def check_trackers(names: str) -> None:
+    """Raises UserError if a tracker is unknown or incomplete, or its package is not installed."""
+    for name in split_names(names):
+        tracker = TRACKERS[name]
+        missing = [method for method in _METHODS if not hasattr(tracker, method)]
+        if missing:
+            raise UserError(
+                f"log_to={name} is not a tracker, since it has no method {missing[0]}: a tracker "
+                f"has {', '.join(_METHODS)}"
+            )
+        package = getattr(tracker, "package", "")
+        if package and importlib.util.find_spec(package) is None:
+            install = getattr(tracker, "install", "") or "install it"
+            raise UserError(f"log_to={name} requires the package {package}: {install}")
 
 
-class _MLflow:
-    """Logs to an MLflow run at MLFLOW_TRACKING_URI, by default in the workdir's mlruns folder."""
-
-    def __init__(self, workdir: Path, training: str, step: int):
-        import mlflow.entities
-        from mlflow import MlflowClient
-
-        address = os.environ.get("MLFLOW_TRACKING_URI")
-        if not address:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            address = (workdir.resolve() / "mlruns").as_uri()
-        self._client, self._training = MlflowClient(tracking_uri=address), training
-        self._metric, self._pending = mlflow.entities.Metric, []  # type: ignore[var-annotated]
-        self._number = _run_id(workdir, "mlflow", lambda: self._new_run(workdir))
-
-    def _new_run(self, workdir: Path) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        run = self._client.create_run(number, run_name=workdir.resolve().name)
-        config = read_json(path) if (path := workdir / "config.json").exists() else {}
-        for key, value in config.items():
-            self._client.log_param(run.info.run_id, key, value)
-        return run.info.run_id
-
-    def add(self, name: str, value: float, step: int) -> None:
-        now = int(1000 * time.time())
-        self._pending.append(self._metric(f"{self._training}/{name}", value, now, step))
-        if len(self._pending) >= 500:  # a request may have at most 1,000
-            self.flush()
-
-    def attach(self, workdir: Path) -> None:
-        for name in (*_REPORT, _MODEL):
-            if (path := workdir / name).is_dir():
-                self._client.log_artifacts(self._number, str(path), name)
-            elif path.exists():
-                self._client.log_artifact(self._number, str(path))
-        self._client.set_terminated(self._number)
-
-    def flush(self) -> None:
-        if self._pending:
-            self._client.log_batch(self._number, metrics=self._pending)
-        self._pending = []
-
-    def close(self) -> None:
-        self.flush()
-
-
-TRACKERS: Mapping[str, Callable[[Path, str, int], Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _Wandb,
-    "mlflow": _MLflow,
-}
-
-
-def check_tracker(name: str) -> None:
-    """Raises UserError if the package of a tracker is not installed."""
-    if name != "tensorboard" and importlib.util.find_spec(name) is None:
-        raise UserError(f'log_to={name} requires the package {name}: pip install -e ".[{name}]"')
-
-
-def open_tracker(name: str, workdir: Path, training: str, step: int) -> Tracker:
-    """Opens a tracker.
+def open_tracker(names: str, workdir: Path, training: str, step: int) -> Tracker:
+    """Opens one or several trackers as one.
 
     Args:
-      name: name of a tracker in TRACKERS.
+      names: names of trackers in TRACKERS, or "module:Class", separated by commas.
       workdir: directory of the run.
       training: name of the training, under which its values are logged.
       step: first step to log.
 
     """
-    return TRACKERS[name](workdir, training, step)
+    kinds = [TRACKERS[name] for name in dict.fromkeys(split_names(names))]
+    return _Trackers([kind(workdir, training, step) for kind in kinds])
 
 
-def track_results(name: str, workdir: Path, results: Mapping[str, Any]) -> None:
-    """Logs a finished run to a tracker: metrics on validation rows, the report and the model."""
-    tracker = open_tracker(name, workdir, "validation", 0)
+def track_results(names: str, workdir: Path, results: Mapping[str, Any]) -> None:
+    """Logs a finished run to trackers: metrics on validation rows, the report and the model."""
+    tracker = open_tracker(names, workdir, "validation", 0)
     for number, replica in enumerate(results["replicas"]):
         for exit in replica["individual"]:
             metric_name = f"{results['metric']}/exit_{exit['layer']}/replica_{number}"
@@ -190,13 +76,3 @@ def track_results(name: str, workdir: Path, results: Mapping[str, Any]) -> None:
     tracker.flush()
     tracker.attach(workdir)
     tracker.close()
-
-
-def _run_id(workdir: Path, tracker: str, new: Callable[[], str]) -> str:
-    """Returns the tracker's run id of a run directory; creates the run if there is none."""
-    path = workdir / "trackers.json"
-    run_ids = read_json(path) if path.exists() else {}
-    if tracker not in run_ids:
-        run_ids |= {tracker: new()}
-        write_json(path, run_ids)
-    return run_ids[tracker]

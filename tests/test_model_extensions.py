@@ -272,8 +272,8 @@ def test_an_entry_point_adds_a_family(toy, monkeypatch, named):
 
 def test_a_checkpoint_names_no_code_to_import(toy):
     values = json.loads((toy / "config.json").read_text())
-    (toy / "config.json").write_text(json.dumps(values | {"model_type": "test_extensions:TOY"}))
-    with pytest.raises(UserError, match="has model_type 'test_extensions:TO"):
+    (toy / "config.json").write_text(json.dumps(values | {"model_type": "test_model_extensions:TOY"}))
+    with pytest.raises(UserError, match="has model_type 'test_model_extensions:TO"):
         open_checkpoint(str(toy))
 
 

@@ -1,0 +1,254 @@
+"""Engines, trackers and file formats of other packages and modules, through the commands."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import own_extension
+import pytest
+from numpy_engine import NumpyEngine
+
+from sweet_jax import AdaptiveClassifier, cli, predict
+from sweet_jax.config import Config, from_mapping
+from sweet_jax.data.readers import READERS
+from sweet_jax.data.records import last_position, read_records
+from sweet_jax.data.tables import Columns
+from sweet_jax.errors import UserError
+from sweet_jax.inference.artifact import open_model
+from sweet_jax.inference.engine_choice import available_engines, default_engine
+from sweet_jax.inference.engine_table import ENGINES
+from sweet_jax.pipeline import run
+from sweet_jax.trackers import TRACKERS
+
+REFERENCE = "own_extension:ENGINE"
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.usefixtures("restored_logging", "restored_tables")
+
+
+@pytest.fixture
+def restored_tables():
+    """What a test adds to the tables is no entry of the others."""
+    before = [(table, dict(table)) for table in (ENGINES, TRACKERS, READERS)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+@pytest.fixture
+def model(sweet, tmp_path, monkeypatch) -> Path:
+    """A copy of the model, to which measured times can be written."""
+    monkeypatch.setattr("sweet_jax.inference.latency._SECONDS", 0.0)
+    monkeypatch.setattr("sweet_jax.predict.measured_lengths", lambda model: (model.max_length,))
+    folder = tmp_path / "model"
+    shutil.copytree(sweet.classifier.model.folder, folder)
+    return folder
+
+
+def set_times(folder: Path, **milliseconds: float) -> None:
+    """Writes times by engine, and others for the rest, in the place of those of this machine."""
+    values = json.loads((folder / "clock.json").read_text())
+    for row in values["rows"]:
+        value = milliseconds.get(row["engine"].partition(":")[0], 9.0)
+        row["milliseconds"] = np.full_like(row["milliseconds"], value).tolist()
+    (folder / "clock.json").write_text(json.dumps(values))
+
+
+def test_an_engine_named_by_reference_is_the_default_once_it_is_fastest(
+    model, sweet, tmp_path, capsys
+):
+    assert predict.main([f"--model={model}", "--measure", "--batch_size=1"]) == 0
+    options = ["--measure", "--batch_size=1", f"--engine={REFERENCE}"]
+    assert predict.main([f"--model={model}", *options]) == 0
+    assert f"one text of {sweet.classifier.model.median_tokens} tokens" in capsys.readouterr().out
+    set_times(model, own_extension=10.0)
+    assert default_engine(open_model(model)) == "jax"
+    set_times(model, own_extension=1.0)
+    del ENGINES[REFERENCE]  # as in another process
+    assert default_engine(open_model(model)) == REFERENCE
+    assert isinstance(AdaptiveClassifier.from_pretrained(model).engine, NumpyEngine)
+    (tmp_path / "in.txt").write_text("word1 word2\n")
+    files = [f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.jsonl'}"]
+    assert predict.main([f"--model={model}", "--policy=raw_confidence", *files]) == 0
+    assert f"engine: {REFERENCE}, float32 (the faster one " in capsys.readouterr().err
+
+
+def test_an_engine_that_was_measured_and_is_gone_is_not_considered(model, caplog):
+    assert predict.main([f"--model={model}", "--measure", f"--engine={REFERENCE}"]) == 0
+    set_times(model, own_extension=1.0)
+    path = model / "clock.json"
+    path.write_text(path.read_text().replace(REFERENCE, "gone_extension:ENGINE"))
+    assert default_engine(open_model(model)) == "jax"
+    assert "not considered: engine 'gone_extension:ENGINE'" in caplog.text
+
+
+def test_an_assigned_engine_is_timed_with_the_others(model, monkeypatch):
+    ENGINES["own"] = own_extension.ENGINE
+    assert predict.main([f"--model={model}", "--measure", "--precision=float32"]) == 0
+    rows = json.loads((model / "clock.json").read_text())["rows"]
+    assert {"jax", "own"} <= {row["engine"] for row in rows}
+    set_times(model, own=1.0)
+    assert default_engine(open_model(model)) == "own"
+    monkeypatch.setenv("OWN_ENGINE_OBSTACLE", "has no device")
+    assert default_engine(open_model(model)) != "own"
+    assert "own" not in [choice.engine for choice in available_engines(open_model(model))]
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_a_precision_that_an_engine_lacks_is_refused_by_its_name(model, tmp_path, measure, capsys):
+    (tmp_path / "in.txt").write_text("word1 word2\n")
+    files = [f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.jsonl'}"]
+    options = [f"--engine={REFERENCE}", "--precision=bfloat16"]
+    more = ["--measure"] if measure else files
+    assert predict.main([f"--model={model}", *options, *more]) == 2
+    wanted = (
+        f"error: the {REFERENCE} engine does not support precision 'bfloat16': choose engine jax "
+        "with float32 or bfloat16, or onnxruntime with float32 or int8"
+    )
+    assert capsys.readouterr().err.startswith(wanted)
+
+
+def test_why_no_engine_runs_a_model_is_said(model, monkeypatch, capsys):
+    for name in ("jax", "onnxruntime"):
+        del ENGINES[name]
+    ENGINES["own"] = own_extension.ENGINE
+    monkeypatch.setenv("OWN_ENGINE_OBSTACLE", "has no device")
+    assert predict.main([f"--model={model}", "--measure"]) == 2
+    assert capsys.readouterr().err.endswith("here: own has no device\n")
+    assert predict.main([f"--model={model}", "--measure", "--precision=bfloat16"]) == 2
+    assert "unknown precision 'bfloat16'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere:ENGINE", "own_extension:Lines"])
+def test_a_reference_that_is_no_engine_is_one_line(model, name, capsys):
+    assert predict.main([f"--model={model}", "--measure", f"--engine={name}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: engine {name!r}")
+    assert error.count("\n") == 1
+
+
+def test_a_table_of_times_of_an_earlier_version_is_read(model):
+    """Such as of an engine that this process does not know."""
+    assert predict.main([f"--model={model}", "--measure", "--engine=jax"]) == 0
+    values = json.loads((model / "clock.json").read_text())
+    values["rows"] += [row | {"engine": "former"} for row in values["rows"]]
+    (model / "clock.json").write_text(json.dumps(values))
+    assert default_engine(open_model(model)) == "jax"
+
+
+def test_an_installed_extension_is_found_by_its_entry_point(model, sweet, tmp_path):
+    """Its engine serves `predict`, and its format is read, in a process that nobody prepared."""
+    about = tmp_path / "site" / "own-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[sweet_jax]\nown = own_registration\n")
+    (tmp_path / "in.own").write_text("".join(f"1|{text}\n" for text in sweet.texts[:9]))
+    paths = os.pathsep.join(map(str, (about.parent, ROOT / "tests", ROOT)))
+    options = [f"--input={tmp_path / 'in.own'}", f"--output={tmp_path / 'out.jsonl'}"]
+    options += ["--engine=own", "--policy=raw_confidence", "--threshold=0.6"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sweet_jax.predict", f"--model={model}", *options],
+        env=os.environ | {"PYTHONPATH": paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
+
+
+def test_a_training_on_a_format_and_with_trackers_of_ones_own(
+    rows, tiny_run, tmp_path, one_device, monkeypatch, capsys
+):
+    monkeypatch.setattr("sweet_jax.inference.latency._SECONDS", 0.0)
+    READERS[".own"], TRACKERS["lines"] = own_extension.READER, own_extension.Lines
+    ENGINES["own"] = own_extension.ENGINE
+    with rows.open() as file:
+        written = [(row["label"], row["text"]) for row in csv.DictReader(file)]
+    first = written[0][0]
+    lines = (f"{'true' if label == first else 'false'}|{text}\n" for label, text in written)
+    (tmp_path / "rows.own").write_text("".join(lines))
+    taken = ("checkpoint", "exits", "learning_rates", "max_length", "batch_size", "pooling")
+    changes = {k: tiny_run[k] for k in taken} | {"epochs": 1, "head_init": "random"}
+    changes |= {"head_refit": False, "baselines": "none", "evaluation_batch_size": 16}
+    changes |= {"clip_norm": "inf", "log_to": "tensorboard,lines,own_extension:Lines"}
+    values = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in changes.items()}
+    keys = [f"--config.{k}={v}" for k, v in values.items()]
+    folder = tmp_path / "run"
+    assert cli.main(["train", str(tmp_path / "rows.own"), f"--output={folder}", *keys]) == 0
+    exits = json.loads((folder / "model" / "exits.json").read_text())
+    assert exits["classes"] == ["False", "True"]  # as of booleans in JSON
+    logged = (folder / "own_tracker.txt").read_text().splitlines()
+    (loss,) = {line.split()[1] for line in logged if f"loss/exit_{exits['layers'][0]}/" in line}
+    assert loss.endswith("/replica_0")
+    assert logged.count("attached True") == 2  # both of the names
+    assert list((folder / "tensorboard").iterdir())
+    measured = json.loads((folder / "model" / "clock.json").read_text())["rows"]
+    assert {"jax", "own"} <= {row["engine"] for row in measured}
+    assert "  engines, all layers, mean over texts of the two lengths: jax" in (
+        capsys.readouterr().out
+    )
+
+
+def test_trackers_are_named_one_or_several():
+    for names in ("wandb", "tensorboard,wandb", "mlflow, own_extension:Lines", "a:B"):
+        assert Config(log_to=names).log_to == names
+    assert from_mapping({"log_to": ["tensorboard", "wandb"]}).log_to == "tensorboard,wandb"
+    with pytest.raises(UserError, match="unknown log_to 'lines': choose one of 'tensorboard', "):
+        Config(log_to="lines")
+    for names in ("wandbb", "tensorboard,wandbb"):
+        with pytest.raises(UserError, match="unknown log_to 'wandbb': did you mean 'wandb'"):
+            Config(log_to=names)
+    for names in ("", ","):
+        with pytest.raises(UserError, match=r"unknown log_to '.?': choose one of"):
+            Config(log_to=names)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("own_extension:Nothing", "log_to 'own_extension:Nothing': AttributeError: "),
+        ("own_extension:obstacle", "is of type function, not type"),
+        ("own_extension:DamagedError", "is not a tracker, since it has no method add"),
+        ("own_extension:NeedsPackage", "requires the package no_such_package: pip install no-such"),
+    ],
+)
+def test_what_is_no_tracker_is_refused_at_once(name, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        run(from_mapping({"log_to": f"tensorboard,{name}"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_format_of_ones_own_is_read_as_the_others(tmp_path):
+    READERS[".own"] = own_extension.READER
+    path = tmp_path / "rows.own"
+    path.write_text("1|a\n2.5|b\n")
+    records = list(read_records(path, Columns(("text",), "label")))
+    assert [record.values for record in records] == [("a", "1.0"), ("b", "2.5")]
+    assert records[-1].position == last_position(path) == 2
+    path.write_text("1|a\ntrue|b\n")  # not of the type of the first
+    *_, last = read_records(path, Columns(("text",), "label"))
+    assert last.error == "column 'label' is True, not of the type of the first, 1.0"
+    assert [r.values for r in read_records(path, Columns(("text",)))] == [("a",), ("b",)]
+
+
+def test_an_error_of_the_reader_is_one_line(tmp_path, model, capsys):
+    READERS[".own"] = own_extension.READER
+    path = tmp_path / "rows.own"
+    path.write_text("1|a\nb\n")
+    files = [f"--input={path}", f"--output={tmp_path / 'out.jsonl'}"]
+    assert predict.main([f"--model={model}", *files]) == 2
+    wanted = f"error: could not read {str(path)!r}: line 2 has no bar\n"
+    assert capsys.readouterr().err.endswith(wanted)
+    assert predict.main([f"--model={model}", files[0], f"--output={tmp_path / 'out.own'}"]) == 2
+    assert "a format that predictions are not written in" in capsys.readouterr().err
+    path.rename(tmp_path / "rows.own.gz")  # `open_text` would not decompress it
+    with pytest.raises(UserError, match=r"must end in one of .csv, .*, .xlsx, .own"):
+        list(read_records(tmp_path / "rows.own.gz", Columns(("text",), "label")))
