@@ -44,7 +44,7 @@ class Registry(dict[str, Entry]):
         self.what, self.kind = what, kind
 
     def __missing__(self, name: str) -> Entry:
-        """Finds an entry of another package or module, and keeps it."""
+        """Finds an entry of another package or module."""
         if ":" in name:
             return import_entry(self.what, name, self.kind)
         import_extensions()

@@ -60,6 +60,7 @@ def set_times(folder: Path, **milliseconds: float) -> None:
     (folder / "clock.json").write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 def test_an_engine_named_by_reference_is_the_default_once_it_is_fastest(
     model, sweet, tmp_path, capsys
 ):
@@ -70,7 +71,6 @@ def test_an_engine_named_by_reference_is_the_default_once_it_is_fastest(
     set_times(model, own_extension=10.0)
     assert default_engine(open_model(model)) == "jax"
     set_times(model, own_extension=1.0)
-    del ENGINES[REFERENCE]  # as in another process
     assert default_engine(open_model(model)) == REFERENCE
     assert isinstance(AdaptiveClassifier.from_pretrained(model).engine, NumpyEngine)
     (tmp_path / "in.txt").write_text("word1 word2\n")
@@ -133,6 +133,7 @@ def test_a_reference_that_is_no_engine_is_one_line(model, name, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_table_of_times_of_an_earlier_version_is_read(model):
     """Such as of an engine that this process does not know."""
     assert predict.main([f"--model={model}", "--measure", "--engine=jax"]) == 0

@@ -83,6 +83,7 @@ def check_engines(reference: Reference) -> None:
         np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pooling_of_a_user_s_module(own_modules, checkpoint, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
     run, values = fine_tune(checkpoint, tmp_path, pooling="own_pooling:MAX", exits=EXITS, epochs=3)
@@ -233,6 +234,7 @@ def toy(monkeypatch, tmp_path) -> Path:
     return write_checkpoint(tmp_path / "toy", "toy")
 
 
+@pytest.mark.slow
 def test_a_family_of_another_package(toy, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime", reason='pip install -e ".[onnx]"')
     run, values = fine_tune(toy, tmp_path, exits=EXITS, epochs=3, pooling="mean")
@@ -272,8 +274,8 @@ def test_an_entry_point_adds_a_family(toy, monkeypatch, named):
 
 def test_a_checkpoint_names_no_code_to_import(toy):
     values = json.loads((toy / "config.json").read_text())
-    (toy / "config.json").write_text(json.dumps(values | {"model_type": "test_model_extensions:TOY"}))
-    with pytest.raises(UserError, match="has model_type 'test_model_extensions:TO"):
+    (toy / "config.json").write_text(json.dumps(values | {"model_type": "own_family:TOY"}))
+    with pytest.raises(UserError, match="has model_type 'own_family:TOY'"):
         open_checkpoint(str(toy))
 
 

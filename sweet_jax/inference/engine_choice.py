@@ -62,13 +62,15 @@ def _known_engines(model: ModelArtifact) -> list[str]:
         measured = {table.engine for table in _tables_of_this_machine(model)}
     except UserError:  # clock.json is damaged; only a target in milliseconds needs it
         measured = set()
+    names = list(ENGINES)
     for name in sorted(measured - ENGINES.keys()):
         if ":" in name:
             try:
-                ENGINES[name]  # keeps it
+                ENGINES[name]  # raises UserError if it cannot be imported
+                names.append(name)
             except UserError as error:
                 log.warning("not considered: %s", error)
-    return list(ENGINES)
+    return names
 
 
 def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
