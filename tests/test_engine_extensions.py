@@ -165,6 +165,7 @@ def test_an_installed_extension_is_found_by_its_entry_point(model, sweet, tmp_pa
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
 
 
+@pytest.mark.slow
 def test_a_training_on_a_format_and_with_trackers_of_ones_own(
     rows, tiny_run, tmp_path, one_device, monkeypatch, capsys
 ):
