@@ -8,7 +8,7 @@ from typing import Any
 from sweet_jax.errors import UserError, check_choice
 from sweet_jax.exits.policies import POLICIES
 from sweet_jax.exits.targets import DEFAULT_LEVEL, TARGET_RANGES, check_targets
-from sweet_jax.registry import Registry, import_extensions
+from sweet_jax.registry import Registry
 from sweet_jax.standard_output import escape_characters, flush_output, print_text
 from sweet_jax.storage_errors import (
     access_failure,
@@ -77,7 +77,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if engines is not None:
             names = list(engines)
             text = f"engine that runs the model: {' or '.join(names)}, the name of one that an "
-            text += "installed package adds, or module:ENTRY (default: the fastest one according "
+            text += "installed package adds, or module:OBJECT (default: the fastest one according "
             text += f"to predict --measure; without measurements {names[0]}, if it is installed)"
             self.add_argument("--engine", choices=_Names(engines), metavar="ENGINE", help=text)
             text = "number of threads of an engine with this option, such as onnxruntime (default: "
@@ -116,11 +116,9 @@ class _Names(Container[str]):
         return iter(self._table)
 
     def __contains__(self, name: object) -> bool:
-        """Raises UserError for a reference, or an extension, that cannot be imported."""
+        """Raises UserError for a reference that cannot be imported."""
         if ":" in str(name):
             return bool(self._table[str(name)])
-        if name not in self._table:
-            import_extensions()
         return name in self._table
 
 

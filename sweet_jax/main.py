@@ -197,10 +197,11 @@ def _key_lines() -> Iterator[str]:
 def _recipe(name: str) -> ConfigDict:
     """Returns all keys, with the values set by a config file and otherwise the defaults."""
     # A path may contain colons too, as on Windows.
-    path, _, argument = (name, "", "") if Path(name).is_file() else name.rpartition(":")
-    path = path or name
-    if not Path(path).is_file():
-        raise UserError(f"config file {path!r} does not exist")
+    ends = [len(name), *(i for i, letter in enumerate(name) if letter == ":")]
+    end = next((i for i in ends if Path(name[:i]).is_file()), None)
+    if end is None:
+        raise UserError(f"config file {name.partition(':')[0]!r} does not exist")
+    path, argument = name[:end], name[end + 1 :]
     try:
         get_config = runpy.run_path(path)["get_config"]
         chosen = dict(get_config(argument) if argument else get_config())

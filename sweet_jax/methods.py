@@ -5,7 +5,6 @@ Shape letters: E exit.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from types import FunctionType
 
 import numpy as np
 
@@ -56,6 +55,7 @@ METHODS = Registry(
             Method("multi_model", True, (0.0,), "uniform", summed_layers),
         )
     },
+    "sweet_jax.methods",
 )
 
 
@@ -86,8 +86,9 @@ def shallow_deep(layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 LOSS_WEIGHTS: Registry[LossWeightSchedule] = Registry(
     "loss_weights",
-    FunctionType,
+    Callable,
     {"uniform": uniform, "depth": by_depth, "shallow_deep": shallow_deep},
+    "sweet_jax.loss_weights",
 )
 
 

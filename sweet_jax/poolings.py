@@ -59,4 +59,5 @@ POOLINGS = Registry(
         "mean": Pooling("sweet_jax.models.pooling:mean_of_tokens"),
         "pair": Pooling("sweet_jax.models.pooling:means_of_pair", width=4, pairs=True),
     },
+    "sweet_jax.poolings",
 )

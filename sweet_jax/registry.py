@@ -2,69 +2,108 @@
 
 There are three ways to add an entry, and none of them edits this package:
 
-- assign it: `METHODS["mine"] = Method(...)`, in a module that is imported before the name is used;
-- install a package with such a module, named by an entry point in the group `sweet_jax`. It is
-  imported when a name is looked up that no table has;
-- refer to it: the name "module:OBJECT" is the object of that module.
+- install a package with an entry point, `name = "module:OBJECT"`, in the group of the table, such
+  as `sweet_jax.methods`. The object is imported when the name is looked up;
+- refer to it: the name "module:OBJECT" is the object of that module;
+- assign it: `METHODS["mine"] = Method(...)`, before the name is used.
 """
 
 import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from sweet_jax.errors import UnknownNameError, check_choice, one_line
 
 Entry = TypeVar("Entry")
 
-ENTRY_POINTS = "sweet_jax"  # the group
 
-
-class Registry(dict[str, Entry]):
+class Registry(MutableMapping[str, Entry]):
     """Maps names to entries; `registry[name]` also finds those of other packages and modules.
 
     Looking up a name that cannot be found raises UnknownNameError. The table lists the entries that
-    have names, and not those that were referred to as "module:OBJECT".
+    have names, also those of installed packages, and not those that are referred to as
+    "module:OBJECT".
     """
 
-    def __init__(self, what: str, kind: type, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, what: str, kind: Any, entries: Mapping[str, Entry], group: str) -> None:
         """Makes a table.
 
         Args:
           what: word for the entries in messages.
           kind: their type.
-          entries: the entries by their names.
+          entries: the entries of this package by their names.
+          group: group of the entry points by which installed packages add entries.
 
         """
-        super().__init__(entries)
-        self.what, self.kind = what, kind
+        self.what, self.kind, self.group = what, kind, group
+        self._entries = dict(entries)
 
-    def __missing__(self, name: str) -> Entry:
-        """Finds an entry of another package or module."""
+    @functools.cached_property
+    def _points(self) -> dict[str, EntryPoint]:
+        """Returns the entry points of installed packages by their names; imports none of them."""
+        return {point.name: point for point in entry_points(group=self.group)}
+
+    def __getitem__(self, name: str) -> Entry:
+        if name in self._entries:
+            return self._entries[name]
         if ":" in name:
             return import_entry(self.what, name, self.kind)
-        import_extensions()
+        if name in self._points:
+            reference = self._points[name].value
+            self._entries[name] = import_entry(self.what, reference, self.kind, name)
+            return self._entries[name]
         check_choice(self.what, name, self)
-        return dict.__getitem__(self, name)
+        raise KeyError(name)  # never: the line above has raised
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        """Returns the entry that has the name, or a default; never imports "module:OBJECT"."""
+        if name in self:
+            return self[name]
+        return default
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._points
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self._entries, *self._points)))
+
+    def __len__(self) -> int:
+        return len(dict.fromkeys((*self._entries, *self._points)))
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
 
 
 @functools.cache
-def import_entry(what: str, reference: str, kind: type) -> Any:
-    """Imports the object "module:OBJECT"; its field `name`, if it has one, becomes the reference.
+def import_entry(what: str, reference: str, kind: Any, name: str = "") -> Any:
+    """Imports the object "module:OBJECT".
+
+    Its field `name`, if it has one, becomes the name by which it is looked up, since it is saved
+    under that name.
+
+    Args:
+      what: word for it in messages.
+      reference: "module:OBJECT".
+      kind: its type.
+      name: name by which it is looked up; default the reference.
 
     Raises UnknownNameError if it cannot be imported, or is not of the kind.
+
     """
     entry = import_object(what, reference)
     if not isinstance(entry, kind):
         problem = f"is of type {type(entry).__name__}, not {kind.__name__}"
         raise UnknownNameError(f"{what} {reference!r} {problem}", f"which {problem}")
-    if dataclasses.is_dataclass(entry) and hasattr(entry, "name"):
-        # Saved under this name, from which it is found again.
-        entry = dataclasses.replace(entry, name=reference)  # type: ignore[type-var]
+    if dataclasses.is_dataclass(entry) and not isinstance(entry, type) and hasattr(entry, "name"):
+        entry = dataclasses.replace(entry, name=name or reference)
     return entry
 
 
@@ -87,20 +126,3 @@ def import_object(what: str, reference: str) -> Any:
             "directory",
             f"which cannot be imported: {cause}",
         ) from error
-
-
-@functools.cache
-def import_extensions() -> None:
-    """Imports the modules that installed packages name in their entry points, once.
-
-    Raises UnknownNameError if one of them cannot be imported.
-    """
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            point.load()
-        except Exception as error:  # importing a module can raise anything
-            problem = (
-                f"the extension {point.name!r} ({point.value}) cannot be imported: "
-                f"{type(error).__name__}: {one_line(error)}"
-            )
-            raise UnknownNameError(problem, f"which is unknown, and {problem}") from error

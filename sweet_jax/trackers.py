@@ -185,5 +185,8 @@ def run_id(workdir: Path, tracker: str, new: Callable[[], str]) -> str:
 
 # The values of the config key `log_to`.
 TRACKERS: Registry[Callable[[Path, str, int], Tracker]] = Registry(
-    "log_to", type, {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
+    "log_to",
+    Callable,
+    {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow},
+    "sweet_jax.trackers",
 )

@@ -9,6 +9,7 @@ from sweet_jax.methods import METHODS
 from sweet_jax.objectives import SINGLE_LABEL, Metric
 from sweet_jax.objectives.objective import CategoricalVariables
 
+SAME = dataclasses.replace(METHODS["sweet"], name="same")
 HALF = dataclasses.replace(METHODS["sweet"], name="half", isolation=(0.5,))
 
 

@@ -6,8 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -261,15 +261,10 @@ def test_an_entry_point_adds_a_family(toy, monkeypatch, named):
         values = json.loads((toy / "config.json").read_text())
         values.pop("model_type")
         (toy / "config.json").write_text(json.dumps(values))
-    point = SimpleNamespace(
-        name="toys", value="toys", load=lambda: monkeypatch.setitem(FAMILIES, "toy", TOY)
-    )
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    registry.import_extensions.cache_clear()
-    try:
-        assert open_checkpoint(str(toy)).family is TOY
-    finally:
-        registry.import_extensions.cache_clear()
+    point = EntryPoint("toy", "test_model_extensions:TOY", "sweet_jax.families")
+    monkeypatch.setitem(vars(FAMILIES), "_points", {"toy": point})
+    monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))
+    assert open_checkpoint(str(toy)).family is TOY
 
 
 def test_a_checkpoint_names_no_code_to_import(toy):

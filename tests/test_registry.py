@@ -1,18 +1,19 @@
 """Entries of other packages and modules: named in the config, saved with a run, found again."""
 
 import json
-from types import SimpleNamespace
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pandas
 import pytest
-from extension import HALF, LEAD, LEVELS, WITHIN_ONE
+from extension import LEAD, LEVELS, WITHIN_ONE
 
 import sweet_jax
 from sweet_jax import registry
-from sweet_jax.config import from_mapping
+from sweet_jax.config import describe_keys, from_mapping
 from sweet_jax.errors import UserError
 from sweet_jax.exits.calibration import TEMPERATURE_RANGE, fit_temperature
+from sweet_jax.exits.confidences import POLICIES
 from sweet_jax.exits.outputs import RunIdentity
 from sweet_jax.exits.policies import grid_thresholds
 from sweet_jax.methods import METHODS, loss_weights
@@ -22,12 +23,21 @@ from sweet_jax.run_report import render_report
 
 
 @pytest.fixture
-def no_extensions(monkeypatch):
-    """As if no package had been asked for its entry points."""
-    registry.import_extensions.cache_clear()
-    monkeypatch.setattr(registry, "entry_points", lambda group: [])
-    yield monkeypatch
-    registry.import_extensions.cache_clear()
+def installed(monkeypatch):
+    """Installs entry points, by (group, name, "module:OBJECT"), in the place of all others."""
+
+    def install(*points):
+        found = [EntryPoint(name, value, group) for group, name, value in points]
+        monkeypatch.setattr(
+            registry, "entry_points", lambda group: [p for p in found if p.group == group]
+        )
+        for table in (METHODS, POLICIES):
+            monkeypatch.setattr(table, "_entries", dict(table._entries))
+            vars(table).pop("_points", None)
+
+    yield install
+    for table in (METHODS, POLICIES):
+        vars(table).pop("_points", None)
 
 
 def test_a_run_of_a_module_s_method_objective_metric_and_policy(options, rows, tmp_path):
@@ -69,6 +79,8 @@ def test_the_temperature_of_logits_that_are_not_linear_minimises_the_objective_s
     found = fit_temperature(outputs, targets, LEVELS)
     assert loss(found) <= min(map(loss, np.geomspace(*TEMPERATURE_RANGE, 1000))) + 1e-6
     assert loss(found) < loss(1.0)
+    outputs[0] = -1e200  # whose square is infinite
+    assert np.isfinite(fit_temperature(outputs, targets, LEVELS))
 
 
 def test_a_policy_s_range_is_that_of_its_object():
@@ -80,33 +92,29 @@ def test_a_schedule_of_a_module():
     assert loss_weights("extension:rising", (1, 2)) == ((1.0, 0.5), (1.0, 1.0))
 
 
-def test_installed_packages_are_asked_once_for_a_name_that_no_table_has(no_extensions):
-    asked = []
-
-    def load():
-        asked.append("own")
-        no_extensions.setitem(METHODS, "half", HALF)
-
-    point = SimpleNamespace(name="own", value="own.module", load=load)
-    no_extensions.setattr(registry, "entry_points", lambda group: [point])
+def test_an_installed_package_adds_an_entry_by_its_entry_point(installed):
+    installed(
+        ("sweet_jax.methods", "half", "extension:HALF"),
+        ("sweet_jax.methods", "broken", "absent:HALF"),
+        ("sweet_jax.policies", "lead", "extension:LEAD"),
+    )
+    assert "half" in {key.name: key.allowed for key in describe_keys()}["method"].split(", ")
+    config = from_mapping({"method": "half", "confidence": "lead"}).resolved()
+    assert (config.method, config.isolation, config.policy) == ("half", (0.5,), "lead")
+    assert METHODS["half"].name == "half"
+    assert POLICIES["lead"] is LEAD
+    with pytest.raises(UserError, match="unknown method 'halv': did you mean 'half'"):
+        from_mapping({"method": "halv"})
+    with pytest.raises(UserError, match=r"^method 'absent:HALF': ModuleNotFoundError: No module"):
+        from_mapping({"method": "broken"})
     assert from_mapping({"method": "sweet"}).method == "sweet"
-    assert not asked
-    assert from_mapping({"method": "half"}).resolved().isolation == (0.5,)
-    for _ in range(2):
-        with pytest.raises(UserError, match="unknown method 'halv': did you mean 'half'"):
-            from_mapping({"method": "halv"})
-    assert asked == ["own"]
+    assert METHODS.get("extension:HALF") is None
 
 
-def test_an_extension_that_fails_is_named(no_extensions):
-    def load():
-        raise ImportError("no such thing")
-
-    point = SimpleNamespace(name="own", value="own.module", load=load)
-    no_extensions.setattr(registry, "entry_points", lambda group: [point])
-    refusal = r"^the extension 'own' \(own.module\) cannot be imported: ImportError: no such thing$"
-    with pytest.raises(UserError, match=refusal):
-        from_mapping({"objective": "ordinal"})
+def test_a_method_of_a_module_is_judged_by_its_values():
+    assert from_mapping({"method": "extension:SAME", "segment_parallel": True}).segment_parallel
+    with pytest.raises(UserError, match="which method='extension:HALF' rules out"):
+        from_mapping({"method": "extension:HALF", "segment_parallel": True})
 
 
 @pytest.mark.parametrize(
@@ -119,7 +127,6 @@ def test_an_extension_that_fails_is_named(no_extensions):
             "method 'extension:LEVELS' is of type Objective, not M",
         ),
         ({"objective": "extension:LEAD"}, "objective 'extension:LEAD' is of type Policy, not Obj"),
-        ({"confidence": "extension:HALF"}, "policy 'extension:HALF' is neither a function nor a "),
         ({"loss_weights": "extension:HALF"}, "loss_weights 'extension:HALF' is of type Method, "),
     ],
 )

@@ -3,7 +3,6 @@
 import math
 
 from sweet_jax.config.keys import Keys
-from sweet_jax.config.model_keys import SCHEDULES
 from sweet_jax.errors import UserError, join_numbers
 from sweet_jax.exits.policies import policy_rule
 from sweet_jax.methods import LOSS_WEIGHTS, METHODS
@@ -54,7 +53,8 @@ def _check_objective(config: Keys) -> None:
             "replaces the classifiers by logistic regressions fitted with the cross-entropy: set "
             "--config.head_refit=False"
         )
-    policy = policy_rule(config.confidence) if config.confidence else None
+    own = ":" in config.confidence  # imported where it is used
+    policy = policy_rule(config.confidence) if config.confidence and not own else None
     categorical, several = (
         OBJECTIVES[objective].categorical,
         OBJECTIVES[objective].target_per_output,
@@ -137,7 +137,8 @@ def _check_loss_weights(config: Keys) -> None:
     elif len(weights) != len(config.exits) or not all(0 < w < math.inf for w in weights):
         raise UserError(
             f"loss_weights must be one positive number for each of the {len(config.exits)} exits "
-            f"{join_numbers(config.exits)}, or one of {SCHEDULES}; got {weights!r}"
+            f"{join_numbers(config.exits)}, or one of {', '.join(map(repr, LOSS_WEIGHTS))}; got "
+            f"{weights!r}"
         )
 
 
@@ -187,9 +188,8 @@ def _check_independent(config: Keys) -> None:
     if not (config.segment_parallel or config.grow_from):
         return
     asked = "segment_parallel" if config.segment_parallel else "grow_from"
-    methods = [m.name for m in METHODS.values() if m.trains_exits_independently]
     for name, sound in (
-        ("method", config.method in methods),
+        ("method", METHODS[config.method].trains_exits_independently),
         ("isolation", set(config.isolation) <= {1.0}),
         ("pooler", config.pooler in ("", "per_exit")),
         ("relative", config.relative in ("", "first")),

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sweet_jax.errors import UserError, check_choice
-from sweet_jax.registry import import_extensions
 
 AUTO = "auto"  # a value of epochs and of pooling
 SEED_RANGE = "from 0 to 2147483647"
@@ -149,8 +148,6 @@ def check_name(field: dataclasses.Field, value: Any) -> None:
     for name in (metadata.several and split_names(value)) or (value,):
         if metadata.allows_reference and ":" in name:
             continue  # a reference is imported where it is used
-        if name not in metadata.names(field.default):
-            import_extensions()
         check_choice(field.name, name, metadata.names(field.default))
 
 

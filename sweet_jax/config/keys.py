@@ -6,7 +6,6 @@ from sweet_jax.config.data_keys import DataKeys
 from sweet_jax.config.key import key_metadata
 from sweet_jax.config.model_keys import HeadsKeys, MethodKeys, ModelKeys
 from sweet_jax.config.run_keys import EvaluationKeys, HardwareKeys, RunKeys, TrainingKeys
-from sweet_jax.registry import import_extensions
 
 # By the name that the group has in --help and the documentation, in their order.
 GROUPS: dict[str, type] = {
@@ -48,7 +47,6 @@ class KeyDescription:
 
 def describe_keys() -> list[KeyDescription]:
     """Returns a description of every config key, group by group."""
-    import_extensions()  # whose names are allowed too
     return [
         KeyDescription(
             field.name,

@@ -13,10 +13,8 @@ from sweet_jax.config.key import (
     split_names,
 )
 from sweet_jax.config.presets import PRESETS
-from sweet_jax.methods import LOSS_WEIGHTS, METHODS
+from sweet_jax.methods import METHODS
 from sweet_jax.poolings import POOLINGS
-
-SCHEDULES = ", ".join(map(repr, LOSS_WEIGHTS))
 
 
 def _numbers_or_name(value: Any) -> Any:
@@ -125,7 +123,7 @@ class MethodKeys:
         ),
         type_condition=(
             _are_numbers_or_name,
-            f"one positive number for each exit, or one of {SCHEDULES}",
+            "one positive number for each exit, or the name of a schedule",
         ),
         convert=_numbers_or_name,
     )

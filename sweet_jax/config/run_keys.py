@@ -187,7 +187,7 @@ class RunKeys:
         (
             "Where losses, learning rates and the metrics on tuning rows are logged in addition"
             " to metrics.jsonl: one or several names separated by commas. wandb and mlflow also "
-            "get the report and the model; module:Class is a tracker of your own."
+            "get the report and the model; module:OBJECT is a tracker of your own."
         ),
         choices=TRACKERS,
         allows_reference=True,

@@ -89,4 +89,5 @@ READERS = Registry(
         ),
         ".txt": _text_reader(lambda file, columns: lines_table(file), has_columns=False),
     },
+    "sweet_jax.readers",
 )

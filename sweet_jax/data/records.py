@@ -13,7 +13,6 @@ from sweet_jax.data.labels import read_labels
 from sweet_jax.data.readers import COMPRESSED, READERS
 from sweet_jax.data.tables import ColumnError, Columns, Record, Table
 from sweet_jax.errors import AbsentFileError, UserError, one_line
-from sweet_jax.registry import import_extensions
 
 _DAMAGED = (OSError, EOFError, UnicodeError, OverflowError)  # for a damaged file of any format
 
@@ -21,7 +20,7 @@ _DAMAGED = (OSError, EOFError, UnicodeError, OverflowError)  # for a damaged fil
 def format_of(path: Path) -> str:
     """Returns the suffix of a file's format, such as ".csv" for "a.csv.gz"; "" if unknown.
 
-    Raises UserError for an unknown suffix if an installed extension cannot be imported.
+    Raises UserError if the format is of another package that cannot be imported.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
@@ -29,8 +28,6 @@ def format_of(path: Path) -> str:
         suffixes.pop()
     if not suffixes:
         return ""
-    if suffixes[-1] not in READERS:
-        import_extensions()
     reader = READERS.get(suffixes[-1])
     return "" if reader is None or (compressed and not reader.compressed) else suffixes[-1]
 

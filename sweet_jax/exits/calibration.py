@@ -21,6 +21,7 @@ from sweet_jax.objectives.objective import CategoricalVariables, log_softmax, so
 # right.
 TEMPERATURE_RANGE = (1e-2, 1e2)
 
+_LARGE = 1e30
 BELOW_ONE = float(np.nextafter(1.0, 0.0))  # largest confidence of policies that never reach 1
 
 
@@ -82,8 +83,9 @@ def fit_temperature(
     from scipy.optimize import brentq, minimize_scalar
 
     variables = categorical_variables(objective)
-    z = variables.logits(np.asarray(logits, np.float64))  # [N, V, K]
-    if not np.isfinite(z).all():
+    with np.errstate(over="ignore"):
+        z = variables.logits(np.asarray(logits, np.float64))  # [N, V, K]
+    if not np.isfinite(z if variables.is_linear else logits).all():
         return float("nan")
     outcomes = variables.outcomes(targets)[..., None]  # [N, V, 1]
     right = np.take_along_axis(z, outcomes, axis=-1)[..., 0]  # [N, V]
@@ -93,8 +95,10 @@ def fit_temperature(
         return float((expected - right).sum(axis=-1).mean())
 
     def nll(log_temperature: float) -> float:
-        scaled = log_softmax(variables.logits(np.asarray(logits) / np.exp(log_temperature)))
-        return -float(np.take_along_axis(scaled, outcomes, axis=-1).sum(axis=(1, 2)).mean())
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = log_softmax(variables.logits(np.asarray(logits) / np.exp(log_temperature)))
+        mean = -np.take_along_axis(scaled, outcomes, axis=-1).sum(axis=(1, 2)).mean()
+        return float(np.nan_to_num(mean, nan=_LARGE, posinf=_LARGE))  # Brent's method needs numbers
 
     others = np.where(np.arange(z.shape[-1]) == outcomes, -np.inf, z).max(axis=-1)
     if (right > others).all():

@@ -283,4 +283,5 @@ POLICIES = Registry(
             needs_numbers=True,
         ),
     },
+    "sweet_jax.policies",
 )

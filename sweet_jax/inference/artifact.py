@@ -64,7 +64,7 @@ class ModelArtifact:
     tokenizer: Any  # the checkpoint's own
     task: str  # name of the task it was trained on
     policy: str  # name of the exit policy of the run
-    metric: str  # name of the run's metric, one of OBJECTIVE_METRICS for its objective
+    metric: str  # name of the run's metric: one of its objective's, or module:OBJECT
     pooling: str  # how an exit reads its layer, a name in POOLINGS
     text_columns: tuple[str, ...]  # names of the one or two text columns it was trained on
     classes: tuple[str, ...]  # names of the outputs [C]

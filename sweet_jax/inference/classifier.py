@@ -137,7 +137,7 @@ class AdaptiveClassifier:
           name: folder model/ of a run, or id of the hub repository it was pushed to.
           policy: see the class.
           engine: name of the engine that runs the model, "jax", "onnxruntime" or that of an
-            extension, or "module:ENTRY" (`EngineEntry`); defaults to `default_engine`.
+            extension, or "module:OBJECT" (`EngineEntry`); defaults to `default_engine`.
           precision: precision of the layers: "float32" (default), "bfloat16" (engine jax), or
             "int8" (engine onnxruntime, after `sweet-jax quantize`).
           dtype: older name of `precision`; if both are set, `precision` counts.

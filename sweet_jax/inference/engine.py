@@ -157,7 +157,7 @@ def load_engine(
     """Reads a saved model's weights into an engine.
 
     Args:
-      name: a name in ENGINES, or "module:ENTRY" for an `EngineEntry` of another module.
+      name: a name in ENGINES, or "module:OBJECT" for an `EngineEntry` of another module.
       model: the saved model.
       dtype: precision of parameters and activations.
       cache_dir: directory that keeps compiled programs between processes; defaults to the engine's

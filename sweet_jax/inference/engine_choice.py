@@ -10,7 +10,6 @@ from sweet_jax.inference.artifact import INT8_FILE, ModelArtifact
 from sweet_jax.inference.engine_table import ENGINES
 from sweet_jax.inference.latency_table import LATENCY_FILE, LatencyTable, read_tables
 from sweet_jax.inference.onnx_files import has_graphs
-from sweet_jax.registry import import_extensions
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +26,20 @@ def available_engines(
 ) -> list[EngineChoice]:
     """Returns the engines, each with a precision, that can run a model here.
 
-    Without measured times, the first is the default. The engines are those of ENGINES, including
-    those of installed extensions, and those named "module:ENTRY" that were measured before.
+    Without measured times, the first is the default. An engine "module:OBJECT" is none of them,
+    unless it is named: the file of the times must not make a process import code.
 
     Args:
       model: the saved model.
       engine: engine to restrict the choices to, whether it is installed or not.
       precision: precision to restrict the choices to, whether the model has it or not.
 
-    Raises UserError for an unknown engine, or an extension that cannot be imported.
+    Raises UserError for an unknown engine, or one of another package that cannot be imported.
 
     """
     quantized = (model.folder / INT8_FILE).exists()
     choices = []
-    for name in _known_engines(model) if engine is None else [engine]:
+    for name in ENGINES if engine is None else [engine]:
         for candidate in ENGINES[name].precisions:
             if candidate != precision and (
                 precision is not None or (candidate == "int8" and not quantized)
@@ -49,28 +48,6 @@ def available_engines(
             if engine is not None or ENGINES[name].why_not(model, candidate) is None:
                 choices.append(EngineChoice(name, candidate))
     return choices
-
-
-def _known_engines(model: ModelArtifact) -> list[str]:
-    """Returns the names in ENGINES, and references to engines that were measured on this machine.
-
-    A reference is found in no table: only the times that `predict --measure` saved name it. One
-    that can no longer be imported is left out.
-    """
-    import_extensions()
-    try:
-        measured = {table.engine for table in _tables_of_this_machine(model)}
-    except UserError:  # clock.json is damaged; only a target in milliseconds needs it
-        measured = set()
-    names = list(ENGINES)
-    for name in sorted(measured - ENGINES.keys()):
-        if ":" in name:
-            try:
-                ENGINES[name]  # raises UserError if it cannot be imported
-                names.append(name)
-            except UserError as error:
-                log.warning("not considered: %s", error)
-    return names
 
 
 def check_precision(engine: str, precision: str, model: ModelArtifact) -> None:
@@ -101,7 +78,8 @@ def check_available(model: ModelArtifact, engine: str | None, precision: str | N
     reasons = []
     for name, entry in ENGINES.items():
         wanted = entry.precisions[0] if precision is None else precision
-        reasons.append(f"{name} {entry.why_not(model, wanted)}")
+        missing = entry.why_not(model, wanted) or "needs int8.json: run sweet-jax quantize first"
+        reasons.append(f"{name} {missing}")
     raise UserError(f"no engine can run {str(model.folder)!r} here: {'; '.join(reasons)}")
 
 
@@ -132,14 +110,15 @@ def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
     if len(names) < 2:
         return names[0], ""
     times = _measured_times(model, dtype)
-    if not times.keys() >= set(names):
-        others = ", ".join(names[1:])
-        return names[0], (
-            f"{others} is installed too: run sweet-jax predict --measure to find the faster one"
-        )
-    name = min(names, key=times.__getitem__)
-    measured = ", ".join(f"{engine} {times[engine]:.2f} ms" for engine in names)
-    return name, f"the faster one according to {model.folder / LATENCY_FILE}: {measured}"
+    timed = [name for name in names if name in times]
+    others = ", ".join(name for name in names[1:] if name not in times)
+    advice = f"{others} is installed too: run sweet-jax predict --measure to find the faster one"
+    if len(timed) < 2:
+        return names[0], advice
+    name = min(timed, key=times.__getitem__)
+    measured = ", ".join(f"{engine} {times[engine]:.2f} ms" for engine in timed)
+    reason = f"the faster one according to {model.folder / LATENCY_FILE}: {measured}"
+    return name, f"{reason}; {advice}" if others else reason
 
 
 def _engine_to_install(model: ModelArtifact, precision: str) -> str:

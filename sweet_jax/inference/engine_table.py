@@ -8,7 +8,9 @@ JAX or ONNX Runtime: whether an engine is installed is determined without import
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
+from sweet_jax.errors import one_line
 from sweet_jax.inference.artifact import ModelArtifact
 from sweet_jax.inference.onnx_files import has_graphs
 from sweet_jax.registry import Registry, import_object
@@ -48,9 +50,13 @@ class EngineEntry:
             return f"does not support precision {precision!r}"
         if has_graphs(model.folder) and not self.runs_exported:
             return "needs the weights of the model, which its export to ONNX lacks"
-        if isinstance(self.obstacle, str):
-            return import_object("obstacle", self.obstacle)(model, precision)
-        return None if self.obstacle is None else self.obstacle(model, precision)
+        obstacle: Any = self.obstacle
+        if isinstance(obstacle, str):
+            obstacle = import_object("obstacle", obstacle)
+        try:
+            return obstacle and obstacle(model, precision)
+        except Exception as error:  # a user's function can raise anything
+            return f"cannot tell whether it runs here ({type(error).__name__}: {one_line(error)})"
 
 
 def _jax_obstacle(model: ModelArtifact, precision: str) -> str | None:
@@ -89,4 +95,5 @@ ENGINES = Registry(
             obstacle=_onnx_obstacle,
         ),
     },
+    "sweet_jax.engines",
 )

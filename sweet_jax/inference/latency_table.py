@@ -20,7 +20,7 @@ LATENCY_FILE = "clock.json"
 class LatencyTable:
     """Holds measured times of one engine in one precision."""
 
-    engine: str  # a name of ENGINES, or module:ENTRY
+    engine: str  # a name of ENGINES, or module:OBJECT
     precision: str
     threads: int  # number of threads that compute a batch
     machine: str  # host, device and versions, which must match for a target in milliseconds

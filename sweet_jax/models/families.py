@@ -31,4 +31,5 @@ FAMILIES = Registry(
             ALBERT,
         )
     },
+    "sweet_jax.families",
 )

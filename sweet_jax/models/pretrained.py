@@ -20,7 +20,6 @@ from sweet_jax.models.families import FAMILIES
 from sweet_jax.models.family import EncoderFamily
 from sweet_jax.models.model_type import guess_model_type
 from sweet_jax.models.weights import Weights, read_weights
-from sweet_jax.registry import import_extensions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,11 +76,9 @@ def open_checkpoint(name: str) -> Checkpoint:
     """
     files = locate_checkpoint(name)
     kind = files.values.get("model_type")
-    # Not by FAMILIES[kind], which imports "module:OBJECT": the files name a kind, and no code.
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        import_extensions()
     if not kind:
         kind = guess_model_type(files.folder, files.values, FAMILIES.values())
+    # Not by FAMILIES[kind], which imports "module:OBJECT": the files name a kind, and no code.
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         short_name = name if len(name) <= 24 else f"…{name[-23:]}"

@@ -13,6 +13,7 @@ OBJECTIVES = Registry(
     "objective",
     Objective,
     {objective.name: objective for objective in (SINGLE_LABEL, MULTI_LABEL, REGRESSION)},
+    "sweet_jax.objectives",
 )
 
 __all__ = ["OBJECTIVES", "SINGLE_LABEL", "Metric", "Objective"]

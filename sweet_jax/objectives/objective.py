@@ -216,7 +216,7 @@ class Objective:
     def metric(self, metric: str | Metric) -> Metric:
         """Returns the metric with a name, or a Metric unchanged.
 
-        The name "module:METRIC" is that of a user-defined metric. Raises UserError if unknown.
+        The name "module:OBJECT" is that of a user-defined metric. Raises UserError if unknown.
         """
         if isinstance(metric, Metric):
             return metric

@@ -46,7 +46,7 @@ def check_trackers(names: str) -> None:
                 f"has {', '.join(_METHODS)}"
             )
         package = getattr(tracker, "package", "")
-        if package and importlib.util.find_spec(package) is None:
+        if package and importlib.util.find_spec(package.partition(".")[0]) is None:
             install = getattr(tracker, "install", "") or "install it"
             raise UserError(f"log_to={name} requires the package {package}: {install}")
 
@@ -55,7 +55,7 @@ def open_tracker(names: str, workdir: Path, training: str, step: int) -> Tracker
     """Opens one or several trackers as one.
 
     Args:
-      names: names of trackers in TRACKERS, or "module:Class", separated by commas.
+      names: names of trackers in TRACKERS, or "module:OBJECT", separated by commas.
       workdir: directory of the run.
       training: name of the training, under which its values are logged.
       step: first step to log.
