@@ -208,7 +208,7 @@ def test_trackers_are_named_one_or_several():
     ("name", "words"),
     [
         ("own_extension:Nothing", "log_to 'own_extension:Nothing': AttributeError: "),
-        ("own_extension:obstacle", "is of type function, not type"),
+        ("own_extension:obstacle", "is not a tracker, since it has no method add"),
         ("own_extension:DamagedError", "is not a tracker, since it has no method add"),
         ("own_extension:NeedsPackage", "requires the package no_such_package: pip install no-such"),
     ],
