@@ -79,6 +79,7 @@ def test_an_engine_named_by_reference_is_timed_and_not_the_default(model, sweet,
     assert predict.main([f"--model={model}", *options, *files]) == 0
 
 
+@pytest.mark.slow
 def test_an_assigned_engine_is_timed_with_the_others(model, monkeypatch):
     ENGINES["own"] = own_extension.ENGINE
     assert predict.main([f"--model={model}", "--measure", "--precision=float32"]) == 0

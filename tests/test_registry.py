@@ -40,6 +40,7 @@ def installed(monkeypatch):
         vars(table).pop("_points", None)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_module_s_method_objective_metric_and_policy(options, rows, tmp_path):
     changes = {
         "method": "extension:HALF",
