@@ -8,13 +8,13 @@ There are three ways to add an entry, and none of them edits this package:
 - assign it: `METHODS["mine"] = Method(...)`, before the name is used.
 """
 
-import contextlib
 import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from sweet_jax.errors import UnknownNameError, check_choice, one_line
@@ -44,21 +44,20 @@ class Registry(MutableMapping[str, Entry]):
         self._entries = dict(entries)
 
     @functools.cached_property
-    def _points(self) -> dict[str, EntryPoint]:
+    def _entry_points(self) -> dict[str, EntryPoint]:
         """Returns the entry points of installed packages by their names; imports none of them."""
         return {point.name: point for point in entry_points(group=self.group)}
 
     def __getitem__(self, name: str) -> Entry:
+        """Returns the entry; raises UnknownNameError if it cannot be found or imported."""
         if name in self._entries:
             return self._entries[name]
         if ":" in name:
             return import_entry(self.what, name, self.kind)
-        if name in self._points:
-            reference = self._points[name].value
-            self._entries[name] = import_entry(self.what, reference, self.kind, name)
-            return self._entries[name]
-        check_choice(self.what, name, self)
-        raise KeyError(name)  # never: the line above has raised
+        check_choice(self.what, name, self)  # else an entry point has the name
+        reference = self._entry_points[name].value
+        self._entries[name] = import_entry(self.what, reference, self.kind, name)
+        return self._entries[name]
 
     def get(self, name: Any, default: Any = None) -> Any:
         """Returns the entry that has the name, or a default; never imports "module:OBJECT"."""
@@ -67,13 +66,13 @@ class Registry(MutableMapping[str, Entry]):
         return default
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._points
+        return name in self._entries or name in self._entry_points
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._entries, *self._points)))
+        return iter(dict.fromkeys((*self._entries, *self._entry_points)))
 
     def __len__(self) -> int:
-        return len(dict.fromkeys((*self._entries, *self._points)))
+        return len(dict.fromkeys((*self._entries, *self._entry_points)))
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         self._entries[name] = entry
@@ -114,9 +113,9 @@ def import_object(what: str, reference: str) -> Any:
     """
     module, _, path = reference.partition(":")
     try:
-        if "" not in sys.path:  # installed commands do not search the working directory
-            with contextlib.suppress(ImportError):
-                return functools.reduce(getattr, path.split("."), import_module(module))
+        # Installed commands do not search the working directory, which is needed for its own
+        # modules only.
+        if "" not in sys.path and find_spec(module.partition(".")[0]) is None:
             sys.path.append("")
         return functools.reduce(getattr, path.split("."), import_module(module))
     except Exception as error:  # importing a module can raise anything

@@ -19,7 +19,7 @@ from sweet_jax.data.records import last_position, read_records
 from sweet_jax.data.tables import Columns
 from sweet_jax.errors import UserError
 from sweet_jax.inference.artifact import open_model
-from sweet_jax.inference.engine_choice import available_engines, default_engine
+from sweet_jax.inference.engine_choice import available_engines, default_engine, describe_default
 from sweet_jax.inference.engine_table import ENGINES
 from sweet_jax.pipeline import run
 from sweet_jax.trackers import TRACKERS
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("restored_logging", "restored_tables")
 
 @pytest.fixture
 def restored_tables():
-    """What a test adds to the tables is no entry of the others."""
+    """Removes from the tables what a test has added."""
     before = [(table, dict(table)) for table in (ENGINES, TRACKERS, READERS)]
     yield
     for table, entries in before:
@@ -77,6 +77,23 @@ def test_an_engine_named_by_reference_is_timed_and_not_the_default(model, sweet,
     files = [f"--input={tmp_path / 'in.txt'}", f"--output={tmp_path / 'out.jsonl'}"]
     options = [f"--engine={REFERENCE}", "--policy=raw_confidence", "--milliseconds=2"]
     assert predict.main([f"--model={model}", *options, *files]) == 0
+
+
+@pytest.mark.parametrize(
+    ("times", "default", "named"),
+    [
+        ({}, "jax", "onnxruntime, own is installed too"),
+        ({"onnxruntime": 1.0}, "jax", "onnxruntime, own is installed too"),
+        ({"jax": 2.0, "onnxruntime": 1.0}, "onnxruntime", "; own is installed too"),
+        ({"onnxruntime": 2.0, "own": 1.0}, "own", "; jax is installed too"),
+    ],
+)
+def test_engines_that_were_not_measured_are_named(model, monkeypatch, times, default, named):
+    monkeypatch.setattr("sweet_jax.inference.engine_choice._measured_times", lambda *_: times)
+    monkeypatch.setitem(ENGINES, "own", own_extension.ENGINE)
+    described = describe_default(open_model(model))
+    assert described.startswith(f"engine: {default}, float32 (")
+    assert named in described
 
 
 @pytest.mark.slow

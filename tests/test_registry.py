@@ -33,11 +33,11 @@ def installed(monkeypatch):
         )
         for table in (METHODS, POLICIES):
             monkeypatch.setattr(table, "_entries", dict(table._entries))
-            vars(table).pop("_points", None)
+            vars(table).pop("_entry_points", None)
 
     yield install
     for table in (METHODS, POLICIES):
-        vars(table).pop("_points", None)
+        vars(table).pop("_entry_points", None)
 
 
 @pytest.mark.slow

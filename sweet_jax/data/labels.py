@@ -8,11 +8,12 @@ from sweet_jax.data.tables import Columns, Record, text_error
 
 
 def read_labels(records: Iterable[Record], columns: Columns) -> Iterator[Record]:
-    """Yields records with their labels as text, for readers of any format.
+    """Yields records with their labels as text.
 
-    Numbers and booleans are converted with str, and all must have the type of the first label; with
-    `several_labels`, a list of labels becomes a|b. A record whose label is none of these has an
-    error, and so has one whose label is not UTF-8.
+    The readers of Excel and Arrow files, which state the type of a value, have already converted
+    it. For other formats, numbers and booleans are converted with str, and all must have the type
+    of the first label; with `several_labels`, a list of labels becomes a|b. A record whose label is
+    none of these has an error, and so has one whose label is not UTF-8.
     """
     if columns.label is None:
         yield from records

@@ -3,6 +3,7 @@
 import functools
 import logging
 import platform
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sweet_jax.errors import UserError, check_choice
@@ -111,14 +112,18 @@ def _choose(model: ModelArtifact, dtype: str) -> tuple[str, str]:
         return names[0], ""
     times = _measured_times(model, dtype)
     timed = [name for name in names if name in times]
-    others = ", ".join(name for name in names[1:] if name not in times)
-    advice = f"{others} is installed too: run sweet-jax predict --measure to find the faster one"
-    if len(timed) < 2:
-        return names[0], advice
+    if len(timed) < 2:  # nothing to compare
+        return names[0], _advise_measuring(names[1:])
     name = min(timed, key=times.__getitem__)
     measured = ", ".join(f"{engine} {times[engine]:.2f} ms" for engine in timed)
     reason = f"the faster one according to {model.folder / LATENCY_FILE}: {measured}"
-    return name, f"{reason}; {advice}" if others else reason
+    untimed = [name for name in names if name not in times]
+    return name, f"{reason}; {_advise_measuring(untimed)}" if untimed else reason
+
+
+def _advise_measuring(names: Sequence[str]) -> str:
+    others = ", ".join(names)
+    return f"{others} is installed too: run sweet-jax predict --measure to find the faster one"
 
 
 def _engine_to_install(model: ModelArtifact, precision: str) -> str:

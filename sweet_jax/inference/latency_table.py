@@ -105,7 +105,7 @@ def read_tables(folder: Path) -> list[LatencyTable]:
 
 
 def _identity(table: LatencyTable) -> tuple[str, str, str]:
-    """Returns what a new table of replaces the old one."""
+    """Returns the identity of a table: a new table replaces an old one with the same identity."""
     return table.engine, table.precision, table.machine
 
 
