@@ -28,6 +28,7 @@ from sweet_jax.objectives import SINGLE_LABEL, Objective
 from sweet_jax.objectives.label_checks import list_labels
 from sweet_jax.objectives.objective import TargetScaler
 from sweet_jax.objectives.single_label import balanced_weights, reweighted
+from sweet_jax.optimizers import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from sweet_jax.poolings import POOLINGS
 from sweet_jax.training.growth import BaseRun, read_base_run
 from sweet_jax.training.initialization import (
@@ -110,9 +111,10 @@ def prepare(config: Config) -> PreparedRun:
     """
     config = config.resolved()
     task_of(config)  # so that a misspelled name is an error before anything is downloaded
-    policy_rule(config.policy)  # likewise for the user's own policy
+    policy_rule(config.policy)  # likewise for what the user's own module defines
+    _ = OPTIMIZERS[config.optimizer], LEARNING_RATE_SCHEDULES[config.learning_rate_schedule]
     if config.pooling not in ("", AUTO):
-        _ = POOLINGS[config.pooling]  # and for the user's own pooling
+        _ = POOLINGS[config.pooling]
     checkpoint = _read_checkpoint(config)
     dataset = load_dataset(config)
     _try_policy(config, dataset)

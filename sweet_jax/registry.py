@@ -13,7 +13,7 @@ import functools
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -30,7 +30,14 @@ class Registry(MutableMapping[str, Entry]):
     "module:OBJECT".
     """
 
-    def __init__(self, what: str, kind: Any, entries: Mapping[str, Entry], group: str) -> None:
+    def __init__(
+        self,
+        what: str,
+        kind: Any,
+        entries: Mapping[str, Entry],
+        group: str,
+        references: Mapping[str, str] | None = None,
+    ) -> None:
         """Makes a table.
 
         Args:
@@ -38,15 +45,17 @@ class Registry(MutableMapping[str, Entry]):
           kind: their type.
           entries: the entries of this package by their names.
           group: group of the entry points by which installed packages add entries.
+          references: entries of this package as "module:OBJECT", imported when they are looked up.
 
         """
         self.what, self.kind, self.group = what, kind, group
-        self._entries = dict(entries)
+        self._entries, self._own_references = dict(entries), dict(references or {})
 
     @functools.cached_property
-    def _entry_points(self) -> dict[str, EntryPoint]:
-        """Returns the entry points of installed packages by their names; imports none of them."""
-        return {point.name: point for point in entry_points(group=self.group)}
+    def _references(self) -> dict[str, str]:
+        """Returns the entries that are imported when they are looked up, by their names."""
+        installed = {point.name: point.value for point in entry_points(group=self.group)}
+        return installed | self._own_references
 
     def __getitem__(self, name: str) -> Entry:
         """Returns the entry; raises UnknownNameError if it cannot be found or imported."""
@@ -54,9 +63,8 @@ class Registry(MutableMapping[str, Entry]):
             return self._entries[name]
         if ":" in name:
             return import_entry(self.what, name, self.kind)
-        check_choice(self.what, name, self)  # else an entry point has the name
-        reference = self._entry_points[name].value
-        self._entries[name] = import_entry(self.what, reference, self.kind, name)
+        check_choice(self.what, name, self)  # else a reference has the name
+        self._entries[name] = import_entry(self.what, self._references[name], self.kind, name)
         return self._entries[name]
 
     def get(self, name: Any, default: Any = None) -> Any:
@@ -66,13 +74,13 @@ class Registry(MutableMapping[str, Entry]):
         return default
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in self._entry_points
+        return name in self._entries or name in self._references
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self._entries, *self._entry_points)))
+        return iter(dict.fromkeys((*self._entries, *self._references)))
 
     def __len__(self) -> int:
-        return len(dict.fromkeys((*self._entries, *self._entry_points)))
+        return len(dict.fromkeys((*self._entries, *self._references)))
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         self._entries[name] = entry

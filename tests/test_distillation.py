@@ -141,7 +141,7 @@ def test_steps_before_and_after_the_last_exit_s_share():
     @jax.jit
     def moments(number):
         state = init_state(params, 1e-2, 0)._replace(step=number)
-        return picked(train_step(chosen, state, BATCH)[0].adam.mu)
+        return picked(train_step(chosen, state, BATCH)[0].opt_state.mu)
 
     before, after = (moments(jnp.asarray(number)) for number in (4, 5))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(before["heads"]["1"]))

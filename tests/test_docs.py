@@ -189,6 +189,7 @@ LEVELS = [
             "errors",
             "registry",
             "methods",
+            "optimizers",
             "poolings",
             "recipe",
             "paths",

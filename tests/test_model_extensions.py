@@ -262,7 +262,7 @@ def test_an_entry_point_adds_a_family(toy, monkeypatch, named):
         values.pop("model_type")
         (toy / "config.json").write_text(json.dumps(values))
     point = EntryPoint("toy", "test_model_extensions:TOY", "sweet_jax.families")
-    monkeypatch.setitem(vars(FAMILIES), "_entry_points", {"toy": point})
+    monkeypatch.setitem(vars(FAMILIES), "_references", {"toy": point.value})
     monkeypatch.setattr(FAMILIES, "_entries", dict(FAMILIES._entries))
     assert open_checkpoint(str(toy)).family is TOY
 

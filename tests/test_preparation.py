@@ -56,9 +56,9 @@ def test_heads_are_those_that_a_whole_random_model_has_and_moments_are_zero(opti
     _, state = initial_state(job.config, job.checkpoint, spec, 2)
     assert state.seed.tolist() == [3, 3, 5, 5]
     np.testing.assert_allclose(state.learning_rate, [1e-3, 2e-3] * 2)
-    for moments in (state.adam.mu, state.adam.nu):
+    for moments in (state.opt_state.mu, state.opt_state.nu):
         assert jax.tree.map(np.shape, moments) == jax.tree.map(np.shape, state.params)
-    assert not any(np.any(x) for x in jax.tree.leaves(state.adam))
+    assert not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
     key = derive_key(jax.random.key(5), "parameters")
     model = make_model(job.config, job.checkpoint, spec.exits, 2, key)
     heads = nnx.to_pure_dict(nnx.split(model)[1])["heads"]

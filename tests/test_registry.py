@@ -33,11 +33,11 @@ def installed(monkeypatch):
         )
         for table in (METHODS, POLICIES):
             monkeypatch.setattr(table, "_entries", dict(table._entries))
-            vars(table).pop("_entry_points", None)
+            vars(table).pop("_references", None)
 
     yield install
     for table in (METHODS, POLICIES):
-        vars(table).pop("_entry_points", None)
+        vars(table).pop("_references", None)
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_spread_moments_give_the_steps_of_whole_ones():
         return state
 
     ours, theirs = after(spread), after(whole)
-    moment = ours.adam.nu["encoder"]["layers"][0]["intermediate"]
+    moment = ours.opt_state.nu["encoder"]["layers"][0]["intermediate"]
     held = {x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(moment)}
     assert held == {1 / 4, 1 / 2}  # matrices; biases, of one of two replicas
     assert all(
@@ -307,7 +307,7 @@ def test_a_step_uses_the_isolation_of_its_own_number():
     fixed = dataclasses.replace(moving, isolation=(0.25,))
     state = init_state(params, 1e-2, 0)
     first = lambda s, number: jax.tree.leaves(
-        s(state._replace(step=jnp.asarray(number)))[0].adam.mu
+        s(state._replace(step=jnp.asarray(number)))[0].opt_state.mu
     )
     ours = jax.jit(lambda state: train_step(moving, state, BATCH))
     theirs = jax.jit(lambda state: train_step(fixed, state, BATCH))

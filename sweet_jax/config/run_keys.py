@@ -17,6 +17,7 @@ from sweet_jax.config.key import (
 )
 from sweet_jax.exits.confidences import POLICIES
 from sweet_jax.objectives import OBJECTIVES
+from sweet_jax.optimizers import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from sweet_jax.trackers import TRACKERS
 
 DTYPES = ("float32", "bfloat16")
@@ -91,7 +92,22 @@ class TrainingKeys:
     warmup_fraction: float = key(
         0.0, "Fraction of the steps used for linear warm-up.", FROM_0_BELOW_1
     )
-    weight_decay: float = key(0.0, "AdamW's weight decay.", NOT_NEGATIVE)
+    optimizer: str = key(
+        "adamw",
+        (
+            "Optimizer; module:OBJECT is a gradient transformation of optax. Lion needs learning "
+            "rates 3 to 10 times smaller than AdamW."
+        ),
+        choices=lambda: OPTIMIZERS,
+        allows_reference=True,
+    )
+    learning_rate_schedule: str = key(
+        "linear",
+        "Learning rate after warm-up; linear and cosine fall to 0.",
+        choices=lambda: LEARNING_RATE_SCHEDULES,
+        allows_reference=True,
+    )
+    weight_decay: float = key(0.0, "Decoupled weight decay of matrices.", NOT_NEGATIVE)
     clip_norm: float = key(
         1.0,
         "Gradient-norm clipping threshold.",

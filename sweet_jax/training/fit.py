@@ -283,4 +283,6 @@ def step_settings(
         frozen=frozen,
         head_learning_rate=config.head_learning_rate,
         layer_decay=config.layer_decay,
+        optimizer=config.optimizer,
+        learning_rate_schedule=config.learning_rate_schedule,
     )

@@ -4,7 +4,9 @@ Shape letters: R replica.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,11 +21,12 @@ from sweet_jax.models.head import ExitConfig
 from sweet_jax.models.layers import derive_key
 from sweet_jax.models.ownership import parameter_owners
 from sweet_jax.models.pretrained import Checkpoint
+from sweet_jax.optimizers import OPTIMIZERS
 from sweet_jax.training.checkpoint import has_checkpoint, read_params
 from sweet_jax.training.growth import BaseRun, merge_grown_params
 from sweet_jax.training.probe import read_classifiers, refit_path, with_classifiers
 from sweet_jax.training.sharding import add_replica_axis
-from sweet_jax.training.step import Params, State, init_state
+from sweet_jax.training.step import Params, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,7 @@ def initial_state(
         return graphdef, {name: part for name, part in params.items() if name != "encoder"}
 
     def one(seed: int, rate: float) -> tuple[nnx.GraphDef, Params, Params]:
-        """Returns a replica's structure, parameters and trained parameters (None if all are)."""
+        """Returns a replica's structure, parameters, and those that are trained (None: is not)."""
         graphdef, drawn = draw(derive_key(jax.random.key(seed), "parameters"))
         params = drawn | {"encoder": encoder}
         if pooler is not None:
@@ -119,7 +122,7 @@ def initial_state(
         if checkpoint.weights.final_norm is not None:
             for head in params["heads"].values():
                 head["norm"] = checkpoint.weights.final_norm
-        trained = None
+        trained = params
         if base is not None:
             number = base.replica_of(seed, rate)
             params = merge_grown_params(params, jax.tree.map(lambda x: x[number], trunks))
@@ -131,14 +134,30 @@ def initial_state(
     replicas = config.replicas()
     graphdefs, params, trained = zip(*(one(*replica) for replica in replicas), strict=True)
     seeds, rates = zip(*replicas, strict=True)
-    # Adam's moments and the step start at zero; np.zeros uses no memory until it is written to.
-    like = jax.eval_shape(init_state, params[0], 0.0, 0, trained[0])
-    state = jax.tree.map(lambda x: np.zeros((len(replicas), *x.shape), x.dtype), like)
-    return graphdefs[0], state._replace(
-        params=jax.tree.map(lambda *x: np.stack(x), *params),
-        learning_rate=np.asarray(rates, np.float32),
-        seed=np.asarray(seeds, np.uint32),
-    )
+    init = OPTIMIZERS[config.optimizer].init
+    on_host: dict[str, Any] = {
+        "params": jax.tree.map(lambda *x: np.stack(x), *params),
+        "opt_state": _stack_opt_states(map(init, trained), len(replicas)),
+        "step": np.zeros(len(replicas), np.int32),
+        "learning_rate": np.asarray(rates, np.float32),
+        "seed": np.asarray(seeds, np.uint32),
+    }
+    return graphdefs[0], State(**on_host)
+
+
+def _stack_opt_states(opt_states: Iterable[Any], replicas: int) -> Any:
+    """Stacks the optimizer state of each replica, [R, ...] on the host.
+
+    Most start with zeros, which are not written: np.zeros takes no memory until it is written to.
+    """
+    stacked: Any = None
+    for number, opt_state in enumerate(opt_states):
+        if stacked is None:
+            stacked = jax.tree.map(lambda x: np.zeros((replicas, *x.shape), x.dtype), opt_state)
+        for array, start in zip(jax.tree.leaves(stacked), jax.tree.leaves(opt_state), strict=True):
+            if (values := np.asarray(start)).any():
+                array[number] = values
+    return stacked
 
 
 def base_checkpoint_folder(base: BaseRun) -> Path:

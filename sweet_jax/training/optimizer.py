@@ -1,12 +1,15 @@
-"""AdamW with one learning rate for each replica, and gradient clipping by owner."""
+"""The update of the parameters: clipping by owner, optimizer, learning rate and weight decay."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sweet_jax.models.ownership import SHARED, encoder_layer, parameter_owners
+from sweet_jax.optimizers import LEARNING_RATE_SCHEDULES, OPTIMIZERS
 from sweet_jax.training.gradients import Params
 from sweet_jax.training.settings import StepSettings
 
@@ -17,26 +20,46 @@ _LEARNING_TO_EXIT = jax.tree_util.DictKey("learning_to_exit")  # key in a head's
 # quartiles 9% and 24%), require step counts that are constants, and round differently (up to 4e-9
 # in a parameter after one step).
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+LION = optax.scale_by_lion(b1=0.9, b2=0.99)  # Chen et al. 2023 (arXiv 2302.06675), algorithm 2
+
+
+def linear(remaining: jax.Array) -> jax.Array:
+    """Returns a share that falls to 0 with the remaining share of the steps (SWEET, appendix A)."""
+    return remaining
+
+
+def cosine(remaining: jax.Array) -> jax.Array:
+    """Returns a share that falls to 0 along half a cosine (Loshchilov and Hutter 2017, eq. 5)."""
+    return 0.5 - 0.5 * jnp.cos(jnp.pi * remaining)
+
+
+def constant(remaining: jax.Array) -> jax.Array:
+    """Returns 1: after warm-up, the learning rate stays at its peak."""
+    return jnp.ones_like(remaining)
 
 
 def apply_gradients(
     params: Params,
     grads: Params,
-    adam: optax.ScaleByAdamState,
+    opt_state: optax.OptState,
     rate: jax.Array,
     settings: StepSettings,
-) -> tuple[Params, optax.ScaleByAdamState]:
-    """Returns one replica's parameters and Adam moments after a step of AdamW.
+) -> tuple[Params, optax.OptState]:
+    """Returns one replica's parameters and optimizer state after a step.
 
     Args:
       params: parameters of the replica.
       grads: gradients, a tree like `params`; parameters whose gradient is None are not changed.
-      adam: Adam moments before the step.
+      opt_state: state of the optimizer before the step.
       rate: learning rate of this step, float32 [].
       settings: constants of the step.
 
     """
-    updates, adam = ADAM.update(clip_gradients(grads, settings), adam)
+    trained = jax.tree.map(
+        lambda g, p: None if g is None else p, grads, params, is_leaf=lambda x: x is None
+    )
+    optimizer, clipped = OPTIMIZERS[settings.optimizer], clip_gradients(grads, settings)
+    updates, opt_state = optimizer.update(clipped, opt_state, trained)
 
     def update(path: tuple, u: jax.Array | None, p: jax.Array) -> jax.Array:
         if u is None:
@@ -46,7 +69,7 @@ def apply_gradients(
         return p - (rate if multiple == 1 else rate * multiple) * (u + decay * p)
 
     params = jax.tree.map_with_path(update, updates, params, is_leaf=lambda x: x is None)
-    return params, adam
+    return params, opt_state
 
 
 def learning_rate_multiple(path: tuple[str | int, ...], settings: StepSettings) -> float:
@@ -95,7 +118,41 @@ def clip_gradients(grads: Params, settings: StepSettings) -> Params:
 
 
 def learning_rate_share(step: jax.Array, settings: StepSettings) -> jax.Array:
-    """Returns the share of the peak learning rate: linear warm-up, then linear decay to zero."""
+    """Returns the share of the peak learning rate at a step: linear warm-up, then the schedule.
+
+    step: int32 [...].
+    """
     schedule = settings.schedule
     rising = jnp.where(schedule.warmup > 0, (step + 1) * schedule.per_warmup_step, 1.0)
-    return jnp.minimum(rising, (schedule.total - step) * schedule.per_decay_step)
+    remaining = jnp.minimum(1.0, (schedule.total - step) * schedule.per_decay_step)
+    share = LEARNING_RATE_SCHEDULES[settings.learning_rate_schedule](remaining)
+    return jnp.minimum(1.0, rising) * share
+
+
+def map_moments(transform: Callable[..., Any], params: Params, *opt_states: Any) -> Any:
+    """Applies a function to the parts of an optimizer state that are trees like the parameters.
+
+    These are, for example, Adam's two moments.
+
+    Args:
+      transform: function from such a part of each state to its new value.
+      params: parameters, with None or any other leaves.
+      opt_states: optimizer states of one structure, which may have None for some parameters.
+
+    Returns:
+      The first state with the new values of these parts; its other arrays are unchanged.
+
+    """
+
+    def is_none(x: Any) -> bool:
+        return x is None
+
+    like: Any = jax.tree.structure(params, is_leaf=is_none)
+
+    def is_moment(part: Any) -> bool:
+        return jax.tree.structure(part, is_leaf=is_none) == like
+
+    def change(part: Any, *others: Any) -> Any:
+        return transform(part, *others) if is_moment(part) else part
+
+    return jax.tree.map(change, *opt_states, is_leaf=is_moment)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from sweet_jax.models.early_exit import SegmentState
 from sweet_jax.models.ownership import Owners, parameter_owners
 from sweet_jax.training.losses import StepMetrics
+from sweet_jax.training.optimizer import map_moments
 from sweet_jax.training.settings import StepSettings
 from sweet_jax.training.sharding import (
     batch_sharding,
@@ -98,8 +99,8 @@ def split_state(
         def pick(tree: Any) -> Any:
             return jax.tree.map(lambda o, x: x if o in owners else None, owner_of, tree)
 
-        adam = state.adam._replace(mu=pick(state.adam.mu), nu=pick(state.adam.nu))
-        return state._replace(params=pick(state.params), adam=adam)
+        opt_state = map_moments(pick, state.params, state.opt_state)
+        return state._replace(params=pick(state.params), opt_state=opt_state)
 
     return [of(group) for group in groups]
 
@@ -114,10 +115,8 @@ def join_state(states: Sequence[State]) -> State:
         return jax.tree.map(present, *trees, is_leaf=lambda x: x is None)
 
     first = states[0]
-    adam = first.adam._replace(
-        mu=whole(*(s.adam.mu for s in states)), nu=whole(*(s.adam.nu for s in states))
-    )
-    return first._replace(params=whole(*(s.params for s in states)), adam=adam)
+    opt_state = map_moments(whole, first.params, *(s.opt_state for s in states))
+    return first._replace(params=whole(*(s.params for s in states)), opt_state=opt_state)
 
 
 def compile_groups(

@@ -25,7 +25,7 @@ class StepSettings:
     exits: tuple[int, ...]  # layer numbers of the E exits
     total_steps: int  # number of steps of the whole training
     warmup_steps: int
-    weight_decay: float  # AdamW's weight decay, applied to matrices only
+    weight_decay: float  # decoupled weight decay, applied to matrices only
     clip_norm: float  # maximum norm of a gradient; infinity for no gradient clipping
     clip_by_owner: bool  # one norm for each owner of parameters, instead of one for all parameters
     isolation: tuple[float, ...]  # isolation of the boundaries: (value,) or (start, end)
@@ -41,6 +41,8 @@ class StepSettings:
     shared_relative: bool = False  # whether every exit trains the table of relative positions
     owners: Owners = ()  # exits that train the groups of parameters that the family declares
     frozen: int = 0  # number of segments, counted from the first, that are not trained
+    optimizer: str = "adamw"  # a name in OPTIMIZERS
+    learning_rate_schedule: str = "linear"  # a name in LEARNING_RATE_SCHEDULES
     head_learning_rate: float = 1.0  # learning rate of the heads, relative to the base rate
     layer_decay: float = 1.0  # learning rate of a layer, relative to the layer above it
     # The step counts as arguments of the compiled program, replacing the constants above.

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sweet_jax.data.batches import Tokens
 from sweet_jax.data.padding import pad_rows, padded_length
 from sweet_jax.errors import UserError
+from sweet_jax.training.optimizer import map_moments
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ def replica_sharding(mesh: Mesh, replicas: int = 2) -> NamedSharding:
 def state_shardings(mesh: Mesh, state: Any, replicas: int = 2) -> Any:
     """Returns the shardings of a training state, as a tree of the same structure.
 
-    AdamW's moments of a matrix are spread over the devices that share its replica's batch: this is
-    weight-update sharding (Xu et al. 2020, arXiv 2004.13336), also known as ZeRO stage 1.
+    The optimizer's moments of a matrix are spread over the devices that share its replica's batch:
+    this is weight-update sharding (Xu et al. 2020, arXiv 2004.13336), also known as ZeRO stage 1.
     Everything else is replicated on all devices of its replica.
 
     Args:
@@ -87,12 +88,14 @@ def state_shardings(mesh: Mesh, state: Any, replicas: int = 2) -> Any:
         axis = fitting[-1] if _EMBEDDINGS in path else fitting[0]
         return NamedSharding(mesh, PartitionSpec(*leading, *[None] * axis, "data"))
 
-    adam = jax.tree.map(lambda _: whole, state.adam)
-    adam = adam._replace(
-        mu=jax.tree.map_with_path(spread, state.adam.mu),
-        nu=jax.tree.map_with_path(spread, state.adam.nu),
+    shardings = jax.tree.map(lambda _: whole, state)
+    opt_state = map_moments(
+        lambda _, moment: jax.tree.map_with_path(spread, moment),
+        state.params,
+        shardings.opt_state,
+        state.opt_state,
     )
-    return jax.tree.map(lambda _: whole, state)._replace(adam=adam)
+    return shardings._replace(opt_state=opt_state)
 
 
 def spread_update(state: Any, shardings: Any) -> Any:
@@ -113,7 +116,11 @@ def spread_update(state: Any, shardings: Any) -> Any:
         frozen = sharding is None or sharding.is_fully_replicated
         return param if frozen else jax.lax.with_sharding_constraint(param, sharding)
 
-    params = jax.tree.map(constrain, shardings.adam.mu, state.params, is_leaf=lambda x: x is None)
+    moments: list[Any] = []
+    map_moments(moments.append, state.params, shardings.opt_state)
+    if not moments:
+        return state
+    params = jax.tree.map(constrain, moments[0], state.params, is_leaf=lambda x: x is None)
     return state._replace(params=params)
 
 

@@ -12,9 +12,10 @@ from flax import nnx
 
 from sweet_jax.models.early_exit import ModelOutput, SegmentState
 from sweet_jax.models.layers import derive_key
+from sweet_jax.optimizers import OPTIMIZERS
 from sweet_jax.training.gradients import Params, Segments, segment_gradients, whole_gradients
 from sweet_jax.training.losses import StepMetrics
-from sweet_jax.training.optimizer import ADAM, apply_gradients, learning_rate_share
+from sweet_jax.training.optimizer import apply_gradients, learning_rate_share
 from sweet_jax.training.settings import StepSettings
 
 
@@ -22,13 +23,19 @@ class State(NamedTuple):
     """Holds what training changes in one replica, and what differs between replicas."""
 
     params: Params
-    adam: Any  # optax.ScaleByAdamState
+    opt_state: Any  # optax.OptState
     step: jax.Array  # int32 [], number of steps taken
     learning_rate: jax.Array  # float32 [], peak learning rate
     seed: jax.Array  # uint32 []
 
 
-def init_state(params: Params, learning_rate: float, seed: int, trained: Params = None) -> State:
+def init_state(
+    params: Params,
+    learning_rate: float,
+    seed: int,
+    trained: Params = None,
+    optimizer: str = "adamw",
+) -> State:
     """Returns the state before the first step.
 
     Args:
@@ -37,11 +44,12 @@ def init_state(params: Params, learning_rate: float, seed: int, trained: Params 
       seed: seed of the replica.
       trained: a tree like `params` with None for the parameters that get no gradients; by default
         all parameters get gradients.
+      optimizer: a name in OPTIMIZERS.
 
     """
     return State(
         params,
-        ADAM.init(params if trained is None else trained),
+        OPTIMIZERS[optimizer].init(params if trained is None else trained),
         jnp.zeros((), jnp.int32),
         jnp.asarray(learning_rate, jnp.float32),
         jnp.asarray(seed, jnp.uint32),
@@ -51,7 +59,7 @@ def init_state(params: Params, learning_rate: float, seed: int, trained: Params 
 def train_step(
     settings: StepSettings, state: State, batch: dict[str, jax.Array]
 ) -> tuple[State, StepMetrics]:
-    """Takes one step of AdamW on the sum of the exits' losses (SWEET paper, section 3).
+    """Takes one step of the optimizer on the sum of the exits' losses (SWEET paper, section 3).
 
     Args:
       settings: constants of the step.
@@ -110,10 +118,10 @@ def train_step_segments(
 
 
 def _update(settings: StepSettings, state: State, grads: Params) -> State:
-    """Returns the state after a step of AdamW."""
+    """Returns the state after an update with these gradients."""
     rate = state.learning_rate * learning_rate_share(state.step, settings)
-    params, adam = apply_gradients(state.params, grads, state.adam, rate, settings)
-    return state._replace(params=params, adam=adam, step=state.step + 1)
+    params, opt_state = apply_gradients(state.params, grads, state.opt_state, rate, settings)
+    return state._replace(params=params, opt_state=opt_state, step=state.step + 1)
 
 
 def dropout_key(state: State) -> jax.Array:
