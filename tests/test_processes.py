@@ -128,8 +128,20 @@ def assert_same(ours: Path, theirs: Path) -> None:
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def alone(tiny_run, made_once) -> Path:
+    """The run of one process with one device."""
+
+    def make(folder):
+        status, _, errors = ended([start(recipe(folder, tiny_run), folder / "run", 1)])[0]
+        assert status == 0, errors
+        return folder / "run"
+
+    return made_once("alone", make)
+
+
 @pytest.mark.slow
-def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path):
+def test_two_processes_agree_with_one_also_after_being_killed(alone, options, tmp_path):
     """One replica: each process has half of the rows of a batch."""
     config, workdir = recipe(tmp_path, options), tmp_path / "run"
     killed = start_two(config, workdir)
@@ -146,21 +158,16 @@ def test_two_processes_agree_with_one_also_after_being_killed(options, tmp_path)
     said = re.sub("|".join(map(re.escape, GLOO)), "", second[1])
     assert not re.search("[a-zA-Z]", said), second[1]
     assert (workdir / "model" / "model.safetensors").is_file()
-    status, _, errors = ended([start(config, tmp_path / "alone", 1)])[0]
-    assert status == 0, errors
-    assert_same(workdir, tmp_path / "alone")
+    assert_same(workdir, alone)
 
 
 @pytest.mark.slow
-def test_segments_on_two_processes_are_those_of_one_device(options, tmp_path):
+def test_segments_on_two_processes_are_those_of_one_device(alone, options, tmp_path):
     """Two groups of two devices, one in each process: hidden states cross between them."""
     config = recipe(tmp_path, options, segment_parallel=True)
     both = ended(start_two(config, tmp_path / "run"))
     assert [status for status, _, _ in both] == [0, 0], both
-    alone = start(config, tmp_path / "alone", 1, "--config.segment_parallel=False")
-    status, _, errors = ended([alone])[0]
-    assert status == 0, errors
-    assert_same(tmp_path / "run", tmp_path / "alone")
+    assert_same(tmp_path / "run", alone)
 
 
 @pytest.mark.slow

@@ -81,6 +81,8 @@ def numbers(workdir: Path) -> dict:
             {
                 "seeds": (0, 1),
                 "method": "early_exit",
+                "optimizer": "lion",
+                "learning_rate_schedule": "cosine",
                 "isolation": (0.0, 0.5),
                 "boundary_isolation": (1.0, 0.5),
                 "learning_to_exit": "joint",
