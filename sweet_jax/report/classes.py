@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.outputs import ExitOutputs
@@ -70,6 +69,8 @@ def class_report(
         "calibration": _calibration_rows(rows, analysis.temperatures[replica, -1]),
     }
     if labels.ndim == 1:
+        from sklearn.metrics import confusion_matrix
+
         numbers = np.arange(len(names))
         answers = given, each[-1]
         matrices = [confusion_matrix(labels, g, labels=numbers) for g in answers]  # [C, C] each
@@ -153,6 +154,9 @@ def _class_rows(
       names: names of the classes [C].
 
     """
+    # A command that ends with an error does not wait a second for this import.
+    from sklearn.metrics import precision_recall_fscore_support
+
     numbers = np.arange(len(names))
     point, last = (
         precision_recall_fscore_support(labels, which, labels=numbers, zero_division=0)

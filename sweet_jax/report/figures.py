@@ -5,10 +5,7 @@ Shape letters: E exit.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from sweet_jax.exits.analysis import Analysis
 from sweet_jax.exits.bootstrap import bootstrap_curve
@@ -25,6 +22,10 @@ from sweet_jax.report.traces import (
     reliability_traces,
     seed_band,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Matplotlib's names for the markers and dashes of traces.
 _MARKERS = {
@@ -63,14 +64,14 @@ def write_figures(
         write_figure(folder, name, figure)
 
 
-def write_figure(folder: Path, name: str, figure: Figure) -> None:
+def write_figure(folder: Path, name: str, figure: "Figure") -> None:
     """Writes one figure as .png and .svg."""
     for suffix in ("png", "svg"):
         with atomic_write(folder / f"{name}.{suffix}") as path:
             figure.savefig(path, dpi=150)
 
 
-def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
+def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> "Figure":
     """Draws the metric against cost.
 
     The figure shows the best replica's exact curve, its single exits, the paper's grid, the band of
@@ -101,7 +102,7 @@ def curve_figure(analysis: Analysis, results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
+def _plot(axes: "Axes", traces: Sequence[Trace]) -> None:
     """Draws traces, with markers above lines; traces far below the others only have a legend."""
     for trace in traces:
         points: tuple[Sequence[float], Sequence[float]] = (trace.x, trace.y)
@@ -123,11 +124,11 @@ def _plot(axes: Axes, traces: Sequence[Trace]) -> None:
         )
 
 
-def reliability_figure(diagrams: Mapping[str, Sequence[Trace]]) -> Figure:
+def reliability_figure(diagrams: Mapping[str, Sequence[Trace]]) -> "Figure":
     """Draws the reliability diagram of each exit in its own axes."""
     columns = max(1, min(4, len(diagrams)))
     rows = -(-max(1, len(diagrams)) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
+    figure = _empty_figure(2.6 * columns, 2.9 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(diagrams) :]:
         axes.set_visible(False)
@@ -140,7 +141,7 @@ def reliability_figure(diagrams: Mapping[str, Sequence[Trace]]) -> Figure:
     return figure
 
 
-def exits_figure(results: Mapping[str, Any]) -> Figure:
+def exits_figure(results: Mapping[str, Any]) -> "Figure":
     """Draws the metric of every exit of the best replica, with its 95% interval over rows.
 
     An exit that diverged has no marker but keeps its tick.
@@ -158,8 +159,15 @@ def exits_figure(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+def _empty_figure(width: float, height: float) -> "Figure":
+    """Returns a figure of a size in inches; imports matplotlib, which takes half a second."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure(title: str, x: str, y: str) -> "tuple[Figure, Axes]":
+    figure = _empty_figure(6.4, 4.2)
     axes = figure.subplots()
     # The name of a data set may contain $, which matplotlib would parse as math.
     axes.set_title(title, parse_math=False)
