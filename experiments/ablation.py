@@ -26,10 +26,10 @@ from experiments.comparison import (
     Records,
     differences,
     exits_and_area,
-    rate,
-    texts,
+    format_columns,
+    format_rate,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, exit_columns
+from experiments.options import chosen_methods, chosen_tasks, exit_columns, make_cell
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main
 
@@ -47,7 +47,7 @@ def _changes(pooler: str, clipping: str) -> dict[str, str]:
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Returns a cell for every task, method, pooler and clipping."""
     return [
-        cell(options, task, method, **_changes(*variant))
+        make_cell(options, task, method, **_changes(*variant))
         for task in chosen_tasks(options)
         for method in METHODS
         if method in chosen_methods(options)
@@ -61,9 +61,11 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     names = [c.name for c in cells(options)]
     rows: list[list[str]] = []
     for task, method, variant in itertools.product(chosen_tasks(options), METHODS, VARIANTS):
-        record = records.get(cell(options, task, method, **_changes(*variant)).name)
+        record = records.get(make_cell(options, task, method, **_changes(*variant)).name)
         if record is not None:
-            rows.append([task, paper.NAMES[method], *variant, rate(record), *texts(record)])
+            rows.append(
+                [task, paper.NAMES[method], *variant, format_rate(record), *format_columns(record)]
+            )
     return [
         Section(
             "ablation",
@@ -104,7 +106,7 @@ def _effects(options: argparse.Namespace, records: Records) -> list[list[str]]:
     for title, compared in changes.items():
         pairs = {
             task: [
-                records.get(cell(options, task, method, **_changes(*variant)).name)
+                records.get(make_cell(options, task, method, **_changes(*variant)).name)
                 for method, *variant in compared
             ]
             for task in chosen_tasks(options)

@@ -73,25 +73,25 @@ def run(
     """
     check_options(options)
     with _connected(options) as ray, termination_event((signal.SIGTERM, signal.SIGINT)) as stopped:
-        demand = demanded(options, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+        demand = required_resources(options, [n["Resources"] for n in ray.nodes() if n["Alive"]])
         began, total, worked, ended = time.monotonic(), sum(c.work for c in cells), 0.0, 0
         running = {_submit(ray, one, options, demand): (one, 1) for one in cells}
         while running and not stopped.is_set():
             for stream in ray.wait(list(running), timeout=0.5)[0]:
-                kind, what = _hear(ray, stream)
+                kind, what = _next_message(ray, stream)
                 if kind == "started":
-                    _say(f"{running[stream][0].name} on {what}")
+                    _print_line(f"{running[stream][0].name} on {what}")
                     continue
                 one, times = running.pop(stream)
                 if kind == "lost" and times <= options.worker_retries:
-                    _say(f"{one.name}: {what}, begun again")
+                    _print_line(f"{one.name}: {what}, begun again")
                     running[_submit(ray, one, options, demand)] = (one, times + 1)
                     continue
                 if kind == "lost":
                     what = {"state": "failed", "error": f"{what} at attempt {times}"}
                 ended, worked = ended + 1, worked + one.work
                 rest = time_left(time.monotonic() - began, worked, total)
-                _say(f"[{ended}/{len(cells)}] {one.name} {what['state']}{rest}")
+                _print_line(f"[{ended}/{len(cells)}] {one.name} {what['state']}{rest}")
                 yield one, what | {"attempts": times}
         if stopped.is_set():
             yield from _stop(ray, running)
@@ -111,7 +111,9 @@ def check_options(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be {least} or more; got {value}")
 
 
-def demanded(options: argparse.Namespace, nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def required_resources(
+    options: argparse.Namespace, nodes: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
     """Returns what a cell takes of a node, by "CPU", "GPU" and "TPU".
 
     Accelerators are taken whole: jax reserves most of a device's memory, so that two cells on one
@@ -168,7 +170,7 @@ def _connected(options: argparse.Namespace) -> Iterator[types.ModuleType]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     """Writes a line to stdout in one piece.
 
     A thread of Ray's writes there too, when a worker died, and `print` would let it in before the
@@ -201,7 +203,7 @@ def _submit(
     return task.remote(one, kind, Path.cwd(), options.workdir)
 
 
-def _hear(ray: types.ModuleType, stream: Any) -> tuple[str, Any]:
+def _next_message(ray: types.ModuleType, stream: Any) -> tuple[str, Any]:
     """Returns a stream's next message: ("started", where), ("ended", state) or ("lost", why)."""
     try:
         return ray.get(next(stream))
@@ -225,7 +227,7 @@ def _stop(
     deadline = time.monotonic() + _GRACE
     while running and time.monotonic() < deadline:
         for stream in ray.wait(list(running), timeout=0.5)[0]:
-            kind, what = _hear(ray, stream)
+            kind, what = _next_message(ray, stream)
             if kind == "started":
                 continue
             one, times = running.pop(stream)

@@ -86,7 +86,7 @@ PAIRED = (
 )
 
 
-def chosen(record: Record) -> list[Run]:
+def chosen_runs(record: Record) -> list[Run]:
     """Returns the runs of the learning rate with the largest area on the rows fitted on, by seed.
 
     Without those whose answers are not finite, which have no area, unless that is all of them.
@@ -107,12 +107,12 @@ def at_rate(record: Record, rate: float) -> Record:
 
 def exit_scores(record: Record) -> np.ndarray:
     """Returns the scores of the exits in per cent, float64 [S, E]."""
-    return np.asarray([[100 * v for v in r.scores.values()] for r in chosen(record)])
+    return np.asarray([[100 * v for v in r.scores.values()] for r in chosen_runs(record)])
 
 
 def areas(record: Record) -> np.ndarray:
     """Returns areas in per cent, float64 [S]: under the exact curve, over its own range of cost."""
-    return np.asarray([100 * r.area for r in chosen(record)])
+    return np.asarray([100 * r.area for r in chosen_runs(record)])
 
 
 def areas_to_full(record: Record) -> np.ndarray:
@@ -121,7 +121,7 @@ def areas_to_full(record: Record) -> np.ndarray:
     From the first exit's cost. So Multi-Model, whose own range ends beyond the full model's cost,
     is compared where the other methods are; of these it is `areas`.
     """
-    return np.asarray([100 * r.area_to_full for r in chosen(record)])
+    return np.asarray([100 * r.area_to_full for r in chosen_runs(record)])
 
 
 def grid_areas(record: Record) -> np.ndarray:
@@ -129,12 +129,12 @@ def grid_areas(record: Record) -> np.ndarray:
 
     Straight lines stand for what lies between the points, which may be far apart.
     """
-    return np.asarray([100 * r.grid_area for r in chosen(record)])
+    return np.asarray([100 * r.grid_area for r in chosen_runs(record)])
 
 
 def scores_at(costs: Sequence[float], record: Record) -> np.ndarray:
     """Returns scores in per cent at set costs, read from the exact curve, float64 [S, K]."""
-    return np.asarray([[100 * r.exact[f"{c:.4g}"] for c in costs] for r in chosen(record)])
+    return np.asarray([[100 * r.exact[f"{c:.4g}"] for c in costs] for r in chosen_runs(record)])
 
 
 def mean_to_full(cost: np.ndarray, score: np.ndarray) -> float:
@@ -158,12 +158,12 @@ def exits_and_area_to_full(record: Record) -> np.ndarray:
     return np.column_stack([exit_scores(record), areas_to_full(record)])
 
 
-def rate(record: Record) -> str:
+def format_rate(record: Record) -> str:
     """Returns the learning rate that a cell's area chose, as text."""
     return f"{record.learning_rate:g}"
 
 
-def texts(
+def format_columns(
     record: Record,
     of: Callable[[Record], np.ndarray] = exits_and_area,
     as_text: Callable[[np.ndarray], str] | None = None,
@@ -174,9 +174,9 @@ def texts(
     how many seeds it is of.
     """
     layers = list(record.runs[0].scores)
-    every, left = _at_its_rate(record), len(chosen(record))
+    every, left = _at_its_rate(record), len(chosen_runs(record))
     bad = {layer for r in every for layer in r.diverged}
-    found = [(as_text or interval)(column) for column in of(record).T]
+    found = [(as_text or format_interval)(column) for column in of(record).T]
     return [
         text
         + "*" * (place < len(layers) and layers[place] in bad)
@@ -185,12 +185,12 @@ def texts(
     ]
 
 
-def paired(records: Sequence[Record], of: Callable[[Record], np.ndarray]) -> np.ndarray:
+def paired_differences(records: Sequence[Record], of: Callable[[Record], np.ndarray]) -> np.ndarray:
     """Returns of(one) - of(other), seed by seed over the seeds that all have: float64 [S, ...].
 
     Of four records (one - other) - (third - fourth).
     """
-    values = [dict(zip((r.seed for r in chosen(x)), of(x), strict=True)) for x in records]
+    values = [dict(zip((r.seed for r in chosen_runs(x)), of(x), strict=True)) for x in records]
     signs = (1, -1, -1, 1)[: len(records)]
     return np.asarray(
         [
@@ -202,7 +202,7 @@ def paired(records: Sequence[Record], of: Callable[[Record], np.ndarray]) -> np.
 
 def common_seeds(records: Sequence[Record]) -> list[int]:
     """Returns the seeds that all the records have, ascending."""
-    return sorted(set.intersection(*({r.seed for r in chosen(x)} for x in records)))
+    return sorted(set.intersection(*({r.seed for r in chosen_runs(x)} for x in records)))
 
 
 def differences(
@@ -235,21 +235,23 @@ def _rows(
     """Returns a row for each task and one for their mean, taken seed by seed as the interval is."""
     rows, every, of_task = [], [], []
     for task, given in pairs.items():
-        if all(map(chosen, given)) and len(gaps := paired(given, of)):  # [S, columns]
+        if all(map(chosen_runs, given)) and len(
+            gaps := paired_differences(given, of)
+        ):  # [S, columns]
             every.append(gaps)
             of_task.append(common_seeds(given))
-            rates = ", ".join(dict.fromkeys(map(rate, given)))
+            rates = ", ".join(dict.fromkeys(map(format_rate, given)))
             shown = f"{label}: {rates}" if label == "chosen" else label
             fewer = len(gaps) < max(len(_at_its_rate(x)) for x in given)
             shown += f" (n={len(gaps)})" * fewer
-            rows.append([title, task, shown, *(interval(g, sign=True) for g in gaps.T)])
+            rows.append([title, task, shown, *(format_interval(g, sign=True) for g in gaps.T)])
     if len(every) > 1 and all(seeds == of_task[0] for seeds in of_task):
-        columns = [interval(g, sign=True) for g in np.mean(every, axis=0).T]
+        columns = [format_interval(g, sign=True) for g in np.mean(every, axis=0).T]
         rows.append([title, f"mean of {len(every)} tasks", label, *columns])
     return rows
 
 
-def interval(values: ArrayLike, sign: bool = False) -> str:
+def format_interval(values: ArrayLike, sign: bool = False) -> str:
     """Returns mean and half of the 95% interval over seeds (Student) as text; bold if 0 is outside.
 
     Empty where a value is not a number.
@@ -265,7 +267,7 @@ def interval(values: ArrayLike, sign: bool = False) -> str:
     return f"**{text}**" if sign and abs(mean) > half else text
 
 
-def spread(values: np.ndarray) -> str:
+def format_spread(values: np.ndarray) -> str:
     """Returns mean and standard deviation over seeds as text."""
     values = np.asarray(values, np.float64)
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")

@@ -28,15 +28,15 @@ from experiments.comparison import (
     PAIRED,
     Record,
     Records,
-    chosen,
+    chosen_runs,
     common_seeds,
     differences,
-    interval,
+    format_interval,
     scores_at,
 )
-from experiments.options import chosen_tasks, method_cells, settings
+from experiments.options import chosen_tasks, config_values, method_cells
 from experiments.records import exact_costs
-from experiments.rendering import Section, legend, panels
+from experiments.rendering import Section, add_legend, subplots
 from experiments.runner import Script, main
 from sweet_jax.exits.metrics import mean_interval
 
@@ -44,18 +44,18 @@ COLOURS = {"multi_model": "#e8833a", "early_exit": "#440154", "sweet": "#21918c"
 Curve = tuple[np.ndarray, np.ndarray]  # costs [K] and scores in per cent [S, K]
 
 
-def at_costs(record: Record) -> Curve:
+def curve_at_costs(record: Record) -> Curve:
     """Returns costs [K] that all seeds reach, and the scores there in per cent, [S, K].
 
     Read from the paper's 11 thresholds: for its figure.
     """
-    runs = chosen(record)
+    runs = chosen_runs(record)
     keys = [k for k in runs[0].grid if all(k in r.grid for r in runs)]
     scores = [[100 * r.grid[k] for k in keys] for r in runs]
     return np.asarray([float(k) for k in keys]), np.asarray(scores)
 
 
-def mean_at_costs(records: Sequence[Record], seeds: Sequence[int]) -> Curve:
+def mean_curve(records: Sequence[Record], seeds: Sequence[int]) -> Curve:
     """Returns what `at_costs` does of the mean over tasks of some seeds, seed by seed.
 
     At the costs [K] that all these seeds of all tasks reach.
@@ -63,14 +63,14 @@ def mean_at_costs(records: Sequence[Record], seeds: Sequence[int]) -> Curve:
     every = []
     for record in records:
         runs = tuple(run for run in record.runs if run.seed in seeds)
-        x, scores = at_costs(dataclasses.replace(record, runs=runs))
+        x, scores = curve_at_costs(dataclasses.replace(record, runs=runs))
         every.append(dict(zip(x.tolist(), scores.T, strict=True)))
     costs = [cost for cost in every[0] if all(cost in one for one in every)]
     mean = [np.mean([one[cost] for one in every], axis=0) for cost in costs]
     return np.asarray(costs), np.reshape(mean, (len(costs), len(seeds))).T  # [S, K]
 
 
-def draw(axis: Any, curves: Mapping[str, Curve], title: str, label: str) -> None:
+def draw_curves(axis: Any, curves: Mapping[str, Curve], title: str, label: str) -> None:
     """Draws the curves of methods into one panel: mean and 95% interval over seeds."""
     for method, (x, scores) in curves.items():
         mean, half = mean_interval(scores)
@@ -86,7 +86,7 @@ def curve_rows(title: str, curves: Mapping[str, Curve], costs: Sequence[float]) 
     """Returns the numbers of a panel, a table row for each method."""
     rows = []
     for method, (x, scores) in curves.items():
-        cells = dict(zip(x.tolist(), map(interval, scores.T), strict=True))
+        cells = dict(zip(x.tolist(), map(format_interval, scores.T), strict=True))
         rows.append([title, paper.NAMES[method], *(cells.get(c, "") for c in costs)])
     return rows
 
@@ -101,7 +101,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     shown = [
         (
             task,
-            {m: at_costs(r) for m, r in by_method.items()},
+            {m: curve_at_costs(r) for m, r in by_method.items()},
             next(iter(by_method.values())).metric,
         )
         for task, by_method in by_task.items()
@@ -110,13 +110,13 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     whole = [by_method for by_method in by_task.values() if by_method.keys() == methods]
     seeds = common_seeds([r for by_method in whole for r in by_method.values()]) if whole else []
     if len(whole) > 1 and seeds:
-        mean = {m: mean_at_costs([r[m] for r in whole], seeds) for m in paper.NAMES if m in methods}
+        mean = {m: mean_curve([r[m] for r in whole], seeds) for m in paper.NAMES if m in methods}
         shown.append((f"mean of {len(whole)} tasks", mean, "score"))
     costs = sorted({c for _, curves, _ in shown for x, _ in curves.values() for c in x.tolist()})
-    figure, axes = panels(len(shown))
+    figure, axes = subplots(len(shown))
     for axis, (title, curves, metric) in zip(axes, shown, strict=True):
-        draw(axis, curves, title, metric)
-    legend(axes)
+        draw_curves(axis, curves, title, metric)
+    add_legend(axes)
     return [
         Section(
             "curves",
@@ -136,7 +136,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
 
 def _differences(options: argparse.Namespace, records: Records) -> Section:
     """Methods at the same cost, which for Multi-Model is another depth than for the others."""
-    tasks, exits = chosen_tasks(options), settings(options)["exits"]
+    tasks, exits = chosen_tasks(options), config_values(options)["exits"]
     costs = exact_costs(exits)
     rows: list[list[str]] = []
     for one, other in paper.PAIRS:

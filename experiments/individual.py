@@ -23,10 +23,10 @@ from experiments.comparison import (
     Records,
     differences,
     exit_scores,
-    spread,
-    texts,
+    format_columns,
+    format_spread,
 )
-from experiments.options import MODELS, chosen_tasks, method_cells, settings
+from experiments.options import MODELS, chosen_tasks, config_values, method_cells
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main
 
@@ -37,7 +37,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
 
 
 def _scores(options: argparse.Namespace, records: Records) -> Section:
-    exits = settings(options)["exits"]
+    exits = config_values(options)["exits"]
     rows: list[list[str]] = []
     means: dict[str, list[np.ndarray]] = {method: [] for method in paper.NAMES}
     for task in chosen_tasks(options):
@@ -47,7 +47,7 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
                 scores = exit_scores(record)
                 means[method].append(scores.mean(axis=0))
                 size = f"{len(scores)} x {record.n['validation']}"
-                shown = texts(record, exit_scores, spread)
+                shown = format_columns(record, exit_scores, format_spread)
                 rows.append([task, title, *shown, size])
     for method, title in paper.NAMES.items():
         if len(means[method]) > 1:
@@ -75,7 +75,7 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
 
 
 def _differences(options: argparse.Namespace, records: Records) -> Section:
-    exits = settings(options)["exits"]
+    exits = config_values(options)["exits"]
     rows: list[list[str]] = []
     for one, other in paper.PAIRS:
         pairs = {

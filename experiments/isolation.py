@@ -31,10 +31,10 @@ from experiments.comparison import (
     areas,
     differences,
     exits_and_area,
-    rate,
-    texts,
+    format_columns,
+    format_rate,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, exit_columns
+from experiments.options import chosen_methods, chosen_tasks, exit_columns, make_cell
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main
 
@@ -61,7 +61,7 @@ SETTINGS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Returns a cell for every task and setting of isolation."""
     return [
-        cell(options, task, method, **changes)
+        make_cell(options, task, method, **changes)
         for task in chosen_tasks(options)
         for _, method, changes in SETTINGS
         if method in chosen_methods(options)
@@ -74,7 +74,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     names = [c.name for c in cells(options)]
     found = {task: _found(options, records, task) for task in chosen_tasks(options)}
     rows = [
-        [task, title, rate(record), *texts(record)]
+        [task, title, format_rate(record), *format_columns(record)]
         for task, settled in found.items()
         for title, record in settled.items()
     ]
@@ -113,7 +113,7 @@ def _found(options: argparse.Namespace, records: Records, task: str) -> dict[str
     return {
         title: records[name]
         for title, method, changes in SETTINGS
-        if (name := cell(options, task, method, **changes).name) in records
+        if (name := make_cell(options, task, method, **changes).name) in records
     }
 
 

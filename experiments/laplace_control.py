@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 
 from experiments import probes
-from experiments.comparison import interval
+from experiments.comparison import format_interval
 from experiments.frozen_features import Features
 from experiments.laplace import laplace_confidences
-from experiments.options import record_parser
+from experiments.options import make_record_parser
 from experiments.pcee_measurements import LEAST_GAIN, RULES, TARGETS, control, join_outputs
 from experiments.records import read_table, write_table
 from experiments.rendering import table_lines
@@ -103,7 +103,11 @@ def render(output: Path) -> None:
             values = np.asarray([v.mean(axis=0) for v in of_tasks.values()])  # [tasks, 3]
             error, signed, cost = values.T
             cells = [f"{v[:, 0].mean():.1f}, {v[:, 1].mean():+z.1f}" for v in of_tasks.values()]
-            means = [interval(error), interval(signed, sign=True), f"{cost.mean():.3f}"]
+            means = [
+                format_interval(error),
+                format_interval(signed, sign=True),
+                f"{cost.mean():.3f}",
+            ]
             table.append([title, *means, *cells])
         heading = ["rule", "error", "achieved - asked", "cost", *tasks]
         lines += [f"## {model}", "", *table_lines(heading, table), ""]
@@ -141,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = record_parser("laplace_control", __doc__)
+    parser = make_record_parser("laplace_control", __doc__)
     parser.add_argument("--checkpoint", help="MPNet-base; without it, MiniLM alone")
     parser.add_argument("--splits", type=int, default=50, help="of the held-out rows (50)")
     options = parser.parse_args(argv)

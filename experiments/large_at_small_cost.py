@@ -35,8 +35,8 @@ from flax import nnx
 
 from experiments import paper
 from experiments.cells import is_finished, outputs_folder
-from experiments.comparison import Record, Records, chosen, interval
-from experiments.options import chosen_tasks, method_cells, settings
+from experiments.comparison import Record, Records, chosen_runs, format_interval
+from experiments.options import chosen_tasks, config_values, method_cells
 from experiments.records import read_table, replace_rows, write_table
 from experiments.rendering import Section
 from experiments.runner import Script, main
@@ -126,8 +126,8 @@ def measurements(options: argparse.Namespace, records: Records) -> None:
                 print(f"{name} is not measured: its outputs are not in {str(options.workdir)!r}")
     if not found:
         return
-    exits = settings(options)["exits"]
-    deep, full = clock(open_checkpoint(settings(options)["checkpoint"]), exits)
+    exits = config_values(options)["exits"]
+    deep, full = clock(open_checkpoint(config_values(options)["checkpoint"]), exits)
     write_latency(options.output, exits, deep, full)
     layers = np.asarray(exits) / exits[-1]
     limits = {"layers": (layers, layers[:-1]), "clock": (deep, full[:-1])}
@@ -147,9 +147,9 @@ def measure(
 
     limits: by unit the cost of each exit [E], and of each full model but the deepest [E - 1].
     """
-    models = {run.seed: run.scores for run in chosen(small)}
+    models = {run.seed: run.scores for run in chosen_runs(small)}
     rows = []
-    for run in chosen(record):
+    for run in chosen_runs(record):
         if run.seed not in models:
             continue
         for unit, (cost, wanted) in limits.items():
@@ -225,7 +225,9 @@ def _gap_rows(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def _row(task: str, method: str, unit: str, values: np.ndarray) -> list[str]:
-    texts = ["-" if np.isnan(gap).any() else interval(100 * gap, sign=True) for gap in values.T]
+    texts = [
+        "-" if np.isnan(gap).any() else format_interval(100 * gap, sign=True) for gap in values.T
+    ]
     return [task, paper.NAMES[method], unit, *texts]
 
 

@@ -28,10 +28,10 @@ from experiments.comparison import (
     Records,
     differences,
     exits_and_area,
-    rate,
-    texts,
+    format_columns,
+    format_rate,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, exit_columns
+from experiments.options import chosen_methods, chosen_tasks, exit_columns, make_cell
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main
 
@@ -46,7 +46,7 @@ SWITCHES: dict[str, dict[str, str]] = {
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Returns a cell for every task, method and setting of the switch."""
     return [
-        cell(options, task, method, **changes)
+        make_cell(options, task, method, **changes)
         for task in chosen_tasks(options)
         for method in chosen_methods(options)
         for changes in SWITCHES.values()
@@ -57,7 +57,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
     """Returns scores, what the switch does paired by seed, and the curves of the joint runs."""
     tasks, methods = chosen_tasks(options), chosen_methods(options)
     found = {
-        (switch, task, method): records.get(cell(options, task, method, **changes).name)
+        (switch, task, method): records.get(make_cell(options, task, method, **changes).name)
         for task, method, (switch, changes) in itertools.product(tasks, methods, SWITCHES.items())
     }
     effects: list[list[str]] = []
@@ -94,7 +94,7 @@ def _scores(
     names = [c.name for c in cells(options)]
     learned = {key[1:] for key, record in found.items() if record and key[0] != "off"}
     rows = [
-        [task, paper.NAMES[method], switch, rate(record), *texts(record)]
+        [task, paper.NAMES[method], switch, format_rate(record), *format_columns(record)]
         for (switch, task, method), record in found.items()
         if record is not None and (task, method) in learned
     ]

@@ -57,7 +57,7 @@ _ENCODERS = {
 }
 
 
-def parser(doc: str | None = None, script: str = "grid") -> ArgumentParser:
+def make_parser(doc: str | None = None, script: str = "grid") -> ArgumentParser:
     """Returns a parser of the options that all scripts share; it raises UserError."""
     made = ArgumentParser(f"experiments.{script}", doc or "")
     add = made.add_argument
@@ -95,7 +95,7 @@ def parser(doc: str | None = None, script: str = "grid") -> ArgumentParser:
     return made
 
 
-def record_parser(script: str, doc: str | None) -> ArgumentParser:
+def make_record_parser(script: str, doc: str | None) -> ArgumentParser:
     """Returns a parser of what the scripts share that keep a record for each variant of a cell."""
     made = ArgumentParser(f"experiments.{script}", doc or "")
     add = made.add_argument
@@ -107,7 +107,7 @@ def record_parser(script: str, doc: str | None) -> ArgumentParser:
     return made
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
+def config_values(options: argparse.Namespace) -> dict[str, Any]:
     """Returns config values of the model named in the options, with what they override."""
     values = dict(MODELS[options.model]) | {"seeds": SEEDS}
     for key in ("checkpoint", "preset", "data_dir", "train_size", "max_length"):
@@ -129,16 +129,16 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def exit_columns(options: argparse.Namespace) -> tuple[str, ...]:
     """Returns the columns of a table of the model's exits and the area."""
-    return (*(f"exit {e}" for e in settings(options)["exits"]), "area")
+    return (*(f"exit {e}" for e in config_values(options)["exits"]), "area")
 
 
-def cell(options: argparse.Namespace, task: str, method: str, **changed: Any) -> Cell:
+def make_cell(options: argparse.Namespace, task: str, method: str, **changed: Any) -> Cell:
     """Returns the cell of a task and method under the options, with `changed` config values.
 
     The changes are in its name, so that scripts that want the same cell share it.
     """
     changes = [f"{k}-{'-'.join(map(_text, _several(v)))}" for k, v in changed.items()]
-    values = {**settings(options), "task": task, "method": method, **changed}
+    values = {**config_values(options), "task": task, "method": method, **changed}
     name = "-".join([task, method, *changes])
     return Cell(name, from_mapping(values), options.rate_search)
 
@@ -146,7 +146,7 @@ def cell(options: argparse.Namespace, task: str, method: str, **changed: Any) ->
 def method_cells(options: argparse.Namespace) -> list[Cell]:
     """Returns the grid of the paper: every task with every method."""
     return [
-        cell(options, task, method)
+        make_cell(options, task, method)
         for task in chosen_tasks(options)
         for method in chosen_methods(options)
     ]
@@ -171,14 +171,16 @@ def _chosen(what: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def shared_words(options: argparse.Namespace) -> list[str]:
+def shared_arguments(options: argparse.Namespace) -> list[str]:
     """Returns the options that all cells of a study share, as words of a command line."""
     return _words(options, ("learning_rates", "seeds", "rate_search", *_SHARED))
 
 
-def command(options: argparse.Namespace, script: str) -> str:
+def command_line(options: argparse.Namespace, script: str) -> str:
     """Returns the command of these options, without what depends on the machine."""
-    own = sorted(set(vars(options)) - set(vars(parser().parse_args([]))))  # the script's come last
+    own = sorted(
+        set(vars(options)) - set(vars(make_parser().parse_args([])))
+    )  # the script's come last
     said = ("tasks", "methods", "learning_rates", "seeds", "rate_search", *_SHARED, *own)
     words = _words(options, said)
     if options.output != default_output(options):
@@ -190,7 +192,7 @@ def command(options: argparse.Namespace, script: str) -> str:
 
 def _words(options: argparse.Namespace, keys: Iterable[str]) -> list[str]:
     """Returns the options of those keys that are not the default, after the model."""
-    usual = vars(parser().parse_args([]))
+    usual = vars(make_parser().parse_args([]))
     values = {key: getattr(options, key) for key in keys}
     words = [f"--model={options.model}"]
     words += [f"--{k}={v}" for k, v in values.items() if k not in usual or v != usual[k]]

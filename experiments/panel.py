@@ -58,7 +58,7 @@ import jax
 import numpy as np
 
 from experiments.cells import identity
-from experiments.options import record_parser
+from experiments.options import make_record_parser
 from experiments.panel_records import (
     Record,
     read_record,
@@ -76,8 +76,8 @@ from experiments.panel_variants import (
     VALIDATION_ROWS,
     VARIANTS,
     config_of,
+    estimate_work,
     units,
-    work,
 )
 from experiments.runner import exit_status
 from experiments.variant_runs import (
@@ -219,9 +219,9 @@ def print_states(wanted: Sequence[Unit], options: argparse.Namespace) -> None:
         if (record := read_record(options.output, *unit)) is not None:
             spent += (own := record.about["cpu_seconds"])
             trained += own - _OVERHEAD if unit[1] != BASELINES else 0
-            worked += work(*unit) if unit[1] != BASELINES else 0
+            worked += estimate_work(*unit) if unit[1] != BASELINES else 0
     scale = trained / worked if worked else _SECONDS
-    hours = {unit: (_OVERHEAD + work(*unit) * scale) / 3600 for unit in wanted}
+    hours = {unit: (_OVERHEAD + estimate_work(*unit) * scale) / 3600 for unit in wanted}
     for unit in wanted:
         print(f"{_state(options, unit):>8}  {hours[unit]:5.2f} h  {' '.join(unit)}")
     left = [u for u in wanted if _state(options, u) != "done"]
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = record_parser("panel", __doc__)
+    parser = make_record_parser("panel", __doc__)
     parser.add_argument("--cells", default="", help="comma-separated; default: all")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
     parser.add_argument("--core", action="store_true", help="the first stages only")

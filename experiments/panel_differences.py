@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments import paper
 from experiments.panel_records import Scores, read_record
-from experiments.panel_statistics import LEVEL, Comparison, Found, compare, holm, shared_cells
+from experiments.panel_statistics import LEVEL, Comparison, ScoresByCell, cells_with, compare, holm
 from experiments.panel_variants import (
     CELLS,
     CHANGES,
@@ -34,7 +34,7 @@ _POOLINGS = {
 }
 
 
-def gaps_table(found: Found, readouts: Sequence[str] = _READOUTS) -> Table:
+def gaps_table(found: ScoresByCell, readouts: Sequence[str] = _READOUTS) -> Table:
     """Returns the mean differences of area between the methods, by rows and read-out."""
     pairs = {
         (readout, f"{paper.NAMES[one]} - {paper.NAMES[other]}"): (
@@ -47,7 +47,7 @@ def gaps_table(found: Found, readouts: Sequence[str] = _READOUTS) -> Table:
     return _differences(found, pairs, "read-out")
 
 
-def changes_table(found: Found) -> Table:
+def changes_table(found: ScoresByCell) -> Table:
     """Returns what each change adds to the area of the variant that it changes, by rows."""
     pairs = {
         (name, f"heads {said}"): (f"{name} {kind}", f"{base} {kind}")
@@ -57,7 +57,7 @@ def changes_table(found: Found) -> Table:
     return _differences(found, pairs, "change")
 
 
-def training_table(found: Found) -> Table:
+def training_table(found: ScoresByCell) -> Table:
     """Returns what training the encoder as the recipe does adds to the area, by rows.
 
     To that of the frozen probe as a model with exits, and to that of Early-Exit from the same start
@@ -71,7 +71,7 @@ def training_table(found: Found) -> Table:
     return _differences(found, pairs, "heads", own_only=False)
 
 
-def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> Table:
+def pooling_table(found: ScoresByCell, variants: Sequence[str] = tuple(_POOLINGS)) -> Table:
     """Returns what comparing the texts of a pair does to every exit, and to the area, by cell.
 
     variants: that are shown, of _POOLINGS, whose rows are all corrected for; the frozen probe
@@ -88,21 +88,21 @@ def pooling_table(found: Found, variants: Sequence[str] = tuple(_POOLINGS)) -> T
     return ("variant", "cell", "exits, mean", "exits, pair", "area, pair - mean", _P), rows
 
 
-def decay_table(found: Found) -> Table:
+def decay_table(found: ScoresByCell) -> Table:
     """Returns what slower lower layers do to every exit of the recipe, and to its area, by cell."""
     rows = _by_cell(found, {"recipe": ("recipe-decay", "recipe")})
     header = ("cell", "exits, layer_decay 1", "exits, layer_decay 0.8", "area, 0.8 - 1", _P)
     return header, [row[1:] for row in rows]
 
 
-def scaling_table(found: Found) -> Table:
+def scaling_table(found: ScoresByCell) -> Table:
     """Returns what layer scaling does to every exit of the recipe, and to its area, by cell."""
     rows = _by_cell(found, {"recipe": ("recipe-scaling", "recipe")})
     header = ("cell", "exits, layer_scaling 1", "exits, layer_scaling 0.5", "area, 0.5 - 1", _P)
     return header, [row[1:] for row in rows]
 
 
-def _by_cell(found: Found, variants: Mapping[str, tuple[str, str]]) -> list[list[str]]:
+def _by_cell(found: ScoresByCell, variants: Mapping[str, tuple[str, str]]) -> list[list[str]]:
     """Returns a row for each pair of variants in each cell: exits of the second and the first, gap.
 
     Heads refitted; corrected for all rows.
@@ -110,7 +110,7 @@ def _by_cell(found: Found, variants: Mapping[str, tuple[str, str]]) -> list[list
     compared = []
     for text, pair in variants.items():
         one, other = (f"{name} refit" for name in pair)
-        for cell in shared_cells(found, (one, other)):
+        for cell in cells_with(found, (one, other)):
             if _is_own(cell, one, other):
                 scores = found[cell]
                 texts = [text, title(cell), _exits([scores[other]]), _exits([scores[one]])]
@@ -169,7 +169,7 @@ def _is_own(cell: str, *names: str) -> bool:
 
 
 def _differences(
-    found: Found,
+    found: ScoresByCell,
     pairs: Mapping[tuple[str, str], tuple[str, str]],
     what: str,
     *,
@@ -185,7 +185,7 @@ def _differences(
     for sizes in dict.fromkeys(ROW_GROUPS.values()):
         cells = {c: s for c, s in found.items() if ROW_GROUPS[CELLS[c].rows] == sizes}
         for texts, (one, other) in pairs.items():
-            shared = shared_cells(cells, (one, other))
+            shared = cells_with(cells, (one, other))
             own = [c for c in shared if not own_only or _is_own(c, one, other)]
             both = [cells[c] for c in own]
             compared[sizes, *texts] = [compare(scores[one], scores[other]) for scores in both]

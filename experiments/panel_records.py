@@ -80,19 +80,21 @@ def score_run(analysis: Analysis) -> Scores:
     area = np.asarray([mean_to_full(cost, score) for cost, score in pairs])
     if len(outputs.layers) == 1:
         return Scores(np.asarray(exits), area)
-    return Scores(np.asarray(exits), area, draw_areas(analysis, range(len(area))))
+    return Scores(np.asarray(exits), area, bootstrap_areas(analysis, range(len(area))))
 
 
-def draw_areas(analysis: Analysis, replicas: Iterable[int]) -> np.ndarray:
+def bootstrap_areas(analysis: Analysis, replicas: Iterable[int]) -> np.ndarray:
     """Returns the areas of some replicas on drawn rows, float64 [D, S]."""
     outputs = analysis.validation
     confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [R, E, N]
     counts = draw_counts(outputs.labels.shape[1])
-    drawn = [drawn_areas(outputs.replica(r), confidences[r], counts) for r in replicas]
+    drawn = [bootstrap_replica_areas(outputs.replica(r), confidences[r], counts) for r in replicas]
     return np.stack(drawn, axis=1)
 
 
-def drawn_areas(outputs: ExitOutputs, confidences: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def bootstrap_replica_areas(
+    outputs: ExitOutputs, confidences: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
     """Returns the area on drawn rows, float64 [D]: of the exact curve, computed anew for each draw.
 
     As `sweet_jax.exits.simulation` computes it, with every row weighted by how often it is drawn,

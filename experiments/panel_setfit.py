@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.cells import identity
-from experiments.options import record_parser
+from experiments.options import make_record_parser
 from experiments.panel_records import (
     Record,
     Scores,
@@ -135,7 +135,7 @@ def run_cell(name: str, options: argparse.Namespace) -> Record:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs the cells that have no record; returns the exit status."""
-    made = record_parser("panel_setfit", __doc__)
+    made = make_record_parser("panel_setfit", __doc__)
     made.set_defaults(workdir=Path("runs/panel"), output=Path("experiments/results/panel"))
     made.add_argument("--cells", default="sst2-500,cola-500,banking77-1000")
     made.add_argument("--iterations", type=int, default=20, help="pairs of a row, of each kind")

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.panel_records import Record, Scores, read_record
 from experiments.panel_variants import (
-    AS_THEY_ARE,
+    AS_PUBLISHED,
     BASELINES,
     CELLS,
     METHODS,
@@ -27,7 +27,7 @@ LEVEL = 0.05  # of significance, of a whole table
 NEAR = 0.005  # what "less half a point" allows
 
 # By cell, and then by "VARIANT KIND", or the name of a baseline.
-Found = Mapping[str, Mapping[str, Scores]]
+ScoresByCell = Mapping[str, Mapping[str, Scores]]
 
 
 class Comparison(NamedTuple):
@@ -87,7 +87,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return found
 
 
-def load(output: Path) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, str], Record]]:
+def load_scores(output: Path) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, str], Record]]:
     """Returns the scores of all cells with any, and the records by (cell, variant)."""
     found: dict[str, dict[str, Scores]] = {}
     records = {}
@@ -105,30 +105,30 @@ def load(output: Path) -> tuple[dict[str, dict[str, Scores]], dict[tuple[str, st
     return found, records
 
 
-def with_exits(found: Found) -> list[str]:
+def variants_with_exits(found: ScoresByCell) -> list[str]:
     """Returns the names of all that have a curve, in the order of the variants."""
     names = {n for rows in found.values() for n, s in rows.items() if s.drawn_area is not None}
     order = [f"{variant} {kind}" for variant in VARIANTS for kind in _KINDS]
     return [name for name in order if name in names]
 
 
-def shared_cells(found: Found, names: Iterable[str]) -> list[str]:
+def cells_with(found: ScoresByCell, names: Iterable[str]) -> list[str]:
     """Returns the cells that have all of these."""
     wanted = set(names)
     return [cell for cell, rows in found.items() if wanted <= set(rows)]
 
 
-def mean_area(found: Found, name: str, cells: Sequence[str]) -> float:
+def mean_area(found: ScoresByCell, name: str, cells: Sequence[str]) -> float:
     """Returns the mean area of a variant over cells, NaN for none."""
     return float(np.mean([found[c][name].area.mean() for c in cells])) if cells else np.nan
 
 
-def reference_as_they_are() -> dict[str, str]:
+def published_references() -> dict[str, str]:
     """Returns the name of each method as published, by method."""
-    return {m: f"{v} trained" for m, v in zip(METHODS, AS_THEY_ARE, strict=True)}
+    return {m: f"{v} trained" for m, v in zip(METHODS, AS_PUBLISHED, strict=True)}
 
 
-def reference_best_readout(found: Found) -> dict[str, str]:
+def best_readout_references(found: ScoresByCell) -> dict[str, str]:
     """Returns each method's pooling, start and refit with the largest mean area, by method.
 
     One for all cells: the best of each cell would be the luckiest. Of the read-outs that are done
@@ -137,16 +137,16 @@ def reference_best_readout(found: Found) -> dict[str, str]:
     best = {}
     for method in METHODS:
         own = {f"{method}-{readout} {kind}" for readout in READOUTS for kind in _KINDS}
-        names = [n for n in with_exits(found) if n in own]
+        names = [n for n in variants_with_exits(found) if n in own]
         done = {n: sum(n in rows for rows in found.values()) for n in names}
         most = [n for n in names if done[n] == max(done.values())]
-        cells = shared_cells(found, most)
+        cells = cells_with(found, most)
         if most and cells:
             best[method] = max(most, key=lambda n: mean_area(found, n, cells))
     return best
 
 
-class Standing(NamedTuple):
+class BestComparison(NamedTuple):
     """Holds how a variant stands to the best of three references, cell by cell."""
 
     cells: list[str]  # that have the variant and all three
@@ -166,16 +166,18 @@ class Standing(NamedTuple):
         return sum(gap.value >= 0 for gap in self.gaps)
 
 
-def standing(found: Found, name: str, references: Mapping[str, str]) -> Standing:
+def compare_to_best(
+    found: ScoresByCell, name: str, references: Mapping[str, str]
+) -> BestComparison:
     """Compares a variant with the best of the references in every cell that has all of them."""
     names = list(references.values())
-    cells = shared_cells(found, [name, *names]) if len(names) == len(METHODS) else []
+    cells = cells_with(found, [name, *names]) if len(names) == len(METHODS) else []
     against = [max(names, key=lambda n, c=c: found[c][n].area.mean()) for c in cells]
     gaps = [compare(found[c][name], found[c][best]) for c, best in zip(cells, against, strict=True)]
-    return Standing(cells, against, gaps, holm([gap.p for gap in gaps]))
+    return BestComparison(cells, against, gaps, holm([gap.p for gap in gaps]))
 
 
-def choose_default(found: Found) -> tuple[str | None, list[str]]:
+def choose_default(found: ScoresByCell) -> tuple[str | None, list[str]]:
     """Applies the criterion of docs/reproduction.md.
 
     Returns:
@@ -183,14 +185,14 @@ def choose_default(found: Found) -> tuple[str | None, list[str]]:
       there is none; and all variants compared, the largest mean area first.
 
     """
-    names = with_exits(found)
+    names = variants_with_exits(found)
     done = {n: sum(n in rows for rows in found.values()) for n in names}
     names = [n for n in names if done[n] == max(done.values())]
-    cells = shared_cells(found, names)
+    cells = cells_with(found, names)
     names.sort(key=lambda n: -mean_area(found, n, cells))
-    references = (reference_as_they_are(), reference_best_readout(found))
+    references = (published_references(), best_readout_references(found))
     for name in names:
-        tried = [standing(found, name, r) for r in references]
+        tried = [compare_to_best(found, name, r) for r in references]
         if all(s.cells and not s.below for s in tried):
             return name, names
     return None, names
@@ -210,7 +212,7 @@ class Count(NamedTuple):
         return self.cells > 0 and self.good >= self.aim * self.cells - 1e-9
 
 
-def aims(found: Found, name: str) -> list[Count]:
+def aims(found: ScoresByCell, name: str) -> list[Count]:
     """Returns what the default is asked for, and in how many cells it is so."""
     cells = {c: rows for c, rows in found.items() if name in rows}
     probes = [f"probe_{layer}" for layer in (1, 2, 4, 6)]
@@ -228,8 +230,8 @@ def aims(found: Found, name: str) -> list[Count]:
     ]
     words = [(exits(c) >= baseline(c, "tfidf") - NEAR).all() for c in probed]
     last = [exits(c)[-1] >= baseline(c, "plain trained") - NEAR for c in plain]
-    own = standing(found, name, reference_best_readout(found))
-    usual = standing(found, name, reference_as_they_are())
+    own = compare_to_best(found, name, best_readout_references(found))
+    usual = compare_to_best(found, name, published_references())
     return [
         Count("every exit at or above the frozen probe less 0.5", sum(frozen), len(probed), 0.9),
         Count("every exit at or above TF-IDF less 0.5", sum(words), len(probed), 0.9),

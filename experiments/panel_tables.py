@@ -21,16 +21,16 @@ from experiments.panel_differences import (
 )
 from experiments.panel_records import Record, Scores
 from experiments.panel_statistics import (
-    Found,
+    ScoresByCell,
     aims,
+    best_readout_references,
+    cells_with,
     choose_default,
-    load,
+    compare_to_best,
+    load_scores,
     mean_area,
-    reference_as_they_are,
-    reference_best_readout,
-    shared_cells,
-    standing,
-    with_exits,
+    published_references,
+    variants_with_exits,
 )
 from experiments.panel_variants import (
     BASELINES,
@@ -56,7 +56,7 @@ criterion."""
 
 def render(output: Path) -> None:
     """Writes README.md of what is done; nothing where nothing is."""
-    found, records = load(output)
+    found, records = load_scores(output)
     if not found:
         return
     lines = ["# The panel", "", ABOUT, ""]
@@ -68,7 +68,7 @@ def render(output: Path) -> None:
     write_text(output / "README.md", "\n".join(lines))
 
 
-def _sections(found: Found) -> dict[str, Table]:
+def _sections(found: ScoresByCell) -> dict[str, Table]:
     """Returns all tables, by title."""
     best, names = choose_default(found)
     sections: dict[str, Table] = {
@@ -86,8 +86,8 @@ def _sections(found: Found) -> dict[str, Table]:
     sections["What layer_decay 0.8 adds to the recipe, heads refitted"] = decay_table(found)
     sections["What layer_scaling 0.5 adds to the recipe, heads refitted"] = scaling_table(found)
     for heading, references in (
-        ("the methods as they are", reference_as_they_are()),
-        ("the methods with their own best read-out", reference_best_readout(found)),
+        ("the methods as they are", published_references()),
+        ("the methods with their own best read-out", best_readout_references(found)),
     ):
         sections[f"{DEFAULT} less the best of {heading}"] = standing_table(found, references)
     for rows in (100, 500, 2000, 6000):
@@ -97,21 +97,21 @@ def _sections(found: Found) -> dict[str, Table]:
     return sections
 
 
-def areas_table(found: Found, most: int | None = None) -> Table:
+def areas_table(found: ScoresByCell, most: int | None = None) -> Table:
     """Returns the mean area of the variants, and in how many cells each is significantly below.
 
     The mean is over the cells that those done in the most cells all have; of the others, over
     their own, after these, with the default's in the same cells. most: rows, at most.
     """
-    names = with_exits(found)
+    names = variants_with_exits(found)
     done = {n: sum(n in rows for rows in found.values()) for n in names}
     whole = [n for n in names if done[n] == max(done.values())]
-    shared = shared_cells(found, whole)
-    references = (reference_as_they_are(), reference_best_readout(found))
+    shared = cells_with(found, whole)
+    references = (published_references(), best_readout_references(found))
     rows = []
     for name in names:
-        cells = shared if name in whole else shared_cells(found, [name])
-        tried = [standing(found, name, r) for r in references]
+        cells = shared if name in whole else cells_with(found, [name])
+        tried = [compare_to_best(found, name, r) for r in references]
         below = [f"{len(s.below)} of {len(s.cells)}" if s.cells else "" for s in tried]
         mean = mean_area(found, name, cells)
         own = [c for c in cells if DEFAULT in found[c]]
@@ -129,18 +129,18 @@ def areas_table(found: Found, most: int | None = None) -> Table:
     return header, [row for *_, row in sorted(rows, key=lambda r: r[:2])][:most]
 
 
-def criterion_table(found: Found) -> Table:
+def criterion_table(found: ScoresByCell) -> Table:
     """Returns what the criterion chooses, or the two that come nearest and where each fails."""
     best, names = choose_default(found)
-    references = (reference_as_they_are(), reference_best_readout(found))
+    references = (published_references(), best_readout_references(found))
     shown = [best] if best else sorted(names, key=lambda n: len(_below(found, n, references)))[:2]
     rows = []
     for name in shown:
-        cells = shared_cells(found, names)
+        cells = cells_with(found, names)
         fails = ", ".join(_below(found, name, references)) or "in no cell"
         rows.append([name, f"{100 * mean_area(found, name, cells):.2f}", str(len(cells)), fails])
     for method, name in references[1].items():
-        cells = shared_cells(found, [name])
+        cells = cells_with(found, [name])
         area = f"{100 * mean_area(found, name, cells):.2f}"
         what = f"{paper.NAMES[method]}'s own best read-out: {name}"
         rows.append([what, area, str(len(cells)), ""])
@@ -148,8 +148,8 @@ def criterion_table(found: Found) -> Table:
     return (what, "mean area", "cells", "significantly below"), rows
 
 
-def _below(found: Found, name: str, references: Sequence[Mapping[str, str]]) -> list[str]:
-    return list(dict.fromkeys(c for r in references for c in standing(found, name, r).below))
+def _below(found: ScoresByCell, name: str, references: Sequence[Mapping[str, str]]) -> list[str]:
+    return list(dict.fromkeys(c for r in references for c in compare_to_best(found, name, r).below))
 
 
 def progress_table(records: Mapping[tuple[str, str], Record]) -> Table:
@@ -167,7 +167,7 @@ def progress_table(records: Mapping[tuple[str, str], Record]) -> Table:
     return ("cells done", *(f"{rows_of} rows" for rows_of in stages)), rows
 
 
-def aims_table(found: Found, name: str) -> Table:
+def aims_table(found: ScoresByCell, name: str) -> Table:
     """Returns what the default is asked for, and whether it is so."""
     rows = [
         [
@@ -183,9 +183,9 @@ def aims_table(found: Found, name: str) -> Table:
     return ("in cells", "holds in", "share", "aim", "met"), rows
 
 
-def standing_table(found: Found, references: Mapping[str, str]) -> Table:
+def standing_table(found: ScoresByCell, references: Mapping[str, str]) -> Table:
     """Returns the default's area less that of the best reference, cell by cell."""
-    own = standing(found, DEFAULT, references)
+    own = compare_to_best(found, DEFAULT, references)
     rows = []
     for cell, best, gap, p in zip(own.cells, own.against, own.gaps, own.p, strict=True):
         scores = found[cell]
@@ -195,7 +195,7 @@ def standing_table(found: Found, references: Mapping[str, str]) -> Table:
     return ("cell", "area", "best", "its area", "difference", "p after Holm"), rows
 
 
-def matrix(found: Found, text: Callable[[Scores], str]) -> Table:
+def matrix(found: ScoresByCell, text: Callable[[Scores], str]) -> Table:
     """Returns a text of every variant in every cell."""
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
     rows = [

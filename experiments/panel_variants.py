@@ -65,7 +65,7 @@ def _method(name: str, pooling: str, start: str) -> dict[str, Any]:
 
 # Pooling and start; the pooling "auto" compares the texts of a pair, and is the mean of one text.
 READOUTS = ("first-random", "mean-probe", "auto-probe", "mean-random", "first-probe")
-AS_THEY_ARE = tuple(f"{method}-first-random" for method in METHODS)
+AS_PUBLISHED = tuple(f"{method}-first-random" for method in METHODS)
 MEAN_PROBE = tuple(f"{method}-mean-probe" for method in METHODS)
 AUTO_PROBE = tuple(f"{method}-auto-probe" for method in METHODS)
 _OTHERS = tuple(f"{method}-{readout}" for readout in READOUTS[3:] for method in METHODS)
@@ -80,7 +80,7 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {  # the variant that it change
     "sweet-opening": ("sweet-mean-probe", {"isolation": (1.0, 0.0)}),
     "sweet-closing": ("sweet-mean-probe", {"isolation": (0.0, 1.0)}),
 }
-_METHODS = (*AS_THEY_ARE, *MEAN_PROBE, *AUTO_PROBE, *_OTHERS)
+_METHODS = (*AS_PUBLISHED, *MEAN_PROBE, *AUTO_PROBE, *_OTHERS)
 _AUTO = {"pooling": "auto"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": RECIPE | _AUTO | {"learning_rates": RATES},
@@ -97,7 +97,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _SAME = dict(zip(("recipe-mean", *AUTO_PROBE), ("recipe", *MEAN_PROBE), strict=True))
 SETFIT = "setfit"  # beside the variants: experiments.panel_setfit
 _OTHER_RECIPES = ("recipe-mean", "recipe-decay", "recipe-scaling")
-_FIRST = (BASELINES, "recipe", "plain", *AS_THEY_ARE, *_OTHER_RECIPES)
+_FIRST = (BASELINES, "recipe", "plain", *AS_PUBLISHED, *_OTHER_RECIPES)
 _PROBE = (*MEAN_PROBE, *AUTO_PROBE)
 _SMALL = (500, 1000)
 _STAGED = {*_FIRST, *_PROBE, *CHANGES}
@@ -150,7 +150,7 @@ def config_of(name: str, variant: str, options: argparse.Namespace) -> Config:
     return Config(**(cell_values(cell, options) | shared | values))
 
 
-def work(name: str, variant: str) -> float:
+def estimate_work(name: str, variant: str) -> float:
     """Estimates the layers times tokens that a variant of a cell goes through."""
     config = config_of(name, variant, argparse.Namespace(data_dir=Path(), text_dir=Path()))
     size, seeds = config.batch_size, len(config.seeds)

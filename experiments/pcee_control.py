@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments import paper
-from experiments.comparison import Records, interval
+from experiments.comparison import Records, format_interval
 from experiments.options import method_cells
 from experiments.pcee_measurements import CONTROL, LEVEL, ROWS, RULES, measurements
 from experiments.records import read_table
@@ -132,7 +132,11 @@ def _error_rows(errors: Errors) -> list[list[str]]:
                     continue
                 values = np.mean([[e[seed][number] for seed in e] for e in every], axis=0)  # [S, 3]
                 error, signed, cost = values.T
-                texts += [interval(error), interval(signed, sign=True), f"{cost.mean():.3f}"]
+                texts += [
+                    format_interval(error),
+                    format_interval(signed, sign=True),
+                    f"{cost.mean():.3f}",
+                ]
             rows.append([title, rule, *texts])
     return rows
 

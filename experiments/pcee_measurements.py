@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cells import is_finished, outputs_folder
-from experiments.comparison import Records, chosen
+from experiments.comparison import Records, chosen_runs
 from experiments.records import replace_rows
 from sweet_jax import ExitOutputs, simulate
 from sweet_jax.errors import UserError
@@ -43,7 +43,7 @@ CERTIFICATES = (*_CELL, "limit", "level", "rows", "draws", "certified", "broken"
 LEAST_GAIN = 0.01  # of the last exit on the first: below, no target is worth asking for
 
 
-def pooled(folder: Path, replica: int) -> ExitOutputs:
+def load_held_out(folder: Path, replica: int) -> ExitOutputs:
     """Returns all held-out rows of one replica, R = 1: calibration, then validation rows."""
     parts = [
         ExitOutputs.load(folder / f"{split}.npz").replica(replica)
@@ -108,7 +108,7 @@ def control(
     return found
 
 
-def violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.ndarray:
+def count_violations(rows: ExitOutputs, size: int, draws: int, seed: int = 0) -> np.ndarray:
     """Counts how often certificates hold, float64 [limits, 3]: certified, broken, mean cost.
 
     Calibration rows, `size` of them, are drawn with replacement; the truth is known: it is the
@@ -142,7 +142,7 @@ def measurements(options: argparse.Namespace, records: Records) -> None:
         if not is_finished(options.workdir, name):
             print(f"{name} is not measured: its outputs are not in {str(options.workdir)!r}")
             continue
-        for run in chosen(record):
+        for run in chosen_runs(record):
             index = record.runs.index(run)
             cell = {
                 "study": options.output.name,
@@ -151,10 +151,10 @@ def measurements(options: argparse.Namespace, records: Records) -> None:
                 "learning_rate": run.learning_rate,
                 "seed": run.seed,
             }
-            rows = pooled(folder, index)
+            rows = load_held_out(folder, index)
             seed = zlib.crc32(f"{name} {index}".encode())  # draws of cells are independent
             for limit, drawn in zip(
-                LIMITS, violations(rows, ROWS, options.splits, seed).tolist(), strict=True
+                LIMITS, count_violations(rows, ROWS, options.splits, seed).tolist(), strict=True
             ):
                 values = (limit, LEVEL, ROWS, options.splits, *drawn)
                 certified.append(cell | dict(zip(CERTIFICATES[5:], values, strict=True)))

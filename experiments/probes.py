@@ -39,7 +39,7 @@ from experiments.frozen_features import (
     probe_outputs,
     select_exits,
 )
-from experiments.options import MODELS, record_parser
+from experiments.options import MODELS, make_record_parser
 from experiments.panel_differences import Table
 from experiments.recipe_results import (
     Cell,
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = record_parser("probes", __doc__)
+    parser = make_record_parser("probes", __doc__)
     parser.add_argument("--model", default="minilm-l6", choices=LAYERS)
     parser.add_argument("--tasks", help=f"default: {','.join(TASKS)}; with pair those of pairs")
     parser.add_argument("--pooling", default="mean", choices=RECORDS)

@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import paper
 from experiments.comparison import Records
-from experiments.options import chosen_tasks, method_cells, settings
+from experiments.options import chosen_tasks, config_values, method_cells
 from experiments.rendering import Section
 from experiments.runner import Script, main
 from sweet_jax.exits.outputs import layer_cost
@@ -64,7 +64,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
 
 
 def _ranges(options: argparse.Namespace) -> str:
-    exits = settings(options)["exits"]
+    exits = config_values(options)["exits"]
     ends = {m: layer_cost(exits, m)[[0, -1]] for m in ("sweet", "multi_model")}
     one, several = (f"{low:.3g} to {high:.3g}" for low, high in ends.values())
     return f"Costs of SWEET and Early-Exit: {one} of the full model's; of Multi-Model: {several}."

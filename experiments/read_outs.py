@@ -34,16 +34,16 @@ from experiments.comparison import (
     DIVERGED,
     Record,
     Records,
-    chosen,
+    chosen_runs,
     common_seeds,
     exits_and_area_to_full,
-    paired,
-    rate,
-    spread,
-    texts,
+    format_columns,
+    format_rate,
+    format_spread,
+    paired_differences,
 )
-from experiments.options import cell, chosen_methods, chosen_tasks, exit_columns
-from experiments.panel_records import draw_areas, draw_counts
+from experiments.options import chosen_methods, chosen_tasks, exit_columns, make_cell
+from experiments.panel_records import bootstrap_areas, draw_counts
 from experiments.panel_statistics import LEVEL, compare_draws, holm
 from experiments.records import read_study, read_table, replace_rows
 from experiments.rendering import Section, missing_note
@@ -100,7 +100,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
 
 
 def _cell(options: argparse.Namespace, task: str, variant: Variant) -> Cell:
-    return cell(options, task, variant.method, **READ_OUTS[variant.read_out])
+    return make_cell(options, task, variant.method, **READ_OUTS[variant.read_out])
 
 
 def sections(options: argparse.Namespace, records: Records) -> list[Section]:
@@ -128,8 +128,8 @@ def _scores(
 ) -> Section:
     rows = [
         [
-            *(task, variant.title, "" if variant.read_out == FROZEN else rate(record)),
-            *texts(record, exits_and_area_to_full, spread),
+            *(task, variant.title, "" if variant.read_out == FROZEN else format_rate(record)),
+            *format_columns(record, exits_and_area_to_full, format_spread),
         ]
         for (task, variant), record in found.items()
     ]
@@ -206,9 +206,9 @@ def _compare(
     """
     records = (one[0], other[0])
     seeds = common_seeds(records)
-    gaps = paired(records, exits_and_area_to_full) / 100  # [S, E + 1]
+    gaps = paired_differences(records, exits_and_area_to_full) / 100  # [S, E + 1]
     first, second = (
-        draws[:, [i for i, run in enumerate(chosen(record)) if run.seed in seeds]]
+        draws[:, [i for i, run in enumerate(chosen_runs(record)) if run.seed in seeds]]
         for record, draws in (one, other)
     )
     rows = []
@@ -226,7 +226,7 @@ def _draws(folder: Path, record: Record) -> np.ndarray:
     """
     splits = [ExitOutputs.load(folder / f"{name}.npz") for name in ("calibration", "validation")]
     analysis = analyse(*splits)
-    outputs, kept = analysis.validation, [record.runs.index(run) for run in chosen(record)]
+    outputs, kept = analysis.validation, [record.runs.index(run) for run in chosen_runs(record)]
     counts = draw_counts(outputs.labels.shape[1])  # [D, N]
     metric = outputs.objective.metric(outputs.metric)
     classes = outputs.logits.shape[-1]
@@ -236,7 +236,7 @@ def _draws(folder: Path, record: Record) -> np.ndarray:
         targets = counts @ np.asarray(metric.target_statistics(labels, classes), np.float64)
         each = np.asarray(metric.row_statistics(predicted, labels, classes), np.float64)
         exits.append([metric.value(counts @ rows, targets) for rows in each])  # [E, D]
-    areas = draw_areas(analysis, kept)  # [D, S]
+    areas = bootstrap_areas(analysis, kept)  # [D, S]
     return np.concatenate([np.transpose(exits, (2, 0, 1)), areas[..., None]], axis=-1)
 
 

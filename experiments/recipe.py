@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cells import identity
-from experiments.options import record_parser
+from experiments.options import make_record_parser
 from experiments.recipe_results import (
     CELLS,
     CellRecord,
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = record_parser("recipe", __doc__)
+    parser = make_record_parser("recipe", __doc__)
     parser.add_argument("--cells", default="", help="comma-separated; default: all")
     parser.add_argument("--variants", default="", help="comma-separated; default: all")
     options = parser.parse_args(argv)

@@ -84,7 +84,7 @@ class CellRecord:
     about: Mapping[str, Any]
 
 
-def draws(count: int) -> np.ndarray:
+def draw_rows(count: int) -> np.ndarray:
     """Returns the rows of every draw, int [D, N]: the same for the same number of rows."""
     return np.random.default_rng(0).integers(0, count, (_DRAWS, count))
 
@@ -94,7 +94,7 @@ def score_run(analysis: Analysis) -> Scores:
     outputs = analysis.validation
     confidences = exit_confidences(outputs, analysis.policy, analysis.calibrators)  # [S, E, N]
     correct = outputs.predictions == outputs.labels[:, None]  # [S, E, N]
-    drawn = draws(outputs.labels.shape[1])
+    drawn = draw_rows(outputs.labels.shape[1])
     areas = []
     for rows in drawn:
         curve = exact_curve(outputs.rows(rows), confidences[..., rows])
@@ -108,7 +108,7 @@ def score_run(analysis: Analysis) -> Scores:
 def score_predictions(correct: np.ndarray) -> Scores:
     """Scores predictions that are correct or not, bool [S, E, N]; the last exit gives the area."""
     exits = correct.mean(axis=-1)  # [S, E]
-    drawn = np.stack([correct[..., rows].mean(axis=-1) for rows in draws(correct.shape[-1])])
+    drawn = np.stack([correct[..., rows].mean(axis=-1) for rows in draw_rows(correct.shape[-1])])
     drawn = drawn.astype(np.float32)  # [D, S, E]
     return Scores(exits, exits[:, -1], drawn, drawn[..., -1])
 

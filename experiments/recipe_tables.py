@@ -47,7 +47,7 @@ def difference(a: np.ndarray, b: np.ndarray, drawn_a: np.ndarray, drawn_b: np.nd
     return Interval(float((a - b).mean()), float(low), float(high))
 
 
-AS_THEY_ARE = (
+AS_PUBLISHED = (
     "early_exit-first-random trained",
     "sweet-first-random trained",
     "multi_model-first-random trained",
@@ -55,7 +55,7 @@ AS_THEY_ARE = (
 DEFAULT = "recipe refit"
 
 
-def load(output: Path, variants: Sequence[str]) -> dict[str, dict[str, Scores]]:
+def load_scores(output: Path, variants: Sequence[str]) -> dict[str, dict[str, Scores]]:
     """Returns the scores, by cell and then by "variant kind", or a baseline's name."""
     found: dict[str, dict[str, Scores]] = {}
     for name in CELLS:
@@ -84,8 +84,8 @@ def areas_table(found: Mapping[str, Mapping[str, Scores]]) -> list[list[str]]:
         mean = np.mean([found[c][name].area.mean() for c in own])
         below, compared = 0, 0
         for c in cells:
-            usual = [found[c][u] for u in AS_THEY_ARE if u in found[c]]
-            if len(usual) < len(AS_THEY_ARE):
+            usual = [found[c][u] for u in AS_PUBLISHED if u in found[c]]
+            if len(usual) < len(AS_PUBLISHED):
                 continue
             best = max(usual, key=lambda m: m.area.mean())
             mine = found[c][name]
@@ -99,7 +99,7 @@ def areas_table(found: Mapping[str, Mapping[str, Scores]]) -> list[list[str]]:
 
 def cell_table(rows: Mapping[str, Scores]) -> list[list[str]]:
     """Returns rows of: variant, every exit, area, area less that of the best as they are."""
-    usual = [rows[u] for u in AS_THEY_ARE if u in rows]
+    usual = [rows[u] for u in AS_PUBLISHED if u in rows]
     best = max(usual, key=lambda m: m.area.mean()) if usual else None
     table = []
     for name, m in rows.items():
@@ -119,7 +119,7 @@ def cell_table(rows: Mapping[str, Scores]) -> list[list[str]]:
     return table
 
 
-def checks(found: Mapping[str, Mapping[str, Scores]], name: str = DEFAULT) -> list[str]:
+def check_goals(found: Mapping[str, Mapping[str, Scores]], name: str = DEFAULT) -> list[str]:
     """Returns a line for each thing that the default recipe was asked for."""
     exits = [0, 0]
     words, plain, below = [0, 0], [0, 0], []
@@ -138,7 +138,7 @@ def checks(found: Mapping[str, Mapping[str, Scores]], name: str = DEFAULT) -> li
         if "plain trained" in rows:
             plain[1] += 1
             plain[0] += score[-1] >= rows["plain trained"].exits.mean() - 0.005
-        for usual in AS_THEY_ARE:
+        for usual in AS_PUBLISHED:
             if usual in rows:
                 other = rows[usual]
                 gap = difference(mine.area, other.area, mine.drawn_area, other.drawn_area)
@@ -160,7 +160,7 @@ def _half(values: np.ndarray) -> np.ndarray:
 
 def render(output: Path, variants: Sequence[str]) -> None:
     """Writes scores.csv and README.md of what is done."""
-    found = load(output, variants)
+    found = load_scores(output, variants)
     done = {cell: rows for cell, rows in found.items() if rows}
     _write_scores(output, variants)
     lines = ["# Which recipe should be the default?", "", _ABOUT, ""]
@@ -170,7 +170,12 @@ def render(output: Path, variants: Sequence[str]) -> None:
         *_markdown(("variant", "mean area, %", "cells significantly below"), areas_table(done)),
         "",
     ]
-    lines += ["## What the default recipe was asked for", "", *(f"- {c}" for c in checks(done)), ""]
+    lines += [
+        "## What the default recipe was asked for",
+        "",
+        *(f"- {c}" for c in check_goals(done)),
+        "",
+    ]
     heading = ("variant", "exit 1", "exit 2", "exit 4", "exit 6", "area", "less the best as it is")
     for cell, rows in done.items():
         lines += [f"## {cell}", "", *_markdown(heading, cell_table(rows)), ""]

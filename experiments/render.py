@@ -36,8 +36,8 @@ from experiments import (
     two_sizes,
 )
 from experiments.records import read_study
-from experiments.rendering import Section, markdown, signed, write_figures
-from experiments.runner import Script, load, study_options
+from experiments.rendering import Section, add_provenance, section_markdown, write_figures
+from experiments.runner import Script, load_records, study_options
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
@@ -67,13 +67,13 @@ def render(output: Path) -> None:
         own = argparse.Namespace(**vars(options))
         if script is sizes.SCRIPT:
             own.sizes = sizes.recorded(read_study(output)[0])
-        records = load(output, script.cells(own))
+        records = load_records(output, script.cells(own))
         found = [s for s in script.sections(own, records) if s.rows]
-        sections += signed(found, own, script.name, records)
+        sections += add_provenance(found, own, script.name, records)
     sections += conflict_tables.sections(output)
     write_figures(output, sections)
     title = f"sweet_jax: experiments with {options.model}"
-    lines = [f"# {title}", "", *(markdown(s) for s in sections)]
+    lines = [f"# {title}", "", *(section_markdown(s) for s in sections)]
     if (output / NOTE).exists():
         lines.insert(2, (output / NOTE).read_text(encoding="utf-8"))
     write_text(output / "README.md", "\n".join(lines))

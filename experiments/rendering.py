@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.comparison import Records
-from experiments.options import command, encoder_note, settings
+from experiments.options import command_line, config_values, encoder_note
 from sweet_jax.files import atomic_write
 
 _NAMED = 4  # unfinished cells, at most, that a note names one by one
@@ -27,7 +27,7 @@ class Section:
     figure: Figure | None = None
 
 
-def markdown(section: Section) -> str:
+def section_markdown(section: Section) -> str:
     """Returns a section as Markdown for OUTPUT/README.md."""
     lines = [f"## {section.title}", "", section.note, ""]
     if section.rows:
@@ -50,7 +50,7 @@ def write_figures(output: Path, sections: Iterable[Section]) -> None:
                 section.figure.savefig(aside, dpi=130)
 
 
-def signed(
+def add_provenance(
     sections: Sequence[Section], options: argparse.Namespace, script: str, records: Records
 ) -> list[Section]:
     """Returns the sections; the first says its command, training rows, rates, seeds, encoder."""
@@ -60,20 +60,20 @@ def signed(
     runs = [run for r in records.values() for run in r.runs]
     rates = sorted({run.learning_rate for run in runs})
     seeds = sorted({run.seed for run in runs})
-    made = f" Made by {command(options, script)}"
+    made = f" Made by {command_line(options, script)}"
     if runs:
         made += f" ({' or '.join(f'{n:,}' for n in counts)} training rows without those held out;"
         made += f" learning rates {', '.join(f'{r:g}' for r in rates)};"
         first = ", rates compared on the first" * (options.rate_search == "first_seed")
         made += f" seeds {', '.join(map(str, seeds))}{first})"
-    config = settings(options)
+    config = config_values(options)
     about = encoder_note(config["checkpoint"], config["max_length"])
     note = f"{sections[0].note}{made}." + f" {about}" * bool(about)
     first = dataclasses.replace(sections[0], note=note)
     return [first, *sections[1:]]
 
 
-def panels(count: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
+def subplots(count: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
     """Returns a figure with `count` axes, at most four in a row; an empty one for none."""
     columns = min(4, max(1, count))
     rows = max(1, -(-count // columns))
@@ -86,7 +86,7 @@ def panels(count: int, height: float = 3.2) -> tuple[Figure, list[Any]]:
     return figure, axes[:count]
 
 
-def legend(axes: Iterable[Any], size: int = 8) -> None:
+def add_legend(axes: Iterable[Any], size: int = 8) -> None:
     """Puts a legend in the first of the axes that has anything to name; none if none has."""
     for one in axes:
         if one.get_legend_handles_labels()[0]:

@@ -20,9 +20,9 @@ from typing import Any
 from experiments import cluster
 from experiments.cells import Cell, identity, is_finished, outputs_folder, run_cell, time_left
 from experiments.comparison import Record, Records
-from experiments.options import chosen_tasks, default_output, parser, shared_words
+from experiments.options import chosen_tasks, default_output, make_parser, shared_arguments
 from experiments.records import measure, read_study, write_study
-from experiments.rendering import Section, markdown, signed, write_figures
+from experiments.rendering import Section, add_provenance, section_markdown, write_figures
 from sweet_jax.config import Config
 from sweet_jax.data.tasks import GLUE
 from sweet_jax.directories import lock_directory
@@ -84,7 +84,7 @@ def exit_status(command: Callable[[], bool]) -> int:
 
 
 def _run_script(script: Script, argv: Sequence[str] | None) -> bool:
-    made = parser(script.doc, script.name)
+    made = make_parser(script.doc, script.name)
     for flag, how in script.arguments.items():
         made.add_argument(flag, **how)
     options = made.parse_args(argv)
@@ -92,24 +92,24 @@ def _run_script(script: Script, argv: Sequence[str] | None) -> bool:
     # Of an output its own: cells of other options have the same names.
     options.workdir = options.workdir or Path("runs/experiments") / options.output.name
     cells = script.cells(options)
-    refuse_twins(cells)
+    check_distinct_runs(cells)
     if options.list:
         _print_states(options, cells)
         return True
-    load(options.output, script.cells(with_finished_tasks(options)))  # refuses before hours
+    load_records(options.output, script.cells(with_finished_tasks(options)))  # refuses before hours
     sound = options.render_only or run_cells(cells, options)
     whole = with_finished_tasks(options)
-    records = load(options.output, script.cells(whole))
+    records = load_records(options.output, script.cells(whole))
     if script.measurements and not options.render_only:
         script.measurements(whole, records)
-    sections = signed(script.sections(whole, records), whole, script.name, records)
+    sections = add_provenance(script.sections(whole, records), whole, script.name, records)
     write_figures(options.output, sections)
     for section in sections:
-        print(markdown(section))
+        print(section_markdown(section))
     return sound
 
 
-def refuse_twins(cells: Iterable[Cell]) -> None:
+def check_distinct_runs(cells: Iterable[Cell]) -> None:
     """Raises UserError where two cells of different names are the same run.
 
     So it is where the options set for all what a script means to compare: a table of them would
@@ -125,7 +125,7 @@ def refuse_twins(cells: Iterable[Cell]) -> None:
             )
 
 
-def load(output: Path, cells: Iterable[Cell]) -> dict[str, Record]:
+def load_records(output: Path, cells: Iterable[Cell]) -> dict[str, Record]:
     """Returns the records of those of the cells that are finished, by name.
 
     Raises UserError for a record that was made with another configuration, or with other rows than
@@ -220,7 +220,7 @@ def _record(cells: Iterable[Cell], study: dict[str, Record], options: Options) -
         _check_config(options.workdir, one, record)
         study[one.name] = record
     if new:
-        write_study(options.output, study, shared_words(options))
+        write_study(options.output, study, shared_arguments(options))
 
 
 def with_finished_tasks(options: Options) -> Options:
@@ -238,7 +238,7 @@ def study_options(output: Path) -> Options:
     """Returns the options that a study's cells were made with, and the tasks it has cells of."""
     records, words = read_study(output)
     done = {record.config["task"] for record in records.values()}
-    options = parser().parse_args(words)
+    options = make_parser().parse_args(words)
     options.output = output
     options.tasks = ",".join(task for task in options.tasks.split(",") if task in done)
     return with_finished_tasks(options)
@@ -260,7 +260,7 @@ def _states(
 
 
 def _print_states(options: Options, cells: Sequence[Cell]) -> None:
-    states = _states(options, cells, load(options.output, cells))
+    states = _states(options, cells, load_records(options.output, cells))
     for one in cells:
         known = states[one.name]
         why = known["error"] if known["state"] == "failed" else ""

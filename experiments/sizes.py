@@ -27,13 +27,13 @@ from experiments.comparison import (
     Records,
     areas_to_full,
     common_seeds,
+    format_interval,
     grid_areas,
-    interval,
-    paired,
+    paired_differences,
 )
-from experiments.curves import COLOURS, at_costs, curve_rows, draw
-from experiments.options import cell, chosen_methods, chosen_tasks, method_cells, settings
-from experiments.rendering import Section, legend, panels
+from experiments.curves import COLOURS, curve_at_costs, curve_rows, draw_curves
+from experiments.options import chosen_methods, chosen_tasks, config_values, make_cell, method_cells
+from experiments.rendering import Section, add_legend, subplots
 from experiments.runner import Script, main
 from sweet_jax.config import Config, split_names
 from sweet_jax.errors import UserError
@@ -44,7 +44,7 @@ _AREAS = {"area": areas_to_full, "grid area": grid_areas}
 
 
 def _full(options: argparse.Namespace) -> int:
-    return int(settings(options).get("train_size", Config.train_size))
+    return int(config_values(options).get("train_size", Config.train_size))
 
 
 def _sizes(options: argparse.Namespace) -> list[int]:
@@ -66,7 +66,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     """Returns a cell for every task, method and size, the full subset among them."""
     methods = chosen_methods(options)
     return method_cells(options) + [
-        cell(options, task, method, train_size=size)
+        make_cell(options, task, method, train_size=size)
         for task in chosen_tasks(options)
         for method in methods
         for size in _sizes(options)
@@ -80,7 +80,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
 
 def _areas(options: argparse.Namespace, records: Records) -> Section:
     tasks = chosen_tasks(options)
-    figure, axes = panels(len(tasks))
+    figure, axes = subplots(len(tasks))
     full = _full(options)
     rows = []
     for task, one in zip(tasks, axes, strict=True):
@@ -97,13 +97,13 @@ def _areas(options: argparse.Namespace, records: Records) -> Section:
             one.errorbar(counts, means, bars, fmt="o-", ms=3, color=COLOURS[method], label=title)
             one.set_xscale("log")
             one.set_xticks(counts, [f"{n:,}" for n in counts])
-            texts = {s: interval(a) for s, a in found.items()}
+            texts = {s: format_interval(a) for s, a in found.items()}
             rows.append([task, title, *(texts.get(s, "") for s in (*_sizes(options), full))])
         one.minorticks_off()
         one.set_title(task)
         one.set_xlabel("training rows")
         one.set_ylabel("area (%)")
-    legend(axes)
+    add_legend(axes)
     return Section(
         "sizes",
         f"Training sizes, {options.model}",
@@ -128,13 +128,13 @@ def _curves(options: argparse.Namespace, records: Records) -> Section:
             continue  # the main grid's cells alone are curves already
         for rows, found in sorted(by_rows.items()):
             metric = next(iter(found.values())).metric
-            curves = {method: at_costs(record) for method, record in found.items()}
+            curves = {method: curve_at_costs(record) for method, record in found.items()}
             shown.append((f"{task}, {rows:,} rows", curves, metric))
-    figure, axes = panels(len(shown))
+    figure, axes = subplots(len(shown))
     costs = sorted({c for _, curves, _ in shown for x, _ in curves.values() for c in x.tolist()})
     for axis, (title, curves, metric) in zip(axes, shown, strict=True):
-        draw(axis, curves, title, metric)
-    legend(axes)
+        draw_curves(axis, curves, title, metric)
+    add_legend(axes)
     return Section(
         "sizes-curves",
         f"Speed-accuracy curves by training size, {options.model} (figure 8)",
@@ -157,7 +157,9 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
             for size in sizes:
                 pair = [r for r in (ours[size], theirs[size]) if r is not None]
                 known = len(pair) == 2 and common_seeds(pair)
-                gaps.append(interval(paired(pair, of), sign=True) if known else "")
+                gaps.append(
+                    format_interval(paired_differences(pair, of), sign=True) if known else ""
+                )
             if any(gaps[:-1]):  # the main grid's cells alone are no curve
                 rows.append([f"{paper.NAMES[one]} - {paper.NAMES[other]}", task, name, *gaps])
     return Section(

@@ -33,13 +33,13 @@ from experiments.comparison import (
     areas,
     exit_scores,
     exits_and_area,
-    interval,
-    paired,
+    format_columns,
+    format_interval,
+    paired_differences,
     scores_at,
-    texts,
 )
-from experiments.options import cell, parser
-from experiments.panel_statistics import Found, load
+from experiments.options import make_cell, make_parser
+from experiments.panel_statistics import ScoresByCell, load_scores
 from experiments.records import exact_costs, read_study
 from experiments.rendering import table_lines
 from sweet_jax.errors import UserError
@@ -88,8 +88,8 @@ class Studies:
         """Returns of(record) of a row's cell, or the difference of its cells, as text."""
         records = self.records(row)
         if len(records) == 1:
-            return texts(records[0], of)
-        return [interval(gap, sign=True) for gap in paired(records, of).T]
+            return format_columns(records[0], of)
+        return [format_interval(gap, sign=True) for gap in paired_differences(records, of).T]
 
     def lines(self, rows: Iterable[Row], of: Of) -> list[list[str]]:
         """Returns label and values of those of the rows whose cells are finished."""
@@ -177,11 +177,11 @@ def isolation_table(studies: Studies, study: str, tasks: Mapping[str, str], titl
     tasks: what stands before a row's label, by task. A row names its learning rate where the first
     row has another.
     """
-    options, rates, lines = parser().parse_args([]), [], []
+    options, rates, lines = make_parser().parse_args([]), [], []
     for (task, prefix), (label, method, changes) in itertools.product(
         tasks.items(), isolation.SETTINGS
     ):
-        name = cell(options, task, method, **changes).name
+        name = make_cell(options, task, method, **changes).name
         row = Row(f"{prefix}{label}", study, (name,))
         for record in studies.records(row):
             rates.append(record.learning_rate)
@@ -215,7 +215,7 @@ def size_areas(studies: Studies) -> Table:
     """Returns the areas by training rows, and the differences from Early-Exit's."""
     output = studies.folder / "minilm-l6-6000"
     records, words = read_study(output)
-    options = parser().parse_args([*words, "--tasks=sst2"])
+    options = make_parser().parse_args([*words, "--tasks=sst2"])
     options.sizes = sizes.recorded(records)
     shown, _, gaps = sizes.sections(options, records)
     rows = [[row[1], *row[2:]] for row in shown.rows]
@@ -225,7 +225,7 @@ def size_areas(studies: Studies) -> Table:
 
 def pcee_sst2(studies: Studies) -> Table:
     """Returns the errors of control on SST-2 by rule and method, and SWEET's bias and cost."""
-    options = parser().parse_args([f"--output={studies.folder / 'minilm-l6'}"])
+    options = make_parser().parse_args([f"--output={studies.folder / 'minilm-l6'}"])
     section = pcee_control.sections(options, {})[0]
     columns = [f"{title}: error" for title in paper.NAMES.values()]
     columns += ["SWEET: achieved - asked", "SWEET: cost"]
@@ -234,8 +234,8 @@ def pcee_sst2(studies: Studies) -> Table:
     return ["SST-2, points", *columns], rows
 
 
-def _panel(studies: Studies) -> Found:
-    return load(studies.folder / "panel")[0]
+def _panel(studies: Studies) -> ScoresByCell:
+    return load_scores(studies.folder / "panel")[0]
 
 
 TABLES: dict[str, Callable[[Studies], Table]] = {
@@ -261,7 +261,7 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
         s, _BOTH, {"cola": "CoLA, ", "mrpc": "MRPC, "}, "CoLA and MRPC, 1e-4"
     ),
     "pcee-sst2": pcee_sst2,
-    "panel-done": lambda s: panel_tables.progress_table(load(s.folder / "panel")[1]),
+    "panel-done": lambda s: panel_tables.progress_table(load_scores(s.folder / "panel")[1]),
     "panel-areas": lambda s: panel_tables.areas_table(_panel(s), most=8),
     "panel-aims": lambda s: panel_tables.aims_table(_panel(s), panel_tables.DEFAULT),
     "panel-gaps": lambda s: panel_differences.gaps_table(

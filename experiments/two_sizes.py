@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import probes
-from experiments.options import record_parser
+from experiments.options import make_record_parser
 from experiments.panel_statistics import LEVEL, holm, two_sided
 from experiments.recipe_results import read_record
 from experiments.rendering import table_lines
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> bool:
-    parser = record_parser("two_sizes", __doc__)
+    parser = make_record_parser("two_sizes", __doc__)
     parser.add_argument("--checkpoint", help="MPNet-base")
     results = Path("experiments/results/probes")
     parser.add_argument("--probes", type=Path, default=results, help="results of these")

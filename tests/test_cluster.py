@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import cluster, grid
-from experiments.options import parser
+from experiments.options import make_parser
 from experiments.records import read_study
 from sweet_jax.errors import UserError
 from sweet_jax.exits.outputs import ExitOutputs
@@ -288,7 +288,7 @@ def test_without_ray_there_is_one_line(arguments, tmp_path, monkeypatch, capsys)
 )
 def test_numbers_that_cannot_be_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        cluster.check_options(parser().parse_args(flags))
+        cluster.check_options(make_parser().parse_args(flags))
 
 
 @pytest.mark.parametrize(
@@ -325,13 +325,13 @@ BOX, HOST = {"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0, "TPU": 4.0}
     ],
 )
 def test_a_cell_takes_whole_devices_of_one_node(flags, nodes, wanted):
-    options = parser().parse_args(flags)
+    options = make_parser().parse_args(flags)
     if wanted is None:
         with pytest.raises(
             UserError, match=r"no node has what a cell takes, .*: the largest have "
         ):
-            cluster.demanded(options, nodes)
+            cluster.required_resources(options, nodes)
     else:
-        assert cluster.demanded(options, nodes) == dict(
+        assert cluster.required_resources(options, nodes) == dict(
             zip(("CPU", "GPU", "TPU"), wanted, strict=True)
         )

@@ -38,8 +38,8 @@ from experiments import (
     sizes,
 )
 from experiments.cells import identity
-from experiments.comparison import areas_to_full, chosen
-from experiments.options import cell, parser
+from experiments.comparison import areas_to_full, chosen_runs
+from experiments.options import make_cell, make_parser
 from experiments.records import measure, read_study, read_table, write_study
 from experiments.runner import Script, main
 from sweet_jax.config import Config
@@ -169,13 +169,13 @@ def test_an_output_has_a_workdir_of_its_own():
 
 
 def test_the_paper_s_numbers_stand_beside_those_of_any_model():
-    options = parser().parse_args([])
+    options = make_parser().parse_args([])
     rows = individual.sections(options, {})[0].rows
     title = "paper, deberta-base, exits 1, 4, 6, 12, mean of 7 tasks"
     assert rows[1] == [title, "Early-Exit", "52.3", "70.9", "77.9", "81.7", "3"]
-    options = parser().parse_args(["--model=deberta-large"])
+    options = make_parser().parse_args(["--model=deberta-large"])
     assert individual.sections(options, {})[0].rows[2][-2] == "82.7"
-    options = parser().parse_args(["--exits=1,6"])  # other columns
+    options = make_parser().parse_args(["--exits=1,6"])  # other columns
     assert individual.sections(options, {})[0].rows == []
 
 
@@ -272,7 +272,7 @@ def test_a_second_rendering_writes_the_same_bytes(finished):
 
 
 def test_differences_by_read_out_are_of_the_same_seeds_and_drawn_rows(finished, tmp_path):
-    options = parser().parse_args([a for a in finished if not a.startswith("--output=")])
+    options = make_parser().parse_args([a for a in finished if not a.startswith("--output=")])
     options.output = tmp_path
     records = {name: measure(outputs(finished, name)) for name in ("sst2-sweet", "sst2-early_exit")}
     read_outs.measurements(options, records)
@@ -284,7 +284,7 @@ def test_differences_by_read_out_are_of_the_same_seeds_and_drawn_rows(finished, 
     right = []
     for name, record in records.items():
         whole = ExitOutputs.load(outputs(finished, name) / "validation.npz")
-        kept = [record.runs.index(one) for one in chosen(record)]
+        kept = [record.runs.index(one) for one in chosen_runs(record)]
         right.append((whole.predictions == whole.labels[:, None])[kept])  # [S, E, N]
     gaps = right[0].astype(float) - right[1]
     rng, rows = np.random.default_rng(3), gaps.shape[2]
@@ -345,8 +345,8 @@ def test_a_deep_model_against_shallow_ones(finished, capsys):
 
 
 def test_replicas_of_a_cell_equal_their_solo_runs(finished, arguments, tmp_path):
-    parsed = parser().parse_args(arguments)
-    one = cell(parsed, "sst2", "sweet")
+    parsed = make_parser().parse_args(arguments)
+    one = make_cell(parsed, "sst2", "sweet")
     saved = logits(outputs(finished, "sst2-sweet"))
     solo = Config(**{**vars(one.config), "seeds": (1,), "learning_rates": (3e-3,)})
     run(solo, tmp_path / "solo")
@@ -404,7 +404,7 @@ def test_of_five_rates_by_three_seeds_each_equals_its_solo_run(arguments, tmp_pa
     ]
     assert individual.run(full) == 0
     saved = ExitOutputs.load(outputs(full, "sst2-sweet") / "validation.npz")
-    one = cell(parser().parse_args(full), "sst2", "sweet")
+    one = make_cell(make_parser().parse_args(full), "sst2", "sweet")
     assert len(saved.identity.replicas) == 15
     for r in (0, 6, 14):
         seed, rate = saved.identity.replicas[r]
@@ -493,7 +493,7 @@ def rewrite(folder: Path, **changed) -> None:
 def two_tasks(finished, arguments, tmp_path) -> list[str]:
     """Options of sst2 alone, in an output where SWEET's cell of mrpc is done too."""
     shutil.copytree(output(finished), tmp_path / "out")
-    other = cell(parser().parse_args(arguments), "mrpc", "sweet")
+    other = make_cell(make_parser().parse_args(arguments), "mrpc", "sweet")
     record = read_study(tmp_path / "out")[0]["sst2-sweet"]
     rewrite(tmp_path / "out", mrpc_sweet=dataclasses.replace(record, config=identity(other.config)))
     options = [f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}", "--render_only"]
@@ -538,8 +538,8 @@ def test_cells_of_other_rows_do_not_stand_in_one_table(two_tasks, capsys):
 
 
 def test_a_setting_without_a_limit_can_be_kept():
-    options = parser().parse_args(["--set", "clip_norm=Infinity"])
-    one = cell(options, "sst2", "sweet")
+    options = make_parser().parse_args(["--set", "clip_norm=Infinity"])
+    one = make_cell(options, "sst2", "sweet")
     assert json.loads(json.dumps(identity(one.config), allow_nan=False))["clip_norm"] == "inf"
 
 

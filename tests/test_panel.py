@@ -16,15 +16,15 @@ from experiments.comparison import mean_to_full
 from experiments.panel_records import (
     Record,
     Scores,
+    bootstrap_replica_areas,
     draw_counts,
-    drawn_areas,
     read_record,
     record_path,
     score_run,
     write_record,
 )
 from experiments.panel_setfit import all_rows, with_draws
-from experiments.panel_statistics import aims, choose_default, compare, holm, load
+from experiments.panel_statistics import aims, choose_default, compare, holm, load_scores
 from experiments.panel_variants import (
     AUTO_PROBE,
     CELLS,
@@ -73,7 +73,7 @@ def test_areas_on_drawn_rows_are_those_of_the_simulator_on_these_rows(metric, me
         expected = [mean_to_full(*pair) for pair in zip(curve.cost, curve.score, strict=True)]
         np.testing.assert_allclose(scores.drawn_area[d], expected, rtol=1e-12)
     ones = np.ones((1, 60), int)
-    whole = [drawn_areas(rows.replica(s), confidences[s], ones)[0] for s in range(2)]
+    whole = [bootstrap_replica_areas(rows.replica(s), confidences[s], ones)[0] for s in range(2)]
     np.testing.assert_allclose(whole, scores.area, rtol=1e-12)
 
 
@@ -147,12 +147,12 @@ def test_a_difference_is_paired_by_seed_and_by_drawn_rows():
 
 def test_the_default_is_the_largest_area_that_is_nowhere_significantly_below(tmp_path):
     fill(tmp_path)
-    found, _ = load(tmp_path)
+    found, _ = load_scores(tmp_path)
     assert choose_default(found)[0] == "sweet-mean-probe refit"
     # Another variant has the largest mean, but is far below in one cell.
     write_record(tmp_path, "sst2-500", "recipe", record(0.99))
     write_record(tmp_path, "mrpc-500", "recipe", record(0.80))
-    found, _ = load(tmp_path)
+    found, _ = load_scores(tmp_path)
     best, names = choose_default(found)
     assert names[0] == "recipe refit"
     assert best == "sweet-mean-probe refit"
@@ -221,7 +221,7 @@ def test_all_variants_of_a_cell_train_on_the_same_rows():
 def test_variants_of_one_run_have_its_scores_where_a_row_is_one_text(tmp_path):
     for cell in ("sst2-500", "mrpc-500"):
         write_record(tmp_path, cell, "recipe", record(0.9))
-    found, records = load(tmp_path)
+    found, records = load_scores(tmp_path)
     for kind in ("trained", "refit"):
         own, other = (found["sst2-500"][f"{name} {kind}"] for name in ("recipe", "recipe-mean"))
         np.testing.assert_array_equal(own.area, other.area)
