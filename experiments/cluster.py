@@ -75,24 +75,24 @@ def run(
     with _connected(options) as ray, termination_event((signal.SIGTERM, signal.SIGINT)) as stopped:
         demand = required_resources(options, [n["Resources"] for n in ray.nodes() if n["Alive"]])
         began, total, worked, ended = time.monotonic(), sum(c.work for c in cells), 0.0, 0
-        running = {_submit(ray, one, options, demand): (one, 1) for one in cells}
+        running = {_submit(ray, cell, options, demand): (cell, 1) for cell in cells}
         while running and not stopped.is_set():
             for stream in ray.wait(list(running), timeout=0.5)[0]:
                 kind, what = _next_message(ray, stream)
                 if kind == "started":
                     _print_line(f"{running[stream][0].name} on {what}")
                     continue
-                one, times = running.pop(stream)
+                cell, times = running.pop(stream)
                 if kind == "lost" and times <= options.worker_retries:
-                    _print_line(f"{one.name}: {what}, begun again")
-                    running[_submit(ray, one, options, demand)] = (one, times + 1)
+                    _print_line(f"{cell.name}: {what}, begun again")
+                    running[_submit(ray, cell, options, demand)] = (cell, times + 1)
                     continue
                 if kind == "lost":
                     what = {"state": "failed", "error": f"{what} at attempt {times}"}
-                ended, worked = ended + 1, worked + one.work
+                ended, worked = ended + 1, worked + cell.work
                 rest = time_left(time.monotonic() - began, worked, total)
-                _print_line(f"[{ended}/{len(cells)}] {one.name} {what['state']}{rest}")
-                yield one, what | {"attempts": times}
+                _print_line(f"[{ended}/{len(cells)}] {cell.name} {what['state']}{rest}")
+                yield cell, what | {"attempts": times}
         if stopped.is_set():
             yield from _stop(ray, running)
             raise PreemptedError(f"stopped with {ended} of {len(cells)} cells ended")
@@ -181,7 +181,7 @@ def _print_line(line: str) -> None:
 
 
 def _submit(
-    ray: types.ModuleType, one: Cell, options: argparse.Namespace, demand: Mapping[str, float]
+    ray: types.ModuleType, cell: Cell, options: argparse.Namespace, demand: Mapping[str, float]
 ) -> Any:
     """Submits the task of a cell; returns the stream of its messages."""
     # The experiments are no installed package. Their checkout is on the storage that all nodes
@@ -192,7 +192,7 @@ def _submit(
         environment |= {"JAX_PLATFORMS": "cpu", "NPROC": str(demand["CPU"])}
     # A process for each cell (max_calls): jax holds its devices and their memory until it ends.
     task = ray.remote(num_returns="streaming", max_calls=1, max_retries=0)(run_task).options(
-        name=one.name,
+        name=cell.name,
         num_cpus=demand["CPU"],
         num_gpus=demand["GPU"],
         resources={"TPU": demand["TPU"]} if demand["TPU"] else None,
@@ -200,7 +200,7 @@ def _submit(
     )
     kind = "gpu" if demand["GPU"] else "tpu" if demand["TPU"] else "cpu"
     # The driver's folder goes along, so that relative paths mean there what they mean here.
-    return task.remote(one, kind, Path.cwd(), options.workdir)
+    return task.remote(cell, kind, Path.cwd(), options.workdir)
 
 
 def _next_message(ray: types.ModuleType, stream: Any) -> tuple[str, Any]:
@@ -230,8 +230,8 @@ def _stop(
             kind, what = _next_message(ray, stream)
             if kind == "started":
                 continue
-            one, times = running.pop(stream)
+            cell, times = running.pop(stream)
             if kind == "ended":
-                yield one, what | {"attempts": times}
+                yield cell, what | {"attempts": times}
     for stream in running:
         ray.cancel(stream, force=True)

@@ -18,7 +18,7 @@ from sweet_jax.errors import UserError
 _LEASE = 120.0  # seconds that network storage may keep the lock of a node that is gone
 
 
-def run_task(one: Cell, kind: str, folder: Path, workdir: Path) -> Iterator[tuple[str, Any]]:
+def run_task(cell: Cell, kind: str, folder: Path, workdir: Path) -> Iterator[tuple[str, Any]]:
     """Runs a cell in a worker; yields where it runs, and how it ended."""
     signal.signal(signal.SIGTERM, _raise_stopped)
     # What Ray's cancel sends becomes what training answers by saving its state.
@@ -28,12 +28,12 @@ def run_task(one: Cell, kind: str, folder: Path, workdir: Path) -> Iterator[tupl
         _check_node(kind, folder, workdir)
         # The files of a cell are its task's alone, from the first look at its outputs on: a task of
         # a driver that was killed may not have ended yet.
-        with _held_soon(workdir / ".cells" / one.name):
-            if is_finished(workdir, one.name):
-                shutil.rmtree(workdir / one.name, ignore_errors=True)
+        with _held_soon(workdir / ".cells" / cell.name):
+            if is_finished(workdir, cell.name):
+                shutil.rmtree(workdir / cell.name, ignore_errors=True)
                 state = {"state": "done"}
             else:
-                state = run_cell(one, workdir)
+                state = run_cell(cell, workdir)
     except UserError as error:
         state = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
     yield "ended", state

@@ -36,7 +36,7 @@ from experiments.options import make_record_parser
 from experiments.pcee_measurements import LEAST_GAIN, RULES, TARGETS, control, join_outputs
 from experiments.records import read_table, write_table
 from experiments.rendering import table_lines
-from experiments.runner import exit_status
+from experiments.runner import run_resumable
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
@@ -140,8 +140,8 @@ are left out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures what is missing, and renders; returns the exit status, see runner.exit_status."""
-    return exit_status(lambda: _run(argv))
+    """Measures what is missing, and renders; returns the exit status, see runner.run_resumable."""
+    return run_resumable(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> bool:

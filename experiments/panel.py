@@ -79,7 +79,7 @@ from experiments.panel_variants import (
     estimate_work,
     units,
 )
-from experiments.runner import exit_status
+from experiments.runner import run_resumable
 from experiments.variant_runs import (
     row_counts,
     train_variant,
@@ -232,8 +232,8 @@ def print_states(wanted: Sequence[Unit], options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing, and renders; returns the exit status, see runner.exit_status."""
-    return exit_status(lambda: _run(argv))
+    """Runs what is missing, and renders; returns the exit status, see runner.run_resumable."""
+    return run_resumable(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> bool:

@@ -41,7 +41,7 @@ from experiments.panel_records import (
 )
 from experiments.panel_tables import render
 from experiments.panel_variants import CELLS, SETFIT, VALIDATION_ROWS, config_of
-from experiments.runner import exit_status
+from experiments.runner import run_resumable
 from experiments.variant_runs import row_counts, with_fewer_validation_rows
 from sweet_jax.config import split_names
 from sweet_jax.errors import UserError, check_choice
@@ -150,7 +150,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         render(options.output)
         return True
 
-    return exit_status(command)
+    return run_resumable(command)
 
 
 if __name__ == "__main__":

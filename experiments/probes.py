@@ -52,7 +52,7 @@ from experiments.recipe_results import (
 )
 from experiments.recipe_variants import cell_values
 from experiments.rendering import table_lines
-from experiments.runner import exit_status
+from experiments.runner import run_resumable
 from experiments.variant_runs import with_fewer_validation_rows
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
@@ -222,8 +222,8 @@ _ABOUT_PAIRS = """With `--pooling=pair`: of the means u and v of the two texts' 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing, and renders; returns the exit status, see runner.exit_status."""
-    return exit_status(lambda: _run(argv))
+    """Runs what is missing, and renders; returns the exit status, see runner.run_resumable."""
+    return run_resumable(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> bool:

@@ -55,7 +55,7 @@ from experiments.recipe_results import (
 )
 from experiments.recipe_tables import render
 from experiments.recipe_variants import BASELINES, VARIANTS, config_of
-from experiments.runner import exit_status
+from experiments.runner import run_resumable
 from experiments.variant_runs import row_counts, train_variant, with_probe
 from sweet_jax.baselines import run_baselines
 from sweet_jax.compilation_cache import enable_compilation_cache
@@ -118,8 +118,8 @@ def run_missing(options: argparse.Namespace) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing, and renders; returns the exit status, see runner.exit_status."""
-    return exit_status(lambda: _run(argv))
+    """Runs what is missing, and renders; returns the exit status, see runner.run_resumable."""
+    return run_resumable(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> bool:

@@ -32,7 +32,7 @@ from experiments.options import make_record_parser
 from experiments.panel_statistics import LEVEL, holm, two_sided
 from experiments.recipe_results import read_record
 from experiments.rendering import table_lines
-from experiments.runner import exit_status
+from experiments.runner import run_resumable
 from sweet_jax.compilation_cache import enable_compilation_cache
 from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse
@@ -217,8 +217,8 @@ task."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures what is missing, and renders; returns the exit status, see runner.exit_status."""
-    return exit_status(lambda: _run(argv))
+    """Measures what is missing, and renders; returns the exit status, see runner.run_resumable."""
+    return run_resumable(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> bool:
