@@ -80,8 +80,8 @@ AREA = (
 )
 PAIRED = (
     "Points, paired by seed: mean and 95% interval over seeds (Student), bold if it excludes zero. "
-    "Chosen: each at its own chosen learning rate; below, both at the same rate, if that is another "
-    "comparison."
+    "Chosen: each at its own chosen learning rate; below, both at the same rate, if that is "
+    "another comparison."
 )
 
 

@@ -263,7 +263,7 @@ TABLES: dict[str, Callable[[Studies], Table]] = {
     "pcee-sst2": pcee_sst2,
     "panel-done": lambda s: panel_tables.progress_table(load_scores(s.folder / "panel")[1]),
     "panel-areas": lambda s: panel_tables.areas_table(_panel(s), most=8),
-    "panel-aims": lambda s: panel_tables.aims_table(_panel(s), panel_tables.DEFAULT),
+    "panel-goals": lambda s: panel_tables.goals_table(_panel(s), panel_tables.DEFAULT),
     "panel-gaps": lambda s: panel_differences.gaps_table(
         _panel(s), panel_differences.SHOWN_READOUTS
     ),

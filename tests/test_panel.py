@@ -24,7 +24,7 @@ from experiments.panel_records import (
     write_record,
 )
 from experiments.panel_setfit import all_rows, with_draws
-from experiments.panel_statistics import aims, choose_default, compare, holm, load_scores
+from experiments.panel_statistics import choose_default, compare, goals, holm, load_scores
 from experiments.panel_variants import (
     AUTO_PROBE,
     CELLS,
@@ -156,7 +156,7 @@ def test_the_default_is_the_largest_area_that_is_nowhere_significantly_below(tmp
     best, names = choose_default(found)
     assert names[0] == "recipe refit"
     assert best == "sweet-mean-probe refit"
-    counts = {count.what: count.good for count in aims(found, "recipe refit")}
+    counts = {goal.text: goal.met_in for goal in goals(found, "recipe refit")}
     assert counts["area not significantly below any of these"] == 1
     assert counts["every exit at or above TF-IDF less 0.5"] == 1
 
@@ -168,7 +168,7 @@ def test_the_page_has_every_table_and_names_what_was_not_run(tmp_path):
     assert "| sweet-mean-probe refit | 87.9" in page
     assert "Differences between the methods, by read-out" in page
     assert "- frozen: every cell" in page
-    assert "+10.0; 2 above, 0 below of 2" in page  # SWEET - Early-Exit as they are
+    assert "+10.0; 2 above, 0 below of 2" in page  # SWEET - Early-Exit as published
     write_record(tmp_path, "sst2-500", "early_exit-distilled", record(0.68))
     assert panel.main(["--render_only", f"--output={tmp_path}"]) == 0
     page = (tmp_path / "README.md").read_text()
@@ -333,8 +333,8 @@ def test_a_variant_is_trained_and_scored_on_the_same_validation_rows_as_the_base
     [
         (["--cells=sst2-50"], "unknown cell 'sst2-50': did you mean 'sst2-500'?"),
         (["--variants=recip"], "unknown variant 'recip': did you mean 'recipe'?"),
-        (["--data_dir=nowhere", "--text_dir=."], "--data_dir 'nowhere' is not a directory"),
-        ([], "give --data_dir and --text_dir, or --list or --render_only"),
+        (["--data_dir=nowhere", "--text_dir=."], "--data_dir 'nowhere' is not a directory: set it"),
+        ([], "set --data_dir and --text_dir, or --list or --render_only"),
     ],
 )
 def test_bad_options_are_named(arguments, words, tmp_path, capsys):
