@@ -228,7 +228,7 @@ def pcee_sst2(studies: Studies) -> Table:
     options = make_parser().parse_args([f"--output={studies.folder / 'minilm-l6'}"])
     section = pcee_control.sections(options, {})[0]
     columns = [f"{title}: error" for title in paper.NAMES.values()]
-    columns += ["SWEET: achieved - asked", "SWEET: cost"]
+    columns += ["SWEET: achieved - target", "SWEET: cost"]
     places = [section.header.index(column) for column in columns]
     rows = [[row[1], *(row[i] for i in places)] for row in section.rows if row[0] == "sst2"]
     return ["SST-2, points", *columns], rows
