@@ -139,7 +139,7 @@ def run_cell(name: str, options: argparse.Namespace) -> Record:
     return Record(values, row_counts(job), scores, about)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cells that have no record and writes the tables; returns the exit status."""
     return run_resumable(lambda: _run(argv))
 
@@ -173,4 +173,4 @@ def _run(argv: Sequence[str] | None) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

@@ -149,7 +149,7 @@ def test_a_killed_worker_s_cell_is_finished_and_every_cell_once(swept):
     begun = re.findall(r"^(\S+) on \S+, process (\d+)$", text, re.MULTILINE)
     assert sorted(n for n, _ in begun) == sorted([*CELLS, name])
     assert len({pid for _, pid in begun}) == 4  # a process for each
-    assert f"{name}: its worker died (WorkerCrashedError), begun again\n" in text
+    assert f"{name}: its worker died (WorkerCrashedError), started again\n" in text
     ended = re.findall(r"^\[(\d)/3\] (\S+) done, \d+ min left$", text, re.MULTILINE)
     assert [int(number) for number, _ in ended] == [1, 2, 3]
     assert sorted(n for _, n in ended) == sorted(CELLS)
@@ -295,8 +295,8 @@ def test_numbers_that_cannot_be_are_refused(flags, message):
     ("address", "message"),
     [
         ("ray://host:10001", "'ray://host:10001' is not HOST:PORT"),
-        ("127.0.0.1:1", "no Ray cluster is reached at '127.0.0.1:1'"),
-        ("head", "no Ray cluster is reached at 'head'"),
+        ("127.0.0.1:1", "no Ray cluster can be reached at '127.0.0.1:1'"),
+        ("head", "no Ray cluster can be reached at 'head'"),
     ],
 )
 def test_addresses_of_no_cluster_get_one_line(arguments, tmp_path, address, message, capsys):
@@ -328,7 +328,7 @@ def test_a_cell_takes_whole_devices_of_one_node(flags, nodes, wanted):
     options = make_parser().parse_args(flags)
     if wanted is None:
         with pytest.raises(
-            UserError, match=r"no node has what a cell takes, .*: the largest have "
+            UserError, match=r"no node has the resources of a cell, .*; the largest have "
         ):
             cluster.required_resources(options, nodes)
     else:

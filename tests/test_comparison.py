@@ -175,7 +175,7 @@ def test_tables_that_a_document_marks_are_written_from_the_records(tmp_path):
     assert (lines[0], lines[-1]) == ("Before.", "After.")
     assert "old" not in lines
     page.write_text("<!-- table: sst3 -->\n<!-- /table -->\n")
-    with pytest.raises(UserError, match="marks a table 'sst3'; there are sst2, "):
+    with pytest.raises(UserError, match="marks an unknown table 'sst3': use one of sst2, "):
         summary.update([page], tmp_path)
 
 

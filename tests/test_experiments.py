@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,26 +24,33 @@ from tiny import write_checkpoint
 
 from experiments import (
     ablation,
+    audit,
     conflict,
     curves,
+    engine_agreement,
     grid,
     individual,
     isolation,
+    laplace_control,
     large_at_small_cost,
     learning_to_exit,
     mpnet_checkpoint,
+    panel_setfit,
     pcee_control,
+    probes,
     rates,
     read_outs,
     render,
     sizes,
+    two_sizes,
 )
 from experiments.cells import identity
 from experiments.comparison import areas_to_full, chosen_runs
 from experiments.options import make_cell, make_parser
 from experiments.records import measure, read_study, read_table, write_study
-from experiments.runner import Script, main
+from experiments.runner import Script, main, run_resumable
 from sweet_jax.config import Config
+from sweet_jax.distributed import PreemptedError
 from sweet_jax.errors import UserError
 from sweet_jax.exits.analysis import analyse, curve_area
 from sweet_jax.exits.outputs import ExitOutputs
@@ -618,6 +626,56 @@ def test_an_output_that_there_is_not_is_not_made(tmp_path, capsys):
     assert "typo' does not exist: run a script first" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (audit, ["--sst2=a", "--ag_news=b", "--data_dir=nowhere"], "--data_dir 'nowhere' is not a"),
+        (engine_agreement, ["--run=nowhere"], "'nowhere' has no int8.json: run sweet-jax quantize"),
+        (engine_agreement, ["--run=nowhere", "--draws=0"], "--draws must be 1 or more; got 0"),
+        (probes, ["--data_dir=nowhere", "--text_dir=."], "--data_dir 'nowhere' is not a directory"),
+        (panel_setfit, [], "set --data_dir and --text_dir, or --render_only"),
+        (two_sizes, ["--data_dir=.", "--text_dir=."], "set --checkpoint, the checkpoint of MPNet"),
+        (laplace_control, ["--data_dir=.", "--text_dir=nowhere"], "--text_dir 'nowhere' is not a"),
+        (mpnet_checkpoint, ["--nope"], "unknown option '--nope'"),
+    ],
+)
+def test_bad_input_to_a_script_gets_one_line(
+    script, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert script.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("no such cell"), 2, "error: no such cell"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "change its permissions"),
+        (OSError(errno.ENOSPC, "No space left"), 1, "run the same command to resume"),
+        (PreemptedError("stopped"), 1, "stopped; run the same command to resume"),
+        (KeyboardInterrupt(), 1, "interrupted; run the same command to resume"),
+    ],
+)
+def test_a_command_that_cannot_go_on_gets_one_line(error, status, message, capsys):
+    def command():
+        raise error
+
+    assert run_resumable(command) == status
+    text = capsys.readouterr().err
+    assert message in text
+    assert text.count("\n") == 1
+
+
+def test_the_page_of_the_audit_is_rendered_from_the_committed_results():
+    folder = Path(__file__).parents[1] / "experiments" / "results" / "audit"
+    results = json.loads((folder / "audit.json").read_text())
+    assert audit.render(results) == (folder / "README.md").read_text()
 
 
 def parts_of(joined: bytes, folder: Path, count: int = 3) -> None:
