@@ -22,13 +22,12 @@ import sys
 
 from experiments import paper
 from experiments.cells import Cell
-from experiments.comparison import (
+from experiments.comparison import Records, exits_and_area
+from experiments.comparison_tables import (
     AREA,
     DIVERGED,
     PAIRED,
-    Records,
     differences,
-    exits_and_area,
     format_columns,
     format_rate,
 )

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.conflict_tables import TITLES, sections
-from experiments.options import MODELS
+from experiments.encoders import MODELS
 from experiments.records import read_table, write_table
 from experiments.rendering import write_figures
 from sweet_jax.arguments import ArgumentParser, run_command

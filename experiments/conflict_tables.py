@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.options import encoder_note
+from experiments.encoders import encoder_note
 from experiments.records import read_table
 from experiments.rendering import Section
 from sweet_jax.exits.metrics import mean_interval

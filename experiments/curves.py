@@ -25,16 +25,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from experiments import paper
-from experiments.comparison import (
-    PAIRED,
-    Record,
-    Records,
-    chosen_runs,
-    common_seeds,
-    differences,
-    format_interval,
-    scores_at,
-)
+from experiments.comparison import Record, Records, chosen_runs, common_seeds, scores_at
+from experiments.comparison_tables import PAIRED, differences, format_interval
 from experiments.options import chosen_tasks, config_values, method_cells
 from experiments.records import exact_costs
 from experiments.rendering import Section, add_legend, subplots

@@ -17,16 +17,16 @@ import sys
 import numpy as np
 
 from experiments import paper
-from experiments.comparison import (
+from experiments.comparison import Records, exit_scores
+from experiments.comparison_tables import (
     DIVERGED,
     PAIRED,
-    Records,
     differences,
-    exit_scores,
     format_columns,
     format_spread,
 )
-from experiments.options import MODELS, chosen_tasks, config_values, method_cells
+from experiments.encoders import MODELS
+from experiments.options import chosen_tasks, config_values, method_cells
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main
 

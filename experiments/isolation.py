@@ -25,15 +25,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.cells import Cell
-from experiments.comparison import (
+from experiments.comparison import Record, Records, areas, exits_and_area
+from experiments.comparison_tables import (
     AREA,
     DIVERGED,
     PAIRED,
-    Record,
-    Records,
-    areas,
     differences,
-    exits_and_area,
     format_columns,
     format_rate,
 )

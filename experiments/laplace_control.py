@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import probes
-from experiments.comparison import format_interval
+from experiments.comparison_tables import format_interval
 from experiments.frozen_features import Features
 from experiments.laplace import laplace_confidences
 from experiments.options import check_data_folders, make_record_parser

@@ -38,7 +38,8 @@ from flax import nnx
 
 from experiments import paper
 from experiments.cells import is_finished, outputs_folder
-from experiments.comparison import Record, Records, chosen_runs, format_interval
+from experiments.comparison import Record, Records, chosen_runs
+from experiments.comparison_tables import format_interval
 from experiments.options import chosen_tasks, config_values, method_cells
 from experiments.records import read_table, replace_rows, write_table
 from experiments.rendering import Section

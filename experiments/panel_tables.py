@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import paper
+from experiments.panel_criterion import choose_default, goals
 from experiments.panel_differences import (
     Table,
     changes_table,
@@ -25,9 +26,7 @@ from experiments.panel_statistics import (
     ScoresByCell,
     best_readout_references,
     cells_with,
-    choose_default,
     compare_to_best,
-    goals,
     load_scores,
     mean_area,
     names_in_most_cells,

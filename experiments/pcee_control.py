@@ -29,7 +29,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments import paper
-from experiments.comparison import Records, format_interval
+from experiments.comparison import Records
+from experiments.comparison_tables import format_interval
 from experiments.options import method_cells
 from experiments.pcee_measurements import CONTROL, LEVEL, ROWS, RULES, measurements
 from experiments.records import read_table

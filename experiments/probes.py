@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.cells import identity
+from experiments.encoders import MODELS
 from experiments.frozen_features import (
     Features,
     compute_features,
@@ -43,7 +44,7 @@ from experiments.frozen_features import (
     probe_outputs,
     select_exits,
 )
-from experiments.options import MODELS, check_data_folders, make_record_parser
+from experiments.options import check_data_folders, make_record_parser
 from experiments.panel_differences import Table
 from experiments.recipe_results import (
     Cell,

@@ -18,7 +18,8 @@ import sys
 import numpy as np
 
 from experiments import paper
-from experiments.comparison import Records, format_rate
+from experiments.comparison import Records
+from experiments.comparison_tables import format_rate
 from experiments.options import chosen_tasks, config_values, method_cells
 from experiments.rendering import Section
 from experiments.runner import Script, main

@@ -33,17 +33,14 @@ import numpy as np
 from experiments import paper
 from experiments.cells import Cell, is_finished, outputs_folder
 from experiments.comparison import (
-    DIVERGED,
     Record,
     Records,
     chosen_runs,
     common_seeds,
     exits_and_area_to_full,
-    format_columns,
-    format_rate,
-    format_spread,
     paired_differences,
 )
+from experiments.comparison_tables import DIVERGED, format_columns, format_rate, format_spread
 from experiments.options import chosen_methods, chosen_tasks, exit_columns, make_cell
 from experiments.panel_differences import interval_text
 from experiments.panel_records import bootstrap_areas, draw_counts

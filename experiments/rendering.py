@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.comparison import Records
-from experiments.options import command_line, config_values, encoder_note
+from experiments.encoders import encoder_note
+from experiments.options import command_line, config_values
 from sweet_jax.files import atomic_write
 
 _MAX_NAMED = 4  # unfinished cells that a note names; of more, it gives the number

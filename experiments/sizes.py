@@ -28,10 +28,10 @@ from experiments.comparison import (
     Records,
     areas_to_full,
     common_seeds,
-    format_interval,
     grid_areas,
     paired_differences,
 )
+from experiments.comparison_tables import format_interval
 from experiments.curves import COLOURS, Panel, curve_section
 from experiments.options import chosen_methods, chosen_tasks, config_values, make_cell, method_cells
 from experiments.rendering import Section, add_legend, subplots

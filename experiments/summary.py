@@ -10,7 +10,6 @@ Values are in per cent, with the mean and the 95% interval over seeds; differenc
 seed, and bold if the interval excludes zero.
 """
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -33,15 +32,13 @@ from experiments.comparison import (
     areas,
     exit_scores,
     exits_and_area,
-    format_columns,
-    format_interval,
-    paired_differences,
     scores_at,
 )
 from experiments.options import make_cell, make_parser
 from experiments.panel_statistics import ScoresByCell, load_scores
 from experiments.records import exact_costs, read_study
 from experiments.rendering import table_lines
+from experiments.studies import Row, Studies
 from sweet_jax.errors import UserError
 from sweet_jax.files import write_text
 
@@ -52,49 +49,7 @@ _COLA_MRPC = "minilm-l6-6000-1e-4"  # the study of CoLA and MRPC
 _RELEASED = "-pooler-shared-clipping-global"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
-Statistic = Callable[[Record], np.ndarray]  # values [S, C]
 Table = tuple[Sequence[str], list[list[str]]]  # header, rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Describes a row: scores of a cell, or a difference of two or four cells.
-
-    Attributes:
-      label: text of the first column.
-      study: name of the study that has the cells.
-      cells: names of the cells; of several, see `paired_differences`.
-
-    """
-
-    label: str
-    study: str
-    cells: tuple[str, ...]
-
-
-class Studies:
-    """Reads the records of the studies in a folder when they are first used."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._read = functools.cache(lambda study: read_study(folder / study)[0])
-
-    def records(self, row: Row) -> list[Record]:
-        """Returns the records of a row's cells, or none if one is not finished."""
-        study = self._read(row.study)
-        return [study[name] for name in row.cells] if set(row.cells) <= set(study) else []
-
-    def values(self, row: Row, statistic: Statistic) -> list[str]:
-        """Formats a statistic of a row's cell, or the difference between its cells."""
-        records = self.records(row)
-        if len(records) == 1:
-            return format_columns(records[0], statistic)
-        gaps = paired_differences(records, statistic)
-        return [format_interval(gap, sign=True) for gap in gaps.T]
-
-    def lines(self, rows: Iterable[Row], statistic: Statistic) -> list[list[str]]:
-        """Returns the labels and values of the rows whose cells are finished."""
-        return [[row.label, *self.values(row, statistic)] for row in rows if self.records(row)]
 
 
 def methods(studies: Studies, study: str) -> list[list[str]]:

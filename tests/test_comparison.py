@@ -10,6 +10,7 @@ from test_policies import known_table
 
 from experiments import (
     comparison,
+    comparison_tables,
     conflict_tables,
     curves,
     large_at_small_cost,
@@ -20,7 +21,8 @@ from experiments import (
     summary,
 )
 from experiments.comparison import Record, Run
-from experiments.options import encoder_note, make_parser
+from experiments.encoders import encoder_note
+from experiments.options import make_parser
 from experiments.records import read_study, read_table, replace_rows, write_study, write_table
 from sweet_jax.errors import UserError
 
@@ -64,7 +66,7 @@ def test_differences_are_paired_by_seed_and_their_mean_over_tasks_too():
         "b": (record([[0.54, 0.6], [0.64, 0.7], [0.74, 0.79]]), BASE),
         "c": (None, BASE),
     }
-    rows = comparison.differences("gap", pairs, comparison.exit_scores)
+    rows = comparison_tables.differences("gap", pairs, comparison.exit_scores)
     assert rows == [
         ["gap", "a", "chosen: 0.0001", "**+2.0 ± 0.0**", "+0.3 ± 1.4"],
         ["gap", "b", "chosen: 0.0001", "**+4.0 ± 0.0**", "-0.3 ± 1.4"],
@@ -77,21 +79,21 @@ def test_differences_are_given_at_every_rate_too_where_that_is_another_compariso
     fast = {1e-4: [[0.5], [0.6]], 3e-4: [[0.6], [0.7]]}
     slow = {1e-4: [[0.5], [0.6]], 3e-4: [[0.3], [0.4]]}
     pairs = {"a": (record(fast, chosen=3e-4), record(slow, chosen=1e-4))}
-    rows = comparison.differences("gap", pairs, comparison.exit_scores)
+    rows = comparison_tables.differences("gap", pairs, comparison.exit_scores)
     assert [row[2:] for row in rows] == [
         ["chosen: 0.0003, 0.0001", "**+10.0 ± 0.0**"],
         ["0.0001", "+0.0 ± 0.0"],
         ["0.0003", "**+30.0 ± 0.0**"],
     ]
     same = {"a": (record(fast, chosen=3e-4), record(slow, chosen=3e-4))}
-    rows = comparison.differences("gap", same, comparison.exit_scores)
+    rows = comparison_tables.differences("gap", same, comparison.exit_scores)
     assert [row[2] for row in rows] == ["chosen: 0.0003", "0.0001"]
 
 
 def test_four_records_are_a_difference_of_differences():
     four = [record([[v], [v + 0.1]]) for v in (0.5, 0.3, 0.4, 0.35)]
     assert comparison.paired_differences(four, comparison.exit_scores) == pytest.approx(15)
-    (row,) = comparison.differences("gap", {"a": four}, comparison.exit_scores)
+    (row,) = comparison_tables.differences("gap", {"a": four}, comparison.exit_scores)
     assert row[3] == "**+15.0 ± 0.0**"
 
 
@@ -109,11 +111,16 @@ def test_the_mean_curve_is_over_tasks_at_the_costs_and_seeds_that_all_have():
 
 def test_what_diverged_has_a_star_and_what_is_not_finite_is_left_out():
     found = record([[0.5, 0.6], [0.5, 0.8]], diverged=[(1, 1)])
-    shown = comparison.format_columns(found, comparison.exit_scores, comparison.format_spread)
+    shown = comparison_tables.format_columns(
+        found, comparison.exit_scores, comparison_tables.format_spread
+    )
     assert shown == ["50.0 ± 0.0*", "70.0 ± 14.1"]
     found = without_area(found, 1)
-    assert comparison.format_columns(found, comparison.exit_scores) == ["50.0* (n=1)", "60.0 (n=1)"]
-    rows = comparison.differences("gap", {"a": (found, BASE)}, comparison.exit_scores)
+    assert comparison_tables.format_columns(found, comparison.exit_scores) == [
+        "50.0* (n=1)",
+        "60.0 (n=1)",
+    ]
+    rows = comparison_tables.differences("gap", {"a": (found, BASE)}, comparison.exit_scores)
     assert rows[0][2:] == ["chosen: 0.0001 (n=1)", "+0.0", "+0.0"]
     found = without_area(found, 0)  # all of them: there is nothing else to show
     assert len(comparison.chosen_runs(found)) == 2

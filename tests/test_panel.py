@@ -13,6 +13,7 @@ import pytest
 
 from experiments import panel
 from experiments.comparison import mean_to_full
+from experiments.panel_criterion import choose_default, goals
 from experiments.panel_records import (
     Record,
     Scores,
@@ -24,7 +25,7 @@ from experiments.panel_records import (
     write_record,
 )
 from experiments.panel_setfit import all_rows, with_draws
-from experiments.panel_statistics import choose_default, compare, goals, holm, load_scores
+from experiments.panel_statistics import compare, holm, load_scores
 from experiments.panel_variants import (
     AUTO_PROBE,
     CELLS,
