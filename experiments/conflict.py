@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    options = _parse(argv)
+    options = parse(argv)
     jobs = [prepare(_make_config(options, pooling)) for pooling in options.pooling]
     config, rows = jobs[0].config, jobs[0].rows.training.shape[1]
     total = steps_per_epoch(rows, config.batch_size) * config.epochs
@@ -120,7 +120,7 @@ def write_batches(
     write_table(output / "conflict.csv", COLUMNS, [*kept, *rows])
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options, with the model's values for those that are not set."""
     parser = ArgumentParser("experiments.conflict", __doc__ or "")
     parser.add_argument("--task", default="mnli", help="GLUE task; default: %(default)s")

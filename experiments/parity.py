@@ -13,17 +13,17 @@ tested. Cost: some seconds. The exit status is 1 if a difference is larger.
 Shape letters: B batch, L tokens, H hidden.
 """
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 from flax import nnx
 
 from sweet_jax.arguments import ArgumentParser, run_command
+from sweet_jax.errors import UserError
 from sweet_jax.models.checkpoint_folder import load_tokenizer
 from sweet_jax.models.pretrained import hidden_states, open_checkpoint
 from sweet_jax.models.tensor_names import is_transposed, path_keys
@@ -50,6 +50,8 @@ def _run(argv: Sequence[str] | None) -> int:
         "--tolerance", type=float, default=1e-5, help="largest difference; default: %(default)s"
     )
     options = parser.parse_args(argv)
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("torch is not installed: pip install -e '.[torch]'")
     checkpoint = open_checkpoint(options.checkpoint)
     length = checkpoint.config.positions
     tokens = load_tokenizer(checkpoint)(
@@ -63,8 +65,8 @@ def _run(argv: Sequence[str] | None) -> int:
     cotangent = rng.standard_normal(shape).astype(np.float32) * mask[..., None] / mask.sum()
 
     inputs = (ids, mask, types, cotangent)
-    exact, exact_grads = in_torch(checkpoint.folder, torch.float64, *inputs)
-    theirs, their_grads = in_torch(checkpoint.folder, torch.float32, *inputs)
+    exact, exact_grads = in_torch(checkpoint.folder, "float64", *inputs)
+    theirs, their_grads = in_torch(checkpoint.folder, "float32", *inputs)
 
     graphdef = nnx.split(nnx.eval_shape(lambda: checkpoint.encoder(jax.random.key(0))))[0]
 
@@ -126,15 +128,18 @@ def gradient_gap(checkpoint, grads, exact_grads, their_grads) -> float:
 
 def in_torch(folder, dtype, ids, mask, types, cotangent):
     """Returns the hidden states and the gradients by name of transformers' model, in a dtype."""
+    import torch
+    import transformers
+
     model = transformers.AutoModel.from_pretrained(
         folder, attn_implementation="eager", weights_only=True
     )
-    model = model.eval().to(dtype)
+    model = model.eval().to(getattr(torch, dtype))
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
     if getattr(model.config, "type_vocab_size", 0):  # DistilBERT and MPNet have no token types
         inputs["token_type_ids"] = torch.from_numpy(types)
     hidden = model(**inputs, output_hidden_states=True).hidden_states
-    (torch.stack(hidden) * torch.from_numpy(cotangent).to(dtype)).sum().backward()
+    (torch.stack(hidden) * torch.from_numpy(cotangent).to(getattr(torch, dtype))).sum().backward()
     grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
     return [h.detach().numpy() for h in hidden], grads
 

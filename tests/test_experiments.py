@@ -36,6 +36,7 @@ from experiments import (
     learning_to_exit,
     mpnet_checkpoint,
     panel_setfit,
+    parity,
     pcee_control,
     probes,
     rates,
@@ -650,6 +651,12 @@ def test_bad_input_to_a_script_gets_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_parity_without_torch_says_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert parity.main([]) == 2
+    assert capsys.readouterr().err == "error: torch is not installed: pip install -e '.[torch]'\n"
 
 
 @pytest.mark.parametrize(
