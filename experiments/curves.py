@@ -159,9 +159,9 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
     tasks, exits = chosen_tasks(options), config_values(options)["exits"]
     costs = exact_costs(exits)
     rows: list[list[str]] = []
-    for one, other in paper.PAIRS:
-        pairs = {task: [records.get(f"{task}-{m}") for m in (one, other)] for task in tasks}
-        title = f"{paper.NAMES[one]} - {paper.NAMES[other]}"
+    for first, second in paper.PAIRS:
+        pairs = {task: [records.get(f"{task}-{m}") for m in (first, second)] for task in tasks}
+        title = f"{paper.NAMES[first]} - {paper.NAMES[second]}"
         rows += differences(title, pairs, functools.partial(scores_at, costs))
     return Section(
         "curves-differences",

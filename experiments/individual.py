@@ -77,12 +77,12 @@ def _scores(options: argparse.Namespace, records: Records) -> Section:
 def _differences(options: argparse.Namespace, records: Records) -> Section:
     exits = config_values(options)["exits"]
     rows: list[list[str]] = []
-    for one, other in paper.PAIRS:
+    for first, second in paper.PAIRS:
         pairs = {
-            task: (records.get(f"{task}-{one}"), records.get(f"{task}-{other}"))
+            task: (records.get(f"{task}-{first}"), records.get(f"{task}-{second}"))
             for task in chosen_tasks(options)
         }
-        rows += differences(f"{paper.NAMES[one]} - {paper.NAMES[other]}", pairs, exit_scores)
+        rows += differences(f"{paper.NAMES[first]} - {paper.NAMES[second]}", pairs, exit_scores)
     return Section(
         "differences",
         f"Differences between methods, {options.model}",

@@ -87,7 +87,7 @@ def sections(options: argparse.Namespace, records: Records) -> list[Section]:
         pairs = {task: (finished.get(title), ends[end][task]) for task, finished in by_task.items()}
         # The rows of the better Early-Exit already have SWEET - Early-Exit.
         repeated = end == "SWEET" and method == "early_exit"
-        if not repeated and any(one is not other for one, other in pairs.values()):
+        if not repeated and any(first is not second for first, second in pairs.values()):
             gaps += differences(f"{title} - {end}", pairs, exits_and_area)
     return [
         Section(

@@ -37,12 +37,12 @@ _POOLINGS = {
 def gaps_table(by_cell: ScoresByCell, readouts: Sequence[str] = _READOUTS) -> Table:
     """Returns the mean differences of area between the methods, by number of rows and read-out."""
     pairs = {
-        (readout, f"{paper.NAMES[one]} - {paper.NAMES[other]}"): (
-            f"{one}-{readout}",
-            f"{other}-{readout}",
+        (readout, f"{paper.NAMES[first]} - {paper.NAMES[second]}"): (
+            f"{first}-{readout}",
+            f"{second}-{readout}",
         )
         for readout in readouts
-        for one, other in _PAIRS
+        for first, second in _PAIRS
     }
     return _differences(by_cell, pairs, "read-out")
 
@@ -117,12 +117,17 @@ def _by_cell(by_cell: ScoresByCell, variants: Mapping[str, tuple[str, str]]) -> 
     """
     compared = []
     for label, pair in variants.items():
-        one, other = (f"{name} refit" for name in pair)
-        for cell in cells_with(by_cell, (one, other)):
-            if _are_distinct_runs(cell, one, other):
+        first, second = (f"{name} refit" for name in pair)
+        for cell in cells_with(by_cell, (first, second)):
+            if _are_distinct_runs(cell, first, second):
                 scores = by_cell[cell]
-                texts = [label, title(cell), exits_text([scores[other]]), exits_text([scores[one]])]
-                compared.append((texts, compare(scores[one], scores[other])))
+                texts = [
+                    label,
+                    title(cell),
+                    exits_text([scores[second]]),
+                    exits_text([scores[first]]),
+                ]
+                compared.append((texts, compare(scores[first], scores[second])))
     adjusted = holm([gap.p for _, gap in compared])
     return [
         [*texts, interval_text(gap, p), f"{p:.2g}"]
@@ -201,10 +206,10 @@ def _differences(
     compared: dict[tuple[str, str, str], list[Comparison]] = {}
     for sizes in dict.fromkeys(ROW_GROUPS.values()):
         cells = {c: s for c, s in by_cell.items() if ROW_GROUPS[CELLS[c].rows] == sizes}
-        for texts, (one, other) in pairs.items():
-            shared = cells_with(cells, (one, other))
-            shared = [c for c in shared if not distinct or _are_distinct_runs(c, one, other)]
-            compared[sizes, *texts] = [compare(cells[c][one], cells[c][other]) for c in shared]
+        for texts, (first, second) in pairs.items():
+            shared = cells_with(cells, (first, second))
+            shared = [c for c in shared if not distinct or _are_distinct_runs(c, first, second)]
+            compared[sizes, *texts] = [compare(cells[c][first], cells[c][second]) for c in shared]
     adjusted = iter(holm([gap.p for gaps in compared.values() for gap in gaps]))
     shown: dict[tuple[str, str], list[str]] = {}
     for (sizes, row, _), gaps in compared.items():

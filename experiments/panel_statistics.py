@@ -39,15 +39,15 @@ class Comparison(NamedTuple):
 
 
 @functools.cache  # several tables make the same comparisons
-def compare(one: Scores, other: Scores) -> Comparison:
+def compare(first: Scores, second: Scores) -> Comparison:
     """Returns the difference of the areas of two variants of a cell, paired by seed and by row.
 
     See `compare_draws`. Both variants must have `drawn_area`.
     """
-    assert one.drawn_area is not None, "one has no drawn areas"
-    assert other.drawn_area is not None, "other has no drawn areas"
-    value = float((one.area - other.area).mean())
-    return compare_draws(value, one.drawn_area - other.drawn_area)
+    assert first.drawn_area is not None, "first has no drawn areas"
+    assert second.drawn_area is not None, "second has no drawn areas"
+    value = float((first.area - second.area).mean())
+    return compare_draws(value, first.drawn_area - second.drawn_area)
 
 
 def compare_draws(value: float, gaps: np.ndarray) -> Comparison:

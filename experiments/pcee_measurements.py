@@ -60,13 +60,13 @@ def load_held_out(folder: Path, replica: int) -> ExitOutputs:
     return join_outputs(*parts)
 
 
-def join_outputs(one: ExitOutputs, other: ExitOutputs) -> ExitOutputs:
+def join_outputs(first: ExitOutputs, second: ExitOutputs) -> ExitOutputs:
     """Returns the concatenated rows of two outputs of one replica."""
     logits, labels = (
-        np.concatenate([getattr(p, name) for p in (one, other)], axis=axis)
+        np.concatenate([getattr(p, name) for p in (first, second)], axis=axis)
         for name, axis in (("logits", 2), ("labels", 1))
     )
-    return ExitOutputs(logits, labels, one.layers, one.cost)
+    return ExitOutputs(logits, labels, first.layers, first.cost)
 
 
 def reachable_targets(rows: ExitOutputs) -> np.ndarray | None:

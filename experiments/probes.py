@@ -191,10 +191,10 @@ def pairs_table(output: Path, model: str) -> Table:
             continue
         texts = [f"{task}*" if task in SEEN else task]
         for layer in range(1, layers + 1):
-            one, other = (record.scores[f"probe_{layer}"] for record in records if record)
-            gap = 100 * (one.exits.mean() - other.exits.mean())
-            width = _interval_width((one.drawn_exits - other.drawn_exits)[:, :, 0])
-            texts.append(f"{100 * one.exits.mean():.1f} ({gap:+z.1f} ± {50 * width:.1f})")
+            first, second = (record.scores[f"probe_{layer}"] for record in records if record)
+            gap = 100 * (first.exits.mean() - second.exits.mean())
+            width = _interval_width((first.drawn_exits - second.drawn_exits)[:, :, 0])
+            texts.append(f"{100 * first.exits.mean():.1f} ({gap:+z.1f} ± {50 * width:.1f})")
         rows.append(texts)
     return ["task", *(f"layer {i + 1}" for i in range(layers))], rows
 

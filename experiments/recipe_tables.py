@@ -37,18 +37,18 @@ class Interval(NamedTuple):
         return f"**{text}**" if self.low > 0 or self.high < 0 else text
 
 
-def area_difference(one: Scores, other: Scores) -> Interval:
+def area_difference(first: Scores, second: Scores) -> Interval:
     """Returns the difference of the areas of two variants, with its 95% bootstrap interval.
 
     It is the mean over seeds. The bootstrap resamples rows, the same for both variants, and seeds
     with replacement. With three seeds, this says little about other seeds.
     """
-    gaps = one.drawn_area - other.drawn_area  # [D, S]
+    gaps = first.drawn_area - second.drawn_area  # [D, S]
     count = gaps.shape[1]
     seeds = np.random.default_rng(1).integers(0, count, (len(gaps), count))
     means = np.take_along_axis(gaps, seeds, axis=1).mean(axis=1)  # [D]
     low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float((one.area - other.area).mean()), float(low), float(high))
+    return Interval(float((first.area - second.area).mean()), float(low), float(high))
 
 
 AS_PUBLISHED = (

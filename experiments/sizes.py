@@ -146,8 +146,8 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
     """Returns the differences of areas and grid areas, paired by seed, at the chosen rates."""
     sizes = (*_sizes(options), _full_size(options))
     rows: list[list[str]] = []
-    for (one, other), task in itertools.product(paper.PAIRS, chosen_tasks(options)):
-        points = [_points(options, records, task, method) for method in (one, other)]
+    for (first, second), task in itertools.product(paper.PAIRS, chosen_tasks(options)):
+        points = [_points(options, records, task, method) for method in (first, second)]
         for name, of in _AREAS.items():
             gaps = []
             for size in sizes:
@@ -157,7 +157,7 @@ def _differences(options: argparse.Namespace, records: Records) -> Section:
                     format_interval(paired_differences(pair, of), sign=True) if comparable else ""
                 )
             if any(gaps[:-1]):  # more than the largest size
-                rows.append([f"{paper.NAMES[one]} - {paper.NAMES[other]}", task, name, *gaps])
+                rows.append([f"{paper.NAMES[first]} - {paper.NAMES[second]}", task, name, *gaps])
     return Section(
         "sizes-differences",
         f"Differences between methods by training size, {options.model}",

@@ -62,11 +62,11 @@ def _pairs(study: str, task: str = "sst2") -> list[Row]:
     """Returns the rows of the differences between methods."""
     return [
         Row(
-            f"{paper.NAMES[one]} - {paper.NAMES[other]}",
+            f"{paper.NAMES[first]} - {paper.NAMES[second]}",
             study,
-            (f"{task}-{one}", f"{task}-{other}"),
+            (f"{task}-{first}", f"{task}-{second}"),
         )
-        for one, other in paper.PAIRS
+        for first, second in paper.PAIRS
     ]
 
 

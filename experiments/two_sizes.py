@@ -149,17 +149,17 @@ class Gap(NamedTuple):
         return f"{100 * self.value:+z.1f} [{100 * low:+z.1f}, {100 * high:+z.1f}]"
 
 
-def compare(one: np.ndarray, other: np.ndarray, seed: int) -> Gap:
+def compare(first: np.ndarray, second: np.ndarray, seed: int) -> Gap:
     """Returns the difference of accuracies, paired by seed and row, with bootstrap draws.
 
     The bootstrap resamples rows, the same for both sides and all seeds, and seeds.
 
     Args:
-      one, other: whether each row is classified correctly, bool [S, V].
+      first, second: whether each row is classified correctly, bool [S, V].
       seed: seed of the bootstrap.
 
     """
-    gaps = one.astype(np.float64) - other
+    gaps = first.astype(np.float64) - second
     rng = np.random.default_rng(seed)
     seeds, count = gaps.shape
     weights = rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count  # [draws, V]
