@@ -80,6 +80,7 @@ def chosen_runs(record: Record) -> list[Run]:
 
 
 def runs_at_chosen_rate(record: Record) -> list[Run]:
+    """Returns all runs of the record's learning rate."""
     return [r for r in record.runs if r.learning_rate == record.learning_rate]
 
 

@@ -33,14 +33,7 @@ from experiments.panel_statistics import (
     published_references,
     variants_with_exits,
 )
-from experiments.panel_variants import (
-    BASELINES,
-    CELLS,
-    ROW_GROUPS,
-    VARIANTS,
-    stored_as,
-    units,
-)
+from experiments.panel_variants import BASELINES, CELLS, ROW_GROUPS, VARIANTS, stored_as, units
 from experiments.rendering import table_lines
 from sweet_jax.files import write_text
 

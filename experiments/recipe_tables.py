@@ -11,14 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.recipe_results import (
-    CELLS,
-    Cell,
-    CellRecord,
-    Scores,
-    read_record,
-    record_path,
-)
+from experiments.recipe_results import CELLS, Cell, CellRecord, Scores, read_record, record_path
 from experiments.rendering import table_lines
 from sweet_jax.exits.metrics import mean_interval
 from sweet_jax.files import atomic_write, write_text

@@ -10,10 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.comparison import (
-    Record,
-    paired_differences,
-)
+from experiments.comparison import Record, paired_differences
 from experiments.comparison_tables import format_columns, format_interval
 from experiments.records import read_study
 

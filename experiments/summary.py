@@ -27,13 +27,7 @@ from experiments import (
     read_outs,
     sizes,
 )
-from experiments.comparison import (
-    Record,
-    areas,
-    exit_scores,
-    exits_and_area,
-    scores_at,
-)
+from experiments.comparison import Record, areas, exit_scores, exits_and_area, scores_at
 from experiments.options import make_cell, make_parser
 from experiments.panel_statistics import ScoresByCell, load_scores
 from experiments.records import exact_costs, read_study
